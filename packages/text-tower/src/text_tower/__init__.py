@@ -1,0 +1,8 @@
+"""A packed rotary XLM-RoBERTa encoder for text embeddings."""
+
+from text_tower.config import TextTowerConfig
+from text_tower.packed import PackedTokens
+from text_tower.tokenizer import Tokenizer
+from text_tower.tower import TextTower
+
+__all__ = ["PackedTokens", "TextTower", "TextTowerConfig", "Tokenizer"]

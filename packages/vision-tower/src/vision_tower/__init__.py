@@ -1,0 +1,36 @@
+"""EVA02 image towers with 2D rotary positions at any resolution, and the pixels that they read.
+
+The tower itself, and timm with it, is imported at first use: a data worker that only augments never pays for it.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from .augment import augment
+from .config import VisionTowerConfig
+from .errors import ImageError, WeightsError
+from .patches import patch_keep_indices, resample_position_table
+from .preprocess import load_image, normalize, preprocess
+
+if TYPE_CHECKING:
+    from .tower import VisionTower
+
+__all__ = [
+    "ImageError",
+    "VisionTower",
+    "VisionTowerConfig",
+    "WeightsError",
+    "augment",
+    "load_image",
+    "normalize",
+    "patch_keep_indices",
+    "preprocess",
+    "resample_position_table",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "VisionTower":
+        from .tower import VisionTower
+
+        return VisionTower
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,100 @@
+"""The command `data-prep`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand; exit status 0, or 2 with one line on stderr if the user can mend what is wrong."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print("interrupted; what was being written is not published", file=sys.stderr)
+        return 130
+    except ValueError as error:
+        from .corpus import CorpusError
+        from .shards import ShardError
+
+        if not isinstance(error, CorpusError | ShardError):
+            raise
+        print(f"data-prep: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="data-prep", description="Turns public data into the shards that the trainer reads."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    corpus = commands.add_parser(
+        "corpus",
+        help="build the laptop corpus",
+        description="Builds the laptop corpus in OUT: emoji, stamps, flags, package descriptions and help pages in thirty "
+        "languages, from Debian packages that apt fetches into a cache (190 MB, once; no root, nothing on the system is "
+        "changed). If OUT holds the same corpus already, nothing is done.",
+    )
+    corpus.add_argument("out", metavar="OUT", help="folder to build; must not exist, or hold this very corpus")
+    where = corpus.add_mutually_exclusive_group()
+    where.add_argument(
+        "--packages", metavar="DIR", help="take .deb files (and Translation-xx lists) from this folder, fetch nothing"
+    )
+    where.add_argument(
+        "--drawn",
+        nargs="?",
+        type=int,
+        const=600,
+        metavar="N",
+        help="make N drawn pictures (600 if no number is given) instead of the real corpus: needs no packages and no network",
+    )
+    corpus.add_argument("--cache", metavar="DIR", help="where fetched packages are kept (default: ~/.cache/trilith)")
+    corpus.add_argument("--seed", type=int, default=0, help="of the split and every choice (default: 0)")
+    corpus.add_argument(
+        "--image-size", type=int, default=80, metavar="PIXELS", help="side of the stored pictures (default: 80)"
+    )
+    corpus.add_argument(
+        "--vocab-size", type=int, metavar="N", help="pieces of the tokenizer (default: 8192; 512 for --drawn)"
+    )
+    corpus.add_argument(
+        "--max-packages", type=int, default=25_000, metavar="N", help="package descriptions at most (default: 25000)"
+    )
+    corpus.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        choices=("stamps", "flags", "packages", "help"),
+        help="leave a source out; can be given several times",
+    )
+    corpus.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes (default: one a core); the result is the same for any number",
+    )
+    corpus.set_defaults(run=_corpus)
+    return parser
+
+
+def _corpus(options: argparse.Namespace) -> int:
+    from .corpus import Settings, build_corpus
+
+    settings = Settings(
+        drawn=options.drawn,
+        seed=options.seed,
+        image_size=options.image_size,
+        vocab_size=options.vocab_size or (8192 if options.drawn is None else 512),
+        max_packages=options.max_packages,
+        without=tuple(sorted(set(options.without))),
+    )
+    build_corpus(
+        options.out,
+        settings,
+        packages=options.packages,
+        cache=options.cache,
+        workers=options.workers,
+        say=lambda line: print(line, flush=True),
+    )
+    return 0

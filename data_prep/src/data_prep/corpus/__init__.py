@@ -1,0 +1,6 @@
+"""The laptop corpus: real pictures with real captions in thirty languages from four Debian packages, or a drawn one."""
+
+from .build import CORPUS_VERSION, Settings, build_corpus
+from .items import CorpusError
+
+__all__ = ["CORPUS_VERSION", "CorpusError", "Settings", "build_corpus"]

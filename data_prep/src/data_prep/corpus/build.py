@@ -1,0 +1,223 @@
+"""Building a corpus: read, split, train the tokenizer, write the shards, publish all at once, give a receipt."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..shards import Dataset, ShardError
+from . import apt
+from .debian import Material, libraries, needed_packages, read_material
+from .drawn import draw_material
+from .items import CorpusError
+from .split import SPLITS, drop_twins, families, leaks, look_alikes, split_items
+from .vocabulary import train_tokenizer
+from .writing import training_texts, write_datasets
+
+CORPUS_VERSION = 1
+"""Raised when the same packages and settings give other bytes."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a corpus is made of; two corpora with equal settings and packages are equal byte for byte.
+
+    drawn: number of procedurally drawn pictures, or None for the real corpus from Debian packages.
+    seed: of the split and of every choice; image_size: side of the stored pictures in pixels.
+    vocab_size: pieces of the tokenizer; max_packages: package descriptions at most.
+    without: sources left out, of "stamps", "flags", "packages", "help".
+    """
+
+    drawn: int | None = None
+    seed: int = 0
+    image_size: int = 80
+    vocab_size: int = 8192
+    max_packages: int = 25_000
+    without: tuple[str, ...] = ()
+
+
+def build_corpus(
+    out: str | os.PathLike[str],
+    settings: Settings | None = None,
+    *,
+    packages: str | os.PathLike[str] | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    workers: int | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Build the corpus in the folder `out`; gives what `corpus.json` holds.
+
+    If `out` holds a corpus of this version and these settings already, nothing is done. Otherwise everything is made in
+    `out.partial` and renamed at the end.
+
+    Args:
+        packages: a folder of .deb files (and Translation-xx lists); without it apt fetches them into `cache`.
+        cache: where fetched packages are kept; $XDG_CACHE_HOME/trilith by default.
+        workers: processes that draw; the number of cores by default. The bytes do not depend on it.
+        say: called with one line at each step.
+
+    Raises:
+        CorpusError: `out` holds something else, packages are missing, or the disk refuses.
+        ShardError: the disk refuses while a shard is written.
+    """
+    settings, out = settings or Settings(), Path(out)
+    existing = _existing(out, settings)
+    if existing is not None:
+        say(f"{out}: there already, of this version and these settings; nothing to do")
+        return existing
+    partial = out.with_name(out.name + ".partial")
+    if partial.exists():
+        say(f"{partial}: removing what an interrupted run left")
+        shutil.rmtree(partial)
+    started = time.monotonic()
+    material = _material(settings, packages, cache, workers or os.cpu_count() or 1, say)
+    try:
+        partial.mkdir(parents=True)
+        corpus = _write(partial, settings, material, say)
+        partial.rename(out)
+    except OSError as error:
+        raise CorpusError(
+            f"{error.filename or partial}: cannot be written ({error.strerror}); make room and run again"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    for line in receipt(corpus):
+        say(line)
+    say(f"{out}: done in {time.monotonic() - started:.0f} s")
+    return corpus
+
+
+def receipt(corpus: dict[str, Any]) -> list[str]:
+    """The table that a build ends with: what came in, what was dropped and why, what went out, what leaks."""
+    lines = ["", f"{'came in':<34}{'items':>9}"]
+    lines += [f"  {source:<32}{count:>9}" for source, count in corpus["items"].items()]
+    lines += ["", f"{'left out, and why':<34}"]
+    for source, reasons in corpus["dropped"].items():
+        lines += [f"  {source + ': ' + reason:<58}{count:>9}" for reason, count in reasons.items() if count]
+    lines += [f"  {source}: the whole source, {reason}" for source, reason in corpus["left_out"].items()]
+    lines += ["", f"{'went out':<26}{'train':>12}{'validation':>12}{'test':>12}"]
+    for name in sorted(set().union(*corpus["samples"].values())):
+        lines.append(f"  {name:<24}" + "".join(f"{corpus['samples'][split].get(name, 0):>12}" for split in SPLITS))
+    for split, leak in corpus["leaks"].items():
+        lines.append(
+            f"{split} names that also name something in training, in the same language: "
+            f"{leak['texts']} of {leak['of_texts']} ({leak['english_texts']} in English)"
+        )
+    lines.append("")
+    return lines
+
+
+def _existing(out: Path, settings: Settings) -> dict[str, Any] | None:
+    """What the finished corpus in `out` says of itself, None if there is nothing, CorpusError if it is something else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    try:
+        corpus = json.loads((out / "corpus.json").read_text(encoding="utf-8"))
+        version, found = corpus["version"], corpus["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorpusError(f"{out}: exists and is no corpus (no readable corpus.json); name another folder") from error
+    wanted = _plain(settings)
+    if version != CORPUS_VERSION or found != wanted:
+        differences = [
+            f"{key} {found.get(key)!r}, asked for {value!r}" for key, value in wanted.items() if found.get(key) != value
+        ]
+        if version != CORPUS_VERSION:
+            differences.insert(0, f"version {version!r}, this program writes {CORPUS_VERSION!r}")
+        raise CorpusError(f"{out}: holds another corpus ({'; '.join(differences)}); remove it or name another folder")
+    for split, counts in corpus["samples"].items():
+        for name in counts:
+            try:
+                Dataset.open(out / split / name)
+            except ShardError as error:
+                raise CorpusError(f"{error} (or remove {out} and run again)") from error
+    return corpus
+
+
+def _material(
+    settings: Settings,
+    packages: str | os.PathLike[str] | None,
+    cache: str | os.PathLike[str] | None,
+    workers: int,
+    say: Callable[[str], None],
+) -> Material:
+    if settings.drawn is not None:
+        return draw_material(settings.drawn, seed=settings.seed, image_size=settings.image_size)
+    without = frozenset(settings.without)
+    if packages is not None:
+        directory = Path(packages)
+    else:
+        directory = apt.fetch(
+            Path(cache) if cache is not None else apt.default_cache(),
+            needed_packages(without),
+            translations="packages" not in without,
+            say=say,
+        )
+    return read_material(
+        directory,
+        without=without,
+        max_packages=settings.max_packages,
+        image_size=settings.image_size,
+        seed=settings.seed,
+        workers=workers,
+        say=say,
+    )
+
+
+def _write(root: Path, settings: Settings, material: Material, say: Callable[[str], None]) -> dict[str, Any]:
+    came_in = Counter(item.source for item in (*material.images, *material.texts))
+    images, twins = drop_twins(material.images)
+    material.dropped.setdefault("pictures", {})["the same picture as another"] = twins
+    items = [*images, *material.texts]
+    family_of = families(items, look_alikes(images))
+    where = split_items(items, family_of, held_out=material.held_out, seed=settings.seed)
+
+    started = time.monotonic()
+    texts = training_texts(images, material.texts, where)
+    tokenizer = train_tokenizer(texts, vocab_size=settings.vocab_size)
+    (root / "tokenizer.model").write_bytes(tokenizer.model)
+    say(
+        f"trained a tokenizer of {settings.vocab_size} pieces on {len(texts)} texts ({time.monotonic() - started:.0f} s)"
+    )
+
+    started = time.monotonic()
+    samples = write_datasets(root, images, material.texts, where=where, family_of=family_of, tokenizer=tokenizer)
+    say(
+        f"wrote {sum(sum(counts.values()) for counts in samples.values())} samples ({time.monotonic() - started:.0f} s)"
+    )
+
+    sizes = Counter(family_of[item.name] for item in images)
+    corpus = {
+        "version": CORPUS_VERSION,
+        "settings": _plain(settings),
+        "packages": material.packages,
+        "made_with": libraries(),
+        "languages": _languages(images),
+        "items": dict(came_in),
+        "families": {"images": len(sizes), "largest": max(sizes.values(), default=0)},
+        "dropped": material.dropped,
+        "left_out": material.left_out,
+        "samples": samples,
+        "leaks": leaks(images, where),
+        "tokenizer_sha256": tokenizer.sha256,
+    }
+    (root / "corpus.json").write_text(json.dumps(corpus, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return corpus
+
+
+def _languages(images: list[Any]) -> dict[str, dict[str, int]]:
+    """source → language → named items."""
+    found: dict[str, Counter[str]] = {}
+    for item in images:
+        found.setdefault(item.source, Counter()).update(sorted({text.language for text in item.names}))
+    return {source: dict(sorted(counts.items())) for source, counts in sorted(found.items())}
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(settings)))

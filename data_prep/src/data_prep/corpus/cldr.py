@@ -1,0 +1,174 @@
+"""Unicode's Common Locale Data Repository: names of emoji, countries, languages, money and cities in every language."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass, field
+
+from .deb import Package, read_members
+from .items import LANGUAGES, CorpusError, clean
+
+_ROOT = "usr/share/unicode/cldr/common/"
+_SHARED = (
+    "collation/root.xml",
+    "properties/labels.txt",
+    "supplemental/supplementalData.xml",
+    "bcp47/timezone.xml",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Locale:
+    """What one language says of emoji and of the world; keys as in CLDR (no U+FE0F in emoji)."""
+
+    names: dict[str, str] = field(default_factory=dict)
+    keywords: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    territories: dict[str, str] = field(default_factory=dict)
+    languages: dict[str, str] = field(default_factory=dict)
+    currencies: dict[str, str] = field(default_factory=dict)
+    cities: dict[str, str] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
+    comma: str = ", "
+
+
+def read_files(package: Package) -> dict[str, bytes]:
+    """The files that we need, by their path below `common/`."""
+    folders = ("annotations", "annotationsDerived", "main")
+    wanted = {_ROOT + f"{folder}/{language}.xml" for folder in folders for language in LANGUAGES}
+    wanted |= {_ROOT + path for path in _SHARED}
+    files = read_members(package, wanted.__contains__)
+    lacking = sorted(wanted - files.keys())
+    if lacking:
+        raise CorpusError(f"{package.path}: has no {lacking[0]}; version 41 has it, use that one or a newer")
+    return {path.removeprefix(_ROOT): data for path, data in files.items()}
+
+
+def read_locale(files: dict[str, bytes], language: str) -> Locale:
+    """Everything that the corpus takes from one language's files."""
+    main = ET.fromstring(files[f"main/{language}.xml"])
+    middle = main.findtext("listPatterns/listPattern/listPatternPart[@type='middle']") or "{0}, {1}"
+    locale = Locale(comma=middle.replace("{0}", "").replace("{1}", ""))
+    for folder in ("annotations", "annotationsDerived"):
+        for element in ET.fromstring(files[f"{folder}/{language}.xml"]).iter("annotation"):
+            text = clean(element.text or "")
+            if not text or "↑" in text:  # "↑↑↑" means: as in the parent language
+                continue
+            if element.get("type") == "tts":
+                locale.names[element.attrib["cp"]] = text
+            else:
+                locale.keywords[element.attrib["cp"]] = tuple(clean(word) for word in text.split("|"))
+    for table, path in (
+        (locale.territories, "localeDisplayNames/territories/territory"),
+        (locale.languages, "localeDisplayNames/languages/language"),
+        (locale.labels, "characterLabels/characterLabel"),
+    ):
+        for element in main.iterfind(path):
+            if element.text and element.get("alt") is None and "↑" not in element.text:
+                table[element.attrib["type"]] = clean(element.text)
+    for currency in main.iterfind("numbers/currencies/currency"):
+        name = currency.find("displayName")
+        if name is not None and name.text and "↑" not in name.text:
+            locale.currencies[currency.attrib["type"]] = clean(name.text)
+    for zone in main.iterfind("dates/timeZoneNames/zone"):
+        city = zone.find("exemplarCity")
+        if city is not None and city.text and "↑" not in city.text:
+            locale.cities[zone.attrib["type"]] = clean(city.text)
+    return locale
+
+
+def emoji_order(files: dict[str, bytes]) -> dict[str, int]:
+    """Place of each emoji in Unicode's own order (smileys, people, animals, …), from the collation rules."""
+    rules = files["collation/root.xml"].decode()
+    start = rules.index("type='emoji'")
+    rules = rules[rules.index("EMOJI ORDER", start) : rules.index("</collation>", start)]
+    order: dict[str, int] = {}
+    for line in rules.splitlines()[1:]:
+        if line.startswith("<*"):
+            found = list(line[2:].replace("\ufe0f", ""))
+        elif line.startswith("<"):
+            found = [part.strip() for part in re.split(r"<+|=", line)]
+        else:
+            continue
+        for emoji in found:
+            order.setdefault(emoji.replace("\ufe0f", ""), len(order))
+    return order
+
+
+def emoji_groups(files: dict[str, bytes]) -> dict[str, tuple[str, str]]:
+    """(group, subgroup) of each emoji that labels.txt lists, e.g. ("Food & Drink", "food-fruit")."""
+    groups: dict[str, tuple[str, str]] = {}
+    for line in files["properties/labels.txt"].decode().splitlines():
+        if not line.startswith("["):
+            continue
+        members, group, subgroup = (part.strip() for part in line.split(";"))
+        for emoji in _expand(members):
+            groups.setdefault(emoji.replace("\ufe0f", ""), (group, subgroup))
+    return groups
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What CLDR knows of countries in numbers and codes; keys are two-letter territories."""
+
+    regions: dict[str, tuple[str, ...]]  # from near to far, as codes: ("155", "150")
+    currencies: dict[str, tuple[str, ...]]  # in use today
+    languages: dict[str, tuple[str, ...]]  # official, or spoken by a twentieth; the most spoken first
+    zones: dict[str, tuple[str, ...]]  # time zones, in order of their codes
+
+
+def read_world(files: dict[str, bytes]) -> World:
+    """Regions, money, languages and time zones of all territories."""
+    data = ET.fromstring(files["supplemental/supplementalData.xml"])
+    parents: dict[str, str] = {}
+    for group in data.iterfind("territoryContainment/group"):
+        if group.get("status") is None:
+            for child in group.attrib["contains"].split():
+                parents.setdefault(child, group.attrib["type"])
+    currencies = {
+        region.attrib["iso3166"]: tuple(
+            money.attrib["iso4217"]
+            for money in region.iterfind("currency")
+            if money.get("to") is None and money.get("tender") != "false"
+        )
+        for region in data.iterfind("currencyData/region")
+    }
+    languages: dict[str, tuple[str, ...]] = {}
+    for territory in data.iterfind("territoryInfo/territory"):
+        spoken = [
+            (-float(entry.attrib["populationPercent"]), entry.attrib["type"])
+            for entry in territory.iterfind("languagePopulation")
+            if float(entry.attrib["populationPercent"]) >= 5 or "official" in entry.get("officialStatus", "")
+        ]
+        languages[territory.attrib["type"]] = tuple(code for _, code in sorted(spoken)[:8])
+    zones: dict[str, list[str]] = {}
+    for zone in ET.fromstring(files["bcp47/timezone.xml"]).iter("type"):
+        alias = zone.get("alias", "").split()
+        if alias and "/" in alias[0] and zone.get("deprecated") is None:
+            zones.setdefault(zone.attrib["name"][:2].upper(), []).append(alias[0])
+    regions: dict[str, tuple[str, ...]] = {}
+    for code in parents:
+        chain, above = [], parents.get(code)
+        while above is not None and above != "001":
+            chain.append(above)
+            above = parents.get(above)
+        regions[code] = tuple(chain)
+    return World(regions, currencies, languages, {code: tuple(found) for code, found in zones.items()})
+
+
+def _expand(unicode_set: str) -> list[str]:
+    """The members of a flat UnicodeSet such as "[☺😀-😆{👨‍⚕️}]"."""
+    found: list[str] = []
+    rest = unicode_set.strip("[]")
+    while rest:
+        if rest[0] == "{":
+            end = rest.index("}")
+            found.append(rest[1:end])
+            rest = rest[end + 1 :]
+        elif rest[0] == "-" and found and len(rest) > 1:
+            found.extend(chr(code) for code in range(ord(found[-1]) + 1, ord(rest[1]) + 1))
+            rest = rest[2:]
+        else:
+            found.append(rest[0])
+            rest = rest[1:]
+    return found

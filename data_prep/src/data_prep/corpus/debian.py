@@ -1,0 +1,183 @@
+"""The real corpus: from the folder of packages to items."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import apt, cldr, emoji, help_texts, package_texts, stamps
+from .deb import Package, find_package, find_translations, read_members
+from .items import LANGUAGES, CorpusError, ImageItem, TextItem
+from .pictures import Job, make_pictures
+
+OPTIONAL_SOURCES = ("stamps", "flags", "packages", "help")
+
+# Items in each held-out pool. The image pools are what the project's figures are measured on.
+HELD_OUT = {"emoji": 240, "stamps": 138, "packages": 300, "help": 24}
+
+
+@dataclass
+class Material:
+    """Everything that came in: items, what they came from, and what was left out (source → reason → number)."""
+
+    images: list[ImageItem] = field(default_factory=list)
+    texts: list[TextItem] = field(default_factory=list)
+    packages: list[dict[str, str]] = field(default_factory=list)
+    dropped: dict[str, dict[str, int]] = field(default_factory=dict)
+    held_out: Mapping[str, int] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def needed_packages(without: frozenset[str]) -> list[str]:
+    """The packages that a corpus without these sources is made of."""
+    needed = [apt.FONT, apt.CLDR]
+    if "stamps" not in without:
+        needed.append(apt.STAMPS)
+    if "help" not in without:
+        needed.append(apt.HELP)
+    return needed
+
+
+def read_material(
+    directory: Path,
+    *,
+    without: frozenset[str],
+    max_packages: int,
+    image_size: int,
+    seed: int,
+    workers: int,
+    say: Callable[[str], None],
+) -> Material:
+    """Read the packages and translations in `directory` and draw the pictures."""
+    packages = _find_all(directory, without)
+    material = Material(packages=[package.record() for package in packages.values()], held_out=HELD_OUT)
+    material.left_out = dict.fromkeys(sorted(without), "asked for (--without)")
+
+    started = time.monotonic()
+    files = cldr.read_files(packages[apt.CLDR])
+    locales = {code: cldr.read_locale(files, code) for code in LANGUAGES}
+    say(f"read names in {len(locales)} languages ({time.monotonic() - started:.0f} s)")
+
+    world = None if "flags" in without else cldr.read_world(files)
+    font = _read_font(packages[apt.FONT])
+    found, material.dropped["emoji"] = emoji.emoji_candidates(locales)
+    material.images += _emoji_items(
+        found, files, locales, world, font, image_size, workers, material.dropped["emoji"], say
+    )
+    if apt.STAMPS in packages:
+        say("reading the stamps")
+        found_stamps, material.dropped["stamps"] = stamps.read_stamps(packages[apt.STAMPS])
+        material.images += _stamp_items(found_stamps, locales, image_size, workers, material.dropped["stamps"], say)
+    if "packages" not in without:
+        material.texts += _package_items(directory, max_packages, seed, material, say)
+    if apt.HELP in packages:
+        pages, material.dropped["help"] = help_texts.read_help(packages[apt.HELP])
+        say(f"read {len(pages)} help pages")
+        material.texts += pages
+    return material
+
+
+def _find_all(directory: Path, without: frozenset[str]) -> dict[str, Package]:
+    if not directory.is_dir():
+        raise CorpusError(
+            f"{directory}: no such folder; it should hold {', '.join(f'{name}_*.deb' for name in apt.PACKAGES)}"
+        )
+    packages = {name: find_package(directory, name) for name in needed_packages(without)}
+    missing = [name for name, package in packages.items() if package is None]
+    if missing:
+        raise CorpusError(
+            f"{directory}: has no {', no '.join(f'{name}_*.deb' for name in missing)}; fetch {'them' if missing[1:] else 'it'} "
+            "from https://packages.debian.org/bookworm/NAME, or say `--drawn` for a corpus that needs no packages"
+        )
+    return {name: package for name, package in packages.items() if package is not None}
+
+
+def _read_font(package: Package) -> bytes:
+    fonts = read_members(package, lambda path: path.endswith("NotoColorEmoji.ttf"))
+    if not fonts:
+        raise CorpusError(f"{package.path}: holds no NotoColorEmoji.ttf")
+    from PIL import features
+
+    if not features.check("raqm"):
+        raise CorpusError(
+            "this Pillow has no Raqm and would draw flags as letters; install Pillow's own wheel (pip install -U pillow)"
+        )
+    return next(iter(fonts.values()))
+
+
+def _emoji_items(
+    found: list[str],
+    files: dict[str, bytes],
+    locales: dict[str, cldr.Locale],
+    world: cldr.World | None,
+    font: bytes,
+    image_size: int,
+    workers: int,
+    dropped: dict[str, int],
+    say: Callable[[str], None],
+) -> list[ImageItem]:
+    started = time.monotonic()
+    pictures = make_pictures([Job("glyph", sign) for sign in found], size=image_size, font=font, workers=workers)
+    order, groups = cldr.emoji_order(files), cldr.emoji_groups(files)
+    last_group: tuple[str, str] = ("", "")
+    items = []
+    drawn = sorted(
+        ((sign, png) for sign, png in zip(found, pictures, strict=True) if png is not None),
+        key=lambda entry: (order.get(entry[0], len(order)), entry[0]),
+    )
+    for place, (sign, png) in enumerate(drawn):
+        # labels.txt is older than the order and knows fewer emoji; the newer ones stand among their kind.
+        last_group = groups.get(sign, last_group)
+        items.append(emoji.emoji_item(sign, png, order=place, group=last_group, locales=locales, world=world))
+    dropped["no picture in the font (punctuation and signs)"] = len(found) - len(drawn)
+    say(f"drew {len(items)} emoji ({time.monotonic() - started:.0f} s)")
+    return items
+
+
+def _stamp_items(
+    found: list[stamps.Stamp],
+    locales: dict[str, cldr.Locale],
+    image_size: int,
+    workers: int,
+    dropped: dict[str, int],
+    say: Callable[[str], None],
+) -> list[ImageItem]:
+    started = time.monotonic()
+    pictures = make_pictures([stamp.job for stamp in found], size=image_size, font=None, workers=workers)
+    items = [
+        stamps.stamp_item(stamp, png, order=place, locales=locales)
+        for place, (stamp, png) in enumerate(zip(found, pictures, strict=True))
+        if png is not None
+    ]
+    dropped["picture unreadable or white"] = len(found) - len(items)
+    say(f"drew {len(items)} stamps ({time.monotonic() - started:.0f} s)")
+    return items
+
+
+def _package_items(
+    directory: Path, max_packages: int, seed: int, material: Material, say: Callable[[str], None]
+) -> list[TextItem]:
+    started = time.monotonic()
+    translations = find_translations(directory)
+    if "en" not in translations or len(translations) < 2:
+        material.left_out["packages"] = "no Translation-en and Translation-xx beside the packages"
+        say(
+            f"no package descriptions: {directory} has no Translation-en with other Translation-xx beside it; goes on without"
+        )
+        return []
+    items, material.dropped["packages"] = package_texts.read_packages(translations, limit=max_packages, seed=seed)
+    say(f"read {len(items)} package descriptions in {len(translations)} languages ({time.monotonic() - started:.0f} s)")
+    return items
+
+
+def libraries() -> dict[str, Any]:
+    """Versions of what the bytes of the corpus depend on besides the packages."""
+    from importlib.metadata import version
+
+    from PIL import features
+
+    found = {name: version(name) for name in ("pillow", "sentencepiece", "resvg-py")}
+    return found | {name: features.version(name) for name in ("raqm", "freetype2", "zlib")}

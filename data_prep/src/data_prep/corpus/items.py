@@ -1,0 +1,96 @@
+"""What every source turns its material into: texts with their origin, and items that are split as one."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+
+# The thirty languages of the paper, English in its place by the alphabet of their English names.
+LANGUAGES = (
+    ["ar", "bn", "zh", "da", "nl", "en", "fi", "fr", "ka", "de", "el", "hi", "id", "it", "ja", "ko", "lv", "no", "pl", "pt", "ro", "ru", "sk", "es", "sv", "th", "tr", "uk", "ur", "vi"]
+)  # fmt: skip
+
+# How others write the languages that we write "no", "zh" and "pt".
+OTHER_CODES = {"nb": "no", "zh_CN": "zh", "pt_BR": "pt"}
+
+_ARTICLES = re.compile(r"^(a|an|the|some)\s+")
+_NOT_WORDS = re.compile(r"[\W_]+")
+
+
+class CorpusError(ValueError):
+    """Something that the user can mend: a missing package, a folder in the way, an option out of range."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """One text in one language.
+
+    role: "name" (what the thing is called; evaluation uses these), "keywords", "long", "title" or "body".
+    origin: "human", "human:joined" (human texts put in a row by us) or "synthetic:…".
+    """
+
+    text: str
+    language: str
+    role: str
+    origin: str = "human"
+
+    def record(self) -> dict[str, str]:
+        """The TEXT of the shard format."""
+        return {"text": self.text, "language": self.language, "origin": self.origin, "role": self.role}
+
+
+@dataclass(frozen=True, slots=True)
+class ImageItem:
+    """A picture with its names.
+
+    name: identity, e.g. "emoji-1f600"; the key of its samples.
+    source: "emoji", "stamps" or "drawn"; long_source: the source under which its long captions are filed.
+    group: from coarse to fine ("Food & Drink", "food-fruit"); order: place among its source; hard negatives come from
+        neighbours in both.
+    labels: items that share a label are one family and stay in one split.
+    names, keywords, long: texts by role, each in many languages; long may be empty.
+    png: the picture as it is stored, RGB.
+    """
+
+    name: str
+    source: str
+    long_source: str
+    group: tuple[str, ...]
+    order: int
+    labels: tuple[str, ...]
+    names: tuple[Text, ...]
+    keywords: tuple[Text, ...]
+    long: tuple[Text, ...]
+    png: bytes
+
+    @property
+    def english(self) -> str:
+        """Its English name; "" if it has none."""
+        return next((text.text for text in self.names if text.language == "en"), "")
+
+
+@dataclass(frozen=True, slots=True)
+class TextItem:
+    """A text pair: alternatives of the query and of the target; split like the images, by `labels`."""
+
+    name: str
+    source: str
+    labels: tuple[str, ...]
+    query: tuple[Text, ...]
+    target: tuple[Text, ...]
+
+
+def clean(text: str) -> str:
+    """Composed characters (NFC), single spaces, no space around."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def plain(text: str) -> str:
+    """What two captions have in common that say the same: no case, no punctuation, no English article in front.
+
+    Two texts of signs alone ("⁇") stay as they are.
+    """
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    words = " ".join(_NOT_WORDS.sub(" ", folded).split())
+    return _ARTICLES.sub("", words) or folded

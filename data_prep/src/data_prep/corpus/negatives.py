@@ -1,0 +1,45 @@
+"""Hard negatives: what stands nearest to an item without being it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from .items import ImageItem, plain
+
+NEGATIVES = 7  # as many as the paper's triplets have
+
+
+def hard_negatives(items: Sequence[ImageItem], family_of: Mapping[str, str]) -> dict[str, list[ImageItem]]:
+    """Seven neighbours for each item: of the same group first, then by their place in the order of the source.
+
+    `items` are those of one source in one split. A neighbour of the same family, or with a name that the item has too in
+    some language, would be no wrong answer and is passed over; no two of the seven bear the same English name. Items for
+    which there are no seven are left out of the result.
+    """
+    words = {item.name: {(text.language, plain(text.text)) for text in item.names} for item in items}
+    chosen: dict[str, list[ImageItem]] = {}
+    for item in items:
+        ranked = sorted(items, key=lambda other: _distance(item, other))
+        found: list[ImageItem] = []
+        captions: set[str] = set()
+        for other in ranked:
+            if family_of[other.name] == family_of[item.name] or words[other.name] & words[item.name]:
+                continue
+            caption = plain(other.english)
+            if caption in captions:
+                continue
+            captions.add(caption)
+            found.append(other)
+            if len(found) == NEGATIVES:
+                chosen[item.name] = found
+                break
+    return chosen
+
+
+def _distance(item: ImageItem, other: ImageItem) -> tuple[int, int, str]:
+    shared = 0
+    for one, two in zip(item.group, other.group, strict=False):
+        if one != two:
+            break
+        shared += 1
+    return -shared, abs(item.order - other.order), other.name

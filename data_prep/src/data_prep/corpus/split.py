@@ -1,0 +1,138 @@
+"""Into train, validation and test, so that nothing held out is seen in training in any language or kind."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from .items import ImageItem, TextItem, plain
+from .pictures import pixels
+
+SPLITS = ("train", "validation", "test")
+LARGEST_HELD_OUT_FAMILY = 12  # items; a larger family would fill a pool with one subject
+
+_LOOK_SIDE = 16  # pixels of the thumbnails that are compared
+_LOOK_ALIKE = 2.0  # mean difference of 255 below which two pictures count as one
+
+
+def drop_twins(items: Sequence[ImageItem]) -> tuple[list[ImageItem], int]:
+    """Of items with the same picture, the first; and how many were dropped."""
+    seen: set[bytes] = set()
+    kept = []
+    for item in items:
+        digest = hashlib.sha256(item.png).digest()
+        if digest not in seen:
+            seen.add(digest)
+            kept.append(item)
+    return kept, len(items) - len(kept)
+
+
+def look_alikes(items: Sequence[ImageItem]) -> list[tuple[str, str]]:
+    """Names of items whose pictures hardly differ (flags of one design, a redrawn stamp): they are one family."""
+    if not items:
+        return []
+    looks = np.stack([pixels(item.png, _LOOK_SIDE).ravel() for item in items])
+    pairs = []
+    for place, look in enumerate(looks[:-1]):
+        differences = np.abs(looks[place + 1 :] - look).mean(axis=1)
+        pairs += [
+            (items[place].name, items[place + 1 + other].name) for other in np.flatnonzero(differences < _LOOK_ALIKE)
+        ]
+    return pairs
+
+
+def families(items: Iterable[ImageItem | TextItem], pairs: Iterable[tuple[str, str]] = ()) -> dict[str, str]:
+    """Item name → family name: items that share a label, or stand in `pairs`, are one family, and so on in chains."""
+    parents: dict[str, str] = {}
+
+    def root(node: str) -> str:
+        parents.setdefault(node, node)
+        while parents[node] != node:
+            parents[node] = parents[parents[node]]
+            node = parents[node]
+        return node
+
+    def join(one: str, other: str) -> None:
+        low, high = sorted((root(one), root(other)))
+        parents[high] = low
+
+    names = []
+    for item in items:
+        names.append(item.name)
+        for label in item.labels:
+            join(f"item {item.name}", f"label {label}")
+    for one, other in pairs:
+        join(f"item {one}", f"item {other}")
+    # The family is named after its first item, not after a label, so that a rule which finds more labels renames little.
+    first: dict[str, str] = {}
+    for name in sorted(names):
+        first.setdefault(root(f"item {name}"), name)
+    return {name: first[root(f"item {name}")] for name in names}
+
+
+def split_items(
+    items: Sequence[ImageItem | TextItem],
+    family_of: Mapping[str, str],
+    *,
+    held_out: Mapping[str, int],
+    seed: int,
+) -> dict[str, str]:
+    """Item name → "train", "validation" or "test".
+
+    Families come in the order of a hash of their name and the seed. Each goes to test while test has fewer than
+    `held_out[source]` items of a source that the family has, else to validation by the same rule, else to train. Large
+    families, and those in which two items bear one English caption (so that a question would have two right answers),
+    are for training alone.
+    """
+    members: dict[str, list[ImageItem | TextItem]] = {}
+    for item in items:
+        members.setdefault(family_of[item.name], []).append(item)
+    counts = {"test": Counter[str](), "validation": Counter[str]()}
+    where: dict[str, str] = {}
+    for family in sorted(members, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest()):
+        group = members[family]
+        split = "train"
+        if len(group) <= LARGEST_HELD_OUT_FAMILY and not _ambiguous(group):
+            sources = Counter(item.source for item in group)
+            for candidate in ("test", "validation"):
+                if any(counts[candidate][source] < held_out.get(source, 0) for source in sources):
+                    split = candidate
+                    counts[candidate] += sources
+                    break
+        where.update({item.name: split for item in group})
+    return where
+
+
+def leaks(items: Sequence[ImageItem], where: Mapping[str, str]) -> dict[str, dict[str, int]]:
+    """How many held-out names also name something in training, in the same language, word for word.
+
+    Equal English names are impossible by construction; other languages have one word for two things now and then.
+    """
+    trained = {
+        (text.language, plain(text.text)) for item in items if where[item.name] == "train" for text in item.names
+    }
+    report = {}
+    for split in SPLITS[1:]:
+        held = [item for item in items if where[item.name] == split]
+        hits = [
+            (item.name, text.language)
+            for item in held
+            for text in item.names
+            if (text.language, plain(text.text)) in trained
+        ]
+        report[split] = {
+            "items": len({name for name, _ in hits}),
+            "of_items": len(held),
+            "texts": len(hits),
+            "of_texts": sum(len(item.names) for item in held),
+            "english_texts": sum(language == "en" for _, language in hits),
+        }
+    return report
+
+
+def _ambiguous(group: Sequence[ImageItem | TextItem]) -> bool:
+    captions = [plain(item.english) for item in group if isinstance(item, ImageItem) and item.english]
+    return len(set(captions)) < len(captions)

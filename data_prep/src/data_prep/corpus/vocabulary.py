@@ -1,0 +1,65 @@
+"""The sentencepiece model of the corpus, trained on its training texts alone."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable, Sequence
+
+from .items import CorpusError
+
+
+class Tokenizer:
+    """A trained sentencepiece model.
+
+    Attributes:
+        model: the bytes of `tokenizer.model`; sha256: their hash.
+    """
+
+    def __init__(self, model: bytes) -> None:
+        import sentencepiece
+
+        self.model = model
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+
+    def counts(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, its `<s>` and `</s>` included."""
+        return [len(ids) + 2 for ids in self._processor.encode(list(texts))]
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
+    """A unigram model of `vocab_size` pieces, the same bytes for the same texts in the same order.
+
+    Ids 0, 1 and 2 are `<unk>`, `<s>` and `</s>` and there is no padding piece, as in XLM-R's file, whose layout the text
+    tower's tokenizer expects. Nothing is drawn at random, and the number of threads is fixed because sums of floats
+    depend on it.
+
+    Raises:
+        CorpusError: the texts do not suffice for so many pieces, or their characters alone need more.
+    """
+    import sentencepiece
+
+    buffer = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=buffer,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            character_coverage=0.9995,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            shuffle_input_sentence=False,
+            input_sentence_size=0,
+            max_sentence_length=8192,
+            num_threads=2,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise CorpusError(
+            f"no tokenizer of {vocab_size} pieces from these texts ({error}); change --vocab-size"
+        ) from error
+    return Tokenizer(buffer.getvalue())

@@ -1,0 +1,122 @@
+"""From items to shards: which samples each item gives in which kind of data set."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..shards import DatasetWriter
+from .items import ImageItem, Text, TextItem
+from .negatives import hard_negatives
+from .split import SPLITS
+from .vocabulary import Tokenizer
+
+_SAMPLES_PER_SHARD = 500
+Sample = tuple[str, dict[str, bytes], list[Text]]  # key, members, texts
+
+
+def training_texts(images: Sequence[ImageItem], texts: Sequence[TextItem], where: Mapping[str, str]) -> list[str]:
+    """What the tokenizer learns from, each text once: all that training items say."""
+    found: dict[str, None] = {}
+    for image in images:
+        if where[image.name] == "train":
+            found.update(dict.fromkeys(text.text for text in (*image.names, *image.keywords, *image.long)))
+    for item in texts:
+        if where[item.name] == "train":
+            found.update(dict.fromkeys(text.text for text in (*item.query, *item.target)))
+    return list(found)
+
+
+def write_datasets(
+    root: Path,
+    images: Sequence[ImageItem],
+    texts: Sequence[TextItem],
+    *,
+    where: Mapping[str, str],
+    family_of: Mapping[str, str],
+    tokenizer: Tokenizer,
+) -> dict[str, dict[str, int]]:
+    """Write every data set below `root`; gives split → "kind/source" → samples."""
+    counts: dict[str, dict[str, int]] = {}
+    for split in SPLITS:
+        samples: dict[tuple[str, str], list[Sample]] = {}
+        own_images = _shuffled([item for item in images if where[item.name] == split])
+        own_texts = _shuffled([item for item in texts if where[item.name] == split])
+        for source in sorted({item.source for item in own_images}):
+            of_source = [item for item in own_images if item.source == source]
+            samples["image-short", source] = [
+                _image(item, item.source, (*item.names, *item.keywords)) for item in of_source
+            ]
+            samples["text-pairs", source] = [
+                _pair(item.name, source, (*item.names, *item.keywords), item.names) for item in of_source
+            ]
+            negatives = hard_negatives(of_source, family_of)
+            samples["text-triplets", source] = [
+                _triplet(item, negatives[item.name]) for item in of_source if item.name in negatives
+            ]
+        for source in sorted({item.long_source for item in own_images}):
+            samples["image-long", source] = [
+                _image(item, source, item.long) for item in own_images if item.long_source == source and item.long
+            ]
+        for source in sorted({item.source for item in own_texts}):
+            samples["text-pairs", source] = [
+                _pair(item.name, source, item.query, item.target) for item in own_texts if item.source == source
+            ]
+        counts[split] = {}
+        for (kind, source), found in sorted(samples.items()):
+            if found:
+                _write(root / split / kind / source, kind, source, found, tokenizer)
+                counts[split][f"{kind}/{source}"] = len(found)
+    return counts
+
+
+def _write(directory: Path, kind: str, source: str, samples: list[Sample], tokenizer: Tokenizer) -> None:
+    tokens = tokenizer.counts([text.text for _, _, texts in samples for text in texts])
+    place = 0
+    with DatasetWriter(
+        directory, kind=kind, source=source, samples_per_shard=_SAMPLES_PER_SHARD, tokenizer_sha256=tokenizer.sha256
+    ) as writer:
+        for key, members, texts in samples:
+            longest = max(tokens[place : place + len(texts)])
+            place += len(texts)
+            languages = sorted({text.language for text in texts})
+            writer.write(key, members, languages=languages, tokens=longest)
+
+
+def _image(item: ImageItem, source: str, captions: Iterable[Text]) -> Sample:
+    texts = list(captions)
+    fields = {"captions": _records(texts), "source": source, "item": item.name}
+    return item.name, {"png": item.png, "json": _json(fields)}, texts
+
+
+def _pair(name: str, source: str, query: Sequence[Text], target: Sequence[Text]) -> Sample:
+    fields = {"query": _records(query), "target": _records(target), "source": source, "item": name}
+    return name, {"json": _json(fields)}, [*query, *target]
+
+
+def _triplet(item: ImageItem, negatives: Sequence[ImageItem]) -> Sample:
+    query = (*item.names, *item.keywords)
+    fields = {
+        "query": _records(query),
+        "target": _records(item.names),
+        "negatives": [_records(other.names) for other in negatives],
+        "source": item.source,
+        "item": item.name,
+    }
+    return item.name, {"json": _json(fields)}, [*query, *(text for other in negatives for text in other.names)]
+
+
+def _records(texts: Iterable[Text]) -> list[dict[str, str]]:
+    return [text.record() for text in texts]
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _shuffled(items: list[Any]) -> list[Any]:
+    """In an order without meaning, so that a reader that goes from front to back sees no subject in a row."""
+    return sorted(items, key=lambda item: hashlib.sha256(item.name.encode()).digest())

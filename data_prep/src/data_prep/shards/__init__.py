@@ -1,0 +1,17 @@
+"""The shard format that `data_prep` writes and `stage_trainer` reads: plain webdataset tars with an index beside each.
+
+A *data set* is one directory::
+
+    manifest.json        what it holds: schema, kind, source, shards with their counts, sizes and checksums
+    00000.tar            a standard webdataset tar: KEY.json, KEY.png, …; readable by anyone's loader
+    00000.index.jsonl    one line a sample, in tar order: key, member offsets and sizes, languages, tokens, hash
+
+The index makes every sample addressable by number, so a sampler can be arithmetic and a resume exact. This package
+needs the standard library alone.
+"""
+
+from .dataset import Dataset, Row
+from .format import KINDS, SCHEMA, ShardError
+from .writer import DatasetWriter
+
+__all__ = ["KINDS", "SCHEMA", "Dataset", "DatasetWriter", "Row", "ShardError"]

@@ -1,0 +1,53 @@
+"""Names, kinds and rules of schema "trilith-shards/1", shared by the writer and the reader."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+SCHEMA = "trilith-shards/1"
+KINDS = ("text-pairs", "text-triplets", "image-short", "image-long")
+MANIFEST = "manifest.json"
+IMAGE_EXTENSIONS = ("png", "jpg", "webp")
+
+# webdataset splits a member's name at its first dot; a plain tar header holds names of 100 bytes at most.
+_KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")
+
+
+class ShardError(ValueError):
+    """A data set that is missing, half written, damaged or of another schema; the message names the file."""
+
+
+def shard_name(number: int) -> str:
+    """File name of the tar of shard `number`, counted from 0."""
+    return f"{number:05d}.tar"
+
+
+def index_name(tar_name: str) -> str:
+    """File name of the sidecar that belongs to the tar `tar_name`."""
+    return tar_name.removesuffix(".tar") + ".index.jsonl"
+
+
+def check_kind(kind: str) -> str:
+    """`kind` itself, or ShardError if there is no such kind of data set."""
+    if kind not in KINDS:
+        raise ShardError(f"unknown kind of data set {kind!r}; there are {', '.join(KINDS)}")
+    return kind
+
+
+def check_sample(kind: str, key: str, extensions: Iterable[str]) -> None:
+    """ShardError if a sample of this kind cannot have such a key or such members."""
+    found = sorted(extensions)
+    if not _KEY.fullmatch(key):
+        raise ShardError(
+            f"sample key {key!r}: expected 1 to 90 letters, digits, '-' or '_' (webdataset splits at dots)"
+        )
+    if kind.startswith("text"):
+        if found != ["json"]:
+            raise ShardError(f"sample {key!r} of {kind} has the members {found}; expected json alone")
+        return
+    images = [extension for extension in found if extension in IMAGE_EXTENSIONS]
+    captions = [extension for extension in found if extension in ("json", "txt")]
+    if len(images) != 1 or not captions or len(images) + len(captions) != len(found):
+        expected = f"one of {', '.join(IMAGE_EXTENSIONS)} and json or txt"
+        raise ShardError(f"sample {key!r} of {kind} has the members {found}; expected {expected}")

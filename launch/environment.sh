@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Makes .venv at the root of the checkout (all five packages and the test tools, versions from constraints.txt) when it
+# is missing or out of date: bash launch/environment.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+stamp=.venv/trilith-$(cat launch/constraints.txt pyproject.toml packages/*/pyproject.toml data_prep/pyproject.toml | cksum | cut -d' ' -f1)
+[ ! -e "$stamp" ] || exit 0
+
+for candidate in python3.13 python3.12 python3.11 python3 python; do
+  if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$candidate; break; fi
+done
+if [ -z "${python:-}" ]; then
+  echo "Python 3.11 or newer is needed and none was found on PATH; install one (https://www.python.org) and start again" >&2
+  exit 2
+fi
+echo "making .venv with $("$python" --version) (PyTorch alone is some gigabytes; this happens once)"
+if [ ! -x .venv/bin/python ] && ! "$python" -m venv .venv; then
+  echo "could not make a virtual environment; on Debian or Ubuntu: apt-get install python3-venv" >&2
+  exit 2
+fi
+.venv/bin/python -m pip install --quiet uv
+.venv/bin/uv pip install --quiet --python .venv/bin/python --constraint launch/constraints.txt --group dev \
+  -e packages/contrastive-losses -e packages/text-tower -e packages/vision-tower -e 'data_prep[corpus]' -e packages/stage-trainer
+rm -f .venv/trilith-*
+touch "$stamp"

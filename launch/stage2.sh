@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+""":"
+# Trains stage 2; bash and `deepspeed` (which runs this file as Python) both take it:
+#   bash launch/stage2.sh [--recipe FILE] [key=value …]
+#   deepspeed --num_gpus 8 launch/stage2.sh [--recipe FILE] [key=value …]
+here=$(cd "$(dirname "$0")" && pwd)
+PATH="$here/../.venv/bin:$PATH" exec deepspeed ${DEEPSPEED_OPTIONS:-} "$0" "$@"
+":"""
+from stage_trainer.cli import launch
+
+launch(stage=2)

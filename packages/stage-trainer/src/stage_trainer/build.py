@@ -1,0 +1,94 @@
+"""A recipe's model: the towers from their configurations, with weights to start from where the recipe names them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from text_tower import TextTower, TextTowerConfig, Tokenizer
+from vision_tower import VisionTower, VisionTowerConfig
+
+from stage_trainer.errors import UserError
+from stage_trainer.model import DualEncoder
+from stage_trainer.recipe import Recipe, build_config
+
+
+def tower_configs(recipe: Recipe, number: int) -> tuple[TextTowerConfig, VisionTowerConfig]:
+    """The towers' configurations at the start of a stage."""
+    text = build_config(TextTowerConfig, recipe.model.text, "model.text")
+    resolution = recipe.stage(number).resolution[0][1]
+    vision = build_config(VisionTowerConfig, {**recipe.model.vision, "resolution": resolution}, "model.vision")
+    return text, vision
+
+
+def build_model(recipe: Recipe, number: int, tokenizer: Tokenizer | None = None) -> DualEncoder:
+    """A new model for the first stage that trains.
+
+    Raises:
+        UserError: a configuration that does not hold, a tokenizer of another vocabulary, weights that do not fit.
+    """
+    text_config, vision_config = tower_configs(recipe, number)
+    text = _pretrained_text(recipe.model.text_weights, text_config) if recipe.model.text_weights else TextTower(text_config)
+    if recipe.model.vision_weights:
+        vision = _pretrained_vision(recipe.model.vision_weights, vision_config)
+    else:
+        vision = VisionTower(vision_config)
+    for name, tower, config in (("text", text, text_config), ("vision", vision, vision_config)):
+        _same_shape(name, dataclasses.asdict(tower.config), dataclasses.asdict(config))
+    if tokenizer is not None:
+        if tokenizer.vocab_size != text.config.vocab_size:
+            raise UserError(
+                f"the tokenizer {recipe.model.tokenizer} has {tokenizer.vocab_size} tokens and model.text.vocab_size is "
+                f"{text.config.vocab_size}; set model.text.vocab_size={tokenizer.vocab_size}"
+            )
+        text.tokenizer = tokenizer
+    return DualEncoder(
+        text, vision, temperature=recipe.model.temperature, matryoshka_dims=recipe.stage(number).loss.dims
+    )
+
+
+def empty_model(recipe: Recipe, number: int) -> DualEncoder:
+    """The model of a stage at its last resolution, on the meta device: every shape and no memory."""
+    text_config, vision_config = tower_configs(recipe, number)
+    with torch.device("meta"):
+        model = DualEncoder(TextTower(text_config), VisionTower(vision_config))
+        model.vision.set_resolution(recipe.stage(number).resolution[-1][1])
+    return model
+
+
+def load_tokenizer(recipe: Recipe) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(recipe.model.tokenizer)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"no tokenizer at {recipe.model.tokenizer} (model.tokenizer); for the laptop corpus run `data-prep corpus {recipe.corpus}`"
+        ) from error
+
+
+def _pretrained_text(weights: str, config: TextTowerConfig) -> TextTower:
+    """From a directory, or a repository of the Hugging Face hub; adapters that the weights lack are made new."""
+    path = weights
+    if not Path(weights).is_dir():
+        from huggingface_hub import snapshot_download
+
+        path = snapshot_download(weights)
+    options = {"dropout": config.dropout, "checkpointing": config.checkpointing}
+    if config.adapters:
+        options |= {"adapters": config.adapters, "lora_rank": config.lora_rank, "lora_alpha": config.lora_alpha}
+    return TextTower.from_pretrained(path, **options)
+
+
+def _pretrained_vision(weights: str, config: VisionTowerConfig) -> VisionTower:
+    """From a directory, or timm's weights of that name (`timm/eva02_…`)."""
+    if Path(weights).is_dir():
+        return VisionTower.from_pretrained(weights, checkpointing=config.checkpointing)
+    return VisionTower.from_timm(weights.removeprefix("timm/"), pretrained=True)
+
+
+def _same_shape(name: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Weights must be of the recipe's shape; what has no bearing on shapes may differ."""
+    for key in ("width", "layers", "heads", "patch", "vocab_size", "mlp_width"):
+        if key in wanted and found[key] != wanted[key]:
+            raise UserError(f"model.{name}.{key} is {wanted[key]}, but model.{name}_weights holds {found[key]}; make them agree")

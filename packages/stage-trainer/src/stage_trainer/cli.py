@@ -1,0 +1,171 @@
+"""The `stage-trainer` command. Heavy imports happen inside the subcommands, so that --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+DEFAULT_RECIPE = "launch/recipes/laptop.yaml"
+
+EPILOG = """examples:
+  stage-trainer train --recipe launch/recipes/laptop.yaml --stage 1
+  stage-trainer train --recipe launch/recipes/laptop.yaml --stage 1 steps=20 precision=fp32
+  stage-trainer train --recipe launch/recipes/jina-clip-v2.yaml --stage 3 --dry-run
+  deepspeed --num_gpus 8 launch/stage1.sh --recipe launch/recipes/jina-clip-v2.yaml
+  stage-trainer export runs/laptop/stage3 my-model
+  stage-trainer evaluate my-model runs/corpus
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a subcommand; what a person can mend is one message and exit code 2."""
+    top = parser()
+    arguments, rest = top.parse_known_args(argv)
+    # argparse takes key=value only in one row; people also write them between options.
+    if rest and "settings" in arguments and all("=" in r and not r.startswith("-") for r in rest):
+        arguments.settings += rest
+    elif rest:
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    from stage_trainer.errors import UserError
+
+    try:
+        arguments.run(arguments)
+    except (UserError, FileNotFoundError) as error:
+        print(f"stage-trainer: {error}", file=sys.stderr, flush=True)
+        return 2
+    except ValueError as error:
+        # The towers', losses' and data's own errors name what is wrong; only ours are shown bare.
+        if type(error).__module__.partition(".")[0] in ("data_prep", "text_tower", "vision_tower", "contrastive_losses"):
+            print(f"stage-trainer: {error}", file=sys.stderr, flush=True)
+            return 2
+        raise
+    except KeyboardInterrupt:
+        print("stage-trainer: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="stage-trainer",
+        description="Trains a text and an image encoder into one space, stage by stage.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    p = commands.add_parser("train", help="train a stage, or go on with it where it stopped")
+    p.add_argument("--recipe", default=DEFAULT_RECIPE, help="a YAML file (default: %(default)s)")
+    p.add_argument("--stage", type=int, required=True, help="the stage's number, from 1")
+    p.add_argument("--dry-run", action="store_true", help="print parameters and settings; train nothing")
+    p.add_argument("--start-over", action="store_true", help="move what this stage has aside and start it anew")
+    p.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    p.add_argument("settings", nargs="*", metavar="key=value", help="overrides, such as steps=20 or optimizer.name=adamw")
+    p.set_defaults(run=_train)
+
+    p = commands.add_parser("export", help="take the model out of a checkpoint or a finished stage")
+    p.add_argument("checkpoint", type=Path, help="a checkpoint, or a stage's folder (its newest checkpoint)")
+    p.add_argument("out", type=Path, help="the directory to write; it must not exist")
+    p.set_defaults(run=_export)
+
+    p = commands.add_parser("evaluate", help="recall@5 of an exported model on held-out pools")
+    p.add_argument("model", type=Path, help="an exported model, a checkpoint, or a stage's folder")
+    p.add_argument("data", type=Path, help="a corpus (its test split is used), or a folder of data sets")
+    p.add_argument("--json", type=Path, help="also write every figure, by language, to this file")
+    p.add_argument("--by-language", action="store_true", help="also print text→image for each language")
+    p.set_defaults(run=_evaluate)
+
+    p = commands.add_parser("report", help="gather a run's evaluations into report.json and print one table")
+    p.add_argument("--recipe", default=DEFAULT_RECIPE, help="a YAML file (default: %(default)s)")
+    p.add_argument("settings", nargs="*", metavar="key=value", help="overrides, as for train")
+    p.set_defaults(run=_report)
+
+    p = commands.add_parser("search", help="draw a picture: what a model finds for some queries")
+    p.add_argument("model", type=Path, help="an exported model, a checkpoint, or a stage's folder")
+    p.add_argument("data", type=Path, help="a corpus (its test split is used), or a folder of data sets")
+    p.add_argument("--out", type=Path, default=Path("search.png"), help="the picture (default: %(default)s)")
+    p.add_argument("queries", nargs="*", help="texts; without any, a few of the pools' own in several languages")
+    p.set_defaults(run=_search)
+    return top
+
+
+def launch(stage: int) -> None:
+    """What launch/stageN.sh runs: `train --stage N` with RECIPE from the environment, unless --recipe is given."""
+    import os
+
+    arguments = ["train", "--stage", str(stage)]
+    if recipe := os.environ.get("RECIPE"):
+        arguments += ["--recipe", recipe]
+    sys.exit(main([*arguments, *sys.argv[1:]]))
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from stage_trainer.recipe import load
+
+    loaded = load(arguments.recipe, arguments.settings, arguments.stage)
+    loaded.recipe.stage(arguments.stage)
+    if arguments.dry_run:
+        from stage_trainer.dry_run import dry_run
+
+        print(dry_run(loaded, arguments.stage))
+        return
+    from stage_trainer.train import train
+
+    train(loaded.recipe, arguments.stage, start_over=arguments.start_over)
+
+
+def _model_directory(path: Path) -> Path:
+    """An exported model itself, a checkpoint's model, or that of a stage's newest checkpoint."""
+    from stage_trainer.checkpoint import all_saved
+    from stage_trainer.errors import UserError
+
+    if (path / "config.json").exists():
+        return path
+    if (path / "model" / "config.json").exists():
+        return path / "model"
+    if saved := all_saved(path):
+        return saved[-1].model
+    raise UserError(f"{path} holds no model; expected an exported model, a checkpoint, or a stage's folder with checkpoints")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from stage_trainer.model import DualEncoder
+
+    DualEncoder.from_pretrained(_model_directory(arguments.checkpoint)).save_pretrained(arguments.out)
+    print(f"wrote {arguments.out}; load it with stage_trainer.DualEncoder.from_pretrained({str(arguments.out)!r})")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    import json
+
+    from stage_trainer.report import evaluate, languages_table, table
+    from stage_trainer.retrieval import DIRECTIONS
+
+    pools = evaluate(_model_directory(arguments.model), arguments.data)
+    print(table(pools))
+    if arguments.by_language:
+        print("\n" + languages_table(pools, DIRECTIONS[0]))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(pools, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from stage_trainer.recipe import load
+    from stage_trainer.report import write_report
+
+    recipe = load(arguments.recipe, arguments.settings).recipe
+    path, text = write_report(recipe.output, recipe.name, recipe.seed)
+    print(f"{text}\n\nevery figure, by language: {path}")
+
+
+def _search(arguments: argparse.Namespace) -> None:
+    from stage_trainer.picture import draw_search
+
+    draw_search(_model_directory(arguments.model), arguments.data, arguments.queries, arguments.out)
+    print(f"wrote {arguments.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

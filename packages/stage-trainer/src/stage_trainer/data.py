@@ -1,0 +1,180 @@
+"""From a global batch's draws to one rank's tensors: read, decode, augment, choose texts, tokenise, pack."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from data_prep.shards import Dataset, ShardError
+from text_tower import PackedTokens, Tokenizer
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+from vision_tower import augment, load_image
+
+from stage_trainer.errors import UserError
+from stage_trainer.keyed import key
+from stage_trainer.objective import Batch
+from stage_trainer.recipe import Recipe, Source, Stage
+from stage_trainer.sampler import Draw, SourceOrder, TaskSampler, slice_of
+
+IMAGE_TYPES = ("png", "jpg", "jpeg", "webp")
+
+
+class StageBatches(TorchDataset):
+    """The batches of a stage for one rank; item n is (Batch, what was drawn: a Counter of source/language).
+
+    Every item is a function of (recipe, n, rank, world) alone, so any worker may make it, at any time, again.
+
+    Raises:
+        UserError: a data set that is missing or damaged, of a wrong kind, or smaller than one batch.
+    """
+
+    def __init__(self, recipe: Recipe, stage: Stage, number: int, tokenizer: Tokenizer, rank: int, world: int):
+        self.stage, self.seed, self.rank, self.world = stage, key(recipe.seed, number), rank, world
+        self.tokenizer = tokenizer
+        corpus = Path(recipe.corpus) / "train"
+        self.image_sources = [_open(corpus, s, stage.batch.image_text, ("image-",)) for s in stage.data.image_text]
+        self.text_sources = [_open(corpus, s, stage.batch.text, ("text-",)) for s in stage.data.text]
+        if len({source.kind for source in self.text_sources}) > 1:
+            raise UserError("data.text mixes pairs and triplets; a stage takes one kind, because their losses differ")
+        self.image_sampler = self._sampler(stage.data.image_text, self.image_sources, stage.batch.image_text, False)
+        self.text_sampler = self._sampler(stage.data.text, self.text_sources, stage.batch.text, True)
+
+    def _sampler(self, sources: tuple[Source, ...], sets: list[Dataset], batch: int, one: bool) -> TaskSampler | None:
+        if not batch:
+            return None
+        orders = [SourceOrder(s.shard_sizes, key(self.seed, s.source, s.kind)) for s in sets]
+        return TaskSampler(orders, [s.rate for s in sources], batch, one_source=one)
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """What data this is: {directory of a data set: hash of its manifest}."""
+        return {f"{d.kind}/{d.source}": d.fingerprint for d in [*self.image_sources, *self.text_sources]}
+
+    def __len__(self) -> int:
+        return self.stage.steps
+
+    def tasks_at(self, step: int) -> tuple[str, ...]:
+        """The tasks that take part in a step."""
+        takes = {"image_text": self.image_sampler, "text": self.text_sampler}
+        return tuple(t for t, s in takes.items() if s is not None and step >= getattr(self.stage.task_start, t))
+
+    def __getitem__(self, step: int) -> tuple[Batch, Counter[str]]:
+        seen: Counter[str] = Counter()
+        tasks = self.tasks_at(step)
+        images, captions, image_seeds, image_ids = [], [], [], []
+        if "image_text" in tasks:
+            assert self.image_sampler is not None
+            start = self.stage.task_start.image_text
+            for draw in slice_of(self.image_sampler.batch_at(step - start), self.rank, self.world):
+                data = self.image_sources[draw.source]
+                members, content = _content(data, draw)
+                seed = self._seed(data, draw)
+                images.append(self._image(data, members, seed, step))
+                captions.append(self._choose(content["captions"], seed, data, seen)["text"])
+                image_seeds.append(seed)
+                image_ids.append(key(content["item"]))
+        queries, targets, negatives, text_seeds, text_ids = [], [], [], [], []
+        if "text" in tasks:
+            assert self.text_sampler is not None
+            start = self.stage.task_start.text
+            for draw in slice_of(self.text_sampler.batch_at(step - start), self.rank, self.world):
+                data = self.text_sources[draw.source]
+                _, content = _content(data, draw)
+                seed = self._seed(data, draw)
+                query = self._choose(content["query"], seed, data, seen)
+                others = [t for t in content["target"] if t["text"] != query["text"]] or content["target"]
+                queries.append(query["text"])
+                targets.append(self._choose(others, key(seed, "target"), data, seen)["text"])
+                for i, alternatives in enumerate(content.get("negatives", [])):
+                    negatives.append(self._choose(alternatives, key(seed, "negative", i), data, seen)["text"])
+                text_seeds.append(seed)
+                text_ids.append(key(content["item"]))
+        return self._pack(images, captions, image_seeds, image_ids, queries, targets, negatives, text_seeds, text_ids), seen
+
+    def _seed(self, data: Dataset, draw: Draw) -> int:
+        return key(self.seed, data.kind, data.source, draw.epoch, draw.index)
+
+    def _image(self, data: Dataset, members: dict[str, bytes], seed: int, step: int) -> torch.Tensor:
+        kind = next((k for k in IMAGE_TYPES if k in members), None)
+        if kind is None:
+            raise ShardError(f"{data.directory}: a sample has members {sorted(members)} and no image among {IMAGE_TYPES}")
+        a = self.stage.augmentation
+        image = torch.from_numpy(np.asarray(load_image(members[kind])).copy()).permute(2, 0, 1)
+        size = self.stage.resolution_at(step)
+        return augment(image, seed, size, scale=a.scale, ratio=a.ratio, flip=a.flip, color=a.color)
+
+    @staticmethod
+    def _choose(alternatives: list[dict[str, Any]], seed: int, data: Dataset, seen: Counter[str]) -> dict[str, Any]:
+        text = alternatives[key(seed, "text") % len(alternatives)]
+        seen[f"{data.kind}/{data.source}/{text['language']}"] += 1
+        return text
+
+    def _pack(self, images, captions, image_seeds, image_ids, queries, targets, negatives, text_seeds, text_ids) -> Batch:
+        texts = self.tokenizer([*captions, *queries, *targets, *negatives], max_length=self.stage.max_tokens)
+        per_negative = [s for s in text_seeds for _ in range(len(negatives) // max(1, len(queries)))]
+        sections = {"caption": image_seeds, "query": text_seeds, "target": text_seeds, "negative": per_negative}
+        seeds = [key(seed, name, i) for name, part in sections.items() for i, seed in enumerate_within(part)]
+        return Batch(
+            images=torch.stack(images) if images else None,
+            image_seeds=torch.tensor(image_seeds, dtype=torch.int64),
+            image_ids=torch.tensor(image_ids, dtype=torch.int64),
+            texts=PackedTokens.from_lists(texts) if texts else None,
+            text_seeds=torch.tensor(seeds, dtype=torch.int64),
+            pairs=len(queries),
+            negatives=len(negatives) // max(1, len(queries)),
+            text_ids=torch.tensor(text_ids, dtype=torch.int64),
+        )
+
+
+def enumerate_within(seeds: list[int]) -> Iterator[tuple[int, int]]:
+    """(how many equal seeds came directly before, seed): numbers a sample's own negatives, whatever stands before it."""
+    run, previous = 0, None
+    for seed in seeds:
+        run = run + 1 if seed == previous else 0
+        previous = seed
+        yield run, seed
+
+
+def batches(data: StageBatches, start: int, stop: int, workers: int) -> Iterator[tuple[Batch, Counter[str]]]:
+    """Batches `start` to `stop` - 1, made ahead by worker processes if there are any."""
+    loader = DataLoader(
+        data,
+        batch_size=None,
+        sampler=range(start, stop),
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=4 if workers else None,
+    )
+    return iter(loader)
+
+
+def _content(data: Dataset, draw: Draw) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """A sample's members and its texts; a lone .txt is a caption of unknown language."""
+    members = data.read(draw.index)
+    if "json" in members:
+        try:
+            return members, json.loads(members["json"])
+        except ValueError as error:
+            raise ShardError(f"{data.directory}: sample {data.row(draw.index).key}: its .json is not JSON ({error})") from error
+    caption = {"text": members["txt"].decode("utf-8", errors="replace"), "language": "und", "origin": "human"}
+    return members, {"captions": [caption], "item": f"{data.source}/{data.row(draw.index).key}"}
+
+
+def _open(corpus: Path, source: Source, batch: int, kinds: tuple[str, ...]) -> Dataset:
+    try:
+        data = Dataset.open(corpus / source.path)
+    except (ShardError, FileNotFoundError) as error:
+        raise UserError(str(error)) from error
+    if not data.kind.startswith(kinds):
+        raise UserError(f"{data.directory} holds {data.kind}, which cannot serve here; expected {kinds[0]}…")
+    if len(data) < batch:
+        raise UserError(
+            f"{data.directory} has {len(data)} samples, too few for one batch of {batch}; lower the batch size or add data"
+        )
+    return data

@@ -1,0 +1,163 @@
+"""DeepSpeed around the objective, and the optimizer's state by parameter name, whatever the ZeRO stage.
+
+State by name is what lets a run go on with another world size, another ZeRO stage or another resolution.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stage_trainer.errors import UserError
+from stage_trainer.objective import MultiTask
+from stage_trainer.optim import build_optimizer, named_states, parameter_groups
+from stage_trainer.recipe import Recipe, Stage
+
+
+def initialize_distributed() -> tuple[int, int, torch.device]:
+    """(rank, world size, device); a single process needs no launcher. NCCL on GPUs, gloo elsewhere."""
+    import deepspeed
+
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    # Compiling DeepSpeed's shared-memory op takes a minute and a compiler; gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
+
+
+class Engine:
+    """A stage's objective and optimizer under DeepSpeed.
+
+    Args:
+        objective: with its weights loaded.
+        recipe, stage: precision and optimizer; rates, freezing and DeepSpeed's own options.
+    """
+
+    def __init__(self, objective: MultiTask, recipe: Recipe, stage: Stage):
+        import deepspeed
+
+        model = objective.model
+        model.text.set_trainable(stage.trainable.text)
+        model.vision.set_trainable(stage.trainable.image)
+        model.text_logit_scale.requires_grad_(bool(stage.batch.text))
+        model.logit_scale.requires_grad_(bool(stage.batch.image_text))
+        self.optimizer = build_optimizer(parameter_groups(model, stage, recipe.optimizer), recipe.optimizer)
+        self.names = {id(p): n for g in self.optimizer.param_groups for n, p in zip(g["names"], g["params"], strict=True)}
+        self.parameters = {n: p for g in self.optimizer.param_groups for n, p in zip(g["names"], g["params"], strict=True)}
+        self.config = deepspeed_config(recipe, stage)
+        self.engine, *_ = deepspeed.initialize(model=objective, optimizer=self.optimizer, config=self.config)
+        self.objective = objective
+        self.zero = self.engine.zero_optimization_stage()
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
+
+    def step(self) -> None:
+        self.engine.step()
+        self.objective.clamp_()
+
+    def gradient_norms(self) -> dict[str, float]:
+        """L2 norms before clipping, by tower where whole gradients are at hand; to be read between backward and step."""
+        if self.zero:
+            return {}
+        groups: dict[str, list[Tensor]] = {}
+        for group in self.optimizer.param_groups:
+            groups.setdefault(group["tower"], []).extend(p.grad for p in group["params"] if p.grad is not None)
+        return {tower: float(nn.utils.get_total_norm(grads)) for tower, grads in groups.items() if grads}
+
+    def global_gradient_norm(self) -> float | None:
+        """The norm over everything that ZeRO computed for clipping; to be read after the step."""
+        norm = self.engine.get_global_grad_norm() if self.zero else None
+        return None if norm is None else float(norm)
+
+    def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
+        """("parameter name|key", full tensor) of every optimizer state; every rank takes part, in the same order."""
+        if not self.zero:
+            for name, _, state in named_states(self.optimizer):
+                for key, value in state.items():
+                    yield f"{name}|{key}", value if torch.is_tensor(value) else torch.tensor(float(value))
+            return
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        for name, parameter in self.parameters.items():
+            for key in ("exp_avg", "exp_avg_sq"):
+                yield f"{name}|{key}", safe_get_full_optimizer_state(parameter, key)
+            yield f"{name}|step", torch.tensor(self._adam_step())
+
+    def load_optimizer_state(self, saved: dict[str, Tensor]) -> None:
+        """Puts back what `optimizer_state` gave, for every parameter that `saved` knows."""
+        if not self.zero:
+            for name, parameter, state in named_states(self.optimizer):
+                for full, value in saved.items():
+                    owner, _, key = full.rpartition("|")
+                    if owner == name:
+                        state[key] = value.to(parameter.device).clone()
+            return
+        self._create_partitioned_state(max((float(v) for k, v in saved.items() if k.endswith("|step")), default=0.0))
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        for name, parameter in self.parameters.items():
+            for key in ("exp_avg", "exp_avg_sq"):
+                if f"{name}|{key}" in saved:
+                    safe_set_full_optimizer_state(parameter, saved[f"{name}|{key}"].to(self.engine.device), key)
+
+    def _adam_step(self) -> float:
+        states = self.engine.optimizer.optimizer.state.values()
+        return max((float(s["step"]) for s in states if "step" in s), default=0.0)
+
+    def _create_partitioned_state(self, step: float) -> None:
+        """AdamW makes its state at the first step; loading needs it before."""
+        zero = self.engine.optimizer
+        partitions = zero.single_partition_of_fp32_groups if self.zero < 3 else zero.fp32_partitioned_groups_flat
+        for partition in partitions:
+            zero.optimizer.state[partition] = {
+                "step": torch.tensor(step),
+                "exp_avg": torch.zeros_like(partition),
+                "exp_avg_sq": torch.zeros_like(partition),
+            }
+        if self.zero < 3:
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def whole_model(self) -> Any:
+        """A context in which every parameter is whole on every rank (ZeRO 3 cuts them up otherwise)."""
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(self.objective.parameters()), enabled=self.zero == 3)
+
+
+def deepspeed_config(recipe: Recipe, stage: Stage) -> dict[str, Any]:
+    """DeepSpeed's configuration: the recipe's own options over what this trainer needs.
+
+    Raises:
+        UserError: an option that the recipe must leave to the trainer.
+    """
+    own = {
+        # Batches are made by the sampler; DeepSpeed only wants these numbers to agree with one another.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # DeepSpeed's default clips at 1.0 unasked.
+        "gradient_clipping": recipe.optimizer.gradient_clipping,
+    }
+    taken = sorted(set(own) & set(stage.deepspeed))
+    if taken:
+        raise UserError(f"deepspeed.{taken[0]} is set by the trainer; use `batch` and `optimizer.gradient_clipping` instead")
+    return {**own, "steps_per_print": 10**9, "zero_allow_untested_optimizer": True, **stage.deepspeed}
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

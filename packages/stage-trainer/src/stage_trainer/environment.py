@@ -1,0 +1,50 @@
+"""What surrounds a run: threads, noise, memory and versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import platform
+import resource
+import sys
+import warnings
+
+import torch
+
+
+def quiet() -> None:
+    """Keeps the libraries' start-up chatter off the screen; warnings and errors still show."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("DeepSpeed", "deepspeed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def set_threads(local_ranks: int) -> None:
+    """Shares the machine's cores between its ranks, unless OMP_NUM_THREADS says otherwise."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        ranks = int(os.environ.get("LOCAL_SIZE", local_ranks))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks if hasattr(os, "sched_getaffinity") else 1))
+
+
+def peak_memory() -> int:
+    """Bytes that this rank's process, and its GPU if it has one, have held at most, summed over ranks."""
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    mine = kib if sys.platform == "darwin" else kib * 1024
+    total = torch.tensor([float(mine)], device="cuda" if torch.cuda.is_available() else "cpu")
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.all_reduce(total)
+    return int(total)
+
+
+def versions() -> dict[str, str]:
+    """Of Python, the machine and the libraries that bear on the numbers."""
+    names = ("torch", "deepspeed", "timm", "transformers", "sentencepiece", "trilith-stage-trainer")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}", **found}

@@ -1,0 +1,51 @@
+"""Directories that exist whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from stage_trainer.errors import UserError
+
+
+@contextlib.contextmanager
+def whole_directory(target: str | Path) -> Iterator[Path]:
+    """Yields an empty temporary directory beside `target`; renames it to `target` once the body has ended well.
+
+    What the body wrote is flushed to disk before the rename, so that a power cut leaves the whole directory or none.
+
+    Raises:
+        UserError: `target` exists, or the disk took no more (nothing is left behind, nothing else was touched).
+    """
+    target = Path(target)
+    if target.exists():
+        raise UserError(f"{target} exists already; name another place or move it away")
+    temporary = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            _fsync(path)
+        temporary.rename(target)
+        _fsync(target.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"could not write {target}: {reason}; free some space or name another place") from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,111 @@
+"""The model that comes out: two towers, one space, a temperature for each task."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from stage_trainer.errors import UserError
+from stage_trainer.files import whole_directory
+
+if TYPE_CHECKING:
+    from text_tower import TextTower
+    from vision_tower import VisionTower
+
+FORMAT = "trilith-dual-encoder/1"
+
+
+class DualEncoder(nn.Module):
+    """A text tower and a vision tower of the same width.
+
+    Args:
+        text: encodes text, `[N, D]`.
+        vision: encodes images, `[N, D]`.
+        temperature: where both temperatures start (paper: learnable, one for each task).
+        matryoshka_dims: the prefixes that were trained to stand alone; None if none were.
+
+    Attributes:
+        logit_scale: ln(1 / temperature) of the image-text task, shape [1], float32; the published `logit_scale`.
+        text_logit_scale: the same of the text task.
+    """
+
+    def __init__(
+        self,
+        text: TextTower,
+        vision: VisionTower,
+        *,
+        temperature: float = 0.07,
+        matryoshka_dims: Sequence[int] | None = None,
+    ):
+        super().__init__()
+        if text.config.width != vision.config.width:
+            raise UserError(
+                f"the text tower is {text.config.width} wide and the vision tower {vision.config.width}; "
+                "they share one space without a projection, so their widths should be equal"
+            )
+        self.text, self.vision = text, vision
+        self.matryoshka_dims = tuple(matryoshka_dims) if matryoshka_dims else None
+        self.logit_scale = nn.Parameter(torch.full((1,), -math.log(temperature)))
+        self.text_logit_scale = nn.Parameter(torch.full((1,), -math.log(temperature)))
+
+    def encode_text(self, texts: Sequence[str], **options: Any) -> np.ndarray:
+        """Embeds texts: `[N, D]` float32. Options are those of `TextTower.encode` (`task`, `truncate_dim`, …)."""
+        return self.text.encode(texts, **options)
+
+    def encode_image(self, images: Sequence[Any], **options: Any) -> np.ndarray:
+        """Embeds images (paths, PIL images, arrays): `[N, D]` float32. Options are those of `VisionTower.encode`."""
+        return self.vision.encode(images, **options)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Writes `config.json`, `text/` and `vision/`, each tower in its own loadable form; whole or not at all.
+
+        Raises:
+            UserError: `path` exists, or the disk is full.
+        """
+        with whole_directory(path) as directory:
+            config = {
+                "format": FORMAT,
+                "logit_scale": float(self.logit_scale.detach()),
+                "text_logit_scale": float(self.text_logit_scale.detach()),
+                "matryoshka_dimensions": self.matryoshka_dims,
+            }
+            self.text.save_pretrained(directory / "text")
+            self.vision.save_pretrained(directory / "vision")
+            (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> DualEncoder:
+        """Reads what `save_pretrained` wrote.
+
+        Raises:
+            UserError: no such directory, or not one of this format.
+        """
+        from text_tower import TextTower
+        from vision_tower import VisionTower
+
+        path = Path(path)
+        try:
+            config = json.loads((path / "config.json").read_text())
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise UserError(
+                f"{path} holds no model: there is no config.json; expected a directory written by "
+                "`stage-trainer export` or the model/ folder of a checkpoint"
+            ) from error
+        if config.get("format") != FORMAT:
+            raise UserError(f"{path / 'config.json'} has format {config.get('format')!r}; expected {FORMAT!r}")
+        model = cls(
+            TextTower.from_pretrained(path / "text"),
+            VisionTower.from_pretrained(path / "vision"),
+            matryoshka_dims=config["matryoshka_dimensions"],
+        )
+        with torch.no_grad():
+            model.logit_scale.fill_(config["logit_scale"])
+            model.text_logit_scale.fill_(config["text_logit_scale"])
+        return model

@@ -1,0 +1,100 @@
+"""Tables and report.json: every figure of a run, beside what a blind guess would reach."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stage_trainer.environment import versions
+from stage_trainer.errors import UserError
+from stage_trainer.retrieval import DIRECTIONS, Pool, embed, pools_of, score
+from stage_trainer.model import DualEncoder
+
+
+def evaluate(model_directory: str | Path, data: str | Path) -> dict[str, Any]:
+    """pool → {"images", "texts", "recall_at_5": direction → dim → language → value, "chance": direction → language → value}."""
+    model = DualEncoder.from_pretrained(model_directory)
+    width = model.text.config.width
+    dims = sorted({*(model.matryoshka_dims or ()), width}, reverse=True)
+    found: dict[str, Any] = {}
+    for directory in pools_of(data):
+        pool = Pool.open(directory)
+        recalls, chances = score(pool, embed(model, pool), dims)
+        found[pool.name] = {
+            "images": len(pool.images),
+            "texts": {language: len(entries) for language, entries in pool.texts.items()},
+            "recall_at_5": {d: v for d, v in recalls.items() if v},
+            "chance": {d: v["chance"] for d, v in chances.items() if v},
+        }
+    return found
+
+
+def table(pools: dict[str, Any]) -> str:
+    """One model's figures: rows are pools and directions, columns Matryoshka dims; mean over languages."""
+    return stages_table({"": pools})
+
+
+def stages_table(stages: dict[str, dict[str, Any]]) -> str:
+    """recall@5 in percent by pool, direction and stage, for every dim, with the chance level beside it."""
+    rows: list[list[str]] = []
+    last = next(reversed(stages.values()))
+    dims = list(next(iter(next(iter(last.values()))["recall_at_5"].values())))
+    for pool in last:
+        for direction in DIRECTIONS:
+            for stage, pools in stages.items():
+                values = pools.get(pool, {}).get("recall_at_5", {}).get(direction)
+                if values:
+                    chance = pools[pool]["chance"][direction]["mean"]
+                    cells = [f"{100 * values[d]['mean']:.1f}" if d in values else "" for d in dims]
+                    rows.append([f"{pool} ({pools[pool]['images']} images)", direction, stage, *cells, f"{100 * chance:.1f}"])
+    header = ["pool", "recall@5, %", "after", *[f"{d} dims" for d in dims], "chance"]
+    if list(stages) == [""]:
+        rows, header = [[*r[:2], *r[3:]] for r in rows], [*header[:2], *header[3:]]
+    return _align([header, *rows])
+
+
+def languages_table(pools: dict[str, Any], direction: str) -> str:
+    """One direction by language, at the full width."""
+    rows = [["pool", "language", "recall@5, %"]]
+    for pool, figures in pools.items():
+        by_dim = figures["recall_at_5"].get(direction, {})
+        for language, value in next(iter(by_dim.values()), {}).items():
+            rows.append([pool, language, f"{100 * value:.1f}"])
+    return _align(rows)
+
+
+def write_report(run: str | Path, recipe_name: str, seed: int) -> tuple[Path, str]:
+    """Gathers `evaluation.json` of each finished stage of a run into `report.json`; returns its path and the table.
+
+    Raises:
+        UserError: no stage of the run has been evaluated.
+    """
+    from stage_trainer.train import summary
+
+    run = Path(run)
+    stages: dict[str, dict[str, Any]] = {}
+    parts: dict[str, Any] = {}
+    for path in sorted(run.glob("stage*/evaluation.json")):
+        stages[path.parent.name] = json.loads(path.read_text())
+        parts[path.parent.name] = summary(path.parent)
+    if not stages:
+        raise UserError(f"{run} has no stage*/evaluation.json; run `stage-trainer evaluate` on its stages first")
+    if (timings := run / "timings.json").exists():
+        parts["commands"] = json.loads(timings.read_text())
+    report = {"recipe": recipe_name, "seed": seed, "versions": versions(), "parts": parts, "stages": stages}
+    target = run / "report.json"
+    target.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return target, stages_table(stages)
+
+
+def _align(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    text_columns = 3 if "after" in rows[0] else 2
+    lines = []
+    for row in rows:
+        cells = [c.ljust(w) if i < text_columns else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join(lines)

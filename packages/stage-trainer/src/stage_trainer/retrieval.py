@@ -1,0 +1,148 @@
+"""Recall of one thing from another on a pool of captioned images, for every language and Matryoshka dim."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import comb
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from data_prep.shards import Dataset, ShardError
+
+from stage_trainer.errors import UserError
+from stage_trainer.model import DualEncoder
+
+K = 5
+DIRECTIONS = ("text→image", "image→text", "text→English text")
+IMAGE_TYPES = ("png", "jpg", "jpeg", "webp")
+
+Scores = dict[str, dict[str, dict[str, float]]]
+"""direction → dim → language (and "mean") → recall@5, between 0 and 1."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Held-out images and one text for each language of each: `texts[language]` is [(image number, text), …]."""
+
+    name: str
+    images: list[bytes]
+    texts: dict[str, list[tuple[int, str]]]
+
+    @classmethod
+    def open(cls, directory: str | Path) -> Pool:
+        """Reads a data set of images with captions; of several captions in a language the first named one counts."""
+        try:
+            data = Dataset.open(directory)
+        except (ShardError, FileNotFoundError) as error:
+            raise UserError(str(error)) from error
+        images: list[bytes] = []
+        texts: dict[str, list[tuple[int, str]]] = {}
+        for number in range(len(data)):
+            members = data.read(number)
+            images.append(next(members[k] for k in IMAGE_TYPES if k in members))
+            seen = set()
+            for caption in json.loads(members["json"])["captions"]:
+                if caption.get("role", "name") == "name" and caption["language"] not in seen:
+                    seen.add(caption["language"])
+                    texts.setdefault(caption["language"], []).append((number, caption["text"]))
+        return cls(data.source, images, dict(sorted(texts.items())))
+
+    def all_texts(self) -> list[str]:
+        return sorted({text for entries in self.texts.values() for _, text in entries})
+
+
+def pools_of(data: str | Path) -> list[Path]:
+    """The short-caption pools under a corpus (its test split), or under a folder of data sets, or the one data set itself."""
+    data = Path(data)
+    for found in (data.glob("test/image-short/*/manifest.json"), data.glob("*/manifest.json"), data.glob("manifest.json")):
+        if directories := sorted(path.parent for path in found):
+            return directories
+    raise UserError(f"{data} holds no pools; expected test/image-short/SOURCE/manifest.json below it, as `data-prep corpus` writes")
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A pool's embeddings: images `[N, D]`, and each distinct text's `[D]` by its text."""
+
+    images: np.ndarray
+    texts: np.ndarray
+    row: dict[str, int] = field(repr=False)
+
+
+@torch.no_grad()
+def embed(model: DualEncoder, pool: Pool, *, rank: int = 0, world: int = 1, **options: Any) -> Embedded:
+    """Embeds a pool; with `world` > 1 each rank a part, and every rank gets the whole."""
+    texts = pool.all_texts()
+    parts = (
+        model.encode_image(pool.images[rank::world], normalize=False, batch_size=256),
+        model.encode_text(texts[rank::world], normalize=False, batch_size=256),
+    )
+    if world > 1:
+        gathered: list[Any] = [None] * world
+        torch.distributed.all_gather_object(gathered, parts)
+        whole = [np.empty((sum(len(g[i]) for g in gathered), parts[i].shape[1]), np.float32) for i in range(2)]
+        for r, part in enumerate(gathered):
+            whole[0][r::world], whole[1][r::world] = part
+        parts = (whole[0], whole[1])
+    return Embedded(*parts, row={text: i for i, text in enumerate(texts)})
+
+
+def score(pool: Pool, embedded: Embedded, dims: Sequence[int]) -> tuple[Scores, Scores]:
+    """Recall@5 of the pool, and the level of a blind guess, both as direction → dim or "chance" → language.
+
+    Texts that several images share count once: any of those images is right for the text, the text right for each of them.
+    """
+    recalls: Scores = {direction: {} for direction in DIRECTIONS}
+    chances: Scores = {direction: {} for direction in DIRECTIONS}
+    english = pool.texts.get("en", [])
+    for dim in dims:
+        images = _unit(embedded.images[:, :dim])
+        texts = _unit(embedded.texts[:, :dim])
+        for language, entries in pool.texts.items():
+            names = sorted({text for _, text in entries})
+            vectors = texts[[embedded.row[t] for t in names]]
+            has = np.zeros((len(names), len(images)), dtype=bool)
+            for number, text in entries:
+                has[names.index(text), number] = True
+            shown = has.any(axis=0)
+            cases = {
+                "text→image": (vectors, images, has),
+                "image→text": (images[shown], vectors, has.T[shown]),
+            }
+            if language != "en" and english:
+                targets = sorted({text for _, text in english})
+                named = np.zeros((len(targets), len(images)), dtype=bool)
+                for number, text in english:
+                    named[targets.index(text), number] = True
+                right = (has.astype(np.float32) @ named.T.astype(np.float32)) > 0
+                asked = right.any(axis=1)
+                cases["text→English text"] = (vectors[asked], texts[[embedded.row[t] for t in targets]], right[asked])
+            for direction, (queries, candidates, relevant) in cases.items():
+                recalls[direction].setdefault(str(dim), {})[language] = recall_at_k(queries, candidates, relevant)
+                chances[direction].setdefault("chance", {})[language] = chance_at_k(relevant)
+    for table in [*recalls.values(), *chances.values()]:
+        for by_language in table.values():
+            by_language["mean"] = float(np.mean(list(by_language.values())))
+    return recalls, chances
+
+
+def recall_at_k(queries: np.ndarray, candidates: np.ndarray, relevant: np.ndarray, k: int = K) -> float:
+    """The share of queries `[Q, D]` with something relevant (`[Q, C]`, bool) among the k nearest candidates `[C, D]`."""
+    similarity = queries @ candidates.T
+    k = min(k, similarity.shape[1])
+    nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
+    return float(np.take_along_axis(relevant, nearest, axis=1).any(axis=1).mean())
+
+
+def chance_at_k(relevant: np.ndarray, k: int = K) -> float:
+    """What a blind guess of k candidates would reach."""
+    total = relevant.shape[1]
+    return float(np.mean([1 - comb(total - int(r), k) / comb(total, k) if total >= k else 1.0 for r in relevant.sum(axis=1)]))
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)

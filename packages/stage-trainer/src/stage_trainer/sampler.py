@@ -1,0 +1,116 @@
+"""Which samples make global batch *n*: arithmetic on (seed, n), the same on every rank, whatever the world size.
+
+A source is an endless stream: epoch after epoch of a keyed permutation (shards permuted, then samples within windows of
+some shards, so that reading stays local). A batch of the text task comes from one source; a batch of images mixes its
+sources by their rates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+
+from stage_trainer.keyed import key, permutation
+
+WINDOW = 4
+"""Shards whose samples are shuffled together."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One sample of a batch: `source` indexes the task's sources, `index` the source's samples."""
+
+    source: int
+    index: int
+    epoch: int
+
+
+class SourceOrder:
+    """The endless order of one source.
+
+    Args:
+        shard_sizes: samples of each shard.
+        seed: any integer; another seed, another order.
+    """
+
+    def __init__(self, shard_sizes: Sequence[int], seed: int):
+        self.shard_sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self.samples = int(self.shard_sizes.sum())
+        self.seed = seed
+        self._first = np.concatenate([[0], np.cumsum(self.shard_sizes)[:-1]])
+        self._cached: tuple[tuple[int, int], np.ndarray] | None = None
+        self._windows: tuple[int, list[np.ndarray], list[int]] | None = None
+
+    def at(self, position: int) -> tuple[int, int]:
+        """(epoch, sample index) at a position of the stream."""
+        epoch, offset = divmod(position, self.samples)
+        if self._windows is None or self._windows[0] != epoch:
+            shards = permutation(len(self.shard_sizes), key(self.seed, "shards", epoch))
+            windows = [shards[i : i + WINDOW] for i in range(0, len(shards), WINDOW)]
+            self._windows = epoch, windows, list(accumulate(int(self.shard_sizes[w].sum()) for w in windows))
+        _, windows, ends = self._windows
+        number = int(np.searchsorted(ends, offset, side="right"))
+        return epoch, int(self._order(epoch, number, windows[number])[offset - (ends[number - 1] if number else 0)])
+
+    def _order(self, epoch: int, number: int, shards: np.ndarray) -> np.ndarray:
+        if self._cached is None or self._cached[0] != (epoch, number):
+            members = np.concatenate([self._first[s] + np.arange(self.shard_sizes[s]) for s in shards])
+            self._cached = (epoch, number), members[permutation(len(members), key(self.seed, "window", epoch, number))]
+        return self._cached[1]
+
+
+class TaskSampler:
+    """The batches of one task.
+
+    Args:
+        orders: one per source.
+        rates: how often each source is drawn, relative to the others.
+        batch: global batch size.
+        one_source: every batch from a single source (text), or each a mixture (images).
+    """
+
+    def __init__(self, orders: Sequence[SourceOrder], rates: Sequence[float], batch: int, *, one_source: bool):
+        self.orders, self.batch, self.one_source = list(orders), batch, one_source
+        self.shares = [rate / sum(rates) for rate in rates]
+        self._cursors = [0] * len(self.orders)
+        self._next = 0
+
+    def batch_at(self, n: int) -> list[Draw]:
+        """The draws of global batch `n`; calls in rising order cost one batch, others a replay of the cursors."""
+        if n < self._next:
+            self._cursors, self._next = [0] * len(self.orders), 0
+        while self._next < n:
+            self._advance()
+        starts = list(self._cursors)
+        counts = self._advance()
+        draws = []
+        for source, (start, count) in enumerate(zip(starts, counts, strict=True)):
+            for position in range(start, start + count):
+                epoch, index = self.orders[source].at(position)
+                draws.append(Draw(source, index, epoch))
+        return draws
+
+    def _advance(self) -> list[int]:
+        """Moves past one batch; its count per source. Whoever lags its share most comes next, ties to the first."""
+        total = (self._next + 1) * self.batch
+        due = [share * total - cursor for share, cursor in zip(self.shares, self._cursors, strict=True)]
+        counts = [0] * len(due)
+        if self.one_source:
+            counts[int(np.argmax(due))] = self.batch
+        else:
+            counts = [max(0, int(d)) for d in due]
+            while (missing := self.batch - sum(counts)) != 0:
+                step = 1 if missing > 0 else -1
+                lag = [step * (d - c) if step > 0 or c else -np.inf for d, c in zip(due, counts, strict=True)]
+                counts[int(np.argmax(lag))] += step
+        self._cursors = [cursor + count for cursor, count in zip(self._cursors, counts, strict=True)]
+        self._next += 1
+        return counts
+
+
+def slice_of(draws: list[Draw], rank: int, world: int) -> list[Draw]:
+    """A rank's part of a global batch: consecutive, sizes that differ by one at most."""
+    return draws[len(draws) * rank // world : len(draws) * (rank + 1) // world]

@@ -1,0 +1,198 @@
+"""One stage of training, from its start or from its last checkpoint to its end."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stage_trainer import checkpoint, retrieval
+from stage_trainer.build import build_model, load_tokenizer
+from stage_trainer.data import StageBatches, batches
+from stage_trainer.engine import Engine, initialize_distributed
+from stage_trainer.environment import peak_memory, quiet, set_threads, versions
+from stage_trainer.errors import UserError
+from stage_trainer.keyed import key
+from stage_trainer.model import DualEncoder
+from stage_trainer.monitor import Monitor
+from stage_trainer.objective import MultiTask
+from stage_trainer.optim import schedule, set_rates
+from stage_trainer.recipe import Recipe, Stage, flatten, to_dict
+
+
+def train(recipe: Recipe, number: int, *, start_over: bool = False) -> None:
+    """Trains stage `number` (from 1) of a recipe; to be called by every rank.
+
+    Raises:
+        UserError: a stage whose predecessor has not run, data or settings that do not fit, a full disk, a loss that is
+            no longer finite. Checkpoints written before stay.
+    """
+    quiet()
+    rank, world, device = initialize_distributed()
+    set_threads(world)
+    torch.manual_seed(key(recipe.seed, number))
+    stage, directory = recipe.stage(number), recipe.stage_directory(number)
+    for task in ("image_text", "text"):
+        if 0 < getattr(stage.batch, task) < world:
+            raise UserError(f"batch.{task} is {getattr(stage.batch, task)}, fewer than the {world} ranks; raise it or use fewer")
+    if start_over and rank == 0:
+        _move_aside(directory)
+    if world > 1:
+        torch.distributed.barrier()
+    tokenizer = load_tokenizer(recipe)
+    data = StageBatches(recipe, stage, number, tokenizer, rank, world)
+    state = {"settings": settings(recipe, number), "data": data.fingerprint, "seconds": 0.0, "versions": versions()}
+
+    step = -1
+    while step < stage.steps:
+        # A change of resolution is a checkpoint and a start from it: one way for both, and nothing to patch in place.
+        model, optimizer, step, seconds = starting_point(recipe, number, state, tokenizer)
+        if step == stage.steps:
+            break
+        checkpoint.set_resolution(model, stage.resolution_at(step), optimizer)
+        engine = Engine(MultiTask(model.to(device), stage.loss, recipe.precision), recipe, stage)
+        if optimizer:
+            engine.load_optimizer_state(optimizer)
+        until = min([start for start, _ in stage.resolution if start > step] + [stage.steps])
+        state["seconds"] = seconds
+        run(recipe, stage, number, engine, data, state, step, until)
+    if rank == 0:
+        print(f"stage {number} of {recipe.name} is complete: {checkpoint.all_saved(directory)[-1].path}", flush=True)
+
+
+def run(
+    recipe: Recipe, stage: Stage, number: int, engine: Engine, data: StageBatches, state: dict[str, Any], start: int, stop: int
+) -> None:
+    """Steps `start` to `stop` - 1 at one resolution, with a checkpoint at the end."""
+    rank, world, device = data.rank, data.world, engine.engine.device
+    directory = recipe.stage_directory(number)
+    pools = [retrieval.Pool.open(Path(recipe.corpus) / "validation" / p) for p in recipe.evaluation.pools]
+    title = f"stage {number}, {stage.resolution_at(start)} px"
+    # Ranks see different samples but one group: losses are over the global batch.
+    group = torch.distributed.group.WORLD if world > 1 else None
+    began, before = time.perf_counter(), state["seconds"]
+    with Monitor(directory / "tensorboard", title=title, start=start, steps=stage.steps, every=recipe.log_every, active=rank == 0) as monitor:
+        loader = batches(data, start, stop, recipe.workers)
+        for step in range(start, stop):
+            asked = time.perf_counter()
+            batch, seen = next(loader)
+            waited = time.perf_counter() - asked
+            set_rates(engine.optimizer, schedule(step, stage.steps, stage.warmup_steps, stage.min_lr_ratio))
+            engine.engine.train()
+            losses = engine.engine(
+                batch.to(device), tasks=data.tasks_at(step), patch_dropout=stage.patch_dropout_at(step), group=group
+            )
+            total = torch.stack([loss for loss, _ in losses.values()]).sum()
+            monitor.count(samples_at(stage, data.tasks_at(step)), waited, seen)
+            engine.backward(total)
+            norms = engine.gradient_norms() if monitor.wants(step) else {}
+            engine.step()
+            done = step + 1
+            keep_it = done == stop or (recipe.checkpoint.every and done % recipe.checkpoint.every == 0)
+            if keep_it or monitor.wants(step):
+                _check_finite(total, step, directory)
+            if monitor.wants(step):
+                monitor.log(step, losses, scalars(engine, norms), stage.loss.dims)
+            monitor.advance()
+            state["seconds"] = before + time.perf_counter() - began
+            if recipe.evaluation.every and (done % recipe.evaluation.every == 0 or done == stage.steps):
+                validate(engine, pools, monitor, done, rank, world)
+            if keep_it:
+                state["peak_memory_bytes"] = max(peak_memory(), state.get("peak_memory_bytes", 0))
+                checkpoint.save(directory, done, engine, state, recipe.checkpoint.keep, rank)
+
+
+def starting_point(
+    recipe: Recipe, number: int, state: dict[str, Any], tokenizer: Any
+) -> tuple[DualEncoder, dict[str, torch.Tensor] | None, int, float]:
+    """(model, optimizer state or None, step, seconds spent so far): this stage's newest checkpoint, the stage before, or new."""
+    directory = recipe.stage_directory(number)
+    if saved := checkpoint.all_saved(directory):
+        former = saved[-1].state()
+        checkpoint.compatible(former, state, directory)
+        state["peak_memory_bytes"] = former.get("peak_memory_bytes", 0)
+        return DualEncoder.from_pretrained(saved[-1].model), saved[-1].optimizer(), saved[-1].step, former["seconds"]
+    if number == 1:
+        return build_model(recipe, number, tokenizer), None, 0, 0.0
+    before = checkpoint.all_saved(recipe.stage_directory(number - 1))
+    needed = recipe.stage(number - 1).steps
+    if not before or before[-1].step < needed:
+        reached = f"stopped at step {before[-1].step} of {needed}" if before else "has not run"
+        raise UserError(
+            f"stage {number} starts from stage {number - 1}, which {reached} ({recipe.stage_directory(number - 1)}); "
+            f"run it first: bash launch/stage{number - 1}.sh"
+        )
+    return DualEncoder.from_pretrained(before[-1].model), None, 0, 0.0
+
+
+def settings(recipe: Recipe, number: int) -> dict[str, Any]:
+    """What must not change between two runs of a stage: all that bears on its numbers."""
+    stage = {k: v for k, v in to_dict(recipe)["stages"][number - 1].items() if k != "deepspeed"}
+    tree = {k: v for k, v in to_dict(recipe).items() if k in ("model", "optimizer", "seed", "precision")}
+    return flatten({**tree, "stage": stage})
+
+
+def samples_at(stage: Stage, tasks: tuple[str, ...]) -> int:
+    return sum(getattr(stage.batch, task) for task in tasks)
+
+
+def scalars(engine: Engine, norms: dict[str, float]) -> dict[str, float]:
+    """What TensorBoard shows beside the losses: temperatures, the rates of each tower, gradient norms."""
+    objective = engine.objective
+    values = {
+        "temperature/image_text": float(objective.image_text.temperature),
+        "temperature/text": float(objective.text.temperature),
+    }
+    for group in engine.optimizer.param_groups:
+        kind = "muon" if group["muon"] else "adamw"
+        name = f"learning_rate_{kind}/{group['tower']}"
+        values[name] = max(values.get(name, 0.0), group["lr"])
+    values.update({f"gradient_norm/{tower}": norm for tower, norm in norms.items()})
+    if (norm := engine.global_gradient_norm()) is not None:
+        values["gradient_norm/all"] = norm
+    return values
+
+
+def validate(engine: Engine, pools: list[retrieval.Pool], monitor: Monitor, step: int, rank: int, world: int) -> None:
+    """Recall@5 on the validation pools, mean over languages, at the full width."""
+    model = engine.objective.model
+    model.eval()
+    share = (rank, world) if engine.zero < 3 else (0, 1)  # under ZeRO 3 all ranks must run the same forward passes
+    for pool in pools:
+        embedded = retrieval.embed(model, pool, rank=share[0], world=share[1])
+        if rank == 0:
+            recalls, _ = retrieval.score(pool, embedded, [model.text.config.width])
+            values = {d: next(iter(by_dim.values()))["mean"] for d, by_dim in recalls.items() if by_dim}
+            for direction, value in values.items():
+                monitor.scalar(f"validation_recall_at_5_{pool.name}/{direction.replace('→', ' to ')}", value, step)
+            monitor.say(f"step {step}: {pool.name} " + ", ".join(f"{d} {v:.1%}" for d, v in values.items()))
+
+
+def _check_finite(loss: torch.Tensor, step: int, directory: Path) -> None:
+    if not math.isfinite(loss.item()):
+        raise UserError(
+            f"the loss is {loss.item()} at step {step}; lower the learning rate or lengthen warmup_steps. "
+            f"Checkpoints in {directory} are from before"
+        )
+
+
+def _move_aside(directory: Path) -> None:
+    if directory.exists():
+        number = 1
+        while (aside := directory.with_name(f"{directory.name}.old-{number}")).exists():
+            number += 1
+        directory.rename(aside)
+        print(f"the former run now stands in {aside}", flush=True)
+
+
+def summary(directory: Path) -> dict[str, Any]:
+    """Seconds, peak memory and versions of a finished stage, from its last checkpoint."""
+    saved = checkpoint.all_saved(directory)
+    if not saved:
+        raise UserError(f"{directory} holds no checkpoint; run that stage first")
+    state = saved[-1].state()
+    return json.loads(json.dumps({k: state[k] for k in ("step", "seconds", "peak_memory_bytes", "versions")}))

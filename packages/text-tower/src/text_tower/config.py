@@ -1,0 +1,95 @@
+"""What a text tower is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class TextTowerConfig:
+    """Shape and habits of a tower. The defaults are Jina-XLM-RoBERTa (arXiv 2409.10173) without adapters.
+
+    Args:
+        vocab_size: rows of the word table.
+        width: channels of a token and of an embedding.
+        layers: number of blocks.
+        heads: attention heads; `width / heads` must be even, because rotary positions turn pairs of channels.
+        mlp_width: hidden channels of the MLP.
+        rope_theta: base of the rotary frequencies. It belongs to the weights: never change it by length.
+        max_length: longest sequence accepted, in tokens.
+        layer_norm_eps: of every LayerNorm.
+        pad_id: written to config.json for other libraries; the tower itself never sees a padding token.
+        dropout: hidden dropout while training, keyed by sample (see `TextTower.forward`).
+        lora_rank: rank of each adapter; 0 if and only if there are no `adapters`.
+        lora_alpha: adapters are scaled by `lora_alpha / lora_rank`.
+        adapters: names of the LoRA adapters; the first one is the default. jina-clip-v2 has one that is always on:
+            `adapters=("retrieval.query",), lora_rank=4, lora_alpha=4.0`.
+        instructions: task name -> text that `encode(task=…)` puts before every text.
+        checkpointing: recompute each block in the backward pass instead of keeping its activations.
+
+    Raises:
+        ValueError: a value that cannot be; the message names the field.
+    """
+
+    vocab_size: int = 250002
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    mlp_width: int = 4096
+    rope_theta: float = 20000.0
+    max_length: int = 8192
+    layer_norm_eps: float = 1e-5
+    pad_id: int = 1
+    dropout: float = 0.0
+    lora_rank: int = 0
+    lora_alpha: float = 1.0
+    adapters: tuple[str, ...] = ()
+    instructions: Mapping[str, str] = field(default_factory=dict, hash=False)
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        least_of = {"vocab_size": 4, "width": 2, "layers": 1, "heads": 1, "mlp_width": 1, "max_length": 2}
+        for name, least in least_of.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is {value!r}; expected a whole number of at least {least}")
+        if self.width % (2 * self.heads):
+            raise ValueError(
+                f"heads is {self.heads} and width {self.width}: a head would have {self.width / self.heads:g} channels, "
+                "but rotary positions need an even number"
+            )
+        for name in ("rope_theta", "layer_norm_eps", "lora_alpha"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not value > 0:
+                raise ValueError(f"{name} is {value!r}; expected a number above 0")
+        if not 0 <= self.pad_id < self.vocab_size:
+            raise ValueError(f"pad_id is {self.pad_id}; expected an id below vocab_size, {self.vocab_size}")
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout!r}; expected a share, at least 0 and below 1")
+        self._check_adapters()
+        object.__setattr__(self, "instructions", dict(self.instructions))
+
+    def _check_adapters(self) -> None:
+        if isinstance(self.adapters, str):
+            raise ValueError(f"adapters is the string {self.adapters!r}; expected a tuple of names")
+        object.__setattr__(self, "adapters", tuple(self.adapters))
+        if len(set(self.adapters)) < len(self.adapters):
+            raise ValueError(f"adapters is {self.adapters}; expected every name once")
+        if not isinstance(self.lora_rank, int) or self.lora_rank < 0:
+            raise ValueError(f"lora_rank is {self.lora_rank!r}; expected a whole number, 0 for none")
+        if bool(self.lora_rank) != bool(self.adapters):
+            raise ValueError(
+                f"lora_rank is {self.lora_rank} and adapters is {self.adapters}; "
+                "expected both a rank and names, or neither"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.width // self.heads
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What `encode(task=…)` knows: the adapters and whatever has an instruction."""
+        return tuple(dict.fromkeys([*self.adapters, *self.instructions]))

@@ -1,0 +1,47 @@
+"""Dropout that belongs to the sample: the same sample has the same mask on any rank, in any batch, when replayed.
+
+An element's fate is a counter-based hash of (sample seed, site, position, channel): no random state exists, so gradient
+caching and activation checkpointing can repeat a forward pass exactly, and N processes drop what one would.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 / golden ratio, as a signed number
+
+
+class KeyedDropout:
+    """Drops a share `p` of the elements of `[T, C]` activations.
+
+    Args:
+        p: share that is dropped, below 1.
+        seeds: int64 `[T]`, the seed of the sample that each token is of.
+        positions: int64 `[T]`, each token's position in its sample.
+    """
+
+    def __init__(self, p: float, seeds: Tensor, positions: Tensor):
+        self.p = p
+        self.keys = _mix64(_mix64(seeds) + positions * _GOLDEN)
+
+    def __call__(self, x: Tensor, site: int) -> Tensor:
+        """`x` `[T, C]` with dropped elements 0 and the rest scaled by 1 / (1 - p); `site` numbers the places of use."""
+        return x.masked_fill(~self.keep(x.shape[-1], site), 0.0) * (1 / (1 - self.p))
+
+    def keep(self, channels: int, site: int) -> Tensor:
+        """Bool `[T, channels]`: what stays at this site."""
+        tokens = (_mix64(self.keys + (site + 1) * _GOLDEN) >> 32).to(torch.int32)
+        x = tokens[:, None] + torch.arange(channels, device=tokens.device, dtype=torch.int32) * -0x61C88647
+        # lowbias32, a 32-bit finalizer: int32 halves the work; the mask undoes the sign that >> carries in.
+        x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+        x = (x ^ ((x >> 15) & 0x1FFFF)) * -0x7B935975
+        x = x ^ ((x >> 16) & 0xFFFF)
+        return x >= round(self.p * 2**32) - 2**31
+
+
+def _mix64(x: Tensor) -> Tensor:
+    """splitmix64's finalizer on int64."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * (0x94D049BB133111EB - (1 << 64))
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)

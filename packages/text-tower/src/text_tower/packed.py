@@ -1,0 +1,126 @@
+"""Texts of different lengths laid end to end, so that no padding token is ever computed."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PackedTokens:
+    """N token sequences in one tensor.
+
+    Args:
+        ids: int64 `[T]`, the sequences one after another, special tokens included.
+        cu_seqlens: int32 `[N + 1]`, where each sequence starts, then T.
+        max_seqlen: length of the longest sequence.
+
+    Raises:
+        ValueError: tensors that do not fit together, or an empty sequence (which has no mean).
+
+    Tensors given on an accelerator are read back once to be checked; build on the CPU and use `.to(device)` instead.
+    """
+
+    ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+    def __post_init__(self) -> None:
+        for name, dtype in (("ids", torch.int64), ("cu_seqlens", torch.int32)):
+            tensor = getattr(self, name)
+            if tensor.dim() != 1 or tensor.dtype != dtype:
+                raise ValueError(
+                    f"{name} is {tensor.dtype} of shape {list(tensor.shape)}; expected {dtype}, one dimension"
+                )
+        bounds = self.cu_seqlens.tolist()
+        if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != len(self.ids):
+            raise ValueError(
+                f"cu_seqlens is {_short(bounds)} for {len(self.ids)} ids; "
+                "expected it to start with 0, end with the number of ids, and hold at least one sequence"
+            )
+        lengths = [end - start for start, end in itertools.pairwise(bounds)]
+        for i, length in enumerate(lengths):
+            if length < 1:
+                raise ValueError(
+                    f"sequence {i} has {length} tokens; expected at least one (an empty text has <s> </s>)"
+                )
+        if max(lengths) != self.max_seqlen:
+            raise ValueError(f"max_seqlen is {self.max_seqlen}, but the longest sequence has {max(lengths)} tokens")
+        # Kept on the host: the tower plans its work from the lengths, and must not wait for the device to learn them.
+        object.__setattr__(self, "lengths", tuple(lengths))
+
+    lengths: tuple[int, ...] = ()  # of each sequence; filled in by the checks above
+
+    @classmethod
+    def from_lists(cls, sequences: Sequence[Sequence[int]]) -> PackedTokens:
+        """Packs lists of token ids, such as a `Tokenizer` returns.
+
+        Raises:
+            ValueError: no sequence, or an empty one.
+        """
+        if not len(sequences):
+            raise ValueError("there is no sequence to pack; expected at least one")
+        ends = [0]
+        for sequence in sequences:
+            ends.append(ends[-1] + len(sequence))
+        ids = torch.tensor([i for sequence in sequences for i in sequence], dtype=torch.int64)
+        return cls(ids, torch.tensor(ends, dtype=torch.int32), max(map(len, sequences)))
+
+    def __len__(self) -> int:
+        """N, the number of sequences."""
+        return len(self.lengths)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedTokens:
+        """The same tokens on another device."""
+        moved = copy.copy(self)
+        object.__setattr__(moved, "ids", self.ids.to(device, non_blocking=non_blocking))
+        object.__setattr__(moved, "cu_seqlens", self.cu_seqlens.to(device, non_blocking=non_blocking))
+        return moved
+
+
+@dataclass(frozen=True, eq=False)
+class ByLength:
+    """A packed batch rearranged so that sequences of one length lie together: every group is a plain `[n, L]` block.
+
+    Attributes:
+        groups: (L, n) by rising L: n sequences of L tokens.
+        tokens: int64 `[T]`, where each token was in the batch as given.
+        positions: int64 `[T]`, each token's position in its sequence.
+        rows: int64 `[T]`, each token's sequence in the batch as given.
+        restore: int64 `[N]`, where each sequence of the batch as given is now.
+    """
+
+    groups: tuple[tuple[int, int], ...]
+    tokens: Tensor
+    positions: Tensor
+    rows: Tensor
+    restore: Tensor
+
+    @classmethod
+    def of(cls, packed: PackedTokens) -> ByLength:
+        """Plans on the host, then moves the indexes to where the ids are."""
+        lengths = torch.tensor(packed.lengths)
+        order = lengths.argsort(stable=True)
+        starts = lengths.cumsum(0) - lengths
+        sorted_lengths = lengths[order]
+        sorted_starts = sorted_lengths.cumsum(0) - sorted_lengths
+        positions = torch.arange(len(packed.ids)) - sorted_starts.repeat_interleave(sorted_lengths)
+        tokens = starts[order].repeat_interleave(sorted_lengths) + positions
+        rows = order.repeat_interleave(sorted_lengths)
+        indexes = (i.to(packed.ids.device, non_blocking=True) for i in (tokens, positions, rows, order.argsort()))
+        return cls(tuple(sorted(Counter(packed.lengths).items())), *indexes)
+
+    def blocks(self, x: Tensor) -> list[Tensor]:
+        """`[T, …]` in this order -> for each group a view `[n, L, …]`."""
+        parts = x.split([length * count for length, count in self.groups])
+        return [part.unflatten(0, (n, length)) for part, (length, n) in zip(parts, self.groups, strict=True)]
+
+
+def _short(values: list[int]) -> str:
+    return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:4]))}, …, {values[-1]}]"

@@ -1,0 +1,246 @@
+"""The encoder: packed tokens in, one pooled embedding per text out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from text_tower.attention import attend, rotary_table
+from text_tower.config import TextTowerConfig
+from text_tower.dropout import KeyedDropout
+from text_tower.lora import AdaptedEmbedding, AdaptedLinear, is_adapter
+from text_tower.packed import ByLength, PackedTokens
+from text_tower.tokenizer import Tokenizer
+
+# Module names below are those of the published layout on disk, so that a state dict is a checkpoint without renaming.
+
+
+class Embeddings(nn.Module):
+    """Word plus token type; there is one type."""
+
+    def __init__(self, config: TextTowerConfig):
+        super().__init__()
+        self.word_embeddings = _embedding(config, config.vocab_size)
+        self.token_type_embeddings = _embedding(config, 1)
+
+    def forward(self, ids: Tensor, adapter: int) -> Tensor:
+        return self.word_embeddings(ids, adapter) + self.token_type_embeddings(ids.new_zeros(1), adapter)
+
+
+class Mixer(nn.Module):
+    """Self-attention with one projection for queries, keys and values."""
+
+    def __init__(self, config: TextTowerConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.Wqkv = _linear(config, config.width, 3 * config.width)
+        self.out_proj = _linear(config, config.width, config.width)
+
+    def forward(self, h: Tensor, table: Tensor, layout: ByLength, adapter: int) -> Tensor:
+        qkv = self.Wqkv(h, adapter).view(len(h), 3, self.heads, -1)
+        return self.out_proj(attend(qkv, table, layout).flatten(1), adapter)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: TextTowerConfig):
+        super().__init__()
+        self.fc1 = _linear(config, config.width, config.mlp_width)
+        self.fc2 = _linear(config, config.mlp_width, config.width)
+
+    def forward(self, h: Tensor, adapter: int) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(h, adapter)), adapter)
+
+
+class Block(nn.Module):
+    """Post-norm: h = LN(h + attention(h)); h = LN(h + mlp(h))."""
+
+    def __init__(self, config: TextTowerConfig, index: int):
+        super().__init__()
+        self.index = index
+        self.mixer = Mixer(config)
+        self.norm1 = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.mlp = MLP(config)
+        self.norm2 = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+
+    def forward(self, h: Tensor, table: Tensor, layout: ByLength, adapter: int, dropout: KeyedDropout | None) -> Tensor:
+        a = self.mixer(h, table, layout, adapter)
+        h = self.norm1(h + (dropout(a, 2 * self.index + 1) if dropout else a))
+        m = self.mlp(h, adapter)
+        return self.norm2(h + (dropout(m, 2 * self.index + 2) if dropout else m))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: TextTowerConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.layers))
+        self.checkpointing = config.checkpointing
+
+    def forward(self, h: Tensor, *rest: Any) -> Tensor:
+        for block in self.layers:
+            if self.checkpointing and self.training and torch.is_grad_enabled():
+                # Dropout is a function of its keys, so there is no random state to keep.
+                h = checkpoint(block, h, *rest, use_reentrant=False, preserve_rng_state=False)
+            else:
+                h = block(h, *rest)
+        return h
+
+
+class TextTower(nn.Module):
+    """A packed, post-norm, rotary XLM-RoBERTa encoder with mean pooling (jina-embeddings-v3, arXiv 2409.10173).
+
+    Build it under `torch.device("meta")` to count parameters without memory.
+
+    Args:
+        config: its shape.
+        tokenizer: needed by `encode` only; may be set later.
+    """
+
+    def __init__(self, config: TextTowerConfig, tokenizer: Tokenizer | None = None):
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        self.embeddings = Embeddings(config)
+        self.emb_ln = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.encoder = Encoder(config)
+
+    def forward(
+        self, packed: PackedTokens, *, adapter: str | None = None, sample_seeds: Tensor | None = None
+    ) -> Tensor:
+        """Embeds N texts.
+
+        Args:
+            packed: N sequences, T tokens in all, on the tower's device.
+            adapter: name of the adapter; None for the first, if there is one.
+            sample_seeds: int64 `[N]`, needed while training with dropout: a sample's mask is a function of its seed, so
+                it is the same on any rank, in any batch, and when the pass is repeated.
+
+        Returns:
+            `[N, width]`: the mean over each text's tokens, float32 under autocast and for bfloat16 weights too, not
+            normalised.
+
+        Raises:
+            ValueError: an unknown adapter, a sequence longer than `config.max_length`, ids outside the vocabulary
+                (checked on a CPU), or dropout without seeds.
+        """
+        if packed.max_seqlen > self.config.max_length:
+            raise ValueError(
+                f"a sequence has {packed.max_seqlen} tokens; expected at most {self.config.max_length}, the tower's "
+                "max_length; truncate it"
+            )
+        self._check_ids(packed.ids)
+        k = self._adapter_index(adapter)
+        layout = ByLength.of(packed)
+        dropout = self._dropout(sample_seeds, len(packed), layout)
+
+        h = self.emb_ln(self.embeddings(packed.ids[layout.tokens], k))
+        if dropout:
+            h = dropout(h, 0)
+        table = rotary_table(layout.positions, self.config.head_dim, self.config.rope_theta)
+        h = self.encoder(h, table, layout, k, dropout)
+        h = h.to(torch.promote_types(h.dtype, torch.float32))
+        return torch.cat([block.mean(1) for block in layout.blocks(h)])[layout.restore]
+
+    def encode(self, texts: Sequence[str], **options: Any) -> np.ndarray:
+        """See `text_tower.encode.encode`, whose options these are."""
+        from text_tower.encode import encode
+
+        return encode(self, texts, **options)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **overrides: Any) -> TextTower:
+        """See `text_tower.pretrained.read`."""
+        from text_tower.pretrained import read
+
+        return read(path, **overrides)
+
+    def save_pretrained(self, path: str | Path, *, merge: bool = False) -> None:
+        """See `text_tower.pretrained.write`."""
+        from text_tower.pretrained import write
+
+        write(self, path, merge=merge)
+
+    def merged_state_dict(self, adapter: str | None = None) -> dict[str, Tensor]:
+        """Plain weights under their published names, with one adapter (None: the first) added into them."""
+        k = self._adapter_index(adapter)
+        with torch.no_grad():
+            plain = {n: p.detach() for n, p in self.named_parameters() if not is_adapter(n)}
+            for name, module in self.named_modules():
+                if isinstance(module, AdaptedLinear | AdaptedEmbedding) and module.adapters:
+                    plain[f"{name}.weight"] = module.merged(k)
+        return plain
+
+    @property
+    def num_layers(self) -> int:
+        """Depth of the top block as `layer_ids` counts it."""
+        return self.config.layers
+
+    def layer_ids(self) -> dict[str, int]:
+        """Depth of every parameter: 0 for embeddings, 1 to `num_layers` for the blocks, bottom to top."""
+        return {n: int(n.split(".")[2]) + 1 if n.startswith("encoder.") else 0 for n, _ in self.named_parameters()}
+
+    def set_trainable(self, what: str) -> None:
+        """Chooses what learns: "all", "adapters" (needs adapters) or "none"."""
+        if what not in ("all", "adapters", "none"):
+            raise ValueError(f"trainable is {what!r}; expected 'all', 'adapters' or 'none'")
+        if what == "adapters" and not self.config.adapters:
+            raise ValueError("this tower has no adapters to train; name some in config.adapters, or train 'all'")
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(what == "all" or (what == "adapters" and is_adapter(name)))
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Turns texts into ids for `encode`; its ids must lie within the tower's vocabulary."""
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Tokenizer | None) -> None:
+        if tokenizer is not None and tokenizer.vocab_size > self.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} ids, but config.vocab_size is {self.config.vocab_size}; "
+                "expected the tokenizer that this tower was trained with"
+            )
+        self._tokenizer = tokenizer
+
+    def _adapter_index(self, name: str | None) -> int:
+        if name is None:
+            return 0
+        if name not in self.config.adapters:
+            raise ValueError(f"there is no adapter {name!r}; this tower has {list(self.config.adapters) or 'none'}")
+        return self.config.adapters.index(name)
+
+    def _check_ids(self, ids: Tensor) -> None:
+        if ids.device.type == "cpu":  # elsewhere the look-up itself refuses, and asking would make the host wait
+            low, high = map(int, ids.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"token ids run from {low} to {high}; expected 0 to {self.config.vocab_size - 1}: "
+                    "do the tokenizer and the tower belong together?"
+                )
+
+    def _dropout(self, seeds: Tensor | None, n: int, layout: ByLength) -> KeyedDropout | None:
+        if not (self.training and self.config.dropout):
+            return None
+        if seeds is None:
+            raise ValueError(f"training with dropout {self.config.dropout} needs sample_seeds, one int64 for each text")
+        if seeds.shape != (n,) or seeds.dtype != torch.int64:
+            raise ValueError(f"sample_seeds is {seeds.dtype} {list(seeds.shape)}; expected torch.int64 [{n}]")
+        return KeyedDropout(self.config.dropout, seeds.to(layout.rows.device)[layout.rows], layout.positions)
+
+
+def _linear(config: TextTowerConfig, inputs: int, outputs: int) -> AdaptedLinear:
+    return AdaptedLinear(inputs, outputs, *_adapters(config))
+
+
+def _embedding(config: TextTowerConfig, rows: int) -> AdaptedEmbedding:
+    return AdaptedEmbedding(rows, config.width, *_adapters(config))
+
+
+def _adapters(config: TextTowerConfig) -> Iterator[Any]:
+    return iter((len(config.adapters), config.lora_rank, config.lora_alpha / max(1, config.lora_rank)))

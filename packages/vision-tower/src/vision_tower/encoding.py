@@ -1,0 +1,62 @@
+"""`encode`: images of any kind in, numpy embeddings out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from .preprocess import normalize as normalize_pixels
+from .preprocess import preprocess
+
+if TYPE_CHECKING:
+    from .tower import VisionTower
+
+
+def encode(
+    tower: VisionTower,
+    images: Sequence[Any] | Tensor | np.ndarray,
+    *,
+    truncate_dim: int | None = None,
+    batch_size: int = 32,
+    normalize: bool = True,
+    show_progress: bool = False,
+) -> np.ndarray:
+    """float32 `[N, truncate_dim or width]`, in the order given: truncated first, then L2-normalised.
+
+    images         a sequence of paths, encoded bytes, PIL images, arrays `[H, W, 3]` and uint8 tensors `[3, H, W]`,
+                   mixed as you like; or one uint8 tensor `[N, 3, H, W]`; or one array `[N, H, W, 3]`
+    truncate_dim   the first so many dimensions alone (Matryoshka), 1 … width
+    normalize      False leaves the length of each embedding as the tower made it
+    show_progress  a progress bar on stderr
+
+    Runs where the tower's weights are, without gradients. Raises ImageError, which names the image, FileNotFoundError
+    and ValueError.
+    """
+    width = tower.config.width
+    if truncate_dim is not None and not 1 <= truncate_dim <= width:
+        raise ValueError(f"truncate_dim is {truncate_dim}; expected 1 … {width}, this tower's width")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+    single = isinstance(images, str | bytes | PathLike | Image.Image)
+    if single or (isinstance(images, Tensor | np.ndarray) and images.ndim != 4):
+        raise ValueError(f"encode takes a sequence of images, not one {type(images).__name__}; write encode([image])")
+    starts: Any = range(0, len(images), batch_size)
+    if show_progress:
+        from tqdm import tqdm
+
+        starts = tqdm(starts, desc="images", unit="batch")
+    device = tower.pos_embed.device
+    results = [np.empty((0, truncate_dim or width), dtype=np.float32)]
+    with torch.inference_mode():
+        for start in starts:
+            batch = [preprocess(image, tower.config.resolution) for image in images[start : start + batch_size]]
+            embeddings = tower(normalize_pixels(torch.stack(batch).to(device)))[:, :truncate_dim]
+            results.append((F.normalize(embeddings, dim=-1) if normalize else embeddings).cpu().numpy())
+    return np.concatenate(results)

@@ -1,0 +1,134 @@
+"""From a file, bytes, an array or a PIL image to the pixels that the tower expects."""
+
+from __future__ import annotations
+
+import io
+from os import PathLike, fspath
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from .config import Resolution, as_pair
+from .errors import ImageError
+
+# CLIP's (Radford et al., arXiv 2103.00020), for RGB in 0 … 1; EVA-CLIP and jina-clip-v2 keep them.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Where Pillow itself refuses to open an image.
+MAX_PIXELS = 178_956_970
+
+# A longer image is cut to this many times its short side before it is resized: a 1 x 20,000 strip at 224 pixels would
+# otherwise grow to a billion pixels, of which the centre crop keeps 224 x 224.
+MAX_ASPECT = 8
+
+
+def load_image(source: Any, *, max_pixels: int = MAX_PIXELS, name: str | None = None) -> Image.Image:
+    """An upright RGB image from a path, encoded bytes, a PIL image, an array or a tensor.
+
+    Arrays are uint8 or uint16 `[H, W]`, or uint8 `[H, W, 1 | 3 | 4]`; tensors uint8 `[3, H, W]`. EXIF orientation is
+    applied, transparency laid over white, 16-bit grey scaled to 8 bits, palette and CMYK converted, and of an animation
+    the first frame taken.
+
+    max_pixels  larger images are refused from their header, before anything is decoded
+    name        what errors call the image, where it is not a path
+
+    Raises ImageError, which names the image, for whatever cannot be used; FileNotFoundError for a missing file.
+    """
+    label = name or _label(source)
+    try:
+        with _open(source, label) as image:
+            if image.width * image.height > max_pixels:
+                raise ImageError(
+                    f"{label} is {image.width}x{image.height} pixels, more than the {max_pixels:,} allowed; "
+                    "shrink it or raise max_pixels"
+                )
+            return _upright_rgb(image)
+    except (ImageError, FileNotFoundError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{label} is larger than Pillow opens ({error}); shrink it or skip it") from error
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ValueError and more on broken files
+        raise ImageError(f"{label} cannot be decoded as an image ({error}); replace or skip it") from error
+
+
+def _label(source: Any) -> str:
+    if isinstance(source, str | PathLike):
+        return str(fspath(source))
+    if isinstance(source, bytes | bytearray | memoryview):
+        return f"image of {len(source):,} bytes"
+    return str(getattr(source, "filename", "") or f"image given as {type(source).__name__}")
+
+
+def _open(source: Any, label: str) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source.copy()  # the caller's stays open
+    if isinstance(source, str | PathLike):
+        return Image.open(source)
+    if isinstance(source, bytes | bytearray | memoryview):
+        return Image.open(io.BytesIO(source))
+    if isinstance(source, Tensor):
+        if source.dtype != torch.uint8 or source.ndim != 3 or source.shape[0] != 3:
+            raise ImageError(f"{label} is {source.dtype} {list(source.shape)}; expected a uint8 tensor [3, H, W]")
+        return Image.fromarray(source.permute(1, 2, 0).contiguous().cpu().numpy())
+    if isinstance(source, np.ndarray):
+        array = source[..., 0] if source.ndim == 3 and source.shape[2] == 1 else source
+        colour = array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] in (3, 4)
+        if array.size == 0 or not (colour or (array.ndim == 2 and array.dtype in (np.uint8, np.uint16))):
+            raise ImageError(
+                f"{label} is {source.dtype} {list(source.shape)}; "
+                "expected uint8 [H, W, 3] (or 1 or 4 channels), or grey [H, W]"
+            )
+        return Image.fromarray(np.ascontiguousarray(array))
+    raise ImageError(f"{label} is not an image; expected a path, bytes, a PIL image, an array or a tensor")
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it to white
+        values = np.asarray(image).astype(np.float32)
+        if values.min() < 0 or values.max() > 65535:
+            raise ImageError("grey values beyond 16 bits")
+        return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ImageError("floating-point pixels, whose range is not known")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def preprocess(image: Any, resolution: Resolution) -> Tensor:
+    """uint8 `[3, H, W]` for inference: anything that `load_image` takes, its shortest edge brought to the resolution
+    (bicubic, antialiased), then the centre. An (H, W) resolution is covered by the smallest resize that fills it.
+    """
+    height, width = as_pair(resolution)
+    picture = load_image(image)
+    longest = MAX_ASPECT * min(picture.size)
+    if max(picture.size) > longest:
+        picture = _centre_crop(picture, min(picture.width, longest), min(picture.height, longest))
+    if picture.width * height <= picture.height * width:  # the width is what binds
+        size = (width, max(height, picture.height * width // picture.width))
+    else:
+        size = (max(width, picture.width * height // picture.height), height)
+    picture = picture.resize(size, Image.Resampling.BICUBIC)
+    pixels = np.array(_centre_crop(picture, width, height))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _centre_crop(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def normalize(images: Tensor) -> Tensor:
+    """float32 of the same shape, `(x / 255 - MEAN) / STD`, from uint8 `[N, 3, H, W]` or `[3, H, W]`, on its device."""
+    if images.dtype != torch.uint8 or images.ndim not in (3, 4) or images.shape[-3] != 3:
+        raise ValueError(f"images are {images.dtype} {list(images.shape)}; expected uint8 [N, 3, H, W] or [3, H, W]")
+    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (MEAN, STD))
+    return images.float().mul_(1 / (255 * std)).sub_(mean / std)

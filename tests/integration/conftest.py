@@ -1,0 +1,103 @@
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "launch/recipes/drawn.yaml"
+
+
+@pytest.fixture(scope="session")
+def drawn_corpus(tmp_path_factory) -> Path:
+    """The drawn corpus, as `data-prep corpus --drawn` makes it."""
+    out = tmp_path_factory.mktemp("drawn") / "corpus"
+    subprocess.run([command("data-prep"), "corpus", str(out), "--drawn"], check=True, capture_output=True)
+    return out
+
+
+def command(name: str) -> str:
+    found = Path(sys.executable).with_name(name)
+    assert found.exists(), f"{found} is missing; is the package installed in this environment?"
+    return str(found)
+
+
+@pytest.fixture
+def run(tmp_path: Path, drawn_corpus: Path):
+    """Runs a console command in an empty directory, `{corpus}` in its arguments being the drawn corpus."""
+
+    def execute(*arguments: object, fails: bool = False, limit: str = "", **options) -> subprocess.CompletedProcess[str]:
+        words = [str(a).replace("{corpus}", str(drawn_corpus)) for a in arguments]
+        words[0] = words[0] if os.sep in words[0] else command(words[0])
+        if limit:
+            words = ["bash", "-c", f'{limit}; exec "$@"', "bash", *words]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **options.pop("env", {})}
+        done = subprocess.run(
+            words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400, check=False, **options
+        )
+        assert (done.returncode != 0) == fails, done.stdout[-3000:] + done.stderr[-3000:]
+        return done
+
+    return execute
+
+
+def arguments(corpus: Path, stage: int, settings: tuple[str, ...], output: str, ranks: int = 1) -> list[str]:
+    head = ["stage-trainer", "train", "--stage", str(stage)]
+    if ranks > 1:
+        head = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port()), str(ROOT / f"launch/stage{stage}.sh")]
+    here = [f"output={output}", f"corpus={corpus}", f"model.tokenizer={corpus}/tokenizer.model"]
+    return [*head, "--recipe", str(RECIPE), *here, *settings]
+
+
+@pytest.fixture
+def train(run, drawn_corpus: Path):
+    """Trains a stage on the drawn corpus, with several ranks through its launch file: train(1, "steps=4", ranks=2)."""
+
+    def execute(stage: int, *settings: str, ranks: int = 1, output: str = "run", **options):
+        return run(*arguments(drawn_corpus, stage, settings, output, ranks), **options)
+
+    execute.recipe = RECIPE
+    return execute
+
+
+@pytest.fixture
+def start(tmp_path: Path, drawn_corpus: Path):
+    """Starts what `train` would run and returns the process."""
+
+    def execute(stage: int, *settings: str, output: str = "run") -> subprocess.Popen:
+        words = arguments(drawn_corpus, stage, settings, output)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([command(words[0]), *words[1:]], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+
+    return execute
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def scalars(tmp_path: Path):
+    """{step: value} of a scalar in a stage's TensorBoard files, or the names of all scalars."""
+
+    def read(stage_directory: str, tag: str | None = None):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(tmp_path / stage_directory / "tensorboard"), size_guidance={"scalars": 0})
+        events.Reload()
+        if tag is None:
+            return set(events.Tags()["scalars"])
+        return {e.step: e.value for e in events.Scalars(tag)}
+
+    return read
+
+
+@pytest.fixture
+def copy_of_corpus(tmp_path: Path, drawn_corpus: Path) -> Path:
+    """A corpus that a test may damage."""
+    return Path(shutil.copytree(drawn_corpus, tmp_path / "damaged"))

@@ -1,0 +1,70 @@
+"""Who imports whom: the arrows of the house, read from the code."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = {
+    "contrastive_losses": ROOT / "packages/contrastive-losses/src/contrastive_losses",
+    "text_tower": ROOT / "packages/text-tower/src/text_tower",
+    "vision_tower": ROOT / "packages/vision-tower/src/vision_tower",
+    "stage_trainer": ROOT / "packages/stage-trainer/src/stage_trainer",
+    "data_prep": ROOT / "data_prep/src/data_prep",
+}
+MODELS = {"contrastive_losses", "text_tower", "vision_tower"}
+
+
+def imports(folder: Path, *, top_level_only: bool = False):
+    """(file, imported module) of every import below `folder`, relative ones resolved to the package itself and left out."""
+    for file in folder.rglob("*.py"):
+        tree = ast.parse(file.read_text())
+        for node in tree.body if top_level_only else ast.walk(tree):
+            if isinstance(node, ast.Import):
+                yield from ((file, alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                yield file, node.module
+
+
+def siblings(name: str, **options):
+    return [(f, m) for f, m in imports(SOURCES[name], **options) if m.split(".")[0] in set(SOURCES) - {name}]
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_the_model_packages_know_nobody_of_the_house(name):
+    assert siblings(name) == []
+
+
+def test_the_trainer_takes_the_shard_format_alone_from_data_prep():
+    found = {m for _, m in siblings("stage_trainer") if m.startswith("data_prep")}
+    assert found == {"data_prep.shards"}
+
+
+def test_data_prep_imports_a_tower_lazily_or_not_at_all():
+    assert siblings("data_prep", top_level_only=True) == []
+    assert all(m.split(".")[0] in MODELS for _, m in siblings("data_prep"))
+
+
+def test_the_shard_format_needs_the_standard_library_and_webdataset_alone():
+    import sys
+
+    outside = {m.split(".")[0] for _, m in imports(SOURCES["data_prep"] / "shards")} - set(sys.stdlib_module_names)
+    assert outside <= {"webdataset", "data_prep"}
+    inside = {m for _, m in imports(SOURCES["data_prep"] / "shards") if m.startswith("data_prep")}
+    assert all(m.startswith("data_prep.shards") for m in inside)
+
+
+def test_losses_need_torch_alone():
+    import sys
+
+    outside = {m.split(".")[0] for _, m in imports(SOURCES["contrastive_losses"])} - set(sys.stdlib_module_names)
+    assert outside <= {"torch", "contrastive_losses", "triton"}
+
+
+def test_the_top_level_holds_the_rooms_and_nothing_else():
+    import subprocess
+
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    top = {name.split("/")[0] for name in tracked if not name.startswith(".")}
+    assert top <= {"pyproject.toml", "README.md", "LICENSE", "packages", "launch", "data_prep", "tests"}

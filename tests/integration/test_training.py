@@ -1,0 +1,159 @@
+"""Training as a user runs it: real processes, real DeepSpeed, the drawn corpus."""
+
+import json
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+QUICK = ("steps=8", "warmup_steps=2", "evaluation.every=0", "log_every=1", "resolution=[[0, 32]]")
+
+
+def weights(stage):
+    last = max(stage.glob("step-*"))
+    return {f"{f.relative_to(last)}:{k}": v for f in last.rglob("*.safetensors") for k, v in load_file(f).items()}
+
+
+def equal(one, two):
+    return one.keys() == two.keys() and all((one[k] == two[k]).all() for k in one)
+
+
+def test_two_processes_give_one_process_curve(train, scalars):
+    """Dropout, patch dropout and augmentation on, under the launcher, to 1e-5 over the first 20 steps."""
+    options = (
+        *QUICK, "steps=20", "model.text.dropout=0.1", "patch_dropout=[[0, 0.5]]",
+        "augmentation={scale: [0.5, 1.0], flip: true, color: 0.2}",
+    )  # fmt: skip
+    train(1, *options, output="one")
+    train(1, *options, output="two", ranks=2)
+    for tag in ("loss/text", "loss/image_text", "temperature/text", "temperature/image_text"):
+        one, two = scalars("one/stage1", tag), scalars("two/stage1", tag)
+        assert list(one) == list(range(20))
+        assert two == pytest.approx(one, rel=1e-5)
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(train, start, tmp_path):
+    """kill -9 after the first checkpoint, then the same command; across a change of resolution."""
+    options = ("steps=24", "checkpoint.every=8", "resolution=[[0, 32], [12, 40]]", "warmup_steps=2", "evaluation.every=0")
+    train(1, *options, output="straight")
+    process = start(1, *options, output="killed")
+    while not (tmp_path / "killed/stage1/step-0000008").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "killed/stage1/step-0000024").exists()
+    train(1, *options, output="killed")
+    assert equal(weights(tmp_path / "straight/stage1"), weights(tmp_path / "killed/stage1"))
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(train, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(1, *QUICK, f"seed={seed}", output=name)
+    a, b, c = (weights(tmp_path / name / "stage1") for name in "abc")
+    assert equal(a, b)
+    assert not equal(a, c)
+
+
+def test_three_stages_end_in_a_model_that_finds_held_out_items(train, run, scalars, tmp_path):
+    """Stage by stage through the launch files, then export, evaluate, report and search, as quickstart does."""
+    for stage in (1, 2, 3):
+        train(stage, ranks=2 if stage == 1 else 1)
+        run("stage-trainer", "evaluate", f"run/stage{stage}", "{corpus}", "--json", f"run/stage{stage}/evaluation.json")
+    run("stage-trainer", "export", "run/stage3", "model")
+    table = run("stage-trainer", "evaluate", "model", "{corpus}", "--json", "figures.json", "--by-language").stdout
+    assert "text→image" in table
+    assert "chance" in table
+    exported = json.loads((tmp_path / "figures.json").read_text())
+    assert exported == json.loads((tmp_path / "run/stage3/evaluation.json").read_text())
+    pool = exported["drawn"]
+    for direction, by_dim in pool["recall_at_5"].items():
+        assert set(by_dim) == {"64", "32", "16"}
+        assert by_dim["64"]["mean"] > 2 * pool["chance"][direction]["mean"], direction
+
+    run("stage-trainer", "report", "--recipe", train.recipe, "output=run")
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert set(report["stages"]) == {"stage1", "stage2", "stage3"}
+    assert report["stages"]["stage3"] == exported
+    assert report["parts"]["stage1"]["seconds"] > 0
+    assert report["parts"]["stage1"]["peak_memory_bytes"] > 1e8
+
+    run("stage-trainer", "search", "model", "{corpus}", "--out", "search.png")
+    run("stage-trainer", "search", "model", "{corpus}", "--out", "asked.png", "a red circle")
+    from PIL import Image
+
+    assert Image.open(tmp_path / "search.png").size[1] > 300
+
+    tags = scalars("run/stage1")
+    wanted = {
+        "loss/text", "loss/image_text", "temperature/text", "temperature/image_text", "learning_rate_adamw/image",
+        "learning_rate_muon/text", "gradient_norm/image", "gradient_norm/text", "speed/samples_per_second",
+        "validation_recall_at_5_drawn/text to image", "batch_accuracy_text/16",
+    }  # fmt: skip
+    assert wanted <= tags
+    losses = scalars("run/stage1", "loss/image_text")
+    assert losses[max(losses)] < 0.7 * losses[min(losses)]
+    assert max(scalars("run/stage1", "learning_rate_adamw/image").values()) == pytest.approx(1e-3)
+
+    again = train(3)
+    assert "stage 3 of drawn is complete" in again.stdout
+
+
+def test_a_stage_needs_the_one_before(train):
+    done = train(2, fails=True)
+    assert done.returncode == 2
+    assert "stage 2 starts from stage 1, which has not run" in done.stderr
+    assert "launch/stage1.sh" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_other_settings_are_refused_and_starting_over_keeps_the_old_run(train, tmp_path):
+    train(1, *QUICK)
+    before = weights(tmp_path / "run/stage1")
+    done = train(1, *QUICK, "lr.image=5e-4", fails=True)
+    assert "stage.lr.image was 0.001 and is now 0.0005" in done.stderr
+    assert equal(before, weights(tmp_path / "run/stage1"))
+    train(1, *QUICK, "lr.image=5e-4", "--start-over")
+    assert equal(before, weights(tmp_path / "run/stage1.old-1"))
+    assert not equal(before, weights(tmp_path / "run/stage1"))
+
+
+def test_a_full_disk_is_one_message_and_loses_nothing(train, tmp_path):
+    """The limit on a file's size stands for a disk that takes no more: the first checkpoint stays, the next one fails."""
+    options = (*QUICK, "checkpoint.every=4")
+    train(1, *options, "steps=4", output="run")
+    before = weights(tmp_path / "run/stage1")
+    done = train(1, *options, "steps=4", "--start-over", limit="ulimit -f 300", fails=True)
+    assert "could not write" in done.stderr
+    assert "free some space" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert equal(before, weights(tmp_path / "run/stage1.old-1"))
+    assert not list((tmp_path / "run/stage1").glob("step-*"))
+    assert not list((tmp_path / "run/stage1").glob(".step-*"))
+
+
+def test_damaged_data_and_wrong_sizes_are_named(train, copy_of_corpus):
+    here = (f"corpus={copy_of_corpus}", *QUICK)
+    assert "too few samples for one batch" in train(1, *here, "batch.image_text=100000", fails=True).stderr.replace(",", "")
+    assert "vocab" in train(1, *here, "model.text.vocab_size=100", fails=True).stderr
+    tar = next((copy_of_corpus / "train/image-short/drawn").glob("*.tar"))
+    tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
+    done = train(1, *here, fails=True)
+    assert str(tar) in done.stderr
+    tar.unlink()
+    done = train(1, *here, fails=True)
+    assert done.returncode == 2
+    assert str(tar) in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_every_zero_stage_gives_the_plain_curve_and_resumes(train, scalars, zero):
+    """Two ranks, AdamW, triplets among the losses; resumed under another ZeRO stage's world size."""
+    options = (*QUICK, "optimizer.name=adamw", "batch.text=32", "data.text=[{path: text-triplets/drawn}]")
+    train(1, *options, output="plain")
+    partitioned = (*options, f"deepspeed={{zero_optimization: {{stage: {zero}}}}}")
+    train(1, *partitioned, "checkpoint.every=4", output="zero", ranks=2)
+    for tag in ("loss/text", "loss/image_text", "temperature/text"):
+        assert scalars("zero/stage1", tag) == pytest.approx(scalars("plain/stage1", tag), rel=1e-5)

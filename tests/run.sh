@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The tests: bash tests/run.sh (the everyday suite), bash tests/run.sh --full (also what takes longer).
+# Further arguments go to pytest: bash tests/run.sh -k recall
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash launch/environment.sh
+export PATH="$PWD/.venv/bin:$PATH"
+selection=(-m "not full")
+if [ "${1:-}" = --full ]; then selection=(); shift; fi
+ruff check .
+ruff format --check .
+mypy
+# Two cores or more: as many test processes, one thread each. Files stay whole, so their fixtures are made once.
+OMP_NUM_THREADS=1 pytest -n auto --dist loadfile ${selection[@]+"${selection[@]}"} "$@"

@@ -1,0 +1,94 @@
+import pytest
+import torch
+from stage_trainer.build import tower_configs
+from stage_trainer.model import DualEncoder
+from stage_trainer.optim import build_optimizer, named_states, parameter_groups, schedule, set_rates
+from stage_trainer.recipe import load
+from text_tower import TextTower
+from vision_tower import VisionTower
+
+
+@pytest.fixture
+def parts(recipes):
+    def build(*overrides, stage=2):
+        recipe = load(recipes / "drawn.yaml", list(overrides), stage).recipe
+        text, vision = tower_configs(recipe, stage)
+        torch.manual_seed(0)
+        return recipe, recipe.stage(stage), DualEncoder(TextTower(text), VisionTower(vision))
+
+    return build
+
+
+def test_every_trainable_parameter_is_in_one_group(parts):
+    for name in ("adamw", "muon"):
+        recipe, stage, model = parts(f"optimizer.name={name}")
+        model.vision.blocks[0].requires_grad_(False)
+        names = [n for g in parameter_groups(model, stage, recipe.optimizer) for n in g["names"]]
+        assert sorted(names) == sorted(n for n, p in model.named_parameters() if p.requires_grad)
+
+
+def test_layer_decay_is_per_layer_from_the_top(parts):
+    recipe, stage, model = parts("optimizer.name=adamw", "layer_decay={image: 0.5, text: 0.5}", "lr={image: 1.0, text: 1.0}")
+    rate = {n: g["lr"] for g in parameter_groups(model, stage, recipe.optimizer) for n in g["names"]}
+    for prefix, tower in (("vision", model.vision), ("text", model.text)):
+        for name, depth in tower.layer_ids().items():
+            assert rate[f"{prefix}.{name}"] == 0.5 ** (tower.num_layers - depth)
+
+
+def test_vectors_temperatures_and_tables_have_no_weight_decay(parts):
+    recipe, stage, model = parts()
+    for group in parameter_groups(model, stage, recipe.optimizer):
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            plain = parameter.ndim < 2 or name in ("vision.cls_token", "vision.pos_embed")
+            assert (group["weight_decay"] == 0) == plain, name
+
+
+def test_muon_takes_matrices_of_the_blocks_alone(parts):
+    recipe, stage, model = parts("optimizer.name=muon")
+    groups = parameter_groups(model, stage, recipe.optimizer)
+    muon = {n for g in groups if g["muon"] for n in g["names"]}
+    assert all(dict(model.named_parameters())[n].ndim == 2 for n in muon)
+    assert not any("embedding" in n or "patch_embed" in n or "scale" in n for n in muon)
+    assert any(n.startswith("text.encoder") for n in muon)
+    assert any(n.startswith("vision.blocks") for n in muon)
+
+
+def test_the_joint_optimizer_steps_as_its_parts_would(parts):
+    """Against torch's own Muon and AdamW, run apart, with a rate that changes."""
+    recipe, stage, model = parts("optimizer.name=muon")
+    _, _, twin = parts("optimizer.name=muon")
+    groups = parameter_groups(model, stage, recipe.optimizer)
+    joint = build_optimizer(groups, recipe.optimizer)
+    twins = dict(twin.named_parameters())
+    c = recipe.optimizer
+    apart = []
+    for g in parameter_groups(model, stage, c):
+        ps = [twins[n] for n in g["names"]]
+        options = {"lr": g["lr"], "weight_decay": g["weight_decay"]}
+        apart.append(
+            torch.optim.Muon(ps, momentum=c.muon_momentum, **options)
+            if g["muon"]
+            else torch.optim.AdamW(ps, betas=c.betas, eps=c.eps, **options)
+        )
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        for name, p in model.named_parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+            twins[name].grad = p.grad.clone()
+        set_rates(joint, 0.5**step)
+        for o, g in zip(apart, parameter_groups(model, stage, c), strict=True):
+            o.param_groups[0]["lr"] = g["lr"] * 0.5**step
+            o.step()
+        joint.step()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, twins[name]), name
+    assert {n for n, _, s in named_states(joint) if s} == set(twins)
+
+
+def test_the_schedule_warms_up_then_falls_as_a_cosine():
+    values = [schedule(s, 100, 10) for s in range(100)]
+    assert values[0] == pytest.approx(0.1)
+    assert max(values) == values[9] == values[10] == 1.0
+    assert values[55] == pytest.approx(0.5)
+    assert 0 < values[99] < 0.001
+    assert schedule(100, 100, 10, 0.1) == pytest.approx(0.1)

@@ -1,0 +1,108 @@
+import dataclasses
+
+import pytest
+from stage_trainer.errors import UserError
+from stage_trainer.recipe import at_step, load
+
+
+def test_every_recipe_of_the_project_loads(recipes):
+    for path in recipes.glob("*.yaml"):
+        assert len(load(path).recipe.stages) == 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("optimizer:", "optimiser:", "unknown key 'optimiser'; did you mean 'optimizer'"),
+        ("warmup_steps:", "warm_up_steps:", r"unknown key 'stages.1.warm_up_steps'; did you mean 'warmup_steps'"),
+        ("image_text: 48", "image_txt: 48", r"unknown key 'stages.1.batch.image_txt'; did you mean 'image_text'"),
+        ("seed: 0", "seed: many", "'seed': .*found 'many'"),
+        ("name: drawn\n", "", "'name' is missing"),
+        ("resolution: [[0, ", "resolution: [[5, ", "stage 1: 'resolution' should be"),
+        ("precision: fp32", "precision: fp8", "'precision'"),
+        ("seed: 0", "seed: [", "not valid YAML"),
+    ],
+)
+def test_a_bad_recipe_names_the_key_and_the_remedy(recipe_file, old, new, message):
+    with pytest.raises(UserError, match=message):
+        load(recipe_file(old, new))
+
+
+def test_a_missing_recipe_lists_those_beside_it(recipes):
+    with pytest.raises(UserError, match=r"laptop\.yaml"):
+        load(recipes / "labtop.yaml")
+
+
+def test_overrides_reach_the_recipe_and_the_chosen_stage(recipes):
+    recipe = load(recipes / "drawn.yaml", ["steps=7", "optimizer.eps=2e-7", "stages.3.batch.text=24"], stage=2).recipe
+    assert [s.steps for s in recipe.stages][1] == 7
+    assert recipe.stages[0].steps != 7
+    assert recipe.optimizer.eps == 2e-7
+    assert recipe.stages[2].batch.text == 24
+
+
+def test_an_override_with_an_unknown_key_is_refused(recipes):
+    with pytest.raises(UserError, match="did you mean 'steps'"):
+        load(recipes / "drawn.yaml", ["stages.1.stepz=7"])
+    with pytest.raises(UserError, match="key=value"):
+        load(recipes / "drawn.yaml", ["steps"])
+
+
+def test_muon_under_zero_is_refused(recipes):
+    with pytest.raises(UserError, match="Muon needs whole matrices"):
+        load(recipes / "drawn.yaml", ["optimizer.name=muon", "deepspeed={zero_optimization: {stage: 2}}"], stage=1)
+
+
+def test_rounded_temperatures_are_refused(recipes):
+    with pytest.raises(UserError, match="temperatures"):
+        load(recipes / "drawn.yaml", ["deepspeed={bf16: {enabled: true}}"], stage=1)
+
+
+def test_numbers_in_exponent_form_are_numbers(recipes):
+    assert load(recipes / "jina-clip-v2.yaml").recipe.stages[0].lr.image == 2e-4
+
+
+def test_the_paper_recipe_is_table_6(recipes):
+    """Table 6 of arXiv 2412.08802, typed a second time from the paper."""
+    recipe = load(recipes / "jina-clip-v2.yaml").recipe
+    rows = [
+        (s.steps, s.max_tokens, s.batch.image_text, s.batch.text, s.lr.image, s.lr.text, s.layer_decay.image, s.layer_decay.text)
+        for s in recipe.stages
+    ]
+    assert rows == [
+        (100_000, 77, 16_384, 16_384, 2e-4, 1e-4, 1, 1),
+        (6_000, 512, 8_192, 8_192, 5e-5, 5e-5, 0.98, 0.98),
+        (16_000, 512, 1_024, 128, 5e-6, 1e-4, 1, 1),
+    ]
+    assert [tuple(r for _, r in s.resolution) for s in recipe.stages] == [(224, 384), (384,), (512,)]
+    optimizer = recipe.optimizer
+    assert (optimizer.name, optimizer.betas, optimizer.eps, optimizer.weight_decay) == ("adamw", (0.9, 0.98), 1e-6, 0.02)
+    assert recipe.precision == "bf16"
+    assert all(sorted(s.loss.dims) == [64, 128, 256, 512, 768, 1024] for s in recipe.stages)
+
+
+def test_what_the_paper_leaves_open_is_marked_as_ours(recipes):
+    ours = load(recipes / "jina-clip-v2.yaml").ours
+    for stage in range(3):
+        for name in ("warmup_steps", "patch_dropout", "trainable"):
+            assert f"stages.{stage}.{name}" in ours
+        for name in ("steps", "batch", "lr", "layer_decay", "max_tokens"):
+            assert f"stages.{stage}.{name}" not in ours
+    assert "optimizer.gradient_clipping" in ours
+
+
+def test_a_schedule_holds_until_the_next_start():
+    schedule = ((0, 224), (10, 384))
+    assert [at_step(schedule, step) for step in (0, 9, 10, 99)] == [224, 224, 384, 384]
+
+
+def test_a_recipe_is_frozen(recipes):
+    recipe = load(recipes / "drawn.yaml").recipe
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.seed = 3
+
+
+def test_a_recipe_cannot_run_code(recipe_file):
+    path = recipe_file("seed: 0", "seed: !!python/object/apply:os.getpid []")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load(path)

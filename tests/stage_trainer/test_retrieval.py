@@ -1,0 +1,47 @@
+import numpy as np
+import pytest
+from stage_trainer.retrieval import Embedded, Pool, chance_at_k, recall_at_k, score
+
+
+def test_recall_counts_queries_with_a_hit_among_the_nearest():
+    candidates = np.eye(6, dtype=np.float32)
+    queries = candidates[[0, 1, 2]] + 0.1 * candidates[[3, 4, 5]]
+    relevant = np.zeros((3, 6), bool)
+    relevant[0, 0] = relevant[1, 4] = relevant[2, 3] = True
+    assert recall_at_k(queries, candidates, relevant, 1) == pytest.approx(1 / 3)
+    assert recall_at_k(queries, candidates, relevant, 2) == pytest.approx(2 / 3)
+
+
+def test_recall_agrees_with_sorting_by_hand():
+    rng = np.random.default_rng(0)
+    queries, candidates = rng.normal(size=(40, 8)), rng.normal(size=(60, 8))
+    relevant = rng.random((40, 60)) < 0.03
+    ranks = np.argsort(np.argsort(-(queries @ candidates.T), axis=1), axis=1)
+    by_hand = np.mean([(ranks[i][relevant[i]] < 5).any() for i in range(40)])
+    assert recall_at_k(queries, candidates, relevant) == pytest.approx(by_hand)
+
+
+def test_chance_is_what_random_vectors_reach():
+    rng = np.random.default_rng(1)
+    relevant = np.zeros((2000, 50), bool)
+    relevant[np.arange(2000), rng.integers(0, 50, 2000)] = True
+    relevant[:500, 7] = True
+    reached = recall_at_k(rng.normal(size=(2000, 16)), rng.normal(size=(50, 16)), relevant)
+    assert chance_at_k(relevant) == pytest.approx(reached, abs=0.03)
+
+
+def test_a_text_that_two_images_share_is_right_for_both():
+    pool = Pool("p", [b""] * 7, {"en": [(i, "duck" if i < 2 else f"t{i}") for i in range(7)], "de": [(1, "Ente")]})
+    names = pool.all_texts()
+    rng = np.random.default_rng(2)
+    images = rng.normal(size=(7, 8)).astype(np.float32)
+    texts = rng.normal(size=(len(names), 8)).astype(np.float32)
+    row = {t: i for i, t in enumerate(names)}
+    texts[row["duck"]] = images[1] * 3
+    texts[row["Ente"]] = texts[row["duck"]] * 0.5
+    recalls, chances = score(pool, Embedded(images, texts, row), [8, 4])
+    assert recalls["text→English text"]["8"]["de"] == 1.0
+    assert recalls["text→image"]["8"]["de"] == 1.0
+    assert set(recalls["text→image"]) == {"8", "4"}
+    assert chances["text→English text"]["chance"]["de"] == pytest.approx(5 / 6)
+    assert "en" not in recalls["text→English text"]["8"]
