@@ -37,6 +37,7 @@ class StageBatches(TorchDataset):
     def __init__(self, recipe: Recipe, stage: Stage, number: int, tokenizer: Tokenizer, rank: int, world: int):
         self.stage, self.seed, self.rank, self.world = stage, key(recipe.seed, number), rank, world
         self.tokenizer = tokenizer
+        self.cache = SampleCache(recipe.cache_megabytes)
         corpus = Path(recipe.corpus) / "train"
         self.image_sources = [_open(corpus, s, stage.batch.image_text, ("image-",)) for s in stage.data.image_text]
         self.text_sources = [_open(corpus, s, stage.batch.text, ("text-",)) for s in stage.data.text]
@@ -73,9 +74,9 @@ class StageBatches(TorchDataset):
             start = self.stage.task_start.image_text
             for draw in slice_of(self.image_sampler.batch_at(step - start), self.rank, self.world):
                 data = self.image_sources[draw.source]
-                members, content = _content(data, draw)
+                pixels, content = self.cache.sample(data, draw.index)
                 seed = self._seed(data, draw)
-                images.append(self._image(data, members, seed, step))
+                images.append(self._augmented(data, pixels, seed, step))
                 captions.append(self._choose(content["captions"], seed, data, seen)["text"])
                 image_seeds.append(seed)
                 image_ids.append(key(content["item"]))
@@ -85,7 +86,7 @@ class StageBatches(TorchDataset):
             start = self.stage.task_start.text
             for draw in slice_of(self.text_sampler.batch_at(step - start), self.rank, self.world):
                 data = self.text_sources[draw.source]
-                _, content = _content(data, draw)
+                _, content = self.cache.sample(data, draw.index)
                 seed = self._seed(data, draw)
                 query = self._choose(content["query"], seed, data, seen)
                 others = [t for t in content["target"] if t["text"] != query["text"]] or content["target"]
@@ -100,14 +101,12 @@ class StageBatches(TorchDataset):
     def _seed(self, data: Dataset, draw: Draw) -> int:
         return key(self.seed, data.kind, data.source, draw.epoch, draw.index)
 
-    def _image(self, data: Dataset, members: dict[str, bytes], seed: int, step: int) -> torch.Tensor:
-        kind = next((k for k in IMAGE_TYPES if k in members), None)
-        if kind is None:
-            raise ShardError(f"{data.directory}: a sample has members {sorted(members)} and no image among {IMAGE_TYPES}")
+    def _augmented(self, data: Dataset, pixels: torch.Tensor | None, seed: int, step: int) -> torch.Tensor:
+        if pixels is None:
+            raise ShardError(f"{data.directory}: a sample has no image among {IMAGE_TYPES}; it cannot serve the image-text task")
         a = self.stage.augmentation
-        image = torch.from_numpy(np.asarray(load_image(members[kind])).copy()).permute(2, 0, 1)
         size = self.stage.resolution_at(step)
-        return augment(image, seed, size, scale=a.scale, ratio=a.ratio, flip=a.flip, color=a.color)
+        return augment(pixels, seed, size, scale=a.scale, ratio=a.ratio, flip=a.flip, color=a.color)
 
     @staticmethod
     def _choose(alternatives: list[dict[str, Any]], seed: int, data: Dataset, seen: Counter[str]) -> dict[str, Any]:
@@ -154,16 +153,40 @@ def batches(data: StageBatches, start: int, stop: int, workers: int) -> Iterator
     return iter(loader)
 
 
-def _content(data: Dataset, draw: Draw) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """A sample's members and its texts; a lone .txt is a caption of unknown language."""
-    members = data.read(draw.index)
+class SampleCache:
+    """Decoded samples, kept until `megabytes` are full; what came first stays, so small data sets are decoded once."""
+
+    def __init__(self, megabytes: int):
+        self.left = megabytes * 2**20
+        self.kept: dict[tuple[Path, int], tuple[torch.Tensor | None, dict[str, Any]]] = {}
+
+    def sample(self, data: Dataset, index: int) -> tuple[torch.Tensor | None, dict[str, Any]]:
+        """(uint8 pixels [3, H, W] if there is an image, the texts) of a sample."""
+        if (found := self.kept.get((data.directory, index))) is not None:
+            return found
+        members = data.read(index)
+        image = next((members[k] for k in IMAGE_TYPES if k in members), None)
+        pixels = None
+        if image is not None:
+            name = f"{data.directory}, sample {data.row(index).key}"
+            pixels = torch.from_numpy(np.array(load_image(image, name=name))).permute(2, 0, 1)
+        found = pixels, _content(data, index, members)
+        cost = sum(map(len, members.values())) * 4 + (0 if pixels is None else pixels.numel())
+        if cost <= self.left:
+            self.left -= cost
+            self.kept[data.directory, index] = found
+        return found
+
+
+def _content(data: Dataset, index: int, members: dict[str, bytes]) -> dict[str, Any]:
+    """A sample's texts; a lone .txt is a caption of unknown language."""
     if "json" in members:
         try:
-            return members, json.loads(members["json"])
+            return json.loads(members["json"])
         except ValueError as error:
-            raise ShardError(f"{data.directory}: sample {data.row(draw.index).key}: its .json is not JSON ({error})") from error
+            raise ShardError(f"{data.directory}: sample {data.row(index).key}: its .json is not JSON ({error})") from error
     caption = {"text": members["txt"].decode("utf-8", errors="replace"), "language": "und", "origin": "human"}
-    return members, {"captions": [caption], "item": f"{data.source}/{data.row(draw.index).key}"}
+    return {"captions": [caption], "item": f"{data.source}/{data.row(index).key}"}
 
 
 def _open(corpus: Path, source: Source, batch: int, kinds: tuple[str, ...]) -> Dataset:

@@ -5,6 +5,7 @@ State by name is what lets a run go on with another world size, another ZeRO sta
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -65,7 +66,31 @@ class Engine:
 
     def step(self) -> None:
         self.engine.step()
-        self.objective.clamp_()
+        if not self.zero:
+            self.objective.clamp_()
+            return
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        # ZeRO updates from a copy of its own, which has to be clamped too, or it runs away behind the floor.
+        for loss in (self.objective.image_text, self.objective.text):
+            ceiling = -math.log(loss.min_temperature)
+            if loss.log_scale.requires_grad and (scale := self.log_scale(loss)) > ceiling:
+                safe_set_full_fp32_param(loss.log_scale, torch.full((1,), ceiling, device=scale.device))
+                if self.zero < 3:
+                    loss.clamp_()
+
+    def log_scale(self, loss: nn.Module) -> Tensor:
+        """ln(1 / temperature) of a task's loss, shape [1]; under ZeRO every rank has to ask."""
+        if not (self.zero and loss.log_scale.requires_grad):
+            return loss.log_scale.detach()
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(loss.log_scale)
+
+    def temperatures(self) -> dict[str, float]:
+        """Of each task; under ZeRO every rank has to ask."""
+        losses = {"image_text": self.objective.image_text, "text": self.objective.text}
+        return {task: math.exp(-self.log_scale(loss).item()) for task, loss in losses.items()}
 
     def gradient_norms(self) -> dict[str, float]:
         """L2 norms before clipping, by tower where whole gradients are at hand; to be read between backward and step."""

@@ -167,6 +167,7 @@ class Recipe:
     seed: int = 0
     precision: Literal["bf16", "fp32"] = "bf16"
     workers: int = 0
+    cache_megabytes: int = 0
     log_every: int = 10
     optimizer: Optimizer = field(default_factory=Optimizer)
     evaluation: Evaluation = field(default_factory=Evaluation)

@@ -142,11 +142,7 @@ def samples_at(stage: Stage, tasks: tuple[str, ...]) -> int:
 
 def scalars(engine: Engine, norms: dict[str, float]) -> dict[str, float]:
     """What TensorBoard shows beside the losses: temperatures, the rates of each tower, gradient norms."""
-    objective = engine.objective
-    values = {
-        "temperature/image_text": float(objective.image_text.temperature),
-        "temperature/text": float(objective.text.temperature),
-    }
+    values = {f"temperature/{task}": value for task, value in engine.temperatures().items()}
     for group in engine.optimizer.param_groups:
         kind = "muon" if group["muon"] else "adamw"
         name = f"learning_rate_{kind}/{group['tower']}"

@@ -56,8 +56,8 @@ class TextTowerConfig:
                 raise ValueError(f"{name} is {value!r}; expected a whole number of at least {least}")
         if self.width % (2 * self.heads):
             raise ValueError(
-                f"heads is {self.heads} and width {self.width}: a head would have {self.width / self.heads:g} channels, "
-                "but rotary positions need an even number"
+                f"heads is {self.heads} and width {self.width}: a head would have {self.width / self.heads:g} "
+                "channels, but rotary positions need an even number"
             )
         for name in ("rope_theta", "layer_norm_eps", "lora_alpha"):
             value = getattr(self, name)

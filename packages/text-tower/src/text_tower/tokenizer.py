@@ -16,7 +16,7 @@ class Tokenizer:
     """Turns texts into lists of token ids. Picklable, so it may travel to worker processes.
 
     Sentencepiece's own ids are shifted as XLM-RoBERTa does: `<s>`=0 `<pad>`=1 `</s>`=2 `<unk>`=3, piece i from 3 on is
-    i + 1, and `<mask>` comes last. Special tokens written out in a text are text, not special tokens.
+    i + 1, and `<mask>` comes last. Special tokens that are spelled out in a text do not become special tokens.
 
     Attributes:
         vocab_size: number of ids, `<mask>` included.
@@ -86,7 +86,10 @@ class Tokenizer:
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if self._kind == "json":
-            return [e.ids for e in self._encoder.encode_batch_fast(texts, add_special_tokens=False)]
+            # A tokenizer.json has the special tokens among its pieces, so that a text could spell them.
+            special = {BOS, PAD, EOS, self._encoder.token_to_id("<mask>")}
+            encodings = self._encoder.encode_batch_fast(texts, add_special_tokens=False)
+            return [[UNK if i in special else i for i in e.ids] for e in encodings]
         # One thread: worker processes already share the cores among them.
         pieces = self._encoder.encode(texts, out_type=int, num_threads=1)
         return [[i + 1 if i else UNK for i in ids] for ids in pieces]
@@ -146,6 +149,4 @@ def _load_json(content: bytes, name: str) -> Any:
         raise ValueError(f"{name} has <s>, <pad>, </s>, <unk> at {special}; expected [0, 1, 2, 3], as XLM-RoBERTa")
     model.no_truncation()
     model.no_padding()
-    # So that a text which spells out </s> cannot end itself: as with sentencepiece, it is text.
-    model.encode_special_tokens = True
     return model

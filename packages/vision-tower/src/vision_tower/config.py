@@ -122,6 +122,7 @@ class VisionTowerConfig:
 
     def timm_arguments(self) -> dict[str, Any]:
         """Keyword arguments with which timm's `eva02_large_patch14_clip_224` takes this shape and these weights."""
+        reference = self.grid if self.reference_grid is None else (self.reference_grid, self.reference_grid)
         return {
             "num_classes": 0,
             "img_size": as_pair(self.resolution),
@@ -132,6 +133,6 @@ class VisionTowerConfig:
             # timm rounds width * ratio down; the half keeps a ratio of two integers from landing one below.
             "mlp_ratio": (self.mlp_hidden + 0.5) / self.width,
             "scale_attn_inner": self.attention_norm,
-            "ref_feat_shape": None if self.reference_grid is None else (self.reference_grid, self.reference_grid),
+            "ref_feat_shape": reference,  # not None, which timm.create_model would take for "the entry's own"
             "rope_temperature": self.rope_theta,
         }

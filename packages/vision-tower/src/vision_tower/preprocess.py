@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import AbstractContextManager, nullcontext
 from os import PathLike, fspath
 from typing import Any
 
@@ -63,9 +64,9 @@ def _label(source: Any) -> str:
     return str(getattr(source, "filename", "") or f"image given as {type(source).__name__}")
 
 
-def _open(source: Any, label: str) -> Image.Image:
+def _open(source: Any, label: str) -> AbstractContextManager[Image.Image]:
     if isinstance(source, Image.Image):
-        return source.copy()  # the caller's stays open
+        return nullcontext(source)  # the caller's stays open
     if isinstance(source, str | PathLike):
         return Image.open(source)
     if isinstance(source, bytes | bytearray | memoryview):

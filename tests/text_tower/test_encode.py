@@ -1,0 +1,80 @@
+"""encode: texts in, numpy rows out, in the order given."""
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture
+def tower(make_tower, tokenizer, lora):
+    return make_tower(tokenizer=tokenizer, instructions={"search": "find all: "}, dropout=0.2, **lora)
+
+
+def test_rows_keep_the_order_of_the_texts_whatever_the_batch(tower, sentences):
+    texts = [*sentences.values(), "", "a", "a"]
+    alone = np.concatenate([tower.encode([text]) for text in texts])
+    for batch_size in (1, 7, 64):
+        np.testing.assert_allclose(tower.encode(texts, batch_size=batch_size), alone, atol=1e-5)
+    assert alone.shape == (33, 32)
+    assert alone.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(alone, axis=1), 1, atol=1e-6)
+
+
+def test_truncation_comes_before_normalising(tower, sentences):
+    texts = list(sentences.values())
+    raw = tower.encode(texts, normalize=False)
+    short = tower.encode(texts, truncate_dim=8)
+    np.testing.assert_allclose(short, raw[:, :8] / np.linalg.norm(raw[:, :8], axis=1, keepdims=True), atol=1e-5)
+
+
+def test_encoding_leaves_the_mode_alone_and_keeps_no_gradient(tower):
+    tower.train()
+    first = tower.encode(["a b c"])
+    assert tower.training
+    np.testing.assert_array_equal(first, tower.eval().encode(["a b c"]))  # so dropout was off the first time
+    assert not tower.training
+    with pytest.raises(ValueError):
+        tower.train().encode([None])
+    assert tower.training
+
+
+def test_a_task_selects_instruction_and_adapter_where_they_exist(tower):
+    texts = ["a cat", "human rights"]
+    plain = tower.encode(texts)
+    np.testing.assert_array_equal(tower.encode(texts, task="retrieval.query"), plain)
+    assert np.abs(tower.encode(texts, task="separation") - plain).max() > 1e-3
+    instructed = tower.encode(texts, task="search")
+    np.testing.assert_array_equal(instructed, tower.encode(["find all: " + t for t in texts]))
+    with pytest.raises(ValueError, match=r"unknown task 'x'; this tower knows .*'separation', 'search'"):
+        tower.encode(texts, task="x")
+
+
+def test_long_texts_are_cut_to_what_is_allowed(tower, tokenizer):
+    text = "human rights " * 400
+    np.testing.assert_array_equal(tower.encode([text], max_length=9999), tower.encode([text], max_length=256))
+    assert np.abs(tower.encode([text], max_length=5) - tower.encode([text])).max() > 1e-3
+
+
+def test_no_texts_give_no_rows(tower):
+    assert tower.encode([], truncate_dim=8).shape == (0, 8)
+
+
+def test_what_cannot_be_encoded_is_refused(make_tower, tower, tokenizer):
+    with pytest.raises(ValueError, match="no tokenizer; set one"):
+        make_tower().encode(["a"])
+    with pytest.raises(ValueError, match="single string"):
+        tower.encode("a")
+    with pytest.raises(ValueError, match=r"texts\[1\] is None"):
+        tower.encode(["a", None], task="search")
+    with pytest.raises(ValueError, match="truncate_dim is 33; expected 1 to 32"):
+        tower.encode(["a"], truncate_dim=33)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        tower.encode(["a"], batch_size=0)
+    with pytest.raises(ValueError, match=r"482 ids, but config.vocab_size is 400"):
+        make_tower(vocab_size=400).tokenizer = tokenizer
+
+
+def test_a_progress_bar_counts_batches(tower, capsys):
+    tower.encode(["a", "b", "c"], batch_size=2, show_progress=True)
+    assert "2/2" in capsys.readouterr().err
+    assert torch.is_grad_enabled()

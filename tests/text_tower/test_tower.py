@@ -1,0 +1,119 @@
+"""What the encoder computes, whatever it is packed with."""
+
+import pytest
+import torch
+from text_tower import TextTower, TextTowerConfig
+
+MIXED = [7, 1, 30, 7, 3, 12, 1, 200, 30]
+
+
+def count(tower):
+    return sum(p.numel() for p in tower.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "parameters"),
+    [
+        ({}, 558_314_496),
+        ({"adapters": ("retrieval.query",), "lora_rank": 4, "lora_alpha": 4.0}, 560_895_564),
+    ],
+)
+def test_published_size_has_the_published_parameter_count_without_memory(options, parameters):
+    with torch.device("meta"):
+        tower = TextTower(TextTowerConfig(**options))
+    assert all(p.is_meta for p in tower.parameters())
+    assert count(tower) == parameters
+
+
+def test_a_text_is_embedded_alike_alone_and_in_any_batch(make_tower, pack):
+    tower, packed = make_tower().double(), pack(MIXED)
+    together = tower(packed)
+    order = [8, 0, 5, 3, 1, 7, 2, 6, 4]
+    sequences = [s.tolist() for s in packed.ids.split(list(packed.lengths))]
+    shuffled = tower(type(packed).from_lists([sequences[i] for i in order]))
+    torch.testing.assert_close(shuffled, together[order], rtol=1e-12, atol=1e-12)
+    for i, sequence in enumerate(sequences):
+        torch.testing.assert_close(tower(type(packed).from_lists([sequence]))[0], together[i], rtol=1e-12, atol=1e-12)
+
+
+def test_word_order_matters(make_tower, pack):
+    tower, packed = make_tower(), pack([6])
+    backwards = type(packed).from_lists([packed.ids.flip(0).tolist()])
+    assert (tower(packed) - tower(backwards)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("how", ["autocast", "bfloat16 weights"])
+def test_embeddings_are_float32_and_near_exact_ones_in_bf16(make_tower, pack, how):
+    tower, packed = make_tower(), pack(MIXED)
+    exact = tower(packed)
+    if how == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            out = tower(packed)
+    else:
+        out = tower.bfloat16()(packed)
+    assert out.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(out, exact).min() > 0.999
+    out.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in tower.parameters())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recomputing_blocks_changes_no_gradient(make_tower, pack, dropout):
+    packed, seeds = pack(MIXED), torch.arange(len(MIXED))
+    gradients = []
+    for checkpointing in (False, True):
+        tower = make_tower(dropout=dropout, checkpointing=checkpointing)
+        tower(packed, sample_seeds=seeds).square().sum().backward()
+        gradients.append([p.grad for p in tower.parameters()])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
+
+
+def test_layer_ids_cover_every_parameter_and_grow_with_depth(make_tower, lora):
+    tower = make_tower(**lora)
+    depth = tower.layer_ids()
+    assert depth.keys() == dict(tower.named_parameters()).keys()
+    assert {d for n, d in depth.items() if n.startswith("emb")} == {0}
+    assert [depth[f"encoder.layers.{i}.mlp.fc1.lora_A"] for i in range(3)] == [1, 2, 3]
+    assert max(depth.values()) == tower.num_layers == 3
+
+
+def test_fresh_weights_are_those_of_xlm_roberta():
+    tower = TextTower(TextTowerConfig(vocab_size=500, width=64, layers=1, heads=2, mlp_width=256))
+    for name, parameter in tower.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif "norm" in name or "_ln" in name:
+            assert (parameter == 1).all(), name
+        elif parameter.numel() > 1000:
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.1), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"width": 0}, "width"),
+        ({"vocab_size": "many"}, "vocab_size"),
+        ({"heads": 5}, "heads"),
+        ({"width": 12, "heads": 4}, "heads"),
+        ({"rope_theta": 0}, "rope_theta"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"pad_id": -1}, "pad_id"),
+        ({"lora_rank": 4}, "lora_rank"),
+        ({"adapters": ("a",)}, "lora_rank"),
+        ({"adapters": "a", "lora_rank": 4}, "adapters"),
+        ({"adapters": ("a", "a"), "lora_rank": 4}, "adapters"),
+    ],
+)
+def test_a_configuration_that_cannot_be_names_its_field(changes, field):
+    with pytest.raises(ValueError, match=f"^{field} is "):
+        TextTowerConfig(**changes)
+
+
+def test_input_that_does_not_fit_the_tower_is_refused(make_tower, pack):
+    tower = make_tower(max_length=8)
+    with pytest.raises(ValueError, match=r"9 tokens; expected at most 8.*truncate"):
+        tower(pack([3, 9]))
+    with pytest.raises(ValueError, match=r"expected 0 to 599"):
+        tower(pack([8] * 40, vocab_size=5000))
+    with pytest.raises(ValueError, match=r"no adapter 'x'"):
+        tower(pack([3]), adapter="x")

@@ -1,0 +1,144 @@
+"""A saved tower comes back the same, here and in timm, and what does not fit is named."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from vision_tower import VisionTower, VisionTowerConfig, WeightsError
+
+
+def test_a_saved_tower_comes_back_the_same(tower, images, tmp_path):
+    tower.set_resolution((56, 48))
+    images = torch.cat([images, images[:, :, :8]], dim=2)
+    tower.save_pretrained(tmp_path / "new" / "tower")
+    loaded = VisionTower.from_pretrained(tmp_path / "new" / "tower")
+    assert loaded.config == tower.config
+    assert torch.equal(loaded(images), tower(images))
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    assert sorted(os.listdir(tmp_path / "new")) == ["tower"]
+    assert sorted(os.listdir(tmp_path / "new" / "tower")) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("resolution", [48, 53, (56, 80)])
+def test_timm_loads_a_saved_tower_with_the_same_output(resolution, tower, tmp_path):
+    import timm
+
+    tower.set_resolution(resolution)
+    tower.save_pretrained(tmp_path)
+    model = timm.create_model(
+        "eva02_large_patch14_clip_224",
+        checkpoint_path=str(tmp_path / "model.safetensors"),
+        **tower.config.timm_arguments(),
+    )
+    images = torch.randn(2, 3, *tower.patch_embed.img_size)
+    torch.testing.assert_close(tower(images), model(images), rtol=1e-5, atol=1e-5)
+
+
+def test_saving_again_replaces_the_tower_and_nothing_else(tower, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    tower.save_pretrained(tmp_path)
+    tower.set_resolution(64).save_pretrained(tmp_path)
+    assert VisionTower.from_pretrained(tmp_path).config.resolution == 64
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_failed_save_leaves_the_old_tower_and_no_litter(tower, tmp_path, monkeypatch):
+    path = tmp_path / "tower"
+    tower.save_pretrained(path)
+
+    def full_disk(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vision_tower.files.save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        tower.set_resolution(64).save_pretrained(path)
+    assert os.listdir(tmp_path) == ["tower"]
+    assert VisionTower.from_pretrained(path).config.resolution == 48
+
+
+def test_bfloat16_weights_are_read_as_float32_and_checkpointing_may_be_overridden(tower, tmp_path):
+    tower.bfloat16().save_pretrained(tmp_path)
+    loaded = VisionTower.from_pretrained(tmp_path, checkpointing=True)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    assert torch.equal(loaded.pos_embed, tower.pos_embed.float())
+    assert loaded.config.checkpointing
+
+
+def test_missing_extra_and_misshaped_weights_are_named(tower, tmp_path):
+    tower.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["head.weight"] = weights.pop("norm.bias")
+    weights["cls_token"] = weights["cls_token"][..., :32].contiguous()
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError) as caught:
+        VisionTower.from_pretrained(tmp_path)
+    for part in (
+        "missing: norm.bias",
+        "not known: head.weight",
+        "cls_token [1, 1, 32] where [1, 1, 64]",
+        "config.json",
+    ):
+        assert part in str(caught.value)
+
+
+def test_missing_and_broken_files_are_named(tower, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json.*save_pretrained"):
+        VisionTower.from_pretrained(tmp_path)
+    tower.save_pretrained(tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(WeightsError, match=r"model\.safetensors cannot be read"):
+        VisionTower.from_pretrained(tmp_path)
+    weights.write_bytes(whole)
+    for text, match in (
+        ("{", "not valid JSON"),
+        (json.dumps({"model_type": "bert"}), "trilith_vision_tower"),
+        (json.dumps({"model_type": "trilith_vision_tower", "depth": 3}), r"config\.json: unknown .*depth"),
+    ):
+        config.write_text(text)
+        with pytest.raises(ValueError, match=match):
+            VisionTower.from_pretrained(tmp_path)
+    with pytest.raises(FileExistsError, match="is a file"):
+        tower.save_pretrained(config)
+
+
+TINY = {"img_size": 64, "embed_dim": 64, "depth": 2, "num_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "name", ["eva02_base_patch16_clip_224", "eva02_large_patch14_clip_336", "eva02_base_patch14_224"]
+)
+def test_from_timm_has_timms_class_token(name):
+    import timm
+
+    torch.manual_seed(0)
+    tower = VisionTower.from_timm(name, **TINY)
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=0, **TINY)
+    images = torch.randn(2, 3, 64, 64)
+    features = model.forward_features(images)[:, 0]
+    expected = model.fc_norm(features)  # the identity for CLIP models; the only norm of a MIM one
+    torch.testing.assert_close(tower(images), expected, rtol=1e-5, atol=1e-5)
+    assert tower.config.layers == 2
+
+
+def test_from_timm_changes_the_resolution_of_pretrained_weights_as_eva_does(make_tower, tmp_path):
+    tower = make_tower(VisionTowerConfig(resolution=224, patch=16, width=64, layers=2, heads=2))
+    tower.save_pretrained(tmp_path)
+    overlay = {"file": str(tmp_path / "model.safetensors")}
+    options = {**TINY, "img_size": 96, "pretrained": True, "pretrained_cfg_overlay": overlay}
+    loaded = VisionTower.from_timm("eva02_base_patch16_clip_224", **options)
+    images = torch.randn(2, 3, 96, 96)
+    torch.testing.assert_close(loaded(images), tower.set_resolution(96)(images), rtol=1e-5, atol=1e-5)
+
+
+def test_from_timm_refuses_what_is_no_eva02():
+    with pytest.raises(ValueError, match=r"vit_tiny.*eva02_base_patch16_clip_224"):
+        VisionTower.from_timm("vit_tiny_patch16_224")
+    with pytest.raises(ValueError, match="eva02_tiny"):
+        VisionTower.from_timm("eva02_tiny_patch14_224")
+    with pytest.raises(ValueError, match="knows no model 'eva03'"):
+        VisionTower.from_timm("eva03")

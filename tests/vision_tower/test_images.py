@@ -1,0 +1,264 @@
+"""Whatever kind of image comes in, the right pixels come out, or an error that names the image."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+from vision_tower import ImageError, VisionTower, augment, load_image, normalize, preprocess
+from vision_tower.preprocess import MEAN, STD
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    assert image.mode == "RGB"
+    return np.asarray(image).astype(int)
+
+
+def test_paths_bytes_pil_arrays_and_tensors_give_the_same_pixels(photo, encoded, tmp_path):
+    data = encoded(photo, "PNG")
+    (tmp_path / "a.png").write_bytes(data)
+    array = np.asarray(photo)
+    sources = [tmp_path / "a.png", str(tmp_path / "a.png"), data, photo, array, torch.tensor(array).permute(2, 0, 1)]
+    for source in sources:
+        assert np.array_equal(pixels(load_image(source)), array)
+    photo.load()  # the caller's image is not closed
+
+
+def test_grey_palette_and_cmyk_images_keep_their_colours(photo, encoded):
+    grey = photo.convert("L")
+    assert np.array_equal(pixels(load_image(encoded(grey, "PNG")))[..., 1], np.asarray(grey))
+    palette = photo.quantize(64)
+    assert np.array_equal(pixels(load_image(encoded(palette, "GIF"))), pixels(palette.convert("RGB")))
+    bits = Image.fromarray(np.eye(8) > 0)
+    assert np.array_equal(pixels(load_image(encoded(bits, "PNG")))[..., 2], 255 * np.eye(8))
+    cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))  # pure red ink
+    assert np.abs(pixels(load_image(encoded(cmyk, "JPEG"))) - [255, 0, 0]).max() <= 3
+
+
+def test_sixteen_bit_grey_is_scaled_and_not_clipped(encoded):
+    values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    expected = np.round(values / 257)
+    for source in (encoded(Image.fromarray(values), "PNG"), encoded(Image.fromarray(values), "TIFF"), values):
+        assert np.array_equal(pixels(load_image(source))[..., 0], expected)
+
+
+def test_transparency_is_laid_over_white(encoded):
+    rgba = Image.new("RGBA", (4, 4), (200, 0, 0, 0))
+    rgba.paste((0, 0, 200, 255), (0, 0, 2, 4))
+    rgba.paste((0, 0, 0, 51), (2, 0, 3, 4))
+    for source in (rgba, encoded(rgba, "PNG"), encoded(rgba, "WEBP", lossless=True), np.asarray(rgba)):
+        row = pixels(load_image(source))[0].tolist()
+        assert row == [[0, 0, 200], [0, 0, 200], [204, 204, 204], [255, 255, 255]]
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    assert pixels(load_image(encoded(palette, "PNG", transparency=1))).min() == 255
+    grey = Image.merge("LA", [Image.new("L", (4, 4), 7), Image.new("L", (4, 4), 0)])
+    assert pixels(load_image(encoded(grey, "PNG"))).min() == 255
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied(photo, encoded, orientation):
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # orientation to the transposition that a camera would have made
+    stored = photo if orientation == 1 else photo.transpose(Image.Transpose(undo[orientation]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert np.array_equal(pixels(load_image(encoded(stored, "PNG", exif=exif))), pixels(photo))
+
+
+def test_an_animation_gives_its_first_frame(encoded):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
+    for kind in ("GIF", "PNG", "WEBP"):
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
+        assert np.abs(pixels(load_image(data)) - [255, 0, 0]).max() <= 2
+
+
+def test_too_many_pixels_are_refused_from_the_header(png_header, tmp_path):
+    path = tmp_path / "huge.png"
+    for size in (20_000, 13_378):
+        path.write_bytes(png_header(size, size))
+        with pytest.raises(ImageError, match=r"huge\.png is larger|huge\.png is 13378x13378 pixels, more than"):
+            load_image(path)
+    with pytest.raises(ImageError, match=r"sample 7 is 100x90 pixels.*max_pixels"):
+        load_image(png_header(100, 90), max_pixels=8_999, name="sample 7")
+    with pytest.raises(ImageError, match="cannot be decoded"):  # the header passes, the pixels are not there
+        load_image(png_header(100, 90), max_pixels=9_000)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP"])
+def test_a_truncated_file_is_an_error_that_names_it(photo, encoded, kind, tmp_path):
+    noisy = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8))
+    data = encoded(noisy, kind)
+    path = tmp_path / "cut"
+    for length in (0, 10, len(data) // 2):
+        path.write_bytes(data[:length])
+        with pytest.raises(ImageError, match=r"cut cannot be decoded.*replace or skip"):
+            load_image(path)
+
+
+def test_what_is_no_image_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(ImageError, match=r"notes\.txt"):
+        load_image(tmp_path / "notes.txt")
+    with pytest.raises(FileNotFoundError, match="absent"):
+        load_image(tmp_path / "absent.png")
+    for wrong in (
+        np.zeros((4, 4, 3)),
+        np.zeros((4, 4, 2), np.uint8),
+        np.zeros((0, 4), np.uint8),
+        np.zeros(4, np.uint8),
+    ):
+        with pytest.raises(ImageError, match=r"ndarray is .*expected uint8"):
+            load_image(wrong)
+    with pytest.raises(ImageError, match=r"expected a uint8 tensor \[3, H, W\]"):
+        load_image(torch.zeros(3, 4, 4))
+    with pytest.raises(ImageError, match="expected a path"):
+        load_image(None)
+    with pytest.raises(ImageError, match="floating-point"):
+        load_image(Image.fromarray(np.zeros((4, 4), np.float32)))
+
+
+@pytest.mark.parametrize("size", [(90, 60), (61, 97), (48, 48), (20, 30), (300, 41), (1, 1)])
+def test_preprocess_equals_torchvisions_resize_and_centre_crop(photo, size):
+    image = photo.resize(size)
+    reference = v2.Compose([v2.Resize(48, v2.InterpolationMode.BICUBIC), v2.CenterCrop(48), v2.PILToTensor()])
+    assert torch.equal(preprocess(image, 48), reference(image))
+
+
+def test_preprocess_covers_a_resolution_that_is_not_square(photo):
+    assert preprocess(photo, (32, 80)).shape == (3, 32, 80)
+    wide = photo.resize((80, 53), Image.Resampling.BICUBIC).crop((0, 10, 80, 42))
+    assert np.array_equal(preprocess(photo, (32, 80)).permute(1, 2, 0).numpy(), np.asarray(wide))
+    assert preprocess(photo, (80, 32)).shape == (3, 80, 32)
+
+
+@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000)])
+def test_a_long_strip_does_not_grow_into_a_huge_image(size, monkeypatch):
+    sizes = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, to, *rest: sizes.append(to) or resize(self, to, *rest))
+    assert preprocess(Image.new("RGB", size, "red"), 224).float().mean(dim=(1, 2)).tolist() == [255, 0, 0]
+    assert [width * height for width, height in sizes] == [8 * 224 * 224]
+
+
+def test_normalize_equals_torchvision():
+    images = torch.randint(0, 256, (2, 3, 5, 7), dtype=torch.uint8)
+    reference = v2.functional.normalize(images.float() / 255, MEAN, STD)
+    torch.testing.assert_close(normalize(images), reference, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(normalize(images[0]), reference[0], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="expected uint8"):
+        normalize(images.float())
+
+
+@pytest.fixture
+def noise() -> torch.Tensor:
+    return torch.randint(0, 256, (3, 60, 90), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_augment_is_a_function_of_its_seed(noise):
+    options = {"flip": True, "color": 0.3}
+    first = augment(noise, 5, 48, **options)
+    torch.rand(3)
+    assert first.shape == (3, 48, 48)
+    assert first.dtype == torch.uint8
+    assert torch.equal(augment(noise.clone(), 5, 48, **options), first)
+    others = [augment(noise, seed, 48, **options) for seed in (6, -5, 2**63)]
+    assert not any(torch.equal(other, first) for other in others)
+    assert augment(noise, 5, (24, 32)).shape == (3, 24, 32)
+
+
+def test_augment_of_the_whole_image_equals_torchvisions_resize(noise):
+    square = noise[:, :, :60]
+    whole = augment(square, 1, 48, scale=(1, 1), ratio=(1, 1))
+    reference = v2.functional.resize(square, [48, 48], v2.InterpolationMode.BICUBIC, antialias=True)
+    assert torch.equal(whole, reference)
+    assert torch.equal(augment(square, 1, 60, scale=(1, 1), ratio=(1, 1)), square)
+
+
+def test_augment_crops_within_the_ranges_and_anywhere():
+    from vision_tower.augment import _crop
+
+    for height, width in ((96, 96), (200, 50), (1, 1), (3, 500)):
+        tops, lefts = set(), set()
+        for seed in range(300):
+            top, left, rows, columns = _crop(random.Random(seed), (height, width), 1.0, (0.7, 1.0), (0.9, 1.1))
+            assert 0 <= top <= top + rows <= height
+            assert 0 <= left <= left + columns <= width
+            if min(height, width) > 40:
+                assert 0.88 < columns / rows < 1.13
+                largest = max(min(height, width / shape) * min(width, height * shape) for shape in (0.9, 1.0, 1.1))
+                assert 0.65 * min(height, width) ** 2 * 0.9 < rows * columns < 1.03 * largest
+            tops.add(top)
+            lefts.add(left)
+        assert len(tops) > (height > 40) * 10
+        assert len(lefts) > (width > 40) * 5
+
+
+def test_augment_mirrors_half_of_the_images_and_only_when_asked():
+    ramp = torch.arange(0, 240, 5, dtype=torch.uint8).expand(3, 48, 48)
+    rising = [augment(ramp, seed, 48, flip=True).float().diff(dim=-1).mean() > 0 for seed in range(200)]
+    assert 70 < sum(rising) < 130
+    assert all(augment(ramp, seed, 48).float().diff(dim=-1).mean() > 0 for seed in range(50))
+
+
+def test_colour_jitter_equals_its_three_steps_and_keeps_grey_grey(noise):
+    from vision_tower.augment import _jitter
+
+    muted = noise // 2 + 60  # no clamping on the way
+    stepwise = v2.functional.adjust_brightness(muted.float() / 255, 1.1)
+    stepwise = v2.functional.adjust_saturation(v2.functional.adjust_contrast(stepwise, 0.8), 0.7)
+    ours = _jitter(muted, 1.1, 0.8, 0.7).float() / 255
+    assert (ours - stepwise).abs().max() < 2 / 255
+    grey = augment(noise[:1].expand(3, -1, -1), 3, 48, color=0.4)
+    assert (grey.float().amax(0) - grey.float().amin(0)).max() <= 1
+
+
+def test_augment_refuses_wrong_images_and_ranges(noise):
+    for wrong in (noise.float(), noise[0], noise[:1], noise[:, :0]):
+        with pytest.raises(ValueError, match="expected uint8"):
+            augment(wrong, 0, 48)
+    for options in ({"scale": (0, 1)}, {"scale": (0.9, 0.5)}, {"ratio": (2, 1)}, {"color": 1.0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            augment(noise, 0, 48, **options)
+
+
+def test_encode_takes_images_of_every_kind_and_keeps_their_order(tower, photo, encoded, tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded(photo, "PNG"))
+    array = np.asarray(photo)
+    mixed = [tmp_path / "a.png", photo, array, photo.rotate(180), torch.tensor(array).permute(2, 0, 1)]
+    embeddings = tower.encode(mixed, batch_size=2, show_progress=True)
+    assert embeddings.dtype == np.float32
+    assert embeddings.shape == (5, 64)
+    assert np.allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-6)
+    for row in (1, 2, 4):
+        assert np.allclose(embeddings[row], embeddings[0], atol=1e-5)
+    assert not np.allclose(embeddings[3], embeddings[0], atol=1e-2)
+    with torch.no_grad():
+        raw = tower(normalize(preprocess(photo, 48)[None])).numpy()
+    assert np.allclose(tower.encode(array[None], normalize=False), raw, atol=1e-5)
+    assert tower.encode([]).shape == (0, 64)
+
+
+def test_encode_truncates_and_then_normalises(tower, photo):
+    full = tower.encode([photo], normalize=False)
+    short = tower.encode([photo], truncate_dim=16)
+    assert np.allclose(short, full[:, :16] / np.linalg.norm(full[:, :16]), atol=1e-6)
+
+
+def test_encode_says_what_is_wrong(tower, photo, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(ImageError, match=r"broken\.jpg"):
+        tower.encode([photo, tmp_path / "broken.jpg"])
+    for wrong in (photo, "a.png", b"", np.zeros((4, 4, 3), np.uint8)):
+        with pytest.raises(ValueError, match=r"encode\(\[image\]\)"):
+            tower.encode(wrong)
+    for options in ({"truncate_dim": 0}, {"truncate_dim": 65}, {"batch_size": 0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            tower.encode([photo], **options)
+
+
+def test_a_tower_can_learn_after_it_encoded(tower: VisionTower, photo, images):
+    tower.encode([photo])
+    tower(images).sum().backward()
+    assert tower.pos_embed.grad is not None

@@ -1,0 +1,124 @@
+"""Patch dropout is a function of the seed alone; position tables are resampled as EVA does it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from vision_tower import patch_keep_indices, resample_position_table
+
+
+@pytest.mark.parametrize(
+    ("patches", "rate", "kept"), [(36, 0.5, 18), (256, 0.3, 179), (36, 0.0, 36), (4, 0.99, 1), (1, 0.5, 1)]
+)
+def test_kept_patches_are_distinct_ascending_and_as_many_as_asked(patches, rate, kept):
+    keep = patch_keep_indices(torch.arange(-50, 50), patches, rate)
+    assert keep.shape == (100, kept)
+    assert keep.dtype == torch.int64
+    assert keep.min() >= 0
+    assert keep.max() < patches
+    assert (keep.diff(dim=1) > 0).all()
+
+
+def test_every_patch_is_dropped_as_often_as_any_other_even_for_neighbouring_seeds():
+    keep = patch_keep_indices(torch.arange(20_000), 36, 0.5)
+    share = torch.bincount(keep.flatten(), minlength=36) / 20_000
+    assert (share - 0.5).abs().max() < 0.016  # 4.5 standard deviations
+    together = torch.zeros(20_000, 36).scatter(1, keep, 1)
+    pairs = (together.T @ together / 20_000).fill_diagonal_(17 / 70)
+    assert (pairs - 17 / 70).abs().max() < 0.016  # 18 * 17 / (36 * 35): no two patches go together
+    assert len(keep.unique(dim=0)) == 20_000
+
+
+def test_seeds_as_integers_and_as_tensor_are_the_same_modulo_64_bits():
+    keep = patch_keep_indices(torch.tensor([5, -1, 2**62]), 49, 0.5)
+    assert torch.equal(patch_keep_indices([5 + 2**64, 2**64 - 1, 2**62], 49, 0.5), keep)
+
+
+def test_kept_patches_never_change_between_releases():
+    """A resumed run must drop what the interrupted one would have dropped."""
+    expected = [[1, 5, 8, 10], [1, 2, 6, 8], [2, 6, 10, 11]]
+    assert patch_keep_indices([0, 1, -1], 16, 0.75).tolist() == expected
+
+
+def test_a_wrong_rate_count_or_seed_is_named():
+    with pytest.raises(ValueError, match=r"drop_rate is 1\.0"):
+        patch_keep_indices([1], 36, 1.0)
+    with pytest.raises(ValueError, match="num_patches is 0"):
+        patch_keep_indices([1], 0, 0.5)
+    with pytest.raises(ValueError, match="seeds are torch.float32"):
+        patch_keep_indices(torch.zeros(3), 36, 0.5)
+
+
+@pytest.mark.parametrize(("old", "new"), [((16, 16), (27, 27)), ((6, 6), (4, 9)), ((27, 27), (36, 36))])
+def test_position_table_is_resampled_as_eva_does_and_not_as_timm(old, new):
+    from timm.layers import resample_abs_pos_embed
+
+    table = torch.randn(1, 1 + old[0] * old[1], 8, generator=torch.Generator().manual_seed(0))
+    ours = resample_position_table(table, old, new)
+    grid = table[:, 1:].reshape(1, *old, 8).permute(0, 3, 1, 2)
+    eva = F.interpolate(grid, size=new, mode="bicubic", align_corners=False).permute(0, 2, 3, 1).flatten(1, 2)
+    assert torch.equal(ours[:, :1], table[:, :1])
+    torch.testing.assert_close(ours[:, 1:], eva)
+    arguments = {"new_size": new, "old_size": old, "num_prefix_tokens": 1}
+    torch.testing.assert_close(ours, resample_abs_pos_embed(table, antialias=False, **arguments))
+    assert (ours - resample_abs_pos_embed(table, **arguments)).abs().mean() > 0.01
+
+
+def test_there_and_back_keeps_a_smooth_table_and_the_class_row():
+    rows, columns = torch.meshgrid(torch.linspace(0, 3, 12), torch.linspace(0, 2, 12), indexing="ij")
+    smooth = torch.stack([rows.sin(), columns.cos(), torch.ones(12, 12)], dim=-1).reshape(1, 144, 3)
+    table = torch.cat([torch.full((1, 1, 3), 9.0), smooth], dim=1)
+    back = resample_position_table(resample_position_table(table, (12, 12), (30, 25)), (30, 25), (12, 12))
+    torch.testing.assert_close(back, table, rtol=0, atol=0.02)
+    assert torch.equal(back[:, 0], table[:, 0])
+    assert resample_position_table(table, (12, 12), (12, 12)) is table
+
+
+def test_a_second_moment_stays_positive_bilinearly_and_would_not_bicubically():
+    moment = torch.randn(1, 1 + 36, 16, generator=torch.Generator().manual_seed(0)).square()
+    assert resample_position_table(moment, (6, 6), (9, 9)).min() < 0
+    assert resample_position_table(moment, (6, 6), (9, 9), mode="bilinear").min() >= 0
+
+
+def test_a_table_that_is_not_of_its_grid_is_refused():
+    with pytest.raises(ValueError, match=r"\[1, 37, C\] for a 6x6 grid"):
+        resample_position_table(torch.zeros(1, 36, 8), (6, 6), (9, 9))
+    with pytest.raises(ValueError, match="'nearest'"):
+        resample_position_table(torch.zeros(1, 37, 8), (6, 6), (9, 9), mode="nearest")
+
+
+def test_set_resolution_resamples_positions_in_place_and_only_them(tower):
+    before = {name: parameter.detach().clone() for name, parameter in tower.named_parameters()}
+    old = tower.pos_embed
+    tower.set_resolution((72, 61))  # five trailing pixels
+    assert tower.config.grid == (9, 7)
+    assert tower.pos_embed is not old
+    assert tower.pos_embed.requires_grad
+    expected = resample_position_table(before.pop("pos_embed"), (6, 6), (9, 7))
+    assert torch.equal(tower.pos_embed, expected)
+    assert all(torch.equal(tower.get_parameter(name), value) for name, value in before.items())
+    assert tower(torch.zeros(1, 3, 72, 61)).shape == (1, 64)
+
+
+def test_the_same_grid_keeps_the_parameter_and_a_frozen_one_stays_frozen(tower):
+    old = tower.pos_embed
+    assert tower.set_resolution(48).pos_embed is old
+    assert tower.set_resolution(51).pos_embed is old
+    tower(torch.zeros(1, 3, 51, 51))
+    tower.set_trainable("none").set_resolution(64)
+    assert not tower.pos_embed.requires_grad
+
+
+def test_a_resolution_below_one_patch_is_refused_and_changes_nothing(tower, images):
+    for wrong in (7, (48, 7), 0, -48, "48", 48.0, (48, 48, 3)):
+        with pytest.raises(ValueError, match="resolution"):
+            tower.set_resolution(wrong)
+    tower(images)
+
+
+def test_trailing_pixels_have_no_influence(make_tower, config):
+    tower = make_tower(config).set_resolution(53)
+    images = torch.randn(2, 3, 53, 53, generator=torch.Generator().manual_seed(0))
+    cropped = tower(images)
+    images[..., 48:, :] = images[..., 48:] = 100
+    assert torch.equal(tower(images), cropped)
+    torch.testing.assert_close(tower.set_resolution(48)(images[..., :48, :48]), cropped)

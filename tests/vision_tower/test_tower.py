@@ -1,0 +1,208 @@
+"""The tower's numbers are timm's, at every resolution and under patch dropout; its settings say what is wrong with them."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from vision_tower import VisionTower, VisionTowerConfig, patch_keep_indices
+
+SHAPES = {
+    "laptop": {"resolution": 48, "patch": 8, "width": 128, "layers": 2, "heads": 4},
+    "L/14 at 224": {"resolution": 224},
+    "L/14 at 384, six pixels dropped": {"resolution": 384},
+    "L/14 at 512, eight pixels dropped": {"resolution": 512},
+    "not square": {"resolution": (56, 100)},
+    "MIM": {"resolution": 56, "attention_norm": False},
+    "rotary positions not rescaled": {"resolution": 56, "reference_grid": None},
+    "hidden stated": {"resolution": 56, "hidden": 100},
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_output_and_gradients_equal_timm(name, make_tower, make_timm):
+    small = {"patch": 14, "width": 64, "layers": 2, "heads": 1}
+    tower = make_tower(VisionTowerConfig(**{**small, **SHAPES[name]}))
+    model = make_timm(tower)
+    height, width = tower.patch_embed.img_size
+    images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(3))
+    ours, theirs = tower(images), model(images)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+    weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(4))
+    (ours * weights).sum().backward()
+    (theirs * weights).sum().backward()
+    reference = dict(model.named_parameters())
+    assert reference.keys() == dict(tower.named_parameters()).keys()
+    for key, parameter in tower.named_parameters():
+        expected = reference[key].grad
+
+        tolerance = 1e-5 * expected.abs().max().item() + 2e-7
+        torch.testing.assert_close(
+            parameter.grad, expected, rtol=0, atol=tolerance, msg=lambda m, key=key: f"{key}: {m}"
+        )
+
+
+@pytest.mark.parametrize(("resolution", "parameters"), [(224, 303_317_952), (384, 303_802_304), (512, 304_382_912)])
+def test_large_tower_has_the_published_parameter_count_without_allocating(resolution, parameters):
+    with torch.device("meta"):
+        tower = VisionTower(VisionTowerConfig.eva02_large(resolution))
+        moved = VisionTower(VisionTowerConfig.eva02_large()).set_resolution(resolution)
+    assert all(parameter.is_meta for parameter in moved.parameters())
+    assert sum(parameter.numel() for parameter in tower.parameters()) == parameters
+    assert sum(parameter.numel() for parameter in moved.parameters()) == parameters
+    assert not list(moved.buffers())
+
+
+def test_names_and_shapes_equal_timm_of_the_large_and_base_entries():
+    import timm
+
+    for config, name in (
+        (VisionTowerConfig.eva02_large(), "eva02_large_patch14_clip_224"),
+        (VisionTowerConfig.eva02_base(), "eva02_base_patch16_clip_224"),
+    ):
+        with torch.device("meta"):
+            ours, theirs = VisionTower(config).state_dict(), timm.create_model(name, num_classes=0).state_dict()
+        assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
+
+
+def test_fresh_weights_have_the_spread_of_timm(config):
+    import timm
+
+    torch.manual_seed(0)
+    ours = VisionTower(config).state_dict()
+    theirs = timm.create_model("eva02_large_patch14_clip_224", **config.timm_arguments()).state_dict()
+    for key, value in theirs.items():
+        if value.numel() > 1000:
+            assert ours[key].std().item() == pytest.approx(value.std().item(), rel=0.1), key
+        elif "patch_embed" not in key and "cls_token" not in key:  # norms and biases
+            assert torch.equal(ours[key], value), key
+
+
+def test_output_is_float32_and_near_under_autocast_and_in_bfloat16(tower, images):
+    reference = tower(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = tower(images)
+    low = tower.bfloat16()(images)
+    for output in (autocast, low):
+        assert output.dtype == torch.float32
+        assert torch.nn.functional.cosine_similarity(output, reference).min() > 0.999
+
+
+@pytest.mark.parametrize("tokens", [37, 600])
+def test_attention_in_16_bits_is_near_float32_whichever_kernel_takes_it(tokens):
+    from vision_tower.blocks import attend
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 4, tokens, 32, generator=generator).bfloat16() for _ in range(3))
+    reference = torch.softmax(q.double() @ k.double().mT / 32**0.5, dim=-1) @ v.double()
+    for output in (attend(q, k, v), attend(q.float(), k.float(), v.float())):
+        torch.testing.assert_close(output.double(), reference, rtol=0, atol=0.03)
+    assert attend(q, k, v).dtype == torch.bfloat16
+
+
+def test_a_data_worker_does_not_import_timm():
+    code = "import sys, vision_tower; vision_tower.augment; sys.exit('timm' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_checkpointing_recomputes_every_block_and_changes_no_gradient(config, images):
+    gradients, calls = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        tower = VisionTower(VisionTowerConfig(**{**vars(config), "checkpointing": checkpointing}))
+        calls.append(0)
+        for block in tower.blocks:
+            block.register_forward_pre_hook(lambda *_: calls.__setitem__(-1, calls[-1] + 1))
+        tower(images).square().sum().backward()
+        gradients.append([parameter.grad for parameter in tower.parameters()])
+    assert calls == [3, 6]
+    assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
+
+
+def test_keeping_every_patch_equals_no_dropout(tower, images):
+    keep = torch.arange(tower.config.num_patches).repeat(len(images), 1)
+    torch.testing.assert_close(tower(images, keep=keep), tower(images), rtol=0, atol=1e-6)
+
+
+def test_dropped_patches_have_no_influence_and_kept_ones_keep_their_place(tower, images):
+    keep = patch_keep_indices([1, 2, 3, 4], 36, 0.5)
+    reference = tower(images, keep=keep)
+    outside = torch.ones(4, 36).scatter(1, keep, 0).view(4, 1, 6, 6)
+    noise = torch.nn.functional.interpolate(outside, scale_factor=8) * 5
+    torch.testing.assert_close(tower(images + noise, keep=keep), reference, rtol=0, atol=1e-6)
+    # the set of kept patches matters, not the order in which they are listed: each carries its own position
+    torch.testing.assert_close(tower(images, keep=keep.flip(1)), reference, rtol=0, atol=1e-5)
+    assert (tower(images, keep=(keep + 1) % 36) - reference).abs().max() > 1e-3
+
+
+def test_a_sample_drops_the_same_patches_in_any_batch(tower, images):
+    seeds, order = torch.tensor([11, -5, 2**62, 0]), torch.tensor([2, 0, 3, 1])
+    keep = patch_keep_indices(seeds, 36, 0.5)
+    assert torch.equal(patch_keep_indices(seeds[order], 36, 0.5), keep[order])
+    embeddings = tower(images, keep=keep)
+    shuffled = tower(images[order], keep=patch_keep_indices(seeds[order], 36, 0.5))
+    torch.testing.assert_close(shuffled, embeddings[order], rtol=0, atol=1e-6)
+    alone = tower(images[1:2], keep=patch_keep_indices([-5], 36, 0.5))
+    torch.testing.assert_close(alone, embeddings[1:2], rtol=0, atol=1e-6)
+
+
+def test_layer_ids_follow_timms_order(tower, make_timm):
+    from timm.models import group_parameters
+
+    model = make_timm(tower)
+    theirs = group_parameters(model, model.group_matcher(), reverse=True)
+    assert tower.layer_ids() == theirs
+    assert max(theirs.values()) == tower.num_layers == 3
+
+
+def test_set_trainable_switches_every_parameter(tower, images):
+    assert not tower.set_trainable("none")(images).requires_grad
+    assert all(parameter.requires_grad for parameter in tower.set_trainable("all").parameters())
+    with pytest.raises(ValueError, match="'lora'"):
+        tower.set_trainable("lora")
+
+
+def test_images_of_another_size_say_what_is_set_and_how_to_change_it(tower):
+    with pytest.raises(ValueError, match=r"56x64 pixels.*set to 48x48.*set_resolution\(\(56, 64\)\)"):
+        tower(torch.zeros(1, 3, 56, 64))
+
+
+def test_images_and_keep_of_another_kind_are_refused(tower, images):
+    for wrong in (torch.zeros(1, 3, 48, 48, dtype=torch.uint8), torch.zeros(3, 48, 48), torch.zeros(1, 1, 48, 48)):
+        with pytest.raises(ValueError, match="normalize"):
+            tower(wrong)
+    for wrong in (torch.zeros(3, 5, dtype=torch.int64), torch.zeros(4, 5), torch.zeros(4, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="patch_keep_indices"):
+            tower(images, keep=wrong)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("resolution", 7),
+        ("resolution", (48, 0)),
+        ("resolution", "48"),
+        ("patch", 0),
+        ("width", 64.0),
+        ("layers", -1),
+        ("heads", 3),
+        ("heads", 32),
+        ("mlp_ratio", 0),
+        ("mlp_ratio", 0.001),
+        ("hidden", 0),
+        ("reference_grid", 0),
+        ("rope_theta", float("inf")),
+        ("attention_norm", 1),
+        ("layer_norm_eps", -1e-6),
+        ("checkpointing", "yes"),
+    ],
+)
+def test_a_wrong_setting_is_named(config, setting, value):
+    with pytest.raises(ValueError, match=setting):
+        VisionTowerConfig(**{**vars(config), setting: value})
+
+
+def test_an_unknown_setting_is_named_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"depth; known are .*layers"):
+        VisionTowerConfig.from_dict({"depth": 3})
+    assert VisionTowerConfig.from_dict({"resolution": [48, 56], "patch": 8}).grid == (6, 7)
