@@ -6,6 +6,7 @@
 here=$(cd "$(dirname "$0")" && pwd)
 PATH="$here/../.venv/bin:$PATH" exec deepspeed ${DEEPSPEED_OPTIONS:-} "$0" "$@"
 ":"""
+
 from stage_trainer.cli import launch
 
 launch(stage=3)

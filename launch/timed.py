@@ -1,6 +1,6 @@
 """Runs a command and enters its seconds and largest process into a JSON file: timed.py FILE NAME -- COMMAND …
 
-A part that has nothing to do again keeps its first figures. Standard library only: it runs before anything is installed.
+A part keeps its first figures. Standard library only: it runs before anything is installed.
 """
 
 import json

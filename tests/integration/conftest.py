@@ -29,7 +29,9 @@ def command(name: str) -> str:
 def run(tmp_path: Path, drawn_corpus: Path):
     """Runs a console command in an empty directory, `{corpus}` in its arguments being the drawn corpus."""
 
-    def execute(*arguments: object, fails: bool = False, limit: str = "", **options) -> subprocess.CompletedProcess[str]:
+    def execute(
+        *arguments: object, fails: bool = False, limit: str = "", **options
+    ) -> subprocess.CompletedProcess[str]:
         words = [str(a).replace("{corpus}", str(drawn_corpus)) for a in arguments]
         words[0] = words[0] if os.sep in words[0] else command(words[0])
         if limit:
@@ -47,7 +49,14 @@ def run(tmp_path: Path, drawn_corpus: Path):
 def arguments(corpus: Path, stage: int, settings: tuple[str, ...], output: str, ranks: int = 1) -> list[str]:
     head = ["stage-trainer", "train", "--stage", str(stage)]
     if ranks > 1:
-        head = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port()), str(ROOT / f"launch/stage{stage}.sh")]
+        head = [
+            "deepspeed",
+            "--num_accelerators",
+            str(ranks),
+            "--master_port",
+            str(free_port()),
+            str(ROOT / f"launch/stage{stage}.sh"),
+        ]
     here = [f"output={output}", f"corpus={corpus}", f"model.tokenizer={corpus}/tokenizer.model"]
     return [*head, "--recipe", str(RECIPE), *here, *settings]
 
@@ -70,7 +79,9 @@ def start(tmp_path: Path, drawn_corpus: Path):
     def execute(stage: int, *settings: str, output: str = "run") -> subprocess.Popen:
         words = arguments(drawn_corpus, stage, settings, output)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen([command(words[0]), *words[1:]], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            [command(words[0]), *words[1:]], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+        )
 
     return execute
 

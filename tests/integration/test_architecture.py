@@ -17,7 +17,7 @@ MODELS = {"contrastive_losses", "text_tower", "vision_tower"}
 
 
 def imports(folder: Path, *, top_level_only: bool = False):
-    """(file, imported module) of every import below `folder`, relative ones resolved to the package itself and left out."""
+    """(file, imported module) of every import below `folder` that is not relative."""
     for file in folder.rglob("*.py"):
         tree = ast.parse(file.read_text())
         for node in tree.body if top_level_only else ast.walk(tree):

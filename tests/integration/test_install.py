@@ -1,4 +1,4 @@
-"""Each package installs into an empty environment with only what it needs, and its README's first example runs there."""
+"""Each package installs into an empty environment with only what it needs; its README's first example runs there."""
 
 import os
 import re
@@ -38,7 +38,17 @@ def test_a_package_installs_alone_and_its_readme_example_runs(name, tmp_path):
     python = tmp_path / "env" / "bin" / "python"
     subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, tmp_path / "env"], check=True)
     subprocess.run(
-        [uv, "pip", "install", "--quiet", "--python", python, "--constraint", ROOT / "launch/constraints.txt", *PLACES[name]],
+        [
+            uv,
+            "pip",
+            "install",
+            "--quiet",
+            "--python",
+            python,
+            "--constraint",
+            ROOT / "launch/constraints.txt",
+            *PLACES[name],
+        ],
         cwd=ROOT,
         check=True,
     )
@@ -47,10 +57,17 @@ def test_a_package_installs_alone_and_its_readme_example_runs(name, tmp_path):
     assert example, f"the README of {name} has no example in Python"
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     done = subprocess.run(
-        [python, "-W", "ignore", "-c", example[1]], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        [python, "-W", "ignore", "-c", example[1]],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    listed = subprocess.run([uv, "pip", "list", "--quiet", "--python", python], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        [uv, "pip", "list", "--quiet", "--python", python], capture_output=True, text=True, check=True
+    ).stdout
     installed = {line.split()[0] for line in listed.splitlines()[2:]}
     assert not installed & FOREIGN[name]
     assert f"trilith-{name.replace('_', '-')}" in installed

@@ -34,7 +34,13 @@ def test_two_processes_give_one_process_curve(train, scalars):
 
 def test_a_killed_run_goes_on_to_the_same_bits(train, start, tmp_path):
     """kill -9 after the first checkpoint, then the same command; across a change of resolution."""
-    options = ("steps=24", "checkpoint.every=8", "resolution=[[0, 32], [12, 40]]", "warmup_steps=2", "evaluation.every=0")
+    options = (
+        "steps=24",
+        "checkpoint.every=8",
+        "resolution=[[0, 32], [12, 40]]",
+        "warmup_steps=2",
+        "evaluation.every=0",
+    )
     train(1, *options, output="straight")
     process = start(1, *options, output="killed")
     while not (tmp_path / "killed/stage1/step-0000008").exists():
@@ -119,7 +125,7 @@ def test_other_settings_are_refused_and_starting_over_keeps_the_old_run(train, t
 
 
 def test_a_full_disk_is_one_message_and_loses_nothing(train, tmp_path):
-    """The limit on a file's size stands for a disk that takes no more: the first checkpoint stays, the next one fails."""
+    """The limit on a file's size stands for a disk that takes no more."""
     options = (*QUICK, "checkpoint.every=4")
     train(1, *options, "steps=4", output="run")
     before = weights(tmp_path / "run/stage1")
@@ -134,7 +140,9 @@ def test_a_full_disk_is_one_message_and_loses_nothing(train, tmp_path):
 
 def test_damaged_data_and_wrong_sizes_are_named(train, copy_of_corpus):
     here = (f"corpus={copy_of_corpus}", *QUICK)
-    assert "too few samples for one batch" in train(1, *here, "batch.image_text=100000", fails=True).stderr.replace(",", "")
+    assert "too few samples for one batch" in train(1, *here, "batch.image_text=100000", fails=True).stderr.replace(
+        ",", ""
+    )
     assert "vocab" in train(1, *here, "model.text.vocab_size=100", fails=True).stderr
     tar = next((copy_of_corpus / "train/image-short/drawn").glob("*.tar"))
     tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])

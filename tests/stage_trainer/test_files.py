@@ -7,9 +7,13 @@ from stage_trainer.files import whole_directory
 
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path):
-    with pytest.raises(RuntimeError), whole_directory(tmp_path / "out") as partial:
-        (partial / "half").write_text("x")
-        raise RuntimeError
+    def fail_half_way():
+        with whole_directory(tmp_path / "out") as partial:
+            (partial / "half").write_text("x")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_half_way()
     assert list(tmp_path.iterdir()) == []
     with whole_directory(tmp_path / "out") as partial:
         (partial / "sub").mkdir()

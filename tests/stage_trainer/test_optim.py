@@ -3,7 +3,7 @@ import torch
 from stage_trainer.build import tower_configs
 from stage_trainer.model import DualEncoder
 from stage_trainer.optim import build_optimizer, named_states, parameter_groups, schedule, set_rates
-from stage_trainer.recipe import load
+from stage_trainer.recipe_file import load
 from text_tower import TextTower
 from vision_tower import VisionTower
 
@@ -28,7 +28,9 @@ def test_every_trainable_parameter_is_in_one_group(parts):
 
 
 def test_layer_decay_is_per_layer_from_the_top(parts):
-    recipe, stage, model = parts("optimizer.name=adamw", "layer_decay={image: 0.5, text: 0.5}", "lr={image: 1.0, text: 1.0}")
+    recipe, stage, model = parts(
+        "optimizer.name=adamw", "layer_decay={image: 0.5, text: 0.5}", "lr={image: 1.0, text: 1.0}"
+    )
     rate = {n: g["lr"] for g in parameter_groups(model, stage, recipe.optimizer) for n in g["names"]}
     for prefix, tower in (("vision", model.vision), ("text", model.text)):
         for name, depth in tower.layer_ids().items():

@@ -2,7 +2,8 @@ import dataclasses
 
 import pytest
 from stage_trainer.errors import UserError
-from stage_trainer.recipe import at_step, load
+from stage_trainer.recipe import at_step
+from stage_trainer.recipe_file import load
 
 
 def test_every_recipe_of_the_project_loads(recipes):
@@ -66,7 +67,16 @@ def test_the_paper_recipe_is_table_6(recipes):
     """Table 6 of arXiv 2412.08802, typed a second time from the paper."""
     recipe = load(recipes / "jina-clip-v2.yaml").recipe
     rows = [
-        (s.steps, s.max_tokens, s.batch.image_text, s.batch.text, s.lr.image, s.lr.text, s.layer_decay.image, s.layer_decay.text)
+        (
+            s.steps,
+            s.max_tokens,
+            s.batch.image_text,
+            s.batch.text,
+            s.lr.image,
+            s.lr.text,
+            s.layer_decay.image,
+            s.layer_decay.text,
+        )
         for s in recipe.stages
     ]
     assert rows == [
@@ -76,7 +86,12 @@ def test_the_paper_recipe_is_table_6(recipes):
     ]
     assert [tuple(r for _, r in s.resolution) for s in recipe.stages] == [(224, 384), (384,), (512,)]
     optimizer = recipe.optimizer
-    assert (optimizer.name, optimizer.betas, optimizer.eps, optimizer.weight_decay) == ("adamw", (0.9, 0.98), 1e-6, 0.02)
+    assert (optimizer.name, optimizer.betas, optimizer.eps, optimizer.weight_decay) == (
+        "adamw",
+        (0.9, 0.98),
+        1e-6,
+        0.02,
+    )
     assert recipe.precision == "bf16"
     assert all(sorted(s.loss.dims) == [64, 128, 256, 512, 768, 1024] for s in recipe.stages)
 

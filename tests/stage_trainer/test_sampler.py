@@ -24,7 +24,9 @@ def test_every_epoch_shows_every_sample_once(sizes, seed):
 
 
 def test_epochs_and_seeds_differ_in_order():
-    orders = [[SourceOrder([50, 50], seed).at(e * 100 + i)[1] for i in range(100)] for seed, e in ((1, 0), (1, 1), (2, 0))]
+    orders = [
+        [SourceOrder([50, 50], seed).at(e * 100 + i)[1] for i in range(100)] for seed, e in ((1, 0), (1, 1), (2, 0))
+    ]
     assert orders[0] != orders[1]
     assert orders[0] != orders[2]
 

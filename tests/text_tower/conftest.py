@@ -18,7 +18,7 @@ def _seed():
 
 @pytest.fixture
 def make_tower():
-    """Builds a small tower whose every parameter, biases, norms and adapters too, is random and large enough to matter."""
+    """Builds a small tower whose every parameter, biases and adapters too, is random and large enough to matter."""
 
     def make(seed=0, tokenizer=None, **changes):
         shape = {"vocab_size": 600, "width": 32, "layers": 3, "heads": 4, "mlp_width": 48, "max_length": 256}

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from text_tower import PackedTokens
 
 
 @pytest.fixture
@@ -23,6 +24,8 @@ def test_rows_keep_the_order_of_the_texts_whatever_the_batch(tower, sentences):
 def test_truncation_comes_before_normalising(tower, sentences):
     texts = list(sentences.values())
     raw = tower.encode(texts, normalize=False)
+    pooled = tower.eval()(PackedTokens.from_lists(tower.tokenizer(texts)))
+    np.testing.assert_allclose(raw, pooled.detach(), atol=1e-5)
     short = tower.encode(texts, truncate_dim=8)
     np.testing.assert_allclose(short, raw[:, :8] / np.linalg.norm(raw[:, :8], axis=1, keepdims=True), atol=1e-5)
 

@@ -35,7 +35,9 @@ def test_a_fresh_adapter_changes_nothing_and_learns(pack, make_tower, lora):
 def test_every_linear_and_both_tables_have_an_adapter_of_the_right_size(make_tower, lora):
     tower, rank = make_tower(**lora), lora["lora_rank"]
     adapted = {n.removesuffix(".lora_A") for n, _ in tower.named_parameters() if n.endswith(".lora_A")}
-    matrices = {n.removesuffix(".weight"): p for n, p in tower.named_parameters() if n.endswith("weight") and p.dim() == 2}
+    matrices = {
+        n.removesuffix(".weight"): p for n, p in tower.named_parameters() if n.endswith("weight") and p.dim() == 2
+    }
     assert adapted == matrices.keys()
     size = sum(p.numel() for n, p in tower.named_parameters() if "lora" in n)
     assert size == 2 * sum(rank * (m.shape[0] + m.shape[1]) for m in matrices.values())

@@ -4,10 +4,16 @@ import warnings
 
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer, JinaEmbeddingsV3Config, JinaEmbeddingsV3Model
-from transformers import XLMRobertaConfig, XLMRobertaForMaskedLM, XLMRobertaModel
-
 from text_tower import TextTower
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    JinaEmbeddingsV3Config,
+    JinaEmbeddingsV3Model,
+    XLMRobertaConfig,
+    XLMRobertaForMaskedLM,
+    XLMRobertaModel,
+)
 
 LENGTHS = [*range(1, 21), 5, 5, 33, 64, 97, 128, 199, 200]
 

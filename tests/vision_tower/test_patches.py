@@ -44,7 +44,7 @@ def test_a_wrong_rate_count_or_seed_is_named():
         patch_keep_indices([1], 36, 1.0)
     with pytest.raises(ValueError, match="num_patches is 0"):
         patch_keep_indices([1], 0, 0.5)
-    with pytest.raises(ValueError, match="seeds are torch.float32"):
+    with pytest.raises(ValueError, match=r"seeds are torch\.float32"):
         patch_keep_indices(torch.zeros(3), 36, 0.5)
 
 

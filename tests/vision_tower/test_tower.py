@@ -1,4 +1,4 @@
-"""The tower's numbers are timm's, at every resolution and under patch dropout; its settings say what is wrong with them."""
+"""The tower's numbers are timm's, at every resolution; patch dropout is keyed by sample; a wrong setting is named."""
 
 import subprocess
 import sys
@@ -35,8 +35,7 @@ def test_output_and_gradients_equal_timm(name, make_tower, make_timm):
     assert reference.keys() == dict(tower.named_parameters()).keys()
     for key, parameter in tower.named_parameters():
         expected = reference[key].grad
-
-        tolerance = 1e-5 * expected.abs().max().item() + 2e-7
+        tolerance = 1e-5 * expected.abs().max().item()
         torch.testing.assert_close(
             parameter.grad, expected, rtol=0, atol=tolerance, msg=lambda m, key=key: f"{key}: {m}"
         )
@@ -101,7 +100,7 @@ def test_attention_in_16_bits_is_near_float32_whichever_kernel_takes_it(tokens):
 
 
 def test_a_data_worker_does_not_import_timm():
-    code = "import sys, vision_tower; vision_tower.augment; sys.exit('timm' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, vision_tower; vision_tower.augment; sys.exit('timm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

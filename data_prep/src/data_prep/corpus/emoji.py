@@ -9,7 +9,7 @@ from .items import LANGUAGES, ImageItem, Text, clean, plain
 from .pictures import Job
 
 _TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
-_SIGNS = {"\u200d", "\ufe0f", "\u20e3"} | {chr(code) for code in range(0xE0020, 0xE0080)}  # joiner, keycap, tags
+_SIGNS = {"\u200d", "\ufe0f"}  # joiner and the wish for colour
 _REGIONAL = {chr(0x1F1E6 + letter): chr(ord("A") + letter) for letter in range(26)}
 
 # Who is shown is no other thing: people, genders and hair are taken out of a sequence to find its family.

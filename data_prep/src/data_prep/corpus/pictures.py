@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import re
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +16,10 @@ from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 GLYPH_SIZE = 109  # the one size of the bitmaps in Noto Color Emoji
 _CANVAS = (180, 160)  # room for its 136 × 128 pixels
+
+# Old drawings give their size in points or millimetres without a viewBox; resvg refuses those. Without any size it takes
+# what the drawing covers, which is what we cut out anyway.
+_PHYSICAL_SIZE = re.compile(r'(?<=\s)(?:width|height)="[\d.]+(?:pt|mm|cm|in)"')
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,19 +36,15 @@ def make_pictures(jobs: Sequence[Job], *, size: int, font: bytes | None, workers
     The picture is cut to what is visible and put in the middle of a white square, so that a resize to any training
     resolution neither crops nor stretches it. The result does not depend on `workers`.
     """
-    make = partial(_picture, size=size)
-    if workers <= 1 or len(jobs) < 64:
-        _load_font(font)
-        return [make(job) for job in jobs]
-    context = get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_load_font, initargs=(font,)) as pool:
-        return list(pool.map(make, jobs, chunksize=32))
+    # Threads suffice: Pillow and zlib let go of the interpreter while they work.
+    with ThreadPoolExecutor(workers, initializer=_load_font, initargs=(font,)) as pool:
+        return list(pool.map(partial(_picture, size=size), jobs))
 
 
 def encode_png(image: Image.Image) -> bytes:
     """The PNG file of an image."""
     buffer = io.BytesIO()
-    image.save(buffer, format="png", compress_level=9)
+    image.save(buffer, format="png", compress_level=6)
     return buffer.getvalue()
 
 
@@ -53,23 +54,19 @@ def pixels(png: bytes, size: int) -> np.ndarray:
         return np.asarray(image.resize((size, size), Image.Resampling.BOX), dtype=np.float32)
 
 
-_font: ImageFont.FreeTypeFont | None = None
+_thread = threading.local()  # a FreeType face must not be used by two threads at once: each has its own
 
 
 def _load_font(font: bytes | None) -> None:
-    global _font
-    _font = None
     if font is not None:
         # Raqm joins the sequences (a family, a flag); without it each part would be drawn by itself.
-        _font = ImageFont.truetype(io.BytesIO(font), GLYPH_SIZE, layout_engine=ImageFont.Layout.RAQM)
+        _thread.font = ImageFont.truetype(io.BytesIO(font), GLYPH_SIZE, layout_engine=ImageFont.Layout.RAQM)
 
 
 def _picture(job: Job, size: int) -> bytes | None:
     try:
         image = _open(job, size)
     except (UnidentifiedImageError, ValueError, OSError, SyntaxError):
-        return None
-    if image is None:
         return None
     visible = image.getchannel("A").point(lambda alpha: 255 if alpha > 8 else 0).getbbox()
     if visible is None:
@@ -83,21 +80,21 @@ def _picture(job: Job, size: int) -> bytes | None:
     flat = flat.resize(target, Image.Resampling.LANCZOS)
     square = Image.new("RGB", (size, size), "white")
     square.paste(flat, ((size - flat.width) // 2, (size - flat.height) // 2))
-    if all(low > 245 for low, _ in square.getextrema()):  # white on white
+    if np.asarray(square).min() > 245:  # white on white
         return None
     return encode_png(square)
 
 
-def _open(job: Job, size: int) -> Image.Image | None:
+def _open(job: Job, size: int) -> Image.Image:
     if job.kind == "glyph":
-        assert _font is not None, "glyphs need the font"
         image = Image.new("RGBA", _CANVAS, (255, 255, 255, 0))
-        ImageDraw.Draw(image).text((10, 10), job.data, font=_font, embedded_color=True)
+        ImageDraw.Draw(image).text((10, 10), job.data, font=_thread.font, embedded_color=True)
         return image
     if job.kind == "svg":
         import resvg_py
 
-        return Image.open(
-            io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=job.data.decode("utf-8"), width=4 * size)))
-        ).convert("RGBA")
+        drawing = job.data.decode("utf-8")
+        if "viewBox" not in drawing:
+            drawing = _PHYSICAL_SIZE.sub("", drawing, count=2)
+        return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=drawing, width=4 * size)))).convert("RGBA")
     return Image.open(io.BytesIO(job.data)).convert("RGBA")

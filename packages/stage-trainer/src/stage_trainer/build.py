@@ -12,7 +12,8 @@ from vision_tower import VisionTower, VisionTowerConfig
 
 from stage_trainer.errors import UserError
 from stage_trainer.model import DualEncoder
-from stage_trainer.recipe import Recipe, build_config
+from stage_trainer.recipe import Recipe
+from stage_trainer.recipe_file import build_config
 
 
 def tower_configs(recipe: Recipe, number: int) -> tuple[TextTowerConfig, VisionTowerConfig]:
@@ -30,7 +31,11 @@ def build_model(recipe: Recipe, number: int, tokenizer: Tokenizer | None = None)
         UserError: a configuration that does not hold, a tokenizer of another vocabulary, weights that do not fit.
     """
     text_config, vision_config = tower_configs(recipe, number)
-    text = _pretrained_text(recipe.model.text_weights, text_config) if recipe.model.text_weights else TextTower(text_config)
+    text = (
+        _pretrained_text(recipe.model.text_weights, text_config)
+        if recipe.model.text_weights
+        else TextTower(text_config)
+    )
     if recipe.model.vision_weights:
         vision = _pretrained_vision(recipe.model.vision_weights, vision_config)
     else:
@@ -40,7 +45,7 @@ def build_model(recipe: Recipe, number: int, tokenizer: Tokenizer | None = None)
     if tokenizer is not None:
         if tokenizer.vocab_size != text.config.vocab_size:
             raise UserError(
-                f"the tokenizer {recipe.model.tokenizer} has {tokenizer.vocab_size} tokens and model.text.vocab_size is "
+                f"the tokenizer {recipe.model.tokenizer} has {tokenizer.vocab_size} tokens, model.text.vocab_size is "
                 f"{text.config.vocab_size}; set model.text.vocab_size={tokenizer.vocab_size}"
             )
         text.tokenizer = tokenizer
@@ -63,7 +68,8 @@ def load_tokenizer(recipe: Recipe) -> Tokenizer:
         return Tokenizer.from_file(recipe.model.tokenizer)
     except FileNotFoundError as error:
         raise UserError(
-            f"no tokenizer at {recipe.model.tokenizer} (model.tokenizer); for the laptop corpus run `data-prep corpus {recipe.corpus}`"
+            f"no tokenizer at {recipe.model.tokenizer} (model.tokenizer); "
+            f"for the laptop corpus run `data-prep corpus {recipe.corpus}`"
         ) from error
 
 
@@ -74,7 +80,7 @@ def _pretrained_text(weights: str, config: TextTowerConfig) -> TextTower:
         from huggingface_hub import snapshot_download
 
         path = snapshot_download(weights)
-    options = {"dropout": config.dropout, "checkpointing": config.checkpointing}
+    options: dict[str, Any] = {"dropout": config.dropout, "checkpointing": config.checkpointing}
     if config.adapters:
         options |= {"adapters": config.adapters, "lora_rank": config.lora_rank, "lora_alpha": config.lora_alpha}
     return TextTower.from_pretrained(path, **options)
@@ -91,4 +97,6 @@ def _same_shape(name: str, found: dict[str, Any], wanted: dict[str, Any]) -> Non
     """Weights must be of the recipe's shape; what has no bearing on shapes may differ."""
     for key in ("width", "layers", "heads", "patch", "vocab_size", "mlp_width"):
         if key in wanted and found[key] != wanted[key]:
-            raise UserError(f"model.{name}.{key} is {wanted[key]}, but model.{name}_weights holds {found[key]}; make them agree")
+            raise UserError(
+                f"model.{name}.{key} is {wanted[key]}, but model.{name}_weights holds {found[key]}; make them agree"
+            )

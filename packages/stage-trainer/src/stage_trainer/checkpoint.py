@@ -1,7 +1,7 @@
 """Checkpoints: `step-NNNNNN/{model/, optimizer.safetensors, state.json}`, whole or absent.
 
-`model/` is a `DualEncoder` directory, so a checkpoint can be evaluated and taken out as it is. Optimizer state stands by
-parameter name. state.json holds the step, the recipe's settings and the data's fingerprints.
+`model/` is a `DualEncoder` directory, so a checkpoint can be evaluated and taken out as it is. Optimizer state
+stands by parameter name. state.json holds the step, the recipe's settings and the data's fingerprints.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class Saved:
         try:
             return json.loads((self.path / "state.json").read_text())
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.path} has no readable state.json ({error}); move that checkpoint away and start again") from error
+            raise UserError(
+                f"{self.path} has no readable state.json ({error}); move that checkpoint away and start again"
+            ) from error
 
     def optimizer(self) -> dict[str, Tensor]:
         return load_file(self.path / "optimizer.safetensors")
@@ -51,7 +53,9 @@ def all_saved(directory: Path) -> list[Saved]:
     """The checkpoints of a stage, oldest first."""
     if not directory.is_dir():
         return []
-    found = [(int(m[1]), p) for p in directory.iterdir() if (m := _NAME.fullmatch(p.name)) and (p / "state.json").exists()]
+    found = [
+        (int(m[1]), p) for p in directory.iterdir() if (m := _NAME.fullmatch(p.name)) and (p / "state.json").exists()
+    ]
     return [Saved(path, step) for step, path in sorted(found)]
 
 
@@ -122,4 +126,3 @@ def compatible(saved: dict[str, Any], now: dict[str, Any], where: Path) -> None:
             f"{where} was started otherwise: {'; '.join(differences)}. Use the former settings, another output=…, or "
             "--start-over, which moves the old run aside"
         )
-

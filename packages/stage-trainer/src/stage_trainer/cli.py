@@ -37,7 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except ValueError as error:
         # The towers', losses' and data's own errors name what is wrong; only ours are shown bare.
-        if type(error).__module__.partition(".")[0] in ("data_prep", "text_tower", "vision_tower", "contrastive_losses"):
+        if type(error).__module__.partition(".")[0] in (
+            "data_prep",
+            "text_tower",
+            "vision_tower",
+            "contrastive_losses",
+        ):
             print(f"stage-trainer: {error}", file=sys.stderr, flush=True)
             return 2
         raise
@@ -62,7 +67,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dry-run", action="store_true", help="print parameters and settings; train nothing")
     p.add_argument("--start-over", action="store_true", help="move what this stage has aside and start it anew")
     p.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    p.add_argument("settings", nargs="*", metavar="key=value", help="overrides, such as steps=20 or optimizer.name=adamw")
+    p.add_argument(
+        "settings", nargs="*", metavar="key=value", help="overrides, such as steps=20 or optimizer.name=adamw"
+    )
     p.set_defaults(run=_train)
 
     p = commands.add_parser("export", help="take the model out of a checkpoint or a finished stage")
@@ -102,7 +109,7 @@ def launch(stage: int) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from stage_trainer.recipe import load
+    from stage_trainer.recipe_file import load
 
     loaded = load(arguments.recipe, arguments.settings, arguments.stage)
     loaded.recipe.stage(arguments.stage)
@@ -127,7 +134,9 @@ def _model_directory(path: Path) -> Path:
         return path / "model"
     if saved := all_saved(path):
         return saved[-1].model
-    raise UserError(f"{path} holds no model; expected an exported model, a checkpoint, or a stage's folder with checkpoints")
+    raise UserError(
+        f"{path} holds no model; expected an exported model, a checkpoint, or a stage's folder with checkpoints"
+    )
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -152,7 +161,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from stage_trainer.recipe import load
+    from stage_trainer.recipe_file import load
     from stage_trainer.report import write_report
 
     recipe = load(arguments.recipe, arguments.settings).recipe

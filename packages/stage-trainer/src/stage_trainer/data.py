@@ -96,14 +96,18 @@ class StageBatches(TorchDataset):
                     negatives.append(self._choose(alternatives, key(seed, "negative", i), data, seen)["text"])
                 text_seeds.append(seed)
                 text_ids.append(key(content["item"]))
-        return self._pack(images, captions, image_seeds, image_ids, queries, targets, negatives, text_seeds, text_ids), seen
+        return self._pack(
+            images, captions, image_seeds, image_ids, queries, targets, negatives, text_seeds, text_ids
+        ), seen
 
     def _seed(self, data: Dataset, draw: Draw) -> int:
         return key(self.seed, data.kind, data.source, draw.epoch, draw.index)
 
     def _augmented(self, data: Dataset, pixels: torch.Tensor | None, seed: int, step: int) -> torch.Tensor:
         if pixels is None:
-            raise ShardError(f"{data.directory}: a sample has no image among {IMAGE_TYPES}; it cannot serve the image-text task")
+            raise ShardError(
+                f"{data.directory}: a sample has no image among {IMAGE_TYPES}; it cannot serve the image-text task"
+            )
         a = self.stage.augmentation
         size = self.stage.resolution_at(step)
         return augment(pixels, seed, size, scale=a.scale, ratio=a.ratio, flip=a.flip, color=a.color)
@@ -114,7 +118,9 @@ class StageBatches(TorchDataset):
         seen[f"{data.kind}/{data.source}/{text['language']}"] += 1
         return text
 
-    def _pack(self, images, captions, image_seeds, image_ids, queries, targets, negatives, text_seeds, text_ids) -> Batch:
+    def _pack(
+        self, images, captions, image_seeds, image_ids, queries, targets, negatives, text_seeds, text_ids
+    ) -> Batch:
         texts = self.tokenizer([*captions, *queries, *targets, *negatives], max_length=self.stage.max_tokens)
         per_negative = [s for s in text_seeds for _ in range(len(negatives) // max(1, len(queries)))]
         sections = {"caption": image_seeds, "query": text_seeds, "target": text_seeds, "negative": per_negative}
@@ -132,7 +138,7 @@ class StageBatches(TorchDataset):
 
 
 def enumerate_within(seeds: list[int]) -> Iterator[tuple[int, int]]:
-    """(how many equal seeds came directly before, seed): numbers a sample's own negatives, whatever stands before it."""
+    """(equal seeds directly before, seed): numbers a sample's own negatives, whatever stands before them."""
     run, previous = 0, None
     for seed in seeds:
         run = run + 1 if seed == previous else 0
@@ -184,7 +190,9 @@ def _content(data: Dataset, index: int, members: dict[str, bytes]) -> dict[str, 
         try:
             return json.loads(members["json"])
         except ValueError as error:
-            raise ShardError(f"{data.directory}: sample {data.row(index).key}: its .json is not JSON ({error})") from error
+            raise ShardError(
+                f"{data.directory}: sample {data.row(index).key}: its .json is not JSON ({error})"
+            ) from error
     caption = {"text": members["txt"].decode("utf-8", errors="replace"), "language": "und", "origin": "human"}
     return {"captions": [caption], "item": f"{data.source}/{data.row(index).key}"}
 
@@ -198,6 +206,7 @@ def _open(corpus: Path, source: Source, batch: int, kinds: tuple[str, ...]) -> D
         raise UserError(f"{data.directory} holds {data.kind}, which cannot serve here; expected {kinds[0]}…")
     if len(data) < batch:
         raise UserError(
-            f"{data.directory} has {len(data)} samples, too few for one batch of {batch}; lower the batch size or add data"
+            f"{data.directory} has {len(data)} samples, too few for one batch of {batch}; "
+            "lower the batch size or add data"
         )
     return data

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from stage_trainer.build import empty_model
-from stage_trainer.recipe import Loaded, flatten
+from stage_trainer.recipe_file import Loaded, flatten
 
 
 def dry_run(loaded: Loaded, number: int) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from contrastive_losses import InfoNCE
 from torch import Tensor, nn
 
 from stage_trainer.errors import UserError
@@ -54,8 +55,12 @@ class Engine:
         model.text_logit_scale.requires_grad_(bool(stage.batch.text))
         model.logit_scale.requires_grad_(bool(stage.batch.image_text))
         self.optimizer = build_optimizer(parameter_groups(model, stage, recipe.optimizer), recipe.optimizer)
-        self.names = {id(p): n for g in self.optimizer.param_groups for n, p in zip(g["names"], g["params"], strict=True)}
-        self.parameters = {n: p for g in self.optimizer.param_groups for n, p in zip(g["names"], g["params"], strict=True)}
+        self.names = {
+            id(p): n for g in self.optimizer.param_groups for n, p in zip(g["names"], g["params"], strict=True)
+        }
+        self.parameters = {
+            n: p for g in self.optimizer.param_groups for n, p in zip(g["names"], g["params"], strict=True)
+        }
         self.config = deepspeed_config(recipe, stage)
         self.engine, *_ = deepspeed.initialize(model=objective, optimizer=self.optimizer, config=self.config)
         self.objective = objective
@@ -79,7 +84,7 @@ class Engine:
                 if self.zero < 3:
                     loss.clamp_()
 
-    def log_scale(self, loss: nn.Module) -> Tensor:
+    def log_scale(self, loss: InfoNCE) -> Tensor:
         """ln(1 / temperature) of a task's loss, shape [1]; under ZeRO every rank has to ask."""
         if not (self.zero and loss.log_scale.requires_grad):
             return loss.log_scale.detach()
@@ -93,7 +98,7 @@ class Engine:
         return {task: math.exp(-self.log_scale(loss).item()) for task, loss in losses.items()}
 
     def gradient_norms(self) -> dict[str, float]:
-        """L2 norms before clipping, by tower where whole gradients are at hand; to be read between backward and step."""
+        """L2 norms before clipping, by tower where whole gradients are at hand; read them before the step."""
         if self.zero:
             return {}
         groups: dict[str, list[Tensor]] = {}
@@ -176,7 +181,9 @@ def deepspeed_config(recipe: Recipe, stage: Stage) -> dict[str, Any]:
     }
     taken = sorted(set(own) & set(stage.deepspeed))
     if taken:
-        raise UserError(f"deepspeed.{taken[0]} is set by the trainer; use `batch` and `optimizer.gradient_clipping` instead")
+        raise UserError(
+            f"deepspeed.{taken[0]} is set by the trainer; use `batch` and `optimizer.gradient_clipping` instead"
+        )
     return {**own, "steps_per_print": 10**9, "zero_allow_untested_optimizer": True, **stage.deepspeed}
 
 

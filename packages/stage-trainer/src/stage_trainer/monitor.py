@@ -42,7 +42,9 @@ class Monitor:
         self._wait += waited
         self.seen.update(seen)
 
-    def log(self, step: int, losses: dict[str, tuple[Tensor, Any]], scalars: dict[str, float], dims: tuple[int, ...]) -> None:
+    def log(
+        self, step: int, losses: dict[str, tuple[Tensor, Any]], scalars: dict[str, float], dims: tuple[int, ...]
+    ) -> None:
         """Enters a step: losses and their statistics by task and dim, further scalars, speed since the last entry."""
         if not self.active:
             return
@@ -53,7 +55,11 @@ class Monitor:
                 accuracy = (stats.query_to_target_accuracy[i] + stats.target_to_query_accuracy[i]) / 2
                 self.writer.add_scalar(f"batch_accuracy_{task}/{dim}", accuracy.item(), step)
         speed = self._samples / max(seconds, 1e-9)
-        scalars = {**scalars, "speed/samples_per_second": speed, "speed/data_wait_share": self._wait / max(seconds, 1e-9)}
+        scalars = {
+            **scalars,
+            "speed/samples_per_second": speed,
+            "speed/data_wait_share": self._wait / max(seconds, 1e-9),
+        }
         total = sum(self.seen.values()) or 1
         for source, count in _by_source(self.seen).items():
             scalars[f"texts_seen/{source}"] = count / total
@@ -78,7 +84,9 @@ class Monitor:
     def __enter__(self) -> Monitor:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.active:
             self.bar.close()
             self.writer.close()

@@ -17,11 +17,11 @@ from stage_trainer.recipe import Stage
 def parameter_groups(model: DualEncoder, stage: Stage, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Groups of trainable parameters that share a peak rate, weight decay and kind of update.
 
-    A parameter at depth i of a tower with L layers trains at `lr · layer_decay ** (L - i)`: per layer, from the top, by the
-    tower's own account of its layers. No weight decay on vectors (biases, norms, temperatures) nor on the class
+    A parameter at depth i of a tower with L layers trains at `lr · layer_decay ** (L - i)`: per layer, from the top, by
+    the tower's own account of its layers. No weight decay on vectors (biases, norms, temperatures) nor on the class
     token and position table, as in open_clip and EVA-CLIP.
     """
-    towers = {"image": ("vision", model.vision), "text": ("text", model.text)}
+    towers: dict[str, tuple[str, Any]] = {"image": ("vision", model.vision), "text": ("text", model.text)}
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     def add(name: str, parameter: nn.Parameter, lr: float, decay: float, muon: bool, tower: str) -> None:

@@ -25,7 +25,7 @@ Found = tuple[str, str, list[tuple[bytes, bool]]]
 def draw_search(model_directory: str | Path, data: str | Path, queries: Sequence[str], out: str | Path) -> None:
     """Draws one row for each query: the text at the left, the nearest images of all pools at the right.
 
-    Without `queries`, twelve names of held-out items are taken, each in another language; the item meant has a green frame.
+    Without `queries`, twelve names of held-out items are taken, in as many languages; the item meant is framed.
     """
     model = DualEncoder.from_pretrained(model_directory)
     pools = [Pool.open(directory) for directory in pools_of(data)]
@@ -34,7 +34,9 @@ def draw_search(model_directory: str | Path, data: str | Path, queries: Sequence
     canvas = Image.new("RGB", (LEFT + COLUMNS * (TILE + GAP) + GAP, 64 + len(rows) * (TILE + GAP)), "white")
     pen = ImageDraw.Draw(canvas)
     pen.text((GAP, 20), "query", INK, _pick(fonts, "query", 20))
-    pen.text((LEFT, 20), "nearest images" + ("" if queries else " (green: the item meant)"), INK, _pick(fonts, "nearest", 20))
+    pen.text(
+        (LEFT, 20), "nearest images" + ("" if queries else " (green: the item meant)"), INK, _pick(fonts, "nearest", 20)
+    )
     for row, (query, note, found) in enumerate(rows):
         top = 64 + row * (TILE + GAP)
         font = _pick(fonts, query, 20)
@@ -68,7 +70,9 @@ def _own(model: DualEncoder, pools: list[Pool], fonts: list[Path]) -> list[Found
     for turn, language in enumerate(SHOWN_LANGUAGES):
         which = turn % len(pools)
         pool, vectors = pools[which], embedded[which]
-        entries = sorted((e for e in pool.texts.get(language, []) if _drawable(fonts, e[1])), key=lambda e: key("shown", e))
+        entries = sorted(
+            (e for e in pool.texts.get(language, []) if _drawable(fonts, e[1])), key=lambda e: key("shown", e)
+        )
         if not entries or len(rows) == 12:
             continue
         number, text = entries[0]
@@ -84,7 +88,7 @@ def _own(model: DualEncoder, pools: list[Pool], fonts: list[Path]) -> list[Found
 def _fonts(data: Path) -> list[Path]:
     """The corpus's own fonts, then the system's; Pillow's built-in one covers Latin where there are none."""
     system = [*Path("/usr/share/fonts").rglob("*.tt[fc]"), *Path("/System/Library/Fonts").rglob("*.tt[fc]")]
-    found = sorted((data / "fonts").glob("*.ttf")) + sorted(system, key=lambda p: ("DejaVuSans.ttf" != p.name, str(p)))
+    found = sorted((data / "fonts").glob("*.ttf")) + sorted(system, key=lambda p: (p.name != "DejaVuSans.ttf", str(p)))
     return [path for path in found if "Emoji" not in path.name]
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 from stage_trainer.environment import versions
 from stage_trainer.errors import UserError
-from stage_trainer.retrieval import DIRECTIONS, Pool, embed, pools_of, score
 from stage_trainer.model import DualEncoder
+from stage_trainer.retrieval import DIRECTIONS, Pool, embed, pools_of, score
 
 
 def evaluate(model_directory: str | Path, data: str | Path) -> dict[str, Any]:
-    """pool → {"images", "texts", "recall_at_5": direction → dim → language → value, "chance": direction → language → value}."""
+    """Figures by pool: number of images, and of texts by language; recall_at_5 by direction, dim and language; chance by
+    direction and language."""
     model = DualEncoder.from_pretrained(model_directory)
     width = model.text.config.width
     dims = sorted({*(model.matryoshka_dims or ()), width}, reverse=True)
@@ -48,7 +49,9 @@ def stages_table(stages: dict[str, dict[str, Any]]) -> str:
                 if values:
                     chance = pools[pool]["chance"][direction]["mean"]
                     cells = [f"{100 * values[d]['mean']:.1f}" if d in values else "" for d in dims]
-                    rows.append([f"{pool} ({pools[pool]['images']} images)", direction, stage, *cells, f"{100 * chance:.1f}"])
+                    rows.append(
+                        [f"{pool} ({pools[pool]['images']} images)", direction, stage, *cells, f"{100 * chance:.1f}"]
+                    )
     header = ["pool", "recall@5, %", "after", *[f"{d} dims" for d in dims], "chance"]
     if list(stages) == [""]:
         rows, header = [[*r[:2], *r[3:]] for r in rows], [*header[:2], *header[3:]]
@@ -94,7 +97,9 @@ def _align(rows: Sequence[Sequence[str]]) -> str:
     text_columns = 3 if "after" in rows[0] else 2
     lines = []
     for row in rows:
-        cells = [c.ljust(w) if i < text_columns else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            c.ljust(w) if i < text_columns else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
         lines.append("  ".join(cells).rstrip())
     lines.insert(1, "  ".join("-" * w for w in widths))
     return "\n".join(lines)

@@ -56,12 +56,18 @@ class Pool:
 
 
 def pools_of(data: str | Path) -> list[Path]:
-    """The short-caption pools under a corpus (its test split), or under a folder of data sets, or the one data set itself."""
+    """The short-caption pools of a corpus (its test split), of a folder of data sets, or the one data set itself."""
     data = Path(data)
-    for found in (data.glob("test/image-short/*/manifest.json"), data.glob("*/manifest.json"), data.glob("manifest.json")):
+    for found in (
+        data.glob("test/image-short/*/manifest.json"),
+        data.glob("*/manifest.json"),
+        data.glob("manifest.json"),
+    ):
         if directories := sorted(path.parent for path in found):
             return directories
-    raise UserError(f"{data} holds no pools; expected test/image-short/SOURCE/manifest.json below it, as `data-prep corpus` writes")
+    raise UserError(
+        f"{data} holds no pools; expected test/image-short/SOURCE/manifest.json below it, as `data-prep corpus` writes"
+    )
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ def embed(model: DualEncoder, pool: Pool, *, rank: int = 0, world: int = 1, **op
 def score(pool: Pool, embedded: Embedded, dims: Sequence[int]) -> tuple[Scores, Scores]:
     """Recall@5 of the pool, and the level of a blind guess, both as direction → dim or "chance" → language.
 
-    Texts that several images share count once: any of those images is right for the text, the text right for each of them.
+    Texts that several images share count once: any of those images is right for it, and it is right for each.
     """
     recalls: Scores = {direction: {} for direction in DIRECTIONS}
     chances: Scores = {direction: {} for direction in DIRECTIONS}
@@ -131,7 +137,7 @@ def score(pool: Pool, embedded: Embedded, dims: Sequence[int]) -> tuple[Scores, 
 
 
 def recall_at_k(queries: np.ndarray, candidates: np.ndarray, relevant: np.ndarray, k: int = K) -> float:
-    """The share of queries `[Q, D]` with something relevant (`[Q, C]`, bool) among the k nearest candidates `[C, D]`."""
+    """The share of queries `[Q, D]` with something relevant (`[Q, C]`) among the k nearest candidates `[C, D]`."""
     similarity = queries @ candidates.T
     k = min(k, similarity.shape[1])
     nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
@@ -141,7 +147,9 @@ def recall_at_k(queries: np.ndarray, candidates: np.ndarray, relevant: np.ndarra
 def chance_at_k(relevant: np.ndarray, k: int = K) -> float:
     """What a blind guess of k candidates would reach."""
     total = relevant.shape[1]
-    return float(np.mean([1 - comb(total - int(r), k) / comb(total, k) if total >= k else 1.0 for r in relevant.sum(axis=1)]))
+    return float(
+        np.mean([1 - comb(total - int(r), k) / comb(total, k) if total >= k else 1.0 for r in relevant.sum(axis=1)])
+    )
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

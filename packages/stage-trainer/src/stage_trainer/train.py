@@ -21,7 +21,8 @@ from stage_trainer.model import DualEncoder
 from stage_trainer.monitor import Monitor
 from stage_trainer.objective import MultiTask
 from stage_trainer.optim import schedule, set_rates
-from stage_trainer.recipe import Recipe, Stage, flatten, to_dict
+from stage_trainer.recipe import Recipe, Stage
+from stage_trainer.recipe_file import flatten, to_dict
 
 
 def train(recipe: Recipe, number: int, *, start_over: bool = False) -> None:
@@ -38,7 +39,9 @@ def train(recipe: Recipe, number: int, *, start_over: bool = False) -> None:
     stage, directory = recipe.stage(number), recipe.stage_directory(number)
     for task in ("image_text", "text"):
         if 0 < getattr(stage.batch, task) < world:
-            raise UserError(f"batch.{task} is {getattr(stage.batch, task)}, fewer than the {world} ranks; raise it or use fewer")
+            raise UserError(
+                f"batch.{task} is {getattr(stage.batch, task)}, fewer than the {world} ranks; raise it or use fewer"
+            )
     if start_over and rank == 0:
         _move_aside(directory)
     if world > 1:
@@ -65,7 +68,14 @@ def train(recipe: Recipe, number: int, *, start_over: bool = False) -> None:
 
 
 def run(
-    recipe: Recipe, stage: Stage, number: int, engine: Engine, data: StageBatches, state: dict[str, Any], start: int, stop: int
+    recipe: Recipe,
+    stage: Stage,
+    number: int,
+    engine: Engine,
+    data: StageBatches,
+    state: dict[str, Any],
+    start: int,
+    stop: int,
 ) -> None:
     """Steps `start` to `stop` - 1 at one resolution, with a checkpoint at the end."""
     rank, world, device = data.rank, data.world, engine.engine.device
@@ -75,7 +85,9 @@ def run(
     # Ranks see different samples but one group: losses are over the global batch.
     group = torch.distributed.group.WORLD if world > 1 else None
     began, before = time.perf_counter(), state["seconds"]
-    with Monitor(directory / "tensorboard", title=title, start=start, steps=stage.steps, every=recipe.log_every, active=rank == 0) as monitor:
+    with Monitor(
+        directory / "tensorboard", title=title, start=start, steps=stage.steps, every=recipe.log_every, active=rank == 0
+    ) as monitor:
         loader = batches(data, start, stop, recipe.workers)
         for step in range(start, stop):
             asked = time.perf_counter()
@@ -109,7 +121,7 @@ def run(
 def starting_point(
     recipe: Recipe, number: int, state: dict[str, Any], tokenizer: Any
 ) -> tuple[DualEncoder, dict[str, torch.Tensor] | None, int, float]:
-    """(model, optimizer state or None, step, seconds spent so far): this stage's newest checkpoint, the stage before, or new."""
+    """(model, optimizer state, step, seconds so far): this stage's newest checkpoint, the stage before, or new."""
     directory = recipe.stage_directory(number)
     if saved := checkpoint.all_saved(directory):
         former = saved[-1].state()

@@ -31,7 +31,7 @@ class KeyedDropout:
 
     def keep(self, channels: int, site: int) -> Tensor:
         """Bool `[T, channels]`: what stays at this site."""
-        tokens = (_mix64(self.keys + (site + 1) * _GOLDEN) >> 32).to(torch.int32)
+        tokens = (_mix64(self.keys + site) >> 32).to(torch.int32)
         x = tokens[:, None] + torch.arange(channels, device=tokens.device, dtype=torch.int32) * -0x61C88647
         # lowbias32, a 32-bit finalizer: int32 halves the work; the mask undoes the sign that >> carries in.
         x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D

@@ -32,8 +32,9 @@ def save(tower: VisionTower, path: str | PathLike[str]) -> None:
     """Writes `config.json` and `model.safetensors` (timm's names, the parameters' dtype) into the directory `path`.
 
     Both files are complete on disk in a temporary directory beside `path` before anything there changes: a full disk or
-    a killed process leaves what was there. Other files in `path` stay. `timm.create_model("eva02_large_patch14_clip_224",
-    checkpoint_path=…/model.safetensors, **tower.config.timm_arguments())` loads it with the same output.
+    a killed process leaves what was there. Other files in `path` stay. `timm.create_model(
+    "eva02_large_patch14_clip_224", checkpoint_path=…/model.safetensors, **tower.config.timm_arguments())` loads it with
+    the same output.
     """
     target = Path(path)
     if target.exists() and not target.is_dir():
