@@ -33,9 +33,9 @@ def _parser() -> argparse.ArgumentParser:
     corpus = commands.add_parser(
         "corpus",
         help="build the laptop corpus",
-        description="Builds the laptop corpus in OUT: emoji, stamps, flags, package descriptions and help pages in thirty "
-        "languages, from Debian packages that apt fetches into a cache (190 MB, once; no root, nothing on the system is "
-        "changed). If OUT holds the same corpus already, nothing is done.",
+        description="Builds the laptop corpus in OUT: emoji, stamps, flags, package descriptions and help pages in "
+        "thirty languages, from Debian packages that apt fetches into a cache (240 MB, once; no root, nothing on the "
+        "system is changed). If OUT holds the same corpus already, nothing is done.",
     )
     corpus.add_argument("out", metavar="OUT", help="folder to build; must not exist, or hold this very corpus")
     where = corpus.add_mutually_exclusive_group()
@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         const=600,
         metavar="N",
-        help="make N drawn pictures (600 if no number is given) instead of the real corpus: needs no packages and no network",
+        help="make N drawn pictures (600 if no number is given) instead of the real corpus: no packages, no network",
     )
     corpus.add_argument("--cache", metavar="DIR", help="where fetched packages are kept (default: ~/.cache/trilith)")
     corpus.add_argument("--seed", type=int, default=0, help="of the split and every choice (default: 0)")
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         "--image-size", type=int, default=80, metavar="PIXELS", help="side of the stored pictures (default: 80)"
     )
     corpus.add_argument(
-        "--vocab-size", type=int, metavar="N", help="pieces of the tokenizer (default: 8192; 512 for --drawn)"
+        "--vocab-size", type=int, metavar="N", help="pieces of the tokenizer (default: 8192; 384 for --drawn)"
     )
     corpus.add_argument(
         "--max-packages", type=int, default=25_000, metavar="N", help="package descriptions at most (default: 25000)"
@@ -85,7 +85,7 @@ def _corpus(options: argparse.Namespace) -> int:
         drawn=options.drawn,
         seed=options.seed,
         image_size=options.image_size,
-        vocab_size=options.vocab_size or (8192 if options.drawn is None else 512),
+        vocab_size=options.vocab_size,
         max_packages=options.max_packages,
         without=tuple(sorted(set(options.without))),
     )

@@ -32,9 +32,9 @@ def default_cache() -> Path:
 def fetch(cache: Path, packages: Iterable[str], *, translations: bool, say: Callable[[str], None]) -> Path:
     """Make sure that `cache` holds the packages and, if asked for, apt's translations; returns it.
 
-    apt reads the machine's sources and keys, but keeps its lists, its cache and its state in a temporary folder of ours:
-    the system's own are not changed, no root is needed, and a machine whose lists are empty (a container) or whose
-    settings leave the translations out will do. What is in the cache already is not fetched again.
+    apt reads the machine's sources and keys, but keeps its lists, its cache and its state in a temporary folder of
+    ours: the system's own are not changed, no root is needed, and a machine whose lists are empty (a container) or
+    whose settings leave the translations out will do. What is in the cache already is not fetched again.
 
     Raises:
         CorpusError: there is no apt here, or it fails; says what to do instead.
@@ -70,7 +70,7 @@ def _fetch(cache: Path, scratch: Path, missing: list[str], wants_lists: bool, sa
         found = find_translations(scratch / "lists")
         if "en" not in found:
             raise CorpusError(
-                "apt has no Translation-en in its sources; say `--without packages` to build without package descriptions"
+                "apt found no Translation-en; say `--without packages` to build without package descriptions"
             )
         for paths in [paths for language, paths in found.items() if language != "en"] + [found["en"]]:
             for path in paths:  # English last: its presence says that all are there

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import json
 import os
 import shutil
@@ -14,9 +16,9 @@ from typing import Any
 
 from ..shards import Dataset, ShardError
 from . import apt
-from .debian import Material, libraries, needed_packages, read_material
+from .debian import Material, needed_packages, read_material
 from .drawn import draw_material
-from .items import CorpusError
+from .items import CorpusError, ImageItem, TextItem
 from .split import SPLITS, drop_twins, families, leaks, look_alikes, split_items
 from .vocabulary import train_tokenizer
 from .writing import training_texts, write_datasets
@@ -31,14 +33,14 @@ class Settings:
 
     drawn: number of procedurally drawn pictures, or None for the real corpus from Debian packages.
     seed: of the split and of every choice; image_size: side of the stored pictures in pixels.
-    vocab_size: pieces of the tokenizer; max_packages: package descriptions at most.
+    vocab_size: pieces of the tokenizer, None for 8192 (384 if drawn); max_packages: package descriptions at most.
     without: sources left out, of "stamps", "flags", "packages", "help".
     """
 
     drawn: int | None = None
     seed: int = 0
     image_size: int = 80
-    vocab_size: int = 8192
+    vocab_size: int | None = None
     max_packages: int = 25_000
     without: tuple[str, ...] = ()
 
@@ -76,16 +78,16 @@ def build_corpus(
     if partial.exists():
         say(f"{partial}: removing what an interrupted run left")
         shutil.rmtree(partial)
+    _check_libraries(settings)
     started = time.monotonic()
-    material = _material(settings, packages, cache, workers or os.cpu_count() or 1, say)
     try:
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True)  # before the long work: a folder that cannot be written is said at once
+        material = _material(settings, packages, cache, workers or os.cpu_count() or 1, say)
         corpus = _write(partial, settings, material, say)
         partial.rename(out)
     except OSError as error:
-        raise CorpusError(
-            f"{error.filename or partial}: cannot be written ({error.strerror}); make room and run again"
-        ) from error
+        where = error.filename or partial
+        raise CorpusError(f"{where}: {error.strerror or error}; make room or mend it and run again") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     for line in receipt(corpus):
@@ -115,7 +117,7 @@ def receipt(corpus: dict[str, Any]) -> list[str]:
 
 
 def _existing(out: Path, settings: Settings) -> dict[str, Any] | None:
-    """What the finished corpus in `out` says of itself, None if there is nothing, CorpusError if it is something else."""
+    """What the corpus in `out` says of itself; None if there is nothing, CorpusError if it is something else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     try:
@@ -125,9 +127,8 @@ def _existing(out: Path, settings: Settings) -> dict[str, Any] | None:
         raise CorpusError(f"{out}: exists and is no corpus (no readable corpus.json); name another folder") from error
     wanted = _plain(settings)
     if version != CORPUS_VERSION or found != wanted:
-        differences = [
-            f"{key} {found.get(key)!r}, asked for {value!r}" for key, value in wanted.items() if found.get(key) != value
-        ]
+        changed = [key for key in wanted if found.get(key) != wanted[key]]
+        differences = [f"{key} {found.get(key)!r}, asked for {wanted[key]!r}" for key in changed]
         if version != CORPUS_VERSION:
             differences.insert(0, f"version {version!r}, this program writes {CORPUS_VERSION!r}")
         raise CorpusError(f"{out}: holds another corpus ({'; '.join(differences)}); remove it or name another folder")
@@ -138,6 +139,19 @@ def _existing(out: Path, settings: Settings) -> dict[str, Any] | None:
             except ShardError as error:
                 raise CorpusError(f"{error} (or remove {out} and run again)") from error
     return corpus
+
+
+def _check_libraries(settings: Settings) -> None:
+    needed = (
+        ["sentencepiece"]
+        if settings.drawn is not None or "stamps" in settings.without
+        else ["sentencepiece", "resvg_py"]
+    )
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CorpusError(
+            f"{' and '.join(missing)}: not installed; `pip install './data_prep[corpus]'` brings what is needed"
+        )
 
 
 def _material(
@@ -171,20 +185,18 @@ def _material(
 
 
 def _write(root: Path, settings: Settings, material: Material, say: Callable[[str], None]) -> dict[str, Any]:
-    came_in = Counter(item.source for item in (*material.images, *material.texts))
+    came_in = Counter([item.source for item in material.images] + [item.source for item in material.texts])
     images, twins = drop_twins(material.images)
     material.dropped.setdefault("pictures", {})["the same picture as another"] = twins
-    items = [*images, *material.texts]
+    items: list[ImageItem | TextItem] = [*images, *material.texts]
     family_of = families(items, look_alikes(images))
     where = split_items(items, family_of, held_out=material.held_out, seed=settings.seed)
 
     started = time.monotonic()
     texts = training_texts(images, material.texts, where)
-    tokenizer = train_tokenizer(texts, vocab_size=settings.vocab_size)
+    tokenizer = train_tokenizer(texts, vocab_size=settings.vocab_size or (8192 if settings.drawn is None else 384))
     (root / "tokenizer.model").write_bytes(tokenizer.model)
-    say(
-        f"trained a tokenizer of {settings.vocab_size} pieces on {len(texts)} texts ({time.monotonic() - started:.0f} s)"
-    )
+    say(f"trained the tokenizer on {len(texts)} texts ({time.monotonic() - started:.0f} s)")
 
     started = time.monotonic()
     samples = write_datasets(root, images, material.texts, where=where, family_of=family_of, tokenizer=tokenizer)
@@ -197,7 +209,7 @@ def _write(root: Path, settings: Settings, material: Material, say: Callable[[st
         "version": CORPUS_VERSION,
         "settings": _plain(settings),
         "packages": material.packages,
-        "made_with": libraries(),
+        "made_with": library_versions(),
         "languages": _languages(images),
         "items": dict(came_in),
         "families": {"images": len(sizes), "largest": max(sizes.values(), default=0)},
@@ -211,12 +223,25 @@ def _write(root: Path, settings: Settings, material: Material, say: Callable[[st
     return corpus
 
 
-def _languages(images: list[Any]) -> dict[str, dict[str, int]]:
+def _languages(images: list[ImageItem]) -> dict[str, dict[str, int]]:
     """source → language → named items."""
     found: dict[str, Counter[str]] = {}
     for item in images:
         found.setdefault(item.source, Counter()).update(sorted({text.language for text in item.names}))
     return {source: dict(sorted(counts.items())) for source, counts in sorted(found.items())}
+
+
+def library_versions() -> dict[str, str | None]:
+    """Versions of the libraries that the bytes of a corpus depend on, besides its packages."""
+    from PIL import features
+
+    found: dict[str, str | None] = {}
+    for name in ("pillow", "sentencepiece", "resvg-py"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found | {name: features.version(name) for name in ("raqm", "freetype2", "zlib")}
 
 
 def _plain(settings: Settings) -> dict[str, Any]:

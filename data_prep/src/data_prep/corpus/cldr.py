@@ -87,7 +87,7 @@ def emoji_order(files: dict[str, bytes]) -> dict[str, int]:
         if line.startswith("<*"):
             found = list(line[2:].replace("\ufe0f", ""))
         elif line.startswith("<"):
-            found = [part.strip() for part in re.split(r"<+|=", line)]
+            found = [part.strip() for part in re.split(r"<+|=", line) if part.strip()]
         else:
             continue
         for emoji in found:

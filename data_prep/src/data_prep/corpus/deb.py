@@ -31,12 +31,13 @@ class Package:
 
     def record(self) -> dict[str, str]:
         """Name, version and checksum, for corpus.json."""
-        with self.path.open("rb") as file:
-            return {
-                "name": self.name,
-                "version": self.version,
-                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-            }
+        return {"name": self.name, "version": self.version, "sha256": file_sha256(self.path)}
+
+
+def file_sha256(path: Path) -> str:
+    """Checksum of a whole file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_package(directory: Path, name: str) -> Package | None:

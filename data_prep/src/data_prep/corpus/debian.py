@@ -6,10 +6,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from . import apt, cldr, emoji, help_texts, package_texts, stamps
-from .deb import Package, find_package, find_translations, read_members
+from .deb import Package, file_sha256, find_package, find_translations, read_members
 from .items import LANGUAGES, CorpusError, ImageItem, TextItem
 from .pictures import Job, make_pictures
 
@@ -86,11 +85,11 @@ def _find_all(directory: Path, without: frozenset[str]) -> dict[str, Package]:
             f"{directory}: no such folder; it should hold {', '.join(f'{name}_*.deb' for name in apt.PACKAGES)}"
         )
     packages = {name: find_package(directory, name) for name in needed_packages(without)}
-    missing = [name for name, package in packages.items() if package is None]
+    missing = [f"{name}_*.deb" for name, package in packages.items() if package is None]
     if missing:
         raise CorpusError(
-            f"{directory}: has no {', no '.join(f'{name}_*.deb' for name in missing)}; fetch {'them' if missing[1:] else 'it'} "
-            "from https://packages.debian.org/bookworm/NAME, or say `--drawn` for a corpus that needs no packages"
+            f"{directory}: lacks {' and '.join(missing)}; fetch from https://packages.debian.org/bookworm/NAME, or say "
+            "`--drawn` for a corpus that needs no packages"
         )
     return {name: package for name, package in packages.items() if package is not None}
 
@@ -103,7 +102,7 @@ def _read_font(package: Package) -> bytes:
 
     if not features.check("raqm"):
         raise CorpusError(
-            "this Pillow has no Raqm and would draw flags as letters; install Pillow's own wheel (pip install -U pillow)"
+            "this Pillow has no Raqm and would draw flags as letters; take Pillow's own wheel (pip install -U pillow)"
         )
     return next(iter(fonts.values()))
 
@@ -163,21 +162,12 @@ def _package_items(
     started = time.monotonic()
     translations = find_translations(directory)
     if "en" not in translations or len(translations) < 2:
-        material.left_out["packages"] = "no Translation-en and Translation-xx beside the packages"
-        say(
-            f"no package descriptions: {directory} has no Translation-en with other Translation-xx beside it; goes on without"
-        )
+        material.left_out["packages"] = "no Translation-en with another Translation-xx in the folder"
+        say(f"{directory}: has no Translation-en with another Translation-xx; goes on WITHOUT package descriptions")
         return []
+    material.packages += [
+        {"name": path.name, "sha256": file_sha256(path)} for paths in translations.values() for path in paths
+    ]
     items, material.dropped["packages"] = package_texts.read_packages(translations, limit=max_packages, seed=seed)
     say(f"read {len(items)} package descriptions in {len(translations)} languages ({time.monotonic() - started:.0f} s)")
     return items
-
-
-def libraries() -> dict[str, Any]:
-    """Versions of what the bytes of the corpus depend on besides the packages."""
-    from importlib.metadata import version
-
-    from PIL import features
-
-    found = {name: version(name) for name in ("pillow", "sentencepiece", "resvg-py")}
-    return found | {name: features.version(name) for name in ("raqm", "freetype2", "zlib")}

@@ -1,7 +1,7 @@
 """A corpus that needs no packages: coloured shapes, described in eight languages. For tests and for other systems.
 
-Every picture is one combination of shape, colour, size, place and ground; shape and colour make the family, so the held-out
-pictures show known shapes and known colours in combinations that training has not seen.
+Every picture is one combination of shape, colour, size, place and ground; shape and colour make the family, so the
+held-out pictures show known shapes and known colours in combinations that training has not seen.
 """
 
 from __future__ import annotations
@@ -44,18 +44,31 @@ GROUNDS = {
 
 MOST = len(SHAPES) * len(COLORS) * len(SIZES) * len(PLACES) * len(GROUNDS)
 
-# One order of words serves all attributes: (shape, colour, size, place, ground) in every language's own words. The phrases
-# are built so that no word needs to agree with another.
+# The words of the tables above in each language and the same order: shapes | colours | sizes | places | grounds. Each
+# table is split at its commas if it has any, else at its spaces. No phrase below needs one word to agree with another.
 _WORDS = {
-    "en": "circle square triangle star cross ring diamond bar|red blue green yellow orange purple black pink|small medium large|top left,top right,in the centre,bottom left,bottom right|white,grey,light blue,light green",
-    "de": "Kreis Quadrat Dreieck Stern Kreuz Ring Raute Balken|Rot Blau Grün Gelb Orange Lila Schwarz Rosa|klein mittelgroß groß|oben links,oben rechts,in der Mitte,unten links,unten rechts|Weiß,Grau,Hellblau,Hellgrün",
-    "es": "círculo cuadrado triángulo estrella cruz anillo rombo barra|rojo azul verde amarillo naranja morado negro rosa|pequeño mediano grande|arriba a la izquierda,arriba a la derecha,en el centro,abajo a la izquierda,abajo a la derecha|blanco,gris,azul claro,verde claro",
-    "fr": "cercle carré triangle étoile croix anneau losange barre|rouge bleue verte jaune orange violette noire rose|petite moyenne grande|en haut à gauche,en haut à droite,au centre,en bas à gauche,en bas à droite|blanc,gris,bleu clair,vert clair",
-    "nl": "cirkel vierkant driehoek ster kruis ring ruit balk|rood blauw groen geel oranje paars zwart roze|klein middelgroot groot|linksboven,rechtsboven,in het midden,linksonder,rechtsonder|wit,grijs,lichtblauw,lichtgroen",
-    "ru": "круг квадрат треугольник звезда крест кольцо ромб полоса|красного синего зелёного жёлтого оранжевого фиолетового чёрного розового|маленький средний большой|вверху слева,вверху справа,в центре,внизу слева,внизу справа|белый,серый,голубой,светло-зелёный",
-    "tr": "daire kare üçgen yıldız haç halka eşkenar_dörtgen çubuk|kırmızı mavi yeşil sarı turuncu mor siyah pembe|küçük orta büyük|sol üstte,sağ üstte,ortada,sol altta,sağ altta|beyaz,gri,açık mavi,açık yeşil",
-    "zh": "圆形 正方形 三角形 星形 十字 圆环 菱形 横条|红色 蓝色 绿色 黄色 橙色 紫色 黑色 粉色|小 中 大|左上方,右上方,正中,左下方,右下方|白色,灰色,浅蓝色,浅绿色",
-}  # fmt: skip
+    "en": "circle square triangle star cross ring diamond bar|red blue green yellow orange purple black pink|"
+    "small medium large|top left,top right,in the centre,bottom left,bottom right|white,grey,light blue,light green",
+    "de": "Kreis Quadrat Dreieck Stern Kreuz Ring Raute Balken|Rot Blau Grün Gelb Orange Lila Schwarz Rosa|"
+    "klein mittelgroß groß|oben links,oben rechts,in der Mitte,unten links,unten rechts|Weiß,Grau,Hellblau,Hellgrün",
+    "es": "círculo cuadrado triángulo estrella cruz anillo rombo barra|"
+    "rojo azul verde amarillo naranja morado negro rosa|pequeño mediano grande|"
+    "arriba a la izquierda,arriba a la derecha,en el centro,abajo a la izquierda,abajo a la derecha|"
+    "blanco,gris,azul claro,verde claro",
+    "fr": "cercle carré triangle étoile croix anneau losange barre|"
+    "rouge bleue verte jaune orange violette noire rose|petite moyenne grande|"
+    "en haut à gauche,en haut à droite,au centre,en bas à gauche,en bas à droite|blanc,gris,bleu clair,vert clair",
+    "nl": "cirkel vierkant driehoek ster kruis ring ruit balk|rood blauw groen geel oranje paars zwart roze|"
+    "klein middelgroot groot|linksboven,rechtsboven,in het midden,linksonder,rechtsonder|"
+    "wit,grijs,lichtblauw,lichtgroen",
+    "ru": "круг квадрат треугольник звезда крест кольцо ромб полоса|"
+    "красного синего зелёного жёлтого оранжевого фиолетового чёрного розового|маленький средний большой|"
+    "вверху слева,вверху справа,в центре,внизу слева,внизу справа|белый,серый,голубой,светло-зелёный",
+    "tr": "daire,kare,üçgen,yıldız,haç,halka,eşkenar dörtgen,çubuk|kırmızı mavi yeşil sarı turuncu mor siyah pembe|"
+    "küçük orta büyük|sol üstte,sağ üstte,ortada,sol altta,sağ altta|beyaz,gri,açık mavi,açık yeşil",
+    "zh": "圆形 正方形 三角形 星形 十字 圆环 菱形 横条|红色 蓝色 绿色 黄色 橙色 紫色 黑色 粉色|"
+    "小 中 大|左上方,右上方,正中,左下方,右下方|白色,灰色,浅蓝色,浅绿色",
+}
 _SHORT = {
     "en": "{color} {shape}, {size}, {place}, on {ground}",
     "de": "{shape} in {color}, {size}, {place}, auf {ground}",
@@ -67,15 +80,20 @@ _SHORT = {
     "zh": "{color}{shape}，{size}，{place}，{ground}背景",
 }
 _LONG = {
-    "en": "The picture shows one shape. Shape: {shape}. Colour: {color}. Size: {size}. Place: {place}. Background: {ground}.",
-    "de": "Das Bild zeigt eine Form. Form: {shape}. Farbe: {color}. Größe: {size}. Ort: {place}. Hintergrund: {ground}.",
-    "es": "La imagen muestra una forma. Forma: {shape}. Color: {color}. Tamaño: {size}. Lugar: {place}. Fondo: {ground}.",
-    "fr": "L’image montre une forme. Forme : {shape}. Couleur : {color}. Taille : {size}. Place : {place}. Fond : {ground}.",
-    "nl": "De afbeelding toont één vorm. Vorm: {shape}. Kleur: {color}. Grootte: {size}. Plaats: {place}. Achtergrond: {ground}.",
-    "ru": "На картинке одна фигура. Фигура: {shape}. Фигура {color} цвета. Размер: {size}. Место: {place}. Фон: {ground}.",
+    "en": "The picture shows one shape. Shape: {shape}. Colour: {color}. Size: {size}. Place: {place}. "
+    "Ground: {ground}.",
+    "de": "Das Bild zeigt eine Form. Form: {shape}. Farbe: {color}. Größe: {size}. Ort: {place}. Grund: {ground}.",
+    "es": "La imagen muestra una forma. Forma: {shape}. Color: {color}. Tamaño: {size}. Lugar: {place}. "
+    "Fondo: {ground}.",
+    "fr": "L’image montre une forme. Forme : {shape}. Couleur : {color}. Taille : {size}. Place : {place}. "
+    "Fond : {ground}.",
+    "nl": "De afbeelding toont één vorm. Vorm: {shape}. Kleur: {color}. Grootte: {size}. Plaats: {place}. "
+    "Achtergrond: {ground}.",
+    "ru": "На картинке одна фигура. Фигура: {shape}. Фигура {color} цвета. Размер: {size}. Место: {place}. "
+    "Фон: {ground}.",
     "tr": "Resimde bir şekil var. Şekil: {shape}. Renk: {color}. Boy: {size}. Yer: {place}. Zemin: {ground}.",
     "zh": "图中有一个图形。形状：{shape}。颜色：{color}。大小：{size}。位置：{place}。背景：{ground}。",
-}  # fmt: skip
+}
 _ORIGIN = "synthetic:drawn"
 
 
@@ -118,8 +136,7 @@ def _words(language: str, shape: str, color: str, size: str, place: str, ground:
     keys = (SHAPES, tuple(COLORS), tuple(SIZES), tuple(PLACES), tuple(GROUNDS))
     wanted = {"shape": shape, "color": color, "size": size, "place": place, "ground": ground}
     return {
-        name: table[key.index(value)].replace("_", " ")
-        for (name, value), key, table in zip(wanted.items(), keys, tables, strict=True)
+        name: table[key.index(value)] for (name, value), key, table in zip(wanted.items(), keys, tables, strict=True)
     }
 
 

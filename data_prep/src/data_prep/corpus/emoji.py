@@ -15,7 +15,8 @@ _REGIONAL = {chr(0x1F1E6 + letter): chr(ord("A") + letter) for letter in range(2
 # Who is shown is no other thing: people, genders and hair are taken out of a sequence to find its family.
 _GENDERS = str.maketrans({"👨": "🧑", "👩": "🧑", "♂": None, "♀": None, "🦰": None, "🦱": None, "🦲": None, "🦳": None})
 _PEOPLE = re.compile(
-    r"\b(man|men|woman|women|person|people|boy|girl|child|mr|mrs|ms|mx|prince|princess|king|queen|(?:red|curly|white|blond) hair|bald)\b"
+    r"\b(man|men|woman|women|person|people|boy|girl|child|mr|mrs|ms|mx|prince|princess|king|queen|bald"
+    r"|(?:red|curly|white|blond) hair)\b"
 )
 
 # Between two facts in a long text.

@@ -17,8 +17,10 @@ from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 GLYPH_SIZE = 109  # the one size of the bitmaps in Noto Color Emoji
 _CANVAS = (180, 160)  # room for its 136 × 128 pixels
 
-# Old drawings give their size in points or millimetres without a viewBox; resvg refuses those. Without any size it takes
-# what the drawing covers, which is what we cut out anyway.
+_WHITE = 245  # of 255; what is lighter in all colours cannot be told from the ground
+
+# Old drawings give their size in points or millimetres without a viewBox; resvg refuses those. Without any size it
+# takes what the drawing covers, which is what we cut out anyway.
 _PHYSICAL_SIZE = re.compile(r'(?<=\s)(?:width|height)="[\d.]+(?:pt|mm|cm|in)"')
 
 
@@ -68,27 +70,25 @@ def _picture(job: Job, size: int) -> bytes | None:
         image = _open(job, size)
     except (UnidentifiedImageError, ValueError, OSError, SyntaxError):
         return None
-    visible = image.getchannel("A").point(lambda alpha: 255 if alpha > 8 else 0).getbbox()
-    if visible is None:
-        return None
-    image = image.crop(visible)
     white = Image.new("RGBA", image.size, "white")
     white.alpha_composite(image)
     flat = white.convert("RGB")
+    visible = Image.fromarray(np.asarray(flat).min(axis=2) < _WHITE).getbbox()
+    if visible is None:
+        return None
+    flat = flat.crop(visible)
     scale = size / max(flat.size)
     target = (max(1, round(flat.width * scale)), max(1, round(flat.height * scale)))
     flat = flat.resize(target, Image.Resampling.LANCZOS)
     square = Image.new("RGB", (size, size), "white")
     square.paste(flat, ((size - flat.width) // 2, (size - flat.height) // 2))
-    if np.asarray(square).min() > 245:  # white on white
-        return None
     return encode_png(square)
 
 
 def _open(job: Job, size: int) -> Image.Image:
     if job.kind == "glyph":
         image = Image.new("RGBA", _CANVAS, (255, 255, 255, 0))
-        ImageDraw.Draw(image).text((10, 10), job.data, font=_thread.font, embedded_color=True)
+        ImageDraw.Draw(image).text((10, 10), job.data, font=_thread.font, fill="black", embedded_color=True)
         return image
     if job.kind == "svg":
         import resvg_py

@@ -38,9 +38,8 @@ def look_alikes(items: Sequence[ImageItem]) -> list[tuple[str, str]]:
     pairs = []
     for place, look in enumerate(looks[:-1]):
         differences = np.abs(looks[place + 1 :] - look).mean(axis=1)
-        pairs += [
-            (items[place].name, items[place + 1 + other].name) for other in np.flatnonzero(differences < _LOOK_ALIKE)
-        ]
+        others = np.flatnonzero(differences < _LOOK_ALIKE).tolist()
+        pairs += [(items[place].name, items[place + 1 + other].name) for other in others]
     return pairs
 
 
@@ -66,7 +65,7 @@ def families(items: Iterable[ImageItem | TextItem], pairs: Iterable[tuple[str, s
             join(f"item {item.name}", f"label {label}")
     for one, other in pairs:
         join(f"item {one}", f"item {other}")
-    # The family is named after its first item, not after a label, so that a rule which finds more labels renames little.
+    # Named after its first item, not after a label, so that a rule which finds more labels renames little.
     first: dict[str, str] = {}
     for name in sorted(names):
         first.setdefault(root(f"item {name}"), name)
@@ -84,8 +83,8 @@ def split_items(
 
     Families come in the order of a hash of their name and the seed. Each goes to test while test has fewer than
     `held_out[source]` items of a source that the family has, else to validation by the same rule, else to train. Large
-    families, and those in which two items bear one English caption (so that a question would have two right answers),
-    are for training alone.
+    families, and those in which two items of a source bear one English caption (in a pool, a question would have two
+    right answers), are for training alone.
     """
     members: dict[str, list[ImageItem | TextItem]] = {}
     for item in items:
@@ -134,5 +133,5 @@ def leaks(items: Sequence[ImageItem], where: Mapping[str, str]) -> dict[str, dic
 
 
 def _ambiguous(group: Sequence[ImageItem | TextItem]) -> bool:
-    captions = [plain(item.english) for item in group if isinstance(item, ImageItem) and item.english]
+    captions = [(item.source, plain(item.english)) for item in group if isinstance(item, ImageItem) and item.english]
     return len(set(captions)) < len(captions)

@@ -31,9 +31,9 @@ class Tokenizer:
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     """A unigram model of `vocab_size` pieces, the same bytes for the same texts in the same order.
 
-    Ids 0, 1 and 2 are `<unk>`, `<s>` and `</s>` and there is no padding piece, as in XLM-R's file, whose layout the text
-    tower's tokenizer expects. Nothing is drawn at random, and the number of threads is fixed because sums of floats
-    depend on it.
+    Ids 0, 1 and 2 are `<unk>`, `<s>` and `</s>` and there is no padding piece, as in XLM-R's file, whose layout the
+    text tower's tokenizer expects. Nothing is drawn at random, and the number of threads is fixed because sums of
+    floats depend on it.
 
     Raises:
         CorpusError: the texts do not suffice for so many pieces, or their characters alone need more.
@@ -62,6 +62,6 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
         )
     except RuntimeError as error:
         raise CorpusError(
-            f"no tokenizer of {vocab_size} pieces from these texts ({error}); change --vocab-size"
+            f"no tokenizer of {vocab_size} pieces from these texts; change --vocab-size ({error})"
         ) from error
     return Tokenizer(buffer.getvalue())

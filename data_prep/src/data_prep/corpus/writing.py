@@ -21,15 +21,20 @@ Sample = tuple[str, dict[str, bytes], list[Text]]  # key, members, texts
 
 
 def training_texts(images: Sequence[ImageItem], texts: Sequence[TextItem], where: Mapping[str, str]) -> list[str]:
-    """What the tokenizer learns from, each text once: names, keywords and flags of the training pictures, and the shorter
-    texts of some of the other training items, which would outweigh the pictures' many scripts if they all came in."""
+    """What the tokenizer learns from, each text once.
+
+    Names, keywords and flags of the training pictures, and the shorter texts of some of the other training items: all
+    of them would outweigh the pictures' many scripts and take a minute longer.
+    """
     found: dict[str, None] = {}
     for image in images:
         if where[image.name] == "train":
             own_long = image.long if image.long_source != "emoji" else ()  # an emoji's are its name and keywords again
             found.update(dict.fromkeys(text.text for text in (*image.names, *image.keywords, *own_long)))
     for item in [item for item in texts if where[item.name] == "train"][:_TOKENIZER_ITEMS]:
-        found.update(dict.fromkeys(text.text for text in (*item.query, *item.target) if len(text.text) <= _TOKENIZER_CHARACTERS))
+        found.update(
+            dict.fromkeys(text.text for text in (*item.query, *item.target) if len(text.text) <= _TOKENIZER_CHARACTERS)
+        )
     return list(found)
 
 

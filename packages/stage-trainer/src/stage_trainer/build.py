@@ -80,9 +80,10 @@ def _pretrained_text(weights: str, config: TextTowerConfig) -> TextTower:
         from huggingface_hub import snapshot_download
 
         path = snapshot_download(weights)
-    options: dict[str, Any] = {"dropout": config.dropout, "checkpointing": config.checkpointing}
+    options: dict[str, Any] = {name: getattr(config, name) for name in ("dropout", "checkpointing", "max_length")}
+    options |= {"rope_theta": config.rope_theta, "instructions": config.instructions}
     if config.adapters:
-        options |= {"adapters": config.adapters, "lora_rank": config.lora_rank, "lora_alpha": config.lora_alpha}
+        options |= {name: getattr(config, name) for name in ("adapters", "lora_rank", "lora_alpha")}
     return TextTower.from_pretrained(path, **options)
 
 

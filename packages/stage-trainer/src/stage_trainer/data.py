@@ -49,7 +49,8 @@ class StageBatches(TorchDataset):
     def _sampler(self, sources: tuple[Source, ...], sets: list[Dataset], batch: int, one: bool) -> TaskSampler | None:
         if not batch:
             return None
-        orders = [SourceOrder(s.shard_sizes, key(self.seed, s.source, s.kind)) for s in sets]
+        # The same data set may stand twice, with other settings: each has an order of its own.
+        orders = [SourceOrder(s.shard_sizes, key(self.seed, s.source, s.kind, i)) for i, s in enumerate(sets)]
         return TaskSampler(orders, [s.rate for s in sources], batch, one_source=one)
 
     @property
@@ -89,7 +90,7 @@ class StageBatches(TorchDataset):
                 _, content = self.cache.sample(data, draw.index)
                 seed = self._seed(data, draw)
                 query = self._choose(content["query"], seed, data, seen)
-                others = [t for t in content["target"] if t["text"] != query["text"]] or content["target"]
+                others = _others(content["target"], query["text"], self.stage.data.text[draw.source].target_language)
                 queries.append(query["text"])
                 targets.append(self._choose(others, key(seed, "target"), data, seen)["text"])
                 for i, alternatives in enumerate(content.get("negatives", [])):
@@ -135,6 +136,12 @@ class StageBatches(TorchDataset):
             negatives=len(negatives) // max(1, len(queries)),
             text_ids=torch.tensor(text_ids, dtype=torch.int64),
         )
+
+
+def _others(targets: list[dict[str, Any]], query: str, language: str | None) -> list[dict[str, Any]]:
+    """The targets to draw from: other words than the query's, in `language`, as far as there are any."""
+    others = [t for t in targets if t["text"] != query] or targets
+    return [t for t in others if t["language"] == language] or others
 
 
 def enumerate_within(seeds: list[int]) -> Iterator[tuple[int, int]]:

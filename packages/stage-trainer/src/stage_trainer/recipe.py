@@ -44,10 +44,15 @@ class Trainable:
 
 @dataclass(frozen=True, config=_STRICT)
 class Source:
-    """A data set (a directory with a manifest) and how often it is drawn, relative to the others of its task."""
+    """A data set (a directory with a manifest) and how often it is drawn, relative to the others of its task.
+
+    Of texts that say the same in several languages one is drawn; `target_language` names the one that targets of text
+    pairs shall have where there is a choice (English as the pivot of thirty languages, say).
+    """
 
     path: str
     rate: float = 1.0
+    target_language: str | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -1,0 +1,80 @@
+"""Fixtures: a drawn corpus, and Debian packages small enough to read here, in the real formats."""
+
+from __future__ import annotations
+
+import io
+import json
+import lzma
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from data_prep.corpus import Settings, build_corpus
+from data_prep.shards import Dataset, DatasetWriter
+
+DRAWN = Settings(drawn=150, image_size=32)
+
+
+@pytest.fixture(scope="session")
+def drawn_settings() -> Settings:
+    return DRAWN
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A drawn corpus of 150 pictures; read it, do not change it."""
+    out = tmp_path_factory.mktemp("drawn") / "corpus"
+    build_corpus(out, DRAWN, say=lambda line: None)
+    return out
+
+
+@pytest.fixture
+def write_dataset(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a data set of `samples` pictures, three to a shard; gives its folder."""
+
+    def write(name: str = "data", samples: int = 7) -> Path:
+        directory = tmp_path / name
+        with DatasetWriter(directory, kind="image-short", source="made", samples_per_shard=3) as writer:
+            for number in range(samples):
+                caption = json.dumps({"captions": [], "source": "made", "item": f"item-{number}"}).encode()
+                members = {"png": bytes([number]) * (100 * number + 1), "json": caption}
+                writer.write(f"key-{number}", members, languages=["de", "zh"], tokens=number)
+        return directory
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def read_all() -> Callable[[Path], list[dict]]:
+    """The parsed JSON of every sample of a data set."""
+
+    def read(directory: Path) -> list[dict]:
+        dataset = Dataset.open(directory)
+        return [json.loads(dataset.read(index)["json"]) for index in range(len(dataset))]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def make_deb() -> Callable[[Path, str, dict[str, bytes]], Path]:
+    """Writes a Debian package, `ar` archive and all: make_deb(folder, "name_version", {path: bytes})."""
+
+    def make(folder: Path, name: str, files: dict[str, bytes]) -> Path:
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as tar:
+            for path, data in files.items():
+                info = tarfile.TarInfo(f"./{path}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        members = {"debian-binary": b"2.0\n", "control.tar.xz": b"odd", "data.tar.xz": lzma.compress(buffer.getvalue())}
+        archive = b"!<arch>\n"
+        for member, data in members.items():
+            archive += f"{member:<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(data):<10}`\n".encode()
+            archive += data + b"\n" * (len(data) % 2)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{name}_all.deb"
+        path.write_bytes(archive)
+        return path
+
+    return make

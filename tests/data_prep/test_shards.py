@@ -1,0 +1,183 @@
+"""The shard format: written whole or not at all, the same bytes for the same samples, readable by anyone's loader."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import resource
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from data_prep.shards import Dataset, DatasetWriter, ShardError
+
+
+def test_same_samples_give_same_bytes(write_dataset):
+    one, two = write_dataset("one"), write_dataset("two")
+    names = sorted(path.name for path in one.iterdir())
+    assert names == [*sorted(f"0000{n}.{end}" for n in range(3) for end in ("tar", "index.jsonl")), "manifest.json"]
+    assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
+
+
+def test_tarfile_finds_every_member_at_the_offset_that_the_sidecar_gives(write_dataset):
+    directory = write_dataset()
+    for index in sorted(directory.glob("*.index.jsonl")):
+        rows = [json.loads(line) for line in index.read_text().splitlines()]
+        places = {f"{row['key']}.{end}": place for row in rows for end, place in row["members"].items()}
+        with tarfile.open(directory / index.name.replace("index.jsonl", "tar")) as tar:
+            assert {info.name: [info.offset_data, info.size] for info in tar.getmembers()} == places
+            assert all((info.mtime, info.uid, info.gid, info.uname) == (0, 0, 0, "") for info in tar.getmembers())
+
+
+def test_webdatasets_own_reader_sees_the_same_samples(write_dataset):
+    import webdataset  # slow to load, and only here
+
+    directory = write_dataset()
+    dataset = Dataset.open(directory)
+    shards = [str(path) for path in sorted(directory.glob("*.tar"))]
+    found = list(webdataset.WebDataset(shards, shardshuffle=False))
+    assert [sample["__key__"] for sample in found] == [dataset.row(index).key for index in range(7)]
+    for index, sample in enumerate(found):
+        assert dataset.read(index) == {"png": sample["png"], "json": sample["json"]}
+
+
+def test_any_sample_by_number(write_dataset):
+    dataset = Dataset.open(write_dataset(), verify=True)
+    assert (len(dataset), dataset.shard_sizes) == (7, (3, 3, 1))
+    assert (dataset.kind, dataset.source) == ("image-short", "made")
+    row = dataset.row(5)
+    assert (row.key, row.shard, row.tokens, row.languages) == ("key-5", "00001.tar", 5, ("de", "zh"))
+    members = dataset.read(5)
+    assert members["png"] == bytes([5]) * 501
+    assert row.sha256 == hashlib.sha256(members["png"] + members["json"]).hexdigest()
+    assert dataset.fingerprint == hashlib.sha256((dataset.directory / "manifest.json").read_bytes()).hexdigest()
+    for outside in (-1, 7):
+        with pytest.raises(IndexError, match="has 7"):
+            dataset.row(outside)
+
+
+def test_threads_and_worker_processes_read_what_one_reader_reads(write_dataset):
+    dataset = Dataset.open(write_dataset())
+    alone = [dataset.read(index) for index in range(7)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(dataset.read, list(range(7)) * 50)) == alone * 50
+    assert pickle.loads(pickle.dumps(dataset)).read(6) == alone[6]
+
+
+@pytest.mark.parametrize("name", ["00001.tar", "00001.index.jsonl"])
+def test_missing_file_is_named(write_dataset, name):
+    directory = write_dataset()
+    (directory / name).unlink()
+    with pytest.raises(ShardError, match=f"{name}: missing"):
+        Dataset.open(directory)
+
+
+@pytest.mark.parametrize("name", ["00001.tar", "00001.index.jsonl"])
+def test_half_written_file_is_named(write_dataset, name):
+    directory = write_dataset()
+    data = (directory / name).read_bytes()
+    (directory / name).chmod(0o644)
+    (directory / name).write_bytes(data[: len(data) // 2])
+    with pytest.raises(ShardError, match=f"{name}: has {len(data) // 2} bytes, the manifest says {len(data)}"):
+        Dataset.open(directory)
+
+
+def test_a_flipped_byte_is_found_by_verify_and_by_reading(write_dataset):
+    directory = write_dataset()
+    offset, _ = Dataset.open(directory).row(4).members["png"]
+    data = bytearray((directory / "00001.tar").read_bytes())
+    data[offset] ^= 1
+    (directory / "00001.tar").write_bytes(data)
+    with pytest.raises(ShardError, match=r"00001\.tar: checksum differs"):
+        Dataset.open(directory, verify=True)
+    dataset = Dataset.open(directory)
+    assert dataset.read(3)
+    with pytest.raises(ShardError, match=r"00001\.tar: sample 'key-4' is damaged"):
+        dataset.read(4)
+
+
+def test_no_manifest_no_folder_and_another_schema_say_what_to_do(write_dataset, tmp_path):
+    with pytest.raises(ShardError, match=r"nowhere: no such data set; build it first"):
+        Dataset.open(tmp_path / "nowhere")
+    directory = write_dataset()
+    manifest = directory / "manifest.json"
+    text = manifest.read_text()
+    manifest.write_text(text.replace("trilith-shards/1", "trilith-shards/9"))
+    with pytest.raises(ShardError, match="schema 'trilith-shards/9', expected 'trilith-shards/1'"):
+        Dataset.open(directory)
+    manifest.write_text(text[:50])
+    with pytest.raises(ShardError, match=r"manifest\.json: not a manifest"):
+        Dataset.open(directory)
+    manifest.unlink()
+    with pytest.raises(ShardError, match=r"manifest\.json: missing, so this is no finished data set"):
+        Dataset.open(directory)
+
+
+def write_texts(directory: Path, keys: list[str], size: int = 2, stop: Exception | None = None) -> None:
+    """A data set of text pairs of `size` bytes, with an exception before its end if one is given."""
+    with DatasetWriter(directory, kind="text-pairs", source="s") as writer:
+        for key in keys:
+            writer.write(key, {"json": b" " * size}, languages=["en"], tokens=None)
+        if stop:
+            raise stop
+
+
+def test_an_interrupted_writer_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError, match="stop"):
+        write_texts(tmp_path / "d", ["a"], stop=RuntimeError("stop"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_writer_left_is_replaced(tmp_path):
+    (tmp_path / "d.partial").mkdir()
+    (tmp_path / "d.partial" / "00007.tar").write_bytes(b"half")
+    write_texts(tmp_path / "d", ["a"])
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+    assert not (tmp_path / "d" / "00007.tar").exists()
+    assert len(Dataset.open(tmp_path / "d", verify=True)) == 1
+
+
+def test_a_disk_that_refuses_gives_one_error_that_names_the_file_and_leaves_nothing(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, hard))  # as a full disk: writing beyond fails with an errno
+    try:
+        with pytest.raises(ShardError, match=r"d\.partial/00000\.tar: cannot be written"):
+            write_texts(tmp_path / "d", [f"k{number}" for number in range(8)], size=32 * 1024)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_data_set_is_not_touched(write_dataset):
+    directory = write_dataset()
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    with pytest.raises(ShardError, match="exists already"), DatasetWriter(directory, kind="text-pairs", source="s"):
+        pass
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "members", "complaint"),
+    [
+        ("image-short", "a.b", {"png": b"", "json": b""}, "'a.b'"),
+        ("image-short", "", {"png": b"", "json": b""}, "''"),
+        ("image-short", "a", {"json": b""}, "one of png, jpg, webp"),
+        ("image-long", "a", {"png": b"", "jpg": b"", "txt": b""}, "one of png, jpg, webp"),
+        ("image-long", "a", {"png": b""}, "json or txt"),
+        ("text-pairs", "a", {"txt": b""}, "expected json alone"),
+    ],
+)
+def test_a_sample_that_does_not_fit_its_kind_is_refused(tmp_path, kind, key, members, complaint):
+    with pytest.raises(ShardError, match=complaint), DatasetWriter(tmp_path / "d", kind=kind, source="s") as writer:
+        writer.write(key, members, languages=[], tokens=None)
+
+
+def test_double_keys_no_samples_and_unknown_kinds_are_refused(tmp_path):
+    with pytest.raises(ShardError, match="'a' comes twice"):
+        write_texts(tmp_path / "d", ["a", "a"])
+    with pytest.raises(ShardError, match="no sample"):
+        write_texts(tmp_path / "d", [])
+    with pytest.raises(ShardError, match="unknown kind of data set 'pairs'; there are text-pairs"):
+        DatasetWriter(Path("d"), kind="pairs", source="s")
