@@ -2,6 +2,7 @@ import pytest
 import torch
 from stage_trainer.build import tower_configs
 from stage_trainer.model import DualEncoder
+from stage_trainer.muon import Muon, orthogonalise
 from stage_trainer.optim import build_optimizer, named_states, parameter_groups, schedule, set_rates
 from stage_trainer.recipe_file import load
 from text_tower import TextTower
@@ -60,7 +61,7 @@ def test_the_joint_optimizer_steps_as_its_parts_would(parts):
     recipe, stage, model = parts("optimizer.name=muon")
     _, _, twin = parts("optimizer.name=muon")
     groups = parameter_groups(model, stage, recipe.optimizer)
-    joint = build_optimizer(groups, recipe.optimizer)
+    joint = build_optimizer(groups, recipe.optimizer, "bf16")
     twins = dict(twin.named_parameters())
     c = recipe.optimizer
     apart = []
@@ -94,3 +95,24 @@ def test_the_schedule_warms_up_then_falls_as_a_cosine():
     assert values[55] == pytest.approx(0.5)
     assert 0 < values[99] < 0.001
     assert schedule(100, 100, 10, 0.1) == pytest.approx(0.1)
+
+
+def test_muon_orthogonalises():
+    """Singular values come near one, whatever those of the gradient are (checked by SVD in float64)."""
+    torch.manual_seed(0)
+    for shape in ((32, 32), (64, 24), (24, 64)):
+        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape, dtype=torch.float64), torch.float64))
+        assert 0.6 < values.min() < values.max() < 1.3
+
+
+def test_muon_in_float32_does_not_magnify_rounding():
+    torch.manual_seed(0)
+    gradient = torch.randn(64, 32)
+    other = gradient * (1 + 1e-7 * torch.randn(64, 32))
+    change = (orthogonalise(gradient, torch.float32) - orthogonalise(other, torch.float32)).norm()
+    assert change / orthogonalise(gradient, torch.float32).norm() < 2e-6
+
+
+def test_muon_refuses_what_is_no_matrix():
+    with pytest.raises(ValueError, match="matrices alone"):
+        Muon([torch.nn.Parameter(torch.zeros(3))])

@@ -16,6 +16,7 @@ FONT = "fonts-noto-color-emoji"
 CLDR = "unicode-cldr-core"
 STAMPS = "tuxpaint-stamps-default"
 HELP = "gnome-user-docs"
+LETTERS = "fonts-dejavu-core"  # nothing is made of it; pictures of a search write their queries with it
 PACKAGES = (FONT, CLDR, STAMPS, HELP)
 
 _ELSEWHERE = (

@@ -169,7 +169,7 @@ def _material(
     else:
         directory = apt.fetch(
             Path(cache) if cache is not None else apt.default_cache(),
-            needed_packages(without),
+            [*needed_packages(without), apt.LETTERS],
             translations="packages" not in without,
             say=say,
         )
@@ -197,6 +197,10 @@ def _write(root: Path, settings: Settings, material: Material, say: Callable[[st
     tokenizer = train_tokenizer(texts, vocab_size=settings.vocab_size or (8192 if settings.drawn is None else 384))
     (root / "tokenizer.model").write_bytes(tokenizer.model)
     say(f"trained the tokenizer on {len(texts)} texts ({time.monotonic() - started:.0f} s)")
+
+    for name, font in material.fonts.items():
+        (root / "fonts").mkdir(exist_ok=True)
+        (root / "fonts" / name).write_bytes(font)
 
     started = time.monotonic()
     samples = write_datasets(root, images, material.texts, where=where, family_of=family_of, tokenizer=tokenizer)

@@ -28,6 +28,7 @@ class Material:
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)
     held_out: Mapping[str, int] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    fonts: dict[str, bytes] = field(default_factory=dict)
 
 
 def needed_packages(without: frozenset[str]) -> list[str]:
@@ -76,6 +77,10 @@ def read_material(
         pages, material.dropped["help"] = help_texts.read_help(packages[apt.HELP])
         say(f"read {len(pages)} help pages")
         material.texts += pages
+    if (letters := find_package(directory, apt.LETTERS)) is not None:
+        fonts = read_members(letters, lambda path: path.endswith("/DejaVuSans.ttf"))
+        material.fonts = {Path(path).name: font for path, font in fonts.items()}
+        material.packages.append(letters.record())
     return material
 
 

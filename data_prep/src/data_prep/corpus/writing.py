@@ -55,11 +55,10 @@ def write_datasets(
         own_texts = _shuffled([item for item in texts if where[item.name] == split])
         for source in sorted({item.source for item in own_images}):
             of_source = [item for item in own_images if item.source == source]
-            samples["image-short", source] = [
-                _image(item, item.source, (*item.names, *item.keywords)) for item in of_source
-            ]
-            samples["text-pairs", source] = [
-                _pair(item.name, source, (*item.names, *item.keywords), item.names) for item in of_source
+            samples["image-short", source] = [_image(item, source, item.names) for item in of_source]
+            samples["text-pairs", source] = [_pair(item.name, source, item.names, item.names) for item in of_source]
+            samples["text-pairs", f"{source}-keywords"] = [
+                _pair(item.name, f"{source}-keywords", item.keywords, item.names) for item in of_source if item.keywords
             ]
             negatives = hard_negatives(of_source, family_of)
             samples["text-triplets", source] = [
@@ -106,15 +105,14 @@ def _pair(name: str, source: str, query: Sequence[Text], target: Sequence[Text])
 
 
 def _triplet(item: ImageItem, negatives: Sequence[ImageItem]) -> Sample:
-    query = (*item.names, *item.keywords)
     fields = {
-        "query": _records(query),
+        "query": _records(item.names),
         "target": _records(item.names),
         "negatives": [_records(other.names) for other in negatives],
         "source": item.source,
         "item": item.name,
     }
-    return item.name, {"json": _json(fields)}, [*query, *(text for other in negatives for text in other.names)]
+    return item.name, {"json": _json(fields)}, [*item.names, *(text for other in negatives for text in other.names)]
 
 
 def _records(texts: Iterable[Text]) -> list[dict[str, str]]:

@@ -89,12 +89,10 @@ class StageBatches(TorchDataset):
                 data = self.text_sources[draw.source]
                 _, content = self.cache.sample(data, draw.index)
                 seed = self._seed(data, draw)
-                query = self._choose(content["query"], seed, data, seen)
-                others = _others(content["target"], query["text"], self.stage.data.text[draw.source].target_language)
-                queries.append(query["text"])
-                targets.append(self._choose(others, key(seed, "target"), data, seen)["text"])
-                for i, alternatives in enumerate(content.get("negatives", [])):
-                    negatives.append(self._choose(alternatives, key(seed, "negative", i), data, seen)["text"])
+                query, target, hard = self._texts(content, seed, draw.source, seen)
+                queries.append(query)
+                targets.append(target)
+                negatives += hard
                 text_seeds.append(seed)
                 text_ids.append(key(content["item"]))
         return self._pack(
@@ -112,6 +110,19 @@ class StageBatches(TorchDataset):
         a = self.stage.augmentation
         size = self.stage.resolution_at(step)
         return augment(pixels, seed, size, scale=a.scale, ratio=a.ratio, flip=a.flip, color=a.color)
+
+    def _texts(self, content: dict[str, Any], seed: int, source: int, seen: Counter[str]) -> tuple[str, str, list[str]]:
+        """A query, its target (other words, in the language that the recipe wants) and its hard negatives."""
+        data, language = self.text_sources[source], self.stage.data.text[source].target_language
+        query = self._choose(content["query"], seed, data, seen)["text"]
+        others = [t for t in content["target"] if t["text"] != query] or content["target"]
+        wanted = [t for t in others if t["language"] == language] or others
+        target = self._choose(wanted, key(seed, "target"), data, seen)["text"]
+        hard = [
+            self._choose(alternatives, key(seed, "negative", i), data, seen)["text"]
+            for i, alternatives in enumerate(content.get("negatives", []))
+        ]
+        return query, target, hard
 
     @staticmethod
     def _choose(alternatives: list[dict[str, Any]], seed: int, data: Dataset, seen: Counter[str]) -> dict[str, Any]:
@@ -136,12 +147,6 @@ class StageBatches(TorchDataset):
             negatives=len(negatives) // max(1, len(queries)),
             text_ids=torch.tensor(text_ids, dtype=torch.int64),
         )
-
-
-def _others(targets: list[dict[str, Any]], query: str, language: str | None) -> list[dict[str, Any]]:
-    """The targets to draw from: other words than the query's, in `language`, as far as there are any."""
-    others = [t for t in targets if t["text"] != query] or targets
-    return [t for t in others if t["language"] == language] or others
 
 
 def enumerate_within(seeds: list[int]) -> Iterator[tuple[int, int]]:

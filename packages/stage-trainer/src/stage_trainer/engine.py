@@ -54,7 +54,9 @@ class Engine:
         model.vision.set_trainable(stage.trainable.image)
         model.text_logit_scale.requires_grad_(bool(stage.batch.text))
         model.logit_scale.requires_grad_(bool(stage.batch.image_text))
-        self.optimizer = build_optimizer(parameter_groups(model, stage, recipe.optimizer), recipe.optimizer)
+        self.optimizer = build_optimizer(
+            parameter_groups(model, stage, recipe.optimizer), recipe.optimizer, recipe.precision
+        )
         self.names = {
             id(p): n for g in self.optimizer.param_groups for n, p in zip(g["names"], g["params"], strict=True)
         }

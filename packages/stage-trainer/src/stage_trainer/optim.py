@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from stage_trainer.model import DualEncoder
+from stage_trainer.muon import Muon
 from stage_trainer.recipe import Optimizer as OptimizerConfig
 from stage_trainer.recipe import Stage
 
@@ -51,23 +52,25 @@ def parameter_groups(model: DualEncoder, stage: Stage, config: OptimizerConfig) 
     return list(groups.values())
 
 
-def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over all groups, or Muon over those marked for it and AdamW over the rest."""
+def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig, precision: str) -> torch.optim.Optimizer:
+    """AdamW over all groups, or Muon over those marked for it and AdamW over the rest; Muon computes in `precision`."""
     options: dict[str, Any] = {"betas": config.betas, "eps": config.eps}
     if config.name == "adamw":
         return torch.optim.AdamW(groups, **options)
-    return MuonWithAdamW(groups, config, options)
+    return MuonWithAdamW(
+        groups, config.muon_momentum, torch.bfloat16 if precision == "bf16" else torch.float32, options
+    )
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """torch's Muon and AdamW behind one optimizer's face, as DeepSpeed takes a single one."""
+    """Muon and torch's AdamW behind one optimizer's face, as DeepSpeed takes a single one."""
 
-    def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig, adamw: dict[str, Any]):
+    def __init__(self, groups: list[dict[str, Any]], momentum: float, dtype: torch.dtype, adamw: dict[str, Any]):
         muon = [group for group in groups if group["muon"]]
         rest = [group for group in groups if not group["muon"]]
         self._parts: list[torch.optim.Optimizer] = []
         if muon:
-            self._parts.append(torch.optim.Muon(muon, momentum=config.muon_momentum, weight_decay=config.weight_decay))
+            self._parts.append(Muon(muon, momentum=momentum, dtype=dtype))
         if rest:
             self._parts.append(torch.optim.AdamW(rest, **adamw))
         super().__init__([group for part in self._parts for group in part.param_groups], {})

@@ -14,7 +14,7 @@ from stage_trainer.retrieval import DIRECTIONS, Pool, embed, pools_of, score
 
 
 def evaluate(model_directory: str | Path, data: str | Path) -> dict[str, Any]:
-    """Figures by pool: number of images, and of texts by language; recall_at_5 by direction, dim and language; chance by
+    """Figures by pool: number of images, of texts by language; recall_at_5 by direction, dim and language; chance by
     direction and language."""
     model = DualEncoder.from_pretrained(model_directory)
     width = model.text.config.width
