@@ -95,11 +95,10 @@ def run(
             waited = time.perf_counter() - asked
             set_rates(engine.optimizer, schedule(step, stage.steps, stage.warmup_steps, stage.min_lr_ratio))
             engine.engine.train()
-            losses = engine.engine(
-                batch.to(device), tasks=data.tasks_at(step), patch_dropout=stage.patch_dropout_at(step), group=group
-            )
+            tasks, dropout = data.tasks_at(step), stage.patch_dropout_at(step)
+            losses = engine.engine(batch.to(device), tasks=tasks, patch_dropout=dropout, group=group)
             total = torch.stack([loss for loss, _ in losses.values()]).sum()
-            monitor.count(samples_at(stage, data.tasks_at(step)), waited, seen)
+            monitor.count(sum(getattr(stage.batch, task) for task in tasks), waited, seen)
             engine.backward(total)
             norms = engine.gradient_norms() if monitor.wants(step) else {}
             engine.step()
@@ -145,11 +144,9 @@ def settings(recipe: Recipe, number: int) -> dict[str, Any]:
     """What must not change between two runs of a stage: all that bears on its numbers."""
     stage = {k: v for k, v in to_dict(recipe)["stages"][number - 1].items() if k != "deepspeed"}
     tree = {k: v for k, v in to_dict(recipe).items() if k in ("model", "optimizer", "seed", "precision")}
+    # A folder may be moved; what is in it has a fingerprint of its own.
+    del tree["model"]["tokenizer"]
     return flatten({**tree, "stage": stage})
-
-
-def samples_at(stage: Stage, tasks: tuple[str, ...]) -> int:
-    return sum(getattr(stage.batch, task) for task in tasks)
 
 
 def scalars(engine: Engine, norms: dict[str, float]) -> dict[str, float]:
