@@ -67,20 +67,21 @@ def _own(model: DualEncoder, pools: list[Pool], fonts: list[Path]) -> list[Found
     """Names of held-out items, pool by turns; picked by a hash, not by how well they do."""
     embedded = [embed(model, pool) for pool in pools]
     rows: list[Found] = []
+    shown: set[tuple[int, int]] = set()
     for turn, language in enumerate(SHOWN_LANGUAGES):
         which = turn % len(pools)
         pool, vectors = pools[which], embedded[which]
-        entries = sorted(
-            (e for e in pool.texts.get(language, []) if _drawable(fonts, e[1])), key=lambda e: key("shown", e)
-        )
+        entries = [e for e in pool.texts.get(language, []) if (which, e[0]) not in shown and _drawable(fonts, e[1])]
         if not entries or len(rows) == 12:
             continue
-        number, text = entries[0]
+        number, text = min(entries, key=lambda entry: key("shown", entry))
+        shown.add((which, number))
         query = vectors.texts[vectors.row[text]]
         images = vectors.images / np.linalg.norm(vectors.images, axis=1, keepdims=True)
         order = np.argsort(-(images @ query))
         rank = int(np.where(order == number)[0][0]) + 1
-        note = f"{language}, {pool.name}: found at place {rank} of {len(order)}"
+        meaning = dict(pool.texts.get("en", [])).get(number, text)
+        note = f"{language}: {meaning} (place {rank} of {len(order)})"
         rows.append((text, note, [(pool.images[i], bool(i == number)) for i in order[:COLUMNS]]))
     return rows
 
