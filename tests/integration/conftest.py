@@ -99,7 +99,7 @@ def scalars(tmp_path: Path):
     def read(stage_directory: str, tag: str | None = None):
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        events = EventAccumulator(str(tmp_path / stage_directory / "tensorboard"), size_guidance={"scalars": 0})
+        events = EventAccumulator(str(tmp_path / stage_directory), size_guidance={"scalars": 0})
         events.Reload()
         if tag is None:
             return set(events.Tags()["scalars"])

@@ -94,7 +94,7 @@ def test_three_stages_end_in_a_model_that_finds_held_out_items(train, run, scala
     wanted = {
         "loss/text", "loss/image_text", "temperature/text", "temperature/image_text", "learning_rate_adamw/image",
         "learning_rate_muon/text", "gradient_norm/image", "gradient_norm/text", "speed/samples_per_second",
-        "validation_recall_at_5_drawn/text to image", "batch_accuracy_text/16",
+        "validation_recall_at_5_drawn/text to image", "train_accuracy_text/16",
     }  # fmt: skip
     assert wanted <= tags
     losses = scalars("run/stage1", "loss/image_text")
@@ -140,7 +140,7 @@ def test_a_full_disk_is_one_message_and_loses_nothing(train, tmp_path):
 
 def test_damaged_data_and_wrong_sizes_are_named(train, copy_of_corpus):
     here = (f"corpus={copy_of_corpus}", *QUICK)
-    assert "too few samples for one batch" in train(1, *here, "batch.image_text=100000", fails=True).stderr.replace(
+    assert "too few for one batch of 100000" in train(1, *here, "batch.image_text=100000", fails=True).stderr.replace(
         ",", ""
     )
     assert "vocab" in train(1, *here, "model.text.vocab_size=100", fails=True).stderr

@@ -23,11 +23,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand; what a person can mend is one message and exit code 2."""
     top = parser()
     arguments, rest = top.parse_known_args(argv)
-    # argparse takes key=value only in one row; people also write them between options.
-    if rest and "settings" in arguments and all("=" in r and not r.startswith("-") for r in rest):
-        arguments.settings += rest
-    elif rest:
+    # argparse takes the free words of a command only in one row; people also write them between options.
+    free = next((name for name in ("settings", "queries") if name in arguments), "")
+    if rest and (not free or any(word.startswith("-") for word in rest)):
         top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        getattr(arguments, free).extend(rest)
     from stage_trainer.errors import UserError
 
     try:

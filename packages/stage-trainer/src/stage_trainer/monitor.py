@@ -53,7 +53,7 @@ class Monitor:
             self.writer.add_scalar(f"loss/{task}", loss.item(), step)
             for i, dim in enumerate(dims):
                 accuracy = (stats.query_to_target_accuracy[i] + stats.target_to_query_accuracy[i]) / 2
-                self.writer.add_scalar(f"batch_accuracy_{task}/{dim}", accuracy.item(), step)
+                self.writer.add_scalar(f"train_accuracy_{task}/{dim}", accuracy.item(), step)
         speed = self._samples / max(seconds, 1e-9)
         scalars = {
             **scalars,

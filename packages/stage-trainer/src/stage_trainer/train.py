@@ -86,7 +86,7 @@ def run(
     group = torch.distributed.group.WORLD if world > 1 else None
     began, before = time.perf_counter(), state["seconds"]
     with Monitor(
-        directory / "tensorboard", title=title, start=start, steps=stage.steps, every=recipe.log_every, active=rank == 0
+        directory, title=title, start=start, steps=stage.steps, every=recipe.log_every, active=rank == 0
     ) as monitor:
         loader = batches(data, start, stop, recipe.workers)
         for step in range(start, stop):
