@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         "--image-size", type=int, default=80, metavar="PIXELS", help="side of the stored pictures (default: 80)"
     )
     corpus.add_argument(
-        "--vocab-size", type=int, metavar="N", help="pieces of the tokenizer (default: 8192; 384 for --drawn)"
+        "--vocab-size", type=int, metavar="N", help="pieces of the tokenizer (default: 16384; 384 for --drawn)"
     )
     corpus.add_argument(
         "--max-packages", type=int, default=25_000, metavar="N", help="package descriptions at most (default: 25000)"

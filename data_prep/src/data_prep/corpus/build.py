@@ -33,7 +33,7 @@ class Settings:
 
     drawn: number of procedurally drawn pictures, or None for the real corpus from Debian packages.
     seed: of the split and of every choice; image_size: side of the stored pictures in pixels.
-    vocab_size: pieces of the tokenizer, None for 8192 (384 if drawn); max_packages: package descriptions at most.
+    vocab_size: pieces of the tokenizer, None for 16384 (384 if drawn); max_packages: package descriptions at most.
     without: sources left out, of "stamps", "flags", "packages", "help".
     """
 
@@ -194,7 +194,7 @@ def _write(root: Path, settings: Settings, material: Material, say: Callable[[st
 
     started = time.monotonic()
     texts = training_texts(images, material.texts, where)
-    tokenizer = train_tokenizer(texts, vocab_size=settings.vocab_size or (8192 if settings.drawn is None else 384))
+    tokenizer = train_tokenizer(texts, vocab_size=settings.vocab_size or (16384 if settings.drawn is None else 384))
     (root / "tokenizer.model").write_bytes(tokenizer.model)
     say(f"trained the tokenizer on {len(texts)} texts ({time.monotonic() - started:.0f} s)")
 
