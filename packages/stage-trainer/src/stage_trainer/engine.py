@@ -67,6 +67,8 @@ class Engine:
         self.engine, *_ = deepspeed.initialize(model=objective, optimizer=self.optimizer, config=self.config)
         self.objective = objective
         self.zero = self.engine.zero_optimization_stage()
+        if self.zero:
+            self._create_partitioned_state()
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
@@ -76,13 +78,11 @@ class Engine:
         if not self.zero:
             self.objective.clamp_()
             return
-        from deepspeed.utils import safe_set_full_fp32_param
-
         # ZeRO updates from a copy of its own, which has to be clamped too, or it runs away behind the floor.
         for loss in (self.objective.image_text, self.objective.text):
             ceiling = -math.log(loss.min_temperature)
             if loss.log_scale.requires_grad and (scale := self.log_scale(loss)) > ceiling:
-                safe_set_full_fp32_param(loss.log_scale, torch.full((1,), ceiling, device=scale.device))
+                self._set_partitioned(loss.log_scale, torch.full_like(scale, ceiling))
                 if self.zero < 3:
                     loss.clamp_()
 
@@ -136,25 +136,49 @@ class Engine:
                     if owner == name:
                         state[key] = value.to(parameter.device).clone()
             return
-        self._create_partitioned_state(max((float(v) for k, v in saved.items() if k.endswith("|step")), default=0.0))
-        from deepspeed.utils import safe_set_full_optimizer_state
-
+        step = max((float(v) for k, v in saved.items() if k.endswith("|step")), default=0.0)
+        for state in self.engine.optimizer.optimizer.state.values():
+            state["step"].fill_(step)
         for name, parameter in self.parameters.items():
             for key in ("exp_avg", "exp_avg_sq"):
                 if f"{name}|{key}" in saved:
-                    safe_set_full_optimizer_state(parameter, saved[f"{name}|{key}"].to(self.engine.device), key)
+                    self._set_partitioned(parameter, saved[f"{name}|{key}"].to(self.engine.device), key)
+
+    def _set_partitioned(self, parameter: Any, value: Tensor, key: str | None = None) -> None:
+        """Sets ZeRO's copy of a parameter, or the optimizer state `key` of it, from the whole value."""
+        from deepspeed import utils
+
+        if self.zero < 3:
+            if key is None:
+                utils.safe_set_full_fp32_param(parameter, value)
+            else:
+                utils.safe_set_full_optimizer_state(parameter, value, key)
+            return
+        # Each rank sets its own part: DeepSpeed's way with whole values fails where a size is no multiple of the ranks.
+        world, rank, part = (
+            torch.distributed.get_world_size(),
+            torch.distributed.get_rank(),
+            parameter.ds_tensor.numel(),
+        )
+        padded = nn.functional.pad(value.flatten(), (0, part * world - value.numel()))
+        mine = padded[part * rank : part * (rank + 1)]
+        if key is None:
+            utils.safe_set_local_fp32_param(parameter, mine)
+        else:
+            utils.safe_set_local_optimizer_state(parameter, mine, key)
 
     def _adam_step(self) -> float:
         states = self.engine.optimizer.optimizer.state.values()
         return max((float(s["step"]) for s in states if "step" in s), default=0.0)
 
-    def _create_partitioned_state(self, step: float) -> None:
-        """AdamW makes its state at the first step; loading needs it before."""
+    def _create_partitioned_state(self) -> None:
+        """AdamW's state before its first step, which would make it: a parameter that had no gradient then, or whose
+        state is to be loaded, would otherwise be without."""
         zero = self.engine.optimizer
         partitions = zero.single_partition_of_fp32_groups if self.zero < 3 else zero.fp32_partitioned_groups_flat
         for partition in partitions:
             zero.optimizer.state[partition] = {
-                "step": torch.tensor(step),
+                "step": torch.tensor(0.0),
                 "exp_avg": torch.zeros_like(partition),
                 "exp_avg_sq": torch.zeros_like(partition),
             }
