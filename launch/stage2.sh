@@ -4,7 +4,7 @@
 #   bash launch/stage2.sh [--recipe FILE] [key=value …]
 #   deepspeed --num_gpus 8 launch/stage2.sh [--recipe FILE] [key=value …]
 here=$(cd "$(dirname "$0")" && pwd)
-PATH="$here/../.venv/bin:$PATH" exec deepspeed ${DEEPSPEED_OPTIONS:-} "$0" "$@"
+PATH="$here/../.venv/bin:$PATH" exec deepspeed ${DEEPSPEED_OPTIONS:-} "$0" ${RECIPE:+--recipe "$RECIPE"} "$@"
 ":"""
 
 from stage_trainer.cli import launch

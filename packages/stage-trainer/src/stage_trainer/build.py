@@ -21,6 +21,11 @@ def tower_configs(recipe: Recipe, number: int) -> tuple[TextTowerConfig, VisionT
     text = build_config(TextTowerConfig, recipe.model.text, "model.text")
     resolution = recipe.stage(number).resolution[0][1]
     vision = build_config(VisionTowerConfig, {**recipe.model.vision, "resolution": resolution}, "model.vision")
+    for n, stage in enumerate(recipe.stages, 1):
+        if not stage.loss.dims or not all(0 < dim <= text.width for dim in stage.loss.dims):
+            raise UserError(f"stage {n}: loss.dims is {list(stage.loss.dims)}; expected prefixes of 1 to {text.width}")
+        if stage.trainable.text == "adapters" and not text.adapters:
+            raise UserError(f"stage {n}: trainable.text is 'adapters', but model.text.adapters names none; add one")
     return text, vision
 
 
@@ -91,7 +96,9 @@ def _pretrained_vision(weights: str, config: VisionTowerConfig) -> VisionTower:
     """From a directory, or timm's weights of that name (`timm/eva02_…`)."""
     if Path(weights).is_dir():
         return VisionTower.from_pretrained(weights, checkpointing=config.checkpointing)
-    return VisionTower.from_timm(weights.removeprefix("timm/"), pretrained=True)
+    tower = VisionTower.from_timm(weights.removeprefix("timm/"), pretrained=True)
+    tower.config = dataclasses.replace(tower.config, checkpointing=config.checkpointing)
+    return tower
 
 
 def _same_shape(name: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:

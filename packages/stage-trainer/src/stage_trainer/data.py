@@ -165,7 +165,6 @@ def batches(data: StageBatches, start: int, stop: int, workers: int) -> Iterator
         batch_size=None,
         sampler=range(start, stop),
         num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
     )
     return iter(loader)

@@ -57,9 +57,6 @@ class Engine:
         self.optimizer = build_optimizer(
             parameter_groups(model, stage, recipe.optimizer), recipe.optimizer, recipe.precision
         )
-        self.names = {
-            id(p): n for g in self.optimizer.param_groups for n, p in zip(g["names"], g["params"], strict=True)
-        }
         self.parameters = {
             n: p for g in self.optimizer.param_groups for n, p in zip(g["names"], g["params"], strict=True)
         }

@@ -25,11 +25,11 @@ def set_threads(local_ranks: int) -> None:
     """Shares the machine's cores between its ranks, unless OMP_NUM_THREADS says otherwise."""
     if "OMP_NUM_THREADS" not in os.environ:
         ranks = int(os.environ.get("LOCAL_SIZE", local_ranks))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks if hasattr(os, "sched_getaffinity") else 1))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
 
 
 def peak_memory() -> int:
-    """Bytes that this rank's process, and its GPU if it has one, have held at most, summed over ranks."""
+    """Bytes of main memory that the ranks' processes have held at most, summed over ranks."""
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     mine = kib if sys.platform == "darwin" else kib * 1024
     total = torch.tensor([float(mine)], device="cuda" if torch.cuda.is_available() else "cpu")

@@ -59,9 +59,9 @@ class MultiTask(nn.Module):
         self.model = model
         self.precision = precision
         # The losses learn the model's own temperatures, so that a checkpoint of the model is all there is to keep.
-        self.image_text = InfoNCE(dims=loss.dims, min_temperature=loss.min_temperature)
+        self.image_text = InfoNCE(loss.dims, temperature=loss.min_temperature, min_temperature=loss.min_temperature)
         self.image_text.log_scale = model.logit_scale
-        self.text = InfoNCE(dims=loss.dims, min_temperature=loss.min_temperature)
+        self.text = InfoNCE(loss.dims, temperature=loss.min_temperature, min_temperature=loss.min_temperature)
         self.text.log_scale = model.text_logit_scale
 
     def forward(

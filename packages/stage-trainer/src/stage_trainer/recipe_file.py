@@ -43,6 +43,8 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = (), stage: i
         raise UserError(
             f"no recipe {path}; " + (f"beside it there are {near}" if near else "no such folder")
         ) from error
+    except OSError as error:
+        raise UserError(f"cannot read the recipe {path}: {error.strerror}") from error
     try:
         tree = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -131,6 +133,8 @@ def _override(tree: dict[str, Any], item: str, stage: int | None) -> str:
         raise UserError(f"{item!r} is not of the form key=value, for example optimizer.name=adamw")
     parts = key.split(".")
     if parts[0] == "stages" and len(parts) > 1 and parts[1].isdigit():
+        if parts[1] == "0":
+            raise UserError(f"{item!r}: stages are counted from 1")
         parts[1] = str(int(parts[1]) - 1)
     elif stage is not None and parts[0] in _fields(Stage):
         parts = ["stages", str(stage - 1), *parts]
@@ -142,7 +146,10 @@ def _override(tree: dict[str, Any], item: str, stage: int | None) -> str:
             raise UserError(f"{item!r}: the recipe has nothing at {'.'.join(parts[: depth + 1])}") from error
     if not isinstance(node, dict):
         raise UserError(f"{item!r}: {'.'.join(parts[:-1])} is not a mapping")
-    node[parts[-1]] = yaml.load(text, Loader=_Loader)
+    try:
+        node[parts[-1]] = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{item!r}: the value is not valid YAML ({error})") from error
     return ".".join(parts)
 
 
@@ -183,6 +190,8 @@ def _known_at(location: list[Any]) -> list[str]:
 
 def _check(recipe: Recipe, path: str | Path) -> None:
     """What types cannot say."""
+    if recipe.log_every < 1 or recipe.checkpoint.keep < 1:
+        raise UserError(f"{path}: 'log_every' and 'checkpoint.keep' should be at least 1")
     if not recipe.stages:
         raise UserError(f"{path}: 'stages' is empty; a recipe needs at least one stage")
     for number, stage in enumerate(recipe.stages, 1):
@@ -210,12 +219,15 @@ def _check(recipe: Recipe, path: str | Path) -> None:
         if not stage.batch.image_text and not stage.batch.text:
             raise UserError(f"{here}: both batch sizes are 0; nothing would be trained")
         for option in ("bf16", "fp16"):
-            if stage.deepspeed.get(option, {}).get("enabled"):
+            if stage.deepspeed.get(option) not in (None, {"enabled": False}):
                 raise UserError(
                     f"{here}: deepspeed.{option} would round the temperatures too; set 'precision: bf16' instead, "
                     "which computes in bfloat16 and keeps parameters in float32"
                 )
-        zero = stage.deepspeed.get("zero_optimization", {}).get("stage", 0)
+        partition = stage.deepspeed.get("zero_optimization", {})
+        if not isinstance(partition, dict):
+            raise UserError(f"{here}: deepspeed.zero_optimization should be a mapping such as {{stage: 1}}")
+        zero = partition.get("stage", 0)
         if recipe.optimizer.name == "muon" and zero:
             raise UserError(
                 f"{here}: Muon needs whole matrices, and ZeRO {zero} cuts them up; "

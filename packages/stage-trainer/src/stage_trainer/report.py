@@ -79,9 +79,11 @@ def write_report(run: str | Path, recipe_name: str, seed: int) -> tuple[Path, st
     run = Path(run)
     stages: dict[str, dict[str, Any]] = {}
     parts: dict[str, Any] = {}
-    for path in sorted(run.glob("stage*/evaluation.json")):
-        stages[path.parent.name] = json.loads(path.read_text())
-        parts[path.parent.name] = summary(path.parent)
+    numbers = sorted(int(p.name[5:]) for p in run.glob("stage*") if p.name[5:].isdigit())  # not what was moved aside
+    for directory in [run / f"stage{number}" for number in numbers]:
+        if (path := directory / "evaluation.json").exists():
+            stages[directory.name] = json.loads(path.read_text())
+            parts[directory.name] = summary(directory)
     if not stages:
         raise UserError(f"{run} has no stage*/evaluation.json; run `stage-trainer evaluate` on its stages first")
     if (timings := run / "timings.json").exists():

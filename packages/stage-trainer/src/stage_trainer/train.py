@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from stage_trainer import checkpoint, retrieval
-from stage_trainer.build import build_model, load_tokenizer
+from stage_trainer.build import build_model, load_tokenizer, tower_configs
 from stage_trainer.data import StageBatches, batches
 from stage_trainer.engine import Engine, initialize_distributed
 from stage_trainer.environment import peak_memory, quiet, set_threads, versions
@@ -46,6 +45,7 @@ def train(recipe: Recipe, number: int, *, start_over: bool = False) -> None:
         _move_aside(directory)
     if world > 1:
         torch.distributed.barrier()
+    tower_configs(recipe, number)
     tokenizer = load_tokenizer(recipe)
     data = StageBatches(recipe, stage, number, tokenizer, rank, world)
     state = {"settings": settings(recipe, number), "data": data.fingerprint, "seconds": 0.0, "versions": versions()}
@@ -56,6 +56,7 @@ def train(recipe: Recipe, number: int, *, start_over: bool = False) -> None:
         model, optimizer, step, seconds = starting_point(recipe, number, state, tokenizer)
         if step == stage.steps:
             break
+        model.matryoshka_dims = stage.loss.dims
         checkpoint.set_resolution(model, stage.resolution_at(step), optimizer)
         engine = Engine(MultiTask(model.to(device), stage.loss, recipe.precision), recipe, stage)
         if optimizer:
@@ -105,7 +106,7 @@ def run(
             done = step + 1
             keep_it = done == stop or (recipe.checkpoint.every and done % recipe.checkpoint.every == 0)
             if keep_it or monitor.wants(step):
-                _check_finite(total, step, directory)
+                _check_finite(engine, total, step, directory)
             if monitor.wants(step):
                 monitor.log(step, losses, scalars(engine, norms), stage.loss.dims)
             monitor.advance()
@@ -173,14 +174,17 @@ def validate(engine: Engine, pools: list[retrieval.Pool], monitor: Monitor, step
             recalls, _ = retrieval.score(pool, embedded, [model.text.config.width])
             values = {d: next(iter(by_dim.values()))["mean"] for d, by_dim in recalls.items() if by_dim}
             for direction, value in values.items():
-                monitor.scalar(f"validation_recall_at_5_{pool.name}/{direction.replace('→', ' to ')}", value, step)
+                monitor.scalar(f"validation_recall_at_5_{pool.name}/{direction.replace('→', ' to ')}", value, step - 1)
             monitor.say(f"step {step}: {pool.name} " + ", ".join(f"{d} {v:.1%}" for d, v in values.items()))
 
 
-def _check_finite(loss: torch.Tensor, step: int, directory: Path) -> None:
-    if not math.isfinite(loss.item()):
+def _check_finite(engine: Engine, loss: torch.Tensor, step: int, directory: Path) -> None:
+    """Stops before a model that is lost is written over one that is not."""
+    lost = [name for name, p in engine.parameters.items() if not torch.isfinite(p.detach()).all()]
+    if not math.isfinite(loss.item()) or lost:
+        what = f"the loss is {loss.item()}" if not lost else f"{len(lost)} parameters are not finite ({lost[0]}, …)"
         raise UserError(
-            f"the loss is {loss.item()} at step {step}; lower the learning rate or lengthen warmup_steps. "
+            f"{what} at step {step}; lower the learning rate or lengthen warmup_steps. "
             f"Checkpoints in {directory} are from before"
         )
 
@@ -200,4 +204,4 @@ def summary(directory: Path) -> dict[str, Any]:
     if not saved:
         raise UserError(f"{directory} holds no checkpoint; run that stage first")
     state = saved[-1].state()
-    return json.loads(json.dumps({k: state[k] for k in ("step", "seconds", "peak_memory_bytes", "versions")}))
+    return {k: state[k] for k in ("step", "seconds", "peak_memory_bytes", "versions")}
