@@ -11,16 +11,16 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PLACES = {
-    "contrastive_losses": ["packages/contrastive-losses"],
-    "text_tower": ["packages/text-tower"],
-    "vision_tower": ["packages/vision-tower"],
-    "data_prep": ["data_prep"],
+    "contrastive_losses": ["./packages/contrastive-losses"],
+    "text_tower": ["./packages/text-tower"],
+    "vision_tower": ["./packages/vision-tower"],
+    "data_prep": ["./data_prep"],
     "stage_trainer": [
-        "packages/contrastive-losses",
-        "packages/text-tower",
-        "packages/vision-tower",
-        "data_prep",
-        "packages/stage-trainer",
+        "./packages/contrastive-losses",
+        "./packages/text-tower",
+        "./packages/vision-tower",
+        "./data_prep",
+        "./packages/stage-trainer",
     ],
 }
 FOREIGN = {
