@@ -1,4 +1,4 @@
-"""Checkpoints: `step-NNNNNN/{model/, optimizer.safetensors, state.json}`, whole or absent.
+"""Checkpoints: `step-NNNNNNN/{model/, optimizer.safetensors, state.json}`, whole or absent.
 
 `model/` is a `DualEncoder` directory, so a checkpoint can be evaluated and taken out as it is. Optimizer state
 stands by parameter name. state.json holds the step, the recipe's settings and the data's fingerprints.
