@@ -56,6 +56,20 @@ def test_muon_takes_matrices_of_the_blocks_alone(parts):
     assert any(n.startswith("vision.blocks") for n in muon)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_tower_without_a_part_in_the_step_stays_as_it_is(parts, name):
+    """DeepSpeed gives zeros to parameters without a gradient, and weight decay would shrink them."""
+    recipe, stage, model = parts(f"optimizer.name={name}", "optimizer.weight_decay=0.5")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = build_optimizer(parameter_groups(model, stage, recipe.optimizer), recipe.optimizer, "fp32")
+    for n, parameter in model.named_parameters():
+        parameter.grad = torch.ones_like(parameter) if n.startswith("text.") else torch.zeros_like(parameter)
+    set_rates(optimizer, 1.0, ("text",))
+    optimizer.step()
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {n for n in before if n.startswith("text.")}
+
+
 def test_the_joint_optimizer_steps_as_its_parts_would(parts):
     """Against torch's own Muon and AdamW, run apart, with a rate that changes."""
     recipe, stage, model = parts("optimizer.name=muon")
@@ -78,7 +92,7 @@ def test_the_joint_optimizer_steps_as_its_parts_would(parts):
         for name, p in model.named_parameters():
             p.grad = torch.randn(p.shape, generator=generator)
             twins[name].grad = p.grad.clone()
-        set_rates(joint, 0.5**step)
+        set_rates(joint, 0.5**step, ("text", "image"))
         for o, g in zip(apart, parameter_groups(model, stage, c), strict=True):
             o.param_groups[0]["lr"] = g["lr"] * 0.5**step
             o.step()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -95,9 +95,11 @@ def schedule(step: int, steps: int, warmup: int, min_ratio: float = 0.0) -> floa
     return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+def set_rates(optimizer: torch.optim.Optimizer, factor: float, towers: Collection[str]) -> None:
+    """Each group's rate at a step, `factor` of its peak. A tower that is not among `towers` has no part in the step: it
+    gets zeros for gradients, and at a rate of 0 weight decay leaves it as it is."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+        group["lr"] = group["peak_lr"] * factor if group["tower"] in towers else 0.0
 
 
 def named_states(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter, dict[str, Any]]]:

@@ -94,9 +94,11 @@ def run(
             asked = time.perf_counter()
             batch, seen = next(loader)
             waited = time.perf_counter() - asked
-            set_rates(engine.optimizer, schedule(step, stage.steps, stage.warmup_steps, stage.min_lr_ratio))
-            engine.engine.train()
             tasks, dropout = data.tasks_at(step), stage.patch_dropout_at(step)
+            towers = ("text", "image") if "image_text" in tasks else ("text",)
+            rate = schedule(step, stage.steps, stage.warmup_steps, stage.min_lr_ratio)
+            set_rates(engine.optimizer, rate, towers)
+            engine.engine.train()
             losses = engine.engine(batch.to(device), tasks=tasks, patch_dropout=dropout, group=group)
             total = torch.stack([loss for loss, _ in losses.values()]).sum()
             monitor.count(sum(getattr(stage.batch, task) for task in tasks), waited, seen)
