@@ -16,6 +16,7 @@ if [ -z "${python:-}" ]; then
 fi
 echo "making .venv with $("$python" --version) (PyTorch alone is some gigabytes; this happens once)"
 if [ ! -x .venv/bin/python ] && ! "$python" -m venv .venv; then
+  rm -rf .venv  # half of one would pass for a whole one the next time
   echo "could not make a virtual environment; on Debian or Ubuntu: apt-get install python3-venv" >&2
   exit 2
 fi

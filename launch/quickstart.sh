@@ -12,20 +12,24 @@ case "${1:-}" in
   *) echo "usage: bash launch/quickstart.sh [--drawn]" >&2; exit 2 ;;
 esac
 run=runs/$name recipe=launch/recipes/$name.yaml
-part() { echo "== $1"; python3 launch/timed.py "$run/timings.json" "$1" -- "${@:2}"; }
+part() { echo "== $1"; python launch/timed.py "$run/timings.json" "$1" -- "${@:2}"; }
 
-part environment bash launch/environment.sh
+bash launch/environment.sh
 export PATH="$PWD/.venv/bin:$PATH"
+python launch/timed.py "$run/timings.json" environment --took "$SECONDS"
 part corpus data-prep corpus "$corpus" ${options[@]+"${options[@]}"}
 
 # All GPUs if there are any; else two processes of one thread each, which beat one process of two threads.
 ranks=()
 if ! nvidia-smi -L >/dev/null 2>&1; then ranks=(--num_accelerators "$(($(getconf _NPROCESSORS_ONLN) > 1 ? 2 : 1))"); fi
+trained=""  # a stage that was trained anew makes those after it out of date; they are moved aside
 for stage in 1 2 3; do
-  [ ! -e "$run/stage$stage/evaluation.json" ] || continue
-  part "train stage $stage" deepspeed ${ranks[@]+"${ranks[@]}"} "launch/stage$stage.sh" --recipe "$recipe"
+  [ -n "$trained" ] || [ ! -e "$run/stage$stage/evaluation.json" ] || continue
+  part "train stage $stage" deepspeed ${ranks[@]+"${ranks[@]}"} "launch/stage$stage.sh" --recipe "$recipe" ${trained:+--start-over}
   part "evaluate stage $stage" stage-trainer evaluate "$run/stage$stage" "$corpus" --json "$run/stage$stage/evaluation.json"
+  trained=yes
 done
+[ -z "$trained" ] || rm -rf "$run/model" "$run/search.png"
 [ -e "$run/model" ] || part export stage-trainer export "$run/stage3" "$run/model"
 [ -e "$run/search.png" ] || part search stage-trainer search "$run/model" "$corpus" --out "$run/search.png"
 

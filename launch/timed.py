@@ -1,6 +1,7 @@
 """Runs a command and enters its seconds and largest process into a JSON file: timed.py FILE NAME -- COMMAND …
+(or timed.py FILE NAME --took SECONDS, for what was done already).
 
-A part keeps its first figures. Standard library only: it runs before anything is installed.
+Of a part that ran several times the longest run counts: the others found little or nothing left to do.
 """
 
 import json
@@ -10,15 +11,22 @@ import sys
 import time
 from pathlib import Path
 
-file, name, command = Path(sys.argv[1]), sys.argv[2], sys.argv[4:]
-began = time.monotonic()
-code = subprocess.run(command, check=False).returncode
-seconds = time.monotonic() - began
-if code == 0:
+file, name, option, *words = Path(sys.argv[1]), *sys.argv[2:]
+code, figures = 0, {}
+if option == "--took":
+    figures = {"seconds": float(words[0])}
+else:
+    began = time.monotonic()
+    code = subprocess.run(words, check=False).returncode
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
+    figures = {"seconds": round(time.monotonic() - began, 1), "largest_process_bytes": peak}
+if code == 0:
     file.parent.mkdir(parents=True, exist_ok=True)
     parts = json.loads(file.read_text()) if file.exists() else {}
-    parts.setdefault(name, {"seconds": round(seconds, 1), "largest_process_bytes": peak})
-    file.write_text(json.dumps(parts, indent=1) + "\n")
+    if figures["seconds"] > parts.get(name, {}).get("seconds", 0):
+        parts[name] = figures
+    whole = file.with_name(f".{file.name}.partial")
+    whole.write_text(json.dumps(parts, indent=1) + "\n")
+    whole.replace(file)
 sys.exit(code)

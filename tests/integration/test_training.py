@@ -114,6 +114,18 @@ def test_a_stage_needs_the_one_before(train):
     assert "Traceback" not in done.stderr
 
 
+def test_a_stage_knows_the_model_that_it_grew_from(train, tmp_path):
+    second = ("stages.1.steps=8", "steps=4", *QUICK[1:], "model.text.dropout=0.1")
+    train(1, *QUICK)
+    train(2, *second)
+    config = json.loads((tmp_path / "run/stage2/step-0000004/model/text/config.json").read_text())
+    assert 0.1 in config.values(), "the recipe's dropout is that of the model that stage 1 left behind"
+    train(1, *QUICK, "lr.image=5e-4", "--start-over")
+    assert "the model of stage 1 was" in train(2, *second, fails=True).stderr
+    shutil.rmtree(tmp_path / "run/stage1")
+    assert "stage 2 of drawn is complete" in train(2, *second).stdout
+
+
 def test_other_settings_are_refused_and_starting_over_keeps_the_old_run(train, tmp_path):
     train(1, *QUICK)
     before = weights(tmp_path / "run/stage1")
@@ -158,18 +170,36 @@ def test_damaged_data_and_wrong_sizes_are_named(train, copy_of_corpus):
 
 @pytest.mark.full
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_every_zero_stage_gives_the_plain_curve_and_resumes(train, scalars, tmp_path, zero):
-    """Two ranks, AdamW, triplets among the losses; then again from the checkpoint in the middle."""
-    options = (*QUICK, "optimizer.name=adamw", "batch.text=32", "data.text=[{path: text-triplets/drawn}]")
+def test_every_zero_stage_gives_the_plain_curve_and_goes_on_anywhere(train, scalars, tmp_path, zero):
+    """Two ranks, AdamW, triplets among the losses; then again from the checkpoint in the middle, under the same ZeRO
+    stage, in one plain process, and from ZeRO 0 under 3."""
+    options = (
+        *QUICK, "optimizer.name=adamw", "batch.text=32", "data.text=[{path: text-triplets/drawn}]",
+        "checkpoint={every: 4, keep: 2}",
+    )  # fmt: skip
+
+    def under(stage):
+        return f"deepspeed={{zero_optimization: {{stage: {stage}}}}}"
+
     train(1, *options, output="plain")
-    partitioned = (*options, f"deepspeed={{zero_optimization: {{stage: {zero}}}}}", "checkpoint={every: 4, keep: 2}")
-    train(1, *partitioned, output="zero", ranks=2)
+    train(1, *options, under(zero), output="zero", ranks=2)
     plain = {tag: scalars("plain/stage1", tag) for tag in ("loss/text", "loss/image_text", "temperature/text")}
     for tag, curve in plain.items():
         assert scalars("zero/stage1", tag) == pytest.approx(curve, rel=1e-5)
-    shutil.rmtree(tmp_path / "zero/stage1/step-0000008")
-    for events in (tmp_path / "zero/stage1").glob("events*"):
-        events.unlink()
-    train(1, *partitioned, output="zero", ranks=2)
-    for tag, curve in plain.items():
-        assert scalars("zero/stage1", tag) == pytest.approx({s: v for s, v in curve.items() if s >= 4}, rel=1e-5)
+    for other, ranks in ((zero, 2), (0, 1), *([(3, 2)] if zero == 0 else [])):
+        output = f"on-{other}-{ranks}"
+        shutil.copytree(tmp_path / "zero/stage1/step-0000004", tmp_path / output / "stage1/step-0000004")
+        train(1, *options, under(other), output=output, ranks=ranks)
+        for tag, curve in plain.items():
+            rest = {step: value for step, value in curve.items() if step >= 4}
+            assert scalars(f"{output}/stage1", tag) == pytest.approx(rest, rel=1e-5), output
+
+
+@pytest.mark.full
+def test_zero_3_trains_text_alone(train, scalars):
+    """The temperature of the task that rests is cut up too, and nobody may read a part of it."""
+    options = (*QUICK, "optimizer.name=adamw", "batch.image_text=0")
+    train(1, *options, output="plain")
+    train(1, *options, "deepspeed={zero_optimization: {stage: 3}}", output="zero", ranks=2)
+    for tag in ("loss/text", "temperature/text", "temperature/image_text"):
+        assert scalars("zero/stage1", tag) == pytest.approx(scalars("plain/stage1", tag), rel=1e-5)

@@ -36,17 +36,21 @@ def build_model(recipe: Recipe, number: int, tokenizer: Tokenizer | None = None)
         UserError: a configuration that does not hold, a tokenizer of another vocabulary, weights that do not fit.
     """
     text_config, vision_config = tower_configs(recipe, number)
-    text = (
-        _pretrained_text(recipe.model.text_weights, text_config)
-        if recipe.model.text_weights
-        else TextTower(text_config)
+    text: TextTower | None = None
+    vision: VisionTower | None = None
+    try:
+        if recipe.model.text_weights:
+            text = _pretrained_text(recipe.model.text_weights, text_config)
+        if recipe.model.vision_weights:
+            vision = _pretrained_vision(recipe.model.vision_weights, vision_config)
+    except (ValueError, OSError) as error:  # the towers' and the hub's own words on what is missing or damaged
+        where = "text_weights" if text is None and recipe.model.text_weights else "vision_weights"
+        raise UserError(f"model.{where}: {error}") from error
+    text, vision = text or TextTower(text_config), vision or VisionTower(vision_config)
+    model = DualEncoder(
+        text, vision, temperature=recipe.model.temperature, matryoshka_dims=recipe.stage(number).loss.dims
     )
-    if recipe.model.vision_weights:
-        vision = _pretrained_vision(recipe.model.vision_weights, vision_config)
-    else:
-        vision = VisionTower(vision_config)
-    for name, tower, config in (("text", text, text_config), ("vision", vision, vision_config)):
-        _same_shape(name, dataclasses.asdict(tower.config), dataclasses.asdict(config))
+    _check_shapes(model, text_config, vision_config, "the starting weights hold")
     if tokenizer is not None:
         if tokenizer.vocab_size != text.config.vocab_size:
             raise UserError(
@@ -54,9 +58,21 @@ def build_model(recipe: Recipe, number: int, tokenizer: Tokenizer | None = None)
                 f"{text.config.vocab_size}; set model.text.vocab_size={tokenizer.vocab_size}"
             )
         text.tokenizer = tokenizer
-    return DualEncoder(
-        text, vision, temperature=recipe.model.temperature, matryoshka_dims=recipe.stage(number).loss.dims
-    )
+    return model
+
+
+def load_model(recipe: Recipe, number: int, path: Path) -> DualEncoder:
+    """A checkpoint's model, with the recipe's settings that have no bearing on its weights (dropout, checkpointing, …).
+
+    Raises:
+        UserError: a directory that holds no model, or one of another shape than the recipe's.
+    """
+    text_config, vision_config = tower_configs(recipe, number)
+    options = {"text": _text_options(text_config), "vision": _vision_options(vision_config)}
+    model = DualEncoder.from_pretrained(path, **options)
+    _check_shapes(model, text_config, vision_config, f"{path} holds")
+    model.matryoshka_dims = recipe.stage(number).loss.dims
+    return model
 
 
 def empty_model(recipe: Recipe, number: int) -> DualEncoder:
@@ -85,26 +101,35 @@ def _pretrained_text(weights: str, config: TextTowerConfig) -> TextTower:
         from huggingface_hub import snapshot_download
 
         path = snapshot_download(weights)
-    options: dict[str, Any] = {name: getattr(config, name) for name in ("dropout", "checkpointing", "max_length")}
-    options |= {"rope_theta": config.rope_theta, "instructions": config.instructions}
-    if config.adapters:
-        options |= {name: getattr(config, name) for name in ("adapters", "lora_rank", "lora_alpha")}
-    return TextTower.from_pretrained(path, **options)
+    return TextTower.from_pretrained(path, **_text_options(config))
 
 
 def _pretrained_vision(weights: str, config: VisionTowerConfig) -> VisionTower:
     """From a directory, or timm's weights of that name (`timm/eva02_…`)."""
+    options = _vision_options(config)
     if Path(weights).is_dir():
-        return VisionTower.from_pretrained(weights, checkpointing=config.checkpointing)
+        return VisionTower.from_pretrained(weights, **options)
     tower = VisionTower.from_timm(weights.removeprefix("timm/"), pretrained=True)
-    tower.config = dataclasses.replace(tower.config, checkpointing=config.checkpointing)
+    tower.config = dataclasses.replace(tower.config, **options)
     return tower
 
 
-def _same_shape(name: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _text_options(config: TextTowerConfig) -> dict[str, Any]:
+    """What a recipe decides about a text tower whose weights are given."""
+    names = ["dropout", "checkpointing", "max_length", "rope_theta", "instructions"]
+    if config.adapters:
+        names += ["adapters", "lora_rank", "lora_alpha"]
+    return {name: getattr(config, name) for name in names}
+
+
+def _vision_options(config: VisionTowerConfig) -> dict[str, Any]:
+    return {"checkpointing": config.checkpointing}
+
+
+def _check_shapes(model: DualEncoder, text: TextTowerConfig, vision: VisionTowerConfig, holder: str) -> None:
     """Weights must be of the recipe's shape; what has no bearing on shapes may differ."""
-    for key in ("width", "layers", "heads", "patch", "vocab_size", "mlp_width"):
-        if key in wanted and found[key] != wanted[key]:
-            raise UserError(
-                f"model.{name}.{key} is {wanted[key]}, but model.{name}_weights holds {found[key]}; make them agree"
-            )
+    for name, tower, config in (("text", model.text, text), ("vision", model.vision, vision)):
+        found, wanted = dataclasses.asdict(tower.config), dataclasses.asdict(config)
+        for key in ("width", "layers", "heads", "patch", "vocab_size", "mlp_width", "hidden"):
+            if key in wanted and found[key] != wanted[key]:
+                raise UserError(f"model.{name}.{key} is {wanted[key]}, but {holder} {found[key]}; make them agree")

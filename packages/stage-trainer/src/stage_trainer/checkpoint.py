@@ -6,6 +6,7 @@ stands by parameter name. state.json holds the step, the recipe's settings and t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -47,6 +48,15 @@ class Saved:
 
     def optimizer(self) -> dict[str, Tensor]:
         return load_file(self.path / "optimizer.safetensors")
+
+    def model_digest(self) -> str:
+        """sha256 over the model's files, the same for the same weights and settings wherever the checkpoint stands."""
+        digest = hashlib.sha256()
+        for path in sorted(p for p in self.model.rglob("*") if p.is_file()):
+            digest.update(f"{path.relative_to(self.model).as_posix()}\0".encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
 
 
 def all_saved(directory: Path) -> list[Saved]:

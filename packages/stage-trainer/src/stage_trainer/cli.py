@@ -150,6 +150,7 @@ def _export(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     import json
 
+    from stage_trainer.files import write_whole
     from stage_trainer.report import evaluate, languages_table, table
     from stage_trainer.retrieval import DIRECTIONS
 
@@ -158,7 +159,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.by_language:
         print("\n" + languages_table(pools, DIRECTIONS[0]))
     if arguments.json:
-        arguments.json.write_text(json.dumps(pools, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_whole(arguments.json, json.dumps(pools, indent=1, ensure_ascii=False) + "\n")
 
 
 def _report(arguments: argparse.Namespace) -> None:

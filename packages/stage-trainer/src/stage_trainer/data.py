@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from data_prep.shards import Dataset, ShardError
 from text_tower import PackedTokens, Tokenizer
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
-from vision_tower import augment, load_image
+from vision_tower import ImageError, augment
 
 from stage_trainer.errors import UserError
 from stage_trainer.keyed import key
 from stage_trainer.objective import Batch
 from stage_trainer.recipe import Recipe, Source, Stage
 from stage_trainer.sampler import Draw, SourceOrder, TaskSampler, slice_of
-
-IMAGE_TYPES = ("png", "jpg", "jpeg", "webp")
+from stage_trainer.samples import IMAGE_TYPES, SampleCache
 
 
 class StageBatches(TorchDataset):
@@ -43,6 +40,7 @@ class StageBatches(TorchDataset):
         self.text_sources = [_open(corpus, s, stage.batch.text, ("text-",)) for s in stage.data.text]
         if len({source.kind for source in self.text_sources}) > 1:
             raise UserError("data.text mixes pairs and triplets; a stage takes one kind, because their losses differ")
+        self.hard_negatives = self._hard_negatives()
         self.image_sampler = self._sampler(stage.data.image_text, self.image_sources, stage.batch.image_text, False)
         self.text_sampler = self._sampler(stage.data.text, self.text_sources, stage.batch.text, True)
 
@@ -52,6 +50,15 @@ class StageBatches(TorchDataset):
         # The same data set may stand twice, with other settings: each has an order of its own.
         orders = [SourceOrder(s.shard_sizes, key(self.seed, s.source, s.kind, i)) for i, s in enumerate(sets)]
         return TaskSampler(orders, [s.rate for s in sources], batch, one_source=one)
+
+    def _hard_negatives(self) -> int:
+        """K of the stage's triplets, as the first sample of the first source has it; 0 for pairs."""
+        if not (self.text_sources and self.text_sources[0].kind == "text-triplets"):
+            return 0
+        try:
+            return len(self.cache.sample(self.text_sources[0], 0)[1]["negatives"])
+        except ShardError as error:
+            raise UserError(str(error)) from error
 
     @property
     def fingerprint(self) -> dict[str, str]:
@@ -89,7 +96,7 @@ class StageBatches(TorchDataset):
                 data = self.text_sources[draw.source]
                 _, content = self.cache.sample(data, draw.index)
                 seed = self._seed(data, draw)
-                query, target, hard = self._texts(content, seed, draw.source, seen)
+                query, target, hard = self._texts(content, seed, draw, seen)
                 queries.append(query)
                 targets.append(target)
                 negatives += hard
@@ -111,9 +118,9 @@ class StageBatches(TorchDataset):
         size = self.stage.resolution_at(step)
         return augment(pixels, seed, size, scale=a.scale, ratio=a.ratio, flip=a.flip, color=a.color)
 
-    def _texts(self, content: dict[str, Any], seed: int, source: int, seen: Counter[str]) -> tuple[str, str, list[str]]:
+    def _texts(self, content: dict[str, Any], seed: int, draw: Draw, seen: Counter[str]) -> tuple[str, str, list[str]]:
         """A query, its target (other words, in the language that the recipe wants) and its hard negatives."""
-        data, language = self.text_sources[source], self.stage.data.text[source].target_language
+        data, language = self.text_sources[draw.source], self.stage.data.text[draw.source].target_language
         query = self._choose(content["query"], seed, data, seen)["text"]
         others = [t for t in content["target"] if t["text"] != query] or content["target"]
         wanted = [t for t in others if t["language"] == language] or others
@@ -122,6 +129,11 @@ class StageBatches(TorchDataset):
             self._choose(alternatives, key(seed, "negative", i), data, seen)["text"]
             for i, alternatives in enumerate(content.get("negatives", []))
         ]
+        if len(hard) != self.hard_negatives:
+            raise ShardError(
+                f"{data.directory}: sample {data.row(draw.index).key} has {len(hard)} negatives; the first triplet of "
+                f"{self.text_sources[0].directory} has {self.hard_negatives}, and all triplets of a stage need as many"
+            )
         return query, target, hard
 
     @staticmethod
@@ -134,7 +146,7 @@ class StageBatches(TorchDataset):
         self, images, captions, image_seeds, image_ids, queries, targets, negatives, text_seeds, text_ids
     ) -> Batch:
         texts = self.tokenizer([*captions, *queries, *targets, *negatives], max_length=self.stage.max_tokens)
-        per_negative = [s for s in text_seeds for _ in range(len(negatives) // max(1, len(queries)))]
+        per_negative = [s for s in text_seeds for _ in range(self.hard_negatives)]
         sections = {"caption": image_seeds, "query": text_seeds, "target": text_seeds, "negative": per_negative}
         seeds = [key(seed, name, i) for name, part in sections.items() for i, seed in enumerate_within(part)]
         return Batch(
@@ -144,7 +156,7 @@ class StageBatches(TorchDataset):
             texts=PackedTokens.from_lists(texts) if texts else None,
             text_seeds=torch.tensor(seeds, dtype=torch.int64),
             pairs=len(queries),
-            negatives=len(negatives) // max(1, len(queries)),
+            negatives=self.hard_negatives,
             text_ids=torch.tensor(text_ids, dtype=torch.int64),
         )
 
@@ -158,54 +170,36 @@ def enumerate_within(seeds: list[int]) -> Iterator[tuple[int, int]]:
         yield run, seed
 
 
+class _FailuresAsItems(TorchDataset):
+    """Errors that name bad data, handed over whole: a loader's worker would bury them in a traceback."""
+
+    def __init__(self, data: StageBatches):
+        self.data = data
+
+    def __getitem__(self, step: int) -> tuple[Batch, Counter[str]] | Exception:
+        try:
+            return self.data[step]
+        except (ShardError, UserError, ImageError) as error:
+            return error
+
+
 def batches(data: StageBatches, start: int, stop: int, workers: int) -> Iterator[tuple[Batch, Counter[str]]]:
-    """Batches `start` to `stop` - 1, made ahead by worker processes if there are any."""
+    """Batches `start` to `stop` - 1, made ahead by worker processes if there are any.
+
+    Raises:
+        UserError: a sample that cannot be read or is of no use; names it.
+    """
     loader = DataLoader(
-        data,
+        _FailuresAsItems(data),
         batch_size=None,
         sampler=range(start, stop),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
     )
-    return iter(loader)
-
-
-class SampleCache:
-    """Decoded samples, kept until `megabytes` are full; what came first stays, so small data sets are decoded once."""
-
-    def __init__(self, megabytes: int):
-        self.left = megabytes * 2**20
-        self.kept: dict[tuple[Path, int], tuple[torch.Tensor | None, dict[str, Any]]] = {}
-
-    def sample(self, data: Dataset, index: int) -> tuple[torch.Tensor | None, dict[str, Any]]:
-        """(uint8 pixels [3, H, W] if there is an image, the texts) of a sample."""
-        if (found := self.kept.get((data.directory, index))) is not None:
-            return found
-        members = data.read(index)
-        image = next((members[k] for k in IMAGE_TYPES if k in members), None)
-        pixels = None
-        if image is not None:
-            name = f"{data.directory}, sample {data.row(index).key}"
-            pixels = torch.from_numpy(np.array(load_image(image, name=name))).permute(2, 0, 1)
-        found = pixels, _content(data, index, members)
-        cost = sum(map(len, members.values())) * 4 + (0 if pixels is None else pixels.numel())
-        if cost <= self.left:
-            self.left -= cost
-            self.kept[data.directory, index] = found
-        return found
-
-
-def _content(data: Dataset, index: int, members: dict[str, bytes]) -> dict[str, Any]:
-    """A sample's texts; a lone .txt is a caption of unknown language."""
-    if "json" in members:
-        try:
-            return json.loads(members["json"])
-        except ValueError as error:
-            raise ShardError(
-                f"{data.directory}: sample {data.row(index).key}: its .json is not JSON ({error})"
-            ) from error
-    caption = {"text": members["txt"].decode("utf-8", errors="replace"), "language": "und", "origin": "human"}
-    return {"captions": [caption], "item": f"{data.source}/{data.row(index).key}"}
+    for item in loader:
+        if isinstance(item, Exception):
+            raise UserError(str(item)) from item
+        yield item
 
 
 def _open(corpus: Path, source: Source, batch: int, kinds: tuple[str, ...]) -> Dataset:

@@ -85,8 +85,13 @@ class Engine:
 
     def log_scale(self, loss: InfoNCE) -> Tensor:
         """ln(1 / temperature) of a task's loss, shape [1]; under ZeRO every rank has to ask."""
-        if not (self.zero and loss.log_scale.requires_grad):
+        if not self.zero:
             return loss.log_scale.detach()
+        if not loss.log_scale.requires_grad:  # ZeRO keeps no copy of what does not train, but ZeRO 3 cuts it up
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([loss.log_scale], enabled=self.zero == 3):
+                return loss.log_scale.detach().clone()
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(loss.log_scale)

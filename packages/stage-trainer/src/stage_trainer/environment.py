@@ -9,6 +9,8 @@ import platform
 import resource
 import sys
 import warnings
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 
@@ -26,6 +28,14 @@ def set_threads(local_ranks: int) -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         ranks = int(os.environ.get("LOCAL_SIZE", local_ranks))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+
+
+def native_precision(device: torch.device) -> Literal["bf16", "fp32"]:
+    """bf16 if the device itself multiplies in bfloat16, else fp32, as for a CPU that this torch knows nothing of."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bf16" if any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else "fp32"
 
 
 def peak_memory() -> int:

@@ -1,4 +1,4 @@
-"""Directories that exist whole or not at all."""
+"""Directories and files that exist whole or not at all."""
 
 from __future__ import annotations
 
@@ -41,6 +41,23 @@ def whole_directory(target: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def write_whole(target: str | Path, text: str) -> None:
+    """Writes a text file; what stood there before stays until the new one is whole.
+
+    Raises:
+        UserError: the disk took no more, or the place cannot be written.
+    """
+    target = Path(target)
+    temporary = target.with_name(f".{target.name}.partial")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _fsync(temporary)
+        temporary.replace(target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"could not write {target}: {error.strerror}; free some space or name another place") from error
 
 
 def _fsync(path: Path) -> None:

@@ -81,11 +81,17 @@ class DualEncoder(nn.Module):
             (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> DualEncoder:
+    def from_pretrained(
+        cls, path: str | Path, *, text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None
+    ) -> DualEncoder:
         """Reads what `save_pretrained` wrote.
 
+        Args:
+            path: the directory.
+            text, vision: options of `TextTower.from_pretrained` and `VisionTower.from_pretrained`.
+
         Raises:
-            UserError: no such directory, or not one of this format.
+            UserError: no such directory, not one of this format, or one that is damaged.
         """
         from text_tower import TextTower
         from vision_tower import VisionTower
@@ -98,13 +104,19 @@ class DualEncoder(nn.Module):
                 f"{path} holds no model: there is no config.json; expected a directory written by "
                 "`stage-trainer export` or the model/ folder of a checkpoint"
             ) from error
-        if config.get("format") != FORMAT:
-            raise UserError(f"{path / 'config.json'} has format {config.get('format')!r}; expected {FORMAT!r}")
-        model = cls(
-            TextTower.from_pretrained(path / "text"),
-            VisionTower.from_pretrained(path / "vision"),
-            matryoshka_dims=config["matryoshka_dimensions"],
-        )
+        except ValueError as error:
+            raise UserError(f"{path / 'config.json'} is not JSON ({error}); export the model again") from error
+        if not isinstance(config, dict) or config.get("format") != FORMAT:
+            found = config.get("format") if isinstance(config, dict) else config
+            raise UserError(f"{path / 'config.json'} has format {found!r}; expected {FORMAT!r}")
+        try:
+            towers = (
+                TextTower.from_pretrained(path / "text", **(text or {})),
+                VisionTower.from_pretrained(path / "vision", **(vision or {})),
+            )
+        except (ValueError, OSError) as error:  # the towers' own words on what is missing or damaged
+            raise UserError(f"cannot load {path}: {error}") from error
+        model = cls(*towers, matryoshka_dims=config["matryoshka_dimensions"])
         with torch.no_grad():
             model.logit_scale.fill_(config["logit_scale"])
             model.text_logit_scale.fill_(config["text_logit_scale"])

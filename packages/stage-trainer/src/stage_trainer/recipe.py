@@ -157,7 +157,11 @@ class Checkpoint:
 
 @dataclass(frozen=True, config=_STRICT)
 class Recipe:
-    """A whole training, from the start to the last stage."""
+    """A whole training, from the start to the last stage.
+
+    `precision` is what the towers compute in; `auto` is bf16 where the machine multiplies in bfloat16 and fp32 where it
+    would have to emulate that, which is up to ten times slower than fp32.
+    """
 
     name: str
     output: str
@@ -166,7 +170,7 @@ class Recipe:
     stages: tuple[Stage, ...]
     paper: str | None = None
     seed: int = 0
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp32", "auto"] = "bf16"
     workers: int = 0
     cache_megabytes: int = 0
     log_every: int = 10

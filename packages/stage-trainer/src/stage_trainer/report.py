@@ -9,6 +9,7 @@ from typing import Any
 
 from stage_trainer.environment import versions
 from stage_trainer.errors import UserError
+from stage_trainer.files import write_whole
 from stage_trainer.model import DualEncoder
 from stage_trainer.retrieval import DIRECTIONS, Pool, embed, pools_of, score
 
@@ -90,7 +91,7 @@ def write_report(run: str | Path, recipe_name: str, seed: int) -> tuple[Path, st
         parts["commands"] = json.loads(timings.read_text())
     report = {"recipe": recipe_name, "seed": seed, "versions": versions(), "parts": parts, "stages": stages}
     target = run / "report.json"
-    target.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(target, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     return target, stages_table(stages)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import comb
@@ -15,10 +14,10 @@ from data_prep.shards import Dataset, ShardError
 
 from stage_trainer.errors import UserError
 from stage_trainer.model import DualEncoder
+from stage_trainer.samples import image_of, texts_of
 
 K = 5
 DIRECTIONS = ("text→image", "image→text", "text→English text")
-IMAGE_TYPES = ("png", "jpg", "jpeg", "webp")
 
 Scores = dict[str, dict[str, dict[str, float]]]
 """direction → dim → language (and "mean") → recall@5, between 0 and 1."""
@@ -34,18 +33,31 @@ class Pool:
 
     @classmethod
     def open(cls, directory: str | Path) -> Pool:
-        """Reads a data set of images with captions; of several captions in a language the first named one counts."""
+        """Reads a data set of images with captions; of several captions in a language the first named one counts.
+
+        Raises:
+            UserError: a data set that is missing or damaged, a sample without an image or without captions.
+        """
         try:
-            data = Dataset.open(directory)
+            return cls._read(Dataset.open(directory))
         except (ShardError, FileNotFoundError) as error:
             raise UserError(str(error)) from error
+
+    @classmethod
+    def _read(cls, data: Dataset) -> Pool:
         images: list[bytes] = []
         texts: dict[str, list[tuple[int, str]]] = {}
         for number in range(len(data)):
             members = data.read(number)
-            images.append(next(members[k] for k in IMAGE_TYPES if k in members))
+            image, captions = image_of(members), texts_of(data, number, members).get("captions")
+            if image is None or captions is None:
+                raise ShardError(
+                    f"{data.directory}: sample {data.row(number).key} has no image and captions to evaluate on; "
+                    f"it holds {', '.join(sorted(members))}"
+                )
+            images.append(image)
             seen = set()
-            for caption in json.loads(members["json"])["captions"]:
+            for caption in captions:
                 if caption.get("role", "name") == "name" and caption["language"] not in seen:
                     seen.add(caption["language"])
                     texts.setdefault(caption["language"], []).append((number, caption["text"]))

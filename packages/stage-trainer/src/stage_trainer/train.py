@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import Any
 import torch
 
 from stage_trainer import checkpoint, retrieval
-from stage_trainer.build import build_model, load_tokenizer, tower_configs
+from stage_trainer.build import build_model, load_model, load_tokenizer, tower_configs
 from stage_trainer.data import StageBatches, batches
 from stage_trainer.engine import Engine, initialize_distributed
-from stage_trainer.environment import peak_memory, quiet, set_threads, versions
+from stage_trainer.environment import native_precision, peak_memory, quiet, set_threads, versions
 from stage_trainer.errors import UserError
 from stage_trainer.keyed import key
 from stage_trainer.model import DualEncoder
@@ -34,6 +35,10 @@ def train(recipe: Recipe, number: int, *, start_over: bool = False) -> None:
     quiet()
     rank, world, device = initialize_distributed()
     set_threads(world)
+    if recipe.precision == "auto":
+        recipe = dataclasses.replace(recipe, precision=native_precision(device))
+        if rank == 0:
+            print(f"precision: auto is {recipe.precision} here", flush=True)
     torch.manual_seed(key(recipe.seed, number))
     stage, directory = recipe.stage(number), recipe.stage_directory(number)
     for task in ("image_text", "text"):
@@ -56,7 +61,6 @@ def train(recipe: Recipe, number: int, *, start_over: bool = False) -> None:
         model, optimizer, step, seconds = starting_point(recipe, number, state, tokenizer)
         if step == stage.steps:
             break
-        model.matryoshka_dims = stage.loss.dims
         checkpoint.set_resolution(model, stage.resolution_at(step), optimizer)
         engine = Engine(MultiTask(model.to(device), stage.loss, recipe.precision), recipe, stage)
         if optimizer:
@@ -81,7 +85,8 @@ def run(
     """Steps `start` to `stop` - 1 at one resolution, with a checkpoint at the end."""
     rank, world, device = data.rank, data.world, engine.engine.device
     directory = recipe.stage_directory(number)
-    pools = [retrieval.Pool.open(Path(recipe.corpus) / "validation" / p) for p in recipe.evaluation.pools]
+    named = recipe.evaluation.pools if recipe.evaluation.every else ()
+    pools = [retrieval.Pool.open(Path(recipe.corpus) / "validation" / p) for p in named]
     title = f"stage {number}, {stage.resolution_at(start)} px"
     # Ranks see different samples but one group: losses are over the global batch.
     group = torch.distributed.group.WORLD if world > 1 else None
@@ -125,22 +130,29 @@ def starting_point(
 ) -> tuple[DualEncoder, dict[str, torch.Tensor] | None, int, float]:
     """(model, optimizer state, step, seconds so far): this stage's newest checkpoint, the stage before, or new."""
     directory = recipe.stage_directory(number)
-    if saved := checkpoint.all_saved(directory):
+    saved = checkpoint.all_saved(directory)
+    before = checkpoint.all_saved(recipe.stage_directory(number - 1)) if number > 1 else []
+    finished = before[-1] if before and before[-1].step >= recipe.stage(number - 1).steps else None
+    grown_from = f"the model of stage {number - 1}"
+    if finished:
+        state["data"][grown_from] = finished.model_digest()
+    if saved:
         former = saved[-1].state()
+        if not finished:  # it may be gone once the next stage has begun
+            state["data"] |= {k: v for k, v in former.get("data", {}).items() if k == grown_from}
         checkpoint.compatible(former, state, directory)
         state["peak_memory_bytes"] = former.get("peak_memory_bytes", 0)
-        return DualEncoder.from_pretrained(saved[-1].model), saved[-1].optimizer(), saved[-1].step, former["seconds"]
+        return load_model(recipe, number, saved[-1].model), saved[-1].optimizer(), saved[-1].step, former["seconds"]
     if number == 1:
         return build_model(recipe, number, tokenizer), None, 0, 0.0
-    before = checkpoint.all_saved(recipe.stage_directory(number - 1))
-    needed = recipe.stage(number - 1).steps
-    if not before or before[-1].step < needed:
+    if not finished:
+        needed = recipe.stage(number - 1).steps
         reached = f"stopped at step {before[-1].step} of {needed}" if before else "has not run"
         raise UserError(
             f"stage {number} starts from stage {number - 1}, which {reached} ({recipe.stage_directory(number - 1)}); "
             f"run it first: bash launch/stage{number - 1}.sh"
         )
-    return DualEncoder.from_pretrained(before[-1].model), None, 0, 0.0
+    return load_model(recipe, number, finished.model), None, 0, 0.0
 
 
 def settings(recipe: Recipe, number: int) -> dict[str, Any]:

@@ -1,0 +1,72 @@
+"""A sample's image and texts, out of the members that its shard holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from data_prep.shards import Dataset, ShardError
+from vision_tower import load_image
+
+IMAGE_TYPES = ("png", "jpg", "jpeg", "webp")
+
+
+def image_of(members: dict[str, bytes]) -> bytes | None:
+    """The encoded image among a sample's members, if there is one."""
+    return next((members[k] for k in IMAGE_TYPES if k in members), None)
+
+
+def texts_of(data: Dataset, index: int, members: dict[str, bytes]) -> dict[str, Any]:
+    """A sample's texts, `captions` of an image or `query` and `target` (and `negatives`), and the `item` that it is of.
+
+    A lone .txt is a caption of unknown language; a sample without `item` is one of its own.
+
+    Raises:
+        ShardError: texts that cannot be read, or not those of the data set's kind; names the sample.
+    """
+    name = data.row(index).key
+    if "json" in members:
+        try:
+            content = json.loads(members["json"])
+        except ValueError as error:
+            raise ShardError(f"{data.directory}: sample {name}: its .json is not JSON ({error})") from error
+    elif "txt" in members:
+        text = members["txt"].decode("utf-8", errors="replace")
+        content = {"captions": [{"text": text, "language": "und", "origin": "human"}]}
+    else:
+        content = {}
+    needed = {"text-pairs": ("query", "target"), "text-triplets": ("query", "target", "negatives")}
+    for part in needed.get(data.kind, ("captions",)):
+        if not (isinstance(content, dict) and content.get(part)):
+            raise ShardError(
+                f"{data.directory}: sample {name} has no {part}, which {data.kind} needs; it holds {sorted(content)}"
+            )
+    return {"item": f"{data.source}/{name}", **content}
+
+
+class SampleCache:
+    """Decoded samples, kept until `megabytes` are full; what came first stays, so small data sets are decoded once."""
+
+    def __init__(self, megabytes: int):
+        self.left = megabytes * 2**20
+        self.kept: dict[tuple[Path, int], tuple[torch.Tensor | None, dict[str, Any]]] = {}
+
+    def sample(self, data: Dataset, index: int) -> tuple[torch.Tensor | None, dict[str, Any]]:
+        """(uint8 pixels [3, H, W] if there is an image, the texts) of a sample."""
+        if (found := self.kept.get((data.directory, index))) is not None:
+            return found
+        members = data.read(index)
+        image = image_of(members)
+        pixels = None
+        if image is not None:
+            name = f"{data.directory}, sample {data.row(index).key}"
+            pixels = torch.from_numpy(np.array(load_image(image, name=name))).permute(2, 0, 1)
+        found = pixels, texts_of(data, index, members)
+        cost = sum(map(len, members.values())) * 4 + (0 if pixels is None else pixels.numel())
+        if cost <= self.left:
+            self.left -= cost
+            self.kept[data.directory, index] = found
+        return found
