@@ -20,17 +20,20 @@ def equal(one, two):
 
 
 def test_two_processes_give_one_process_curve(train, scalars):
-    """Dropout, patch dropout and augmentation on, under the launcher, to 1e-5 over the first 20 steps."""
+    """Dropout, patch dropout and augmentation on, under the launcher, to 1e-5 over the first 20 steps; with gradient
+    caching too."""
     options = (
         *QUICK, "steps=20", "model.text.dropout=0.1", "patch_dropout=[[0, 0.5]]",
         "augmentation={scale: [0.5, 1.0], flip: true, color: 0.2}",
     )  # fmt: skip
     train(1, *options, output="one")
     train(1, *options, output="two", ranks=2)
+    train(1, *options, "gradient_cache={images: 5, tokens: 60}", output="cached", ranks=2)
     for tag in ("loss/text", "loss/image_text", "temperature/text", "temperature/image_text"):
-        one, two = scalars("one/stage1", tag), scalars("two/stage1", tag)
+        one = scalars("one/stage1", tag)
         assert list(one) == list(range(20))
-        assert two == pytest.approx(one, rel=1e-5)
+        assert scalars("two/stage1", tag) == pytest.approx(one, rel=1e-5)
+        assert scalars("cached/stage1", tag) == pytest.approx(one, rel=1e-5)
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(train, start, tmp_path):
@@ -171,8 +174,8 @@ def test_damaged_data_and_wrong_sizes_are_named(train, copy_of_corpus):
 @pytest.mark.full
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_every_zero_stage_gives_the_plain_curve_and_goes_on_anywhere(train, scalars, tmp_path, zero):
-    """Two ranks, AdamW, triplets among the losses; then again from the checkpoint in the middle, under the same ZeRO
-    stage, in one plain process, and from ZeRO 0 under 3."""
+    """Two ranks, AdamW, triplets among the losses, with and without gradient caching; then from the checkpoint in the
+    middle, under the same ZeRO stage, in one plain process, and from ZeRO 0 under 3."""
     options = (
         *QUICK, "optimizer.name=adamw", "batch.text=32", "data.text=[{path: text-triplets/drawn}]",
         "checkpoint={every: 4, keep: 2}",
@@ -184,8 +187,10 @@ def test_every_zero_stage_gives_the_plain_curve_and_goes_on_anywhere(train, scal
     train(1, *options, output="plain")
     train(1, *options, under(zero), output="zero", ranks=2)
     plain = {tag: scalars("plain/stage1", tag) for tag in ("loss/text", "loss/image_text", "temperature/text")}
+    train(1, *options, under(zero), "gradient_cache={images: 5, tokens: 60}", output="cached", ranks=2)
     for tag, curve in plain.items():
         assert scalars("zero/stage1", tag) == pytest.approx(curve, rel=1e-5)
+        assert scalars("cached/stage1", tag) == pytest.approx(curve, rel=1e-5)
     for other, ranks in ((zero, 2), (0, 1), *([(3, 2)] if zero == 0 else [])):
         output = f"on-{other}-{ranks}"
         shutil.copytree(tmp_path / "zero/stage1/step-0000004", tmp_path / output / "stage1/step-0000004")

@@ -21,6 +21,7 @@ def test_every_recipe_of_the_project_loads(recipes):
         ("name: drawn\n", "", "'name' is missing"),
         ("resolution: [[0, ", "resolution: [[5, ", "stage 1: 'resolution' should be"),
         ("precision: fp32", "precision: fp8", "'precision'"),
+        ("max_tokens: 32", "max_tokens: 32\n    gradient_cache: {images: -1}", "stage 1: 'gradient_cache' should give"),
         ("seed: 0", "seed: [", "not valid YAML"),
     ],
 )

@@ -5,17 +5,17 @@ State by name is what lets a run go on with another world size, another ZeRO sta
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from contrastive_losses import InfoNCE
 from torch import Tensor, nn
 
 from stage_trainer.errors import UserError
-from stage_trainer.objective import MultiTask
+from stage_trainer.objective import Embedded, MultiTask, Part
 from stage_trainer.optim import build_optimizer, named_states, parameter_groups
 from stage_trainer.recipe import Recipe, Stage
 
@@ -67,39 +67,67 @@ class Engine:
         if self.zero:
             self._create_partitioned_state()
 
-    def backward(self, loss: Tensor) -> None:
-        self.engine.backward(loss)
+    def embed(self, part: Part, patch_dropout: float) -> Embedded:
+        return self.engine(part.to(self.engine.device), patch_dropout=patch_dropout)
+
+    def forward_passes(self, mine: int) -> int:
+        """As many on every rank under ZeRO 3, where each pass gathers the weights from all ranks."""
+        if self.zero < 3:
+            return mine
+        most = torch.tensor(mine, device=self.engine.device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        return int(most)
+
+    @contextlib.contextmanager
+    def backwards(self) -> Iterator[Callable[[Tensor, bool], None]]:
+        """Yields `backward(loss, last)`, to be called once or several times for one step; `last` marks the last one.
+
+        Gradients add up on each rank and are reduced over ranks once: DeepSpeed would otherwise reduce after each
+        backward pass, and ZeRO 1 and 2 would keep the last one's alone.
+        """
+
+        def backward(loss: Tensor, last: bool) -> None:
+            if not self.zero:
+                self.engine.set_gradient_accumulation_boundary(last)
+            self.engine.backward(loss)
+
+        with self.engine.coalesce_grad_reduction() if self.zero else contextlib.nullcontext():
+            yield backward
 
     def step(self) -> None:
         self.engine.step()
-        if not self.zero:
-            self.objective.clamp_()
-            return
-        # ZeRO updates from a copy of its own, which has to be clamped too, or it runs away behind the floor.
-        for loss in (self.objective.image_text, self.objective.text):
-            ceiling = -math.log(loss.min_temperature)
-            if loss.log_scale.requires_grad and (scale := self.log_scale(loss)) > ceiling:
-                self._set_partitioned(loss.log_scale, torch.full_like(scale, ceiling))
+        ceiling = -math.log(self.objective.loss.min_temperature)
+        for parameter in self._scales().values():
+            if not self.zero:
+                with torch.no_grad():
+                    parameter.clamp_(max=ceiling)
+            # ZeRO updates from a copy of its own, which has to be clamped too, or it runs away behind the floor.
+            elif parameter.requires_grad and (scale := self._whole(parameter)) > ceiling:
+                self._set_partitioned(parameter, torch.full_like(scale, ceiling))
                 if self.zero < 3:
-                    loss.clamp_()
-
-    def log_scale(self, loss: InfoNCE) -> Tensor:
-        """ln(1 / temperature) of a task's loss, shape [1]; under ZeRO every rank has to ask."""
-        if not self.zero:
-            return loss.log_scale.detach()
-        if not loss.log_scale.requires_grad:  # ZeRO keeps no copy of what does not train, but ZeRO 3 cuts it up
-            import deepspeed
-
-            with deepspeed.zero.GatheredParameters([loss.log_scale], enabled=self.zero == 3):
-                return loss.log_scale.detach().clone()
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return safe_get_full_fp32_param(loss.log_scale)
+                    with torch.no_grad():
+                        parameter.clamp_(max=ceiling)
 
     def temperatures(self) -> dict[str, float]:
         """Of each task; under ZeRO every rank has to ask."""
-        losses = {"image_text": self.objective.image_text, "text": self.objective.text}
-        return {task: math.exp(-self.log_scale(loss).item()) for task, loss in losses.items()}
+        return {task: math.exp(-self._whole(parameter).item()) for task, parameter in self._scales().items()}
+
+    def _scales(self) -> dict[str, nn.Parameter]:
+        """ln(1 / temperature) of each task, shape [1]; under ZeRO 3 cut up."""
+        return {"image_text": self.objective.model.logit_scale, "text": self.objective.model.text_logit_scale}
+
+    def _whole(self, parameter: nn.Parameter) -> Tensor:
+        """A parameter's value; under ZeRO every rank has to ask."""
+        if not self.zero:
+            return parameter.detach()
+        if not parameter.requires_grad:  # ZeRO keeps no copy of what does not train, but ZeRO 3 cuts it up
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero == 3):
+                return parameter.detach().clone()
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter)
 
     def gradient_norms(self) -> dict[str, float]:
         """L2 norms before clipping, by tower where whole gradients are at hand; read them before the step."""

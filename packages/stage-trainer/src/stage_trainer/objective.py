@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from contrastive_losses import InfoNCE
+from contrastive_losses import LossStats, matryoshka_info_nce
 from text_tower import PackedTokens
 from torch import Tensor, nn
 from vision_tower import normalize, patch_keep_indices
@@ -16,37 +16,63 @@ from stage_trainer.recipe import Loss
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One rank's part of a global batch.
+class Part:
+    """Images and texts to embed in one forward pass.
 
     Attributes:
-        images: uint8 `[I, 3, R, R]`, already augmented; None when the image-text task rests.
+        images: uint8 `[I, 3, R, R]`, already augmented, or None.
         image_seeds: `[I]` int64, the seed of each image's patch dropout.
-        image_ids: `[I]` int64, equal for samples that show the same item.
-        texts: all texts of the step in one packed sequence: I captions, P queries, P targets, P·K hard negatives;
-            None when this rank has none.
+        texts: in one packed sequence, or None.
         text_seeds: int64, one for each text, for dropout.
-        pairs: P.
-        negatives: K.
-        text_ids: `[P]` int64.
     """
 
     images: Tensor | None
     image_seeds: Tensor
-    image_ids: Tensor
     texts: PackedTokens | None
     text_seeds: Tensor
+
+    def to(self, device: torch.device) -> Part:
+        return Part(
+            None if self.images is None else self.images.to(device, non_blocking=True),
+            self.image_seeds.to(device, non_blocking=True),
+            None if self.texts is None else self.texts.to(device, non_blocking=True),
+            self.text_seeds.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True)
+class Batch(Part):
+    """One rank's part of a global batch: I image-caption pairs and P text pairs with K hard negatives each.
+
+    Its texts are I captions, P queries, P targets and P·K hard negatives, in this order.
+
+    Attributes:
+        image_ids: `[I]` int64, equal for samples that show the same item.
+        pairs: P.
+        negatives: K.
+        text_ids: `[P]` int64, equal for pairs about the same item.
+    """
+
+    image_ids: Tensor
     pairs: int
     negatives: int
     text_ids: Tensor
 
-    def to(self, device: torch.device) -> Batch:
-        moved = {k: v.to(device, non_blocking=True) if hasattr(v, "to") else v for k, v in vars(self).items()}
-        return Batch(**moved)
+
+@dataclass(frozen=True)
+class Embedded:
+    """What a part became: images `[I, D]` and texts `[N, D]`, float32, and both `scales` `[2]`, ln(1 / temperature) of
+    the image-text and of the text loss."""
+
+    images: Tensor
+    texts: Tensor
+    scales: Tensor
 
 
 class MultiTask(nn.Module):
-    """Embeds a batch with both towers and returns each task's loss.
+    """Embeds images and texts, and gives each task's loss over what was embedded.
+
+    The two are apart, because gradient caching embeds in parts and takes one loss over all of them.
 
     Args:
         model: the towers and temperatures.
@@ -56,47 +82,53 @@ class MultiTask(nn.Module):
 
     def __init__(self, model: DualEncoder, loss: Loss, precision: str):
         super().__init__()
-        self.model = model
-        self.precision = precision
-        # The losses learn the model's own temperatures, so that a checkpoint of the model is all there is to keep.
-        self.image_text = InfoNCE(loss.dims, temperature=loss.min_temperature, min_temperature=loss.min_temperature)
-        self.image_text.log_scale = model.logit_scale
-        self.text = InfoNCE(loss.dims, temperature=loss.min_temperature, min_temperature=loss.min_temperature)
-        self.text.log_scale = model.text_logit_scale
+        self.model, self.loss, self.precision = model, loss, precision
+        self.scales = Scales(model)
 
-    def forward(
-        self, batch: Batch, *, tasks: tuple[str, ...], patch_dropout: float = 0.0, group: Any = None
-    ) -> dict[str, tuple[Tensor, Any]]:
-        """Loss and `LossStats` of each of `tasks` ("image_text", "text"), each over the global batch of all ranks."""
-        device = self.model.logit_scale.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            width = self.model.text.config.width
-            images, texts = torch.zeros(0, width, device=device), torch.zeros(0, width, device=device)
-            if batch.images is not None and len(batch.images):
+    def forward(self, part: Part, *, patch_dropout: float = 0.0) -> Embedded:
+        scales = self.scales()
+        with torch.autocast(scales.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            images = texts = scales.new_zeros(0, self.model.text.config.width)
+            if part.images is not None:
                 keep = None
                 if patch_dropout:
-                    keep = patch_keep_indices(batch.image_seeds, self.model.vision.config.num_patches, patch_dropout)
-                images = self.model.vision(normalize(batch.images), keep=keep)
-            if batch.texts is not None:
-                texts = self.model.text(batch.texts, sample_seeds=batch.text_seeds)
-        captions, queries, targets, negatives = texts.split(
-            [len(images), batch.pairs, batch.pairs, batch.pairs * batch.negatives]
+                    keep = patch_keep_indices(part.image_seeds, self.model.vision.config.num_patches, patch_dropout)
+                images = self.model.vision(normalize(part.images), keep=keep)
+            if part.texts is not None:
+                texts = self.model.text(part.texts, sample_seeds=part.text_seeds)
+        return Embedded(images, texts, scales)
+
+    def losses(
+        self, embedded: Embedded, batch: Batch, *, tasks: tuple[str, ...], group: Any = None
+    ) -> dict[str, tuple[Tensor, LossStats]]:
+        """Loss and statistics of each of `tasks` ("image_text", "text"), each over the global batch of all ranks."""
+        device, pairs = embedded.images.device, batch.pairs
+        captions, queries, targets, negatives = embedded.texts.split(
+            [len(embedded.images), pairs, pairs, pairs * batch.negatives]
         )
-        losses = {}
-        if "image_text" in tasks:
-            ids = batch.image_ids
-            losses["image_text"] = self.image_text(
-                captions, images, query_ids=ids, target_ids=ids, group=group, return_stats=True
-            )
-        if "text" in tasks:
-            ids = batch.text_ids
-            hard = negatives.view(batch.pairs, batch.negatives, -1) if batch.negatives else None
-            losses["text"] = self.text(
-                queries, targets, hard, query_ids=ids, target_ids=ids, group=group, return_stats=True
-            )
+        hard = negatives.view(pairs, batch.negatives, -1) if batch.negatives else None
+        image_ids, text_ids = batch.image_ids.to(device), batch.text_ids.to(device)
+        temperatures = torch.exp(-embedded.scales)
+        of_task = {
+            "image_text": (captions, embedded.images, None, image_ids, temperatures[:1]),
+            "text": (queries, targets, hard, text_ids, temperatures[1:]),
+        }
+        losses: dict[str, Any] = {}
+        for task in tasks:
+            queries, targets, hard, ids, temperature = of_task[task]
+            losses[task] = matryoshka_info_nce(
+                queries, targets, negatives=hard, temperature=temperature, dims=self.loss.dims,
+                query_ids=ids, target_ids=ids, group=group, return_stats=True,
+            )  # fmt: skip
         return losses
 
-    def clamp_(self) -> None:
-        """Keeps both temperatures at or above their floor; to be called after each optimizer step."""
-        self.image_text.clamp_()
-        self.text.clamp_()
+
+class Scales(nn.Module):
+    """Both temperatures' parameters as one tensor `[2]`; a module, because ZeRO 3 makes parameters whole in forward."""
+
+    def __init__(self, model: DualEncoder):
+        super().__init__()
+        self.logit_scale, self.text_logit_scale = model.logit_scale, model.text_logit_scale
+
+    def forward(self) -> Tensor:
+        return torch.cat([self.logit_scale, self.text_logit_scale])

@@ -80,6 +80,14 @@ class Augmentation:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class GradientCache:
+    """Chunks of a rank's part of a batch, for gradient caching: images and text tokens in one forward pass (0: all)."""
+
+    images: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Stage:
     """One stage. `resolution` and `patch_dropout` are lists of [from_step, value]."""
 
@@ -97,6 +105,7 @@ class Stage:
     task_start: PerTask = field(default_factory=PerTask)
     augmentation: Augmentation = field(default_factory=Augmentation)
     trainable: Trainable = field(default_factory=Trainable)
+    gradient_cache: GradientCache | None = None
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
     def resolution_at(self, step: int) -> int:

@@ -202,6 +202,13 @@ def _check(recipe: Recipe, path: str | Path) -> None:
                 raise UserError(
                     f"{here}: {name!r} should be [[0, …], [later step, …], …] with rising steps; found {starts}"
                 )
+        if (cache := stage.gradient_cache) and (
+            cache.images < 0 or cache.tokens < 0 or not cache.images + cache.tokens
+        ):
+            raise UserError(
+                f"{here}: 'gradient_cache' should give the images and the tokens of one forward pass, such as "
+                "{images: 256, tokens: 16384} (0: all of them); leave it out for none"
+            )
         if not all(0 <= rate < 1 for _, rate in stage.patch_dropout):
             raise UserError(
                 f"{here}: 'patch_dropout' rates should be at least 0 and below 1; found {stage.patch_dropout}"

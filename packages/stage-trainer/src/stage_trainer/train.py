@@ -23,6 +23,7 @@ from stage_trainer.objective import MultiTask
 from stage_trainer.optim import schedule, set_rates
 from stage_trainer.recipe import Recipe, Stage
 from stage_trainer.recipe_file import flatten, to_dict
+from stage_trainer.step import Losses, forward_backward
 
 
 def train(recipe: Recipe, number: int, *, start_over: bool = False) -> None:
@@ -83,7 +84,7 @@ def run(
     stop: int,
 ) -> None:
     """Steps `start` to `stop` - 1 at one resolution, with a checkpoint at the end."""
-    rank, world, device = data.rank, data.world, engine.engine.device
+    rank, world = data.rank, data.world
     directory = recipe.stage_directory(number)
     named = recipe.evaluation.pools if recipe.evaluation.every else ()
     pools = [retrieval.Pool.open(Path(recipe.corpus) / "validation" / p) for p in named]
@@ -104,16 +105,16 @@ def run(
             rate = schedule(step, stage.steps, stage.warmup_steps, stage.min_lr_ratio)
             set_rates(engine.optimizer, rate, towers)
             engine.engine.train()
-            losses = engine.engine(batch.to(device), tasks=tasks, patch_dropout=dropout, group=group)
-            total = torch.stack([loss for loss, _ in losses.values()]).sum()
+            losses = forward_backward(
+                engine, batch, tasks=tasks, patch_dropout=dropout, group=group, cache=stage.gradient_cache
+            )
             monitor.count(sum(getattr(stage.batch, task) for task in tasks), waited, seen)
-            engine.backward(total)
             norms = engine.gradient_norms() if monitor.wants(step) else {}
             engine.step()
             done = step + 1
             keep_it = done == stop or (recipe.checkpoint.every and done % recipe.checkpoint.every == 0)
             if keep_it or monitor.wants(step):
-                _check_finite(engine, total, step, directory)
+                _check_finite(engine, losses, step, directory)
             if monitor.wants(step):
                 monitor.log(step, losses, scalars(engine, norms), stage.loss.dims)
             monitor.advance()
@@ -157,7 +158,8 @@ def starting_point(
 
 def settings(recipe: Recipe, number: int) -> dict[str, Any]:
     """What must not change between two runs of a stage: all that bears on its numbers."""
-    stage = {k: v for k, v in to_dict(recipe)["stages"][number - 1].items() if k != "deepspeed"}
+    how = ("deepspeed", "gradient_cache")  # what they change is rounding
+    stage = {k: v for k, v in to_dict(recipe)["stages"][number - 1].items() if k not in how}
     tree = {k: v for k, v in to_dict(recipe).items() if k in ("model", "optimizer", "seed", "precision")}
     # A folder may be moved; what is in it has a fingerprint of its own.
     del tree["model"]["tokenizer"]
@@ -192,11 +194,12 @@ def validate(engine: Engine, pools: list[retrieval.Pool], monitor: Monitor, step
             monitor.say(f"step {step}: {pool.name} " + ", ".join(f"{d} {v:.1%}" for d, v in values.items()))
 
 
-def _check_finite(engine: Engine, loss: torch.Tensor, step: int, directory: Path) -> None:
+def _check_finite(engine: Engine, losses: Losses, step: int, directory: Path) -> None:
     """Stops before a model that is lost is written over one that is not."""
     lost = [name for name, p in engine.parameters.items() if not torch.isfinite(p.detach()).all()]
-    if not math.isfinite(loss.item()) or lost:
-        what = f"the loss is {loss.item()}" if not lost else f"{len(lost)} parameters are not finite ({lost[0]}, …)"
+    loss = sum(value.item() for value, _ in losses.values())
+    if not math.isfinite(loss) or lost:
+        what = f"the loss is {loss}" if not lost else f"{len(lost)} parameters are not finite ({lost[0]}, …)"
         raise UserError(
             f"{what} at step {step}; lower the learning rate or lengthen warmup_steps. "
             f"Checkpoints in {directory} are from before"

@@ -1,0 +1,138 @@
+"""Forward and backward of one step, at once or with gradient caching (Gao et al., 2021, arXiv 2101.06983).
+
+With caching, a batch of any size fits: it is embedded in chunks without keeping anything for the backward pass, the
+loss over all embeddings gives their gradients, and each chunk is embedded again, now to send its part of the gradient
+into the towers. Dropout and patch dropout are functions of each sample's seed, so the second pass repeats the first.
+
+(Plain accumulation, a loss for each chunk, would be something else: the negatives of a contrastive loss are those of
+its batch, and chunks would not see one another's.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from contrastive_losses import LossStats
+from text_tower import PackedTokens
+from torch import Tensor
+
+from stage_trainer.objective import Batch, Embedded, MultiTask, Part
+from stage_trainer.recipe import GradientCache
+
+Losses = dict[str, tuple[Tensor, LossStats]]
+
+
+class StepEngine(Protocol):
+    """What a step needs of an engine."""
+
+    objective: MultiTask
+
+    def embed(self, part: Part, patch_dropout: float) -> Embedded:
+        """The objective's forward pass, on the engine's device."""
+
+    def backwards(self) -> AbstractContextManager[Callable[[Tensor, bool], None]]:
+        """Yields backward(loss, last); the gradients of all calls add up."""
+
+    def forward_passes(self, mine: int) -> int:
+        """How many forward passes this rank shall run, if its own part of the batch takes `mine`."""
+
+
+def forward_backward(
+    engine: StepEngine,
+    batch: Batch,
+    *,
+    tasks: tuple[str, ...],
+    patch_dropout: float = 0.0,
+    group: Any = None,
+    cache: GradientCache | None = None,
+) -> Losses:
+    """Leaves the gradients of the sum of the tasks' losses on the parameters; returns the losses and their statistics.
+
+    Args:
+        engine: embeds and goes backward.
+        batch: this rank's part of the global batch, on the host.
+        tasks: those that take part.
+        patch_dropout: share of the patches that images lose.
+        group: the ranks whose parts make the global batch.
+        cache: sizes of the chunks for gradient caching; None: no caching.
+    """
+    objective = engine.objective
+    if cache is None:
+        losses = objective.losses(engine.embed(batch, patch_dropout), batch, tasks=tasks, group=group)
+        with engine.backwards() as backward:
+            backward(_total(losses), True)
+        return losses
+
+    images, texts = list(image_chunks(batch, cache.images)), list(text_chunks(batch, cache.tokens))
+    # What is beyond a rank's own parts is run for the other ranks' sake, and its result dropped.
+    images += images[:1] * (engine.forward_passes(len(images)) - len(images))
+    texts += texts[:1] * (engine.forward_passes(len(texts)) - len(texts))
+    parts = [*images, *texts]
+    with torch.no_grad():
+        first = [engine.embed(part, patch_dropout) for part in parts]
+    own_images, own_texts = 0 if batch.images is None else len(batch.images), len(batch.text_seeds)
+    whole = Embedded(
+        torch.cat([e.images for e in first])[:own_images].requires_grad_(),
+        torch.cat([e.texts for e in first])[:own_texts].requires_grad_(),
+        first[0].scales.clone().requires_grad_(),
+    )
+    losses = objective.losses(whole, batch, tasks=tasks, group=group)
+    # A surrogate whose derivative is the chunk's part of the chain rule; what was dropped gets zeros.
+    of_images, of_texts, of_scales = _gradients(_total(losses), whole)
+    of_image_chunks = _split(of_images, [len(e.images) for e in first])
+    of_text_chunks = _split(of_texts, [len(e.texts) for e in first])
+    del first, whole
+    with engine.backwards() as backward:
+        for number, part in enumerate(parts):
+            embedded = engine.embed(part, patch_dropout)
+            surrogate = (embedded.images * of_image_chunks[number]).sum()
+            surrogate = surrogate + (embedded.texts * of_text_chunks[number]).sum()
+            if number == 0:  # the temperatures count once, whatever the number of chunks
+                surrogate = surrogate + (embedded.scales * of_scales).sum()
+            backward(surrogate, number == len(parts) - 1)
+    return {task: (loss.detach(), stats) for task, (loss, stats) in losses.items()}
+
+
+def image_chunks(batch: Batch, size: int) -> Iterator[Part]:
+    """Parts of at most `size` images (0: all in one)."""
+    count = 0 if batch.images is None else len(batch.images)
+    no_seeds = batch.text_seeds[:0]
+    for start in range(0, count, size or count):
+        rows = slice(start, start + (size or count))
+        assert batch.images is not None
+        yield Part(batch.images[rows], batch.image_seeds[rows], None, no_seeds)
+
+
+def text_chunks(batch: Batch, tokens: int) -> Iterator[Part]:
+    """Parts of consecutive texts with at most `tokens` tokens (0: all in one); a longer text is a part of its own."""
+    if batch.texts is None:
+        return
+    lengths, bounds = batch.texts.lengths, batch.texts.cu_seqlens
+    start = 0
+    while start < len(lengths):
+        stop, held = start + 1, lengths[start]
+        while stop < len(lengths) and (not tokens or held + lengths[stop] <= tokens):
+            held, stop = held + lengths[stop], stop + 1
+        first = int(bounds[start])
+        ids, cu_seqlens = batch.texts.ids[first : first + held], bounds[start : stop + 1] - first
+        packed = PackedTokens(ids, cu_seqlens, max(lengths[start:stop]))
+        yield Part(None, batch.image_seeds[:0], packed, batch.text_seeds[start:stop])
+        start = stop
+
+
+def _total(losses: Losses) -> Tensor:
+    return torch.stack([loss for loss, _ in losses.values()]).sum()
+
+
+def _gradients(loss: Tensor, embedded: Embedded) -> tuple[Tensor, Tensor, Tensor]:
+    leaves = (embedded.images, embedded.texts, embedded.scales)
+    found = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True))  # type: ignore
+
+
+def _split(rows: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    """Cut into pieces of `sizes`, with zero rows where there are not enough."""
+    return torch.nn.functional.pad(rows, (0, 0, 0, sum(sizes) - len(rows))).split(sizes)
