@@ -2,10 +2,12 @@ import io
 import json
 
 import pytest
+import torch
 from data_prep.shards import Dataset, DatasetWriter
 from PIL import Image
-from stage_trainer.data import StageBatches, batches
+from stage_trainer.data import Corrupt, StageBatches, batches
 from stage_trainer.errors import UserError
+from stage_trainer.ledger import Ledger
 from stage_trainer.recipe_file import load
 from stage_trainer.retrieval import Pool
 from stage_trainer.samples import SampleCache
@@ -60,11 +62,37 @@ def triplet(negatives):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_bad_sample_is_named_whoever_read_it(write, stage, workers):
+def test_a_bad_sample_is_replaced_and_named_whoever_read_it(write, stage, workers):
+    """By the same one each time, so that a run goes on as it began."""
     write("text-triplets", [triplet(2)] * 3 + [triplet(1)])
-    with pytest.raises(UserError, match="sample s3 has 1 negatives; the first triplet .* has 2") as caught:
-        next(batches(stage("text", "text-triplets"), 0, 1, workers))
+    found = [next(batches(stage("text", "text-triplets"), 0, 1, workers)) for _ in range(2)]
+    for batch, drawn in found:
+        assert (batch.pairs, batch.negatives) == (4, 2)
+        (entry,) = drawn.corrupt
+        assert entry.key == "s3"
+        assert entry.shard.endswith("text-triplets/made/00000.tar")
+        assert "has 1 negatives; the first triplet" in entry.reason
+    assert torch.equal(found[0][0].text_ids, found[1][0].text_ids)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_source_of_bad_samples_alone_is_one_message(write, stage, workers):
+    write("image-short", [{"png": b"not an image", "txt": b"dot"}] * 6)
+    with pytest.raises(UserError, match="16 samples in a row were of no use.*cannot be decoded") as caught:
+        next(batches(stage("image_text", "image-short"), 0, 1, workers))
     assert "Traceback" not in str(caught.value)
+
+
+def test_the_ledger_lists_what_was_replaced_and_ends_a_run_with_too_many(tmp_path):
+    ledger = Ledger(tmp_path / "corrupt.jsonl", limit=0.1, active=True)
+    entry = Corrupt("00000.tar", "s3", "cannot be decoded")
+    ledger.enter([entry] * 10, step=0, drawn=20)  # a few stop no run
+    ledger.enter([entry], step=1, drawn=200)
+    with pytest.raises(UserError, match=r"22 of 210 samples .* more than max_corrupt=0.1 .*cannot be decoded"):
+        ledger.enter([entry] * 11, step=2, drawn=210)
+    lines = [json.loads(line) for line in (tmp_path / "corrupt.jsonl").read_text().splitlines()]
+    assert len(lines) == 22
+    assert lines[10] == {"step": 1, "shard": "00000.tar", "key": "s3", "reason": "cannot be decoded"}
 
 
 def test_any_number_of_negatives_serves(write, stage):
@@ -75,9 +103,9 @@ def test_any_number_of_negatives_serves(write, stage):
 
 def test_a_txt_caption_serves_for_training_and_as_a_pool(write, stage):
     directory = write("image-short", [{"png": png(), "txt": f"dot {i}".encode()} for i in range(6)])
-    batch, seen = next(batches(stage("image_text", "image-short"), 0, 1, 0))
+    batch, drawn = next(batches(stage("image_text", "image-short"), 0, 1, 0))
     assert batch.images.shape == (4, 3, 32, 32)
-    assert set(seen) == {"image-short/made/und"}
+    assert set(drawn.texts) == {"image-short/made/und"}
     assert len(set(batch.image_ids.tolist())) == 4
     pool = Pool.open(directory)
     assert pool.texts == {"und": [(i, f"dot {i}") for i in range(6)]}

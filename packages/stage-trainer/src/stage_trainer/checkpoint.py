@@ -1,7 +1,8 @@
 """Checkpoints: `step-NNNNNNN/{model/, optimizer.safetensors, state.json}`, whole or absent.
 
 `model/` is a `DualEncoder` directory, so a checkpoint can be evaluated and taken out as it is. Optimizer state
-stands by parameter name. state.json holds the step, the recipe's settings and the data's fingerprints.
+stands by parameter name. state.json holds the step, the recipe's settings, the data's fingerprints and the hash of
+every file, by which a checkpoint is verified before a run goes on from it.
 """
 
 from __future__ import annotations
@@ -49,14 +50,23 @@ class Saved:
     def optimizer(self) -> dict[str, Tensor]:
         return load_file(self.path / "optimizer.safetensors")
 
+    def damage(self) -> str | None:
+        """What differs from what was written, or None. Reads the whole checkpoint."""
+        try:
+            written = self.state()["files"]
+            for name, digest in written.items():
+                if not (self.path / name).is_file():
+                    return f"{name} is missing"
+                if _sha256(self.path / name) != digest:
+                    return f"{name} is not what was written"
+        except (UserError, OSError, KeyError) as error:
+            return str(error)
+        return None
+
     def model_digest(self) -> str:
         """sha256 over the model's files, the same for the same weights and settings wherever the checkpoint stands."""
-        digest = hashlib.sha256()
-        for path in sorted(p for p in self.model.rglob("*") if p.is_file()):
-            digest.update(f"{path.relative_to(self.model).as_posix()}\0".encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()
+        files = {name: d for name, d in self.state()["files"].items() if name.startswith("model/")}
+        return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def all_saved(directory: Path) -> list[Saved]:
@@ -67,6 +77,42 @@ def all_saved(directory: Path) -> list[Saved]:
         (int(m[1]), p) for p in directory.iterdir() if (m := _NAME.fullmatch(p.name)) and (p / "state.json").exists()
     ]
     return [Saved(path, step) for step, path in sorted(found)]
+
+
+def newest_sound(directory: Path) -> Saved | None:
+    """The newest checkpoint of a stage that is as it was written; all ranks call it, rank 0 reads.
+
+    A damaged one is passed over, which is said aloud, and left for somebody to look at.
+
+    Raises:
+        UserError: there are checkpoints, and all are damaged.
+    """
+    found: Saved | None = None
+    problem: UserError | None = None
+    if torch.distributed.get_rank() == 0:
+        damages = []
+        for saved in reversed(all_saved(directory)):
+            if (damage := saved.damage()) is None:
+                found = saved
+                break
+            damages.append(f"the checkpoint {saved.path} is damaged: {damage}")
+        if damages and found is None:
+            problem = UserError(f"{'; '.join(damages)}; move them away and start the stage again")
+        for line in damages if found else ():
+            print(f"{line}; going on from step {found.step} instead", flush=True)  # type: ignore[union-attr]
+    found, problem = _from_rank_0((found, problem))
+    if problem is not None:
+        raise problem
+    return found
+
+
+def _from_rank_0(value: Any) -> Any:
+    """The value that rank 0 has; a rank that cannot read or write must not leave the others waiting for it."""
+    if torch.distributed.get_world_size() == 1:
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def save(directory: Path, step: int, engine: Engine, state: dict[str, Any], keep: int, rank: int) -> None:
@@ -80,26 +126,37 @@ def save(directory: Path, step: int, engine: Engine, state: dict[str, Any], keep
     with engine.whole_model():
         if rank == 0:
             try:
+                if target.exists():  # damaged, or the run would have gone on from it
+                    target.rename(_free_name(target))
                 _write(target, engine.objective.model, optimizer, {**state, "step": step})
             except UserError as error:
                 problem = error
-    if torch.distributed.get_world_size() > 1:
-        # A rank that cannot write must not leave the others waiting for it.
-        outcome = [problem]
-        torch.distributed.broadcast_object_list(outcome, src=0)
-        problem = outcome[0]
+    problem = _from_rank_0(problem)
     if problem is not None:
         raise problem
     if rank == 0:
-        for old in all_saved(directory)[:-keep]:
+        for old in [saved for saved in all_saved(directory) if saved.step <= step][:-keep]:
             shutil.rmtree(old.path)
 
 
 def _write(target: Path, model: DualEncoder, optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
     with whole_directory(target) as path:
         save_file(optimizer, path / "optimizer.safetensors")
-        (path / "state.json").write_text(json.dumps(state, indent=2) + "\n")
         model.save_pretrained(path / "model")
+        files = {p.relative_to(path).as_posix(): _sha256(p) for p in sorted(path.rglob("*")) if p.is_file()}
+        (path / "state.json").write_text(json.dumps({**state, "files": files}, indent=2) + "\n")
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    while (free := path.with_name(f"{path.name}.damaged-{number}")).exists():
+        number += 1
+    return free
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def set_resolution(model: DualEncoder, pixels: int, optimizer: dict[str, Tensor] | None = None) -> None:

@@ -20,7 +20,7 @@ EPILOG = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a subcommand; what a person can mend is one message and exit code 2."""
+    """Runs a subcommand; what a person can mend is one message and exit code 2, an end that was asked for 75."""
     top = parser()
     arguments, rest = top.parse_known_args(argv)
     # argparse takes the free words of a command only in one row; people also write them between options.
@@ -29,10 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         getattr(arguments, free).extend(rest)
-    from stage_trainer.errors import UserError
+    from stage_trainer.errors import Stopped, UserError
 
     try:
         arguments.run(arguments)
+    except Stopped as error:
+        print(f"stage-trainer: {error}", file=sys.stderr, flush=True)
+        return Stopped.EXIT_CODE
     except (UserError, FileNotFoundError) as error:
         print(f"stage-trainer: {error}", file=sys.stderr, flush=True)
         return 2

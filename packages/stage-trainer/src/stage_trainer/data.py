@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,32 @@ from stage_trainer.recipe import Recipe, Source, Stage
 from stage_trainer.sampler import Draw, SourceOrder, TaskSampler, slice_of
 from stage_trainer.samples import IMAGE_TYPES, SampleCache
 
+REPLACEMENTS = 16
+"""So many samples in a row may be corrupt before a source is given up."""
+
+
+@dataclass(frozen=True)
+class Corrupt:
+    """A sample that was replaced: an entry of the ledger."""
+
+    shard: str
+    key: str
+    reason: str
+
+
+@dataclass
+class Drawn:
+    """What went into a rank's part of a batch: texts by kind/source/language, and samples that had to be replaced."""
+
+    texts: Counter[str] = field(default_factory=Counter)
+    corrupt: list[Corrupt] = field(default_factory=list)
+
 
 class StageBatches(TorchDataset):
-    """The batches of a stage for one rank; item n is (Batch, what was drawn: a Counter of source/language).
+    """The batches of a stage for one rank; item n is (Batch, Drawn).
 
-    Every item is a function of (recipe, n, rank, world) alone, so any worker may make it, at any time, again.
+    Every item is a function of (recipe, n, rank, world) alone, so any worker may make it, at any time, again. A sample
+    that cannot be read or is of no use is replaced by another of its source, always the same one.
 
     Raises:
         UserError: a data set that is missing or damaged, of a wrong kind, or smaller than one batch.
@@ -55,10 +78,11 @@ class StageBatches(TorchDataset):
         """K of the stage's triplets, as the first sample of the first source has it; 0 for pairs."""
         if not (self.text_sources and self.text_sources[0].kind == "text-triplets"):
             return 0
-        try:
-            return len(self.cache.sample(self.text_sources[0], 0)[1]["negatives"])
-        except ShardError as error:
-            raise UserError(str(error)) from error
+        data = self.text_sources[0]
+        for index in range(min(REPLACEMENTS, len(data))):
+            with contextlib.suppress(ShardError):  # whoever draws it enters it in the ledger
+                return len(self.cache.sample(data, index)[1]["negatives"])
+        raise UserError(f"{data.directory}: none of its first {REPLACEMENTS} triplets can be read")
 
     @property
     def fingerprint(self) -> dict[str, str]:
@@ -73,8 +97,8 @@ class StageBatches(TorchDataset):
         takes = {"image_text": self.image_sampler, "text": self.text_sampler}
         return tuple(t for t, s in takes.items() if s is not None and step >= getattr(self.stage.task_start, t))
 
-    def __getitem__(self, step: int) -> tuple[Batch, Counter[str]]:
-        seen: Counter[str] = Counter()
+    def __getitem__(self, step: int) -> tuple[Batch, Drawn]:
+        drawn = Drawn()
         tasks = self.tasks_at(step)
         images, captions, image_seeds, image_ids = [], [], [], []
         if "image_text" in tasks:
@@ -82,10 +106,10 @@ class StageBatches(TorchDataset):
             start = self.stage.task_start.image_text
             for draw in slice_of(self.image_sampler.batch_at(step - start), self.rank, self.world):
                 data = self.image_sources[draw.source]
-                pixels, content = self.cache.sample(data, draw.index)
+                pixels, content = self._sample(data, draw.index, drawn)
                 seed = self._seed(data, draw)
-                images.append(self._augmented(data, pixels, seed, step))
-                captions.append(self._choose(content["captions"], seed, data, seen)["text"])
+                images.append(self._augmented(pixels, seed, step))
+                captions.append(self._choose(content["captions"], seed, data, drawn)["text"])
                 image_seeds.append(seed)
                 image_ids.append(key(content["item"]))
         queries, targets, negatives, text_seeds, text_ids = [], [], [], [], []
@@ -94,9 +118,9 @@ class StageBatches(TorchDataset):
             start = self.stage.task_start.text
             for draw in slice_of(self.text_sampler.batch_at(step - start), self.rank, self.world):
                 data = self.text_sources[draw.source]
-                _, content = self.cache.sample(data, draw.index)
+                _, content = self._sample(data, draw.index, drawn)
                 seed = self._seed(data, draw)
-                query, target, hard = self._texts(content, seed, draw, seen)
+                query, target, hard = self._texts(content, seed, draw.source, drawn)
                 queries.append(query)
                 targets.append(target)
                 negatives += hard
@@ -104,42 +128,62 @@ class StageBatches(TorchDataset):
                 text_ids.append(key(content["item"]))
         return self._pack(
             images, captions, image_seeds, image_ids, queries, targets, negatives, text_seeds, text_ids
-        ), seen
+        ), drawn
+
+    def _sample(self, data: Dataset, index: int, drawn: Drawn) -> tuple[torch.Tensor | None, dict[str, Any]]:
+        """(pixels, texts) of a sample, or of the one that takes its place."""
+        for attempt in range(REPLACEMENTS):
+            try:
+                pixels, content = self.cache.sample(data, index)
+                self._check(data, index, pixels, content)
+                return pixels, content
+            except (ShardError, ImageError) as error:
+                row = data.row(index)
+                drawn.corrupt.append(Corrupt(str(data.directory / row.shard), row.key, str(error)))
+                index = key("replacement", data.kind, data.source, row.key, attempt) % len(data)
+        raise UserError(
+            f"{data.directory}: {REPLACEMENTS} samples in a row were of no use, the last one because: "
+            f"{drawn.corrupt[-1].reason}"
+        )
+
+    def _check(self, data: Dataset, index: int, pixels: torch.Tensor | None, content: dict[str, Any]) -> None:
+        """What a sample needs beside the texts of its kind."""
+        name = f"{data.directory}: sample {data.row(index).key}"
+        if data.kind.startswith("image") and pixels is None:
+            raise ShardError(f"{name} has no image among {', '.join(IMAGE_TYPES)}")
+        found = len(content.get("negatives", ()))
+        if data.kind == "text-triplets" and found != self.hard_negatives:
+            raise ShardError(
+                f"{name} has {found} negatives; the first triplet of {self.text_sources[0].directory} has "
+                f"{self.hard_negatives}, and all triplets of a stage need as many"
+            )
 
     def _seed(self, data: Dataset, draw: Draw) -> int:
         return key(self.seed, data.kind, data.source, draw.epoch, draw.index)
 
-    def _augmented(self, data: Dataset, pixels: torch.Tensor | None, seed: int, step: int) -> torch.Tensor:
-        if pixels is None:
-            raise ShardError(
-                f"{data.directory}: a sample has no image among {IMAGE_TYPES}; it cannot serve the image-text task"
-            )
+    def _augmented(self, pixels: torch.Tensor | None, seed: int, step: int) -> torch.Tensor:
+        assert pixels is not None  # _check saw to it
         a = self.stage.augmentation
         size = self.stage.resolution_at(step)
         return augment(pixels, seed, size, scale=a.scale, ratio=a.ratio, flip=a.flip, color=a.color)
 
-    def _texts(self, content: dict[str, Any], seed: int, draw: Draw, seen: Counter[str]) -> tuple[str, str, list[str]]:
+    def _texts(self, content: dict[str, Any], seed: int, source: int, drawn: Drawn) -> tuple[str, str, list[str]]:
         """A query, its target (other words, in the language that the recipe wants) and its hard negatives."""
-        data, language = self.text_sources[draw.source], self.stage.data.text[draw.source].target_language
-        query = self._choose(content["query"], seed, data, seen)["text"]
+        data, language = self.text_sources[source], self.stage.data.text[source].target_language
+        query = self._choose(content["query"], seed, data, drawn)["text"]
         others = [t for t in content["target"] if t["text"] != query] or content["target"]
         wanted = [t for t in others if t["language"] == language] or others
-        target = self._choose(wanted, key(seed, "target"), data, seen)["text"]
+        target = self._choose(wanted, key(seed, "target"), data, drawn)["text"]
         hard = [
-            self._choose(alternatives, key(seed, "negative", i), data, seen)["text"]
+            self._choose(alternatives, key(seed, "negative", i), data, drawn)["text"]
             for i, alternatives in enumerate(content.get("negatives", []))
         ]
-        if len(hard) != self.hard_negatives:
-            raise ShardError(
-                f"{data.directory}: sample {data.row(draw.index).key} has {len(hard)} negatives; the first triplet of "
-                f"{self.text_sources[0].directory} has {self.hard_negatives}, and all triplets of a stage need as many"
-            )
         return query, target, hard
 
     @staticmethod
-    def _choose(alternatives: list[dict[str, Any]], seed: int, data: Dataset, seen: Counter[str]) -> dict[str, Any]:
+    def _choose(alternatives: list[dict[str, Any]], seed: int, data: Dataset, drawn: Drawn) -> dict[str, Any]:
         text = alternatives[key(seed, "text") % len(alternatives)]
-        seen[f"{data.kind}/{data.source}/{text['language']}"] += 1
+        drawn.texts[f"{data.kind}/{data.source}/{text['language']}"] += 1
         return text
 
     def _pack(
@@ -176,18 +220,18 @@ class _FailuresAsItems(TorchDataset):
     def __init__(self, data: StageBatches):
         self.data = data
 
-    def __getitem__(self, step: int) -> tuple[Batch, Counter[str]] | Exception:
+    def __getitem__(self, step: int) -> tuple[Batch, Drawn] | Exception:
         try:
             return self.data[step]
-        except (ShardError, UserError, ImageError) as error:
+        except (ShardError, UserError) as error:
             return error
 
 
-def batches(data: StageBatches, start: int, stop: int, workers: int) -> Iterator[tuple[Batch, Counter[str]]]:
+def batches(data: StageBatches, start: int, stop: int, workers: int) -> Iterator[tuple[Batch, Drawn]]:
     """Batches `start` to `stop` - 1, made ahead by worker processes if there are any.
 
     Raises:
-        UserError: a sample that cannot be read or is of no use; names it.
+        UserError: a source of which hardly a sample can be read.
     """
     loader = DataLoader(
         _FailuresAsItems(data),

@@ -1,4 +1,4 @@
-"""The one exception that the console commands show as a message instead of a traceback."""
+"""The exceptions that the console commands show as a message instead of a traceback."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,9 @@ class UserError(ValueError):
 
     The text says what was found, what was expected and what to do next.
     """
+
+
+class Stopped(Exception):
+    """The run was asked to stop (SIGTERM, SIGINT) and has saved a checkpoint to go on from."""
+
+    EXIT_CODE = 75  # sysexits' EX_TEMPFAIL: nothing is wrong, start again later

@@ -169,7 +169,8 @@ class Recipe:
     """A whole training, from the start to the last stage.
 
     `precision` is what the towers compute in; `auto` is bf16 where the machine multiplies in bfloat16 and fp32 where it
-    would have to emulate that, which is up to ten times slower than fp32.
+    would have to emulate that, which is up to ten times slower than fp32. Of the samples drawn, up to the share
+    `max_corrupt` may be unreadable or of no use; they are replaced and entered in `corrupt.jsonl`.
     """
 
     name: str
@@ -182,6 +183,7 @@ class Recipe:
     precision: Literal["bf16", "fp32", "auto"] = "bf16"
     workers: int = 0
     cache_megabytes: int = 0
+    max_corrupt: float = 0.01
     log_every: int = 10
     optimizer: Optimizer = field(default_factory=Optimizer)
     evaluation: Evaluation = field(default_factory=Evaluation)

@@ -12,11 +12,13 @@ import torch
 
 from stage_trainer import checkpoint, retrieval
 from stage_trainer.build import build_model, load_model, load_tokenizer, tower_configs
+from stage_trainer.control import Control
 from stage_trainer.data import StageBatches, batches
 from stage_trainer.engine import Engine, initialize_distributed
 from stage_trainer.environment import native_precision, peak_memory, quiet, set_threads, versions
-from stage_trainer.errors import UserError
+from stage_trainer.errors import Stopped, UserError
 from stage_trainer.keyed import key
+from stage_trainer.ledger import Ledger
 from stage_trainer.model import DualEncoder
 from stage_trainer.monitor import Monitor
 from stage_trainer.objective import MultiTask
@@ -92,14 +94,18 @@ def run(
     # Ranks see different samples but one group: losses are over the global batch.
     group = torch.distributed.group.WORLD if world > 1 else None
     began, before = time.perf_counter(), state["seconds"]
-    with Monitor(
-        directory, title=title, start=start, steps=stage.steps, every=recipe.log_every, active=rank == 0
-    ) as monitor:
+    ledger, samples = Ledger(directory / "corrupt.jsonl", recipe.max_corrupt, rank == 0), 0
+    with (
+        Control() as control,
+        Monitor(
+            directory, title=title, start=start, steps=stage.steps, every=recipe.log_every, active=rank == 0
+        ) as monitor,
+    ):
         loader = batches(data, start, stop, recipe.workers)
         for step in range(start, stop):
-            asked = time.perf_counter()
-            batch, seen = next(loader)
-            waited = time.perf_counter() - asked
+            began_waiting = time.perf_counter()
+            batch, drawn = next(loader)
+            waited = time.perf_counter() - began_waiting
             tasks, dropout = data.tasks_at(step), stage.patch_dropout_at(step)
             towers = ("text", "image") if "image_text" in tasks else ("text",)
             rate = schedule(step, stage.steps, stage.warmup_steps, stage.min_lr_ratio)
@@ -108,11 +114,16 @@ def run(
             losses = forward_backward(
                 engine, batch, tasks=tasks, patch_dropout=dropout, group=group, cache=stage.gradient_cache
             )
-            monitor.count(sum(getattr(stage.batch, task) for task in tasks), waited, seen)
+            samples += (of_step := sum(getattr(stage.batch, task) for task in tasks))
+            monitor.count(of_step, waited, drawn.texts)
             norms = engine.gradient_norms() if monitor.wants(step) else {}
             engine.step()
             done = step + 1
-            keep_it = done == stop or (recipe.checkpoint.every and done % recipe.checkpoint.every == 0)
+            asked_to_stop, corrupt = control.agree(control.asked, len(drawn.corrupt))
+            if corrupt:
+                ledger.enter(control.gather(drawn.corrupt), step, samples)
+                monitor.scalar("data/corrupt_samples", ledger.count, step)
+            keep_it = done == stop or asked_to_stop or (recipe.checkpoint.every and done % recipe.checkpoint.every == 0)
             if keep_it or monitor.wants(step):
                 _check_finite(engine, losses, step, directory)
             if monitor.wants(step):
@@ -124,6 +135,10 @@ def run(
             if keep_it:
                 state["peak_memory_bytes"] = max(peak_memory(), state.get("peak_memory_bytes", 0))
                 checkpoint.save(directory, done, engine, state, recipe.checkpoint.keep, rank)
+            if asked_to_stop and done < stage.steps:
+                raise Stopped(
+                    f"stopped after step {done} of {stage.steps}, as asked; the same command goes on from there"
+                )
 
 
 def starting_point(
@@ -131,24 +146,24 @@ def starting_point(
 ) -> tuple[DualEncoder, dict[str, torch.Tensor] | None, int, float]:
     """(model, optimizer state, step, seconds so far): this stage's newest checkpoint, the stage before, or new."""
     directory = recipe.stage_directory(number)
-    saved = checkpoint.all_saved(directory)
-    before = checkpoint.all_saved(recipe.stage_directory(number - 1)) if number > 1 else []
-    finished = before[-1] if before and before[-1].step >= recipe.stage(number - 1).steps else None
+    saved = checkpoint.newest_sound(directory)
+    before = checkpoint.newest_sound(recipe.stage_directory(number - 1)) if number > 1 else None
+    finished = before if before and before.step >= recipe.stage(number - 1).steps else None
     grown_from = f"the model of stage {number - 1}"
     if finished:
         state["data"][grown_from] = finished.model_digest()
     if saved:
-        former = saved[-1].state()
+        former = saved.state()
         if not finished:  # it may be gone once the next stage has begun
             state["data"] |= {k: v for k, v in former.get("data", {}).items() if k == grown_from}
         checkpoint.compatible(former, state, directory)
         state["peak_memory_bytes"] = former.get("peak_memory_bytes", 0)
-        return load_model(recipe, number, saved[-1].model), saved[-1].optimizer(), saved[-1].step, former["seconds"]
+        return load_model(recipe, number, saved.model), saved.optimizer(), saved.step, former["seconds"]
     if number == 1:
         return build_model(recipe, number, tokenizer), None, 0, 0.0
     if not finished:
         needed = recipe.stage(number - 1).steps
-        reached = f"stopped at step {before[-1].step} of {needed}" if before else "has not run"
+        reached = f"stopped at step {before.step} of {needed}" if before else "has not run"
         raise UserError(
             f"stage {number} starts from stage {number - 1}, which {reached} ({recipe.stage_directory(number - 1)}); "
             f"run it first: bash launch/stage{number - 1}.sh"

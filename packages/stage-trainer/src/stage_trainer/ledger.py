@@ -1,0 +1,45 @@
+"""The ledger of corrupt samples: which were replaced, when and why, and when there are too many."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from stage_trainer.data import Corrupt
+from stage_trainer.errors import UserError
+
+ALWAYS_ALLOWED = 10
+"""So few corrupt samples stop no run, however short it has been so far."""
+
+
+class Ledger:
+    """Appends to a JSON lines file: step, shard, key and reason of each sample that was replaced.
+
+    Args:
+        path: the file; kept and continued when a run goes on.
+        limit: share of the samples drawn by this process's run that may be corrupt.
+        active: whether this rank writes; all of them count.
+    """
+
+    def __init__(self, path: Path, limit: float, active: bool):
+        self.path, self.limit, self.active = path, limit, active
+        self.count = 0
+
+    def enter(self, corrupt: Sequence[Corrupt], step: int, drawn: int) -> None:
+        """Enters the corrupt samples of a step, `drawn` being the samples drawn so far, by all ranks.
+
+        Raises:
+            UserError: too many, on every rank.
+        """
+        self.count += len(corrupt)
+        if self.active and corrupt:
+            with self.path.open("a", encoding="utf-8") as file:
+                for entry in corrupt:
+                    file.write(json.dumps({"step": step, **dataclasses.asdict(entry)}, ensure_ascii=False) + "\n")
+        if self.count > max(ALWAYS_ALLOWED, self.limit * drawn):
+            raise UserError(
+                f"{self.count} of {drawn} samples drawn were corrupt, more than max_corrupt={self.limit:g} allows; "
+                f"{self.path} lists them, the last one because: {corrupt[-1].reason}"
+            )
