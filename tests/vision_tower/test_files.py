@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from vision_tower import VisionTower, VisionTowerConfig, WeightsError
+from vision_tower.config import as_pair
 
 
 def test_a_saved_tower_comes_back_the_same(tower, images, tmp_path):
@@ -32,7 +33,7 @@ def test_timm_loads_a_saved_tower_with_the_same_output(resolution, tower, tmp_pa
         checkpoint_path=str(tmp_path / "model.safetensors"),
         **tower.config.timm_arguments(),
     )
-    images = torch.randn(2, 3, *tower.patch_embed.img_size)
+    images = torch.randn(2, 3, *as_pair(resolution))
     torch.testing.assert_close(tower(images), model(images), rtol=1e-5, atol=1e-5)
 
 
@@ -69,14 +70,14 @@ def test_bfloat16_weights_are_read_as_float32_and_checkpointing_may_be_overridde
 def test_missing_extra_and_misshaped_weights_are_named(tower, tmp_path):
     tower.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    weights["head.weight"] = weights.pop("norm.bias")
+    weights["neck.weight"] = weights.pop("norm.bias")
     weights["cls_token"] = weights["cls_token"][..., :32].contiguous()
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError) as caught:
         VisionTower.from_pretrained(tmp_path)
     for part in (
         "missing: norm.bias",
-        "not known: head.weight",
+        "not known: neck.weight",
         "cls_token [1, 1, 32] where [1, 1, 64]",
         "config.json",
     ):
@@ -84,8 +85,10 @@ def test_missing_extra_and_misshaped_weights_are_named(tower, tmp_path):
 
 
 def test_missing_and_broken_files_are_named(tower, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"config\.json.*save_pretrained"):
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors.*save_pretrained"):
         VisionTower.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"absent does not exist.*from_timm"):
+        VisionTower.from_pretrained(tmp_path / "absent")
     tower.save_pretrained(tmp_path)
     weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     whole = weights.read_bytes()

@@ -7,7 +7,17 @@ import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import v2
-from vision_tower import ImageError, VisionTower, augment, load_image, normalize, preprocess
+from vision_tower import (
+    ImageError,
+    PackedPatches,
+    VisionTower,
+    augment,
+    load_image,
+    normalize,
+    preprocess,
+    preprocess_native,
+    simclr_view,
+)
 from vision_tower.preprocess import MEAN, STD
 
 
@@ -203,12 +213,12 @@ def test_augment_mirrors_half_of_the_images_and_only_when_asked():
 
 
 def test_colour_jitter_equals_its_three_steps_and_keeps_grey_grey(noise):
-    from vision_tower.augment import _jitter
+    from vision_tower.augment import jitter
 
     muted = noise // 2 + 60  # no clamping on the way
     stepwise = v2.functional.adjust_brightness(muted.float() / 255, 1.1)
     stepwise = v2.functional.adjust_saturation(v2.functional.adjust_contrast(stepwise, 0.8), 0.7)
-    ours = _jitter(muted, 1.1, 0.8, 0.7).float() / 255
+    ours = jitter(muted, 1.1, 0.8, 0.7).float() / 255
     assert (ours - stepwise).abs().max() < 2 / 255
     grey = augment(noise[:1].expand(3, -1, -1), 3, 48, color=0.4)
     assert (grey.float().amax(0) - grey.float().amin(0)).max() <= 1
@@ -221,6 +231,105 @@ def test_augment_refuses_wrong_images_and_ranges(noise):
     for options in ({"scale": (0, 1)}, {"scale": (0.9, 0.5)}, {"ratio": (2, 1)}, {"color": 1.0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             augment(noise, 0, 48, **options)
+
+
+@pytest.mark.parametrize("kind", ["noise", "black and white", "smooth"])
+@pytest.mark.parametrize("size", [(300, 200), (97, 161), (400, 180), (60, 50), (48, 48), (500, 40)])
+def test_a_tensor_is_resized_to_pillows_pixels_within_a_level(kind, size):
+    generator = np.random.default_rng(0)
+    array = generator.integers(0, 256, (*size, 3), dtype=np.uint8)
+    if kind == "black and white":
+        array = ((array > 127) * 255).astype(np.uint8)
+    if kind == "smooth":
+        array = np.asarray(Image.fromarray(array[::8, ::8]).resize(size[::-1]))
+    tensor = torch.tensor(array).permute(2, 0, 1)
+    off = (preprocess(tensor, 48).int() - preprocess(array, 48).int()).abs()
+    assert off.max() <= 2
+    assert (off > 1).float().mean() < 1e-4 + 2 / off.numel()
+    off = preprocess_native(tensor, patch=8, max_patches=36).int() - preprocess_native(array, patch=8, max_patches=36)
+    assert off.abs().max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("size", "grid"),
+    [
+        ((100, 100), (6, 6)),
+        ((200, 100), (8, 4)),
+        ((60, 90), (4, 7)),
+        ((1, 1), (6, 6)),
+        ((1, 20_000), (1, 36)),
+        ((20_000, 1), (36, 1)),
+        ((30, 31), (5, 6)),
+    ],
+)
+def test_native_aspect_keeps_the_shape_within_the_budget(size, grid):
+    pixels = preprocess_native(np.zeros((*size, 3), np.uint8), patch=8, max_patches=36)
+    assert pixels.shape == (3, grid[0] * 8, grid[1] * 8)
+    assert pixels.is_contiguous()
+
+
+def test_native_aspect_cuts_nothing_off(photo):
+    """A frame around the picture is still there, where the centre crop has lost it."""
+    page = Image.new("RGB", (90, 60), "red")
+    page.paste(photo.resize((70, 40)), (10, 10))
+    pixels = preprocess_native(page, patch=8, max_patches=36)
+    for edge in (pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]):
+        assert edge[0].min() > 200
+        assert edge[1:].max() < 60
+    assert preprocess(page, 48)[0, :, 0].min() < 100
+    with pytest.raises(ValueError, match="max_patches 0"):
+        preprocess_native(page, patch=8, max_patches=0)
+
+
+def test_encode_at_native_aspect_equals_each_image_packed_alone(tower, photo):
+    pages = [photo, photo.rotate(90, expand=True), photo.resize((200, 20))]
+    embeddings = tower.encode(pages, native_aspect=True, batch_size=2, normalize=False)
+    for page, embedding in zip(pages, embeddings, strict=True):
+        pixels = normalize(preprocess_native(page, patch=8, max_patches=36))
+        with torch.no_grad():
+            alone = tower(PackedPatches.from_images([pixels], 8))[0]
+        assert np.allclose(embedding, alone.numpy(), atol=1e-5)
+
+
+def test_simclr_views_are_a_function_of_their_seed(noise):
+    first = simclr_view(noise, 5, 48)
+    torch.rand(3)
+    assert first.shape == (3, 48, 48)
+    assert first.dtype == torch.uint8
+    assert torch.equal(simclr_view(noise.clone(), 5, 48), first)
+    others = [simclr_view(noise, seed, 48) for seed in (6, -5, 2**63)]
+    assert not any(torch.equal(other, first) for other in others)
+    with pytest.raises(ValueError, match="strength is 2"):
+        simclr_view(noise, 5, 48, strength=2)
+
+
+def test_simclr_changes_as_often_as_the_paper_says(photo):
+    """Without strength and blur, what is left is the crop, mirrored or not, and one view in five is grey."""
+    image = torch.tensor(np.asarray(photo)).permute(2, 0, 1)
+    views = [simclr_view(image, seed, 16, strength=0, blur=False) for seed in range(400)]
+    crops = [augment(image, seed, 16, scale=(0.08, 1), ratio=(3 / 4, 4 / 3), flip=True) for seed in range(400)]
+    grey = [bool((view == view[:1]).all()) for view in views]
+    assert 0.14 < sum(grey) / 400 < 0.26
+    for view, crop, is_grey in zip(views, crops, grey, strict=True):
+        assert is_grey or (view.int() - crop.int()).abs().max() <= 1  # the jitter of nothing rounds once
+    coloured = [simclr_view(image, seed, 16, blur=False) for seed in range(400)]
+    changed = sum((view.int() - crop.int()).abs().max() > 3 for view, crop in zip(coloured, crops, strict=True))
+    assert 0.78 < changed / 400 < 0.9  # jitter, or grey without it: 0.8 + 0.2 * 0.2
+    blurred = [simclr_view(image, seed, 16, strength=0) for seed in range(400)]
+    assert 0.3 < sum(not torch.equal(b, v) for b, v in zip(blurred, views, strict=True)) / 400 < 0.6
+
+
+def test_hue_and_blur_equal_torchvisions(noise):
+    from vision_tower.simclr import gaussian_blur, turn_hue
+
+    for turn in (-0.2, 0.05, 0.2):
+        reference = v2.functional.adjust_hue(noise.float() / 255, turn) * 255
+        assert (turn_hue(noise, turn).float() - reference).abs().max() <= 1
+    grey = noise[:1].expand(3, -1, -1)
+    assert torch.equal(turn_hue(grey, 0.2), grey)
+    for sigma in (0.1, 1.3):
+        reference = v2.functional.gaussian_blur(noise, [7, 7], [sigma, sigma])
+        assert (gaussian_blur(noise, sigma).int() - reference.int()).abs().max() <= 1
 
 
 def test_encode_takes_images_of_every_kind_and_keeps_their_order(tower, photo, encoded, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from vision_tower import patch_keep_indices, resample_position_table
+from vision_tower import patch_keep_indices, resample_optimizer_state, resample_position_table
 
 
 @pytest.mark.parametrize(
@@ -73,10 +73,47 @@ def test_there_and_back_keeps_a_smooth_table_and_the_class_row():
     assert resample_position_table(table, (12, 12), (12, 12)) is table
 
 
-def test_a_second_moment_stays_positive_bilinearly_and_would_not_bicubically():
-    moment = torch.randn(1, 1 + 36, 16, generator=torch.Generator().manual_seed(0)).square()
-    assert resample_position_table(moment, (6, 6), (9, 9)).min() < 0
-    assert resample_position_table(moment, (6, 6), (9, 9), mode="bilinear").min() >= 0
+def adamw_after(tower, images, steps: int):
+    optimizer = torch.optim.AdamW(tower.parameters(), lr=1e-3, amsgrad=True)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        tower(images).square().mean().backward()
+        optimizer.step()
+    return optimizer
+
+
+def test_optimizer_state_follows_the_table_and_its_second_moments_stay_positive(tower, images):
+    state = adamw_after(tower, images, 3).state[tower.pos_embed]
+    noisy = {**state, "exp_avg_sq": torch.rand_like(state["exp_avg_sq"]).pow(8)}  # as jumpy as real ones become
+    assert resample_position_table(noisy["exp_avg_sq"], (6, 6), (9, 7)).min() < 0  # what must not happen
+    moved = resample_optimizer_state(noisy, (6, 6), (9, 7))
+    assert moved.keys() == state.keys() == {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
+    assert moved["step"] is state["step"]
+    assert torch.equal(moved["exp_avg"], resample_position_table(state["exp_avg"], (6, 6), (9, 7)))
+    for name in ("exp_avg_sq", "max_exp_avg_sq"):
+        assert moved[name].shape == (1, 64, 64)
+        assert moved[name].min() >= 0
+        bilinear = F.interpolate(noisy[name][:, 1:].mT.unflatten(2, (6, 6)), size=(9, 7), mode="bilinear").flatten(2).mT
+        torch.testing.assert_close(moved[name][:, 1:], bilinear)
+        assert torch.equal(moved[name][:, :1], noisy[name][:, :1])
+
+
+def test_training_goes_on_after_a_change_of_resolution(tower, images):
+    """With moments carried by hand as a trainer does it: finite everywhere, and of the size of a step."""
+    old = adamw_after(tower, images, 3)
+    states = {name: old.state[parameter] for name, parameter in tower.named_parameters()}
+    before = tower.config.grid
+    tower.set_resolution(72)
+    states["pos_embed"] = resample_optimizer_state(states["pos_embed"], before, tower.config.grid)
+    optimizer = torch.optim.AdamW(tower.parameters(), lr=1e-3, amsgrad=True)
+    for name, parameter in tower.named_parameters():
+        optimizer.state[parameter] = states[name]
+    table = tower.pos_embed.detach().clone()
+    tower(torch.randn(4, 3, 72, 72)).square().mean().backward()
+    optimizer.step()
+    change = (tower.pos_embed - table).abs()
+    assert 0 < change.max() < 0.02
+    assert change.isfinite().all()
 
 
 def test_a_table_that_is_not_of_its_grid_is_refused():

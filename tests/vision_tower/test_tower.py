@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from vision_tower import VisionTower, VisionTowerConfig, patch_keep_indices
+from vision_tower.config import as_pair
 
 SHAPES = {
     "laptop": {"resolution": 48, "patch": 8, "width": 128, "layers": 2, "heads": 4},
@@ -24,7 +25,7 @@ def test_output_and_gradients_equal_timm(name, make_tower, make_timm):
     small = {"patch": 14, "width": 64, "layers": 2, "heads": 1}
     tower = make_tower(VisionTowerConfig(**{**small, **SHAPES[name]}))
     model = make_timm(tower)
-    height, width = tower.patch_embed.img_size
+    height, width = as_pair(tower.config.resolution)
     images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(3))
     ours, theirs = tower(images), model(images)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
@@ -89,11 +90,12 @@ def test_output_is_float32_and_near_under_autocast_and_in_bfloat16(tower, images
 
 @pytest.mark.parametrize("tokens", [37, 600])
 def test_attention_in_16_bits_is_near_float32_whichever_kernel_takes_it(tokens):
-    from vision_tower.blocks import attend
+    from vision_tower.attention import attend
 
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 4, tokens, 32, generator=generator).bfloat16() for _ in range(3))
-    reference = torch.softmax(q.double() @ k.double().mT / 32**0.5, dim=-1) @ v.double()
+    q, k, v = (torch.randn(2, tokens, 4, 32, generator=generator).bfloat16() for _ in range(3))
+    wide = [t.double().transpose(1, 2) for t in (q, k, v)]
+    reference = (torch.softmax(wide[0] @ wide[1].mT / 32**0.5, dim=-1) @ wide[2]).transpose(1, 2)
     for output in (attend(q, k, v), attend(q.float(), k.float(), v.float())):
         torch.testing.assert_close(output.double(), reference, rtol=0, atol=0.03)
     assert attend(q, k, v).dtype == torch.bfloat16
@@ -143,6 +145,66 @@ def test_a_sample_drops_the_same_patches_in_any_batch(tower, images):
     torch.testing.assert_close(shuffled, embeddings[order], rtol=0, atol=1e-6)
     alone = tower(images[1:2], keep=patch_keep_indices([-5], 36, 0.5))
     torch.testing.assert_close(alone, embeddings[1:2], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradient_caching_replays_patch_dropout_exactly(config, make_tower, images, checkpointing):
+    """GradCache (arXiv 2101.06983): embed in parts without gradient, differentiate the loss by the embeddings, embed
+    again with gradient. The gradient is the whole batch's, because the kept patches follow from the seeds alone."""
+    tower = make_tower(VisionTowerConfig(**{**vars(config), "checkpointing": checkpointing})).double()
+    images, seeds = images.double(), torch.tensor([3, 1, 4, 1])
+
+    def embed(part):
+        return tower(images[part], keep=patch_keep_indices(seeds[part], config.num_patches, 0.5))
+
+    def loss(embeddings):
+        return torch.nn.functional.cross_entropy(embeddings @ embeddings.T / 50, torch.tensor([1, 0, 3, 2]))
+
+    loss(embed(slice(None))).backward()
+    expected = [parameter.grad.clone() for parameter in tower.parameters()]
+    tower.zero_grad()
+    parts = [slice(0, 1), slice(1, 3), slice(3, 4)]
+    with torch.no_grad():
+        cached = torch.cat([embed(part) for part in parts])
+    torch.rand(5)  # a generator's state plays no part
+    cached.requires_grad_()
+    loss(cached).backward()
+    for part in reversed(parts):
+        embed(part).backward(cached.grad[part])
+    for parameter, gradient in zip(tower.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_equal_finite_differences_in_float64(make_tower):
+    tower = make_tower(VisionTowerConfig(resolution=16, patch=8, width=8, layers=2, heads=1, hidden=12)).double()
+    keep = torch.tensor([[0, 3], [1, 2]])
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    names = ["pos_embed", "blocks.0.attn.q_proj.weight", "blocks.1.mlp.norm.weight", "cls_token"]
+
+    def embed(*values):
+        return torch.func.functional_call(tower, dict(zip(names, values, strict=True)), (images,), {"keep": keep})
+
+    values = [tower.get_parameter(name).detach().requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(embed, values, eps=1e-6, atol=1e-6)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("resolution", [224, 384, 512])
+def test_the_whole_large_tower_equals_timm(resolution, make_timm):
+    """EVA02-L/14 as it is trained: 24 layers, output and gradients, float32."""
+    torch.manual_seed(0)
+    tower = VisionTower(VisionTowerConfig.eva02_large(resolution))
+    model = make_timm(tower)
+    images = torch.randn(1, 3, *(side // 14 * 14 for side in (resolution, resolution)))
+    padded = torch.nn.functional.pad(images, (0, resolution % 14, 0, resolution % 14), value=7.0)
+    ours, theirs = tower(padded), model(padded)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+    weights = torch.randn(1, 1024)  # the squares of a fresh norm's output sum to a constant
+    (ours * weights).sum().backward()
+    (theirs * weights).sum().backward()
+    for (name, parameter), reference in zip(tower.named_parameters(), model.parameters(), strict=True):
+        error = (parameter.grad - reference.grad).norm() / reference.grad.norm()
+        assert error < 1e-5, name
 
 
 def test_layer_ids_follow_timms_order(tower, make_timm):

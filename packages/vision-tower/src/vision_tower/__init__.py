@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any
 from .augment import augment
 from .config import VisionTowerConfig
 from .errors import ImageError, WeightsError
-from .patches import patch_keep_indices, resample_position_table
-from .preprocess import load_image, normalize, preprocess
+from .packed import PackedPatches
+from .patches import patch_keep_indices, resample_optimizer_state, resample_position_table
+from .preprocess import load_image, normalize, preprocess, preprocess_native
+from .simclr import simclr_view
 
 if TYPE_CHECKING:
     from .tower import VisionTower
 
 __all__ = [
     "ImageError",
+    "PackedPatches",
     "VisionTower",
     "VisionTowerConfig",
     "WeightsError",
@@ -24,7 +27,10 @@ __all__ = [
     "normalize",
     "patch_keep_indices",
     "preprocess",
+    "preprocess_native",
+    "resample_optimizer_state",
     "resample_position_table",
+    "simclr_view",
 ]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .config import Resolution, as_pair
 
 # ITU-R 601, as Pillow's and torchvision's greys.
-_LUMA = torch.tensor([0.299, 0.587, 0.114], device="cpu")
+LUMA = torch.tensor([0.299, 0.587, 0.114], device="cpu")
 
 
 def augment(
@@ -57,7 +57,7 @@ def augment(
     if mirrored:
         pixels = pixels.flip(-1)
     pixels = pixels[0]
-    return _jitter(pixels, *(draw.uniform(1 - color, 1 + color) for _ in range(3))) if color else pixels.contiguous()
+    return jitter(pixels, *(draw.uniform(1 - color, 1 + color) for _ in range(3))) if color else pixels.contiguous()
 
 
 def _crop(
@@ -72,11 +72,11 @@ def _crop(
     return draw.randint(0, height - rows), draw.randint(0, width - columns), rows, columns
 
 
-def _jitter(pixels: Tensor, brightness: float, contrast: float, saturation: float) -> Tensor:
+def jitter(pixels: Tensor, brightness: float, contrast: float, saturation: float) -> Tensor:
     """Brightness, then contrast about the image's mean grey, then saturation about each pixel's grey: together one
     affine map of the colours, so one small product and one rounding."""
     values = pixels.flatten(1).float()
-    mean_grey = (_LUMA @ values.mean(dim=1)) * brightness
-    matrix = brightness * contrast * (saturation * torch.eye(3) + (1 - saturation) * _LUMA.expand(3, 3))
+    mean_grey = (LUMA @ values.mean(dim=1)) * brightness
+    matrix = brightness * contrast * (saturation * torch.eye(3) + (1 - saturation) * LUMA.expand(3, 3))
     values = torch.addmm((1 - contrast) * mean_grey, matrix, values)
     return values.round_().clamp_(0, 255).to(torch.uint8).view_as(pixels)

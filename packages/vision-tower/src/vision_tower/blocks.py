@@ -1,11 +1,18 @@
 """EVA02's transformer block: pre-norm, rotary attention and SwiGLU, each with a LayerNorm before its last product.
 
-Parameter names are those of timm's `eva02_*` models, and so is SwiGLU itself. Attention is ours, for speed:
+Parameter names are those of timm's `eva02_*` models, and so is SwiGLU itself. Attention is ours, for speed
+(`benchmarks/cpu.py` measures the whole):
 
-- the class token has a row in the rotary table (a rotation by zero), so nothing is cut off and put together again;
-- a rotation is one complex product (rotary.py);
-- short sequences on a CPU take two plain matrix products instead of a fused kernel (`attend`);
-- the last block computes the class token alone, the only one that is read after it.
+- the class token has a row in the rotary table (a rotation by zero), so nothing is cut off and put together again, and
+  the rotation is one complex product (rotary.py);
+- short sequences on a CPU take two plain matrix products instead of a fused kernel (attention.py);
+- the last block computes the class token alone, the only one that is read after it;
+- under autocast the normalised tokens are cast once, not once for each product that reads them.
+
+Tried on a CPU and left out, because the whole step took the same time: one product for queries, keys and values
+(186.0 and 185.4 ms for 1576 tokens of 768, and a parent that reaches for its children's weights finds nothing there
+under ZeRO-3, which gathers a module's weights when the module is called); SiLU, product and LayerNorm as one function
+that works in tiles of rows.
 """
 
 from __future__ import annotations
@@ -15,25 +22,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import SwiGLU
 from torch import Tensor, nn
 
+from .attention import Layout, attend
 from .config import VisionTowerConfig
 from .rotary import rotate
-
-# Up to here plain products in 16 bits beat PyTorch's fused CPU kernel, forward and backward: at 37 tokens a whole
-# training step takes half the time, at 577 attention alone 0.5 to 0.8 of it, at 1297 more. (One thread, AVX512-bf16.
-# In float32 the two are equal, and the fused kernel needs less memory.)
-PLAIN_ATTENTION_TOKENS = 512
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v for `q [N, H, S, D]`, `k` and `v [N, H, T, D]`; returns `[N, H, S, D]`."""
-    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and k.shape[2] <= PLAIN_ATTENTION_TOKENS:
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        return scores.softmax(dim=-1).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v)
 
 
 class Attention(nn.Module):
@@ -49,17 +43,17 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.attention_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, rotary: Tensor, class_only: bool = False) -> Tensor:
-        """`x [N, T, width]` and `rotary [N or 1, T, 1, head_dim / 2]` to `[N, T, width]`; with `class_only` to
-        `[N, 1, width]`, the class token's row of the same."""
+    def forward(
+        self, x: Tensor, rotary: Tensor, backend: str, layout: Layout | None = None, class_only: bool = False
+    ) -> Tensor:
+        """See `Block.forward`; returns what is to be added to the tokens."""
         heads = (self.heads, -1)
-        q = self.q_proj(x[:, :1] if class_only else x).unflatten(-1, heads)
+        q = self.q_proj(class_tokens(x, layout) if class_only else x).unflatten(-1, heads)
         k = rotate(self.k_proj(x).unflatten(-1, heads), rotary)
         v = self.v_proj(x).unflatten(-1, heads)
         if not class_only:  # the class token is turned by zero
             q = rotate(q, rotary)
-        mixed = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return self.proj(self.norm(mixed.transpose(1, 2).flatten(2)))
+        return self.proj(self.norm(attend(q, k, v, backend, layout).flatten(-2)))
 
 
 class Block(nn.Module):
@@ -74,11 +68,32 @@ class Block(nn.Module):
         norm: Any = partial(nn.LayerNorm, eps=eps)
         self.mlp = SwiGLU(config.width, config.mlp_hidden, norm_layer=norm)
 
-    def forward(self, x: Tensor, rotary: Tensor, class_only: bool = False) -> Tensor:
-        """`x [N, T, width]` to the same, or with `class_only` to `[N, 1, width]`: the class token's row of the same."""
-        attended = self.attn(self.norm1(x), rotary, class_only)
-        x = (x[:, :1] if class_only else x) + attended
-        return x + self.mlp(self.norm2(x))
+    def forward(
+        self, x: Tensor, rotary: Tensor, backend: str, layout: Layout | None = None, class_only: bool = False
+    ) -> Tensor:
+        """One layer.
+
+        x           tokens `[N, T, width]`, or packed `[T, width]` with a layout
+        rotary      `[N or 1, T, 1, head_dim / 2, 2]`, packed `[T, 1, head_dim / 2, 2]` (`rotary_table`)
+        backend     from `resolve_backend`
+        class_only  return the class tokens alone, `[N, 1, width]` or packed `[N, width]`
+        """
+        attended = self.attn(_lowered(self.norm1(x)), rotary, backend, layout, class_only)
+        x = (class_tokens(x, layout) if class_only else x) + attended
+        return x + self.mlp(_lowered(self.norm2(x)))
+
+
+def class_tokens(x: Tensor, layout: Layout | None) -> Tensor:
+    """The class tokens of `[N, T, C]` as `[N, 1, C]`, or of packed `[T, C]` as `[N, C]`."""
+    return x[:, :1] if layout is None else x.index_select(0, layout.class_rows)
+
+
+def _lowered(x: Tensor) -> Tensor:
+    """x in autocast's precision, where autocast is on."""
+    device = x.device.type
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
 
 
 def initialize(blocks: Iterable[Any]) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 Resolution = int | tuple[int, int]
 
+ATTENTION = ("sdpa", "xformers", "flash", "auto")
+
 
 def as_pair(resolution: Resolution, name: str = "resolution") -> tuple[int, int]:
     """`(height, width)` in pixels, from one positive integer (a square) or a pair of them."""
@@ -44,6 +46,9 @@ class VisionTowerConfig:
     attention_norm    LayerNorm before attention's output projection: in EVA-CLIP's EVA02, absent from the MIM models
     layer_norm_eps    epsilon of every LayerNorm
     checkpointing     recompute the blocks in the backward pass: less memory, about a third more time
+    attention         "sdpa" is PyTorch's own; "xformers" and "flash" (the flash-attn package) need a GPU and say so
+                      where they cannot be had; "auto" is xFormers where it is installed and the tower is on a GPU. No
+                      matter of the weights: it is not saved with them
     """
 
     resolution: Resolution = 224
@@ -58,6 +63,7 @@ class VisionTowerConfig:
     attention_norm: bool = True
     layer_norm_eps: float = 1e-6
     checkpointing: bool = False
+    attention: str = "sdpa"
 
     def __post_init__(self) -> None:
         for name in ("patch", "width", "layers", "heads", "hidden", "reference_grid"):
@@ -73,6 +79,8 @@ class VisionTowerConfig:
         for name in ("attention_norm", "checkpointing"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected true or false")
+        if self.attention not in ATTENTION:
+            raise ValueError(f"attention is {self.attention!r}; expected one of {', '.join(ATTENTION)}")
         if isinstance(self.resolution, list):  # as JSON and YAML give it
             object.__setattr__(self, "resolution", tuple(self.resolution))
         grid_of(self.resolution, self.patch)

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from .packed import PackedPatches
 from .preprocess import normalize as normalize_pixels
-from .preprocess import preprocess
+from .preprocess import preprocess, preprocess_native
 
 if TYPE_CHECKING:
     from .tower import VisionTower
@@ -26,6 +27,7 @@ def encode(
     truncate_dim: int | None = None,
     batch_size: int = 32,
     normalize: bool = True,
+    native_aspect: bool = False,
     show_progress: bool = False,
 ) -> np.ndarray:
     """float32 `[N, truncate_dim or width]`, in the order given: truncated first, then L2-normalised.
@@ -33,6 +35,8 @@ def encode(
     images         a sequence of paths, encoded bytes, PIL images, arrays `[H, W, 3]` and uint8 tensors `[3, H, W]`,
                    mixed as you like; or one uint8 tensor `[N, 3, H, W]`; or one array `[N, H, W, 3]`
     truncate_dim   the first so many dimensions alone (Matryoshka), 1 … width
+    native_aspect  keep every image's own shape (`preprocess_native`), with at most as many patches as the set
+                   resolution has: for pages, which lose text when they are cropped to a square
     normalize      False leaves the length of each embedding as the tower made it
     show_progress  a progress bar on stderr
 
@@ -52,11 +56,23 @@ def encode(
         from tqdm import tqdm
 
         starts = tqdm(starts, desc="images", unit="batch")
-    device = tower.pos_embed.device
     results = [np.empty((0, truncate_dim or width), dtype=np.float32)]
     with torch.inference_mode():
         for start in starts:
-            batch = [preprocess(image, tower.config.resolution) for image in images[start : start + batch_size]]
-            embeddings = tower(normalize_pixels(torch.stack(batch).to(device)))[:, :truncate_dim]
+            batch = images[start : start + batch_size]
+            pixels = _packed(tower, batch) if native_aspect else _stacked(tower, batch)
+            embeddings = tower(pixels)[:, :truncate_dim]
             results.append((F.normalize(embeddings, dim=-1) if normalize else embeddings).cpu().numpy())
     return np.concatenate(results)
+
+
+def _stacked(tower: VisionTower, images: Sequence[Any] | Tensor | np.ndarray) -> Tensor:
+    pixels = torch.stack([preprocess(image, tower.config.resolution) for image in images])
+    return normalize_pixels(pixels.to(tower.pos_embed.device))
+
+
+def _packed(tower: VisionTower, images: Sequence[Any] | Tensor | np.ndarray) -> PackedPatches:
+    patch, most = tower.config.patch, tower.config.num_patches
+    pixels = [preprocess_native(image, patch=patch, max_patches=most) for image in images]
+    device = tower.pos_embed.device
+    return PackedPatches.from_images([normalize_pixels(image.to(device)) for image in pixels], patch)

@@ -1,4 +1,4 @@
-"""Reading and writing towers: our directory, which timm reads too, and timm's own models."""
+"""Reading and writing towers: our directory, which is a timm directory too, timm's own models, and foreign files."""
 
 from __future__ import annotations
 
@@ -13,28 +13,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from .config import VisionTowerConfig
+from .checkpoints import infer_config, jina_settings, read_image_half, to_timm_names
+from .config import Resolution, VisionTowerConfig, as_pair
 from .errors import WeightsError
+from .preprocess import MEAN, STD
 
 if TYPE_CHECKING:
     from .tower import VisionTower
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+WEIGHTS_NAMES = (WEIGHTS_NAME, "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 MODEL_TYPE = "trilith_vision_tower"
+TIMM_ENTRY = "eva02_large_patch14_clip_224"
+_FOR_TIMM = ("architecture", "num_classes", "model_args", "pretrained_cfg")
 
 
 def save(tower: VisionTower, path: str | PathLike[str]) -> None:
     """Writes `config.json` and `model.safetensors` (timm's names, the parameters' dtype) into the directory `path`.
 
     Both files are complete on disk in a temporary directory beside `path` before anything there changes: a full disk or
-    a killed process leaves what was there. Other files in `path` stay. `timm.create_model(
-    "eva02_large_patch14_clip_224", checkpoint_path=…/model.safetensors, **tower.config.timm_arguments())` loads it with
-    the same output.
+    a killed process leaves what was there. Other files in `path` stay.
+
+    timm loads it with the same output: `timm.create_model("local-dir:" + path, pretrained=True)`, or from the file
+    `timm.create_model("eva02_large_patch14_clip_224", checkpoint_path=…, **tower.config.timm_arguments())`.
     """
     target = Path(path)
     if target.exists() and not target.is_dir():
@@ -44,7 +49,8 @@ def save(tower: VisionTower, path: str | PathLike[str]) -> None:
     try:
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tower.state_dict().items()}
         save_file(weights, staging / WEIGHTS_NAME, metadata={"format": "pt"})
-        config = {"model_type": MODEL_TYPE, **asdict(tower.config)}
+        config = {"model_type": MODEL_TYPE, **asdict(tower.config), **_for_timm(tower.config)}
+        del config["attention"]  # the machine's, not the weights'
         (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name in (WEIGHTS_NAME, CONFIG_NAME):
             with (staging / name).open("rb+") as file:
@@ -59,45 +65,112 @@ def save(tower: VisionTower, path: str | PathLike[str]) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def _for_timm(config: VisionTowerConfig) -> dict[str, Any]:
+    """What timm reads of a config.json."""
+    arguments = config.timm_arguments()
+    return {
+        "architecture": TIMM_ENTRY,
+        "num_classes": arguments.pop("num_classes"),
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "input_size": [3, *as_pair(config.resolution)],
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "mean": MEAN,
+            "std": STD,
+            "num_classes": 0,
+        },
+    }
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
-def load(path: str | PathLike[str], *, checkpointing: bool | None = None) -> VisionTower:
-    """A tower on the CPU, in float32, from a directory that `save` wrote; `checkpointing` overrides the stored setting.
+def load(
+    path: str | PathLike[str],
+    *,
+    resolution: Resolution | None = None,
+    checkpointing: bool | None = None,
+    attention: str | None = None,
+    **stated: Any,
+) -> VisionTower:
+    """A tower on the CPU, in float32, from a directory or a file of weights.
 
-    Raises FileNotFoundError for a missing file, ValueError for a configuration that is not ours and WeightsError for
-    weights that do not fit it.
+    path           a directory that `save` wrote, one of timm (config.json with an `architecture`), one of jina-clip-v2
+                   (whose image half alone is read), or a file: EVA-CLIP's `.pt` of CLIP or of masked-image training,
+                   an open_clip checkpoint of EVA02, safetensors of any of these
+    resolution     to be set after loading, as `set_resolution` does
+    checkpointing, attention  see `VisionTowerConfig`; None keeps what was saved, or the default
+    stated         settings that a foreign file does not tell, if they are not EVA's usual ones: `heads`,
+                   `reference_grid`, `rope_theta`, `layer_norm_eps` (`checkpoints.infer_config`)
+
+    Raises FileNotFoundError for a missing file, ValueError for a configuration that is not of an EVA02 tower, and
+    WeightsError for weights that cannot be read safely or do not fit.
     """
-    directory = Path(path)
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (directory / name).is_file():
-            raise FileNotFoundError(
-                f"{directory} has no {name}; expected a directory written by VisionTower.save_pretrained "
-                f"(for a timm model use VisionTower.from_timm)"
-            )
-    source = directory / CONFIG_NAME
+    stated |= {k: v for k, v in {"checkpointing": checkpointing, "attention": attention}.items() if v is not None}
+    source, values = _find(Path(path))
+    if values.get("model_type") == MODEL_TYPE:
+        config, weights = _own_config(values, source.with_name(CONFIG_NAME), stated), read_image_half(source)
+    elif "architecture" in values:
+        config, weights = replace(_timm_config(values), **stated), read_image_half(source)
+    elif values.get("model_type") in (None, "jina_clip"):
+        weights = read_image_half(source)
+        config = infer_config(weights, str(source), **{"resolution": resolution, **jina_settings(values), **stated})
+    else:
+        raise ValueError(
+            f"{source.with_name(CONFIG_NAME)} describes a {values['model_type']!r}; expected {MODEL_TYPE!r}, "
+            "'jina_clip', or timm's architecture. To infer the shape all the same, name the file of weights itself"
+        )
+    tower = _with_weights(config, to_timm_names(weights), str(source))
+    return tower if resolution is None else tower.set_resolution(resolution)
+
+
+def _find(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The file of weights, and the config.json beside it ({} for none, or for a file that was named itself)."""
+    if path.is_file():
+        return path, {}
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"{path} does not exist; expected a directory or a file of weights (for timm's names use "
+            "VisionTower.from_timm)"
+        )
+    config = path / CONFIG_NAME
+    values: Any = {}
+    if config.is_file():
+        try:
+            values = json.loads(config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{config} is not valid JSON ({error}); restore it or save the tower again") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{config} does not describe a vision tower; expected an object")
+    for name in WEIGHTS_NAMES:
+        if (path / name).is_file():
+            return path / name, values
+    raise FileNotFoundError(
+        f"{path} has none of {', '.join(WEIGHTS_NAMES)}; expected a directory written by VisionTower.save_pretrained, "
+        "or one of timm or jina-clip-v2"
+    )
+
+
+def _own_config(values: dict[str, Any], source: Path, stated: dict[str, Any]) -> VisionTowerConfig:
+    values = {key: value for key, value in values.items() if key not in ("model_type", *_FOR_TIMM)}
     try:
-        values = json.loads(source.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{source} is not valid JSON ({error}); restore it or save the tower again") from error
-    if not isinstance(values, dict) or values.pop("model_type", None) != MODEL_TYPE:
-        raise ValueError(f"{source} does not describe a vision tower; expected model_type {MODEL_TYPE!r}")
-    try:
-        config = VisionTowerConfig.from_dict(values)
+        return VisionTowerConfig.from_dict({**values, **stated})
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    if checkpointing is not None:
-        config = replace(config, checkpointing=checkpointing)
-    try:
-        weights = load_file(directory / WEIGHTS_NAME)
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(
-            f"{directory / WEIGHTS_NAME} cannot be read as safetensors ({error}); copy or download it again"
-        ) from error
-    return _with_weights(config, weights, str(directory / WEIGHTS_NAME))
+
+
+def _timm_config(values: dict[str, Any]) -> VisionTowerConfig:
+    """The shape of a timm directory, by asking timm for the model without its weights."""
+    import timm
+
+    arguments = {**(values.get("model_args") or {}), "num_classes": 0}
+    with torch.device("meta"):
+        model = timm.create_model(values["architecture"], pretrained=False, **arguments)
+    return _config_of(model, values["architecture"])
 
 
 def from_timm(name: str, **options: Any) -> VisionTower:
@@ -117,8 +190,7 @@ def from_timm(name: str, **options: Any) -> VisionTower:
             raise
         raise ValueError(f"timm knows no model {name!r}; timm.list_models('eva02*') lists those that fit") from error
     config = _config_of(model, name)
-    weights = {key.replace("fc_norm.", "norm."): tensor for key, tensor in model.state_dict().items()}
-    tower = _with_weights(config, weights, f"timm's {name}")
+    tower = _with_weights(config, to_timm_names(model.state_dict()), f"timm's {name}")
     return tower if resolution is None else tower.set_resolution(resolution)
 
 
@@ -186,5 +258,6 @@ def _with_weights(config: VisionTowerConfig, weights: Mapping[str, Tensor], sour
             f"{source} does not fit a tower of width {config.width}, {config.layers} layers, patch {config.patch} and "
             f"a {height}x{width} grid. {'; '.join(problems)}. Use the config.json that was written with these weights"
         )
-    tower.load_state_dict({key: tensor.float() for key, tensor in weights.items()}, assign=True)
+    # Copies, because what a file gives may be a map of it.
+    tower.load_state_dict({key: weights[key].to(torch.float32, copy=True) for key in expected}, assign=True)
     return tower

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _WORD = 1 << 64
+
+
+def patchify(images: Tensor, patch: int) -> Tensor:
+    """`[N, 3, H, W]` cut into squares, row by row: `[N, rows * columns, 3 * patch * patch]`, each in the order of a
+    convolution's weights. Trailing pixels that fill no patch are dropped."""
+    rows, columns = images.shape[2] // patch, images.shape[3] // patch
+    images = images[:, :, : rows * patch, : columns * patch]
+    cut = images.unflatten(3, (columns, patch)).unflatten(2, (rows, patch))
+    return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def _int64(value: int) -> int:
@@ -57,11 +66,10 @@ def resample_position_table(
 ) -> Tensor:
     """Resamples a table of absolute positions `[1, 1 + h * w, C]` from one grid of patches to another, as EVA does.
 
-    The class token's row is kept as it is; the others are interpolated in float32 with `antialias=False,
+    The class token's row is kept as it is; the others are interpolated in float32 or above with `antialias=False,
     align_corners=False` and returned in the table's dtype. (timm's loader antialiases, and differs by some 8 %.)
 
-    An optimizer's first moment may be resampled in the same way. A second moment may not: bicubic weights are partly
-    negative, a negative second moment has no square root. Use `mode="bilinear"` for it, whose weights are not.
+    For an optimizer's moments see `resample_optimizer_state`.
     """
     if mode not in ("bicubic", "bilinear"):
         raise ValueError(f"mode is {mode!r}; expected 'bicubic', or 'bilinear' for what must not become negative")
@@ -73,6 +81,29 @@ def resample_position_table(
     if tuple(old_grid) == tuple(new_grid):
         return table
     class_row, patch_rows = table[:, :1], table[:, 1:]
-    image = patch_rows.float().unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
+    wide = patch_rows.to(torch.promote_types(table.dtype, torch.float32))
+    image = wide.unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
     image = F.interpolate(image, size=tuple(new_grid), mode=mode, align_corners=False, antialias=False)
     return torch.cat([class_row, image.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)], dim=1)
+
+
+def resample_optimizer_state(
+    state: Mapping[str, Tensor], old_grid: tuple[int, int], new_grid: tuple[int, int]
+) -> dict[str, Tensor]:
+    """An optimizer's state of the position table, carried to another grid together with the table.
+
+    state  name to tensor, as `optimizer.state[tower.pos_embed]` or a checkpoint has it: `exp_avg`, `exp_avg_sq`,
+           `max_exp_avg_sq`, `momentum_buffer`, a float32 copy of the table, `step`, …
+
+    What has the table's shape is resampled like the table itself, bicubically, but for second moments: these are
+    averages of squares, bicubic weights are partly negative, and a negative one has no square root (NaN at the next
+    step). They, and whatever else has `sq` or `var` in its name, are resampled bilinearly, by weights that are not
+    negative. What has another shape, such as `step`, is kept as it is.
+    """
+    rows = 1 + old_grid[0] * old_grid[1]
+    moved = dict(state)
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.ndim == 3 and value.shape[:2] == (1, rows):
+            second = any(part in name for part in ("sq", "var"))
+            moved[name] = resample_position_table(value, old_grid, new_grid, mode="bilinear" if second else "bicubic")
+    return moved

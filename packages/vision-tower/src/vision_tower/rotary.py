@@ -14,7 +14,7 @@ from torch import Tensor
 def rotary_table(
     grid: tuple[int, int], head_dim: int, *, reference: int | None, theta: float, device: torch.device | None = None
 ) -> Tensor:
-    """Unit complex numbers `[1 + rows * columns, head_dim / 2]`, complex64; row 0, the class token's, is all ones.
+    """Cosines and sines, float32 `[1 + rows * columns, head_dim / 2, 2]`; row 0, the class token's, turns by nothing.
 
     Pair i of an axis turns by `position * theta^(-4i / head_dim)`. Positions 0 … n-1 are multiplied by `reference / n`
     (EVA's `intp_freq`), so that every resolution spans the angles of the grid that was trained first.
@@ -29,11 +29,16 @@ def rotary_table(
         dim=-1,
     ).flatten(0, 1)
     angles = torch.cat([angles.new_zeros(1, angles.shape[1]), angles])
-    return torch.polar(torch.ones_like(angles), angles)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turns queries or keys `x [N, T, heads, head_dim]` by `table [N or 1, T, 1, head_dim / 2]`; dtype of x."""
-    # complex numbers of 16 bits do not exist: the product is taken in float32 whatever autocast says
+    """Turns queries or keys `x [..., heads, head_dim]` by `table [..., 1, head_dim / 2, 2]`; dtype of x."""
+    # Complex numbers of 16 bits do not exist: the product is taken in float32 whatever autocast says.
     wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
-    return torch.view_as_real(torch.view_as_complex(wide) * table).flatten(-2).to(x.dtype)
+    if torch.compiler.is_compiling():  # Inductor fuses the real form and generates no code for complex numbers
+        (a, b), (cos, sin) = wide.unbind(-1), table.unbind(-1)
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(wide) * torch.view_as_complex(table))
+    return turned.flatten(-2).to(x.dtype)

@@ -1,0 +1,192 @@
+"""Weights that other projects wrote: EVA-CLIP, open_clip, timm and jina-clip-v2 files, told apart by their keys.
+
+Only tensors are ever read: safetensors, or `torch.load(weights_only=True)`, which refuses whatever could run code.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .config import Resolution, VisionTowerConfig, grid_of
+from .errors import WeightsError
+
+# Every layout has this tensor once; what stands before its name is the prefix of the image half.
+_PATCH = "patch_embed.proj.weight"
+
+# EVA's names in timm's words. Whole components of a key, so that no pattern meets another's work.
+_RENAMED = {
+    "attn.inner_attn_ln": "attn.norm",
+    "mlp.ffn_ln": "mlp.norm",
+    "mlp.w1": "mlp.fc1_g",
+    "mlp.w2": "mlp.fc1_x",
+    "mlp.w3": "mlp.fc2",
+    "attn.q_bias": "attn.q_proj.bias",
+    "attn.v_bias": "attn.v_proj.bias",
+}
+_RENAME = re.compile(r"(?<=\.)(" + "|".join(map(re.escape, _RENAMED)) + r")(?=\.|$)")
+
+# What a bare encoder has no use for: heads of CLIP, classification and masked-image training.
+_DROPPED = re.compile(r"(head|lm_head)\..*|mask_token|.*\brope\b.*")
+
+JINA_LICENCE = (
+    "these look like jina-clip-v2's weights; as published they carry CC-BY-NC-4.0, which forbids commercial use, of "
+    "what is trained from them too"
+)
+
+
+def read_image_half(path: Path) -> dict[str, Tensor]:
+    """The image tower's tensors of a file, without their prefix and otherwise as they stand there.
+
+    A whole model's text half is never read from a safetensors file, and only mapped into memory from a `.pt`. Raises
+    WeightsError, which names the file, for one that is broken, unsafe, or holds no image tower.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                keys = list(file.keys())
+                prefix = _prefix(keys, path)
+                found = {key.removeprefix(prefix): file.get_tensor(key) for key in keys if key.startswith(prefix)}
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"{path} cannot be read as safetensors ({error}); copy or download it again") from error
+    else:
+        weights = _unpickle(path)
+        keys = list(weights)
+        prefix = _prefix(keys, path)
+        found = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    if prefix.endswith("vision_model.") and any("text_model.transformer." in key for key in keys):
+        warnings.warn(f"{path}: {JINA_LICENCE}", stacklevel=2)
+    return found
+
+
+def _unpickle(path: Path) -> dict[str, Tensor]:
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+    try:
+        try:
+            found = torch.load(path, mmap=True, **options)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            found = torch.load(path, **options)  # torch's format before 1.6 cannot be mapped
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0]
+        raise WeightsError(
+            f"{path} is not a file of tensors alone ({reason}), and what else it holds could run code. If it is meant "
+            "to hold more and you trust it, load it yourself, and save its tensors with safetensors"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise WeightsError(f"{path} cannot be read by torch.load ({error}); copy or download it again") from error
+    for wrapper in ("model_ema", "model", "module", "state_dict"):  # trainers save more than the weights
+        if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
+            found = found[wrapper]
+    if not isinstance(found, Mapping):
+        raise WeightsError(f"{path} holds a {type(found).__name__}; expected a dictionary of tensors")
+    return {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
+
+
+def _prefix(keys: list[str], path: Path) -> str:
+    prefixes = [key.removesuffix(_PATCH) for key in keys if key == _PATCH or key.endswith("." + _PATCH)]
+    if len(prefixes) != 1:
+        raise WeightsError(
+            f"{path} has {len(prefixes)} image towers: expected one key that ends in {_PATCH}, found "
+            f"{', '.join(map(repr, prefixes or sorted(keys)[:5])) or 'nothing'}"
+        )
+    return prefixes[0]
+
+
+def to_timm_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Under timm's names, without what an encoder has no use for.
+
+    A tower of masked-image training or classification that averages patches has its final norm as `fc_norm`; here it
+    becomes the class token's `norm`.
+    """
+    renamed: dict[str, Tensor] = {}
+    for key, value in weights.items():
+        if _DROPPED.fullmatch(key):
+            continue
+        key = _RENAME.sub(lambda found: _RENAMED[found[1]], key)
+        if key.startswith("fc_norm."):
+            if key.removeprefix("fc_") in weights:
+                continue
+            key = key.removeprefix("fc_")
+        if key.endswith("attn.qkv.weight"):  # fused, where attention has no inner norm
+            for part, rows in zip("qkv", value.chunk(3), strict=True):
+                renamed[key.replace("qkv", f"{part}_proj")] = rows
+        else:
+            renamed[key] = value
+    return renamed
+
+
+def infer_config(
+    raw: Mapping[str, Tensor], source: str, *, resolution: Resolution | None = None, **stated: Any
+) -> VisionTowerConfig:
+    """The shape that weights from `read_image_half` have.
+
+    resolution  the input's size, taken if the position table has its grid; otherwise the table's is inferred, as a
+                square
+    stated      other settings that the caller knows better. Without them heads are of 64 dimensions, as in all of
+                EVA's B and L, and rotary positions are rescaled to 16, unless EVA's own rotary table is in the file and
+                says otherwise
+    """
+    weights = to_timm_names(raw)
+    try:
+        width, patch = weights[_PATCH].shape[0], weights[_PATCH].shape[-1]
+        places = weights["pos_embed"].shape[1] - 1
+        hidden = weights["blocks.0.mlp.fc2.weight"].shape[1]
+    except (KeyError, IndexError) as error:
+        raise WeightsError(f"{source} is no EVA02 tower: {error} is missing or of another shape") from error
+    if resolution is None or math.prod(grid_of(resolution, patch)) != places:
+        side = math.isqrt(places)
+        if side * side != places:
+            raise WeightsError(
+                f"{source} has positions for {places} patches of {patch}, which is no square; state the resolution "
+                "that it was trained at, as resolution=(height, width)"
+            )
+        resolution = side * patch
+    found: dict[str, Any] = {
+        "resolution": resolution,
+        "width": width,
+        "patch": patch,
+        "layers": 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks.")),
+        "heads": max(1, width // 64),
+        "hidden": hidden,
+        "attention_norm": "blocks.0.attn.norm.weight" in weights,
+        **_rotary_of(raw, width),
+        **stated,
+    }
+    return VisionTowerConfig.from_dict(found)
+
+
+def _rotary_of(raw: Mapping[str, Tensor], width: int) -> dict[str, Any]:
+    """Heads and reference grid from EVA's table of cosines `[n * n, head_dim]`, if the file has one: its second half
+    turns with the column, its first frequency is 1, so that column 1 has turned by reference / n."""
+    table = raw.get("rope.freqs_cos")
+    if table is None or table.ndim != 2 or len(table) < 4:
+        return {}
+    n, head_dim = math.isqrt(len(table)), table.shape[1]
+    reference = round(math.acos(max(-1.0, min(1.0, float(table[1, head_dim // 2])))) * n)
+    return {"heads": width // head_dim, "reference_grid": reference}
+
+
+def jina_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a jina-clip config.json says of its image tower beyond the shapes of the weights."""
+    vision = values.get("vision_config") or {}
+    found: dict[str, Any] = {}
+    if vision.get("head_width") and vision.get("width"):
+        found["heads"] = vision["width"] // vision["head_width"]
+    if vision.get(
+        "image_size"
+    ):  # what the position table cannot tell where pixels are left over: 512 is 36 patches of 14
+        found["resolution"] = vision["image_size"]
+    if "intp_freq" in vision:
+        found["reference_grid"] = vision.get("pt_hw_seq_len", 16) if vision["intp_freq"] else None
+    return found

@@ -1,0 +1,175 @@
+"""Every attention library is handed the same problem, packed or not, and says so where it cannot be had."""
+
+import sys
+from itertools import pairwise
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from vision_tower import VisionTower, VisionTowerConfig
+from vision_tower.attention import Layout, attend, resolve_backend
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def random():
+    return torch.Generator().manual_seed(0)
+
+
+def dense(q, k, v):
+    """softmax(q k^T / sqrt(D)) v in float64, for `[N, T, H, D]`."""
+    q, k, v = (t.double().transpose(1, 2) for t in (q, k, v))
+    return (torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1) @ v).transpose(1, 2)
+
+
+@pytest.mark.parametrize("class_only", [False, True])
+def test_packed_attention_equals_each_image_by_itself(random, class_only):
+    layout = Layout((3, 5, 5, 9), CPU)
+    q, k, v = (torch.randn(22, 2, 8, generator=random, dtype=torch.float64) for _ in range(3))
+    rows = q[layout.class_rows] if class_only else q
+    out = attend(rows, k, v, "sdpa", layout)
+    ends = layout.ends.tolist()
+    for i, (start, stop) in enumerate(pairwise(ends)):
+        own = q[start : start + 1] if class_only else q[start:stop]
+        expected = dense(own[None], k[None, start:stop], v[None, start:stop])[0]
+        torch.testing.assert_close(out[i : i + 1] if class_only else out[start:stop], expected)
+
+
+def test_a_layout_knows_its_runs_of_equal_length():
+    layout = Layout((3, 5, 5, 9), CPU)
+    assert layout.groups == [
+        (slice(0, 1), slice(0, 3), 3),
+        (slice(1, 3), slice(3, 13), 5),
+        (slice(3, 4), slice(13, 22), 9),
+    ]
+    assert layout.ends.tolist() == [0, 3, 8, 13, 22]
+    assert layout.class_rows.tolist() == [0, 3, 8, 13]
+    assert layout.longest == 9
+
+
+class BlockDiagonal:
+    """What xFormers' BlockDiagonalMask.from_seqlens documents: block i lets queries i see keys i."""
+
+    @classmethod
+    def from_seqlens(cls, q_seqlen, kv_seqlen=None, *, device=None):
+        mask = cls()
+        mask.blocks = torch.block_diag(
+            *(torch.ones(m, n, device=device) for m, n in zip(q_seqlen, kv_seqlen or q_seqlen, strict=True))
+        )
+        return mask
+
+
+@pytest.fixture
+def fake_libraries(monkeypatch):
+    """The documented calls of xFormers and flash-attn, computed by plain torch: it is the arguments that are tested."""
+
+    def memory_efficient_attention(query, key, value, attn_bias=None):
+        bias = None if attn_bias is None else attn_bias.blocks.log()
+        q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype)).transpose(
+            1, 2
+        )
+
+    def flash_attn_func(q, k, v):
+        return dense(q, k, v).to(q.dtype)
+
+    def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+        assert cu_seqlens_q.diff().max() == max_seqlen_q
+        assert cu_seqlens_k.diff().max() == max_seqlen_k
+        parts = zip(
+            q.split(cu_seqlens_q.diff().tolist()),
+            k.split(cu_seqlens_k.diff().tolist()),
+            v.split(cu_seqlens_k.diff().tolist()),
+            strict=True,
+        )
+        return torch.cat([dense(*(t[None] for t in part))[0] for part in parts]).to(q.dtype)
+
+    def module(name, **members):
+        made = ModuleType(name)
+        vars(made).update(members)
+        monkeypatch.setitem(sys.modules, name, made)
+
+    module("xformers")
+    module("xformers.ops", memory_efficient_attention=memory_efficient_attention)
+    module("xformers.ops.fmha")
+    module("xformers.ops.fmha.attn_bias", BlockDiagonalMask=BlockDiagonal)
+    module("flash_attn", flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func)
+
+
+@pytest.mark.parametrize("backend", ["xformers", "flash"])
+@pytest.mark.parametrize("class_only", [False, True])
+def test_other_libraries_get_what_they_document(random, fake_libraries, backend, class_only):
+    q, k, v = (torch.randn(2, 7, 2, 8, generator=random).bfloat16() for _ in range(3))
+    first = q[:, :1] if class_only else q
+    torch.testing.assert_close(attend(first, k, v, backend), attend(first, k, v), rtol=0, atol=0.03)
+    layout = Layout((3, 5, 5, 9), CPU)
+    q, k, v = (torch.randn(22, 2, 8, generator=random).bfloat16() for _ in range(3))
+    rows = q[layout.class_rows] if class_only else q
+    expected = attend(rows, k, v, "sdpa", layout)
+    torch.testing.assert_close(attend(rows, k, v, backend, layout), expected, rtol=0, atol=0.03)
+
+
+def test_a_library_is_taken_only_where_it_can_be_had(monkeypatch, fake_libraries):
+    assert resolve_backend("sdpa", CPU) == resolve_backend("auto", CPU) == resolve_backend("sdpa", GPU) == "sdpa"
+    assert resolve_backend("xformers", GPU) == resolve_backend("auto", GPU) == "xformers"
+    assert resolve_backend("flash", GPU) == "flash"
+    for name in ("xformers", "flash"):
+        with pytest.raises(ValueError, match=rf"'{name}', which runs on GPUs, and the tower is on the cpu.*'sdpa'"):
+            resolve_backend(name, CPU)
+    for module in ("xformers.ops", "flash_attn"):
+        monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    assert resolve_backend("auto", GPU) == "sdpa"
+    for name, package in (("xformers", "pip install xformers"), ("flash", "pip install flash-attn")):
+        with pytest.raises(ImportError, match=rf"'{name}'.*cannot be imported; {package}"):
+            resolve_backend(name, GPU)
+
+
+def test_flash_attention_in_32_bits_is_refused(fake_libraries):
+    q = torch.zeros(1, 2, 1, 8)
+    with pytest.raises(ValueError, match=r"16 bits and got torch\.float32"):
+        attend(q, q, q, "flash")
+
+
+def test_a_tower_that_was_told_to_use_a_gpu_library_says_so_on_a_cpu(config, images, fake_libraries, tmp_path):
+    tower = VisionTower(VisionTowerConfig(**{**vars(config), "attention": "xformers"}))
+    with pytest.raises(ValueError, match="which runs on GPUs"):
+        tower(images)
+    tower.save_pretrained(tmp_path)  # the choice belongs to the machine and stays behind
+    assert VisionTower.from_pretrained(tmp_path).config.attention == "sdpa"
+    assert VisionTower.from_pretrained(tmp_path, attention="auto").config.attention == "auto"
+
+
+def test_compiled_blocks_have_no_graph_break_and_the_same_numbers(make_tower, config, images):
+    """Through the tracer and a backend that runs the graph as it is; Inductor's own code is a matter of `full`."""
+    tower = make_tower(config)
+    keep = torch.arange(20).repeat(len(images), 1)
+    expected = [tower(images), tower(images, keep=keep)]
+    expected[0].square().sum().backward()
+    gradients = [parameter.grad.clone() for parameter in tower.parameters()]
+    tower.zero_grad()
+    names = list(tower.state_dict())
+    tower.compile_blocks(backend="aot_eager", fullgraph=True)
+    assert list(tower.state_dict()) == names
+    found = [tower(images), tower(images, keep=keep)]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    found[0].square().sum().backward()
+    for parameter, gradient in zip(tower.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=1e-5 * gradient.abs().max().item())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_inductors_blocks_have_the_same_numbers(make_tower, config, images, checkpointing):
+    tower = make_tower(VisionTowerConfig(**{**vars(config), "checkpointing": checkpointing}))
+    expected = tower(images)
+    expected.square().sum().backward()
+    gradients = [parameter.grad.clone() for parameter in tower.parameters()]
+    tower.zero_grad()
+    found = tower.compile_blocks()(images)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    found.square().sum().backward()
+    for parameter, gradient in zip(tower.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=1e-4 * gradient.abs().max().item())
