@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from contrastive_losses import matryoshka_info_nce
+from contrastive_losses import UnifiedInfoNCE, matryoshka_info_nce, matryoshka_sigmoid
 
 # The group of each size leaves out rank 0 where it can, so that a rank of the group is not its global rank.
 GROUPS = {1: [1], 2: [2, 3], 4: [0, 1, 2, 3]}
+SIDES = ("query", "target")
 BY_ROW = ("negatives", "query_ids", "target_ids", "sample_weights")
 
 
@@ -27,6 +28,10 @@ def main(rank: int, folder: Path) -> None:
                 written["loss"][name, size] = one_step(case, case["splits"][size], group_rank, groups[size])
     for name, per_rank in cases["errors"].items():
         written["errors"][name] = error_of(per_rank[rank], groups[4])
+    written["unified error"] = unified_error(rank, groups[4])
+    written["nan"] = loss_with_a_nan(rank, groups[4])
+    written["without gradient"] = step_of_which_one_rank_needs_no_gradient(cases["loss"]["even"], rank, groups[4])
+    written["unified"] = unified_step(cases["unified"], rank, groups[4])
     if rank == 0:
         try:
             matryoshka_info_nce(torch.ones(2, 2), torch.ones(2, 2), temperature=1.0, group=groups[1])
@@ -53,7 +58,10 @@ def one_step(case: dict, split: list[int], rank: int, group: dist.ProcessGroup) 
             options[name] = options[name][mine]
     if "negatives" in options:
         options["negatives"] = options["negatives"] @ parameters["target_encoder"]
-    loss, stats = matryoshka_info_nce(
+    if "bias" in parameters:
+        options["bias"] = parameters["bias"]
+    pair_loss = matryoshka_sigmoid if "bias" in parameters else matryoshka_info_nce
+    loss, stats = pair_loss(
         queries, targets, temperature=parameters["temperature"], group=group, return_stats=True, **options
     )
     (case["upstream"] * loss).backward()
@@ -63,22 +71,68 @@ def one_step(case: dict, split: list[int], rank: int, group: dist.ProcessGroup) 
         gradients[name] = value.grad.clone()
         dist.all_reduce(gradients[name], group=group)
         gradients[name] /= len(split)
-    own_temperature_gradient = parameters["temperature"].grad
     return {
         "loss": loss.detach(),
         "gradients": gradients,
-        "own_temperature_gradient": own_temperature_gradient,
-        "accuracy": stats.query_to_target_accuracy,
+        "own_temperature_gradient": parameters["temperature"].grad,
+        "stats": vars(stats),
     }
 
 
 def error_of(arguments: dict, group: dist.ProcessGroup) -> str:
     arguments = dict(arguments)
+    grad_enabled = arguments.pop("grad_enabled", True)
     try:
-        matryoshka_info_nce(arguments.pop("queries"), arguments.pop("targets"), group=group, **arguments)
+        with torch.set_grad_enabled(grad_enabled):
+            matryoshka_info_nce(arguments.pop("queries"), arguments.pop("targets"), group=group, **arguments)
     except ValueError as error:
         return str(error)
     return ""
+
+
+def unified_error(rank: int, group: dist.ProcessGroup) -> str:
+    rows = torch.ones(2, 4)
+    try:
+        UnifiedInfoNCE()((rows, rows), (rows, rows[:, : 4 - (rank == 1)]), group=group)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def loss_with_a_nan(rank: int, group: dist.ProcessGroup) -> dict:
+    queries, targets = torch.eye(4, requires_grad=True), torch.eye(4)
+    if rank == 2:
+        targets[0, 0] = torch.nan
+    loss = matryoshka_info_nce(queries, targets, temperature=0.1, group=group)
+    loss.backward()
+    return {"loss": loss.detach(), "gradient": queries.grad}
+
+
+def step_of_which_one_rank_needs_no_gradient(case: dict, rank: int, group: dist.ProcessGroup) -> dict:
+    """Rank 1's encoders are frozen; its loss.backward() must work and let the others have their gradients."""
+    mine = slice(2 * rank, 2 * rank + 2)
+    queries, targets = (case[f"{side}_inputs"][mine] @ case["parameters"][f"{side}_encoder"] for side in SIDES)
+    if rank != 1:
+        queries.requires_grad_()
+    loss = matryoshka_info_nce(queries, targets, temperature=0.2, group=group)
+    loss.backward()
+    return {"queries": queries.detach(), "targets": targets, "gradient": queries.grad}
+
+
+def unified_step(case: dict, rank: int, group: dist.ProcessGroup) -> dict:
+    """Each rank holds its rows of every part; ids of texts are given, those of images are made."""
+    module = UnifiedInfoNCE(dims=(3, 6), temperature=0.2)
+    parts = {
+        name: tuple(side.tensor_split(4)[rank].clone().requires_grad_() for side in pairs)
+        for name, pairs in case["parts"].items()
+    }
+    loss = module(**parts, text_ids=case["text_ids"].tensor_split(4)[rank], group=group)
+    loss.backward()
+    return {
+        "loss": loss.detach(),
+        "gradients": {name: [side.grad / 4 for side in pairs] for name, pairs in parts.items()},
+        "log_scale": module.log_scale.grad,
+    }
 
 
 if __name__ == "__main__":

@@ -260,6 +260,10 @@ BAD_INPUT = {
     "dim 0": ({"dims": (0,)}, "dims hold 0"),
     "no dims": ({"dims": ()}, "empty"),
     "weights of others": ({"dims": (2, 4), "weights": (1.0,)}, "1 weights for 2 dims"),
+    "a weight that is nan": ({"dims": (2, 4), "weights": (1.0, float("nan"))}, "expected finite numbers"),
+    "margin": ({"false_negative_margin": 3.0}, "false_negative_margin is 3.0"),
+    "dims that are no sequence": ({"dims": 4}, "cannot be read"),
+    "another device": ({"targets": torch.ones(3, 4, device="meta")}, "targets are on meta but queries on cpu"),
     "weights without dims": ({"weights": (1.0, 2.0)}, "2 weights for 1 dims"),
 }
 

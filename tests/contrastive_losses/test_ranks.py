@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from contrastive_losses import UnifiedInfoNCE, matryoshka_info_nce, matryoshka_sigmoid
+from contrastive_losses.plain import plain_info_nce, plain_sigmoid
 
 ROWS, WIDTH, HARD, INPUTS = 8, 6, 3, 5
 EVEN = {1: [8], 2: [4, 4], 4: [2, 2, 2, 2]}
@@ -13,7 +15,8 @@ def draw(*shape, seed):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def loss_case(splits, upstream=1.0, **options):
+def loss_case(splits, upstream=1.0, bias=None, **options):
+    scalars = {} if bias is None else {"bias": torch.tensor(bias, dtype=torch.float64)}
     return {
         "splits": splits,
         "upstream": upstream,
@@ -23,6 +26,7 @@ def loss_case(splits, upstream=1.0, **options):
             "query_encoder": draw(INPUTS, WIDTH, seed=3),
             "target_encoder": draw(INPUTS, WIDTH, seed=4),
             "temperature": torch.tensor([0.2], dtype=torch.float64),
+            **scalars,
         },
         "options": options,
     }
@@ -43,6 +47,19 @@ LOSS_CASES = {
     "ids across ranks": loss_case(EVEN, **IDS_ACROSS_RANKS),
     "sample weights": loss_case(UNEVEN, sample_weights=SAMPLE_WEIGHTS),
     "upstream gradient": loss_case(EVEN, upstream=0.3),
+    "margin": loss_case(UNEVEN, negatives=HARD_INPUTS, dims=(3, 6), false_negative_margin=0.2),
+    "sigmoid": loss_case(UNEVEN, bias=-2.0, dims=(3, 6)),
+    "sigmoid, all at once": loss_case(
+        EMPTY_RANKS,
+        upstream=-2.0,
+        bias=1.0,
+        negatives=HARD_INPUTS,
+        dims=(4, 2, 6, 2),
+        weights=(1.0, 0.5, 2.0, 0.25),
+        sample_weights=SAMPLE_WEIGHTS,
+        false_negative_margin=0.5,
+        **IDS_ACROSS_RANKS,
+    ),
     "all at once": loss_case(
         EMPTY_RANKS,
         upstream=-2.0,
@@ -52,6 +69,15 @@ LOSS_CASES = {
         sample_weights=SAMPLE_WEIGHTS,
         **IDS_ACROSS_RANKS,
     ),
+}
+
+
+UNIFIED = {
+    "parts": {
+        name: (draw(rows, 6, seed=7 * k), draw(rows, 6, seed=7 * k + 1))
+        for k, (name, rows) in enumerate({"image_text": 6, "text": 5, "image_views": 6}.items())
+    },
+    "text_ids": torch.tensor([0, 1, 2, 3, 0]),
 }
 
 
@@ -76,6 +102,9 @@ DISAGREEMENTS = {
     "ids": (error_case(3, query_ids=torch.arange(2)), r"query_ids .*\[0, 0, 0, 1\]"),
     "dims": (error_case(3, dims=(2, 4)), "dims and their weights"),
     "dtype": (error_case(3, queries=torch.ones(2, 4, dtype=torch.float64)), "dtypes"),
+    "margin": (error_case(3, false_negative_margin=0.1), "margin"),
+    "return_stats": (error_case(3, return_stats=True), r"return_stats: \[0, 0, 0, 1\]"),
+    "grad mode": (error_case(3, grad_enabled=False), r"is_grad_enabled\(\): \[1, 1, 1, 0\]"),
     "nothing anywhere": (
         [{"queries": torch.ones(0, 4), "targets": torch.ones(0, 4), "temperature": 0.1}] * 4,
         "no rank has a row",
@@ -84,26 +113,35 @@ DISAGREEMENTS = {
 UNUSABLE = {
     "a 1-d query": (error_case(1, queries=torch.ones(4)), 1, r"queries have shape \[4\]"),
     "a temperature of 0": (error_case(2, temperature=0.0), 2, "temperature is 0.0"),
+    "dims that are no sequence": (error_case(3, dims=5), 3, "arguments cannot be read"),
+    "a list for a tensor": (error_case(0, targets=[1.0, 2.0]), 0, "arguments cannot be read"),
+    "no queries": (error_case(1, queries=None), 1, "arguments cannot be read"),
 }
 
 
 @pytest.fixture(scope="module")
 def written(run_on_ranks):
     errors = {name: ranks for name, (ranks, *_) in {**DISAGREEMENTS, **UNUSABLE}.items()}
-    return run_on_ranks({"loss": LOSS_CASES, "errors": errors})
+    return run_on_ranks({"loss": LOSS_CASES, "errors": errors, "unified": UNIFIED})
 
 
-def one_process(case, oracle):
+def one_process(case, info_nce=matryoshka_info_nce, sigmoid=matryoshka_sigmoid, **more):
     parameters = {name: value.clone().requires_grad_() for name, value in case["parameters"].items()}
     options = dict(case["options"])
     if "negatives" in options:
         options["negatives"] = options["negatives"] @ parameters["target_encoder"]
-    loss = oracle(
+    if "bias" in parameters:
+        options["bias"] = parameters["bias"]
+    result = (sigmoid if "bias" in parameters else info_nce)(
         case["query_inputs"] @ parameters["query_encoder"],
         case["target_inputs"] @ parameters["target_encoder"],
         temperature=parameters["temperature"],
         **options,
+        **more,
     )
+    if more:
+        return result
+    loss = result
     gradients = torch.autograd.grad(case["upstream"] * loss, list(parameters.values()))
     return loss.detach().squeeze(), dict(zip(parameters, gradients, strict=True))
 
@@ -115,8 +153,9 @@ def assert_as_one_process(result, loss, gradients):
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("name", LOSS_CASES)
-def test_n_ranks_give_the_loss_and_gradients_of_one_process(name, ranks, written, oracle):
-    loss, gradients = one_process(LOSS_CASES[name], oracle)
+def test_n_ranks_give_the_loss_and_gradients_of_one_process(name, ranks, written):
+    loss, gradients = one_process(LOSS_CASES[name], plain_info_nce, plain_sigmoid)
+    _, stats = one_process(LOSS_CASES[name], return_stats=True)
     results = [rank["loss"][name, ranks] for rank in written if (name, ranks) in rank["loss"]]
     assert len(results) == ranks
     for result in results:
@@ -125,14 +164,47 @@ def test_n_ranks_give_the_loss_and_gradients_of_one_process(name, ranks, written
         # Not only the mean over ranks: each rank holds the whole derivative by the temperature.
         own = result["own_temperature_gradient"]
         torch.testing.assert_close(own, gradients["temperature"], rtol=1e-12, atol=1e-12)
-        assert torch.equal(result["accuracy"], results[0]["accuracy"])
+        for field, value in vars(stats).items():
+            torch.testing.assert_close(result["stats"][field], value, rtol=1e-12, atol=1e-12)
 
 
-def test_ids_hide_pairs_that_sit_on_different_ranks(oracle):
+def test_ids_hide_pairs_that_sit_on_different_ranks():
     """The case above would prove nothing if its ids changed nothing."""
-    with_ids, _ = one_process(LOSS_CASES["ids across ranks"], oracle)
-    without, _ = one_process(LOSS_CASES["even"], oracle)
+    with_ids, _ = one_process(LOSS_CASES["ids across ranks"])
+    without, _ = one_process(LOSS_CASES["even"])
     assert without - with_ids > 1e-3
+
+
+def test_the_unified_batch_of_n_ranks_is_that_of_one_process(written):
+    """Images without ids are told apart on all ranks, and each meets its own views on its rank."""
+    module = UnifiedInfoNCE(dims=(3, 6), temperature=0.2)
+    parts = {name: tuple(side.clone().requires_grad_() for side in pair) for name, pair in UNIFIED["parts"].items()}
+    loss = module(**parts, text_ids=UNIFIED["text_ids"])
+    loss.backward()
+    for rank, result in enumerate(written):
+        result = result["unified"]
+        torch.testing.assert_close(result["loss"], loss.detach(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(result["log_scale"], module.log_scale.grad)
+        for name, pair in parts.items():
+            for side, gradient in zip(pair, result["gradients"][name], strict=True):
+                own = side.grad.tensor_split(4)[rank]
+                torch.testing.assert_close(gradient, own, rtol=1e-12, atol=1e-12)
+
+
+def test_a_nan_on_one_rank_is_a_nan_on_all_and_leaves_them_in_step(written):
+    for rank in written:
+        assert rank["nan"]["loss"].isnan()
+        assert rank["nan"]["gradient"].isnan().any()
+
+
+def test_a_rank_that_needs_no_gradient_takes_part_in_those_of_the_others(written):
+    results = [rank["without gradient"] for rank in written]
+    queries = torch.cat([result["queries"] for result in results]).requires_grad_()
+    matryoshka_info_nce(queries, torch.cat([result["targets"] for result in results]), temperature=0.2).backward()
+    assert results[1]["gradient"] is None
+    for rank in (0, 2, 3):
+        expected = 4 * queries.grad[2 * rank : 2 * rank + 2]
+        torch.testing.assert_close(results[rank]["gradient"], expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", DISAGREEMENTS)
@@ -152,10 +224,16 @@ def test_bad_input_on_one_rank_is_an_error_on_all(name, written):
             raise ValueError(result["errors"][name])
 
 
-def test_ranks_stay_in_step_after_errors(written, oracle):
-    loss, gradients = one_process(LOSS_CASES["all at once"], oracle)
+def test_ranks_stay_in_step_after_errors(written):
+    loss, gradients = one_process(LOSS_CASES["all at once"])
     for result in written:
         assert_as_one_process(result["after errors"], loss, gradients)
+
+
+def test_unified_parts_that_do_not_fit_on_one_rank_are_an_error_on_all(written):
+    assert "text: targets have shape [2, 3]" in written[1]["unified error"]
+    for rank in (0, 2, 3):
+        assert "rank(s) [1] of the group" in written[rank]["unified error"]
 
 
 def test_a_process_outside_the_group_is_told_so(written):

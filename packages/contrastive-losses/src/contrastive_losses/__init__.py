@@ -1,6 +1,10 @@
-"""Contrastive losses for two-tower models: Matryoshka InfoNCE with hard negatives, right on any number of ranks."""
+"""Contrastive losses for two-tower models: Matryoshka prefixes, hard negatives, memory O(B·D), right on any number of
+ranks."""
 
-from contrastive_losses.info_nce import LossStats, matryoshka_info_nce
-from contrastive_losses.module import InfoNCE
+from contrastive_losses.info_nce import matryoshka_info_nce
+from contrastive_losses.module import InfoNCE, SigmoidLoss
+from contrastive_losses.sigmoid import matryoshka_sigmoid
+from contrastive_losses.stats import LossStats
+from contrastive_losses.unified import UnifiedInfoNCE
 
-__all__ = ["InfoNCE", "LossStats", "matryoshka_info_nce"]
+__all__ = ["InfoNCE", "LossStats", "SigmoidLoss", "UnifiedInfoNCE", "matryoshka_info_nce", "matryoshka_sigmoid"]

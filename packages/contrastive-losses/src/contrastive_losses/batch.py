@@ -7,9 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+SMALLEST_NORM = 1e-12  # a prefix no longer than this counts as the zero vector
+
 
 class Batch(NamedTuple):
-    """Rows of a contrastive batch: those of one rank, or, after `ranks.gather_batch`, those of all of them."""
+    """This rank's rows of a contrastive batch."""
 
     queries: Tensor  # [B, D]
     targets: Tensor  # [B, D]
@@ -17,6 +19,28 @@ class Batch(NamedTuple):
     query_ids: Tensor | None  # [B] int64
     target_ids: Tensor | None  # [B] int64
     sample_weights: Tensor | None  # [B]
+
+
+def problem_with_call(
+    batch: Batch,
+    temperature: float | Tensor,
+    bias: float | Tensor,
+    dims: Sequence[int] | None,
+    weights: Sequence[float] | None,
+    margin: float | None,
+) -> str | None:
+    """The first thing wrong with the arguments of a loss, in words, or None. Never raises: a rank that fails before it
+    has heard of the others leaves them waiting."""
+    try:
+        return (
+            problem_with_batch(batch)
+            or problem_with_dims(dims, weights, width=batch.queries.shape[1])
+            or problem_with_scalar("temperature", temperature, above=0.0)
+            or problem_with_scalar("bias", bias)
+            or problem_with_margin(margin)
+        )
+    except Exception as error:  # such as a list where a tensor belongs
+        return f"the arguments cannot be read ({type(error).__name__}: {error}); see the documentation for their types"
 
 
 def problem_with_batch(batch: Batch) -> str | None:
@@ -38,6 +62,9 @@ def problem_with_batch(batch: Batch) -> str | None:
     for name, embeddings in (("queries", queries), ("targets", targets), ("negatives", negatives)):
         if embeddings is not None and not embeddings.is_floating_point():
             return f"{name} are {embeddings.dtype}; expected floating-point embeddings"
+    for name, tensor in batch._asdict().items():
+        if tensor is not None and tensor.device != queries.device:
+            return f"{name} are on {tensor.device} but queries on {queries.device}; move them all to one device"
     for name, ids in (("query_ids", batch.query_ids), ("target_ids", batch.target_ids)):
         if ids is not None and (ids.shape != (rows,) or ids.dtype != torch.int64):
             return f"{name} are {ids.dtype} of shape {list(ids.shape)}; expected one int64 for each row: [{rows}]"
@@ -64,19 +91,28 @@ def problem_with_dims(dims: Sequence[int] | None, weights: Sequence[float] | Non
             return f"dims hold {dim!r}; expected whole numbers from 1 to {limit}"
     if weights is not None and len(weights) != (expected := 1 if dims is None else len(dims)):
         return f"{len(weights)} weights for {expected} dims; expected one weight for each dim, in the same order"
+    if weights is not None and not all(math.isfinite(float(weight)) for weight in weights):
+        return f"weights are {tuple(weights)}; expected finite numbers"
     return None
 
 
-def problem_with_temperature(temperature: float | Tensor) -> str | None:
-    """What is wrong with a temperature, or None. Of a tensor that is not on the CPU, only the shape is checked:
-    looking at its value would make the host wait for the GPU."""
-    if isinstance(temperature, Tensor):
-        if temperature.shape not in ((), (1,)):
-            return f"temperature has shape {list(temperature.shape)}; expected a number, or a tensor of shape [] or [1]"
-        if temperature.device.type != "cpu":
+def problem_with_scalar(name: str, value: float | Tensor, above: float = -math.inf) -> str | None:
+    """What is wrong with a temperature or a bias, or None. Of a tensor that is not on the CPU, only the shape is
+    checked: looking at its value would make the host wait for the GPU."""
+    if isinstance(value, Tensor):
+        if value.shape not in ((), (1,)):
+            return f"{name} has shape {list(value.shape)}; expected a number, or a tensor of shape [] or [1]"
+        if value.device.type != "cpu":
             return None
-        temperature = temperature.detach()
-    value = float(temperature)
-    if not (value > 0 and math.isfinite(value)):
-        return f"temperature is {value}; expected a finite number above 0, such as 0.07"
+        value = value.detach()
+    number = float(value)
+    if not (number > above and math.isfinite(number)):
+        return f"{name} is {number}; expected a finite number" + (f" above {above:g}" if above > -math.inf else "")
+    return None
+
+
+def problem_with_margin(margin: float | None) -> str | None:
+    """What is wrong with a margin between cosines, or None."""
+    if margin is not None and not -2 <= margin <= 2:
+        return f"false_negative_margin is {margin}; expected a difference of cosines from -2 to 2, such as 0.1, or None"
     return None

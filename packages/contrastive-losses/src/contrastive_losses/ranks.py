@@ -1,13 +1,16 @@
-"""One loss over several ranks: agree on the shapes, then gather every rank's rows once.
+"""One loss over several ranks: agree on the shapes, then exchange as little as the strip of each rank needs.
 
-Every rank computes the loss of the whole batch from the gathered rows, so no gradient has to travel: what a rank needs
-for its own rows stands in its own backward pass. Multiplied by the number of ranks W, it makes the *mean* over ranks of
-a parameter's gradients, which is what DDP and DeepSpeed take, the gradient of one process that holds the whole batch. A
-temperature is not gathered: each rank has its full derivative, and the mean of W equal numbers is right as it is.
+Each rank holds its own targets and hard negatives and sees the queries of all ranks: hard negatives, most of the data
+where there are any, never travel. Sums down a column are then complete on the rank that owns it; sums over a row are
+added up over ranks, as is the gradient of the queries on its way back to their owners.
+
+Input gradients come out W times the derivative of the loss, W being the number of ranks. That makes the *mean* over
+ranks of a parameter's gradients, which is what DDP and DeepSpeed take, the gradient of one process that holds the whole
+batch. A temperature gets its full derivative on each rank; the mean of W equal numbers is right as it is.
 """
 
 import zlib
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -17,105 +20,176 @@ from contrastive_losses.batch import Batch
 
 Group = Any  # a torch.distributed.ProcessGroup; builds of torch without distributed lack the name
 
-
-# What each rank tells the others before the gather. All but the first two must be the same everywhere.
-DESCRIBED = (
-    "unusable input",
-    "rows",
+# What each rank tells the others before anything else is exchanged. First what may differ between ranks …
+OWN = ("unusable input", "rows", "queries need a gradient", "temperature or bias needs one", "anything needs one")
+# … then what must not.
+COMMON = (
     "the width D",
     "the number of hard negatives K (-1: none given)",
     "query_ids (1: given)",
     "target_ids (1: given)",
     "sample_weights (1: given)",
+    "return_stats",
+    "torch.is_grad_enabled()",
     "the dtypes of the inputs (checksum)",
-    "dims and their weights (checksum)",
+    "the loss, dims and their weights, margin (checksum)",
 )
 
 
-class _GatherRows(torch.autograd.Function):
-    """[b, …] on each rank -> [sum of b, …] on every rank, in rank order. Backward: W times the own slice."""
+class Ranks:
+    """The ranks of a group, how many rows each has, and the exchanges between them. Without a group, this process.
 
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, counts: list[int], group: Group) -> Tensor:
-        rank = dist.get_rank(group)
-        ctx.world_size, ctx.start, ctx.count = len(counts), sum(counts[:rank]), counts[rank]
-        padded = rows.new_zeros(max(counts), *rows.shape[1:])  # all_gather wants one shape everywhere
-        padded[: len(rows)] = rows
-        pieces = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(pieces, padded, group=group)
-        return torch.cat([piece[:count] for piece, count in zip(pieces, counts, strict=True)])
+    Attributes:
+        counts: rows of each rank.
+        first: the number of this rank's first row in the whole batch.
+        queries_need_gradient, scalars_need_gradient, any_needs_gradient: whether that is so on any rank. If it is, all
+            of them have to exchange gradients in the backward pass.
+    """
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.world_size * grad.narrow(0, ctx.start, ctx.count), None, None
+    def __init__(self, group: Group | None, told: list[list[int]], rank: int) -> None:
+        self.group = group
+        self.counts = [row[1] for row in told]
+        self.first, self.own = sum(self.counts[:rank]), self.counts[rank]
+        self.queries_need_gradient, self.scalars_need_gradient, self.any_needs_gradient = (
+            any(row[i] for row in told) for i in (2, 3, 4)
+        )
+
+    @property
+    def world_size(self) -> int:
+        return len(self.counts)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """[b, …] on each rank -> [B, …] on every rank, in rank order."""
+        if self.world_size == 1:
+            return rows
+        longest = max(self.counts)
+        padded = rows if len(rows) == longest else _resized(rows, longest)  # one shape on all ranks
+        gathered = rows.new_empty(self.world_size * longest, *rows.shape[1:])
+        dist.all_gather_into_tensor(gathered, padded.contiguous(), group=self.group)
+        if min(self.counts) == longest:
+            return gathered
+        return torch.cat([piece[:count] for piece, count in zip(gathered.split(longest), self.counts, strict=True)])
+
+    def scatter_sum(self, rows: Tensor) -> Tensor:
+        """[B, …] on each rank -> [b, …]: this rank's rows, added up over ranks."""
+        if self.world_size == 1:
+            return rows
+        longest = max(self.counts)
+        if min(self.counts) < longest:
+            rows = torch.cat([_resized(piece, longest) for piece in rows.split(self.counts)])
+        own = rows.new_empty(longest, *rows.shape[1:])
+        dist.reduce_scatter_tensor(own, rows, group=self.group)
+        return own[: self.own]
+
+    def sum(self, values: Tensor) -> Tensor:
+        return self._reduced(values, dist.ReduceOp.SUM) if self.world_size > 1 else values
+
+    def max(self, values: Tensor) -> Tensor:
+        return self._reduced(values, dist.ReduceOp.MAX) if self.world_size > 1 else values
+
+    def log_sum_exp(self, values: Tensor) -> Tensor:
+        """The log of the sum over ranks of exp(values), elementwise."""
+        if self.world_size == 1:
+            return values
+        shift = self.max(values).clamp_min_(torch.finfo(values.dtype).min)  # -inf - -inf would be nan
+        return shift + self.sum((values - shift).exp_()).log_()
+
+    def _reduced(self, values: Tensor, how: Any) -> Tensor:
+        values = values.clone()
+        dist.all_reduce(values, how, group=self.group)
+        return values
 
 
-def gather_batch(batch: Batch, problem: str | None, settings: tuple, group: Group) -> Batch:
-    """The batch of all ranks of `group`, rows in rank order, with the gradients described above.
+def _resized(rows: Tensor, length: int) -> Tensor:
+    resized = rows.new_zeros(length, *rows.shape[1:])
+    resized[: len(rows)] = rows
+    return resized
 
-    `problem` is what this rank found wrong with its own input, if anything: it is raised only after every rank has
-    heard of it, because a rank that leaves early would leave the others waiting. `settings` must be equal on all ranks.
+
+def agree(
+    batch: Batch, scalars: list[Tensor], problem: str | None, settings: tuple, stats: bool, group: Group | None
+) -> Ranks:
+    """The ranks of `group`, once all of them have found their input usable and the same in everything but rows.
+
+    `problem` is what this rank found wrong with its own input, if anything. With a group it is raised only after every
+    rank has heard of it, because a rank that leaves early would leave the others waiting. That exchange is the only
+    point of a loss at which the host waits for the device.
+
+    Args:
+        scalars: those of temperature and bias that are tensors.
+        settings: must be equal on all ranks.
 
     Raises:
         ValueError: on every rank, if any rank has a problem, the ranks disagree, or no rank has a row.
     """
-    if dist.get_rank(group) < 0:
+    if group is None:
+        if problem is not None:
+            raise ValueError(problem)
+        if len(batch.queries) == 0:
+            raise ValueError("the batch has no rows; expected at least one pair")
+        return Ranks(None, [_description(batch, scalars, settings, stats)], 0)
+
+    rank = dist.get_rank(group)
+    if rank < 0:
         raise ValueError("this process is not a member of `group`; call the loss only on the ranks that are")
-    counts = _agree(batch, problem, settings, group)
-
-    def gathered(rows: Tensor) -> Tensor:
-        return _GatherRows.apply(rows, counts, group)
-
-    queries, targets, negatives, query_ids, target_ids, sample_weights = batch
-    # One message holds all embeddings: pair i becomes [query i, target i, its K negatives], in their common dtype.
-    embeddings = [queries[:, None], targets[:, None]] + ([] if negatives is None else [negatives])
-    packed = gathered(torch.cat(embeddings, dim=1))
-    return Batch(
-        queries=packed[:, 0],
-        targets=packed[:, 1],
-        negatives=None if negatives is None else packed[:, 2:],
-        query_ids=None if query_ids is None else gathered(query_ids),
-        target_ids=None if target_ids is None else gathered(target_ids),
-        sample_weights=None if sample_weights is None else gathered(sample_weights),
-    )
-
-
-def _agree(batch: Batch, problem: str | None, settings: tuple, group: Group) -> list[int]:
-    """Each rank's number of rows, after one small exchange: the only point at which the host waits for the device."""
-    mine = [1] + [0] * (len(DESCRIBED) - 1) if problem is not None else _description(batch, settings)
-    message = torch.tensor(mine, dtype=torch.int64, device=batch.queries.device)
+    mine = [1] + [0] * (len(OWN + COMMON) - 1) if problem is not None else _description(batch, scalars, settings, stats)
+    message = torch.tensor(mine, dtype=torch.int64, device=_message_device(batch, group))
     messages = [torch.empty_like(message) for _ in range(dist.get_world_size(group))]
     dist.all_gather(messages, message, group=group)
-    unusable, rows, *must_be_equal = torch.stack(messages).T.tolist()  # for each thing described, one number per rank
+    told = torch.stack(messages).tolist()
 
     if problem is not None:
         raise ValueError(problem)
-    if any(unusable):
-        ranks = [rank for rank, flag in enumerate(unusable) if flag]
+    unusable = [rank for rank, row in enumerate(told) if row[0]]
+    if unusable:
         raise ValueError(
-            f"rank(s) {ranks} of the group were given unusable input; their own messages say what is wrong"
+            f"rank(s) {unusable} of the group were given unusable input; their own messages say what is wrong"
         )
-    for name, values in zip(DESCRIBED[2:], must_be_equal, strict=True):
+    for name, *values in zip(COMMON, *(row[len(OWN) :] for row in told), strict=True):
         if len(set(values)) > 1:
             raise ValueError(
                 f"the ranks of the group differ in {name}: {values}, from rank 0 on; "
                 "give every rank the same (only the number of rows may differ)"
             )
-    if sum(rows) == 0:
+    ranks = Ranks(group, told, rank)
+    if sum(ranks.counts) == 0:
         raise ValueError("no rank has a row; expected at least one pair in the whole batch")
-    return rows
+    return ranks
 
 
-def _description(batch: Batch, settings: tuple) -> list[int]:
+def refuse(problem: str, group: Group | None) -> NoReturn:
+    """Raises ValueError for a problem found before there is a batch, on every rank of the group: the others are in, or
+    will come to, `agree`."""
+    nothing: Any = (None,) * len(Batch._fields)
+    agree(Batch(*nothing), [], problem, (), False, group)
+    raise AssertionError("agree raises where there is a problem")
+
+
+def _message_device(batch: Batch, group: Group) -> torch.device:
+    if isinstance(batch.queries, Tensor):
+        return batch.queries.device
+    return torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
+
+
+def _description(batch: Batch, scalars: list[Tensor], settings: tuple, stats: bool) -> list[int]:
+    """The numbers of OWN and COMMON, in their order."""
+    grad = torch.is_grad_enabled()
+    scalars_need = grad and any(scalar.requires_grad for scalar in scalars)
+    inputs = (batch.queries, batch.targets, batch.negatives)
     dtypes = [rows.dtype for rows in batch if rows is not None]
     return [
         0,
         len(batch.queries),
+        int(grad and batch.queries.requires_grad),
+        int(scalars_need),
+        int(scalars_need or (grad and any(rows is not None and rows.requires_grad for rows in inputs))),
         batch.queries.shape[1],
         -1 if batch.negatives is None else batch.negatives.shape[1],
         int(batch.query_ids is not None),
         int(batch.target_ids is not None),
         int(batch.sample_weights is not None),
+        int(stats),
+        int(grad),
         zlib.crc32(repr(dtypes).encode()),
         zlib.crc32(repr(settings).encode()),
     ]

@@ -1,0 +1,261 @@
+"""A loss over pairs as one differentiable function whose memory is O(B·D): the strip's sums forward, its gradients
+backward, and vectors of O(B) numbers in float64 between them.
+
+With o_i the sum of exp(logit) over the negatives of row i, relative to its positive, InfoNCE is log1p(o_i) and its
+derivative by the positive's logit is -o_i / (1 + o_i). Both stay exact where o_i is tiny and a cross entropy would
+subtract two nearly equal numbers.
+"""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from contrastive_losses import torch_tiles
+from contrastive_losses.batch import SMALLEST_NORM, Batch, problem_with_call
+from contrastive_losses.ranks import Group, Ranks, agree
+from contrastive_losses.stats import LossStats, stats_of, weighted_sums
+from contrastive_losses.strip import Needs, Strip, logit_dtype
+
+
+def tiles_for(strip: Strip) -> ModuleType:
+    """The module that computes this strip: the one place where devices are told apart."""
+    if strip.queries.is_cuda and find_spec("triton") is not None:
+        from contrastive_losses import triton_tiles
+        from contrastive_losses.triton_check import kernels_are_right
+
+        if triton_tiles.supports(strip) and kernels_are_right(strip.queries.device, strip.queries.dtype):
+            return triton_tiles
+    return torch_tiles
+
+
+class Settings(NamedTuple):
+    """What a loss is, apart from its tensors."""
+
+    link: Literal["exp", "sigmoid"]
+    dims: tuple[int, ...]  # [P] ascending, distinct
+    weights: tuple[float, ...]  # [P]
+    margin: float | None
+    stats: bool
+
+
+def pair_loss(
+    link: Literal["exp", "sigmoid"],
+    batch: Batch,
+    *,
+    temperature: float | Tensor,
+    bias: float | Tensor = 0.0,
+    dims: Sequence[int] | None,
+    weights: Sequence[float] | None,
+    margin: float | None,
+    group: Group | None,
+    return_stats: bool,
+) -> Tensor | tuple[Tensor, LossStats]:
+    """Checks, agrees with the other ranks, and computes. `matryoshka_info_nce` describes the arguments."""
+    problem = problem_with_call(batch, temperature, bias, dims, weights, margin)
+    if problem is None:
+        dims = tuple(batch.queries.shape[-1:] if dims is None else dims)
+        weights = (1.0,) * len(dims) if weights is None else tuple(float(weight) for weight in weights)
+    scalars = [scalar for scalar in (temperature, bias) if isinstance(scalar, Tensor)]
+    ranks = agree(batch, scalars, problem, (link, dims, weights, margin), return_stats, group)
+    assert isinstance(dims, tuple), "agree raises where the arguments do not fit"
+    assert isinstance(weights, tuple)
+
+    queries, targets, negatives, *_ = batch
+    distinct = tuple(sorted(set(dims)))
+    sums = [sum(weight for each, weight in zip(dims, weights, strict=True) if each == dim) for dim in distinct]
+    settings = Settings(link, distinct, tuple(sums), margin, return_stats)
+    scale, bias = _scalar(temperature, queries.device).reciprocal(), _scalar(bias, queries.device)
+    # A rank whose own inputs need no gradient has to take part in the backward pass of those that do.
+    anchor = torch.zeros((), device=queries.device, requires_grad=ranks.any_needs_gradient)
+    with torch.autocast(queries.device.type, enabled=False):
+        loss, stats = _PairLoss.apply(queries, targets, negatives, scale, bias, anchor, batch, settings, ranks)
+    if not return_stats:
+        return loss
+    return loss, stats_of(stats, dims, [distinct.index(dim) for dim in dims], loss.dtype)
+
+
+def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
+    """0-d float64 on the device, with the gradient that it has."""
+    if isinstance(value, Tensor):
+        return value.to(device, torch.float64).reshape(())
+    return torch.full((), value, dtype=torch.float64, device=device)
+
+
+class _PairLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries: Tensor,
+        targets: Tensor,
+        negatives: Tensor | None,
+        scale: Tensor,
+        bias: Tensor,
+        anchor: Tensor,
+        batch: Batch,
+        settings: Settings,
+        ranks: Ranks,
+    ) -> tuple[Tensor, Tensor]:
+        strip = _strip(queries, targets, negatives, scale, bias, batch, settings, ranks)
+        own, dtype = slice(ranks.first, ranks.first + ranks.own), logit_dtype(strip)
+        sample_weights = _normalised_weights(batch.sample_weights, ranks, strip.positive)
+        weights = strip.positive.new_tensor(settings.weights)[:, None] * sample_weights  # [P, B]
+
+        sums = tiles_for(strip).strip_sums(strip, maxima=settings.stats)
+        logit = scale * strip.positive
+        if strip.link == "exp":
+            row, column = ranks.log_sum_exp(sums.row), sums.column
+            losses = F.softplus((row - logit)[:, own], threshold=50) + F.softplus(column - logit[:, own], threshold=50)
+        else:
+            row, column = ranks.sum(sums.row), sums.column
+            losses = row[:, own] + F.softplus(-(logit + bias)[:, own], threshold=50)
+        result = (weights[:, own] * losses).sum()[None]
+        if settings.stats:
+            row_max = ranks.max(sums.row_max)[:, own]
+            stats = weighted_sums(strip.positive[:, own], row_max, sums.column_max, sample_weights[own], dtype)
+            result = torch.cat([result, stats.flatten()])
+        result = ranks.sum(result)
+        loss, stats = result[0].to(dtype), result[1:].view(5, -1) if settings.stats else result[:0]
+
+        ctx.fixed, tensors = strip[:4], strip[4:]  # what is no tensor stands first
+        ctx.save_for_backward(*tensors, weights, row, column)
+        ctx.ranks, ctx.query_dtype = ranks, queries.dtype
+        ctx.negatives_shape = None if negatives is None else negatives.shape
+        ctx.mark_non_differentiable(stats)
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True; the graph would lack this loss without a word
+            raise RuntimeError("no gradients of gradients here; the forms in contrastive_losses.plain have them")
+        *tensors, weights, row, column = ctx.saved_tensors
+        strip, ranks = Strip(*ctx.fixed, *tensors), ctx.ranks
+        need_targets, need_negatives, need_scale, need_bias = ctx.needs_input_grad[1:5]
+        needs = Needs(ranks.queries_need_gradient, need_targets, need_negatives)
+        own = slice(ranks.first, ranks.first + ranks.own)
+        with torch.autocast(strip.queries.device.type, enabled=False):
+            logit, weights = strip.scale * strip.positive, weights * upstream.double()
+            row_log_sum, column_log_sum = torch.logaddexp(logit, row), torch.logaddexp(logit[:, own], column)
+            given = tiles_for(strip).strip_gradients(
+                strip, weights, row_log_sum, weights[:, own], column_log_sum, needs
+            )
+            if strip.link == "exp":
+                share = (row - logit)[:, own].sigmoid() + (column - logit[:, own]).sigmoid()  # o / (1 + o), both ways
+            else:
+                share = (-(logit + strip.bias)[:, own]).sigmoid()
+            of_positive = -weights[:, own] * share
+            given.row_moment[:, own] += of_positive * logit[:, own]
+            given.target_moment.add_(of_positive * logit[:, own])
+            raw_positive = of_positive * strip.scale * strip.query_inverse_norm[:, own] * strip.target_inverse_norm
+
+            norms = (strip.query_inverse_norm, strip.target_inverse_norm, strip.negative_inverse_norm)
+            moments = (given.row_moment, given.target_moment, given.negative_moment)
+            embeddings = (strip.queries, strip.targets, strip.negatives)
+            for gradient, rows, moment, inverse_norm in zip(given[:3], embeddings, moments, norms, strict=True):
+                if gradient is not None:  # moving along a prefix changes no cosine of it
+                    _add_rows(gradient, rows, -moment * inverse_norm.square(), strip.dims)
+            of_queries, of_targets, of_negatives = given[:3]
+            if of_queries is not None:
+                _add_rows(of_queries[own], strip.targets, raw_positive, strip.dims)
+                of_queries = ranks.scatter_sum(of_queries).mul_(ranks.world_size).to(ctx.query_dtype)
+            if of_targets is not None:
+                _add_rows(of_targets, strip.queries[own], raw_positive, strip.dims)
+                of_targets = of_targets.mul_(ranks.world_size).to(strip.targets.dtype)
+            if of_negatives is not None:
+                of_negatives = of_negatives.mul_(ranks.world_size).to(strip.negatives.dtype).view(ctx.negatives_shape)
+            of_scale = of_bias = None
+            if ranks.scalars_need_gradient:
+                scalars = torch.stack([given.row_moment.sum() / strip.scale, given.total + of_positive.sum()])
+                scalars = ranks.sum(scalars)
+                of_scale, of_bias = scalars[0] if need_scale else None, scalars[1] if need_bias else None
+        return of_queries, of_targets, of_negatives, of_scale, of_bias, None, None, None, None
+
+
+def _strip(
+    queries: Tensor,
+    targets: Tensor,
+    negatives: Tensor | None,
+    scale: Tensor,
+    bias: Tensor,
+    batch: Batch,
+    settings: Settings,
+    ranks: Ranks,
+) -> Strip:
+    """The strip of this rank, with what it needs from the batch."""
+    dims = settings.dims
+    flat = targets[:0] if negatives is None else negatives.flatten(0, 1)
+    query_inverse_norm, target_inverse_norm, negative_inverse_norm = (
+        _inverse_norms(rows, dims) for rows in (queries, targets, flat)
+    )
+    positive = _prefix_products(queries, targets, dims) * query_inverse_norm * target_inverse_norm
+    gathered = ranks.gather(torch.cat([query_inverse_norm, positive]).T).T.contiguous()
+    return Strip(
+        link=settings.link,
+        dims=dims,
+        margin=settings.margin,
+        first=ranks.first,
+        queries=ranks.gather(queries),
+        targets=targets,
+        negatives=flat,
+        query_inverse_norm=gathered[: len(dims)],
+        target_inverse_norm=target_inverse_norm,
+        negative_inverse_norm=negative_inverse_norm,
+        scale=scale,
+        bias=bias,
+        query_ids=None if batch.query_ids is None else ranks.gather(batch.query_ids),
+        target_ids=None if batch.target_ids is None else ranks.gather(batch.target_ids),
+        positive=gathered[len(dims) :],
+    )
+
+
+def _normalised_weights(sample_weights: Tensor | None, ranks: Ranks, like: Tensor) -> Tensor:
+    """`[B]` float64 for all ranks' rows, summing to 1 (or all 0)."""
+    size = sum(ranks.counts)
+    if sample_weights is None:
+        return like.new_full((size,), 1.0 / size)
+    weights = ranks.gather(sample_weights.detach().double())
+    return weights / weights.sum().clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def _blocks(dims: tuple[int, ...]) -> list[slice]:
+    return [slice(low, high) for low, high in zip((0, *dims), dims, strict=False)]
+
+
+def _row_panels(rows: Tensor) -> list[slice]:
+    """Few rows at a time on a CPU, so that copies to another dtype stay small beside the embeddings."""
+    step = 512 if rows.device.type == "cpu" else 8192
+    return [slice(start, start + step) for start in range(0, len(rows), step)]
+
+
+def _prefix_products(left: Tensor, right: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """`[P, n]` float64: <left[i, :d], right[i, :d]> for each of dims."""
+    products = left.new_empty(len(dims), len(left), dtype=torch.float64)
+    for rows in _row_panels(left):
+        product = left[rows].double() * right[rows].double()
+        for p, block in enumerate(_blocks(dims)):
+            products[p, rows] = product[:, block].sum(1)
+    return products.cumsum_(0)
+
+
+def _inverse_norms(rows: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """`[P, n]` float64, 0 for prefixes that count as zero."""
+    norms = _prefix_products(rows, rows, dims).sqrt_()
+    return torch.where(norms <= SMALLEST_NORM, 0.0, norms.reciprocal())
+
+
+def _suffix_sums(of_prefixes: Tensor) -> Tensor:
+    """`[P, n]` -> for each block of columns the sum over the prefixes that contain it."""
+    return of_prefixes.flip(0).cumsum(0).flip(0)
+
+
+def _add_rows(gradient: Tensor, rows: Tensor, of_prefixes: Tensor, dims: tuple[int, ...]) -> None:
+    """gradient[i, :d] += of_prefixes[p, i] * rows[i, :d] for each dim d, in place."""
+    factors = _suffix_sums(of_prefixes).to(gradient.dtype)
+    for panel in _row_panels(rows):
+        embeddings = rows[panel].to(gradient.dtype)
+        for factor, block in zip(factors, _blocks(dims), strict=True):
+            gradient[panel, block].addcmul_(embeddings[:, block], factor[panel, None])

@@ -1,0 +1,100 @@
+"""One rank's part of the loss, and what has to be computed of it: the seam between the loss and what runs its tiles.
+
+A *strip* is every query of the whole batch against the columns that this rank holds, its own targets and its own hard
+negatives, for all Matryoshka prefixes at once. All that costs B x B work is done by two functions of one module, which
+must never keep anything of the size of the strip:
+
+    strip_sums(strip, *, maxima: bool) -> Sums
+    strip_gradients(strip, row_weight, row_log_sum, column_weight, column_log_sum, needs) -> Gradients
+
+`torch_tiles` has them in plain torch, `triton_tiles` for CUDA. `fused.tiles_for` chooses, once for each pass.
+
+Logits are l[p, i, j] = scale * cos(queries[i, :dims[p]], columns[j, :dims[p]]), with
+
+    cos = <queries[i, :d], columns[j, :d]> * query_inverse_norm[p, i] * column_inverse_norm[p, j].
+
+Some logits are *hidden*: they count in no sum, no maximum and no gradient. Target column j belongs to pair
+g = strip.first + j. Its logit with query i is hidden
+
+  * if i == g: positives are left to the caller, who treats them analytically;
+  * if query_ids are given and query_ids[i] == query_ids[g]; likewise target_ids (both hold the ids of the whole batch);
+  * if `margin` is given: from row i where l > scale * (positive[p, i] + margin), and from column j where
+    l > scale * (positive[p, g] + margin). Only here do the two directions differ.
+
+A hard negative is hidden by the margin's row rule alone; it takes part in no column sum.
+
+`strip_sums`. For link "exp": the natural logarithm of the sum of exp(l) over each row (targets and hard negatives) and
+down each target column; -inf where nothing counts. For link "sigmoid": the sums of softplus(l + bias) over each row,
+and zeros for the columns. Logits are float32 at least, whatever the embeddings are; sums are combined across tiles in
+float64. It has to be right at every scale: one shift common to all rows is not enough where a row's cosines are all
+near -1. A nan in the embeddings must come out as nan.
+
+`strip_gradients` computes the same logits again, hides the same ones, and takes for the derivative by l[p, i, j]
+
+    exp:      G = row_weight[p, i] * exp(l - row_log_sum[p, i]) + column_weight[p, j] * exp(l - column_log_sum[p, j])
+    sigmoid:  G = row_weight[p, i] * sigmoid(l + bias)
+
+with the row term alone for hard negatives; "sigmoid" ignores the other three arguments. Here the log sums include the
+positives, so no exponential exceeds 1 but for rounding. `Gradients` says what it returns. Orders of summation must be
+fixed: same inputs, same bits.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Strip(NamedTuple):
+    """B queries of all ranks, n targets and m hard negatives of this rank, P prefixes. B, n and m may be 0. Embeddings
+    are raw, of any floating dtypes; the float64 tensors are on the same device."""
+
+    link: Literal["exp", "sigmoid"]
+    dims: tuple[int, ...]  # [P] ascending, distinct
+    margin: float | None
+    first: int  # the pair to which target column 0 belongs
+    queries: Tensor  # [B, D]
+    targets: Tensor  # [n, D]
+    negatives: Tensor  # [m, D]
+    query_inverse_norm: Tensor  # [P, B] float64; 0 for a zero prefix, whose cosines are all 0
+    target_inverse_norm: Tensor  # [P, n] float64
+    negative_inverse_norm: Tensor  # [P, m] float64
+    scale: Tensor  # 0-d float64, 1 / temperature: any positive number
+    bias: Tensor  # 0-d float64, for "sigmoid"
+    query_ids: Tensor | None  # [B] int64
+    target_ids: Tensor | None  # [B] int64
+    positive: Tensor  # [P, B] float64, cosines of the pairs
+
+
+def logit_dtype(strip: Strip) -> torch.dtype:
+    """float64 if any embeddings are, else float32."""
+    dtype = torch.promote_types(strip.queries.dtype, strip.targets.dtype)
+    return torch.promote_types(torch.promote_types(dtype, strip.negatives.dtype), torch.float32)
+
+
+class Sums(NamedTuple):
+    row: Tensor  # [P, B] float64
+    column: Tensor  # [P, n] float64
+    row_max: Tensor | None  # [P, B] float64: the greatest cosine that counts in each row, -inf if none; if asked for
+    column_max: Tensor | None  # [P, n] float64: the same for columns
+
+
+class Needs(NamedTuple):
+    """Which products are wanted. The moments always are."""
+
+    queries: bool
+    targets: bool
+    negatives: bool
+
+
+class Gradients(NamedTuple):
+    """With H[p, i, j] = G * scale * query_inverse_norm[p, i] * column_inverse_norm[p, j], the derivative of the loss by
+    the raw product of two prefixes at fixed norms. The caller adds what comes from the norms; the moments suffice."""
+
+    queries: Tensor | None  # [B, D], float32 at least: sum over prefixes p and columns j of H * columns[j, :dims[p]]
+    targets: Tensor | None  # [n, D]: sum over p and i of H * queries[i, :dims[p]]
+    negatives: Tensor | None  # [m, D]
+    row_moment: Tensor  # [P, B] float64: sum over all columns j of G * l
+    target_moment: Tensor  # [P, n] float64: sum over i of G * l
+    negative_moment: Tensor  # [P, m] float64
+    total: Tensor  # 0-d float64: the sum of all G for "sigmoid", whose bias needs it; 0 for "exp"
