@@ -21,7 +21,7 @@ def make_tower():
     """Builds a small tower whose every parameter, biases and adapters too, is random and large enough to matter."""
 
     def make(seed=0, tokenizer=None, **changes):
-        shape = {"vocab_size": 600, "width": 32, "layers": 3, "heads": 4, "mlp_width": 48, "max_length": 256}
+        shape = {"vocab_size": 600, "width": 32, "layers": 3, "heads": 4, "mlp_width": 48, "max_length": 512}
         tower = TextTower(TextTowerConfig(**{**shape, **changes}), tokenizer)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -44,6 +44,20 @@ def pack():
         )
 
     return pack
+
+
+@pytest.fixture
+def padded_mean():
+    """Mean-pooled embeddings of a padded transformers model, for packed tokens."""
+
+    def padded_mean(model, packed):
+        sequences = packed.ids.split(list(packed.lengths))
+        ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=1)
+        mask = torch.arange(ids.shape[1]) < torch.tensor(packed.lengths)[:, None]
+        hidden = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+    return padded_mean
 
 
 @pytest.fixture(scope="session")

@@ -32,8 +32,8 @@ def test_equal_texts_with_different_seeds_differ(make_tower, pack):
 
 
 def test_every_place_of_use_drops_on_its_own(make_tower, pack, monkeypatch):
-    sites, keep = [], KeyedDropout.keep
-    monkeypatch.setattr(KeyedDropout, "keep", lambda self, n, site: sites.append(site) or keep(self, n, site))
+    sites, at = [], KeyedDropout.at
+    monkeypatch.setattr(KeyedDropout, "at", lambda self, site: sites.append(site) or at(self, site))
     make_tower(dropout=0.1, layers=3)(pack(LENGTHS), sample_seeds=SEEDS)
     assert sites == list(range(7))  # the embeddings, then attention and MLP of each block
 
@@ -42,7 +42,7 @@ def test_every_place_of_use_drops_on_its_own(make_tower, pack, monkeypatch):
 def test_share_kept_is_right_and_no_axis_shows_a_pattern(p):
     tokens, channels = 512, 256
     dropout = KeyedDropout(p, torch.arange(tokens) // 32, torch.arange(tokens) % 32)
-    keep = torch.stack([dropout.keep(channels, site) for site in range(4)]).double()
+    keep = torch.stack([dropout.at(site).keep(channels) for site in range(4)]).double()
     sigma = (p * (1 - p)) ** 0.5
     assert abs(keep.mean() - (1 - p)) < 5 * sigma / keep.numel() ** 0.5
     for axis in range(3):  # the mean over two axes, for each site, token and channel
@@ -55,7 +55,7 @@ def test_share_kept_is_right_and_no_axis_shows_a_pattern(p):
 
 def test_kept_elements_are_scaled_so_that_the_mean_stays():
     dropout = KeyedDropout(0.25, torch.zeros(400, dtype=torch.int64), torch.arange(400))
-    out = dropout(torch.ones(400, 100), site=0)
+    out = dropout.at(0)(torch.ones(400, 100))
     assert out.unique().tolist() == pytest.approx([0, 4 / 3])
     assert out.mean().item() == pytest.approx(1, abs=0.02)
 

@@ -8,7 +8,7 @@ from text_tower import PackedTokens
 
 @pytest.fixture
 def tower(make_tower, tokenizer, lora):
-    return make_tower(tokenizer=tokenizer, instructions={"search": "find all: "}, dropout=0.2, **lora)
+    return make_tower(vocab_size=482, tokenizer=tokenizer, instructions={"search": "find all: "}, dropout=0.2, **lora)
 
 
 def test_rows_keep_the_order_of_the_texts_whatever_the_batch(tower, sentences):
@@ -54,7 +54,7 @@ def test_a_task_selects_instruction_and_adapter_where_they_exist(tower):
 
 def test_long_texts_are_cut_to_what_is_allowed(tower, tokenizer):
     text = "human rights " * 400
-    np.testing.assert_array_equal(tower.encode([text], max_length=9999), tower.encode([text], max_length=256))
+    np.testing.assert_array_equal(tower.encode([text], max_length=9999), tower.encode([text], max_length=512))
     assert np.abs(tower.encode([text], max_length=5) - tower.encode([text])).max() > 1e-3
 
 
@@ -69,15 +69,38 @@ def test_what_cannot_be_encoded_is_refused(make_tower, tower, tokenizer):
         tower.encode("a")
     with pytest.raises(ValueError, match=r"texts\[1\] is None"):
         tower.encode(["a", None], task="search")
+    with pytest.raises(ValueError, match=r"texts\[0\] is b'\\xff', a bytes; expected a string"):
+        tower.encode([b"\xff"])
     with pytest.raises(ValueError, match="truncate_dim is 33; expected 1 to 32"):
         tower.encode(["a"], truncate_dim=33)
     with pytest.raises(ValueError, match="batch_size is 0"):
         tower.encode(["a"], batch_size=0)
     with pytest.raises(ValueError, match=r"482 ids, but config.vocab_size is 400"):
         make_tower(vocab_size=400).tokenizer = tokenizer
+    with pytest.warns(UserWarning, match="has 482 ids and config.vocab_size is 600"):
+        make_tower(vocab_size=600).tokenizer = tokenizer
 
 
-def test_a_progress_bar_counts_batches(tower, capsys):
+def test_a_progress_bar_counts_texts(tower, capsys):
     tower.encode(["a", "b", "c"], batch_size=2, show_progress=True)
-    assert "2/2" in capsys.readouterr().err
+    assert "3/3" in capsys.readouterr().err
     assert torch.is_grad_enabled()
+
+
+def test_batches_stay_within_their_tokens(tower, sentences, monkeypatch):
+    texts = [*sentences.values(), "", "a"]
+    expected = tower.encode(texts)
+    seen, forward = [], type(tower).forward
+    monkeypatch.setattr(type(tower), "forward", lambda self, p, **o: seen.append(p) or forward(self, p, **o))
+    np.testing.assert_allclose(tower.encode(texts, batch_tokens=100), expected, atol=1e-5)
+    assert len(seen) > 5
+    assert all(len(p.ids) <= 100 or len(p) == 1 for p in seen)
+    assert sorted(n for p in seen for n in p.lengths) == sorted(map(len, tower.tokenizer(texts)))
+    with pytest.raises(ValueError, match="batch_tokens is 0"):
+        tower.encode(texts, batch_tokens=0)
+
+
+def test_a_hundred_thousand_characters_are_one_text(tower):
+    long = "human rights " * 8000
+    assert np.isfinite(tower.encode(["", long])).all()
+    np.testing.assert_allclose(tower.encode(["", long])[1], tower.encode([long[:5000]])[0], atol=1e-6)

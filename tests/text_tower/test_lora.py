@@ -14,6 +14,21 @@ def test_low_rank_path_equals_merged_weights(make_tower, pack, lora, name):
     torch.testing.assert_close(adapted(pack(LENGTHS), adapter=name), plain(pack(LENGTHS)), rtol=1e-10, atol=1e-10)
 
 
+def test_a_merged_tower_is_a_plain_one_with_the_same_embeddings(make_tower, pack, lora):
+    adapted = make_tower(**lora).double()
+    merged = adapted.merged("separation")
+    assert merged.config.adapters == ()
+    assert {p.data_ptr() for p in merged.parameters()}.isdisjoint(p.data_ptr() for p in adapted.parameters())
+    expected = adapted(pack(LENGTHS), adapter="separation")
+    torch.testing.assert_close(merged(pack(LENGTHS)), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_none_by_name_is_the_bare_weights(make_tower, pack, lora):
+    adapted, plain = make_tower(**lora), make_tower()
+    plain.load_state_dict({n: p for n, p in adapted.state_dict().items() if "lora" not in n})
+    assert torch.equal(adapted(pack(LENGTHS), adapter="none"), plain(pack(LENGTHS)))
+
+
 def test_adapters_differ_and_the_first_is_the_default(make_tower, pack, lora):
     tower = make_tower(**lora)
     default = tower(pack(LENGTHS))

@@ -59,4 +59,7 @@ def test_sorting_by_length_loses_nothing_and_is_undone():
     assert packed.ids[layout.tokens].tolist() == [20, 40, 41, 10, 11, 12, 30, 31, 32]
     assert layout.positions.tolist() == [0, 0, 1, 0, 1, 2, 0, 1, 2]
     assert layout.rows.tolist() == [1, 3, 3, 0, 0, 0, 2, 2, 2]
-    assert torch.tensor([1, 3, 0, 2])[layout.restore].tolist() == [0, 1, 2, 3]
+    assert layout.order.tolist() == [1, 3, 0, 2]
+    assert layout.cu_seqlens.tolist() == [0, 1, 3, 6, 9]
+    assert layout.as_given(packed.ids[layout.tokens, None]).flatten().tolist() == packed.ids.tolist()
+    assert layout.mean(packed.ids[layout.tokens, None].double()).flatten().tolist() == [11, 20, 31, 40.5]

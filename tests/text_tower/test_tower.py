@@ -1,5 +1,9 @@
 """What the encoder computes, whatever it is packed with."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from text_tower import TextTower, TextTowerConfig
@@ -98,6 +102,8 @@ def test_fresh_weights_are_those_of_xlm_roberta():
         ({"rope_theta": 0}, "rope_theta"),
         ({"dropout": 1.0}, "dropout"),
         ({"pad_id": -1}, "pad_id"),
+        ({"attention": "fast"}, "attention"),
+        ({"adapters": ("none",), "lora_rank": 4}, "adapters"),
         ({"lora_rank": 4}, "lora_rank"),
         ({"adapters": ("a",)}, "lora_rank"),
         ({"adapters": "a", "lora_rank": 4}, "adapters"),
@@ -117,3 +123,48 @@ def test_input_that_does_not_fit_the_tower_is_refused(make_tower, pack):
         tower(pack([8] * 40, vocab_size=5000))
     with pytest.raises(ValueError, match=r"no adapter 'x'"):
         tower(pack([3]), adapter="x")
+
+
+def test_token_states_are_what_the_embedding_is_the_mean_of(make_tower, pack):
+    tower, packed = make_tower().double(), pack(MIXED)
+    states = tower.token_states(packed)
+    means = torch.stack([part.mean(0) for part in states.split(list(packed.lengths))])
+    torch.testing.assert_close(means, tower(packed), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.full  # the compiler itself takes most of a minute
+def test_compiled_blocks_compute_the_same_and_are_compiled_once_for_all_depths_and_lengths(make_tower, pack, lora):
+    seeds = torch.arange(len(MIXED))
+    batches = [pack(MIXED), pack(MIXED[:4]), pack([5, 3, 90]), pack([8] * 9)]
+    results, compiled_so_far = {}, []
+    for compiled in (False, True):
+        tower = make_tower(layers=6, dropout=0.3, compile=compiled, checkpointing=True, **lora).double()
+        for packed in batches:
+            out = tower(packed, sample_seeds=seeds[: len(packed)])
+            out.square().sum().backward()
+            results.setdefault(compiled, []).append(out)
+            compiled_so_far.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        results[compiled] += [p.grad for p in tower.parameters()]
+    torch.testing.assert_close(results[True], results[False], rtol=1e-8, atol=1e-8)
+    assert 0 < compiled_so_far[-1] <= 8, compiled_so_far
+    assert compiled_so_far[-1] == compiled_so_far[-3], compiled_so_far
+
+
+def test_settings_of_a_tower_can_be_changed_but_not_its_shape(make_tower):
+    tower = make_tower()
+    tower.configure(checkpointing=True, dropout=0.2)
+    assert (tower.config.checkpointing, tower.config.dropout) == (True, 0.2)
+    with pytest.raises(ValueError, match=r"\['width'\] cannot be changed"):
+        tower.configure(width=8)
+
+
+@pytest.mark.full  # 32,768 tokens
+def test_memory_with_checkpointing_grows_linearly_with_tokens():
+    script = Path(__file__).parents[2] / "packages/text-tower/benchmarks/memory.py"
+
+    def mib(length):
+        command = [sys.executable, str(script), "--one", str(length), "True"]
+        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    small, large = mib(1024), mib(4096)
+    assert 3 < large / small < 4.6  # quadratic would be 16

@@ -15,16 +15,7 @@ from transformers import (
     XLMRobertaModel,
 )
 
-LENGTHS = [*range(1, 21), 5, 5, 33, 64, 97, 128, 199, 200]
-
-
-def padded_mean(model, packed):
-    """Mean-pooled embeddings of a padded transformers model."""
-    sequences = packed.ids.split(list(packed.lengths))
-    ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=1)
-    mask = torch.arange(ids.shape[1]) < torch.tensor(packed.lengths)[:, None]
-    hidden = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-    return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+LENGTHS = [*range(1, 13), 5, 5, 33, 64, 97, 128, 512]
 
 
 def load(path, **options):
@@ -50,7 +41,7 @@ def under_our_names(model):
 
 
 @pytest.mark.parametrize("theta", [20000.0, 10000.0])
-def test_embeddings_and_every_gradient_agree_in_float32(make_tower, pack, tmp_path, theta):
+def test_embeddings_and_every_gradient_agree_in_float32(make_tower, pack, tmp_path, theta, padded_mean):
     tower = make_tower(rope_theta=theta)
     tower.save_pretrained(tmp_path / "model")
     model = load(tmp_path / "model")
@@ -66,7 +57,7 @@ def test_embeddings_and_every_gradient_agree_in_float32(make_tower, pack, tmp_pa
         assert (parameter.grad - expected[name]).norm() / expected[name].norm() < 1e-5, name
 
 
-def test_adapted_tower_loads_in_transformers_with_the_same_embeddings(make_tower, pack, tmp_path, lora):
+def test_adapted_tower_loads_in_transformers_with_the_same_embeddings(make_tower, pack, tmp_path, lora, padded_mean):
     tower = make_tower(**lora)
     tower.save_pretrained(tmp_path / "model")
     with torch.no_grad():
@@ -74,13 +65,13 @@ def test_adapted_tower_loads_in_transformers_with_the_same_embeddings(make_tower
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_transformers_directories_load_with_the_same_embeddings(pack, tmp_path):
+def test_transformers_directories_load_with_the_same_embeddings(pack, tmp_path, padded_mean):
     shape = {"vocab_size": 600, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = JinaEmbeddingsV3Config(**shape, intermediate_size=48, max_position_embeddings=258, initializer_range=0.3)
+    config = JinaEmbeddingsV3Config(**shape, intermediate_size=48, max_position_embeddings=514, initializer_range=0.3)
     model = JinaEmbeddingsV3Model(config).eval()
     model.save_pretrained(tmp_path / "model")
     tower = TextTower.from_pretrained(tmp_path / "model")
-    assert tower.config.max_length == 256
+    assert tower.config.max_length == 512
     with torch.no_grad():
         torch.testing.assert_close(tower(pack(LENGTHS)), padded_mean(model, pack(LENGTHS)), rtol=1e-4, atol=1e-5)
 
@@ -89,7 +80,7 @@ def test_transformers_directories_load_with_the_same_embeddings(pack, tmp_path):
 def xlm_r():
     config = XLMRobertaConfig(
         vocab_size=600, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-        max_position_embeddings=258, type_vocab_size=1, layer_norm_eps=1e-5, initializer_range=0.3,
+        max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5, initializer_range=0.3,
     )  # fmt: skip
     return XLMRobertaForMaskedLM(config)
 
@@ -121,7 +112,7 @@ def test_xlm_r_directories_load_weight_for_weight_with_a_warning(xlm_r, pack, tm
     torch.testing.assert_close(tower.emb_ln(h), encoder.embeddings.LayerNorm(h))
 
 
-def test_xlm_r_weights_become_a_rotary_model_that_transformers_confirms(xlm_r, pack, tmp_path):
+def test_xlm_r_weights_become_a_rotary_model_that_transformers_confirms(xlm_r, pack, tmp_path, padded_mean):
     xlm_r.save_pretrained(tmp_path / "xlm-r")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -133,6 +124,6 @@ def test_xlm_r_weights_become_a_rotary_model_that_transformers_confirms(xlm_r, p
 
 
 def test_a_saved_directory_gives_transformers_the_same_tokens(make_tower, tokenizer, sentences, tmp_path):
-    make_tower(tokenizer=tokenizer).save_pretrained(tmp_path / "model")
+    make_tower(vocab_size=482, tokenizer=tokenizer).save_pretrained(tmp_path / "model")
     texts = list(sentences.values())
     assert AutoTokenizer.from_pretrained(tmp_path / "model")(texts)["input_ids"] == tokenizer(texts)

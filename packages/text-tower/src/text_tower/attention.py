@@ -1,50 +1,137 @@
-"""Attention over a packed batch whose sequences lie sorted by length (`ByLength`): one function, `attend`.
+"""Attention over a packed batch: one call, whatever computes it.
 
-Sequences of one length form a plain `[n, heads, L, d]` block, so attention is exact with one call per distinct length,
-no padding and no mask.
+Sequences lie sorted by length (`ByLength`). The variable-length kernels (PyTorch's `varlen_attn`, flash-attn, xformers)
+take all of them at once. PyTorch's scaled_dot_product_attention takes those of one length at once, which form a plain
+`[n, heads, L, d]` block; so no backend needs padding or a mask.
 """
 
 from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from text_tower.config import BACKENDS
 from text_tower.packed import ByLength
+from text_tower.positions import Rotary
+
+log = logging.getLogger(__name__)
+
+AUTO = ("flash-attn", "varlen", "sdpa")  # xformers only when it is asked for
 
 
-def rotary_table(positions: Tensor, head_dim: int, theta: float) -> Tensor:
-    """Cosines and sines of each token's angles, float32 `[2, T, 1, 1, head_dim / 2]`.
-
-    Position p turns pair j by p θ^(-2j/d); pair j is channels j and j + d/2 of a head: the half rotation of llama
-    (RoPE, arXiv 2104.09864).
-    """
-    pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    angles = positions[:, None, None, None].float() * theta ** -(pairs / head_dim)
-    return torch.stack([angles.cos(), angles.sin()])
-
-
-def attend(qkv: Tensor, table: Tensor, layout: ByLength) -> Tensor:
-    """Rotary self-attention within each sequence.
+class Attention:
+    """Self-attention within each sequence of one batch, positions included.
 
     Args:
-        qkv: `[T, 3, heads, d]`, tokens in the order of `layout`.
-        table: from `rotary_table`, for the same tokens.
-        layout: the batch's groups.
-
-    Returns:
-        `[T, heads, d]` in the dtype of `qkv`.
+        layout: the batch.
+        positions: its position scheme.
+        backend: what `choose` returned.
     """
-    dtype = qkv.dtype
-    with torch.autocast(qkv.device.type, enabled=False):
-        if qkv.device.type == "cpu" and dtype == torch.bfloat16:
-            # At every length measured (5 to 256 tokens) a CPU's bfloat16 attention lost to float32 on the same numbers.
-            qkv = qkv.float()
-        a, b = qkv[:, :2].chunk(2, dim=-1)
-        cos, sin = table
-        rotated = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(qkv.dtype)
-        out = []
-        for qk, v in zip(layout.blocks(rotated), layout.blocks(qkv[:, 2]), strict=True):
-            q, k = qk.permute(2, 0, 3, 1, 4)
-            out.append(F.scaled_dot_product_attention(q, k, v.transpose(1, 2)).transpose(1, 2).flatten(0, 1))
-        return torch.cat(out).to(dtype)
+
+    def __init__(self, layout: ByLength, positions: Rotary, backend: str):
+        self.layout, self.positions = layout, positions
+        self.attend = _ATTEND[backend]
+        # xformers wants its own picture of the batch; every block shares it.
+        self.plan: Any = _block_diagonal(layout) if backend == "xformers" else layout
+
+    def __call__(self, qkv: Tensor) -> Tensor:
+        """`[T, 3, heads, d]` -> `[T, heads, d]` in the same dtype, tokens in the order of the layout."""
+        dtype = qkv.dtype
+        with torch.autocast(qkv.device.type, enabled=False):
+            if qkv.device.type == "cpu" and dtype == torch.bfloat16:
+                # At every length measured (5 to 256 tokens) a CPU's bfloat16 attention lost to float32 on the same
+                # numbers.
+                qkv = qkv.float()
+            q, k = self.positions(qkv[:, :2]).unbind(1)
+            return self.attend(q, k, qkv[:, 2], self.plan).to(dtype)
+
+
+@functools.cache
+def choose(wanted: str, device: str, dtype: torch.dtype, head_dim: int) -> str:
+    """The backend for queries of this kind, logged when it is first chosen.
+
+    Args:
+        wanted: one of `BACKENDS`; "auto" takes flash-attn if it is installed, else PyTorch's varlen_attn, else SDPA.
+        device: a device's type, such as "cuda".
+        dtype: of the queries.
+        head_dim: channels of a head.
+
+    Raises:
+        ValueError: the wanted backend cannot run here; the message says why.
+    """
+    if wanted not in BACKENDS:
+        raise ValueError(f"attention is {wanted!r}; expected one of {list(BACKENDS)}")
+    candidates = AUTO if wanted == "auto" else (wanted,)
+    obstacles = {name: _obstacle(name, device, dtype, head_dim) for name in candidates}
+    chosen = next((name for name, obstacle in obstacles.items() if not obstacle), None)
+    if chosen is None:
+        raise ValueError(f"attention={wanted!r} cannot run here: {obstacles[wanted]}; or set attention='auto'")
+    passed = "".join(f"; {name}: {obstacle}" for name, obstacle in obstacles.items() if obstacle)
+    log.info("attention for %s on %s: %s%s", str(dtype).removeprefix("torch."), device, chosen, passed)
+    return chosen
+
+
+def _obstacle(name: str, device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why a backend cannot run, and what would help; None if it can."""
+    if name == "sdpa":
+        return None
+    package = {"flash-attn": "flash_attn", "xformers": "xformers"}.get(name)
+    if package and importlib.util.find_spec(package) is None:
+        return f"{package} is not installed (pip install {name})"
+    if device != "cuda":
+        return f"it needs a CUDA device, found {device}"
+    if name == "xformers":
+        return None
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it needs bfloat16 or float16, found {dtype} (run under torch.autocast)"
+    if head_dim % 8 or head_dim > 256:
+        return f"it needs heads of 8, 16, … or 256 channels, found {head_dim}"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return f"it needs compute capability 8.0, found {torch.cuda.get_device_capability()}"
+    return None
+
+
+@torch.compiler.disable  # the number of lengths in a batch would make a graph of its own for each batch
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: ByLength) -> Tensor:
+    out = []
+    for block in zip(*map(layout.blocks, (q, k, v)), strict=True):
+        heads_first = (x.transpose(1, 2) for x in block)
+        out.append(F.scaled_dot_product_attention(*heads_first).transpose(1, 2).flatten(0, 1))
+    return torch.cat(out)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: ByLength) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # After these seven the signature changed (is_causal gave way to keywords); full attention needs no more of it.
+    cu, longest = layout.cu_seqlens, layout.max_seqlen
+    return varlen_attn(q, k, v, cu, cu, longest, longest)  # type: ignore[return-value]
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, layout: ByLength) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    cu, longest = layout.cu_seqlens, layout.max_seqlen
+    return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest)
+
+
+@torch.compiler.disable
+def _xformers(q: Tensor, k: Tensor, v: Tensor, block_diagonal: Any) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    return memory_efficient_attention(q[None], k[None], v[None], attn_bias=block_diagonal)[0]
+
+
+def _block_diagonal(layout: ByLength) -> Any:
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    return BlockDiagonalMask.from_seqlens([length for length, n in layout.groups for _ in range(n)])
+
+
+_ATTEND = {"sdpa": _sdpa, "varlen": _varlen, "flash-attn": _flash_attn, "xformers": _xformers}

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+# "auto", then what it may choose from; see text_tower.attention.
+BACKENDS = ("auto", "flash-attn", "varlen", "xformers", "sdpa")
+NO_ADAPTER = "none"  # as an adapter's name: the weights alone
+
 
 @dataclass(frozen=True)
 class TextTowerConfig:
@@ -27,6 +31,9 @@ class TextTowerConfig:
             `adapters=("retrieval.query",), lora_rank=4, lora_alpha=4.0`.
         instructions: task name -> text that `encode(task=…)` puts before every text.
         checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        attention: what computes attention, one of `BACKENDS`; "auto" takes the fastest that fits.
+            A habit of the machine like `compile`, so neither is written to a model's directory.
+        compile: run each block through `torch.compile`, once for all lengths.
 
     Raises:
         ValueError: a value that cannot be; the message names the field.
@@ -47,6 +54,8 @@ class TextTowerConfig:
     adapters: tuple[str, ...] = ()
     instructions: Mapping[str, str] = field(default_factory=dict, hash=False)
     checkpointing: bool = False
+    attention: str = "auto"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         least_of = {"vocab_size": 4, "width": 2, "layers": 1, "heads": 1, "mlp_width": 1, "max_length": 2}
@@ -67,6 +76,8 @@ class TextTowerConfig:
             raise ValueError(f"pad_id is {self.pad_id}; expected an id below vocab_size, {self.vocab_size}")
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout!r}; expected a share, at least 0 and below 1")
+        if self.attention not in BACKENDS:
+            raise ValueError(f"attention is {self.attention!r}; expected one of {list(BACKENDS)}")
         self._check_adapters()
         object.__setattr__(self, "instructions", dict(self.instructions))
 
@@ -76,6 +87,8 @@ class TextTowerConfig:
         object.__setattr__(self, "adapters", tuple(self.adapters))
         if len(set(self.adapters)) < len(self.adapters):
             raise ValueError(f"adapters is {self.adapters}; expected every name once")
+        if NO_ADAPTER in self.adapters:
+            raise ValueError(f"adapters is {self.adapters}; the name {NO_ADAPTER!r} stands for the bare weights")
         if not isinstance(self.lora_rank, int) or self.lora_rank < 0:
             raise ValueError(f"lora_rank is {self.lora_rank!r}; expected a whole number, 0 for none")
         if bool(self.lora_rank) != bool(self.adapters):

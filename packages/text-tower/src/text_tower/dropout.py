@@ -23,16 +23,27 @@ class KeyedDropout:
 
     def __init__(self, p: float, seeds: Tensor, positions: Tensor):
         self.p = p
-        self.keys = _mix64(_mix64(seeds) + positions * _GOLDEN)
+        self.keys = token_keys(seeds, positions)
 
-    def __call__(self, x: Tensor, site: int) -> Tensor:
-        """`x` `[T, C]` with dropped elements 0 and the rest scaled by 1 / (1 - p); `site` numbers the places of use."""
-        return x.masked_fill(~self.keep(x.shape[-1], site), 0.0) * (1 / (1 - self.p))
+    def at(self, site: int) -> SiteDropout:
+        """The dropout of one place of use; `site` numbers them."""
+        return SiteDropout(self.p, (mix64(self.keys + site) >> 32).to(torch.int32))
 
-    def keep(self, channels: int, site: int) -> Tensor:
-        """Bool `[T, channels]`: what stays at this site."""
-        tokens = (_mix64(self.keys + site) >> 32).to(torch.int32)
-        x = tokens[:, None] + torch.arange(channels, device=tokens.device, dtype=torch.int32) * -0x61C88647
+
+class SiteDropout:
+    """`KeyedDropout` at one place; `tokens` is int32 `[T]`, each token's key there."""
+
+    def __init__(self, p: float, tokens: Tensor):
+        self.p, self.tokens = p, tokens
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x` `[T, C]` with dropped elements 0 and the rest scaled by 1 / (1 - p)."""
+        return x.masked_fill(~self.keep(x.shape[-1]), 0.0) * (1 / (1 - self.p))
+
+    def keep(self, channels: int) -> Tensor:
+        """Bool `[T, channels]`: what stays."""
+        columns = torch.arange(channels, device=self.tokens.device, dtype=torch.int32)
+        x = self.tokens[:, None] + columns * -0x61C88647
         # lowbias32, a 32-bit finalizer: int32 halves the work; the mask undoes the sign that >> carries in.
         x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
         x = (x ^ ((x >> 15) & 0x1FFFF)) * -0x7B935975
@@ -40,7 +51,12 @@ class KeyedDropout:
         return x >= round(self.p * 2**32) - 2**31
 
 
-def _mix64(x: Tensor) -> Tensor:
+def token_keys(seeds: Tensor, places: Tensor) -> Tensor:
+    """An int64 hash of (seed, place), elementwise."""
+    return mix64(mix64(seeds) + places * _GOLDEN)
+
+
+def mix64(x: Tensor) -> Tensor:
     """splitmix64's finalizer on int64."""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * (0xBF58476D1CE4E5B9 - (1 << 64))
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * (0x94D049BB133111EB - (1 << 64))

@@ -22,7 +22,8 @@ def encode(
     task: str | None = None,
     truncate_dim: int | None = None,
     max_length: int = 512,
-    batch_size: int = 64,
+    batch_size: int = 256,
+    batch_tokens: int = 16384,
     normalize: bool = True,
     show_progress: bool = False,
 ) -> np.ndarray:
@@ -36,13 +37,16 @@ def encode(
         task: None for no instruction and the default adapter; a name selects instruction and adapter, where they exist.
         truncate_dim: keep the first dims only (Matryoshka); done before normalising.
         max_length: tokens kept of each text, instruction included; never more than `config.max_length`.
-        batch_size: texts in one forward pass.
+        batch_size: most texts in one forward pass.
+        batch_tokens: most tokens in one forward pass; a longer text has one to itself.
         normalize: scale every row to length 1.
         show_progress: draw a progress bar.
 
     Raises:
         ValueError: no tokenizer, an unknown task, a bare string, something that is no string, or a dim out of range.
     """
+    from tqdm.auto import tqdm
+
     config = tower.config
     if tower.tokenizer is None:
         raise ValueError("this tower has no tokenizer; set one: tower.tokenizer = Tokenizer.from_file(path)")
@@ -52,32 +56,41 @@ def encode(
         raise ValueError(f"unknown task {task!r}; this tower knows {list(config.tasks) or 'no tasks: leave task out'}")
     if truncate_dim is not None and not 1 <= truncate_dim <= config.width:
         raise ValueError(f"truncate_dim is {truncate_dim}; expected 1 to {config.width}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+    for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; expected at least 1")
     texts = list(texts)
     instruction = config.instructions.get(task, "") if task else ""
     if instruction:
         texts = [instruction + text if isinstance(text, str) else text for text in texts]
     ids = tower.tokenizer(texts, max_length=min(max_length, config.max_length))
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    starts = range(0, len(order), batch_size)
-    if show_progress:
-        from tqdm.auto import tqdm
-
-        starts = tqdm(starts, desc="embedding texts", unit="batch")
-
+    batches = _batches([len(i) for i in ids], batch_size, batch_tokens)
     device = next(tower.parameters()).device
     adapter = task if task in config.adapters else None
     result = np.empty((len(ids), truncate_dim or config.width), dtype=np.float32)
     training = tower.training
     tower.eval()
+    progress = tqdm(total=len(ids), desc="embedding", unit="text", disable=not show_progress)
     try:
-        with torch.inference_mode():
-            for start in starts:
-                chosen = order[start : start + batch_size]
+        with torch.inference_mode(), progress:
+            for chosen in batches:
                 packed = PackedTokens.from_lists([ids[i] for i in chosen]).to(device)
                 rows = tower(packed, adapter=adapter)[:, :truncate_dim]
                 result[chosen] = (F.normalize(rows, dim=-1) if normalize else rows).float().cpu().numpy()
+                progress.update(len(chosen))
     finally:
         tower.train(training)
     return result
+
+
+def _batches(lengths: list[int], most_texts: int, most_tokens: int) -> list[list[int]]:
+    """Indexes of texts, longest first, in batches within both limits."""
+    batches: list[list[int]] = []
+    tokens = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not batches or len(batches[-1]) == most_texts or tokens + lengths[i] > most_tokens:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(i)
+        tokens += lengths[i]
+    return batches

@@ -2,7 +2,8 @@
 
 `weight` keeps its plain name, so a tower without adapters has exactly the parameters of the published layout. Adapters
 are stacked in one tensor pair: adapter k adds `scale · B[k] A[k]` to a Linear's weight and `scale · A[k] B[k]` to a
-table. The product is never formed in a forward pass; for a table of 250,002 rows it would be as large as the table.
+table; adapter None adds nothing. The product is never formed in a forward pass; for a table of 250,002 rows it would
+be as large as the table.
 """
 
 from __future__ import annotations
@@ -42,15 +43,17 @@ class AdaptedLinear(nn.Linear):
         nn.init.uniform_(self.lora_A, -1 / math.sqrt(self.in_features), 1 / math.sqrt(self.in_features))
         nn.init.zeros_(self.lora_B)
 
-    def forward(self, x: Tensor, adapter: int = 0) -> Tensor:
+    def forward(self, x: Tensor, adapter: int | None = 0) -> Tensor:
         y = super().forward(x)
-        if not self.adapters:
+        if not self.adapters or adapter is None:
             return y
         return torch.add(y, F.linear(F.linear(x, self.lora_A[adapter]), self.lora_B[adapter]), alpha=self.scale)
 
-    def merged(self, adapter: int) -> Tensor:
+    def merged(self, adapter: int | None) -> Tensor:
         """Weight `[out, in]` with the adapter added."""
-        return self.weight + self.scale * self.lora_B[adapter] @ self.lora_A[adapter] if self.adapters else self.weight
+        if not self.adapters or adapter is None:
+            return self.weight
+        return self.weight + self.scale * self.lora_B[adapter] @ self.lora_A[adapter]
 
 
 class AdaptedEmbedding(nn.Embedding):
@@ -73,15 +76,17 @@ class AdaptedEmbedding(nn.Embedding):
         nn.init.uniform_(self.lora_A, -1 / math.sqrt(rank), 1 / math.sqrt(rank))
         nn.init.zeros_(self.lora_B)
 
-    def forward(self, ids: Tensor, adapter: int = 0) -> Tensor:
+    def forward(self, ids: Tensor, adapter: int | None = 0) -> Tensor:
         y = super().forward(ids)
-        if not self.adapters:
+        if not self.adapters or adapter is None:
             return y
         return torch.add(y, F.embedding(ids, self.lora_A[adapter]) @ self.lora_B[adapter], alpha=self.scale)
 
-    def merged(self, adapter: int) -> Tensor:
+    def merged(self, adapter: int | None) -> Tensor:
         """Table `[rows, width]` with the adapter added."""
-        return self.weight + self.scale * self.lora_A[adapter] @ self.lora_B[adapter] if self.adapters else self.weight
+        if not self.adapters or adapter is None:
+            return self.weight
+        return self.weight + self.scale * self.lora_A[adapter] @ self.lora_B[adapter]
 
 
 def is_adapter(parameter_name: str) -> bool:

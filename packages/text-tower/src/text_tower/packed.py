@@ -7,8 +7,10 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -78,10 +80,7 @@ class PackedTokens:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedTokens:
         """The same tokens on another device."""
-        moved = copy.copy(self)
-        object.__setattr__(moved, "ids", self.ids.to(device, non_blocking=non_blocking))
-        object.__setattr__(moved, "cu_seqlens", self.cu_seqlens.to(device, non_blocking=non_blocking))
-        return moved
+        return on_device(self, device, non_blocking)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,14 +92,20 @@ class ByLength:
         tokens: int64 `[T]`, where each token was in the batch as given.
         positions: int64 `[T]`, each token's position in its sequence.
         rows: int64 `[T]`, each token's sequence in the batch as given.
-        restore: int64 `[N]`, where each sequence of the batch as given is now.
+        counts: int64 `[N]`, the length of each sequence in the batch as given.
+        order: int64 `[N]`, which sequence of the batch as given comes where.
+        cu_seqlens: int32 `[N + 1]`, where each sequence starts in this order, then T.
+        max_seqlen: length of the longest sequence.
     """
 
     groups: tuple[tuple[int, int], ...]
     tokens: Tensor
     positions: Tensor
     rows: Tensor
-    restore: Tensor
+    counts: Tensor
+    order: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
 
     @classmethod
     def of(cls, packed: PackedTokens) -> ByLength:
@@ -113,13 +118,37 @@ class ByLength:
         positions = torch.arange(len(packed.ids)) - sorted_starts.repeat_interleave(sorted_lengths)
         tokens = starts[order].repeat_interleave(sorted_lengths) + positions
         rows = order.repeat_interleave(sorted_lengths)
-        indexes = (i.to(packed.ids.device, non_blocking=True) for i in (tokens, positions, rows, order.argsort()))
-        return cls(tuple(sorted(Counter(packed.lengths).items())), *indexes)
+        cu_seqlens = F.pad(sorted_lengths.cumsum(0), (1, 0)).int()
+        groups = tuple(sorted(Counter(packed.lengths).items()))
+        layout = cls(groups, tokens, positions, rows, lengths, order, cu_seqlens, packed.max_seqlen)
+        return on_device(layout, packed.ids.device)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """`[T, C]` in this order -> the mean over each sequence, `[N, C]` in the order as given."""
+        if x.is_cuda:  # index_add would add in an order of chance there; this waits for nothing and is repeatable
+            lengths = self.counts[self.order]
+            means = torch.segment_reduce(x, "mean", lengths=lengths, axis=0, unsafe=True)
+            return torch.empty_like(means).index_copy(0, self.order, means)
+        sums = x.new_zeros(len(self.counts), x.shape[-1]).index_add(0, self.rows, x)
+        return sums / self.counts[:, None]
+
+    def as_given(self, x: Tensor) -> Tensor:
+        """`[T, C]` in this order -> in the order as given."""
+        return torch.empty_like(x).index_copy(0, self.tokens, x)
 
     def blocks(self, x: Tensor) -> list[Tensor]:
         """`[T, …]` in this order -> for each group a view `[n, L, …]`."""
         parts = x.split([length * count for length, count in self.groups])
         return [part.unflatten(0, (n, length)) for part, (length, n) in zip(parts, self.groups, strict=True)]
+
+
+def on_device(batch: Any, device: torch.device | str, non_blocking: bool = True) -> Any:
+    """A copy of a frozen dataclass with its tensors moved, without the checks that would read them back."""
+    moved = copy.copy(batch)
+    for name, value in vars(batch).items():
+        if isinstance(value, Tensor):
+            object.__setattr__(moved, name, value.to(device, non_blocking=non_blocking))
+    return moved
 
 
 def _short(values: list[int]) -> str:

@@ -78,6 +78,30 @@ class Tokenizer:
         keep = None if max_length is None else max_length - 2
         return [[BOS, *ids[:keep], EOS] for ids in self._ids([_characters(text) for text in texts])]
 
+    def pieces(self) -> list[str]:
+        """What each id stands for; `▁` begins a word that follows a space."""
+        if self._kind == "sentencepiece":
+            ordinary = [self._encoder.id_to_piece(i) for i in range(3, self._encoder.get_piece_size())]
+            return ["<s>", "<pad>", "</s>", "<unk>", *ordinary, "<mask>"]
+        pieces = [""] * self.vocab_size
+        for piece, i in self._encoder.get_vocab(with_added_tokens=True).items():
+            pieces[i] = piece
+        return pieces
+
+    @property
+    def mask_id(self) -> int:
+        """The id of `<mask>`.
+
+        Raises:
+            ValueError: a tokenizer.json that has none.
+        """
+        if self._kind == "sentencepiece":
+            return self.vocab_size - 1
+        mask = self._encoder.token_to_id("<mask>")
+        if mask is None:
+            raise ValueError(f"{self._name} has no <mask>; expected XLM-RoBERTa's special tokens")
+        return mask
+
     def save(self, directory: str | Path) -> Path:
         """Writes the file, byte for byte, under its usual name, and returns its path."""
         path = Path(directory) / (SENTENCEPIECE_FILE if self._kind == "sentencepiece" else JSON_FILE)

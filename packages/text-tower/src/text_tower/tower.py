@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from text_tower.attention import attend, rotary_table
-from text_tower.config import TextTowerConfig
-from text_tower.dropout import KeyedDropout
+from text_tower.attention import Attention, choose
+from text_tower.config import NO_ADAPTER, TextTowerConfig
+from text_tower.dropout import KeyedDropout, SiteDropout
 from text_tower.lora import AdaptedEmbedding, AdaptedLinear, is_adapter
 from text_tower.packed import ByLength, PackedTokens
+from text_tower.positions import Rotary
 from text_tower.tokenizer import Tokenizer
 
 # Module names below are those of the published layout on disk, so that a state dict is a checkpoint without renaming.
@@ -30,7 +33,7 @@ class Embeddings(nn.Module):
         self.word_embeddings = _embedding(config, config.vocab_size)
         self.token_type_embeddings = _embedding(config, 1)
 
-    def forward(self, ids: Tensor, adapter: int) -> Tensor:
+    def forward(self, ids: Tensor, adapter: int | None) -> Tensor:
         return self.word_embeddings(ids, adapter) + self.token_type_embeddings(ids.new_zeros(1), adapter)
 
 
@@ -43,9 +46,9 @@ class Mixer(nn.Module):
         self.Wqkv = _linear(config, config.width, 3 * config.width)
         self.out_proj = _linear(config, config.width, config.width)
 
-    def forward(self, h: Tensor, table: Tensor, layout: ByLength, adapter: int) -> Tensor:
+    def forward(self, h: Tensor, attention: Attention, adapter: int | None) -> Tensor:
         qkv = self.Wqkv(h, adapter).view(len(h), 3, self.heads, -1)
-        return self.out_proj(attend(qkv, table, layout).flatten(1), adapter)
+        return self.out_proj(attention(qkv).flatten(1), adapter)
 
 
 class MLP(nn.Module):
@@ -54,41 +57,44 @@ class MLP(nn.Module):
         self.fc1 = _linear(config, config.width, config.mlp_width)
         self.fc2 = _linear(config, config.mlp_width, config.width)
 
-    def forward(self, h: Tensor, adapter: int) -> Tensor:
+    def forward(self, h: Tensor, adapter: int | None) -> Tensor:
         return self.fc2(F.gelu(self.fc1(h, adapter)), adapter)
 
 
 class Block(nn.Module):
     """Post-norm: h = LN(h + attention(h)); h = LN(h + mlp(h))."""
 
-    def __init__(self, config: TextTowerConfig, index: int):
+    def __init__(self, config: TextTowerConfig):
         super().__init__()
-        self.index = index
         self.mixer = Mixer(config)
         self.norm1 = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.mlp = MLP(config)
         self.norm2 = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
 
-    def forward(self, h: Tensor, table: Tensor, layout: ByLength, adapter: int, dropout: KeyedDropout | None) -> Tensor:
-        a = self.mixer(h, table, layout, adapter)
-        h = self.norm1(h + (dropout(a, 2 * self.index + 1) if dropout else a))
+    def forward(
+        self, h: Tensor, attention: Attention, adapter: int | None, dropouts: tuple[SiteDropout, SiteDropout] | None
+    ) -> Tensor:
+        a = self.mixer(h, attention, adapter)
+        h = self.norm1(h + (dropouts[0](a) if dropouts else a))
         m = self.mlp(h, adapter)
-        return self.norm2(h + (dropout(m, 2 * self.index + 2) if dropout else m))
+        return self.norm2(h + (dropouts[1](m) if dropouts else m))
 
 
 class Encoder(nn.Module):
     def __init__(self, config: TextTowerConfig):
         super().__init__()
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.layers))
-        self.checkpointing = config.checkpointing
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
 
-    def forward(self, h: Tensor, *rest: Any) -> Tensor:
-        for block in self.layers:
-            if self.checkpointing and self.training and torch.is_grad_enabled():
+    def forward(
+        self, h: Tensor, attention: Attention, adapter: int | None, dropout: KeyedDropout | None, checkpointing: bool
+    ) -> Tensor:
+        for i, block in enumerate(self.layers):
+            dropouts = (dropout.at(2 * i + 1), dropout.at(2 * i + 2)) if dropout else None
+            if checkpointing:
                 # Dropout is a function of its keys, so there is no random state to keep.
-                h = checkpoint(block, h, *rest, use_reentrant=False, preserve_rng_state=False)
+                h = checkpoint(block, h, attention, adapter, dropouts, use_reentrant=False, preserve_rng_state=False)
             else:
-                h = block(h, *rest)
+                h = block(h, attention, adapter, dropouts)
         return h
 
 
@@ -109,6 +115,7 @@ class TextTower(nn.Module):
         self.embeddings = Embeddings(config)
         self.emb_ln = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.encoder = Encoder(config)
+        self.configure()
 
     def forward(
         self, packed: PackedTokens, *, adapter: str | None = None, sample_seeds: Tensor | None = None
@@ -117,7 +124,7 @@ class TextTower(nn.Module):
 
         Args:
             packed: N sequences, T tokens in all, on the tower's device.
-            adapter: name of the adapter; None for the first, if there is one.
+            adapter: name of the adapter; None for the first, if there is one; "none" for the bare weights.
             sample_seeds: int64 `[N]`, needed while training with dropout: a sample's mask is a function of its seed, so
                 it is the same on any rank, in any batch, and when the pass is repeated.
 
@@ -127,25 +134,41 @@ class TextTower(nn.Module):
 
         Raises:
             ValueError: an unknown adapter, a sequence longer than `config.max_length`, ids outside the vocabulary
-                (checked on a CPU), or dropout without seeds.
+                (checked on a CPU), dropout without seeds, or an attention backend that cannot run here.
         """
-        if packed.max_seqlen > self.config.max_length:
+        h, layout = self._encode(packed, adapter, sample_seeds)
+        return layout.mean(h)
+
+    def token_states(
+        self, packed: PackedTokens, *, adapter: str | None = None, sample_seeds: Tensor | None = None
+    ) -> Tensor:
+        """What `forward` takes the mean of: `[T, width]`, float32, in the order of `packed.ids`. Arguments as there."""
+        h, layout = self._encode(packed, adapter, sample_seeds)
+        return layout.as_given(h)
+
+    def _encode(
+        self, packed: PackedTokens, adapter: str | None, sample_seeds: Tensor | None
+    ) -> tuple[Tensor, ByLength]:
+        """Token states `[T, width]`, at least float32, in the order of the layout."""
+        config = self.config
+        if packed.max_seqlen > config.max_length:
             raise ValueError(
-                f"a sequence has {packed.max_seqlen} tokens; expected at most {self.config.max_length}, the tower's "
+                f"a sequence has {packed.max_seqlen} tokens; expected at most {config.max_length}, the tower's "
                 "max_length; truncate it"
             )
         self._check_ids(packed.ids)
         k = self._adapter_index(adapter)
         layout = ByLength.of(packed)
         dropout = self._dropout(sample_seeds, len(packed), layout)
+        positions = Rotary(layout.positions, config.head_dim, config.rope_theta)
+        attention = Attention(layout, positions, self._backend(packed.ids.device.type))
 
         h = self.emb_ln(self.embeddings(packed.ids[layout.tokens], k))
         if dropout:
-            h = dropout(h, 0)
-        table = rotary_table(layout.positions, self.config.head_dim, self.config.rope_theta)
-        h = self.encoder(h, table, layout, k, dropout)
-        h = h.to(torch.promote_types(h.dtype, torch.float32))
-        return torch.cat([block.mean(1) for block in layout.blocks(h)])[layout.restore]
+            h = dropout.at(0)(h)
+        checkpointing = config.checkpointing and self.training and torch.is_grad_enabled()
+        h = self.encoder(h, attention, k, dropout, checkpointing)
+        return h.to(torch.promote_types(h.dtype, torch.float32)), layout
 
     def encode(self, texts: Sequence[str], **options: Any) -> np.ndarray:
         """See `text_tower.encode.encode`, whose options these are."""
@@ -160,14 +183,47 @@ class TextTower(nn.Module):
 
         return read(path, **overrides)
 
-    def save_pretrained(self, path: str | Path, *, merge: bool = False) -> None:
+    def save_pretrained(self, path: str | Path, *, merge: bool = False, layout: str = "transformers") -> None:
         """See `text_tower.pretrained.write`."""
         from text_tower.pretrained import write
 
-        write(self, path, merge=merge)
+        write(self, path, merge=merge, layout=layout)
+
+    def save_adapter(self, folder: str | Path, name: str | None = None) -> None:
+        """See `text_tower.pretrained.save_adapter`."""
+        from text_tower.pretrained import save_adapter
+
+        save_adapter(self, folder, name)
+
+    def configure(self, **changes: Any) -> None:
+        """Changes settings that no weight depends on: attention, compile, checkpointing, dropout, instructions.
+
+        Raises:
+            ValueError: another field of the configuration, or a value that cannot be.
+        """
+        if unknown := set(changes) - {"attention", "compile", "checkpointing", "dropout", "instructions"}:
+            raise ValueError(f"{sorted(unknown)} cannot be changed on a tower that exists")
+        self.config = replace(self.config, **changes)
+        for block in self.encoder.layers:
+            block._compiled_call_impl = None
+            if self.config.compile:
+                block.compile(dynamic=True)
+
+    def merged(self, adapter: str | None = None) -> TextTower:
+        """A tower without adapters, for inference: this one's weights with one adapter (None: the first) in them.
+
+        It shares no memory with this one and costs no more than plain weights; its embeddings are the same, but for
+        rounding.
+        """
+        with torch.device("meta"):
+            tower = TextTower(replace(self.config, lora_rank=0, adapters=()), self.tokenizer)
+        ours = {parameter.data_ptr() for parameter in self.parameters()}
+        weights = self.merged_state_dict(adapter).items()
+        tower.load_state_dict({n: t.clone() if t.data_ptr() in ours else t for n, t in weights}, assign=True)
+        return tower.train(self.training)
 
     def merged_state_dict(self, adapter: str | None = None) -> dict[str, Tensor]:
-        """Plain weights under their published names, with one adapter (None: the first) added into them."""
+        """Plain weights under their published names, with one adapter (None: the first) added into them; not copies."""
         k = self._adapter_index(adapter)
         with torch.no_grad():
             plain = {n: p.detach() for n, p in self.named_parameters() if not is_adapter(n)}
@@ -206,11 +262,25 @@ class TextTower(nn.Module):
                 f"the tokenizer has {tokenizer.vocab_size} ids, but config.vocab_size is {self.config.vocab_size}; "
                 "expected the tokenizer that this tower was trained with"
             )
+        if tokenizer is not None and tokenizer.vocab_size < self.config.vocab_size:
+            warnings.warn(
+                f"the tokenizer has {tokenizer.vocab_size} ids and config.vocab_size is {self.config.vocab_size}: "
+                "is it the one that this tower was trained with?",
+                stacklevel=3,
+            )
         self._tokenizer = tokenizer
 
-    def _adapter_index(self, name: str | None) -> int:
+    def _backend(self, device: str) -> str:
+        # Autocast decides the dtype of the queries; LayerNorm, whose output it leaves in float32, does not.
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else self.emb_ln.weight.dtype
+        return choose(self.config.attention, device, dtype, self.config.head_dim)
+
+    def _adapter_index(self, name: str | None) -> int | None:
         if name is None:
             return 0
+        if name == NO_ADAPTER:
+            return None
         if name not in self.config.adapters:
             raise ValueError(f"there is no adapter {name!r}; this tower has {list(self.config.adapters) or 'none'}")
         return self.config.adapters.index(name)

@@ -1,0 +1,125 @@
+"""Weight files, read without running anything in them, and directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A file's JSON object.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not UTF-8, not JSON, or no object.
+    """
+    try:
+        content = json.loads(file.read_bytes().decode("utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(f"there is no {file}; expected a saved model's directory") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}; expected a JSON object")
+    return content
+
+
+def write_json(content: Mapping[str, Any], file: Path) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_weights(directory: Path, stem: str = "model", pickle_stem: str = "pytorch_model") -> dict[str, Tensor]:
+    """The tensors of a directory, on the CPU: safetensors first, else a .bin that holds tensors only.
+
+    Either may be one file or shards with an index (`STEM.safetensors.index.json`).
+
+    Raises:
+        FileNotFoundError: no such file, or a shard is absent.
+        ValueError: a file of another kind, one cut short, or a pickle of more than tensors.
+    """
+    for name, load in ((f"{stem}.safetensors", _safetensors), (f"{pickle_stem}.bin", _pickle)):
+        if (directory / name).is_file():
+            return load(directory / name)
+        index = directory / f"{name}.index.json"
+        if index.is_file():
+            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+            absent = [shard for shard in shards if not (directory / shard).is_file()]
+            if absent:
+                raise FileNotFoundError(f"{directory} lacks {', '.join(absent)}, which {index.name} names")
+            return {key: tensor for shard in shards for key, tensor in load(directory / shard).items()}
+    raise FileNotFoundError(f"{directory} holds no weights; expected {stem}.safetensors (or {pickle_stem}.bin)")
+
+
+def _safetensors(file: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no safetensors file, or is cut short ({error})") from error
+
+
+def _pickle(file: Path) -> dict[str, Tensor]:
+    try:
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises several kinds for a file that is not its own
+        raise ValueError(f"{file} is no plain file of tensors, and only those are read ({error})") from error
+    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+        raise ValueError(f"{file} holds more than named tensors; expected a state dict")
+    return weights
+
+
+def write_weights(weights: Mapping[str, Tensor], file: Path) -> None:
+    from safetensors.torch import save_file
+
+    on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    save_file(on_host, file, {"format": "pt"})  # transformers refuses a file without this word
+
+
+def check_keys(expected: Mapping[str, list[int]], weights: Mapping[str, Tensor], where: str) -> None:
+    """That `weights` has exactly the expected names and shapes.
+
+    Raises:
+        ValueError: it names every key that is missing, unexpected or mis-shaped.
+    """
+    shared = expected.keys() & weights.keys()
+    wrong = {n: (list(weights[n].shape), expected[n]) for n in shared if list(weights[n].shape) != expected[n]}
+    problems = {
+        "missing": sorted(expected.keys() - weights.keys()),
+        "unexpected": sorted(weights.keys() - expected.keys()),
+        "mis-shaped": [f"{n} {found}, expected {want}" for n, (found, want) in sorted(wrong.items())],
+    }
+    if any(problems.values()):
+        lines = [f"  {len(names)} {kind}: {'; '.join(names)}" for kind, names in problems.items() if names]
+        raise ValueError("\n".join([f"the weights in {where} do not fit its config.json:", *lines]))
+
+
+@contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """A directory to fill that takes its name only once it is complete.
+
+    Raises:
+        FileExistsError: `path` exists and is not empty.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not empty; choose another path, or remove it first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    building = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    building.mkdir()
+    try:
+        yield building
+        building.replace(path)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise

@@ -1,0 +1,112 @@
+"""How other libraries name the tower's weights: for each layout, the names that ours has there.
+
+Ours are those of `TextTower.state_dict()`, which are transformers' own on disk. A layout only renames, except that
+XLM-RoBERTa keeps queries, keys and values apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_WORD_TABLE = "embeddings.word_embeddings."
+_XLM_R = (  # ours, theirs
+    ("emb_ln.", "embeddings.LayerNorm."),
+    ("encoder.layers.", "encoder.layer."),
+    ("mixer.out_proj.", "attention.output.dense."),
+    ("norm1.", "attention.output.LayerNorm."),
+    ("mlp.fc1.", "intermediate.dense."),
+    ("mlp.fc2.", "output.dense."),
+    ("norm2.", "output.LayerNorm."),
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to name the weights.
+
+    Attributes:
+        kind: "transformers", "remote-code" (jina's own, adapters as parametrizations) or "xlm-r".
+        prefix: what stands before every name, such as `roberta.`.
+    """
+
+    kind: str
+    prefix: str = ""
+
+    @classmethod
+    def of(cls, keys: Collection[str]) -> Layout:
+        """The layout that a file's keys look most like."""
+        marks = (_WORD_TABLE, "encoder.layer")
+        prefix = next((key[: key.index(mark)] for mark in marks for key in keys if mark in key), "")
+        if any(".parametrizations." in key for key in keys):
+            return cls("remote-code", prefix)
+        return cls("xlm-r" if any(".attention.self." in key for key in keys) else "transformers", prefix)
+
+    def __str__(self) -> str:
+        title = {
+            "transformers": "jina_embeddings_v3, as transformers writes it",
+            "remote-code": "jina's remote-code layout, with parametrizations",
+            "xlm-r": "XLM-RoBERTa",
+        }[self.kind]
+        return f"the text half of jina-clip-v2 ({title})" if self.is_half else title
+
+    @property
+    def is_half(self) -> bool:
+        """Whether the text weights are a part of a CLIP model's."""
+        return self.prefix.startswith("text_model.")
+
+    def names(self, ours: str, every_name: Collection[str]) -> list[str]:
+        """Their names for one of ours; several stand for parts to be laid one below the other.
+
+        Args:
+            ours: a name of `TextTower.state_dict()`.
+            every_name: all of them, which tell the modules that have adapters.
+        """
+        module, _, leaf = ours.rpartition(".")
+        if self.kind == "remote-code" and f"{module}.lora_A" in every_name and leaf != "bias":
+            leaf = {"weight": "original"}.get(leaf, f"0.{leaf}")
+            return [f"{self.prefix}{module}.parametrizations.weight.{leaf}"]
+        if self.kind != "xlm-r":
+            return [self.prefix + ours]
+        for our_part, their_part in _XLM_R:
+            ours = re.sub(rf"(^|\.){re.escape(our_part)}", rf"\g<1>{their_part}", ours)
+        parts = ("query", "key", "value") if ".mixer.Wqkv." in ours else ("",)
+        return [self.prefix + ours.replace("mixer.Wqkv", f"attention.self.{part}") for part in parts]
+
+    def expected(self, shapes: Mapping[str, list[int]]) -> dict[str, list[int]]:
+        """{our name: shape} -> {their name: shape}."""
+        theirs = {}
+        for ours, shape in shapes.items():
+            names = self.names(ours, shapes)
+            theirs.update({name: [shape[0] // len(names), *shape[1:]] for name in names})
+        return theirs
+
+    def without_the_rest(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights less what no text tower has: heads, poolers, absolute positions, an image half."""
+        heads = ("lm_head.", "classifier.", "qa_outputs.", f"{self.prefix}pooler.")
+        positions = ("position_embeddings.", "position_ids") if self.kind == "xlm-r" else ("position_ids",)
+        others = (*heads, *(f"{self.prefix}embeddings.{name}" for name in positions))
+        if self.is_half:
+            others += ("vision_model.", "logit_scale")
+        return {name: tensor for name, tensor in weights.items() if not name.startswith(others)}
+
+    def to_ours(self, names: Collection[str], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights that passed the check, under our names, as float32 copies; `weights` is emptied on the way."""
+        result = {}
+        for ours in names:
+            parts = [weights.pop(name) for name in self.names(ours, names)]
+            tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+            result[ours] = tensor.to(torch.float32, copy=True)  # what safetensors gives may be a map of the file
+        return result
+
+    def from_ours(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Our state dict under their names."""
+        result: dict[str, Tensor] = {}
+        for ours, tensor in weights.items():
+            names = self.names(ours, weights)
+            result.update(zip(names, tensor.chunk(len(names)), strict=True))
+        return result

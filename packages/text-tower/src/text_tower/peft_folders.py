@@ -1,0 +1,166 @@
+"""Adapters in PEFT's folders: adapter_config.json and adapter_model.safetensors, one folder an adapter.
+
+PEFT names modules as transformers' `JinaEmbeddingsV3Model` does, where queries, keys and values are three Linears, and
+keeps a table's adapter transposed: `lora_embedding_A` `[rank, rows]`, `lora_embedding_B` `[width, rank]`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from text_tower.files import read_json, read_weights, write_json, write_weights
+
+TARGETS = ["word_embeddings", "token_type_embeddings", "q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
+_TABLES = ("embeddings.word_embeddings", "embeddings.token_type_embeddings")
+_UNKNOWN_HERE = {"use_dora": False, "use_rslora": False, "bias": "none", "fan_in_fan_out": False,
+                 "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False}  # fmt: skip
+
+
+class Adapter(NamedTuple):
+    """One adapter: {our module: (A, B)} as we keep them (see text_tower.lora), and its scale."""
+
+    modules: dict[str, tuple[Tensor, Tensor]]
+    scale: float
+
+
+def write_adapter(modules: Mapping[str, tuple[Tensor, Tensor]], rank: int, alpha: float, folder: Path) -> None:
+    """Writes one adapter into a new folder, as PEFT and transformers' `load_adapter` read it."""
+    weights: dict[str, Tensor] = {}
+    for name, (a, b) in modules.items():
+        if name in _TABLES:
+            weights |= {
+                f"base_model.model.{name}.lora_embedding_A": a.T,
+                f"base_model.model.{name}.lora_embedding_B": b.T,
+            }
+            continue
+        theirs = name.removeprefix("encoder.").replace("mixer.out_proj", "self_attn.o_proj")
+        parts = ("q_proj", "k_proj", "v_proj") if theirs.endswith("mixer.Wqkv") else ("",)
+        for part, rows in zip(parts, b.chunk(len(parts)), strict=True):
+            module = "base_model.model." + theirs.replace("mixer.Wqkv", f"self_attn.{part}")
+            weights |= {f"{module}.lora_A.weight": a.clone(), f"{module}.lora_B.weight": rows}
+    folder.mkdir(parents=True)
+    write_weights(weights, folder / "adapter_model.safetensors")
+    write_json(
+        {
+            "peft_type": "LORA",
+            "base_model_name_or_path": None,
+            "r": rank,
+            "lora_alpha": alpha,
+            "lora_dropout": 0.0,
+            "target_modules": TARGETS,
+            "inference_mode": True,
+            **_UNKNOWN_HERE,
+        },
+        folder / "adapter_config.json",
+    )
+
+
+def read_adapter(folder: Path, shapes: Mapping[str, list[int]]) -> Adapter:
+    """Reads one folder.
+
+    Adapters that PEFT trained apart for queries, keys and values become one of three times the rank: exact, because
+    the parts of B that would mix them are zero.
+
+    Args:
+        shapes: {our module: shape of its weight}, of every module that can have an adapter.
+
+    Raises:
+        FileNotFoundError: no such folder or file.
+        ValueError: no LoRA, a variant of it that this tower does not know, or keys that do not fit (all are named).
+    """
+    config = read_json(folder / "adapter_config.json")
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{folder} holds an adapter of type {config.get('peft_type')!r}; expected 'LORA'")
+    strange = {k: config[k] for k, plain in _UNKNOWN_HERE.items() if config.get(k) and config[k] != plain}
+    if strange:
+        raise ValueError(f"{folder} uses {strange}; this tower knows plain LoRA only")
+    found: dict[str, dict[str, Tensor]] = {}
+    unexpected = []
+    for key, tensor in read_weights(folder, "adapter_model", "adapter_model").items():
+        match = re.fullmatch(
+            r"(?:base_model\.model\.)?(?:roberta\.)?(.+?)\.lora_(?:embedding_)?([AB])(?:\.weight)?", key
+        )
+        module = _our_module(match[1]) if match else ""
+        if match is None or module.partition(":")[0] not in shapes:
+            unexpected.append(key)
+            continue
+        found.setdefault(module, {})[match[2]] = tensor.to(torch.float32, copy=True)
+    unpaired = [f"{module}.lora_{half}" for module, ab in found.items() for half in "AB" if half not in ab]
+    if unexpected or unpaired or not found:
+        lines = [f"  {len(names)} {kind}: {'; '.join(sorted(names))}"
+                 for kind, names in (("unexpected", unexpected), ("missing", unpaired)) if names]  # fmt: skip
+        raise ValueError(
+            "\n".join([f"the adapter in {folder} (it looks like PEFT's) does not fit this tower:", *lines])
+        )
+    modules = {
+        name: (ab["A"].T, ab["B"].T) if name in _TABLES else (ab["A"], ab["B"])
+        for name, ab in found.items() if ":" not in name
+    }  # fmt: skip
+    for name in sorted({name.partition(":")[0] for name in found if ":" in name}):
+        modules[name] = _fused([found.get(f"{name}:{part}") for part in "qkv"], shapes[name])
+    wrong = [
+        f"{name} A {list(a.shape)}, B {list(b.shape)} for a weight {shapes[name]}"
+        for name, (a, b) in modules.items()
+        if _shape(name, a, b) != shapes[name]
+    ]
+    if wrong:
+        raise ValueError(f"the adapter in {folder} has {len(wrong)} mis-shaped modules: {'; '.join(wrong)}")
+    return Adapter(modules, config["lora_alpha"] / config["r"])
+
+
+def stack(adapters: list[Adapter], shapes: Mapping[str, list[int]]) -> tuple[dict[str, Tensor], int, float]:
+    """(our tensors `<module>.lora_A` and `.lora_B`, rank, alpha) of several adapters.
+
+    A tower has one rank and one scale: smaller ranks are filled up with zeros, other scales go into B, and what an
+    adapter leaves alone gets zeros.
+    """
+    rank = max(_rank(name, a) for adapter in adapters for name, (a, _) in adapter.modules.items())
+    scale = adapters[0].scale
+    weights: dict[str, Tensor] = {}
+    for name, (rows, columns) in shapes.items():
+        table = name in _TABLES
+        a = torch.zeros(len(adapters), *((rows, rank) if table else (rank, columns)))
+        b = torch.zeros(len(adapters), *((rank, columns) if table else (rows, rank)))
+        for i, adapter in enumerate(adapters):
+            if name in adapter.modules:
+                part_a, part_b = adapter.modules[name]
+                part_b = part_b if adapter.scale == scale else part_b * (adapter.scale / scale)
+                a[i, : part_a.shape[0], : part_a.shape[1]] = part_a
+                b[i, : part_b.shape[0], : part_b.shape[1]] = part_b
+        weights |= {f"{name}.lora_A": a, f"{name}.lora_B": b}
+    return weights, rank, scale * rank
+
+
+def _our_module(theirs: str) -> str:
+    """Our name of a module of theirs; a third of Wqkv is `….Wqkv:q`, `:k` or `:v`."""
+    name = re.sub(r"^(?:encoder\.)?layers\.", "encoder.layers.", theirs)
+    name = name.replace("self_attn.o_proj", "mixer.out_proj")
+    return re.sub(r"self_attn\.([qkv])_proj$", r"mixer.Wqkv:\1", name)
+
+
+def _fused(parts: list[Any], shape: list[int]) -> tuple[Tensor, Tensor]:
+    """One (A, B) for queries, keys and values, of which any may have no adapter."""
+    third = shape[0] // 3
+    present = [part for part in parts if part]
+    if all(torch.equal(part["A"], present[0]["A"]) for part in present):
+        a = present[0]["A"]
+        return a, torch.cat([part["B"] if part else torch.zeros(third, len(a)) for part in parts])
+    empty = {"A": torch.zeros(0, shape[1]), "B": torch.zeros(third, 0)}
+    filled = [part or empty for part in parts]
+    return torch.cat([part["A"] for part in filled]), torch.block_diag(*(part["B"] for part in filled))
+
+
+def _rank(name: str, a: Tensor) -> int:
+    return a.shape[1] if name in _TABLES else a.shape[0]
+
+
+def _shape(name: str, a: Tensor, b: Tensor) -> list[int] | None:
+    """The shape of the weight that A and B adapt; None if they do not fit each other."""
+    first, second = (a, b) if name in _TABLES else (b, a)
+    return [first.shape[0], second.shape[1]] if first.shape[1] == second.shape[0] else None

@@ -1,0 +1,34 @@
+"""How a token learns its place: the one seam between the tower and a position scheme.
+
+A scheme is made once for each batch and handed to attention with it; blocks never see it. It turns queries and keys
+(`__call__`). A scheme that biases scores instead, such as ALiBi, would return them as they are and give its slopes to
+the backends in `text_tower.attention`, all of which take slopes or a bias.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Rotary:
+    """Rotary positions, the half rotation of llama (RoPE, arXiv 2104.09864).
+
+    Position p turns pair j by the angle p θ^(-2j/d); pair j is channels j and j + d/2 of a head.
+
+    Args:
+        positions: int64 `[T]`, each token's position in its sequence.
+        head_dim: d.
+        theta: θ.
+    """
+
+    def __init__(self, positions: Tensor, head_dim: int, theta: float):
+        pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+        angles = positions[:, None, None, None].float() * theta ** -(pairs / head_dim)
+        self.cos, self.sin = angles.cos(), angles.sin()  # float32 [T, 1, 1, d / 2]
+
+    def __call__(self, qk: Tensor) -> Tensor:
+        """Queries and keys `[T, 2, heads, d]`, turned, in their own dtype."""
+        a, b = qk.chunk(2, dim=-1)
+        turned = torch.cat([a * self.cos - b * self.sin, b * self.cos + a * self.sin], dim=-1)
+        return turned.to(qk.dtype)

@@ -1,0 +1,136 @@
+"""Adapters in PEFT's folders: PEFT reads ours, we read PEFT's, and both compute one function."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from text_tower import TextTower
+from transformers import AutoModel
+
+LENGTHS = [*range(1, 9), 5, 33, 512]
+TARGETS = ["word_embeddings", "token_type_embeddings", "q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
+
+
+def base(path):
+    return AutoModel.from_pretrained(path, add_pooling_layer=False)
+
+
+@pytest.fixture
+def saved(make_tower, lora, tmp_path):
+    """A directory with PEFT folders, and the tower that wrote it."""
+    tower = make_tower(**lora)
+    tower.save_pretrained(tmp_path / "model", layout="peft")
+    return tower, tmp_path / "model"
+
+
+def test_embeddings_and_every_adapter_gradient_agree_in_float32(saved, pack, padded_mean):
+    tower, path = saved
+    model = PeftModel.from_pretrained(base(path), path / "separation", is_trainable=True)
+    packed = pack(LENGTHS)
+    ours, theirs = tower(packed, adapter="separation"), padded_mean(model, packed)
+    assert (ours - theirs).norm() / theirs.norm() < 1e-5
+    direction = torch.randn(ours.shape)
+    (ours * direction).sum().backward()
+    (theirs * direction).sum().backward()
+    grads = {n.removeprefix("base_model.model."): p.grad for n, p in model.named_parameters() if p.grad is not None}
+    compared = 0
+    for name, parameter in tower.named_parameters():
+        module, _, half = name.rpartition(".")
+        if not half.startswith("lora_"):
+            continue
+        theirs_at = module.removeprefix("encoder.").replace("mixer.out_proj", "self_attn.o_proj")
+        if "embeddings" in module:
+            expected = grads[f"{theirs_at}.{half.replace('lora_', 'lora_embedding_')}.default"].T
+        elif "Wqkv" in module:
+            parts = [
+                grads[f"{theirs_at.replace('mixer.Wqkv', f'self_attn.{p}_proj')}.{half}.default.weight"] for p in "qkv"
+            ]
+            expected = sum(parts) if half == "lora_A" else torch.cat(parts)  # one A serves all three
+        else:
+            expected = grads[f"{theirs_at}.{half}.default.weight"]
+        assert not parameter.grad[0].any()  # the other adapter rests
+        assert (parameter.grad[1] - expected).norm() / expected.norm() < 1e-5, name
+        compared += 1
+    assert compared == 2 * (2 + 4 * tower.config.layers)
+
+
+def test_transformers_loads_each_adapter_by_itself(saved, pack, padded_mean):
+    tower, path = saved
+    model = base(path)
+    for name in tower.config.adapters:
+        theirs = name.replace(".", "_")  # PEFT's own names may hold no dot
+        report = model.load_adapter(path / name, adapter_name=theirs)
+        assert not [key for key in report.missing_keys if theirs in key]
+        assert not report.unexpected_keys
+        model.set_adapter(theirs)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                padded_mean(model, pack(LENGTHS)), tower(pack(LENGTHS), adapter=name), rtol=1e-4, atol=1e-4
+            )
+
+
+def peft_trained(path, folder, rank, alpha, targets):
+    """An adapter as PEFT would train it, queries, keys and values apart, and its model."""
+    model = get_peft_model(base(path), LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("targets", [TARGETS, ["q_proj", "v_proj"], ["fc1", "k_proj"]])
+def test_what_peft_trained_is_read_exactly(make_tower, pack, padded_mean, tmp_path, targets):
+    make_tower().save_pretrained(tmp_path / "model")
+    model = peft_trained(tmp_path / "model", tmp_path / "mine", 4, 6, targets)
+    tower = TextTower.from_pretrained(tmp_path / "model", peft=tmp_path / "mine")
+    assert tower.config.adapters == ("mine",)
+    with torch.no_grad():
+        ours, theirs = tower(pack(LENGTHS)), padded_mean(model, pack(LENGTHS))
+        assert (ours - theirs).norm() / theirs.norm() < 1e-5
+        # Written again, it is still what PEFT computes.
+        tower.save_adapter(tmp_path / "again")
+        again = padded_mean(PeftModel.from_pretrained(base(tmp_path / "model"), tmp_path / "again"), pack(LENGTHS))
+        assert (again - theirs).norm() / theirs.norm() < 1e-5
+
+
+def test_adapters_of_different_ranks_and_scales_share_a_tower(make_tower, pack, padded_mean, tmp_path):
+    make_tower().save_pretrained(tmp_path / "model")
+    models = {
+        "a": peft_trained(tmp_path / "model", tmp_path / "a", 4, 6, TARGETS),
+        "b": peft_trained(tmp_path / "model", tmp_path / "b", 2, 5, ["o_proj", "fc2"]),
+    }
+    tower = TextTower.from_pretrained(tmp_path / "model", peft={name: tmp_path / name for name in models})
+    for name, model in models.items():
+        with torch.no_grad():
+            ours, theirs = tower(pack(LENGTHS), adapter=name), padded_mean(model, pack(LENGTHS))
+        assert (ours - theirs).norm() / theirs.norm() < 1e-5, name
+
+
+def test_folders_that_do_not_fit_are_refused_by_name(saved, make_tower, tmp_path):
+    tower, path = saved
+    make_tower().save_pretrained(tmp_path / "plain")
+    folder = path / "separation"
+    with pytest.raises(ValueError, match=r"has adapters, .*peft= is for weights without any"):
+        TextTower.from_pretrained(path, peft=folder)
+    with pytest.raises(FileNotFoundError, match="adapter_config.json"):
+        TextTower.from_pretrained(tmp_path / "plain", peft=tmp_path / "nowhere")
+    make_tower(mlp_width=56).save_pretrained(tmp_path / "wider")
+    with pytest.raises(ValueError, match=r"6 mis-shaped modules: .*layers.0.mlp.fc1 A \[4, 32\], B \[48, 4\]"):
+        TextTower.from_pretrained(tmp_path / "wider", peft=folder)
+    make_tower(layers=2).save_pretrained(tmp_path / "lower")
+    with pytest.raises(
+        ValueError, match=r"looks like PEFT's.*\n.*unexpected: base_model.model.layers.2.mlp.fc1.lora_A"
+    ):
+        TextTower.from_pretrained(tmp_path / "lower", peft=folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for change, message in (({"use_dora": True}, "use_dora"), ({"peft_type": "IA3"}, "of type 'IA3'")):
+        (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ValueError, match=message):
+            TextTower.from_pretrained(tmp_path / "plain", peft=folder)
+    with pytest.raises(ValueError, match="there is no adapter 'x'"):
+        tower.save_adapter(tmp_path / "x", "x")
+    with pytest.raises(ValueError, match="no adapter to save"):
+        make_tower().save_adapter(tmp_path / "x")
