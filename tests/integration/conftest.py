@@ -46,7 +46,9 @@ def run(tmp_path: Path, drawn_corpus: Path):
     return execute
 
 
-def arguments(corpus: Path, stage: int, settings: tuple[str, ...], output: str, ranks: int = 1) -> list[str]:
+def arguments(
+    corpus: Path, stage: int, settings: tuple[str, ...], output: str, ranks: int = 1, recipe: Path = RECIPE
+) -> list[str]:
     head = ["stage-trainer", "train", "--stage", str(stage)]
     if ranks > 1:
         head = [
@@ -58,15 +60,15 @@ def arguments(corpus: Path, stage: int, settings: tuple[str, ...], output: str, 
             str(ROOT / f"launch/stage{stage}.sh"),
         ]
     here = [f"output={output}", f"corpus={corpus}", f"model.tokenizer={corpus}/tokenizer.model"]
-    return [*head, "--recipe", str(RECIPE), *here, *settings]
+    return [*head, "--recipe", str(recipe), *here, *settings]
 
 
 @pytest.fixture
 def train(run, drawn_corpus: Path):
     """Trains a stage on the drawn corpus, with several ranks through its launch file: train(1, "steps=4", ranks=2)."""
 
-    def execute(stage: int, *settings: str, ranks: int = 1, output: str = "run", **options):
-        return run(*arguments(drawn_corpus, stage, settings, output, ranks), **options)
+    def execute(stage: int, *settings: str, ranks: int = 1, output: str = "run", recipe: Path = RECIPE, **options):
+        return run(*arguments(drawn_corpus, stage, settings, output, ranks, recipe), **options)
 
     execute.recipe = RECIPE
     return execute
@@ -76,8 +78,8 @@ def train(run, drawn_corpus: Path):
 def start(tmp_path: Path, drawn_corpus: Path):
     """Starts what `train` would run and returns the process."""
 
-    def execute(stage: int, *settings: str, output: str = "run") -> subprocess.Popen:
-        words = arguments(drawn_corpus, stage, settings, output)
+    def execute(stage: int, *settings: str, output: str = "run", recipe: Path = RECIPE) -> subprocess.Popen:
+        words = arguments(drawn_corpus, stage, settings, output, recipe=recipe)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
             [command(words[0]), *words[1:]], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True

@@ -8,7 +8,7 @@ from stage_trainer.recipe_file import load
 
 def test_every_recipe_of_the_project_loads(recipes):
     for path in recipes.glob("*.yaml"):
-        assert len(load(path).recipe.stages) == 3
+        assert len(load(path).recipe.stages) == (1 if path.stem == "masked-lm" else 3)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,29 @@ def test_every_recipe_of_the_project_loads(recipes):
 def test_a_bad_recipe_names_the_key_and_the_remedy(recipe_file, old, new, message):
     with pytest.raises(UserError, match=message):
         load(recipe_file(old, new))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("batch.text=8", "batch.masked_lm and batch.text are both set"),
+        ("data.masked_lm=[]", "batch.masked_lm is 128 but data.masked_lm names no data"),
+        ("batch={text: 8}", "trains both towers, and 'model.vision' is missing"),
+        ("trainable.text=adapters", "trainable.text is 'adapters'; masked-language-model training is for all weights"),
+        ("masking.share=1.5", "masking.share should lie between 0 and 1"),
+        ("masking.language_exponent=2", "masking.language_exponent from 0"),
+        ("masking.shares=0.2", "unknown key 'stages.1.masking.shares'; did you mean 'share'"),
+        ("data.masked_lm=[{path: a}]", "'stages.1.data.masked_lm.0'.*valid string"),
+    ],
+)
+def test_a_bad_stage_of_masked_language_modelling_names_the_remedy(recipes, override, message):
+    with pytest.raises(UserError, match=message):
+        load(recipes / "masked-lm.yaml", [override], stage=1)
+
+
+def test_masked_language_modelling_does_not_follow_other_training(recipes):
+    with pytest.raises(UserError, match="stage 2: masked-language-model training follows .* put it first"):
+        load(recipes / "drawn.yaml", ["batch={masked_lm: 8}", "data={masked_lm: [text-pairs/drawn]}"], stage=2)
 
 
 def test_a_missing_recipe_lists_those_beside_it(recipes):

@@ -1,4 +1,7 @@
-"""A recipe's model: the towers from their configurations, with weights to start from where the recipe names them."""
+"""A stage's model: the towers from their configurations, with weights to start from where the recipe names them.
+
+A stage of masked-language-model training has the text tower with a head for its model, any other one both towers.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from text_tower import TextTower, TextTowerConfig, Tokenizer
+from text_tower import MaskedLM, TextTower, TextTowerConfig, Tokenizer
 from vision_tower import VisionTower, VisionTowerConfig
 
 from stage_trainer.errors import UserError
@@ -15,13 +18,32 @@ from stage_trainer.model import DualEncoder
 from stage_trainer.recipe import Recipe
 from stage_trainer.recipe_file import build_config
 
+Model = DualEncoder | MaskedLM
+
+
+def check_configs(recipe: Recipe, number: int) -> None:
+    """Finds what is wrong with the model's configuration before anything is loaded or allocated.
+
+    Raises:
+        UserError: names the key.
+    """
+    masked_lm_config(recipe) if recipe.stage(number).masked else tower_configs(recipe, number)
+
+
+def masked_lm_config(recipe: Recipe) -> TextTowerConfig:
+    """The text tower's configuration in a stage of masked-language-model training: adapters come later."""
+    plain = {**recipe.model.text, "adapters": (), "lora_rank": 0}
+    return build_config(TextTowerConfig, plain, "model.text")
+
 
 def tower_configs(recipe: Recipe, number: int) -> tuple[TextTowerConfig, VisionTowerConfig]:
-    """The towers' configurations at the start of a stage."""
+    """The towers' configurations at the start of a stage that trains both."""
     text = build_config(TextTowerConfig, recipe.model.text, "model.text")
     resolution = recipe.stage(number).resolution[0][1]
-    vision = build_config(VisionTowerConfig, {**recipe.model.vision, "resolution": resolution}, "model.vision")
+    vision = build_config(VisionTowerConfig, {**(recipe.model.vision or {}), "resolution": resolution}, "model.vision")
     for n, stage in enumerate(recipe.stages, 1):
+        if stage.masked:
+            continue
         if not stage.loss.dims or not all(0 < dim <= text.width for dim in stage.loss.dims):
             raise UserError(f"stage {n}: loss.dims is {list(stage.loss.dims)}; expected prefixes of 1 to {text.width}")
         if stage.trainable.text == "adapters" and not text.adapters:
@@ -29,12 +51,42 @@ def tower_configs(recipe: Recipe, number: int) -> tuple[TextTowerConfig, VisionT
     return text, vision
 
 
-def build_model(recipe: Recipe, number: int, tokenizer: Tokenizer | None = None) -> DualEncoder:
+def build_model(recipe: Recipe, number: int, tokenizer: Tokenizer | None = None) -> Model:
     """A new model for the first stage that trains.
 
     Raises:
         UserError: a configuration that does not hold, a tokenizer of another vocabulary, weights that do not fit.
     """
+    model = _build_masked_lm(recipe) if recipe.stage(number).masked else _build_dual_encoder(recipe, number)
+    text = model.tower if isinstance(model, MaskedLM) else model.text
+    if tokenizer is not None:
+        if tokenizer.vocab_size != text.config.vocab_size:
+            raise UserError(
+                f"the tokenizer {recipe.model.tokenizer} has {tokenizer.vocab_size} tokens, model.text.vocab_size is "
+                f"{text.config.vocab_size}; set model.text.vocab_size={tokenizer.vocab_size}"
+            )
+        text.tokenizer = tokenizer
+    return model
+
+
+def _build_masked_lm(recipe: Recipe) -> MaskedLM:
+    weights = recipe.model.text_weights
+    if not weights:
+        return MaskedLM(TextTower(masked_lm_config(recipe)))
+    return _read_masked_lm(recipe, weights, "model.text_weights", "the starting weights hold")
+
+
+def _read_masked_lm(recipe: Recipe, weights: str, what: str, holder: str) -> MaskedLM:
+    config = masked_lm_config(recipe)
+    try:
+        model = MaskedLM.from_pretrained(_local(weights), **_text_options(config))
+    except (ValueError, OSError) as error:  # the tower's and the hub's own words on what is missing or damaged
+        raise UserError(f"{what}: {error}") from error
+    _check_shape("text", model.tower.config, config, holder)
+    return model
+
+
+def _build_dual_encoder(recipe: Recipe, number: int) -> DualEncoder:
     text_config, vision_config = tower_configs(recipe, number)
     text: TextTower | None = None
     vision: VisionTower | None = None
@@ -50,33 +102,38 @@ def build_model(recipe: Recipe, number: int, tokenizer: Tokenizer | None = None)
     model = DualEncoder(
         text, vision, temperature=recipe.model.temperature, matryoshka_dims=recipe.stage(number).loss.dims
     )
-    _check_shapes(model, text_config, vision_config, "the starting weights hold")
-    if tokenizer is not None:
-        if tokenizer.vocab_size != text.config.vocab_size:
-            raise UserError(
-                f"the tokenizer {recipe.model.tokenizer} has {tokenizer.vocab_size} tokens, model.text.vocab_size is "
-                f"{text.config.vocab_size}; set model.text.vocab_size={tokenizer.vocab_size}"
-            )
-        text.tokenizer = tokenizer
+    _check_shape("text", text.config, text_config, "the starting weights hold")
+    _check_shape("vision", vision.config, vision_config, "the starting weights hold")
     return model
 
 
-def load_model(recipe: Recipe, number: int, path: Path) -> DualEncoder:
+def load_model(recipe: Recipe, number: int, path: Path) -> Model:
     """A checkpoint's model, with the recipe's settings that have no bearing on its weights (dropout, checkpointing, …).
 
     Raises:
         UserError: a directory that holds no model, or one of another shape than the recipe's.
     """
+    if recipe.stage(number).masked:
+        return _read_masked_lm(recipe, str(path), f"cannot load {path}", f"{path} holds")
     text_config, vision_config = tower_configs(recipe, number)
     options = {"text": _text_options(text_config), "vision": _vision_options(vision_config)}
     model = DualEncoder.from_pretrained(path, **options)
-    _check_shapes(model, text_config, vision_config, f"{path} holds")
+    _check_shape("text", model.text.config, text_config, f"{path} holds")
+    _check_shape("vision", model.vision.config, vision_config, f"{path} holds")
     model.matryoshka_dims = recipe.stage(number).loss.dims
     return model
 
 
-def empty_model(recipe: Recipe, number: int) -> DualEncoder:
+def with_text_weights(recipe: Recipe, path: Path) -> Recipe:
+    """The recipe with a directory for its `model.text_weights`."""
+    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, text_weights=str(path)))
+
+
+def empty_model(recipe: Recipe, number: int) -> Model:
     """The model of a stage at its last resolution, on the meta device: every shape and no memory."""
+    if recipe.stage(number).masked:
+        with torch.device("meta"):
+            return MaskedLM(TextTower(masked_lm_config(recipe)))
     text_config, vision_config = tower_configs(recipe, number)
     with torch.device("meta"):
         model = DualEncoder(TextTower(text_config), VisionTower(vision_config))
@@ -96,18 +153,22 @@ def load_tokenizer(recipe: Recipe) -> Tokenizer:
 
 def _pretrained_text(weights: str, config: TextTowerConfig) -> TextTower:
     """From a directory, or a repository of the Hugging Face hub; adapters that the weights lack are made new."""
-    path = weights
-    if not Path(weights).is_dir():
-        from huggingface_hub import snapshot_download
+    return TextTower.from_pretrained(_local(weights), **_text_options(config))
 
-        path = snapshot_download(weights)
-    return TextTower.from_pretrained(path, **_text_options(config))
+
+def _local(weights: str) -> str:
+    """The directory itself, or that of a repository of the Hugging Face hub."""
+    if Path(weights).is_dir():
+        return weights
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(weights)
 
 
 def _pretrained_vision(weights: str, config: VisionTowerConfig) -> VisionTower:
-    """From a directory, or timm's weights of that name (`timm/eva02_…`)."""
+    """From a directory or a file, or timm's weights of that name (`timm/eva02_…`)."""
     options = _vision_options(config)
-    if Path(weights).is_dir():
+    if Path(weights).exists():
         return VisionTower.from_pretrained(weights, **options)
     tower = VisionTower.from_timm(weights.removeprefix("timm/"), pretrained=True)
     tower.config = dataclasses.replace(tower.config, **options)
@@ -116,20 +177,18 @@ def _pretrained_vision(weights: str, config: VisionTowerConfig) -> VisionTower:
 
 def _text_options(config: TextTowerConfig) -> dict[str, Any]:
     """What a recipe decides about a text tower whose weights are given."""
-    names = ["dropout", "checkpointing", "max_length", "rope_theta", "instructions"]
+    names = ["dropout", "checkpointing", "attention", "compile", "max_length", "rope_theta", "instructions"]
     if config.adapters:
         names += ["adapters", "lora_rank", "lora_alpha"]
     return {name: getattr(config, name) for name in names}
 
 
 def _vision_options(config: VisionTowerConfig) -> dict[str, Any]:
-    return {"checkpointing": config.checkpointing}
+    return {"checkpointing": config.checkpointing, "attention": config.attention}
 
 
-def _check_shapes(model: DualEncoder, text: TextTowerConfig, vision: VisionTowerConfig, holder: str) -> None:
+def _check_shape(name: str, found: Any, wanted: Any, holder: str) -> None:
     """Weights must be of the recipe's shape; what has no bearing on shapes may differ."""
-    for name, tower, config in (("text", model.text, text), ("vision", model.vision, vision)):
-        found, wanted = dataclasses.asdict(tower.config), dataclasses.asdict(config)
-        for key in ("width", "layers", "heads", "patch", "vocab_size", "mlp_width", "hidden"):
-            if key in wanted and found[key] != wanted[key]:
-                raise UserError(f"model.{name}.{key} is {wanted[key]}, but {holder} {found[key]}; make them agree")
+    for key in ("width", "layers", "heads", "patch", "vocab_size", "mlp_width", "mlp_hidden"):
+        if (value := getattr(wanted, key, None)) != (held := getattr(found, key, None)):
+            raise UserError(f"model.{name}.{key} is {value}, but {holder} {held}; make them agree")

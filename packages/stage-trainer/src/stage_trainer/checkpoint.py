@@ -1,8 +1,9 @@
 """Checkpoints: `step-NNNNNNN/{model/, optimizer.safetensors, state.json}`, whole or absent.
 
-`model/` is a `DualEncoder` directory, so a checkpoint can be evaluated and taken out as it is. Optimizer state
-stands by parameter name. state.json holds the step, the recipe's settings, the data's fingerprints and the hash of
-every file, by which a checkpoint is verified before a run goes on from it.
+`model/` is a directory that the model itself writes and reads (`DualEncoder`, `MaskedLM`), so a checkpoint can be
+evaluated and taken out as it is. Optimizer state stands by parameter name. state.json holds the step, the recipe's
+settings, the data's fingerprints and the hash of every file, by which a checkpoint is verified before a run goes on
+from it.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from vision_tower import resample_position_table
+from vision_tower import resample_optimizer_state
 
+from stage_trainer.build import Model
 from stage_trainer.engine import Engine
 from stage_trainer.errors import UserError
 from stage_trainer.files import whole_directory
@@ -139,7 +141,7 @@ def save(directory: Path, step: int, engine: Engine, state: dict[str, Any], keep
             shutil.rmtree(old.path)
 
 
-def _write(target: Path, model: DualEncoder, optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
+def _write(target: Path, model: Model, optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
     with whole_directory(target) as path:
         save_file(optimizer, path / "optimizer.safetensors")
         model.save_pretrained(path / "model")
@@ -160,18 +162,13 @@ def _sha256(path: Path) -> str:
 
 
 def set_resolution(model: DualEncoder, pixels: int, optimizer: dict[str, Tensor] | None = None) -> None:
-    """Changes the vision tower's resolution and resamples the moments of its position table with it.
-
-    The second moment is resampled bilinearly: bicubic weights can be negative, and a negative one becomes NaN.
-    """
-    old = model.vision.config.grid
+    """Changes the vision tower's resolution, and resamples the moments of its position table with it."""
+    old, prefix = model.vision.config.grid, "vision.pos_embed|"
     model.vision.set_resolution(pixels)
-    for name in list(optimizer or {}):
-        assert optimizer is not None
-        owner, _, key = name.rpartition("|")
-        if owner == "vision.pos_embed" and key != "step" and model.vision.config.grid != old:
-            mode = "bilinear" if key == "exp_avg_sq" else "bicubic"
-            optimizer[name] = resample_position_table(optimizer[name], old, model.vision.config.grid, mode=mode)
+    if optimizer:
+        moments = {name.removeprefix(prefix): v for name, v in optimizer.items() if name.startswith(prefix)}
+        moments = resample_optimizer_state(moments, old, model.vision.config.grid)
+        optimizer.update({prefix + name: value for name, value in moments.items()})
 
 
 def compatible(saved: dict[str, Any], now: dict[str, Any], where: Path) -> None:

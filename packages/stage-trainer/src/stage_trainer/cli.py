@@ -12,6 +12,7 @@ DEFAULT_RECIPE = "launch/recipes/laptop.yaml"
 EPILOG = """examples:
   stage-trainer train --recipe launch/recipes/laptop.yaml --stage 1
   stage-trainer train --recipe launch/recipes/laptop.yaml --stage 1 steps=20 precision=fp32
+  stage-trainer train --recipe launch/recipes/masked-lm.yaml --stage 1
   stage-trainer train --recipe launch/recipes/jina-clip-v2.yaml --stage 3 --dry-run
   deepspeed --num_gpus 8 launch/stage1.sh --recipe launch/recipes/jina-clip-v2.yaml
   stage-trainer export runs/laptop/stage3 my-model

@@ -38,9 +38,11 @@ class Corrupt:
 
 @dataclass
 class Drawn:
-    """What went into a rank's part of a batch: texts by kind/source/language, and samples that had to be replaced."""
+    """What went into a rank's part of a batch: texts by kind/source/language, their tokens, and samples that had to be
+    replaced."""
 
     texts: Counter[str] = field(default_factory=Counter)
+    tokens: int = 0
     corrupt: list[Corrupt] = field(default_factory=list)
 
 
@@ -126,9 +128,9 @@ class StageBatches(TorchDataset):
                 negatives += hard
                 text_seeds.append(seed)
                 text_ids.append(key(content["item"]))
-        return self._pack(
-            images, captions, image_seeds, image_ids, queries, targets, negatives, text_seeds, text_ids
-        ), drawn
+        batch = self._pack(images, captions, image_seeds, image_ids, queries, targets, negatives, text_seeds, text_ids)
+        drawn.tokens = 0 if batch.texts is None else len(batch.texts.ids)
+        return batch, drawn
 
     def _sample(self, data: Dataset, index: int, drawn: Drawn) -> tuple[torch.Tensor | None, dict[str, Any]]:
         """(pixels, texts) of a sample, or of the one that takes its place."""
@@ -217,17 +219,17 @@ def enumerate_within(seeds: list[int]) -> Iterator[tuple[int, int]]:
 class _FailuresAsItems(TorchDataset):
     """Errors that name bad data, handed over whole: a loader's worker would bury them in a traceback."""
 
-    def __init__(self, data: StageBatches):
+    def __init__(self, data: TorchDataset):
         self.data = data
 
-    def __getitem__(self, step: int) -> tuple[Batch, Drawn] | Exception:
+    def __getitem__(self, step: int) -> Any:
         try:
             return self.data[step]
         except (ShardError, UserError) as error:
             return error
 
 
-def batches(data: StageBatches, start: int, stop: int, workers: int) -> Iterator[tuple[Batch, Drawn]]:
+def batches(data: TorchDataset, start: int, stop: int, workers: int) -> Iterator[tuple[Any, Drawn]]:
     """Batches `start` to `stop` - 1, made ahead by worker processes if there are any.
 
     Raises:
@@ -246,13 +248,23 @@ def batches(data: StageBatches, start: int, stop: int, workers: int) -> Iterator
         yield item
 
 
-def _open(corpus: Path, source: Source, batch: int, kinds: tuple[str, ...]) -> Dataset:
+def open_data_set(directory: Path, kinds: tuple[str, ...]) -> Dataset:
+    """A data set of one of `kinds` (the beginnings of their names).
+
+    Raises:
+        UserError: it is missing, damaged or of another kind.
+    """
     try:
-        data = Dataset.open(corpus / source.path)
+        data = Dataset.open(directory)
     except (ShardError, FileNotFoundError) as error:
         raise UserError(str(error)) from error
     if not data.kind.startswith(kinds):
         raise UserError(f"{data.directory} holds {data.kind}, which cannot serve here; expected {kinds[0]}…")
+    return data
+
+
+def _open(corpus: Path, source: Source, batch: int, kinds: tuple[str, ...]) -> Dataset:
+    data = open_data_set(corpus / source.path, kinds)
     if len(data) < batch:
         raise UserError(
             f"{data.directory} has {len(data)} samples, too few for one batch of {batch}; "

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from stage_trainer.build import empty_model
+from text_tower import MaskedLM
+from torch import nn
+
+from stage_trainer.build import Model, empty_model
+from stage_trainer.recipe import Stage
 from stage_trainer.recipe_file import Loaded, flatten
 
 
@@ -12,18 +16,11 @@ def dry_run(loaded: Loaded, number: int) -> str:
     """The text that `stage-trainer train --dry-run` prints."""
     recipe = loaded.recipe
     stage = recipe.stage(number)
-    model = empty_model(recipe, number)
-    text = sum(p.numel() for p in model.text.parameters())
-    vision = sum(p.numel() for p in model.vision.parameters())
-    pixels = stage.resolution[-1][1]
-    adapter = " with adapter" if model.text.config.adapters else ""
     lines = [
         f"{recipe.name}, stage {number} of {len(recipe.stages)}: {stage.steps:,} steps",
         "",
         "parameters",
-        f"  {text:>15,}  text{adapter}",
-        f"  {vision:>15,}  vision at {pixels} px, a grid of {' × '.join(map(str, model.vision.config.grid))} patches",
-        f"  {text + vision:>15,}  together, without the two temperatures",
+        *[f"  {count:>15,}  {what}" for count, what in _parameters(empty_model(recipe, number), stage)],
         "",
         "settings" + (f"   (paper: {recipe.paper})" if recipe.paper else ""),
     ]
@@ -38,6 +35,21 @@ def dry_run(loaded: Loaded, number: int) -> str:
         shown = path.removeprefix(f"stages.{number}.")
         lines.append(f"  {origin:<12}{shown:<34} {_plain(value)}".rstrip())
     return "\n".join(lines)
+
+
+def _parameters(model: Model, stage: Stage) -> list[tuple[int, str]]:
+    def count(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    if isinstance(model, MaskedLM):
+        head = "head, without the word table that it shares with the text tower"
+        return [(count(model.tower), "text"), (count(model.lm_head), head), (count(model), "together")]
+    grid = " × ".join(map(str, model.vision.config.grid))
+    return [
+        (count(model.text), "text with adapter" if model.text.config.adapters else "text"),
+        (count(model.vision), f"vision at {stage.resolution[-1][1]} px, a grid of {grid} patches"),
+        (count(model.text) + count(model.vision), "together, without the two temperatures"),
+    ]
 
 
 def _origin(path: str, loaded: Loaded) -> str:

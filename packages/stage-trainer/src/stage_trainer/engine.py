@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from text_tower.masked_lm import MaskedLoss
 from torch import Tensor, nn
 
 from stage_trainer.errors import UserError
+from stage_trainer.masked_lm import HiddenWords, MaskedBatch
 from stage_trainer.objective import Embedded, MultiTask, Part
 from stage_trainer.optim import build_optimizer, named_states, parameter_groups
 from stage_trainer.recipe import Recipe, Stage
@@ -46,29 +48,31 @@ class Engine:
         recipe, stage: precision and optimizer; rates, freezing and DeepSpeed's own options.
     """
 
-    def __init__(self, objective: MultiTask, recipe: Recipe, stage: Stage):
+    def __init__(self, objective: MultiTask | HiddenWords, recipe: Recipe, stage: Stage):
         import deepspeed
 
-        model = objective.model
-        model.text.set_trainable(stage.trainable.text)
-        model.vision.set_trainable(stage.trainable.image)
-        model.text_logit_scale.requires_grad_(bool(stage.batch.text))
-        model.logit_scale.requires_grad_(bool(stage.batch.image_text))
+        objective.set_trainable(stage)
         self.optimizer = build_optimizer(
-            parameter_groups(model, stage, recipe.optimizer), recipe.optimizer, recipe.precision
+            parameter_groups(objective.model, stage, recipe.optimizer), recipe.optimizer, recipe.precision
         )
         self.parameters = {
             n: p for g in self.optimizer.param_groups for n, p in zip(g["names"], g["params"], strict=True)
         }
         self.config = deepspeed_config(recipe, stage)
         self.engine, *_ = deepspeed.initialize(model=objective, optimizer=self.optimizer, config=self.config)
-        self.objective = objective
+        self.objective: Any = objective
+        self.world = torch.distributed.get_world_size()
+        self._highest_scale = -math.log(stage.loss.min_temperature)
         self.zero = self.engine.zero_optimization_stage()
         if self.zero:
             self._create_partitioned_state()
 
     def embed(self, part: Part, patch_dropout: float) -> Embedded:
         return self.engine(part.to(self.engine.device), patch_dropout=patch_dropout)
+
+    def predict(self, batch: MaskedBatch) -> MaskedLoss:
+        """The loss of a batch of masked texts, or of a part of it."""
+        return self.engine(batch.to(self.engine.device))
 
     def forward_passes(self, mine: int) -> int:
         """As many on every rank under ZeRO 3, where each pass gathers the weights from all ranks."""
@@ -77,6 +81,13 @@ class Engine:
         most = torch.tensor(mine, device=self.engine.device)
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
         return int(most)
+
+    def sum_over_ranks(self, numbers: Tensor) -> Tensor:
+        """float64, on the engine's device; every rank has to call."""
+        total = numbers.to(self.engine.device, torch.float64, copy=True)
+        if self.world > 1:
+            torch.distributed.all_reduce(total)
+        return total
 
     @contextlib.contextmanager
     def backwards(self) -> Iterator[Callable[[Tensor, bool], None]]:
@@ -96,8 +107,8 @@ class Engine:
 
     def step(self) -> None:
         self.engine.step()
-        ceiling = -math.log(self.objective.loss.min_temperature)
-        for parameter in self._scales().values():
+        ceiling = self._highest_scale
+        for parameter in self.objective.logit_scales.values():
             if not self.zero:
                 with torch.no_grad():
                     parameter.clamp_(max=ceiling)
@@ -110,11 +121,7 @@ class Engine:
 
     def temperatures(self) -> dict[str, float]:
         """Of each task; under ZeRO every rank has to ask."""
-        return {task: math.exp(-self._whole(parameter).item()) for task, parameter in self._scales().items()}
-
-    def _scales(self) -> dict[str, nn.Parameter]:
-        """ln(1 / temperature) of each task, shape [1]; under ZeRO 3 cut up."""
-        return {"image_text": self.objective.model.logit_scale, "text": self.objective.model.text_logit_scale}
+        return {task: math.exp(-self._whole(scale).item()) for task, scale in self.objective.logit_scales.items()}
 
     def _whole(self, parameter: nn.Parameter) -> Tensor:
         """A parameter's value; under ZeRO every rank has to ask."""

@@ -25,7 +25,7 @@ class Monitor:
     def __init__(self, directory: Path, *, title: str, start: int, steps: int, every: int, active: bool):
         self.every, self.active, self.steps = every, active, steps
         self.seen: Counter[str] = Counter()
-        self._samples, self._wait = 0, 0.0
+        self._samples, self._tokens, self._wait = 0, 0, 0.0
         if active:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -37,27 +37,25 @@ class Monitor:
         """Whether this step is logged: every `every` steps, the first and the last."""
         return step % self.every == 0 or step == self.steps - 1
 
-    def count(self, samples: int, waited: float, seen: Counter[str]) -> None:
+    def count(self, samples: int, tokens: int, waited: float, seen: Counter[str]) -> None:
+        """Takes note of a step: samples and text tokens of all ranks, seconds spent waiting for data, texts seen."""
         self._samples += samples
+        self._tokens += tokens
         self._wait += waited
         self.seen.update(seen)
 
-    def log(
-        self, step: int, losses: dict[str, tuple[Tensor, Any]], scalars: dict[str, float], dims: tuple[int, ...]
-    ) -> None:
-        """Enters a step: losses and their statistics by task and dim, further scalars, speed since the last entry."""
+    def log(self, step: int, losses: dict[str, tuple[Tensor, Any]], scalars: dict[str, float]) -> None:
+        """Enters a step: the losses by task, further scalars, speed since the last entry."""
         if not self.active:
             return
         seconds = time.perf_counter() - self._since
-        for task, (loss, stats) in losses.items():
+        for task, (loss, _) in losses.items():
             self.writer.add_scalar(f"loss/{task}", loss.item(), step)
-            for i, dim in enumerate(dims):
-                accuracy = (stats.query_to_target_accuracy[i] + stats.target_to_query_accuracy[i]) / 2
-                self.writer.add_scalar(f"train_accuracy_{task}/{dim}", accuracy.item(), step)
         speed = self._samples / max(seconds, 1e-9)
         scalars = {
             **scalars,
             "speed/samples_per_second": speed,
+            "speed/text_tokens_per_second": self._tokens / max(seconds, 1e-9),
             "speed/data_wait_share": self._wait / max(seconds, 1e-9),
         }
         total = sum(self.seen.values()) or 1
@@ -67,7 +65,7 @@ class Monitor:
             self.writer.add_scalar(name, value, step)
         shown = {task: f"{loss.item():.3f}" for task, (loss, _) in losses.items()}
         self.bar.set_postfix({**shown, "samples/s": f"{speed:.0f}"}, refresh=False)
-        self._samples, self._wait, self._since = 0, 0.0, time.perf_counter()
+        self._samples, self._tokens, self._wait, self._since = 0, 0, 0.0, time.perf_counter()
 
     def scalar(self, name: str, value: float, step: int) -> None:
         if self.active:

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from vision_tower import normalize, patch_keep_indices
 
 from stage_trainer.model import DualEncoder
-from stage_trainer.recipe import Loss
+from stage_trainer.recipe import Loss, Stage
+
+Losses = dict[str, tuple[Tensor, LossStats]]
+"""Loss and statistics by task."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,17 @@ class MultiTask(nn.Module):
         self.model, self.loss, self.precision = model, loss, precision
         self.scales = Scales(model)
 
+    @property
+    def logit_scales(self) -> dict[str, nn.Parameter]:
+        """ln(1 / temperature) of each task, shape [1]; under ZeRO 3 cut up."""
+        return {"image_text": self.model.logit_scale, "text": self.model.text_logit_scale}
+
+    def set_trainable(self, stage: Stage) -> None:
+        self.model.text.set_trainable(stage.trainable.text)
+        self.model.vision.set_trainable(stage.trainable.image)
+        for task, scale in self.logit_scales.items():
+            scale.requires_grad_(bool(getattr(stage.batch, task)))
+
     def forward(self, part: Part, *, patch_dropout: float = 0.0) -> Embedded:
         scales = self.scales()
         with torch.autocast(scales.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
@@ -98,9 +112,7 @@ class MultiTask(nn.Module):
                 texts = self.model.text(part.texts, sample_seeds=part.text_seeds)
         return Embedded(images, texts, scales)
 
-    def losses(
-        self, embedded: Embedded, batch: Batch, *, tasks: tuple[str, ...], group: Any = None
-    ) -> dict[str, tuple[Tensor, LossStats]]:
+    def losses(self, embedded: Embedded, batch: Batch, *, tasks: tuple[str, ...], group: Any = None) -> Losses:
         """Loss and statistics of each of `tasks` ("image_text", "text"), each over the global batch of all ranks."""
         device, pairs = embedded.images.device, batch.pairs
         captions, queries, targets, negatives = embedded.texts.split(
@@ -121,6 +133,16 @@ class MultiTask(nn.Module):
                 query_ids=ids, target_ids=ids, group=group, return_stats=True,
             )  # fmt: skip
         return losses
+
+    def figures(self, losses: Losses) -> dict[str, float]:
+        """What a monitor shows beside the losses: accuracy within the batch by task and dim."""
+        return {
+            f"train_accuracy_{task}/{dim}": (forth.item() + back.item()) / 2
+            for task, (_, stats) in losses.items()
+            for dim, forth, back in zip(
+                self.loss.dims, stats.query_to_target_accuracy, stats.target_to_query_accuracy, strict=True
+            )
+        }
 
 
 class Scales(nn.Module):

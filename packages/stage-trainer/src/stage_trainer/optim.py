@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
+from text_tower import MaskedLM
 from torch import nn
 
 from stage_trainer.model import DualEncoder
@@ -15,14 +16,16 @@ from stage_trainer.recipe import Optimizer as OptimizerConfig
 from stage_trainer.recipe import Stage
 
 
-def parameter_groups(model: DualEncoder, stage: Stage, config: OptimizerConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: DualEncoder | MaskedLM, stage: Stage, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Groups of trainable parameters that share a peak rate, weight decay and kind of update.
 
     A parameter at depth i of a tower with L layers trains at `lr · layer_decay ** (L - i)`: per layer, from the top, by
     the tower's own account of its layers. No weight decay on vectors (biases, norms, temperatures) nor on the class
     token and position table, as in open_clip and EVA-CLIP.
     """
-    towers: dict[str, tuple[str, Any]] = {"image": ("vision", model.vision), "text": ("text", model.text)}
+    towers: dict[str, tuple[str, Any]] = {"text": ("", model)}
+    if isinstance(model, DualEncoder):
+        towers = {"image": ("vision.", model.vision), "text": ("text.", model.text)}
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     def add(name: str, parameter: nn.Parameter, lr: float, decay: float, muon: bool, tower: str) -> None:
@@ -40,15 +43,17 @@ def parameter_groups(model: DualEncoder, stage: Stage, config: OptimizerConfig) 
         layers = module.layer_ids()
         for name, parameter in module.named_parameters():
             lr = base * layer_decay ** (module.num_layers - layers[name])
-            muon = config.name == "muon" and parameter.ndim == 2 and "embeddings" not in name
+            in_block = "embeddings" not in name and not name.startswith("lm_head.")
+            muon = config.name == "muon" and parameter.ndim == 2 and in_block
             if muon:
                 lr *= config.muon_lr_scale
             elif "embeddings" in name:
                 lr *= config.embedding_lr_scale
             plain = parameter.ndim < 2 or name.endswith(("cls_token", "pos_embed"))
-            add(f"{prefix}.{name}", parameter, lr, 0.0 if plain else config.weight_decay, muon, tower)
-    add("logit_scale", model.logit_scale, stage.lr.image, 0.0, False, "image")
-    add("text_logit_scale", model.text_logit_scale, stage.lr.text, 0.0, False, "text")
+            add(f"{prefix}{name}", parameter, lr, 0.0 if plain else config.weight_decay, muon, tower)
+    if isinstance(model, DualEncoder):
+        add("logit_scale", model.logit_scale, stage.lr.image, 0.0, False, "image")
+        add("text_logit_scale", model.text_logit_scale, stage.lr.text, 0.0, False, "text")
     return list(groups.values())
 
 

@@ -20,10 +20,17 @@ _STRICT = ConfigDict(extra="forbid", strict=False)
 
 @dataclass(frozen=True, config=_STRICT)
 class PerTask:
-    """Global batch sizes, or the step from which a task takes part."""
+    """The step from which a task takes part, or the global batch sizes."""
 
     image_text: int = 0
     text: int = 0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class BatchSizes(PerTask):
+    """Global batch sizes: of pairs, or, in a stage of masked-language-model training, of texts and nothing else."""
+
+    masked_lm: int = 0
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -57,16 +64,29 @@ class Source:
 
 @dataclass(frozen=True, config=_STRICT)
 class StageData:
+    """The data sets of each task; those of `masked_lm` (text pairs or triplets, as single texts) have no rates: how
+    often a language is drawn follows from how many texts it has."""
+
     image_text: tuple[Source, ...] = ()
     text: tuple[Source, ...] = ()
+    masked_lm: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Loss:
     """Matryoshka InfoNCE of both tasks (paper, sections 3.3 and 3.4): summed over `dims`, a temperature a task."""
 
-    dims: tuple[int, ...]
+    dims: tuple[int, ...] = ()
     min_temperature: float = 0.01
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Masking:
+    """Masked-language-model training: the `share` of the words that are hidden, and languages drawn in proportion to
+    their number of texts to the power of `language_exponent` (both as in XLM-R, arXiv 1911.02116)."""
+
+    share: float = 0.15
+    language_exponent: float = 0.3
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -81,7 +101,8 @@ class Augmentation:
 
 @dataclass(frozen=True, config=_STRICT)
 class GradientCache:
-    """Chunks of a rank's part of a batch, for gradient caching: images and text tokens in one forward pass (0: all)."""
+    """Chunks of a rank's part of a batch, for gradient caching: images and text tokens in one forward pass (0: all).
+    Masked-language-model training needs no cache: its chunks' gradients are added up."""
 
     images: int = 0
     tokens: int = 0
@@ -89,15 +110,20 @@ class GradientCache:
 
 @dataclass(frozen=True, config=_STRICT)
 class Stage:
-    """One stage. `resolution` and `patch_dropout` are lists of [from_step, value]."""
+    """One stage. `resolution` and `patch_dropout` are lists of [from_step, value].
+
+    A stage with `batch.masked_lm` trains the text tower alone, to predict hidden words; nothing that is about images,
+    pairs or embeddings bears on it, and it needs no `resolution` and no `loss`.
+    """
 
     steps: int
-    resolution: tuple[tuple[int, int], ...]
     max_tokens: int
-    batch: PerTask
+    batch: BatchSizes
     lr: PerTower
-    loss: Loss
     data: StageData
+    resolution: tuple[tuple[int, int], ...] = ()
+    loss: Loss = field(default_factory=Loss)
+    masking: Masking = field(default_factory=Masking)
     layer_decay: PerTower = field(default_factory=PerTower)
     warmup_steps: int = 0
     min_lr_ratio: float = 0.0
@@ -107,6 +133,11 @@ class Stage:
     trainable: Trainable = field(default_factory=Trainable)
     gradient_cache: GradientCache | None = None
     deepspeed: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def masked(self) -> bool:
+        """Whether this is a stage of masked-language-model training."""
+        return bool(self.batch.masked_lm)
 
     def resolution_at(self, step: int) -> int:
         return at_step(self.resolution, step)
@@ -136,13 +167,15 @@ class Optimizer:
 class Model:
     """Fields of `TextTowerConfig` and `VisionTowerConfig`; weights to start from; the tokenizer's file.
 
+    A recipe whose stages are all masked-language-model training needs no `vision`.
+
     `text_weights` and `vision_weights` are directories or hub names that the towers' `from_pretrained` (or timm) read;
     without them the towers start from random weights.
     """
 
     text: dict[str, Any]
-    vision: dict[str, Any]
     tokenizer: str
+    vision: dict[str, Any] | None = None
     text_weights: str | None = None
     vision_weights: str | None = None
     temperature: float = 0.07
@@ -150,7 +183,8 @@ class Model:
 
 @dataclass(frozen=True, config=_STRICT)
 class Evaluation:
-    """Recall on validation pools every `every` steps (0: never), `pools` being data sets of images and captions."""
+    """Recall on validation pools every `every` steps (0: never), `pools` being data sets of images and captions. A
+    stage of masked-language-model training measures its loss on the validation split of its own data instead."""
 
     every: int = 0
     pools: tuple[str, ...] = ()

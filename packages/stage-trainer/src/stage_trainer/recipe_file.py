@@ -196,12 +196,10 @@ def _check(recipe: Recipe, path: str | Path) -> None:
         raise UserError(f"{path}: 'stages' is empty; a recipe needs at least one stage")
     for number, stage in enumerate(recipe.stages, 1):
         here = f"{path}: stage {number}"
-        for name in ("resolution", "patch_dropout"):
-            starts = [start for start, _ in getattr(stage, name)]
-            if not starts or starts[0] != 0 or starts != sorted(set(starts)):
-                raise UserError(
-                    f"{here}: {name!r} should be [[0, …], [later step, …], …] with rising steps; found {starts}"
-                )
+        if stage.masked:
+            _check_masked_lm(recipe, number, here)
+        else:
+            _check_pairs(recipe, number, here)
         if (cache := stage.gradient_cache) and (
             cache.images < 0 or cache.tokens < 0 or not cache.images + cache.tokens
         ):
@@ -209,22 +207,13 @@ def _check(recipe: Recipe, path: str | Path) -> None:
                 f"{here}: 'gradient_cache' should give the images and the tokens of one forward pass, such as "
                 "{images: 256, tokens: 16384} (0: all of them); leave it out for none"
             )
-        if not all(0 <= rate < 1 for _, rate in stage.patch_dropout):
-            raise UserError(
-                f"{here}: 'patch_dropout' rates should be at least 0 and below 1; found {stage.patch_dropout}"
-            )
-        if stage.steps < 1 or stage.batch.image_text < 0 or stage.batch.text < 0:
+        if stage.steps < 1 or min(stage.batch.image_text, stage.batch.text, stage.batch.masked_lm) < 0:
             raise UserError(f"{here}: 'steps' should be at least 1 and batch sizes at least 0")
-        for task in ("image_text", "text"):
-            size, sources = getattr(stage.batch, task), getattr(stage.data, task)
-            if size and not sources:
+        for task in ("image_text", "text", "masked_lm"):
+            if (size := getattr(stage.batch, task)) and not getattr(stage.data, task):
                 raise UserError(
                     f"{here}: batch.{task} is {size} but data.{task} names no data; add sources or set it to 0"
                 )
-            if any(source.rate <= 0 for source in sources):
-                raise UserError(f"{here}: every rate of data.{task} should be above 0; leave out what is not wanted")
-        if not stage.batch.image_text and not stage.batch.text:
-            raise UserError(f"{here}: both batch sizes are 0; nothing would be trained")
         for option in ("bf16", "fp16"):
             if stage.deepspeed.get(option) not in (None, {"enabled": False}):
                 raise UserError(
@@ -240,3 +229,50 @@ def _check(recipe: Recipe, path: str | Path) -> None:
                 f"{here}: Muon needs whole matrices, and ZeRO {zero} cuts them up; "
                 "set zero_optimization.stage to 0 or optimizer.name to adamw"
             )
+
+
+def _check_pairs(recipe: Recipe, number: int, here: str) -> None:
+    """A stage that learns from pairs."""
+    stage = recipe.stage(number)
+    if recipe.model.vision is None:
+        raise UserError(f"{here} trains both towers, and 'model.vision' is missing; add it")
+    for name in ("resolution", "patch_dropout"):
+        starts = [start for start, _ in getattr(stage, name)]
+        if not starts or starts[0] != 0 or starts != sorted(set(starts)):
+            raise UserError(
+                f"{here}: {name!r} should be [[0, …], [later step, …], …] with rising steps; found {starts}"
+            )
+    if not all(0 <= rate < 1 for _, rate in stage.patch_dropout):
+        raise UserError(f"{here}: 'patch_dropout' rates should be at least 0 and below 1; found {stage.patch_dropout}")
+    for task in ("image_text", "text"):
+        if any(source.rate <= 0 for source in getattr(stage.data, task)):
+            raise UserError(f"{here}: every rate of data.{task} should be above 0; leave out what is not wanted")
+    if not stage.batch.image_text and not stage.batch.text:
+        raise UserError(f"{here}: all batch sizes are 0; nothing would be trained")
+
+
+def _check_masked_lm(recipe: Recipe, number: int, here: str) -> None:
+    """A stage of masked-language-model training."""
+    stage = recipe.stage(number)
+    for task in ("image_text", "text"):
+        if getattr(stage.batch, task):
+            raise UserError(
+                f"{here}: batch.masked_lm and batch.{task} are both set; masked-language-model training is a stage of "
+                f"its own, so set batch.{task} to 0 or move one of them to another stage"
+            )
+    if number > 1 and not recipe.stage(number - 1).masked:
+        raise UserError(
+            f"{here}: masked-language-model training follows a stage that trains embeddings, whose image tower and "
+            "adapters it would lose; put it first"
+        )
+    if stage.trainable.text != "all":
+        raise UserError(
+            f"{here}: trainable.text is {stage.trainable.text!r}; masked-language-model training is for all weights of "
+            "the text tower, so leave it out"
+        )
+    if not 0 < stage.masking.share < 1 or not 0 <= stage.masking.language_exponent <= 1:
+        raise UserError(
+            f"{here}: masking.share should lie between 0 and 1 and masking.language_exponent from 0 (each language as "
+            f"often as another) to 1 (by their texts); found {stage.masking.share} and "
+            f"{stage.masking.language_exponent}"
+        )

@@ -15,14 +15,11 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
-from contrastive_losses import LossStats
 from text_tower import PackedTokens
 from torch import Tensor
 
-from stage_trainer.objective import Batch, Embedded, MultiTask, Part
+from stage_trainer.objective import Batch, Embedded, Losses, MultiTask, Part
 from stage_trainer.recipe import GradientCache
-
-Losses = dict[str, tuple[Tensor, LossStats]]
 
 
 class StepEngine(Protocol):
@@ -110,16 +107,21 @@ def text_chunks(batch: Batch, tokens: int) -> Iterator[Part]:
     """Parts of consecutive texts with at most `tokens` tokens (0: all in one); a longer text is a part of its own."""
     if batch.texts is None:
         return
-    lengths, bounds = batch.texts.lengths, batch.texts.cu_seqlens
+    for rows, _, packed in packed_chunks(batch.texts, tokens):
+        yield Part(None, batch.image_seeds[:0], packed, batch.text_seeds[rows])
+
+
+def packed_chunks(texts: PackedTokens, tokens: int) -> Iterator[tuple[slice, slice, PackedTokens]]:
+    """(which texts, which of all their tokens, these packed) of each part of `texts`."""
+    lengths, bounds = texts.lengths, texts.cu_seqlens
     start = 0
     while start < len(lengths):
         stop, held = start + 1, lengths[start]
         while stop < len(lengths) and (not tokens or held + lengths[stop] <= tokens):
             held, stop = held + lengths[stop], stop + 1
         first = int(bounds[start])
-        ids, cu_seqlens = batch.texts.ids[first : first + held], bounds[start : stop + 1] - first
-        packed = PackedTokens(ids, cu_seqlens, max(lengths[start:stop]))
-        yield Part(None, batch.image_seeds[:0], packed, batch.text_seeds[start:stop])
+        ids, cu_seqlens = texts.ids[first : first + held], bounds[start : stop + 1] - first
+        yield slice(start, stop), slice(first, first + held), PackedTokens(ids, cu_seqlens, max(lengths[start:stop]))
         start = stop
 
 

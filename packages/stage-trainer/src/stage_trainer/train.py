@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from stage_trainer import checkpoint, retrieval
-from stage_trainer.build import build_model, load_model, load_tokenizer, tower_configs
+from stage_trainer import checkpoint, masked_lm
+from stage_trainer.build import Model, build_model, check_configs, load_model, load_tokenizer, with_text_weights
 from stage_trainer.control import Control
 from stage_trainer.data import StageBatches, batches
 from stage_trainer.engine import Engine, initialize_distributed
@@ -19,13 +19,16 @@ from stage_trainer.environment import native_precision, peak_memory, quiet, set_
 from stage_trainer.errors import Stopped, UserError
 from stage_trainer.keyed import key
 from stage_trainer.ledger import Ledger
+from stage_trainer.masked_data import MaskedBatches
+from stage_trainer.masked_lm import HiddenWords
 from stage_trainer.model import DualEncoder
 from stage_trainer.monitor import Monitor
 from stage_trainer.objective import MultiTask
 from stage_trainer.optim import schedule, set_rates
 from stage_trainer.recipe import Recipe, Stage
 from stage_trainer.recipe_file import flatten, to_dict
-from stage_trainer.step import Losses, forward_backward
+from stage_trainer.step import forward_backward
+from stage_trainer.validation import validation
 
 
 def train(recipe: Recipe, number: int, *, start_over: bool = False) -> None:
@@ -44,7 +47,7 @@ def train(recipe: Recipe, number: int, *, start_over: bool = False) -> None:
             print(f"precision: auto is {recipe.precision} here", flush=True)
     torch.manual_seed(key(recipe.seed, number))
     stage, directory = recipe.stage(number), recipe.stage_directory(number)
-    for task in ("image_text", "text"):
+    for task in ("image_text", "text", "masked_lm"):
         if 0 < getattr(stage.batch, task) < world:
             raise UserError(
                 f"batch.{task} is {getattr(stage.batch, task)}, fewer than the {world} ranks; raise it or use fewer"
@@ -53,9 +56,10 @@ def train(recipe: Recipe, number: int, *, start_over: bool = False) -> None:
         _move_aside(directory)
     if world > 1:
         torch.distributed.barrier()
-    tower_configs(recipe, number)
+    check_configs(recipe, number)
     tokenizer = load_tokenizer(recipe)
-    data = StageBatches(recipe, stage, number, tokenizer, rank, world)
+    make_batches = MaskedBatches if stage.masked else StageBatches
+    data = make_batches(recipe, stage, number, tokenizer, rank, world)
     state = {"settings": settings(recipe, number), "data": data.fingerprint, "seconds": 0.0, "versions": versions()}
 
     step = -1
@@ -64,11 +68,16 @@ def train(recipe: Recipe, number: int, *, start_over: bool = False) -> None:
         model, optimizer, step, seconds = starting_point(recipe, number, state, tokenizer)
         if step == stage.steps:
             break
-        checkpoint.set_resolution(model, stage.resolution_at(step), optimizer)
-        engine = Engine(MultiTask(model.to(device), stage.loss, recipe.precision), recipe, stage)
+        objective: MultiTask | HiddenWords
+        if isinstance(model, DualEncoder):
+            checkpoint.set_resolution(model, stage.resolution_at(step), optimizer)
+            objective = MultiTask(model.to(device), stage.loss, recipe.precision)
+            until = min([start for start, _ in stage.resolution if start > step] + [stage.steps])
+        else:
+            objective, until = HiddenWords(model.to(device), recipe.precision), stage.steps
+        engine = Engine(objective, recipe, stage)
         if optimizer:
             engine.load_optimizer_state(optimizer)
-        until = min([start for start, _ in stage.resolution if start > step] + [stage.steps])
         state["seconds"] = seconds
         run(recipe, stage, number, engine, data, state, step, until)
     if rank == 0:
@@ -80,19 +89,19 @@ def run(
     stage: Stage,
     number: int,
     engine: Engine,
-    data: StageBatches,
+    data: StageBatches | MaskedBatches,
     state: dict[str, Any],
     start: int,
     stop: int,
 ) -> None:
-    """Steps `start` to `stop` - 1 at one resolution, with a checkpoint at the end."""
+    """Steps `start` to `stop` - 1, at one resolution, with a checkpoint at the end."""
     rank, world = data.rank, data.world
     directory = recipe.stage_directory(number)
-    named = recipe.evaluation.pools if recipe.evaluation.every else ()
-    pools = [retrieval.Pool.open(Path(recipe.corpus) / "validation" / p) for p in named]
-    title = f"stage {number}, {stage.resolution_at(start)} px"
+    validate = validation(recipe, stage, engine, data.tokenizer)
+    title = f"stage {number}, " + ("hidden words" if stage.masked else f"{stage.resolution_at(start)} px")
     # Ranks see different samples but one group: losses are over the global batch.
     group = torch.distributed.group.WORLD if world > 1 else None
+    cache = stage.gradient_cache
     began, before = time.perf_counter(), state["seconds"]
     ledger, samples = Ledger(directory / "corrupt.jsonl", recipe.max_corrupt, rank == 0), 0
     with (
@@ -111,15 +120,17 @@ def run(
             rate = schedule(step, stage.steps, stage.warmup_steps, stage.min_lr_ratio)
             set_rates(engine.optimizer, rate, towers)
             engine.engine.train()
-            losses = forward_backward(
-                engine, batch, tasks=tasks, patch_dropout=dropout, group=group, cache=stage.gradient_cache
-            )
+            losses: dict[str, Any]
+            if stage.masked:
+                losses = masked_lm.forward_backward(engine, batch, cache.tokens if cache else 0)
+            else:
+                losses = forward_backward(engine, batch, tasks=tasks, patch_dropout=dropout, group=group, cache=cache)
             samples += (of_step := sum(getattr(stage.batch, task) for task in tasks))
-            monitor.count(of_step, waited, drawn.texts)
             norms = engine.gradient_norms() if monitor.wants(step) else {}
             engine.step()
             done = step + 1
-            asked_to_stop, corrupt = control.agree(control.asked, len(drawn.corrupt))
+            asked_to_stop, corrupt, tokens = control.agree(control.asked, len(drawn.corrupt), drawn.tokens)
+            monitor.count(of_step, tokens, waited, drawn.texts)
             if corrupt:
                 ledger.enter(control.gather(drawn.corrupt), step, samples)
                 monitor.scalar("data/corrupt_samples", ledger.count, step)
@@ -127,11 +138,11 @@ def run(
             if keep_it or monitor.wants(step):
                 _check_finite(engine, losses, step, directory)
             if monitor.wants(step):
-                monitor.log(step, losses, scalars(engine, norms), stage.loss.dims)
+                monitor.log(step, losses, {**engine.objective.figures(losses), **scalars(engine, norms)})
             monitor.advance()
             state["seconds"] = before + time.perf_counter() - began
-            if recipe.evaluation.every and (done % recipe.evaluation.every == 0 or done == stage.steps):
-                validate(engine, pools, monitor, done, rank, world)
+            if validate and (done % recipe.evaluation.every == 0 or done == stage.steps):
+                validate(monitor, done, rank, world)
             if keep_it:
                 state["peak_memory_bytes"] = max(peak_memory(), state.get("peak_memory_bytes", 0))
                 checkpoint.save(directory, done, engine, state, recipe.checkpoint.keep, rank)
@@ -143,7 +154,7 @@ def run(
 
 def starting_point(
     recipe: Recipe, number: int, state: dict[str, Any], tokenizer: Any
-) -> tuple[DualEncoder, dict[str, torch.Tensor] | None, int, float]:
+) -> tuple[Model, dict[str, torch.Tensor] | None, int, float]:
     """(model, optimizer state, step, seconds so far): this stage's newest checkpoint, the stage before, or new."""
     directory = recipe.stage_directory(number)
     saved = checkpoint.newest_sound(directory)
@@ -168,6 +179,8 @@ def starting_point(
             f"stage {number} starts from stage {number - 1}, which {reached} ({recipe.stage_directory(number - 1)}); "
             f"run it first: bash launch/stage{number - 1}.sh"
         )
+    if recipe.stage(number - 1).masked and not recipe.stage(number).masked:
+        return build_model(with_text_weights(recipe, finished.model), number, tokenizer), None, 0, 0.0
     return load_model(recipe, number, finished.model), None, 0, 0.0
 
 
@@ -194,22 +207,7 @@ def scalars(engine: Engine, norms: dict[str, float]) -> dict[str, float]:
     return values
 
 
-def validate(engine: Engine, pools: list[retrieval.Pool], monitor: Monitor, step: int, rank: int, world: int) -> None:
-    """Recall@5 on the validation pools, mean over languages, at the full width."""
-    model = engine.objective.model
-    model.eval()
-    share = (rank, world) if engine.zero < 3 else (0, 1)  # under ZeRO 3 all ranks must run the same forward passes
-    for pool in pools:
-        embedded = retrieval.embed(model, pool, rank=share[0], world=share[1])
-        if rank == 0:
-            recalls, _ = retrieval.score(pool, embedded, [model.text.config.width])
-            values = {d: next(iter(by_dim.values()))["mean"] for d, by_dim in recalls.items() if by_dim}
-            for direction, value in values.items():
-                monitor.scalar(f"validation_recall_at_5_{pool.name}/{direction.replace('→', ' to ')}", value, step - 1)
-            monitor.say(f"step {step}: {pool.name} " + ", ".join(f"{d} {v:.1%}" for d, v in values.items()))
-
-
-def _check_finite(engine: Engine, losses: Losses, step: int, directory: Path) -> None:
+def _check_finite(engine: Engine, losses: dict[str, Any], step: int, directory: Path) -> None:
     """Stops before a model that is lost is written over one that is not."""
     lost = [name for name, p in engine.parameters.items() if not torch.isfinite(p.detach()).all()]
     loss = sum(value.item() for value, _ in losses.values())
