@@ -13,8 +13,9 @@ def test_readme_example_runs_as_it_stands(capsys):
     assert capsys.readouterr().out == "torch.Size([2, 64])\n"
 
 
-def test_importing_loads_no_other_model_library_and_no_tokenizer_library():
-    code = "import sys, text_tower; print(*{name.split('.')[0] for name in sys.modules})"
+def test_importing_loads_no_other_model_library_no_tokenizer_library_and_no_compiler():
+    code = "import sys, text_tower; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "torch" in loaded
-    assert not {"transformers", "peft", "timm", "tokenizers", "sentencepiece"} & set(loaded)
+    others = {"transformers", "peft", "timm", "tokenizers", "sentencepiece", "torch._dynamo"}
+    assert not others & set(loaded)

@@ -23,6 +23,7 @@ from text_tower.positions import Rotary
 log = logging.getLogger(__name__)
 
 AUTO = ("flash-attn", "varlen", "sdpa")  # xformers only when it is asked for
+EAGER = ("sdpa", "xformers")  # not compiled: the lengths in a batch would make a graph of its own for each batch
 
 
 class Attention:
@@ -32,11 +33,12 @@ class Attention:
         layout: the batch.
         positions: its position scheme.
         backend: what `choose` returned.
+        compiled: whether a compiled block calls it.
     """
 
-    def __init__(self, layout: ByLength, positions: Rotary, backend: str):
+    def __init__(self, layout: ByLength, positions: Rotary, backend: str, compiled: bool = False):
         self.layout, self.positions = layout, positions
-        self.attend = _ATTEND[backend]
+        self.attend = _outside_of_graphs(backend) if compiled and backend in EAGER else _ATTEND[backend]
         # xformers wants its own picture of the batch; every block shares it.
         self.plan: Any = _block_diagonal(layout) if backend == "xformers" else layout
 
@@ -97,7 +99,6 @@ def _obstacle(name: str, device: str, dtype: torch.dtype, head_dim: int) -> str 
     return None
 
 
-@torch.compiler.disable  # the number of lengths in a batch would make a graph of its own for each batch
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: ByLength) -> Tensor:
     out = []
     for block in zip(*map(layout.blocks, (q, k, v)), strict=True):
@@ -121,7 +122,6 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor, layout: ByLength) -> Tensor:
     return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest)
 
 
-@torch.compiler.disable
 def _xformers(q: Tensor, k: Tensor, v: Tensor, block_diagonal: Any) -> Tensor:
     from xformers.ops import memory_efficient_attention
 
@@ -132,6 +132,12 @@ def _block_diagonal(layout: ByLength) -> Any:
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
     return BlockDiagonalMask.from_seqlens([length for length, n in layout.groups for _ in range(n)])
+
+
+@functools.cache
+def _outside_of_graphs(backend: str) -> Any:
+    """The backend for compiled blocks. Not a decorator: `torch.compiler.disable` takes seconds to import."""
+    return torch.compiler.disable(_ATTEND[backend])
 
 
 _ATTEND = {"sdpa": _sdpa, "varlen": _varlen, "flash-attn": _flash_attn, "xformers": _xformers}

@@ -161,7 +161,7 @@ class TextTower(nn.Module):
         layout = ByLength.of(packed)
         dropout = self._dropout(sample_seeds, len(packed), layout)
         positions = Rotary(layout.positions, config.head_dim, config.rope_theta)
-        attention = Attention(layout, positions, self._backend(packed.ids.device.type))
+        attention = Attention(layout, positions, self._backend(packed.ids.device.type), config.compile)
 
         h = self.emb_ln(self.embeddings(packed.ids[layout.tokens], k))
         if dropout:
