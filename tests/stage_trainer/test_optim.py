@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from stage_trainer.build import tower_configs
@@ -85,7 +88,7 @@ def test_the_joint_optimizer_steps_as_its_parts_would(parts):
         apart.append(
             torch.optim.Muon(ps, momentum=c.muon_momentum, **options)
             if g["muon"]
-            else torch.optim.AdamW(ps, betas=c.betas, eps=c.eps, **options)
+            else torch.optim.AdamW(ps, betas=c.betas, eps=c.eps, fused=True, **options)
         )
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
@@ -100,6 +103,35 @@ def test_the_joint_optimizer_steps_as_its_parts_would(parts):
     for name, p in model.named_parameters():
         assert torch.equal(p, twins[name]), name
     assert {n for n, _, s in named_states(joint) if s} == set(twins)
+
+
+def test_ranks_that_share_the_work_of_muon_end_in_the_bits_of_one(tmp_path):
+    worker = f"""
+import sys, torch, torch.distributed as dist
+from stage_trainer.muon import Muon
+rank, world = int(sys.argv[1]), int(sys.argv[2])
+dist.init_process_group("gloo", init_method="file://{tmp_path}/store" + sys.argv[2], rank=rank, world_size=world)
+torch.manual_seed(0)
+matrices = [torch.randn(shape) for shape in ((8, 5), (16, 16), (5, 24), (3, 3), (7, 2))]
+resting = torch.randn(4, 4)
+groups = [{{"params": matrices}}, {{"params": [resting], "lr": 0.0}}]
+optimizer = Muon(groups, lr=0.1, dtype=torch.float32, group=dist.group.WORLD if world > 1 else None)
+before = resting.clone()
+for step in range(4):
+    for matrix in (*matrices, resting):
+        matrix.grad = torch.randn(matrix.shape)
+    matrices[3].grad = None
+    optimizer.step()
+assert torch.equal(resting, before)
+torch.save(matrices, f"{tmp_path}/" + f"{{rank}}-of-{{world}}.pt")
+"""
+    for world in (1, 3):
+        ranks = [subprocess.Popen([sys.executable, "-c", worker, str(r), str(world)]) for r in range(world)]
+        assert [process.wait(timeout=300) for process in ranks] == [0] * world
+    alone = torch.load(tmp_path / "0-of-1.pt")
+    for rank in range(3):
+        together = torch.load(tmp_path / f"{rank}-of-3.pt")
+        assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
 def test_the_schedule_warms_up_then_falls_as_a_cosine():

@@ -63,8 +63,11 @@ def test_a_text_batch_comes_from_one_source():
 def test_ranks_share_a_batch_without_gap_or_overlap(world):
     draws = sampler(batch=20).batch_at(5)
     parts = [slice_of(draws, rank, world) for rank in range(world)]
-    assert [d for part in parts for d in part] == draws
+    assert sorted((d for part in parts for d in part), key=draws.index) == draws
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    for source in range(3):  # nobody gets the long texts of one source alone
+        counts = [sum(d.source == source for d in part) for part in parts]
+        assert max(counts) - min(counts) <= 1
 
 
 def test_keys_are_the_same_on_every_machine():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import logging
 import os
@@ -28,6 +29,16 @@ def set_threads(local_ranks: int) -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         ranks = int(os.environ.get("LOCAL_SIZE", local_ranks))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc reuse large blocks instead of giving them back to the system: batches differ in length, so a step on
+    the CPU would otherwise spend a tenth of its time on fetching fresh pages. Other C libraries are left alone."""
+    if platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_threshold = -1, -3  # of mallopt(3)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_threshold, 2**30)
 
 
 def native_precision(device: torch.device) -> Literal["bf16", "fp32"]:

@@ -26,6 +26,7 @@ class Muon(torch.optim.Optimizer):
         momentum: of the gradient's running mean, used with Nesterov's look-ahead.
         weight_decay: decoupled, as in AdamW.
         dtype: of the orthogonalisation.
+        group: ranks that hold the same matrices and gradients; each orthogonalises a part of them. None: no others.
     """
 
     def __init__(
@@ -35,15 +36,17 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.1,
         dtype: torch.dtype = torch.bfloat16,
+        group: Any = None,
     ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.dtype = dtype
+        self.dtype, self.group = dtype, group
         shapes = {tuple(p.shape) for group in self.param_groups for p in group["params"] if p.ndim != 2}
         if shapes:
             raise ValueError(f"Muon takes matrices alone; found parameters of shape {sorted(shapes)}")
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        moved = []
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -51,11 +54,47 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(parameter)
-                momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-                update = orthogonalise(parameter.grad.lerp(momentum, group["momentum"]), self.dtype)
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                out, into = parameter.shape
-                parameter.add_(update.to(parameter.dtype), alpha=-group["lr"] * max(1, out / into) ** 0.5)
+                state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
+                if group["lr"]:
+                    moved.append((group, parameter))
+        for (group, parameter), update in zip(moved, self._updates(moved), strict=True):
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            out, into = parameter.shape
+            parameter.add_(update.to(parameter.dtype), alpha=-group["lr"] * max(1, out / into) ** 0.5)
+
+    def _updates(self, moved: list[tuple[dict[str, Any], Tensor]]) -> list[Tensor]:
+        """The orthogonalised matrices of all ranks: the same bits, whoever computed them."""
+
+        def update(group: dict[str, Any], parameter: Tensor) -> Tensor:
+            momentum = self.state[parameter]["momentum_buffer"]
+            return orthogonalise(parameter.grad.lerp(momentum, group["momentum"]), self.dtype)  # type: ignore[union-attr]
+
+        if self.group is None or not moved:
+            return [update(*one) for one in moved]
+        parts = share([parameter.shape for _, parameter in moved], torch.distributed.get_world_size(self.group))
+        sizes = [sum(moved[i][1].numel() for i in part) for part in parts]
+        mine = moved[0][1].new_zeros(max(sizes), dtype=self.dtype)
+        rank, start = torch.distributed.get_rank(self.group), 0
+        for i in parts[rank]:
+            mine[start : start + moved[i][1].numel()] = update(*moved[i]).flatten()
+            start += moved[i][1].numel()
+        gathered = [torch.empty_like(mine) for _ in parts]
+        torch.distributed.all_gather(gathered, mine, group=self.group)
+        updates = [mine] * len(moved)
+        for part, size, flat in zip(parts, sizes, gathered, strict=True):
+            shapes = [moved[i][1].shape for i in part]
+            for i, shape, piece in zip(part, shapes, flat[:size].split([s.numel() for s in shapes]), strict=True):
+                updates[i] = piece.view(shape)
+        return updates
+
+
+def share(shapes: list[torch.Size], ranks: int) -> list[list[int]]:
+    """Which matrices each rank orthogonalises: the dearest first, each to whoever has the least work."""
+    costs = [min(shape) ** 2 * (2 * max(shape) + min(shape)) for shape in shapes]
+    parts: list[list[int]] = [[] for _ in range(ranks)]
+    for i in sorted(range(len(shapes)), key=lambda i: (-costs[i], i)):
+        min(parts, key=lambda part: sum(costs[j] for j in part)).append(i)
+    return parts
 
 
 def orthogonalise(matrix: Tensor, dtype: torch.dtype) -> Tensor:

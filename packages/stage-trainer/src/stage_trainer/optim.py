@@ -59,23 +59,28 @@ def parameter_groups(model: DualEncoder | MaskedLM, stage: Stage, config: Optimi
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig, precision: str) -> torch.optim.Optimizer:
     """AdamW over all groups, or Muon over those marked for it and AdamW over the rest; Muon computes in `precision`."""
-    options: dict[str, Any] = {"betas": config.betas, "eps": config.eps}
+    options: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "fused": True}
     if config.name == "adamw":
         return torch.optim.AdamW(groups, **options)
-    return MuonWithAdamW(
-        groups, config.muon_momentum, torch.bfloat16 if precision == "bf16" else torch.float32, options
-    )
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    muon = {
+        "momentum": config.muon_momentum,
+        "dtype": dtype,
+        "group": torch.distributed.group.WORLD if several else None,
+    }
+    return MuonWithAdamW(groups, muon, options)
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon and torch's AdamW behind one optimizer's face, as DeepSpeed takes a single one."""
 
-    def __init__(self, groups: list[dict[str, Any]], momentum: float, dtype: torch.dtype, adamw: dict[str, Any]):
-        muon = [group for group in groups if group["muon"]]
+    def __init__(self, groups: list[dict[str, Any]], muon: dict[str, Any], adamw: dict[str, Any]):
+        matrices = [group for group in groups if group["muon"]]
         rest = [group for group in groups if not group["muon"]]
         self._parts: list[torch.optim.Optimizer] = []
-        if muon:
-            self._parts.append(Muon(muon, momentum=momentum, dtype=dtype))
+        if matrices:
+            self._parts.append(Muon(matrices, **muon))
         if rest:
             self._parts.append(torch.optim.AdamW(rest, **adamw))
         super().__init__([group for part in self._parts for group in part.param_groups], {})

@@ -15,7 +15,7 @@ from stage_trainer.build import Model, build_model, check_configs, load_model, l
 from stage_trainer.control import Control
 from stage_trainer.data import StageBatches, batches
 from stage_trainer.engine import Engine, initialize_distributed
-from stage_trainer.environment import native_precision, peak_memory, quiet, set_threads, versions
+from stage_trainer.environment import keep_freed_memory, native_precision, peak_memory, quiet, set_threads, versions
 from stage_trainer.errors import Stopped, UserError
 from stage_trainer.keyed import key
 from stage_trainer.ledger import Ledger
@@ -41,6 +41,8 @@ def train(recipe: Recipe, number: int, *, start_over: bool = False) -> None:
     quiet()
     rank, world, device = initialize_distributed()
     set_threads(world)
+    if device.type == "cpu":
+        keep_freed_memory()
     if recipe.precision == "auto":
         recipe = dataclasses.replace(recipe, precision=native_precision(device))
         if rank == 0:
