@@ -9,22 +9,30 @@ from contrastive_losses import matryoshka_info_nce
 from contrastive_losses.plain import plain_info_nce
 
 ROWS, WIDTH, DIMS = 300, 64, (16, 64)
-GENERATOR = torch.Generator().manual_seed(0)
-ONES, NOISE, OTHER = torch.ones(ROWS, WIDTH), *torch.randn(2, ROWS, WIDTH, generator=GENERATOR)
-LEAN = torch.cat([-ONES[:, :32], math.sqrt(3) * ONES[:, 32:]], dim=1)  # in every prefix of 64: cosine 0.37 with ONES
+
+
+def traps(seed):
+    ones = torch.ones(ROWS, WIDTH)
+    noise, other = torch.randn(2, ROWS, WIDTH, generator=torch.Generator().manual_seed(seed))
+    lean = torch.cat([-ones[:, :32], math.sqrt(3) * ones[:, 32:]], dim=1)  # cosine 0.26 with ones, -1 in 16
+    return {
+        "random": (noise, other),
+        "nearly solved": (noise, noise + 0.3 * other),
+        "solved": (noise, noise),
+        "solved but for noise": (noise, noise + 0.01 * other),
+        "all nearly equal": (ones + 1e-3 * noise, ones + 1e-3 * other),
+        "all pairs antipodal": (noise, -noise),
+        "two antipodal cones": (ones + 1e-2 * noise, -ones + 1e-2 * other),
+        "two cones apart": (ones + 0.1 * noise, lean + 0.1 * other),
+        "one antipodal row": (torch.cat([-ones[:1], ones[1:]]) + 0.05 * noise, ones + 0.05 * other),
+        "duplicates": (noise[torch.arange(ROWS) % 7], other[torch.arange(ROWS) % 5]),
+    }
+
+
+TRAPS = traps(0)
+NOISE, OTHER = TRAPS["random"]
 SOLVED = ("nearly solved", "solved", "solved but for noise")
-TRAPS = {
-    "random": (NOISE, OTHER),
-    "nearly solved": (NOISE, NOISE + 0.3 * OTHER),
-    "solved": (NOISE, NOISE),
-    "solved but for noise": (NOISE, NOISE + 0.01 * OTHER),
-    "all nearly equal": (ONES + 1e-3 * NOISE, ONES + 1e-3 * OTHER),
-    "all pairs antipodal": (NOISE, -NOISE),
-    "two antipodal cones": (ONES + 1e-2 * NOISE, -ONES + 1e-2 * OTHER),
-    "two cones apart": (ONES + 0.1 * NOISE, LEAN + 0.1 * OTHER),
-    "one antipodal row": (torch.cat([-ONES[:1], ONES[1:]]) + 0.05 * NOISE, ONES + 0.05 * OTHER),
-    "duplicates": (NOISE[torch.arange(ROWS) % 7], OTHER[torch.arange(ROWS) % 5]),
-}
+SEEDS = 12
 
 
 def cross_entropies(queries, targets, temperature, dims):
@@ -43,19 +51,23 @@ def loss_and_gradients(loss, rows, temperature, dtype):
 
 @pytest.mark.parametrize("scale", [1, 20, 100])
 @pytest.mark.parametrize("name", TRAPS)
-def test_float32_is_as_good_as_cross_entropy_within_rounding(name, scale):
-    """Errors against float64, as shares of the true size. A logit in float32 has a rounding error of scale * 6e-8, for
-    which positives and negatives have different signs here and the same in a cross entropy: so much is granted, or half
-    as much again as the cross entropy's error. Collapsed batches need that: there its own cancellation is luckier."""
-    temperature = torch.tensor(1 / scale)
-    exact = loss_and_gradients(plain_info_nce, TRAPS[name], temperature, torch.float64)
-    ours = loss_and_gradients(matryoshka_info_nce, TRAPS[name], temperature, torch.float32)
-    theirs = loss_and_gradients(cross_entropies, TRAPS[name], temperature, torch.float32)
-    granted = scale * torch.finfo(torch.float32).eps
-    # The derivative by the temperature is a sum of parts that may cancel; rounding follows the size of the parts.
-    sizes = [value.abs().max() for value in exact[:3]] + [max(exact[3].abs(), scale * exact[0].abs())]
-    for true, our, their, size in zip(exact, ours, theirs, sizes, strict=True):
-        assert (our - true).abs().max() <= max(1.5 * (their - true).abs().max(), granted * size)
+def test_float32_is_never_worse_than_cross_entropy(name, scale):
+    """Loss and gradients: the largest error, as a share of the largest true number, in the mean over draws of a batch.
+    Single numbers (loss, temperature) that are right to 2 eps are at the rounding of float32, where either may chance
+    on less; so much alone is granted."""
+    errors = torch.zeros(2, 4, dtype=torch.float64)
+    for seed in range(SEEDS):
+        rows, temperature = traps(seed)[name], torch.tensor(1 / scale)
+        exact = loss_and_gradients(plain_info_nce, rows, temperature, torch.float64)
+        for k, loss in enumerate((matryoshka_info_nce, cross_entropies)):
+            given = loss_and_gradients(loss, rows, temperature, torch.float32)
+            errors[k] += torch.stack(
+                [(value - true).abs().max() / true.abs().max() for value, true in zip(given, exact, strict=True)]
+            )
+    ours, theirs = errors / SEEDS
+    floor = 2 * torch.finfo(torch.float32).eps
+    allowed = theirs.maximum(torch.tensor([floor, 0, 0, floor]))
+    assert (ours <= allowed).all(), f"{ours.tolist()}, cross entropy {theirs.tolist()}"
 
 
 @pytest.mark.parametrize("name", SOLVED)

@@ -6,6 +6,7 @@ derivative by the positive's logit is -o_i / (1 + o_i). Both stay exact where o_
 subtract two nearly equal numbers.
 """
 
+import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 from types import ModuleType
@@ -19,7 +20,7 @@ from contrastive_losses import torch_tiles
 from contrastive_losses.batch import SMALLEST_NORM, Batch, problem_with_call
 from contrastive_losses.ranks import Group, Ranks, agree
 from contrastive_losses.stats import LossStats, stats_of, weighted_sums
-from contrastive_losses.strip import Needs, Strip, logit_dtype
+from contrastive_losses.strip import LOG2E, Needs, Strip, logit_dtype
 
 
 def tiles_for(strip: Strip) -> ModuleType:
@@ -100,29 +101,35 @@ class _PairLoss(torch.autograd.Function):
         settings: Settings,
         ranks: Ranks,
     ) -> tuple[Tensor, Tensor]:
-        strip = _strip(queries, targets, negatives, scale, bias, batch, settings, ranks)
+        strip, rounding = _strip(queries, targets, negatives, scale, bias, batch, settings, ranks)
         own, dtype = slice(ranks.first, ranks.first + ranks.own), logit_dtype(strip)
         sample_weights = _normalised_weights(batch.sample_weights, ranks, strip.positive)
         weights = strip.positive.new_tensor(settings.weights)[:, None] * sample_weights  # [P, B]
 
         sums = tiles_for(strip).strip_sums(strip, maxima=settings.stats)
-        logit = scale * strip.positive
+        row = ranks.log_sum_exp(sums.row) if strip.link == "exp" else ranks.sum(sums.row)
+        column = sums.column
+        for_rows, for_columns = _positive_logits(strip, rounding, row, column)
         if strip.link == "exp":
-            row, column = ranks.log_sum_exp(sums.row), sums.column
-            losses = F.softplus((row - logit)[:, own], threshold=50) + F.softplus(column - logit[:, own], threshold=50)
+            losses = F.softplus((row - for_rows)[:, own], threshold=50) + F.softplus(column - for_columns, threshold=50)
         else:
-            row, column = ranks.sum(sums.row), sums.column
-            losses = row[:, own] + F.softplus(-(logit + bias)[:, own], threshold=50)
-        result = (weights[:, own] * losses).sum()[None]
+            losses = row[:, own] + F.softplus(-(for_rows + bias)[:, own], threshold=50)
+        norms = torch.cat([strip.query_inverse_norm[:, own], strip.target_inverse_norm, strip.negative_inverse_norm], 1)
+        result = torch.cat([(weights[:, own] * losses).sum()[None], (norms == 0).double().sum(1)])
         if settings.stats:
             row_max = ranks.max(sums.row_max)[:, own]
             stats = weighted_sums(strip.positive[:, own], row_max, sums.column_max, sample_weights[own], dtype)
             result = torch.cat([result, stats.flatten()])
-        result = ranks.sum(result)
-        loss, stats = result[0].to(dtype), result[1:].view(5, -1) if settings.stats else result[:0]
+        loss, zeros, stats = ranks.sum(result).tensor_split((1, 1 + len(strip.dims)))
+        loss, stats = loss[0].to(dtype), stats.view(-1, len(strip.dims))
+        # The derivatives by all logits of a prefix add up to 0, so the one by the scale may be taken of cosines less
+        # any number, which in a collapsed batch leaves small terms. Tiles cannot do that with a zero prefix.
+        reference = torch.zeros_like(zeros)
+        if strip.link == "exp":
+            reference = strip.positive.mean(1).masked_fill(zeros > 0, 0.0)
 
         ctx.fixed, tensors = strip[:4], strip[4:]  # what is no tensor stands first
-        ctx.save_for_backward(*tensors, weights, row, column)
+        ctx.save_for_backward(*tensors, rounding, reference, weights, row, column)
         ctx.ranks, ctx.query_dtype = ranks, queries.dtype
         ctx.negatives_shape = None if negatives is None else negatives.shape
         ctx.mark_non_differentiable(stats)
@@ -132,46 +139,52 @@ class _PairLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True; the graph would lack this loss without a word
             raise RuntimeError("no gradients of gradients here; the forms in contrastive_losses.plain have them")
-        *tensors, weights, row, column = ctx.saved_tensors
+        *tensors, rounding, reference, weights, row, column = ctx.saved_tensors
         strip, ranks = Strip(*ctx.fixed, *tensors), ctx.ranks
         need_targets, need_negatives, need_scale, need_bias = ctx.needs_input_grad[1:5]
-        needs = Needs(ranks.queries_need_gradient, need_targets, need_negatives)
+        needs = Needs(ranks.queries_need_gradient, need_targets, need_negatives, ranks.scalars_need_gradient)
         own = slice(ranks.first, ranks.first + ranks.own)
         with torch.autocast(strip.queries.device.type, enabled=False):
-            logit, weights = strip.scale * strip.positive, weights * upstream.double()
-            row_log_sum, column_log_sum = torch.logaddexp(logit, row), torch.logaddexp(logit[:, own], column)
+            weights = weights * upstream.double()
+            for_rows, for_columns = _positive_logits(strip, rounding, row, column)
+            row_log_sum, column_log_sum = torch.logaddexp(for_rows, row), torch.logaddexp(for_columns, column)
             given = tiles_for(strip).strip_gradients(
-                strip, weights, row_log_sum, weights[:, own], column_log_sum, needs
+                strip, weights, row_log_sum, weights[:, own], column_log_sum, reference, needs
             )
+            for_rows, row = for_rows[:, own], row[:, own]
             if strip.link == "exp":
-                share = (row - logit)[:, own].sigmoid() + (column - logit[:, own]).sigmoid()  # o / (1 + o), both ways
+                shares = (row - for_rows).sigmoid(), (column - for_columns).sigmoid()  # o / (1 + o)
             else:
-                share = (-(logit + strip.bias)[:, own]).sigmoid()
-            of_positive = -weights[:, own] * share
-            given.row_moment[:, own] += of_positive * logit[:, own]
-            given.target_moment.add_(of_positive * logit[:, own])
-            raw_positive = of_positive * strip.scale * strip.query_inverse_norm[:, own] * strip.target_inverse_norm
+                shares = (-(for_rows + strip.bias)).sigmoid(), torch.zeros_like(for_columns)
+            from_row, from_column = (-weights[:, own] * share for share in shares)
+            of_positive, moment = from_row + from_column, from_row * for_rows + from_column * for_columns
+            centred = given.centred + (moment - of_positive * strip.scale * reference[:, None]).sum()
+            given.row_moment[:, own] += moment
+            scalars = torch.stack([centred / strip.scale, given.total + of_positive.sum()])
+            summed = ranks.sum(torch.cat([scalars, given.row_moment.flatten()]))
+            of_scale, of_bias = summed[0] if need_scale else None, summed[1] if need_bias else None
+            row_moment = summed[2:].view_as(given.row_moment)[:, own]
 
-            norms = (strip.query_inverse_norm, strip.target_inverse_norm, strip.negative_inverse_norm)
-            moments = (given.row_moment, given.target_moment, given.negative_moment)
-            embeddings = (strip.queries, strip.targets, strip.negatives)
-            for gradient, rows, moment, inverse_norm in zip(given[:3], embeddings, moments, norms, strict=True):
-                if gradient is not None:  # moving along a prefix changes no cosine of it
-                    _add_rows(gradient, rows, -moment * inverse_norm.square(), strip.dims)
+            raw_positive = of_positive * strip.scale * strip.query_inverse_norm[:, own] * strip.target_inverse_norm
+            queries, targets, negatives = strip.queries[own], strip.targets, strip.negatives
             of_queries, of_targets, of_negatives = given[:3]
+            # What the products lack: the positive first, which in a collapsed batch cancels most of them, so that what
+            # follows is rounded at its own size; then the norms, since moving along a prefix changes no cosine of it.
             if of_queries is not None:
-                _add_rows(of_queries[own], strip.targets, raw_positive, strip.dims)
-                of_queries = ranks.scatter_sum(of_queries).mul_(ranks.world_size).to(ctx.query_dtype)
+                of_queries = ranks.scatter_sum(of_queries)
+                along = -row_moment * strip.query_inverse_norm[:, own].square()
+                _add_rows(of_queries, targets, raw_positive, strip.dims)
+                _add_rows(of_queries, queries, along, strip.dims)
+                of_queries = of_queries.mul_(ranks.world_size).to(ctx.query_dtype)
             if of_targets is not None:
-                _add_rows(of_targets, strip.queries[own], raw_positive, strip.dims)
-                of_targets = of_targets.mul_(ranks.world_size).to(strip.targets.dtype)
+                along = -(given.target_moment + moment) * strip.target_inverse_norm.square()
+                _add_rows(of_targets, queries, raw_positive, strip.dims)
+                _add_rows(of_targets, targets, along, strip.dims)
+                of_targets = of_targets.mul_(ranks.world_size).to(targets.dtype)
             if of_negatives is not None:
-                of_negatives = of_negatives.mul_(ranks.world_size).to(strip.negatives.dtype).view(ctx.negatives_shape)
-            of_scale = of_bias = None
-            if ranks.scalars_need_gradient:
-                scalars = torch.stack([given.row_moment.sum() / strip.scale, given.total + of_positive.sum()])
-                scalars = ranks.sum(scalars)
-                of_scale, of_bias = scalars[0] if need_scale else None, scalars[1] if need_bias else None
+                along = -given.negative_moment * strip.negative_inverse_norm.square()
+                _add_rows(of_negatives, negatives, along, strip.dims)
+                of_negatives = of_negatives.mul_(ranks.world_size).to(negatives.dtype).view(ctx.negatives_shape)
         return of_queries, of_targets, of_negatives, of_scale, of_bias, None, None, None, None
 
 
@@ -184,16 +197,17 @@ def _strip(
     batch: Batch,
     settings: Settings,
     ranks: Ranks,
-) -> Strip:
-    """The strip of this rank, with what it needs from the batch."""
+) -> tuple[Strip, Tensor]:
+    """The strip of this rank, with what it needs from the batch, and the `rounding` of `_positive_logits`."""
     dims = settings.dims
     flat = targets[:0] if negatives is None else negatives.flatten(0, 1)
     query_inverse_norm, target_inverse_norm, negative_inverse_norm = (
         _inverse_norms(rows, dims) for rows in (queries, targets, flat)
     )
     positive = _prefix_products(queries, targets, dims) * query_inverse_norm * target_inverse_norm
-    gathered = ranks.gather(torch.cat([query_inverse_norm, positive]).T).T.contiguous()
-    return Strip(
+    of_pairs = torch.cat([query_inverse_norm, target_inverse_norm, positive])
+    query_inverse_norm, own_inverse_norm, positive = ranks.gather(of_pairs.T).T.contiguous().chunk(3)
+    strip = Strip(
         link=settings.link,
         dims=dims,
         margin=settings.margin,
@@ -201,15 +215,39 @@ def _strip(
         queries=ranks.gather(queries),
         targets=targets,
         negatives=flat,
-        query_inverse_norm=gathered[: len(dims)],
+        query_inverse_norm=query_inverse_norm,
         target_inverse_norm=target_inverse_norm,
         negative_inverse_norm=negative_inverse_norm,
         scale=scale,
         bias=bias,
         query_ids=None if batch.query_ids is None else ranks.gather(batch.query_ids),
         target_ids=None if batch.target_ids is None else ranks.gather(batch.target_ids),
-        positive=gathered[len(dims) :],
+        positive=positive,
     )
+    return strip, _rounding(query_inverse_norm * LOG2E * scale, strip) + _rounding(own_inverse_norm, strip)
+
+
+def _rounding(factors: Tensor, strip: Strip) -> Tensor:
+    """The relative errors of factors in the dtype of the logits."""
+    return torch.where(factors == 0, 0.0, factors.to(logit_dtype(strip)) / factors - 1)
+
+
+def _positive_logits(strip: Strip, rounding: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits of the pairs, for their rows `[P, B]` and for their columns `[P, n]`: exact but for an error that they
+    should share with the negatives.
+
+    Tiles multiply by rounded factors, which moves all logits of a row, and of a column, by the same share. Where the
+    negatives are as close as the positive only the difference counts, so the positive has to move along; where they
+    are far below, it must not. So it moves as far as a negative that counts, whose logit is the log sum less the
+    logarithm of the number of negatives: exactly so if they are all alike, and within that logarithm in any case.
+    """
+    logit = strip.scale * strip.positive
+    own = slice(strip.first, strip.first + len(strip.targets))
+    if strip.link == "sigmoid":
+        return logit, logit[:, own]
+    few = math.log(len(strip.queries))
+    for_rows, for_columns = ((log_sum - few).clamp(-strip.scale, strip.scale) for log_sum in (row, column))
+    return logit + rounding * for_rows, logit[:, own] + rounding[:, own] * for_columns
 
 
 def _normalised_weights(sample_weights: Tensor | None, ranks: Ranks, like: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ negatives, for all Matryoshka prefixes at once. All that costs B x B work is don
 must never keep anything of the size of the strip:
 
     strip_sums(strip, *, maxima: bool) -> Sums
-    strip_gradients(strip, row_weight, row_log_sum, column_weight, column_log_sum, needs) -> Gradients
+    strip_gradients(strip, row_weight, row_log_sum, column_weight, column_log_sum, reference, needs) -> Gradients
 
 `torch_tiles` has them in plain torch, `triton_tiles` for CUDA. `fused.tiles_for` chooses, once for each pass.
 
@@ -34,15 +34,21 @@ near -1. A nan in the embeddings must come out as nan.
     exp:      G = row_weight[p, i] * exp(l - row_log_sum[p, i]) + column_weight[p, j] * exp(l - column_log_sum[p, j])
     sigmoid:  G = row_weight[p, i] * sigmoid(l + bias)
 
-with the row term alone for hard negatives; "sigmoid" ignores the other three arguments. Here the log sums include the
-positives, so no exponential exceeds 1 but for rounding. `Gradients` says what it returns. Orders of summation must be
-fixed: same inputs, same bits.
+with the row term alone for hard negatives; "sigmoid" ignores the other three of these arguments. Here the log sums
+include the positives, so no exponential exceeds 1 but for rounding. `reference` `[P]` float64 is for the derivative by
+the scale: a cosine like that of the pairs, or 0, which it has to be where a norm is. `Gradients` says what is returned.
+Orders of summation must be fixed: same inputs, same bits.
+
+The logits are the products times `factors`, in both: the caller allows for the rounding of these.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+LOG2E = math.log2(math.e)
 
 
 class Strip(NamedTuple):
@@ -72,6 +78,28 @@ def logit_dtype(strip: Strip) -> torch.dtype:
     return torch.promote_types(torch.promote_types(dtype, strip.negatives.dtype), torch.float32)
 
 
+class Factors(NamedTuple):
+    """What a raw product is multiplied by to be a logit, for its row and for its column, in the dtype of logits."""
+
+    query: Tensor  # [P, B] unit * scale * inverse norm
+    target: Tensor  # [P, n] inverse norm
+    negative: Tensor  # [P, m] inverse norm
+
+
+def factors(strip: Strip, unit: float) -> Factors:
+    """For logits in this unit; LOG2E is that of powers of 2."""
+    queries = unit * strip.scale * strip.query_inverse_norm
+    dtype = logit_dtype(strip)
+    return Factors(queries.to(dtype), strip.target_inverse_norm.to(dtype), strip.negative_inverse_norm.to(dtype))
+
+
+def split_exponent(exponent: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(a, b) with 2^-exponent = b * 2^-a and a in `dtype`. In float32 an exponent of 100 alone would leave the power
+    no more than five digits."""
+    rounded = exponent.to(dtype)
+    return rounded, torch.exp2(rounded - exponent)
+
+
 class Sums(NamedTuple):
     row: Tensor  # [P, B] float64
     column: Tensor  # [P, n] float64
@@ -80,11 +108,12 @@ class Sums(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which products are wanted. The moments always are."""
+    """Which products are wanted, and whether `centred` is. The moments always are."""
 
     queries: bool
     targets: bool
     negatives: bool
+    scale: bool
 
 
 class Gradients(NamedTuple):
@@ -97,4 +126,5 @@ class Gradients(NamedTuple):
     row_moment: Tensor  # [P, B] float64: sum over all columns j of G * l
     target_moment: Tensor  # [P, n] float64: sum over i of G * l
     negative_moment: Tensor  # [P, m] float64
+    centred: Tensor  # 0-d float64: sum of all G * (l - scale * reference[p]); 0 if not asked for
     total: Tensor  # 0-d float64: the sum of all G for "sigmoid", whose bias needs it; 0 for "exp"

@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from contrastive_losses.strip import Gradients, Needs, Strip, Sums, logit_dtype
+from contrastive_losses.strip import LOG2E, Gradients, Needs, Strip, Sums, factors, logit_dtype, split_exponent
 
-LOG2E = math.log2(math.e)
+LONGEST_SUM = 128  # terms of a product that a CPU adds up at a time
 CPU_TILE = (512, 512)  # the tile of all prefixes, 6 MiB in float32 for six, stays in the last-level cache
 OTHER_TILE = (2048, 4096)  # large enough that launching kernels takes less time than running them
 
@@ -58,7 +58,12 @@ def _shared_shift(strip: Strip) -> float | None:
         return None
     top, _, limit = _WINDOWS[logit_dtype(strip)]
     largest = float(strip.scale) * LOG2E
-    return max(0.0, largest - top) if largest <= limit else None
+    if largest > limit:
+        return None
+    # The larger, the finer are logits less the shift rounded. 50 below the least positive, all rows and columns are in
+    # the window, and of a negative nothing is lost above 2^-170 of its positive. Whole numbers are exact in float32.
+    least = float((strip.scale * LOG2E * strip.positive).min().sub(50.0).floor())
+    return max(0.0, float(math.ceil(largest - top)), least)  # in this order, which passes over a nan
 
 
 def _is_within_window(strip: Strip, shift: float, *log_sums: Tensor) -> bool:
@@ -77,9 +82,7 @@ class _Tiles:
         self.strip, self.unit, self.offset = strip, unit, offset
         self.dtype, self.device = logit_dtype(strip), strip.queries.device
         self.blocks = [slice(low, high) for low, high in zip((0, *strip.dims), strip.dims, strict=False)]
-        self.row_factor = (unit * strip.scale * strip.query_inverse_norm).to(self.dtype)
-        self.target_factor = strip.target_inverse_norm.to(self.dtype)
-        self.negative_factor = strip.negative_inverse_norm.to(self.dtype)
+        self.row_factor, self.target_factor, self.negative_factor = factors(strip, unit)
         tile = CPU_TILE if self.device.type == "cpu" else OTHER_TILE
         self.height = min(tile[0], len(strip.queries))
         self.width = min(tile[1], max(len(strip.targets), len(strip.negatives)))
@@ -110,7 +113,9 @@ class _Tiles:
     def logits(self, p: int) -> Tensor:
         """`[r, c]` of the present tile; to be asked for p = 0, 1, … in this order. `products` are then those of p."""
         block = self.blocks[p]
-        self.products.addmm_(self.row_panel[:, block], self.column_panel[:, block].T)
+        # The shortest prefix has the greatest cosines among its negatives, whose errors weigh most.
+        longest = -(-self.strip.dims[0] // 2) if p == 0 else LONGEST_SUM
+        _add_product(self.products, self.row_panel[:, block], self.column_panel[:, block].T, longest)
         logits = torch.mul(self.products, self.row_factor[p, self.rows, None], out=self.view(self.flat_logits))
         torch.addcmul(self.offset, logits, self.column_factor[p, self.columns], out=logits)
         if self.of_targets:
@@ -143,6 +148,14 @@ class _Tiles:
         if same is not None and self.device.type == "cpu" and not same.any():
             return None  # most tiles; elsewhere looking would make the host wait
         return same
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, longest: int) -> None:
+    """total += left @ right, in place. A product adds up its terms one by one, and a long sum has more error than a few
+    short ones: on the CPU no more than `longest` terms are added up at a time, a number that costs hardly any speed."""
+    count = -(-left.shape[1] // longest) if total.device.type == "cpu" else 1
+    for some, others in zip(left.chunk(count, 1), right.chunk(count, 0), strict=True):
+        total.addmm_(some, others)
 
 
 def _panels(size: int, step: int) -> Iterator[slice]:
@@ -203,6 +216,7 @@ def strip_gradients(
     row_log_sum: Tensor,
     column_weight: Tensor,
     column_log_sum: Tensor,
+    reference: Tensor,
     needs: Needs,
 ) -> Gradients:
     """See `strip`."""
@@ -220,23 +234,36 @@ def strip_gradients(
     of_targets, of_negatives = product(needs.targets, strip.targets), product(needs.negatives, strip.negatives)
     norms = (strip.query_inverse_norm, strip.target_inverse_norm, strip.negative_inverse_norm)
     row_moment, target_moment, negative_moment = (torch.zeros_like(each) for each in norms)
+    lengths = [torch.where(each == 0, 0.0, each.reciprocal()) for each in norms]
+    lengths[0].mul_(reference[:, None])  # two of them make the raw product of a cosine that equals the reference
+    row_length, target_length, negative_length = (each.to(tiles.dtype) for each in lengths)
+    centred = torch.zeros_like(strip.scale)
 
     for rows, columns, are_targets in tiles:
-        of_columns, column_moment = (of_targets, target_moment) if are_targets else (of_negatives, negative_moment)
+        of_columns, column_moment, column_length = (
+            (of_targets, target_moment, target_length)
+            if are_targets
+            else (of_negatives, negative_moment, negative_length)
+        )
         h = tiles.view(h_buffer)
         for p in range(len(strip.dims)):
             derivative.of_products(p, tiles.logits(p), out=h[p])
             moment = torch.mul(h[p], tiles.products, out=tiles.view(moment_buffer))
             row_moment[p, rows] += moment.sum(1)
             column_moment[p, columns] += moment.sum(0)
+            if needs.scale:
+                across = column_length[p, columns]
+                torch.addcmul(tiles.products, row_length[p, rows, None], across, value=-1, out=moment)
+                centred += moment.mul_(h[p]).sum()
         for p in reversed(range(len(strip.dims) - 1)):
             h[p] += h[p + 1]
         for p, block in enumerate(tiles.blocks):
             if of_queries is not None:
-                of_queries[rows, block].addmm_(h[p], tiles.column_panel[:, block])
+                _add_product(of_queries[rows, block], h[p], tiles.column_panel[:, block], LONGEST_SUM)
             if of_columns is not None:
-                of_columns[columns, block].addmm_(h[p].T, tiles.row_panel[:, block])
-    return Gradients(of_queries, of_targets, of_negatives, row_moment, target_moment, negative_moment, derivative.total)
+                _add_product(of_columns[columns, block], h[p].T, tiles.row_panel[:, block], LONGEST_SUM)
+    moments = row_moment, target_moment, negative_moment
+    return Gradients(of_queries, of_targets, of_negatives, *moments, centred, derivative.total)
 
 
 class _Derivative:
@@ -261,9 +288,10 @@ class _Derivative:
             return
         if shift is None:
             self.way = "separate"
-            self.row_shift, self.column_shift = (LOG2E * row_log_sum).to(dtype), (LOG2E * column_log_sum).to(dtype)
-            self.row, self.row_factor = (row_weight * row_factor).to(dtype), row_factor.to(dtype)
-            self.column = (column_weight * strip.target_inverse_norm).to(dtype)
+            self.row_shift, row_rest = split_exponent(LOG2E * row_log_sum, dtype)
+            self.column_shift, column_rest = split_exponent(LOG2E * column_log_sum, dtype)
+            self.row, self.row_factor = (row_weight * row_rest * row_factor).to(dtype), row_factor.to(dtype)
+            self.column = (column_weight * column_rest * strip.target_inverse_norm).to(dtype)
             self.spare = tiles.buffer()
         else:  # H = 2^(x - shift) * (rows' part * column factor + row factor * columns' part): a product of rank two
             self.way = "shared"

@@ -71,5 +71,7 @@ def _results(tiles: ModuleType, strip: Strip) -> tuple[list[Tensor], list[Tensor
     """Log sums and largest cosines; the gradients of a loss of both directions. All float64."""
     sums = tiles.strip_sums(strip, maxima=True)
     weights = torch.ones_like(sums.row), torch.ones_like(sums.column)
-    gradients = tiles.strip_gradients(strip, weights[0], sums.row, weights[1], sums.column, Needs(True, True, True))
+    reference = torch.full_like(sums.row[:, 0], 0.1)
+    needs = Needs(True, True, True, True)
+    gradients = tiles.strip_gradients(strip, weights[0], sums.row, weights[1], sums.column, reference, needs)
     return list(sums), [each.double() for each in gradients[:-1]]

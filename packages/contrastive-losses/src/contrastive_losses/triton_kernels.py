@@ -157,8 +157,10 @@ def derivative_kernel(
     query_ids, own_query_ids, target_ids, own_target_ids,
     row_count, column_count, diagonal,
     row_weight, row_log_sum, column_weight, column_log_sum,  # weights times ln(2), log sums to base 2
+    reference,  # [P] times scale and log2(e), or None
     derivative,  # [P, whole tiles of rows, whole tiles of columns], or None
     row_moment, column_moment,  # partial results
+    row_centred,  # partial results, or None
     ENDS: tl.constexpr,
     OF_TARGETS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -166,7 +168,7 @@ def derivative_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """For each prefix the sum of H over it and the longer ones, and the moments."""
+    """For each prefix the sum of H over it and the longer ones, the moments, and the sums of G * (x - reference)."""
     row_tile, column_tile = tl.program_id(0), tl.program_id(1)
     rows, columns = row_tile * BLOCK_M + tl.arange(0, BLOCK_M), column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     accumulator = _first_accumulator(
@@ -197,11 +199,16 @@ def derivative_kernel(
             if OF_TARGETS:
                 power = tl.exp2(for_columns - tl.load(column_log_sum + of_column)[None, :])
                 g += power * tl.load(column_weight + of_column)[None, :]
+            row_at = (column_tile * len(ENDS) + p) * tl.num_programs(0) * BLOCK_M + rows
+            if reference is not None:  # before the rest, which then has the logits' registers
+                centred = g * (tl.maximum(x, LOWEST) - tl.load(reference + p))
+                tl.store(row_centred + row_at, tl.sum(centred, 1))
+            row_factors = tl.load(row_factor + of_row)[:, None]  # again: kept all the while, they would spill
+            column_factors = tl.load(column_factor + of_column)[None, :]
             h = g * row_factors * column_factors
             if derivative is not None:
                 tl.store(tile_at + p * of_prefix, h.to(derivative.dtype.element_ty))
             moment = h * tl.maximum(accumulator, LOWEST)  # G * l; 0 where hidden, not 0 * -inf
-            row_at = (column_tile * len(ENDS) + p) * tl.num_programs(0) * BLOCK_M + rows
             column_at = (row_tile * len(ENDS) + p) * tl.num_programs(1) * BLOCK_N + columns
             tl.store(row_moment + row_at, tl.sum(moment, 1))
             tl.store(column_moment + column_at, tl.sum(moment, 0))

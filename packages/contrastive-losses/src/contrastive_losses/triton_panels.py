@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from contrastive_losses.strip import Strip
+from contrastive_losses.strip import LOG2E, Strip, factors
 
-LOG2E = math.log2(math.e)
 SMALLEST_FACTOR = 1e-30  # stands for 0: the kernels want factors above 0, and this times anything is nothing
 
 
@@ -50,12 +49,7 @@ class Panels:
             self._chunked(rows) for rows in (strip.queries, strip.targets, strip.negatives)
         )
         self.row_factor, self.target_factor, self.negative_factor = (
-            self.vector((unit * inverse_norm).clamp_min(SMALLEST_FACTOR))
-            for unit, inverse_norm in (
-                (LOG2E * strip.scale, strip.query_inverse_norm),
-                (1.0, strip.target_inverse_norm),
-                (1.0, strip.negative_inverse_norm),
-            )
+            self.vector(each.clamp_min(SMALLEST_FACTOR)) for each in factors(strip, LOG2E)
         )
         own = slice(strip.first, strip.first + len(strip.targets))
         self.row_limit = self.column_limit = None
@@ -68,7 +62,7 @@ class Panels:
         ]
 
     def vector(self, values: Tensor) -> Tensor:
-        """`[P, n]` float64 in float32 and whole tiles."""
+        """`[P, n]` in float32 and whole tiles."""
         return self._whole_tiles(values.float())
 
     def _whole_tiles(self, values: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from contrastive_losses import triton_kernels
-from contrastive_losses.strip import Gradients, Needs, Strip, Sums, logit_dtype
-from contrastive_losses.triton_panels import LOG2E, Panels
+from contrastive_losses.strip import LOG2E, Gradients, Needs, Strip, Sums, logit_dtype, split_exponent
+from contrastive_losses.triton_panels import Panels
 
 SHARED_TOP = 110.0  # x - shift stays below this, so that no sum over a tile overflows in float32
 PARTIAL_BYTES = 64 * 2**20  # memory that a launch takes, whatever the batch: for partial sums …
@@ -76,17 +76,22 @@ def strip_gradients(
     row_log_sum: Tensor,
     column_weight: Tensor,
     column_log_sum: Tensor,
+    reference: Tensor,
     needs: Needs,
 ) -> Gradients:
     """See `strip`."""
     panels = Panels(strip)
-    row_vectors = panels.vector(row_weight / LOG2E), panels.vector(row_log_sum * LOG2E)
-    column_vectors = panels.vector(column_weight / LOG2E), panels.vector(column_log_sum * LOG2E)
+    row_shift, row_rest = split_exponent(row_log_sum * LOG2E, torch.float32)
+    column_shift, column_rest = split_exponent(column_log_sum * LOG2E, torch.float32)
+    row_vectors = panels.vector(row_weight * row_rest / LOG2E), panels.vector(row_shift)
+    column_vectors = panels.vector(column_weight * column_rest / LOG2E), panels.vector(column_shift)
+    reference = (LOG2E * strip.scale * reference).float()
+    centred = torch.zeros_like(strip.scale)
     norms = (strip.query_inverse_norm, strip.target_inverse_norm, strip.negative_inverse_norm)
     row_moment, target_moment, negative_moment = (torch.zeros_like(norm) for norm in norms)
     of_queries, of_targets, of_negatives = (
         torch.zeros(rows.shape, dtype=torch.float32, device=rows.device) if wanted else None
-        for rows, wanted in zip((strip.queries, strip.targets, strip.negatives), needs, strict=True)
+        for rows, wanted in zip((strip.queries, strip.targets, strip.negatives), needs[:3], strict=True)
     )
     dtype = torch.float32 if panels.dtype == torch.float32 else torch.bfloat16  # float16 could not hold the smallest H
     for panel in panels.walk(DERIVATIVE_BYTES // (dtype.itemsize * len(strip.dims))):
@@ -99,16 +104,21 @@ def strip_gradients(
         if of_queries is not None or of_columns is not None:
             h = row_weight.new_empty(len(strip.dims), panel.padded_height, panel.padded_width, dtype=dtype)
         row_moments, column_moments = panel.row_partials(), panel.column_partials()
+        row_centred = panel.row_partials() if needs.scale else None
         panel.launch(
             triton_kernels.derivative_kernel,
             *map(panel.from_rows, row_vectors),
             *(map(panel.from_columns, column_vectors) if panel.of_targets else (None, None)),
+            reference if needs.scale else None,
             h,
             row_moments,
             column_moments,
+            row_centred,
         )
         row_moment[:, panel.rows] += row_moments.sum(0, dtype=torch.float64)[:, : panel.height]
         column_moment[:, panel.columns] += column_moments.sum(0, dtype=torch.float64)[:, : panel.width]
+        if row_centred is not None:
+            centred += row_centred[:, :, : panel.height].sum(dtype=torch.float64)
         if h is None:
             continue
         queries, columns = strip.queries[panel.rows].to(dtype), columns_of[panel.columns].to(dtype)
@@ -119,11 +129,11 @@ def strip_gradients(
             if of_columns is not None:
                 _add_product(of_columns[panel.columns, low:high], of_block.T, queries[:, low:high])
 
-    for gradient, inverse_norm in zip((of_queries, of_targets, of_negatives), norms, strict=True):
+    products = of_queries, of_targets, of_negatives
+    for gradient, inverse_norm in zip(products, norms, strict=True):
         if gradient is not None:  # the kernels' SMALLEST_FACTOR leaves almost nothing in a zero row; it must be nothing
             gradient.masked_fill_((inverse_norm[-1] == 0)[:, None], 0.0)
-    total = torch.zeros_like(strip.scale)
-    return Gradients(of_queries, of_targets, of_negatives, row_moment, target_moment, negative_moment, total)
+    return Gradients(*products, row_moment, target_moment, negative_moment, centred, torch.zeros_like(strip.scale))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
