@@ -55,6 +55,7 @@ def padded_mean():
         ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=1)
         mask = torch.arange(ids.shape[1]) < torch.tensor(packed.lengths)[:, None]
         hidden = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # as ours, which pools in float32
         return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
     return padded_mean

@@ -1,6 +1,6 @@
 """Forward and backward on texts of mixed lengths: packed against transformers' padded SDPA, on a CPU.
 
-    python packages/text-tower/benchmarks/length_mix.py
+    python packages/text-tower/benchmarks/length_mix.py  # under a minute
 
 The ideal ratio is padded tokens ÷ real tokens: what never computing a padding token could save if nothing else changed.
 Both run the same fixed batches in turn; each batch counts with its fastest run.
@@ -18,9 +18,9 @@ from common import SHAPES, batch, log_normal_lengths, pair, run_ours, run_theirs
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--batches", type=int, default=3)
     parser.add_argument("--texts", type=int, default=32, help="in a batch")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--layers", type=int, default=6)
     options = parser.parse_args()
 

@@ -14,6 +14,7 @@ from text_tower.config import TextTowerConfig
 from text_tower.files import check_keys
 from text_tower.lora import INIT_STD
 from text_tower.masking import MaskedTokens
+from text_tower.norm import LayerNorm
 from text_tower.tower import TextTower
 
 MAX_LOGITS = 2**27  # at once: half a gigabyte of float32
@@ -40,7 +41,7 @@ class LMHead(nn.Module):
     def __init__(self, config: TextTowerConfig):
         super().__init__()
         self.dense = nn.Linear(config.width, config.width)
-        self.layer_norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.layer_norm = LayerNorm(config.width, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         nn.init.normal_(self.dense.weight, std=INIT_STD)
         nn.init.zeros_(self.dense.bias)

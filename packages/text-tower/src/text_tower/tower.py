@@ -18,6 +18,7 @@ from text_tower.attention import Attention, choose
 from text_tower.config import NO_ADAPTER, TextTowerConfig
 from text_tower.dropout import KeyedDropout, SiteDropout
 from text_tower.lora import AdaptedEmbedding, AdaptedLinear, is_adapter
+from text_tower.norm import LayerNorm
 from text_tower.packed import ByLength, PackedTokens
 from text_tower.positions import Rotary
 from text_tower.tokenizer import Tokenizer
@@ -67,9 +68,9 @@ class Block(nn.Module):
     def __init__(self, config: TextTowerConfig):
         super().__init__()
         self.mixer = Mixer(config)
-        self.norm1 = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.norm1 = LayerNorm(config.width, eps=config.layer_norm_eps)
         self.mlp = MLP(config)
-        self.norm2 = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.norm2 = LayerNorm(config.width, eps=config.layer_norm_eps)
 
     def forward(
         self, h: Tensor, attention: Attention, adapter: int | None, dropouts: tuple[SiteDropout, SiteDropout] | None
@@ -113,7 +114,7 @@ class TextTower(nn.Module):
         self.config = config
         self.tokenizer = tokenizer
         self.embeddings = Embeddings(config)
-        self.emb_ln = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.emb_ln = LayerNorm(config.width, eps=config.layer_norm_eps)
         self.encoder = Encoder(config)
         self.configure()
 
