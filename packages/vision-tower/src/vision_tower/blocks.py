@@ -1,32 +1,34 @@
 """EVA02's transformer block: pre-norm, rotary attention and SwiGLU, each with a LayerNorm before its last product.
 
-Parameter names are those of timm's `eva02_*` models, and so is SwiGLU itself. Attention is ours, for speed
-(`benchmarks/cpu.py` measures the whole):
+Parameter names are those of timm's `eva02_*` models. What differs is for speed and memory (`benchmarks/cpu.py` and
+`benchmarks/memory.py` measure the whole):
 
 - the class token has a row in the rotary table (a rotation by zero), so nothing is cut off and put together again, and
   the rotation is one complex product (rotary.py);
 - short sequences on a CPU take two plain matrix products instead of a fused kernel (attention.py);
 - the last block computes the class token alone, the only one that is read after it;
-- under autocast the normalised tokens are cast once, not once for each product that reads them.
+- under autocast the normalised tokens are cast once, not once for each product that reads them;
+- SwiGLU's gate keeps only its inputs for the backward pass (gate.py).
 
-Tried on a CPU and left out, because the whole step took the same time: one product for queries, keys and values
+Tried on a CPU and left out, because the whole step took the same time: LayerNorm's gradient added in place to that of
+the residual stream; one product for queries, keys and values
 (186.0 and 185.4 ms for 1576 tokens of 768, and a parent that reaches for its children's weights finds nothing there
 under ZeRO-3, which gathers a module's weights when the module is called); SiLU, product and LayerNorm as one function
-that works in tiles of rows.
+that works in tiles of 8 to 256 rows, its sigmoid kept or computed again. Half of what is left beside products and
+attention is exponentials, LayerNorms and sums for bias gradients, which timm has too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import SwiGLU
 from torch import Tensor, nn
 
 from .attention import Layout, attend
 from .config import VisionTowerConfig
+from .gate import gated
 from .rotary import rotate
 
 
@@ -56,17 +58,29 @@ class Attention(nn.Module):
         return self.proj(self.norm(attend(q, k, v, backend, layout).flatten(-2)))
 
 
+class SwiGLU(nn.Module):
+    """`W2 LN(silu(Wg x + bg) * (Wx x + bx)) + b2` (arXiv 2002.05202, with EVA02's LayerNorm)."""
+
+    def __init__(self, config: VisionTowerConfig) -> None:
+        super().__init__()
+        self.fc1_g = nn.Linear(config.width, config.mlp_hidden)
+        self.fc1_x = nn.Linear(config.width, config.mlp_hidden)
+        self.norm = nn.LayerNorm(config.mlp_hidden, eps=config.layer_norm_eps)
+        self.fc2 = nn.Linear(config.mlp_hidden, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.norm(gated(self.fc1_g(x), self.fc1_x(x))))
+
+
 class Block(nn.Module):
     """x + attention(LN(x)), then x + SwiGLU(LN(x))."""
 
     def __init__(self, config: VisionTowerConfig) -> None:
         super().__init__()
-        eps = config.layer_norm_eps
-        self.norm1 = nn.LayerNorm(config.width, eps=eps)
+        self.norm1 = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.attn = Attention(config)
-        self.norm2 = nn.LayerNorm(config.width, eps=eps)
-        norm: Any = partial(nn.LayerNorm, eps=eps)
-        self.mlp = SwiGLU(config.width, config.mlp_hidden, norm_layer=norm)
+        self.norm2 = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.mlp = SwiGLU(config)
 
     def forward(
         self, x: Tensor, rotary: Tensor, backend: str, layout: Layout | None = None, class_only: bool = False

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -110,12 +109,13 @@ def preprocess(image: Any, resolution: Resolution) -> Tensor:
     """uint8 `[3, H, W]` for inference: anything that `load_image` takes, its shortest edge brought to the resolution
     (bicubic, antialiased), then the centre. An (H, W) resolution is covered by the smallest resize that fills it.
 
-    Files, PIL images and arrays are resized by Pillow, as torchvision's and timm's transforms do, with the same pixels.
-    A tensor is resized as it is, in a third of the time; see `_resize`.
+    Pillow resizes, tensors too, so the pixels are those of torchvision's and timm's transforms. PyTorch's kernel for
+    uint8 tensors takes a third of the time, but its weights have 16 bits to Pillow's 22, and it always begins with the
+    rows, Pillow 13 sometimes with the columns: some values would be two levels off, and some on edges 30.
     """
     height, width = as_pair(resolution)
-    picture = _picture(image)
-    columns, rows = _size(picture)
+    picture = load_image(image)
+    columns, rows = picture.size
     longest = MAX_ASPECT * min(columns, rows)
     if max(columns, rows) > longest:
         columns, rows = min(columns, longest), min(rows, longest)
@@ -124,7 +124,7 @@ def preprocess(image: Any, resolution: Resolution) -> Tensor:
         size = (width, max(height, rows * width // columns))
     else:
         size = (max(width, columns * height // rows), height)
-    return _pixels(_centre_crop(_resize(picture, *size), width, height))
+    return _pixels(_centre_crop(picture.resize(size, Image.Resampling.BICUBIC), width, height))
 
 
 def preprocess_native(image: Any, *, patch: int, max_patches: int) -> Tensor:
@@ -136,52 +136,22 @@ def preprocess_native(image: Any, *, patch: int, max_patches: int) -> Tensor:
     """
     if patch < 1 or max_patches < 1:
         raise ValueError(f"patch is {patch} and max_patches {max_patches}; expected at least 1")
-    picture = _picture(image)
-    width, height = _size(picture)
+    picture = load_image(image)
+    width, height = picture.size
     scale = math.sqrt(max_patches / (width * height))
     rows = min(max_patches, max(1, math.floor(height * scale)))
     columns = min(max_patches // rows, max(1, math.floor(width * scale)))
-    return _pixels(_resize(picture, columns * patch, rows * patch))
+    return _pixels(picture.resize((columns * patch, rows * patch), Image.Resampling.BICUBIC))
 
 
-def _picture(image: Any) -> Image.Image | Tensor:
-    """What is resized as it is; everything else becomes a PIL image, or an error.
-
-    A tall tensor is left to Pillow, whose newer versions resample columns before rows once an image is about twice as
-    high as wide: on black and white that makes a difference of up to 30 levels.
-    """
-    plain = isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] == 3
-    if plain and image.device.type == "cpu" and image.numel() and 2 * image.shape[1] <= 3 * image.shape[2]:
-        return image
-    return load_image(image)
-
-
-def _size(picture: Image.Image | Tensor) -> tuple[int, int]:
-    return (picture.shape[2], picture.shape[1]) if isinstance(picture, Tensor) else picture.size
-
-
-def _resize(picture: Image.Image | Tensor, width: int, height: int) -> Image.Image | Tensor:
-    """Bicubic with antialiasing, in 8 bits. PyTorch's kernel for tensors and Pillow's agree to one level, but for fewer
-    than one value in 10,000, which differs by two."""
-    if not isinstance(picture, Tensor):
-        return picture.resize((width, height), Image.Resampling.BICUBIC)
-    if _size(picture) == (width, height):
-        return picture
-    return F.interpolate(picture[None], size=(height, width), mode="bicubic", antialias=True, align_corners=False)[0]
-
-
-def _centre_crop(picture: Image.Image | Tensor, width: int, height: int) -> Image.Image | Tensor:
-    columns, rows = _size(picture)
+def _centre_crop(picture: Image.Image, width: int, height: int) -> Image.Image:
+    columns, rows = picture.size
     left, top = round((columns - width) / 2), round((rows - height) / 2)
-    if isinstance(picture, Tensor):
-        return picture[:, top : top + height, left : left + width]
     return picture.crop((left, top, left + width, top + height))
 
 
-def _pixels(picture: Image.Image | Tensor) -> Tensor:
-    if not isinstance(picture, Tensor):
-        picture = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    return picture.contiguous()
+def _pixels(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
 def normalize(images: Tensor) -> Tensor:
