@@ -22,6 +22,7 @@ if [ ! -x .venv/bin/python ] && ! "$python" -m venv .venv; then
 fi
 .venv/bin/python -m pip install --quiet uv
 .venv/bin/uv pip install --quiet --python .venv/bin/python --constraint launch/constraints.txt --group dev \
-  -e packages/contrastive-losses -e packages/text-tower -e packages/vision-tower -e 'data_prep[corpus,test]' -e packages/stage-trainer
+  -e packages/contrastive-losses -e packages/text-tower -e packages/vision-tower -e packages/stage-trainer \
+  -e 'data_prep[corpus,parquet,pdf,ray,captions,shaping,negatives,test]'
 rm -f .venv/trilith-*
 touch "$stamp"

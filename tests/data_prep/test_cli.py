@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from data_prep.cli import main
+from data_prep.cli import CONTENTS, main
+from data_prep.sources import EVALSETS, SOURCES
 
 
 def test_drawn_corpus_from_the_command_line_and_again(tmp_path, capsys):
@@ -33,14 +35,38 @@ def test_a_users_mistake_gives_one_line_and_status_2(tmp_path, capsys, arguments
     assert not (tmp_path / "c.partial").exists()
 
 
-def test_help_loads_no_library_and_the_shard_format_needs_the_standard_library_alone():
+HEAVY = {"PIL", "numpy", "sentencepiece", "webdataset", "torch", "resvg_py", "pyarrow", "ray", "openai", "faiss"}
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["corpus"], ["import", "images"], ["evalset", "xm3600"], ["inspect"], ["index"]]
+)
+def test_help_loads_no_library(command):
     script = (
         "import sys; from data_prep.cli import main\n"
-        "try: main(['corpus', '--help'])\nexcept SystemExit: pass\n"
+        f"try: main({[*command, '--help']!r})\nexcept SystemExit: pass\n"
         "import data_prep.shards\n"
-        "heavy = {'PIL', 'numpy', 'sentencepiece', 'webdataset', 'torch', 'resvg_py'} & set(sys.modules)\n"
-        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+        f"heavy = {HEAVY!r}\n"
+        "sys.exit(f'loaded {found}' if (found := heavy & set(sys.modules)) else 0)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "--drawn" in done.stdout
+    assert " ".join(command) in done.stdout
+
+
+def test_help_is_a_table_of_contents(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    for _, modules in CONTENTS:
+        assert modules
+    for command in ("import", "index", "evalset", "inspect", "validate", "corpus"):
+        assert f"\n  {command} " in shown
+
+
+def test_every_importer_and_evaluation_set_has_an_example_in_the_readme():
+    readme = (Path(__file__).parents[2] / "data_prep" / "README.md").read_text(encoding="utf-8")
+    for source in SOURCES:
+        assert f"data-prep import {source} " in readme
+    for evalset in EVALSETS:
+        assert f"data-prep evalset {evalset} " in readme

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from data_prep.shards import Dataset, DatasetWriter, ShardError
+from data_prep.shards.files import _header
 
 
 def test_same_samples_give_same_bytes(write_dataset):
@@ -29,6 +30,15 @@ def test_tarfile_finds_every_member_at_the_offset_that_the_sidecar_gives(write_d
         with tarfile.open(directory / index.name.replace("index.jsonl", "tar")) as tar:
             assert {info.name: [info.offset_data, info.size] for info in tar.getmembers()} == places
             assert all((info.mtime, info.uid, info.gid, info.uname) == (0, 0, 0, "") for info in tar.getmembers())
+
+
+def test_headers_are_those_of_tarfile():
+    for name, size in (("a.json", 0), ("k" * 90 + ".json", 511), ("x.png", 8**11 - 1)):
+        info = tarfile.TarInfo(name)
+        info.size, info.mode = size, 0o444
+        assert _header(name, size) == info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
+    with pytest.raises(ShardError, match="members of 8 GiB"):
+        _header("a.png", 8**11)
 
 
 def test_webdatasets_own_reader_sees_the_same_samples(write_dataset):

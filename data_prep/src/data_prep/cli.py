@@ -1,10 +1,19 @@
-"""The command `data-prep`."""
+"""The command `data-prep`: a table of contents, and one exit for what the user can mend."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
+
+# What `--help` prints, in this order: a heading, and the modules of `data_prep.commands` below it.
+CONTENTS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("data sets of others", ("import_data", "index", "evalset")),
+    ("better data", ("shaping", "negatives", "captions")),
+    ("looking at data", ("inspect", "validate")),
+    ("a corpus without any download of data sets", ("corpus",)),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -13,13 +22,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except KeyboardInterrupt:
-        print("interrupted; what was being written is not published", file=sys.stderr)
+        print("interrupted; the same command goes on from here, nothing half done is kept", file=sys.stderr)
         return 130
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"data-prep: {error.filename}: {error.strerror or error}", file=sys.stderr)
+        return 2
     except ValueError as error:
-        from .corpus import CorpusError
+        from .errors import UserError
         from .shards import ShardError
 
-        if not isinstance(error, CorpusError | ShardError):
+        if not isinstance(error, UserError | ShardError):
             raise
         print(f"data-prep: {error}", file=sys.stderr)
         return 2
@@ -27,74 +41,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="data-prep", description="Turns public data into the shards that the trainer reads."
+        prog="data-prep",
+        usage="data-prep COMMAND …",
+        description="Turns public data into the shards that the trainer reads. `data-prep COMMAND --help` says more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    corpus = commands.add_parser(
-        "corpus",
-        help="build the laptop corpus",
-        description="Builds the laptop corpus in OUT: emoji, stamps, flags, package descriptions and help pages in "
-        "thirty languages, from Debian packages that apt fetches into a cache (240 MB, once; no root, nothing on the "
-        "system is changed). If OUT holds the same corpus already, nothing is done.",
-    )
-    corpus.add_argument("out", metavar="OUT", help="folder to build; must not exist, or hold this very corpus")
-    where = corpus.add_mutually_exclusive_group()
-    where.add_argument(
-        "--packages", metavar="DIR", help="take .deb files (and Translation-xx lists) from this folder, fetch nothing"
-    )
-    where.add_argument(
-        "--drawn",
-        nargs="?",
-        type=int,
-        const=600,
-        metavar="N",
-        help="make N drawn pictures (600 if no number is given) instead of the real corpus: no packages, no network",
-    )
-    corpus.add_argument("--cache", metavar="DIR", help="where fetched packages are kept (default: ~/.cache/trilith)")
-    corpus.add_argument("--seed", type=int, default=0, help="of the split and every choice (default: 0)")
-    corpus.add_argument(
-        "--image-size", type=int, default=80, metavar="PIXELS", help="side of the stored pictures (default: 80)"
-    )
-    corpus.add_argument(
-        "--vocab-size", type=int, metavar="N", help="pieces of the tokenizer (default: 16384; 384 for --drawn)"
-    )
-    corpus.add_argument(
-        "--max-packages", type=int, default=25_000, metavar="N", help="package descriptions at most (default: 25000)"
-    )
-    corpus.add_argument(
-        "--without",
-        action="append",
-        default=[],
-        choices=("stamps", "flags", "packages", "help"),
-        help="leave a source out; can be given several times",
-    )
-    corpus.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="processes (default: one a core); the result is the same for any number",
-    )
-    corpus.set_defaults(run=_corpus)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", prog="data-prep", help=argparse.SUPPRESS)
+    contents = []
+    for heading, modules in CONTENTS:
+        before = len(commands._choices_actions)
+        for module in modules:
+            importlib.import_module(f".commands.{module}", __package__).add(commands)
+        contents.append(f"{heading}:")
+        contents += [f"  {choice.dest:<12}{choice.help}" for choice in commands._choices_actions[before:]]
+        contents.append("")
+    parser.epilog = "\n".join(contents)
     return parser
-
-
-def _corpus(options: argparse.Namespace) -> int:
-    from .corpus import Settings, build_corpus
-
-    settings = Settings(
-        drawn=options.drawn,
-        seed=options.seed,
-        image_size=options.image_size,
-        vocab_size=options.vocab_size,
-        max_packages=options.max_packages,
-        without=tuple(sorted(set(options.without))),
-    )
-    build_corpus(
-        options.out,
-        settings,
-        packages=options.packages,
-        cache=options.cache,
-        workers=options.workers,
-        say=lambda line: print(line, flush=True),
-    )
-    return 0

@@ -12,8 +12,9 @@ import math
 
 from PIL import Image, ImageDraw
 
+from ..samples import Text
 from .debian import Material
-from .items import CorpusError, ImageItem, Text
+from .items import CorpusError, ImageItem
 from .pictures import encode_png
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "bar")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
+from ..samples import Text
 from .cldr import Locale, World
-from .items import LANGUAGES, ImageItem, Text, clean, plain
+from .items import LANGUAGES, ImageItem, clean, plain
 from .pictures import Job
 
 _TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ET
 
+from ..samples import Text
 from .deb import Package, read_members
-from .items import LANGUAGES, OTHER_CODES, Text, TextItem, clean, plain
+from .items import LANGUAGES, OTHER_CODES, TextItem, clean, plain
 
 _PAGE = re.compile(r"usr/share/help/([A-Za-z_]+)/([a-z-]+)/([A-Za-z0-9_-]+)\.page")
 _MALLARD = "{http://projectmallard.org/1.0/}"

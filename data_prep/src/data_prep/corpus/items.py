@@ -6,6 +6,9 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
+from ..errors import UserError
+from ..samples import Text
+
 # The thirty languages of the paper.
 LANGUAGES = tuple(
     "ar bn zh da nl en fi fr ka de el hi id it ja ko lv no pl pt ro ru sk es sv th tr uk ur vi".split()  # noqa: SIM905
@@ -18,26 +21,8 @@ _ARTICLES = re.compile(r"^(a|an|the|some)\s+")
 _NOT_WORDS = re.compile(r"[\W_]+")
 
 
-class CorpusError(ValueError):
+class CorpusError(UserError):
     """Something that the user can mend: a missing package, a folder in the way, an option out of range."""
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """One text in one language.
-
-    role: "name" (what the thing is called; evaluation uses these), "keywords", "long", "title" or "body".
-    origin: "human", "human:joined" (human texts put in a row by us) or "synthetic:…".
-    """
-
-    text: str
-    language: str
-    role: str
-    origin: str = "human"
-
-    def record(self) -> dict[str, str]:
-        """The TEXT of the shard format."""
-        return {"text": self.text, "language": self.language, "origin": self.origin, "role": self.role}
 
 
 @dataclass(frozen=True, slots=True)

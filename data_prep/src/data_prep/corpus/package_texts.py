@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from ..samples import Text
 from .deb import read_translations
-from .items import Text, TextItem, clean, plain
+from .items import TextItem, clean, plain
 
 _BODY_CHARACTERS = 400  # of whole paragraphs: what a laptop's context holds
 

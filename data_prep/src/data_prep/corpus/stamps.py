@@ -6,9 +6,10 @@ import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from ..samples import Text
 from .cldr import Locale
 from .deb import Package, read_members
-from .items import LANGUAGES, OTHER_CODES, ImageItem, Text, clean, plain
+from .items import LANGUAGES, OTHER_CODES, ImageItem, clean, plain
 from .pictures import Job
 
 _ROOT = "usr/share/tuxpaint/stamps/"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..samples import Text, captions_json, languages_of, texts_json
 from ..shards import DatasetWriter
-from .items import ImageItem, Text, TextItem
+from .items import ImageItem, TextItem
 from .negatives import hard_negatives
 from .split import SPLITS
 from .vocabulary import Tokenizer
@@ -89,38 +89,22 @@ def _write(directory: Path, kind: str, source: str, samples: list[Sample], token
         for key, members, texts in samples:
             longest = max(tokens[place : place + len(texts)])
             place += len(texts)
-            languages = sorted({text.language for text in texts})
-            writer.write(key, members, languages=languages, tokens=longest)
+            writer.write(key, members, languages=languages_of(texts), tokens=longest)
 
 
 def _image(item: ImageItem, source: str, captions: Iterable[Text]) -> Sample:
     texts = list(captions)
-    fields = {"captions": _records(texts), "source": source, "item": item.name}
-    return item.name, {"png": item.png, "json": _json(fields)}, texts
+    return item.name, {"png": item.png, "json": captions_json(texts, source=source, item=item.name)}, texts
 
 
 def _pair(name: str, source: str, query: Sequence[Text], target: Sequence[Text]) -> Sample:
-    fields = {"query": _records(query), "target": _records(target), "source": source, "item": name}
-    return name, {"json": _json(fields)}, [*query, *target]
+    return name, {"json": texts_json(query, target, source=source, item=name)}, [*query, *target]
 
 
-def _triplet(item: ImageItem, negatives: Sequence[ImageItem]) -> Sample:
-    fields = {
-        "query": _records(item.names),
-        "target": _records(item.names),
-        "negatives": [_records(other.names) for other in negatives],
-        "source": item.source,
-        "item": item.name,
-    }
-    return item.name, {"json": _json(fields)}, [*item.names, *(text for other in negatives for text in other.names)]
-
-
-def _records(texts: Iterable[Text]) -> list[dict[str, str]]:
-    return [text.record() for text in texts]
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+def _triplet(item: ImageItem, others: Sequence[ImageItem]) -> Sample:
+    negatives = [other.names for other in others]
+    content = texts_json(item.names, item.names, negatives, source=item.source, item=item.name)
+    return item.name, {"json": content}, [*item.names, *(text for names in negatives for text in names)]
 
 
 def _shuffled(items: list[Any]) -> list[Any]:

@@ -12,6 +12,6 @@ needs the standard library alone.
 
 from .dataset import Dataset, Row
 from .format import KINDS, SCHEMA, ShardError
-from .writer import DatasetWriter
+from .writer import DatasetWriter, ShardWriter, write_manifest
 
-__all__ = ["KINDS", "SCHEMA", "Dataset", "DatasetWriter", "Row", "ShardError"]
+__all__ = ["KINDS", "SCHEMA", "Dataset", "DatasetWriter", "Row", "ShardError", "ShardWriter", "write_manifest"]

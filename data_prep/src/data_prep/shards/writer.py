@@ -2,16 +2,99 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
-import tarfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from .files import TarFile, refused, sync_directory, write_file
 from .format import MANIFEST, SCHEMA, ShardError, check_kind, check_sample, index_name, shard_name
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+class ShardWriter:
+    """Writes one shard, a tar at `path` and its sidecar beside it; both appear at `finish`.
+
+    Raises:
+        ShardError: a sample does not fit its kind, a key comes twice in the shard, or the disk refuses.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], kind: str) -> None:
+        self.path = Path(path)
+        self._kind = kind
+        self._rows: dict[str, str] = {}
+        try:
+            self._tar = TarFile(self.path)
+        except OSError as error:
+            raise refused(self.path, error) from error
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def write(self, key: str, members: dict[str, bytes], *, languages: Sequence[str], tokens: int | None) -> None:
+        """Append one sample; the arguments are those of `DatasetWriter.write`."""
+        check_sample(self._kind, key, members)
+        if key in self._rows:
+            raise ShardError(f"sample key {key!r} comes twice in {self.path}; keys name samples and must differ")
+        try:
+            places = {extension: self._tar.add(f"{key}.{extension}", data) for extension, data in members.items()}
+        except OSError as error:
+            raise refused(self.path, error) from error
+        digest = hashlib.sha256()
+        for data in members.values():
+            digest.update(data)
+        row = {
+            "key": key,
+            "members": places,
+            "languages": list(languages),
+            "tokens": tokens,
+            "sha256": digest.hexdigest(),
+        }
+        self._rows[key] = _encode(row)
+
+    def finish(self) -> dict[str, Any]:
+        """Put both files on the disk; gives the shard's entry in the manifest."""
+        index = "".join(row + "\n" for row in self._rows.values()).encode()
+        try:
+            size, digest = self._tar.finish()
+            write_file(self.path.with_name(index_name(self.path.name)), index)
+        except OSError as error:
+            raise refused(self.path, error) from error
+        return {
+            "name": self.path.name,
+            "samples": len(self._rows),
+            "bytes": size,
+            "sha256": digest,
+            "index_bytes": len(index),
+            "index_sha256": hashlib.sha256(index).hexdigest(),
+        }
+
+    def abandon(self) -> None:
+        """Leave nothing behind; without effect after `finish`."""
+        self._tar.abandon()
+
+
+def write_manifest(
+    directory: Path, *, kind: str, source: str, shards: Sequence[dict[str, Any]], tokenizer_sha256: str | None = None
+) -> None:
+    """Make a data set of the shards in `directory`, by the entries that `ShardWriter.finish` gave, in their order."""
+    manifest = {
+        "schema": SCHEMA,
+        "kind": check_kind(kind),
+        "source": source,
+        "samples": sum(shard["samples"] for shard in shards),
+        "shards": list(shards),
+        "tokenizer_sha256": tokenizer_sha256,
+    }
+    try:
+        write_file(directory / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+        sync_directory(directory)
+    except OSError as error:
+        raise refused(directory / MANIFEST, error) from error
 
 
 class DatasetWriter:
@@ -51,9 +134,8 @@ class DatasetWriter:
         self._tokenizer_sha256 = tokenizer_sha256
         self._partial = self.directory.with_name(self.directory.name + ".partial")
         self._keys: set[str] = set()
-        self._shards: list[dict[str, Any]] = []
-        self._tar: _TarFile | None = None
-        self._rows: list[str] = []
+        self._finished: list[dict[str, Any]] = []
+        self._shard: ShardWriter | None = None
 
     def __enter__(self) -> DatasetWriter:
         if self.directory.exists():
@@ -63,10 +145,10 @@ class DatasetWriter:
                 shutil.rmtree(self._partial)
             self._partial.mkdir(parents=True)
         except OSError as error:
-            raise _refused(self._partial, error) from error
+            raise refused(self._partial, error) from error
         return self
 
-    def write(self, key: str, members: dict[str, bytes], *, languages: list[str], tokens: int | None) -> None:
+    def write(self, key: str, members: dict[str, bytes], *, languages: Sequence[str], tokens: int | None) -> None:
         """Append one sample.
 
         Args:
@@ -78,138 +160,39 @@ class DatasetWriter:
         if key in self._keys:
             raise ShardError(f"sample key {key!r} comes twice in {self.directory}; keys name samples and must differ")
         self._keys.add(key)
-        try:
-            if self._tar is None:
-                self._tar = _TarFile(self._partial / shard_name(len(self._shards)))
-            places = {extension: self._tar.add(f"{key}.{extension}", data) for extension, data in members.items()}
-        except OSError as error:
-            raise _refused(self._partial / shard_name(len(self._shards)), error) from error
-        digest = hashlib.sha256()
-        for data in members.values():
-            digest.update(data)
-        row = {"key": key, "members": places, "languages": languages, "tokens": tokens, "sha256": digest.hexdigest()}
-        self._rows.append(_json(row))
-        if len(self._rows) == self._samples_per_shard:
-            self._finish_shard()
+        if self._shard is None:
+            self._shard = ShardWriter(self._partial / shard_name(len(self._finished)), self.kind)
+        self._shard.write(key, members, languages=languages, tokens=tokens)
+        if len(self._shard) == self._samples_per_shard:
+            self._finish_shard(self._shard)
 
     def __exit__(self, exception: type[BaseException] | None, *_: object) -> None:
         try:
             if exception is None:
                 self._publish()
         finally:
-            if self._tar is not None:
-                self._tar.abandon()
+            if self._shard is not None:
+                self._shard.abandon()
             shutil.rmtree(self._partial, ignore_errors=True)  # after the rename there is nothing there
 
-    def _finish_shard(self) -> None:
-        assert self._tar is not None
-        name = self._tar.path.name
-        index = "".join(row + "\n" for row in self._rows).encode()
-        try:
-            size, digest = self._tar.finish()
-            _write_file(self._partial / index_name(name), index)
-        except OSError as error:
-            raise _refused(self._partial / name, error) from error
-        self._shards.append(
-            {
-                "name": name,
-                "samples": len(self._rows),
-                "bytes": size,
-                "sha256": digest,
-                "index_bytes": len(index),
-                "index_sha256": hashlib.sha256(index).hexdigest(),
-            }
-        )
-        self._tar, self._rows = None, []
+    def _finish_shard(self, shard: ShardWriter) -> None:
+        self._finished.append(shard.finish())
+        self._shard = None
 
     def _publish(self) -> None:
-        if self._rows:
-            self._finish_shard()
-        if not self._shards:
+        if self._shard is not None:
+            self._finish_shard(self._shard)
+        if not self._finished:
             raise ShardError(f"{self.directory}: no sample was written; an empty data set would only fail later")
-        manifest = {
-            "schema": SCHEMA,
-            "kind": self.kind,
-            "source": self.source,
-            "samples": sum(shard["samples"] for shard in self._shards),
-            "shards": self._shards,
-            "tokenizer_sha256": self._tokenizer_sha256,
-        }
+        write_manifest(
+            self._partial,
+            kind=self.kind,
+            source=self.source,
+            shards=self._finished,
+            tokenizer_sha256=self._tokenizer_sha256,
+        )
         try:
-            _write_file(self._partial / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
-            _sync_directory(self._partial)
             self._partial.rename(self.directory)
-            _sync_directory(self.directory.parent)
+            sync_directory(self.directory.parent)
         except OSError as error:
-            raise _refused(self.directory, error) from error
-
-
-class _TarFile:
-    """A ustar archive with nothing in it but names and bytes, hashed as it is written.
-
-    `tarfile` is asked for the headers only: written by hand, the offset of every member's data is known at once.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file: IO[bytes] = path.open("wb")
-        self._offset = 0
-        self._digest = hashlib.sha256()
-
-    def add(self, name: str, data: bytes) -> list[int]:
-        """Append a member; returns [offset, size] of its data."""
-        info = tarfile.TarInfo(name)  # time 0, owner 0, no owner names: nothing of this machine or hour gets in
-        info.size = len(data)
-        info.mode = 0o444
-        self._write(info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict"))
-        offset = self._offset
-        self._write(data)
-        self._write(bytes(-len(data) % tarfile.BLOCKSIZE))
-        return [offset, len(data)]
-
-    def finish(self) -> tuple[int, str]:
-        """Close the archive, on the disk when this returns; gives its size and sha256."""
-        self._write(bytes(2 * tarfile.BLOCKSIZE))
-        self._write(bytes(-self._offset % tarfile.RECORDSIZE))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return self._offset, self._digest.hexdigest()
-
-    def abandon(self) -> None:
-        with contextlib.suppress(OSError):  # what is still buffered does not fit the disk either; it is removed anyway
-            self._file.close()
-
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._digest.update(data)
-        self._offset += len(data)
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    """Make the names in a directory durable, where the system can (Windows cannot open directories)."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _refused(path: Path, error: OSError) -> ShardError:
-    reason = error.strerror or str(error)
-    return ShardError(
-        f"{path}: cannot be written ({reason}); make room or mend it and run again, nothing was published"
-    )
+            raise refused(self.directory, error) from error

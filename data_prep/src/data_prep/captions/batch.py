@@ -1,0 +1,301 @@
+"""The Batch API: the same requests in files, answered within a day at half the price.
+
+A batch's requests are `sent` on the disk before the batch is created, like any other. If a crash comes between the two,
+`collect` looks the batch up by the name that the ledger gave it; requests of a batch that the service does not know are
+listed as perhaps paid. What an expired or cancelled batch did not answer was not computed and is planned again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..shards import Dataset
+from .judge import Limits
+from .ledger import Ledger, Request
+from .money import Estimate, Prices
+from .plan import picture
+from .run import judge_waiting, verdict_on
+from .service import Service, error_message, request_body
+
+MOST_REQUESTS = 50_000
+MOST_BYTES = 200_000_000
+_ENDED = {"completed", "expired", "cancelled", "failed"}
+_NAME = "trilith_batch"
+
+
+@dataclass
+class Collected:
+    """What `collect` found. open: batches still at work; unknown: lines that no request of ours belongs to."""
+
+    open: int = 0
+    ended: int = 0
+    accepted: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    planned_again: int = 0
+    unknown: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+async def submit(
+    ledger: Ledger,
+    service: Service,
+    *,
+    prices: Prices | None = None,
+    budget: float | None = None,
+    image_tokens: int | None = None,
+    limit: int | None = None,
+    most_requests: int = MOST_REQUESTS,
+    most_bytes: int = MOST_BYTES,
+    tick: Callable[[int], None] = lambda requests: None,
+) -> tuple[int, int]:
+    """Send everything that is planned as batches, one model a file; gives (batches, requests).
+
+    Args:
+        budget: money that this ledger may cost in all; requests beyond it stay planned. Needs `prices`.
+        limit: at most so many requests.
+        most_requests, most_bytes: of one file.
+
+    Raises:
+        UserError: the service refuses a file or a batch, or another run holds the ledger.
+    """
+    if budget is not None and prices is None:
+        raise UserError("a budget needs prices: give --price-in and --price-out, per million tokens")
+    if most_requests < 1 or most_bytes < 1:
+        raise UserError(f"{most_requests} requests and {most_bytes} bytes a file: expected at least 1")
+    batches = requests = 0
+    with ledger.exclusive():
+        lines = _lines(ledger, Estimate(ledger, image_tokens), prices, budget, limit)
+        for model, file, costs in _files(ledger.path, lines, most_requests, most_bytes):
+            await _send(ledger, service, model, file, costs)
+            batches, requests = batches + 1, requests + len(costs)
+            tick(requests)
+    return batches, requests
+
+
+async def collect(
+    ledger: Ledger,
+    service: Service,
+    *,
+    prices: Prices | None = None,
+    limits: Limits = Limits(),  # noqa: B008 (frozen)
+) -> Collected:
+    """Take the answers of every batch that has ended; what they did not answer is planned again."""
+    found = Collected()
+    with ledger.exclusive():
+        judge_waiting(ledger, prices, limits)
+        for row in ledger.db.execute("SELECT * FROM batch WHERE state IN ('open', 'creating') ORDER BY id").fetchall():
+            with _told(service):
+                remote = await _remote(service, row)
+            if remote is None:
+                ledger.db.execute("UPDATE batch SET state = 'lost' WHERE id = ?", (row["id"],))
+                found.notes.append(f"batch {row['name']}: the service does not know it; see `captions status`")
+                continue
+            ledger.db.execute("UPDATE batch SET state = 'open', remote = ? WHERE id = ?", (remote.id, row["id"]))
+            if remote.status not in _ENDED:
+                found.open += 1
+                continue
+            try:
+                with _told(service):
+                    await _take(ledger, service, row["id"], remote, prices, limits, found)
+            except _Refused as error:
+                if error.status != 404:
+                    raise
+                ledger.db.execute("UPDATE batch SET state = 'lost', note = ? WHERE id = ?", (str(error), row["id"]))
+                found.notes.append(f"batch {remote.id}: its answers are gone; see `captions status`")
+    return found
+
+
+def _lines(
+    ledger: Ledger, estimate: Estimate, prices: Prices | None, budget: float | None, limit: int | None
+) -> Iterator[tuple[Request, bytes, float | None]]:
+    """(request, its line, the most that it costs) for what is planned, until budget or limit are reached."""
+    datasets: dict[str, Dataset] = {}
+    spent, place, taken = ledger.spent(), 0, 0
+    while chunk := ledger.planned(256, after=place):
+        for place, request in chunk:  # noqa: B007 (the next chunk begins behind it)
+            if request.dataset not in datasets:
+                datasets[request.dataset] = Dataset.open(request.dataset)
+            mime, image = picture(datasets[request.dataset].read(request.number))
+            most = prices.cost(*estimate.tokens(request, image), batch=True) if prices else None
+            if limit is not None and taken >= limit:
+                return
+            if budget is not None and spent + (most or 0.0) > budget:
+                return
+            spent, taken = spent + (most or 0.0), taken + 1
+            body = request_body(request, mime, image)
+            line = {"custom_id": request.id, "method": "POST", "url": "/v1/chat/completions", "body": body}
+            yield request, json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n", most
+
+
+def _files(
+    ledger: Path, lines: Iterator[tuple[Request, bytes, float | None]], most_requests: int, most_bytes: int
+) -> Iterator[tuple[str, Path, list[tuple[str, float | None]]]]:
+    """(model, file, its requests and what they cost at most): files within the limits, each of one model.
+
+    The file lies beside the ledger and is removed when the next one is asked for.
+    """
+    path = ledger.with_name(ledger.name + ".batch.jsonl")
+    waiting = next(lines, None)
+    while waiting is not None:
+        requests: list[tuple[str, float | None]] = []
+        model, size = waiting[0].model, 0
+        try:
+            with path.open("wb") as file:
+                while waiting is not None and waiting[0].model == model and len(requests) < most_requests:
+                    request, line, most = waiting
+                    if len(line) > most_bytes:
+                        raise UserError(
+                            f"one request is {len(line)} bytes, a file holds {most_bytes}; use smaller images"
+                        )
+                    if size + len(line) > most_bytes:
+                        break
+                    file.write(line)
+                    size += len(line)
+                    requests.append((request.id, most))
+                    waiting = next(lines, None)
+            yield model, path, requests
+        finally:
+            path.unlink(missing_ok=True)
+
+
+async def _send(
+    ledger: Ledger, service: Service, model: str, file: Path, requests: list[tuple[str, float | None]]
+) -> None:
+    """Upload, commit `sent`, create: in this order, so that nothing is paid for that the ledger does not know."""
+    name = uuid.uuid4().hex
+    with _told(service):
+        uploaded = await service.client.files.create(file=file, purpose="batch")
+    with ledger.transaction() as db:
+        number = db.execute(
+            "INSERT INTO batch (name, file, created_at, state) VALUES (?, ?, ?, 'creating')",
+            (name, uploaded.id, time.time()),
+        ).lastrowid
+        db.executemany("UPDATE request SET batch = ? WHERE id = ?", [(number, request) for request, _ in requests])
+        ledger.sent(requests, now=time.time())
+    try:
+        with _told(service):
+            remote = await service.client.batches.create(
+                input_file_id=uploaded.id,
+                endpoint="/v1/chat/completions",
+                completion_window="24h",
+                metadata={_NAME: name, "model": model[:500]},
+            )
+    except _Refused as error:
+        _plan_again(ledger, number, f"refused: {error}")
+        ledger.db.execute("UPDATE batch SET state = 'ended', note = ? WHERE id = ?", (str(error), number))
+        raise
+    ledger.db.execute("UPDATE batch SET state = 'open', remote = ? WHERE id = ?", (remote.id, number))
+
+
+async def _remote(service: Service, row: Any) -> Any:
+    """The service's batch: by its id, or by the name that we gave it if a crash lost the id; None if there is none."""
+    if row["remote"]:
+        try:
+            return await service.client.batches.retrieve(row["remote"])
+        except service.openai.NotFoundError:
+            return None
+    async for remote in service.client.batches.list(limit=100):
+        if (remote.metadata or {}).get(_NAME) == row["name"]:
+            return remote
+        if remote.created_at < row["created_at"] - 86_400:  # listed from the newest: ours would have come by now
+            return None
+    return None
+
+
+async def _take(
+    ledger: Ledger, service: Service, number: int, remote: Any, prices: Prices | None, limits: Limits, found: Collected
+) -> None:
+    """Join an ended batch's lines on `custom_id`; whatever has no line was not computed."""
+    waiting = dict(
+        ledger.db.execute(
+            "SELECT request.id, max(attempt.id) FROM request JOIN attempt ON attempt.request = request.id "
+            "WHERE batch = ? AND state = 'sent' GROUP BY request.id",
+            (number,),
+        ).fetchall()
+    )
+    languages = dict(ledger.db.execute("SELECT id, language FROM request WHERE batch = ?", (number,)).fetchall())
+    for file in (remote.output_file_id, remote.error_file_id):
+        if file is None:
+            continue
+        content = await service.client.files.content(file)
+        for line in content.content.splitlines():
+            if not line.strip():
+                continue
+            request, status, raw = _answer(line)
+            if request not in languages:
+                found.unknown += 1
+                continue
+            attempt = waiting.get(request)
+            if attempt is None or status is None or status in (408, 409, 425, 429) or status >= 500:
+                continue  # answered before, or not computed: planned again below
+            del waiting[request]
+            raw = service.hide(raw)
+            ledger.received(attempt, status, raw, now=time.time())
+            verdict = verdict_on(status, raw, languages[request], limits)
+            cost = prices.of(verdict.usage, batch=True) if prices else None
+            ledger.judged(attempt, verdict.caption, verdict.reason, verdict.usage, cost)
+            found.accepted += verdict.reason is None
+            found.rejected.update([verdict.reason] if verdict.reason else [])
+    errors = [error.message for error in (remote.errors.data or [])] if remote.errors else []
+    note = f"{remote.status}{': ' + errors[0] if errors and errors[0] else ''}"
+    found.planned_again += _plan_again(ledger, number, note)
+    if remote.status != "completed":
+        found.notes.append(f"batch {remote.id}: {note}")
+    ledger.db.execute("UPDATE batch SET state = 'ended', note = ? WHERE id = ?", (note, number))
+    found.ended += 1
+
+
+def _plan_again(ledger: Ledger, number: int | None, note: str) -> int:
+    """What a batch left unanswered was not computed."""
+    rows = ledger.db.execute(
+        "SELECT max(attempt.id) FROM request JOIN attempt ON attempt.request = request.id "
+        "WHERE batch = ? AND state = 'sent' GROUP BY request.id",
+        (number,),
+    ).fetchall()
+    for (attempt,) in rows:
+        ledger.not_done(attempt, None, f"batch {note}"[:300], now=time.time())
+    return len(rows)
+
+
+def _answer(line: bytes) -> tuple[str | None, int | None, bytes]:
+    """(custom_id, status, body) of a line of an output or error file; status None: not computed."""
+    try:
+        entry = json.loads(line)
+        request, response = entry["custom_id"], entry.get("response")
+        if response is None or entry.get("error"):
+            return request, None, b""
+        return request, response["status_code"], json.dumps(response["body"], ensure_ascii=False).encode()
+    except (ValueError, KeyError, TypeError):
+        return None, None, b""
+
+
+class _Refused(UserError):
+    """The service answered, and said no: nothing was begun."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@contextmanager
+def _told(service: Service) -> Iterator[None]:
+    """Turns the client's errors into ours, without the key."""
+    try:
+        yield
+    except service.openai.APIStatusError as error:
+        message = error_message(service.hide(error.response.content))
+        if error.status_code >= 500:
+            raise UserError(f"{service.url}: status {error.status_code}: {message}; run the command again") from None
+        raise _Refused(str(service.stopping_error(error.status_code, message)), error.status_code) from None
+    except service.openai.APIConnectionError as error:
+        note = service.hide(str(error.__cause__ or error).encode()).decode()
+        raise UserError(f"{service.url} cannot be reached ({note}); run the command again") from None

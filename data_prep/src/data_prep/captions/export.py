@@ -1,0 +1,115 @@
+"""From the ledger to a data set of images with long captions."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import sqlite3
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..samples import Text
+from ..shaping.tokens import TokenCounter
+from ..shards import Dataset, DatasetWriter
+from .ledger import Ledger
+from .plan import picture
+
+_ACCEPTED = (
+    "SELECT image.sha256, image.dataset, image.number, request.id, request.language, request.caption, recipe.model, "
+    "recipe.prompt_version, prompt.sha256 AS prompt_sha256, attempt.model AS served_model, attempt.fingerprint, "
+    "attempt.prompt_tokens, attempt.completion_tokens FROM request JOIN image ON image.sha256 = request.image "
+    "JOIN recipe ON recipe.id = request.recipe "
+    "JOIN prompt ON prompt.version = recipe.prompt_version AND prompt.language = request.language "
+    "JOIN attempt ON attempt.id = (SELECT max(id) FROM attempt WHERE request = request.id) "
+    "WHERE request.state = 'accepted' ORDER BY image.rowid, request.rowid"
+)
+
+
+def export(
+    ledger: Ledger,
+    out: str | Path,
+    *,
+    source: str,
+    tokenizer: TokenCounter | None = None,
+    samples_per_shard: int = 1000,
+    tick: Callable[[], None] = lambda: None,
+) -> Counter[str]:
+    """Write every accepted caption beside its image; gives captions by language.
+
+    A sample is an image with its captions in all languages, `{"captions", "source", "item", "synthesis"}`; `synthesis`
+    says of each caption, in the same order, the request's id, the model that was asked and that answered, its
+    fingerprint, the tokens that it counted, prompt version and hash. Origin is "synthetic:MODEL:PROMPTVERSION". The
+    item is that of the sample that the image comes from, so that its short and long captions are known as one.
+
+    Raises:
+        UserError: nothing was accepted yet, or an image is no longer what was described.
+        ShardError: `out` exists, the disk refuses, or a data set of images cannot be read.
+    """
+    datasets: dict[str, Dataset] = {}
+    counts: Counter[str] = Counter()
+    if ledger.db.execute("SELECT 1 FROM request WHERE state = 'accepted' LIMIT 1").fetchone() is None:
+        raise UserError(f"{ledger.path}: no caption was accepted yet; see `data-prep captions status {ledger.path}`")
+    with DatasetWriter(
+        out,
+        kind="image-long",
+        source=source,
+        samples_per_shard=samples_per_shard,
+        tokenizer_sha256=tokenizer.sha256 if tokenizer else None,
+    ) as writer:
+        rows = ledger.db.execute(_ACCEPTED)
+        for sha256, group in itertools.groupby(rows, key=lambda row: row["sha256"]):
+            captions = list(group)
+            place = captions[0]["dataset"]
+            if place not in datasets:
+                datasets[place] = Dataset.open(place)
+            members = datasets[place].read(captions[0]["number"])
+            image = picture(members)[1]
+            if hashlib.sha256(image).hexdigest() != sha256:
+                raise UserError(f"{place}: image {captions[0]['number']} is not the one that was described")
+            extension = next(name for name, data in members.items() if data is image)
+            languages = sorted({row["language"] for row in captions})
+            item = _item(datasets[place], captions[0]["number"], members)
+            writer.write(
+                sha256[:32],
+                {extension: image, "json": _json(captions, source, item)},
+                languages=languages,
+                tokens=max(tokenizer.counts([row["caption"] for row in captions])) if tokenizer else None,
+            )
+            counts.update(row["language"] for row in captions)
+            tick()
+    return counts
+
+
+def _item(dataset: Dataset, number: int, members: dict[str, bytes]) -> str:
+    """The identity that the image's own sample gives, else its key."""
+    try:
+        item = json.loads(members["json"])["item"]
+    except (KeyError, ValueError, TypeError):
+        item = None
+    return item if isinstance(item, str) and item else dataset.row(number).key
+
+
+def _json(captions: list[sqlite3.Row], source: str, item: str) -> bytes:
+    texts = [
+        Text(row["caption"], row["language"], "long", f"synthetic:{row['model']}:{row['prompt_version']}").record()
+        for row in captions
+    ]
+    synthesis: list[dict[str, Any]] = [
+        {
+            "request": row["id"],
+            "model": row["model"],
+            "served_model": row["served_model"],
+            "fingerprint": row["fingerprint"],
+            "prompt_tokens": row["prompt_tokens"],
+            "completion_tokens": row["completion_tokens"],
+            "prompt_version": row["prompt_version"],
+            "prompt_sha256": row["prompt_sha256"],
+        }
+        for row in captions
+    ]
+    fields = {"captions": texts, "source": source, "item": item, "synthesis": synthesis}
+    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode("utf-8", errors="replace")

@@ -1,0 +1,68 @@
+"""What the rest would cost, before it is asked for: nothing is sent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..shards import Dataset
+from .ledger import Ledger
+from .money import Estimate, Prices
+from .plan import picture
+
+_ENOUGH = 20  # answers to learn a mean from
+_SAMPLE = 200
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Tokens and money that the planned requests may take.
+
+    measured: on how many answers the figures rest; 0 if there are too few, and then they are what requests may take at
+    most, by a sample of images and the longest answer allowed. cost: money, None without prices.
+    """
+
+    requests: int
+    measured: int
+    prompt_tokens: float
+    completion_tokens: float
+    cost: float | None
+
+
+def forecast(
+    ledger: Ledger, prices: Prices | None, *, image_tokens: int | None = None, batch: bool = False
+) -> Forecast:
+    """Project the cost of everything planned: from the ledger's own answers, language by language, or from a sample."""
+    rows = ledger.db.execute("SELECT language, count(*) FROM request WHERE state = 'planned' GROUP BY 1")
+    planned = dict(rows.fetchall())
+    total = sum(planned.values())
+    means = {
+        row[0]: (row[1], row[2], row[3])
+        for row in ledger.db.execute(
+            "SELECT language, avg(prompt_tokens), avg(completion_tokens), count(*) FROM attempt "
+            "JOIN request ON request.id = attempt.request WHERE prompt_tokens IS NOT NULL GROUP BY 1"
+        )
+    }
+    measured = sum(count for *_, count in means.values())
+    if measured >= _ENOUGH:
+        whole = tuple(sum(mean[side] * mean[2] for mean in means.values()) / measured for side in (0, 1))
+        prompt, completion = (
+            sum(count * means.get(language, whole)[side] for language, count in planned.items()) for side in (0, 1)
+        )
+    else:
+        measured = 0
+        prompt, completion = _from_sample(ledger, image_tokens, total)
+    cost = prices.cost(prompt, completion, batch=batch) if prices else None
+    return Forecast(total, measured, prompt, completion, cost)
+
+
+def _from_sample(ledger: Ledger, image_tokens: int | None, total: int) -> tuple[float, float]:
+    estimate, datasets = Estimate(ledger, image_tokens), dict[str, Dataset]()
+    drawn = ledger.sample(_SAMPLE)
+    prompt = completion = 0
+    for request in drawn:
+        if request.dataset not in datasets:
+            datasets[request.dataset] = Dataset.open(request.dataset)
+        most = estimate.tokens(request, picture(datasets[request.dataset].read(request.number))[1])
+        prompt, completion = prompt + most[0], completion + most[1]
+    scale = total / max(1, len(drawn))
+    return prompt * scale, completion * scale

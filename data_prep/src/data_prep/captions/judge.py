@@ -1,0 +1,126 @@
+"""Whether an answer is a caption: refusals, cut ends, wrong languages, loops.
+
+Everything that is wrong with an answer has a name, the reason of its rejection:
+
+    malformed    no JSON, or not that of a chat completion
+    declined     the service would not answer this request (4xx)
+    refusal      the model will not: by its `refusal` field, the content filter, or how the text begins
+    truncated    `finish_reason` is "length"
+    empty        no text
+    length       shorter or longer than a caption is in this script
+    language     another language than asked for, on the whole or in a third of it
+    repetition   the same words again and again
+    duplicate    nearly the words of another image's caption (found later, among all: `duplicates.py`)
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from dataclasses import dataclass
+
+from ..corpus.items import clean
+from ..shaping.languages import identify
+from .ledger import Usage
+from .texts import refusal_phrases
+
+_OPENING = 120  # characters; a refusal comes at once
+# A character of these scripts says more than a letter of an alphabet.
+_DENSITY = {"zh": 0.3, "ja": 0.4, "ko": 0.45}
+_REPEATED = 0.3  # share of 20-character windows that occurred before; prose has a few percent
+_THIRDS_FROM = 300  # characters; below that, a third is too little to tell a language by
+_SURE = 0.95
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Characters of a caption in an alphabet, at least and at most; Chinese, Japanese and Korean need 0.3 to 0.45."""
+
+    shortest: int = 200
+    longest: int = 6000
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A caption, or the reason why there is none; and what the service says of its answer."""
+
+    caption: str | None
+    reason: str | None
+    usage: Usage
+
+
+def judge(raw: bytes, language: str, limits: Limits = Limits()) -> Verdict:
+    """Judge the bytes of a 200 answer to a request in `language`."""
+    try:
+        answer = json.loads(raw)
+        choice = answer["choices"][0]
+        message = choice["message"]
+        text, refusal, finish = message.get("content"), message.get("refusal"), choice.get("finish_reason")
+        if not isinstance(text, str | None):
+            raise TypeError("content is no text")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return Verdict(None, "malformed", usage_of(raw))
+    caption = clean(text or "")
+    reason = "refusal" if refusal or finish == "content_filter" else None
+    reason = reason or ("truncated" if finish == "length" else None) or fault(caption, language, limits)
+    return Verdict(None if reason else caption, reason, usage_of(raw))
+
+
+def fault(caption: str, language: str, limits: Limits) -> str | None:
+    """What is wrong with a caption, by its text alone; None if nothing is."""
+    if not caption:
+        return "empty"
+    opening = caption[:_OPENING].casefold()
+    if any(phrase in opening for phrase in refusal_phrases(language)):
+        return "refusal"
+    density = _DENSITY.get(language, 1.0)
+    if not limits.shortest * density <= len(caption) <= limits.longest:
+        return "length"
+    if repeated(caption) > _REPEATED:
+        return "repetition"
+    if not in_language(caption, language):
+        return "language"
+    return None
+
+
+def repeated(text: str, width: int = 20) -> float:
+    """The share of a text's windows of `width` characters that occurred in it before."""
+    windows = max(1, len(text) - width + 1)
+    return 1 - len({text[start : start + width] for start in range(windows)}) / windows
+
+
+def in_language(text: str, language: str) -> bool:
+    """Whether a text is in a language on the whole, and no third of a longer one clearly in another."""
+    if identify(text)[0] != language:
+        return False
+    if sum(2 if unicodedata.east_asian_width(c) == "W" else 1 for c in text) < _THIRDS_FROM:
+        return True
+    third = len(text) // 3
+    found = [identify(text[start * third : (start + 1) * third]) for start in range(3)]
+    return not any(other != language and probability >= _SURE for other, probability in found)
+
+
+def usage_of(raw: bytes) -> Usage:
+    """Model, fingerprint and counted tokens of an answer, as far as it has them."""
+    try:
+        answer = json.loads(raw)
+    except ValueError:
+        return Usage()
+    if not isinstance(answer, dict):
+        return Usage()
+    usage = answer.get("usage")
+    counts = usage if isinstance(usage, dict) else {}
+    return Usage(
+        model=_text(answer.get("model")),
+        fingerprint=_text(answer.get("system_fingerprint")),
+        prompt_tokens=_count(counts.get("prompt_tokens")),
+        completion_tokens=_count(counts.get("completion_tokens")),
+    )
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _count(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

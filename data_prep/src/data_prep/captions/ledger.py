@@ -1,0 +1,271 @@
+"""The ledger: what was asked, what came, what it cost. One SQLite file, one line of life a request.
+
+    planned ──→ sent ──→ received ──→ accepted | rejected (reason)
+       ↑          │
+       └──────────┘ the service said that it did nothing (429, 5xx), or it was never reached
+
+`sent` is on the disk before the request leaves and the raw answer before anybody parses it. So whatever a crash leaves
+at `sent` was perhaps paid for; it stays there, is listed, and goes out again only when the user says so by name.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+SCHEMA = 1
+_TABLES = """
+CREATE TABLE recipe (id INTEGER PRIMARY KEY, model TEXT NOT NULL, prompt_version TEXT NOT NULL, options TEXT NOT NULL,
+    UNIQUE (model, prompt_version, options));
+CREATE TABLE prompt (version TEXT, language TEXT, sha256 TEXT NOT NULL, text TEXT NOT NULL,
+    PRIMARY KEY (version, language));
+CREATE TABLE image (sha256 TEXT PRIMARY KEY, dataset TEXT NOT NULL, number INTEGER NOT NULL);
+CREATE TABLE request (id TEXT PRIMARY KEY, image TEXT NOT NULL REFERENCES image, language TEXT NOT NULL,
+    recipe INTEGER NOT NULL REFERENCES recipe, batch INTEGER REFERENCES batch, caption TEXT, reason TEXT,
+    signature BLOB, state TEXT NOT NULL CHECK (state IN ('planned', 'sent', 'received', 'accepted', 'rejected')));
+CREATE INDEX request_by_state ON request (state, language);
+CREATE INDEX request_unsigned ON request (id) WHERE state = 'accepted' AND signature IS NULL;
+CREATE INDEX request_by_image ON request (image);
+CREATE INDEX request_by_batch ON request (batch);
+CREATE TABLE attempt (id INTEGER PRIMARY KEY, request TEXT NOT NULL REFERENCES request, sent_at REAL NOT NULL,
+    ended_at REAL, status INTEGER, note TEXT, raw BLOB, model TEXT, fingerprint TEXT, prompt_tokens INTEGER,
+    completion_tokens INTEGER, cost REAL);
+CREATE INDEX attempt_by_request ON attempt (request);
+CREATE TABLE batch (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, remote TEXT, file TEXT, created_at REAL NOT NULL,
+    state TEXT NOT NULL, note TEXT);
+"""
+_NO_BATCH_WILL_ANSWER = "(batch IS NULL OR batch NOT IN (SELECT id FROM batch WHERE state IN ('creating', 'open')))"
+_REQUESTS = (
+    "SELECT request.rowid AS place, request.*, recipe.*, image.*, prompt.text, request.id AS id FROM request "
+    "JOIN recipe ON recipe.id = request.recipe JOIN image ON image.sha256 = request.image "
+    "JOIN prompt ON prompt.version = recipe.prompt_version AND prompt.language = request.language"
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request as it has to be sent: `options` are fields of the body, `text` the prompt."""
+
+    id: str
+    image: str
+    language: str
+    model: str
+    prompt_version: str
+    options: dict[str, Any]
+    text: str
+    dataset: str
+    number: int
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the service says of its answer; None where it says nothing."""
+
+    model: str | None = None
+    fingerprint: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+def request_id(image: str, language: str, prompt_version: str, model: str, options: dict[str, Any]) -> str:
+    """The key of the ledger: 128 bits of sha256 over everything that makes a caption another caption."""
+    parts = json.dumps([image, language, prompt_version, model, options], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(parts.encode()).hexdigest()[:32]
+
+
+class Ledger:
+    """An open ledger. Only one process at a time may change a ledger's requests: see `exclusive`."""
+
+    def __init__(self, path: str | os.PathLike[str], *, create: bool = False) -> None:
+        self.path = Path(path)
+        if not create and not self.path.exists():
+            raise UserError(f"{self.path}: no such ledger; make one with `data-prep captions plan {self.path} SHARDS`")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.db = sqlite3.connect(self.path, isolation_level=None, timeout=30)
+            self.db.row_factory = sqlite3.Row
+            self.db.execute("PRAGMA journal_mode = WAL")
+            self.db.execute("PRAGMA synchronous = FULL")  # committed means on the disk: this file stands for money
+            found = self.db.execute("PRAGMA user_version").fetchone()[0]
+            if not found:
+                self.db.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {SCHEMA}; COMMIT;")
+            elif found != SCHEMA:
+                raise UserError(f"{self.path}: a ledger of schema {found}, expected {SCHEMA}; take another file")
+        except (sqlite3.DatabaseError, OSError) as error:
+            raise UserError(f"{self.path}: not a ledger, or the disk refuses it ({error})") from error
+
+    def close(self) -> None:
+        self.db.close()
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the ledger against other runs; the system lets go of it when the process dies, however it dies.
+
+        Raises:
+            UserError: another process holds it, or the disk refuses what is written meanwhile.
+        """
+        try:
+            lock = open(f"{self.path}.lock", "w")  # noqa: SIM115 (closed below, which is what frees it)
+        except OSError as error:
+            raise UserError(
+                f"{self.path}.lock: cannot be written ({error.strerror}); mend that and run again"
+            ) from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(f"{self.path} is in use by another run; wait for it or stop it") from error
+            try:
+                yield
+            except sqlite3.OperationalError as error:
+                raise UserError(f"{self.path} cannot be written ({error}); make room and run again") from error
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Everything inside is committed together, or nothing of it; one inside another belongs to the outer one."""
+        if self.db.in_transaction:
+            yield self.db
+            return
+        self.db.execute("BEGIN IMMEDIATE")
+        try:
+            yield self.db
+        except BaseException:
+            self.db.execute("ROLLBACK")
+            raise
+        self.db.execute("COMMIT")
+
+    # --- what is to be asked
+
+    def planned(self, limit: int, *, after: int = 0) -> list[tuple[int, Request]]:
+        """The next `limit` planned requests behind row `after`, in the order in which they were planned."""
+        rows = self.db.execute(
+            f"{_REQUESTS} WHERE +state = 'planned' AND request.rowid > ? ORDER BY request.rowid LIMIT ?", (after, limit)
+        )
+        return [(row["place"], _request(row)) for row in rows]
+
+    def sample(self, limit: int) -> list[Request]:
+        """Planned requests drawn by their ids, which are hashes: the same ones for the same ledger."""
+        rows = self.db.execute(f"{_REQUESTS} WHERE state = 'planned' ORDER BY request.id LIMIT ?", (limit,))
+        return [_request(row) for row in rows]
+
+    def reopen(self, what: str) -> int:
+        """Plan again what was answered or lost: "perhaps-paid", a reason of rejection, or one request's id.
+
+        Returns how many. Requests in an open batch are left alone: their answers are still to come.
+
+        Raises:
+            UserError: nothing in the ledger is called so.
+        """
+        changed = self.db.execute(
+            "UPDATE request SET state = 'planned', reason = NULL, caption = NULL, batch = NULL WHERE "
+            f"(? = 'perhaps-paid' AND state = 'sent' AND {_NO_BATCH_WILL_ANSWER}) "
+            "OR (state = 'rejected' AND reason = ?) "
+            f"OR (id = ? AND state IN ('sent', 'rejected', 'accepted') AND {_NO_BATCH_WILL_ANSWER})",
+            (what, what, what),
+        ).rowcount
+        if not changed:
+            reasons = self.db.execute("SELECT DISTINCT reason FROM request WHERE state = 'rejected' ORDER BY 1")
+            names = ["perhaps-paid", *(row[0] for row in reasons), "or a request's id"]
+            raise UserError(f"nothing to ask again under {what!r}; there are: {', '.join(names)}")
+        return changed
+
+    # --- the life of a request
+
+    def sent(self, requests: Iterable[tuple[str, float | None]], *, now: float) -> list[int]:
+        """Commit that these (id, the most that each may cost) are about to leave; gives the attempts' numbers."""
+        with self.transaction() as db:
+            attempts = []
+            for request, most in requests:
+                changed = db.execute("UPDATE request SET state = 'sent' WHERE id = ? AND state = 'planned'", (request,))
+                if changed.rowcount != 1:
+                    raise RuntimeError(f"request {request} is not planned; it must not be sent")
+                attempts.append(
+                    db.execute(
+                        "INSERT INTO attempt (request, sent_at, cost) VALUES (?, ?, ?)", (request, now, most)
+                    ).lastrowid
+                )
+        return attempts  # type: ignore[return-value]
+
+    def received(self, attempt: int, status: int, raw: bytes, *, now: float) -> None:
+        """Commit an answer as it came. Its cost stays the most it may be until `judged` knows better."""
+        with self.transaction() as db:
+            db.execute("UPDATE attempt SET ended_at = ?, status = ?, raw = ? WHERE id = ?", (now, status, raw, attempt))
+            self._move(attempt, "received")
+
+    def judged(self, attempt: int, caption: str | None, reason: str | None, usage: Usage, cost: float | None) -> None:
+        """Commit what the answer is worth: a caption, or the reason why it is none."""
+        with self.transaction() as db:
+            db.execute(
+                "UPDATE attempt SET model = ?, fingerprint = ?, prompt_tokens = ?, completion_tokens = ?, "
+                "cost = coalesce(?, cost) WHERE id = ?",
+                (usage.model, usage.fingerprint, usage.prompt_tokens, usage.completion_tokens, cost, attempt),
+            )
+            self._move(attempt, "rejected" if reason else "accepted", reason=reason, caption=caption)
+
+    def not_done(self, attempt: int, status: int | None, note: str, *, now: float) -> None:
+        """Commit that nothing was computed, so nothing is owed: the request is planned again."""
+        with self.transaction() as db:
+            db.execute(
+                "UPDATE attempt SET ended_at = ?, status = ?, note = ?, cost = 0 WHERE id = ?",
+                (now, status, note, attempt),
+            )
+            self._move(attempt, "planned")
+
+    def lost(self, attempt: int, note: str, *, now: float) -> None:
+        """Commit that nobody knows: the request stays `sent`, its cost the most it may be."""
+        self.db.execute("UPDATE attempt SET ended_at = ?, note = ? WHERE id = ?", (now, note, attempt))
+
+    def _move(self, attempt: int, state: str, *, reason: str | None = None, caption: str | None = None) -> None:
+        self.db.execute(
+            "UPDATE request SET state = ?, reason = ?, caption = ?, signature = NULL, "
+            "batch = CASE ? WHEN 'planned' THEN NULL ELSE batch END "
+            "WHERE id = (SELECT request FROM attempt WHERE id = ?)",
+            (state, reason, caption, state, attempt),
+        )
+
+    # --- what is known
+
+    def spent(self) -> float:
+        """Money: what answers cost, and for those that are out or lost the most that they may cost."""
+        return self.db.execute("SELECT total(cost) FROM attempt").fetchone()[0]
+
+    def unjudged(self) -> list[sqlite3.Row]:
+        """Answers that were committed and not yet parsed: a run was killed between the two."""
+        return self.db.execute(
+            "SELECT attempt.id, attempt.raw, attempt.status, request.language, request.batch FROM request "
+            "JOIN attempt ON attempt.request = request.id WHERE state = 'received' AND "
+            "attempt.id = (SELECT max(id) FROM attempt WHERE request = request.id)"
+            " ORDER BY attempt.id"
+        ).fetchall()
+
+    def perhaps_paid(self) -> list[sqlite3.Row]:
+        """Requests at `sent` that no open batch will answer: (id, language, dataset, number, sent_at, note)."""
+        return self.db.execute(
+            "SELECT request.id, language, dataset, number, max(sent_at) AS sent_at, note FROM request "
+            "JOIN attempt ON attempt.request = request.id JOIN image ON image.sha256 = request.image "
+            f"WHERE state = 'sent' AND {_NO_BATCH_WILL_ANSWER} GROUP BY request.id ORDER BY request.rowid"
+        ).fetchall()
+
+
+def _request(row: sqlite3.Row) -> Request:
+    return Request(
+        id=row["id"],
+        image=row["image"],
+        language=row["language"],
+        model=row["model"],
+        prompt_version=row["prompt_version"],
+        options=json.loads(row["options"]),
+        text=row["text"],
+        dataset=row["dataset"],
+        number=row["number"],
+    )

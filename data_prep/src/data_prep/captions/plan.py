@@ -1,0 +1,154 @@
+"""Planning: which images are to be described, in which languages, by which model, with which prompt."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..shards import Dataset
+from ..shards.format import IMAGE_EXTENSIONS
+from .ledger import Ledger, request_id
+from .texts import PROMPTS, Prompt, read_prompt
+
+_MIME = {"png": "image/png", "jpg": "image/jpeg", "webp": "image/webp"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to ask for.
+
+    model: as the service calls it. languages: ISO 639-1 codes. prompt_version: a folder of prompts.
+    max_tokens: the longest answer. detail: "low", "high", "auto" or None (not sent), how closely a model looks.
+    body: further fields of the request ("temperature", "seed", …), part of the request's identity.
+    images: take so many, drawn by hash with `seed`; None: all.
+    """
+
+    model: str
+    languages: tuple[str, ...]
+    prompt_version: str = "v1"
+    max_tokens: int = 1024
+    detail: str | None = None
+    body: dict[str, Any] = field(default_factory=dict)
+    images: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        reserved = sorted({"model", "messages", "stream", "n", "max_tokens", "max_completion_tokens"} & set(self.body))
+        if reserved:
+            raise UserError(f"the request's field {reserved[0]!r} is ours to set; leave it out of --body")
+        if self.max_tokens < 1 or (self.images is not None and self.images < 1):
+            raise UserError(f"max_tokens {self.max_tokens} and images {self.images}: expected at least 1")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the request's identity holds beside image, language, prompt and model."""
+        return {"max_tokens": self.max_tokens, "detail": self.detail, "body": self.body}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """images: different ones found; twice: those that occurred before; new: requests added; known: there before."""
+
+    images: int
+    twice: int
+    new: int
+    known: int
+
+
+def plan(
+    ledger: Ledger,
+    datasets: Sequence[str | Path],
+    wanted: Plan,
+    *,
+    prompts: Path = PROMPTS,
+    tick: Callable[[], None] = lambda: None,
+) -> Planned:
+    """Add the requests for every image of `datasets` to the ledger; those that it knows stay as they are.
+
+    The same picture (same bytes) is asked about once, wherever it occurs. `tick` is called once an image.
+
+    Raises:
+        UserError: a data set without images, no such prompt, or a prompt whose text changed under its version.
+        ShardError: a data set cannot be read.
+    """
+    texts = [read_prompt(wanted.prompt_version, language, prompts) for language in wanted.languages]
+    opened = [Dataset.open(directory) for directory in datasets]
+    for dataset in opened:
+        if not dataset.kind.startswith("image"):
+            raise UserError(f"{dataset.directory} holds {dataset.kind}; captions are made for data sets of images")
+    chosen, seen, twice = _choose(opened, wanted, tick)
+    with ledger.exclusive(), ledger.transaction() as db:
+        for prompt in texts:
+            _note_prompt(ledger, prompt)
+        options = json.dumps(wanted.options, sort_keys=True, ensure_ascii=False)
+        recipe = (wanted.model, wanted.prompt_version, options)
+        db.execute("INSERT OR IGNORE INTO recipe (model, prompt_version, options) VALUES (?, ?, ?)", recipe)
+        (number,) = db.execute(
+            "SELECT id FROM recipe WHERE (model, prompt_version, options) = (?, ?, ?)", recipe
+        ).fetchone()
+        before = db.execute("SELECT count(*) FROM request").fetchone()[0]
+        db.executemany("INSERT OR IGNORE INTO image VALUES (?, ?, ?)", chosen)
+        db.executemany(
+            "INSERT OR IGNORE INTO request (id, image, language, recipe, state) VALUES (?, ?, ?, ?, 'planned')",
+            (
+                (_id(image, language, wanted), image, language, number)
+                for image, _, _ in chosen
+                for language in wanted.languages
+            ),
+        )
+        new = db.execute("SELECT count(*) FROM request").fetchone()[0] - before
+    return Planned(images=seen, twice=twice, new=new, known=len(chosen) * len(wanted.languages) - new)
+
+
+def _id(image: str, language: str, wanted: Plan) -> str:
+    return request_id(image, language, wanted.prompt_version, wanted.model, wanted.options)
+
+
+def picture(members: dict[str, bytes]) -> tuple[str, bytes]:
+    """(MIME type, bytes) of the image of a sample as `Dataset.read` gives it."""
+    extension = next(extension for extension in IMAGE_EXTENSIONS if extension in members)
+    return _MIME[extension], members[extension]
+
+
+def _choose(
+    datasets: Sequence[Dataset], wanted: Plan, tick: Callable[[], None]
+) -> tuple[list[tuple[str, str, int]], int, int]:
+    """(sha256, data set, number) of the images to describe in their order, how many differ, how many came twice."""
+    found: dict[str, tuple[int, str, int]] = {}
+    twice = 0
+    for dataset in datasets:
+        directory = str(dataset.directory.resolve())
+        for number in range(len(dataset)):
+            tick()
+            digest = hashlib.sha256(picture(dataset.read(number))[1]).hexdigest()
+            twice += digest in found
+            found.setdefault(digest, (len(found), directory, number))
+    drawn: Sequence[str] = list(found)
+    if wanted.images is not None:
+
+        def lot(digest: str) -> str:
+            return hashlib.sha256(f"{wanted.seed}:{digest}".encode()).hexdigest()
+
+        drawn = sorted(heapq.nsmallest(wanted.images, found, key=lot), key=lambda digest: found[digest][0])
+    return [(digest, *found[digest][1:]) for digest in drawn], len(found), twice
+
+
+def _note_prompt(ledger: Ledger, prompt: Prompt) -> None:
+    known = ledger.db.execute(
+        "SELECT sha256 FROM prompt WHERE version = ? AND language = ?", (prompt.version, prompt.language)
+    ).fetchone()
+    if known is None:
+        ledger.db.execute(
+            "INSERT INTO prompt VALUES (?, ?, ?, ?)", (prompt.version, prompt.language, prompt.sha256, prompt.text)
+        )
+    elif known["sha256"] != prompt.sha256:
+        raise UserError(
+            f"prompt {prompt.version}/{prompt.language} is not the text that {ledger.path} was planned with; captions "
+            "of two prompts must not share a version: give the new text a new version"
+        )

@@ -1,0 +1,282 @@
+"""A run: ask for what is planned, as fast as the service likes, until nothing is left or the budget is used up."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ..errors import UserError
+from ..shards import Dataset
+from .judge import Limits, Verdict, judge
+from .ledger import Ledger, Request, Usage
+from .money import Estimate, Prices
+from .pace import Pace
+from .plan import picture
+from .service import Answered, Declined, Lost, NotDone, Outcome, Service, Stop, error_message
+
+# So many calls in a row without one answer, and the fault is not with the requests.
+_FAILURES = 20
+_LOSSES = 5  # these may have cost money
+_REFUSED = 5
+_READ_AHEAD = 256
+_LONG_PAUSE = 5.0  # seconds
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How to run.
+
+    limit: ask at most so often. tries: 5xx and missed connections that one request may meet in this run before it is
+    left for another. budget: money that this ledger may cost, all runs together; needs prices.
+    """
+
+    limit: int | None = None
+    tries: int = 6
+    budget: float | None = None
+    prices: Prices | None = None
+    image_tokens: int | None = None
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if self.budget is not None and self.prices is None:
+            raise UserError("a budget needs prices: give --price-in and --price-out, per million tokens")
+
+
+@dataclass
+class Receipt:
+    """What a run did. `lost`: perhaps paid; `later`: requests that met too many failures and stay planned."""
+
+    asked: int = 0
+    accepted: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    not_done: int = 0
+    lost: int = 0
+    later: int = 0
+    stopped: str | None = None  # why the run ended before the work did
+
+
+def judge_waiting(ledger: Ledger, prices: Prices | None, limits: Limits) -> Counter[str]:
+    """Judge the answers that a killed run left on the disk unparsed; counts by outcome. Nothing is asked."""
+    outcomes: Counter[str] = Counter()
+    for row in ledger.unjudged():
+        verdict = verdict_on(row["status"], row["raw"], row["language"], limits)
+        batch = row["batch"] is not None
+        ledger.judged(
+            row["id"],
+            verdict.caption,
+            verdict.reason,
+            verdict.usage,
+            prices.of(verdict.usage, batch=batch) if prices else None,
+        )
+        outcomes[verdict.reason or "accepted"] += 1
+    return outcomes
+
+
+def verdict_on(status: int, raw: bytes, language: str, limits: Limits) -> Verdict:
+    """What an answer of this status is worth."""
+    return judge(raw, language, limits) if status == 200 else Verdict(None, "declined", Usage())
+
+
+def run(
+    ledger: Ledger,
+    service: Service,
+    pace: Pace,
+    settings: RunSettings,
+    *,
+    tick: Callable[[Receipt], None] = lambda receipt: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Receipt:
+    """Ask for everything that is planned.
+
+    SIGINT and SIGTERM let the calls under way come back and then end the run; the ledger knows the rest. `tick` is
+    called whenever a call has ended, `say` when the service asks for a longer pause.
+
+    Raises:
+        UserError: the service will answer nothing (wrong key, no money, no such model, every call fails), or another
+            run holds the ledger. What was answered before is kept.
+    """
+    with ledger.exclusive():
+        judge_waiting(ledger, settings.prices, settings.limits)
+        return asyncio.run(_Run(ledger, service, pace, settings, tick, say).drive())
+
+
+class _Run:
+    def __init__(
+        self,
+        ledger: Ledger,
+        service: Service,
+        pace: Pace,
+        settings: RunSettings,
+        tick: Callable[[Receipt], None],
+        say: Callable[[str], None],
+    ) -> None:
+        self.ledger, self.service, self.pace, self.settings = ledger, service, pace, settings
+        self.tick, self.say = tick, say
+        self.receipt = Receipt()
+        self.error: UserError | None = None
+        self.estimate = Estimate(ledger, settings.image_tokens)
+        self.spent = ledger.spent()
+        self.queue: deque[Request] = deque()
+        self.failures: Counter[str] = Counter()
+        self._read_to = 0
+        self._datasets: dict[str, Dataset] = {}
+        self._in_a_row: Counter[str] = Counter()
+
+    async def drive(self) -> Receipt:
+        """Launch calls while the pace allows and there is something to ask, then wait for those under way."""
+        self.stopping = asyncio.Event()
+        self._catch_signals()
+        under_way: set[asyncio.Task[None]] = set()
+        try:
+            while not self.stopping.is_set():
+                pause = self._launch(under_way)
+                if pause is None and not under_way:
+                    break
+                under_way = await self._until_something_happens(under_way, pause)
+        finally:
+            await asyncio.gather(*under_way)  # what has left is paid for: take the answers, whatever went wrong here
+            await self.service.client.close()
+        if self.error:
+            raise self.error
+        return self.receipt
+
+    def _launch(self, under_way: set[asyncio.Task[None]]) -> float | None:
+        """Let the next request go, if it may; gives the seconds until there is more to do, None: when a call ends."""
+        request = self._peek()
+        pause = None if request is None else self.pace.wait(time.time())
+        if pause is not None and pause > _LONG_PAUSE and not under_way:
+            self.say(f"waiting {pause:.0f} seconds, as {self.service.url} asks or this run's own limits do")
+        if request is None or pause is None or pause > 0:
+            return pause
+        mime, image = self._image(request)
+        prompt, completion = self.estimate.tokens(request, image)
+        most = self.settings.prices.cost(prompt, completion) if self.settings.prices else None
+        if self.settings.budget is not None and self.spent + (most or 0.0) > self.settings.budget:
+            if not under_way:  # else what comes back may cost less than the most, which is what was set aside for it
+                self.receipt.stopped = f"the budget of {self.settings.budget:g} does not allow another request"
+            return None
+        self.queue.popleft()
+        under_way.add(asyncio.create_task(self._ask(request, mime, image, prompt + completion, most)))
+        self.receipt.asked += 1
+        self.spent += most or 0.0
+        self.pace.leaves(time.time(), prompt + completion)
+        return 0.0
+
+    async def _until_something_happens(
+        self, under_way: set[asyncio.Task[None]], pause: float | None
+    ) -> set[asyncio.Task[None]]:
+        """Wait for a call to end, for the pause to be over, or for the order to stop; gives the calls still out."""
+        stop = asyncio.create_task(self.stopping.wait())
+        watched = under_way if self.stopping.is_set() else {*under_way, stop}
+        done, _ = await asyncio.wait(watched, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        for task in done - {stop}:
+            task.result()  # a fault of ours must not pass in silence
+        return under_way - done
+
+    async def _ask(self, request: Request, mime: str, image: bytes, tokens: int, most: float | None) -> None:
+        left_at = time.time()
+        (attempt,) = self.ledger.sent([(request.id, most)], now=left_at)
+        outcome = await self.service.ask(request, mime, image)
+        now = time.time()
+        self._pace(outcome, now, left_at, tokens)
+        match outcome:
+            case Answered(raw) | Declined(_, raw):
+                status = 200 if isinstance(outcome, Answered) else outcome.status
+                self.ledger.received(attempt, status, raw, now=now)
+                verdict = verdict_on(status, raw, request.language, self.settings.limits)
+                cost = self.settings.prices.of(verdict.usage) if self.settings.prices else None
+                self.ledger.judged(attempt, verdict.caption, verdict.reason, verdict.usage, cost)
+                self.estimate.learn(request.model, verdict.usage)
+                self.spent += (cost - most) if cost is not None and most is not None else 0.0
+                self._count(verdict.reason, raw)
+            case NotDone(status, note):
+                self.ledger.not_done(attempt, status, note, now=now)
+                self.spent -= most or 0.0
+                self._put_back(request, outcome)
+            case Stop(status, message):
+                self.ledger.not_done(attempt, status, message, now=now)
+                self.spent -= most or 0.0
+                self._stop(self.service.stopping_error(status, message))
+            case Lost(note):
+                self.ledger.lost(attempt, note, now=now)
+                self.receipt.lost += 1
+                self._fails(
+                    "lost",
+                    _LOSSES,
+                    f"the connection to {self.service.url} broke {_LOSSES} times in a row after the "
+                    f"request had left, which may cost money ({note})",
+                )
+        self.tick(self.receipt)
+
+    def _pace(self, outcome: Outcome, now: float, left_at: float, tokens: int) -> None:
+        match outcome:
+            case Answered() | Declined():
+                self.pace.answered(now, outcome.headers, tokens)
+            case NotDone(limited=True):
+                self.pace.limited(now, left_at, outcome.headers)
+            case NotDone():
+                self.pace.failed(now, outcome.headers)
+            case _:
+                self.pace.failed(now, {})
+
+    def _count(self, reason: str | None, raw: bytes) -> None:
+        self._in_a_row["lost"] = self._in_a_row["failed"] = 0
+        if reason is None:
+            self.receipt.accepted += 1
+            return
+        self.receipt.rejected[reason] += 1
+        others = self.receipt.accepted + sum(self.receipt.rejected.values()) - self.receipt.rejected["declined"]
+        if reason == "declined" and not others:
+            self._fails("declined", _REFUSED, f"{self.service.url} declines every request ({error_message(raw)})")
+
+    def _put_back(self, request: Request, outcome: NotDone) -> None:
+        self.receipt.not_done += 1
+        if not outcome.limited:
+            self.failures[request.id] += 1
+            self._fails("failed", _FAILURES, f"{self.service.url} failed {_FAILURES} times in a row ({outcome.note})")
+        if self.failures[request.id] < self.settings.tries:
+            self.queue.append(request)
+        else:
+            self.receipt.later += 1
+
+    def _fails(self, what: str, most: int, message: str) -> None:
+        self._in_a_row[what] += 1
+        if self._in_a_row[what] >= most:
+            self._stop(UserError(f"{message}; see what is wrong and run again, the ledger goes on where this stopped"))
+
+    def _stop(self, error: UserError) -> None:
+        self.error = self.error or error
+        self.stopping.set()
+
+    def _peek(self) -> Request | None:
+        if self.settings.limit is not None and self.receipt.asked >= self.settings.limit:
+            return None
+        if not self.queue:
+            for place, request in self.ledger.planned(_READ_AHEAD, after=self._read_to):
+                self._read_to = place
+                self.queue.append(request)
+        return self.queue[0] if self.queue else None
+
+    def _image(self, request: Request) -> tuple[str, bytes]:
+        if request.dataset not in self._datasets:
+            self._datasets[request.dataset] = Dataset.open(request.dataset)
+        return picture(self._datasets[request.dataset].read(request.number))
+
+    def _catch_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+
+        def stop(number: int) -> None:
+            loop.remove_signal_handler(number)  # the second one ends the program at once
+            self.receipt.stopped = self.receipt.stopped or f"{signal.Signals(number).name}"
+            self.stopping.set()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                loop.add_signal_handler(number, stop, number)
+            except (NotImplementedError, ValueError, RuntimeError):  # not the main thread: no signals come here
+                return

@@ -1,0 +1,165 @@
+"""The service: an OpenAI-compatible endpoint, real or one's own vLLM, asked once and never again by itself.
+
+The `openai` client does the transport with its own retries off: whether a request may go out again is the ledger's
+question. Every way in which a call can end is one of five outcomes.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import UserError, needs
+from .ledger import Request
+
+DEFAULT_URL = "https://api.openai.com/v1"
+_STOPPING_CODES = {"insufficient_quota", "billing_hard_limit_reached", "model_not_found", "invalid_api_key"}
+# A gateway that lost patience says nothing of the model behind it, which may have answered.
+_TIMED_OUT = {504, 524}
+# The request cannot have reached the service if the connection was never made.
+_NEVER_LEFT = {"ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol"}
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A 200, with the bytes as they came."""
+
+    raw: bytes
+    headers: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Declined:
+    """A 4xx about this one request (a content filter, an image that it cannot read); the bytes as they came."""
+
+    status: int
+    raw: bytes
+    headers: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class NotDone:
+    """Nothing was computed: 429, 5xx, or no connection. `limited` for the 429."""
+
+    status: int | None
+    note: str
+    limited: bool = False
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The connection broke or the time ran out after the request had left: it may have been computed and billed."""
+
+    note: str
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Nothing further would be answered either: a wrong key, no money, no such model."""
+
+    status: int
+    message: str
+
+
+Outcome = Answered | Declined | NotDone | Lost | Stop
+
+
+class Service:
+    """An endpoint and a key.
+
+    Args:
+        url: the base URL, up to `/v1`; None: `OPENAI_BASE_URL`, else OpenAI's.
+        key_variable: name of the environment variable that holds the key. A service that wants none gets an empty
+            word; the key is taken out of everything that is kept or shown.
+        timeout: seconds for a whole answer.
+
+    Raises:
+        UserError: `openai` is not installed, or OpenAI's own service is to be asked without a key.
+    """
+
+    def __init__(self, url: str | None = None, *, key_variable: str = "OPENAI_API_KEY", timeout: float = 180.0) -> None:
+        openai = needs("openai", extra="captions", what="asking for captions")
+        self.url = (url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL).rstrip("/")
+        self.key_variable = key_variable
+        self._key = os.environ.get(key_variable, "").strip()
+        if not self._key and self.url == DEFAULT_URL:
+            raise UserError(f"no API key: set the environment variable {key_variable}, or name another with --key-env")
+        self.openai = openai
+        self.client = openai.AsyncOpenAI(api_key=self._key or "none", base_url=self.url, max_retries=0, timeout=timeout)
+
+    async def ask(self, request: Request, mime: str, image: bytes) -> Outcome:
+        """One call; nothing is tried twice."""
+        body = request_body(request, mime, image)
+        model, messages = body.pop("model"), body.pop("messages")
+        openai = self.openai
+        try:
+            answer = await self.client.chat.completions.with_raw_response.create(
+                model=model, messages=messages, extra_body=body
+            )
+            return Answered(self.hide(answer.http_response.content), _lower(answer.headers))
+        except openai.APIStatusError as error:
+            return self._refused(error)
+        except openai.APIConnectionError as error:
+            cause = error.__cause__
+            note = self.hide(f"{type(cause or error).__name__}: {cause or error}".encode()).decode()
+            return NotDone(None, note) if type(cause).__name__ in _NEVER_LEFT else Lost(note)
+
+    def stopping_error(self, status: int, message: str) -> UserError:
+        """What to tell the user when the service will not answer anything."""
+        what = {
+            401: f"refuses the API key in {self.key_variable}",
+            403: f"does not let the API key in {self.key_variable} do this",
+            404: "knows no such model or address",
+            429: "has no money left for this key",
+        }.get(status, "refuses")
+        return UserError(f"{self.url} {what} (status {status}: {message}); nothing was tried again")
+
+    def hide(self, data: bytes) -> bytes:
+        """`data` without the key, should the service have repeated it."""
+        return data.replace(self._key.encode(), b"[API key]") if self._key else data
+
+    def _refused(self, error: Any) -> Outcome:
+        status, headers = error.status_code, _lower(error.response.headers)
+        raw = self.hide(error.response.content)
+        message = error_message(raw)
+        if status in (401, 402, 403, 404) or error.code in _STOPPING_CODES or error.type in _STOPPING_CODES:
+            return Stop(status, message)
+        if status in _TIMED_OUT:
+            return Lost(f"status {status}: {message}")
+        if status in (408, 409, 425, 429) or status >= 500:
+            return NotDone(status, message, status == 429, headers)
+        return Declined(status, raw, headers)
+
+
+def request_body(request: Request, mime: str, image: bytes) -> dict[str, Any]:
+    """The JSON of a chat completion: the prompt and the image as a data URL."""
+    url: dict[str, str] = {"url": f"data:{mime};base64,{base64.b64encode(image).decode()}"}
+    if request.options["detail"] is not None:
+        url["detail"] = request.options["detail"]
+    content = [{"type": "text", "text": request.text}, {"type": "image_url", "image_url": url}]
+    return {
+        "model": request.model,
+        "messages": [{"role": "user", "content": content}],
+        "max_completion_tokens": request.options["max_tokens"],
+        **request.options["body"],
+    }
+
+
+def error_message(raw: bytes) -> str:
+    """What an error's body says, in one short line."""
+    try:
+        body = json.loads(raw)
+        error = body.get("error", body)
+        message = error.get("message") if isinstance(error, dict) else error
+    except (ValueError, AttributeError):
+        message = raw.decode("utf-8", "replace")
+    return " ".join(str(message).split())[:300] or "no message"
+
+
+def _lower(headers: Mapping[str, str]) -> dict[str, str]:
+    return {name.lower(): value for name, value in headers.items()}

@@ -1,0 +1,69 @@
+"""What the model is asked, and how it says no: the texts of this package in thirty languages.
+
+Prompts are the files `prompts/VERSION/LANGUAGE.txt`. A version never changes once captions were made with it: to say
+something else, add a folder. The ledger keeps every prompt's hash and refuses to go on with another text.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..corpus.items import LANGUAGES
+from ..errors import UserError
+
+PROMPTS = Path(__file__).parent / "prompts"
+_REFUSALS = Path(__file__).parent / "refusals.json"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is asked in one language; sha256 is that of `text`."""
+
+    version: str
+    language: str
+    text: str
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+def read_prompt(version: str, language: str, folder: Path = PROMPTS) -> Prompt:
+    """The prompt of a version in a language.
+
+    Raises:
+        UserError: there is no such version or language, or the file is empty.
+    """
+    path = folder / version / f"{language}.txt"
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        versions = sorted(found.name for found in folder.glob("*") if found.is_dir())
+        raise UserError(
+            f"no prompt {path}; there are the versions {', '.join(versions) or '(none)'} in {folder}, each with a file "
+            "LANGUAGE.txt a language"
+        ) from error
+    if not text:
+        raise UserError(f"{path} is empty; write the prompt into it")
+    return Prompt(version, language, text)
+
+
+@functools.cache
+def refusal_phrases(language: str) -> tuple[str, ...]:
+    """How a model that will not answer begins, in that language and in English, in lower case."""
+    phrases = json.loads(_REFUSALS.read_text(encoding="utf-8"))
+    return tuple(dict.fromkeys([*phrases.get(language, ()), *phrases["en"]]))
+
+
+def check_languages(languages: list[str]) -> list[str]:
+    """The languages themselves, "all" being the thirty; UserError for one that is not among them."""
+    if languages == ["all"]:
+        return list(LANGUAGES)
+    unknown = [language for language in languages if language not in LANGUAGES]
+    if unknown:
+        raise UserError(f"unknown language {unknown[0]!r}; there are {' '.join(LANGUAGES)}, or all")
+    return list(dict.fromkeys(languages))

@@ -1,0 +1,32 @@
+"""`data-prep evalset SET`: evaluation sets, laid out for `stage-trainer evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .import_data import add_source, run_import
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Register the command and its sets."""
+    from ..sources import EVALSETS
+
+    parser = commands.add_parser(
+        "evalset",
+        help="evaluation sets, laid out for `stage-trainer evaluate`",
+        description="Writes OUT/test/image-short/NAME, which `stage-trainer evaluate MODEL OUT` reads.",
+    )
+    sets = parser.add_subparsers(required=True, metavar="SET", prog="data-prep evalset")
+    for name, source in EVALSETS.items():
+        add_source(sets, name, source, out="folder of the pools").set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    root = options.out
+    receipt = run_import(options, out=str(Path(root) / "test"), evalset=True)
+    if receipt is not None:
+        if receipt["dropped"]:
+            print("not the whole set: figures on it cannot be compared with those of others")
+        print(f"stage-trainer evaluate MODEL {root}")
+    return 0

@@ -1,0 +1,52 @@
+"""The options of every long command: who does the work, and how the output is cut."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..execute import Execution
+
+
+def add_execution(parser: argparse.ArgumentParser, *, samples_per_shard: int = 1000, cuts: bool = True) -> None:
+    """Add --engine, --workers, --task and, if the command cuts its output into shards, --samples-per-shard."""
+    group = parser.add_argument_group("execution", "Nothing of this changes a sample; stopped, run the same again.")
+    group.add_argument(
+        "--engine",
+        choices=("processes", "ray"),
+        default="processes",
+        help="processes on this machine (default), or Ray tasks: on the cluster of RAY_ADDRESS or a local one",
+    )
+    group.add_argument("--workers", type=int, metavar="N", help="units at a time (default: one a core)")
+    group.add_argument(
+        "--task",
+        default="0/1",
+        metavar="I/N",
+        help="do a share of the units, as task I of N (from 0) of a Slurm array; the last one publishes",
+    )
+    if not cuts:
+        return
+    group.add_argument(
+        "--samples-per-shard",
+        type=int,
+        default=samples_per_shard,
+        metavar="N",
+        help="samples in a tar at most (default: %(default)s)",
+    )
+
+
+def execution_of(options: argparse.Namespace) -> Execution:
+    """What the user asked for. UserError if it makes no sense."""
+    from ..errors import UserError
+    from ..execute import Execution
+
+    if getattr(options, "samples_per_shard", 1) < 1:
+        raise UserError(f"--samples-per-shard {options.samples_per_shard}: expected at least 1")
+    task, _, tasks = options.task.partition("/")
+    try:
+        return Execution(options.engine, options.workers, (int(task), int(tasks)))
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"--task {options.task}: expected I/N, for example 0/4") from error

@@ -1,0 +1,124 @@
+"""`data-prep import SOURCE`: public data to shards."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from .execution import add_execution, execution_of
+
+if TYPE_CHECKING:
+    from ..image_rule import ImageRule
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Register the command and its sources."""
+    from ..sources import SOURCES
+
+    parser = commands.add_parser(
+        "import",
+        help="public data sets to shards, one importer a source",
+        description="Writes the data sets OUT/KIND/NAME, folders that a recipe can name; KIND is text-pairs, "
+        "text-triplets, image-short or image-long. They appear when they are whole; stopped, the same command goes on.",
+    )
+    sources = parser.add_subparsers(required=True, metavar="SOURCE", prog="data-prep import")
+    for name, source in SOURCES.items():
+        one = add_source(sources, name, source, out="folder of the data sets, data/train for example")
+        one.set_defaults(run=_run)
+
+
+def add_source(
+    sources: argparse._SubParsersAction, name: str, source: type[Any], *, out: str
+) -> argparse.ArgumentParser:
+    """Register a source as a subcommand, with all its options; `out` explains --out."""
+    summary, _, more = (source.__doc__ or "").partition("\n")
+    one = sources.add_parser(name, help=summary, description=f"{summary}. {' '.join(more.split())}")
+    add_values(one, source)
+    one.add_argument("--out", required=True, metavar="OUT", help=out)
+    one.add_argument("--name", default=name, help="name of what comes out (default: %(default)s)")
+    if source.image is not None:
+        add_image_rule(one, source.image)
+    add_execution(one, samples_per_shard=1000 if source.image else 10_000)
+    one.set_defaults(source=source, title=name)
+    return one
+
+
+def add_values(parser: argparse.ArgumentParser, source: type[Any]) -> None:
+    """Arguments for the fields of a source: those without a default by place, the others as --name."""
+    for value in dataclasses.fields(source):
+        explanation, choices = value.metadata["help"], value.metadata.get("choices")
+        many: dict[str, Any] = {"nargs": "+"} if str(value.type).startswith("tuple") else {}
+        if value.default is dataclasses.MISSING:
+            parser.add_argument(value.name, metavar=value.name.upper(), help=explanation, **many)
+            continue
+        flag = f"--{value.name.replace('_', '-')}"
+        if isinstance(value.default, bool):
+            parser.add_argument(flag, action="store_true", help=explanation)
+            continue
+        explanation += "" if not value.default or "default" in explanation else " (default: %(default)s)"
+        metavar = None if choices else value.name.rpartition("_")[2].upper()
+        parser.add_argument(
+            flag, default=value.default, type=type(value.default), choices=choices, metavar=metavar, help=explanation
+        )
+
+
+def add_image_rule(parser: argparse.ArgumentParser, rule: ImageRule) -> None:
+    """Options for how images are stored, with the source's rule as the default."""
+    from ..image_rule import ENCODINGS, FITS, KERNELS
+
+    group = parser.add_argument_group("images", "Stored once, at a size that training needs.")
+    group.add_argument("--image-size", type=int, default=rule.size, metavar="PIXELS", help="default: %(default)s")
+    group.add_argument(
+        "--fit",
+        choices=FITS,
+        default=rule.fit,
+        help="which side gets that size; shortest and longest keep the shape and never enlarge (default: %(default)s)",
+    )
+    group.add_argument(
+        "--encoding",
+        choices=ENCODINGS,
+        default=rule.encoding,
+        help="of images that cannot stay as they are (default: %(default)s)",
+    )
+    group.add_argument("--quality", type=int, default=rule.quality, help="of jpg and webp (default: %(default)s)")
+    group.add_argument(
+        "--kernel",
+        choices=KERNELS,
+        default=rule.kernel,
+        help="hamming is faster, bicubic is sharper (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-pixels", type=int, default=rule.max_pixels, metavar="N", help="refuse larger ones (default: %(default)s)"
+    )
+
+
+def image_rule_of(options: argparse.Namespace) -> ImageRule:
+    """What the user asked for. UserError if it makes no sense."""
+    from ..image_rule import ImageRule
+
+    names = ("fit", "encoding", "quality", "kernel", "max_pixels")
+    return ImageRule(options.image_size, **{name: getattr(options, name) for name in names})
+
+
+def run_import(options: argparse.Namespace, *, out: str, evalset: bool = False) -> dict[str, Any] | None:
+    """Import what the command line says into `out`; gives the receipt."""
+    from ..sources.importing import import_source
+
+    values = {value.name: getattr(options, value.name) for value in dataclasses.fields(options.source)}
+    return import_source(
+        options.name,
+        options.source(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}),
+        out,
+        title=options.title,
+        evalset=evalset,
+        image=image_rule_of(options) if options.source.image is not None else None,
+        samples_per_shard=options.samples_per_shard,
+        execution=execution_of(options),
+        say=lambda line: print(line, flush=True),
+    )
+
+
+def _run(options: argparse.Namespace) -> int:
+    run_import(options, out=options.out)
+    return 0

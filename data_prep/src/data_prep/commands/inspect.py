@@ -1,0 +1,48 @@
+"""`data-prep inspect`: one HTML page to look at data sets."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "inspect",
+        help="look at data sets: one HTML page with counts, lengths, images, duplicates",
+        description="Writes one self-contained HTML page: counts by source and language, lengths, image sizes, images "
+        "and texts in each language, duplicates, and what was dropped for which reason.",
+    )
+    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="data sets, or folders of them")
+    parser.add_argument("--out", default="inspect.html", metavar="FILE", help="the page (default: %(default)s)")
+    parser.add_argument(
+        "--look-at",
+        type=int,
+        default=5000,
+        metavar="N",
+        help="samples of a data set that are read, spread over all of it (default: %(default)s)",
+    )
+    parser.add_argument("--examples", type=int, default=4, metavar="N", help="a language (default: %(default)s)")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from ..errors import UserError
+    from ..looking.find import find_datasets
+    from ..looking.gather import gather
+    from ..looking.page import page
+    from ..shards.files import refused, write_file
+
+    if options.look_at < 1 or options.examples < 0:
+        raise UserError(f"--look-at {options.look_at}, --examples {options.examples}: expected 1 and 0 or more")
+    directories = find_datasets(options.shards)
+    findings = [gather(path, look_at=options.look_at, examples=options.examples) for path in directories]
+    out = Path(options.out)
+    try:
+        write_file(out, page(findings, title=", ".join(options.shards)).encode("utf-8", errors="replace"))
+    except OSError as error:
+        raise refused(out, error) from error
+    print(f"wrote {out}")
+    return 0

@@ -1,0 +1,65 @@
+"""`data-prep negatives`: text pairs to triplets with hard negatives."""
+
+from __future__ import annotations
+
+import argparse
+
+from .execution import add_execution, execution_of
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "negatives",
+        help="text pairs to triplets with hard negatives",
+        description="Writes OUT/text-triplets/NAME: each pair of SHARDS with the answers of other pairs that MODEL "
+        "finds nearest to its query, except those that are right, or nearly so. Pairs with too few of them go.",
+    )
+    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="data sets of text pairs")
+    parser.add_argument("--model", required=True, metavar="DIR", help="a text tower, or a model of ours with its text/")
+    parser.add_argument("--out", required=True, metavar="OUT", help="folder of the data sets, data/train for example")
+    parser.add_argument("--name", required=True, help="name of the data set that comes out")
+    parser.add_argument("--count", type=int, default=7, metavar="N", help="negatives for each query (default: 7)")
+    parser.add_argument(
+        "--ranks",
+        nargs=2,
+        type=int,
+        default=[10, 200],
+        metavar=("FROM", "TO"),
+        help="among the neighbours that are no known answers; the first are often right (default: 10 200)",
+    )
+    parser.add_argument(
+        "--margin", type=float, default=0.05, metavar="X", help="below the answer's own similarity (default: 0.05)"
+    )
+    parser.add_argument(
+        "--similarity", type=float, default=0.8, metavar="X", help="of texts that count as the same (default: 0.8)"
+    )
+    parser.add_argument("--query-task", metavar="NAME", help="the tower's task for queries (retrieval.query)")
+    parser.add_argument("--target-task", metavar="NAME", help="the tower's task for answers (retrieval.passage)")
+    parser.add_argument("--dim", type=int, metavar="N", help="search by the first N dims only")
+    parser.add_argument(
+        "--exact-up-to", type=int, default=200_000, metavar="N", help="pairs; more: inverted lists (default: 200000)"
+    )
+    add_execution(parser)
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from ..negatives import Guards, mine_negatives
+
+    first, last = options.ranks
+    mine_negatives(
+        options.shards,
+        out=options.out,
+        name=options.name,
+        model=options.model,
+        guards=Guards(options.count, (first, last), options.margin),
+        query_task=options.query_task,
+        target_task=options.target_task,
+        dim=options.dim,
+        similarity=options.similarity,
+        exact_up_to=options.exact_up_to,
+        samples_per_shard=options.samples_per_shard,
+        execution=execution_of(options),
+    )
+    return 0

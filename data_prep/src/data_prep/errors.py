@@ -1,0 +1,24 @@
+"""What every part says when the user can mend it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+class UserError(ValueError):
+    """Something that the user can mend: a missing file, a wrong option, a full disk, a library not installed.
+
+    The message says what was found, what was expected and what to do next; the command line prints it as one line.
+    """
+
+
+def needs(module: str, *, extra: str, what: str) -> Any:
+    """Import a library of the extra `extra`; UserError if it is not installed, saying what needs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        name = module.partition(".")[0]
+        raise UserError(
+            f"{what} needs {name}, which is not installed ({error}); `pip install './data_prep[{extra}]'` brings it"
+        ) from error

@@ -1,0 +1,108 @@
+"""Who runs the units: processes on this machine, or Ray tasks on a cluster. Either gives the same bytes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from ..errors import UserError, needs
+from .unit import Receipt, Spec, process_shard
+
+ENGINES = ("processes", "ray")
+_WAITING = 2  # units that wait for each worker; more would only take memory
+
+
+def run_units(specs: Sequence[Spec], *, engine: str, workers: int) -> Iterator[Receipt]:
+    """Run the units and give their receipts as they come, in no fixed order.
+
+    Args:
+        engine: one of `ENGINES`. workers: units at a time; with Ray, cores of the local cluster that is started if
+            `RAY_ADDRESS` names none.
+
+    Raises:
+        UserError, ShardError: of a unit, or because a worker died; the other units are stopped.
+    """
+    if engine == "ray":
+        yield from _with_ray(specs, workers)
+    elif workers == 1 or len(specs) == 1:
+        for spec in specs:
+            yield process_shard(spec)
+    else:
+        yield from _with_processes(specs, min(workers, len(specs)))
+
+
+def _with_processes(specs: Sequence[Spec], workers: int) -> Iterator[Receipt]:
+    before = set(multiprocessing.active_children())
+    # Spawned, not forked: the libraries that the work loads have threads of their own.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
+    left = iter(specs)
+    running: set[Future[Receipt]] = set()
+    try:
+        while True:
+            while len(running) < _WAITING * workers and (spec := next(left, None)) is not None:
+                running.add(pool.submit(process_shard, spec))
+            if not running:
+                break
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+        pool.shutdown()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process died, as if it was killed (out of memory?); run the same command again, with fewer "
+            "--workers if memory is short: what is done stays done"
+        ) from error
+    finally:
+        for process in set(multiprocessing.active_children()) - before:
+            process.terminate()  # after an error or Ctrl-C: a unit that is not finished leaves nothing that counts
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    """A worker ends with its parent, at once and quietly, however the parent ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends its workers
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _with_ray(specs: Sequence[Spec], workers: int) -> Iterator[Receipt]:
+    ray = needs("ray", extra="ray", what="--engine ray")
+    ours = not ray.is_initialized()
+    if ours:
+        local: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers}
+        try:
+            ray.init(**local, include_dashboard=False, log_to_driver=False, configure_logging=False)
+        except Exception as error:  # Ray raises bare exceptions when it cannot start or reach a cluster
+            raise UserError(f"Ray cannot be started or reached ({error}); use --engine processes") from error
+    try:
+        task = ray.remote(num_cpus=1, max_retries=3)(process_shard)
+        left = iter(specs)
+        running: list[Any] = []
+        window = _WAITING * max(workers, int(ray.cluster_resources().get("CPU", 1)))
+        while True:
+            while len(running) < window and (spec := next(left, None)) is not None:
+                running.append(task.remote(spec))
+            if not running:
+                break
+            done, running = ray.wait(running)
+            try:
+                yield ray.get(done[0])
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from error
+    finally:
+        if ours:
+            ray.shutdown()

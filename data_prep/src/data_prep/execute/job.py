@@ -1,0 +1,274 @@
+"""A job: a plan, units run by an engine, and data sets that appear whole once every unit has its receipt."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..shards import KINDS, write_manifest
+from ..shards.files import refused, sync_directory, write_file
+from .engines import ENGINES, run_units
+from .progress import Progress
+from .unit import Receipt, Spec, read_receipt
+
+_EXAMPLES = 5  # of what was dropped, per reason
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done; two jobs that are equal give the same bytes.
+
+    title: as the user called it ("import images"). name: of the data sets, which go to `out`/KIND/`name`.
+    work: "package.module:function", called as function(piece, options, output) for each of `pieces`.
+    options: what all units share. Pieces and options are plain JSON values.
+    tokenizer_sha256: hash of the tokenizer that counted tokens, None if nothing was counted.
+    """
+
+    title: str
+    name: str
+    out: str
+    work: str
+    pieces: Sequence[dict[str, Any]]
+    options: dict[str, Any] = field(default_factory=dict)
+    samples_per_shard: int = 1000
+    tokenizer_sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise UserError(f"name {self.name!r}: expected letters, digits, '-', '_' and '.', as in a folder's name")
+
+    @property
+    def partial(self) -> Path:
+        """Where everything is until it is whole."""
+        return Path(self.out) / f"{self.name}.partial"
+
+    def identity(self) -> dict[str, Any]:
+        """What the job is, as its receipt names it."""
+        pieces = hashlib.sha256(json.dumps(list(self.pieces), sort_keys=True).encode()).hexdigest()
+        fields = ("title", "name", "work", "options", "samples_per_shard", "tokenizer_sha256")
+        plain = {name: getattr(self, name) for name in fields}
+        return json.loads(json.dumps({**plain, "units": len(self.pieces), "pieces": pieces}))
+
+    def specs(self) -> list[Spec]:
+        """The units of work."""
+        return [
+            Spec(self.work, str(self.partial), number, piece, self.options, self.samples_per_shard)
+            for number, piece in enumerate(self.pieces)
+        ]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a job is run, none of which changes what comes out.
+
+    engine: "processes" or "ray". workers: units at a time, the number of cores by default. task: (i, n), to do the
+    units i, i + n, i + 2n, … alone, as the i-th of n array tasks; whichever task finds the last receipt publishes.
+    """
+
+    engine: str = "processes"
+    workers: int | None = None
+    task: tuple[int, int] = (0, 1)
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise UserError(f"engine {self.engine!r}: expected one of {', '.join(ENGINES)}")
+        if not 0 <= self.task[0] < self.task[1]:
+            raise UserError(f"task {self.task[0]}/{self.task[1]}: expected i/n with i from 0 to n - 1")
+        if self.workers is not None and self.workers < 1:
+            raise UserError(f"{self.workers} workers: expected at least 1")
+
+
+def run_job(
+    job: Job, execution: Execution | None = None, *, say: Callable[[str], None] = print
+) -> dict[str, Any] | None:
+    """Do what is left of a job and publish its data sets; gives the receipt that stands beside them.
+
+    None if other array tasks have units left: the last of them publishes.
+
+    Raises:
+        UserError: the target holds something else, there is nothing to do or nothing came out, or a unit says so.
+        ShardError: the disk refuses.
+    """
+    execution = execution or Execution()
+    if not job.pieces:
+        raise UserError(f"{job.title}: nothing found to work on")
+    finished = _published(job)
+    if finished is not None:
+        say(f"{job.out}: {job.name} is there already, from the same input and options; nothing to do")
+        return finished
+    _begin(job)
+    if not (job.partial / "publish.json").exists():
+        _run(job, execution, say)
+        with _alone(job):
+            if not job.partial.exists():  # another array task was faster
+                return _published(job)
+            if not _prepare(job):
+                say(f"{job.partial}: this task is done, others have units left; the last one publishes")
+                return None
+    with _alone(job):
+        receipt = _publish(job)
+    for line in table(receipt):
+        say(line)
+    return receipt
+
+
+def table(receipt: dict[str, Any]) -> list[str]:
+    """What a command ends with: what came in, what was dropped for which reason, what went out."""
+    lines = ["", f"{'came in':<58}{receipt['came_in']:>10}"]
+    for heading, counts in (("dropped, and why", receipt["dropped"]), ("of these", receipt["notes"])):
+        lines += [heading] * bool(counts) + [f"  {name:<56}{count:>10}" for name, count in counts.items()]
+    lines += ["went out", *(f"  {name:<56}{count:>10}" for name, count in receipt["went_out"].items()), ""]
+    return lines
+
+
+def _published(job: Job) -> dict[str, Any] | None:
+    """The receipt of this very job if its data sets are there; UserError if something else is."""
+    found = [folder for kind in KINDS if (folder := Path(job.out) / kind / job.name).exists()]
+    if not found or (job.partial / "publish.json").exists():
+        return None
+    for folder in found:
+        try:
+            receipt = json.loads((folder / "receipt.json").read_bytes())
+            other = receipt["job"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder}: exists already and is not ours to replace; choose another --name") from error
+        if other != job.identity():
+            raise UserError(
+                f"{folder}: exists already, from something else ({_difference(other, job.identity())}); remove it or "
+                f"choose another --name"
+            )
+    return receipt
+
+
+def _begin(job: Job) -> None:
+    """Make the partial folder, or see that the one there is of this very job."""
+    mark, identity = job.partial / "job.json", job.identity()
+    try:
+        job.partial.mkdir(parents=True, exist_ok=True)
+        if mark.exists():
+            other = json.loads(mark.read_bytes())
+            if other != identity:
+                raise UserError(
+                    f"{job.partial}: holds an unfinished job of its own ({_difference(other, identity)}); run that one "
+                    f"to its end, or remove the folder"
+                )
+        else:
+            write_file(mark, json.dumps(identity, indent=1, ensure_ascii=False).encode())
+    except OSError as error:
+        raise refused(job.partial, error) from error
+
+
+def _run(job: Job, execution: Execution, say: Callable[[str], None]) -> None:
+    first, step = execution.task
+    own = job.specs()[first::step]
+    done = [spec for spec in own if read_receipt(spec) is not None]
+    if done:
+        say(f"{job.partial}: going on, {len(done)} of {len(own)} units are done")
+    finished = {spec.number for spec in done}
+    left = [spec for spec in own if spec.number not in finished]
+    progress = Progress(len(own))
+    for _ in done:
+        progress.add(0, new=False)
+    for receipt in run_units(left, engine=execution.engine, workers=execution.workers or os.cpu_count() or 1):
+        progress.add(sum(receipt.went_out.values()))
+    progress.finish()
+
+
+def _prepare(job: Job) -> bool:
+    """Write manifests and receipts if every unit is done, and the mark that only names are left to change."""
+    shards: dict[str, list[dict[str, Any]]] = {}
+    total = Receipt(0)
+    counts = {name: Counter[str]() for name in ("went_out", "dropped", "notes")}
+    came_in = 0
+    for spec in job.specs():
+        receipt = read_receipt(spec)
+        if receipt is None:
+            return False
+        came_in += receipt.came_in
+        for name, counter in counts.items():
+            counter.update(getattr(receipt, name))
+        for reason, places in receipt.examples.items():
+            examples = total.examples.setdefault(reason, [])
+            examples += places[: _EXAMPLES - len(examples)]
+        for kind, entries in receipt.shards.items():
+            shards.setdefault(kind, []).extend(entries)
+    if not shards:
+        dropped = ", ".join(f"{reason}: {count}" for reason, count in sorted(counts["dropped"].items()))
+        shutil.rmtree(job.partial)
+        raise UserError(f"{job.title}: {came_in} came in and nothing went out ({dropped or 'no samples'})")
+    whole = {
+        "job": job.identity(),
+        "came_in": came_in,
+        **{name: dict(sorted(counter.items())) for name, counter in counts.items()},
+        "examples": dict(sorted(total.examples.items())),
+    }
+    raw = (json.dumps(whole, indent=1, ensure_ascii=False) + "\n").encode()
+    for kind, entries in sorted(shards.items()):
+        folder = job.partial / kind
+        write_manifest(folder, kind=kind, source=job.name, shards=entries, tokenizer_sha256=job.tokenizer_sha256)
+        try:
+            write_file(folder / "receipt.json", raw)
+            for leftover in folder.glob("*.tmp"):  # of a unit that was killed
+                leftover.unlink()
+        except OSError as error:
+            raise refused(folder, error) from error
+    try:
+        write_file(job.partial / "publish.json", raw)
+    except OSError as error:
+        raise refused(job.partial, error) from error
+    return True
+
+
+def _publish(job: Job) -> dict[str, Any]:
+    """Give the data sets their names; stopped anywhere, the next run goes on."""
+    mark = job.partial / "publish.json"
+    try:
+        if not mark.exists():  # another array task was faster
+            published = _published(job)
+            assert published is not None
+            return published
+        receipt = json.loads(mark.read_bytes())
+        for kind in receipt["went_out"]:
+            folder = Path(job.out) / kind / job.name
+            if (job.partial / kind).exists():
+                folder.parent.mkdir(exist_ok=True)
+                (job.partial / kind).rename(folder)
+                sync_directory(folder.parent)
+        shutil.rmtree(job.partial)
+    except OSError as error:
+        raise refused(job.partial, error) from error
+    return receipt
+
+
+@contextmanager
+def _alone(job: Job) -> Iterator[None]:
+    """One array task at a time; the lock goes with the process that holds it, however that ends."""
+    descriptor = os.open(Path(job.out), os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _difference(other: Any, ours: dict[str, Any]) -> str:
+    """In words, where two identities differ."""
+    if not isinstance(other, dict):
+        return "not one of ours"
+    flat = [{**value, **value.get("options", {})} for value in (other, ours)]
+    names = [name for name in {**flat[0], **flat[1]} if name != "options" and flat[0].get(name) != flat[1].get(name)]
+    return "; ".join(
+        "the input is not the same" if name == "pieces" else f"{name} {flat[0].get(name)!r}, now {flat[1].get(name)!r}"
+        for name in names
+    )

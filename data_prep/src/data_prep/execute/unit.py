@@ -1,0 +1,217 @@
+"""The unit of work: one piece of the input to some shards and a receipt; done twice, it gives the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..shards import ShardError, ShardWriter
+from ..shards.files import refused, temporary, write_file
+from ..shards.format import index_name
+
+_EXAMPLES = 5  # of what was dropped, per reason and unit
+
+Work = Callable[[dict[str, Any], dict[str, Any], "Output"], None]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """All that a unit needs to know; plain values, so that it can be sent to any machine that sees the same folders.
+
+    work: "package.module:function", called as function(piece, options, output).
+    directory: where the unit's shards (in a folder a kind) and receipt go; number: of the unit, from 0.
+    piece: the part of the input that is this unit's; options: what all units of the job share.
+    """
+
+    work: str
+    directory: str
+    number: int
+    piece: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    samples_per_shard: int = 1000
+
+    @property
+    def receipt_path(self) -> Path:
+        return Path(self.directory) / "receipts" / f"{self.number:05d}.json"
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What came of a unit.
+
+    came_in: things found in the piece. went_out: samples by kind. dropped: things left out, by reason; examples: where
+    the first of them were found. notes: further counts that the work wants to be seen, by name. shards: the manifest's
+    entries by kind.
+    """
+
+    number: int
+    came_in: int = 0
+    went_out: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
+    shards: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+
+class Output:
+    """Where the work of one unit puts its samples, and where it says what it dropped."""
+
+    def __init__(self, spec: Spec) -> None:
+        self._spec = spec
+        self._open: dict[str, ShardWriter] = {}
+        self._shards: dict[str, list[dict[str, Any]]] = {}
+        self._went_out: Counter[str] = Counter()
+        self._dropped: Counter[str] = Counter()
+        self._notes: Counter[str] = Counter()
+        self._examples: dict[str, list[str]] = {}
+        self._came_in = 0
+
+    def came_in(self, count: int = 1) -> None:
+        """Count things found in the input."""
+        self._came_in += count
+
+    def drop(self, reason: str, where: str, count: int = 1) -> None:
+        """Count what is left out. Reasons are few and fixed; `where` names the (first) one at hand."""
+        self._dropped[reason] += count
+        examples = self._examples.setdefault(reason, [])
+        if len(examples) < _EXAMPLES:
+            examples.append(where)
+
+    def note(self, name: str, count: int = 1) -> None:
+        """Count something that the receipt shall show besides ("re-encoded")."""
+        self._notes[name] += count
+
+    def next_key(self, kind: str) -> str:
+        """The key of the next sample of a kind, if it is given none: the unit's number and the sample's place."""
+        return f"{self._spec.number:05d}-{self._went_out[kind]:06d}"
+
+    def write(
+        self,
+        kind: str,
+        members: dict[str, bytes],
+        *,
+        languages: Sequence[str],
+        tokens: int | None = None,
+        key: str | None = None,
+    ) -> str:
+        """Append a sample to the shards of its kind; gives its key.
+
+        Without `key` it is `next_key`, unique in the data set; one that is given must be so by its origin.
+        """
+        key = key or self.next_key(kind)
+        if kind not in self._open:
+            self._open[kind] = ShardWriter(self._place(kind), kind)
+        shard = self._open[kind]
+        shard.write(key, members, languages=languages, tokens=tokens)
+        self._went_out[kind] += 1
+        if len(shard) == self._spec.samples_per_shard:
+            self._finish(kind)
+        return key
+
+    def adopt(self, kind: str, tar: Path, index: bytes, samples: int) -> None:
+        """Take somebody's tar as a shard as it is: a link to it, and the sidecar `index` beside the link."""
+        with tar.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        link = self._place(kind)
+        try:
+            fresh = temporary(link)
+            fresh.unlink(missing_ok=True)
+            fresh.symlink_to(tar.resolve())
+            fresh.rename(link)
+            write_file(link.with_name(index_name(link.name)), index)
+        except OSError as error:
+            raise refused(link, error) from error
+        self._went_out[kind] += samples
+        self._shards[kind].append(
+            {
+                "name": link.name,
+                "samples": samples,
+                "bytes": tar.stat().st_size,
+                "sha256": digest,
+                "index_bytes": len(index),
+                "index_sha256": hashlib.sha256(index).hexdigest(),
+            }
+        )
+
+    def receipt(self) -> Receipt:
+        """Put what is open on the disk; gives the receipt."""
+        for kind in list(self._open):
+            self._finish(kind)
+        return Receipt(
+            self._spec.number,
+            self._came_in,
+            dict(sorted(self._went_out.items())),
+            dict(sorted(self._dropped.items())),
+            dict(sorted(self._examples.items())),
+            dict(sorted(self._notes.items())),
+            dict(sorted(self._shards.items())),
+        )
+
+    def abandon(self) -> None:
+        """Leave nothing half written behind."""
+        for shard in self._open.values():
+            shard.abandon()
+
+    def _place(self, kind: str) -> Path:
+        """The path of the next shard of a kind, in a folder that is there."""
+        folder = Path(self._spec.directory) / kind
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise refused(folder, error) from error
+        return folder / f"{self._spec.number:05d}-{len(self._shards.setdefault(kind, [])):04d}.tar"
+
+    def _finish(self, kind: str) -> None:
+        self._shards[kind].append(self._open[kind].finish())
+        del self._open[kind]
+
+
+def process_shard(spec: Spec) -> Receipt:
+    """Do one unit of work, unless its receipt says that it is done; the receipt is written last.
+
+    Raises:
+        UserError, ShardError: what the user can mend (the disk refuses, an input is gone); nothing half done stays.
+    """
+    done = read_receipt(spec)
+    if done is not None:
+        return done
+    module, _, function = spec.work.partition(":")
+    work: Work = getattr(importlib.import_module(module), function)
+    output = Output(spec)
+    try:
+        work(spec.piece, spec.options, output)
+        receipt = output.receipt()
+    except BaseException:
+        output.abandon()
+        raise
+    try:
+        spec.receipt_path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(spec.receipt_path, (json.dumps(asdict(receipt), ensure_ascii=False) + "\n").encode())
+    except OSError as error:
+        raise refused(spec.receipt_path, error) from error
+    return receipt
+
+
+def read_receipt(spec: Spec) -> Receipt | None:
+    """The receipt of a unit that is done and whose shards are all there; None if it is to be done (again)."""
+    try:
+        raw = spec.receipt_path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        receipt = Receipt(**json.loads(raw))
+    except (ValueError, TypeError) as error:
+        raise ShardError(f"{spec.receipt_path}: not a receipt ({error}); remove the file and run again") from error
+    for kind, shards in receipt.shards.items():
+        for shard in shards:
+            tar = Path(spec.directory) / kind / shard["name"]
+            for path, size in ((tar, shard["bytes"]), (tar.with_name(index_name(tar.name)), shard["index_bytes"])):
+                if not path.exists() or path.stat().st_size != size:
+                    return None
+    return receipt

@@ -1,0 +1,1 @@
+"""Looking at data sets: whether they are sound, and what is in them."""

@@ -1,0 +1,158 @@
+"""Whether data sets are what they say: manifest, checksums, hashes, keys, texts, images that can be decoded."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..samples import IMAGE_EXTENSIONS, text_parts
+from ..shards import Dataset, Row, ShardError
+from ..shards.format import check_kind
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is not as it should be: in which data set, where in it, what."""
+
+    dataset: str
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.dataset}{f', {self.where}' if self.where else ''}: {self.what}"
+
+
+def validate(directory: Path, *, workers: int = 1, decode: bool = True) -> Iterator[Problem]:
+    """Check one data set, shard by shard; yields what is wrong, nothing if all is well.
+
+    Args:
+        decode: also decode every image.
+    """
+    try:
+        dataset = Dataset.open(directory, verify=True)
+        check_kind(dataset.kind)
+    except ShardError as error:
+        yield Problem(str(directory), "", str(error))
+        return
+    keys: set[int] = set()  # hashes: eight bytes a key instead of the key
+    check = partial(_check_shard, directory, decode)
+    if workers == 1 or len(dataset.shard_sizes) == 1:
+        results: Any = map(check, range(len(dataset.shard_sizes)))
+        pool = None
+    else:
+        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+        results = pool.map(check, range(len(dataset.shard_sizes)))
+    try:
+        for problems, hashes in results:
+            yield from problems
+            for place, key in enumerate(hashes):
+                if key in keys:
+                    yield Problem(str(directory), f"sample {place} of a shard", "its key occurs twice in the data set")
+                keys.add(key)
+    finally:
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
+
+
+def _check_shard(directory: Path, decode: bool, number: int) -> tuple[list[Problem], list[int]]:
+    """What is wrong in one shard, and a hash of each key."""
+    dataset = Dataset.open(directory)
+    first = sum(dataset.shard_sizes[:number])
+    problems: list[Problem] = []
+    keys: list[int] = []
+    tar = directory / dataset.manifest["shards"][number]["name"]
+    places = _places(tar)
+    for index in range(first, first + dataset.shard_sizes[number]):
+        try:
+            row = dataset.row(index)
+        except ShardError as error:
+            return [Problem(str(directory), tar.name, str(error))], []
+        keys.append(int.from_bytes(_digest(row.key)))
+        where = f"{tar.name}, sample {row.key!r}"
+        problems += [
+            Problem(str(directory), where, what) for what in _check_sample(dataset, index, row, places, decode)
+        ]
+    return problems, keys
+
+
+def _check_sample(
+    dataset: Dataset, index: int, row: Row, places: dict[str, tuple[int, int]], decode: bool
+) -> Iterator[str]:
+    for extension, place in row.members.items():
+        if places.get(f"{row.key}.{extension}") != place:
+            yield f"the tar has no member {row.key}.{extension} where the sidecar says"
+    try:
+        members = dataset.read(index)
+    except ShardError as error:
+        yield str(error)
+        return
+    images = [extension for extension in members if extension in IMAGE_EXTENSIONS]
+    if dataset.kind.startswith("image") != (len(images) == 1):
+        yield f"has {len(images)} images, which does not fit {dataset.kind}"
+    if "json" in members:
+        yield from _check_texts(members["json"], dataset.kind, row)
+    elif not members.get("txt", b"").strip():
+        yield "has no text"
+    if decode:
+        for extension in images:
+            if (what := _undecodable(members[extension])) is not None:
+                yield f"its .{extension} cannot be decoded ({what})"
+
+
+def _check_texts(raw: bytes, kind: str, row: Row) -> Iterator[str]:
+    try:
+        content = json.loads(raw)
+    except ValueError as error:
+        yield f"its .json is not JSON ({error})"
+        return
+    languages: set[str] = set()
+    for part in text_parts(kind):
+        groups = content.get(part) if isinstance(content, dict) else None
+        if not isinstance(groups, list) or not groups:
+            yield f"its .json has no {part}"
+            continue
+        for texts in groups if part == "negatives" else [groups]:
+            for text in texts if isinstance(texts, list) else [None]:
+                if not isinstance(text, dict) or not all(
+                    isinstance(text.get(field), str) and text[field] for field in ("text", "language", "origin", "role")
+                ):
+                    yield f"a text of its {part} lacks text, language, origin or role"
+                    break
+                languages.add(text["language"])
+    if languages and set(row.languages) != languages:
+        yield f"its texts are in {sorted(languages)}, the sidecar says {sorted(row.languages)}"
+
+
+def _undecodable(data: bytes) -> str | None:
+    import io
+
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
+            image.load()
+    except Exception as error:  # Pillow's readers raise whatever their parsing runs into
+        return str(error) or type(error).__name__
+    return None
+
+
+def _places(tar: Path) -> dict[str, tuple[int, int]]:
+    """Name → offset and size of each member, as the tar itself says."""
+    try:
+        with tarfile.open(tar, mode="r:") as file:
+            return {member.name: (member.offset_data, member.size) for member in file}
+    except (tarfile.TarError, OSError):
+        return {}
+
+
+def _digest(key: str) -> bytes:
+    import hashlib
+
+    return hashlib.blake2b(key.encode(), digest_size=8).digest()

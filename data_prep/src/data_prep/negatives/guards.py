@@ -1,0 +1,99 @@
+"""Which of a query's neighbours are wrong answers: near enough to be hard, and not in truth right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class Guards:
+    """What keeps right answers out.
+
+    count: negatives for each query. ranks: from and to, counted from 1, among the neighbours that are no known answers;
+    the very first ones are often answers that nobody wrote down. margin: a negative's cosine similarity to the query is
+    at least so much below that of the query's own answer.
+    """
+
+    count: int = 7
+    ranks: tuple[int, int] = (10, 200)
+    margin: float = 0.05
+
+    def __post_init__(self) -> None:
+        first, last = self.ranks
+        if self.count < 1 or not 1 <= first <= last or last - first + 1 < self.count:
+            raise UserError(f"ranks {first} to {last} for {self.count} negatives: expected 1 or more, and room for all")
+        if not 0 <= self.margin < 2:
+            raise UserError(f"margin {self.margin}: a difference of cosine similarities, expected 0 to 2")
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of N pairs, each `[N]` int64: pairs with the same number have (nearly) the same query, (nearly) the
+    same answer, or are of one item.
+    """
+
+    query: np.ndarray
+    answer: np.ndarray
+    item: np.ndarray
+
+    def answers_of(self) -> dict[int, set[int]]:
+        """For each query, the answers of all pairs that ask it."""
+        found: dict[int, set[int]] = {}
+        for query, answer in zip(self.query.tolist(), self.answer.tolist(), strict=True):
+            found.setdefault(query, set()).add(answer)
+        return found
+
+
+def choose(
+    neighbours: np.ndarray,
+    scores: np.ndarray,
+    positives: np.ndarray,
+    first: int,
+    known: Known,
+    answers_of: dict[int, set[int]],
+    guards: Guards,
+) -> np.ndarray:
+    """The hardest negatives that pass, `[Q, count]` int64; a row of -1 where there are too few.
+
+    Args:
+        neighbours, scores: `[Q, k]`, pairs whose answers are nearest to queries `first`, `first` + 1, …, most similar
+            first, and their cosine similarities; -1 where there is none.
+        positives: `[Q]`, the similarity of each query to its own answer.
+    """
+    chosen = np.full((len(neighbours), guards.count), -1, np.int64)
+    for row, (near, similar) in enumerate(zip(neighbours.tolist(), scores.tolist(), strict=True)):
+        passed = _passing(first + row, near, similar, float(positives[row]), known, answers_of, guards)
+        found = [pair for _, pair in zip(range(guards.count), passed, strict=False)]
+        if len(found) == guards.count:
+            chosen[row] = found
+    return chosen
+
+
+def _passing(
+    query: int,
+    near: list[int],
+    similar: list[float],
+    positive: float,
+    known: Known,
+    answers_of: dict[int, set[int]],
+    guards: Guards,
+) -> Iterator[int]:
+    right = answers_of[int(known.query[query])] | {int(known.answer[query])}
+    item, taken, rank = known.item[query], set[int](), 0
+    for pair, score in zip(near, similar, strict=True):
+        if pair < 0:
+            return
+        answer = int(known.answer[pair])
+        if answer in right or known.item[pair] == item or answer in taken:
+            continue
+        taken.add(answer)  # a second copy of it would be no second negative, and takes no rank either
+        rank += 1
+        if rank > guards.ranks[1]:
+            return
+        if rank >= guards.ranks[0] and score <= positive - guards.margin:
+            yield pair

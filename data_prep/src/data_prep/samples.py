@@ -1,0 +1,71 @@
+"""What a sample says: texts with their language and origin, and the JSON that stands in the shards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # of members that a trainer takes for the image
+_PARTS = {"text-pairs": ("query", "target"), "text-triplets": ("query", "target", "negatives")}
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """One text in one language.
+
+    role: "name" (a short caption; evaluation uses these), "keywords", "long", "title", "body", or "key" (of a page that
+        nobody asks for).
+    origin: "human", "human:joined" (human texts put in a row by us), "machine-translation" or "synthetic:MODEL…".
+    """
+
+    text: str
+    language: str
+    role: str
+    origin: str = "human"
+
+    def record(self) -> dict[str, str]:
+        """The TEXT of the shard format."""
+        return {"text": self.text, "language": self.language, "origin": self.origin, "role": self.role}
+
+
+def text_parts(kind: str) -> tuple[str, ...]:
+    """The lists of texts that the .json of a sample of this kind must have."""
+    return _PARTS.get(kind, ("captions",))
+
+
+def captions_json(captions: Iterable[Text], *, source: str, item: str) -> bytes:
+    """The .json of a sample of images with captions."""
+    return _json({"captions": _records(captions), "source": source, "item": item})
+
+
+def texts_json(
+    query: Iterable[Text],
+    target: Iterable[Text],
+    negatives: Sequence[Iterable[Text]] | None = None,
+    *,
+    source: str,
+    item: str,
+) -> bytes:
+    """The .json of a text pair, or with `negatives` of a triplet."""
+    fields: dict[str, Any] = {"query": _records(query), "target": _records(target)}
+    if negatives is not None:
+        fields["negatives"] = [_records(negative) for negative in negatives]
+    return _json({**fields, "source": source, "item": item})
+
+
+def languages_of(*texts: Iterable[Text]) -> list[str]:
+    """The languages that occur, sorted."""
+    return sorted({text.language for group in texts for text in group})
+
+
+def _records(texts: Iterable[Text]) -> list[dict[str, str]]:
+    return [text.record() for text in texts]
+
+
+def _json(value: Any) -> bytes:
+    # A lone surrogate (from an escaped half of a pair in somebody's JSON) cannot be stored as UTF-8.
+    return _encode(value).encode("utf-8", errors="replace")

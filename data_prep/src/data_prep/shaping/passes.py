@@ -1,0 +1,248 @@
+"""Going through data sets: in one pass where each sample is judged alone, in two where it takes all of them.
+
+A pass is a job of the executor. Where samples are judged against one another, a survey goes first: each unit writes
+what the decision needs as one array file, and the rewriting pass reads what was decided for its own samples. The survey
+lies in OUT/NAME.survey-HASH, is resumed like any job, and is removed when the data set is published.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from ..execute import Execution, Job, Spec, run_job
+from ..execute.engines import run_units
+from ..execute.progress import Progress
+from ..execute.unit import Output, read_receipt
+from ..shards import KINDS, Dataset, Row
+
+Record = dict[str, Any]  # a TEXT of the shard format
+
+
+@dataclass
+class Sample:
+    """One sample: `content` is its JSON, made from the .txt where there is no JSON of ours."""
+
+    kind: str
+    row: Row
+    members: dict[str, bytes]
+    content: dict[str, Any]
+
+    @property
+    def texts(self) -> list[list[Record]]:
+        """Its lists of alternatives: the captions, or query, target and negatives; the lists are those in `content`."""
+        if "captions" in self.content:
+            return [self.content["captions"]]
+        return [self.content["query"], self.content["target"], *self.content.get("negatives", [])]
+
+    def changed_members(self) -> dict[str, bytes]:
+        """Its members, with `content` as the JSON."""
+        data = json.dumps(self.content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", errors="replace")
+        return {**{name: bytes_ for name, bytes_ in self.members.items() if name not in ("json", "txt")}, "json": data}
+
+    def languages(self) -> list[str]:
+        """The languages that occur in `content`."""
+        return sorted({text["language"] for texts in self.texts for text in texts})
+
+
+def open_alike(directories: Sequence[str]) -> list[Dataset]:
+    """The data sets, which have to be of one kind. UserError if they are not, or if one comes twice."""
+    found = [Dataset.open(directory) for directory in directories]
+    kinds = sorted({dataset.kind for dataset in found})
+    if len(kinds) != 1:
+        raise UserError(f"data sets of {' and '.join(kinds)}; expected one kind, run the command once for each")
+    places = [dataset.directory.resolve() for dataset in found]
+    if len(set(places)) != len(places):
+        raise UserError("a data set is named twice; name each once")
+    return found
+
+
+def pieces_of(datasets: Sequence[Dataset]) -> list[dict[str, Any]]:
+    """A piece for each shard. Samples keep their keys if they all come from one data set."""
+    pieces = []
+    for dataset in datasets:
+        first = 0
+        for count in dataset.shard_sizes:
+            pieces.append(
+                {
+                    "dataset": str(dataset.directory.resolve()),
+                    "fingerprint": dataset.fingerprint,
+                    "first": first,
+                    "count": count,
+                    "keep_keys": len(datasets) == 1,
+                }
+            )
+            first += count
+    return pieces
+
+
+def samples_of(piece: dict[str, Any]) -> Iterator[Sample]:
+    """The samples of a piece.
+
+    Raises:
+        UserError: the data set changed since the job began, or a sample's JSON is not of the shard format.
+    """
+    dataset = Dataset.open(piece["dataset"])
+    if dataset.fingerprint != piece["fingerprint"]:
+        raise UserError(f"{dataset.directory} changed while it was worked on; run the command again")
+    for number in range(piece["first"], piece["first"] + piece["count"]):
+        yield sample_at(dataset, number)
+
+
+def sample_at(dataset: Dataset, number: int) -> Sample:
+    """One sample. UserError if its JSON is not of the shard format."""
+    row, members = dataset.row(number), dataset.read(number)
+    return Sample(dataset.kind, row, members, _content(dataset, row, members))
+
+
+def write(
+    output: Output, piece: dict[str, Any], sample: Sample, *, kind: str | None = None, tokens: int | None
+) -> None:
+    """Write a sample whose content has changed; `tokens` of its longest text, None if nobody counted anew."""
+    key = sample.row.key if piece["keep_keys"] else None
+    output.write(kind or sample.kind, sample.changed_members(), languages=sample.languages(), tokens=tokens, key=key)
+
+
+def copy(output: Output, piece: dict[str, Any], sample: Sample) -> None:
+    """Write a sample as it is."""
+    key = sample.row.key if piece["keep_keys"] else None
+    output.write(sample.kind, sample.members, languages=sample.row.languages, tokens=sample.row.tokens, key=key)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The first of two passes.
+
+    work: "module:function", called as function(piece, options, output) with a place `piece["survey"]` for its arrays.
+    """
+
+    out: str
+    name: str
+    work: str
+    pieces: Sequence[dict[str, Any]]
+    options: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """Of this very survey: other input or options give another."""
+        identity = json.dumps([self.work, list(self.pieces), self.options], sort_keys=True)
+        return Path(self.out) / f"{self.name}.survey-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+    def files(self) -> list[Path]:
+        """The array file of each piece."""
+        return [self.folder / f"{number:05d}.npz" for number in range(len(self.pieces))]
+
+    def run(self, execution: Execution, say: Callable[[str], None]) -> bool:
+        """Do what is left of this task's share; False if other array tasks have pieces left."""
+        specs = [
+            Spec(self.work, str(self.folder), number, {**piece, "survey": str(file)}, self.options)
+            for number, (piece, file) in enumerate(zip(self.pieces, self.files(), strict=True))
+        ]
+        first, step = execution.task
+        own = specs[first::step]
+        left = [spec for spec in own if not _surveyed(spec)]
+        say(f"{self.folder}: surveying, {len(own) - len(left)} of {len(own)} units are done")
+        progress = Progress(max(1, len(left)))
+        for receipt in run_units(left, engine=execution.engine, workers=execution.workers or os.cpu_count() or 1):
+            progress.add(receipt.came_in)
+        progress.finish()
+        return all(_surveyed(spec) for spec in specs)
+
+
+def two_passes(
+    survey: Survey,
+    job: Job,
+    decide: Callable[[Survey], Sequence[np.ndarray]],
+    execution: Execution,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any] | None:
+    """Survey, decide about everything at once, and rewrite; gives the receipt, None if array tasks have units left.
+
+    `decide` gives an array a piece, which the job's work finds with `decision`. Pieces of the survey that the job does
+    not have (evaluation sets, before all others) have none.
+    """
+    target = [Path(job.out) / kind / job.name for kind in KINDS]
+    if not any((folder / "receipt.json").exists() for folder in target):
+        if not survey.run(execution, say):
+            say("other array tasks have units left; when all are done, run the array again: it goes on from here")
+            return None
+        decided = decide(survey)
+        if len(decided) != len(job.pieces):
+            raise RuntimeError(f"{len(decided)} decisions for {len(job.pieces)} pieces")
+        for number, values in enumerate(decided):
+            save(survey.folder / f"decided-{number:05d}.npz", values=values)
+    receipt = run_job(job, execution, say=say)
+    if receipt is not None:
+        for folder in Path(job.out).glob(f"{job.name}.survey-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+    return receipt
+
+
+def with_decisions(survey: Survey, pieces: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The pieces of the rewriting pass: each knows where its decision will be."""
+    return [
+        {**piece, "decided": str(survey.folder / f"decided-{number:05d}.npz")} for number, piece in enumerate(pieces)
+    ]
+
+
+def decision(piece: dict[str, Any]) -> np.ndarray:
+    """What was decided for the samples of a piece."""
+    return load(Path(piece["decided"]))["values"]
+
+
+def save(path: Path, **arrays: np.ndarray) -> None:
+    """Write arrays whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.urandom(6).hex()}.tmp")  # array tasks write the same files
+    try:
+        with partial.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        partial.rename(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror}); make room and run again") from error
+
+
+def load(path: Path, *names: str) -> dict[str, np.ndarray]:
+    """What `save` wrote: the arrays of these names, without a name all of them."""
+    with np.load(path) as arrays:
+        return {name: arrays[name] for name in names or arrays.files}
+
+
+def _surveyed(spec: Spec) -> bool:
+    return read_receipt(spec) is not None and Path(spec.piece["survey"]).exists()
+
+
+def _content(dataset: Dataset, row: Row, members: dict[str, bytes]) -> dict[str, Any]:
+    where = f"{dataset.directory / row.shard}: sample {row.key!r}"
+    content: Any = None
+    if "json" in members:
+        try:
+            content = json.loads(members["json"])
+        except ValueError as error:
+            raise UserError(
+                f"{where} has a .json that is none ({error}); `data-prep validate` finds all of them"
+            ) from error
+    wanted = ("captions",) if dataset.kind.startswith("image") else ("query", "target")
+    if isinstance(content, dict) and all(isinstance(content.get(name), list) for name in wanted):
+        return content
+    if "txt" in members:  # somebody else's shards: what the .json says is not kept
+        language = row.languages[0] if len(row.languages) == 1 else "und"
+        role = "long" if dataset.kind == "image-long" else "name"
+        text = {
+            "text": members["txt"].decode("utf-8", "replace"),
+            "language": language,
+            "origin": "human",
+            "role": role,
+        }
+        return {"captions": [text], "source": dataset.source, "item": row.key}
+    raise UserError(f"{where} has no {' and '.join(wanted)} in its .json, and no .txt; import the data set again")

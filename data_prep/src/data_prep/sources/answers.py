@@ -1,0 +1,86 @@
+"""Questions and answers about an image as its captions: the query and the answer, one after the other."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from ..samples import Text
+from .records import Dropped, Found, ImageRecord
+
+_OPTION = re.compile(r"\s*\(?([A-Za-z])(?:[).:]\s*|$)")  # "B", "(B)", "B) text", "B. text"
+
+Question = tuple[str, str | None, Text | Dropped]  # where, name of the image, caption
+
+
+def answer_text(value: Any) -> str:
+    """An answer as text: a string, a number, or a list of either; "" if there is none."""
+    if isinstance(value, list):
+        return ", ".join(filter(None, map(answer_text, value)))
+    if isinstance(value, bool) or value is None:
+        return ""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    return value.strip() if isinstance(value, str) else str(value) if isinstance(value, int | float) else ""
+
+
+def listed(value: Any) -> Any:
+    """A list that somebody stored as the text of a Python list ("['A', 'B']"); other values stay what they are."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            found = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return value
+        return found if isinstance(found, list) else value
+    return value
+
+
+def chosen(label: Any, options: Any) -> Any:
+    """The text of the option that an answer's letter names ("B", "(b)", "B) 3.5"); the label itself if it is none."""
+    match = _OPTION.match(label) if isinstance(label, str) else None
+    if match is None or not isinstance(options, list):
+        return label
+    place = ord(match[1].upper()) - ord("A")
+    if place >= len(options) or not isinstance(options[place], str):
+        return label
+    return re.sub(r"^\s*\(?[A-Za-z][).:]\s*", "", options[place]) or options[place]
+
+
+def question_caption(question: Any, answer: str, *, where: str, origin: str, language: str = "en") -> Text | Dropped:
+    """The caption for a question and its answer."""
+    if not isinstance(question, str) or not question.strip():
+        return Dropped("no question", where)
+    if not answer:
+        return Dropped("no answer", where)
+    return Text(f"{question.strip()} {answer}", language, "long", origin)
+
+
+def by_image(questions: Iterable[Question], folder: Path) -> Iterator[Found]:
+    """One record for questions in a row that are about one image in `folder`; each is one of its captions."""
+    from .folder import inside
+
+    for name, group in groupby(questions, key=lambda question: question[1]):
+        captions: list[Text] = []
+        first = ""
+        for where, _, caption in group:
+            first = first or where
+            if isinstance(caption, Dropped):
+                yield caption
+            else:
+                captions.append(caption)
+        path = inside(folder, name) if name else None
+        if not captions:
+            continue
+        if path is None:
+            yield Dropped("file name outside the folder" if name else "no image name", first, len(captions))
+        else:
+            yield ImageRecord(first, str(name), path, long=unique(captions))
+
+
+def unique(captions: Sequence[Text]) -> list[Text]:
+    """Captions without repetitions, in their order."""
+    return list(dict.fromkeys(captions))

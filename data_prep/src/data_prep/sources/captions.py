@@ -1,0 +1,143 @@
+"""Sets of captioned images: ShareGPT4V, COCO and Flickr with Karpathy's splits, ArXivCap."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..image_rule import ImageRule
+from ..samples import Text
+from .folder import inside
+from .parquet import image_bytes, parquet_pieces, read_parquet
+from .questions import DOCUMENTS, rows
+from .records import Dropped, Found, ImageRecord, argument, option
+from .tables import list_pieces, read_list
+from .texts import files_in
+
+_ELEMENTS = 1000
+
+
+@dataclass(frozen=True)
+class ShareGpt4v:
+    """ShareGPT4V: its JSON and the folder of images
+
+    The first answer of a conversation is the long caption. Conversations without an image are left out.
+    """
+
+    image: ClassVar[ImageRule | None] = ImageRule(512)
+
+    conversations: str = argument("the set's JSON ([{id, image, conversations}])")
+    images: str = argument("folder from which the image names start")
+    origin: str = option("synthetic:sharegpt4v", "where the captions came from")
+
+    def pieces(self) -> Iterator[dict[str, Any]]:
+        """A thousand images each."""
+        yield from list_pieces(self.conversations, _ELEMENTS)
+
+    def read(self, piece: dict[str, Any]) -> Iterator[Found]:
+        """A record a conversation."""
+        for row in rows(read_list(piece)):
+            if isinstance(row, Dropped):
+                yield row
+                continue
+            where, fields = row
+            name, turns = fields.get("image"), fields.get("conversations")
+            if not isinstance(name, str) or not name:
+                yield Dropped("conversation without an image", where)
+                continue
+            path = inside(Path(self.images), name)
+            answers = [
+                turn["value"].strip()
+                for turn in (turns if isinstance(turns, list) else [])
+                if isinstance(turn, dict) and turn.get("from") == "gpt" and isinstance(turn.get("value"), str)
+            ]
+            if path is None:
+                yield Dropped("file name outside the folder", where)
+            elif not answers or not answers[0]:
+                yield Dropped("no caption", where)
+            else:
+                yield ImageRecord(where, name, path, long=[Text(answers[0], "en", "long", self.origin)])
+
+
+@dataclass(frozen=True)
+class Karpathy:
+    """COCO or Flickr with Karpathy's splits: dataset_coco.json or dataset_flickr30k.json and the images
+
+    The sentences are alternative short captions. Leave test and val out of training.
+    """
+
+    image: ClassVar[ImageRule | None] = ImageRule()
+
+    dataset: str = argument("dataset_coco.json, dataset_flickr8k.json or dataset_flickr30k.json")
+    images: str = argument("folder of the images (COCO: the one that holds train2014 and val2014)")
+    splits: str = option("train,restval", "splits to take, with commas")
+
+    def pieces(self) -> Iterator[dict[str, Any]]:
+        """A thousand images each."""
+        yield from list_pieces(self.dataset, _ELEMENTS, key="images")
+
+    def read(self, piece: dict[str, Any]) -> Iterator[Found]:
+        """A record an image of the splits."""
+        splits = self.splits.split(",")
+        for row in rows(read_list(piece)):
+            if isinstance(row, Dropped):
+                yield row
+                continue
+            where, fields = row
+            if fields.get("split") not in splits:
+                yield Dropped("of another split", where)
+                continue
+            folder, name, sentences = fields.get("filepath", ""), fields.get("filename"), fields.get("sentences")
+            full = f"{folder}/{name}" if folder else name
+            path = inside(Path(self.images), full) if isinstance(name, str) and isinstance(folder, str) else None
+            captions = [
+                Text(sentence["raw"].strip(), "en", "name")
+                for sentence in (sentences if isinstance(sentences, list) else [])
+                if isinstance(sentence, dict) and isinstance(sentence.get("raw"), str) and sentence["raw"].strip()
+            ]
+            if path is None:
+                yield Dropped("no image name, or one outside the folder", where)
+            elif not captions:
+                yield Dropped("no caption", where)
+            else:
+                yield ImageRecord(where, str(fields.get("cocoid") or name), path, captions)
+
+
+@dataclass(frozen=True)
+class ArxivCap:
+    """ArXivCap: its parquet files
+
+    A figure is a sample; the short caption is its own part's caption, or the whole figure's, and where it has both they
+    are joined.
+    """
+
+    image: ClassVar[ImageRule | None] = DOCUMENTS
+
+    files: tuple[str, ...] = argument("parquet files, or folders of them")
+
+    def pieces(self) -> Iterator[dict[str, Any]]:
+        """Some papers each."""
+        yield from parquet_pieces(files_in(self.files, (".parquet",)), 100, columns=("caption_images",))
+
+    def read(self, piece: dict[str, Any]) -> Iterator[Found]:
+        """A record for each image of each figure."""
+        for row in read_parquet(piece, ("caption_images",)):
+            if isinstance(row, Dropped):
+                yield row
+                continue
+            paper, fields = row
+            for figure_number, figure in enumerate(fields.get("caption_images") or [], 1):
+                for part_number, part in enumerate((figure or {}).get("cil_pairs") or [], 1):
+                    where = f"{paper}, figure {figure_number}, part {part_number}"
+                    image = image_bytes((part or {}).get("image"))
+                    own = [figure.get("caption"), (part or {}).get("sub_caption")]
+                    texts = [text.strip() for text in own if isinstance(text, str) and text.strip()]
+                    if image is None:
+                        yield Dropped("no image", where)
+                    elif not texts:
+                        yield Dropped("no caption", where)
+                    else:
+                        origin = "human" if len(texts) == 1 else "human:joined"
+                        yield ImageRecord(where, where, image, [Text(" ".join(texts), "en", "name", origin)])

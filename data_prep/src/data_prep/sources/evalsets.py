@@ -1,0 +1,164 @@
+"""Evaluation sets of photos with captions, as pools that the evaluator reads: Crossmodal-3600, XTD10, Flickr30k, COCO.
+
+Every caption is kept, in the order of the source; an evaluator that wants one a language takes the first, as LAION's
+loader does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..errors import UserError
+from ..image_rule import ImageRule
+from ..samples import Text
+from .folder import inside
+from .records import Dropped, Found, ImageRecord, argument
+
+_IMAGES = 500
+_XTD_CODES = {"jp": "ja"}  # as its files are called
+
+Photo = tuple[str, list[Text]]  # file name below the folder of images, captions
+
+
+@dataclass(frozen=True)
+class _Photos:
+    """What these sets share: a small list of captions, which every piece reads whole, and a folder of images."""
+
+    image: ClassVar[ImageRule | None] = ImageRule(512, kernel="bicubic")
+
+    captions: str
+    images: str
+
+    def photos(self) -> list[Photo]:
+        """All images of the set. OSError, ValueError, KeyError or TypeError if the list is not of the set's form."""
+        raise NotImplementedError
+
+    def pieces(self) -> Iterator[dict[str, Any]]:
+        """Some hundred images each."""
+        if not Path(self.images).is_dir():
+            raise UserError(f"{self.images}: no such folder")
+        try:
+            count = len(self.photos())
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.captions}: not the captions of this set ({error!r})") from error
+        yield from ({"first": first, "end": min(first + _IMAGES, count)} for first in range(0, count, _IMAGES))
+
+    def read(self, piece: dict[str, Any]) -> Iterator[Found]:
+        """A record an image."""
+        for name, captions in self.photos()[piece["first"] : piece["end"]]:
+            path = inside(Path(self.images), name)
+            if path is None:
+                yield Dropped("file name outside the folder", name)
+            elif not captions:
+                yield Dropped("no caption", name)
+            else:
+                yield ImageRecord(name, name, path, captions)
+
+
+@dataclass(frozen=True)
+class Xm3600(_Photos):
+    """Crossmodal-3600: captions.jsonl and the folder of KEY.jpg
+
+    36 languages, about two captions in each.
+    """
+
+    captions: str = argument("captions.jsonl")
+    images: str = argument("folder of the images")
+
+    def photos(self) -> list[Photo]:
+        """The lines of captions.jsonl."""
+        found = []
+        for line in filter(None, _lines(Path(self.captions))):
+            fields = json.loads(line)
+            captions = [
+                Text(text.strip(), language, "name")
+                for language, value in fields.items()
+                if isinstance(value, dict)
+                for text in value["caption"]
+                if text.strip()
+            ]
+            found.append((f"{fields['image/key']}.jpg", captions))
+        return found
+
+
+@dataclass(frozen=True)
+class Xtd10(_Photos):
+    """XTD10 (multilingual COCO): the folder of its text files and the COCO images
+
+    test_image_names.txt names the images, line by line test_1kcaptions_LANGUAGE.txt holds their captions.
+    """
+
+    captions: str = argument("folder of test_image_names.txt and test_1kcaptions_LANGUAGE.txt")
+    images: str = argument("folder of the images, or the one that holds train2014 and val2014")
+
+    def photos(self) -> list[Photo]:
+        """The names, each with a caption a language."""
+        folder = Path(self.captions)
+        names = _lines(folder / "test_image_names.txt")
+        texts: list[list[Text]] = [[] for _ in names]
+        for path in sorted(folder.glob("test_1kcaptions_*.txt")):
+            code = path.stem.rpartition("_")[2]
+            lines = _lines(path)
+            if len(lines) != len(names):
+                raise UserError(f"{path}: has {len(lines)} lines, test_image_names.txt {len(names)}; expected as many")
+            for own, line in zip(texts, lines, strict=True):
+                if line:
+                    own.append(Text(line, _XTD_CODES.get(code, code), "name"))
+        return [(_coco_name(Path(self.images), name), own) for name, own in zip(names, texts, strict=True)]
+
+
+@dataclass(frozen=True)
+class Flickr30k(_Photos):
+    """Flickr30k: LAION's flickr30k_test_karpathy.txt and the folder of images
+
+    After a first line, NAME.jpg,CAPTION; five captions an image.
+    """
+
+    captions: str = argument("flickr30k_test_karpathy.txt")
+    images: str = argument("folder of the images")
+
+    def photos(self) -> list[Photo]:
+        """The images, each with its captions."""
+        found: dict[str, list[Text]] = {}
+        for line in _lines(Path(self.captions))[1:]:
+            name, comma, text = line.partition(".jpg,")  # captions hold commas and are not quoted
+            if not comma:
+                raise UserError(f"{self.captions}: expected NAME.jpg,CAPTION, found {line[:80]!r}")
+            found.setdefault(f"{name}.jpg", []).append(Text(text.strip(), "en", "name"))
+        return list(found.items())
+
+
+@dataclass(frozen=True)
+class Coco(_Photos):
+    """COCO: LAION's coco_test_karpathy.json and the folder of images
+
+    Five captions an image, in the schema of COCO's own caption files, which can be given too.
+    """
+
+    captions: str = argument("coco_test_karpathy.json")
+    images: str = argument("folder of the images, or the one that holds val2014")
+
+    def photos(self) -> list[Photo]:
+        """The images, each with its captions."""
+        content = json.loads(Path(self.captions).read_bytes())
+        captions: dict[Any, list[Text]] = {image["id"]: [] for image in content["images"]}
+        for annotation in content["annotations"]:
+            captions[annotation["image_id"]].append(Text(annotation["caption"].strip(), "en", "name"))
+        return [
+            (_coco_name(Path(self.images), image["file_name"]), captions[image["id"]]) for image in content["images"]
+        ]
+
+
+def _lines(path: Path) -> list[str]:
+    text = path.read_text(encoding="utf-8-sig").removesuffix("\n")
+    return [line.strip() for line in text.split("\n")]  # not `splitlines`, which also splits inside captions
+
+
+def _coco_name(folder: Path, name: str) -> str:
+    """The name of a COCO image below `folder`, which may be the one above val2014 and train2014."""
+    years = [f"{year}/{name}" for year in ("val2014", "train2014") if f"_{year}_" in name]
+    return years[0] if years and (folder / years[0]).exists() else name

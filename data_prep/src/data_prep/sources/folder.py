@@ -1,0 +1,113 @@
+"""A folder of images and a table of captions: what most people come with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..errors import UserError
+from ..image_rule import ImageRule
+from ..samples import Text
+from .records import Dropped, Found, ImageRecord, argument, option
+from .tables import is_json_lines, read_table, table_columns, table_pieces
+
+_ROWS = 500
+_IMAGE = ("image", "file", "file_name", "filename", "filepath", "path", "image_path")
+_CAPTION = ("caption", "text", "captions", "sentence", "title")
+_LONG = ("long_caption", "long", "description")
+_LANGUAGE = ("language", "lang", "locale")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """a folder of images with a CSV, TSV or JSONL table of captions
+
+    The columns are found by their usual names, or named by options. A row is a sample; a caption may be a list (JSONL)
+    of alternatives. An image that is in no row is left alone.
+    """
+
+    image: ClassVar[ImageRule | None] = ImageRule()
+
+    folder: str = argument("folder of the images; the table's file names start from here")
+    table: str = option("", "CSV, TSV or JSONL file, also .gz (default: the only such file in FOLDER)")
+    image_column: str = option("", f"column of the file name (default: the first of {', '.join(_IMAGE)})")
+    caption_column: str = option("", f"column of the short caption (default: the first of {', '.join(_CAPTION)})")
+    long_column: str = option("", f"column of the long caption (default: the first of {', '.join(_LONG)})")
+    language_column: str = option("", f"column of the language (default: the first of {', '.join(_LANGUAGE)})")
+    language: str = option("und", "language where no column says it")
+    origin: str = option("human", "where the captions came from: human, machine-translation, synthetic:MODEL")
+    delimiter: str = option("", "of the columns (default: by the file's name)")
+
+    def pieces(self) -> Iterator[dict[str, Any]]:
+        """Some hundred rows each."""
+        if not Path(self.folder).is_dir():
+            raise UserError(f"{self.folder}: no such folder")
+        table = Path(self.table) if self.table else _only_table(Path(self.folder))
+        columns = None if is_json_lines(table) else table_columns(table, self.delimiter)
+        if columns is not None:
+            for named in (self.image_column, self.caption_column, self.long_column, self.language_column):
+                if named and named not in columns:
+                    raise UserError(f"{table}: has no column {named!r}; it has {', '.join(columns)}")
+            if not (self.image_column or set(_IMAGE) & set(columns)):
+                raise UserError(
+                    f"{table}: none of {', '.join(columns)} is known for file names; name it: --image-column"
+                )
+            if not (self.caption_column or self.long_column or set(_CAPTION + _LONG) & set(columns)):
+                raise UserError(
+                    f"{table}: none of {', '.join(columns)} is known for captions; name it: --caption-column"
+                )
+        yield from table_pieces(table, _ROWS, delimiter=self.delimiter)
+
+    def read(self, piece: dict[str, Any]) -> Iterator[Found]:
+        """A record a row."""
+        for row in read_table(piece):
+            if isinstance(row, Dropped):
+                yield row
+                continue
+            where, values = row
+            name = _pick(values, self.image_column, _IMAGE)
+            if not isinstance(name, str) or not name:
+                yield Dropped("no file name", where)
+                continue
+            path = inside(Path(self.folder), name)
+            if path is None:
+                yield Dropped("file name outside the folder", where)
+                continue
+            found = _pick(values, self.language_column, _LANGUAGE)
+            language = found if isinstance(found, str) and found else self.language
+            short = self._captions(_pick(values, self.caption_column, _CAPTION), language, "name")
+            long = self._captions(_pick(values, self.long_column, _LONG), language, "long")
+            if short is None or long is None:
+                yield Dropped("caption is no text", where)
+            elif not short and not long:
+                yield Dropped("no caption", where)
+            else:
+                yield ImageRecord(where, os.path.normpath(name), path, short, long)
+
+    def _captions(self, value: Any, language: str, role: str) -> list[Text] | None:
+        texts = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(text, str) for text in texts):
+            return None
+        return [Text(text.strip(), language, role, self.origin) for text in texts if text.strip()]
+
+
+def inside(folder: Path, name: str) -> Path | None:
+    """The file of that name in a folder, or None if the name leads out of it."""
+    path = os.path.normpath(os.path.join(folder, name))
+    return Path(path) if path.startswith(os.path.join(os.path.normpath(folder), "")) and "\0" not in name else None
+
+
+def _pick(values: dict[str, Any], named: str, usual: tuple[str, ...]) -> Any:
+    return values.get(named) if named else next((values[name] for name in usual if name in values), None)
+
+
+def _only_table(folder: Path) -> Path:
+    endings = (".csv", ".tsv", ".jsonl", ".csv.gz", ".tsv.gz", ".jsonl.gz")
+    found = sorted(path for path in folder.iterdir() if path.name.endswith(endings))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise UserError(f"{folder}: expected one table of captions in it, found {names}; name it: --table")
+    return found[0]

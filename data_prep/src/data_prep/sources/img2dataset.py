@@ -1,0 +1,176 @@
+"""Folders that img2dataset wrote, and the subsets of them that DataComp and DFN publish as lists of uids."""
+
+from __future__ import annotations
+
+import bisect
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..errors import UserError
+from ..image_rule import ImageRule
+from ..samples import IMAGE_EXTENSIONS, Text
+from .records import Dropped, Found, ImageRecord, argument, option
+from .tars import TarSample, tar_samples
+
+_FAILED = ("failed_to_download", "failed_to_resize")
+
+
+@dataclass(frozen=True)
+class Img2dataset:
+    """a folder of shards that img2dataset wrote (output format webdataset)
+
+    Numbers may have gaps; a shard without its _stats.json was not finished and is left out. The identity of an image
+    is the sha256 of what was downloaded (compute_hash sha256), so that one picture under two addresses is one item.
+    """
+
+    image: ClassVar[ImageRule | None] = ImageRule(384, "square")
+
+    folder: str = argument("folder with NNNNN.tar and NNNNN_stats.json")
+    language: str = option("und", "language of the captions where no column says it")
+    language_column: str = option("language", "field of the .json that holds the language")
+    origin: str = option("human", "where the captions came from")
+
+    def pieces(self) -> Iterator[dict[str, Any]]:
+        """A shard each."""
+        yield from shard_pieces(self.folder)
+
+    def read(self, piece: dict[str, Any]) -> Iterator[Found]:
+        """A record for each image of the shard."""
+        for found in read_shard(piece):
+            if isinstance(found, Dropped):
+                yield found
+                continue
+            where, sample, fields = found
+            text = fields.get("caption")
+            if text is None and "txt" in sample.members:
+                text = sample.read("txt").decode("utf-8", errors="replace")
+            if not self.wants(fields):
+                yield Dropped("uid not in the list", where)
+            elif not isinstance(text, str) or not text.strip():
+                yield Dropped("no caption", where)
+            else:
+                found_language = fields.get(self.language_column)
+                language = found_language if isinstance(found_language, str) else self.language
+                yield image_record(where, sample, fields, short=[Text(text.strip(), language, "name", self.origin)])
+
+    def wants(self, fields: dict[str, Any]) -> bool:
+        """Whether an image belongs to the selection, by its metadata."""
+        return True
+
+
+@dataclass(frozen=True)
+class DataComp(Img2dataset):
+    """a subset of DataComp, CommonPool or DFN: downloaded shards and a .npy list of uids
+
+    The list is a sorted numpy array of two unsigned 64-bit halves of a uid. What is not in it is left out.
+    """
+
+    uids: str = option("", "the .npy file (dtype u8,u8); without it everything is taken")
+
+    def pieces(self) -> Iterator[dict[str, Any]]:
+        """A shard each."""
+        if self.uids:
+            _check_sorted(self.uids)
+        yield from super().pieces()
+
+    def wants(self, fields: dict[str, Any]) -> bool:
+        """Whether the uid is in the list."""
+        return not self.uids or _is_listed(self.uids, fields.get("uid"))
+
+
+@cache
+def _uids(path: str) -> Any:
+    """The list of uids, mapped and not loaded."""
+    import numpy as np
+
+    try:
+        uids = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: not a numpy array that can be read ({error})") from error
+    if uids.dtype != np.dtype("u8,u8") or uids.ndim != 1:
+        raise UserError(f"{path}: an array of {uids.dtype}; expected one list of uids, dtype u8,u8")
+    return uids
+
+
+def _check_sorted(path: str) -> None:
+    uids = _uids(path)
+    for begin in range(0, len(uids), 2**20):
+        high, low = (uids[begin : begin + 2**20 + 1][half] for half in ("f0", "f1"))
+        if ((high[1:] < high[:-1]) | ((high[1:] == high[:-1]) & (low[1:] < low[:-1]))).any():
+            raise UserError(f"{path}: the uids are not sorted; sort them (`numpy.sort`) and save the list again")
+
+
+def _is_listed(path: str, uid: Any) -> bool:
+    """Whether a uid (32 hexadecimal digits) is in the list, found by halving."""
+    try:
+        wanted = int(uid[:16], 16), int(uid[16:32], 16)
+    except (TypeError, ValueError):
+        return False
+    uids = _uids(path)
+
+    def at(place: int) -> tuple[int, int]:
+        high, low = uids[place]
+        return int(high), int(low)
+
+    place = bisect.bisect_left(range(len(uids)), wanted, key=at)
+    return len(uid) == 32 and place < len(uids) and at(place) == wanted
+
+
+def shard_pieces(folder: str) -> Iterator[dict[str, Any]]:
+    """The shards of a folder that img2dataset wrote. UserError if there are none."""
+    tars = sorted(Path(folder).glob("*.tar"))
+    if not tars:
+        raise UserError(f"{folder}: holds no .tar; expected img2dataset's NNNNN.tar (output_format webdataset)")
+    for tar in tars:
+        stats = tar.with_name(f"{tar.stem}_stats.json")
+        yield {"file": str(tar), "bytes": tar.stat().st_size, "stats": str(stats) if stats.exists() else None}
+
+
+def read_shard(piece: dict[str, Any]) -> Iterator[Dropped | tuple[str, TarSample, dict[str, Any]]]:
+    """(where, members, metadata) of each image that a shard holds, and what img2dataset itself left out."""
+    path = Path(piece["file"])
+    if piece["stats"] is None:
+        yield Dropped("shard without _stats.json: not finished", path.name)
+        return
+    try:
+        stats = json.loads(Path(piece["stats"]).read_bytes())
+        for reason in _FAILED:
+            if count := int(stats.get(reason, 0)):
+                yield Dropped(f"img2dataset: {reason.replace('_', ' ')}", path.name, count)
+    except (ValueError, AttributeError, TypeError):
+        yield Dropped("shard whose _stats.json cannot be read", path.name)
+        return
+    for sample in tar_samples(path):
+        if isinstance(sample, Dropped):
+            yield sample
+            continue
+        where = f"{path.name}: {sample.name}"
+        if not any(extension in sample.members for extension in IMAGE_EXTENSIONS):
+            yield Dropped("no image", where)
+            continue
+        fields: Any = {}
+        if "json" in sample.members:
+            try:
+                fields = json.loads(sample.read("json"))
+            except (ValueError, RecursionError):
+                fields = None
+        if not isinstance(fields, dict):
+            yield Dropped("metadata that is no JSON object", where)
+        elif fields.get("status", "success") != "success":
+            yield Dropped(f"img2dataset: {str(fields['status']).replace('_', ' ')}"[:60], where)
+        else:
+            yield where, sample, fields
+
+
+def image_record(
+    where: str, sample: TarSample, fields: dict[str, Any], *, short: Sequence[Text] = (), long: Sequence[Text] = ()
+) -> ImageRecord:
+    """The record of an image, identified by the hash of what was downloaded, or else by its key."""
+    extension = next(extension for extension in IMAGE_EXTENSIONS if extension in sample.members)
+    digest = fields.get("sha256")
+    item = digest if isinstance(digest, str) and digest else sample.name
+    return ImageRecord(where, item, sample.read(extension), short, long)

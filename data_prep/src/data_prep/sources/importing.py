@@ -1,0 +1,114 @@
+"""The work of an import: records to samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..execute import Execution, Job, Output, run_job
+from ..image_rule import ImageRule
+from ..images import ImageRefused, Stored, store_image
+from ..samples import captions_json, languages_of, texts_json
+from . import source_of
+from .records import Dropped, ImageRecord, Noted, Source, TextRecord
+
+_MAX_BYTES = 256 * 2**20  # of an image file; what is larger is no photograph and no page
+
+
+def import_source(
+    name: str,
+    source: Source,
+    out: str,
+    *,
+    title: str,
+    evalset: bool = False,
+    image: ImageRule | None = None,
+    samples_per_shard: int = 1000,
+    execution: Execution | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any] | None:
+    """Import a source into the data sets `out`/KIND/`name`; gives the receipt, None if array tasks are not all done.
+
+    Args:
+        source: an importer with its values; title: its name in `SOURCES`, or with `evalset` in
+            `EVALSETS`.
+        image: how images are stored, instead of the source's own rule.
+
+    Raises:
+        UserError, ShardError: the input is not there or not of its form, nothing came out, or the disk refuses.
+    """
+    job = Job(
+        title=f"{'evalset' if evalset else 'import'} {title}",
+        name=name,
+        out=out,
+        work="data_prep.sources.importing:import_piece",
+        pieces=list(source.pieces()),
+        options={
+            "source": title,
+            "evalset": evalset,
+            "values": json.loads(json.dumps(asdict(source))),  # type: ignore[call-overload]
+            "image": asdict(image or source.image) if source.image else None,
+            "name": name,
+        },
+        samples_per_shard=samples_per_shard,
+    )
+    return run_job(job, execution, say=say)
+
+
+def import_piece(piece: dict[str, Any], options: dict[str, Any], output: Output) -> None:
+    """The work of one unit: everything that the source finds in the piece."""
+    source = source_of(options)
+    rule = ImageRule(**options["image"]) if options["image"] else None
+    name = options["name"]
+    for found in source.read(piece):
+        if isinstance(found, Noted):
+            output.note(found.name, found.count)
+            continue
+        output.came_in(found.count if isinstance(found, Dropped) else 1)
+        if isinstance(found, Dropped):
+            output.drop(found.reason, found.where, found.count)
+        elif isinstance(found, TextRecord):
+            _write_texts(found, name, output)
+        else:
+            assert rule is not None
+            _write_image(found, rule, name, output)
+
+
+def _write_texts(record: TextRecord, name: str, output: Output) -> None:
+    kind = "text-pairs" if record.negatives is None else "text-triplets"
+    item = f"{name}/{output.next_key(kind)}"
+    content = texts_json(record.query, record.target, record.negatives, source=name, item=item)
+    languages = languages_of(record.query, record.target, *(record.negatives or ()))
+    output.write(kind, {"json": content}, languages=languages)
+
+
+def _write_image(record: ImageRecord, rule: ImageRule, name: str, output: Output) -> None:
+    try:
+        stored = _stored(record.image, rule)
+    except ImageRefused as error:
+        output.drop(str(error), record.where)
+        return
+    if stored.encoded_anew:
+        output.note("images encoded anew")
+    for kind, captions in (("image-short", record.short), ("image-long", record.long)):
+        if captions:
+            content = captions_json(captions, source=name, item=f"{name}/{record.item}")
+            output.write(kind, {stored.extension: stored.data, "json": content}, languages=languages_of(captions))
+
+
+def _stored(image: bytes | Path, rule: ImageRule) -> Stored:
+    if isinstance(image, bytes) and len(image) > _MAX_BYTES:
+        raise ImageRefused("image file too large")
+    if isinstance(image, Path):
+        try:
+            if not image.is_file():
+                raise ImageRefused("no such image file")
+            if image.stat().st_size > _MAX_BYTES:
+                raise ImageRefused("image file too large")
+            image = image.read_bytes()
+        except OSError as error:
+            raise ImageRefused("image file cannot be read") from error
+    return store_image(image, rule)

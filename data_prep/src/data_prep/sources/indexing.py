@@ -1,0 +1,121 @@
+"""Sidecars for tars of others, so that they can be read by number without being copied or changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..execute import Execution, Job, Output, run_job
+from ..samples import IMAGE_EXTENSIONS, text_parts
+from .records import Dropped
+from .tars import TarSample, tar_samples
+
+
+def index_shards(
+    shards: list[str],
+    out: str,
+    *,
+    name: str,
+    kind: str,
+    execution: Execution | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any] | None:
+    """Make the data set `out`/`kind`/`name` of links to tars and sidecars for them; gives the receipt.
+
+    Args:
+        shards: uncompressed webdataset tars, or folders of them.
+
+    Raises:
+        UserError, ShardError: there are no tars, nothing in them can be used, or the disk refuses.
+    """
+    tars: list[Path] = []
+    for path in map(Path, shards):
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+        tars += sorted(path.glob("*.tar")) if path.is_dir() else [path]
+    if not tars:
+        raise UserError(f"{', '.join(shards)}: no .tar there (packed ones must be unpacked: they have no offsets)")
+    job = Job(
+        title="index",
+        name=name,
+        out=out,
+        work="data_prep.sources.indexing:index_tar",
+        pieces=[{"file": str(tar.resolve()), "bytes": tar.stat().st_size} for tar in tars],
+        options={"kind": kind},
+    )
+    return run_job(job, execution, say=say)
+
+
+def index_tar(piece: dict[str, Any], options: dict[str, Any], output: Output) -> None:
+    """The work of one unit: the sidecar of one tar."""
+    path, kind = Path(piece["file"]), options["kind"]
+    rows: list[str] = []
+    keys: set[str] = set()
+    for sample in tar_samples(path):
+        output.came_in()
+        if isinstance(sample, Dropped):
+            output.drop(sample.reason, sample.where, sample.count)
+            continue
+        where = f"{path.name}: {sample.name}"
+        found = _members(sample, kind)
+        if isinstance(found, str):
+            output.drop(found, where)
+        elif sample.name in keys:
+            output.drop("second sample of one name", where)
+        else:
+            keys.add(sample.name)
+            members, languages = found
+            digest = hashlib.sha256()
+            for extension in members:
+                digest.update(sample.read(extension))
+            row = {
+                "key": sample.name,
+                "members": members,
+                "languages": languages,
+                "tokens": None,
+                "sha256": digest.hexdigest(),
+            }
+            rows.append(json.dumps(row, ensure_ascii=False, separators=(",", ":")))
+    if rows:
+        output.adopt(kind, path, "".join(row + "\n" for row in rows).encode(), len(rows))
+
+
+def _members(sample: TarSample, kind: str) -> tuple[dict[str, tuple[int, int]], list[str]] | str:
+    """The members that a trainer needs, and the languages; or the reason why there is nothing for it.
+
+    img2dataset's .json holds metadata, not captions: its .txt is taken then.
+    """
+    content = _content(sample)
+    parts = text_parts(kind)
+    usable = isinstance(content, dict) and all(isinstance(content.get(part), list) and content[part] for part in parts)
+    if kind.startswith("text"):
+        if not usable:
+            return f"no .json with {' and '.join(parts)}"
+        return {"json": sample.members["json"]}, _languages(content, parts)
+    image = next((extension for extension in IMAGE_EXTENSIONS if extension in sample.members), None)
+    if image is None:
+        return "no image"
+    if usable:
+        return {image: sample.members[image], "json": sample.members["json"]}, _languages(content, parts)
+    if "txt" in sample.members:
+        return {image: sample.members[image], "txt": sample.members["txt"]}, ["und"]
+    return "no caption (.txt, or .json with captions)"
+
+
+def _content(sample: TarSample) -> Any:
+    if "json" not in sample.members:
+        return None
+    try:
+        return json.loads(sample.read("json"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _languages(content: dict[str, Any], parts: tuple[str, ...]) -> list[str]:
+    texts = [text for part in parts for text in content[part]]
+    texts += [inner for text in texts if isinstance(text, list) for inner in text]
+    return sorted({str(text.get("language", "und")) for text in texts if isinstance(text, dict)})

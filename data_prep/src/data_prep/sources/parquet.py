@@ -1,0 +1,60 @@
+"""Parquet files, a few rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, needs
+from .records import Dropped
+
+_BATCH = 16  # rows in memory at a time: each may hold an image
+
+
+def parquet_pieces(paths: Sequence[Path], rows: int, *, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Row groups of the files, some of them together if they are small.
+
+    Raises:
+        UserError: pyarrow is not installed, a file is no parquet file, or it lacks one of `columns`.
+    """
+    parquet = needs("pyarrow.parquet", extra="parquet", what="reading parquet")
+    for path in paths:
+        try:
+            metadata = parquet.read_metadata(path)
+            found = parquet.read_schema(path).names
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: not a parquet file that can be read ({error})") from error
+        if missing := [name for name in columns if name not in found]:
+            raise UserError(f"{path}: has no column {', '.join(missing)}; it has {', '.join(found)}")
+        groups: list[int] = []
+        count = first = 0
+        for number in range(metadata.num_row_groups):
+            groups.append(number)
+            count += metadata.row_group(number).num_rows
+            if count >= rows or number == metadata.num_row_groups - 1:
+                yield {"file": str(path), "bytes": path.stat().st_size, "groups": groups, "row": first}
+                first, count, groups = first + count, 0, []
+
+
+def read_parquet(piece: dict[str, Any], columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]] | Dropped]:
+    """The rows of a piece, with those of `columns` that the file has."""
+    parquet = needs("pyarrow.parquet", extra="parquet", what="reading parquet")
+    path = Path(piece["file"])
+    number = piece["row"]
+    try:
+        with parquet.ParquetFile(path) as file:
+            present = [name for name in columns if name in file.schema_arrow.names]
+            for batch in file.iter_batches(_BATCH, row_groups=piece["groups"], columns=present, use_threads=False):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path.name}, row {number}", row
+    except (OSError, ValueError) as error:  # pyarrow's own are of these
+        yield Dropped("rest of a parquet piece that is damaged", f"{path.name} after row {number} ({error})"[:200])
+
+
+def image_bytes(value: Any) -> bytes | None:
+    """An image column's bytes: plain, or in the struct {bytes, path} of the datasets library."""
+    if isinstance(value, dict):
+        value = value.get("bytes")
+    return value if isinstance(value, bytes) else None

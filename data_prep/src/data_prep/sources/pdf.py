@@ -1,0 +1,191 @@
+"""PDF files: pages as images, their text layer as captions; and TAT-DQA, which asks questions about such pages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..errors import UserError, needs
+from ..image_rule import ImageRule
+from ..samples import Text
+from .answers import answer_text, question_caption, unique
+from .questions import rows
+from .records import Dropped, Found, ImageRecord, Noted, argument, option
+from .tables import list_pieces, read_list
+from .texts import files_in
+
+PAGES = ImageRule(1024, encoding="png", kernel="bicubic")
+_BYTES = 32 * 2**20  # of PDF files in a piece
+_FILES = 64
+_DOCUMENTS = 100
+_RENDERED = 4096  # pixels of a page's longest side at most, whatever its box says
+
+
+@dataclass(frozen=True)
+class PdfFolder:
+    """a folder of PDF files: a sample a page, its text layer as the long caption
+
+    A page without text (a scan) is left out.
+    """
+
+    image: ClassVar[ImageRule | None] = PAGES
+
+    folder: tuple[str, ...] = argument("PDF files, or folders of them")
+    language: str = option("und", "language of the texts")
+    max_pages: int = option(1000, "pages of a file at most")
+    side: int = option(PAGES.size, "pixels of a page's shortest side when it is drawn")
+
+    def pieces(self) -> Iterator[dict[str, Any]]:
+        """Some files each."""
+        needs("pypdfium2", extra="pdf", what="reading PDF")
+        files: list[str] = []
+        size = 0
+        for path in files_in(self.folder, (".pdf", ".PDF")):
+            files.append(str(path))
+            size += path.stat().st_size
+            if len(files) == _FILES or size > _BYTES:
+                yield {"files": files, "bytes": size}
+                files, size = [], 0
+        if files:
+            yield {"files": files, "bytes": size}
+
+    def read(self, piece: dict[str, Any]) -> Iterator[Found]:
+        """A record a page."""
+        for name in piece["files"]:
+            path = Path(name)
+            item = next((str(path.relative_to(root)) for root in self.folder if path.is_relative_to(root)), "")
+            with _Pdf(path) as pdf:
+                if pdf.pages is None:
+                    yield Dropped("PDF that cannot be read", path.name)
+                    continue
+                if pdf.pages > self.max_pages:
+                    yield Dropped("page beyond --max-pages", path.name, pdf.pages - self.max_pages)
+                for number in range(min(pdf.pages, self.max_pages)):
+                    where = f"{path.name}, page {number + 1}"
+                    page = pdf.page(number, self.side)
+                    if page is None:
+                        yield Dropped("page that cannot be drawn", where)
+                    elif not page[1]:
+                        yield Dropped("page without text", where)
+                    else:
+                        text = Text(page[1], self.language, "long")
+                        yield ImageRecord(where, f"{item or path.name}/{number + 1}", page[0], long=[text])
+
+
+@dataclass(frozen=True)
+class TatDqa:
+    """TAT-DQA: its JSON of questions and the folder of PDF files
+
+    The image is the page on which the answer stands (by the blocks of UID.json, if that file is beside the PDF), else
+    the first page; questions about one page are captions of one sample. A number's scale ("million") follows it.
+    """
+
+    image: ClassVar[ImageRule | None] = PAGES
+
+    questions: str = argument("tatdqa_dataset_train.json ([{doc, questions}])")
+    documents: str = argument("folder of UID.pdf (and UID.json)")
+    side: int = option(PAGES.size, "pixels of a page's shortest side when it is drawn")
+
+    def pieces(self) -> Iterator[dict[str, Any]]:
+        """Some documents each."""
+        needs("pypdfium2", extra="pdf", what="reading PDF")
+        if not Path(self.documents).is_dir():
+            raise UserError(f"{self.documents}: no such folder")
+        yield from list_pieces(self.questions, _DOCUMENTS)
+
+    def read(self, piece: dict[str, Any]) -> Iterator[Found]:
+        """A record for each page that is asked about."""
+        for row in rows(read_list(piece)):
+            if isinstance(row, Dropped):
+                yield row
+                continue
+            where, fields = row
+            doc, questions = fields.get("doc"), fields.get("questions")
+            uid = doc.get("uid") if isinstance(doc, dict) else None
+            if not isinstance(uid, str) or not uid.isalnum() or not isinstance(questions, list):
+                yield Dropped("no document or no questions", where)
+                continue
+            yield from self._document(where, uid, questions)
+
+    def _document(self, where: str, uid: str, questions: list[Any]) -> Iterator[Found]:
+        blocks = _pages_of_blocks(Path(self.documents) / f"{uid}.json")
+        captions: dict[int, list[Text]] = {}
+        for question in questions:
+            if not isinstance(question, dict):
+                yield Dropped("not a JSON object", where)
+                continue
+            answer = answer_text(question.get("answer"))
+            scale = question.get("scale")
+            if answer and isinstance(scale, str) and scale:
+                answer += f" {scale}"
+            caption = question_caption(question.get("question"), answer, where=where, origin="human:joined")
+            if isinstance(caption, Dropped):
+                yield caption
+            else:
+                captions.setdefault(_page_of(question.get("block_mapping"), blocks), []).append(caption)
+        if not captions:
+            return
+        with _Pdf(Path(self.documents) / f"{uid}.pdf") as pdf:
+            if pdf.pages is None:
+                yield Dropped("PDF that is missing or cannot be read", where)
+                return
+            if pdf.pages > 1 and not blocks:
+                yield Noted("documents of several pages without UID.json, first page taken")
+            for number, texts in sorted(captions.items()):
+                page = pdf.page(min(number, pdf.pages - 1), self.side)
+                if page is None:
+                    yield Dropped("page that cannot be drawn", where)
+                else:
+                    yield ImageRecord(where, f"{uid}/{number + 1}", page[0], long=unique(texts))
+
+
+class _Pdf:
+    """An open PDF; `pages` is None if it cannot be read."""
+
+    def __init__(self, path: Path) -> None:
+        pdfium = needs("pypdfium2", extra="pdf", what="reading PDF")
+        try:
+            self._document = pdfium.PdfDocument(path)
+            self.pages: int | None = len(self._document)
+        except (pdfium.PdfiumError, OSError):
+            self._document, self.pages = None, None
+
+    def __enter__(self) -> _Pdf:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._document is not None:
+            self._document.close()
+
+    def page(self, number: int, side: int) -> tuple[bytes, str] | None:
+        """A page as a PNG whose shortest side has at least `side` pixels, and its text; None if it cannot be drawn."""
+        pdfium = needs("pypdfium2", extra="pdf", what="reading PDF")
+        from ..images import encode_image
+
+        try:
+            page = self._document[number]
+            width, height = page.get_size()
+            scale = min(side / max(min(width, height), 1), _RENDERED / max(width, height, 1))
+            image = page.render(scale=scale).to_pil().convert("RGB")
+            text = page.get_textpage().get_text_bounded()
+        except (pdfium.PdfiumError, ValueError, OSError, MemoryError):
+            return None
+        return encode_image(image, PAGES), " ".join(text.replace("\ufffe", "").replace("\0", "").split())
+
+
+def _pages_of_blocks(path: Path) -> dict[str, int]:
+    """Block → page, from 0; empty without that file."""
+    try:
+        pages = json.loads(path.read_bytes())["pages"]
+        return {block["uuid"]: number for number, page in enumerate(pages) for block in page["blocks"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _page_of(mapping: Any, blocks: dict[str, int]) -> int:
+    """The page of the first block that an answer was taken from."""
+    names = [name for part in mapping if isinstance(part, dict) for name in part] if isinstance(mapping, list) else []
+    return next((blocks[name] for name in names if name in blocks), 0)

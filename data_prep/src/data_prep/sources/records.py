@@ -1,0 +1,80 @@
+"""What every importer gives: images with captions, texts that belong together, or what it had to leave out and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from ..image_rule import ImageRule
+from ..samples import Text
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRecord:
+    """An image with captions. `item` is its identity: equal ones are never each other's negatives.
+
+    image: the file's bytes, or its path. short, long: captions; each list that is not empty gives a sample of its kind.
+    where: for the receipt, should the image turn out broken.
+    """
+
+    where: str
+    item: str
+    image: bytes | Path
+    short: Sequence[Text] = ()
+    long: Sequence[Text] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TextRecord:
+    """Alternatives of a query and of its target; with `negatives` (alternatives of each) a triplet; one item each."""
+
+    where: str
+    query: Sequence[Text]
+    target: Sequence[Text]
+    negatives: Sequence[Sequence[Text]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """`count` things left out for one of a few reasons; `where` names the (first) one."""
+
+    reason: str
+    where: str
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """A count that the receipt shall show besides."""
+
+    name: str
+    count: int = 1
+
+
+Found = ImageRecord | TextRecord | Dropped | Noted
+
+
+class Source(Protocol):
+    """An importer: a frozen dataclass of plain values (they go into the receipt), made from the command line."""
+
+    image: ClassVar[ImageRule | None]  # how images are stored if the user says nothing; None if there are none
+
+    def pieces(self) -> Iterator[dict[str, Any]]:
+        """Cut the input into units of work. UserError if it is not there or not of this form."""
+        ...
+
+    def read(self, piece: dict[str, Any]) -> Iterator[Found]:
+        """All that a piece holds, one after another. UserError only for what makes going on senseless."""
+        ...
+
+
+def argument(explanation: str) -> Any:
+    """A field of a source that the command line asks for."""
+    return field(metadata={"help": explanation})
+
+
+def option(default: Any, explanation: str, *, choices: tuple[str, ...] | None = None) -> Any:
+    """A field of a source that the command line takes as --name."""
+    return field(default=default, metadata={"help": explanation, "choices": choices})

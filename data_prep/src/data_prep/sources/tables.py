@@ -1,0 +1,299 @@
+"""Tables and lists of others, read piece by piece: CSV, TSV, JSON lines, and JSON files that are one big list.
+
+A piece is a range of bytes that holds whole rows, so that rows are read by many processes and memory does not grow
+with the file. What is packed with gzip cannot be entered in the middle and is one piece.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import json
+import mmap
+import re
+import zlib
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+from ..errors import UserError
+from .records import Dropped
+
+Row = tuple[str, Any]  # where it stands ("captions.csv, row 17"), what it holds
+_LINES = 16 * 2**20  # bytes of JSON lines in a piece
+_FIELD = 16 * 2**20  # characters in a line or a field; more is no table, or a quote that nobody closed
+
+csv.field_size_limit(_FIELD)
+
+
+def table_pieces(path: str | Path, rows: int, *, delimiter: str = "") -> Iterator[dict[str, Any]]:
+    """Pieces of `rows` rows of a table (CSV, TSV, by its name or `delimiter`) or JSON lines file, gzip or not.
+
+    Raises:
+        UserError: the file cannot be read, is empty, or is UTF-16.
+    """
+    path = Path(path)
+    size = _size(path)
+    if is_json_lines(path):
+        for piece in line_pieces(path):
+            yield {**piece, "format": "jsonl"}
+        return
+    delimiter = delimiter or delimiter_of(path)
+    whole = {"file": str(path), "bytes": size, "format": "table", "delimiter": delimiter}
+    if path.suffix == ".gz":
+        yield {**whole, "start": 0, "end": None, "row": 1}
+        return
+    with path.open("rb") as file:
+        lines = _Lines(file)
+        reader = csv.reader(lines, delimiter=delimiter)
+        next(reader, None)
+        start, row = lines.end, 1
+        while True:
+            count = 0
+            try:
+                for _ in islice(reader, rows):
+                    count += 1
+            except csv.Error:  # whoever reads the piece meets it again and counts it
+                count += 1
+            if lines.end == start:
+                return
+            yield {**whole, "start": start, "end": lines.end, "row": row}
+            start, row = lines.end, row + count
+
+
+def table_columns(path: str | Path, delimiter: str = "") -> list[str]:
+    """The columns that the first line of a CSV or TSV file names."""
+    path = Path(path)
+    _size(path)
+    with open_bytes(path) as file:
+        return next(csv.reader(_Lines(file), delimiter=delimiter or delimiter_of(path)), [])
+
+
+def line_pieces(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Pieces of whole lines, of some megabytes."""
+    path = Path(path)
+    size = _size(path)
+    if path.suffix == ".gz":
+        yield {"file": str(path), "bytes": size, "start": 0, "end": None}
+        return
+    with path.open("rb") as file:
+        start = 0
+        while start < size:
+            file.seek(min(size, start + _LINES))
+            _line(file)
+            end = file.tell()
+            yield {"file": str(path), "bytes": size, "start": start, "end": end}
+            start = end
+
+
+def list_pieces(path: str | Path, elements: int, *, key: str | None = None) -> Iterator[dict[str, Any]]:
+    """Pieces of so many elements (objects, lists) of the JSON list that a file is, or that its object has under `key`.
+
+    Raises:
+        UserError: the file cannot be read, is cut short, or has no such list.
+    """
+    path = Path(path)
+    spans = _element_spans(path, key)
+    number, size = 0, _size(path)
+    while span := list(islice(spans, elements)):
+        yield {"file": str(path), "bytes": size, "start": span[0][0], "end": span[-1][1], "row": number}
+        number += len(span)
+
+
+def read_table(piece: dict[str, Any]) -> Iterator[Row | Dropped]:
+    """The rows of a piece of `table_pieces`, each a dict of its columns."""
+    if piece["format"] == "jsonl":
+        for row in read_lines(piece):
+            if isinstance(row, Dropped) or isinstance(row[1], dict):
+                yield row
+            else:
+                yield Dropped("not a JSON object", row[0])
+        return
+    path, delimiter = Path(piece["file"]), piece["delimiter"]
+    with open_bytes(path) as file:
+        lines = _Lines(file)
+        columns = next(csv.reader(lines, delimiter=delimiter), [])
+        if piece["start"]:
+            file.seek(piece["start"])
+            lines = _Lines(file, piece["start"])
+        lines.stop = piece["end"]
+        reader = csv.reader(lines, delimiter=delimiter)
+        number = piece["row"] - 1
+        while True:
+            number += 1
+            where = f"{path.name}, row {number}"
+            lines.fault = None
+            try:
+                values = next(reader, None)
+            except csv.Error:
+                yield Dropped("broken row", where)
+                continue
+            except _PACKED as error:
+                yield _cut(path, error)
+                return
+            if values is None:
+                return
+            if lines.fault:
+                yield Dropped(lines.fault, where)
+            elif len(values) > len(columns):
+                yield Dropped("more values than columns", where)
+            elif values:  # an empty line is no row
+                yield where, dict(zip(columns, values, strict=False))
+
+
+def read_lines(piece: dict[str, Any]) -> Iterator[Row | Dropped]:
+    """The JSON values of a piece of `line_pieces`."""
+    path = Path(piece["file"])
+    with open_bytes(path) as file:
+        file.seek(piece["start"])
+        place, number = piece["start"], 0
+        while piece["end"] is None or place < piece["end"]:
+            try:
+                line, length = _line(file)
+            except _PACKED as error:
+                yield _cut(path, error)
+                return
+            if not length:
+                return
+            number += 1
+            where = f"{path.name}, line {number}" + (f" after byte {piece['start']}" if piece["start"] else "")
+            place += length
+            if line is None:
+                yield Dropped("line too long", where)
+                continue
+            line = line.removeprefix(codecs.BOM_UTF8).strip()
+            if not line:
+                continue
+            try:
+                yield where, json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError:
+                yield Dropped("not UTF-8", where)
+            except (ValueError, RecursionError):
+                yield Dropped("not JSON", where)
+
+
+def read_list(piece: dict[str, Any]) -> Iterator[Row | Dropped]:
+    """The elements of a piece of `list_pieces`."""
+    path = Path(piece["file"])
+    with path.open("rb") as file:
+        file.seek(piece["start"])
+        raw = file.read(piece["end"] - piece["start"])
+    try:
+        values = json.loads(b"[" + raw + b"]")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON between bytes {piece['start']} and {piece['end']} ({error})") from error
+    for number, value in enumerate(values, piece["row"]):
+        yield f"{path.name}, element {number}", value
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """A file, unpacked if its name ends in .gz. UserError if it cannot be read."""
+    try:
+        return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def is_json_lines(path: Path) -> bool:
+    """Whether the name says so: .jsonl, .ndjson, also .gz."""
+    return path.name.removesuffix(".gz").endswith((".jsonl", ".ndjson"))
+
+
+def delimiter_of(path: Path) -> str:
+    """Tab for .tsv and .txt, else a comma."""
+    return "\t" if path.name.removesuffix(".gz").endswith((".tsv", ".txt")) else ","
+
+
+_PACKED = (EOFError, zlib.error, gzip.BadGzipFile)
+
+
+def _cut(path: Path, error: Exception) -> Dropped:
+    return Dropped("rest of a packed file that is cut short or damaged", f"{path.name} ({error})")
+
+
+def _line(file: IO[bytes]) -> tuple[bytes | None, int]:
+    """The next line and how many bytes it takes; None for one that is too long, which is passed over, not kept."""
+    line = file.readline(_FIELD)
+    length = len(line)
+    if length < _FIELD or line.endswith(b"\n"):
+        return line, length
+    while rest := file.readline(_FIELD):
+        length += len(rest)
+        if rest.endswith(b"\n"):
+            break
+    return None, length
+
+
+class _Lines:
+    """Lines of a binary file as text, with the place where the last one ends and what is wrong with one of them."""
+
+    def __init__(self, file: IO[bytes], start: int = 0) -> None:
+        self._file = file
+        self.end = start
+        self.stop: int | None = None
+        self.fault: str | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line, length = _line(self._file) if self.stop is None or self.end < self.stop else (b"", 0)
+        if not length:
+            raise StopIteration
+        first = self.end == 0
+        self.end += length
+        if line is None:
+            self.fault = "line too long"
+            return "\n"
+        if first:
+            if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise UserError(f"{self._file.name}: is UTF-16; convert it (`iconv -f UTF-16 -t UTF-8`)")
+            line = line.removeprefix(codecs.BOM_UTF8)
+        line = line.replace(b"\0", b"")
+        try:
+            return line.decode("utf-8")
+        except UnicodeDecodeError:
+            self.fault = "not UTF-8"
+            return line.decode("utf-8", errors="replace")
+
+
+def _size(path: Path) -> int:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if path.is_dir() or not size:
+        raise UserError(f"{path}: is {'a folder' if path.is_dir() else 'empty'}; expected a file with rows")
+    return size
+
+
+_TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]')
+
+
+def _element_spans(path: Path, key: str | None) -> Iterator[tuple[int, int]]:
+    """Where the elements of the list begin and end, found by brackets alone; the file is mapped, not loaded."""
+    _size(path)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        depth, inside, start, name = 0, None, 0, b""  # `inside`: the depth of the list's elements, once it is found
+        for token in _TOKENS.finditer(data):
+            text = token.group()
+            if text.startswith(b'"'):
+                name = text if depth == 1 else name
+            elif text in b"[{":
+                depth += 1
+                if inside is None:
+                    if text == b"[" and (depth == 1 or (depth == 2 and key and name == json.dumps(key).encode())):
+                        inside = depth
+                elif depth == inside + 1:
+                    start = token.start()
+            else:
+                depth -= 1
+                if inside is not None and depth == inside:
+                    yield start, token.end()
+                elif inside is not None and depth < inside:
+                    return
+    raise UserError(
+        f"{path}: is cut short, or holds no list{f' under {key!r}' if key else ''}; expected JSON of the source's form"
+    )

@@ -1,0 +1,140 @@
+"""ViDoRe: the training set, and its benchmarks in BEIR's form of corpus, queries and relevance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..errors import UserError
+from ..image_rule import ImageRule
+from ..samples import Text
+from .answers import answer_text, chosen, listed, question_caption
+from .parquet import image_bytes, parquet_pieces, read_parquet
+from .questions import DOCUMENTS
+from .records import Dropped, Found, ImageRecord, argument, option
+from .texts import files_in
+
+_COLUMNS = ("query", "image", "image_filename", "options", "answer", "page", "model", "prompt", "source")
+_ROWS = 500
+
+
+@dataclass(frozen=True)
+class Vidore:
+    """ViDoRe's training set: its parquet files
+
+    The caption is query and answer; a letter stands for the option that it names. Queries that a model wrote carry its
+    name as their origin.
+    """
+
+    image: ClassVar[ImageRule | None] = DOCUMENTS
+
+    files: tuple[str, ...] = argument("parquet files, or folders of them")
+    language: str = option("en", "language of the queries")
+
+    def pieces(self) -> Iterator[dict[str, Any]]:
+        """Some hundred rows each."""
+        yield from parquet_pieces(files_in(self.files, (".parquet",)), _ROWS, columns=("query", "image"))
+
+    def read(self, piece: dict[str, Any]) -> Iterator[Found]:
+        """A record a row."""
+        for row in read_parquet(piece, _COLUMNS):
+            if isinstance(row, Dropped):
+                yield row
+                continue
+            where, fields = row
+            image, query = image_bytes(fields.get("image")), fields.get("query")
+            if image is None:
+                yield Dropped("no image", where)
+                continue
+            if not isinstance(query, str) or not query.strip():
+                yield Dropped("no question", where)
+                continue
+            answer = answer_text(chosen(listed(fields.get("answer")), listed(fields.get("options"))))
+            model = fields.get("model")
+            origin = f"synthetic:{model}" if isinstance(model, str) and model else "human:joined"
+            caption = (
+                question_caption(query, answer, where=where, origin=origin, language=self.language)
+                if answer
+                else Text(query.strip(), self.language, "long", origin)  # many synthetic queries have no answer
+            )
+            assert isinstance(caption, Text)
+            item = str(fields.get("image_filename") or where)
+            if fields.get("page") not in (None, ""):
+                item += f"/{fields['page']}"
+            yield ImageRecord(where, item, image, long=[caption])
+
+
+@dataclass(frozen=True)
+class VidoreBenchmark:
+    """a ViDoRe benchmark in BEIR's form: corpus, queries and qrels as parquet
+
+    A page is a sample; the queries for which it is relevant are its captions. A page that no query asks for stays as a
+    candidate, with its number as a text of the role "key", which nothing evaluates.
+    """
+
+    image: ClassVar[ImageRule | None] = ImageRule(1024, kernel="bicubic")
+
+    folder: str = argument("folder with parquet files of corpus, queries and qrels, by folder or file name")
+    language: str = option("en", "language of the queries, where they do not say it")
+
+    def pieces(self) -> Iterator[dict[str, Any]]:
+        """Some hundred pages each."""
+        _parts(self.folder, "qrels")
+        _parts(self.folder, "queries")
+        yield from parquet_pieces(_parts(self.folder, "corpus"), _ROWS, columns=("corpus-id", "image"))
+
+    def read(self, piece: dict[str, Any]) -> Iterator[Found]:
+        """A record a page."""
+        relevant = _relevant(self.folder, self.language)
+        for row in read_parquet(piece, ("corpus-id", "image")):
+            if isinstance(row, Dropped):
+                yield row
+                continue
+            where, fields = row
+            number, image = fields.get("corpus-id"), image_bytes(fields.get("image"))
+            if number is None or image is None:
+                yield Dropped("no image" if image is None else "no corpus-id", where)
+                continue
+            captions = relevant.get(str(number)) or [Text(str(number), "und", "key")]
+            yield ImageRecord(where, str(number), image, short=captions)
+
+
+def _parts(folder: str, part: str) -> list[Path]:
+    """The parquet files of a part: corpus/*.parquet, data/corpus-….parquet, corpus.parquet."""
+    root = Path(folder)
+    found = sorted(
+        path
+        for path in root.rglob("*.parquet")
+        if any(piece.startswith(part) for piece in path.relative_to(root).parts)
+    )
+    if not found:
+        raise UserError(f"{folder}: holds no {part}*.parquet and no folder {part}/ of parquet files")
+    return found
+
+
+@cache
+def _relevant(folder: str, language: str) -> dict[str, list[Text]]:
+    """Page → the queries that it answers."""
+    queries: dict[str, Text] = {}
+    for fields in _all(folder, "queries", ("query-id", "query", "language")):
+        text, own = fields["query"], fields.get("language")
+        if isinstance(text, str) and text.strip():
+            code = own if isinstance(own, str) and len(own) == 2 else language
+            queries[str(fields["query-id"])] = Text(text.strip(), code, "name")
+    relevant: dict[str, list[Text]] = {}
+    for fields in _all(folder, "qrels", ("query-id", "corpus-id", "score")):
+        query = queries.get(str(fields["query-id"]))
+        if query is not None and (fields.get("score") or 0) > 0:
+            relevant.setdefault(str(fields["corpus-id"]), []).append(query)
+    return relevant
+
+
+def _all(folder: str, part: str, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    for piece in parquet_pieces(_parts(folder, part), 10**9, columns=columns[:2]):
+        for row in read_parquet(piece, columns):
+            if isinstance(row, Dropped):
+                raise UserError(f"{row.where}: {row.reason}; without it the benchmark would not be whole")
+            yield row[1]

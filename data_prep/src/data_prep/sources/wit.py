@@ -1,0 +1,102 @@
+"""WIT, the Wikipedia image-text set: its TSV with images of one's own, or an img2dataset download of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+from urllib.parse import unquote, urlsplit
+
+from ..errors import UserError
+from ..image_rule import ImageRule
+from ..samples import Text
+from .folder import inside
+from .img2dataset import image_record, read_shard, shard_pieces
+from .records import Dropped, Found, ImageRecord, argument, option
+from .tables import read_table, table_columns, table_pieces
+from .texts import files_in
+
+COLUMNS = tuple(
+    "language page_url image_url page_title section_title hierarchical_section_title caption_reference_description "  # noqa: SIM905
+    "caption_attribution_description caption_alt_text_description mime_type original_height original_width "
+    "is_main_image attribution_passes_lang_id page_changed_recently context_page_description "
+    "context_section_description".split()
+)
+_SHORT = "caption_reference_description"
+_LONG = (_SHORT, "page_title", "section_title", "context_page_description", "context_section_description")
+_CODES = {"iw": "he", "nb": "no", "zh-TW": "zh"}  # as WIT writes them
+_ROWS = 5000
+
+
+@dataclass(frozen=True)
+class Wit:
+    """WIT: its TSV with a folder of images, or an img2dataset download that kept its columns
+
+    The short caption is the reference description; the long one is caption, page title, section title, page
+    description and section description, in this order. The TSV holds addresses alone. Either fetch them with
+    `img2dataset --input_format tsv --url_col image_url --caption_col caption_reference_description
+    --save_additional_columns '["language", "page_title", …]'` and name the folder, or give the files by --images.
+    """
+
+    image: ClassVar[ImageRule | None] = ImageRule()
+
+    paths: tuple[str, ...] = argument("TSV files (also .gz) or folders of them; or one img2dataset folder")
+    images: str = option("", "folder of the images, each named as the last part of its address")
+
+    def pieces(self) -> Iterator[dict[str, Any]]:
+        """Rows of a table, or a downloaded shard."""
+        if len(self.paths) == 1 and any(Path(self.paths[0]).glob("*_stats.json")):
+            yield from shard_pieces(self.paths[0])
+            return
+        if not self.images:
+            raise UserError("WIT's TSV holds addresses alone; name the folder of the images (--images)")
+        for path in files_in(self.paths, (".tsv", ".tsv.gz")):
+            missing = [name for name in COLUMNS if name not in table_columns(path)]
+            if missing:
+                raise UserError(
+                    f"{path}: lacks WIT's columns {', '.join(missing)}; expected its TSV with the first line"
+                )
+            yield from table_pieces(path, _ROWS)
+
+    def read(self, piece: dict[str, Any]) -> Iterator[Found]:
+        """A record a row: one image in one language."""
+        if "stats" in piece:
+            for found in read_shard(piece):
+                if isinstance(found, Dropped):
+                    yield found
+                    continue
+                where, sample, fields = found
+                texts = _captions(fields)
+                yield (
+                    image_record(where, sample, fields, short=texts[0], long=texts[1])
+                    if any(texts)
+                    else Dropped("no caption", where)
+                )
+            return
+        for row in read_table(piece):
+            if isinstance(row, Dropped):
+                yield row
+                continue
+            where, values = row
+            url = values.get("image_url") or ""
+            name = unquote(urlsplit(url).path.rpartition("/")[2])
+            path = inside(Path(self.images), name) if name else None
+            short, long = _captions(values)
+            if path is None:
+                yield Dropped("no image address", where)
+            elif not short and not long:
+                yield Dropped("no caption", where)
+            else:
+                yield ImageRecord(where, url, path, short, long)
+
+
+def _captions(values: dict[str, Any]) -> tuple[list[Text], list[Text]]:
+    """Short and long caption of a row, each at most one."""
+    language = values.get("language")
+    language = _CODES.get(language, language) if isinstance(language, str) and language else "und"
+    texts = {name: value.strip() for name in _LONG if isinstance(value := values.get(name), str) and value.strip()}
+    short = [Text(texts[_SHORT], language, "name")] if _SHORT in texts else []
+    parts = list(dict.fromkeys(texts.values()))  # the section's title is often the page's
+    described = any(name in texts for name in _LONG[3:])  # titles alone are no long text
+    return short, [Text("\n".join(parts), language, "long", "human:joined")] if described else []

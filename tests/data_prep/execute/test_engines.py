@@ -1,0 +1,250 @@
+"""Every engine gives the same bytes, does nothing twice, and ends with one message when something is wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from data_prep.cli import main
+from data_prep.errors import UserError
+from data_prep.execute import Execution, Job, Spec, process_shard, run_job
+from data_prep.shards import Dataset
+
+ONE = Execution(workers=1)
+
+
+def silent(line: str) -> None:
+    pass
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """A job of five units, whose work is in a module that the workers find; what was called is entered in a file."""
+    code = """
+import os
+from pathlib import Path
+
+def work(piece, options, output):
+    with open(options["log"], "a") as log:
+        log.write(f"{piece['number']} ")
+    if piece["number"] == options.get("die"):
+        os.kill(os.getpid(), 9)
+    if piece["number"] == options.get("stop"):
+        output.write("text-pairs", {"json": b"{}"}, languages=["en"])
+        raise KeyboardInterrupt
+    for sample in range(piece["number"]):
+        output.came_in()
+        output.write("text-pairs", {"json": b"{}"}, languages=["en"])
+        output.write("text-triplets", {"json": b"[]"}, languages=["de"], key=f"own-{piece['number']}-{sample}")
+    output.came_in(2)
+    output.drop("odd", f"unit {piece['number']}", 2)
+"""
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "work_of_a_test.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path / "lib"))
+
+    def make(name: str = "n", **options: object) -> Job:
+        options = {"log": str(tmp_path / "log"), **options}
+        pieces = [{"number": number} for number in range(5)]
+        return Job("test", name, str(tmp_path / "out"), "work_of_a_test:work", pieces, options, samples_per_shard=3)
+
+    return make
+
+
+def calls(tmp_path: Path) -> list[str]:
+    return sorted((tmp_path / "log").read_text().split())
+
+
+def test_units_become_data_sets_with_one_receipt(job, tmp_path):
+    receipt = run_job(job(), ONE, say=silent)
+    assert receipt is not None
+    pairs = Dataset.open(tmp_path / "out/text-pairs/n", verify=True)
+    assert pairs.shard_sizes == (1, 2, 3, 3, 1)
+    assert [pairs.row(index).key for index in range(3)] == ["00001-000000", "00002-000000", "00002-000001"]
+    assert Dataset.open(tmp_path / "out/text-triplets/n").row(0).key == "own-1-0"
+    assert (receipt["came_in"], receipt["went_out"]) == (20, {"text-pairs": 10, "text-triplets": 10})
+    assert (receipt["dropped"], receipt["examples"]["odd"][0]) == ({"odd": 10}, "unit 0")
+    assert json.loads((tmp_path / "out/text-pairs/n/receipt.json").read_text()) == receipt
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["text-pairs", "text-triplets"]
+
+
+def test_a_finished_job_is_left_alone_and_another_of_its_name_is_refused(job, tmp_path, files):
+    run_job(job(), ONE, say=silent)
+    before = files(tmp_path / "out")
+    assert run_job(job(), ONE, say=silent)["came_in"] == 20
+    with pytest.raises(UserError, match="exists already, from something else \\(colour None, now 'red'\\)"):
+        run_job(job(colour="red"), ONE, say=silent)
+    assert files(tmp_path / "out") == before
+    assert len(calls(tmp_path)) == 5
+
+
+def test_a_folder_that_is_not_ours_is_never_replaced(job, tmp_path):
+    (tmp_path / "out/text-pairs/n").mkdir(parents=True)
+    (tmp_path / "out/text-pairs/n/diary.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists already and is not ours to replace; choose another --name"):
+        run_job(job(), ONE, say=silent)
+    assert (tmp_path / "out/text-pairs/n/diary.txt").read_text() == "mine"
+
+
+def test_an_interrupted_job_goes_on_and_does_no_unit_twice(job, tmp_path, files):
+    run_job(job("undisturbed"), ONE, say=silent)
+    (tmp_path / "log").unlink()
+    stopped = job(stop=3)
+    with pytest.raises(KeyboardInterrupt):
+        run_job(stopped, ONE, say=silent)
+    assert not list(stopped.partial.rglob("*.tmp"))
+    (tmp_path / "out/n.partial/job.json").write_text(  # as if the unit had not been stopped by its options
+        json.dumps(job().identity())
+    )
+    lines: list[str] = []
+    run_job(job(), ONE, say=lines.append)
+    assert calls(tmp_path) == ["0", "1", "2", "3", "3", "4"]
+    assert "going on, 3 of 5 units are done" in lines[0]
+    found = files(tmp_path / "out")
+    for name, data in found.items():
+        if "/n/" in name and name.endswith((".tar", ".jsonl")):
+            assert data == found[name.replace("/n/", "/undisturbed/")]
+
+
+def test_another_job_does_not_go_on_from_what_one_left(job):
+    with pytest.raises(KeyboardInterrupt):
+        run_job(job(stop=3), ONE, say=silent)
+    with pytest.raises(UserError, match="holds an unfinished job of its own \\(stop 3, now None\\)"):
+        run_job(job(), ONE, say=silent)
+
+
+def test_stopped_between_two_data_sets_publishing_goes_on(job, tmp_path, monkeypatch):
+    real = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if self.name == "text-triplets":
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(KeyboardInterrupt):
+        run_job(job(), ONE, say=silent)
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(str(tmp_path / "lib"))
+    assert run_job(job(), ONE, say=silent) is not None
+    assert len(calls(tmp_path)) == 5
+    assert len(Dataset.open(tmp_path / "out/text-pairs/n")) == len(Dataset.open(tmp_path / "out/text-triplets/n")) == 10
+    assert not (tmp_path / "out/n.partial").exists()
+
+
+def test_a_unit_whose_shard_is_gone_or_cut_is_done_again(job, tmp_path):
+    spec = Spec("work_of_a_test:work", str(tmp_path / "one"), 2, {"number": 2}, {"log": str(tmp_path / "log")})
+    first = process_shard(spec)
+    assert process_shard(spec) == first
+    assert calls(tmp_path) == ["2"]
+    tar = tmp_path / "one/text-pairs" / first.shards["text-pairs"][0]["name"]
+    data = tar.read_bytes()
+    tar.write_bytes(data[:100])
+    assert process_shard(spec) == first
+    assert tar.read_bytes() == data
+    assert calls(tmp_path) == ["2", "2"]
+
+
+def test_a_worker_that_is_killed_gives_one_message_and_the_rest_stays_done(job, tmp_path):
+    with pytest.raises(UserError, match="a worker process died.*run the same command again"):
+        run_job(job(die=4), Execution(workers=2), say=silent)
+    assert {path.name for path in (tmp_path / "out/n.partial/receipts").iterdir()} <= {
+        f"0000{n}.json" for n in range(4)
+    }
+
+
+def test_processes_and_array_tasks_give_the_same_bytes(downloads, tmp_path, files):
+    def run(name: str, *options: str) -> dict[str, bytes]:
+        command = ["import", "img2dataset", str(downloads), "--out", str(tmp_path / name), "--image-size", "64"]
+        assert main([*command, *options]) == 0
+        return files(tmp_path / name)
+
+    alone = run("alone", "--workers", "1")
+    assert len(Dataset.open(tmp_path / "alone/image-short/img2dataset", verify=True)) == 108
+    assert run("two", "--workers", "2") == alone
+    for task in ("1/3", "0/3"):
+        unfinished = run("array", "--workers", "1", "--task", task)
+        assert not any(name.startswith("image-short/") for name in unfinished)
+    assert run("array", "--workers", "1", "--task", "2/3") == alone
+    assert run("array", "--workers", "1", "--task", "2/3") == alone  # a task that comes late
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed (`pip install ray`)")
+def test_ray_tasks_give_the_same_bytes_as_processes(downloads, tmp_path, files):
+    for name, options in (("alone", ["--workers", "1"]), ("ray", ["--engine", "ray", "--workers", "2"])):
+        command = ["import", "img2dataset", str(downloads), "--out", str(tmp_path / name), "--image-size", "64"]
+        assert main([*command, *options]) == 0
+    assert files(tmp_path / "ray") == files(tmp_path / "alone")
+
+
+@pytest.mark.parametrize(
+    "options", [["--task", "3/3"], ["--task", "x"], ["--workers", "0"], ["--samples-per-shard", "0"]]
+)
+def test_options_out_of_range_give_one_line(downloads, tmp_path, capsys, options):
+    assert main(["import", "img2dataset", str(downloads), "--out", str(tmp_path / "o"), *options]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["../n", "a/b", "", ".hidden"])
+def test_a_name_that_is_no_folders_name_is_refused(downloads, tmp_path, capsys, name):
+    assert main(["import", "img2dataset", str(downloads), "--out", str(tmp_path / "o"), "--name", name]) == 2
+    assert "expected letters, digits" in capsys.readouterr().err
+
+
+def test_a_missing_library_is_named_with_its_extra(downloads, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    assert main(["import", "img2dataset", str(downloads), "--out", str(tmp_path / "o"), "--engine", "ray"]) == 2
+    assert "--engine ray needs ray, which is not installed" in (error := capsys.readouterr().err)
+    assert "pip install './data_prep[ray]'" in error
+
+
+def test_a_full_disk_stops_with_one_message_and_the_same_command_goes_on(downloads, tmp_path, capsys):
+    command = ["import", "img2dataset", str(downloads), "--out", str(tmp_path / "o"), "--image-size", "64"]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8 * 1024, hard))  # as a full disk: writing beyond fails with an errno
+    try:
+        assert main([*command, "--workers", "1"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err
+    assert "00000-0000.tar: cannot be written" in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert not (tmp_path / "o/image-short").exists()
+    assert main([*command, "--workers", "1"]) == 0
+    assert len(Dataset.open(tmp_path / "o/image-short/img2dataset", verify=True)) == 108
+
+
+def test_a_target_that_cannot_be_written_gives_one_line(downloads, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert main(["import", "img2dataset", str(downloads), "--out", str(tmp_path / "file/out")]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be written" in error
+    assert error.count("\n") == 1
+
+
+def test_ctrl_c_ends_all_processes_quietly_and_the_next_run_goes_on(downloads, tmp_path, start):
+    out = tmp_path / "o"
+    process = start(downloads, out, "--workers", "2")
+    deadline = time.monotonic() + 60
+    while not list(out.glob("*.partial/receipts/*.json")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    if process.returncode:  # it may have been quicker than the signal
+        assert process.returncode == 130
+        assert "interrupted; the same command goes on from here" in error
+        assert "Traceback" not in error
+        assert not list(out.rglob("*.tmp")) or not (out / "image-short").exists()
+    again = start(downloads, out, "--workers", "2")
+    again.communicate(timeout=120)
+    assert again.returncode == 0
+    assert len(Dataset.open(out / "image-short/img2dataset", verify=True)) == 108

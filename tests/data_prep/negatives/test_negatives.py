@@ -1,0 +1,166 @@
+"""Hard negatives: the guards against a plain restatement of them, the search against a product, and the command."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from data_prep.cli import main
+from data_prep.errors import UserError
+from data_prep.negatives.guards import Guards, Known, choose
+from data_prep.negatives.search import build_index, search
+from data_prep.shards import Dataset, DatasetWriter
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def in_parts(vectors: np.ndarray, size: int = 37):
+    return lambda: (vectors[start : start + size] for start in range(0, len(vectors), size))
+
+
+def test_a_small_set_is_searched_exactly():
+    draw = np.random.default_rng(0)
+    vectors, queries = unit(draw.normal(size=(200, 16))), unit(draw.normal(size=(20, 16)))
+    scores, found = search(build_index(in_parts(vectors), 200), queries, 10)
+    product = queries @ vectors.T
+    assert (found == np.argsort(-product, axis=1)[:, :10]).all()
+    np.testing.assert_allclose(scores, -np.sort(-product, axis=1)[:, :10], atol=1e-5)
+
+
+def test_inverted_lists_find_nearly_all_and_the_same_each_time():
+    draw = np.random.default_rng(0)
+    vectors = unit(np.repeat(draw.normal(size=(40, 16)), 50, axis=0) + 0.3 * draw.normal(size=(2000, 16)))
+    queries = vectors[::50]
+    runs = [search(build_index(in_parts(vectors), 2000, exact_up_to=100), queries, 10)[1] for _ in range(2)]
+    assert (runs[0] == runs[1]).all()
+    exact = search(build_index(in_parts(vectors), 2000), queries, 10)[1]
+    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(runs[0], exact, strict=True)])
+    assert recall > 0.95
+
+
+@pytest.mark.parametrize("guards", [Guards(3, (1, 50), 0.0), Guards(3, (4, 20), 0.1), Guards(7, (2, 40), 0.02)])
+def test_what_is_chosen_is_the_hardest_that_breaks_no_rule(guards):
+    """Written again, rule by rule and without speed."""
+    draw = np.random.default_rng(1)
+    count = 120
+    known = Known(draw.integers(0, 60, count), draw.integers(0, 90, count), draw.integers(0, 100, count))
+    queries, answers = unit(draw.normal(size=(count, 6))), unit(draw.normal(size=(count, 6)))
+    answers = unit(answers + queries)
+    scores, neighbours = search(build_index(in_parts(answers), count), queries, count)
+    positives = (queries * answers).sum(1)
+    chosen = choose(neighbours, scores, positives, 0, known, known.answers_of(), guards)
+    kept = 0
+    for query in range(count):
+        right = {known.answer[n] for n in range(count) if known.query[n] == known.query[query]}
+        wrong = []
+        for pair in np.argsort(-(queries[query] @ answers.T), kind="stable"):
+            seen = known.answer[pair] in {known.answer[n] for n in wrong}
+            if known.answer[pair] not in right and known.item[pair] != known.item[query] and not seen:
+                wrong.append(pair)
+        window = wrong[guards.ranks[0] - 1 : guards.ranks[1]]
+        allowed = [pair for pair in window if queries[query] @ answers[pair] <= positives[query] - guards.margin]
+        expected = allowed[: guards.count] if len(allowed) >= guards.count else [-1] * guards.count
+        assert chosen[query].tolist() == [int(pair) for pair in expected]
+        kept += expected[0] >= 0
+    assert kept > 0
+
+
+def test_guards_that_leave_no_room_are_refused():
+    for ranks, count in (((1, 6), 7), ((0, 50), 7), ((9, 3), 1), ((1, 9), 0)):
+        with pytest.raises(UserError, match="room for all"):
+            Guards(count, ranks)
+
+
+WORDS = [
+    "red",
+    "blue",
+    "green",
+    "yellow",
+    "grey",
+    "black",
+    "white",
+    "small",
+    "large",
+    "circle",
+    "square",
+    "star",
+    "ring",
+    "line",
+    "cross",
+    "triangle",
+    "two",
+    "three",
+]
+
+
+@pytest.fixture(scope="module")
+def text_tower(drawn, tmp_path_factory):
+    """A text tower of random weights in a folder, and itself."""
+    import torch
+    from text_tower import TextTower, TextTowerConfig
+    from text_tower.tokenizer import Tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.from_file(drawn / "tokenizer.model")
+    tower = TextTower(TextTowerConfig(vocab_size=386, width=32, layers=1, heads=2, mlp_width=64))
+    tower.tokenizer = tokenizer
+    folder = tmp_path_factory.mktemp("model") / "tower"
+    tower.save_pretrained(folder)
+    return folder, tower
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """A data set of 60 pairs: two queries have the same answer, two answers the same query, two pairs one item."""
+    draw = np.random.default_rng(3)
+    queries = [" ".join(draw.choice(WORDS, 6)) for _ in range(60)]
+    answers = [f"{query} {' '.join(draw.choice(WORDS, 3))}" for query in queries]
+    answers[1] = answers[0]
+    queries[3] = queries[2]
+    items = [f"item-{n}" for n in range(60)]
+    items[5] = items[4]
+    with DatasetWriter(tmp_path / "pairs", kind="text-pairs", source="made", samples_per_shard=25) as writer:
+        for number, (query, answer, item) in enumerate(zip(queries, answers, items, strict=True)):
+            sides = [[{"text": text, "language": "en", "origin": "human", "role": "body"}] for text in (query, answer)]
+            fields = {"query": sides[0], "target": sides[1], "source": "made", "item": item}
+            writer.write(f"k{number}", {"json": json.dumps(fields).encode()}, languages=["en"], tokens=None)
+    return tmp_path / "pairs", queries, answers
+
+
+def test_pairs_become_triplets_whose_negatives_are_near_and_not_right(text_tower, pairs, tmp_path):
+    folder, tower = text_tower
+    shards, queries, answers = pairs
+    command = ["negatives", str(shards), "--model", str(folder), "--out", str(tmp_path / "out"), "--name", "hard",
+               "--ranks", "2", "40", "--margin", "0.001", "--workers", "1"]  # fmt: skip
+    assert main(command) == 0
+    dataset = Dataset.open(tmp_path / "out/text-triplets/hard", verify=True)
+    receipt = json.loads((dataset.directory / "receipt.json").read_text())
+    assert receipt["came_in"] == 60
+    dropped = receipt["dropped"].get("fewer than 7 negatives passed the guards", 0)
+    assert len(dataset) == 60 - dropped > 10
+    similar = tower.encode(queries) @ tower.encode(answers).T
+    hard = []
+    for number in range(len(dataset)):
+        sample, own = json.loads(dataset.read(number)["json"]), int(dataset.row(number).key[1:])
+        assert sample["query"][0]["text"] == queries[own]
+        assert sample["target"][0]["text"] == answers[own]
+        found = [texts[0]["text"] for texts in sample["negatives"]]
+        assert len(set(found)) == len(found) == 7
+        right = {answers[n] for n in range(60) if queries[n] == queries[own]} | {answers[own]}
+        assert not right & set(found)
+        scores = [similar[own, answers.index(text)] for text in found]
+        assert max(scores) <= similar[own, own] - 0.0005
+        hard.append(np.mean(scores) - similar[own].mean())
+        if own in (4, 5):
+            assert answers[9 - own] not in found
+    assert np.mean(hard) > 0
+    assert main(command) == 0  # once more: nothing to do
+
+
+def test_a_folder_without_a_model_and_data_without_pairs_are_refused(pairs, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "out"), "--name", "hard"]
+    assert main(["negatives", str(pairs[0]), "--model", str(tmp_path), *out]) == 2
+    assert "holds no text tower" in capsys.readouterr().err

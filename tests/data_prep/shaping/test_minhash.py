@@ -1,0 +1,108 @@
+"""Near-duplicate texts: the estimate against exact Jaccard similarity, and groups against planted copies."""
+
+from __future__ import annotations
+
+import random
+
+import datasketch
+import numpy as np
+import pytest
+from data_prep.corpus.items import plain
+from data_prep.shaping.groups import first_of_group
+from data_prep.shaping.minhash import Signatures, _alike, matches, near_duplicates, signatures
+
+DRAW = random.Random(7)
+WORDS = ["".join(DRAW.choices("abcdefghijklmnopqrstuvwxyz", k=DRAW.randint(2, 9))) for _ in range(4000)]
+
+
+def sentence(words: int = 20) -> list[str]:
+    return DRAW.choices(WORDS, k=words)
+
+
+def changed(words: list[str], count: int) -> list[str]:
+    other = words.copy()
+    for place in DRAW.sample(range(len(words)), count):
+        other[place] = DRAW.choice(WORDS)
+    return other
+
+
+def jaccard(one: str, two: str) -> float:
+    sets = [{text[place : place + 5] for place in range(len(text) - 4)} for text in (one, two)]
+    return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+
+
+def test_the_share_of_equal_minima_estimates_jaccard_similarity():
+    errors = []
+    for number in range(300):
+        words = sentence()
+        one, two = " ".join(words), " ".join(changed(words, number % 20))
+        estimate = _alike(signatures([one, two]).low, np.array([[0, 1]]))[0]
+        errors.append(estimate - jaccard(one, two))
+    assert abs(np.mean(errors)) < 0.01
+    assert np.std(errors) < 0.05  # sqrt(0.25 / 120) = 0.046 at most
+
+
+def test_a_signature_does_not_depend_on_the_batch():
+    texts = [" ".join(sentence(n)) for n in (1, 30, 3)] + ["", "日本語の文", "a", "\ud800"]
+    together, alone = signatures(texts), Signatures.join([signatures([text]) for text in texts])
+    assert (together.bands == alone.bands).all()
+    assert (together.low == alone.low).all()
+    kept = Signatures.from_bytes(b"".join(together.to_bytes()))
+    assert (kept.bands == together.bands).all()
+    assert (kept.low == together.low).all()
+
+
+def test_case_marks_and_spaces_make_no_difference():
+    found = signatures(["A small, red house!", "a small  red house", "a small red mouse"])
+    assert (found.low[0] == found.low[1]).all()
+    assert not (found.low[0] == found.low[2]).all()
+
+
+def test_planted_copies_are_found_and_nothing_else():
+    texts, expected = [], []
+    for _ in range(400):
+        words = sentence(40)
+        expected.append(len(texts))
+        texts.append(" ".join(words))
+        for _ in range(DRAW.randint(0, 2)):
+            expected.append(expected[-1])
+            texts.append(" ".join(changed(words, 2)))
+    similar = [jaccard(plain(texts[n]), plain(texts[first])) for n, first in enumerate(expected) if n != first]
+    assert min(similar) > 0.75
+    found = near_duplicates(signatures(texts), similarity=0.7)
+    assert (found == np.array(expected)).mean() > 0.995
+    assert (found <= np.arange(len(texts))).all()
+    assert (near_duplicates(signatures(texts), similarity=1.0) == np.arange(len(texts))).all()
+
+
+def test_the_first_of_the_group_stays_whatever_the_order_of_the_pairs():
+    pairs = np.array([[5, 6], [0, 3], [3, 6], [1, 2]])
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0]):
+        assert first_of_group(8, pairs[order]).tolist() == [0, 1, 1, 0, 4, 0, 0, 7]
+    assert first_of_group(3, np.zeros((0, 2), int)).tolist() == [0, 1, 2]
+
+
+def test_a_text_is_known_if_it_is_nearly_one_of_those():
+    known = [sentence(30) for _ in range(50)]
+    texts = [
+        " ".join(sentence(30)),
+        " ".join(known[17]),
+        " ".join(changed(known[30], 1)),
+        " ".join(changed(known[4], 25)),
+    ]
+    found = matches(signatures(texts), signatures([" ".join(words) for words in known]), similarity=0.8)
+    assert found.tolist() == [False, True, True, False]
+    assert not matches(signatures(texts), signatures([]), similarity=0.8).any()
+
+
+def test_as_datasketch_sees_them():
+    words = sentence(30)
+    for count, same in ((0, True), (1, True), (12, False), (20, False)):
+        pair = [plain(" ".join(words)), plain(" ".join(changed(words, count)))]
+        sketches = [datasketch.MinHash(num_perm=256) for _ in pair]
+        for sketch, line in zip(sketches, pair, strict=True):
+            sketch.update_batch([line[place : place + 5].encode() for place in range(len(line) - 4)])
+        estimate = sketches[0].jaccard(sketches[1])
+        assert (estimate > 0.75) == same
+        assert (near_duplicates(signatures(pair), similarity=0.75)[1] == 0) == same
+        assert _alike(signatures(pair).low, np.array([[0, 1]]))[0] == pytest.approx(estimate, abs=0.15)

@@ -1,0 +1,117 @@
+"""Evaluation sets, read from their own files and by the evaluator that they are for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from data_prep.cli import main
+from data_prep.errors import UserError
+from stage_trainer.retrieval import Pool, pools_of
+
+
+@pytest.fixture
+def images(tmp_path, picture) -> Path:
+    (tmp_path / "images/val2014").mkdir(parents=True)
+    for number in range(3):
+        (tmp_path / f"images/{number:016x}.jpg").write_bytes(picture(number))
+        (tmp_path / f"images/val2014/COCO_val2014_{number}.jpg").write_bytes(picture(number))
+        (tmp_path / f"images/{number}.jpg").write_bytes(picture(number))
+    return tmp_path / "images"
+
+
+def pool(root: Path, command: list[str]) -> Pool:
+    assert main(["evalset", *command, "--out", str(root), "--workers", "1"]) == 0
+    (directory,) = pools_of(root)
+    return Pool.open(directory)
+
+
+def test_crossmodal_3600_by_the_first_caption_a_language(tmp_path, images):
+    lines = [
+        json.dumps(
+            {
+                "image/key": f"{number:016x}",
+                "image/locale": "de",
+                "de": {"caption": [f"erste\u2028 {number}", "zweite"], "caption/tokenized": ["x", "y"]},
+                "quz": {"caption": [f"huk {number}"], "caption/tokenized": []},
+            },
+            ensure_ascii=False,
+        )
+        for number in range(3)
+    ]
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    found = pool(tmp_path / "eval", ["xm3600", str(tmp_path / "captions.jsonl"), str(images)])
+    assert found.name == "xm3600"
+    assert found.texts == {
+        "de": [(number, f"erste\u2028 {number}") for number in range(3)],
+        "quz": [(number, f"huk {number}") for number in range(3)],
+    }
+
+
+def test_xtd10_calls_japanese_jp(tmp_path, images):
+    (tmp_path / "xtd").mkdir()
+    names = [f"COCO_val2014_{number}.jpg" for number in range(3)]
+    (tmp_path / "xtd/test_image_names.txt").write_text("\n".join(names) + "\n")
+    for code in ("en", "jp"):
+        lines = "".join(f"{code} {number}\n" for number in range(3))
+        (tmp_path / f"xtd/test_1kcaptions_{code}.txt").write_text(lines)
+    found = pool(tmp_path / "eval", ["xtd10", str(tmp_path / "xtd"), str(images)])
+    assert {language: texts[2] for language, texts in found.texts.items()} == {"en": (2, "en 2"), "ja": (2, "jp 2")}
+
+
+def test_xtd10_with_a_line_missing_is_refused(tmp_path, images, capsys):
+    (tmp_path / "xtd").mkdir()
+    (tmp_path / "xtd/test_image_names.txt").write_text("a.jpg\nb.jpg\n")
+    (tmp_path / "xtd/test_1kcaptions_de.txt").write_text("eins\n")
+    assert main(["evalset", "xtd10", str(tmp_path / "xtd"), str(images), "--out", str(tmp_path / "eval")]) == 2
+    assert "has 1 lines, test_image_names.txt 2" in capsys.readouterr().err
+
+
+def test_flickr30k_has_commas_in_captions_and_five_captions_an_image(tmp_path, images, run):
+    lines = ["image,caption"] + [
+        f"{number}.jpg,A man, a plan {sentence} ." for number in range(3) for sentence in range(5)
+    ]
+    (tmp_path / "flickr30k_test_karpathy.txt").write_text("\n".join(lines) + "\n")
+    found = run("flickr30k", evalset=True, captions=tmp_path / "flickr30k_test_karpathy.txt", images=images)
+    assert [sample.captions for sample in found.samples["image-short"]] == [
+        [f"A man, a plan {sentence} ." for sentence in range(5)]
+    ] * 3
+
+
+def test_coco_joins_annotations_to_images(tmp_path, images, run):
+    content = {
+        "images": [{"id": 9 - number, "file_name": f"COCO_val2014_{number}.jpg"} for number in range(3)],
+        "annotations": [{"id": k, "image_id": 9 - k % 3, "caption": f"caption {k} "} for k in range(6)],
+    }
+    (tmp_path / "coco_test_karpathy.json").write_text(json.dumps(content))
+    found = run("coco", evalset=True, captions=tmp_path / "coco_test_karpathy.json", images=images)
+    assert [sample.captions for sample in found.samples["image-short"]] == [
+        [f"caption {number}", f"caption {number + 3}"] for number in range(3)
+    ]
+
+
+def test_what_is_missing_is_said_aloud(tmp_path, images, capsys):
+    lines = ["image,caption", "0.jpg,here", "7.jpg,gone"]
+    (tmp_path / "f.txt").write_text("\n".join(lines))
+    assert main(["evalset", "flickr30k", str(tmp_path / "f.txt"), str(images), "--out", str(tmp_path / "eval")]) == 0
+    assert "not the whole set: figures on it cannot be compared" in capsys.readouterr().out
+
+
+def test_another_file_is_refused(tmp_path, images, run):
+    (tmp_path / "x.jsonl").write_text('{"caption": "x"}\n')
+    with pytest.raises(UserError, match="not the captions of this set"):
+        run("xm3600", evalset=True, captions=tmp_path / "x.jsonl", images=images)
+
+
+def test_vidore_is_read_by_the_evaluator_with_pages_that_no_query_asks_for(tmp_path, picture):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for part, rows in {
+        "corpus": [{"corpus-id": n, "image": {"bytes": picture(n), "path": ""}} for n in range(3)],
+        "queries": [{"query-id": 1, "query": "which page"}],
+        "qrels": [{"query-id": 1, "corpus-id": 2, "score": 1}],
+    }.items():
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"{part}.parquet")
+    found = pool(tmp_path / "eval", ["vidore", str(tmp_path), "--name", "vidore-arxiv"])
+    assert (len(found.images), found.texts) == (3, {"en": [(2, "which page")]})

@@ -1,0 +1,174 @@
+"""A folder of images with a table: columns by name, every bad row counted, nothing read outside the folder."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from data_prep.cli import main
+from data_prep.errors import UserError
+
+
+def write_table(path: Path, rows: list[list[str]], **options: str) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, **options).writerows(rows)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path, picture) -> Path:
+    root = tmp_path / "photos"
+    (root / "sub").mkdir(parents=True)
+    for number in range(6):
+        (root / f"sub/{number}.jpg").write_bytes(picture(number))
+    return root
+
+
+def test_a_csv_beside_the_images_is_all_it_takes(folder, tmp_path, capsys):
+    rows = [["file", "caption", "language"], ["sub/0.jpg", 'a, b\nand "c"', "en"], ["sub/1.jpg", "Bär", "de"]]
+    write_table(folder / "captions.csv", rows)
+    assert main(["import", "images", str(folder), "--out", str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert "went out" in capsys.readouterr().out
+    assert (tmp_path / "out/image-short/images/manifest.json").exists()
+
+
+def test_texts_languages_and_bytes_arrive_as_they_are(folder, run, picture):
+    write_table(folder / "t.csv", [["file", "caption", "language"], ["sub/3.jpg", 'a, b\nand "c"', "de"]])
+    (sample,) = run("images", folder=folder).samples["image-short"]
+    assert sample.image == picture(3)  # small, upright and RGB: not touched
+    assert sample.content == {
+        "captions": [{"text": 'a, b\nand "c"', "language": "de", "origin": "human", "role": "name"}],
+        "source": "images",
+        "item": "images/sub/3.jpg",
+    }
+    assert sample.row.languages == ("de",)
+
+
+@pytest.mark.parametrize("name", ["t.tsv", "t.csv", "t.jsonl", "t.jsonl.gz", "t.csv.gz"])
+def test_every_form_of_table_gives_the_same_samples(folder, run, name):
+    rows = [{"image": f"sub/{number}.jpg", "text": f"bild {number}"} for number in range(6)]
+    if "jsonl" in name:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+    else:
+        mark = "\t" if "tsv" in name else ","
+        text = "\n".join([f"image{mark}text", *(f"{row['image']}{mark}{row['text']}" for row in rows)])
+    raw = text.encode()
+    (folder / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    samples = run("images", folder=folder, language="de").samples["image-short"]
+    assert [sample.captions for sample in samples] == [[f"bild {number}"] for number in range(6)]
+
+
+def test_short_and_long_columns_give_two_data_sets_and_lists_give_alternatives(folder, run):
+    row = {"img": "sub/0.jpg", "short": ["one", "two"], "story": "a long story"}
+    (folder / "t.jsonl").write_text(json.dumps(row))
+    found = run("images", folder=folder, image_column="img", caption_column="short", long_column="story")
+    assert found.samples["image-short"][0].captions == ["one", "two"]
+    assert found.samples["image-long"][0].captions == ["a long story"]
+    assert found.samples["image-long"][0].content["captions"][0]["role"] == "long"
+
+
+def test_bad_rows_are_counted_by_reason_and_the_rest_goes_on(folder, run, snapshot, tmp_path):
+    (tmp_path / "secret.jpg").write_bytes((folder / "sub/0.jpg").read_bytes())
+    (folder / "broken.jpg").write_bytes((folder / "sub/0.jpg").read_bytes()[:-60])
+    (folder / "text.jpg").write_bytes(b"not a picture")
+    (folder / "empty.jpg").write_bytes(b"")
+    lines = [
+        b"\xef\xbb\xbffile,caption",  # a byte order mark in front, as spreadsheets write it
+        b"sub/0.jpg,good",
+        b"../secret.jpg,outside",
+        b"/etc/hostname,outside",
+        b"missing.jpg,missing",
+        b"sub,a folder",
+        b"broken.jpg,broken",
+        b"text.jpg,no image",
+        b"empty.jpg,empty",
+        b"sub/1.jpg,",
+        b",no name",
+        b"sub/1.jpg",
+        b"sub/1.jpg,latin \xe9",
+        b"sub/1.jpg,one,two,three",
+        b"",
+        "sub/2.jpg,gut – обн".encode(),
+    ]
+    (folder / "t.csv").write_bytes(b"\r\n".join(lines))
+    before = snapshot(tmp_path)
+    found = run("images", folder=folder)
+    assert [sample.captions for sample in found.samples["image-short"]] == [["good"], ["gut – обн"]]
+    assert found.dropped == {
+        "broken image": 1,
+        "empty image file": 1,
+        "file name outside the folder": 2,
+        "more values than columns": 1,
+        "no caption": 2,
+        "no file name": 1,
+        "no such image file": 2,
+        "not UTF-8": 1,
+        "not an image": 1,
+    }
+    assert found.receipt["came_in"] == 2 + sum(found.dropped.values())
+    assert found.receipt["examples"]["broken image"] == ["t.csv, row 6"]
+    assert {name: data for name, data in snapshot(tmp_path).items() if name in before} == before
+
+
+def test_rows_of_wrong_types_in_json_lines_are_counted(folder, run):
+    rows = ['{"image": "sub/0.jpg", "text": "good"}', '{"image": 7, "text": "x"}', '["sub/0.jpg"]', "{broken"]
+    rows += ['{"image": "sub/0.jpg", "text": {"a": 1}}', '{"text": "no image"}', '{"image": "sub/0.jpg", "text": [3]}']
+    (folder / "t.jsonl").write_text("\n".join(rows))
+    found = run("images", folder=folder)
+    assert found.receipt["went_out"] == {"image-short": 1}
+    assert found.dropped == {"caption is no text": 2, "no file name": 2, "not JSON": 1, "not a JSON object": 1}
+
+
+def test_a_packed_table_that_is_cut_gives_what_came_before(folder, run):
+    text = "file,caption\n" + "".join(f"sub/{n % 6}.jpg,caption {n} {'x' * 50}\n" for n in range(2000))
+    (folder / "t.csv.gz").write_bytes(gzip.compress(text.encode())[:-2000])
+    found = run("images", folder=folder)
+    assert 0 < found.receipt["went_out"]["image-short"] < 2000
+    assert found.dropped == {"rest of a packed file that is cut short or damaged": 1}
+
+
+@pytest.mark.parametrize(
+    ("table", "options", "complaint"),
+    [
+        ("a,b\n1,2\n", {}, "none of a, b is known for file names; name it: --image-column"),
+        ("file,b\n1,2\n", {}, "none of file, b is known for captions; name it: --caption-column"),
+        ("file,text\n1,2\n", {"caption_column": "titel"}, "has no column 'titel'; it has file, text"),
+        ("file,text\n", {}, "nothing found to work on"),
+        ("", {}, "is empty"),
+    ],
+)
+def test_a_table_that_cannot_be_meant_is_refused_with_a_way_out(folder, run, table, options, complaint):
+    (folder / "t.csv").write_text(table)
+    with pytest.raises(UserError, match=complaint):
+        run("images", folder=folder, **options)
+
+
+def test_no_table_two_tables_utf16_and_no_folder_say_what_to_do(folder, run, tmp_path):
+    with pytest.raises(UserError, match="expected one table of captions in it, found none; name it: --table"):
+        run("images", folder=folder)
+    (folder / "a.csv").write_text("file,text\n")
+    (folder / "b.tsv").write_text("file\ttext\n")
+    with pytest.raises(UserError, match="found a.csv, b.tsv"):
+        run("images", folder=folder)
+    (folder / "a.csv").write_bytes("file,text\nsub/0.jpg,x\n".encode("utf-16"))
+    with pytest.raises(UserError, match="is UTF-16; convert it"):
+        run("images", folder=folder, table=folder / "a.csv")
+    with pytest.raises(UserError, match="no such folder"):
+        run("images", folder=tmp_path / "nowhere")
+
+
+def test_rows_are_cut_into_pieces_without_losing_one(folder, run, monkeypatch):
+    import data_prep.sources.folder as module
+
+    write_table(
+        folder / "t.csv", [["file", "caption"], *([f"sub/{n % 6}.jpg", f"line one\nof {n}"] for n in range(40))]
+    )
+    whole = run("images", folder=folder, out=folder.parent / "whole")
+    monkeypatch.setattr(module, "_ROWS", 7)
+    pieces = run("images", folder=folder, out=folder.parent / "pieces")
+    assert pieces.receipt["job"]["units"] == 6
+    assert [s.captions for s in pieces.samples["image-short"]] == [s.captions for s in whole.samples["image-short"]]
+    assert [s.captions for s in whole.samples["image-short"]] == [[f"line one\nof {n}"] for n in range(40)]

@@ -1,0 +1,125 @@
+"""Sets that come as parquet: ViDoRe for training and in BEIR's form, ArXivCap."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from data_prep.errors import UserError
+
+pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed (`pip install './data_prep[parquet]'`)")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+
+def write(path: Path, rows: list[dict], group: int = 1000) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=group)
+    return path
+
+
+def vidore_row(image: bytes | None, **fields: object) -> dict:
+    return {
+        "image": None if image is None else {"bytes": image, "path": None},
+        "image_filename": "images/1810_1.jpg",
+        "query": "What is shown?",
+        "answer": "A curve",
+        "source": "arxiv_qa",
+        "options": None,
+        "page": "",
+        "model": "gpt4V",
+        "prompt": "",
+        **fields,
+    }
+
+
+def test_vidore_training_rows_are_queries_with_answers(tmp_path, run, picture):
+    rows = [
+        vidore_row(picture(0), answer="B", options="['A. red', 'B. blue']"),
+        vidore_row(picture(1), answer="['ITC limited']", model=None, page="3", source="docvqa"),
+        vidore_row(picture(2), answer="", model="claude", source="pdf"),
+        vidore_row(None),
+        vidore_row(picture(3), query=None),
+        vidore_row(b"broken"),
+    ]
+    found = run("vidore", files=[write(tmp_path / "data/train-00000-of-00001.parquet", rows, group=2)])
+    samples = found.samples["image-long"]
+    assert [sample.captions for sample in samples] == [
+        ["What is shown? blue"],
+        ["What is shown? ITC limited"],
+        ["What is shown?"],
+    ]
+    assert [sample.content["captions"][0]["origin"] for sample in samples] == [
+        "synthetic:gpt4V",
+        "human:joined",
+        "synthetic:claude",
+    ]
+    assert samples[1].content["item"] == "vidore/images/1810_1.jpg/3"
+    assert found.dropped == {"no image": 1, "no question": 1, "not an image": 1}
+
+
+@pytest.mark.parametrize("layout", ["folders", "files"])
+def test_vidore_in_beirs_form_keeps_every_page_and_each_pages_queries(tmp_path, run, picture, layout):
+    root = tmp_path / "bench"
+    name = (
+        (lambda part: f"{part}/test-00000.parquet") if layout == "folders" else (lambda part: f"data/{part}-0.parquet")
+    )
+    write(root / name("corpus"), [{"corpus-id": n, "image": {"bytes": picture(n), "path": ""}} for n in range(4)])
+    write(root / name("queries"), [{"query-id": 10, "query": "first"}, {"query-id": 11, "query": "second"}])
+    write(
+        root / name("qrels"),
+        [
+            {"query-id": 10, "corpus-id": 1, "score": 1},
+            {"query-id": 11, "corpus-id": 1, "score": 2},
+            {"query-id": 11, "corpus-id": 3, "score": 1},
+            {"query-id": 10, "corpus-id": 2, "score": 0},
+        ],
+    )
+    samples = run("vidore", evalset=True, folder=root).samples["image-short"]
+    assert [sample.captions for sample in samples] == [["0"], ["first", "second"], ["2"], ["second"]]
+    assert [sample.content["captions"][0]["role"] for sample in samples] == ["key", "name", "key", "name"]
+
+
+def test_a_benchmark_without_one_of_its_parts_is_refused(tmp_path, run, picture):
+    write(tmp_path / "corpus.parquet", [{"corpus-id": 1, "image": picture()}])
+    with pytest.raises(UserError, match=r"holds no qrels\*.parquet and no folder qrels/"):
+        run("vidore", evalset=True, folder=tmp_path)
+
+
+def test_arxivcap_joins_the_captions_of_figure_and_part(tmp_path, run, picture):
+    def part(image: bytes | None, text: str | None) -> dict:
+        return {"sub_caption": text, "image": None if image is None else {"bytes": image, "path": "p"}}
+
+    paper = {
+        "src": "arXiv_src_1",
+        "title": "t",
+        "caption_images": [
+            {"caption": "Figure 1: two curves", "cil_pairs": [part(picture(0), "(a) left"), part(picture(1), "")]},
+            {"caption": "", "cil_pairs": [part(picture(2), None), part(None, "x")]},
+        ],
+    }
+    found = run("arxivcap", files=[write(tmp_path / "arXiv.parquet", [paper, {**paper, "caption_images": None}])])
+    samples = found.samples["image-short"]
+    assert [sample.captions for sample in samples] == [["Figure 1: two curves (a) left"], ["Figure 1: two curves"]]
+    assert len({sample.content["item"] for sample in samples}) == 2
+    assert found.dropped == {"no caption": 1, "no image": 1}
+
+
+def test_row_groups_become_pieces_and_a_damaged_one_is_counted(tmp_path, run, picture):
+    rows = [vidore_row(picture(n), image_filename=str(n)) for n in range(1200)]
+    path = write(tmp_path / "v.parquet", rows, group=300)
+    data = bytearray(path.read_bytes())
+    place = parquet.ParquetFile(path).metadata.row_group(3).column(0).data_page_offset
+    data[place : place + 4000] = b"\xff" * 4000
+    path.write_bytes(data)
+    found = run("vidore", files=[path])
+    assert found.receipt["job"]["units"] == 2
+    assert 600 <= found.receipt["went_out"]["image-long"] < 1200
+    assert found.dropped["rest of a parquet piece that is damaged"] == 1
+
+
+def test_a_file_that_is_no_parquet_or_lacks_columns_is_refused(tmp_path, run):
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(UserError, match="not a parquet file that can be read"):
+        run("vidore", files=[tmp_path / "x.parquet"])
+    with pytest.raises(UserError, match="has no column image; it has query"):
+        run("vidore", files=[write(tmp_path / "y.parquet", [{"query": "x"}])])

@@ -1,0 +1,131 @@
+"""Text pairs and triplets: each public form, and lines that are none of them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from data_prep.errors import UserError
+
+NEGATIVES = [f"n{number}" for number in range(9)]
+
+
+@pytest.fixture
+def write(tmp_path) -> Callable[..., Path]:
+    def write(*lines: object, name: str = "t.jsonl") -> Path:
+        path = tmp_path / name
+        raw = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines).encode()
+        path.write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+        return path
+
+    return write
+
+
+def texts(alternatives: list[dict]) -> list[str]:
+    return [text["text"] for text in alternatives]
+
+
+@pytest.mark.parametrize(
+    ("line", "query", "target"),
+    [
+        (["q", "t"], ["q"], ["t"]),
+        ({"set": ["a", "b", "c"]}, ["a"], ["b", "c"]),
+        ({"query": "q", "pos": ["p1", "p2"]}, ["q"], ["p1", "p2"]),
+        ({"query": "q", "pos": "p"}, ["q"], ["p"]),
+    ],
+)
+def test_each_form_of_pair(write, run, line, query, target):
+    (sample,) = run("texts", files=[write(line)], language="en").samples["text-pairs"]
+    assert (texts(sample.content["query"]), texts(sample.content["target"])) == (query, target)
+    assert "negatives" not in sample.content
+    assert sample.row.languages == ("en",)
+
+
+@pytest.mark.parametrize("line", [["q", "p", *NEGATIVES], {"query": "q", "pos": ["p"], "neg": NEGATIVES}])
+def test_enough_negatives_make_a_triplet_of_seven(write, run, line):
+    (sample,) = run("texts", files=[write(line)]).samples["text-triplets"]
+    assert [texts(negative) for negative in sample.content["negatives"]] == [[n] for n in NEGATIVES[:7]]
+
+
+def test_fewer_negatives_make_a_pair_and_are_counted(write, run):
+    found = run("texts", files=[write(["q", "p", "n"], {"query": "q2", "pos": ["p2"], "neg": ["n"] * 7})])
+    assert found.receipt["went_out"] == {"text-pairs": 1, "text-triplets": 1}
+    assert found.receipt["notes"] == {"with fewer than 7 negatives, as pairs": 1}
+
+
+def test_two_languages_and_an_origin_are_recorded(write, run):
+    path = write(["hallo", "hello"])
+    (sample,) = run("texts", files=[path], language="de,en", origin="machine-translation").samples["text-pairs"]
+    assert [text["language"] for text in (*sample.content["query"], *sample.content["target"])] == ["de", "en"]
+    assert sample.content["query"][0]["origin"] == "machine-translation"
+    assert sample.row.languages == ("de", "en")
+
+
+def test_packed_plain_and_folder_give_the_same_samples(write, run, tmp_path):
+    lines = [[f"q{number}", f"t{number}"] for number in range(50)]
+    found = [
+        run("texts", files=[write(*lines, name=name)], out=tmp_path / f"out-{name}")
+        for name in ("a.jsonl", "a.jsonl.gz")
+    ]
+    assert [s.content["query"] for s in found[0].samples["text-pairs"]] == [
+        s.content["query"] for s in found[1].samples["text-pairs"]
+    ]
+    both = run("texts", files=[tmp_path], out=tmp_path / "out-both")
+    assert both.receipt["went_out"] == {"text-pairs": 100}
+
+
+def test_items_differ_between_all_lines_of_all_pieces(write, run, monkeypatch):
+    import data_prep.sources.tables as module
+
+    monkeypatch.setattr(module, "_LINES", 100)
+    found = run("texts", files=[write(*([f"q{number}", f"t{number}"] for number in range(100)))])
+    samples = found.samples["text-pairs"]
+    assert found.receipt["job"]["units"] > 10
+    assert [texts(sample.content["query"]) for sample in samples] == [[f"q{number}"] for number in range(100)]
+    assert len({sample.content["item"] for sample in samples}) == 100
+
+
+def test_lines_of_no_form_are_counted_by_reason(write, run):
+    bad = [
+        "{cut",
+        '"text"',
+        ["one"],
+        {"query": "q"},
+        {"set": ["one"]},
+        [1, 2],
+        {"query": "q", "pos": [None]},
+        ["", "t"],
+    ]
+    path = write(["q", "t"], *bad, "", ["\ud800 lone", "t"])
+    path.write_bytes(path.read_bytes() + b'["latin \xe9", "t"]\n')
+    found = run("texts", files=[path])
+    assert found.receipt["went_out"] == {"text-pairs": 2}
+    assert found.dropped == {
+        "empty text": 2,
+        "not JSON": 1,
+        "not UTF-8": 1,
+        "not one of the forms of pairs and triplets": 5,
+    }
+
+
+def test_a_line_without_an_end_is_passed_over_and_not_kept(write, run, monkeypatch):
+    import data_prep.sources.tables as module
+
+    monkeypatch.setattr(module, "_FIELD", 100)
+    monkeypatch.setattr(module, "_LINES", 150)
+    found = run("texts", files=[write(["q", "t"], ["long " * 200, "t"], ["q2", "t2"], ["x" * 500, "y" * 9])])
+    assert [texts(sample.content["query"]) for sample in found.samples["text-pairs"]] == [["q"], ["q2"]]
+    assert found.dropped == {"line too long": 2}
+
+
+def test_nothing_usable_and_nothing_there_are_errors(write, run, tmp_path):
+    with pytest.raises(UserError, match="1 came in and nothing went out \\(not JSON: 1\\)"):
+        run("texts", files=[write("{cut")])
+    with pytest.raises(UserError, match="nowhere: no such file or folder"):
+        run("texts", files=[tmp_path / "nowhere"])
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(UserError, match="holds no .jsonl"):
+        run("texts", files=[tmp_path / "bare"])
