@@ -95,6 +95,23 @@ def free_port() -> int:
 
 
 @pytest.fixture
+def launcher(drawn_corpus: Path):
+    """The command that runs a launch file under `deepspeed` with several ranks, on the drawn corpus."""
+
+    def words(script: Path, ranks: int, *settings: str, output: str = "run") -> list[str]:
+        here = [f"output={output}", f"corpus={drawn_corpus}", f"model.tokenizer={drawn_corpus}/tokenizer.model"]
+        head = [command("deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port()), str(script)]
+        return [*head, "--recipe", str(RECIPE), *here, *settings]
+
+    return words
+
+
+@pytest.fixture
+def port() -> str:
+    return str(free_port())
+
+
+@pytest.fixture
 def scalars(tmp_path: Path):
     """{step: value} of a scalar in a stage's TensorBoard files, or the names of all scalars."""
 

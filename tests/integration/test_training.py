@@ -1,6 +1,7 @@
 """Training as a user runs it: real processes, real DeepSpeed, the drawn corpus."""
 
 import json
+import random
 import shutil
 import time
 
@@ -53,6 +54,34 @@ def test_a_killed_run_goes_on_to_the_same_bits(train, start, tmp_path):
     process.kill()
     process.wait()
     assert not (tmp_path / "killed/stage1/step-0000024").exists()
+    train(1, *options, output="killed")
+    assert equal(weights(tmp_path / "straight/stage1"), weights(tmp_path / "killed/stage1"))
+
+
+@pytest.mark.full
+def test_twenty_kills_at_random_moments_leave_no_trace(train, start, tmp_path):
+    """kill -9 in a step, in a save, in the start; two checkpoints are kept, saved every third step."""
+    options = ("steps=150", "checkpoint={every: 3, keep: 2}", "resolution=[[0, 32], [70, 40]]", "evaluation.every=0")
+    train(1, *options, output="straight")
+    moments, kills = random.Random(0), 0
+    while kills < 20:
+        before = time.monotonic()
+        process = start(1, *options, output="killed")
+        seen = len(list((tmp_path / "killed/stage1").glob("step-*")))
+        if kills % 5:  # most of the time once it trains again, else whenever it may be
+            newest = max((tmp_path / "killed/stage1").glob("step-*"), default=None)
+            while max((tmp_path / "killed/stage1").glob("step-*"), default=None) == newest and process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(moments.uniform(0, 0.6))
+        else:
+            time.sleep(moments.uniform(0, 10 + 5 * (not seen)))
+        if process.poll() is not None:
+            break  # it came to its end; the rest of the kills would find nothing to do
+        process.kill()
+        process.wait()
+        kills += 1
+        print(f"killed after {time.monotonic() - before:.1f} s")
+    assert kills == 20, "the stage was too short"
     train(1, *options, output="killed")
     assert equal(weights(tmp_path / "straight/stage1"), weights(tmp_path / "killed/stage1"))
 

@@ -27,7 +27,13 @@ def check_configs(recipe: Recipe, number: int) -> None:
     Raises:
         UserError: names the key.
     """
-    masked_lm_config(recipe) if recipe.stage(number).masked else tower_configs(recipe, number)
+    stage = recipe.stage(number)
+    text = masked_lm_config(recipe) if stage.masked else tower_configs(recipe, number)[0]
+    if stage.max_tokens > text.max_length:
+        raise UserError(
+            f"stage {number}: max_tokens is {stage.max_tokens}, more than the text tower takes "
+            f"(model.text.max_length {text.max_length}); lower the one or raise the other"
+        )
 
 
 def masked_lm_config(recipe: Recipe) -> TextTowerConfig:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from torch import Tensor
 from vision_tower import resample_optimizer_state
 
 from stage_trainer.build import Model
-from stage_trainer.engine import Engine
 from stage_trainer.errors import UserError
 from stage_trainer.files import whole_directory
 from stage_trainer.model import DualEncoder
@@ -102,13 +100,13 @@ def newest_sound(directory: Path) -> Saved | None:
             problem = UserError(f"{'; '.join(damages)}; move them away and start the stage again")
         for line in damages if found else ():
             print(f"{line}; going on from step {found.step} instead", flush=True)  # type: ignore[union-attr]
-    found, problem = _from_rank_0((found, problem))
+    found, problem = from_rank_0((found, problem))
     if problem is not None:
         raise problem
     return found
 
 
-def _from_rank_0(value: Any) -> Any:
+def from_rank_0(value: Any) -> Any:
     """The value that rank 0 has; a rank that cannot read or write must not leave the others waiting for it."""
     if torch.distributed.get_world_size() == 1:
         return value
@@ -117,31 +115,15 @@ def _from_rank_0(value: Any) -> Any:
     return box[0]
 
 
-def save(directory: Path, step: int, engine: Engine, state: dict[str, Any], keep: int, rank: int) -> None:
-    """Writes the checkpoint of `step`; all ranks call it, rank 0 writes. Then drops all but the newest `keep`."""
+def write(directory: Path, step: int, model: Model, optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Writes the checkpoint of `step`, whole or not at all.
+
+    Raises:
+        UserError: the disk took no more.
+    """
     target = directory / f"step-{step:07d}"
-    optimizer = {}
-    for name, value in engine.optimizer_state():  # under ZeRO every rank has to take part in gathering
-        if rank == 0:
-            optimizer[name] = value.detach().cpu().clone().contiguous()
-    problem = None
-    with engine.whole_model():
-        if rank == 0:
-            try:
-                if target.exists():  # damaged, or the run would have gone on from it
-                    target.rename(_free_name(target))
-                _write(target, engine.objective.model, optimizer, {**state, "step": step})
-            except UserError as error:
-                problem = error
-    problem = _from_rank_0(problem)
-    if problem is not None:
-        raise problem
-    if rank == 0:
-        for old in [saved for saved in all_saved(directory) if saved.step <= step][:-keep]:
-            shutil.rmtree(old.path)
-
-
-def _write(target: Path, model: Model, optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
+    if target.exists():  # damaged, or the run would have gone on from it
+        target.rename(_free_name(target))
     with whole_directory(target) as path:
         save_file(optimizer, path / "optimizer.safetensors")
         model.save_pretrained(path / "model")

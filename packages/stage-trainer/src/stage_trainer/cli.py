@@ -14,6 +14,7 @@ EPILOG = """examples:
   stage-trainer train --recipe launch/recipes/laptop.yaml --stage 1 steps=20 precision=fp32
   stage-trainer train --recipe launch/recipes/masked-lm.yaml --stage 1
   stage-trainer train --recipe launch/recipes/jina-clip-v2.yaml --stage 3 --dry-run
+  stage-trainer plan --recipe launch/recipes/jina-clip-v2.yaml --gpus 8 --gpu h100-80gb --price 2.5
   deepspeed --num_gpus 8 launch/stage1.sh --recipe launch/recipes/jina-clip-v2.yaml
   stage-trainer export runs/laptop/stage3 my-model
   stage-trainer evaluate my-model runs/corpus
@@ -77,6 +78,28 @@ def parser() -> argparse.ArgumentParser:
     )
     p.set_defaults(run=_train)
 
+    p = commands.add_parser(
+        "plan",
+        help="what fits, how long it takes and what it costs, before it runs",
+        description="Plans a recipe's stages for given devices: which settings fit, memory by part, operations, "
+        "samples a second, days and money. It needs neither a GPU nor the data.",
+    )
+    p.add_argument("--recipe", default=DEFAULT_RECIPE, help="a YAML file (default: %(default)s)")
+    p.add_argument("--stage", type=int, help="this stage alone (default: all)")
+    p.add_argument("--gpus", type=int, default=1, help="how many devices, in data parallel (default: %(default)s)")
+    p.add_argument("--gpu", default="h100-80gb", help="which, such as a100-40gb, or cpu (default: %(default)s)")
+    p.add_argument("--memory", help="of one device, over what the table says, such as 24GiB")
+    p.add_argument("--peak", type=float, help="dense operations a second of one device, such as 165e12, likewise")
+    p.add_argument(
+        "--utilisation", type=float, default=0.4, help="share of the peak that is reached (default: %(default)s)"
+    )
+    p.add_argument("--price", type=float, help="of one device for one hour")
+    p.add_argument(
+        "--mean-tokens", type=float, help="of a text (default: as the sidecars count, or half of max_tokens)"
+    )
+    p.add_argument("settings", nargs="*", metavar="key=value", help="overrides, as for train")
+    p.set_defaults(run=_plan)
+
     p = commands.add_parser("export", help="take the model out of a checkpoint or a finished stage")
     p.add_argument("checkpoint", type=Path, help="a checkpoint, or a stage's folder (its newest checkpoint)")
     p.add_argument("out", type=Path, help="the directory to write; it must not exist")
@@ -126,6 +149,27 @@ def _train(arguments: argparse.Namespace) -> None:
     from stage_trainer.train import train
 
     train(loaded.recipe, arguments.stage, start_over=arguments.start_over)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from stage_trainer.errors import UserError
+    from stage_trainer.plan.devices import device
+    from stage_trainer.plan.planner import Cluster, plan_stage
+    from stage_trainer.plan.table import heading, stage_table
+    from stage_trainer.recipe_file import load
+
+    if arguments.gpus < 1 or not 0 < arguments.utilisation <= 1:
+        raise UserError(
+            f"--gpus is {arguments.gpus} and --utilisation {arguments.utilisation:g}; expected at least 1, and a share "
+            "above 0 and up to 1"
+        )
+    recipe = load(arguments.recipe, arguments.settings, arguments.stage).recipe
+    found = device(arguments.gpu, memory=arguments.memory, peak=arguments.peak)
+    cluster = Cluster(found, arguments.gpus, arguments.utilisation, arguments.price)
+    print(heading(recipe, cluster))
+    numbers = [arguments.stage] if arguments.stage else [n for n, s in enumerate(recipe.stages, 1) if not s.masked]
+    for number in numbers:
+        print("\n" + stage_table(plan_stage(recipe, number, cluster, mean_tokens=arguments.mean_tokens), cluster))
 
 
 def _model_directory(path: Path) -> Path:

@@ -38,12 +38,18 @@ class Corrupt:
 
 @dataclass
 class Drawn:
-    """What went into a rank's part of a batch: texts by kind/source/language, their tokens, and samples that had to be
-    replaced."""
+    """What went into a rank's part of a batch: texts by kind/source/language, the sum of their tokens and that of the
+    squares (attention's share), and samples that had to be replaced."""
 
     texts: Counter[str] = field(default_factory=Counter)
     tokens: int = 0
+    squared_tokens: int = 0
     corrupt: list[Corrupt] = field(default_factory=list)
+
+    def count_tokens(self, texts: PackedTokens | None) -> None:
+        for length in texts.lengths if texts is not None else ():
+            self.tokens += length
+            self.squared_tokens += length**2
 
 
 class StageBatches(TorchDataset):
@@ -129,7 +135,7 @@ class StageBatches(TorchDataset):
                 text_seeds.append(seed)
                 text_ids.append(key(content["item"]))
         batch = self._pack(images, captions, image_seeds, image_ids, queries, targets, negatives, text_seeds, text_ids)
-        drawn.tokens = 0 if batch.texts is None else len(batch.texts.ids)
+        drawn.count_tokens(batch.texts)
         return batch, drawn
 
     def _sample(self, data: Dataset, index: int, drawn: Drawn) -> tuple[torch.Tensor | None, dict[str, Any]]:

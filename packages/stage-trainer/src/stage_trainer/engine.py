@@ -6,6 +6,7 @@ State by name is what lets a run go on with another world size, another ZeRO sta
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -15,8 +16,10 @@ import torch
 from text_tower.masked_lm import MaskedLoss
 from torch import Tensor, nn
 
+from stage_trainer.build import Model
 from stage_trainer.errors import UserError
 from stage_trainer.masked_lm import HiddenWords, MaskedBatch
+from stage_trainer.movement import Movement
 from stage_trainer.objective import Embedded, MultiTask, Part
 from stage_trainer.optim import build_optimizer, named_states, parameter_groups
 from stage_trainer.recipe import Recipe, Stage
@@ -52,6 +55,7 @@ class Engine:
         import deepspeed
 
         objective.set_trainable(stage)
+        self._shell = _without_weights(objective.model)  # before DeepSpeed hangs its hooks on the modules
         self.optimizer = build_optimizer(
             parameter_groups(objective.model, stage, recipe.optimizer), recipe.optimizer, recipe.precision
         )
@@ -62,10 +66,16 @@ class Engine:
         self.engine, *_ = deepspeed.initialize(model=objective, optimizer=self.optimizer, config=self.config)
         self.objective: Any = objective
         self.world = torch.distributed.get_world_size()
+        self._norms: dict[str, float] = {}
+        self._lost: list[str] = []
         self._highest_scale = -math.log(stage.loss.min_temperature)
         self.zero = self.engine.zero_optimization_stage()
         if self.zero:
             self._create_partitioned_state()
+        towers: dict[str, list[nn.Parameter]] = {}
+        for group in self.optimizer.param_groups if self.zero < 3 else ():  # ZeRO 3 cuts parameters up
+            towers.setdefault(group["tower"], []).extend(self.parameters[name] for name in group["names"])
+        self.movement = Movement(towers)
 
     def embed(self, part: Part, patch_dropout: float) -> Embedded:
         return self.engine(part.to(self.engine.device), patch_dropout=patch_dropout)
@@ -105,8 +115,32 @@ class Engine:
         with self.engine.coalesce_grad_reduction() if self.zero else contextlib.nullcontext():
             yield backward
 
-    def step(self) -> None:
-        self.engine.step()
+    def step(self) -> bool:
+        """Updates the parameters, unless a gradient is not finite: then all stays as it is but for the gradients, which
+        are dropped. Returns whether it updated; every rank finds the same."""
+        if self.zero:
+            self.engine.step()
+            applied = not self.engine.optimizer.overflow
+        else:
+            self._norms = self._gradient_norms()
+            applied = all(math.isfinite(norm) for norm in self._norms.values())
+            if applied:
+                self.engine.step()
+            else:
+                grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+                self._lost = [name for name, grad in grads.items() if not grad.isfinite().all()]
+                self.engine.zero_grad()
+        self._keep_scales_down()
+        return applied
+
+    def diagnosis(self) -> str:
+        """Where the gradient of a step that was not applied was not finite, if that is known (ZeRO drops it unseen)."""
+        if not self._lost:
+            return ""
+        return f"That holds for {len(self._lost)} of {len(self.parameters)} parameters, the first {self._lost[0]}."
+
+    def _keep_scales_down(self) -> None:
+        """The temperatures' floor is a ceiling for their logarithms."""
         ceiling = self._highest_scale
         for parameter in self.objective.logit_scales.values():
             if not self.zero:
@@ -136,19 +170,19 @@ class Engine:
 
         return safe_get_full_fp32_param(parameter)
 
-    def gradient_norms(self) -> dict[str, float]:
-        """L2 norms before clipping, by tower where whole gradients are at hand; read them before the step."""
-        if self.zero:
-            return {}
+    def _gradient_norms(self) -> dict[str, float]:
+        """L2 norms before clipping, by tower, where whole gradients are at hand."""
         groups: dict[str, list[Tensor]] = {}
         for group in self.optimizer.param_groups:
             groups.setdefault(group["tower"], []).extend(p.grad for p in group["params"] if p.grad is not None)
         return {tower: float(nn.utils.get_total_norm(grads)) for tower, grads in groups.items() if grads}
 
-    def global_gradient_norm(self) -> float | None:
-        """The norm over everything that ZeRO computed for clipping; to be read after the step."""
-        norm = self.engine.get_global_grad_norm() if self.zero else None
-        return None if norm is None else float(norm)
+    def gradient_norms(self) -> dict[str, float]:
+        """L2 norms of the last step's gradients before clipping: by tower, or under ZeRO over "all"."""
+        if not self.zero:
+            return self._norms
+        norm = self.engine.get_global_grad_norm()
+        return {} if norm is None else {"all": float(norm)}
 
     def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
         """("parameter name|key", full tensor) of every optimizer state; every rank takes part, in the same order."""
@@ -222,11 +256,27 @@ class Engine:
         if self.zero < 3:
             zero._lazy_init_hp_params_optimizer_state()
 
-    def whole_model(self) -> Any:
-        """A context in which every parameter is whole on every rank (ZeRO 3 cuts them up otherwise)."""
+    def copy_of_model(self) -> Model | None:
+        """The model as it is now, in main memory, on rank 0; None on other ranks, which have to call too."""
         import deepspeed
 
-        return deepspeed.zero.GatheredParameters(list(self.objective.parameters()), enabled=self.zero == 3)
+        model = self.objective.model
+        # ZeRO 3 cuts parameters up; in here they are whole on every rank.
+        with deepspeed.zero.GatheredParameters(list(self.objective.parameters()), enabled=self.zero == 3):
+            if torch.distributed.get_rank():
+                return None
+            weights = {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
+        shell = copy.deepcopy(self._shell)
+        shell.load_state_dict(weights, assign=True)
+        return shell
+
+
+def _without_weights(model: Model) -> Model:
+    """A copy whose parameters and buffers are on the meta device."""
+    tensors = [*model.parameters(), *model.buffers()]
+    meta = {id(t): nn.Parameter(t.to("meta"), t.requires_grad) if isinstance(t, nn.Parameter) else t.to("meta")
+            for t in tensors}  # fmt: skip
+    return copy.deepcopy(model, meta)
 
 
 def deepspeed_config(recipe: Recipe, stage: Stage) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class Texts:
         texts = [self._text(language, n, seed, drawn) for n, seed in zip(numbers, seeds, strict=True)]
         ids = [_window(ids, self.max_tokens, seed) for ids, seed in zip(self.tokenizer(texts), seeds, strict=True)]
         packed, keys = PackedTokens.from_lists(ids), torch.tensor(seeds, dtype=torch.int64)
-        drawn.tokens += len(packed.ids)
+        drawn.count_tokens(packed)
         return MaskedBatch(self._hide(packed, keys), keys)
 
     def _text(self, language: str, number: int, seed: int, drawn: Drawn) -> str:

@@ -2,14 +2,48 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
+from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
+
+from stage_trainer.errors import UserError
+
+
+class Sink(Protocol):
+    """Where else scalars go: Weights & Biases, MLflow, a file of one's own."""
+
+    def scalar(self, name: str, value: float, step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def open_sinks(names: Sequence[str], directory: Path, settings: dict[str, Any]) -> list[Sink]:
+    """The recipe's `sinks`, "module:callable" each, called with the stage's folder and its settings.
+
+    Raises:
+        UserError: a name of another form, a module or callable that does not exist.
+    """
+    sinks = []
+    for name in names:
+        module, _, attribute = name.partition(":")
+        try:
+            make = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UserError(
+                f"sinks: {name!r} cannot be had ({error}); expected module:callable, such as my_wandb:Sink, where "
+                "Python can import it, taking (directory, settings) and having scalar(name, value, step) and close()"
+            ) from error
+        sinks.append(make(directory, settings))
+    return sinks
 
 
 class Monitor:
@@ -17,15 +51,28 @@ class Monitor:
 
     Args:
         directory: TensorBoard's folder of this stage.
+        sinks: where scalars go beside TensorBoard; closed with the monitor.
+        peak: operations a second that all ranks' devices can do at most, if that is known.
         start: the first step of this process; what a former process logged at or after it is hidden.
         steps: of the stage.
         every: steps between two entries.
     """
 
-    def __init__(self, directory: Path, *, title: str, start: int, steps: int, every: int, active: bool):
-        self.every, self.active, self.steps = every, active, steps
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        title: str,
+        start: int,
+        steps: int,
+        every: int,
+        active: bool,
+        sinks: Sequence[Sink] = (),
+        peak: float | None = None,
+    ):
+        self.every, self.active, self.steps, self.sinks, self.peak = every, active, steps, sinks, peak
         self.seen: Counter[str] = Counter()
-        self._samples, self._tokens, self._wait = 0, 0, 0.0
+        self._samples, self._tokens, self._operations, self._wait = 0, 0, 0, 0.0
         if active:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -37,10 +84,12 @@ class Monitor:
         """Whether this step is logged: every `every` steps, the first and the last."""
         return step % self.every == 0 or step == self.steps - 1
 
-    def count(self, samples: int, tokens: int, waited: float, seen: Counter[str]) -> None:
-        """Takes note of a step: samples and text tokens of all ranks, seconds spent waiting for data, texts seen."""
+    def count(self, samples: int, tokens: int, operations: int, waited: float, seen: Counter[str]) -> None:
+        """Takes note of a step: samples, text tokens and model operations of all ranks, seconds spent waiting for data,
+        texts seen."""
         self._samples += samples
         self._tokens += tokens
+        self._operations += operations
         self._wait += waited
         self.seen.update(seen)
 
@@ -49,27 +98,52 @@ class Monitor:
         if not self.active:
             return
         seconds = time.perf_counter() - self._since
-        for task, (loss, _) in losses.items():
-            self.writer.add_scalar(f"loss/{task}", loss.item(), step)
         speed = self._samples / max(seconds, 1e-9)
         scalars = {
+            **{f"loss/{task}": loss.item() for task, (loss, _) in losses.items()},
             **scalars,
             "speed/samples_per_second": speed,
             "speed/text_tokens_per_second": self._tokens / max(seconds, 1e-9),
+            "speed/model_tflops_per_second": self._operations / max(seconds, 1e-9) / 1e12,
             "speed/data_wait_share": self._wait / max(seconds, 1e-9),
         }
+        if self.peak:  # model FLOPs utilisation: nothing that is computed twice counts (arXiv 2204.02311, appendix B)
+            scalars["speed/mfu"] = self._operations / max(seconds, 1e-9) / self.peak
         total = sum(self.seen.values()) or 1
         for source, count in _by_source(self.seen).items():
             scalars[f"texts_seen/{source}"] = count / total
         for name, value in scalars.items():
-            self.writer.add_scalar(name, value, step)
+            self.scalar(name, value, step)
         shown = {task: f"{loss.item():.3f}" for task, (loss, _) in losses.items()}
         self.bar.set_postfix({**shown, "samples/s": f"{speed:.0f}"}, refresh=False)
-        self._samples, self._tokens, self._wait, self._since = 0, 0, 0.0, time.perf_counter()
+        self._samples, self._tokens, self._operations, self._wait = 0, 0, 0, 0.0
+        self._since = time.perf_counter()
 
     def scalar(self, name: str, value: float, step: int) -> None:
         if self.active:
             self.writer.add_scalar(name, value, step)
+            for sink in self.sinks:
+                sink.scalar(name, value, step)
+
+    def image(self, name: str, picture: Image, step: int) -> None:
+        if self.active:
+            self.writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+
+    def embeddings(self, vectors: Tensor, labels: list[tuple[str, str]], step: int) -> None:
+        """Vectors `[N, D]` for the projector, each with a name and a kind."""
+        if self.active:
+            self.writer.add_embedding(vectors, metadata=labels, global_step=step, metadata_header=["name", "kind"])
+
+    def outcome(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
+        """The hyper-parameters beside what they led to, for TensorBoard's HPARAMS page."""
+        if self.active:
+            from torch.utils.tensorboard.summary import hparams
+
+            plain = {k: v if isinstance(v, str | int | float | bool) else str(v) for k, v in settings.items()}
+            for part in hparams(plain, {f"hparam/{k}": v for k, v in metrics.items()}):
+                self.writer.file_writer.add_summary(part)  # type: ignore[attr-defined]
+            for name, value in metrics.items():
+                self.writer.add_scalar(f"hparam/{name}", value, self.steps)
 
     def advance(self) -> None:
         if self.active:
@@ -86,8 +160,11 @@ class Monitor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.active:
+            self.bar.leave = kind is None  # the reason of a failure shall be the last thing on the screen
             self.bar.close()
             self.writer.close()
+            for sink in self.sinks:
+                sink.close()
 
 
 def _by_source(seen: Counter[str]) -> Counter[str]:

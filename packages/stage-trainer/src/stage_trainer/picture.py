@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from stage_trainer.errors import UserError
 from stage_trainer.keyed import key
 from stage_trainer.model import DualEncoder
-from stage_trainer.retrieval import Pool, embed, pools_of
+from stage_trainer.retrieval import Embedded, Pool, embed, pools_of
 
 SHOWN_LANGUAGES = ("en", "de", "fr", "es", "pl", "ru", "el", "ar", "vi", "ka", "ja", "zh", "ko", "hi", "th")
 TILE, GAP, LEFT, COLUMNS = 96, 10, 340, 6
@@ -29,20 +29,27 @@ def draw_search(model_directory: str | Path, data: str | Path, queries: Sequence
     """
     model = DualEncoder.from_pretrained(model_directory)
     pools = [Pool.open(directory) for directory in pools_of(data)]
-    fonts = _fonts(Path(data))
-    rows = _given(model, pools, queries) if queries else _own(model, pools, fonts)
+    fonts = fonts_of(Path(data))
+    rows = _given(model, pools, queries) if queries else own_rows(pools, [embed(model, pool) for pool in pools], fonts)
+    canvas = draw(rows, fonts, note="" if queries else " (green: the item meant)")
+    try:
+        canvas.save(out)
+    except (OSError, ValueError) as error:
+        raise UserError(f"could not write the picture {out}: {error}; name another file that ends in .png") from error
+
+
+def draw(rows: Sequence[Found], fonts: list[Path], note: str = " (green: the item meant)") -> Image.Image:
+    """One row for each query: the text at the left, the images found at the right."""
     canvas = Image.new("RGB", (LEFT + COLUMNS * (TILE + GAP) + GAP, 64 + len(rows) * (TILE + GAP)), "white")
     pen = ImageDraw.Draw(canvas)
     pen.text((GAP, 20), "query", INK, _pick(fonts, "query", 20))
-    pen.text(
-        (LEFT, 20), "nearest images" + ("" if queries else " (green: the item meant)"), INK, _pick(fonts, "nearest", 20)
-    )
-    for row, (query, note, found) in enumerate(rows):
+    pen.text((LEFT, 20), f"nearest images{note}", INK, _pick(fonts, "nearest", 20))
+    for row, (query, remark, found) in enumerate(rows):
         top = 64 + row * (TILE + GAP)
         font = _pick(fonts, query, 20)
         for line, part in enumerate(_wrap(query, font, LEFT - 2 * GAP)[:3]):
             pen.text((GAP, top + 6 + 26 * line), part, INK, font)
-        pen.text((GAP, top + TILE - 18), note, PALE, _pick(fonts, note, 13))
+        pen.text((GAP, top + TILE - 18), remark, PALE, _pick(fonts, remark, 13))
         for column, (file, right) in enumerate(found):
             left = LEFT + column * (TILE + GAP)
             tile = Image.open(io.BytesIO(file)).convert("RGB")
@@ -50,10 +57,7 @@ def draw_search(model_directory: str | Path, data: str | Path, queries: Sequence
             canvas.paste(tile, (left + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2))
             if right:
                 pen.rectangle((left - 4, top - 4, left + TILE + 3, top + TILE + 3), outline=RIGHT, width=4)
-    try:
-        canvas.save(out)
-    except (OSError, ValueError) as error:
-        raise UserError(f"could not write the picture {out}: {error}; name another file that ends in .png") from error
+    return canvas
 
 
 def _given(model: DualEncoder, pools: list[Pool], queries: Sequence[str]) -> list[Found]:
@@ -63,18 +67,19 @@ def _given(model: DualEncoder, pools: list[Pool], queries: Sequence[str]) -> lis
     return [(query, "", [(images[i], False) for i in row]) for query, row in zip(queries, nearest, strict=True)]
 
 
-def _own(model: DualEncoder, pools: list[Pool], fonts: list[Path]) -> list[Found]:
+def own_rows(pools: list[Pool], embedded: list[Embedded], fonts: list[Path]) -> list[Found]:
     """Names of held-out items, pool by turns; picked by a hash, not by how well they do."""
-    embedded = [embed(model, pool) for pool in pools]
     rows: list[Found] = []
     shown: set[tuple[int, int]] = set()
     for turn, language in enumerate(SHOWN_LANGUAGES):
         which = turn % len(pools)
         pool, vectors = pools[which], embedded[which]
-        entries = [e for e in pool.texts.get(language, []) if (which, e[0]) not in shown and _drawable(fonts, e[1])]
-        if not entries or len(rows) == 12:
+        entries = [e for e in pool.texts.get(language, []) if (which, e[0]) not in shown]
+        entries.sort(key=lambda entry: key("shown", entry))
+        chosen = next((entry for entry in entries if _drawable(fonts, entry[1])), None)
+        if chosen is None or len(rows) == 12:
             continue
-        number, text = min(entries, key=lambda entry: key("shown", entry))
+        number, text = chosen
         shown.add((which, number))
         query = vectors.texts[vectors.row[text]]
         images = vectors.images / np.linalg.norm(vectors.images, axis=1, keepdims=True)
@@ -86,7 +91,7 @@ def _own(model: DualEncoder, pools: list[Pool], fonts: list[Path]) -> list[Found
     return rows
 
 
-def _fonts(data: Path) -> list[Path]:
+def fonts_of(data: Path) -> list[Path]:
     """The corpus's own fonts, then the system's; Pillow's built-in one covers Latin where there are none."""
     system = [*Path("/usr/share/fonts").rglob("*.tt[fc]"), *Path("/System/Library/Fonts").rglob("*.tt[fc]")]
     found = sorted((data / "fonts").glob("*.ttf")) + sorted(system, key=lambda p: (p.name != "DejaVuSans.ttf", str(p)))

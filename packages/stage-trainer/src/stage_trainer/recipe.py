@@ -102,7 +102,8 @@ class Augmentation:
 @dataclass(frozen=True, config=_STRICT)
 class GradientCache:
     """Chunks of a rank's part of a batch, for gradient caching: images and text tokens in one forward pass (0: all).
-    Masked-language-model training needs no cache: its chunks' gradients are added up."""
+    Masked-language-model training needs no cache: its chunks' gradients are added up. In place of sizes, `auto` settles
+    them, or on none, by the memory that a run finds (`plan.auto`)."""
 
     images: int = 0
     tokens: int = 0
@@ -131,13 +132,18 @@ class Stage:
     task_start: PerTask = field(default_factory=PerTask)
     augmentation: Augmentation = field(default_factory=Augmentation)
     trainable: Trainable = field(default_factory=Trainable)
-    gradient_cache: GradientCache | None = None
+    gradient_cache: GradientCache | Literal["auto"] | None = None
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
     @property
     def masked(self) -> bool:
         """Whether this is a stage of masked-language-model training."""
         return bool(self.batch.masked_lm)
+
+    @property
+    def chunks(self) -> GradientCache | None:
+        """The sizes of `gradient_cache`; None for none, and for an `auto` that nobody has settled yet."""
+        return self.gradient_cache if isinstance(self.gradient_cache, GradientCache) else None
 
     def resolution_at(self, step: int) -> int:
         return at_step(self.resolution, step)
@@ -183,8 +189,9 @@ class Model:
 
 @dataclass(frozen=True, config=_STRICT)
 class Evaluation:
-    """Recall on validation pools every `every` steps (0: never), `pools` being data sets of images and captions. A
-    stage of masked-language-model training measures its loss on the validation split of its own data instead."""
+    """What is measured on validation pools every `every` steps (0: never): recall@5 on data sets of captioned images,
+    nDCG@10 on text pairs, Spearman's correlation where these have a "score". A stage of masked-language-model training
+    measures its loss on the validation split of its own data instead."""
 
     every: int = 0
     pools: tuple[str, ...] = ()
@@ -192,10 +199,15 @@ class Evaluation:
 
 @dataclass(frozen=True, config=_STRICT)
 class Checkpoint:
-    """A checkpoint every `every` steps (0: only at the end and at a change of resolution); the newest `keep` stay."""
+    """A checkpoint every `every` steps (0: only at the end and at a change of resolution); the newest `keep` stay.
+
+    `best` names something that is measured in training, as TensorBoard shows it ("validation_recall_at_5_emoji/text to
+    image"): whenever that is better than before, a checkpoint is written, and the best one stays too.
+    """
 
     every: int = 0
     keep: int = 2
+    best: str | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -204,7 +216,9 @@ class Recipe:
 
     `precision` is what the towers compute in; `auto` is bf16 where the machine multiplies in bfloat16 and fp32 where it
     would have to emulate that, which is up to ten times slower than fp32. Of the samples drawn, up to the share
-    `max_corrupt` may be unreadable or of no use; they are replaced and entered in `corrupt.jsonl`.
+    `max_corrupt` may be unreadable or of no use; they are replaced and entered in `corrupt.jsonl`. A step whose
+    gradient is not finite is skipped; `max_skipped` in a row end the run. `sinks` take the scalars beside TensorBoard
+    ("module:callable", see `stage_trainer.monitor.Sink`).
     """
 
     name: str
@@ -218,7 +232,9 @@ class Recipe:
     workers: int = 0
     cache_megabytes: int = 0
     max_corrupt: float = 0.01
+    max_skipped: int = 5
     log_every: int = 10
+    sinks: tuple[str, ...] = ()
     optimizer: Optimizer = field(default_factory=Optimizer)
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

@@ -12,7 +12,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from stage_trainer.errors import UserError
-from stage_trainer.recipe import Recipe, Stage
+from stage_trainer.recipe import GradientCache, Recipe, Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,12 +200,18 @@ def _check(recipe: Recipe, path: str | Path) -> None:
             _check_masked_lm(recipe, number, here)
         else:
             _check_pairs(recipe, number, here)
-        if (cache := stage.gradient_cache) and (
+        cache = stage.gradient_cache
+        if cache == "auto" and stage.masked:
+            raise UserError(
+                f"{here}: 'gradient_cache: auto' is for stages of pairs; masked-language-model training is told the "
+                "tokens of one pass, such as {tokens: 16384}, or nothing"
+            )
+        if isinstance(cache, GradientCache) and (
             cache.images < 0 or cache.tokens < 0 or not cache.images + cache.tokens
         ):
             raise UserError(
                 f"{here}: 'gradient_cache' should give the images and the tokens of one forward pass, such as "
-                "{images: 256, tokens: 16384} (0: all of them); leave it out for none"
+                "{images: 256, tokens: 16384} (0: all of them), or be 'auto'; leave it out for none"
             )
         if stage.steps < 1 or min(stage.batch.image_text, stage.batch.text, stage.batch.masked_lm) < 0:
             raise UserError(f"{here}: 'steps' should be at least 1 and batch sizes at least 0")

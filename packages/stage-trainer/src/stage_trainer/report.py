@@ -75,7 +75,7 @@ def write_report(run: str | Path, recipe_name: str, seed: int) -> tuple[Path, st
     Raises:
         UserError: no stage of the run has been evaluated.
     """
-    from stage_trainer.train import summary
+    from stage_trainer.start import summary
 
     run = Path(run)
     stages: dict[str, dict[str, Any]] = {}

@@ -92,21 +92,34 @@ class Embedded:
 
 
 @torch.no_grad()
-def embed(model: DualEncoder, pool: Pool, *, rank: int = 0, world: int = 1, **options: Any) -> Embedded:
+def embed(model: DualEncoder, pool: Pool, *, rank: int = 0, world: int = 1) -> Embedded:
     """Embeds a pool; with `world` > 1 each rank a part, and every rank gets the whole."""
     texts = pool.all_texts()
-    parts = (
-        model.encode_image(pool.images[rank::world], normalize=False, batch_size=256),
-        model.encode_text(texts[rank::world], normalize=False, batch_size=256),
+    images = model.encode_image(pool.images[rank::world], normalize=False, batch_size=256)
+    return Embedded(
+        _of_all_ranks(images, rank, world),
+        embed_texts(model, texts, rank=rank, world=world),
+        row={text: i for i, text in enumerate(texts)},
     )
-    if world > 1:
-        gathered: list[Any] = [None] * world
-        torch.distributed.all_gather_object(gathered, parts)
-        whole = [np.empty((sum(len(g[i]) for g in gathered), parts[i].shape[1]), np.float32) for i in range(2)]
-        for r, part in enumerate(gathered):
-            whole[0][r::world], whole[1][r::world] = part
-        parts = (whole[0], whole[1])
-    return Embedded(*parts, row={text: i for i, text in enumerate(texts)})
+
+
+@torch.no_grad()
+def embed_texts(model: DualEncoder, texts: Sequence[str], *, rank: int = 0, world: int = 1) -> np.ndarray:
+    """`[N, D]`, not normalised; with `world` > 1 each rank embeds a part, and every rank gets the whole."""
+    part = model.encode_text(texts[rank::world], normalize=False, batch_size=256)
+    return _of_all_ranks(part, rank, world)
+
+
+def _of_all_ranks(part: np.ndarray, rank: int, world: int) -> np.ndarray:
+    """Rows that were dealt out to the ranks in turns, in their order."""
+    if world == 1:
+        return part
+    gathered: list[Any] = [None] * world
+    torch.distributed.all_gather_object(gathered, part)
+    whole = np.empty((sum(map(len, gathered)), part.shape[1]), np.float32)
+    for r, rows in enumerate(gathered):
+        whole[r::world] = rows
+    return whole
 
 
 def score(pool: Pool, embedded: Embedded, dims: Sequence[int]) -> tuple[Scores, Scores]:
@@ -118,8 +131,8 @@ def score(pool: Pool, embedded: Embedded, dims: Sequence[int]) -> tuple[Scores, 
     chances: Scores = {direction: {} for direction in DIRECTIONS}
     english = pool.texts.get("en", [])
     for dim in dims:
-        images = _unit(embedded.images[:, :dim])
-        texts = _unit(embedded.texts[:, :dim])
+        images = unit(embedded.images[:, :dim])
+        texts = unit(embedded.texts[:, :dim])
         for language, entries in pool.texts.items():
             names = sorted({text for _, text in entries})
             vectors = texts[[embedded.row[t] for t in names]]
@@ -164,5 +177,6 @@ def chance_at_k(relevant: np.ndarray, k: int = K) -> float:
     )
 
 
-def _unit(x: np.ndarray) -> np.ndarray:
+def unit(x: np.ndarray) -> np.ndarray:
+    """Rows `[N, D]` at length one."""
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)

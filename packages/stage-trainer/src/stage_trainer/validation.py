@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from text_tower import Tokenizer
 
-from stage_trainer import retrieval
+from stage_trainer import picture, retrieval, text_retrieval
+from stage_trainer.checkpoint import from_rank_0
+from stage_trainer.data import open_data_set
 from stage_trainer.engine import Engine
 from stage_trainer.masked_data import held_out
 from stage_trainer.masked_lm import held_out_losses
 from stage_trainer.monitor import Monitor
 from stage_trainer.recipe import Recipe, Stage
 
-Validation = Callable[[Monitor, int, int, int], None]
-"""Measures and shows, given (monitor, steps done, rank, world); every rank has to call."""
+Validation = Callable[[Monitor, int, int, int], dict[str, float]]
+"""Measures, shows and returns what it found, by its name in TensorBoard, given (monitor, steps done, rank, world).
+Every rank has to call, and every rank gets the same."""
 
 
 def validation(recipe: Recipe, stage: Stage, engine: Engine, tokenizer: Tokenizer) -> Validation | None:
@@ -26,42 +32,103 @@ def validation(recipe: Recipe, stage: Stage, engine: Engine, tokenizer: Tokenize
     """
     if not recipe.evaluation.every:
         return None
-    return _masked_lm(recipe, stage, engine, tokenizer) if stage.masked else _recall(recipe, engine)
+    return _masked_lm(recipe, stage, engine, tokenizer) if stage.masked else _embeddings(recipe, engine)
 
 
-def _recall(recipe: Recipe, engine: Engine) -> Validation:
-    """Recall@5 on the validation pools, mean over languages, at the full width."""
-    pools = [retrieval.Pool.open(Path(recipe.corpus) / "validation" / p) for p in recipe.evaluation.pools]
+def _embeddings(recipe: Recipe, engine: Engine) -> Validation:
+    """Every pool by its kind: recall@5 and the gap between modalities of captioned images; nDCG@10 of text pairs."""
+    images, pairs = [], []
+    for path in recipe.evaluation.pools:
+        directory = Path(recipe.corpus) / "validation" / path
+        if open_data_set(directory, ("image-", "text-")).kind.startswith("image-"):
+            images.append(retrieval.Pool.open(directory))
+        else:
+            pairs.append(text_retrieval.PairPool.open(directory))
 
-    def validate(monitor: Monitor, step: int, rank: int, world: int) -> None:
+    def validate(monitor: Monitor, step: int, rank: int, world: int) -> dict[str, float]:
         model = engine.objective.model
         model.eval()
         share = (rank, world) if engine.zero < 3 else (0, 1)  # under ZeRO 3 all ranks must run the same forward passes
-        for pool in pools:
-            embedded = retrieval.embed(model, pool, rank=share[0], world=share[1])
+        values: dict[str, float] = {}
+        embedded = [retrieval.embed(model, pool, rank=share[0], world=share[1]) for pool in images]
+        for pool, vectors in zip(images, embedded, strict=True):
             if rank == 0:
-                recalls, _ = retrieval.score(pool, embedded, [model.text.config.width])
-                values = {d: next(iter(by_dim.values()))["mean"] for d, by_dim in recalls.items() if by_dim}
-                for direction, value in values.items():
-                    name = f"validation_recall_at_5_{pool.name}/{direction.replace('→', ' to ')}"
-                    monitor.scalar(name, value, step - 1)
-                monitor.say(f"step {step}: {pool.name} " + ", ".join(f"{d} {v:.1%}" for d, v in values.items()))
+                values |= _recall(pool, vectors, model.matryoshka_dims or (model.text.config.width,))
+        for pair_pool in pairs:
+            texts = pair_pool.texts()
+            of_texts = retrieval.embed_texts(model, texts, rank=share[0], world=share[1])
+            if rank == 0:
+                found = text_retrieval.measure(pair_pool, _lookup(texts, of_texts))
+                values |= {f"validation_{k.replace('/', f'_{pair_pool.name}/', 1)}": v for k, v in found.items()}
+        values = from_rank_0(values)
+        for name, value in values.items():
+            monitor.scalar(name, value, step - 1)
+        if values:
+            shown = [name for name in values if name.startswith("validation_recall") and name.count("/") == 1]
+            shown += [name for name in values if name.endswith(("/mean", "spearman"))]
+            monitor.say(f"step {step}: " + ", ".join(f"{n.removeprefix('validation_')} {values[n]:.3f}" for n in shown))
+        if rank == 0 and images:
+            fonts = picture.fonts_of(Path(recipe.corpus))
+            monitor.image("nearest images", picture.draw(picture.own_rows(images, embedded, fonts), fonts), step - 1)
+        return values
 
     return validate
+
+
+def _recall(pool: retrieval.Pool, embedded: retrieval.Embedded, dims: Sequence[int]) -> dict[str, float]:
+    """Recall@5 by direction, mean over languages at the full width, and by language and dim; the modality gap."""
+    recalls, _ = retrieval.score(pool, embedded, sorted({*dims, embedded.images.shape[1]}, reverse=True))
+    values = {}
+    for direction, by_dim in recalls.items():
+        title = f"validation_recall_at_5_{pool.name}/{direction.replace('→', ' to ')}"
+        for number, (dim, by_language) in enumerate(by_dim.items()):
+            if number == 0:
+                values[title] = by_language["mean"]
+                values |= {f"{title}/{language}": v for language, v in by_language.items() if language != "mean"}
+            else:
+                values[f"{title}/{dim} dims"] = by_language["mean"]
+    # The distance between the means of both modalities on the unit sphere (Liang et al., 2022, arXiv 2203.02053).
+    means = [retrieval.unit(x).mean(axis=0) for x in (embedded.images, embedded.texts)]
+    values[f"modality_gap/{pool.name}"] = float(np.linalg.norm(means[0] - means[1]))
+    return values
+
+
+def _lookup(texts: list[str], vectors: np.ndarray) -> Callable[[Sequence[str]], np.ndarray]:
+    row, unit = {text: i for i, text in enumerate(texts)}, retrieval.unit(vectors)
+    return lambda wanted: unit[[row[text] for text in wanted]]
+
+
+def show_embeddings(recipe: Recipe, engine: Engine, monitor: Monitor, step: int) -> None:
+    """A snapshot of the first pool for TensorBoard's projector: its images and their English (or first) names."""
+    for path in recipe.evaluation.pools[:1] if recipe.evaluation.every else ():
+        directory = Path(recipe.corpus) / "validation" / path
+        if not open_data_set(directory, ("image-", "text-")).kind.startswith("image-"):
+            continue
+        pool, model = retrieval.Pool.open(directory), engine.objective.model
+        model.eval()
+        embedded = retrieval.embed(model, pool)
+        entries = pool.texts.get("en") or next(iter(pool.texts.values()))
+        rows: list[Any] = [embedded.images[number] for number, _ in entries]
+        rows += [embedded.texts[embedded.row[text]] for _, text in entries]
+        kinds = ["image"] * len(entries) + ["text"] * len(entries)
+        names = [text for _, text in entries] * 2
+        monitor.embeddings(torch.from_numpy(retrieval.unit(np.stack(rows))), list(zip(names, kinds, strict=True)), step)
 
 
 def _masked_lm(recipe: Recipe, stage: Stage, engine: Engine, tokenizer: Tokenizer) -> Validation | None:
     """The loss on hidden words of the validation split, by language and over all; None if there is no such data."""
     if not (batches := held_out(recipe, stage, tokenizer)):
         return None
-    tokens = stage.gradient_cache.tokens if stage.gradient_cache else 0
+    tokens = stage.chunks.tokens if stage.chunks else 0
 
-    def validate(monitor: Monitor, step: int, rank: int, world: int) -> None:
+    def validate(monitor: Monitor, step: int, rank: int, world: int) -> dict[str, float]:
         engine.engine.eval()
         share = (rank, world) if engine.zero < 3 else (0, 1)  # as above
         losses = held_out_losses(engine, batches, rank=share[0], world=share[1], tokens=tokens)
-        for name, loss in losses.items():
-            monitor.scalar(f"validation_loss_masked_lm/{name}", loss, step - 1)
+        values = {f"validation_loss_masked_lm/{name}": loss for name, loss in losses.items()}
+        for name, value in values.items():
+            monitor.scalar(name, value, step - 1)
         monitor.say(f"step {step}: {losses['all']:.3f} nats a hidden token of held-out texts")
+        return values
 
     return validate

@@ -1,0 +1,83 @@
+"""Whether a run is well: steps that had to be skipped, losses that jump, embeddings that are all alike."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict, deque
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+from stage_trainer.errors import UserError
+
+SPIKE = 2.0
+"""A loss this many times the median of the last ones is a jump."""
+WINDOW = 20
+"""Logged losses that make that median; fewer than half of them say nothing."""
+ALIKE = 0.99
+"""Mean cosine of the hardest negatives above which, with hardly a pair told apart, the embeddings have collapsed."""
+
+
+class Health:
+    """Keeps count of skipped steps and warns of what usually ends badly.
+
+    Args:
+        limit: so many steps skipped one after another end the run.
+        skipped: steps skipped before, by this stage's earlier processes.
+    """
+
+    def __init__(self, limit: int, skipped: int = 0):
+        self.limit, self.skipped = limit, skipped
+        self._in_a_row = 0
+        self._losses: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=WINDOW))
+        self._warned: set[str] = set()
+
+    def stepped(self, step: int, applied: bool, diagnosis: Callable[[], str]) -> str | None:
+        """Takes note of a step and of whether the model was updated; returns what to say about it.
+
+        Raises:
+            UserError: the limit is reached; every rank finds the same.
+        """
+        if applied:
+            self._in_a_row = 0
+            return None
+        self.skipped += 1
+        self._in_a_row += 1
+        if self._in_a_row >= self.limit:
+            raise UserError(
+                f"{self._in_a_row} steps in a row had a loss or gradient that is not finite, the last one step {step}; "
+                f"the model stands as before them. {diagnosis()} Lower the learning rate, lengthen warmup_steps, or "
+                "try precision: fp32, and start again from the last checkpoint (max_skipped is the limit)"
+            )
+        return f"step {step} is skipped: a gradient is not finite. {diagnosis()}"
+
+    def logged(self, losses: dict[str, tuple[Any, Any]]) -> list[str]:
+        """Takes note of a logged step's losses by task, with their `LossStats` if they have them; returns warnings,
+        each kind once until it is over."""
+        warnings = []
+        for task, (loss, stats) in losses.items():
+            value, former = loss.item(), self._losses[task]
+            jumped = len(former) >= WINDOW // 2 and value > SPIKE * median(former)
+            if self._begins(f"{task} jumps", jumped):
+                warnings.append(
+                    f"the loss of {task} jumped to {value:.3f}, from a median of {median(former):.3f}; if it does not "
+                    "come back, lower the learning rate and go on from an earlier checkpoint"
+                )
+            if math.isfinite(value):
+                former.append(value)
+            hardest = getattr(stats, "hardest_negative_cosine", None)
+            if hardest is not None:
+                told_apart = float(stats.query_to_target_accuracy[0])
+                alike = len(former) >= WINDOW // 2 and float(hardest[0]) > ALIKE and told_apart < 0.1
+                if self._begins(f"{task} collapses", alike):
+                    warnings.append(
+                        f"the embeddings of {task} are nearly all alike: the hardest negatives' mean cosine is "
+                        f"{float(hardest[0]):.4f} and {told_apart:.1%} of the queries find their target; a rate that "
+                        "is too high is the usual reason"
+                    )
+        return warnings
+
+    def _begins(self, name: str, now: bool) -> bool:
+        began = now and name not in self._warned
+        (self._warned.add if now else self._warned.discard)(name)
+        return began

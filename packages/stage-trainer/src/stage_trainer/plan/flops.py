@@ -1,0 +1,173 @@
+"""Floating-point operations of a training step: matrix products, counted from shapes alone.
+
+A product of `[m, k]` and `[k, n]` is 2·m·k·n operations; everything else is left out, as is the custom (PaLM,
+arXiv 2204.02311, appendix B; torch.utils.flop_counter). Attention counts with the squares of the sequence lengths.
+Backward, a product costs once more for the gradient of its input and once more for that of its weight, where these are
+wanted. Work that is done a second time to save memory stands apart: model FLOPs utilisation leaves it out. The scores
+that a fused attention kernel computes again in its backward pass count nowhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from text_tower import TextTowerConfig
+from text_tower.masked_lm import MAX_LOGITS
+from vision_tower import VisionTowerConfig
+
+from stage_trainer.objective import Batch
+from stage_trainer.recipe import Trainable
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of a step, over all ranks: forward and backward are the model's, `recomputed` what saving memory
+    adds (activation checkpointing, the first pass of gradient caching, the loss's logits)."""
+
+    forward: int = 0
+    backward: int = 0
+    recomputed: int = 0
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.forward + other.forward, self.backward + other.backward, self.recomputed + other.recomputed)
+
+    @property
+    def model(self) -> int:
+        """What MFU counts."""
+        return self.forward + self.backward
+
+    @property
+    def total(self) -> int:
+        """What the hardware computes."""
+        return self.model + self.recomputed
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """Sizes of a step's batch. All but `kept_patches` and `negatives` add up over ranks.
+
+    Attributes:
+        images: I, each with its caption.
+        kept_patches: patches of an image that patch dropout leaves.
+        texts, tokens, squared_tokens: how many texts, the sum of their lengths, the sum of the squares of these.
+        pairs: P, text pairs.
+        negatives: K, hard negatives of each text pair.
+        hidden: hidden tokens, in masked-language-model training.
+    """
+
+    images: int = 0
+    kept_patches: int = 0
+    texts: int = 0
+    tokens: int = 0
+    squared_tokens: int = 0
+    pairs: int = 0
+    negatives: int = 0
+    hidden: int = 0
+
+    def __add__(self, other: StepShape) -> StepShape:
+        """Of two ranks' parts the whole."""
+        shared = {name: max(getattr(self, name), getattr(other, name)) for name in ("kept_patches", "negatives")}
+        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name not in shared}
+        return StepShape(**sums, **shared)
+
+    @classmethod
+    def of(cls, batch: Batch, vision: VisionTowerConfig, patch_dropout: float = 0.0) -> StepShape:
+        """That of one rank's batch, by its shapes alone."""
+        images, lengths = 0 if batch.images is None else len(batch.images), batch.texts.lengths if batch.texts else ()
+        return cls(
+            images=images,
+            kept_patches=kept_patches(vision, patch_dropout) if images else 0,
+            texts=len(lengths),
+            tokens=sum(lengths),
+            squared_tokens=sum(n * n for n in lengths),
+            pairs=batch.pairs,
+            negatives=batch.negatives,
+        )
+
+
+def kept_patches(vision: VisionTowerConfig, patch_dropout: float) -> int:
+    """Patches of an image that remain (`vision_tower.patch_keep_indices`)."""
+    return max(1, round((1 - patch_dropout) * vision.num_patches))
+
+
+def step_flops(
+    text: TextTowerConfig,
+    vision: VisionTowerConfig | None,
+    shape: StepShape,
+    *,
+    trainable: Trainable | None = None,
+    dims: tuple[int, ...] = (),
+    cached: bool = False,
+) -> Flops:
+    """A step over the global batch. Arithmetic only: cheap enough for every step.
+
+    Args:
+        text, vision: the towers, `checkpointing` included; no vision for masked-language-model training.
+        shape: of the global batch, over all ranks.
+        trainable: what has gradients (None: everything).
+        dims: Matryoshka prefixes of the loss; one product of the widest serves all of them.
+        cached: whether gradients are cached, which embeds everything twice.
+    """
+    trainable = trainable or Trainable()
+    towers = text_flops(text, shape, trainable.text)
+    if vision is not None and shape.images:
+        towers += vision_flops(vision, shape, trainable.image)
+    if cached:
+        towers += Flops(recomputed=towers.forward)
+    if shape.hidden:
+        return towers + _head_flops(text, shape.hidden)
+    learns = "all" in (trainable.image, trainable.text) or trainable.text == "adapters"
+    return towers + loss_flops(shape, max(dims, default=text.width), learns)
+
+
+def text_flops(config: TextTowerConfig, shape: StepShape, trainable: str = "all") -> Flops:
+    """The text tower over packed tokens: no padding is computed, so none is counted."""
+    width, rank = config.width, config.lora_rank
+    weights = 2 * shape.tokens * (4 * width**2 + 2 * width * config.mlp_width)
+    adapters = 2 * shape.tokens * rank * (8 * width + 2 * config.mlp_width)
+    attention = 4 * shape.squared_tokens * width
+    block = weights + adapters + attention
+    # Adapters of the tables: [T, rank] rows of the words, one of the token type, times [rank, width].
+    table = 2 * (shape.tokens + 1) * rank * width if shape.texts else 0
+    forward = config.layers * block + table
+    if trainable == "none":
+        return Flops(forward)
+    # Gradients of inputs go down to the tables; those of weights are for weights that learn.
+    backward = config.layers * ((2 if trainable == "all" else 1) * weights + 2 * adapters + 2 * attention) + 2 * table
+    return Flops(forward, backward, config.layers * block if config.checkpointing else 0)
+
+
+def vision_flops(config: VisionTowerConfig, shape: StepShape, trainable: str = "all") -> Flops:
+    """The vision tower over the patches that patch dropout leaves; its last block computes the class token alone."""
+    width, hidden, patches = config.width, config.mlp_hidden, shape.kept_patches
+    tokens = patches + 1
+
+    def block(queries: int) -> int:
+        """An image in a block that `queries` of its tokens leave."""
+        return 2 * (2 * queries * width**2 + 2 * tokens * width**2 + 2 * queries * tokens * width) + mlp(queries)
+
+    def mlp(queries: int) -> int:
+        return 2 * queries * 3 * width * hidden
+
+    blocks = (config.layers - 1) * block(tokens) + block(1)
+    patch_projection = 2 * patches * 3 * config.patch**2 * width
+    forward = shape.images * (blocks + patch_projection)
+    if trainable == "none":
+        return Flops(forward)
+    # Pixels have no gradient. A block is recomputed up to its last saved input, that of the MLP's last product.
+    backward = shape.images * (2 * blocks + patch_projection)
+    last = (config.layers - 1) * mlp(tokens) // 3 + mlp(1) // 3
+    return Flops(forward, backward, shape.images * (blocks - last) if config.checkpointing else 0)
+
+
+def loss_flops(shape: StepShape, dim: int, learns: bool = True) -> Flops:
+    """Both contrastive losses: each query of the global batch against each target and hard negative."""
+    logits = shape.images**2 + shape.pairs**2 * (1 + shape.negatives)
+    forward = 2 * logits * dim
+    return Flops(forward, 2 * forward, forward) if learns else Flops(forward)
+
+
+def _head_flops(config: TextTowerConfig, hidden: int) -> Flops:
+    dense, table = 2 * hidden * config.width**2, 2 * hidden * config.width * config.vocab_size
+    chunked = hidden > max(1, MAX_LOGITS // config.vocab_size)  # then the backward pass makes the logits again
+    return Flops(dense + table, 2 * (dense + table), table if chunked else 0)

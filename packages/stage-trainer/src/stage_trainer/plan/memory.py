@@ -1,0 +1,246 @@
+"""Memory of one rank over a training step, by part, at the moments that may need most.
+
+The towers' activations are traced (`trace`); everything else is counted: weights, gradients and optimizer state as
+DeepSpeed keeps them under each ZeRO stage, the loss's buffers, stored embeddings, the batch.
+
+Gradients stay whole on every rank until the last backward pass, under ZeRO 2 and 3 too: the trainer reduces them over
+ranks once a step (`Engine.backwards`). So ZeRO 2 saves nothing beyond ZeRO 1 here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from text_tower import TextTowerConfig
+from vision_tower import VisionTowerConfig
+
+from stage_trainer.plan.devices import Device
+from stage_trainer.plan.trace import Pass, trace_images, trace_texts
+from stage_trainer.recipe import GradientCache, Trainable
+
+PARTS = (
+    "weights", "optimizer state", "gradients", "activations", "embeddings", "batch", "loss", "reduction and update"
+)  # fmt: skip
+Parts = dict[str, int]
+
+FLOAT = 4
+BUCKET = 500_000_000  # elements that DeepSpeed reduces at once, unless the recipe says otherwise
+LIVE_WEIGHTS = 1_000_000_000  # elements that ZeRO 3 lets be whole at a time, likewise
+TILE = {"cpu": (512, 512), "cuda": (2048, 4096)}  # of the loss's logits (contrastive_losses.torch_tiles)
+DERIVATIVES = 512 * 2**20  # of the loss on CUDA (contrastive_losses.triton_tiles)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What one rank has to do in a step: `images` with their captions, `texts` (captions, and of each text pair both
+    sides and its hard negatives) of `length` tokens on average, over `ranks` ranks.
+
+    `pairs` text pairs with `negatives` hard negatives each are among the texts.
+    """
+
+    images: int
+    texts: int
+    length: int
+    pairs: int
+    negatives: int
+    ranks: int
+
+    @property
+    def tokens(self) -> int:
+        return self.texts * self.length
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a step is run: all that trades time for memory."""
+
+    cache: GradientCache | None = None
+    checkpointing_image: bool = False
+    checkpointing_text: bool = False
+    zero: int = 0
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is trained, and how: towers at one resolution, what of them learns, precision, optimizer, dims."""
+
+    text: TextTowerConfig
+    vision: VisionTowerConfig
+    trainable: Trainable
+    patch_dropout: float
+    precision: str
+    optimizer: str
+    dims: tuple[int, ...]
+    weights: int  # numbers in all
+    learning: int  # numbers that are trained
+    largest: int  # numbers of the largest weight that is trained
+    matrices: int  # numbers that Muon trains, with half of AdamW's state
+    deepspeed: tuple[tuple[str, int], ...] = ()  # zero_optimization's sizes, where the recipe gives them
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes by part at the moment that needs most, and which moment that is."""
+
+    parts: Parts
+    moment: str
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def estimate(model: Model, sizes: Sizes, setting: Setting, device: Device) -> Estimate:
+    """The peak of a step on one rank, all that the allocator hands out; not what CUDA and NCCL take for themselves."""
+    resting = resting_parts(model, setting.zero, sizes.ranks)
+    moments = (_cached if setting.cache else _whole)(model, sizes, setting, device)
+    moments["update of the weights"] = update_parts(model, setting.zero, sizes.ranks, device)
+    found = [Estimate(_added(resting, parts), name) for name, parts in moments.items()]
+    return max(found, key=lambda each: each.total)
+
+
+def resting_parts(model: Model, zero: int, ranks: int) -> Parts:
+    """What is there throughout. ZeRO keeps a copy of what it updates, in float32 as the weights are already."""
+    share = math.ceil(model.learning / ranks)
+    state = 2 * model.learning - (model.matrices if model.optimizer == "muon" else 0)
+    if not zero:
+        return {"weights": FLOAT * model.weights, "optimizer state": FLOAT * state}
+    weights = model.weights
+    if zero == 3:  # the parts, and as many whole ones at a time as DeepSpeed lets live; gradients' parts stay, too
+        whole = min(model.weights, dict(model.deepspeed).get("stage3_max_live_parameters", LIVE_WEIGHTS))
+        weights = math.ceil(model.weights / ranks) + (whole if ranks > 1 else 0)
+    return {
+        "weights": FLOAT * (weights + share),
+        "optimizer state": FLOAT * 2 * share,
+        "gradients": FLOAT * share if zero == 3 else 0,
+    }
+
+
+def update_parts(model: Model, zero: int, ranks: int, device: Device) -> Parts:
+    """After the last backward pass: whole gradients, DeepSpeed's bucket of them on their way over the ranks, then
+    the optimizer's own temporaries."""
+    gradients, share = FLOAT * model.learning, FLOAT * math.ceil(model.learning / ranks)
+    bucket = FLOAT * dict(model.deepspeed).get("reduce_bucket_size", BUCKET)
+    # ZeRO makes its bucket whole, and copies out of it what was averaged.
+    of_zero = bucket + (share if zero < 3 else 0)
+    reducing = of_zero if zero else min(gradients, bucket) if ranks > 1 else 0
+    # torch's AdamW takes all weights of a group at once on a GPU, with a temporary as large; on a CPU one by one.
+    updating = share if zero or device.kind == "cuda" else 2 * FLOAT * model.largest
+    if zero:  # by then a rank has the gradients of its own part alone
+        return {"gradients": gradients, "reduction and update": max(reducing, 2 * share + updating - gradients)}
+    return {"gradients": gradients, "reduction and update": max(reducing, updating)}
+
+
+def _whole(model: Model, sizes: Sizes, setting: Setting, device: Device) -> dict[str, Parts]:
+    """Without caching: images forward, texts forward, loss, texts backward, images backward."""
+    image, text = _passes(model, sizes, setting, device, sizes.images, sizes.texts, (False, False))
+    fixed = {"batch": _image_bytes(model, sizes.images) + _token_bytes(sizes.tokens)}
+    embeddings = {"embeddings": 2 * _embedding_bytes(model, sizes)}  # with their gradients
+    saved, working = loss_bytes(model, sizes, device)
+    moments = {
+        "images, forward": _added(fixed, {"activations": image.forward}),
+        "texts, forward": _added(fixed, {"activations": image.held + text.forward}),
+        "loss": _added(fixed, embeddings, {"activations": image.held + text.held, "loss": saved + working}),
+    }
+    for everything, gradients in text.backward:
+        parts = {"activations": image.held + everything - gradients, "gradients": gradients}
+        moments[f"texts, backward {len(moments)}"] = _added(fixed, embeddings, parts)
+    for everything, gradients in image.backward:
+        parts = {"activations": everything - gradients, "gradients": text.gradients + gradients}
+        moments[f"images, backward {len(moments)}"] = _added(fixed, embeddings, parts)
+    return moments
+
+
+def _cached(model: Model, sizes: Sizes, setting: Setting, device: Device) -> dict[str, Parts]:
+    """With caching: every chunk forward, the loss, every chunk forward and backward."""
+    assert setting.cache is not None
+    images = min(setting.cache.images or sizes.images, sizes.images)
+    texts = sizes.texts
+    if setting.cache.tokens:
+        texts = min(max(1, setting.cache.tokens // sizes.length), sizes.texts)
+    # A second chunk finds gradients, and adds to them.
+    several = images < sizes.images, texts < sizes.texts
+    image, text = _passes(model, sizes, setting, device, images, texts, several)
+    stored = _embedding_bytes(model, sizes)
+    saved, working = loss_bytes(model, sizes, device)
+    # A GPU has one chunk at a time, a CPU shares its memory with the whole batch.
+    whole = {"batch": _image_bytes(model, sizes.images) + _token_bytes(sizes.tokens) if device.kind == "cpu" else 0}
+    of_images = _added(whole, {"batch": _image_bytes(model, images) if device.kind != "cpu" else 0})
+    of_texts = _added(whole, {"batch": _token_bytes(texts * sizes.length) if device.kind != "cpu" else 0})
+    # Chunks' embeddings, these in one tensor, their gradients.
+    moments = {"loss": _added(whole, {"embeddings": 3 * stored, "loss": saved + working})}
+    for name, tower, batch, extra in (
+        ("images", image, of_images, 0),
+        ("texts", text, of_texts, image.gradients),
+    ):
+        there = tower.gradients if several[name == "texts"] else 0
+        for everything, gradients in tower.backward:
+            parts = {"activations": everything - gradients, "gradients": extra + there + gradients}
+            moments[f"{name}, backward {len(moments)}"] = _added(batch, {"embeddings": 2 * stored}, parts)
+        if not tower.backward:
+            parts = {"activations": tower.forward, "gradients": extra}
+            moments[f"{name}, forward"] = _added(batch, {"embeddings": 2 * stored}, parts)
+    return moments
+
+
+def _passes(
+    model: Model, sizes: Sizes, setting: Setting, device: Device, images: int, texts: int, again: tuple[bool, bool]
+) -> tuple[Pass, Pass]:
+    nothing = Pass(0, 0, (), 0)
+    vision = replace(model.vision, checkpointing=setting.checkpointing_image)
+    text = replace(model.text, checkpointing=setting.checkpointing_text)
+    learns = model.trainable.image == "all"
+    # Walks are remembered: those for two devices whose kernels are the same are one.
+    device = Device("", 0, None, None, None, None, device.capability, kind=device.kind)
+    return (
+        trace_images(vision, images, model.patch_dropout, device, model.precision, learns, again[0])
+        if images
+        else nothing,
+        trace_texts(text, texts, sizes.length, device, model.precision, model.trainable.text, again[1])
+        if texts
+        else nothing,
+    )
+
+
+def loss_bytes(model: Model, sizes: Sizes, device: Device) -> tuple[int, int]:
+    """(kept from forward to backward, working space) of both losses; the logits are never there as a whole.
+
+    Each rank has the queries of all ranks, gathered, and their gradient; vectors are float64, one number for each
+    prefix and row (`contrastive_losses.fused`).
+    """
+    prefixes, width = len(model.dims), model.text.width
+    kept, most = 0, 0
+    for own, negatives in ((sizes.images, 0), (sizes.pairs, sizes.pairs * sizes.negatives)):
+        if not own:
+            continue
+        everyone = own * sizes.ranks
+        gathered = FLOAT * everyone * width if sizes.ranks > 1 else 0
+        vectors = 8 * prefixes * (4 * everyone + 3 * own + negatives)
+        height, columns = (min(a, b) for a, b in zip(TILE[device.kind], (everyone, max(own, negatives)), strict=True))
+        tiles = FLOAT * (prefixes + 4) * height * columns
+        if device.kind == "cuda" and device.capability >= (8, 0):
+            tiles = min(DERIVATIVES, FLOAT * prefixes * everyone * max(own, negatives))
+        gradients = FLOAT * width * (everyone + own + negatives)
+        kept += gathered + vectors
+        most = max(most, gradients + tiles + 2 * vectors)
+    return kept, most
+
+
+def _embedding_bytes(model: Model, sizes: Sizes) -> int:
+    return FLOAT * model.text.width * (sizes.images + sizes.texts)
+
+
+def _image_bytes(model: Model, images: int) -> int:
+    """uint8 pixels, and a seed for each."""
+    resolution = model.vision.resolution
+    height, width = resolution if isinstance(resolution, tuple) else (resolution, resolution)
+    return images * (3 * height * width + 8)
+
+
+def _token_bytes(tokens: int) -> int:
+    return 8 * tokens
+
+
+def _added(*many: Parts) -> Parts:
+    return {name: sum(parts.get(name, 0) for parts in many) for name in PARTS}

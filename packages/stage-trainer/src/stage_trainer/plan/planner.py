@@ -1,0 +1,332 @@
+"""What fits, how long it takes and what it costs: each stage of a recipe on given devices, before anything runs."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.shards import Dataset, ShardError
+from torch import nn
+from vision_tower import VisionTowerConfig
+
+from stage_trainer.build import empty_model, tower_configs
+from stage_trainer.errors import UserError
+from stage_trainer.model import DualEncoder
+from stage_trainer.plan.devices import GIB, Device
+from stage_trainer.plan.flops import Flops, StepShape, kept_patches, step_flops
+from stage_trainer.plan.memory import Estimate, Model, Setting, Sizes, estimate
+from stage_trainer.recipe import GradientCache, Recipe, Source, Stage, at_step
+
+RESERVE = 1.5 * GIB  # CUDA's context and libraries, NCCL's buffers
+FRAGMENTED = 0.05  # of the memory, lost between blocks that the allocator cannot join
+SMALLEST_CHUNK = 8  # images, or texts of the greatest length: below, products are too small to be worth running
+LARGEST_CHUNK = 1024, 8192  # images and texts: larger products run no faster
+SAMPLED = 256  # rows of a data set whose token counts are read
+TRIPLETS = 7  # hard negatives of a triplet, where no data says otherwise (arXiv 2412.08802, section 3.4)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Devices of one kind, a data-parallel rank on each.
+
+    Attributes:
+        utilisation: share of the peak that the model's FLOPs are assumed to reach, recomputation not counted.
+        price: of one device for one hour.
+    """
+
+    device: Device
+    ranks: int = 1
+    utilisation: float = 0.4
+    price: float | None = None
+
+    @property
+    def usable(self) -> int:
+        """Bytes of one device for what the allocator hands out."""
+        if self.device.kind == "cpu":
+            return int(self.device.memory * (1 - FRAGMENTED) / self.ranks)
+        return max(0, int(self.device.memory * (1 - FRAGMENTED) - RESERVE))
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Mean tokens of a text, and where that is from."""
+
+    captions: float
+    texts: float
+    origin: str
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Steps of a stage that are alike: one resolution, one patch dropout, the same tasks."""
+
+    start: int
+    stop: int
+    resolution: int
+    patch_dropout: float
+    tasks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to run a segment, and what it needs."""
+
+    setting: Setting
+    memory: Estimate
+    fits: bool
+    flops: Flops
+
+
+@dataclass(frozen=True)
+class SegmentPlan:
+    """What a segment needs: as the recipe has it, and the cheapest way that fits (None: nothing does)."""
+
+    segment: Segment
+    samples: int
+    sizes: Sizes
+    as_written: Option
+    tried: tuple[Option, ...]
+
+    @property
+    def best(self) -> Option | None:
+        return next((option for option in self.tried if option.fits), None)
+
+    def seconds(self, option: Option, cluster: Cluster, precision: str) -> float | None:
+        """Of one step. Recomputation takes its time too: utilisation is of the hardware's work here."""
+        peak = cluster.device.peak(precision)
+        return None if not peak else option.flops.total / (cluster.ranks * peak * cluster.utilisation)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    number: int
+    steps: int
+    lengths: Lengths
+    precision: str
+    segments: tuple[SegmentPlan, ...]
+
+    @property
+    def deciding(self) -> SegmentPlan:
+        """The segment that needs most memory as the recipe has it: a setting has to serve the whole stage."""
+        return max(self.segments, key=lambda plan: plan.as_written.memory.total)
+
+
+def plan_stage(recipe: Recipe, number: int, cluster: Cluster, *, mean_tokens: float | None = None) -> StagePlan:
+    """Plans stage `number`.
+
+    Args:
+        mean_tokens: of a text; None: from the sidecars of the corpus, or half of `max_tokens`.
+
+    Raises:
+        UserError: a stage of masked-language-model training, which is not planned; a model that cannot be.
+    """
+    stage = recipe.stage(number)
+    if stage.masked:
+        raise UserError(
+            f"stage {number} is masked-language-model training, which is not planned: its gradients add up over chunks "
+            "of any size, so gradient_cache.tokens alone decides what fits"
+        )
+    lengths = text_lengths(recipe, stage, mean_tokens)
+    precision = cluster.device.precision(recipe.precision)
+    plans = []
+    for segment in segments(stage):
+        model = model_of(recipe, number, segment, precision)
+        sizes = sizes_of(stage, segment, cluster.ranks, lengths, hard_negatives(recipe, stage))
+        written = _option(model, stage, sizes, segment, as_written(stage, model), cluster)
+        tried = list(_cheapest_first(model, stage, sizes, segment, recipe, cluster))
+        samples = sum(getattr(stage.batch, task) for task in segment.tasks)
+        plans.append(SegmentPlan(segment, samples, sizes, written, tuple(tried)))
+    return StagePlan(number, stage.steps, lengths, precision, tuple(plans))
+
+
+def segments(stage: Stage) -> list[Segment]:
+    """The stage cut where its resolution, its patch dropout or its tasks change."""
+    tasks = [task for task in ("image_text", "text") if getattr(stage.batch, task)]
+    starts = {0, *(start for start, _ in (*stage.resolution, *stage.patch_dropout))}
+    starts |= {getattr(stage.task_start, task) for task in tasks}
+    cuts = sorted(start for start in starts if start < stage.steps)
+    return [
+        Segment(
+            start,
+            stop,
+            stage.resolution_at(start),
+            at_step(stage.patch_dropout, start),
+            tuple(task for task in tasks if getattr(stage.task_start, task) <= start),
+        )
+        for start, stop in zip(cuts, [*cuts[1:], stage.steps], strict=True)
+    ]
+
+
+def model_of(recipe: Recipe, number: int, segment: Segment, precision: str) -> Model:
+    """What is trained in a segment; nothing is allocated."""
+    stage = recipe.stage(number)
+    text, vision = tower_configs(recipe, number)
+    vision = dataclasses.replace(vision, resolution=segment.resolution)
+    empty = empty_model(recipe, number)
+    assert isinstance(empty, DualEncoder)
+    empty.vision.set_resolution(segment.resolution)
+    empty.text.set_trainable(stage.trainable.text)
+    empty.vision.set_trainable(stage.trainable.image)
+    learning = [p for p in empty.parameters() if p.requires_grad]
+    zero = stage.deepspeed.get("zero_optimization", {})
+    given = {k: int(v) for k, v in zero.items() if k in ("reduce_bucket_size", "stage3_max_live_parameters")}
+    return Model(
+        text=text,
+        vision=vision,
+        trainable=stage.trainable,
+        patch_dropout=segment.patch_dropout,
+        precision=precision,
+        optimizer=recipe.optimizer.name,
+        dims=stage.loss.dims,
+        weights=_numbers(empty.parameters()),
+        learning=_numbers(learning),
+        largest=max((p.numel() for p in learning), default=0),
+        matrices=_numbers(p for n, p in empty.named_parameters() if p.requires_grad and _is_matrix(n, p)),
+        deepspeed=tuple(sorted(given.items())),
+    )
+
+
+def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether Muon trains it (`optim.parameter_groups`)."""
+    return parameter.ndim == 2 and "embeddings" not in name
+
+
+def _numbers(parameters: Iterator[nn.Parameter] | list[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def sizes_of(stage: Stage, segment: Segment, ranks: int, lengths: Lengths, negatives: int) -> Sizes:
+    """One rank's part of a step; the largest part, where the ranks' differ."""
+    images = -(-stage.batch.image_text // ranks) if "image_text" in segment.tasks else 0
+    pairs = -(-stage.batch.text // ranks) if "text" in segment.tasks else 0
+    texts = images + pairs * (2 + negatives)
+    tokens = images * lengths.captions + pairs * (2 + negatives) * lengths.texts
+    return Sizes(images, texts, max(1, round(tokens / texts)), pairs, negatives, ranks)
+
+
+def as_written(stage: Stage, model: Model) -> Setting:
+    """The recipe's own setting; one without caching stands for `auto`."""
+    zero = stage.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    return Setting(stage.chunks, model.vision.checkpointing, model.text.checkpointing, zero)
+
+
+def _cheapest_first(
+    model: Model, stage: Stage, sizes: Sizes, segment: Segment, recipe: Recipe, cluster: Cluster
+) -> Iterator[Option]:
+    """Ways to run up to the first that fits: at once, with checkpointing (a forward pass more), in chunks (likewise),
+    both; then the same under ZeRO 1 and 3, which trade memory for traffic between ranks. (ZeRO 2: see `memory`.)"""
+    alone = recipe.optimizer.name == "muon" or cluster.ranks == 1  # Muon needs whole matrices
+    for zero in (0,) if alone else (0, 1, 3):
+        for cached in (False, True):
+            for checkpointing in (False, True):
+                setting = Setting(None, checkpointing, checkpointing, zero)
+                if cached:
+                    setting = with_chunks(model, sizes, setting, cluster.device, cluster.usable)
+                option = _option(model, stage, sizes, segment, setting, cluster)
+                yield option
+                if option.fits:
+                    return
+
+
+def with_chunks(model: Model, sizes: Sizes, base: Setting, device: Device, usable: int) -> Setting:
+    """`base` with gradient caching in the largest chunks that fit into `usable` bytes, powers of 2 of images and texts;
+    in the smallest that are worth running if none do. Chunks take turns, so each kind is sized by itself."""
+    whole = sizes.images, sizes.texts
+
+    def setting(images: int, texts: int) -> Setting:
+        return dataclasses.replace(base, cache=GradientCache(images=images, tokens=texts * sizes.length))
+
+    def needed(kind: int, size: int) -> int:
+        chunk = [SMALLEST_CHUNK, SMALLEST_CHUNK]
+        chunk[kind] = size
+        return estimate(model, sizes, setting(*chunk), device).total
+
+    found = [SMALLEST_CHUNK, SMALLEST_CHUNK]
+    for kind, (count, most) in enumerate(zip(whole, LARGEST_CHUNK, strict=True)):
+        sizes_of_chunks = [SMALLEST_CHUNK]
+        while sizes_of_chunks[-1] * 2 <= min(count, most):
+            sizes_of_chunks.append(sizes_of_chunks[-1] * 2)
+        # Memory rises with the chunk: halve the range until the last size that fits is known.
+        fits = bisect.bisect_right(sizes_of_chunks, usable, key=lambda size: needed(kind, size))
+        found[kind] = sizes_of_chunks[max(0, fits - 1)]
+    return setting(*found)
+
+
+def _option(model: Model, stage: Stage, sizes: Sizes, segment: Segment, setting: Setting, cluster: Cluster) -> Option:
+    found = estimate(model, sizes, setting, cluster.device)
+    text = dataclasses.replace(model.text, checkpointing=setting.checkpointing_text)
+    vision = dataclasses.replace(model.vision, checkpointing=setting.checkpointing_image)
+    return Option(
+        setting,
+        found,
+        found.total <= cluster.usable,
+        step_flops(
+            text, vision, shape_of(stage, segment, sizes, vision),
+            trainable=stage.trainable, dims=stage.loss.dims, cached=setting.cache is not None,
+        ),
+    )  # fmt: skip
+
+
+def shape_of(stage: Stage, segment: Segment, sizes: Sizes, vision: VisionTowerConfig) -> StepShape:
+    """The global batch, every text of the mean length."""
+    images = stage.batch.image_text if "image_text" in segment.tasks else 0
+    pairs = stage.batch.text if "text" in segment.tasks else 0
+    texts = images + pairs * (2 + sizes.negatives)
+    return StepShape(
+        images=images,
+        kept_patches=kept_patches(vision, segment.patch_dropout) if images else 0,
+        texts=texts,
+        tokens=texts * sizes.length,
+        squared_tokens=texts * sizes.length**2,
+        pairs=pairs,
+        negatives=sizes.negatives,
+    )
+
+
+def text_lengths(recipe: Recipe, stage: Stage, mean_tokens: float | None) -> Lengths:
+    """What a text is taken to have: as told, as the sidecars count, or half of `max_tokens`."""
+    if mean_tokens is not None:
+        mean = min(mean_tokens, stage.max_tokens)
+        return Lengths(mean, mean, f"texts of {mean:g} tokens on average, as told")
+    counted = [_counted(recipe, sources, stage.max_tokens) for sources in (stage.data.image_text, stage.data.text)]
+    assumed = stage.max_tokens / 2
+    captions, texts = (assumed if mean is None else mean for mean in counted)
+    if any(mean is not None for mean in counted):
+        origin = (
+            f"captions of {captions:.0f} and texts of {texts:.0f} tokens, each sample's longest text in the sidecars"
+        )
+    else:
+        origin = f"texts of {assumed:g} tokens on average, half of max_tokens (assumed; --mean-tokens says otherwise)"
+    return Lengths(captions, texts, origin)
+
+
+def _counted(recipe: Recipe, sources: tuple[Source, ...], max_tokens: int) -> float | None:
+    """Mean tokens of the first samples of each source, by rate; None if a source is not there or was not counted."""
+    means = []
+    for source in sources:
+        try:
+            data = Dataset.open(Path(recipe.corpus) / "train" / source.path)
+            rows = [data.row(i).tokens for i in range(min(SAMPLED, len(data)))]
+        except (ShardError, OSError):
+            return None
+        counts = [min(tokens, max_tokens) for tokens in rows if tokens]
+        if not counts:
+            return None
+        means.append((source.rate, sum(counts) / len(counts)))
+    return sum(rate * mean for rate, mean in means) / sum(rate for rate, _ in means) if means else None
+
+
+def hard_negatives(recipe: Recipe, stage: Stage) -> int:
+    """K of the stage's triplets; by the name of the data where it is not there to be asked."""
+    if not any(source.path.startswith("text-triplets") for source in stage.data.text):
+        return 0
+    import json
+
+    try:
+        data = Dataset.open(Path(recipe.corpus) / "train" / stage.data.text[0].path)
+        return len(json.loads(data.read(0)["json"])["negatives"])
+    except (ShardError, OSError, KeyError, ValueError):
+        return TRIPLETS

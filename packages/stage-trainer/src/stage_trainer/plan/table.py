@@ -1,0 +1,121 @@
+"""A plan as text."""
+
+from __future__ import annotations
+
+from stage_trainer.plan.devices import GIB
+from stage_trainer.plan.memory import Setting
+from stage_trainer.plan.planner import Cluster, Option, SegmentPlan, StagePlan
+from stage_trainer.recipe import Recipe
+
+
+def heading(recipe: Recipe, cluster: Cluster) -> str:
+    """What is planned for, and what is assumed."""
+    device = cluster.device
+    peak = device.peak(device.precision(recipe.precision))
+    lines = [
+        f"{recipe.name} on {cluster.ranks} × {device.name}: {device.memory / GIB:.1f} GiB each, of which "
+        f"{cluster.usable / GIB:.1f} GiB are planned with (the rest goes to libraries and fragments)",
+    ]
+    if peak:
+        lines.append(
+            f"assumed: {cluster.utilisation:.0%} of {peak / 1e12:,.0f} TFLOP/s dense "
+            f"{device.precision(recipe.precision)}, recomputation included; data never waited for"
+        )
+    else:
+        lines.append("no peak is known for this device, so no times; give one with --peak")
+    return "\n".join(lines)
+
+
+def stage_table(plan: StagePlan, cluster: Cluster) -> str:
+    """Each segment's ways to run, and the memory, operations, time and money of the recipe's own and the best."""
+    lines = [f"stage {plan.number}: {plan.steps:,} steps, {plan.precision}; {plan.lengths.origin}"]
+    for segment_plan in plan.segments:
+        lines += ["", *_segment(segment_plan, plan, cluster)]
+    deciding = plan.deciding
+    if len(plan.segments) > 1:
+        lines += ["", f"  the steps from {deciding.segment.start:,} decide what fits"]
+    best = deciding.best
+    if best is None:
+        lines.append(
+            f"  nothing fits into {cluster.usable / GIB:.1f} GiB: take more or larger devices, or a smaller model"
+        )
+    else:
+        lines.append(f"  cheapest that fits: {_in_recipe(best.setting)}")
+    lines += _totals(plan, cluster)
+    return "\n".join(lines)
+
+
+def _segment(plan: SegmentPlan, stage: StagePlan, cluster: Cluster) -> list[str]:
+    segment, sizes = plan.segment, plan.sizes
+    dropped = f", {segment.patch_dropout:.0%} of the patches dropped" if segment.patch_dropout else ""
+    lines = [
+        f"  steps {segment.start:,} to {segment.stop:,}: {segment.resolution} px{dropped}; a device has "
+        f"{sizes.images:,} images and {sizes.texts:,} texts of {sizes.length} tokens",
+        f"    {'way to run':<46}{'peak':>10}  {'fits':<4}{'samples/s':>11}",
+    ]
+    shown = [("as in the recipe: " + describe(plan.as_written.setting), plan.as_written)]
+    shown += [(describe(option.setting), option) for option in plan.tried]
+    for name, option in shown:
+        seconds = plan.seconds(option, cluster, stage.precision)
+        speed = f"{plan.samples / seconds:>11,.0f}" if seconds else f"{'–':>11}"
+        peak, fits = f"{option.memory.total / GIB:>6.2f} GiB", "yes" if option.fits else "no"
+        lines.append(f"    {name:<46}{peak}  {fits:<4}{speed}")
+    return [*lines, "", *_details(plan.as_written if plan.as_written.fits or not plan.best else plan.best)]
+
+
+def _details(option: Option) -> list[str]:
+    """Memory by part and operations of one way to run."""
+    flops = option.flops
+    parts = [f"    {size / GIB:>9.2f} GiB  {name}" for name, size in option.memory.parts.items() if size]
+    return [
+        f"    memory of one device, {describe(option.setting)}, at its peak ({option.memory.moment}):",
+        *parts,
+        f"    PFLOP of a step, in all: {flops.forward / 1e15:,.4g} forward, {flops.backward / 1e15:,.4g} backward, "
+        f"{flops.recomputed / 1e15:,.4g} recomputed",
+    ]
+
+
+def _totals(plan: StagePlan, cluster: Cluster) -> list[str]:
+    """Days and money of the stage as the recipe has it, or, where that does not fit, in the best way."""
+    hours = 0.0
+    for segment_plan in plan.segments:
+        written = segment_plan.as_written
+        option = written if plan.deciding.as_written.fits else segment_plan.best
+        seconds = segment_plan.seconds(option, cluster, plan.precision) if option else None
+        if seconds is None:
+            return []
+        hours += seconds * (segment_plan.segment.stop - segment_plan.segment.start) / 3600
+    how = "as in the recipe" if plan.deciding.as_written.fits else "in the cheapest way that fits"
+    line = f"  {how}: {_time(hours)}, {hours * cluster.ranks:,.0f} device hours"
+    if cluster.price is not None:
+        line += f", {hours * cluster.ranks * cluster.price:,.0f} at {cluster.price:g} a device hour"
+    return [line]
+
+
+def describe(setting: Setting) -> str:
+    """In a few words."""
+    words = []
+    if setting.cache:
+        words.append(f"chunks of {setting.cache.images or 'all'} images, {setting.cache.tokens or 'all'} tokens")
+    if setting.checkpointing_image and setting.checkpointing_text:
+        words.append("checkpointing")
+    elif setting.checkpointing_image or setting.checkpointing_text:
+        words.append(f"checkpointing of {'images' if setting.checkpointing_image else 'texts'}")
+    if setting.zero:
+        words.append(f"ZeRO {setting.zero}")
+    return ", ".join(words) or "at once"
+
+
+def _in_recipe(setting: Setting) -> str:
+    """As the recipe writes it."""
+    cache = f"{{images: {setting.cache.images}, tokens: {setting.cache.tokens}}}" if setting.cache else "none"
+    return (
+        f"gradient_cache: {cache}, checkpointing: {str(setting.checkpointing_image).lower()} (both towers), "
+        f"zero_optimization: {{stage: {setting.zero}}}"
+    )
+
+
+def _time(hours: float) -> str:
+    if hours < 1:
+        return f"{hours * 60:.1f} minutes"
+    return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.1f} days"

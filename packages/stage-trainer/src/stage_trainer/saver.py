@@ -1,0 +1,109 @@
+"""Writes checkpoints while training goes on: a step waits for a copy in main memory, not for the disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from stage_trainer import checkpoint
+from stage_trainer.engine import Engine
+from stage_trainer.errors import UserError
+from stage_trainer.files import write_whole
+
+BEST = "best.json"
+
+
+class Saver:
+    """Saves a stage's checkpoints, one at a time, and drops all but the newest and the best.
+
+    Every rank calls everything but `failed`; rank 0 writes. Leaving `with` waits for what is being written.
+
+    Args:
+        directory: of the stage.
+        keep: so many of the newest stay.
+    """
+
+    def __init__(self, directory: Path, keep: int):
+        self.directory, self.keep = directory, keep
+        self.rank = torch.distributed.get_rank()
+        self._thread: threading.Thread | None = None
+        self._problem: UserError | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether this process could not write; `finish` says why, on all ranks."""
+        return self._problem is not None
+
+    def save(self, step: int, engine: Engine, state: dict[str, Any], best: dict[str, Any] | None = None) -> None:
+        """Copies the model and the optimizer's state of `step`, and returns while they are written.
+
+        Args:
+            step: steps done.
+            engine, state: what to save.
+            best: what makes this checkpoint the best so far ({"metric", "value"}); it stays until one is better.
+
+        Raises:
+            UserError: the checkpoint before this one could not be written.
+        """
+        self.finish()
+        optimizer = {}
+        for name, value in engine.optimizer_state():  # under ZeRO every rank has to take part in gathering
+            if self.rank == 0:
+                optimizer[name] = value.detach().to("cpu", copy=True).contiguous()
+        model = engine.copy_of_model()
+        if self.rank == 0:
+            arguments = (step, model, optimizer, {**state, "step": step}, best)
+            self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
+            self._thread.start()
+
+    def finish(self) -> None:
+        """Waits until what was saved is on disk.
+
+        Raises:
+            UserError: it could not be written; earlier checkpoints are as they were.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        problem, self._problem = checkpoint.from_rank_0(self._problem), None
+        if problem is not None:
+            raise problem
+
+    def _write(self, step: int, model: Any, optimizer: Any, state: dict[str, Any], best: dict[str, Any] | None) -> None:
+        try:
+            checkpoint.write(self.directory, step, model, optimizer, state)
+            if best:
+                write_whole(self.directory / BEST, json.dumps({**best, "step": step}) + "\n")
+            kept = {read_best(self.directory).get("step")}
+            for old in [s for s in checkpoint.all_saved(self.directory) if s.step <= step][: -self.keep]:
+                if old.step not in kept:
+                    shutil.rmtree(old.path)
+        except UserError as error:
+            self._problem = error
+        except OSError as error:
+            self._problem = UserError(f"could not put {self.directory} in order: {error}")
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.finish()
+        elif self._thread is not None:  # another rank may be gone, so this one asks nobody
+            self._thread.join()
+
+
+def read_best(directory: Path) -> dict[str, Any]:
+    """{"metric", "value", "step"} of a stage's best checkpoint; empty if none is kept for being the best."""
+    try:
+        return json.loads((directory / BEST).read_text())
+    except (OSError, ValueError):
+        return {}

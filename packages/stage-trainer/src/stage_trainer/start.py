@@ -1,0 +1,86 @@
+"""Where a stage starts: from its own last checkpoint, from the end of the stage before, or from new weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from stage_trainer import checkpoint
+from stage_trainer.build import Model, build_model, load_model, with_text_weights
+from stage_trainer.errors import UserError
+from stage_trainer.recipe import Recipe
+from stage_trainer.recipe_file import flatten, to_dict
+
+SO_FAR: dict[str, Any] = {"seconds": 0.0, "peak_memory_bytes": 0, "skipped": 0, "best": None}
+"""What a stage counts over all its processes; part of a checkpoint's state."""
+
+
+def starting_point(
+    recipe: Recipe, number: int, state: dict[str, Any], tokenizer: Any
+) -> tuple[Model, dict[str, Tensor] | None, int]:
+    """(model, optimizer state, step): of this stage's newest checkpoint, the stage before, or new.
+
+    Args:
+        state: settings and data of this process; takes what the checkpoint counted (`SO_FAR`) and the model that the
+            stage grew from.
+
+    Raises:
+        UserError: the stage before is not finished, or this one was begun with other settings or data.
+    """
+    state.update(SO_FAR)
+    directory = recipe.stage_directory(number)
+    saved = checkpoint.newest_sound(directory)
+    before = checkpoint.newest_sound(recipe.stage_directory(number - 1)) if number > 1 else None
+    finished = before if before and before.step >= recipe.stage(number - 1).steps else None
+    grown_from = f"the model of stage {number - 1}"
+    if finished:
+        state["data"][grown_from] = finished.model_digest()
+    if saved:
+        former = saved.state()
+        if not finished:  # it may be gone once the next stage has begun
+            state["data"] |= {k: v for k, v in former.get("data", {}).items() if k == grown_from}
+        checkpoint.compatible(former, state, directory)
+        state.update({name: former.get(name, value) for name, value in SO_FAR.items()})
+        return load_model(recipe, number, saved.model), saved.optimizer(), saved.step
+    if number == 1:
+        return build_model(recipe, number, tokenizer), None, 0
+    if not finished:
+        needed = recipe.stage(number - 1).steps
+        reached = f"stopped at step {before.step} of {needed}" if before else "has not run"
+        raise UserError(
+            f"stage {number} starts from stage {number - 1}, which {reached} ({recipe.stage_directory(number - 1)}); "
+            f"run it first: bash launch/stage{number - 1}.sh"
+        )
+    if recipe.stage(number - 1).masked and not recipe.stage(number).masked:
+        return build_model(with_text_weights(recipe, finished.model), number, tokenizer), None, 0
+    return load_model(recipe, number, finished.model), None, 0
+
+
+def settings(recipe: Recipe, number: int) -> dict[str, Any]:
+    """What must not change between two runs of a stage: all that bears on its numbers."""
+    how = ("deepspeed", "gradient_cache")  # what they change is rounding
+    stage = {k: v for k, v in to_dict(recipe)["stages"][number - 1].items() if k not in how}
+    tree = {k: v for k, v in to_dict(recipe).items() if k in ("model", "optimizer", "seed", "precision")}
+    # A folder may be moved; what is in it has a fingerprint of its own.
+    del tree["model"]["tokenizer"]
+    return flatten({**tree, "stage": stage})
+
+
+def move_aside(directory: Path) -> None:
+    if directory.exists():
+        number = 1
+        while (aside := directory.with_name(f"{directory.name}.old-{number}")).exists():
+            number += 1
+        directory.rename(aside)
+        print(f"the former run now stands in {aside}", flush=True)
+
+
+def summary(directory: Path) -> dict[str, Any]:
+    """Seconds, peak memory and versions of a finished stage, from its last checkpoint."""
+    saved = checkpoint.all_saved(directory)
+    if not saved:
+        raise UserError(f"{directory} holds no checkpoint; run that stage first")
+    state = saved[-1].state()
+    return {k: state[k] for k in ("step", "seconds", "peak_memory_bytes", "versions")}

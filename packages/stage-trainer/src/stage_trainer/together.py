@@ -1,0 +1,145 @@
+"""When one rank fails, all end soon, and the reason is the last thing on the screen.
+
+A launcher ends the ranks of its own machine; the heartbeat does it for several machines, and for a rank that hangs.
+Ranks that fail only because another one did keep quiet, so that its traceback is not buried under theirs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stage_trainer.errors import Stopped, UserError
+
+SILENCE = 40.0
+"""Seconds without a sign of life after which a rank is given up."""
+INTERVAL = 4.0
+"""Seconds between two signs of life."""
+_LOST = ("connection closed by peer", "connection reset", "broken pipe", "socket closed", "connection refused")
+
+
+@contextlib.contextmanager
+def one_reason(folder: Path, rank: int, world: int) -> Iterator[None]:
+    """Lets the first rank that fails speak, and ends the others without a word.
+
+    Args:
+        folder: where ranks of one machine leave each other a note; every rank enters before the first collective call.
+    """
+    if world == 1:
+        yield
+        return
+    if rank == 0:
+        for note in folder.glob(".failure-*"):
+            note.unlink(missing_ok=True)
+    torch.distributed.barrier()
+    try:
+        yield
+    except Stopped:
+        raise
+    except UserError as error:
+        if not _first_to_say(folder, str(error)):
+            raise SystemExit(2) from None
+        raise
+    except Exception as error:
+        if _lost_contact(error):
+            if _another_spoke(folder):
+                raise SystemExit(1) from None
+            raise UserError(
+                f"rank {rank} lost its connection to another rank, which left no reason: it was killed, perhaps for "
+                "want of memory, or its machine is gone. The same command goes on from the last checkpoint"
+            ) from error
+        if _first_to_say(folder, f"{type(error).__name__}: {error}"):
+            print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        os._exit(1)  # an orderly end may wait for ranks that wait for this one
+
+
+class Heartbeat:
+    """Between `with` and its end, ends this process if a rank has given no sign of life for `silence` seconds.
+
+    Rank 0 listens to all, the others to rank 0, through the store by which the ranks found each other.
+    """
+
+    def __init__(self, rank: int, world: int, *, silence: float = SILENCE, interval: float = INTERVAL):
+        self.rank, self.world, self.silence, self.interval = rank, world, silence, interval
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> Heartbeat:
+        if self.world > 1:
+            self._store: Any = torch.distributed.distributed_c10d._get_default_store().clone()
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self.world > 1:
+            self._thread.join()
+            with contextlib.suppress(RuntimeError):  # the store goes with rank 0
+                self._store.set(f"alive/{self.rank}", b"done")
+
+    def _beat(self) -> None:
+        heard: dict[int, tuple[bytes, float]] = {}
+        count, last = 0, time.monotonic()
+        while not self._ended.wait(self.interval):
+            now, count = time.monotonic(), count + 1
+            if now - last > 3 * self.interval:  # this process itself was stopped or starved, as others may have been
+                heard = {}
+            last = now
+            try:
+                self._store.set(f"alive/{self.rank}", str(count).encode())
+                for other in range(self.world) if self.rank == 0 else (0,):
+                    if other == self.rank or not self._store.check([f"alive/{other}"]):
+                        continue
+                    sign = self._store.get(f"alive/{other}")
+                    if other not in heard or heard[other][0] != sign or sign == b"done":
+                        heard[other] = sign, now
+                    elif now - heard[other][1] > self.silence:
+                        self._give_up(f"rank {other} has given no sign of life for {self.silence:.0f} seconds")
+            except RuntimeError as error:
+                if not self._ended.wait(self.interval):
+                    self._give_up(f"rank 0 cannot be reached any more ({error})")
+
+    def _give_up(self, reason: str) -> None:
+        print(
+            f"rank {self.rank} ends: {reason}. The same command goes on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+
+def _first_to_say(folder: Path, text: str) -> bool:
+    """Leaves a note; False if somebody has said the same."""
+    name = f".failure-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # a full disk is no reason to keep quiet
+        return True
+    return True
+
+
+def _another_spoke(folder: Path, seconds: float = 5.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if any(folder.glob(".failure-*")):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _lost_contact(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, torch.distributed.DistError) or any(words in text for words in _LOST)

@@ -1,0 +1,58 @@
+"""finetune.yaml as its head says it: a folder of images and a table, to an exported model."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).parents[2]
+COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "black", "white")
+
+
+def photos(folder: Path) -> None:
+    """Disks of eight colours at places of their own, with captions in English."""
+    folder.mkdir()
+    rows = {"train": [], "held-out": []}
+    for number in range(64):
+        color = COLORS[number % 8]
+        image = Image.new("RGB", (60, 48), "grey")
+        left, top = 4 + number % 24, 4 + number // 8
+        ImageDraw.Draw(image).ellipse((left, top, left + 24, top + 24), fill=color)
+        image.save(folder / f"{number}.png")
+        rows["train" if number < 48 else "held-out"].append((f"{number}.png", f"a {color} disk, number {number}"))
+    for name, entries in rows.items():
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("file", "caption"), *entries])
+
+
+def test_a_folder_of_images_becomes_a_finetuned_model(run, drawn_corpus, tmp_path):
+    photos(tmp_path / "photos")
+    for split, table in (("train", "train"), ("validation", "held-out")):
+        run("data-prep", "import", "images", "photos", "--table", f"photos/{table}.csv", "--name", "mine",
+            "--language", "en", "--out", f"data/{split}")  # fmt: skip
+    shutil.copytree(drawn_corpus, tmp_path / "corpus")
+    drawn = ROOT / "launch/recipes/drawn.yaml"
+    here = ("corpus=corpus", "model.tokenizer=corpus/tokenizer.model")
+    first = ("steps=8", "warmup_steps=2", "evaluation.every=0", "output=first", "resolution=[[0, 32]]")
+    run("stage-trainer", "train", "--recipe", drawn, "--stage", "1", *here, *first)
+    run("stage-trainer", "export", "first/stage1", "published")
+
+    ours = (
+        "model.text={vocab_size: 386, width: 64, layers: 1, heads: 2, mlp_width: 256, max_length: 128, lora_rank: 2, "
+        "lora_alpha: 2, adapters: [retrieval.query]}",
+        "model.vision={patch: 8, width: 64, layers: 2, heads: 2, mlp_ratio: 2.6667}",
+        "model.text_weights=published/text", "model.vision_weights=published/vision",
+        "model.tokenizer=corpus/tokenizer.model", "workers=0", "max_tokens=32", "steps=12", "batch.image_text=16",
+        "resolution=[[0, 32]]", "loss.dims=[64, 32]", "evaluation.every=6", "checkpoint.every=6", "warmup_steps=2",
+        "precision=fp32",
+    )  # fmt: skip
+    recipe = ROOT / "launch/recipes/finetune.yaml"
+    done = run("stage-trainer", "train", "--recipe", recipe, "--stage", "1", *ours)
+    assert "gradient caching: auto is none here" in done.stdout
+    assert "recall_at_5_mine/text to image" in done.stdout + done.stderr
+    assert json.loads((tmp_path / "runs/finetune/stage1/best.json").read_text())["step"] in (6, 12)
+    run("stage-trainer", "export", "runs/finetune/stage1", "my-model")
+    table = run("stage-trainer", "evaluate", "my-model", "data/validation/image-short/mine").stdout
+    assert "mine (16 images)" in table

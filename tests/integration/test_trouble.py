@@ -1,0 +1,210 @@
+"""What goes wrong in real runs, provoked: gradients that are not finite, ranks that fail, die or hang, slow disks."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+QUICK = ("steps=8", "warmup_steps=2", "evaluation.every=0", "log_every=1", "resolution=[[0, 32]]")
+
+PRELUDE = """
+import os, sys, time
+import stage_trainer.train as train
+from stage_trainer.cli import launch
+rank = int(os.environ.get("RANK", 0))
+steps = iter(range(10**6))
+forward_backward = train.forward_backward
+def tampered(*arguments, **options):
+    step = next(steps)
+    {body}
+    return forward_backward(*arguments, **options)
+train.forward_backward = tampered
+launch(stage=1)
+"""
+
+
+@pytest.fixture
+def launch_tampered(tmp_path, launcher):
+    """Starts stage 1 on the drawn corpus under the launcher, with some lines that run before each step."""
+
+    def start(body: str, *settings: str, ranks: int = 2) -> subprocess.Popen:
+        script = tmp_path / "tampered.py"
+        script.write_text(PRELUDE.format(body=body))
+        return subprocess.Popen(
+            launcher(script, ranks, *QUICK, *settings), cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    return start
+
+
+def ended(process: subprocess.Popen) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=400)
+    # The launcher's own lines come and go beside those of the ranks.
+    lines = [line for line in output.splitlines() if "launch.py" not in line and "signal_handler" not in line]
+    return process.returncode, "\n".join(lines).strip()
+
+
+NAN_AT_3 = """
+    if step == 3:
+        losses = arguments[0].objective.losses
+        def lost(*a, **o):
+            arguments[0].objective.losses = losses
+            return {task: (loss * float("nan"), stats) for task, (loss, stats) in losses(*a, **o).items()}
+        arguments[0].objective.losses = lost
+"""
+
+
+@pytest.mark.parametrize(
+    "zero", [0, pytest.param(1, marks=pytest.mark.full), pytest.param(2, marks=pytest.mark.full), 3]
+)
+def test_a_step_that_is_not_finite_is_skipped_and_counted(launch_tampered, scalars, tmp_path, zero):
+    options = ("optimizer.name=adamw", f"deepspeed={{zero_optimization: {{stage: {zero}}}}}")
+    code, output = ended(launch_tampered(NAN_AT_3, *options))
+    assert code == 0, output
+    assert "step 3 is skipped: a gradient is not finite" in output
+    assert ("of 51 parameters, the first" in output) == (zero == 0) or "parameters, the first" in output
+    skipped = scalars("run/stage1", "health/skipped_steps")
+    assert skipped == {step: float(step > 3) for step in range(8) if step != 3}
+    # The model of step 3 is that of step 4: what follows is what a run without that step's update does.
+    losses = scalars("run/stage1", "loss/text")
+    assert all(0 < value < 100 for value in losses.values())
+
+
+def test_steps_that_stay_not_finite_end_the_run_with_a_diagnosis(launch_tampered, tmp_path):
+    body = NAN_AT_3.replace("step == 3", "step >= 3")
+    code, output = ended(launch_tampered(body, "max_skipped=3", "checkpoint.every=2"))
+    assert code != 0
+    assert output.count("3 steps in a row had a loss or gradient that is not finite, the last one step 5") == 1
+    assert re.search(r"parameters, the first \w+", output)
+    assert "Traceback" not in output
+    assert [p.name for p in (tmp_path / "run/stage1").glob("step-*")] != []
+
+
+def test_a_rank_that_fails_takes_the_other_down_and_its_traceback_is_last(launch_tampered):
+    process = launch_tampered("if rank == 1 and step == 3: raise RuntimeError('the disk bay is on fire')")
+    began = time.monotonic()
+    code, output = ended(process)
+    assert code != 0
+    assert output.count("Traceback") == 1, output
+    assert output.splitlines()[-1] == "RuntimeError: the disk bay is on fire"
+    assert "rank 1 failed:" in output
+    assert time.monotonic() - began < 300  # with everything that comes before the third step, on a busy machine
+
+
+def test_a_message_for_the_user_is_shown_once(launch_tampered):
+    body = (
+        "if step == 3:\n        from stage_trainer.errors import UserError\n        raise UserError('no more samples')"
+    )
+    code, output = ended(launch_tampered(body))
+    assert code != 0
+    assert output.count("stage-trainer: no more samples") == 1
+    assert "Traceback" not in output
+
+
+def test_a_rank_that_is_killed_takes_the_other_down(launch_tampered):
+    process = launch_tampered(
+        "if rank == 1 and step == 3:\n        import signal\n        os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    code, output = ended(process)
+    assert code != 0
+    assert "Traceback" not in output, output
+
+
+HEARTBEAT = """
+import sys, time, torch, torch.distributed as dist
+from stage_trainer.together import Heartbeat
+rank, port = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=3)
+with Heartbeat(rank, 3, silence=3.0, interval=0.3):
+    print("ready", flush=True)
+    time.sleep(float(sys.argv[3]))
+print("done", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("lost", "how"), [(0, signal.SIGKILL), (2, signal.SIGSTOP)])
+def test_ranks_without_a_launcher_end_when_one_is_lost(lost, how, port):
+    """As on several machines: nobody but the heartbeat sees that a rank is gone, or hangs."""
+    words = [sys.executable, "-c", HEARTBEAT]
+    ranks = [
+        subprocess.Popen([*words, str(r), port, "120"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for r in range(3)
+    ]
+    try:
+        for process in ranks:
+            assert process.stdout.readline() == "ready\n"
+        time.sleep(1)
+        ranks[lost].send_signal(how)
+        for rank, process in enumerate(ranks):
+            if rank != lost:
+                _, errors = process.communicate(timeout=60)
+                assert process.returncode == 1
+                assert f"rank {rank} ends: rank {0 if rank else lost}" in errors
+    finally:
+        for process in ranks:
+            process.kill()
+
+
+def test_ranks_that_end_in_order_are_not_missed(port):
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", HEARTBEAT, str(r), port, str(2 + 3 * (r != 2))], stdout=subprocess.PIPE, text=True
+        )
+        for r in range(3)
+    ]
+    assert [process.communicate(timeout=100)[0].split() for process in ranks] == [["ready", "done"]] * 3
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(launch_tampered, tmp_path):
+    body = """
+    if step == 0:
+        from stage_trainer import checkpoint
+        write = checkpoint.write
+        def slow(*a):
+            time.sleep(3)
+            print("written after", train.now, flush=True)
+            write(*a)
+        checkpoint.write = slow
+    train.now = step
+"""
+    code, output = ended(launch_tampered(body, "checkpoint={every: 2, keep: 9}", ranks=1))
+    assert code == 0, output
+    first = int(re.search(r"written after (\d+)", output)[1])
+    assert first > 1, "the checkpoint of two steps was on its way while later ones ran"
+    assert sorted(p.name for p in (tmp_path / "run/stage1").glob("step-*")) == [f"step-{n:07d}" for n in (2, 4, 6, 8)]
+
+
+def test_the_best_checkpoint_stays(train, tmp_path):
+    metric = "validation_recall_at_5_drawn/text to image"
+    done = train(
+        1, *QUICK, "evaluation={every: 2, pools: [image-short/drawn, text-pairs/drawn]}", "lr={image: 0.3, text: 0.3}",
+        f"checkpoint={{every: 0, keep: 1, best: '{metric}'}}", "warmup_steps=4",
+    )  # fmt: skip
+    import json
+
+    best = json.loads((tmp_path / "run/stage1/best.json").read_text())
+    assert best["metric"] == metric
+    shown = {
+        int(s): float(v)
+        for s, v in re.findall(r"step (\d+): recall_at_5_drawn/text to image ([\d.]+)", done.stdout + done.stderr)
+    }
+    assert set(shown) == {2, 4, 6, 8}
+    assert best["value"] == pytest.approx(max(shown.values()), abs=6e-4)
+    kept = {int(p.name[5:]) for p in (tmp_path / "run/stage1").glob("step-*")}
+    assert kept == {best["step"], 8}
+    assert (
+        "which is not measured; what is:"
+        in train(
+            1,
+            *QUICK,
+            "evaluation={every: 2, pools: [image-short/drawn]}",
+            "checkpoint.best=recall",
+            output="other",
+            fails=True,
+        ).stderr
+    )

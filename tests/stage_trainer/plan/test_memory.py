@@ -1,0 +1,147 @@
+"""The estimate of a whole step against the profiler's account of one that is really run, on a CPU."""
+
+import contextlib
+from dataclasses import replace
+
+import pytest
+import torch
+from stage_trainer.model import DualEncoder
+from stage_trainer.objective import Batch, MultiTask
+from stage_trainer.plan.devices import Device
+from stage_trainer.plan.memory import Model, Setting, Sizes, estimate, loss_bytes, resting_parts, update_parts
+from stage_trainer.recipe import GradientCache, Loss, Trainable
+from stage_trainer.step import forward_backward
+from text_tower import PackedTokens, TextTower, TextTowerConfig
+from vision_tower import VisionTower, VisionTowerConfig
+
+CPU = Device("cpu", 2**33, 1.0, None, 1.0, None, kind="cpu")
+TEXT = TextTowerConfig(vocab_size=500, width=64, layers=3, heads=2, mlp_width=256, lora_rank=4, adapters=("a",))
+VISION = VisionTowerConfig(resolution=48, patch=8, width=64, layers=4, heads=2)
+LENGTH = 20
+
+
+class PlainEngine:
+    """A step without DeepSpeed."""
+
+    def __init__(self, text: TextTowerConfig, vision: VisionTowerConfig, precision: str):
+        self.model = DualEncoder(TextTower(text), VisionTower(vision)).train()
+        self.objective = MultiTask(self.model, Loss(dims=(64, 32)), precision)
+
+    def embed(self, part, patch_dropout):
+        return self.objective(part, patch_dropout=patch_dropout)
+
+    def forward_passes(self, mine):
+        return mine
+
+    @contextlib.contextmanager
+    def backwards(self):
+        yield lambda loss, last: loss.backward()
+
+
+def planned_model(engine: PlainEngine, precision: str, patch_dropout: float) -> Model:
+    learning = [p.numel() for p in engine.model.parameters()]
+    return Model(
+        engine.model.text.config, engine.model.vision.config, Trainable(), patch_dropout, precision, "adamw", (64, 32),
+        weights=sum(learning), learning=sum(learning), largest=max(learning), matrices=0,
+    )  # fmt: skip
+
+
+def a_batch(images: int, pairs: int, negatives: int) -> Batch:
+    texts = images + pairs * (2 + negatives)
+    return Batch(
+        images=torch.randint(0, 256, (images, 3, 48, 48), dtype=torch.uint8),
+        image_seeds=torch.arange(images),
+        texts=PackedTokens.from_lists([[5] * LENGTH] * texts),
+        text_seeds=torch.arange(texts),
+        image_ids=torch.arange(images),
+        pairs=pairs,
+        negatives=negatives,
+        text_ids=torch.arange(pairs),
+    )
+
+
+@pytest.mark.parametrize(
+    ("images", "pairs", "negatives", "checkpointing", "cache", "precision", "dropout"),
+    [
+        (32, 32, 0, False, None, "fp32", 0.0),
+        (32, 32, 0, True, None, "fp32", 0.5),
+        (16, 8, 3, False, None, "bf16", 0.0),
+        (96, 64, 0, False, GradientCache(16, 16 * LENGTH), "fp32", 0.25),
+        (64, 16, 3, True, GradientCache(16, 64 * LENGTH), "fp32", 0.0),
+    ],
+)
+def test_a_step_takes_what_the_profiler_measures(
+    profiled_peak, images, pairs, negatives, checkpointing, cache, precision, dropout
+):
+    text, vision = replace(TEXT, checkpointing=checkpointing), replace(VISION, checkpointing=checkpointing)
+    engine, batch = PlainEngine(text, vision, precision), a_batch(images, pairs, negatives)
+
+    def run():
+        engine.model.zero_grad()
+        forward_backward(engine, batch, tasks=("image_text", "text"), patch_dropout=dropout, cache=cache)
+        engine.model.zero_grad()
+
+    sizes = Sizes(images, images + pairs * (2 + negatives), LENGTH, pairs, negatives, 1)
+    planned = estimate(
+        planned_model(engine, precision, dropout), sizes, Setting(cache, checkpointing, checkpointing, 0), CPU
+    )
+    there_before = ("weights", "optimizer state", "batch")
+    ours = sum(size for name, size in planned.parts.items() if name not in there_before)
+    assert ours == pytest.approx(profiled_peak(run), rel=0.15)
+
+
+def test_adamw_takes_its_state_and_on_a_cpu_a_weight_at_a_time(profiled_peak):
+    engine = PlainEngine(TEXT, VISION, "fp32")
+    model = planned_model(engine, "fp32", 0.0)
+    for parameter in engine.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = torch.optim.AdamW(engine.model.parameters())
+    optimizer.step()
+    state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if t.ndim)
+    assert state == resting_parts(model, 0, 1)["optimizer state"]
+    assert update_parts(model, 0, 1, CPU)["reduction and update"] == pytest.approx(
+        profiled_peak(optimizer.step), rel=0.01
+    )
+
+
+@pytest.mark.parametrize(("own", "negatives", "ranks"), [(256, 0, 1), (512, 3, 1), (128, 0, 8), (128, 7, 8)])
+def test_the_loss_takes_what_the_profiler_measures(profiled_peak, own, negatives, ranks):
+    """Ranks as torch's fake process group has them: every other rank says what this one says."""
+    from contrastive_losses import matryoshka_info_nce
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    width, dims = 256, (256, 128, 64, 32)
+    queries, targets = (torch.randn(own, width, requires_grad=True) for _ in range(2))
+    hard = torch.randn(own, negatives, width, requires_grad=True) if negatives else None
+
+    def run():
+        loss = matryoshka_info_nce(
+            queries, targets, negatives=hard, temperature=0.07, dims=dims, group=group, return_stats=True
+        )
+        loss[0].backward()
+        queries.grad = targets.grad = None
+        if hard is not None:
+            hard.grad = None
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        group = torch.distributed.group.WORLD if ranks > 1 else None
+        measured = profiled_peak(run)
+    finally:
+        torch.distributed.destroy_process_group()
+    engine = PlainEngine(TEXT, VISION, "fp32")
+    model = replace(planned_model(engine, "fp32", 0.0), text=replace(TEXT, width=width), dims=dims)
+    sizes = Sizes(0, own * (2 + negatives), LENGTH, own, negatives, ranks)
+    assert sum(loss_bytes(model, sizes, CPU)) == pytest.approx(measured, rel=0.15)
+
+
+def test_zero_shares_out_the_state_but_not_the_gradients():
+    model = planned_model(PlainEngine(TEXT, VISION, "fp32"), "fp32", 0.0)
+    rest = {zero: resting_parts(model, zero, 8) for zero in (0, 1, 2, 3)}
+    assert (
+        rest[1]["optimizer state"]
+        == rest[3]["optimizer state"]
+        == pytest.approx(rest[0]["optimizer state"] / 8, rel=0.01)
+    )
+    assert rest[1] == rest[2]
+    assert update_parts(model, 1, 8, CPU)["gradients"] == update_parts(model, 0, 8, CPU)["gradients"]

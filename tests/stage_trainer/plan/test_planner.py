@@ -1,0 +1,161 @@
+"""What a plan says of a recipe, and that `gradient_cache: auto` follows it."""
+
+import dataclasses
+
+import pytest
+import torch
+from stage_trainer.cli import main
+from stage_trainer.errors import UserError
+from stage_trainer.plan import auto
+from stage_trainer.plan.devices import DEVICES, GIB, Device, device, peak_flops, read_bytes
+from stage_trainer.plan.planner import Cluster, plan_stage, segments
+from stage_trainer.recipe import GradientCache
+from stage_trainer.recipe_file import load
+
+MIB = 2**20
+
+
+@pytest.fixture
+def drawn(recipes):
+    """The drawn recipe without data, so that lengths are assumed."""
+
+    def read(*settings, stage=1):
+        return load(recipes / "drawn.yaml", ["corpus=nowhere", "optimizer.name=adamw", *settings], stage).recipe
+
+    return read
+
+
+def gpu(mebibytes: float, ranks: int = 1) -> Cluster:
+    """A card of which so much is usable."""
+    cluster = Cluster(DEVICES["rtx-4090"], ranks)
+    lost = cluster.device.memory - cluster.usable / 0.95
+    return Cluster(dataclasses.replace(cluster.device, memory=int(mebibytes * MIB / 0.95 + lost)), ranks)
+
+
+def test_segments_are_cut_where_anything_changes(drawn):
+    stage = drawn("task_start={image_text: 50}").stage(1)
+    assert [(s.start, s.stop, s.resolution, s.patch_dropout, s.tasks) for s in segments(stage)] == [
+        (0, 50, 32, 0.25, ("text",)),
+        (50, 160, 32, 0.25, ("image_text", "text")),
+        (160, 200, 40, 0.0, ("image_text", "text")),
+    ]
+
+
+def test_the_cheapest_way_that_fits_is_taken_first(drawn):
+    recipe = drawn("batch={image_text: 512, text: 512}", "resolution=[[0, 40]]", "patch_dropout=[[0, 0.0]]")
+    plan = plan_stage(recipe, 1, gpu(10_000)).deciding
+    at_once = plan.best
+    assert at_once is plan.tried[0]
+    assert at_once.setting.cache is None
+    assert not at_once.setting.checkpointing_image
+    plan = plan_stage(recipe, 1, gpu(at_once.memory.total / MIB - 1)).deciding
+    assert plan.best.setting.checkpointing_image
+    assert plan.best.setting.cache is None
+    plan = plan_stage(recipe, 1, gpu(plan.best.memory.total / MIB - 1)).deciding
+    chunked = plan.best
+    assert chunked.setting.cache
+    assert not chunked.setting.checkpointing_image
+    assert chunked.memory.total <= gpu(0).usable + plan.tried[1].memory.total
+    assert chunked.flops.model == at_once.flops.model
+    assert chunked.flops.recomputed > at_once.flops.recomputed
+
+
+def test_a_model_that_cannot_fit_is_said_not_to(drawn):
+    plan = plan_stage(drawn(), 1, gpu(1)).deciding
+    assert plan.best is None
+    assert [option.setting.zero for option in plan.tried] == [0] * 4
+
+
+def test_more_ranks_have_smaller_parts_and_the_same_work(drawn):
+    one, four = (plan_stage(drawn(), 1, gpu(10_000, ranks)).segments[0] for ranks in (1, 4))
+    assert one.sizes.images == 4 * four.sizes.images
+    assert one.tried[0].flops == four.tried[0].flops
+    assert four.seconds(four.tried[0], gpu(1, 4), "fp32") * 4 == one.seconds(one.tried[0], gpu(1), "fp32")
+
+
+def test_masked_language_modelling_is_not_planned(recipes):
+    recipe = load(recipes / "masked-lm.yaml").recipe
+    with pytest.raises(UserError, match="masked-language-model"):
+        plan_stage(recipe, 1, gpu(100))
+
+
+def test_the_command_needs_neither_gpu_nor_data(capsys, recipes):
+    arguments = ["--recipe", str(recipes / "drawn.yaml"), "--stage", "1", "--gpus", "2", "--gpu", "l4", "--price", "1"]
+    assert main(["plan", *arguments, "corpus=nowhere", "optimizer.name=adamw"]) == 0
+    printed = capsys.readouterr().out
+    for words in (
+        "drawn on 2 × l4",
+        "half of max_tokens (assumed",
+        "at once",
+        "activations",
+        "recomputed",
+        "device hours",
+    ):
+        assert words in printed
+    assert main(["plan", *arguments[:-4], "--gpu", "h100", "corpus=nowhere"]) == 2
+    assert "did you mean 'h100" in capsys.readouterr().err
+
+
+def test_own_figures_replace_the_tables():
+    found = device("rtx-4090", memory="20 GiB", peak=1e14)
+    assert (found.memory, found.peak("bf16"), found.peak("fp32")) == (20 * GIB, 1e14, 1e14)
+    assert device("t4").precision("auto") == "fp32"
+    assert read_bytes("80GB") == 80 * 10**9
+    with pytest.raises(UserError, match="24GiB"):
+        read_bytes("much")
+
+
+def test_peaks_are_dense_and_known_by_torchs_name(monkeypatch):
+    assert peak_flops(torch.device("cpu"), "fp32") is None
+    for name, expected in (("NVIDIA H100 80GB HBM3", 989.4e12), ("NVIDIA GeForce RTX 4090 Laptop GPU", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        assert peak_flops(torch.device("cuda"), "bf16") == expected
+    assert all(d.fp32 < d.fp16 for d in DEVICES.values())
+
+
+def choose(monkeypatch, recipe, memory):
+    monkeypatch.setattr(auto, "free_memory", lambda _: int(memory))
+    return auto.choose(recipe, 1, 0, 200, torch.device("cpu"))
+
+
+def test_auto_caches_only_what_does_not_fit(monkeypatch, drawn):
+    recipe = drawn("gradient_cache=auto", "batch={image_text: 512, text: 512}")
+    roomy = choose(monkeypatch, recipe, 64 * GIB)
+    assert roomy.cache is None
+    assert "auto is none" in roomy.line
+    tight = choose(monkeypatch, recipe, roomy.planned / 4)
+    assert isinstance(tight.cache, GradientCache)
+    assert tight.planned <= roomy.planned / 4
+    assert f"chunks of {tight.cache.images} images" in tight.line
+    hopeless = choose(monkeypatch, recipe, 4 * MIB)
+    assert "may be too much" in hopeless.line
+
+
+def test_sizes_that_the_recipe_gives_stand(monkeypatch, drawn):
+    recipe = drawn("gradient_cache={images: 5, tokens: 70}")
+    assert choose(monkeypatch, recipe, 64 * GIB).cache == GradientCache(images=5, tokens=70)
+
+
+def test_the_rank_with_least_memory_decides(monkeypatch):
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        assert auto._least(123 * MIB, torch.device("cpu")) == (4, 123 * MIB)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_auto_is_refused_where_it_means_nothing(recipes):
+    with pytest.raises(UserError, match="for stages of pairs"):
+        load(recipes / "masked-lm.yaml", ["gradient_cache=auto"], 1)
+    with pytest.raises(UserError, match="gradient_cache"):
+        load(recipes / "drawn.yaml", ["gradient_cache=always"], 1)
+
+
+def test_planned_stands_beside_measured(monkeypatch):
+    assert auto.planned_and_measured(GIB, torch.device("cpu")) is None
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 2 * GIB)
+    line = auto.planned_and_measured(GIB, torch.device("cuda"))
+    assert line == "peak memory of a rank: planned 1.00 GiB, measured 2.00 GiB (-50%)"
+    assert Device("cpu", 1, None, None, None, None, kind="cpu").peak("bf16") is None
