@@ -29,13 +29,16 @@ launch(stage=1)
 
 @pytest.fixture
 def launch_tampered(tmp_path, launcher):
-    """Starts stage 1 on the drawn corpus under the launcher, with some lines that run before each step."""
+    """Starts stage 1 on the drawn corpus, with some lines that run before each step."""
 
     def start(body: str, *settings: str, ranks: int = 2) -> subprocess.Popen:
         script = tmp_path / "tampered.py"
         script.write_text(PRELUDE.format(body=body))
+        words = launcher(script, ranks, *QUICK, *settings)
+        if ranks == 1:
+            words = [sys.executable, *words[words.index(str(script)) :]]
         return subprocess.Popen(
-            launcher(script, ranks, *QUICK, *settings), cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            words, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
             text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
@@ -59,15 +62,13 @@ NAN_AT_3 = """
 """
 
 
-@pytest.mark.parametrize(
-    "zero", [0, pytest.param(1, marks=pytest.mark.full), pytest.param(2, marks=pytest.mark.full), 3]
-)
+@pytest.mark.parametrize("zero", [0, *(pytest.param(stage, marks=pytest.mark.full) for stage in (1, 2, 3))])
 def test_a_step_that_is_not_finite_is_skipped_and_counted(launch_tampered, scalars, tmp_path, zero):
     options = ("optimizer.name=adamw", f"deepspeed={{zero_optimization: {{stage: {zero}}}}}")
-    code, output = ended(launch_tampered(NAN_AT_3, *options))
+    code, output = ended(launch_tampered(NAN_AT_3, *options, ranks=2 if zero else 1))
     assert code == 0, output
     assert "step 3 is skipped: a gradient is not finite" in output
-    assert ("of 51 parameters, the first" in output) == (zero == 0) or "parameters, the first" in output
+    assert ("parameters, the first" in output) == (zero == 0)
     skipped = scalars("run/stage1", "health/skipped_steps")
     assert skipped == {step: float(step > 3) for step in range(8) if step != 3}
     # The model of step 3 is that of step 4: what follows is what a run without that step's update does.
@@ -77,7 +78,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(launch_tampered, scala
 
 def test_steps_that_stay_not_finite_end_the_run_with_a_diagnosis(launch_tampered, tmp_path):
     body = NAN_AT_3.replace("step == 3", "step >= 3")
-    code, output = ended(launch_tampered(body, "max_skipped=3", "checkpoint.every=2"))
+    code, output = ended(launch_tampered(body, "max_skipped=3", "checkpoint.every=2", ranks=1))
     assert code != 0
     assert output.count("3 steps in a row had a loss or gradient that is not finite, the last one step 5") == 1
     assert re.search(r"parameters, the first \w+", output)
@@ -96,6 +97,7 @@ def test_a_rank_that_fails_takes_the_other_down_and_its_traceback_is_last(launch
     assert time.monotonic() - began < 300  # with everything that comes before the third step, on a busy machine
 
 
+@pytest.mark.full
 def test_a_message_for_the_user_is_shown_once(launch_tampered):
     body = (
         "if step == 3:\n        from stage_trainer.errors import UserError\n        raise UserError('no more samples')"
@@ -106,6 +108,7 @@ def test_a_message_for_the_user_is_shown_once(launch_tampered):
     assert "Traceback" not in output
 
 
+@pytest.mark.full
 def test_a_rank_that_is_killed_takes_the_other_down(launch_tampered):
     process = launch_tampered(
         "if rank == 1 and step == 3:\n        import signal\n        os.kill(os.getpid(), signal.SIGKILL)"
