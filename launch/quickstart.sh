@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh clone to a trained multilingual text-image model, on two cores in a quarter to half of an hour:
+# From a fresh clone to a trained multilingual text-image model, on two cores in about a quarter of an hour:
 #   bash launch/quickstart.sh            the real corpus, from Debian packages (Debian, Ubuntu)
 #   bash launch/quickstart.sh --drawn    a small drawn corpus, anywhere
 # Run again, it does only what is missing. All that it makes is in .venv and runs/.
