@@ -103,6 +103,7 @@ DISAGREEMENTS = {
     "dims": (error_case(3, dims=(2, 4)), "dims and their weights"),
     "dtype": (error_case(3, queries=torch.ones(2, 4, dtype=torch.float64)), "dtypes"),
     "margin": (error_case(3, false_negative_margin=0.1), "margin"),
+    "temperature": (error_case(3, temperature=0.3), "temperature"),
     "return_stats": (error_case(3, return_stats=True), r"return_stats: \[0, 0, 0, 1\]"),
     "grad mode": (error_case(3, grad_enabled=False), r"is_grad_enabled\(\): \[1, 1, 1, 0\]"),
     "nothing anywhere": (

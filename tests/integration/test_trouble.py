@@ -126,6 +126,8 @@ dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank
 with Heartbeat(rank, 3, silence=3.0, interval=0.3):
     print("ready", flush=True)
     time.sleep(float(sys.argv[3]))
+    if len(sys.argv) > 4:
+        raise RuntimeError("trouble of its own")
 print("done", flush=True)
 """
 
@@ -151,6 +153,21 @@ def test_ranks_without_a_launcher_end_when_one_is_lost(lost, how, port):
     finally:
         for process in ranks:
             process.kill()
+
+
+def test_a_rank_that_leaves_by_an_exception_is_missed(port):
+    words = [sys.executable, "-c", HEARTBEAT]
+    ranks = [
+        subprocess.Popen(
+            [*words, str(r), port, "2" if r == 1 else "120", *(["fails"] if r == 1 else [])],
+            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        )
+        for r in range(3)
+    ]  # fmt: skip
+    errors = [process.communicate(timeout=100)[1] for process in ranks]
+    assert "trouble of its own" in errors[1]
+    assert "rank 0 ends: rank 1 has given no sign of life" in errors[0]
+    assert "rank 2 ends: rank 0" in errors[2]
 
 
 def test_ranks_that_end_in_order_are_not_missed(port):

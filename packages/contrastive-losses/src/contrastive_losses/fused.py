@@ -62,7 +62,10 @@ def pair_loss(
         dims = tuple(batch.queries.shape[-1:] if dims is None else dims)
         weights = (1.0,) * len(dims) if weights is None else tuple(float(weight) for weight in weights)
     scalars = [scalar for scalar in (temperature, bias) if isinstance(scalar, Tensor)]
-    ranks = agree(batch, scalars, problem, (link, dims, weights, margin), return_stats, group)
+    numbers = (
+        [None if isinstance(scalar, Tensor) else float(scalar) for scalar in (temperature, bias)] if not problem else []
+    )
+    ranks = agree(batch, scalars, problem, (link, dims, weights, margin, *numbers), return_stats, group)
     assert isinstance(dims, tuple), "agree raises where the arguments do not fit"
     assert isinstance(weights, tuple)
 

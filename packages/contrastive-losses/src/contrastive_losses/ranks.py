@@ -31,8 +31,8 @@ COMMON = (
     "sample_weights (1: given)",
     "return_stats",
     "torch.is_grad_enabled()",
-    "the dtypes of the inputs (checksum)",
-    "the loss, dims and their weights, margin (checksum)",
+    "the dtypes and devices of the inputs (checksum)",
+    "the loss, dims and their weights, margin, temperature or bias given as a number (checksum)",
 )
 
 
@@ -133,7 +133,7 @@ def agree(
     if rank < 0:
         raise ValueError("this process is not a member of `group`; call the loss only on the ranks that are")
     mine = [1] + [0] * (len(OWN + COMMON) - 1) if problem is not None else _description(batch, scalars, settings, stats)
-    message = torch.tensor(mine, dtype=torch.int64, device=_message_device(batch, group))
+    message = torch.tensor(mine, dtype=torch.int64, device=_message_device(group))
     messages = [torch.empty_like(message) for _ in range(dist.get_world_size(group))]
     dist.all_gather(messages, message, group=group)
     told = torch.stack(messages).tolist()
@@ -165,10 +165,10 @@ def refuse(problem: str, group: Group | None) -> NoReturn:
     raise AssertionError("agree raises where there is a problem")
 
 
-def _message_device(batch: Batch, group: Group) -> torch.device:
-    if isinstance(batch.queries, Tensor):
-        return batch.queries.device
-    return torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
+def _message_device(group: Group) -> torch.device:
+    """Where the group can talk whatever a rank was given: on the CPU, but for a group that has NCCL alone."""
+    backend = dist.get_backend(group)
+    return torch.device("cuda" if "nccl" in backend and "gloo" not in backend else "cpu")
 
 
 def _description(batch: Batch, scalars: list[Tensor], settings: tuple, stats: bool) -> list[int]:
@@ -176,7 +176,7 @@ def _description(batch: Batch, scalars: list[Tensor], settings: tuple, stats: bo
     grad = torch.is_grad_enabled()
     scalars_need = grad and any(scalar.requires_grad for scalar in scalars)
     inputs = (batch.queries, batch.targets, batch.negatives)
-    dtypes = [rows.dtype for rows in batch if rows is not None]
+    dtypes = [(rows.dtype, rows.device.type) for rows in batch if rows is not None]
     return [
         0,
         len(batch.queries),

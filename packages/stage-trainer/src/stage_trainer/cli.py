@@ -31,27 +31,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         getattr(arguments, free).extend(rest)
-    from stage_trainer.errors import Stopped, UserError
+    from stage_trainer.errors import Stopped, speaks_for_itself
 
     try:
         arguments.run(arguments)
     except Stopped as error:
         print(f"stage-trainer: {error}", file=sys.stderr, flush=True)
         return Stopped.EXIT_CODE
-    except (UserError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError) as error:
+        if not speaks_for_itself(error):
+            raise
         print(f"stage-trainer: {error}", file=sys.stderr, flush=True)
         return 2
-    except ValueError as error:
-        # The towers', losses' and data's own errors name what is wrong; only ours are shown bare.
-        if type(error).__module__.partition(".")[0] in (
-            "data_prep",
-            "text_tower",
-            "vision_tower",
-            "contrastive_losses",
-        ):
-            print(f"stage-trainer: {error}", file=sys.stderr, flush=True)
-            return 2
-        raise
     except KeyboardInterrupt:
         print("stage-trainer: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

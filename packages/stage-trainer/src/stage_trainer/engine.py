@@ -55,7 +55,8 @@ class Engine:
         import deepspeed
 
         objective.set_trainable(stage)
-        self._shell = _without_weights(objective.model)  # before DeepSpeed hangs its hooks on the modules
+        # A model without weights, for those of a checkpoint; made before DeepSpeed hangs its hooks on the modules.
+        self.shell = _without_weights(objective.model)
         self.optimizer = build_optimizer(
             parameter_groups(objective.model, stage, recipe.optimizer), recipe.optimizer, recipe.precision
         )
@@ -256,19 +257,14 @@ class Engine:
         if self.zero < 3:
             zero._lazy_init_hp_params_optimizer_state()
 
-    def copy_of_model(self) -> Model | None:
-        """The model as it is now, in main memory, on rank 0; None on other ranks, which have to call too."""
+    def copy_of_weights(self) -> dict[str, Tensor]:
+        """The model's state as it is now, in main memory, on rank 0; nothing on other ranks, which have to call too."""
         import deepspeed
 
-        model = self.objective.model
         # ZeRO 3 cuts parameters up; in here they are whole on every rank.
         with deepspeed.zero.GatheredParameters(list(self.objective.parameters()), enabled=self.zero == 3):
-            if torch.distributed.get_rank():
-                return None
-            weights = {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
-        shell = copy.deepcopy(self._shell)
-        shell.load_state_dict(weights, assign=True)
-        return shell
+            state = self.objective.model.state_dict() if torch.distributed.get_rank() == 0 else {}
+            return {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
 
 
 def _without_weights(model: Model) -> Model:

@@ -134,21 +134,15 @@ def score(pool: Pool, embedded: Embedded, dims: Sequence[int]) -> tuple[Scores, 
         images = unit(embedded.images[:, :dim])
         texts = unit(embedded.texts[:, :dim])
         for language, entries in pool.texts.items():
-            names = sorted({text for _, text in entries})
+            names, has = _who_has_what(entries, len(images))
             vectors = texts[[embedded.row[t] for t in names]]
-            has = np.zeros((len(names), len(images)), dtype=bool)
-            for number, text in entries:
-                has[names.index(text), number] = True
             shown = has.any(axis=0)
             cases = {
                 "text→image": (vectors, images, has),
                 "image→text": (images[shown], vectors, has.T[shown]),
             }
             if language != "en" and english:
-                targets = sorted({text for _, text in english})
-                named = np.zeros((len(targets), len(images)), dtype=bool)
-                for number, text in english:
-                    named[targets.index(text), number] = True
+                targets, named = _who_has_what(english, len(images))
                 right = (has.astype(np.float32) @ named.T.astype(np.float32)) > 0
                 asked = right.any(axis=1)
                 cases["text→English text"] = (vectors[asked], texts[[embedded.row[t] for t in targets]], right[asked])
@@ -159,6 +153,16 @@ def score(pool: Pool, embedded: Embedded, dims: Sequence[int]) -> tuple[Scores, 
         for by_language in table.values():
             by_language["mean"] = float(np.mean(list(by_language.values())))
     return recalls, chances
+
+
+def _who_has_what(entries: list[tuple[int, str]], images: int) -> tuple[list[str], np.ndarray]:
+    """The distinct texts T of some entries, and which of the images each belongs to, bool `[T, images]`."""
+    names = sorted({text for _, text in entries})
+    row = {text: i for i, text in enumerate(names)}
+    has = np.zeros((len(names), images), dtype=bool)
+    for number, text in entries:
+        has[row[text], number] = True
+    return names, has
 
 
 def recall_at_k(queries: np.ndarray, candidates: np.ndarray, relevant: np.ndarray, k: int = K) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from stage_trainer import checkpoint
+from stage_trainer.build import Model
 from stage_trainer.engine import Engine
 from stage_trainer.errors import UserError
 from stage_trainer.files import write_whole
@@ -56,9 +57,9 @@ class Saver:
         for name, value in engine.optimizer_state():  # under ZeRO every rank has to take part in gathering
             if self.rank == 0:
                 optimizer[name] = value.detach().to("cpu", copy=True).contiguous()
-        model = engine.copy_of_model()
+        weights = engine.copy_of_weights()
         if self.rank == 0:
-            arguments = (step, model, optimizer, {**state, "step": step}, best)
+            arguments = (step, engine.shell, weights, optimizer, {**state, "step": step}, best)
             self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
             self._thread.start()
 
@@ -75,8 +76,11 @@ class Saver:
         if problem is not None:
             raise problem
 
-    def _write(self, step: int, model: Any, optimizer: Any, state: dict[str, Any], best: dict[str, Any] | None) -> None:
+    def _write(
+        self, step: int, model: Model, weights: Any, optimizer: Any, state: dict[str, Any], best: dict[str, Any] | None
+    ) -> None:
         try:
+            model.load_state_dict(weights, assign=True)
             checkpoint.write(self.directory, step, model, optimizer, state)
             if best:
                 write_whole(self.directory / BEST, json.dumps({**best, "step": step}) + "\n")
@@ -86,8 +90,12 @@ class Saver:
                     shutil.rmtree(old.path)
         except UserError as error:
             self._problem = error
-        except OSError as error:
-            self._problem = UserError(f"could not put {self.directory} in order: {error}")
+        except Exception as error:  # in a thread, nobody else would hear of it
+            self._problem = UserError(
+                f"could not write a checkpoint to {self.directory}: {type(error).__name__}: {error}"
+            )
+        finally:
+            model.to_empty(device="meta")  # the copy's memory is free until the next one
 
     def __enter__(self) -> Saver:
         return self

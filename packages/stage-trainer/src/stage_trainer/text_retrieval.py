@@ -71,16 +71,17 @@ def measure(pool: PairPool, vectors: Callable[[Sequence[str]], np.ndarray]) -> d
     Args:
         vectors: unit vectors `[N, D]` of N texts.
     """
-    targets = vectors(pool.targets)
+    targets, place = vectors(pool.targets), {text: i for i, text in enumerate(pool.targets)}
     found: dict[str, float] = {}
     for language, entries in pool.queries.items():
         relevant: dict[str, set[int]] = {}
         for number, text in entries:
             relevant.setdefault(text, set()).add(number)
-        gains = [
-            ndcg_at_k(scores, relevant[text])
-            for text, scores in zip(relevant, vectors(list(relevant)) @ targets.T, strict=True)
-        ]
+        gains = []
+        for text, scores in zip(relevant, vectors(list(relevant)) @ targets.T, strict=True):
+            if text in place and place[text] not in relevant[text]:
+                scores[place[text]] = -np.inf  # a query does not look for itself
+            gains.append(ndcg_at_k(scores, relevant[text]))
         found[f"ndcg_at_10/{language}"] = float(np.mean(gains))
     if found:
         found["ndcg_at_10/mean"] = float(np.mean(list(found.values())))

@@ -15,11 +15,11 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from stage_trainer.errors import Stopped, UserError
+from stage_trainer.errors import Stopped, speaks_for_itself
 
 SILENCE = 40.0
 """Seconds without a sign of life after which a rank is given up."""
@@ -46,44 +46,56 @@ def one_reason(folder: Path, rank: int, world: int) -> Iterator[None]:
         yield
     except Stopped:
         raise
-    except UserError as error:
-        if not _first_to_say(folder, str(error)):
-            raise SystemExit(2) from None
-        raise
     except Exception as error:
-        if _lost_contact(error):
-            if _another_spoke(folder):
-                raise SystemExit(1) from None
-            raise UserError(
-                f"rank {rank} lost its connection to another rank, which left no reason: it was killed, perhaps for "
-                "want of memory, or its machine is gone. The same command goes on from the last checkpoint"
-            ) from error
-        if _first_to_say(folder, f"{type(error).__name__}: {error}"):
-            print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-        os._exit(1)  # an orderly end may wait for ranks that wait for this one
+        lost = _lost_contact(error)
+        if lost and _another_spoke(folder):
+            _leave(1)
+        if lost:
+            _say_once(
+                folder,
+                "stage-trainer: the connection to a rank is lost, and it left no reason: it was killed, perhaps for "
+                "want of memory, or its machine is gone. The same command goes on from the last checkpoint",
+            )
+            _leave(1)
+        if speaks_for_itself(error):
+            _say_once(folder, f"stage-trainer: {error}")
+            _leave(2)
+        _say_once(folder, f"{type(error).__name__}: {error}", f"rank {rank} failed:\n{traceback.format_exc()}")
+        _leave(1)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends this process at once: an orderly end may wait for ranks that wait for this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class Heartbeat:
     """Between `with` and its end, ends this process if a rank has given no sign of life for `silence` seconds.
 
-    Rank 0 listens to all, the others to rank 0, through the store by which the ranks found each other.
+    Rank 0 listens to all, the others to rank 0, through the store by which the ranks found each other. A rank that
+    leaves by an exception is missed like one that is killed.
     """
 
     def __init__(self, rank: int, world: int, *, silence: float = SILENCE, interval: float = INTERVAL):
         self.rank, self.world, self.silence, self.interval = rank, world, silence, interval
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._last_round = time.monotonic()
+        self._threads = [threading.Thread(target=f, name="heartbeat", daemon=True) for f in (self._beat, self._watch)]
 
     def __enter__(self) -> Heartbeat:
         if self.world > 1:
             self._store: Any = torch.distributed.distributed_c10d._get_default_store().clone()
-            self._thread.start()
+            self._last_round = time.monotonic()
+            for thread in self._threads:
+                thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._ended.set()
-        if self.world > 1:
-            self._thread.join()
+        if self.world > 1 and kind is None:
+            self._threads[0].join()
             with contextlib.suppress(RuntimeError):  # the store goes with rank 0
                 self._store.set(f"alive/{self.rank}", b"done")
 
@@ -108,14 +120,29 @@ class Heartbeat:
             except RuntimeError as error:
                 if not self._ended.wait(self.interval):
                     self._give_up(f"rank 0 cannot be reached any more ({error})")
+            self._last_round = time.monotonic()
+
+    def _watch(self) -> None:
+        """Gives up when the store itself, in rank 0's process, answers no more."""
+        last = time.monotonic()
+        while not self._ended.wait(self.interval):
+            now = time.monotonic()
+            if now - last > 3 * self.interval:  # as above
+                self._last_round = now
+            last = now
+            if now - self._last_round > self.silence + 2 * self.interval:
+                self._give_up(f"rank 0 has given no sign of life for {self.silence:.0f} seconds")
 
     def _give_up(self, reason: str) -> None:
-        print(
-            f"rank {self.rank} ends: {reason}. The same command goes on from the last checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
+        text = f"rank {self.rank} ends: {reason}. The same command goes on from the last checkpoint"
+        print(text, file=sys.stderr, flush=True)
         os._exit(1)
+
+
+def _say_once(folder: Path, text: str, whole: str | None = None) -> None:
+    """Shows a text (or all that it stands for) unless another rank of this machine has."""
+    if _first_to_say(folder, text):
+        print(whole or text, file=sys.stderr, flush=True)
 
 
 def _first_to_say(folder: Path, text: str) -> bool:
@@ -141,5 +168,4 @@ def _another_spoke(folder: Path, seconds: float = 5.0) -> bool:
 
 
 def _lost_contact(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, torch.distributed.DistError) or any(words in text for words in _LOST)
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _LOST)

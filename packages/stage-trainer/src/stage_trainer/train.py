@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -257,7 +258,10 @@ def better(values: dict[str, float], metric: str | None, state: dict[str, Any]) 
     if metric not in values:
         raise UserError(f"checkpoint.best is {metric!r}, which is not measured; what is: {', '.join(sorted(values))}")
     value, former = values[metric], state["best"]
-    if former and (former["value"] <= value if "loss" in metric else former["value"] >= value):
+    less_is_better = "loss" in metric or metric.startswith("modality_gap")
+    if not math.isfinite(value) or (
+        former and (former["value"] <= value if less_is_better else former["value"] >= value)
+    ):
         return None
     state["best"] = {"metric": metric, "value": value}
     return state["best"]

@@ -37,50 +37,58 @@ def validation(recipe: Recipe, stage: Stage, engine: Engine, tokenizer: Tokenize
 
 def _embeddings(recipe: Recipe, engine: Engine) -> Validation:
     """Every pool by its kind: recall@5 and the gap between modalities of captioned images; nDCG@10 of text pairs."""
-    images, pairs = [], []
+    images: dict[str, retrieval.Pool] = {}
+    pairs: dict[str, text_retrieval.PairPool] = {}
     for path in recipe.evaluation.pools:
         directory = Path(recipe.corpus) / "validation" / path
-        if open_data_set(directory, ("image-", "text-")).kind.startswith("image-"):
-            images.append(retrieval.Pool.open(directory))
-        else:
-            pairs.append(text_retrieval.PairPool.open(directory))
+        data = open_data_set(directory, ("image-", "text-"))
+        of_kind: dict[str, Any] = images if data.kind.startswith("image-") else pairs
+        name = data.source if data.source not in of_kind else f"{data.source}-{data.kind}"
+        open_pool = retrieval.Pool.open if of_kind is images else text_retrieval.PairPool.open
+        of_kind[name] = open_pool(directory)
 
     def validate(monitor: Monitor, step: int, rank: int, world: int) -> dict[str, float]:
         model = engine.objective.model
         model.eval()
         share = (rank, world) if engine.zero < 3 else (0, 1)  # under ZeRO 3 all ranks must run the same forward passes
         values: dict[str, float] = {}
-        embedded = [retrieval.embed(model, pool, rank=share[0], world=share[1]) for pool in images]
-        for pool, vectors in zip(images, embedded, strict=True):
+        embedded = [retrieval.embed(model, pool, rank=share[0], world=share[1]) for pool in images.values()]
+        for (name, pool), vectors in zip(images.items(), embedded, strict=True):
             if rank == 0:
-                values |= _recall(pool, vectors, model.matryoshka_dims or (model.text.config.width,))
-        for pair_pool in pairs:
+                values |= _recall(name, pool, vectors, model.matryoshka_dims or (model.text.config.width,))
+        for pair_name, pair_pool in pairs.items():
             texts = pair_pool.texts()
             of_texts = retrieval.embed_texts(model, texts, rank=share[0], world=share[1])
             if rank == 0:
                 found = text_retrieval.measure(pair_pool, _lookup(texts, of_texts))
-                values |= {f"validation_{k.replace('/', f'_{pair_pool.name}/', 1)}": v for k, v in found.items()}
+                for what, value in found.items():
+                    measure, _, language = what.partition("/")
+                    values[f"validation_{measure}_{pair_name}/{language or 'all'}"] = value
         values = from_rank_0(values)
         for name, value in values.items():
             monitor.scalar(name, value, step - 1)
         if values:
             shown = [name for name in values if name.startswith("validation_recall") and name.count("/") == 1]
-            shown += [name for name in values if name.endswith(("/mean", "spearman"))]
+            shown += [name for name in values if name.endswith(("/mean", "/all"))]
             monitor.say(f"step {step}: " + ", ".join(f"{n.removeprefix('validation_')} {values[n]:.3f}" for n in shown))
         if rank == 0 and images:
             fonts = picture.fonts_of(Path(recipe.corpus))
-            monitor.image("nearest images", picture.draw(picture.own_rows(images, embedded, fonts), fonts), step - 1)
+            monitor.image(
+                "nearest images",
+                picture.draw(picture.own_rows(list(images.values()), embedded, fonts), fonts),
+                step - 1,
+            )
         return values
 
     return validate
 
 
-def _recall(pool: retrieval.Pool, embedded: retrieval.Embedded, dims: Sequence[int]) -> dict[str, float]:
+def _recall(name: str, pool: retrieval.Pool, embedded: retrieval.Embedded, dims: Sequence[int]) -> dict[str, float]:
     """Recall@5 by direction, mean over languages at the full width, and by language and dim; the modality gap."""
     recalls, _ = retrieval.score(pool, embedded, sorted({*dims, embedded.images.shape[1]}, reverse=True))
     values = {}
     for direction, by_dim in recalls.items():
-        title = f"validation_recall_at_5_{pool.name}/{direction.replace('→', ' to ')}"
+        title = f"validation_recall_at_5_{name}/{direction.replace('→', ' to ')}"
         for number, (dim, by_language) in enumerate(by_dim.items()):
             if number == 0:
                 values[title] = by_language["mean"]
@@ -89,7 +97,7 @@ def _recall(pool: retrieval.Pool, embedded: retrieval.Embedded, dims: Sequence[i
                 values[f"{title}/{dim} dims"] = by_language["mean"]
     # The distance between the means of both modalities on the unit sphere (Liang et al., 2022, arXiv 2203.02053).
     means = [retrieval.unit(x).mean(axis=0) for x in (embedded.images, embedded.texts)]
-    values[f"modality_gap/{pool.name}"] = float(np.linalg.norm(means[0] - means[1]))
+    values[f"modality_gap/{name}"] = float(np.linalg.norm(means[0] - means[1]))
     return values
 
 
@@ -125,7 +133,7 @@ def _masked_lm(recipe: Recipe, stage: Stage, engine: Engine, tokenizer: Tokenize
         engine.engine.eval()
         share = (rank, world) if engine.zero < 3 else (0, 1)  # as above
         losses = held_out_losses(engine, batches, rank=share[0], world=share[1], tokens=tokens)
-        values = {f"validation_loss_masked_lm/{name}": loss for name, loss in losses.items()}
+        values = from_rank_0({f"validation_loss_masked_lm/{name}": loss for name, loss in losses.items()})
         for name, value in values.items():
             monitor.scalar(name, value, step - 1)
         monitor.say(f"step {step}: {losses['all']:.3f} nats a hidden token of held-out texts")
