@@ -104,3 +104,15 @@ def test_a_hundred_thousand_characters_are_one_text(tower):
     long = "human rights " * 8000
     assert np.isfinite(tower.encode(["", long])).all()
     np.testing.assert_allclose(tower.encode(["", long])[1], tower.encode([long[:5000]])[0], atol=1e-6)
+
+
+def test_a_text_of_8192_tokens_is_encoded_as_the_tower_embeds_it(make_tower, tokenizer):
+    tower = make_tower(vocab_size=482, tokenizer=tokenizer, max_length=8192)
+    text = " ".join(["a b c d"] * 5000)
+    (ids,) = tokenizer([text], max_length=8192)
+    assert len(ids) == 8192
+    with torch.no_grad():
+        expected = tower.eval()(PackedTokens.from_lists([ids]))[0]
+    row, short = tower.encode([text, "a"], max_length=8192, normalize=False)
+    np.testing.assert_allclose(row, expected, atol=1e-5)
+    np.testing.assert_allclose(short, tower.encode(["a"], normalize=False)[0], atol=1e-5)
