@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from common import machine, write
-from data_prep.corpus.items import plain
+from data_prep.shaping.alike import words_of
 from data_prep.shaping.minhash import Signatures, near_duplicates, signatures
 from data_prep.shaping.phash import pairs_within
 
@@ -51,7 +51,7 @@ def texts(count: int) -> Iterator[tuple[list[str], list[int]]]:
 
 
 def jaccard(one: str, two: str) -> float:
-    sets = [{text[place : place + 5] for place in range(len(text) - 4)} for text in (plain(one), plain(two))]
+    sets = [{text[place : place + 5] for place in range(len(text) - 4)} for text in (words_of(one), words_of(two))]
     return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
 
 
@@ -86,7 +86,7 @@ def datasketch(count: int) -> dict[str, float]:
         start = time.process_time()
         results = []
         for text in part:
-            line, sketch = plain(text), MinHash(num_perm=120)
+            line, sketch = words_of(text), MinHash(num_perm=120)
             sketch.update_batch([line[at : at + 5].encode() for at in range(max(1, len(line) - 4))])
             results.append([key for key in index.query(sketch) if sketches[key].jaccard(sketch) >= SIMILARITY])
             index.insert(len(sketches), sketch)

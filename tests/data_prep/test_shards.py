@@ -173,8 +173,8 @@ def test_an_existing_data_set_is_not_touched(write_dataset):
     [
         ("image-short", "a.b", {"png": b"", "json": b""}, "'a.b'"),
         ("image-short", "", {"png": b"", "json": b""}, "''"),
-        ("image-short", "a", {"json": b""}, "one of png, jpg, webp"),
-        ("image-long", "a", {"png": b"", "jpg": b"", "txt": b""}, "one of png, jpg, webp"),
+        ("image-short", "a", {"json": b""}, "one of jpg, jpeg, png, webp"),
+        ("image-long", "a", {"png": b"", "jpg": b"", "txt": b""}, "one of jpg, jpeg, png, webp"),
         ("image-long", "a", {"png": b""}, "json or txt"),
         ("text-pairs", "a", {"txt": b""}, "expected json alone"),
     ],

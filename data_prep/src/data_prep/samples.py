@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # of members that a trainer takes for the image
 _PARTS = {"text-pairs": ("query", "target"), "text-triplets": ("query", "target", "negatives")}
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode

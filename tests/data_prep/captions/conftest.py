@@ -8,6 +8,7 @@ import io
 import json
 import random
 import re
+import shutil
 import socket
 import threading
 import time
@@ -21,7 +22,7 @@ import pytest
 from data_prep.captions.ledger import Ledger
 from data_prep.captions.texts import PROMPTS
 from data_prep.cli import main
-from data_prep.shards import DatasetWriter
+from data_prep.shards import Dataset, DatasetWriter
 from PIL import Image
 
 LANGUAGES = ("en", "de", "fr")
@@ -227,6 +228,16 @@ def make_images(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return make
+
+
+def build_backwards(directory: Path) -> None:
+    """Writes a data set of images again, its samples in the opposite order."""
+    old = Dataset.open(directory)
+    samples = [(old.row(number).key, old.read(number)) for number in reversed(range(len(old)))]
+    shutil.rmtree(directory)
+    with DatasetWriter(directory, kind=old.kind, source="made", samples_per_shard=4) as writer:
+        for key, members in samples:
+            writer.write(key, members, languages=["en"], tokens=None)
 
 
 @pytest.fixture

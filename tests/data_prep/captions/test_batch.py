@@ -8,7 +8,7 @@ import pytest
 from data_prep.captions.ledger import Ledger
 from data_prep.cli import main
 
-from .conftest import caption, completion, states
+from .conftest import build_backwards, caption, completion, states
 
 
 @pytest.fixture
@@ -141,6 +141,22 @@ def test_the_budget_holds_for_batches_too(seer, batches):
     assert batches("submit", *prices, "--budget", "0.035") == 0
     assert 0 < len(lines(seer)) < 6
     assert 0.02 < Ledger(batches.ledger).spent() <= 0.035
+
+
+def test_a_batch_paid_without_prices_counts_at_a_batchs_price_once_there_are_some(seer, batches):
+    assert batches("submit") == 0
+    finish(seer, "batch_1", output=[answer(seer, request) for request in lines(seer)])
+    assert batches("collect") == 0
+    assert batches("submit", "--price-in", "1", "--price-out", "10", "--budget", "1") == 0
+    assert Ledger(batches.ledger).spent() == pytest.approx(6 * 0.0019 / 2)
+
+
+def test_an_image_that_is_another_one_by_now_goes_into_no_batch(seer, batches, tmp_path, capsys):
+    build_backwards(tmp_path / "images")
+    assert batches("submit") == 2
+    assert "images: image 0 is not the one that was planned" in capsys.readouterr().err
+    assert not seer.files
+    assert states(batches.ledger) == {"planned": 6}
 
 
 def test_a_wrong_key_sends_nothing(seer, batches, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from data_prep.captions.ledger import Ledger
 from data_prep.cli import main
 from data_prep.shards import Dataset
 
-from .conftest import KEY, LANGUAGES, Reply, caption, completion, good, states
+from .conftest import KEY, LANGUAGES, Reply, build_backwards, caption, completion, good, states
 
 
 def test_every_image_is_described_once_in_each_language_and_exported(seer, planned, run, ledger, tmp_path, capsys):
@@ -194,6 +194,22 @@ def test_a_wrong_key_gives_one_message_no_retries_and_is_never_shown(seer, plann
                 assert wrong.encode() not in file.read()
 
 
+@pytest.mark.parametrize("key", ["sk-secret\nOPENAI_ORG=secret", "sk-secret\u00e9", "sk-secret secret", "“sk-secret”"])
+def test_what_cannot_be_a_key_is_refused_before_anything_is_sent_and_never_shown(
+    seer, planned, run, ledger, monkeypatch, capsys, key
+):
+    total = planned(1)
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    assert run() == 2
+    out, err = capsys.readouterr()
+    assert "the API key in OPENAI_API_KEY has" in err
+    assert err.count("\n") == 1
+    assert "secret" not in out + err
+    assert not seer.asked
+    assert states(ledger) == {"planned": total}
+    assert not Ledger(ledger).db.execute("SELECT * FROM attempt").fetchall()
+
+
 @pytest.mark.parametrize(
     ("status", "error", "says"),
     [
@@ -243,6 +259,19 @@ def test_the_budget_is_never_exceeded_and_stops_the_run(seer, planned, run, ledg
     assert states(ledger) == {"accepted": 60}
 
 
+def test_what_was_paid_without_prices_counts_against_a_budget(seer, planned, run, ledger):
+    planned(2)
+    seer.behave = lambda asked: Reply(drop=True) if asked.number == 2 else good(asked)
+    assert run("--limit", "3") == 0
+    prices = ("--price-in", "1", "--price-out", "10", "--image-tokens", "100")
+    assert run(*prices, "--budget", "0.012") == 2
+    # Two answers by their tokens; for the one that broke off, the most: 900 tokens, as others took, and 500 back.
+    assert Ledger(ledger).spent() == pytest.approx(2 * 0.0019 + 0.0059)
+    assert len(seer.asked) == 3
+    assert run(*prices, "--budget", "1") == 0
+    assert Ledger(ledger).spent() == pytest.approx(5 * 0.0019 + 0.0059)
+
+
 def test_a_dry_run_asks_nothing_and_projects_from_answers_once_there_are_some(seer, planned, run, ledger, capsys):
     planned(20, languages=["en", "de"])
     prices = ("--price-in", "1", "--price-out", "10")
@@ -270,6 +299,57 @@ def test_captions_that_nearly_repeat_another_images_are_rejected_all_but_the_fir
     seer.behave = good  # other words this time, and judged by them
     assert run("--resend", "duplicate") == 0
     assert states(ledger) == {"accepted": 4}
+
+
+def test_an_image_that_is_another_one_by_now_is_not_sent_until_it_is_planned_again(
+    seer, planned, run, ledger, tmp_path, capsys
+):
+    planned(3)
+    images = tmp_path / "images"
+    build_backwards(images)
+    assert run() == 2
+    error = capsys.readouterr().err
+    assert f"{images}: image 0 is not the one that was planned" in error
+    assert "captions plan" in error
+    assert not seer.asked
+    again = ["--model", "seer-1", "--languages", *LANGUAGES, "--max-tokens", "500"]
+    assert main(["captions", "plan", ledger, str(images), *again]) == 0
+    assert "0 requests planned, 9 were in" in capsys.readouterr().out
+    assert run() == 0
+    assert states(ledger) == {"accepted": 9}
+
+
+def test_a_data_set_that_moved_is_found_again_by_planning_it_where_it_is(seer, planned, run, ledger, tmp_path):
+    planned(3, languages=["en"])
+    assert run() == 0
+    moved = (tmp_path / "images").rename(tmp_path / "elsewhere")
+    export = ["captions", "export", ledger, str(tmp_path / "long")]
+    assert main(export) == 2
+    # Known images are found again whether this plan draws them or not.
+    again = ["--model", "seer-1", "--languages", "en", "--max-tokens", "500", "--images", "1"]
+    assert main(["captions", "plan", ledger, str(moved), *again]) == 0
+    assert main(export) == 0
+    items = {json.loads(Dataset.open(tmp_path / "long").read(number)["json"])["item"] for number in range(3)}
+    assert items == {"item-0", "item-1", "item-2"}
+
+
+def test_a_fault_with_one_answer_leaves_the_others_under_way_to_come_back(seer, planned, run, ledger, monkeypatch):
+    planned(10)
+    seconds = {0: 0.0, 1: 0.0, 2: 0.0, 3: 0.1}  # the fourth fails while those behind it are out
+    seer.behave = lambda asked: Reply(body=good(asked).body, seconds=seconds.get(asked.number, 0.5))
+    received, calls = Ledger.received, []
+
+    def breaks_once(*arguments, **named):
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise RuntimeError("a fault of ours")
+        received(*arguments, **named)
+
+    monkeypatch.setattr(Ledger, "received", breaks_once)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        run()
+    assert len(seer.asked) > 5
+    assert states(ledger) == {"accepted": len(seer.asked) - 1, "sent": 1, "planned": 30 - len(seer.asked)}
 
 
 def test_two_runs_at_once_are_refused(seer, planned, run, ledger, capsys):

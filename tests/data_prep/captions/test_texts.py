@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import pytest
-from data_prep.captions.judge import Limits, fault, in_language, repeated
+from data_prep.captions.judge import Limits, fault, in_language, refuses, repeated
 from data_prep.captions.ledger import request_id
 from data_prep.captions.money import image_tokens
 from data_prep.captions.texts import PROMPTS, read_prompt, refusal_phrases
@@ -37,6 +37,55 @@ def test_good_prose_passes_and_a_refusal_does_not(language):
     own = refusal_phrases(language)[0]
     assert fault(f"{own.capitalize()}, {prose}", language, limits) == "refusal"
     assert fault(prose[: int(len(prose) * 0.1)], language, limits) == "length"
+
+
+# Each holds a refusal's phrase inside a word, or (ja, th) inside a sentence about the picture.
+NOT_REFUSALS = {
+    "fi": "Kuvassa hehkuu punaisen voimakas auringonlasku järven yllä, ja rannalla seisoo pieni puinen laituri. Veneen "
+    "vieressä istuu vanha mies, joka katselee tyyntä vettä. Taustalla kohoaa tumma metsä, jonka takana taivas on vielä "
+    "kirkas ja keltainen. Laiturin päässä nukkuu ruskea koira.",
+    "pt": "A fotografia mostra o isolamento térmico de uma casa antiga, com placas cinzentas presas à parede. "
+    "Dois homens com capacetes amarelos trabalham num andaime de madeira. Ao fundo vê-se um jardim com árvores altas e "
+    "um céu azul com poucas nuvens brancas sobre a aldeia.",
+    "es": "El cuadro, titulado El lamento de Orfeo, muestra a un hombre joven con una lira entre las manos, sentado "
+    "sobre una roca junto a un río. A su alrededor descansan varios animales, entre ellos un león y un ciervo. Todo "
+    "está oscuro, y las montañas del fondo se pierden en la niebla.",
+    "ja": "霧が深く、遠くの山を見ることはできませんが、手前には赤い屋根の小さな家が建っています。"
+    "家の前には石畳の道が続き、傘をさした老人が茶色の犬を連れてゆっくり歩いています。"
+    "道の両側には背の高い木が並び、葉は雨に濡れて光っています。",
+    "th": "ภาพนี้แสดงชายชราที่ไม่สามารถเดินได้นั่งอยู่บนรถเข็นริมแม่น้ำ ข้างเขามีหญิงสาวสวมเสื้อสีแดงยืนถือร่มสีขาว "
+    "ด้านหลังมีบ้านไม้หลังเล็กและต้นไม้สูงหลายต้น ท้องฟ้าเป็นสีเทามีเมฆมาก เรือลำเล็กสองลำจอดอยู่ที่ท่าน้ำ "
+    "และมีสุนัขสีน้ำตาลนอนหลับอยู่ใกล้ประตูบ้าน",
+}
+
+
+@pytest.mark.parametrize("language", NOT_REFUSALS)
+def test_a_caption_with_a_refusals_letters_in_it_is_none(language):
+    assert fault(NOT_REFUSALS[language], language, Limits()) is None
+
+
+@pytest.mark.parametrize(
+    ("language", "text"),
+    [
+        ("en", "Unfortunately, I’m unable to describe it."),
+        ("fi", "Pyydän anteeksi, mutta en voi kuvailla tätä."),
+        ("pt", "Lamento, mas a imagem mostra uma pessoa."),
+        ("fr", "Je suis désolée."),
+        ("ja", "画像を確認しました。申し訳ありませんが、説明は控えます。"),
+        ("zh", "很抱歉，我无法描述这张图片。"),
+        ("ko", "죄송하지만 이 이미지를 설명해 드릴 수 없습니다."),
+        ("th", "ฉันไม่สามารถอธิบายภาพนี้ได้"),
+        ("hi", "मुझे खेद है, मैं इस चित्र का वर्णन नहीं कर सकता।"),
+        ("ja", "I'm sorry, but I can't help with that."),
+    ],
+)
+def test_a_refusal_is_seen_in_whole_words_and_where_a_sentence_begins(language, text):
+    assert refuses(text, language)
+
+
+def test_a_word_goes_on_over_its_marks():
+    assert refuses("मुझे खेद है", "hi")
+    assert not refuses("मुझे खेद हैं", "hi")  # the last sign is a mark, of which a regular expression's \b knows nothing
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

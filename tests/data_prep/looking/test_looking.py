@@ -7,6 +7,7 @@ import io
 import json
 import re
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,6 +101,24 @@ def test_tars_of_others_are_read_as_they_are_once_they_are_indexed(tmp_path):
     }
     assert {path: path.read_bytes() for path in tar.parent.iterdir()} == before
     assert (tmp_path / "out/image-short/theirs/00000-0000.tar").is_symlink()
+
+
+def test_large_letters_jpeg_and_odd_names_of_others_are_no_fault(tmp_path):
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").save(buffer, "JPEG")
+    members = [
+        (f"{key}.{ending}", buffer.getvalue()) for key, ending in (("a", "JPG"), ("b", "jpeg"), ("c\udcff", "jpg"))
+    ]
+    members += [("d/e.JPEG", picture()), ("d/e.TXT", b"x")]
+    members[1:1], members[3:3], members[5:5] = [("a.txt", b"x")], [("b.txt", b"y")], [("c\udcff.txt", b"z")]
+    tar = write_tar(tmp_path / "theirs.tar", members)
+    assert main(["index", str(tar), "--out", str(tmp_path / "out"), "--workers", "1"]) == 0
+    folder = tmp_path / "out/image-short/indexed"
+    receipt = json.loads((folder / "receipt.json").read_bytes())
+    assert receipt["dropped"] == {"name that is not UTF-8": 1}
+    assert receipt["examples"] == {"name that is not UTF-8": ["theirs.tar: c\\udcff"]}
+    assert [Dataset.open(folder).row(number).key for number in range(3)] == ["a", "b", "d/e"]
+    assert list(validate(folder)) == []
 
 
 def test_a_cut_tar_is_indexed_up_to_the_cut(tmp_path):
@@ -228,6 +247,15 @@ def test_counts_are_exact_and_duplicates_are_found(pictures):
     assert (found.same_samples, found.same_images, found.same_texts) == (0, 1, 1)  # items differ, so samples do
     assert found.tokens == [5, 6, 7]
     assert {language: len(examples) for language, examples in found.examples.items()} == {"en": 1, "de": 1}
+
+
+def test_a_bomb_is_counted_and_the_rest_is_looked_at(pictures):
+    bomb = bytearray(picture())
+    bomb[16:24] = (60_000).to_bytes(4) * 2  # width and height
+    bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4)
+    found = gather(pictures([(bytes(bomb), caption()), (picture(), caption())]), look_at=9, examples=1)
+    assert found.looked_at == 1
+    assert "decompression bomb" in found.unreadable[0]
 
 
 def test_many_samples_are_looked_at_evenly(pictures):

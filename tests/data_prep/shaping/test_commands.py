@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from data_prep.cli import main
+from data_prep.looking.validate import validate
 from data_prep.shaping.languages import identify
-from data_prep.shaping.similarity import keep
+from data_prep.shaping.passes import sample_at
+from data_prep.shaping.similarity import _image, keep
 from data_prep.shards import Dataset, DatasetWriter
 from PIL import Image
 
@@ -306,6 +309,26 @@ def test_somebody_elses_shards_with_plain_captions_can_be_shaped(drawn, tmp_path
     assert sample["captions"] == [text("red circle")]
     run("dedup", tmp_path / "theirs", "--out", tmp_path, "--name", "d", "--workers", 1)
     assert Dataset.open(tmp_path / "image-short/d").read(0) == Dataset.open(tmp_path / "theirs").read(0)
+
+
+@pytest.mark.parametrize("ending", ["jpeg", "JPG"])
+def test_somebody_elses_jpegs_can_be_shaped_whatever_they_are_called(tmp_path, ending):
+    photos = [encoded(photo(seed), "JPEG") for seed in (0, 1, 0)]
+    (tmp_path / "theirs").mkdir()
+    with tarfile.open(tmp_path / "theirs/0.tar", "w") as tar:
+        for number, data in enumerate(photos):
+            for name, content in ((f"k{number}.{ending}", data), (f"k{number}.txt", b"a caption")):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    run("index", tmp_path / "theirs", "--out", tmp_path / "a", "--workers", 1)
+    indexed = tmp_path / "a/image-short/indexed"
+    run("dedup", indexed, "--out", tmp_path / "b", "--name", "clean", "--workers", 1)
+    assert keys(tmp_path / "b/image-short/clean") == ["k0", "k1"]
+    assert list(validate(tmp_path / "b/image-short/clean")) == []
+    image = _image(sample_at(Dataset.open(indexed), 0))
+    assert image is not None
+    assert image.size == (64, 64)
 
 
 def test_the_mix_is_what_a_trainer_would_draw(write_images, write_pairs, capsys):

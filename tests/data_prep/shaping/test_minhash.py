@@ -7,7 +7,7 @@ import random
 import datasketch
 import numpy as np
 import pytest
-from data_prep.corpus.items import plain
+from data_prep.shaping.alike import words_of
 from data_prep.shaping.groups import first_of_group
 from data_prep.shaping.minhash import Signatures, _alike, matches, near_duplicates, signatures
 
@@ -58,6 +58,18 @@ def test_case_marks_and_spaces_make_no_difference():
     assert not (found.low[0] == found.low[2]).all()
 
 
+@pytest.mark.parametrize(("one", "two"), [("कि", "का"), ("বই", "বাই"), ("ปู", "ปี"), ("சில", "சால")])
+def test_vowel_signs_make_a_difference(one, two):
+    assert words_of(one) == one
+    found = signatures([one, two])
+    assert not (found.low[0] == found.low[1]).all()
+
+
+def test_what_is_drawn_otherwise_is_alike():
+    assert words_of("Ein ❤\ufe0f Herz!") == words_of("ein ❤ herz")
+    assert words_of("e\u0301te\u0301_x") == "été x"
+
+
 def test_planted_copies_are_found_and_nothing_else():
     texts, expected = [], []
     for _ in range(400):
@@ -67,7 +79,7 @@ def test_planted_copies_are_found_and_nothing_else():
         for _ in range(DRAW.randint(0, 2)):
             expected.append(expected[-1])
             texts.append(" ".join(changed(words, 2)))
-    similar = [jaccard(plain(texts[n]), plain(texts[first])) for n, first in enumerate(expected) if n != first]
+    similar = [jaccard(words_of(texts[n]), words_of(texts[first])) for n, first in enumerate(expected) if n != first]
     assert min(similar) > 0.75
     found = near_duplicates(signatures(texts), similarity=0.7)
     assert (found == np.array(expected)).mean() > 0.995
@@ -98,7 +110,7 @@ def test_a_text_is_known_if_it_is_nearly_one_of_those():
 def test_as_datasketch_sees_them():
     words = sentence(30)
     for count, same in ((0, True), (1, True), (12, False), (20, False)):
-        pair = [plain(" ".join(words)), plain(" ".join(changed(words, count)))]
+        pair = [words_of(" ".join(words)), words_of(" ".join(changed(words, count)))]
         sketches = [datasketch.MinHash(num_perm=256) for _ in pair]
         for sketch, line in zip(sketches, pair, strict=True):
             sketch.update_batch([line[place : place + 5].encode() for place in range(len(line) - 4)])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from data_prep.cli import main
 from data_prep.errors import UserError
+from data_prep.sources.evalsets import Flickr30k
 from stage_trainer.retrieval import Pool, pools_of
 
 
@@ -115,3 +117,13 @@ def test_vidore_is_read_by_the_evaluator_with_pages_that_no_query_asks_for(tmp_p
         parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"{part}.parquet")
     found = pool(tmp_path / "eval", ["vidore", str(tmp_path), "--name", "vidore-arxiv"])
     assert (len(found.images), found.texts) == (3, {"en": [(2, "which page")]})
+
+
+def test_captions_that_were_edited_make_other_pieces(tmp_path, images):
+    path = tmp_path / "flickr.txt"
+    path.write_text("filename,raw\n0.jpg,a caption\n")
+    source = Flickr30k(str(path), str(images))
+    before = list(source.pieces())
+    assert list(source.pieces()) == before
+    os.utime(path, ns=(1, 1))
+    assert list(source.pieces()) != before

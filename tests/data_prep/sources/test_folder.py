@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -172,3 +173,97 @@ def test_rows_are_cut_into_pieces_without_losing_one(folder, run, monkeypatch):
     assert pieces.receipt["job"]["units"] == 6
     assert [s.captions for s in pieces.samples["image-short"]] == [s.captions for s in whole.samples["image-short"]]
     assert [s.captions for s in whole.samples["image-short"]] == [[f"line one\nof {n}"] for n in range(40)]
+
+
+@pytest.mark.parametrize("here", [".", "..", "./sub/.."])
+def test_a_folder_may_be_named_by_dots_and_still_nothing_outside_is_read(folder, run, monkeypatch, here, picture):
+    (folder.parent / "secret.jpg").write_bytes(picture(7))
+    at = folder / "sub" if here == ".." else folder
+    monkeypatch.chdir(at)
+    names = [
+        "sub/0.jpg",
+        "./sub/1.jpg",
+        "../secret.jpg",
+        "sub/../../secret.jpg",
+        ".",
+        str(folder.parent / "secret.jpg"),
+    ]
+    write_table(folder / "t.csv", [["file", "caption"], *([name, "x"] for name in names)])
+    found = run("images", folder=here, table=folder / "t.csv")
+    assert [sample.content["item"] for sample in found.samples["image-short"]] == [
+        "images/sub/0.jpg",
+        "images/sub/1.jpg",
+    ]
+    assert found.dropped == {"file name outside the folder": 4}
+
+
+def test_the_folder_and_links_in_it_are_followed_but_not_a_way_back_through_them(folder, run, tmp_path, picture):
+    (tmp_path / "elsewhere/deep").mkdir(parents=True)
+    (tmp_path / "elsewhere/deep/1.jpg").write_bytes(picture(1))
+    (tmp_path / "elsewhere/secret.jpg").write_bytes(picture(2))
+    (folder / "link").symlink_to(tmp_path / "elsewhere/deep")
+    (tmp_path / "alias").symlink_to(folder)
+    write_table(folder / "t.csv", [["file", "caption"], ["link/1.jpg", "x"], ["link/../secret.jpg", "x"]])
+    found = run("images", folder=tmp_path / "alias")
+    assert found.receipt["went_out"] == {"image-short": 1}
+    assert found.dropped == {"no such image file": 1}
+
+
+@pytest.mark.parametrize("given", ["\\t", "\t"])
+def test_a_tab_can_be_typed(folder, run, given):
+    (folder / "t.csv").write_text("file\tcaption\nsub/0.jpg\ta, b\n")
+    assert run("images", folder=folder, delimiter=given).samples["image-short"][0].captions == ["a, b"]
+
+
+@pytest.mark.parametrize("given", [";;", '"', "\n"])
+def test_a_delimiter_that_is_none_is_refused_with_one_line(folder, tmp_path, capsys, given):
+    (folder / "t.csv").write_text("file,caption\nsub/0.jpg,x\n")
+    assert main(["import", "images", str(folder), "--out", str(tmp_path / "out"), "--delimiter", given]) == 2
+    assert "expected one character" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("raw", [b"file,caption\n", gzip.compress(b"file,caption\n" * 99)[:14]])
+def test_a_table_that_is_no_gzip_or_cut_in_its_first_line_is_refused(folder, run, raw):
+    (folder / "t.csv.gz").write_bytes(raw)
+    with pytest.raises(UserError, match="its first line cannot be unpacked"):
+        run("images", folder=folder)
+
+
+def test_an_open_quote_in_a_tab_separated_table_is_counted_with_the_rows_it_takes(folder, run):
+    lines = [
+        "file\tcaption",
+        'sub/0.jpg\t"two\nlines"',
+        'sub/1.jpg\t"open',
+        "sub/2.jpg\tb",
+        'sub/3.jpg\t5"',
+        "sub/4.jpg\tc",
+    ]
+    (folder / "t.tsv").write_text("\n".join(lines))
+    found = run("images", folder=folder)
+    assert [sample.captions for sample in found.samples["image-short"]] == [["two\nlines"], ["c"]]
+    assert found.dropped == {"quote that nobody closed, and the rows up to the next one": 3}
+    assert found.receipt["came_in"] == 5
+
+
+def test_names_that_are_no_utf8_are_read_and_named_in_the_receipt(tmp_path, run, picture):
+    odd = tmp_path / os.fsdecode(b"fot\xf3s")
+    odd.mkdir()
+    (odd / "0.jpg").write_bytes(picture())
+    (odd / os.fsdecode(b"tabl\xe9.csv")).write_text("file,caption\n0.jpg,x\ngone.jpg,y\n")
+    found = run("images", folder=odd)
+    assert found.receipt["examples"] == {"no such image file": ["tabl\\udce9.csv, row 2"]}
+    assert run("images", folder=odd).receipt == found.receipt  # it is known again
+    command = ["import", "images", str(odd), "--out", str(tmp_path / "tasks"), "--workers", "1"]
+    assert main([*command, "--task", "1/2"]) == 0  # has nothing to do
+    assert main([*command, "--task", "0/2"]) == 0  # goes on with the same unfinished job
+    assert (tmp_path / "tasks/image-short/images/manifest.json").exists()
+
+
+def test_an_edit_that_keeps_the_size_is_other_input(folder, run):
+    path = folder / "t.csv"
+    path.write_text("file,caption\nsub/0.jpg,one\n")
+    run("images", folder=folder)
+    path.write_text("file,caption\nsub/0.jpg,two\n")
+    os.utime(path, ns=(0, 1))
+    with pytest.raises(UserError, match="the input is not the same"):
+        run("images", folder=folder)

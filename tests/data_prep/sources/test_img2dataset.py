@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import tarfile
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from data_prep.errors import UserError
 from data_prep.image_rule import ImageRule
+from data_prep.sources.img2dataset import shard_pieces
 
 Member = tuple[str, bytes]
 
@@ -198,3 +200,13 @@ def test_a_list_of_uids_that_is_none_is_refused(shard, folder, run, tmp_path):
 def test_a_folder_without_tars_is_refused(folder, run):
     with pytest.raises(UserError, match="holds no .tar; expected img2dataset's"):
         run("img2dataset", folder=folder)
+
+
+@pytest.mark.parametrize("name", ["00000.tar", "00000_stats.json"])
+def test_a_shard_that_was_edited_is_another_piece(tmp_path, name):
+    tarfile.open(tmp_path / "00000.tar", "w").close()
+    (tmp_path / "00000_stats.json").write_text("{}")
+    before = list(shard_pieces(str(tmp_path)))
+    assert list(shard_pieces(str(tmp_path))) == before
+    os.utime(tmp_path / name, ns=(1, 1))
+    assert list(shard_pieces(str(tmp_path))) != before

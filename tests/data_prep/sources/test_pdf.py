@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from data_prep.errors import UserError
+from data_prep.sources.pdf import PdfFolder
 
 pytest.importorskip("pypdfium2", reason="pypdfium2 is not installed (`pip install './data_prep[pdf]'`)")
 
@@ -125,3 +127,12 @@ def test_without_the_library_the_extra_is_named(tmp_path, run, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pypdfium2", None)
     with pytest.raises(UserError, match=r"reading PDF needs pypdfium2.*pip install './data_prep\[pdf\]'"):
         run("pdf", folder=[tmp_path])
+
+
+def test_a_file_that_was_edited_makes_another_piece(tmp_path):
+    write_pdf(tmp_path / "a.pdf", ["one"])
+    source = PdfFolder((str(tmp_path),))
+    before = list(source.pieces())
+    assert list(source.pieces()) == before
+    os.utime(tmp_path / "a.pdf", ns=(1, 1))
+    assert list(source.pieces()) != before

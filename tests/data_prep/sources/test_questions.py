@@ -123,7 +123,7 @@ def test_infographics_are_named_by_another_field(images, run):
     assert found.samples["image-long"][0].captions == ["How many? 3"]
 
 
-def test_arxivqa_answers_with_the_option(images, run):
+def test_arxivqa_answers_with_the_option(images, run, monkeypatch):
     rows = [
         {
             "id": "physics-1",
@@ -145,7 +145,8 @@ def test_arxivqa_answers_with_the_option(images, run):
     ]
     path = images / "arxivqa.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "[3]\n")
-    found = run("arxivqa", questions=path, images=images)
+    monkeypatch.chdir(images)
+    found = run("arxivqa", questions="arxivqa.jsonl", images=".")  # as the README has it
     (sample,) = found.samples["image-long"]
     assert sample.captions[0] == "Which? blue"
     assert sample.content["captions"][0]["origin"] == "synthetic:gpt-4v"

@@ -73,7 +73,10 @@ def test_rows_without_caption_image_or_address_are_counted(tmp_path, images, run
 def test_an_img2dataset_download_that_kept_the_columns_needs_no_table(tmp_path, run, picture):
     folder = tmp_path / "downloads"
     folder.mkdir()
-    metadata = {**FULL, "key": "000000000", "status": "success", "caption": "as img2dataset has it", "sha256": "ab"}
+    # img2dataset renames --url_col and --caption_col, and cannot save them as additional columns too
+    renamed = {"image_url": "url", "caption_reference_description": "caption"}
+    kept = {renamed.get(name, name): value for name, value in FULL.items()}
+    metadata = {**kept, "key": "000000000", "status": "success", "error_message": None, "sha256": "ab"}
     with tarfile.open(folder / "00000.tar", "w") as tar:
         for extension, data in (("jpg", picture()), ("json", json.dumps(metadata).encode())):
             info = tarfile.TarInfo(f"000000000.{extension}")
@@ -82,6 +85,7 @@ def test_an_img2dataset_download_that_kept_the_columns_needs_no_table(tmp_path, 
     (folder / "00000_stats.json").write_text('{"count": 1, "successes": 1}')
     found = run("wit", paths=[folder])
     assert found.samples["image-short"][0].captions == ["כיתוב, with\ta tab"]
+    assert found.samples["image-long"][0].captions == ["כיתוב, with\ta tab\nעמוד\nארוך\nבשתי שורות\nסעיף"]
     assert found.samples["image-long"][0].row.languages == ("he",)
 
 

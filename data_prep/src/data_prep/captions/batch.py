@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..shards import Dataset
 from .judge import Limits
 from .ledger import Ledger, Request
-from .money import Estimate, Prices
-from .plan import picture
+from .money import Estimate, Prices, price_unpriced
+from .pictures import Pictures
 from .run import judge_waiting, verdict_on
 from .service import Service, error_message, request_body
 
@@ -65,7 +64,8 @@ async def submit(
         most_requests, most_bytes: of one file.
 
     Raises:
-        UserError: the service refuses a file or a batch, or another run holds the ledger.
+        UserError: the service refuses a file or a batch, an image is no longer the one that was planned, or another
+            run holds the ledger.
     """
     if budget is not None and prices is None:
         raise UserError("a budget needs prices: give --price-in and --price-out, per million tokens")
@@ -73,6 +73,8 @@ async def submit(
         raise UserError(f"{most_requests} requests and {most_bytes} bytes a file: expected at least 1")
     batches = requests = 0
     with ledger.exclusive():
+        if prices:
+            price_unpriced(ledger, prices, image_tokens)
         lines = _lines(ledger, Estimate(ledger, image_tokens), prices, budget, limit)
         for model, file, costs in _files(ledger.path, lines, most_requests, most_bytes):
             await _send(ledger, service, model, file, costs)
@@ -118,13 +120,11 @@ def _lines(
     ledger: Ledger, estimate: Estimate, prices: Prices | None, budget: float | None, limit: int | None
 ) -> Iterator[tuple[Request, bytes, float | None]]:
     """(request, its line, the most that it costs) for what is planned, until budget or limit are reached."""
-    datasets: dict[str, Dataset] = {}
+    pictures = Pictures()
     spent, place, taken = ledger.spent(), 0, 0
     while chunk := ledger.planned(256, after=place):
         for place, request in chunk:  # noqa: B007 (the next chunk begins behind it)
-            if request.dataset not in datasets:
-                datasets[request.dataset] = Dataset.open(request.dataset)
-            mime, image = picture(datasets[request.dataset].read(request.number))
+            mime, image = pictures.of(request)
             most = prices.cost(*estimate.tokens(request, image), batch=True) if prices else None
             if limit is not None and taken >= limit:
                 return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import sqlite3
@@ -16,7 +15,7 @@ from ..samples import Text
 from ..shaping.tokens import TokenCounter
 from ..shards import Dataset, DatasetWriter
 from .ledger import Ledger
-from .plan import picture
+from .pictures import Pictures, picture
 
 _ACCEPTED = (
     "SELECT image.sha256, image.dataset, image.number, request.id, request.language, request.caption, recipe.model, "
@@ -46,10 +45,10 @@ def export(
     item is that of the sample that the image comes from, so that its short and long captions are known as one.
 
     Raises:
-        UserError: nothing was accepted yet, or an image is no longer what was described.
+        UserError: nothing was accepted yet, or an image is no longer the one that was described.
         ShardError: `out` exists, the disk refuses, or a data set of images cannot be read.
     """
-    datasets: dict[str, Dataset] = {}
+    pictures = Pictures()
     counts: Counter[str] = Counter()
     if ledger.db.execute("SELECT 1 FROM request WHERE state = 'accepted' LIMIT 1").fetchone() is None:
         raise UserError(f"{ledger.path}: no caption was accepted yet; see `data-prep captions status {ledger.path}`")
@@ -63,16 +62,12 @@ def export(
         rows = ledger.db.execute(_ACCEPTED)
         for sha256, group in itertools.groupby(rows, key=lambda row: row["sha256"]):
             captions = list(group)
-            place = captions[0]["dataset"]
-            if place not in datasets:
-                datasets[place] = Dataset.open(place)
-            members = datasets[place].read(captions[0]["number"])
+            directory, number = captions[0]["dataset"], captions[0]["number"]
+            members = pictures.members(directory, number, sha256)
             image = picture(members)[1]
-            if hashlib.sha256(image).hexdigest() != sha256:
-                raise UserError(f"{place}: image {captions[0]['number']} is not the one that was described")
             extension = next(name for name, data in members.items() if data is image)
             languages = sorted({row["language"] for row in captions})
-            item = _item(datasets[place], captions[0]["number"], members)
+            item = _item(pictures.dataset(directory), number, members)
             writer.write(
                 sha256[:32],
                 {extension: image, "json": _json(captions, source, item)},

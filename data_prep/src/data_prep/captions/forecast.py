@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..shards import Dataset
 from .ledger import Ledger
 from .money import Estimate, Prices
-from .plan import picture
+from .pictures import Pictures
 
 _ENOUGH = 20  # answers to learn a mean from
 _SAMPLE = 200
@@ -56,13 +55,11 @@ def forecast(
 
 
 def _from_sample(ledger: Ledger, image_tokens: int | None, total: int) -> tuple[float, float]:
-    estimate, datasets = Estimate(ledger, image_tokens), dict[str, Dataset]()
+    estimate, pictures = Estimate(ledger, image_tokens), Pictures()
     drawn = ledger.sample(_SAMPLE)
     prompt = completion = 0
     for request in drawn:
-        if request.dataset not in datasets:
-            datasets[request.dataset] = Dataset.open(request.dataset)
-        most = estimate.tokens(request, picture(datasets[request.dataset].read(request.number))[1])
+        most = estimate.tokens(request, pictures.of(request)[1])
         prompt, completion = prompt + most[0], completion + most[1]
     scale = total / max(1, len(drawn))
     return prompt * scale, completion * scale

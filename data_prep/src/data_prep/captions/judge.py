@@ -16,6 +16,7 @@ Everything that is wrong with an answer has a name, the reason of its rejection:
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from dataclasses import dataclass
 
@@ -25,6 +26,9 @@ from .ledger import Usage
 from .texts import refusal_phrases
 
 _OPENING = 120  # characters; a refusal comes at once
+_UNSPACED = {"zh", "ja", "th"}  # no spaces between words
+_ENDINGS = {"ko"}  # words take endings, so that a phrase is the beginning of one
+_SENTENCE_END = re.compile(r"[.!?。！？\n]")
 # A character of these scripts says more than a letter of an alphabet.
 _DENSITY = {"zh": 0.3, "ja": 0.4, "ko": 0.45}
 _REPEATED = 0.3  # share of 20-character windows that occurred before; prose has a few percent
@@ -70,8 +74,7 @@ def fault(caption: str, language: str, limits: Limits) -> str | None:
     """What is wrong with a caption, by its text alone; None if nothing is."""
     if not caption:
         return "empty"
-    opening = caption[:_OPENING].casefold()
-    if any(phrase in opening for phrase in refusal_phrases(language)):
+    if refuses(caption, language):
         return "refusal"
     density = _DENSITY.get(language, 1.0)
     if not limits.shortest * density <= len(caption) <= limits.longest:
@@ -81,6 +84,23 @@ def fault(caption: str, language: str, limits: Limits) -> str | None:
     if not in_language(caption, language):
         return "language"
     return None
+
+
+def refuses(text: str, language: str) -> bool:
+    """Whether a text opens with a refusal: in whole words, or where no space parts them, as a sentence begins.
+
+    So "en voi" (I cannot) is not found in "punaisen voimakas", nor Japanese "cannot" at the end of what is seen.
+    """
+    phrases = tuple(_words(phrase) for phrase in refusal_phrases(language))
+    if language in _UNSPACED:
+        return any(_words(sentence).startswith(phrases) for sentence in _SENTENCE_END.split(text[:_OPENING]))
+    opening, end = f" {_words(text)} "[:_OPENING], "" if language in _ENDINGS else " "
+    return any(f" {phrase}{end}" in opening for phrase in phrases)
+
+
+def _words(text: str) -> str:
+    """Letters, their marks and digits in lower case, one space for whatever stands between."""
+    return " ".join("".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text.casefold()).split())
 
 
 def repeated(text: str, width: int = 20) -> float:

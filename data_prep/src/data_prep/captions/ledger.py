@@ -153,6 +153,10 @@ class Ledger:
         )
         return [(row["place"], _request(row)) for row in rows]
 
+    def request(self, id: str) -> Request:
+        """The request of this id, which has to be there."""
+        return _request(self.db.execute(f"{_REQUESTS} WHERE request.id = ?", (id,)).fetchone())
+
     def sample(self, limit: int) -> list[Request]:
         """Planned requests drawn by their ids, which are hashes: the same ones for the same ledger."""
         rows = self.db.execute(f"{_REQUESTS} WHERE state = 'planned' ORDER BY request.id LIMIT ?", (limit,))
@@ -236,8 +240,24 @@ class Ledger:
     # --- what is known
 
     def spent(self) -> float:
-        """Money: what answers cost, and for those that are out or lost the most that they may cost."""
+        """Money: what answers cost, and for those that are out or lost the most that they may cost.
+
+        Attempts made without prices count as nothing until `price_unpriced` has entered theirs.
+        """
         return self.db.execute("SELECT total(cost) FROM attempt").fetchone()[0]
+
+    def unpriced(self) -> list[sqlite3.Row]:
+        """Attempts made without prices: (id, request, prompt_tokens, completion_tokens, in_batch)."""
+        return self.db.execute(
+            "SELECT attempt.id, request, prompt_tokens, completion_tokens, "
+            # A request knows the batch of its last attempt alone; an older one counts in full, which is the most.
+            "batch IS NOT NULL AND attempt.id = (SELECT max(id) FROM attempt WHERE request = request.id) AS in_batch "
+            "FROM attempt JOIN request ON request.id = attempt.request WHERE cost IS NULL"
+        ).fetchall()
+
+    def priced(self, attempt: int, cost: float) -> None:
+        """Commit what an attempt costs that was made without prices."""
+        self.db.execute("UPDATE attempt SET cost = ? WHERE id = ?", (cost, attempt))
 
     def unjudged(self) -> list[sqlite3.Row]:
         """Answers that were committed and not yet parsed: a run was killed between the two."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from .ledger import Ledger, Request, Usage
+from .pictures import Pictures
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,24 @@ class Estimate:
         if own is None:
             own = image_tokens(_size(image), request.options["detail"])
         return max(own + text, self._seen.get(request.model, 0)), request.options["max_tokens"]
+
+
+def price_unpriced(ledger: Ledger, prices: Prices, image_tokens: int | None) -> None:
+    """Enter what attempts cost that were made without prices, so that all of them count against a budget.
+
+    It is what they would have been entered with: the tokens that the service counted, else the most that they may be.
+
+    Raises:
+        UserError, ShardError: the image of an attempt that nobody counted is no longer there.
+    """
+    estimate, pictures = Estimate(ledger, image_tokens), Pictures()
+    with ledger.transaction():
+        for row in ledger.unpriced():
+            tokens = row["prompt_tokens"], row["completion_tokens"]
+            if None in tokens:
+                request = ledger.request(row["request"])
+                tokens = estimate.tokens(request, pictures.of(request)[1])
+            ledger.priced(row["id"], prices.cost(*tokens, batch=row["in_batch"]))
 
 
 def image_tokens(size: tuple[int, int], detail: str | None) -> int:

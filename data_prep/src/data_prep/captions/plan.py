@@ -12,11 +12,9 @@ from typing import Any
 
 from ..errors import UserError
 from ..shards import Dataset
-from ..shards.format import IMAGE_EXTENSIONS
 from .ledger import Ledger, request_id
+from .pictures import picture
 from .texts import PROMPTS, Prompt, read_prompt
-
-_MIME = {"png": "image/png", "jpg": "image/jpeg", "webp": "image/webp"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,8 @@ def plan(
 ) -> Planned:
     """Add the requests for every image of `datasets` to the ledger; those that it knows stay as they are.
 
-    The same picture (same bytes) is asked about once, wherever it occurs. `tick` is called once an image.
+    The same picture (same bytes) is asked about once, wherever it occurs; one that the ledger knows, drawn or not, is
+    read from now on where this plan found it. `tick` is called once an image.
 
     Raises:
         UserError: a data set without images, no such prompt, or a prompt whose text changed under its version.
@@ -82,7 +81,8 @@ def plan(
     for dataset in opened:
         if not dataset.kind.startswith("image"):
             raise UserError(f"{dataset.directory} holds {dataset.kind}; captions are made for data sets of images")
-    chosen, seen, twice = _choose(opened, wanted, tick)
+    found, twice = _find(opened, tick)
+    chosen = _draw(list(found), wanted)
     with ledger.exclusive(), ledger.transaction() as db:
         for prompt in texts:
             _note_prompt(ledger, prompt)
@@ -93,34 +93,30 @@ def plan(
             "SELECT id FROM recipe WHERE (model, prompt_version, options) = (?, ?, ?)", recipe
         ).fetchone()
         before = db.execute("SELECT count(*) FROM request").fetchone()[0]
-        db.executemany("INSERT OR IGNORE INTO image VALUES (?, ?, ?)", chosen)
+        db.executemany(
+            "UPDATE image SET dataset = ?, number = ? WHERE sha256 = ?",
+            ((*place, image) for image, place in found.items()),
+        )
+        db.executemany("INSERT OR IGNORE INTO image VALUES (?, ?, ?)", ((image, *found[image]) for image in chosen))
         db.executemany(
             "INSERT OR IGNORE INTO request (id, image, language, recipe, state) VALUES (?, ?, ?, ?, 'planned')",
             (
                 (_id(image, language, wanted), image, language, number)
-                for image, _, _ in chosen
+                for image in chosen
                 for language in wanted.languages
             ),
         )
         new = db.execute("SELECT count(*) FROM request").fetchone()[0] - before
-    return Planned(images=seen, twice=twice, new=new, known=len(chosen) * len(wanted.languages) - new)
+    return Planned(images=len(found), twice=twice, new=new, known=len(chosen) * len(wanted.languages) - new)
 
 
 def _id(image: str, language: str, wanted: Plan) -> str:
     return request_id(image, language, wanted.prompt_version, wanted.model, wanted.options)
 
 
-def picture(members: dict[str, bytes]) -> tuple[str, bytes]:
-    """(MIME type, bytes) of the image of a sample as `Dataset.read` gives it."""
-    extension = next(extension for extension in IMAGE_EXTENSIONS if extension in members)
-    return _MIME[extension], members[extension]
-
-
-def _choose(
-    datasets: Sequence[Dataset], wanted: Plan, tick: Callable[[], None]
-) -> tuple[list[tuple[str, str, int]], int, int]:
-    """(sha256, data set, number) of the images to describe in their order, how many differ, how many came twice."""
-    found: dict[str, tuple[int, str, int]] = {}
+def _find(datasets: Sequence[Dataset], tick: Callable[[], None]) -> tuple[dict[str, tuple[str, int]], int]:
+    """Where each image is first found, sha256 → (data set, number) in their order, and how many came twice."""
+    found: dict[str, tuple[str, int]] = {}
     twice = 0
     for dataset in datasets:
         directory = str(dataset.directory.resolve())
@@ -128,15 +124,20 @@ def _choose(
             tick()
             digest = hashlib.sha256(picture(dataset.read(number))[1]).hexdigest()
             twice += digest in found
-            found.setdefault(digest, (len(found), directory, number))
-    drawn: Sequence[str] = list(found)
-    if wanted.images is not None:
+            found.setdefault(digest, (directory, number))
+    return found, twice
 
-        def lot(digest: str) -> str:
-            return hashlib.sha256(f"{wanted.seed}:{digest}".encode()).hexdigest()
 
-        drawn = sorted(heapq.nsmallest(wanted.images, found, key=lot), key=lambda digest: found[digest][0])
-    return [(digest, *found[digest][1:]) for digest in drawn], len(found), twice
+def _draw(images: list[str], wanted: Plan) -> list[str]:
+    """The images to describe, in their order."""
+    if wanted.images is None:
+        return images
+
+    def lot(digest: str) -> str:
+        return hashlib.sha256(f"{wanted.seed}:{digest}".encode()).hexdigest()
+
+    drawn = set(heapq.nsmallest(wanted.images, images, key=lot))
+    return [digest for digest in images if digest in drawn]
 
 
 def _note_prompt(ledger: Ledger, prompt: Prompt) -> None:

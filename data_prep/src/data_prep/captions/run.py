@@ -10,12 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..errors import UserError
-from ..shards import Dataset
 from .judge import Limits, Verdict, judge
 from .ledger import Ledger, Request, Usage
-from .money import Estimate, Prices
+from .money import Estimate, Prices, price_unpriced
 from .pace import Pace
-from .plan import picture
+from .pictures import Pictures
 from .service import Answered, Declined, Lost, NotDone, Outcome, Service, Stop, error_message
 
 # So many calls in a row without one answer, and the fault is not with the requests.
@@ -96,11 +95,13 @@ def run(
     called whenever a call has ended, `say` when the service asks for a longer pause.
 
     Raises:
-        UserError: the service will answer nothing (wrong key, no money, no such model, every call fails), or another
-            run holds the ledger. What was answered before is kept.
+        UserError: the service will answer nothing (wrong key, no money, no such model, every call fails), an image is
+            no longer the one that was planned, or another run holds the ledger. What was answered before is kept.
     """
     with ledger.exclusive():
         judge_waiting(ledger, settings.prices, settings.limits)
+        if settings.prices:
+            price_unpriced(ledger, settings.prices, settings.image_tokens)
         return asyncio.run(_Run(ledger, service, pace, settings, tick, say).drive())
 
 
@@ -123,7 +124,7 @@ class _Run:
         self.queue: deque[Request] = deque()
         self.failures: Counter[str] = Counter()
         self._read_to = 0
-        self._datasets: dict[str, Dataset] = {}
+        self._pictures = Pictures()
         self._in_a_row: Counter[str] = Counter()
 
     async def drive(self) -> Receipt:
@@ -138,8 +139,12 @@ class _Run:
                     break
                 under_way = await self._until_something_happens(under_way, pause)
         finally:
-            await asyncio.gather(*under_way)  # what has left is paid for: take the answers, whatever went wrong here
+            # What has left is paid for: take every answer, whatever went wrong here or with one of them.
+            ended = await asyncio.gather(*under_way, return_exceptions=True)
             await self.service.client.close()
+        for fault in ended:
+            if fault is not None:
+                raise fault
         if self.error:
             raise self.error
         return self.receipt
@@ -152,7 +157,7 @@ class _Run:
             self.say(f"waiting {pause:.0f} seconds, as {self.service.url} asks or this run's own limits do")
         if request is None or pause is None or pause > 0:
             return pause
-        mime, image = self._image(request)
+        mime, image = self._pictures.of(request)
         prompt, completion = self.estimate.tokens(request, image)
         most = self.settings.prices.cost(prompt, completion) if self.settings.prices else None
         if self.settings.budget is not None and self.spent + (most or 0.0) > self.settings.budget:
@@ -261,11 +266,6 @@ class _Run:
                 self._read_to = place
                 self.queue.append(request)
         return self.queue[0] if self.queue else None
-
-    def _image(self, request: Request) -> tuple[str, bytes]:
-        if request.dataset not in self._datasets:
-            self._datasets[request.dataset] = Dataset.open(request.dataset)
-        return picture(self._datasets[request.dataset].read(request.number))
 
     def _catch_signals(self) -> None:
         loop = asyncio.get_running_loop()

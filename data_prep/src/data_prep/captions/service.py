@@ -79,7 +79,7 @@ class Service:
         timeout: seconds for a whole answer.
 
     Raises:
-        UserError: `openai` is not installed, or OpenAI's own service is to be asked without a key.
+        UserError: `openai` is not installed, the key cannot be one, or OpenAI's own service is to be asked without.
     """
 
     def __init__(self, url: str | None = None, *, key_variable: str = "OPENAI_API_KEY", timeout: float = 180.0) -> None:
@@ -87,6 +87,12 @@ class Service:
         self.url = (url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL).rstrip("/")
         self.key_variable = key_variable
         self._key = os.environ.get(key_variable, "").strip()
+        # A header cannot carry anything else; the client's complaint would show the key, in a form `hide` misses.
+        if not all("!" <= character <= "~" for character in self._key):
+            raise UserError(
+                f"the API key in {key_variable} has a space, a line break or a character outside ASCII in it, so it is "
+                "no key; set the variable to the key alone"
+            )
         if not self._key and self.url == DEFAULT_URL:
             raise UserError(f"no API key: set the environment variable {key_variable}, or name another with --key-env")
         self.openai = openai

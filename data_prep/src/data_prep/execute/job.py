@@ -164,7 +164,7 @@ def _begin(job: Job) -> None:
                     f"to its end, or remove the folder"
                 )
         else:
-            write_file(mark, json.dumps(identity, indent=1, ensure_ascii=False).encode())
+            write_file(mark, _raw(identity))
     except OSError as error:
         raise refused(job.partial, error) from error
 
@@ -213,7 +213,7 @@ def _prepare(job: Job) -> bool:
         **{name: dict(sorted(counter.items())) for name, counter in counts.items()},
         "examples": dict(sorted(total.examples.items())),
     }
-    raw = (json.dumps(whole, indent=1, ensure_ascii=False) + "\n").encode()
+    raw = _raw(whole) + b"\n"
     for kind, entries in sorted(shards.items()):
         folder = job.partial / kind
         write_manifest(folder, kind=kind, source=job.name, shards=entries, tokenizer_sha256=job.tokenizer_sha256)
@@ -260,6 +260,11 @@ def _alone(job: Job) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _raw(value: dict[str, Any]) -> bytes:
+    """As JSON. A path that is not UTF-8 has lone surrogates; as JSON's own escapes they are read back equal."""
+    return json.dumps(value, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
 def _difference(other: Any, ours: dict[str, Any]) -> str:

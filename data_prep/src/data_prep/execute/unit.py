@@ -77,11 +77,14 @@ class Output:
         self._came_in += count
 
     def drop(self, reason: str, where: str, count: int = 1) -> None:
-        """Count what is left out. Reasons are few and fixed; `where` names the (first) one at hand."""
+        """Count what is left out. Reasons are few and fixed; `where` names the (first) one at hand.
+
+        A file name that is not UTF-8 is named with its odd bytes escaped.
+        """
         self._dropped[reason] += count
         examples = self._examples.setdefault(reason, [])
         if len(examples) < _EXAMPLES:
-            examples.append(where)
+            examples.append(where.encode("utf-8", "backslashreplace").decode())
 
     def note(self, name: str, count: int = 1) -> None:
         """Count something that the receipt shall show besides ("re-encoded")."""

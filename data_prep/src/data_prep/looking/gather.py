@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ..samples import IMAGE_EXTENSIONS
 from ..shards import Dataset, ShardError
+from ..shards.format import IMAGE_EXTENSIONS
 
 _THUMBNAIL = 168  # pixels
 _MOST = 2**26  # pixels of an image of which a small picture is drawn
@@ -129,7 +129,10 @@ def _texts(members: dict[str, bytes]) -> list[tuple[str, str, str, str]]:
 def _open(data: bytes) -> Any:
     from PIL import Image
 
-    return Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+    try:
+        return Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+    except (Image.DecompressionBombError, SyntaxError) as error:
+        raise ValueError(str(error)) from error
 
 
 def _small(image: Any) -> str | None:

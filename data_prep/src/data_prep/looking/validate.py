@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..samples import IMAGE_EXTENSIONS, text_parts
+from ..samples import text_parts
 from ..shards import Dataset, Row, ShardError
-from ..shards.format import check_kind
+from ..shards.format import IMAGE_EXTENSIONS, check_kind
 
 
 @dataclass(frozen=True)
@@ -144,12 +144,18 @@ def _undecodable(data: bytes) -> str | None:
 
 
 def _places(tar: Path) -> dict[str, tuple[int, int]]:
-    """Name → offset and size of each member, as the tar itself says."""
+    """Name → offset and size of each member, as the tar itself says; extensions in small letters, as in sidecars."""
+    places: dict[str, tuple[int, int]] = {}
     try:
         with tarfile.open(tar, mode="r:") as file:
-            return {member.name: (member.offset_data, member.size) for member in file}
+            for member in file:
+                folder, slash, base = member.name.rpartition("/")
+                stem, dot, extension = base.partition(".")
+                name = f"{folder}{slash}{stem}{dot}{extension.lower()}"
+                places.setdefault(name, (member.offset_data, member.size))  # the first of a name is the sample's
     except (tarfile.TarError, OSError):
         return {}
+    return places
 
 
 def _digest(key: str) -> bytes:

@@ -110,11 +110,10 @@ def _sign_images(piece: dict[str, Any], output: Output) -> None:
     exact, hashes, hashed, broken = [], [], [], []
     for sample in samples_of(piece):
         output.came_in()
-        data = next(sample.members[name] for name in ("png", "jpg", "webp") if name in sample.members)
-        exact.append(_key(data))
+        exact.append(_key(sample.image))
         found = None
         try:
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(sample.image)) as image:
                 found = perceptual_hash(image)
             broken.append(False)
         except UNREADABLE:

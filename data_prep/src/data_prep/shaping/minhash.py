@@ -1,9 +1,9 @@
 """Near-duplicate texts by MinHash (Broder 1997) and banding, a million in a minute or two on one core.
 
-A text is the set of its runs of five characters, after case, marks and spaces are made alike; that serves all thirty
-languages, with spaces between words or without. The probability that two texts agree in one of the `PERMUTATIONS`
-minima is the Jaccard similarity of their sets, so the share of minima that agree estimates it. `BANDS` groups of
-`ROWS` minima find the pairs worth comparing: of pairs alike to 0.8, 99.8 % share a whole group; to 0.5, 27 %.
+A text is the set of its runs of five characters, after case, punctuation and spaces are made alike; that serves all
+thirty languages, with spaces between words or without. The probability that two texts agree in one of the
+`PERMUTATIONS` minima is the Jaccard similarity of their sets, so the share of minima that agree estimates it. `BANDS`
+groups of `ROWS` minima find the pairs worth comparing: of pairs alike to 0.8, 99.8 % share a whole group; to 0.5, 27 %.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..corpus.items import plain
+from .alike import words_of
 from .groups import first_of_group
 
 BANDS, ROWS = 20, 6
@@ -101,7 +101,7 @@ def _candidates(hashes: np.ndarray) -> np.ndarray:
 
 def _shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """(hashes of all runs of five characters, uint32; where each text's begin). A shorter text is one run."""
-    padded = [plain(text).ljust(_SHINGLE) for text in texts]
+    padded = [words_of(text).ljust(_SHINGLE) for text in texts]
     characters = np.frombuffer("".join(padded).encode("utf-32-le", "surrogatepass"), np.uint32)
     lengths = np.fromiter((len(text) for text in padded), np.int64, len(padded))
     runs = np.zeros(len(characters) - _SHINGLE + 1, np.uint64)

@@ -24,6 +24,7 @@ from ..execute.engines import run_units
 from ..execute.progress import Progress
 from ..execute.unit import Output, read_receipt
 from ..shards import KINDS, Dataset, Row
+from ..shards.format import IMAGE_EXTENSIONS
 
 Record = dict[str, Any]  # a TEXT of the shard format
 
@@ -43,6 +44,11 @@ class Sample:
         if "captions" in self.content:
             return [self.content["captions"]]
         return [self.content["query"], self.content["target"], *self.content.get("negatives", [])]
+
+    @property
+    def image(self) -> bytes:
+        """The file of its image, of a sample that has one."""
+        return next(self.members[name] for name in IMAGE_EXTENSIONS if name in self.members)
 
     def changed_members(self) -> dict[str, bytes]:
         """Its members, with `content` as the JSON."""
@@ -232,6 +238,8 @@ def _content(dataset: Dataset, row: Row, members: dict[str, bytes]) -> dict[str,
             raise UserError(
                 f"{where} has a .json that is none ({error}); `data-prep validate` finds all of them"
             ) from error
+    if dataset.kind.startswith("image") and not any(name in members for name in IMAGE_EXTENSIONS):
+        raise UserError(f"{where} has no image ({', '.join(IMAGE_EXTENSIONS)}); import the data set again")
     wanted = ("captions",) if dataset.kind.startswith("image") else ("query", "target")
     if isinstance(content, dict) and all(isinstance(content.get(name), list) for name in wanted):
         return content

@@ -161,9 +161,8 @@ def _batches(samples: Iterator[Sample]) -> Iterator[list[Sample]]:
 
 def _image(sample: Sample) -> Image.Image | None:
     """Its image; None if it cannot be decoded, which fits no caption."""
-    data = next(sample.members[name] for name in ("png", "jpg", "webp") if name in sample.members)
     try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
+        return Image.open(io.BytesIO(sample.image)).convert("RGB")
     except UNREADABLE:
         return None
 

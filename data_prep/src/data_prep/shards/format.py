@@ -8,7 +8,7 @@ from collections.abc import Iterable
 SCHEMA = "trilith-shards/1"
 KINDS = ("text-pairs", "text-triplets", "image-short", "image-long")
 MANIFEST = "manifest.json"
-IMAGE_EXTENSIONS = ("png", "jpg", "webp")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # of the member that is a sample's image; we write no jpeg
 
 # webdataset splits a member's name at its first dot; a plain tar header holds names of 100 bytes at most.
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")

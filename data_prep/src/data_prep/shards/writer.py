@@ -58,7 +58,7 @@ class ShardWriter:
 
     def finish(self) -> dict[str, Any]:
         """Put both files on the disk; gives the shard's entry in the manifest."""
-        index = "".join(row + "\n" for row in self._rows.values()).encode()
+        index = "".join(row + "\n" for row in self._rows.values()).encode("utf-8", "replace")  # as in the .json
         try:
             size, digest = self._tar.finish()
             write_file(self.path.with_name(index_name(self.path.name)), index)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from ..errors import UserError
 from ..image_rule import ImageRule
 from ..samples import Text
+from .files import stamp
 from .folder import inside
 from .records import Dropped, Found, ImageRecord, argument
 
@@ -45,7 +46,10 @@ class _Photos:
             count = len(self.photos())
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.captions}: not the captions of this set ({error!r})") from error
-        yield from ({"first": first, "end": min(first + _IMAGES, count)} for first in range(0, count, _IMAGES))
+        captions = Path(self.captions)
+        stamps = [stamp(path) for path in (sorted(captions.glob("*.txt")) if captions.is_dir() else [captions])]
+        for first in range(0, count, _IMAGES):
+            yield {"first": first, "end": min(first + _IMAGES, count), "stamps": stamps}
 
     def read(self, piece: dict[str, Any]) -> Iterator[Found]:
         """A record an image."""

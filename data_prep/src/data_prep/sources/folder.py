@@ -39,7 +39,7 @@ class Folder:
     language_column: str = option("", f"column of the language (default: the first of {', '.join(_LANGUAGE)})")
     language: str = option("und", "language where no column says it")
     origin: str = option("human", "where the captions came from: human, machine-translation, synthetic:MODEL")
-    delimiter: str = option("", "of the columns (default: by the file's name)")
+    delimiter: str = option("", "of the columns, one character or \\t (default: by the file's name)")
 
     def pieces(self) -> Iterator[dict[str, Any]]:
         """Some hundred rows each."""
@@ -95,9 +95,13 @@ class Folder:
 
 
 def inside(folder: Path, name: str) -> Path | None:
-    """The file of that name in a folder, or None if the name leads out of it."""
-    path = os.path.normpath(os.path.join(folder, name))
-    return Path(path) if path.startswith(os.path.join(os.path.normpath(folder), "")) and "\0" not in name else None
+    """The file of that name in a folder, or None if the name leads out of it.
+
+    A ".." is taken back before any link is followed; links that the user put into the folder are followed.
+    """
+    root = os.path.abspath(folder)  # "." and ".." say nothing of where a name leads
+    path = os.path.normpath(os.path.join(root, name))
+    return Path(path) if path.startswith(os.path.join(root, "")) and "\0" not in name else None
 
 
 def _pick(values: dict[str, Any], named: str, usual: tuple[str, ...]) -> Any:

@@ -12,7 +12,9 @@ from typing import Any, ClassVar
 
 from ..errors import UserError
 from ..image_rule import ImageRule
-from ..samples import IMAGE_EXTENSIONS, Text
+from ..samples import Text
+from ..shards.format import IMAGE_EXTENSIONS
+from .files import stamp
 from .records import Dropped, Found, ImageRecord, argument, option
 from .tars import TarSample, tar_samples
 
@@ -127,7 +129,8 @@ def shard_pieces(folder: str) -> Iterator[dict[str, Any]]:
         raise UserError(f"{folder}: holds no .tar; expected img2dataset's NNNNN.tar (output_format webdataset)")
     for tar in tars:
         stats = tar.with_name(f"{tar.stem}_stats.json")
-        yield {"file": str(tar), "bytes": tar.stat().st_size, "stats": str(stats) if stats.exists() else None}
+        finished = {"stats": str(stats), "stats_stamp": stamp(stats)} if stats.exists() else {"stats": None}
+        yield {"file": str(tar), **stamp(tar), **finished}
 
 
 def read_shard(piece: dict[str, Any]) -> Iterator[Dropped | tuple[str, TarSample, dict[str, Any]]]:

@@ -10,7 +10,9 @@ from typing import Any
 
 from ..errors import UserError
 from ..execute import Execution, Job, Output, run_job
-from ..samples import IMAGE_EXTENSIONS, text_parts
+from ..samples import text_parts
+from ..shards.format import IMAGE_EXTENSIONS
+from .files import stamp
 from .records import Dropped
 from .tars import TarSample, tar_samples
 
@@ -44,7 +46,7 @@ def index_shards(
         name=name,
         out=out,
         work="data_prep.sources.indexing:index_tar",
-        pieces=[{"file": str(tar.resolve()), "bytes": tar.stat().st_size} for tar in tars],
+        pieces=[{"file": str(tar.resolve()), **stamp(tar)} for tar in tars],
         options={"kind": kind},
     )
     return run_job(job, execution, say=say)
@@ -64,6 +66,8 @@ def index_tar(piece: dict[str, Any], options: dict[str, Any], output: Output) ->
         found = _members(sample, kind)
         if isinstance(found, str):
             output.drop(found, where)
+        elif any("\ud800" <= sign <= "\udfff" for sign in sample.name):  # as tarfile gives bytes that are no UTF-8
+            output.drop("name that is not UTF-8", where)
         elif sample.name in keys:
             output.drop("second sample of one name", where)
         else:
@@ -81,7 +85,7 @@ def index_tar(piece: dict[str, Any], options: dict[str, Any], output: Output) ->
             }
             rows.append(json.dumps(row, ensure_ascii=False, separators=(",", ":")))
     if rows:
-        output.adopt(kind, path, "".join(row + "\n" for row in rows).encode(), len(rows))
+        output.adopt(kind, path, "".join(row + "\n" for row in rows).encode("utf-8", "replace"), len(rows))
 
 
 def _members(sample: TarSample, kind: str) -> tuple[dict[str, tuple[int, int]], list[str]] | str:

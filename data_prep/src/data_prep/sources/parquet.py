@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, needs
+from .files import stamp
 from .records import Dropped
 
 _BATCH = 16  # rows in memory at a time: each may hold an image
@@ -33,7 +34,7 @@ def parquet_pieces(paths: Sequence[Path], rows: int, *, columns: Sequence[str]) 
             groups.append(number)
             count += metadata.row_group(number).num_rows
             if count >= rows or number == metadata.num_row_groups - 1:
-                yield {"file": str(path), "bytes": path.stat().st_size, "groups": groups, "row": first}
+                yield {"file": str(path), **stamp(path), "groups": groups, "row": first}
                 first, count, groups = first + count, 0, []
 
 

@@ -12,6 +12,7 @@ from ..errors import UserError, needs
 from ..image_rule import ImageRule
 from ..samples import Text
 from .answers import answer_text, question_caption, unique
+from .files import stamp
 from .questions import rows
 from .records import Dropped, Found, ImageRecord, Noted, argument, option
 from .tables import list_pieces, read_list
@@ -42,15 +43,15 @@ class PdfFolder:
         """Some files each."""
         needs("pypdfium2", extra="pdf", what="reading PDF")
         files: list[str] = []
-        size = 0
+        stamps: list[dict[str, Any]] = []
         for path in files_in(self.folder, (".pdf", ".PDF")):
             files.append(str(path))
-            size += path.stat().st_size
-            if len(files) == _FILES or size > _BYTES:
-                yield {"files": files, "bytes": size}
-                files, size = [], 0
+            stamps.append(stamp(path))
+            if len(files) == _FILES or sum(one["bytes"] for one in stamps) > _BYTES:
+                yield {"files": files, "stamps": stamps}
+                files, stamps = [], []
         if files:
-            yield {"files": files, "bytes": size}
+            yield {"files": files, "stamps": stamps}
 
     def read(self, piece: dict[str, Any]) -> Iterator[Found]:
         """A record a page."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import UserError
+from .files import stamp
 from .records import Dropped
 
 Row = tuple[str, Any]  # where it stands ("captions.csv, row 17"), what it holds
@@ -35,13 +36,13 @@ def table_pieces(path: str | Path, rows: int, *, delimiter: str = "") -> Iterato
         UserError: the file cannot be read, is empty, or is UTF-16.
     """
     path = Path(path)
-    size = _size(path)
+    stamped = _stamp(path)
     if is_json_lines(path):
         for piece in line_pieces(path):
             yield {**piece, "format": "jsonl"}
         return
-    delimiter = delimiter or delimiter_of(path)
-    whole = {"file": str(path), "bytes": size, "format": "table", "delimiter": delimiter}
+    delimiter = _delimiter(path, delimiter)
+    whole = {"file": str(path), **stamped, "format": "table", "delimiter": delimiter}
     if path.suffix == ".gz":
         yield {**whole, "start": 0, "end": None, "row": 1}
         return
@@ -64,27 +65,36 @@ def table_pieces(path: str | Path, rows: int, *, delimiter: str = "") -> Iterato
 
 
 def table_columns(path: str | Path, delimiter: str = "") -> list[str]:
-    """The columns that the first line of a CSV or TSV file names."""
+    """The columns that the first line of a CSV or TSV file names.
+
+    Raises:
+        UserError: the file cannot be read or unpacked, its first line is broken, or `delimiter` is not one character.
+    """
     path = Path(path)
-    _size(path)
-    with open_bytes(path) as file:
-        return next(csv.reader(_Lines(file), delimiter=delimiter or delimiter_of(path)), [])
+    _stamp(path)
+    try:
+        with open_bytes(path) as file:
+            return next(csv.reader(_Lines(file), delimiter=_delimiter(path, delimiter)), [])
+    except _PACKED as error:
+        raise UserError(f"{path}: its first line cannot be unpacked ({error}); expected gzip, whole") from error
+    except csv.Error as error:
+        raise UserError(f"{path}: its first line names no columns ({error})") from error
 
 
 def line_pieces(path: str | Path) -> Iterator[dict[str, Any]]:
     """Pieces of whole lines, of some megabytes."""
     path = Path(path)
-    size = _size(path)
+    stamped = _stamp(path)
     if path.suffix == ".gz":
-        yield {"file": str(path), "bytes": size, "start": 0, "end": None}
+        yield {"file": str(path), **stamped, "start": 0, "end": None}
         return
     with path.open("rb") as file:
         start = 0
-        while start < size:
-            file.seek(min(size, start + _LINES))
+        while start < stamped["bytes"]:
+            file.seek(min(stamped["bytes"], start + _LINES))
             _line(file)
             end = file.tell()
-            yield {"file": str(path), "bytes": size, "start": start, "end": end}
+            yield {"file": str(path), **stamped, "start": start, "end": end}
             start = end
 
 
@@ -96,9 +106,9 @@ def list_pieces(path: str | Path, elements: int, *, key: str | None = None) -> I
     """
     path = Path(path)
     spans = _element_spans(path, key)
-    number, size = 0, _size(path)
+    number, stamped = 0, _stamp(path)
     while span := list(islice(spans, elements)):
-        yield {"file": str(path), "bytes": size, "start": span[0][0], "end": span[-1][1], "row": number}
+        yield {"file": str(path), **stamped, "start": span[0][0], "end": span[-1][1], "row": number}
         number += len(span)
 
 
@@ -125,10 +135,11 @@ def read_table(piece: dict[str, Any]) -> Iterator[Row | Dropped]:
             number += 1
             where = f"{path.name}, row {number}"
             lines.fault = None
+            before = reader.line_num
             try:
                 values = next(reader, None)
             except csv.Error:
-                yield Dropped("broken row", where)
+                yield Dropped("broken row", where, max(1, reader.line_num - before))
                 continue
             except _PACKED as error:
                 yield _cut(path, error)
@@ -137,6 +148,9 @@ def read_table(piece: dict[str, Any]) -> Iterator[Row | Dropped]:
                 return
             if lines.fault:
                 yield Dropped(lines.fault, where)
+            elif delimiter == "\t" and any("\t" in value.partition("\n")[2] for value in values):
+                joined = reader.line_num - before
+                yield Dropped("quote that nobody closed, and the rows up to the next one", where, joined)
             elif len(values) > len(columns):
                 yield Dropped("more values than columns", where)
             elif values:  # an empty line is no row
@@ -206,6 +220,14 @@ def delimiter_of(path: Path) -> str:
     return "\t" if path.name.removesuffix(".gz").endswith((".tsv", ".txt")) else ","
 
 
+def _delimiter(path: Path, given: str) -> str:
+    """What the user gave, with \\t for a tab, or what the file's name says. UserError if it is not one character."""
+    mark = "\t" if given == "\\t" else given or delimiter_of(path)
+    if len(mark) != 1 or mark in '"\r\n':
+        raise UserError(f"delimiter {given!r}: expected one character, or \\t for a tab")
+    return mark
+
+
 _PACKED = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
@@ -259,14 +281,15 @@ class _Lines:
             return line.decode("utf-8", errors="replace")
 
 
-def _size(path: Path) -> int:
+def _stamp(path: Path) -> dict[str, Any]:
+    """What `stamp` gives. UserError if there is nothing to read."""
     try:
-        size = path.stat().st_size
+        stamped = stamp(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    if path.is_dir() or not size:
+    if path.is_dir() or not stamped["bytes"]:
         raise UserError(f"{path}: is {'a folder' if path.is_dir() else 'empty'}; expected a file with rows")
-    return size
+    return stamped
 
 
 _TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]')
@@ -274,7 +297,7 @@ _TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]')
 
 def _element_spans(path: Path, key: str | None) -> Iterator[tuple[int, int]]:
     """Where the elements of the list begin and end, found by brackets alone; the file is mapped, not loaded."""
-    _size(path)
+    _stamp(path)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         depth, inside, start, name = 0, None, 0, b""  # `inside`: the depth of the list's elements, once it is found
         for token in _TOKENS.finditer(data):

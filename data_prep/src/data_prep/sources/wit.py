@@ -36,7 +36,9 @@ class Wit:
     The short caption is the reference description; the long one is caption, page title, section title, page
     description and section description, in this order. The TSV holds addresses alone. Either fetch them with
     `img2dataset --input_format tsv --url_col image_url --caption_col caption_reference_description
-    --save_additional_columns '["language", "page_title", …]'` and name the folder, or give the files by --images.
+    --save_additional_columns '["language", "page_title", "section_title", "context_page_description",
+    "context_section_description"]'` and name the folder, or give the files by --images. img2dataset calls the column of
+    --caption_col "caption" and cannot save it a second time: that is the reference description then.
     """
 
     image: ClassVar[ImageRule | None] = ImageRule()
@@ -52,7 +54,8 @@ class Wit:
         if not self.images:
             raise UserError("WIT's TSV holds addresses alone; name the folder of the images (--images)")
         for path in files_in(self.paths, (".tsv", ".tsv.gz")):
-            missing = [name for name in COLUMNS if name not in table_columns(path)]
+            columns = table_columns(path)
+            missing = [name for name in COLUMNS if name not in columns]
             if missing:
                 raise UserError(
                     f"{path}: lacks WIT's columns {', '.join(missing)}; expected its TSV with the first line"
@@ -67,7 +70,7 @@ class Wit:
                     yield found
                     continue
                 where, sample, fields = found
-                texts = _captions(fields)
+                texts = _captions({**fields, _SHORT: fields.get(_SHORT) or fields.get("caption")})
                 yield (
                     image_record(where, sample, fields, short=texts[0], long=texts[1])
                     if any(texts)
