@@ -22,7 +22,7 @@ from vision_tower import resample_optimizer_state
 
 from stage_trainer.build import Model
 from stage_trainer.errors import UserError
-from stage_trainer.files import whole_directory
+from stage_trainer.files import free_name, whole_directory
 from stage_trainer.model import DualEncoder
 
 _NAME = re.compile(r"step-(\d{7})")
@@ -123,19 +123,12 @@ def write(directory: Path, step: int, model: Model, optimizer: dict[str, Tensor]
     """
     target = directory / f"step-{step:07d}"
     if target.exists():  # damaged, or the run would have gone on from it
-        target.rename(_free_name(target))
+        target.rename(free_name(target, "damaged"))
     with whole_directory(target) as path:
         save_file(optimizer, path / "optimizer.safetensors")
         model.save_pretrained(path / "model")
         files = {p.relative_to(path).as_posix(): _sha256(p) for p in sorted(path.rglob("*")) if p.is_file()}
         (path / "state.json").write_text(json.dumps({**state, "files": files}, indent=2) + "\n")
-
-
-def _free_name(path: Path) -> Path:
-    number = 1
-    while (free := path.with_name(f"{path.name}.damaged-{number}")).exists():
-        number += 1
-    return free
 
 
 def _sha256(path: Path) -> str:

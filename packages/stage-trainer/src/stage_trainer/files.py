@@ -60,6 +60,14 @@ def write_whole(target: str | Path, text: str) -> None:
         raise UserError(f"could not write {target}: {error.strerror}; free some space or name another place") from error
 
 
+def free_name(path: Path, word: str) -> Path:
+    """A name beside `path` that nothing has: `NAME.WORD-1`, or the next number."""
+    number = 1
+    while (free := path.with_name(f"{path.name}.{word}-{number}")).exists():
+        number += 1
+    return free
+
+
 def _fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -51,11 +51,11 @@ class Monitor:
 
     Args:
         directory: TensorBoard's folder of this stage.
-        sinks: where scalars go beside TensorBoard; closed with the monitor.
-        peak: operations a second that all ranks' devices can do at most, if that is known.
         start: the first step of this process; what a former process logged at or after it is hidden.
         steps: of the stage.
         every: steps between two entries.
+        sinks: where scalars go beside TensorBoard; closed with the monitor.
+        peak: operations a second that all ranks' devices can do at most, if that is known.
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import threading
 from pathlib import Path
@@ -84,7 +85,7 @@ class Saver:
             checkpoint.write(self.directory, step, model, optimizer, state)
             if best:
                 write_whole(self.directory / BEST, json.dumps({**best, "step": step}) + "\n")
-            kept = {read_best(self.directory).get("step")}
+            kept = {_read_best(self.directory).get("step")}
             for old in [s for s in checkpoint.all_saved(self.directory) if s.step <= step][: -self.keep]:
                 if old.step not in kept:
                     shutil.rmtree(old.path)
@@ -109,7 +110,27 @@ class Saver:
             self._thread.join()
 
 
-def read_best(directory: Path) -> dict[str, Any]:
+def better(values: dict[str, float], metric: str | None, state: dict[str, Any]) -> dict[str, Any] | None:
+    """What makes this the best model so far by `metric` (the less the better for a loss), entered in `state`; or None.
+
+    Raises:
+        UserError: nothing of that name is measured.
+    """
+    if metric is None:
+        return None
+    if metric not in values:
+        raise UserError(f"checkpoint.best is {metric!r}, which is not measured; what is: {', '.join(sorted(values))}")
+    value, former = values[metric], state["best"]
+    less_is_better = "loss" in metric or metric.startswith("modality_gap")
+    if not math.isfinite(value) or (
+        former and (former["value"] <= value if less_is_better else former["value"] >= value)
+    ):
+        return None
+    state["best"] = {"metric": metric, "value": value}
+    return state["best"]
+
+
+def _read_best(directory: Path) -> dict[str, Any]:
     """{"metric", "value", "step"} of a stage's best checkpoint; empty if none is kept for being the best."""
     try:
         return json.loads((directory / BEST).read_text())

@@ -10,6 +10,7 @@ from torch import Tensor
 from stage_trainer import checkpoint
 from stage_trainer.build import Model, build_model, load_model, with_text_weights
 from stage_trainer.errors import UserError
+from stage_trainer.files import free_name
 from stage_trainer.recipe import Recipe
 from stage_trainer.recipe_file import flatten, to_dict
 
@@ -70,10 +71,7 @@ def settings(recipe: Recipe, number: int) -> dict[str, Any]:
 
 def move_aside(directory: Path) -> None:
     if directory.exists():
-        number = 1
-        while (aside := directory.with_name(f"{directory.name}.old-{number}")).exists():
-            number += 1
-        directory.rename(aside)
+        aside = directory.rename(free_name(directory, "old"))
         print(f"the former run now stands in {aside}", flush=True)
 
 

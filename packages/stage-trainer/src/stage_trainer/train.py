@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,7 @@ from stage_trainer.build import check_configs, load_tokenizer
 from stage_trainer.control import Control
 from stage_trainer.data import StageBatches, batches
 from stage_trainer.engine import Engine, initialize_distributed
-from stage_trainer.environment import (
-    keep_freed_memory,
-    native_precision,
-    peak_memory,
-    quiet,
-    set_threads,
-    versions,
-)
+from stage_trainer.environment import keep_freed_memory, native_precision, peak_memory, quiet, set_threads, versions
 from stage_trainer.errors import Stopped, UserError
 from stage_trainer.health import Health
 from stage_trainer.keyed import key
@@ -37,11 +29,11 @@ from stage_trainer.plan.auto import choose, planned_and_measured
 from stage_trainer.plan.devices import peak_flops
 from stage_trainer.plan.flops import StepShape, kept_patches, step_flops
 from stage_trainer.recipe import GradientCache, Recipe, Stage
-from stage_trainer.saver import Saver
+from stage_trainer.saver import Saver, better
 from stage_trainer.start import move_aside, settings, starting_point
 from stage_trainer.step import forward_backward
 from stage_trainer.together import Heartbeat, one_reason
-from stage_trainer.validation import show_embeddings, validation
+from stage_trainer.validation import validation
 
 
 def train(recipe: Recipe, number: int, *, start_over: bool = False) -> None:
@@ -192,10 +184,8 @@ def run(
             if validate and (done % recipe.evaluation.every == 0 or done == stage.steps):
                 measured = validate(monitor, done, rank, world)
                 best = better(measured, recipe.checkpoint.best, state)
-                if done == stage.steps and rank == 0:
+                if done == stage.steps:
                     monitor.outcome(state["settings"], measured)
-                    if not stage.masked and engine.zero < 3:
-                        show_embeddings(recipe, engine, monitor, step)
             if done == stop or asked or best or (recipe.checkpoint.every and done % recipe.checkpoint.every == 0):
                 _check_parameters(engine, step, directory)
                 state["seconds"] = before + time.perf_counter() - began
@@ -245,26 +235,6 @@ def scalars(engine: Engine, health: Health, ledger: Ledger) -> dict[str, float]:
     values |= {f"gradient_norm/{tower}": norm for tower, norm in engine.gradient_norms().items()}
     values |= engine.movement.after()
     return {**values, "health/skipped_steps": health.skipped, "data/corrupt_samples": ledger.count}
-
-
-def better(values: dict[str, float], metric: str | None, state: dict[str, Any]) -> dict[str, Any] | None:
-    """What makes this the best model so far by `metric` (the less the better for a loss), entered in `state`; or None.
-
-    Raises:
-        UserError: nothing of that name is measured.
-    """
-    if metric is None:
-        return None
-    if metric not in values:
-        raise UserError(f"checkpoint.best is {metric!r}, which is not measured; what is: {', '.join(sorted(values))}")
-    value, former = values[metric], state["best"]
-    less_is_better = "loss" in metric or metric.startswith("modality_gap")
-    if not math.isfinite(value) or (
-        former and (former["value"] <= value if less_is_better else former["value"] >= value)
-    ):
-        return None
-    state["best"] = {"metric": metric, "value": value}
-    return state["best"]
 
 
 def _check_parameters(engine: Engine, step: int, directory: Path) -> None:

@@ -32,10 +32,10 @@ def validation(recipe: Recipe, stage: Stage, engine: Engine, tokenizer: Tokenize
     """
     if not recipe.evaluation.every:
         return None
-    return _masked_lm(recipe, stage, engine, tokenizer) if stage.masked else _embeddings(recipe, engine)
+    return _masked_lm(recipe, stage, engine, tokenizer) if stage.masked else _embeddings(recipe, stage, engine)
 
 
-def _embeddings(recipe: Recipe, engine: Engine) -> Validation:
+def _embeddings(recipe: Recipe, stage: Stage, engine: Engine) -> Validation:
     """Every pool by its kind: recall@5 and the gap between modalities of captioned images; nDCG@10 of text pairs."""
     images: dict[str, retrieval.Pool] = {}
     pairs: dict[str, text_retrieval.PairPool] = {}
@@ -72,12 +72,10 @@ def _embeddings(recipe: Recipe, engine: Engine) -> Validation:
             shown += [name for name in values if name.endswith(("/mean", "/all"))]
             monitor.say(f"step {step}: " + ", ".join(f"{n.removeprefix('validation_')} {values[n]:.3f}" for n in shown))
         if rank == 0 and images:
-            fonts = picture.fonts_of(Path(recipe.corpus))
-            monitor.image(
-                "nearest images",
-                picture.draw(picture.own_rows(list(images.values()), embedded, fonts), fonts),
-                step - 1,
-            )
+            fonts, pools = picture.fonts_of(Path(recipe.corpus)), list(images.values())
+            monitor.image("nearest images", picture.draw(picture.own_rows(pools, embedded, fonts), fonts), step - 1)
+            if step == stage.steps:
+                _snapshot(pools[0], embedded[0], monitor, step - 1)
         return values
 
     return validate
@@ -106,21 +104,13 @@ def _lookup(texts: list[str], vectors: np.ndarray) -> Callable[[Sequence[str]], 
     return lambda wanted: unit[[row[text] for text in wanted]]
 
 
-def show_embeddings(recipe: Recipe, engine: Engine, monitor: Monitor, step: int) -> None:
-    """A snapshot of the first pool for TensorBoard's projector: its images and their English (or first) names."""
-    for path in recipe.evaluation.pools[:1] if recipe.evaluation.every else ():
-        directory = Path(recipe.corpus) / "validation" / path
-        if not open_data_set(directory, ("image-", "text-")).kind.startswith("image-"):
-            continue
-        pool, model = retrieval.Pool.open(directory), engine.objective.model
-        model.eval()
-        embedded = retrieval.embed(model, pool)
-        entries = pool.texts.get("en") or next(iter(pool.texts.values()))
-        rows: list[Any] = [embedded.images[number] for number, _ in entries]
-        rows += [embedded.texts[embedded.row[text]] for _, text in entries]
-        kinds = ["image"] * len(entries) + ["text"] * len(entries)
-        names = [text for _, text in entries] * 2
-        monitor.embeddings(torch.from_numpy(retrieval.unit(np.stack(rows))), list(zip(names, kinds, strict=True)), step)
+def _snapshot(pool: retrieval.Pool, embedded: retrieval.Embedded, monitor: Monitor, step: int) -> None:
+    """A pool for TensorBoard's projector: its images and their English (or first) names."""
+    entries = pool.texts.get("en") or next(iter(pool.texts.values()))
+    images = [embedded.images[number] for number, _ in entries]
+    texts = [embedded.texts[embedded.row[text]] for _, text in entries]
+    labels = [(text, kind) for kind in ("image", "text") for _, text in entries]
+    monitor.embeddings(torch.from_numpy(retrieval.unit(np.stack([*images, *texts]))), labels, step)
 
 
 def _masked_lm(recipe: Recipe, stage: Stage, engine: Engine, tokenizer: Tokenizer) -> Validation | None:
