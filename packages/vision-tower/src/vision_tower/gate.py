@@ -35,4 +35,6 @@ class _Gated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, value = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * value, gate), F.silu(gate).mul_(grad)
+        of_gate = grad * value
+        torch.ops.aten.silu_backward.grad_input(of_gate, gate, grad_input=of_gate)
+        return of_gate, F.silu(gate).mul_(grad)
