@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from contrastive_losses import InfoNCE, UnifiedInfoNCE
+from contrastive_losses import InfoNCE, UnifiedInfoNCE, unified_info_nce
 
 
 @pytest.fixture
@@ -30,6 +30,12 @@ def test_it_is_one_info_nce_over_the_union_of_the_pairs(parts, oracle):
     expected_gradients = torch.autograd.grad(expected, [tensor for pair in parts.values() for tensor in pair])
     for tensor, gradient in zip([t for pair in parts.values() for t in pair], expected_gradients, strict=True):
         torch.testing.assert_close(tensor.grad, gradient, rtol=1e-5, atol=1e-9)
+
+
+def test_the_module_is_the_function_with_a_temperature_of_its_own(parts):
+    module = UnifiedInfoNCE(dims=(4, 8), weights=(1.0, 2.0), temperature=0.1, false_negative_margin=0.1)
+    options = {"dims": (4, 8), "weights": (1.0, 2.0), "false_negative_margin": 0.1}
+    assert torch.equal(module(**parts), unified_info_nce(**parts, temperature=module.temperature, **options))
 
 
 def test_without_views_it_is_images_and_texts_alone(parts):

@@ -37,6 +37,18 @@ def test_two_processes_give_one_process_curve(train, scalars):
         assert scalars("cached/stage1", tag) == pytest.approx(one, rel=1e-5)
 
 
+def test_a_unified_batch_trains_and_two_cached_processes_give_one_process_curve(train, scalars):
+    """Section 5.2's ablation beside the multi-task loss: one loss, one temperature that learns, views of the images."""
+    options = (*QUICK, "loss.kind=unified", "patch_dropout=[[0, 0.5]]")
+    train(1, *options, output="one")
+    train(1, *options, "gradient_cache={images: 5, tokens: 60}", output="two", ranks=2)
+    one = scalars("one/stage1", "loss/unified")
+    assert one[7] < one[0]
+    assert scalars("two/stage1", "loss/unified") == pytest.approx(one, rel=1e-5)
+    temperatures = [scalars("one/stage1", f"temperature/{task}") for task in ("image_text", "text")]
+    assert [len(set(each.values())) > 1 for each in temperatures] == [True, False]
+
+
 def test_a_killed_run_goes_on_to_the_same_bits(train, start, tmp_path):
     """kill -9 after the first checkpoint, then the same command; across a change of resolution."""
     options = (

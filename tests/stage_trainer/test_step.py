@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from contrastive_losses import matryoshka_info_nce
 from stage_trainer.model import DualEncoder
 from stage_trainer.objective import Batch, MultiTask
 from stage_trainer.recipe import GradientCache, Loss
@@ -15,12 +16,13 @@ from text_tower import PackedTokens, TextTower, TextTowerConfig
 from vision_tower import VisionTower, VisionTowerConfig
 
 BOTH = ("image_text", "text")
+OF_KIND = {"multi_task": {}, "unified": {"negatives": 0, "views": 2}}
 
 
 class PlainEngine:
     """No DeepSpeed, one or several ranks whose gradients are averaged after the last backward pass."""
 
-    def __init__(self):
+    def __init__(self, kind="multi_task"):
         torch.manual_seed(0)
         text = TextTowerConfig(
             vocab_size=50, width=32, layers=2, heads=2, mlp_width=64, dropout=0.1, lora_rank=2, adapters=("a",)
@@ -30,7 +32,7 @@ class PlainEngine:
         for name, parameter in model.named_parameters():
             if "lora" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
-        self.objective = MultiTask(model, Loss(dims=(32, 16)), "fp32")
+        self.objective = MultiTask(model, Loss(kind, dims=(32, 16)), "fp32")
         self.passes = 0
 
     def embed(self, part, patch_dropout):
@@ -53,8 +55,8 @@ class PlainEngine:
         return {n: p.grad for n, p in self.objective.model.named_parameters() if p.grad is not None}
 
 
-def make_batch(images=7, pairs=6, negatives=3, seed=0, rows=slice(None)) -> Batch:
-    """The rows of a global batch: of its pairs of both kinds."""
+def make_batch(images=7, pairs=6, negatives=3, seed=0, rows=slice(None), views=0) -> Batch:
+    """The rows of a global batch: of its pairs of both kinds, and of its views of each image."""
     g = torch.Generator().manual_seed(seed)
     texts = [
         torch.randint(3, 50, (n,), generator=g).tolist()
@@ -63,9 +65,10 @@ def make_batch(images=7, pairs=6, negatives=3, seed=0, rows=slice(None)) -> Batc
     i, p = range(images)[rows], range(pairs)[rows]
     hard = [images + 2 * pairs + k * negatives + n for k in p for n in range(negatives)]
     chosen = [*i, *[images + k for k in p], *[images + pairs + k for k in p], *hard]
+    pixels = torch.randint(0, 256, (1 + views, images, 3, 24, 24), generator=g, dtype=torch.uint8)
     return Batch(
-        images=torch.randint(0, 256, (images, 3, 24, 24), generator=g, dtype=torch.uint8)[rows],
-        image_seeds=torch.arange(images)[rows],
+        images=pixels[:, rows].flatten(0, 1),
+        image_seeds=torch.arange((1 + views) * images).view(1 + views, images)[:, rows].flatten(),
         texts=PackedTokens.from_lists([texts[n] for n in chosen]),
         text_seeds=torch.tensor(chosen),
         image_ids=torch.arange(images)[rows] // 2,
@@ -75,8 +78,8 @@ def make_batch(images=7, pairs=6, negatives=3, seed=0, rows=slice(None)) -> Batc
     )
 
 
-def step(batch, cache=None, group=None, tasks=BOTH):
-    engine = PlainEngine()
+def step(batch, cache=None, group=None, tasks=BOTH, kind="multi_task"):
+    engine = PlainEngine(kind)
     losses = forward_backward(engine, batch, tasks=tasks, patch_dropout=0.5, group=group, cache=cache)
     return {t: loss.item() for t, (loss, _) in losses.items()}, engine.gradients(), engine.passes
 
@@ -107,6 +110,28 @@ def test_caching_serves_a_task_alone(task):
         torch.testing.assert_close(cached[name], gradient, rtol=1e-10, atol=1e-12, msg=name)
 
 
+@pytest.mark.parametrize("cache", [None, GradientCache(2, 10)])
+def test_a_unified_batch_is_one_info_nce_over_all_pairs_and_views(cache):
+    """Against InfoNCE over the columns of the paper's figure 3, put together by hand; one temperature learns."""
+    batch = make_batch(negatives=0, views=2)
+    losses, gradients, _ = step(batch, cache, kind="unified")
+    engine = PlainEngine("unified")
+    embedded = engine.embed(batch, 0.5)
+    images, first, second = embedded.images.split(7)
+    captions, queries, targets = embedded.texts.split([7, 6, 6])
+    ids = torch.cat([batch.image_ids, 100 + batch.text_ids, batch.image_ids])
+    columns = torch.cat([images, queries, first]), torch.cat([captions, targets, second])
+    temperature = torch.exp(-engine.objective.model.logit_scale)
+    loss = matryoshka_info_nce(*columns, temperature=temperature, dims=(32, 16), query_ids=ids)
+    loss.backward()
+    assert losses == {"unified": pytest.approx(loss.item(), rel=1e-12)}
+    assert not gradients["text_logit_scale"].any()
+    expected = engine.gradients()
+    assert gradients.keys() - expected.keys() == {"text_logit_scale"}
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+
+
 def test_chunks_hold_every_sample_once_within_the_budget():
     batch = make_batch()
     assert torch.equal(torch.cat([p.images for p in image_chunks(batch, 3)]), batch.images)
@@ -119,10 +144,11 @@ def test_chunks_hold_every_sample_once_within_the_budget():
     assert len(list(text_chunks(batch, 1))) == len(batch.texts)
 
 
-def test_two_ranks_with_caching_give_the_gradients_of_one_process(tmp_path):
-    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)]) for rank in (0, 1)]
+@pytest.mark.parametrize("kind", ["multi_task", "unified"])
+def test_two_ranks_with_caching_give_the_gradients_of_one_process(tmp_path, kind):
+    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path), kind]) for rank in (0, 1)]
     assert [process.wait(timeout=120) for process in ranks] == [0, 0]
-    losses, gradients, _ = step(make_batch())
+    losses, gradients, _ = step(make_batch(**OF_KIND[kind]), kind=kind)
     for rank in (0, 1):
         theirs, averaged = torch.load(tmp_path / f"{rank}.pt")
         assert theirs == pytest.approx(losses, rel=1e-12)
@@ -130,13 +156,14 @@ def test_two_ranks_with_caching_give_the_gradients_of_one_process(tmp_path):
             torch.testing.assert_close(averaged[name], gradient, rtol=1e-10, atol=1e-12, msg=name)
 
 
-def one_rank(rank: int, folder: str) -> None:
+def one_rank(rank: int, folder: str, kind: str) -> None:
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     rows = slice(0, 2) if rank == 0 else slice(2, None)
-    losses, gradients, _ = step(make_batch(rows=rows), GradientCache(2, 9), dist.group.WORLD)
+    batch = make_batch(rows=rows, **OF_KIND[kind])
+    losses, gradients, _ = step(batch, GradientCache(2, 9), dist.group.WORLD, kind=kind)
     torch.save((losses, gradients), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    one_rank(int(sys.argv[1]), sys.argv[2])
+    one_rank(int(sys.argv[1]), *sys.argv[2:])

@@ -5,6 +5,14 @@ from contrastive_losses.info_nce import matryoshka_info_nce
 from contrastive_losses.module import InfoNCE, SigmoidLoss
 from contrastive_losses.sigmoid import matryoshka_sigmoid
 from contrastive_losses.stats import LossStats
-from contrastive_losses.unified import UnifiedInfoNCE
+from contrastive_losses.unified import UnifiedInfoNCE, unified_info_nce
 
-__all__ = ["InfoNCE", "LossStats", "SigmoidLoss", "UnifiedInfoNCE", "matryoshka_info_nce", "matryoshka_sigmoid"]
+__all__ = [
+    "InfoNCE",
+    "LossStats",
+    "SigmoidLoss",
+    "UnifiedInfoNCE",
+    "matryoshka_info_nce",
+    "matryoshka_sigmoid",
+    "unified_info_nce",
+]

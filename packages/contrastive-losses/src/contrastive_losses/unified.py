@@ -1,10 +1,14 @@
 """The unified batch of jina-clip-v2 (arXiv 2412.08802, section 5.2): pairs of every modality in one InfoNCE."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from contrastive_losses.batch import Batch, problem_with_batch
+from contrastive_losses.info_nce import matryoshka_info_nce
 from contrastive_losses.module import InfoNCE
 from contrastive_losses.ranks import Group, refuse
 from contrastive_losses.stats import LossStats
@@ -13,52 +17,66 @@ Pairs = tuple[Tensor, Tensor]  # [b, D] and [b, D], row i of both makes pair i
 TEXT = 0x5DEECE66D1A3C9B7  # keeps ids of texts apart from those of images
 
 
-class UnifiedInfoNCE(InfoNCE):
+def unified_info_nce(
+    image_text: Pairs,
+    text: Pairs,
+    image_views: Pairs | None = None,
+    *,
+    temperature: float | Tensor,
+    dims: Sequence[int] | None = None,
+    weights: Sequence[float] | None = None,
+    false_negative_margin: float | None = None,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    group: Group | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, LossStats]:
     """One InfoNCE with one temperature over images with their captions, texts with their answers, and two views of
-    augmented images with each other, the last as in SimCLR (arXiv 2002.05709).
+    augmented images with each other, the last as in SimCLR (arXiv 2002.05709): a mean over all of these pairs in both
+    directions.
 
     The first group of the paper's figure 3 is images, questions and one view; the second captions, answers and the
     other view. Every pair is a negative of every other, whatever its modality, except pairs that show one image: a
     caption is not told apart from an augmented view of its own image. (The paper does not say; this is our choice.) In
-    the paper this starts well and stalls, its temperature staying near 0.02; a loss for each task, two `InfoNCE`, went
-    further. Settings are those of `InfoNCE`.
+    the paper this starts well and stalls, its temperature staying near 0.02; a loss for each task, two InfoNCEs, went
+    further.
+
+    Args:
+        image_text: images and captions, `[I, D]` each.
+        text: questions and answers, or any text pairs, `[T, D]` each.
+        image_views: two augmented views of the same I images, in the order of `image_text`, `[I, D]` each.
+        image_ids: `[I]` int64; images with equal ids are one image, on whichever ranks they are. None: all differ.
+        text_ids: `[T]` int64, the same for text pairs. They are not compared with those of images.
+        temperature, dims, weights, false_negative_margin, group, return_stats: as for `matryoshka_info_nce`; the
+            statistics are those of the union.
+
+    Raises:
+        ValueError: as for `matryoshka_info_nce`.
     """
+    problem = _problem(image_text, text, image_views, image_ids, text_ids)
+    if problem is not None:
+        refuse(problem, group)
+    device = image_text[0].device
+    of_images = _ids(image_ids, len(image_text[0]), group, device)
+    of_texts = _ids(text_ids, len(text[0]), group, device) ^ TEXT
+    parts = [(*image_text, of_images), (*text, of_texts)]
+    if image_views is not None:
+        parts.append((*image_views, of_images))
+    first, second, ids = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    return matryoshka_info_nce(
+        first, second, temperature=temperature, dims=dims, weights=weights, query_ids=ids,
+        false_negative_margin=false_negative_margin, group=group, return_stats=return_stats,
+    )  # fmt: skip
+
+
+class UnifiedInfoNCE(InfoNCE):
+    """`unified_info_nce` with a temperature of its own; settings are those of `InfoNCE`."""
 
     def forward(  # type: ignore[override]
-        self,
-        image_text: Pairs,
-        text: Pairs,
-        image_views: Pairs | None = None,
-        *,
-        image_ids: Tensor | None = None,
-        text_ids: Tensor | None = None,
-        group: Group | None = None,
-        return_stats: bool = False,
+        self, image_text: Pairs, text: Pairs, image_views: Pairs | None = None, **options: Any
     ) -> Tensor | tuple[Tensor, LossStats]:
-        """The loss of the union of the pairs, a mean over all of them in both directions.
-
-        Args:
-            image_text: images and captions, `[I, D]` each.
-            text: questions and answers, or any text pairs, `[T, D]` each.
-            image_views: two augmented views of the same I images, in the order of `image_text`, `[I, D]` each.
-            image_ids: `[I]` int64; images with equal ids are one image, on whichever ranks they are. None: all differ.
-            text_ids: `[T]` int64, the same for text pairs. They are not compared with those of images.
-            group, return_stats: as for `matryoshka_info_nce`; the statistics are those of the union.
-
-        Raises:
-            ValueError: as for `matryoshka_info_nce`.
-        """
-        problem = _problem(image_text, text, image_views, image_ids, text_ids)
-        if problem is not None:
-            refuse(problem, group)
-        device = image_text[0].device
-        of_images = _ids(image_ids, len(image_text[0]), group, device)
-        of_texts = _ids(text_ids, len(text[0]), group, device) ^ TEXT
-        parts = [(*image_text, of_images), (*text, of_texts)]
-        if image_views is not None:
-            parts.append((*image_views, of_images))
-        first, second, ids = (torch.cat(columns) for columns in zip(*parts, strict=True))
-        return super().forward(first, second, query_ids=ids, group=group, return_stats=return_stats)
+        """See `unified_info_nce`, whose options (`image_ids`, `text_ids`, `group`, `return_stats`) these are."""
+        return unified_info_nce(image_text, text, image_views, **self._settings(), **options)
 
 
 def _ids(given: Tensor | None, size: int, group: Group | None, device: torch.device) -> Tensor:

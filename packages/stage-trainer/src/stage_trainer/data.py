@@ -6,6 +6,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from data_prep.shards import Dataset, ShardError
 from text_tower import PackedTokens, Tokenizer
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
-from vision_tower import ImageError, augment
+from vision_tower import ImageError, augment, simclr_view
 
 from stage_trainer.errors import UserError
 from stage_trainer.keyed import key
@@ -72,6 +73,10 @@ class StageBatches(TorchDataset):
         if len({source.kind for source in self.text_sources}) > 1:
             raise UserError("data.text mixes pairs and triplets; a stage takes one kind, because their losses differ")
         self.hard_negatives = self._hard_negatives()
+        if stage.loss.kind == "unified" and self.hard_negatives:
+            raise UserError(
+                "a unified loss has no place for the hard negatives of triplets; name text pairs in data.text"
+            )
         self.image_sampler = self._sampler(stage.data.image_text, self.image_sources, stage.batch.image_text, False)
         self.text_sampler = self._sampler(stage.data.text, self.text_sources, stage.batch.text, True)
 
@@ -109,6 +114,7 @@ class StageBatches(TorchDataset):
         drawn = Drawn()
         tasks = self.tasks_at(step)
         images, captions, image_seeds, image_ids = [], [], [], []
+        views: list[list[tuple[torch.Tensor, int]]] = [[] for _ in range(self.stage.views)]
         if "image_text" in tasks:
             assert self.image_sampler is not None
             start = self.stage.task_start.image_text
@@ -116,7 +122,10 @@ class StageBatches(TorchDataset):
                 data = self.image_sources[draw.source]
                 pixels, content = self._sample(data, draw.index, drawn)
                 seed = self._seed(data, draw)
+                assert pixels is not None  # _check saw to it
                 images.append(self._augmented(pixels, seed, step))
+                for number, of_all in enumerate(views):
+                    of_all.append(self._view(pixels, key(seed, "view", number), step))
                 captions.append(self._choose(content["captions"], seed, data, drawn)["text"])
                 image_seeds.append(seed)
                 image_ids.append(key(content["item"]))
@@ -134,6 +143,9 @@ class StageBatches(TorchDataset):
                 negatives += hard
                 text_seeds.append(seed)
                 text_ids.append(key(content["item"]))
+        for view, seed in chain.from_iterable(views):
+            images.append(view)
+            image_seeds.append(seed)
         batch = self._pack(images, captions, image_seeds, image_ids, queries, targets, negatives, text_seeds, text_ids)
         drawn.count_tokens(batch.texts)
         return batch, drawn
@@ -169,11 +181,14 @@ class StageBatches(TorchDataset):
     def _seed(self, data: Dataset, draw: Draw) -> int:
         return key(self.seed, data.kind, data.source, draw.epoch, draw.index)
 
-    def _augmented(self, pixels: torch.Tensor | None, seed: int, step: int) -> torch.Tensor:
-        assert pixels is not None  # _check saw to it
+    def _augmented(self, pixels: torch.Tensor, seed: int, step: int) -> torch.Tensor:
         a = self.stage.augmentation
         size = self.stage.resolution_at(step)
         return augment(pixels, seed, size, scale=a.scale, ratio=a.ratio, flip=a.flip, color=a.color)
+
+    def _view(self, pixels: torch.Tensor, seed: int, step: int) -> tuple[torch.Tensor, int]:
+        """A view for the image branch of a unified loss, and the seed of its patch dropout."""
+        return simclr_view(pixels, seed, self.stage.resolution_at(step), flip=self.stage.augmentation.flip), seed
 
     def _texts(self, content: dict[str, Any], seed: int, source: int, drawn: Drawn) -> tuple[str, str, list[str]]:
         """A query, its target (other words, in the language that the recipe wants) and its hard negatives."""
@@ -199,7 +214,8 @@ class StageBatches(TorchDataset):
     ) -> Batch:
         texts = self.tokenizer([*captions, *queries, *targets, *negatives], max_length=self.stage.max_tokens)
         per_negative = [s for s in text_seeds for _ in range(self.hard_negatives)]
-        sections = {"caption": image_seeds, "query": text_seeds, "target": text_seeds, "negative": per_negative}
+        of_captions = image_seeds[: len(captions)]  # views come after
+        sections = {"caption": of_captions, "query": text_seeds, "target": text_seeds, "negative": per_negative}
         seeds = [key(seed, name, i) for name, part in sections.items() for i, seed in enumerate_within(part)]
         return Batch(
             images=torch.stack(images) if images else None,

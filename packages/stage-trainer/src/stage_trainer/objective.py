@@ -1,4 +1,5 @@
-"""The stage's loss: text loss plus image-text loss (paper, equation 3), as one module for DeepSpeed to run."""
+"""The stage's loss: text loss plus image-text loss (paper, equation 3), or one loss over the unified batch of section
+5.2, as one module for DeepSpeed to run."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from contrastive_losses import LossStats, matryoshka_info_nce
+from contrastive_losses import LossStats, matryoshka_info_nce, unified_info_nce
 from text_tower import PackedTokens
 from torch import Tensor, nn
 from vision_tower import normalize, patch_keep_indices
@@ -15,7 +16,7 @@ from stage_trainer.model import DualEncoder
 from stage_trainer.recipe import Loss, Stage
 
 Losses = dict[str, tuple[Tensor, LossStats]]
-"""Loss and statistics by task."""
+"""Loss and statistics by task, or of all in one ("unified")."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Part:
 class Batch(Part):
     """One rank's part of a global batch: I image-caption pairs and P text pairs with K hard negatives each.
 
-    Its texts are I captions, P queries, P targets and P·K hard negatives, in this order.
+    Its images are the I of the captions and, in a unified batch with views, twice as many more: a view of each, then
+    another. Its texts are I captions, P queries, P targets and P·K hard negatives, in this order.
 
     Attributes:
         image_ids: `[I]` int64, equal for samples that show the same item.
@@ -97,7 +99,8 @@ class MultiTask(nn.Module):
         self.model.text.set_trainable(stage.trainable.text)
         self.model.vision.set_trainable(stage.trainable.image)
         for task, scale in self.logit_scales.items():
-            scale.requires_grad_(bool(getattr(stage.batch, task)))
+            used = task == "image_text" if self.loss.kind == "unified" else bool(getattr(stage.batch, task))
+            scale.requires_grad_(used)
 
     def forward(self, part: Part, *, patch_dropout: float = 0.0) -> Embedded:
         scales = self.scales()
@@ -113,14 +116,20 @@ class MultiTask(nn.Module):
         return Embedded(images, texts, scales)
 
     def losses(self, embedded: Embedded, batch: Batch, *, tasks: tuple[str, ...], group: Any = None) -> Losses:
-        """Loss and statistics of each of `tasks` ("image_text", "text"), each over the global batch of all ranks."""
-        device, pairs = embedded.images.device, batch.pairs
-        captions, queries, targets, negatives = embedded.texts.split(
-            [len(embedded.images), pairs, pairs, pairs * batch.negatives]
-        )
+        """Loss and statistics of each of `tasks` ("image_text", "text"), each over the global batch of all ranks; of a
+        unified batch the one that all tasks share."""
+        device, pairs, count = embedded.images.device, batch.pairs, len(batch.image_ids)
+        captions, queries, targets, negatives = embedded.texts.split([count, pairs, pairs, pairs * batch.negatives])
         hard = negatives.view(pairs, batch.negatives, -1) if batch.negatives else None
         image_ids, text_ids = batch.image_ids.to(device), batch.text_ids.to(device)
         temperatures = torch.exp(-embedded.scales)
+        if self.loss.kind == "unified":
+            images, *views = embedded.images.view(1 + 2 * self.loss.image_views, count, embedded.images.shape[1])
+            found = unified_info_nce(
+                (images, captions), (queries, targets), tuple(views) or None, temperature=temperatures[:1],
+                dims=self.loss.dims, image_ids=image_ids, text_ids=text_ids, group=group, return_stats=True,
+            )  # fmt: skip
+            return {"unified": found}  # type: ignore[dict-item]
         of_task = {
             "image_text": (captions, embedded.images, None, image_ids, temperatures[:1]),
             "text": (queries, targets, hard, text_ids, temperatures[1:]),

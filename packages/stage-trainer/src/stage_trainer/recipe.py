@@ -74,9 +74,13 @@ class StageData:
 
 @dataclass(frozen=True, config=_STRICT)
 class Loss:
-    """Matryoshka InfoNCE of both tasks (paper, sections 3.3 and 3.4): summed over `dims`, a temperature a task."""
+    """Matryoshka InfoNCE, summed over `dims`. `multi_task`: a loss and a temperature for each task (paper, sections 3.3
+    and 3.4). `unified`: one for the pairs of both tasks in one batch, and for two strongly augmented views of each
+    image unless `image_views` is false (section 5.2; `contrastive_losses.unified_info_nce`)."""
 
+    kind: Literal["multi_task", "unified"] = "multi_task"
     dims: tuple[int, ...] = ()
+    image_views: bool = True
     min_temperature: float = 0.01
 
 
@@ -144,6 +148,15 @@ class Stage:
     def chunks(self) -> GradientCache | None:
         """The sizes of `gradient_cache`; None for none, and for an `auto` that nobody has settled yet."""
         return self.gradient_cache if isinstance(self.gradient_cache, GradientCache) else None
+
+    @property
+    def views(self) -> int:
+        """Augmented views of each image, beside the one that its caption is for."""
+        return 2 if self.loss.kind == "unified" and self.loss.image_views else 0
+
+    def unified(self, captions: int, pairs: int) -> int:
+        """Pairs of a unified loss, of so many captioned images and text pairs; 0 where each task has its own loss."""
+        return captions * (1 + self.views // 2) + pairs if self.loss.kind == "unified" else 0
 
     def resolution_at(self, step: int) -> int:
         return at_step(self.resolution, step)

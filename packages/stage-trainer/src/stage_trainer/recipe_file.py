@@ -255,6 +255,8 @@ def _check_pairs(recipe: Recipe, number: int, here: str) -> None:
             raise UserError(f"{here}: every rate of data.{task} should be above 0; leave out what is not wanted")
     if not stage.batch.image_text and not stage.batch.text:
         raise UserError(f"{here}: all batch sizes are 0; nothing would be trained")
+    if stage.loss.kind == "unified" and not (stage.batch.image_text and stage.batch.text):
+        raise UserError(f"{here}: a unified loss is over both tasks; give 'batch' an image_text and a text size")
 
 
 def _check_masked_lm(recipe: Recipe, number: int, here: str) -> None:

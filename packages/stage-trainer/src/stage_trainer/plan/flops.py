@@ -47,11 +47,12 @@ class StepShape:
     """Sizes of a step's batch. All but `kept_patches` and `negatives` add up over ranks.
 
     Attributes:
-        images: I, each with its caption.
+        images: I, each with its caption, or views of these too.
         kept_patches: patches of an image that patch dropout leaves.
         texts, tokens, squared_tokens: how many texts, the sum of their lengths, the sum of the squares of these.
         pairs: P, text pairs.
         negatives: K, hard negatives of each text pair.
+        unified: pairs of a unified loss; 0 for a loss for each task.
         hidden: hidden tokens, in masked-language-model training.
     """
 
@@ -62,6 +63,7 @@ class StepShape:
     squared_tokens: int = 0
     pairs: int = 0
     negatives: int = 0
+    unified: int = 0
     hidden: int = 0
 
     def __add__(self, other: StepShape) -> StepShape:
@@ -161,8 +163,8 @@ def vision_flops(config: VisionTowerConfig, shape: StepShape, trainable: str = "
 
 
 def loss_flops(shape: StepShape, dim: int, learns: bool = True) -> Flops:
-    """Both contrastive losses: each query of the global batch against each target and hard negative."""
-    logits = shape.images**2 + shape.pairs**2 * (1 + shape.negatives)
+    """The contrastive losses: each query of the global batch against each target and hard negative."""
+    logits = shape.unified**2 or shape.images**2 + shape.pairs**2 * (1 + shape.negatives)
     forward = 2 * logits * dim
     return Flops(forward, 2 * forward, forward) if learns else Flops(forward)
 

@@ -33,10 +33,11 @@ DERIVATIVES = 512 * 2**20  # of the loss on CUDA (contrastive_losses.triton_tile
 
 @dataclass(frozen=True)
 class Sizes:
-    """What one rank has to do in a step: `images` with their captions, `texts` (captions, and of each text pair both
-    sides and its hard negatives) of `length` tokens on average, over `ranks` ranks.
+    """What one rank has to do in a step: `images` (with views, if there are any), `texts` (captions, and of each text
+    pair both sides and its hard negatives) of `length` tokens on average, over `ranks` ranks.
 
-    `pairs` text pairs with `negatives` hard negatives each are among the texts.
+    `pairs` text pairs with `negatives` hard negatives each are among the texts; `unified` is what a unified loss has
+    for pairs, 0 for a loss for each task.
     """
 
     images: int
@@ -45,6 +46,7 @@ class Sizes:
     pairs: int
     negatives: int
     ranks: int
+    unified: int = 0
 
     @property
     def tokens(self) -> int:
@@ -211,7 +213,8 @@ def loss_bytes(model: Model, sizes: Sizes, device: Device) -> tuple[int, int]:
     """
     prefixes, width = len(model.dims), model.text.width
     kept, most = 0, 0
-    for own, negatives in ((sizes.images, 0), (sizes.pairs, sizes.pairs * sizes.negatives)):
+    of_tasks = (sizes.images, 0), (sizes.pairs, sizes.pairs * sizes.negatives)
+    for own, negatives in ((sizes.unified, 0),) if sizes.unified else of_tasks:
         if not own:
             continue
         everyone = own * sizes.ranks

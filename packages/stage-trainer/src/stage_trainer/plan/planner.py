@@ -204,7 +204,8 @@ def sizes_of(stage: Stage, segment: Segment, ranks: int, lengths: Lengths, negat
     pairs = -(-stage.batch.text // ranks) if "text" in segment.tasks else 0
     texts = images + pairs * (2 + negatives)
     tokens = images * lengths.captions + pairs * (2 + negatives) * lengths.texts
-    return Sizes(images, texts, max(1, round(tokens / texts)), pairs, negatives, ranks)
+    length, unified = max(1, round(tokens / texts)), stage.unified(images, pairs)
+    return Sizes(images * (1 + stage.views), texts, length, pairs, negatives, ranks, unified)
 
 
 def as_written(stage: Stage, model: Model) -> Setting:
@@ -276,13 +277,14 @@ def shape_of(stage: Stage, segment: Segment, sizes: Sizes, vision: VisionTowerCo
     pairs = stage.batch.text if "text" in segment.tasks else 0
     texts = images + pairs * (2 + sizes.negatives)
     return StepShape(
-        images=images,
+        images=images * (1 + stage.views),
         kept_patches=kept_patches(vision, segment.patch_dropout) if images else 0,
         texts=texts,
         tokens=texts * sizes.length,
         squared_tokens=texts * sizes.length**2,
         pairs=pairs,
         negatives=sizes.negatives,
+        unified=stage.unified(images, pairs),
     )
 
 
