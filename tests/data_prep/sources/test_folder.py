@@ -110,7 +110,7 @@ def test_bad_rows_are_counted_by_reason_and_the_rest_goes_on(folder, run, snapsh
         "not an image": 1,
     }
     assert found.receipt["came_in"] == 2 + sum(found.dropped.values())
-    assert found.receipt["examples"]["broken image"] == ["t.csv, row 6"]
+    assert found.receipt["examples"]["broken image"] == ["t.csv, line 7"]
     assert {name: data for name, data in snapshot(tmp_path).items() if name in before} == before
 
 
@@ -229,20 +229,41 @@ def test_a_table_that_is_no_gzip_or_cut_in_its_first_line_is_refused(folder, run
         run("images", folder=folder)
 
 
-def test_an_open_quote_in_a_tab_separated_table_is_counted_with_the_rows_it_takes(folder, run):
-    lines = [
-        "file\tcaption",
-        'sub/0.jpg\t"two\nlines"',
-        'sub/1.jpg\t"open',
-        "sub/2.jpg\tb",
-        'sub/3.jpg\t5"',
-        "sub/4.jpg\tc",
-    ]
-    (folder / "t.tsv").write_text("\n".join(lines))
+OPEN = "quote that nobody closed, or over 1000 lines of text in quotes"
+
+
+@pytest.mark.parametrize("rows", [500, 2])
+@pytest.mark.parametrize(
+    ("name", "after"),
+    [
+        ("t.csv", ["sub/2.jpg,b", 'sub/3.jpg,"c, d"']),  # the next quote closes it, and goes on
+        ("t.csv", ["sub/2.jpg,b", "sub/3.jpg,c"]),  # nothing closes it
+        ("t.csv", ["sub/2.jpg,b"] * 2000),  # a whole table in one text
+        ("t.csv.gz", ["sub/2.jpg,b", "sub/3.jpg,c"]),
+        ("t.tsv", ["sub/2.jpg\tb", 'sub/3.jpg\tc"']),  # a quote at the end of a later line closes it
+        ("t.csv", []),  # it is in the last line
+    ],
+)
+def test_a_quote_that_nobody_closes_costs_its_own_line_alone(folder, run, monkeypatch, name, after, rows):
+    import data_prep.sources.folder as module
+
+    monkeypatch.setattr(module, "_ROWS", rows)
+    mark = "\t" if name == "t.tsv" else ","
+    before = [f"file{mark}caption", f'sub/0.jpg{mark}"two', 'lines"', f'sub/1.jpg{mark}"open']
+    raw = "\n".join([*before, *after]).encode()
+    (folder / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
     found = run("images", folder=folder)
-    assert [sample.captions for sample in found.samples["image-short"]] == [["two\nlines"], ["c"]]
-    assert found.dropped == {"quote that nobody closed, and the rows up to the next one": 3}
-    assert found.receipt["came_in"] == 5
+    captions = [sample.captions[0] for sample in found.samples["image-short"]]
+    assert captions == ["two\nlines", *(next(csv.reader([line], delimiter=mark))[1] for line in after)]
+    assert found.dropped == {OPEN: 1}
+    assert found.receipt["examples"] == {OPEN: [f"{name}, line 4"]}
+
+
+def test_quotes_inside_quotes_are_taken_as_they_are(folder, run):
+    (folder / "t.csv").write_text('file,caption\nsub/0.jpg,"15" wide"\nsub/1.jpg,5" wide\nsub/2.jpg,"a ""b"" c"\n')
+    found = run("images", folder=folder)
+    assert [sample.captions for sample in found.samples["image-short"]] == [['15 wide"'], ['5" wide'], ['a "b" c']]
+    assert found.dropped == {}
 
 
 def test_names_that_are_no_utf8_are_read_and_named_in_the_receipt(tmp_path, run, picture):
@@ -251,7 +272,7 @@ def test_names_that_are_no_utf8_are_read_and_named_in_the_receipt(tmp_path, run,
     (odd / "0.jpg").write_bytes(picture())
     (odd / os.fsdecode(b"tabl\xe9.csv")).write_text("file,caption\n0.jpg,x\ngone.jpg,y\n")
     found = run("images", folder=odd)
-    assert found.receipt["examples"] == {"no such image file": ["tabl\\udce9.csv, row 2"]}
+    assert found.receipt["examples"] == {"no such image file": ["tabl\\udce9.csv, line 3"]}
     assert run("images", folder=odd).receipt == found.receipt  # it is known again
     command = ["import", "images", str(odd), "--out", str(tmp_path / "tasks"), "--workers", "1"]
     assert main([*command, "--task", "1/2"]) == 0  # has nothing to do

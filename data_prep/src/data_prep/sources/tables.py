@@ -14,6 +14,7 @@ import mmap
 import re
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -24,7 +25,9 @@ from .records import Dropped
 
 Row = tuple[str, Any]  # where it stands ("captions.csv, row 17"), what it holds
 _LINES = 16 * 2**20  # bytes of JSON lines in a piece
-_FIELD = 16 * 2**20  # characters in a line or a field; more is no table, or a quote that nobody closed
+_FIELD = 16 * 2**20  # characters in a line or a field; more is no table
+_QUOTED = 1000  # lines in a row of a table; more are other rows, after a quote that nobody closed
+_OPEN = f"quote that nobody closed, or over {_QUOTED} lines of text in quotes"
 
 csv.field_size_limit(_FIELD)
 
@@ -44,24 +47,16 @@ def table_pieces(path: str | Path, rows: int, *, delimiter: str = "") -> Iterato
     delimiter = _delimiter(path, delimiter)
     whole = {"file": str(path), **stamped, "format": "table", "delimiter": delimiter}
     if path.suffix == ".gz":
-        yield {**whole, "start": 0, "end": None, "row": 1}
+        yield {**whole, "start": 0, "end": None}
         return
     with path.open("rb") as file:
         lines = _Lines(file)
-        reader = csv.reader(lines, delimiter=delimiter)
-        next(reader, None)
-        start, row = lines.end, 1
-        while True:
-            count = 0
-            try:
-                for _ in islice(reader, rows):
-                    count += 1
-            except csv.Error:  # whoever reads the piece meets it again and counts it
-                count += 1
-            if lines.end == start:
-                return
-            yield {**whole, "start": start, "end": lines.end, "row": row}
-            start, row = lines.end, row + count
+        read = _rows(lines, delimiter)
+        next(read, None)
+        start, line = lines.end, lines.number
+        for _ in iter(lambda: list(islice(read, rows)), []):
+            yield {**whole, "start": start, "end": lines.end, "line": line}
+            start, line = lines.end, lines.number
 
 
 def table_columns(path: str | Path, delimiter: str = "") -> list[str]:
@@ -74,11 +69,12 @@ def table_columns(path: str | Path, delimiter: str = "") -> list[str]:
     _stamp(path)
     try:
         with open_bytes(path) as file:
-            return next(csv.reader(_Lines(file), delimiter=_delimiter(path, delimiter)), [])
+            columns = next(_rows(_Lines(file), _delimiter(path, delimiter)), [])
     except _PACKED as error:
         raise UserError(f"{path}: its first line cannot be unpacked ({error}); expected gzip, whole") from error
-    except csv.Error as error:
-        raise UserError(f"{path}: its first line names no columns ({error})") from error
+    if isinstance(columns, str):
+        raise UserError(f"{path}: its first line names no columns ({columns})")
+    return columns
 
 
 def line_pieces(path: str | Path) -> Iterator[dict[str, Any]]:
@@ -124,37 +120,21 @@ def read_table(piece: dict[str, Any]) -> Iterator[Row | Dropped]:
     path, delimiter = Path(piece["file"]), piece["delimiter"]
     with open_bytes(path) as file:
         lines = _Lines(file)
-        columns = next(csv.reader(lines, delimiter=delimiter), [])
-        if piece["start"]:
-            file.seek(piece["start"])
-            lines = _Lines(file, piece["start"])
-        lines.stop = piece["end"]
-        reader = csv.reader(lines, delimiter=delimiter)
-        number = piece["row"] - 1
-        while True:
-            number += 1
-            where = f"{path.name}, row {number}"
-            lines.fault = None
-            before = reader.line_num
-            try:
-                values = next(reader, None)
-            except csv.Error:
-                yield Dropped("broken row", where, max(1, reader.line_num - before))
-                continue
-            except _PACKED as error:
-                yield _cut(path, error)
-                return
-            if values is None:
-                return
-            if lines.fault:
-                yield Dropped(lines.fault, where)
-            elif delimiter == "\t" and any("\t" in value.partition("\n")[2] for value in values):
-                joined = reader.line_num - before
-                yield Dropped("quote that nobody closed, and the rows up to the next one", where, joined)
-            elif len(values) > len(columns):
-                yield Dropped("more values than columns", where)
-            elif values:  # an empty line is no row
-                yield where, dict(zip(columns, values, strict=False))
+        try:
+            columns = next(_rows(lines, delimiter), [])
+            if piece["start"]:
+                file.seek(piece["start"])
+                lines = _Lines(file, piece["start"], piece["end"], piece["line"])
+            for values in _rows(lines, delimiter):
+                where = f"{path.name}, line {lines.first}"
+                if isinstance(values, str):
+                    yield Dropped(values, where)
+                elif len(values) > len(columns):
+                    yield Dropped("more values than columns", where)
+                elif values:  # an empty line is no row
+                    yield where, dict(zip(columns, values, strict=False))
+        except _PACKED as error:
+            yield _cut(path, error)
 
 
 def read_lines(piece: dict[str, Any]) -> Iterator[Row | Dropped]:
@@ -248,37 +228,101 @@ def _line(file: IO[bytes]) -> tuple[bytes | None, int]:
     return None, length
 
 
-class _Lines:
-    """Lines of a binary file as text, with the place where the last one ends and what is wrong with one of them."""
+def _rows(lines: _Lines, delimiter: str) -> Iterator[list[str] | str]:
+    """The values of each row, or what is wrong with it. A quote that nobody closed costs its own line alone.
 
-    def __init__(self, file: IO[bytes], start: int = 0) -> None:
-        self._file = file
-        self.end = start
-        self.stop: int | None = None
-        self.fault: str | None = None
+    Such a quote takes the lines after it into its text, up to the next quote, which closes it. Unless a delimiter or
+    the end of the line follows there, or if nothing closes it, or if there are tabs in what it took of a table of tabs,
+    then the lines are given back and read as rows.
+    """
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    while True:
+        lines.row = []
+        values: list[str] | str | None
+        try:
+            values = next(reader, None)
+            swallowed = delimiter == "\t" and any("\t" in value.partition("\n")[2] for value in values or ())
+        except csv.Error:
+            swallowed = True
+        if swallowed:
+            lines.give_back()
+            values = _row_of(lines.row[0].text, delimiter)
+        if values is None:
+            return
+        yield next((line.fault for line in lines.row if line.fault), values)
+
+
+def _row_of(line: str, delimiter: str) -> list[str] | str:
+    """The values of a line alone, with quotes inside quotes as they are; or what is wrong with it."""
+    alone = csv.reader([line, ""], delimiter=delimiter)
+    try:
+        values = next(alone)
+    except csv.Error:
+        return "broken row"
+    return values if alone.line_num == 1 else _OPEN
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """A line as text, the bytes that it takes in the file, and what is wrong with it."""
+
+    text: str
+    length: int
+    fault: str | None = None
+
+
+class _Lines:
+    """Lines of a binary file, of which those of the present row can be given back.
+
+    row: the lines since it was last emptied. end: the byte behind the last line. number: lines before the next one.
+    """
+
+    def __init__(self, file: IO[bytes], start: int = 0, stop: int | None = None, number: int = 0) -> None:
+        self._file, self._stop = file, stop
+        self._given_back: list[_Line] = []
+        self.end, self.number = start, number
+        self.row: list[_Line] = []
+
+    @property
+    def first(self) -> int:
+        """Number of the row's first line, from 1."""
+        return self.number - len(self.row) + 1
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        line, length = _line(self._file) if self.stop is None or self.end < self.stop else (b"", 0)
+        if len(self.row) == _QUOTED:
+            raise csv.Error(_OPEN)
+        line = self._given_back.pop() if self._given_back else self._read()
+        self.row.append(line)
+        self.end += line.length
+        self.number += 1
+        return line.text
+
+    def give_back(self) -> None:
+        """All but the first line of the row come again."""
+        again = self.row[1:]
+        self._given_back += reversed(again)
+        self.end -= sum(line.length for line in again)
+        self.number -= len(again)
+        del self.row[1:]
+
+    def _read(self) -> _Line:
+        line, length = _line(self._file) if self._stop is None or self.end < self._stop else (b"", 0)
         if not length:
             raise StopIteration
-        first = self.end == 0
-        self.end += length
         if line is None:
-            self.fault = "line too long"
-            return "\n"
-        if first:
+            return _Line("\n", length, "line too long")
+        if self.end == 0:
             if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                 raise UserError(f"{self._file.name}: is UTF-16; convert it (`iconv -f UTF-16 -t UTF-8`)")
             line = line.removeprefix(codecs.BOM_UTF8)
         line = line.replace(b"\0", b"")
         try:
-            return line.decode("utf-8")
+            return _Line(line.decode("utf-8"), length)
         except UnicodeDecodeError:
-            self.fault = "not UTF-8"
-            return line.decode("utf-8", errors="replace")
+            return _Line(line.decode("utf-8", errors="replace"), length, "not UTF-8")
 
 
 def _stamp(path: Path) -> dict[str, Any]:
