@@ -45,3 +45,35 @@ def test_a_text_that_two_images_share_is_right_for_both():
     assert set(recalls["text→image"]) == {"8", "4"}
     assert chances["text→English text"]["chance"]["de"] == pytest.approx(5 / 6)
     assert "en" not in recalls["text→English text"]["8"]
+
+
+def test_all_captions_of_an_image_are_queries_and_any_of_them_is_right_for_it(monkeypatch):
+    monkeypatch.setattr("stage_trainer.retrieval._QUERIES", 7)  # so that there are several parts, one of them cut
+    rng = np.random.default_rng(3)
+    images = rng.normal(size=(40, 6)).astype(np.float32)
+    captions = [(number, f"caption {k} of {number}") for number in range(40) for k in range(number % 5 + 1)]
+    vectors = {
+        text: (images[number] + rng.normal(size=6) * 1.2).astype(np.float32) for number, text in sorted(captions)
+    }
+    pool = Pool("p", [b""] * 40, {"en": captions})
+    names = pool.all_texts()
+    row = {text: i for i, text in enumerate(names)}
+    recalls, _ = score(pool, Embedded(images, np.stack([vectors[text] for text in names]), row), [6])
+
+    def cosine(one, two):
+        return (
+            sum(a * b for a, b in zip(one, two, strict=True))
+            / (sum(a * a for a in one) * sum(b * b for b in two)) ** 0.5
+        )
+
+    found = shown = 0
+    for number, text in captions:
+        nearest = sorted(range(40), key=lambda i: -cosine(vectors[text], images[i]))[:5]
+        found += number in nearest
+    for number in range(40):
+        nearest = sorted(captions, key=lambda entry: -cosine(images[number], vectors[entry[1]]))[:5]
+        shown += any(owner == number for owner, _ in nearest)
+    assert 0 < found < len(captions)
+    assert 0 < shown < 40
+    assert recalls["text→image"]["6"]["en"] == pytest.approx(found / len(captions))
+    assert recalls["image→text"]["6"]["en"] == pytest.approx(shown / 40)

@@ -16,8 +16,8 @@ _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 class Text:
     """One text in one language.
 
-    role: "name" (a short caption; evaluation uses these), "keywords", "long", "title", "body", or "key" (of a page that
-        nobody asks for).
+    role: "name" (a short caption; evaluation uses these), "further" (one that published figures leave out), "keywords",
+        "long", "title", "body", or "key" (of a page that nobody asks for).
     origin: "human", "human:joined" (human texts put in a row by us), "machine-translation" or "synthetic:MODEL…".
     """
 

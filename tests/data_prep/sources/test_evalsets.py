@@ -6,10 +6,12 @@ import json
 import os
 from pathlib import Path
 
+import pyarrow
 import pytest
 from data_prep.cli import main
 from data_prep.errors import UserError
 from data_prep.sources.evalsets import Flickr30k
+from pyarrow import parquet
 from stage_trainer.retrieval import Pool, pools_of
 
 
@@ -51,6 +53,14 @@ def test_crossmodal_3600_by_the_first_caption_a_language(tmp_path, images):
     }
 
 
+def test_of_crossmodal_3600_every_caption_is_kept(tmp_path, images, run):
+    line = {"image/key": f"{0:016x}", "image/locale": "de", "de": {"caption": [" ", "erste", "zweite"]}}
+    (tmp_path / "captions.jsonl").write_text(json.dumps(line))
+    found = run("xm3600", evalset=True, captions=tmp_path / "captions.jsonl", images=images)
+    captions = found.samples["image-short"][0].content["captions"]
+    assert [(text["text"], text["role"]) for text in captions] == [("erste", "name"), ("zweite", "further")]
+
+
 def test_xtd10_calls_japanese_jp(tmp_path, images):
     (tmp_path / "xtd").mkdir()
     names = [f"COCO_val2014_{number}.jpg" for number in range(3)]
@@ -70,27 +80,25 @@ def test_xtd10_with_a_line_missing_is_refused(tmp_path, images, capsys):
     assert "has 1 lines, test_image_names.txt 2" in capsys.readouterr().err
 
 
-def test_flickr30k_has_commas_in_captions_and_five_captions_an_image(tmp_path, images, run):
+def test_flickr30k_has_commas_in_captions_and_five_captions_an_image(tmp_path, images):
     lines = ["image,caption"] + [
         f"{number}.jpg,A man, a plan {sentence} ." for number in range(3) for sentence in range(5)
     ]
     (tmp_path / "flickr30k_test_karpathy.txt").write_text("\n".join(lines) + "\n")
-    found = run("flickr30k", evalset=True, captions=tmp_path / "flickr30k_test_karpathy.txt", images=images)
-    assert [sample.captions for sample in found.samples["image-short"]] == [
-        [f"A man, a plan {sentence} ." for sentence in range(5)]
-    ] * 3
+    found = pool(tmp_path / "eval", ["flickr30k", str(tmp_path / "flickr30k_test_karpathy.txt"), str(images)])
+    assert found.texts == {
+        "en": [(number, f"A man, a plan {sentence} .") for number in range(3) for sentence in range(5)]
+    }
 
 
-def test_coco_joins_annotations_to_images(tmp_path, images, run):
+def test_coco_joins_annotations_to_images(tmp_path, images):
     content = {
         "images": [{"id": 9 - number, "file_name": f"COCO_val2014_{number}.jpg"} for number in range(3)],
         "annotations": [{"id": k, "image_id": 9 - k % 3, "caption": f"caption {k} "} for k in range(6)],
     }
     (tmp_path / "coco_test_karpathy.json").write_text(json.dumps(content))
-    found = run("coco", evalset=True, captions=tmp_path / "coco_test_karpathy.json", images=images)
-    assert [sample.captions for sample in found.samples["image-short"]] == [
-        [f"caption {number}", f"caption {number + 3}"] for number in range(3)
-    ]
+    found = pool(tmp_path / "eval", ["coco", str(tmp_path / "coco_test_karpathy.json"), str(images)])
+    assert found.texts == {"en": [(number, f"caption {k}") for number in range(3) for k in (number, number + 3)]}
 
 
 def test_what_is_missing_is_said_aloud(tmp_path, images, capsys):
@@ -107,16 +115,14 @@ def test_another_file_is_refused(tmp_path, images, run):
 
 
 def test_vidore_is_read_by_the_evaluator_with_pages_that_no_query_asks_for(tmp_path, picture):
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
     for part, rows in {
         "corpus": [{"corpus-id": n, "image": {"bytes": picture(n), "path": ""}} for n in range(3)],
-        "queries": [{"query-id": 1, "query": "which page"}],
-        "qrels": [{"query-id": 1, "corpus-id": 2, "score": 1}],
+        "queries": [{"query-id": n, "query": f"which page {n}"} for n in range(2)],
+        "qrels": [{"query-id": n, "corpus-id": 2, "score": 1} for n in range(2)],
     }.items():
         parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"{part}.parquet")
     found = pool(tmp_path / "eval", ["vidore", str(tmp_path), "--name", "vidore-arxiv"])
-    assert (len(found.images), found.texts) == (3, {"en": [(2, "which page")]})
+    assert (len(found.images), found.texts) == (3, {"en": [(2, "which page 0"), (2, "which page 1")]})
 
 
 def test_captions_that_were_edited_make_other_pieces(tmp_path, images):

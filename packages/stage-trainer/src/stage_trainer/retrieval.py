@@ -17,6 +17,7 @@ from stage_trainer.model import DualEncoder
 from stage_trainer.samples import image_of, texts_of
 
 K = 5
+_QUERIES = 1024  # compared at a time: 25,000 captions with as many images would be gigabytes
 DIRECTIONS = ("text→image", "image→text", "text→English text")
 
 Scores = dict[str, dict[str, dict[str, float]]]
@@ -25,7 +26,7 @@ Scores = dict[str, dict[str, dict[str, float]]]
 
 @dataclass(frozen=True)
 class Pool:
-    """Held-out images and one text for each language of each: `texts[language]` is [(image number, text), …]."""
+    """Held-out images and the captions of each: `texts[language]` is [(image number, text), …], by image."""
 
     name: str
     images: list[bytes]
@@ -33,7 +34,7 @@ class Pool:
 
     @classmethod
     def open(cls, directory: str | Path) -> Pool:
-        """Reads a data set of images with captions; of several captions in a language the first named one counts.
+        """Reads a data set of images with captions; those of the role "name", or of none, count, all of them.
 
         Raises:
             UserError: a data set that is missing or damaged, a sample without an image or without captions.
@@ -56,10 +57,8 @@ class Pool:
                     f"it holds {', '.join(sorted(members))}"
                 )
             images.append(image)
-            seen = set()
             for caption in captions:
-                if caption.get("role", "name") == "name" and caption["language"] not in seen:
-                    seen.add(caption["language"])
+                if caption.get("role", "name") == "name":
                     texts.setdefault(caption["language"], []).append((number, caption["text"]))
         return cls(data.source, images, dict(sorted(texts.items())))
 
@@ -125,7 +124,8 @@ def _of_all_ranks(part: np.ndarray, rank: int, world: int) -> np.ndarray:
 def score(pool: Pool, embedded: Embedded, dims: Sequence[int]) -> tuple[Scores, Scores]:
     """Recall@5 of the pool, and the level of a blind guess, both as direction → dim or "chance" → language.
 
-    Texts that several images share count once: any of those images is right for it, and it is right for each.
+    Every caption is a query, and any caption of an image is right for it. Texts that several images share count once:
+    any of those images is right for it, and it is right for each.
     """
     recalls: Scores = {direction: {} for direction in DIRECTIONS}
     chances: Scores = {direction: {} for direction in DIRECTIONS}
@@ -167,10 +167,13 @@ def _who_has_what(entries: list[tuple[int, str]], images: int) -> tuple[list[str
 
 def recall_at_k(queries: np.ndarray, candidates: np.ndarray, relevant: np.ndarray, k: int = K) -> float:
     """The share of queries `[Q, D]` with something relevant (`[Q, C]`) among the k nearest candidates `[C, D]`."""
-    similarity = queries @ candidates.T
-    k = min(k, similarity.shape[1])
-    nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
-    return float(np.take_along_axis(relevant, nearest, axis=1).any(axis=1).mean())
+    k = min(k, len(candidates))
+    hits = 0
+    for first in range(0, len(queries), _QUERIES):
+        part = slice(first, first + _QUERIES)
+        nearest = np.argpartition(-(queries[part] @ candidates.T), k - 1, axis=1)[:, :k]
+        hits += int(np.take_along_axis(relevant[part], nearest, axis=1).any(axis=1).sum())
+    return hits / len(queries)
 
 
 def chance_at_k(relevant: np.ndarray, k: int = K) -> float:
