@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,6 +182,57 @@ class Ledger:
             names = ["perhaps-paid", *(row[0] for row in reasons), "or a request's id"]
             raise UserError(f"nothing to ask again under {what!r}; there are: {', '.join(names)}")
         return changed
+
+    def unplan(
+        self,
+        *,
+        datasets: Sequence[str] = (),
+        languages: Sequence[str] = (),
+        model: str | None = None,
+        prompt_version: str | None = None,
+    ) -> tuple[int, int]:
+        """Take requests that were never sent out of the ledger, with the prompts and images that nothing else needs.
+
+        Nothing given chooses all. Returns (how many went, how many of the planned ones stay because they were asked for
+        before).
+
+        Args:
+            datasets: directories as the ledger names them; requests for the images that it found there.
+
+        Raises:
+            UserError: nothing that is planned is chosen by this.
+        """
+        chosen = ["state = 'planned'"]
+        values: list[str] = []
+        for column, wanted in (
+            ("image.dataset", datasets),
+            ("request.language", languages),
+            ("recipe.model", [model] if model is not None else []),
+            ("recipe.prompt_version", [prompt_version] if prompt_version is not None else []),
+        ):
+            if wanted:
+                chosen.append(f"{column} IN ({', '.join('?' * len(wanted))})")
+                values += wanted
+        requests = (
+            "SELECT request.id FROM request JOIN recipe ON recipe.id = request.recipe "
+            f"JOIN image ON image.sha256 = request.image WHERE {' AND '.join(chosen)}"
+        )
+        with self.transaction() as db:
+            (planned,) = db.execute(f"SELECT count(*) FROM ({requests})", values).fetchone()
+            if not planned:
+                raise UserError(
+                    f"{self.path}: nothing that is planned fits; see `data-prep captions status {self.path}`"
+                )
+            taken = db.execute(
+                f"DELETE FROM request WHERE id IN ({requests} EXCEPT SELECT request FROM attempt)", values
+            ).rowcount
+            db.execute("DELETE FROM image WHERE sha256 NOT IN (SELECT image FROM request)")
+            db.execute("DELETE FROM recipe WHERE id NOT IN (SELECT recipe FROM request)")
+            db.execute(
+                "DELETE FROM prompt WHERE (version, language) NOT IN (SELECT prompt_version, language FROM request "
+                "JOIN recipe ON recipe.id = request.recipe)"
+            )
+        return taken, planned - taken
 
     # --- the life of a request
 

@@ -1,0 +1,73 @@
+"""`data-prep captions batch`: the same requests through the Batch API."""
+
+from __future__ import annotations
+
+import argparse
+
+from .options import add_checks, add_money, add_service, limits_of, prices_of, service_of, show_rejected
+
+
+def add(steps: argparse._SubParsersAction) -> None:
+    """Register both steps."""
+    batch = steps.add_parser("batch", help="the Batch API: half the price, answers within a day")
+    parts = batch.add_subparsers(required=True, metavar="STEP")
+    submit = parts.add_parser("submit", help="send what is planned as batches")
+    submit.add_argument("ledger", metavar="LEDGER")
+    add_service(submit)
+    add_money(submit)
+    submit.add_argument("--limit", type=int, metavar="N", help="at most N requests")
+    submit.add_argument("--requests-per-file", type=int, default=50_000, metavar="N", help="(default: 50000)")
+    submit.add_argument("--megabytes-per-file", type=float, default=200, metavar="N", help="(default: 200)")
+    submit.set_defaults(run=_submit)
+    collect = parts.add_parser("collect", help="take the answers of batches that have ended")
+    collect.add_argument("ledger", metavar="LEDGER")
+    add_service(collect)
+    add_money(collect)
+    add_checks(collect)
+    collect.set_defaults(run=_collect)
+
+
+def _submit(options: argparse.Namespace) -> int:
+    import asyncio
+
+    from ...captions.batch import submit
+    from ...captions.ledger import Ledger
+
+    batches, requests = asyncio.run(
+        submit(
+            Ledger(options.ledger),
+            service_of(options),
+            prices=prices_of(options),
+            budget=options.budget,
+            image_tokens=options.image_tokens,
+            limit=options.limit,
+            most_requests=options.requests_per_file,
+            most_bytes=int(options.megabytes_per_file * 1e6),
+            tick=lambda requests: print(f"{requests} requests sent", flush=True),
+        )
+    )
+    print(
+        f"{requests} requests in {batches} batches; `data-prep captions batch collect {options.ledger}` takes answers"
+    )
+    return 0
+
+
+def _collect(options: argparse.Namespace) -> int:
+    import asyncio
+
+    from ...captions.batch import collect
+    from ...captions.duplicates import reject_duplicates
+    from ...captions.ledger import Ledger
+
+    ledger = Ledger(options.ledger)
+    found = asyncio.run(collect(ledger, service_of(options), prices=prices_of(options), limits=limits_of(options)))
+    with ledger.exclusive():
+        duplicates = reject_duplicates(ledger)
+    print(f"{found.ended} batches ended, {found.open} at work; accepted {found.accepted - duplicates}")
+    show_rejected(found.rejected, duplicates)
+    print(f"  not answered and planned again: {found.planned_again}")
+    if found.unknown:
+        print(f"  answers to requests that are not in this ledger: {found.unknown}")
+    for note in found.notes:
+        print(f"  {note}")
+    return 0

@@ -1,0 +1,104 @@
+"""`data-prep captions plan` and `unplan`: what is to be asked for."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add(steps: argparse._SubParsersAction) -> None:
+    """Register both steps."""
+    plan = steps.add_parser(
+        "plan",
+        help="say which images are to be described, and how",
+        description="Adds a request to LEDGER for each image of SHARDS and each language; what is there stays.",
+    )
+    plan.add_argument("ledger", metavar="LEDGER", help="SQLite file; made if there is none")
+    plan.add_argument(
+        "shards", metavar="SHARDS", nargs="+", help="data sets of images, as `data-prep import` writes them"
+    )
+    plan.add_argument("--model", required=True, help="as the service calls it")
+    plan.add_argument(
+        "--languages", nargs="+", default=["all"], metavar="XX", help="codes, or all (default: all thirty)"
+    )
+    plan.add_argument("--prompt-version", default="v1", metavar="V", help="folder of prompts (default: v1)")
+    plan.add_argument("--prompts", metavar="DIR", help="folder V/XX.txt of prompts of your own")
+    plan.add_argument("--max-tokens", type=int, default=1024, help="longest answer (default: 1024)")
+    plan.add_argument(
+        "--detail", choices=("low", "high", "auto"), help="how closely the model looks (default: not said)"
+    )
+    plan.add_argument(
+        "--body", default="{}", metavar="JSON", help="""more fields of the request: '{"temperature": 0.2}'"""
+    )
+    plan.add_argument("--images", type=int, metavar="N", help="draw N images (default: all)")
+    plan.add_argument("--seed", type=int, default=0, help="of the drawing (default: 0)")
+    plan.set_defaults(run=_plan)
+
+    unplan = steps.add_parser(
+        "unplan",
+        help="take back what is planned and was never asked for",
+        description="Takes requests that never left out of LEDGER, all of them or those that the options choose. What "
+        "was asked for even once stays as it is, whatever became of it.",
+    )
+    unplan.add_argument("ledger", metavar="LEDGER")
+    unplan.add_argument("shards", metavar="SHARDS", nargs="*", help="of images in these data sets (default: all)")
+    unplan.add_argument("--languages", nargs="+", default=["all"], metavar="XX", help="in these (default: all)")
+    unplan.add_argument("--model", help="of this model (default: all)")
+    unplan.add_argument("--prompt-version", metavar="V", help="with prompts of this version (default: all)")
+    unplan.set_defaults(run=_unplan)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    import json
+    from pathlib import Path
+
+    from ...captions.ledger import Ledger
+    from ...captions.plan import Plan, plan
+    from ...captions.texts import PROMPTS, check_languages
+    from ...errors import UserError
+    from ...execute.progress import Progress
+    from ...shards import Dataset
+
+    try:
+        body = json.loads(options.body)
+    except ValueError as error:
+        raise UserError(f"--body {options.body!r} is not JSON ({error})") from error
+    if not isinstance(body, dict):
+        raise UserError(f"--body {options.body!r}: expected a JSON object")
+    wanted = Plan(
+        model=options.model,
+        languages=tuple(check_languages(options.languages)),
+        prompt_version=options.prompt_version,
+        max_tokens=options.max_tokens,
+        detail=options.detail,
+        body=body,
+        images=options.images,
+        seed=options.seed,
+    )
+    prompts = Path(options.prompts) if options.prompts else PROMPTS
+    progress = Progress(max(1, sum(len(Dataset.open(directory)) for directory in options.shards)))
+    ledger = Ledger(options.ledger, create=True)
+    done = plan(ledger, options.shards, wanted, prompts=prompts, tick=lambda: progress.add(1))
+    progress.finish()
+    print(f"{done.images} different images ({done.twice} more occurred again)")
+    print(f"{done.new} requests planned, {done.known} were in {options.ledger} before")
+    return 0
+
+
+def _unplan(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from ...captions.ledger import Ledger
+    from ...captions.texts import check_languages
+
+    ledger = Ledger(options.ledger)
+    with ledger.exclusive():
+        taken, asked = ledger.unplan(
+            datasets=[str(Path(directory).resolve()) for directory in options.shards],
+            languages=check_languages(options.languages),
+            model=options.model,
+            prompt_version=options.prompt_version,
+        )
+    print(f"{taken} requests taken out of the plan")
+    if asked:
+        print(f"{asked} stay planned: they were asked for before, and not answered or planned again")
+    return 0

@@ -1,0 +1,82 @@
+"""Plans that are taken back: what never left goes, what was asked for even once stays as it is."""
+
+from __future__ import annotations
+
+from data_prep.captions.ledger import Ledger
+from data_prep.cli import main
+
+from .conftest import Reply, good, states
+
+
+def unplan(ledger, *options):
+    return main(["captions", "unplan", ledger, *options])
+
+
+def rows(ledger, table):
+    return Ledger(ledger).db.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+
+
+def test_what_was_sent_answered_or_put_back_stays_and_only_the_rest_goes(seer, planned, run, ledger, capsys):
+    planned(8)
+    trouble = {1: Reply(drop=True), 2: Reply(500), 3: Reply(body=b"{")}
+    seer.behave = lambda asked: trouble.get(asked.number) or good(asked)
+    assert run("--limit", "6", "--tries", "1", "--price-in", "1", "--price-out", "1") == 0
+    before = {"accepted": 3, "sent": 1, "rejected:malformed": 1}
+    assert states(ledger) == {**before, "planned": 19}
+    attempts, spent = rows(ledger, "attempt"), Ledger(ledger).spent()
+    capsys.readouterr()
+    assert unplan(ledger) == 0
+    assert capsys.readouterr().out == (
+        "18 requests taken out of the plan\n"
+        "1 stay planned: they were asked for before, and not answered or planned again\n"
+    )
+    assert states(ledger) == {**before, "planned": 1}
+    assert (rows(ledger, "attempt"), Ledger(ledger).spent()) == (attempts, spent)
+    assert unplan(ledger) == 0  # the one is still there
+    assert "0 requests taken out" in capsys.readouterr().out
+    seer.behave = good
+    assert run() == 0
+    assert states(ledger) == {"accepted": 4, "sent": 1, "rejected:malformed": 1}
+    assert len(seer.asked) == 7
+
+
+def test_a_choice_of_languages_data_sets_models_and_prompts(planned, make_images, ledger, capsys, tmp_path):
+    planned(3)
+    other = str(make_images(4, name="others"))  # of its four pictures three are known
+    plan = ["captions", "plan", ledger, other, "--model", "seer-2", "--languages", "en"]
+    assert main(plan) == 0
+    assert rows(ledger, "request") == 9 + 4
+    assert unplan(ledger, "--languages", "de", "fr", "--model", "seer-1") == 0
+    assert rows(ledger, "request") == 3 + 4
+    assert rows(ledger, "prompt") == 1
+    capsys.readouterr()
+    assert unplan(ledger, str(tmp_path / "images")) == 2
+    assert "nothing that is planned fits" in capsys.readouterr().err  # the later plan found them all in its own
+    assert unplan(ledger, other, "--model", "seer-2", "--prompt-version", "v1") == 0
+    assert (rows(ledger, "request"), rows(ledger, "image"), rows(ledger, "recipe")) == (3, 3, 1)
+    assert main(plan) == 0  # and planned again
+    assert rows(ledger, "request") == 7
+
+
+def test_a_prompt_that_nothing_was_asked_with_may_be_written_anew(make_images, ledger, tmp_path):
+    prompts = tmp_path / "prompts"
+    (prompts / "mine").mkdir(parents=True)
+    (prompts / "mine/en.txt").write_text("Describe.")
+    plan = ["captions", "plan", ledger, str(make_images(1)), "--model", "m", "--languages", "en"]
+    plan += ["--prompt-version", "mine", "--prompts", str(prompts)]
+    assert main(plan) == 0
+    (prompts / "mine/en.txt").write_text("Describe it.")
+    assert main(plan) == 2
+    assert unplan(ledger) == 0
+    assert main(plan) == 0
+    assert Ledger(ledger).planned(1)[0][1].text == "Describe it."
+
+
+def test_a_ledger_in_use_and_a_language_that_is_none_are_refused(planned, ledger, capsys):
+    planned(1)
+    with Ledger(ledger).exclusive():
+        assert unplan(ledger) == 2
+    assert "in use by another run" in capsys.readouterr().err
+    assert unplan(ledger, "--languages", "xx") == 2
+    assert "unknown language 'xx'" in capsys.readouterr().err
+    assert states(ledger) == {"planned": 3}
