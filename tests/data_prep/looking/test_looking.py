@@ -6,6 +6,7 @@ import html.parser
 import io
 import json
 import re
+import sys
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -180,15 +181,39 @@ def test_each_fault_of_a_sample_is_named(tmp_path, image, content, languages, co
     assert "1 problems" in capsys.readouterr().out
 
 
-def test_damage_after_writing_is_found(pictures):
-    directory = pictures([(picture(n), caption()) for n in range(5)])
-    tar = directory / "00001.tar"
-    tar.chmod(0o644)
-    data = bytearray(tar.read_bytes())
-    data[600] ^= 1
-    tar.write_bytes(data)
-    (problem,) = validate(directory)
-    assert "00001.tar: checksum differs" in problem.what
+@pytest.mark.parametrize("workers", [1, 2])
+def test_damage_after_writing_is_found_in_every_file_and_the_rest_is_still_checked(pictures, workers):
+    directory = pictures([*((picture(n), caption()) for n in range(5)), (b"no picture", caption())])
+    for name in ("00000.index.jsonl", "00001.tar"):
+        path = directory / name
+        path.chmod(0o644)
+        data = bytearray(path.read_bytes())
+        data[600 if name.endswith("tar") else 9] ^= 1
+        path.write_bytes(data)
+    checked = []
+    problems = list(validate(directory, workers=workers, tick=checked.append))
+    assert [problem.where for problem in problems] == ["00000.index.jsonl", "00001.tar", "00002.tar, sample 'k5'"]
+    assert "checksum differs" in problems[0].what
+    assert checked == [2, 2, 2]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_validate_and_inspect_say_how_far_they_are(pictures, tmp_path, monkeypatch, capsys):
+    pictures([(picture(n), caption()) for n in range(5)], "one")
+    pictures([(picture(n), caption()) for n in range(3)], "two")
+    (tmp_path / "data/image-short/two/00001.tar").unlink()
+    monkeypatch.setattr(sys, "stderr", shown := Terminal())
+    assert main(["validate", str(tmp_path / "data"), "--workers", "1"]) == 1
+    assert "100% 3 of 3 units, 5 samples" in shown.getvalue()
+    assert "\r\x1b[K" in shown.getvalue()
+    monkeypatch.setattr(sys, "stderr", shown := Terminal())
+    command = ["inspect", str(tmp_path / "data/image-short/one"), "--out", str(tmp_path / "look.html")]
+    assert main([*command, "--look-at", "2"]) == 0
+    assert "100% 7 of 7 units" in shown.getvalue()  # five lines of sidecars, two samples
 
 
 def test_a_sidecar_that_points_elsewhere_and_keys_that_occur_twice_are_found(tmp_path):

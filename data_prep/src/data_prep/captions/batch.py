@@ -89,8 +89,12 @@ async def collect(
     *,
     prices: Prices | None = None,
     limits: Limits = Limits(),  # noqa: B008 (frozen)
+    tick: Callable[[], None] = lambda: None,
 ) -> Collected:
-    """Take the answers of every batch that has ended; what they did not answer is planned again."""
+    """Take the answers of every batch that has ended; what they did not answer is planned again.
+
+    `tick` is called for each answer.
+    """
     found = Collected()
     with ledger.exclusive():
         judge_waiting(ledger, prices, limits)
@@ -107,7 +111,7 @@ async def collect(
                 continue
             try:
                 with _told(service):
-                    await _take(ledger, service, row["id"], remote, prices, limits, found)
+                    await _take(ledger, service, row["id"], remote, prices, limits, found, tick)
             except _Refused as error:
                 if error.status != 404:
                     raise
@@ -212,7 +216,14 @@ async def _remote(service: Service, row: Any) -> Any:
 
 
 async def _take(
-    ledger: Ledger, service: Service, number: int, remote: Any, prices: Prices | None, limits: Limits, found: Collected
+    ledger: Ledger,
+    service: Service,
+    number: int,
+    remote: Any,
+    prices: Prices | None,
+    limits: Limits,
+    found: Collected,
+    tick: Callable[[], None],
 ) -> None:
     """Join an ended batch's lines on `custom_id`; whatever has no line was not computed."""
     waiting = dict(
@@ -245,6 +256,7 @@ async def _take(
             ledger.judged(attempt, verdict.caption, verdict.reason, verdict.usage, cost)
             found.accepted += verdict.reason is None
             found.rejected.update([verdict.reason] if verdict.reason else [])
+            tick()
     errors = [error.message for error in (remote.errors.data or [])] if remote.errors else []
     note = f"{remote.status}{': ' + errors[0] if errors and errors[0] else ''}"
     found.planned_again += _plan_again(ledger, number, note)

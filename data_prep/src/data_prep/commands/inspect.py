@@ -30,15 +30,23 @@ def _run(options: argparse.Namespace) -> int:
     from pathlib import Path
 
     from ..errors import UserError
+    from ..execute.progress import Progress
     from ..looking.find import find_datasets
-    from ..looking.gather import gather
+    from ..looking.gather import gather, looked_at
     from ..looking.page import page
+    from ..shards import Dataset
     from ..shards.files import refused, write_file
 
     if options.look_at < 1 or options.examples < 0:
         raise UserError(f"--look-at {options.look_at}, --examples {options.examples}: expected 1 and 0 or more")
     directories = find_datasets(options.shards)
-    findings = [gather(path, look_at=options.look_at, examples=options.examples) for path in directories]
+    sizes = [len(Dataset.open(directory)) for directory in directories]
+    progress = Progress(max(1, sum(size + len(looked_at(size, options.look_at)) for size in sizes)))
+    findings = [
+        gather(path, look_at=options.look_at, examples=options.examples, tick=lambda: progress.add(1))
+        for path in directories
+    ]
+    progress.finish()
     out = Path(options.out)
     try:
         write_file(out, page(findings, title=", ".join(options.shards)).encode("utf-8", errors="replace"))

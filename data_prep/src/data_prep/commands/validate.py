@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -22,20 +23,32 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from ..execute.progress import Progress
     from ..looking.find import find_datasets
     from ..looking.validate import validate
-    from ..shards import Dataset
+    from ..shards import Dataset, ShardError
 
+    def shards(directory: Path) -> int:
+        try:
+            return len(Dataset.open(directory).shard_sizes)
+        except ShardError:
+            return 0  # `validate` says what is wrong
+
+    directories = find_datasets(options.shards)
+    progress = Progress(max(1, sum(map(shards, directories))))
+    workers = options.workers or os.cpu_count() or 1
     wrong = 0
-    for directory in find_datasets(options.shards):
+    for directory in directories:
         count = 0
-        workers = options.workers or os.cpu_count() or 1
-        for problem in validate(directory, workers=workers, decode=not options.no_decode):
+        for problem in validate(directory, workers=workers, decode=not options.no_decode, tick=progress.add):
             count += 1
             if count <= options.show:
+                progress.clear()
                 print(problem, file=sys.stderr)
+        progress.clear()
         if count > options.show:
             print(f"{directory}: {count - options.show} further problems (--show)", file=sys.stderr)
         print(f"{directory}: {f'{count} problems' if count else f'{len(Dataset.open(directory))} samples, all sound'}")
         wrong += count > 0
+    progress.finish()
     return 1 if wrong else 0

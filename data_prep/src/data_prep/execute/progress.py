@@ -33,6 +33,12 @@ class Progress:
             self._show(time.monotonic() - self._started)
             self._stream.write("\n")
 
+    def clear(self) -> None:
+        """Make room for a line of another kind; the next unit draws this one again."""
+        if self._terminal:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
+
     def _show(self, seconds: float) -> None:
         share = self._units / self._total
         left = seconds / self._new_units * (self._total - self._units) if self._new_units else 0.0

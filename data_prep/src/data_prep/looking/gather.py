@@ -7,7 +7,9 @@ import hashlib
 import io
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +54,17 @@ class Findings:
     receipt: dict[str, Any] | None = None
 
 
-def gather(directory: Path, *, look_at: int, examples: int) -> Findings:
+def looked_at(samples: int, look_at: int) -> range:
+    """The numbers of the samples that are read, at most `look_at`, spread evenly over all of them."""
+    return range(0, samples, max(1, ceil(samples / look_at)))
+
+
+def gather(directory: Path, *, look_at: int, examples: int, tick: Callable[[], None] = lambda: None) -> Findings:
     """Look at a data set.
 
     Args:
-        look_at: samples that are read; examples: shown for each language at most.
+        look_at: samples that are read, at most; examples: shown for each language at most.
+        tick: called for each line of a sidecar, and again for each sample that is read.
 
     Raises:
         ShardError: the data set is not whole.
@@ -72,6 +80,7 @@ def gather(directory: Path, *, look_at: int, examples: int) -> Findings:
     )
     hashes = np.empty(len(dataset), dtype=np.uint64)  # the first half of a half: enough to count what is equal
     for index in range(len(dataset)):
+        tick()
         row = dataset.row(index)
         hashes[index] = int(row.sha256[:16], 16)
         found.by_language.update(row.languages)
@@ -81,8 +90,8 @@ def gather(directory: Path, *, look_at: int, examples: int) -> Findings:
 
     images: Counter[bytes] = Counter()
     texts: Counter[bytes] = Counter()
-    step = max(1, len(dataset) // look_at)
-    for index in range(0, len(dataset), step):
+    for index in looked_at(len(dataset), look_at):
+        tick()
         try:
             members = dataset.read(index)
             own = _texts(members)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from ..samples import text_parts
 from ..shards import Dataset, Row, ShardError
-from ..shards.format import IMAGE_EXTENSIONS, check_kind
+from ..shards.format import IMAGE_EXTENSIONS, check_kind, index_name
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,18 @@ class Problem:
         return f"{self.dataset}{f', {self.where}' if self.where else ''}: {self.what}"
 
 
-def validate(directory: Path, *, workers: int = 1, decode: bool = True) -> Iterator[Problem]:
+def validate(
+    directory: Path, *, workers: int = 1, decode: bool = True, tick: Callable[[int], None] = lambda samples: None
+) -> Iterator[Problem]:
     """Check one data set, shard by shard; yields what is wrong, nothing if all is well.
 
     Args:
         decode: also decode every image.
+        tick: called with the number of samples of each shard that was checked.
     """
+    _opened.cache_clear()  # it may be another one under an old name
     try:
-        dataset = Dataset.open(directory, verify=True)
+        dataset = _opened(directory)
         check_kind(dataset.kind)
     except ShardError as error:
         yield Problem(str(directory), "", str(error))
@@ -50,7 +55,8 @@ def validate(directory: Path, *, workers: int = 1, decode: bool = True) -> Itera
         pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
         results = pool.map(check, range(len(dataset.shard_sizes)))
     try:
-        for problems, hashes in results:
+        for samples, (problems, hashes) in zip(dataset.shard_sizes, results, strict=True):
+            tick(samples)
             yield from problems
             for place, key in enumerate(hashes):
                 if key in keys:
@@ -63,11 +69,17 @@ def validate(directory: Path, *, workers: int = 1, decode: bool = True) -> Itera
 
 def _check_shard(directory: Path, decode: bool, number: int) -> tuple[list[Problem], list[int]]:
     """What is wrong in one shard, and a hash of each key."""
-    dataset = Dataset.open(directory)
+    dataset = _opened(directory)
     first = sum(dataset.shard_sizes[:number])
     problems: list[Problem] = []
     keys: list[int] = []
-    tar = directory / dataset.manifest["shards"][number]["name"]
+    entry = dataset.manifest["shards"][number]
+    tar = directory / entry["name"]
+    for path, sha256 in ((tar, entry["sha256"]), (directory / index_name(tar.name), entry["index_sha256"])):
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                what = "checksum differs from the manifest's: damaged; build the data set again"
+                return [Problem(str(directory), path.name, what)], []
     places = _places(tar)
     for index in range(first, first + dataset.shard_sizes[number]):
         try:
@@ -80,6 +92,12 @@ def _check_shard(directory: Path, decode: bool, number: int) -> tuple[list[Probl
             Problem(str(directory), where, what) for what in _check_sample(dataset, index, row, places, decode)
         ]
     return problems, keys
+
+
+@lru_cache(maxsize=1)
+def _opened(directory: Path) -> Dataset:
+    """A data set, opened once a process: that looks for every shard."""
+    return Dataset.open(directory)
 
 
 def _check_sample(
@@ -159,6 +177,4 @@ def _places(tar: Path) -> dict[str, tuple[int, int]]:
 
 
 def _digest(key: str) -> bytes:
-    import hashlib
-
     return hashlib.blake2b(key.encode(), digest_size=8).digest()

@@ -58,9 +58,24 @@ def _collect(options: argparse.Namespace) -> int:
     from ...captions.batch import collect
     from ...captions.duplicates import reject_duplicates
     from ...captions.ledger import Ledger
+    from ...execute.progress import Progress
 
     ledger = Ledger(options.ledger)
-    found = asyncio.run(collect(ledger, service_of(options), prices=prices_of(options), limits=limits_of(options)))
+    (waiting,) = ledger.db.execute(
+        "SELECT count(*) FROM request WHERE state = 'sent' AND batch IN "
+        "(SELECT id FROM batch WHERE state IN ('open', 'creating'))"
+    ).fetchone()
+    progress = Progress(max(1, waiting))
+    found = asyncio.run(
+        collect(
+            ledger,
+            service_of(options),
+            prices=prices_of(options),
+            limits=limits_of(options),
+            tick=lambda: progress.add(1),
+        )
+    )
+    progress.finish()
     with ledger.exclusive():
         duplicates = reject_duplicates(ledger)
     print(f"{found.ended} batches ended, {found.open} at work; accepted {found.accepted - duplicates}")

@@ -80,7 +80,11 @@ def _run(options: argparse.Namespace) -> int:
             shown = ended
             progress.add(1)
 
-    receipt = run(ledger, service, pace, settings, tick=tick, say=print)
+    def say(line: str) -> None:
+        progress.clear()
+        print(line)
+
+    receipt = run(ledger, service, pace, settings, tick=tick, say=say)
     progress.finish()
     with ledger.exclusive():
         duplicates = reject_duplicates(ledger)
