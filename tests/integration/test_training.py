@@ -187,9 +187,14 @@ def test_a_stage_needs_the_one_before(train):
 def test_a_stage_knows_the_model_that_it_grew_from(train, tmp_path):
     second = ("stages.1.steps=8", "steps=4", *QUICK[1:], "model.text.dropout=0.1")
     train(1, *QUICK)
-    train(2, *second)
+    train(2, *second, "carry_optimizer=true")
     config = json.loads((tmp_path / "run/stage2/step-0000004/model/text/config.json").read_text())
     assert 0.1 in config.values(), "the recipe's dropout is that of the model that stage 1 left behind"
+    moments = load_file(tmp_path / "run/stage2/step-0000004/optimizer.safetensors")
+    assert moments["vision.pos_embed|step"] == 8 + 4, "it goes on with stage 1's moments, resampled with the table"
+    train(2, *second, "--start-over")
+    moments = load_file(tmp_path / "run/stage2/step-0000004/optimizer.safetensors")
+    assert moments["vision.pos_embed|step"] == 4
     train(1, *QUICK, "lr.image=5e-4", "--start-over")
     assert "the model of stage 1 was" in train(2, *second, fails=True).stderr
     shutil.rmtree(tmp_path / "run/stage1")

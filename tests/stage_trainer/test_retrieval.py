@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
-from stage_trainer.retrieval import Embedded, Pool, chance_at_k, recall_at_k, score
+import pytrec_eval
+from stage_trainer.report import table
+from stage_trainer.retrieval import Embedded, Pool, chance_at_k, ndcg, recall_at_k, score
 
 
 def test_recall_counts_queries_with_a_hit_among_the_nearest():
@@ -45,6 +47,35 @@ def test_a_text_that_two_images_share_is_right_for_both():
     assert set(recalls["text→image"]) == {"8", "4"}
     assert chances["text→English text"]["chance"]["de"] == pytest.approx(5 / 6)
     assert "en" not in recalls["text→English text"]["8"]
+
+
+def test_pages_are_ranked_as_pytrec_eval_ranks_them():
+    """ViDoRe's measure. A query may have several pages, and pages nobody asks for are candidates."""
+    rng = np.random.default_rng(4)
+    asked = {"en": [(i % 9, f"q{i % 12}") for i in range(20)], "fr": [(i, f"f{i}") for i in range(5)]}
+    pool = Pool("p", [b""] * 15, asked, documents=True)
+    names = pool.all_texts()
+    images, texts = rng.normal(size=(15, 8)), rng.normal(size=(len(names), 8))
+    row = {text: i for i, text in enumerate(names)}
+    found = ndcg(pool, Embedded(images, texts, row), [8, 4])["text→image"]
+    for dim in (8, 4):
+        for language, entries in asked.items():
+            relevance: dict[str, dict[str, int]] = {}
+            for page, query in entries:
+                relevance.setdefault(query, {})[str(page)] = 1
+            run = {}
+            for query in relevance:
+                vector = texts[row[query], :dim]
+                cosines = images[:, :dim] @ vector / np.linalg.norm(images[:, :dim], axis=1) / np.linalg.norm(vector)
+                run[query] = {str(page): float(value) for page, value in enumerate(cosines)}
+            theirs = pytrec_eval.RelevanceEvaluator(relevance, {"ndcg_cut_5"}).evaluate(run)
+            expected = np.mean([each["ndcg_cut_5"] for each in theirs.values()])
+            assert found[str(dim)][language] == pytest.approx(expected, rel=1e-6)
+        assert found[str(dim)]["mean"] == pytest.approx((found[str(dim)]["en"] + found[str(dim)]["fr"]) / 2)
+    recalls, chances = score(pool, Embedded(images, texts, row), [8, 4])
+    chance = {direction: of["chance"] for direction, of in chances.items() if of}
+    shown = {"images": 15, "recall_at_5": recalls, "chance": chance, "ndcg_at_5": {"text→image": found}}
+    assert f"text→image, nDCG@5  {100 * found['8']['mean']:6.1f}" in table({"p": shown})
 
 
 def test_all_captions_of_an_image_are_queries_and_any_of_them_is_right_for_it(monkeypatch):

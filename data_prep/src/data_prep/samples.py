@@ -17,7 +17,7 @@ class Text:
     """One text in one language.
 
     role: "name" (a short caption; evaluation uses these), "further" (one that published figures leave out), "keywords",
-        "long", "title", "body", or "key" (of a page that nobody asks for).
+        "long", "title", "body", "query" (what a page answers; evaluated), or "key" (of a page that nobody asks for).
     origin: "human", "human:joined" (human texts put in a row by us), "machine-translation" or "synthetic:MODEL…".
     """
 

@@ -76,7 +76,7 @@ def test_vidore_in_beirs_form_keeps_every_page_and_each_pages_queries(tmp_path, 
     )
     samples = run("vidore", evalset=True, folder=root).samples["image-short"]
     assert [sample.captions for sample in samples] == [["0"], ["first", "second"], ["2"], ["second"]]
-    assert [sample.content["captions"][0]["role"] for sample in samples] == ["key", "name", "key", "name"]
+    assert [sample.content["captions"][0]["role"] for sample in samples] == ["key", "query", "key", "query"]
 
 
 def test_a_benchmark_without_one_of_its_parts_is_refused(tmp_path, run, picture):

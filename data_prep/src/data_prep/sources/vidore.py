@@ -123,7 +123,7 @@ def _relevant(folder: str, language: str) -> dict[str, list[Text]]:
         text, own = fields["query"], fields.get("language")
         if isinstance(text, str) and text.strip():
             code = own if isinstance(own, str) and len(own) == 2 else language
-            queries[str(fields["query-id"])] = Text(text.strip(), code, "name")
+            queries[str(fields["query-id"])] = Text(text.strip(), code, "query")
     relevant: dict[str, list[Text]] = {}
     for fields in _all(folder, "qrels", ("query-id", "corpus-id", "score")):
         query = queries.get(str(fields["query-id"]))

@@ -115,7 +115,8 @@ class GradientCache:
 
 @dataclass(frozen=True, config=_STRICT)
 class Stage:
-    """One stage. `resolution` and `patch_dropout` are lists of [from_step, value].
+    """One stage. `resolution` and `patch_dropout` are lists of [from_step, value]. It starts from the model that the
+    stage before left, and with `carry_optimizer` from its optimizer's moments, too, by parameter name.
 
     A stage with `batch.masked_lm` trains the text tower alone, to predict hidden words; nothing that is about images,
     pairs or embeddings bears on it, and it needs no `resolution` and no `loss`.
@@ -136,6 +137,7 @@ class Stage:
     task_start: PerTask = field(default_factory=PerTask)
     augmentation: Augmentation = field(default_factory=Augmentation)
     trainable: Trainable = field(default_factory=Trainable)
+    carry_optimizer: bool = False
     gradient_cache: GradientCache | Literal["auto"] | None = None
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
@@ -202,9 +204,10 @@ class Model:
 
 @dataclass(frozen=True, config=_STRICT)
 class Evaluation:
-    """What is measured on validation pools every `every` steps (0: never): recall@5 on data sets of captioned images,
-    nDCG@10 on text pairs, Spearman's correlation where these have a "score". A stage of masked-language-model training
-    measures its loss on the validation split of its own data instead."""
+    """What is measured on validation pools every `every` steps (0: never): recall@5 on data sets of captioned images
+    (of pages that answer queries nDCG@5, too), nDCG@10 on text pairs, Spearman's correlation where these have a
+    "score". A stage of masked-language-model training measures its loss on the validation split of its own data
+    instead."""
 
     every: int = 0
     pools: tuple[str, ...] = ()

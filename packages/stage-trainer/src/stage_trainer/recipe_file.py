@@ -213,6 +213,11 @@ def _check(recipe: Recipe, path: str | Path) -> None:
                 f"{here}: 'gradient_cache' should give the images and the tokens of one forward pass, such as "
                 "{images: 256, tokens: 16384} (0: all of them), or be 'auto'; leave it out for none"
             )
+        if stage.carry_optimizer and (number == 1 or recipe.stage(number - 1).masked != stage.masked):
+            raise UserError(
+                f"{here}: 'carry_optimizer' goes on with the moments of a stage of the same kind before, and there is "
+                "none; leave it out"
+            )
         if stage.steps < 1 or min(stage.batch.image_text, stage.batch.text, stage.batch.masked_lm) < 0:
             raise UserError(f"{here}: 'steps' should be at least 1 and batch sizes at least 0")
         for task in ("image_text", "text", "masked_lm"):

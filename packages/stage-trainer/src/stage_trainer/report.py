@@ -11,24 +11,26 @@ from stage_trainer.environment import versions
 from stage_trainer.errors import UserError
 from stage_trainer.files import write_whole
 from stage_trainer.model import DualEncoder
-from stage_trainer.retrieval import DIRECTIONS, Pool, embed, pools_of, score
+from stage_trainer.retrieval import DIRECTIONS, Pool, embed, ndcg, pools_of, score
 
 
 def evaluate(model_directory: str | Path, data: str | Path) -> dict[str, Any]:
     """Figures by pool: number of images, of texts by language; recall_at_5 by direction, dim and language; chance by
-    direction and language."""
+    direction and language; of pages ndcg_at_5, too."""
     model = DualEncoder.from_pretrained(model_directory)
     width = model.text.config.width
     dims = sorted({*(model.matryoshka_dims or ()), width}, reverse=True)
     found: dict[str, Any] = {}
     for directory in pools_of(data):
         pool = Pool.open(directory)
-        recalls, chances = score(pool, embed(model, pool), dims)
+        embedded = embed(model, pool)
+        recalls, chances = score(pool, embedded, dims)
         found[pool.name] = {
             "images": len(pool.images),
             "texts": {language: len(entries) for language, entries in pool.texts.items()},
             "recall_at_5": {d: v for d, v in recalls.items() if v},
             "chance": {d: v["chance"] for d, v in chances.items() if v},
+            **({"ndcg_at_5": ndcg(pool, embedded, dims)} if pool.documents else {}),
         }
     return found
 
@@ -39,20 +41,20 @@ def table(pools: dict[str, Any]) -> str:
 
 
 def stages_table(stages: dict[str, dict[str, Any]]) -> str:
-    """recall@5 in percent by pool, direction and stage, for every dim, with the chance level beside it."""
+    """recall@5 (of pages nDCG@5, too), percent, by pool, direction, stage and dim, with the chance level beside it."""
     rows: list[list[str]] = []
     last = next(reversed(stages.values()))
     dims = list(next(iter(next(iter(last.values()))["recall_at_5"].values())))
     for pool in last:
-        for direction in DIRECTIONS:
+        for measure, direction in [*(("recall_at_5", d) for d in DIRECTIONS), ("ndcg_at_5", DIRECTIONS[0])]:
             for stage, pools in stages.items():
-                values = pools.get(pool, {}).get("recall_at_5", {}).get(direction)
+                values = pools.get(pool, {}).get(measure, {}).get(direction)
                 if values:
-                    chance = pools[pool]["chance"][direction]["mean"]
+                    ranked = measure == "ndcg_at_5"
+                    chance = "" if ranked else f"{100 * pools[pool]['chance'][direction]['mean']:.1f}"
                     cells = [f"{100 * values[d]['mean']:.1f}" if d in values else "" for d in dims]
-                    rows.append(
-                        [f"{pool} ({pools[pool]['images']} images)", direction, stage, *cells, f"{100 * chance:.1f}"]
-                    )
+                    what = f"{direction}, nDCG@5" if ranked else direction
+                    rows.append([f"{pool} ({pools[pool]['images']} images)", what, stage, *cells, chance])
     header = ["pool", "recall@5, %", "after", *[f"{d} dims" for d in dims], "chance"]
     if list(stages) == [""]:
         rows, header = [[*r[:2], *r[3:]] for r in rows], [*header[:2], *header[3:]]

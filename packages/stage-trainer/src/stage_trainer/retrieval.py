@@ -1,4 +1,5 @@
-"""Recall of one thing from another on a pool of captioned images, for every language and Matryoshka dim."""
+"""Recall of one thing from another on a pool of captioned images, and nDCG on one of pages that answer queries, for
+every language and Matryoshka dim."""
 
 from __future__ import annotations
 
@@ -15,26 +16,31 @@ from data_prep.shards import Dataset, ShardError
 from stage_trainer.errors import UserError
 from stage_trainer.model import DualEncoder
 from stage_trainer.samples import image_of, texts_of
+from stage_trainer.text_retrieval import ndcg_at_k
 
 K = 5
 _QUERIES = 1024  # compared at a time: 25,000 captions with as many images would be gigabytes
 DIRECTIONS = ("text→image", "image→text", "text→English text")
 
 Scores = dict[str, dict[str, dict[str, float]]]
-"""direction → dim → language (and "mean") → recall@5, between 0 and 1."""
+"""direction → dim → language (and "mean") → recall@5 (or nDCG@5), between 0 and 1."""
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Held-out images and the captions of each: `texts[language]` is [(image number, text), …], by image."""
+    """Held-out images and the captions of each: `texts[language]` is [(image number, text), …], by image.
+
+    `documents`: the images are pages, and the texts queries that they answer.
+    """
 
     name: str
     images: list[bytes]
     texts: dict[str, list[tuple[int, str]]]
+    documents: bool = False
 
     @classmethod
     def open(cls, directory: str | Path) -> Pool:
-        """Reads a data set of images with captions; those of the role "name", or of none, count, all of them.
+        """Reads a data set of images with captions; those of the role "name" or "query", or of none, all count.
 
         Raises:
             UserError: a data set that is missing or damaged, a sample without an image or without captions.
@@ -48,6 +54,7 @@ class Pool:
     def _read(cls, data: Dataset) -> Pool:
         images: list[bytes] = []
         texts: dict[str, list[tuple[int, str]]] = {}
+        documents = False
         for number in range(len(data)):
             members = data.read(number)
             image, captions = image_of(members), texts_of(data, number, members).get("captions")
@@ -58,9 +65,10 @@ class Pool:
                 )
             images.append(image)
             for caption in captions:
-                if caption.get("role", "name") == "name":
+                if (role := caption.get("role", "name")) in ("name", "query"):
+                    documents |= role == "query"
                     texts.setdefault(caption["language"], []).append((number, caption["text"]))
-        return cls(data.source, images, dict(sorted(texts.items())))
+        return cls(data.source, images, dict(sorted(texts.items())), documents)
 
     def all_texts(self) -> list[str]:
         return sorted({text for entries in self.texts.values() for _, text in entries})
@@ -153,6 +161,21 @@ def score(pool: Pool, embedded: Embedded, dims: Sequence[int]) -> tuple[Scores, 
         for by_language in table.values():
             by_language["mean"] = float(np.mean(list(by_language.values())))
     return recalls, chances
+
+
+def ndcg(pool: Pool, embedded: Embedded, dims: Sequence[int], k: int = K) -> Scores:
+    """nDCG@5 of finding the pages that answer each query, ViDoRe's measure (arXiv 2407.01449)."""
+    found: Scores = {"text→image": {}}
+    for dim in dims:
+        pages, texts = unit(embedded.images[:, :dim]), unit(embedded.texts[:, :dim])
+        by_language = found["text→image"].setdefault(str(dim), {})
+        for language, entries in pool.texts.items():
+            queries, has = _who_has_what(entries, len(pages))
+            scores = texts[[embedded.row[q] for q in queries]] @ pages.T
+            gains = [ndcg_at_k(own, set(np.flatnonzero(of)), k) for own, of in zip(scores, has, strict=True)]
+            by_language[language] = float(np.mean(gains))
+        by_language["mean"] = float(np.mean(list(by_language.values())))
+    return found
 
 
 def _who_has_what(entries: list[tuple[int, str]], images: int) -> tuple[list[str], np.ndarray]:

@@ -56,7 +56,8 @@ def starting_point(
         )
     if recipe.stage(number - 1).masked and not recipe.stage(number).masked:
         return build_model(with_text_weights(recipe, finished.model), number, tokenizer), None, 0
-    return load_model(recipe, number, finished.model), None, 0
+    carried = finished.optimizer() if recipe.stage(number).carry_optimizer else None
+    return load_model(recipe, number, finished.model), carried, 0
 
 
 def settings(recipe: Recipe, number: int) -> dict[str, Any]:

@@ -36,7 +36,8 @@ def validation(recipe: Recipe, stage: Stage, engine: Engine, tokenizer: Tokenize
 
 
 def _embeddings(recipe: Recipe, stage: Stage, engine: Engine) -> Validation:
-    """Every pool by its kind: recall@5 and the gap between modalities of captioned images; nDCG@10 of text pairs."""
+    """Every pool by its kind: recall@5 and the gap between modalities of captioned images, nDCG@5 of pages that answer
+    queries, nDCG@10 of text pairs."""
     images: dict[str, retrieval.Pool] = {}
     pairs: dict[str, text_retrieval.PairPool] = {}
     for path in recipe.evaluation.pools:
@@ -68,7 +69,8 @@ def _embeddings(recipe: Recipe, stage: Stage, engine: Engine) -> Validation:
         for name, value in values.items():
             monitor.scalar(name, value, step - 1)
         if values:
-            shown = [name for name in values if name.startswith("validation_recall") and name.count("/") == 1]
+            heads = ("validation_recall", "validation_ndcg_at_5")
+            shown = [name for name in values if name.startswith(heads) and name.count("/") == 1]
             shown += [name for name in values if name.endswith(("/mean", "/all"))]
             monitor.say(f"step {step}: " + ", ".join(f"{n.removeprefix('validation_')} {values[n]:.3f}" for n in shown))
         if rank == 0 and images:
@@ -82,17 +84,22 @@ def _embeddings(recipe: Recipe, stage: Stage, engine: Engine) -> Validation:
 
 
 def _recall(name: str, pool: retrieval.Pool, embedded: retrieval.Embedded, dims: Sequence[int]) -> dict[str, float]:
-    """Recall@5 by direction, mean over languages at the full width, and by language and dim; the modality gap."""
-    recalls, _ = retrieval.score(pool, embedded, sorted({*dims, embedded.images.shape[1]}, reverse=True))
+    """Recall@5 (of pages nDCG@5, too) by direction, mean over languages at the full width, and by language and dim; the
+    modality gap."""
+    dims = sorted({*dims, embedded.images.shape[1]}, reverse=True)
+    measures = {"recall": retrieval.score(pool, embedded, dims)[0]}
+    if pool.documents:
+        measures["ndcg"] = retrieval.ndcg(pool, embedded, dims)
     values = {}
-    for direction, by_dim in recalls.items():
-        title = f"validation_recall_at_5_{name}/{direction.replace('→', ' to ')}"
-        for number, (dim, by_language) in enumerate(by_dim.items()):
-            if number == 0:
-                values[title] = by_language["mean"]
-                values |= {f"{title}/{language}": v for language, v in by_language.items() if language != "mean"}
-            else:
-                values[f"{title}/{dim} dims"] = by_language["mean"]
+    for measure, by_direction in measures.items():
+        for direction, by_dim in by_direction.items():
+            title = f"validation_{measure}_at_5_{name}/{direction.replace('→', ' to ')}"
+            for number, (dim, by_language) in enumerate(by_dim.items()):
+                if number == 0:
+                    values[title] = by_language["mean"]
+                    values |= {f"{title}/{language}": v for language, v in by_language.items() if language != "mean"}
+                else:
+                    values[f"{title}/{dim} dims"] = by_language["mean"]
     # The distance between the means of both modalities on the unit sphere (Liang et al., 2022, arXiv 2203.02053).
     means = [retrieval.unit(x).mean(axis=0) for x in (embedded.images, embedded.texts)]
     values[f"modality_gap/{name}"] = float(np.linalg.norm(means[0] - means[1]))
