@@ -206,6 +206,11 @@ def test_other_settings_are_refused_and_starting_over_keeps_the_old_run(train, t
     before = weights(tmp_path / "run/stage1")
     done = train(1, *QUICK, "lr.image=5e-4", fails=True)
     assert "stage.lr.image was 0.001 and is now 0.0005" in done.stderr
+    path = tmp_path / "run/stage1/step-0000008/state.json"
+    state = json.loads(path.read_text())
+    del state["settings"]["stage.loss.kind"]  # as a release wrote it that did not know the setting
+    path.write_text(json.dumps(state))
+    assert "is complete" in train(1, *QUICK).stdout
     assert equal(before, weights(tmp_path / "run/stage1"))
     train(1, *QUICK, "lr.image=5e-4", "--start-over")
     assert equal(before, weights(tmp_path / "run/stage1.old-1"))

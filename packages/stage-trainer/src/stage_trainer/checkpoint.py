@@ -24,6 +24,7 @@ from stage_trainer.build import Model
 from stage_trainer.errors import UserError
 from stage_trainer.files import free_name, whole_directory
 from stage_trainer.model import DualEncoder
+from stage_trainer.replicas import copy_to_other_machines
 
 _NAME = re.compile(r"step-(\d{7})")
 
@@ -80,7 +81,8 @@ def all_saved(directory: Path) -> list[Saved]:
 
 
 def newest_sound(directory: Path) -> Saved | None:
-    """The newest checkpoint of a stage that is as it was written; all ranks call it, rank 0 reads.
+    """The newest checkpoint of a stage that is as it was written; all ranks call it, rank 0 reads, and machines that do
+    not share its run folder get a copy.
 
     A damaged one is passed over, which is said aloud, and left for somebody to look at.
 
@@ -103,6 +105,8 @@ def newest_sound(directory: Path) -> Saved | None:
     found, problem = from_rank_0((found, problem))
     if problem is not None:
         raise problem
+    if found is not None:
+        copy_to_other_machines(found.path)
     return found
 
 

@@ -11,11 +11,14 @@ from stage_trainer import checkpoint
 from stage_trainer.build import Model, build_model, load_model, with_text_weights
 from stage_trainer.errors import UserError
 from stage_trainer.files import free_name
-from stage_trainer.recipe import Recipe
+from stage_trainer.recipe import BatchSizes, PerTower, Recipe, Stage, StageData
+from stage_trainer.recipe import Model as ModelOfRecipe
 from stage_trainer.recipe_file import flatten, to_dict
 
 SO_FAR: dict[str, Any] = {"seconds": 0.0, "peak_memory_bytes": 0, "skipped": 0, "best": None}
 """What a stage counts over all its processes; part of a checkpoint's state."""
+_STAGE = Stage(steps=0, max_tokens=0, batch=BatchSizes(), lr=PerTower(), data=StageData())
+_DEFAULTS = Recipe(name="", output="", corpus="", model=ModelOfRecipe(text={}, tokenizer=""), stages=(_STAGE,))
 
 
 def starting_point(
@@ -42,6 +45,9 @@ def starting_point(
         former = saved.state()
         if not finished:  # it may be gone once the next stage has begun
             state["data"] |= {k: v for k, v in former.get("data", {}).items() if k == grown_from}
+        # A setting that the release which began the run did not know yet is at its default.
+        defaults = {k: v for k, v in settings(_DEFAULTS, 1).items() if k in state["settings"]}
+        former["settings"] = {**defaults, **former.get("settings", {})}
         checkpoint.compatible(former, state, directory)
         state.update({name: former.get(name, value) for name, value in SO_FAR.items()})
         return load_model(recipe, number, saved.model), saved.optimizer(), saved.step
