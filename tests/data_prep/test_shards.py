@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from data_prep.shards import Dataset, DatasetWriter, ShardError
+from data_prep.shards import Dataset, DatasetWriter, ShardError, ShardUnavailable
 from data_prep.shards.files import _header
 
 
@@ -123,6 +123,29 @@ def test_no_manifest_no_folder_and_another_schema_say_what_to_do(write_dataset, 
     manifest.unlink()
     with pytest.raises(ShardError, match=r"manifest\.json: missing, so this is no finished data set"):
         Dataset.open(directory)
+
+
+def test_a_manifest_that_names_files_elsewhere_is_refused(write_dataset):
+    directory = write_dataset()
+    manifest = directory / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"00001.tar"', '"../00001.tar"'))
+    with pytest.raises(ShardError, match=r"names the shard '../00001.tar', which would lie outside"):
+        Dataset.open(directory)
+
+
+def test_a_shard_that_goes_missing_is_unavailable_and_its_samples_still_have_names(write_dataset):
+    directory = write_dataset()
+    dataset = Dataset.open(directory)
+    (directory / "00000.tar").unlink()
+    (directory / "00001.index.jsonl").unlink()
+    for index, name in ((0, "00000.tar"), (3, "00001.index.jsonl")):
+        with pytest.raises(ShardUnavailable, match=f"{name}: cannot be read"):
+            dataset.read(index)
+    assert [dataset.name(index) for index in (0, 4, 6)] == [
+        ("00000.tar", "key-0"),
+        ("00001.tar", "#1"),
+        ("00002.tar", "key-6"),
+    ]
 
 
 def write_texts(directory: Path, keys: list[str], size: int = 2, stop: Exception | None = None) -> None:

@@ -11,7 +11,19 @@ needs the standard library alone.
 """
 
 from .dataset import Dataset, Row
-from .format import KINDS, SCHEMA, ShardError
+from .format import KINDS, MANIFEST, SCHEMA, ShardError, ShardUnavailable, index_name
 from .writer import DatasetWriter, ShardWriter, write_manifest
 
-__all__ = ["KINDS", "SCHEMA", "Dataset", "DatasetWriter", "Row", "ShardError", "ShardWriter", "write_manifest"]
+__all__ = [
+    "KINDS",
+    "MANIFEST",
+    "SCHEMA",
+    "Dataset",
+    "DatasetWriter",
+    "Row",
+    "ShardError",
+    "ShardUnavailable",
+    "ShardWriter",
+    "index_name",
+    "write_manifest",
+]

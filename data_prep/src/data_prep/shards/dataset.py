@@ -6,14 +6,15 @@ import bisect
 import hashlib
 import itertools
 import json
+import operator
 import os
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from .format import MANIFEST, SCHEMA, ShardError, check_kind, index_name
+from .format import MANIFEST, SCHEMA, ShardError, ShardUnavailable, check_kind, index_name
 
 # Indexes and open files of so many shards are kept; more would run into the usual limit of 1,024 open files.
 _SHARDS_KEPT = 128
@@ -34,6 +35,12 @@ class Row:
 class Dataset:
     """A data set on the disk, opened by `Dataset.open(directory)`.
 
+    One that lies elsewhere derives from this class and gives `open_file` of its own.
+
+    Args:
+        directory: its folder.
+        raw: the bytes of its manifest.
+
     Attributes:
         directory, kind, source: where it is, which of `KINDS`, the name of its source.
         fingerprint: sha256 of the manifest's bytes; two data sets with the same one hold the same samples.
@@ -41,12 +48,12 @@ class Dataset:
         shard_sizes: samples in each shard, in order.
     """
 
-    def __init__(self, directory: Path, manifest: dict[str, Any], fingerprint: str) -> None:
+    def __init__(self, directory: Path, raw: bytes) -> None:
         self.directory = directory
-        self.manifest = manifest
+        self.manifest = manifest = _parse_manifest(directory / MANIFEST, raw)
         self.kind: str = manifest["kind"]
         self.source: str = manifest["source"]
-        self.fingerprint = fingerprint
+        self.fingerprint = hashlib.sha256(raw).hexdigest()
         self.shard_sizes: tuple[int, ...] = tuple(shard["samples"] for shard in manifest["shards"])
         self._starts = [0, *itertools.accumulate(self.shard_sizes)]
         self._open_shards: OrderedDict[int, _Shard] = OrderedDict()
@@ -64,14 +71,13 @@ class Dataset:
             ShardError: the manifest, a shard or a sidecar is missing, cut short, of another schema or (verify) damaged.
         """
         directory = Path(directory)
-        raw = _read_manifest(directory)
-        manifest = _parse_manifest(directory / MANIFEST, raw)
-        for shard in manifest["shards"]:
+        data = cls(directory, _read_manifest(directory))
+        for shard in data.manifest["shards"]:
             tar = directory / shard["name"]
             _check_file(tar, shard["bytes"], shard["sha256"] if verify else None)
             index = directory / index_name(shard["name"])
             _check_file(index, shard["index_bytes"], shard["index_sha256"] if verify else None)
-        return cls(directory, manifest, hashlib.sha256(raw).hexdigest())
+        return data
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -86,15 +92,18 @@ class Dataset:
 
         Raises:
             ShardError: the sample cannot be read or is not what the sidecar says; names shard and key.
+            ShardUnavailable: nothing of its shard can be read.
         """
         number, place = self._locate(index)
         shard = self._shard(number)
         row = shard.rows[place]
+        tar = self._tar(shard)  # held here, it stays open
         digest = hashlib.sha256()
         members = {}
         for extension, (offset, size) in row.members.items():
             try:
-                data = shard.read(offset, size)
+                # The file's own position is not used, so threads do not disturb one another.
+                data = os.pread(tar.fileno(), size, offset)
             except OSError as error:
                 raise ShardError(f"{shard.path}: sample {row.key!r} cannot be read ({error.strerror})") from error
             digest.update(data)
@@ -102,6 +111,31 @@ class Dataset:
         if digest.hexdigest() != row.sha256:
             raise ShardError(f"{shard.path}: sample {row.key!r} is damaged (its bytes differ from the sidecar's hash)")
         return members
+
+    def name(self, index: int) -> tuple[str, str]:
+        """(tar, key) of sample `index`, for messages; where the sidecar cannot be read the key is "#" and its place."""
+        number, place = self._locate(index)
+        try:
+            key = self._shard(number).rows[place].key
+        except ShardError:
+            key = f"#{place}"
+        return self.manifest["shards"][number]["name"], key
+
+    def shard_of(self, index: int) -> int:
+        """The number of the shard that sample `index` is in."""
+        return self._locate(index)[0]
+
+    def samples_of(self, number: int) -> range:
+        """The numbers of the samples in shard `number`."""
+        return range(self._starts[number], self._starts[number + 1])
+
+    def open_file(self, name: str) -> IO[bytes]:
+        """A tar or sidecar, opened for reading without a buffer.
+
+        Raises:
+            OSError, ShardUnavailable: it cannot be had.
+        """
+        return (self.directory / name).open("rb", buffering=0)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Dataset.open, (self.directory,)  # a worker process opens its own files
@@ -118,35 +152,46 @@ class Dataset:
                 self._open_shards.move_to_end(number)
                 return self._open_shards[number]
             entry = self.manifest["shards"][number]
-            shard = _Shard(self.directory / entry["name"], entry["samples"])
-            self._open_shards[number] = shard
+            path = self.directory / entry["name"]
+            shard = self._open_shards[number] = _Shard(path, self._rows(path, entry["samples"]))
             if len(self._open_shards) > _SHARDS_KEPT:
                 self._open_shards.popitem(last=False)  # closed when the last thread that reads from it lets go
             return shard
 
+    def _rows(self, tar: Path, samples: int) -> list[Row]:
+        index = tar.with_name(index_name(tar.name))
+        try:
+            with self.open_file(index.name) as file:
+                raw = file.read()
+        except OSError as error:
+            raise ShardUnavailable(f"{index}: cannot be read ({error.strerror})") from error
+        try:
+            rows = [_row(line, tar.name) for line in raw.decode().splitlines()]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ShardUnavailable(f"{index}: not a sidecar of {SCHEMA} ({error}); build the data set again") from error
+        if len(rows) != samples:
+            raise ShardUnavailable(
+                f"{index}: has {len(rows)} samples, the manifest says {samples}; build the data set again"
+            )
+        return rows
+
+    def _tar(self, shard: _Shard) -> IO[bytes]:
+        with shard.lock:
+            if shard.tar is None:
+                try:
+                    shard.tar = self.open_file(shard.path.name)
+                except OSError as error:
+                    raise ShardUnavailable(f"{shard.path}: cannot be read ({error.strerror})") from error
+            return shard.tar
+
 
 class _Shard:
-    """One open tar and its parsed sidecar."""
+    """A parsed sidecar, and its tar once something was read from it."""
 
-    def __init__(self, path: Path, samples: int) -> None:
-        self.path = path
-        index = path.with_name(index_name(path.name))
-        try:
-            lines = index.read_text(encoding="utf-8").splitlines()
-            self.rows = [_row(line, path.name) for line in lines]
-            self._file = path.open("rb", buffering=0)
-        except OSError as error:
-            raise ShardError(f"{error.filename}: cannot be read ({error.strerror})") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise ShardError(f"{index}: not a sidecar of {SCHEMA} ({error}); build the data set again") from error
-        if len(self.rows) != samples:
-            raise ShardError(
-                f"{index}: has {len(self.rows)} samples, the manifest says {samples}; build the data set again"
-            )
-
-    def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes at `offset`; the file's own position is not used, so threads do not disturb one another."""
-        return os.pread(self._file.fileno(), size, offset)
+    def __init__(self, path: Path, rows: list[Row]) -> None:
+        self.path, self.rows = path, rows
+        self.tar: IO[bytes] | None = None
+        self.lock = threading.Lock()
 
 
 def _row(line: str, shard: str) -> Row:
@@ -181,8 +226,12 @@ def _parse_manifest(path: Path, raw: bytes) -> dict[str, Any]:
             raise ShardError(f"{path}: schema {schema!r}, expected {SCHEMA!r}; build the data set again")
         check_kind(manifest["kind"])
         for shard in manifest["shards"]:
-            for field in ("name", "samples", "bytes", "sha256", "index_bytes", "index_sha256"):
+            for field in ("samples", "bytes", "index_bytes"):
+                operator.index(shard[field])
+            for field in ("name", "sha256", "index_sha256"):
                 shard[field]
+            if Path(shard["name"]).name != shard["name"]:
+                raise ShardError(f"{path}: names the shard {shard['name']!r}, which would lie outside of the data set")
         if manifest["samples"] != sum(shard["samples"] for shard in manifest["shards"]):
             raise ShardError(
                 f"{path}: its shards do not add up to {manifest['samples']} samples; build the data set again"

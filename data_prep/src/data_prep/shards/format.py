@@ -18,6 +18,10 @@ class ShardError(ValueError):
     """A data set that is missing, half written, damaged or of another schema; the message names the file."""
 
 
+class ShardUnavailable(ShardError):
+    """A shard of which no sample can be read: its tar or its sidecar is missing or damaged as a whole."""
+
+
 def shard_name(number: int) -> str:
     """File name of the tar of shard `number`, counted from 0."""
     return f"{number:05d}.tar"

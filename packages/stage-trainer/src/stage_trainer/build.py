@@ -17,6 +17,7 @@ from stage_trainer.errors import UserError
 from stage_trainer.model import DualEncoder
 from stage_trainer.recipe import Recipe
 from stage_trainer.recipe_file import build_config
+from stage_trainer.remote import is_remote
 
 Model = DualEncoder | MaskedLM
 
@@ -151,10 +152,8 @@ def load_tokenizer(recipe: Recipe) -> Tokenizer:
     try:
         return Tokenizer.from_file(recipe.model.tokenizer)
     except FileNotFoundError as error:
-        raise UserError(
-            f"no tokenizer at {recipe.model.tokenizer} (model.tokenizer); "
-            f"for the laptop corpus run `data-prep corpus {recipe.corpus}`"
-        ) from error
+        hint = "" if is_remote(recipe.corpus) else f"; for the laptop corpus run `data-prep corpus {recipe.corpus}`"
+        raise UserError(f"no tokenizer at {recipe.model.tokenizer} (model.tokenizer){hint}") from error
 
 
 def _pretrained_text(weights: str, config: TextTowerConfig) -> TextTower:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data_prep.shards import Dataset, ShardError
+from data_prep.shards import Dataset, ShardError, ShardUnavailable
 from text_tower import PackedTokens, Tokenizer
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -23,6 +23,7 @@ from stage_trainer.objective import Batch
 from stage_trainer.recipe import Recipe, Source, Stage
 from stage_trainer.sampler import Draw, SourceOrder, TaskSampler, slice_of
 from stage_trainer.samples import IMAGE_TYPES, SampleCache
+from stage_trainer.shard_cache import RemotePlace, check_room, look_ahead, open_place, place
 
 REPLACEMENTS = 16
 """So many samples in a row may be corrupt before a source is given up."""
@@ -67,9 +68,8 @@ class StageBatches(TorchDataset):
         self.stage, self.seed, self.rank, self.world = stage, key(recipe.seed, number), rank, world
         self.tokenizer = tokenizer
         self.cache = SampleCache(recipe.cache_megabytes)
-        corpus = Path(recipe.corpus) / "train"
-        self.image_sources = [_open(corpus, s, stage.batch.image_text, ("image-",)) for s in stage.data.image_text]
-        self.text_sources = [_open(corpus, s, stage.batch.text, ("text-",)) for s in stage.data.text]
+        self.image_sources = [_open(recipe, s, stage.batch.image_text, ("image-",)) for s in stage.data.image_text]
+        self.text_sources = [_open(recipe, s, stage.batch.text, ("text-",)) for s in stage.data.text]
         if len({source.kind for source in self.text_sources}) > 1:
             raise UserError("data.text mixes pairs and triplets; a stage takes one kind, because their losses differ")
         self.hard_negatives = self._hard_negatives()
@@ -79,6 +79,7 @@ class StageBatches(TorchDataset):
             )
         self.image_sampler = self._sampler(stage.data.image_text, self.image_sources, stage.batch.image_text, False)
         self.text_sampler = self._sampler(stage.data.text, self.text_sources, stage.batch.text, True)
+        check_room(recipe.remote, [(self.image_sources, self.image_sampler), (self.text_sources, self.text_sampler)])
 
     def _sampler(self, sources: tuple[Source, ...], sets: list[Dataset], batch: int, one: bool) -> TaskSampler | None:
         if not batch:
@@ -118,7 +119,9 @@ class StageBatches(TorchDataset):
         if "image_text" in tasks:
             assert self.image_sampler is not None
             start = self.stage.task_start.image_text
-            for draw in slice_of(self.image_sampler.batch_at(step - start), self.rank, self.world):
+            draws = slice_of(self.image_sampler.batch_at(step - start), self.rank, self.world)
+            look_ahead(self.image_sources, self.image_sampler)
+            for draw in draws:
                 data = self.image_sources[draw.source]
                 pixels, content = self._sample(data, draw.index, drawn)
                 seed = self._seed(data, draw)
@@ -133,7 +136,9 @@ class StageBatches(TorchDataset):
         if "text" in tasks:
             assert self.text_sampler is not None
             start = self.stage.task_start.text
-            for draw in slice_of(self.text_sampler.batch_at(step - start), self.rank, self.world):
+            draws = slice_of(self.text_sampler.batch_at(step - start), self.rank, self.world)
+            look_ahead(self.text_sources, self.text_sampler)
+            for draw in draws:
                 data = self.text_sources[draw.source]
                 _, content = self._sample(data, draw.index, drawn)
                 seed = self._seed(data, draw)
@@ -158,9 +163,9 @@ class StageBatches(TorchDataset):
                 self._check(data, index, pixels, content)
                 return pixels, content
             except (ShardError, ImageError) as error:
-                row = data.row(index)
-                drawn.corrupt.append(Corrupt(str(data.directory / row.shard), row.key, str(error)))
-                index = key("replacement", data.kind, data.source, row.key, attempt) % len(data)
+                shard, name = data.name(index)
+                drawn.corrupt.append(Corrupt(str(data.directory / shard), name, str(error)))
+                index = _replacement(data, index, attempt, isinstance(error, ShardUnavailable))
         raise UserError(
             f"{data.directory}: {REPLACEMENTS} samples in a row were of no use, the last one because: "
             f"{drawn.corrupt[-1].reason}"
@@ -270,14 +275,28 @@ def batches(data: TorchDataset, start: int, stop: int, workers: int) -> Iterator
         yield item
 
 
-def open_data_set(directory: Path, kinds: tuple[str, ...]) -> Dataset:
+def _replacement(data: Dataset, index: int, attempt: int, whole_shard: bool) -> int:
+    """The sample that takes the place of `index`: another of its shard, which is at hand; where that did not help, one
+    of another shard, the same for all of its samples, so that a shard that is gone does not cost many others."""
+    shard = data.shard_of(index)
+    seed = key("replacement", data.kind, data.source, attempt)
+    if whole_shard or attempt > 1:
+        shard = key(seed, shard) % len(data.shard_sizes)
+        samples = data.samples_of(shard)
+        return samples[key(seed, index) % len(samples)]
+    samples = data.samples_of(shard)
+    step = 1 + key(seed, index) % max(1, len(samples) - 1)  # never back to itself, if there are others
+    return samples[(index - samples.start + step) % len(samples)]
+
+
+def open_data_set(directory: Path | RemotePlace, kinds: tuple[str, ...]) -> Dataset:
     """A data set of one of `kinds` (the beginnings of their names).
 
     Raises:
         UserError: it is missing, damaged or of another kind.
     """
     try:
-        data = Dataset.open(directory)
+        data = open_place(directory)
     except (ShardError, FileNotFoundError) as error:
         raise UserError(str(error)) from error
     if not data.kind.startswith(kinds):
@@ -285,8 +304,8 @@ def open_data_set(directory: Path, kinds: tuple[str, ...]) -> Dataset:
     return data
 
 
-def _open(corpus: Path, source: Source, batch: int, kinds: tuple[str, ...]) -> Dataset:
-    data = open_data_set(corpus / source.path, kinds)
+def _open(recipe: Recipe, source: Source, batch: int, kinds: tuple[str, ...]) -> Dataset:
+    data = open_data_set(place(recipe, "train", source.path), kinds)
     if len(data) < batch:
         raise UserError(
             f"{data.directory} has {len(data)} samples, too few for one batch of {batch}; "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,10 @@ from stage_trainer.errors import UserError
 from stage_trainer.keyed import key, permutation
 from stage_trainer.masked_lm import MaskedBatch
 from stage_trainer.recipe import Recipe, Stage
+from stage_trainer.remote import is_remote
 from stage_trainer.sampler import SourceOrder, TaskSampler, slice_of
 from stage_trainer.samples import SampleCache
+from stage_trainer.shard_cache import fetch_sidecars, place
 
 HELD_OUT = 64
 """Texts of each language over which the held-out loss is taken."""
@@ -38,10 +39,11 @@ class Texts:
     def __init__(self, recipe: Recipe, stage: Stage, split: str, paths: Iterable[str], tokenizer: Tokenizer):
         self.tokenizer, self.max_tokens = tokenizer, stage.max_tokens
         self.cache = SampleCache(recipe.cache_megabytes)
-        self.data_sets = [open_data_set(Path(recipe.corpus) / split / path, ("text-",)) for path in paths]
+        self.data_sets = [open_data_set(place(recipe, split, path), ("text-",)) for path in paths]
         self._first = np.cumsum([0, *map(len, self.data_sets)])
         try:
             self._hide = WholeWordMasking(tokenizer, stage.masking.share)
+            fetch_sidecars(self.data_sets)
             by_shard = _by_language(self.data_sets)
         except ValueError as error:  # the tokenizer's or a sidecar's own words
             raise UserError(str(error)) from error
@@ -62,15 +64,16 @@ class Texts:
     def _text(self, language: str, number: int, seed: int, drawn: Drawn) -> str:
         for attempt in range(REPLACEMENTS):
             sample = self.samples[language][number]
-            place = int(np.searchsorted(self._first, sample, side="right")) - 1
-            data, index = self.data_sets[place], int(sample - self._first[place])
-            row = data.row(index)
+            owner = int(np.searchsorted(self._first, sample, side="right")) - 1
+            data, index = self.data_sets[owner], int(sample - self._first[owner])
             try:
                 texts = _in_language(self.cache.sample(data, index)[1], language)
                 if not texts:
-                    raise ShardError(f"{data.directory}: sample {row.key} lacks the {language!r} that its index lists")
+                    name = data.row(index).key
+                    raise ShardError(f"{data.directory}: sample {name} lacks the {language!r} that its index lists")
             except ShardError as error:
-                drawn.corrupt.append(Corrupt(str(data.directory / row.shard), row.key, str(error)))
+                shard, name = data.name(index)
+                drawn.corrupt.append(Corrupt(str(data.directory / shard), name, str(error)))
                 number = key("replacement", language, number, attempt) % len(self.samples[language])
                 continue
             drawn.texts[f"{data.kind}/{data.source}/{language}"] += 1
@@ -130,7 +133,8 @@ def held_out(recipe: Recipe, stage: Stage, tokenizer: Tokenizer) -> dict[str, Ma
     Raises:
         UserError: damaged data.
     """
-    paths = [p for p in stage.data.masked_lm if (Path(recipe.corpus) / "validation" / p).is_dir()]
+    below = [p for p in stage.data.masked_lm if not is_remote(p)]  # a URL has no splits
+    paths = [p for p in below if place(recipe, "validation", p).is_dir()]
     texts = Texts(recipe, stage, "validation", paths, tokenizer)
     drawn, batches = Drawn(), {}
     for language, samples in texts.samples.items():

@@ -51,7 +51,8 @@ class Trainable:
 
 @dataclass(frozen=True, config=_STRICT)
 class Source:
-    """A data set (a directory with a manifest) and how often it is drawn, relative to the others of its task.
+    """A data set (a directory with a manifest, below the corpus, or a URL) and how often it is drawn, relative to the
+    others of its task.
 
     Of texts that say the same in several languages one is drawn; `target_language` names the one that targets of text
     pairs shall have where there is a choice (English as the pivot of thirty languages, say).
@@ -227,6 +228,26 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Remote:
+    """How data under URLs is read: a `corpus` or `path` that is https://…, s3://…, gs://…, hf://… or what else fsspec
+    opens.
+
+    Shards are fetched whole into the folder `cache`, which all processes of a machine share, and other runs may; of
+    its files, beyond `gigabytes` (none: no limit), those that were not read for the longest go. `downloads` at once are
+    fetched before they are needed. A server that is silent for `timeout` seconds, or fails in a way that may pass, is
+    asked `retries` times more. `pipe:COMMAND` is a shell command that prints the file for which its {name} stands: only
+    with `allow_pipe`.
+    """
+
+    cache: str = "~/.cache/trilith"
+    gigabytes: float | None = None
+    downloads: int = 8
+    timeout: float = 60.0
+    retries: int = 6
+    allow_pipe: bool = False
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Recipe:
     """A whole training, from the start to the last stage.
 
@@ -234,7 +255,8 @@ class Recipe:
     would have to emulate that, which is up to ten times slower than fp32. Of the samples drawn, up to the share
     `max_corrupt` may be unreadable or of no use; they are replaced and entered in `corrupt.jsonl`. A step whose
     gradient is not finite is skipped; `max_skipped` in a row end the run. `sinks` take the scalars beside TensorBoard
-    ("module:callable", see `stage_trainer.monitor.Sink`).
+    ("module:callable", see `stage_trainer.monitor.Sink`). Each process keeps
+    `cache_megabytes` of decoded samples in main memory.
     """
 
     name: str
@@ -247,6 +269,7 @@ class Recipe:
     precision: Literal["bf16", "fp32", "auto"] = "bf16"
     workers: int = 0
     cache_megabytes: int = 0
+    remote: Remote = field(default_factory=Remote)
     max_corrupt: float = 0.01
     max_skipped: int = 5
     log_every: int = 10

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import GradientCache, Recipe, Stage
+from stage_trainer.remote import Address, is_remote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,14 +82,23 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{"batch": {"text": 4}} → {"batch.text": 4}; sequences are leaves unless they hold mappings."""
+    """{"batch": {"text": 4}} → {"batch.text": 4}; sequences are leaves unless they hold mappings.
+
+    It is for checkpoints and screens: addresses lose their credentials.
+    """
     if isinstance(tree, dict) and tree:
         parts = [(str(k), v) for k, v in tree.items()]
     elif isinstance(tree, list | tuple) and tree and isinstance(tree[0], dict):
         parts = [(str(i), v) for i, v in enumerate(tree)]
     else:
-        return {prefix: tree}
+        return {prefix: _shown(tree)}
     return {k: v for key, value in parts for k, v in flatten(value, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(map(_shown, value))
+    return str(Address(value)) if isinstance(value, str) and is_remote(value) else value
 
 
 class _Loader(yaml.SafeLoader):
@@ -192,6 +202,11 @@ def _check(recipe: Recipe, path: str | Path) -> None:
     """What types cannot say."""
     if recipe.log_every < 1 or recipe.checkpoint.keep < 1:
         raise UserError(f"{path}: 'log_every' and 'checkpoint.keep' should be at least 1")
+    remote = recipe.remote
+    if remote.downloads < 1 or remote.retries < 0 or remote.timeout <= 0 or (remote.gigabytes or 1) <= 0:
+        raise UserError(
+            f"{path}: 'remote.downloads' should be at least 1, 'retries' at least 0, 'timeout' and 'gigabytes' above 0"
+        )
     if not recipe.stages:
         raise UserError(f"{path}: 'stages' is empty; a recipe needs at least one stage")
     for number, stage in enumerate(recipe.stages, 1):

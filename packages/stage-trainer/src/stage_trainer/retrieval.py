@@ -16,6 +16,7 @@ from data_prep.shards import Dataset, ShardError
 from stage_trainer.errors import UserError
 from stage_trainer.model import DualEncoder
 from stage_trainer.samples import image_of, texts_of
+from stage_trainer.shard_cache import RemotePlace, open_place
 from stage_trainer.text_retrieval import ndcg_at_k
 
 K = 5
@@ -39,14 +40,14 @@ class Pool:
     documents: bool = False
 
     @classmethod
-    def open(cls, directory: str | Path) -> Pool:
+    def open(cls, directory: str | Path | RemotePlace) -> Pool:
         """Reads a data set of images with captions; those of the role "name" or "query", or of none, all count.
 
         Raises:
             UserError: a data set that is missing or damaged, a sample without an image or without captions.
         """
         try:
-            return cls._read(Dataset.open(directory))
+            return cls._read(open_place(directory))
         except (ShardError, FileNotFoundError) as error:
             raise UserError(str(error)) from error
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
 
@@ -42,18 +41,42 @@ class SourceOrder:
         self.seed = seed
         self._first = np.concatenate([[0], np.cumsum(self.shard_sizes)[:-1]])
         self._cached: tuple[tuple[int, int], np.ndarray] | None = None
-        self._windows: tuple[int, list[np.ndarray], list[int]] | None = None
+        self._windows: dict[int, tuple[list[np.ndarray], np.ndarray]] = {}
 
     def at(self, position: int) -> tuple[int, int]:
         """(epoch, sample index) at a position of the stream."""
+        epoch, number, offset = self._window(position)
+        return epoch, int(self._order(epoch, number, self._of(epoch)[0][number])[offset])
+
+    def shards(self, start: int, stop: int) -> list[int]:
+        """The shards that are read from position `start` to `stop`, and those of the window after that: window by
+        window, in the order of the stream, each once."""
+        found: dict[int, None] = {}
+        position = start
+        while True:
+            epoch, number, offset = self._window(position)
+            window = self._of(epoch)[0][number]
+            found.update(dict.fromkeys(window.tolist()))
+            if position >= stop or len(found) == len(self.shard_sizes):
+                return list(found)
+            position += int(self.shard_sizes[window].sum()) - offset
+
+    def _window(self, position: int) -> tuple[int, int, int]:
+        """(epoch, number of the window in it, place in the window) of a position."""
         epoch, offset = divmod(position, self.samples)
-        if self._windows is None or self._windows[0] != epoch:
+        _, ends = self._of(epoch)
+        number = int(np.searchsorted(ends, offset, side="right"))
+        return epoch, number, offset - (int(ends[number - 1]) if number else 0)
+
+    def _of(self, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
+        """The windows of an epoch, and the position within it at which each ends."""
+        if epoch not in self._windows:
             shards = permutation(len(self.shard_sizes), key(self.seed, "shards", epoch))
             windows = [shards[i : i + WINDOW] for i in range(0, len(shards), WINDOW)]
-            self._windows = epoch, windows, list(accumulate(int(self.shard_sizes[w].sum()) for w in windows))
-        _, windows, ends = self._windows
-        number = int(np.searchsorted(ends, offset, side="right"))
-        return epoch, int(self._order(epoch, number, windows[number])[offset - (ends[number - 1] if number else 0)])
+            ends = np.cumsum([self.shard_sizes[w].sum() for w in windows])
+            near = {e: w for e, w in self._windows.items() if abs(e - epoch) == 1}  # one looks ahead to the next
+            self._windows = {**near, epoch: (windows, ends)}
+        return self._windows[epoch]
 
     def _order(self, epoch: int, number: int, shards: np.ndarray) -> np.ndarray:
         if self._cached is None or self._cached[0] != (epoch, number):
@@ -75,7 +98,7 @@ class TaskSampler:
     def __init__(self, orders: Sequence[SourceOrder], rates: Sequence[float], batch: int, *, one_source: bool):
         self.orders, self.batch, self.one_source = list(orders), batch, one_source
         self.shares = [rate / sum(rates) for rate in rates]
-        self._cursors = [0] * len(self.orders)
+        self._cursors = self._starts = [0] * len(self.orders)
         self._next = 0
 
     def batch_at(self, n: int) -> list[Draw]:
@@ -84,14 +107,21 @@ class TaskSampler:
             self._cursors, self._next = [0] * len(self.orders), 0
         while self._next < n:
             self._advance()
-        starts = list(self._cursors)
+        self._starts = list(self._cursors)
         counts = self._advance()
         draws = []
-        for source, (start, count) in enumerate(zip(starts, counts, strict=True)):
+        for source, (start, count) in enumerate(zip(self._starts, counts, strict=True)):
             for position in range(start, start + count):
                 epoch, index = self.orders[source].at(position)
                 draws.append(Draw(source, index, epoch))
         return draws
+
+    def shards_ahead(self) -> list[list[int]]:
+        """For each source, the shards that the batch asked for last is read from and those that come next, in order."""
+        return [
+            order.shards(start, cursor + self.batch)
+            for order, start, cursor in zip(self.orders, self._starts, self._cursors, strict=True)
+        ]
 
     def _advance(self) -> list[int]:
         """Moves past one batch; its count per source. Whoever lags its share most comes next, ties to the first."""

@@ -11,6 +11,7 @@ from data_prep.shards import Dataset, ShardError
 
 from stage_trainer.errors import UserError
 from stage_trainer.samples import texts_of
+from stage_trainer.shard_cache import RemotePlace, open_place
 
 K = 10
 
@@ -29,14 +30,14 @@ class PairPool:
     scores: list[tuple[str, int, float]]
 
     @classmethod
-    def open(cls, directory: str | Path) -> PairPool:
+    def open(cls, directory: str | Path | RemotePlace) -> PairPool:
         """Reads a data set of text pairs or triplets, whose negatives are left out.
 
         Raises:
             UserError: a data set that is missing or damaged.
         """
         try:
-            return cls._read(Dataset.open(directory))
+            return cls._read(open_place(directory))
         except (ShardError, FileNotFoundError) as error:
             raise UserError(str(error)) from error
 

@@ -1,0 +1,305 @@
+"""Files of a data set that lies under a URL or behind a command: one of them fetched, and what may go wrong on the way.
+
+HTTP is spoken here, with the standard library; any other scheme is fsspec's (s3fs, gcsfs, … have to be installed);
+`pipe:` runs a shell. Credentials in a URL are used and never shown.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import email.utils
+import errno
+import hashlib
+import http.client
+import logging
+import os
+import random
+import re
+import select
+import shlex
+import signal
+import ssl
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from stage_trainer.errors import UserError
+from stage_trainer.recipe import Remote
+
+CHUNK = 1 << 20
+"""Bytes read at once."""
+LONGEST_WAIT = 60.0
+"""Seconds between two attempts at most, whatever a server's Retry-After says: other ranks wait, too."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a disk says that takes no more."""
+
+_BACKOFF = 1.0  # seconds before the second attempt; doubled for each further one
+_WRONG_TWICE = 2  # more attempts than that do not turn wrong bytes into right ones
+_URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<rest>[^?]*)(?P<query>\?.*)?", re.IGNORECASE | re.DOTALL)
+_log = logging.getLogger(__name__)
+
+
+class Failure(Exception):
+    """Why a file could not be fetched.
+
+    Args:
+        reason: what was found, without credentials.
+        again: whether another attempt may help, if the server wishes after `wait` seconds.
+        missing: whether there is no such file.
+        wrong: whether something came that is not the file.
+    """
+
+    def __init__(
+        self, reason: str, *, again: bool = False, wait: float = 0.0, missing: bool = False, wrong: bool = False
+    ):
+        super().__init__(reason)
+        self.again, self.wait, self.missing, self.wrong = again, wait, missing, wrong
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a data set lies.
+
+    Args:
+        base: a URL, perhaps with credentials (user:password@ or a signature in its query), or pipe:COMMAND.
+        path: the data set below it, "train/image-short/emoji"; "" if the base is the data set.
+    """
+
+    base: str
+    path: str = ""
+
+    @property
+    def is_pipe(self) -> bool:
+        return self.base.startswith("pipe:")
+
+    def of(self, name: str) -> str:
+        """The URL (or the command) of a file of the data set, as it is used; not to be shown."""
+        inside = f"{self.path}/{name}" if self.path else name
+        if self.is_pipe:
+            return self.base.removeprefix("pipe:").replace("{name}", shlex.quote(inside))
+        scheme, rest, query = self._parts()
+        if scheme in ("http", "https"):
+            inside = urllib.parse.quote(inside)
+        return f"{scheme}://{rest}/{inside}{query}"
+
+    def shown(self, name: str) -> str:
+        """The same for people, without credentials; of a command the first word."""
+        return f"{self}/{name}"
+
+    def __str__(self) -> str:
+        if self.is_pipe:
+            place = "pipe:" + (self.base.removeprefix("pipe:").split() or [""])[0] + " …"
+        else:
+            scheme, rest, _ = self._parts()
+            place = f"{scheme}://{_without_user(rest)}"
+        return f"{place}/{self.path}" if self.path else place
+
+    @property
+    def folder(self) -> Path:
+        """A relative folder named for the address, for its copies."""
+        if self.is_pipe:
+            place = ["pipe", hashlib.sha256(self.base.encode()).hexdigest()[:16]]
+        else:
+            scheme, rest, _ = self._parts()
+            place = [scheme, *_without_user(rest).split("/")]
+        parts = [part for part in [*place, *self.path.split("/")] if part not in ("", ".", "..")]
+        return Path(*parts)
+
+    def _parts(self) -> tuple[str, str, str]:
+        found = _URL.fullmatch(self.base)
+        assert found is not None  # is_remote saw to it
+        return found["scheme"].lower(), found["rest"].rstrip("/"), found["query"] or ""
+
+
+def is_remote(place: str) -> bool:
+    """Whether a recipe's `corpus` or `path` is a URL or a command, and no folder."""
+    return place.startswith("pipe:") or _URL.fullmatch(place) is not None
+
+
+def without_credentials(text: str, url: str = "") -> str:
+    """A text with neither the user nor the query of any URL in it, nor those of `url` wherever they stand."""
+    if parts := _URL.fullmatch(url):
+        user = parts["rest"].partition("/")[0].rpartition("@")[0]
+        for secret in filter(None, (parts["query"], user and f"{user}@")):
+            text = text.replace(secret, "")
+    return re.sub(r"(\w+://)([^\s/'\"@]*@)?([^\s?'\"]*)(\?[^\s'\"]*)?", r"\1\3", text)
+
+
+def check(base: str, settings: Remote) -> None:
+    """UserError for a command that the recipe does not allow or that cannot say which file it is for."""
+    if not base.startswith("pipe:"):
+        return
+    if not settings.allow_pipe:
+        raise UserError(
+            "the recipe has data behind pipe:, which runs a shell command; if you trust it, set remote.allow_pipe=true"
+        )
+    if "{name}" not in base:
+        raise UserError(
+            "the recipe has data behind a pipe: without {name}, which stands for the file wanted; "
+            "for example 'pipe:aws s3 cp s3://bucket/corpus/{name} -'"
+        )
+
+
+def fetch(
+    address: Address, name: str, into: Path, settings: Remote, size: int | None = None, sha256: str | None = None
+) -> None:
+    """Brings a file of a data set to `into`, trying again where that may help.
+
+    Args:
+        size, sha256: what the file must have; None if nobody knows.
+
+    Raises:
+        Failure: it cannot be had; `into` may then hold anything.
+        UserError: nothing here can open such a URL.
+        OSError: the disk refuses.
+    """
+    url, attempt = address.of(name), 0
+    while True:
+        attempt += 1
+        try:
+            if address.is_pipe:
+                _by_command(url, into, settings.timeout, size)
+            elif url.startswith(("http://", "https://")):
+                _by_http(url, into, settings.timeout, size)
+            else:
+                _by_fsspec(url, into)
+            return _verify(into, size, sha256)
+        except Failure as failure:
+            limit = min(settings.retries, _WRONG_TWICE) if failure.wrong else settings.retries
+            if not failure.again or attempt > limit:
+                raise
+            backoff = _BACKOFF * 2 ** (attempt - 1) * random.uniform(0.5, 1)
+            wait = min(LONGEST_WAIT, max(failure.wait, backoff))
+            _log.warning("%s: %s; trying again in %.0f s", address.shown(name), failure, wait)
+        time.sleep(wait)
+
+
+def _by_http(url: str, into: Path, timeout: float, size: int | None) -> None:
+    scheme, _, rest = url.partition("://")
+    user, at, _ = rest.partition("/")[0].rpartition("@")
+    request = urllib.request.Request(f"{scheme}://{rest.removeprefix(user + at)}", headers={"User-Agent": "trilith"})
+    if at:
+        credentials = base64.b64encode(urllib.parse.unquote_to_bytes(user)).decode()
+        request.add_unredirected_header("Authorization", f"Basic {credentials}")
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            _write(into, iter(lambda: response.read1(CHUNK), b""), size)
+    except urllib.error.HTTPError as error:
+        raise _http_failure(error) from error
+    except (OSError, http.client.HTTPException) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        if isinstance(reason, OSError) and reason.errno in FULL:
+            raise
+        again = not isinstance(reason, ssl.SSLCertVerificationError | http.client.InvalidURL)
+        if isinstance(reason, TimeoutError):
+            reason = f"no answer for {timeout:g} s"
+        elif isinstance(reason, http.client.IncompleteRead):
+            reason = "the connection was cut"
+        raise Failure(without_credentials(str(reason) or type(reason).__name__, url), again=again) from error
+
+
+def _http_failure(error: urllib.error.HTTPError) -> Failure:
+    with error:  # its connection
+        reason = f"{error.code} {error.reason}"
+        if error.code in (404, 410):
+            return Failure(reason, missing=True)
+        if error.code in (401, 403):
+            return Failure(f"{reason}: the credentials are missing, wrong or out of date, or there is no such file")
+        again = error.code in (408, 425, 429) or error.code >= 500
+        return Failure(reason, again=again, wait=_retry_after(error.headers.get("Retry-After")))
+
+
+def _retry_after(value: str | None) -> float:
+    """Seconds to wait, from a number of seconds or a date (RFC 9110, 10.2.3); 0 if the header says nothing."""
+    if value is None:
+        return 0.0
+    if value.strip().isdigit():
+        return float(value)
+    with contextlib.suppress(ValueError):
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    return 0.0
+
+
+def _by_command(command: str, into: Path, timeout: float, size: int | None) -> None:
+    # A group of its own, so that a command which hangs can be ended with all that it started.
+    process = subprocess.Popen(
+        command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdout is not None
+    try:
+        _write(into, _chunks_of(process.stdout.fileno(), timeout), size)
+        status = process.wait(timeout)
+    except subprocess.TimeoutExpired as error:
+        raise Failure(f"the command did not end for {timeout:g} s", again=True) from error
+    finally:
+        process.stdout.close()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if status:
+        found = f"exit status {status}" if status > 0 else f"signal {-status}"
+        raise Failure(f"the command failed ({found})", again=status not in (126, 127))
+
+
+def _chunks_of(descriptor: int, timeout: float) -> Iterator[bytes]:
+    poll = select.poll()  # select.select knows no descriptors above 1,023
+    poll.register(descriptor, select.POLLIN)
+    while True:
+        if not poll.poll(timeout * 1000):
+            raise Failure(f"the command was silent for {timeout:g} s", again=True)
+        if not (chunk := os.read(descriptor, CHUNK)):
+            return
+        yield chunk
+
+
+def _by_fsspec(url: str, into: Path) -> None:
+    import fsspec
+
+    try:
+        system, inside = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        shown = without_credentials(url)
+        raise UserError(f"{shown} cannot be opened here: {without_credentials(str(error), url)}") from error
+    try:
+        system.get_file(inside, str(into))
+    except FileNotFoundError as error:
+        raise Failure("there is no such file", missing=True) from error
+    except PermissionError as error:
+        raise Failure(f"access was refused ({without_credentials(str(error), url)})") from error
+    except Exception as error:  # each backend has exceptions of its own
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise
+        system.invalidate_cache()
+        raise Failure(without_credentials(f"{type(error).__name__}: {error}", url), again=True) from error
+
+
+def _write(into: Path, chunks: Iterable[bytes], size: int | None) -> None:
+    """Writes what comes, but no more than a chunk beyond `size`: it might have no end."""
+    written = 0
+    with into.open("wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+            written += len(chunk)
+            if size is not None and written > size:
+                raise Failure(f"more than the {size} bytes came that the manifest says", again=True, wrong=True)
+
+
+def _verify(path: Path, size: int | None, sha256: str | None) -> None:
+    found = path.stat().st_size
+    if size is not None and found != size:
+        raise Failure(f"{found} bytes came, the manifest says {size}", again=True)
+    if sha256 is not None:
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                raise Failure("the bytes that came are not those of the manifest's sha256", again=True, wrong=True)
+
+
+def _without_user(rest: str) -> str:
+    host, slash, path = rest.partition("/")
+    return host.rpartition("@")[2] + slash + path
