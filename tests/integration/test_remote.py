@@ -59,13 +59,14 @@ def equal(one, two):
     return one.keys() == two.keys() and all((one[k] == two[k]).all() for k in one)
 
 
-def test_a_url_trains_to_the_bits_of_its_folder(train, scalars, corpus, served, tmp_path):
-    """Two ranks of two workers, the server seeing each file once; a run begun on the folder goes on with the URL."""
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_a_url_trains_to_the_bits_of_its_folder(train, scalars, corpus, served, tmp_path, ranks):
+    """Ranks of two workers, the server seeing each file once; a run begun on the folder goes on with the URL."""
     url, requests = served
     elsewhere = (f"corpus={url}", f"remote.cache={tmp_path}/cache", "workers=2")
-    train(1, *QUICK, f"corpus={corpus}", ranks=2, output="folder")
+    train(1, *QUICK, f"corpus={corpus}", ranks=ranks, output="folder")
     folder = weights(tmp_path / "folder/stage1")
-    train(1, *QUICK, *elsewhere, ranks=2, output="url")
+    train(1, *QUICK, *elsewhere, ranks=ranks, output="url")
     for tag in ("loss/text", "loss/image_text", "temperature/text"):
         assert scalars("url/stage1", tag) == scalars("folder/stage1", tag)
         assert len(scalars("url/stage1", tag)) == 6
@@ -75,5 +76,5 @@ def test_a_url_trains_to_the_bits_of_its_folder(train, scalars, corpus, served, 
     assert set(files.values()) == {1}
 
     shutil.rmtree(max((tmp_path / "folder/stage1").glob("step-*")))
-    train(1, *QUICK, *elsewhere, ranks=2, output="folder")
+    train(1, *QUICK, *elsewhere, ranks=ranks, output="folder")
     assert equal(weights(tmp_path / "folder/stage1"), folder)

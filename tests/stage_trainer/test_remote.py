@@ -20,14 +20,14 @@ import pytest
 import torch
 from data_prep.shards import Dataset, DatasetWriter, ShardError, ShardUnavailable
 from PIL import Image
-from stage_trainer import remote, shard_cache
+from stage_trainer import remote, remote_data
 from stage_trainer.data import StageBatches, _replacement, batches
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import Recipe, Remote
 from stage_trainer.recipe_file import load
 from stage_trainer.remote import Address
+from stage_trainer.remote_data import RemotePlace, place
 from stage_trainer.sampler import SourceOrder
-from stage_trainer.shard_cache import RemotePlace, place
 
 SAMPLES, PER_SHARD, BYTES = 20, 2, 40_000  # ten shards of two samples
 
@@ -314,7 +314,7 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(server, opened, tmp_path)
 
 def test_a_full_disk_makes_room_of_what_nobody_reads(data, server, opened, monkeypatch):
     everything(opened())
-    there, fetch, calls = opened(), shard_cache.fetch, []
+    there, fetch, calls = opened(), remote_data.fetch, []
     (there.directory / "00003.tar").unlink()
 
     def refuse_once(*arguments):
@@ -323,7 +323,7 @@ def test_a_full_disk_makes_room_of_what_nobody_reads(data, server, opened, monke
             raise OSError(errno.ENOSPC, "No space left on device")
         fetch(*arguments)
 
-    monkeypatch.setattr(shard_cache, "fetch", refuse_once)
+    monkeypatch.setattr(remote_data, "fetch", refuse_once)
     assert there.read(6) == Dataset.open(data).read(6)
     assert [p.name for p in there.directory.glob("*.tar")] == ["00003.tar"]
 

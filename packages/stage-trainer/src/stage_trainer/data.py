@@ -21,9 +21,9 @@ from stage_trainer.errors import UserError
 from stage_trainer.keyed import key
 from stage_trainer.objective import Batch
 from stage_trainer.recipe import Recipe, Source, Stage
+from stage_trainer.remote_data import RemotePlace, check_room, look_ahead, open_place, place
 from stage_trainer.sampler import Draw, SourceOrder, TaskSampler, slice_of
 from stage_trainer.samples import IMAGE_TYPES, SampleCache
-from stage_trainer.shard_cache import RemotePlace, check_room, look_ahead, open_place, place
 
 REPLACEMENTS = 16
 """So many samples in a row may be corrupt before a source is given up."""

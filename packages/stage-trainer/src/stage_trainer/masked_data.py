@@ -18,9 +18,9 @@ from stage_trainer.keyed import key, permutation
 from stage_trainer.masked_lm import MaskedBatch
 from stage_trainer.recipe import Recipe, Stage
 from stage_trainer.remote import is_remote
+from stage_trainer.remote_data import fetch_sidecars, place
 from stage_trainer.sampler import SourceOrder, TaskSampler, slice_of
 from stage_trainer.samples import SampleCache
-from stage_trainer.shard_cache import fetch_sidecars, place
 
 HELD_OUT = 64
 """Texts of each language over which the held-out loss is taken."""

@@ -15,8 +15,8 @@ from data_prep.shards import Dataset, ShardError
 
 from stage_trainer.errors import UserError
 from stage_trainer.model import DualEncoder
+from stage_trainer.remote_data import RemotePlace, open_place
 from stage_trainer.samples import image_of, texts_of
-from stage_trainer.shard_cache import RemotePlace, open_place
 from stage_trainer.text_retrieval import ndcg_at_k
 
 K = 5

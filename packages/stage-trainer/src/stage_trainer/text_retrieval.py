@@ -10,8 +10,8 @@ import numpy as np
 from data_prep.shards import Dataset, ShardError
 
 from stage_trainer.errors import UserError
+from stage_trainer.remote_data import RemotePlace, open_place
 from stage_trainer.samples import texts_of
-from stage_trainer.shard_cache import RemotePlace, open_place
 
 K = 10
 
