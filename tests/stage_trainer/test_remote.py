@@ -24,7 +24,7 @@ from stage_trainer import remote, remote_data
 from stage_trainer.data import StageBatches, _replacement, batches
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import Recipe, Remote
-from stage_trainer.recipe_file import load
+from stage_trainer.recipe_file import flatten, load
 from stage_trainer.remote import Address
 from stage_trainer.remote_data import RemotePlace, place
 from stage_trainer.sampler import SourceOrder
@@ -515,6 +515,18 @@ def test_a_path_may_be_a_url_and_a_corpus_behind_a_command(data, server, recipe,
     for number, (corpus, settings) in enumerate(sources):
         there = steps(recipe(corpus, *settings, f"remote.cache={tmp_path}/cache{number}"))
         assert all(torch.equal(a.text_ids, b.text_ids) for (a, _), (b, _) in zip(here, there, strict=True))
+
+
+@pytest.mark.parametrize("setting", ["downloads=0", "retries=-1", "timeout=0", "gigabytes=0"])
+def test_settings_that_cannot_be_meant_are_refused(recipe, setting):
+    with pytest.raises(UserError, match="'remote.downloads' should be at least 1"):
+        recipe("corpus", f"remote.{setting}")
+
+
+def test_checkpoints_and_screens_see_addresses_without_credentials():
+    tree = {"corpus": "https://me:pw@host/a?sig=1", "masked_lm": ("s3://b/c", "text-pairs/x"), "steps": 3}
+    shown = {"corpus": "https://host/a", "masked_lm": ("s3://b/c", "text-pairs/x"), "steps": 3}
+    assert flatten(tree) == shown
 
 
 def test_a_command_is_run_only_if_the_recipe_allows_it(data, recipe, tmp_path):

@@ -203,7 +203,8 @@ def _check(recipe: Recipe, path: str | Path) -> None:
     if recipe.log_every < 1 or recipe.checkpoint.keep < 1:
         raise UserError(f"{path}: 'log_every' and 'checkpoint.keep' should be at least 1")
     remote = recipe.remote
-    if remote.downloads < 1 or remote.retries < 0 or remote.timeout <= 0 or (remote.gigabytes or 1) <= 0:
+    limit = 1 if remote.gigabytes is None else remote.gigabytes
+    if remote.downloads < 1 or remote.retries < 0 or remote.timeout <= 0 or limit <= 0:
         raise UserError(
             f"{path}: 'remote.downloads' should be at least 1, 'retries' at least 0, 'timeout' and 'gigabytes' above 0"
         )
