@@ -101,6 +101,21 @@ def test_a_batch_depends_on_its_number_alone(corpus, batches):
     assert torch.equal(batch.masked.packed.ids, late.masked.packed.ids)
 
 
+def test_a_url_gives_the_batches_and_the_held_out_texts_of_its_folder(corpus, write, batches, tmp_path, recipes):
+    write("a", [(["de"], pair("de", n)) for n in range(9)], split="validation")
+    elsewhere = (f"corpus=file://{tmp_path}", f"remote.cache={tmp_path}/cache")
+    here, there = batches(), batches(*elsewhere)
+    assert here.fingerprint == there.fingerprint
+    assert all(torch.equal(here[n][0].masked.packed.ids, there[n][0].masked.packed.ids) for n in range(12))
+    found = []
+    for settings in ((f"corpus={tmp_path}",), elsewhere):
+        settings = [*settings, "data={masked_lm: [text-pairs/a, text-pairs/b]}"]  # of b there is no validation split
+        recipe = load(recipes / "masked-lm.yaml", settings, 1).recipe
+        found.append(held_out(recipe, recipe.stage(1), Letters()))
+    assert [list(batches) for batches in found] == [["de"], ["de"]]
+    assert torch.equal(found[0]["de"].masked.packed.ids, found[1]["de"].masked.packed.ids)
+
+
 @pytest.mark.parametrize("exponent", [0.0, 0.3, 1.0])
 def test_languages_are_drawn_by_their_smoothed_number_of_texts(corpus, batches, exponent):
     data = batches(f"masking.language_exponent={exponent}")

@@ -276,6 +276,17 @@ def test_credentials_are_used_and_never_shown(data, server, opened, waits, caplo
     assert not any(word in said for word in ("us%40er", "pass%3Aword", "s3cret", secret))
 
 
+def test_a_redirection_is_followed_and_takes_no_password_along(data, server, opened, tmp_path):
+    with contextlib.closing(Server(tmp_path / "corpus")) as other:
+        other.close = lambda: (other.shutdown(), other.server_close())
+        target = f"{other.url}/train/text-pairs/made/00000.tar"
+        server.faults = {"00000.tar": [(302, {"Location": target})]}
+        there = opened(server.url.replace("http://", "http://user:password@"))
+        assert there.read(0) == Dataset.open(data).read(0)
+        assert all("Authorization" in headers for _, headers in server.headers)
+        assert [("Authorization" in headers) for _, headers in other.headers] == [False]
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
