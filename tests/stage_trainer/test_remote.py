@@ -4,6 +4,7 @@ import base64
 import collections
 import contextlib
 import errno
+import hashlib
 import http.server
 import io
 import json
@@ -307,6 +308,37 @@ def test_a_copy_of_the_wrong_size_is_fetched_again(data, server, opened):
     copy.write_bytes(b"")
     assert everything(opened()) == everything(Dataset.open(data))
     assert server.requests["00003.tar"] == 2
+
+
+def flip(path, offset):
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.unlink()
+    path.write_bytes(content)
+
+
+def test_a_copy_that_was_spoiled_on_the_disk_is_fetched_again_and_bad_data_is_not(data, server, opened):
+    everything(opened())
+    there, here = opened(), Dataset.open(data)
+    offset, _ = here.row(6).members["json"]
+    flip(there.directory / "00003.tar", offset)
+    assert there.read(6) == here.read(6)
+    assert server.requests["00003.tar"] == 2
+
+    manifest, index = data / "manifest.json", data / "00003.index.jsonl"  # the sidecar is at odds with the tar
+    former = hashlib.sha256(index.read_bytes()).hexdigest()
+    content = index.read_text().replace(here.row(6).sha256, "0" * 64)
+    index.unlink()
+    index.write_text(content)
+    text = manifest.read_text().replace(former, hashlib.sha256(content.encode()).hexdigest())
+    manifest.unlink()
+    manifest.write_text(text)
+    there = opened()
+    for _ in range(2):
+        with pytest.raises(ShardError, match="sample 's6' is damaged"):
+            there.read(6)
+    assert there.read(7) == here.read(7)
+    assert server.requests["00003.tar"] == 3
 
 
 def test_a_full_disk_is_one_message_and_leaves_nothing(server, opened, tmp_path):

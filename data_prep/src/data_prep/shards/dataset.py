@@ -11,8 +11,9 @@ import os
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from .format import MANIFEST, SCHEMA, ShardError, ShardUnavailable, check_kind, index_name
 
@@ -129,7 +130,7 @@ class Dataset:
         """The numbers of the samples in shard `number`."""
         return range(self._starts[number], self._starts[number + 1])
 
-    def open_file(self, name: str) -> IO[bytes]:
+    def open_file(self, name: str) -> FileIO:
         """A tar or sidecar, opened for reading without a buffer.
 
         Raises:
@@ -175,7 +176,7 @@ class Dataset:
             )
         return rows
 
-    def _tar(self, shard: _Shard) -> IO[bytes]:
+    def _tar(self, shard: _Shard) -> FileIO:
         with shard.lock:
             if shard.tar is None:
                 try:
@@ -190,7 +191,7 @@ class _Shard:
 
     def __init__(self, path: Path, rows: list[Row]) -> None:
         self.path, self.rows = path, rows
-        self.tar: IO[bytes] | None = None
+        self.tar: FileIO | None = None
         self.lock = threading.Lock()
 
 

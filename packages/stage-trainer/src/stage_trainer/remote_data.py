@@ -15,6 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -164,7 +165,8 @@ class RemoteDataset(Dataset):
         self._files |= {index_name(s["name"]): (s["index_bytes"], s["index_sha256"]) for s in shards}
         self._expected: list[int] | None = None
         self._ahead: _Ahead | None = None
-        self._held: dict[str, IO[bytes]] = {}
+        self._held: dict[str, FileIO] = {}
+        self._sound: set[int] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RemoteDataset, (self.address, self.settings, self._raw, self.since)
@@ -174,7 +176,31 @@ class RemoteDataset(Dataset):
         entries = [self.manifest["shards"][number] for number in shards]
         return sum(entry["bytes"] + entry["index_bytes"] for entry in entries)
 
-    def open_file(self, name: str) -> IO[bytes]:
+    def read(self, index: int) -> dict[str, bytes]:
+        """As `Dataset.read`; a copy that was spoiled since it was fetched is fetched once more."""
+        try:
+            return super().read(index)
+        except ShardUnavailable:
+            raise
+        except ShardError:
+            if not self._spoiled(self.shard_of(index)):
+                raise
+            return super().read(index)
+
+    def _spoiled(self, number: int) -> bool:
+        """Whether the copy of a tar is no longer what the manifest says; it is gone then."""
+        entry = self.manifest["shards"][number]
+        with self.open_file(entry["name"]) as file:
+            if number in self._sound or hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]:
+                self._sound.add(number)  # so the data set itself is at odds with its sidecar
+                return False
+        (self.directory / entry["name"]).unlink(missing_ok=True)
+        with self._lock:
+            self._open_shards.pop(number, None)
+        self._held.pop(entry["name"], None)
+        return True
+
+    def open_file(self, name: str) -> FileIO:
         """A file of the data set, fetched if it is not here. As long as it is open its copy stays.
 
         Raises:
@@ -213,7 +239,7 @@ class RemoteDataset(Dataset):
         if file is not None and name.endswith(".tar"):
             self._held[name] = file
 
-    def _open(self, name: str, ahead: bool) -> IO[bytes] | None:
+    def _open(self, name: str, ahead: bool) -> FileIO | None:
         path, (size, _) = self.directory / name, self._files[name]
         while True:
             try:
