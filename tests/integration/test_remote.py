@@ -12,8 +12,8 @@ from data_prep.shards import Dataset, DatasetWriter
 from safetensors.torch import load_file
 
 QUICK = (
-    "steps=6", "warmup_steps=2", "evaluation.every=0", "log_every=1", "resolution=[[0, 32]]",
-    "checkpoint={every: 3, keep: 2}",
+    "steps=6", "warmup_steps=2", "evaluation={every: 6, pools: [image-short/drawn]}", "log_every=1",
+    "resolution=[[0, 32]]", "checkpoint={every: 3, keep: 2}",
 )  # fmt: skip
 
 
@@ -27,6 +27,7 @@ def corpus(tmp_path, drawn_corpus):
             for index in range(len(whole)):
                 row = whole.row(index)
                 writer.write(row.key, whole.read(index), languages=row.languages, tokens=row.tokens)
+    shutil.copytree(drawn_corpus / "validation", tmp_path / "corpus/validation")
     return tmp_path / "corpus"
 
 
@@ -64,17 +65,22 @@ def test_a_url_trains_to_the_bits_of_its_folder(train, scalars, corpus, served, 
     """Ranks of two workers, the server seeing each file once; a run begun on the folder goes on with the URL."""
     url, requests = served
     elsewhere = (f"corpus={url}", f"remote.cache={tmp_path}/cache", "workers=2")
+    by_path = f"data.text=[{{path: '{url}/train/text-pairs/drawn?signed=1'}}]"
     train(1, *QUICK, f"corpus={corpus}", ranks=ranks, output="folder")
     folder = weights(tmp_path / "folder/stage1")
     train(1, *QUICK, *elsewhere, ranks=ranks, output="url")
     for tag in ("loss/text", "loss/image_text", "temperature/text"):
         assert scalars("url/stage1", tag) == scalars("folder/stage1", tag)
         assert len(scalars("url/stage1", tag)) == 6
+    recall = [tag for tag in scalars("folder/stage1") if tag.startswith("validation_recall")]
+    assert recall
+    assert all(scalars("url/stage1", tag) == scalars("folder/stage1", tag) for tag in recall)
     assert equal(weights(tmp_path / "url/stage1"), folder)
     files = {name: n for name, n in requests.items() if not name.endswith("manifest.json")}
     assert len(files) > 20
     assert set(files.values()) == {1}
 
     shutil.rmtree(max((tmp_path / "folder/stage1").glob("step-*")))
-    train(1, *QUICK, *elsewhere, ranks=ranks, output="folder")
+    train(1, *QUICK, *elsewhere, by_path, ranks=ranks, output="folder")
+    assert not [p for p in (tmp_path / "folder").rglob("state.json") if "signed=1" in p.read_text()]
     assert equal(weights(tmp_path / "folder/stage1"), folder)

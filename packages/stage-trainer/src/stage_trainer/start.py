@@ -71,8 +71,10 @@ def settings(recipe: Recipe, number: int) -> dict[str, Any]:
     how = ("deepspeed", "gradient_cache")  # what they change is rounding
     stage = {k: v for k, v in to_dict(recipe)["stages"][number - 1].items() if k not in how}
     tree = {k: v for k, v in to_dict(recipe).items() if k in ("model", "optimizer", "seed", "precision")}
-    # A folder may be moved; what is in it has a fingerprint of its own.
+    # A folder may be moved, also to a URL; what is in it has a fingerprint of its own.
     del tree["model"]["tokenizer"]
+    for source in (*stage["data"]["image_text"], *stage["data"]["text"]):
+        source["path"] = "/".join(source["path"].partition("?")[0].rstrip("/").split("/")[-2:])
     return flatten({**tree, "stage": stage})
 
 

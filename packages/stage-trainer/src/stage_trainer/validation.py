@@ -18,6 +18,7 @@ from stage_trainer.masked_data import held_out
 from stage_trainer.masked_lm import held_out_losses
 from stage_trainer.monitor import Monitor
 from stage_trainer.recipe import Recipe, Stage
+from stage_trainer.remote_data import place
 
 Validation = Callable[[Monitor, int, int, int], dict[str, float]]
 """Measures, shows and returns what it found, by its name in TensorBoard, given (monitor, steps done, rank, world).
@@ -41,7 +42,7 @@ def _embeddings(recipe: Recipe, stage: Stage, engine: Engine) -> Validation:
     images: dict[str, retrieval.Pool] = {}
     pairs: dict[str, text_retrieval.PairPool] = {}
     for path in recipe.evaluation.pools:
-        directory = Path(recipe.corpus) / "validation" / path
+        directory = place(recipe, "validation", path)
         data = open_data_set(directory, ("image-", "text-"))
         of_kind: dict[str, Any] = images if data.kind.startswith("image-") else pairs
         name = data.source if data.source not in of_kind else f"{data.source}-{data.kind}"
