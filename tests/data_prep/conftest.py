@@ -78,3 +78,21 @@ def make_deb() -> Callable[[Path, str, dict[str, bytes]], Path]:
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def dual_encoder(drawn, tmp_path_factory):
+    """A directory as `DualEncoder.save_pretrained` writes it, of random towers, and the towers."""
+    import torch
+    from stage_trainer import DualEncoder
+    from text_tower import TextTower, TextTowerConfig
+    from text_tower.tokenizer import Tokenizer
+    from vision_tower import VisionTower, VisionTowerConfig
+
+    torch.manual_seed(0)
+    tower = TextTower(TextTowerConfig(vocab_size=386, width=32, layers=1, heads=2, mlp_width=64))
+    tower.tokenizer = Tokenizer.from_file(drawn / "tokenizer.model")
+    vision = VisionTower(VisionTowerConfig(resolution=16, patch=8, width=32, layers=1, heads=2, reference_grid=None))
+    folder = tmp_path_factory.mktemp("model") / "dual"
+    DualEncoder(tower, vision).save_pretrained(folder)
+    return folder, DualEncoder.from_pretrained(folder)

@@ -51,12 +51,11 @@ def many_downloads(tmp_path) -> Path:
 
 @pytest.fixture
 def start() -> Callable[..., subprocess.Popen[str]]:
-    """Starts `data-prep import img2dataset SOURCE --out OUT …` in a process of its own."""
+    """Starts `data-prep` with these arguments in a process of its own."""
 
-    def start(source: Path, out: Path, *options: str) -> subprocess.Popen[str]:
+    def start(*arguments: object) -> subprocess.Popen[str]:
         program = "import sys; from data_prep.cli import main; sys.exit(main())"
-        command = [sys.executable, "-c", program, "import", "img2dataset", str(source), "--out", str(out)]
-        command += ["--image-size", "64", *options]
+        command = [sys.executable, "-c", program, *map(str, arguments)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     return start

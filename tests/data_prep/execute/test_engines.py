@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -112,6 +113,19 @@ def test_an_interrupted_job_goes_on_and_does_no_unit_twice(job, tmp_path, files)
             assert data == found[name.replace("/n/", "/undisturbed/")]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_stopped_when_all_units_were_done_the_job_is_published_by_the_next_run(job, tmp_path, monkeypatch, workers):
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("data_prep.execute.job._prepare", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_job(job(), ONE, say=silent)
+    monkeypatch.undo()
+    assert run_job(job(), Execution(workers=workers), say=silent)["came_in"] == 20
+    assert len(calls(tmp_path)) == 5
+
+
 def test_another_job_does_not_go_on_from_what_one_left(job):
     with pytest.raises(KeyboardInterrupt):
         run_job(job(stop=3), ONE, say=silent)
@@ -175,12 +189,53 @@ def test_processes_and_array_tasks_give_the_same_bytes(downloads, tmp_path, file
     assert run("array", "--workers", "1", "--task", "2/3") == alone  # a task that comes late
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed (`pip install ray`)")
 def test_ray_tasks_give_the_same_bytes_as_processes(downloads, tmp_path, files):
     for name, options in (("alone", ["--workers", "1"]), ("ray", ["--engine", "ray", "--workers", "2"])):
         command = ["import", "img2dataset", str(downloads), "--out", str(tmp_path / name), "--image-size", "64"]
         assert main([*command, *options]) == 0
     assert files(tmp_path / "ray") == files(tmp_path / "alone")
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """A Ray cluster of one machine, started from a folder of its own; RAY_ADDRESS names it."""
+    (tmp_path / "elsewhere").mkdir()
+    program = (
+        "import sys, ray; found = ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False); "
+        "print('address', found['gcs_address'], flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=tmp_path / "elsewhere",
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None
+    address = next(line.split()[1] for line in process.stdout if line.startswith("address"))
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    yield address
+    process.communicate("")
+
+
+def test_on_a_cluster_that_was_started_elsewhere_names_start_from_where_the_command_is_given(
+    cluster, downloads, tmp_path, files, monkeypatch, capsys
+):
+    monkeypatch.chdir(downloads.parent)
+    assert main(["import", "img2dataset", "downloads", "--out", str(tmp_path / "alone"), "--workers", "1"]) == 0
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "downloads").symlink_to(downloads)
+    command = ["import", "img2dataset", "downloads", "--out", "ray", "--engine", "ray"]
+    assert main(command) == 0
+    assert files(tmp_path / "ray") == files(tmp_path / "alone")
+    assert not list((tmp_path / "elsewhere").iterdir())
+    monkeypatch.setattr(os, "getcwd", lambda: str(tmp_path / "gone"))
+    assert main([*command, "--name", "again"]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'gone'}: not to be found on " in error
+    assert "all machines of the cluster must see the folder" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -231,7 +286,7 @@ def test_a_target_that_cannot_be_written_gives_one_line(downloads, tmp_path, cap
 
 def test_ctrl_c_ends_all_processes_quietly_and_the_next_run_goes_on(downloads, tmp_path, start):
     out = tmp_path / "o"
-    process = start(downloads, out, "--workers", "2")
+    process = start("import", "img2dataset", downloads, "--out", out, "--workers", "2")
     deadline = time.monotonic() + 60
     while not list(out.glob("*.partial/receipts/*.json")):
         assert time.monotonic() < deadline
@@ -244,7 +299,7 @@ def test_ctrl_c_ends_all_processes_quietly_and_the_next_run_goes_on(downloads, t
         assert "interrupted; the same command goes on from here" in error
         assert "Traceback" not in error
         assert not list(out.rglob("*.tmp")) or not (out / "image-short").exists()
-    again = start(downloads, out, "--workers", "2")
+    again = start("import", "img2dataset", downloads, "--out", out, "--workers", "2")
     again.communicate(timeout=120)
     assert again.returncode == 0
     assert len(Dataset.open(out / "image-short/img2dataset", verify=True)) == 108

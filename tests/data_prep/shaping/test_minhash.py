@@ -8,7 +8,6 @@ import datasketch
 import numpy as np
 import pytest
 from data_prep.shaping.alike import words_of
-from data_prep.shaping.groups import first_of_group
 from data_prep.shaping.minhash import Signatures, _alike, matches, near_duplicates, signatures
 
 DRAW = random.Random(7)
@@ -36,7 +35,7 @@ def test_the_share_of_equal_minima_estimates_jaccard_similarity():
     for number in range(300):
         words = sentence()
         one, two = " ".join(words), " ".join(changed(words, number % 20))
-        estimate = _alike(signatures([one, two]).low, np.array([[0, 1]]))[0]
+        estimate = _alike(signatures([one, two]), np.array([[0, 1]]))[0]
         errors.append(estimate - jaccard(one, two))
     assert abs(np.mean(errors)) < 0.01
     assert np.std(errors) < 0.05  # sqrt(0.25 / 120) = 0.046 at most
@@ -87,13 +86,6 @@ def test_planted_copies_are_found_and_nothing_else():
     assert (near_duplicates(signatures(texts), similarity=1.0) == np.arange(len(texts))).all()
 
 
-def test_the_first_of_the_group_stays_whatever_the_order_of_the_pairs():
-    pairs = np.array([[5, 6], [0, 3], [3, 6], [1, 2]])
-    for order in ([0, 1, 2, 3], [3, 2, 1, 0]):
-        assert first_of_group(8, pairs[order]).tolist() == [0, 1, 1, 0, 4, 0, 0, 7]
-    assert first_of_group(3, np.zeros((0, 2), int)).tolist() == [0, 1, 2]
-
-
 def test_a_text_is_known_if_it_is_nearly_one_of_those():
     known = [sentence(30) for _ in range(50)]
     texts = [
@@ -117,4 +109,4 @@ def test_as_datasketch_sees_them():
         estimate = sketches[0].jaccard(sketches[1])
         assert (estimate > 0.75) == same
         assert (near_duplicates(signatures(pair), similarity=0.75)[1] == 0) == same
-        assert _alike(signatures(pair).low, np.array([[0, 1]]))[0] == pytest.approx(estimate, abs=0.15)
+        assert _alike(signatures(pair), np.array([[0, 1]]))[0] == pytest.approx(estimate, abs=0.15)

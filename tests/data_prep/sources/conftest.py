@@ -107,3 +107,27 @@ def run(tmp_path: Path) -> Callable[..., Outcome]:
 def snapshot() -> Callable[[Path], dict[str, bytes]]:
     """Every file below a folder, by name: to see that a source is as it was."""
     return lambda folder: {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def write_pdf(path: Path, pages: list[str], box: tuple[int, int] = (300, 400)) -> Path:
+    """A PDF with one line of text a page, written by hand; an empty one is a page without text."""
+    objects = ["<< /Type /Catalog /Pages 2 0 R >>", ""]
+    kids = []
+    for text in pages:
+        stream = f"BT /F1 24 Tf 20 200 Td ({text}) Tj ET" if text else "0 0 50 50 re f"
+        objects.append(f"<< /Length {len(stream)} >>\nstream\n{stream}\nendstream")
+        objects.append(
+            f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 {box[0]} {box[1]}] /Contents {len(objects)} 0 R "
+            "/Resources << /Font << /F1 << /Type /Font /Subtype /Type1 /BaseFont /Helvetica >> >> >> >>"
+        )
+        kids.append(f"{len(objects)} 0 R")
+    objects[1] = f"<< /Type /Pages /Kids [{' '.join(kids)}] /Count {len(pages)} >>"
+    data, places = b"%PDF-1.4\n", []
+    for number, content in enumerate(objects, 1):
+        places.append(len(data))
+        data += f"{number} 0 obj\n{content}\nendobj\n".encode()
+    table = "".join(f"{place:010d} 00000 n \n" for place in places)
+    data += f"xref\n0 {len(places) + 1}\n0000000000 65535 f \n{table}".encode()
+    data += f"trailer << /Size {len(places) + 1} /Root 1 0 R >>\nstartxref\n{data.index(b'xref')}\n%%EOF\n".encode()
+    path.write_bytes(data)
+    return path

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow
 import pytest
 from data_prep.errors import UserError
-
-pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed (`pip install './data_prep[parquet]'`)")
-parquet = pytest.importorskip("pyarrow.parquet")
+from pyarrow import parquet
 
 
 def write(path: Path, rows: list[dict], group: int = 1000) -> Path:

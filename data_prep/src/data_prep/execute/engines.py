@@ -6,6 +6,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -29,6 +30,8 @@ def run_units(specs: Sequence[Spec], *, engine: str, workers: int) -> Iterator[R
     Raises:
         UserError, ShardError: of a unit, or because a worker died; the other units are stopped.
     """
+    if not specs:  # all were done before
+        return
     if engine == "ray":
         yield from _with_ray(specs, workers)
     elif workers == 1 or len(specs) == 1:
@@ -79,6 +82,18 @@ def _begin_worker() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def _process_shard_from(folder: str, spec: Spec) -> Receipt:
+    """A unit on a machine of a cluster, whose processes began elsewhere: names in `spec` start from `folder`."""
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: not to be found on {socket.gethostname()} ({error.strerror}); all machines of the cluster must "
+            f"see the folder in which the command was started, and the data, under the same names"
+        ) from error
+    return process_shard(spec)
+
+
 def _with_ray(specs: Sequence[Spec], workers: int) -> Iterator[Receipt]:
     ray = needs("ray", extra="ray", what="--engine ray")
     ours = not ray.is_initialized()
@@ -89,13 +104,13 @@ def _with_ray(specs: Sequence[Spec], workers: int) -> Iterator[Receipt]:
         except Exception as error:  # Ray raises bare exceptions when it cannot start or reach a cluster
             raise UserError(f"Ray cannot be started or reached ({error}); use --engine processes") from error
     try:
-        task = ray.remote(num_cpus=1, max_retries=3)(process_shard)
+        task = ray.remote(num_cpus=1, max_retries=3)(_process_shard_from)
         left = iter(specs)
         running: list[Any] = []
         window = _WAITING * max(workers, int(ray.cluster_resources().get("CPU", 1)))
         while True:
             while len(running) < window and (spec := next(left, None)) is not None:
-                running.append(task.remote(spec))
+                running.append(task.remote(os.getcwd(), spec))
             if not running:
                 break
             done, running = ray.wait(running)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,12 +41,16 @@ class Known:
     answer: np.ndarray
     item: np.ndarray
 
-    def answers_of(self) -> dict[int, set[int]]:
-        """For each query, the answers of all pairs that ask it."""
-        found: dict[int, set[int]] = {}
-        for query, answer in zip(self.query.tolist(), self.answer.tolist(), strict=True):
-            found.setdefault(query, set()).add(answer)
-        return found
+    def answers_of(self) -> Callable[[int], set[int]]:
+        """Looks up, for a query, the answers of all pairs that ask it."""
+        order = np.argsort(self.query, kind="stable")
+        queries = self.query[order]
+
+        def of(query: int) -> set[int]:
+            begin, end = np.searchsorted(queries, [query, query + 1])
+            return set(self.answer[order[begin:end]].tolist())
+
+        return of
 
 
 def choose(
@@ -55,7 +59,7 @@ def choose(
     positives: np.ndarray,
     first: int,
     known: Known,
-    answers_of: dict[int, set[int]],
+    answers_of: Callable[[int], set[int]],
     guards: Guards,
 ) -> np.ndarray:
     """The hardest negatives that pass, `[Q, count]` int64; a row of -1 where there are too few.
@@ -80,10 +84,10 @@ def _passing(
     similar: list[float],
     positive: float,
     known: Known,
-    answers_of: dict[int, set[int]],
+    answers_of: Callable[[int], set[int]],
     guards: Guards,
 ) -> Iterator[int]:
-    right = answers_of[int(known.query[query])] | {int(known.answer[query])}
+    right = answers_of(int(known.query[query])) | {int(known.answer[query])}
     item, taken, rank = known.item[query], set[int](), 0
     for pair, score in zip(near, similar, strict=True):
         if pair < 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import UserError, needs
 from ..execute import Execution, Job
 from ..execute.unit import Output
-from ..shaping.minhash import Signatures, near_duplicates, signatures
+from ..shaping.minhash import near_duplicates, signatures
 from ..shaping.passes import (
     Record,
     Survey,
@@ -28,6 +28,7 @@ from ..shaping.passes import (
     with_decisions,
     write,
 )
+from ..shaping.stored import Stored, arrays_of
 from ..shards import Dataset
 from .guards import Guards, Known, choose
 from .search import EXACT_UP_TO, build_index, search
@@ -118,8 +119,7 @@ def embed(piece: dict[str, Any], options: dict[str, Any], output: Output) -> Non
             rows = tower.encode(texts, task=options[f"{side}_task"], truncate_dim=options["dim"])
         except ValueError as error:
             raise UserError(f"{options['model']}: {error}") from error
-        signed = signatures(texts)
-        sides |= {side: rows.astype(np.float16), f"{side}_bands": signed.bands, f"{side}_low": signed.low}
+        sides |= {side: rows.astype(np.float16), **arrays_of(side, signatures(texts))}
     save(Path(piece["survey"]), items=np.array(items, np.uint64), **sides)
 
 
@@ -135,7 +135,7 @@ def compose(piece: dict[str, Any], options: dict[str, Any], output: Output) -> N
         write(output, piece, sample, kind="text-triplets", tokens=None)
 
 
-def _decide(survey: Survey, guards: Guards, similarity: float, exact_up_to: int) -> list[np.ndarray]:
+def _decide(survey: Survey, guards: Guards, similarity: float, exact_up_to: int) -> Iterator[np.ndarray]:
     files = survey.files()
     known = Known(
         query=_groups(files, "query", similarity),
@@ -145,22 +145,18 @@ def _decide(survey: Survey, guards: Guards, similarity: float, exact_up_to: int)
     index = build_index(
         lambda: (load(file, "target")["target"] for file in files), len(known.query), exact_up_to=exact_up_to
     )
-    answers_of, chosen, first = known.answers_of(), [], 0
+    answers_of, first = known.answers_of(), 0
     for file in files:
         part = load(file, "query", "target")
         scores, neighbours = search(index, part["query"], guards.ranks[1] + _SPARE)
         positives = (part["query"].astype(np.float32) * part["target"].astype(np.float32)).sum(axis=1)
-        chosen.append(choose(neighbours, scores, positives, first, known, answers_of, guards))
+        yield choose(neighbours, scores, positives, first, known, answers_of, guards)
         first += len(positives)
-    return chosen
 
 
 def _groups(files: Sequence[Path], side: str, similarity: float) -> np.ndarray:
-    parts = []
-    for file in files:
-        part = load(file, f"{side}_bands", f"{side}_low")
-        parts.append(Signatures(part[f"{side}_bands"], part[f"{side}_low"]))
-    return near_duplicates(Signatures.join(parts), similarity=similarity)
+    with Stored(files, side) as stored:
+        return near_duplicates(stored, similarity=similarity)
 
 
 class _Corpus:

@@ -14,10 +14,11 @@ from PIL import Image
 from ..errors import UserError
 from ..execute import Execution, Job
 from ..execute.unit import Output
-from .groups import first_of_group
+from .groups import join, pairs_of_equals
 from .minhash import Signatures, matches, near_duplicates, signatures
 from .passes import Survey, copy, decision, load, open_alike, pieces_of, samples_of, save, two_passes, with_decisions
 from .phash import UNREADABLE, pairs_within, perceptual_hash
+from .stored import Stored, arrays_of
 
 KEPT, EXACT, NEAR, TEST, BROKEN = range(5)
 REASONS = {
@@ -153,11 +154,10 @@ def _sign_texts(piece: dict[str, Any], sides: bool, output: Output) -> None:
     save(
         Path(piece["survey"]),
         exact=_array(exact),
-        bands=all_.bands,
-        low=all_.low,
         side_bands=one.bands,
         side_low=one.low,
         owners=np.array(owners, np.int64),
+        **arrays_of("whole", all_),
     )
 
 
@@ -172,7 +172,8 @@ def _decide_images(files: Sequence[Path], tests: int, distance: int) -> list[np.
         places = np.flatnonzero(hashed)
         pairs = places[pairs_within(hashes[places], distance)]
         in_test = pairs[:, 0] < begin
-        group = first_of_group(len(hashes), pairs[~in_test])
+        group = np.arange(len(hashes))
+        join(group, pairs[~in_test])
         later = group != np.arange(len(group))
         verdicts[later & (verdicts == KEPT)] = NEAR
         verdicts[pairs[in_test][:, 1]] = TEST
@@ -181,22 +182,25 @@ def _decide_images(files: Sequence[Path], tests: int, distance: int) -> list[np.
 
 
 def _decide_texts(files: Sequence[Path], tests: int, similarity: float) -> list[np.ndarray]:
-    exact, wholes, in_test, sizes = [], [], [], []
-    sides = [load(file) for file in files[:tests]]
+    exact, in_test = [], []
+    sides = [load(file, "side_bands", "side_low") for file in files[:tests]]
     known = Signatures.join([Signatures(part["side_bands"], part["side_low"]) for part in sides]) if sides else None
-    for file in files[tests:]:  # one at a time: the signatures of single texts need not be in memory together
-        part = load(file)
-        exact.append(part["exact"])
-        wholes.append(Signatures(part["bands"], part["low"]))
-        sizes.append(len(part["exact"]))
-        flags = np.zeros(len(part["exact"]), bool)
+    for file in files[tests:]:  # one at a time: the signatures of all do not fit into memory
+        exact.append(load(file, "exact")["exact"])
+        flags = np.zeros(len(exact[-1]), bool)
         if known is not None:
+            part = load(file, "side_bands", "side_low", "owners")
             own = Signatures(part["side_bands"], part["side_low"])
             flags[part["owners"][matches(own, known, similarity=min(similarity, 1.0))]] = True
         in_test.append(flags)
-    verdicts = _exact_verdicts(np.concatenate(exact), 0)
+    sizes = [len(part) for part in exact]
+    keys = np.concatenate(exact)
+    del exact
+    verdicts = _exact_verdicts(keys, 0)
+    del keys
     if similarity <= 1:
-        group = near_duplicates(Signatures.join(wholes), similarity=similarity)
+        with Stored(files[tests:], "whole") as stored:
+            group = near_duplicates(stored, similarity=similarity)
         verdicts[(group != np.arange(len(group))) & (verdicts == KEPT)] = NEAR
     verdicts[np.concatenate(in_test)] = TEST
     return np.split(verdicts, np.cumsum(sizes)[:-1])
@@ -204,8 +208,9 @@ def _decide_texts(files: Sequence[Path], tests: int, similarity: float) -> list[
 
 def _exact_verdicts(keys: np.ndarray, begin: int) -> np.ndarray:
     """KEPT, EXACT or TEST for each `[N, 2]` key; the first `begin` are those of evaluation sets."""
-    _, first, group = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-    earliest = first[group.ravel()]
+    earliest = np.arange(len(keys))
+    for pairs in pairs_of_equals(keys[:, 0]):
+        join(earliest, pairs[keys[pairs[:, 0], 1] == keys[pairs[:, 1], 1]])
     verdicts = np.where(earliest == np.arange(len(keys)), KEPT, EXACT).astype(np.uint8)
     verdicts[(earliest < begin) & (np.arange(len(keys)) >= begin)] = TEST
     return verdicts

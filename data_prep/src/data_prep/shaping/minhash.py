@@ -10,16 +10,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from .alike import words_of
-from .groups import first_of_group
+from .groups import join, pairs_of_equals
 
 BANDS, ROWS = 20, 6
 PERMUTATIONS = BANDS * ROWS
 _SHINGLE = 5
+_PAIRS = 10_000  # compared at a time
 _MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, of no pattern: the golden ratio in 64 bits
+
+
+class Signed(Protocol):
+    """The signatures of N texts, in memory (`Signatures`) or on the disk (`stored.Stored`)."""
+
+    def __len__(self) -> int: ...
+
+    def band(self, number: int) -> np.ndarray:
+        """Each text's hash of a group of minima, `[N]` uint64."""
+        ...
+
+    def low_of(self, texts: np.ndarray) -> np.ndarray:
+        """The low bytes of the minima of some texts, `[M, PERMUTATIONS]` uint8."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -39,6 +55,12 @@ class Signatures:
     def join(cls, parts: Sequence[Signatures]) -> Signatures:
         """Those of several batches, in order."""
         return cls(np.concatenate([part.bands for part in parts]), np.concatenate([part.low for part in parts]))
+
+    def band(self, number: int) -> np.ndarray:
+        return self.bands[:, number]
+
+    def low_of(self, texts: np.ndarray) -> np.ndarray:
+        return self.low[texts]
 
     def to_bytes(self) -> list[bytes]:
         """Each text's own, to be kept elsewhere."""
@@ -67,36 +89,27 @@ def signatures(texts: Sequence[str]) -> Signatures:
     return Signatures(bands, minima.astype(np.uint8))
 
 
-def near_duplicates(found: Signatures, *, similarity: float = 0.8) -> np.ndarray:
+def near_duplicates(found: Signed, *, similarity: float = 0.8) -> np.ndarray:
     """For each of N texts the number of the first text of its group, `[N]` int64; its own number if it is the first.
 
     Two texts are in one group if their estimated Jaccard similarity is at least `similarity`, or if a chain of such
     pairs joins them. In each group of equal band hashes, every text is compared with the first and with its neighbour.
     """
-    pairs = np.concatenate([_candidates(found.bands[:, band]) for band in range(BANDS)])
-    if len(pairs):
-        pairs = np.unique(pairs, axis=0)
-    return first_of_group(len(found), pairs[_alike(found.low, pairs) >= similarity])
+    first = np.arange(len(found))
+    for band in range(BANDS):
+        for pairs in pairs_of_equals(found.band(band)):
+            open_ = pairs[first[pairs[:, 0]] != first[pairs[:, 1]]]
+            join(first, open_[_alike(found, open_) >= similarity])
+    return first
 
 
-def _alike(low: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+def _alike(found: Signed, pairs: np.ndarray) -> np.ndarray:
     """Estimated Jaccard similarity of each pair, `[P]`; low bytes agree by chance once in 256."""
     share = np.empty(len(pairs))
-    for start in range(0, len(pairs), 100_000):
-        part = pairs[start : start + 100_000]
-        share[start : start + 100_000] = (low[part[:, 0]] == low[part[:, 1]]).mean(axis=1)
+    for start in range(0, len(pairs), _PAIRS):
+        low = found.low_of(pairs[start : start + _PAIRS].ravel()).reshape(-1, 2, PERMUTATIONS)
+        share[start : start + _PAIRS] = (low[:, 0] == low[:, 1]).mean(axis=1)
     return (share - 1 / 256) / (1 - 1 / 256)
-
-
-def _candidates(hashes: np.ndarray) -> np.ndarray:
-    """Pairs (earlier, later) with equal hashes, `[P, 2]`: each with the first of its bucket and with the one before."""
-    order = np.argsort(hashes, kind="stable")
-    same = hashes[order[1:]] == hashes[order[:-1]]
-    later = np.flatnonzero(same) + 1
-    begins = np.concatenate([[True], ~same])
-    first = np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0))
-    pairs = [np.stack([order[first[later]], order[later]], 1), np.stack([order[later - 1], order[later]], 1)]
-    return np.concatenate(pairs)
 
 
 def _shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,7 +167,7 @@ class Survey:
 def two_passes(
     survey: Survey,
     job: Job,
-    decide: Callable[[Survey], Sequence[np.ndarray]],
+    decide: Callable[[Survey], Iterable[np.ndarray]],
     execution: Execution,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any] | None:
@@ -181,11 +181,8 @@ def two_passes(
         if not survey.run(execution, say):
             say("other array tasks have units left; when all are done, run the array again: it goes on from here")
             return None
-        decided = decide(survey)
-        if len(decided) != len(job.pieces):
-            raise RuntimeError(f"{len(decided)} decisions for {len(job.pieces)} pieces")
-        for number, values in enumerate(decided):
-            save(survey.folder / f"decided-{number:05d}.npz", values=values)
+        for piece, values in zip(job.pieces, decide(survey), strict=True):
+            save(Path(piece["decided"]), values=values)
     receipt = run_job(job, execution, say=say)
     if receipt is not None:
         for folder in Path(job.out).glob(f"{job.name}.survey-*"):

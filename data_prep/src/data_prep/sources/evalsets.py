@@ -8,6 +8,7 @@ loader.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ Photo = tuple[str, list[Text]]  # file name below the folder of images, captions
 
 
 @dataclass(frozen=True)
-class _Photos:
+class _Photos(ABC):
     """What these sets share: a small list of captions, which every piece reads whole, and a folder of images."""
 
     image: ClassVar[ImageRule | None] = ImageRule(512, kernel="bicubic")
@@ -35,9 +36,9 @@ class _Photos:
     captions: str
     images: str
 
+    @abstractmethod
     def photos(self) -> list[Photo]:
         """All images of the set. OSError, ValueError, KeyError or TypeError if the list is not of the set's form."""
-        raise NotImplementedError
 
     def pieces(self) -> Iterator[dict[str, Any]]:
         """Some hundred images each."""
