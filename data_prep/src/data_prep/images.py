@@ -77,7 +77,7 @@ def store_image(data: bytes, rule: ImageRule) -> Stored:
             width, height = _as_it_lies(target, image)
             image.draft(None, (spare * width, spare * height))
         return Stored(rule.encoding, encode_image(_reduce(image, target, rule), rule), True)
-    except Exception as error:
+    except Exception as error:  # the readers again: pixels are decoded, and EXIF is parsed, only here
         raise ImageRefused("broken image") from error
 
 

@@ -95,7 +95,7 @@ def test_a_filter_by_similarity_that_is_killed_keeps_what_an_undisturbed_one_kee
             writer.write(f"k{number}", members, languages=["en"], tokens=None)
     out = tmp_path / "out"
     command = ["similarity", tmp_path / "photos", "--model", dual_encoder[0], "--top", 0.5, "--out", out]
-    kill_again_and_again(start, files, out, [*command, "--name", "fits", "--workers", 2], kills=10, seed=4)
+    kill_again_and_again(start, files, out, [*command, "--name", "fits", "--workers", 2], kills=6, seed=4)
     assert len(Dataset.open(out / "image-short/fits")) == 30
 
 
@@ -103,7 +103,7 @@ def test_a_filter_by_similarity_that_is_killed_keeps_what_an_undisturbed_one_kee
 def test_mining_that_is_killed_finds_the_negatives_of_an_undisturbed_run(start, files, dual_encoder, pairs, tmp_path):
     out = tmp_path / "out"
     command = ["negatives", pairs, "--model", dual_encoder[0], "--ranks", 2, 60, "--margin", 0.001, "--out", out]
-    kill_again_and_again(start, files, out, [*command, "--name", "hard", "--workers", 2], kills=10, seed=5)
+    kill_again_and_again(start, files, out, [*command, "--name", "hard", "--workers", 2], kills=6, seed=5)
 
 
 @pytest.mark.full
