@@ -290,6 +290,26 @@ def test_a_fault_with_one_answer_leaves_the_others_under_way_to_come_back(seer, 
     assert states(ledger) == {"accepted": len(seer.asked) - 1, "sent": 1, "planned": 30 - len(seer.asked)}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--concurrency", "0"],
+        ["--requests-per-minute", "0"],
+        ["--tokens-per-minute", "-1"],
+        ["--tries", "0"],
+        ["--limit", "-1"],
+        ["--timeout", "0"],
+        ["--price-in", "-1", "--price-out", "1"],
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused_before_anything_is_sent(seer, planned, run, capsys, options):
+    planned(1)
+    assert run(*options) == 2
+    assert ": expected" in (error := capsys.readouterr().err)
+    assert error.count("\n") == 1
+    assert not seer.asked
+
+
 def test_two_runs_at_once_are_refused(seer, planned, run, ledger, capsys):
     planned(1)
     with Ledger(ledger).exclusive():

@@ -158,6 +158,12 @@ def test_long_captions_are_held_out_by_the_tokenizers_count(write_images, drawn,
     assert Dataset.open(long).manifest["tokenizer_sha256"] == Dataset.open(short).manifest["tokenizer_sha256"] == digest
 
 
+def test_a_probability_that_is_none_is_refused(write_pairs, tmp_path, capsys):
+    command = ["languages", write_pairs("p", [("a", "b")]), "--out", str(tmp_path / "out"), "--name", "x"]
+    assert main([*command, "--sure", "7"]) == 2
+    assert "--sure 7.0: expected a probability" in capsys.readouterr().err
+
+
 def test_something_that_is_no_tokenizer_is_refused(write_images, tmp_path, capsys):
     shards = write_images("c", [(encoded(photo(1)), [text("x")])])
     for name in ("x.json", "x.model"):

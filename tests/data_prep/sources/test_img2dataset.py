@@ -188,7 +188,7 @@ def test_a_list_of_uids_that_is_none_is_refused(shard, folder, run, tmp_path):
         (
             (np.array([(2, 1), (1, 2)], dtype="u8,u8"), "not sorted"),
             (np.arange(4), "expected one list of uids"),
-            (np.array([object()]), "not a numpy array that can be read"),  # would have to be unpickled
+            (np.array([object()]), "not a .npy file that can be read"),  # would have to be unpickled
         )
     ):
         path = tmp_path / f"{number}.npy"

@@ -126,6 +126,9 @@ def test_nothing_usable_and_nothing_there_are_errors(write, run, tmp_path):
         run("texts", files=[write("{cut")])
     with pytest.raises(UserError, match="nowhere: no such file or folder"):
         run("texts", files=[tmp_path / "nowhere"])
+    for languages in ("de,en,fr", "de,", ""):
+        with pytest.raises(UserError, match="expected one language, or QUERY,TARGET"):
+            run("texts", files=[write(["q", "t"])], language=languages)
     (tmp_path / "bare").mkdir()
     with pytest.raises(UserError, match="holds no .jsonl"):
         run("texts", files=[tmp_path / "bare"])

@@ -6,6 +6,7 @@ import io
 from dataclasses import dataclass
 from math import ceil
 
+from ..errors import UserError
 from .ledger import Ledger, Request, Usage
 from .pictures import Pictures
 
@@ -17,6 +18,10 @@ class Prices:
     input: float
     output: float
     batch_factor: float = 0.5
+
+    def __post_init__(self) -> None:
+        if min(self.input, self.output, self.batch_factor) < 0:
+            raise UserError(f"prices {self.input} and {self.output}, a batch {self.batch_factor}: expected 0 or more")
 
     def cost(self, prompt_tokens: float, completion_tokens: float, *, batch: bool = False) -> float:
         """Money for so many tokens."""

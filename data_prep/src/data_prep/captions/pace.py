@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
+from ..errors import UserError
+
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|h|m|s)?")
 _SECONDS = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}
 _LONGEST_BACKOFF = 60.0
@@ -26,6 +28,9 @@ class Pace:
         most: requests under way at the same time, at most; the window begins at one.
         requests_per_minute, tokens_per_minute: limits of one's own; None: only those that the service shows.
         seed: of the jitter on pauses after failures.
+
+    Raises:
+        UserError: a number that would let nothing out.
     """
 
     def __init__(
@@ -36,6 +41,8 @@ class Pace:
         tokens_per_minute: float | None = None,
         seed: int = 0,
     ) -> None:
+        if most < 1 or any(limit is not None and limit <= 0 for limit in (requests_per_minute, tokens_per_minute)):
+            raise UserError("calls at a time, requests and tokens a minute: expected at least 1 of each")
         self.most, self.window, self.under_way = most, 1.0, 0
         self._requests, self._tokens = requests_per_minute, tokens_per_minute
         self._slow_start = True

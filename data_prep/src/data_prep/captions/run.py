@@ -43,6 +43,11 @@ class RunSettings:
     def __post_init__(self) -> None:
         if self.budget is not None and self.prices is None:
             raise UserError("a budget needs prices: give --price-in and --price-out, per million tokens")
+        if self.tries < 1 or min(self.limit or 0, self.budget or 0) < 0:
+            raise UserError(
+                f"tries {self.tries}, limit {self.limit}, budget {self.budget}: expected one try or more, and no limit "
+                "or budget below 0"
+            )
 
 
 @dataclass

@@ -79,10 +79,13 @@ class Service:
         timeout: seconds for a whole answer.
 
     Raises:
-        UserError: `openai` is not installed, the key cannot be one, or OpenAI's own service is to be asked without.
+        UserError: `openai` is not installed, the key cannot be one, OpenAI's own service is to be asked without, or
+            no time is left for an answer.
     """
 
     def __init__(self, url: str | None = None, *, key_variable: str = "OPENAI_API_KEY", timeout: float = 180.0) -> None:
+        if timeout <= 0:
+            raise UserError(f"{timeout} seconds for an answer: expected more than 0")
         openai = needs("openai", extra="captions", what="asking for captions")
         self.url = (url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL).rstrip("/")
         self.key_variable = key_variable

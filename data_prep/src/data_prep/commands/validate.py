@@ -23,6 +23,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from ..errors import UserError
     from ..execute.progress import Progress
     from ..looking.find import find_datasets
     from ..looking.validate import validate
@@ -34,6 +35,8 @@ def _run(options: argparse.Namespace) -> int:
         except ShardError:
             return 0  # `validate` says what is wrong
 
+    if options.workers is not None and options.workers < 1:
+        raise UserError(f"--workers {options.workers}: expected at least 1")
     directories = find_datasets(options.shards)
     progress = Progress(max(1, sum(map(shards, directories))))
     workers = options.workers or os.cpu_count() or 1

@@ -181,8 +181,12 @@ def two_passes(
         if not survey.run(execution, say):
             say("other array tasks have units left; when all are done, run the array again: it goes on from here")
             return None
+        say(f"{survey.folder}: deciding, over all samples")
+        progress = Progress(len(job.pieces))
         for piece, values in zip(job.pieces, decide(survey), strict=True):
             save(Path(piece["decided"]), values=values)
+            progress.add(len(values))
+        progress.finish()
     receipt = run_job(job, execution, say=say)
     if receipt is not None:
         for folder in Path(job.out).glob(f"{job.name}.survey-*"):

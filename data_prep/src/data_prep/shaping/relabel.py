@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..corpus.items import LANGUAGES
+from ..errors import UserError
 from ..execute import Execution, Job, run_job
 from ..execute.unit import Output
 from .languages import MIN_LETTERS, identify, letters
@@ -30,6 +31,8 @@ def relabel(
     it is in, to that probability, goes too; short texts, of fewer than `MIN_LETTERS` letters, are believed. What is
     left without captions, query or target is dropped, and a triplet that lost a negative.
     """
+    if not 0 < sure <= 1:
+        raise UserError(f"--sure {sure}: expected a probability above 0 and up to 1")
     datasets = open_alike(directories)
     job = Job(
         title="languages",

@@ -92,7 +92,8 @@ def _uids(path: str) -> Any:
     try:
         uids = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: not a numpy array that can be read ({error})") from error
+        # numpy's own words advise to unpickle the file
+        raise UserError(f"{path}: not a .npy file that can be read; expected one list of uids, dtype u8,u8") from error
     if uids.dtype != np.dtype("u8,u8") or uids.ndim != 1:
         raise UserError(f"{path}: an array of {uids.dtype}; expected one list of uids, dtype u8,u8")
     return uids

@@ -32,6 +32,9 @@ class Texts:
 
     def pieces(self) -> Iterator[dict[str, Any]]:
         """Some megabytes of lines; a packed file is one piece."""
+        languages = self.language.split(",")
+        if len(languages) > 2 or not all(languages):
+            raise UserError(f"--language {self.language}: expected one language, or QUERY,TARGET (de,en)")
         for path in files_in(self.files, (".jsonl", ".jsonl.gz", ".ndjson")):
             yield from line_pieces(path)
 
