@@ -11,8 +11,8 @@ from ..image_rule import ImageRule
 from ..samples import Text
 from .folder import inside
 from .parquet import image_bytes, parquet_pieces, read_parquet
-from .questions import DOCUMENTS, rows
-from .records import Dropped, Found, ImageRecord, argument, option
+from .questions import DOCUMENTS
+from .records import Dropped, Found, ImageRecord, argument, from_rows, option
 from .tables import list_pieces, read_list
 from .texts import files_in
 
@@ -38,27 +38,25 @@ class ShareGpt4v:
 
     def read(self, piece: dict[str, Any]) -> Iterator[Found]:
         """A record a conversation."""
-        for row in rows(read_list(piece)):
-            if isinstance(row, Dropped):
-                yield row
-                continue
-            where, fields = row
-            name, turns = fields.get("image"), fields.get("conversations")
-            if not isinstance(name, str) or not name:
-                yield Dropped("conversation without an image", where)
-                continue
-            path = inside(Path(self.images), name)
-            answers = [
-                turn["value"].strip()
-                for turn in (turns if isinstance(turns, list) else [])
-                if isinstance(turn, dict) and turn.get("from") == "gpt" and isinstance(turn.get("value"), str)
-            ]
-            if path is None:
-                yield Dropped("file name outside the folder", where)
-            elif not answers or not answers[0]:
-                yield Dropped("no caption", where)
-            else:
-                yield ImageRecord(where, name, path, long=[Text(answers[0], "en", "long", self.origin)])
+        return from_rows(read_list(piece), self._record)
+
+    def _record(self, where: str, fields: dict[str, Any]) -> Iterator[Found]:
+        name, turns = fields.get("image"), fields.get("conversations")
+        if not isinstance(name, str) or not name:
+            yield Dropped("conversation without an image", where)
+            return
+        path = inside(Path(self.images), name)
+        answers = [
+            turn["value"].strip()
+            for turn in (turns if isinstance(turns, list) else [])
+            if isinstance(turn, dict) and turn.get("from") == "gpt" and isinstance(turn.get("value"), str)
+        ]
+        if path is None:
+            yield Dropped("file name outside the folder", where)
+        elif not answers or not answers[0]:
+            yield Dropped("no caption", where)
+        else:
+            yield ImageRecord(where, name, path, long=[Text(answers[0], "en", "long", self.origin)])
 
 
 @dataclass(frozen=True)
@@ -80,29 +78,28 @@ class Karpathy:
 
     def read(self, piece: dict[str, Any]) -> Iterator[Found]:
         """A record an image of the splits."""
+        return from_rows(read_list(piece), self._record)
+
+    def _record(self, where: str, fields: dict[str, Any]) -> Iterator[Found]:
         splits = self.splits.split(",")
-        for row in rows(read_list(piece)):
-            if isinstance(row, Dropped):
-                yield row
-                continue
-            where, fields = row
-            if fields.get("split") not in splits:
-                yield Dropped("of another split", where)
-                continue
-            folder, name, sentences = fields.get("filepath", ""), fields.get("filename"), fields.get("sentences")
-            full = f"{folder}/{name}" if folder else name
-            path = inside(Path(self.images), full) if isinstance(name, str) and isinstance(folder, str) else None
-            captions = [
-                Text(sentence["raw"].strip(), "en", "name")
-                for sentence in (sentences if isinstance(sentences, list) else [])
-                if isinstance(sentence, dict) and isinstance(sentence.get("raw"), str) and sentence["raw"].strip()
-            ]
-            if path is None:
-                yield Dropped("no image name, or one outside the folder", where)
-            elif not captions:
-                yield Dropped("no caption", where)
-            else:
-                yield ImageRecord(where, str(fields.get("cocoid") or name), path, captions)
+        if fields.get("split") not in splits:
+            yield Dropped("of another split", where)
+            return
+        folder, name, sentences = fields.get("filepath", ""), fields.get("filename"), fields.get("sentences")
+        path = None
+        if isinstance(name, str) and isinstance(folder, str):
+            path = inside(Path(self.images), f"{folder}/{name}" if folder else name)
+        captions = [
+            Text(sentence["raw"].strip(), "en", "name")
+            for sentence in (sentences if isinstance(sentences, list) else [])
+            if isinstance(sentence, dict) and isinstance(sentence.get("raw"), str) and sentence["raw"].strip()
+        ]
+        if path is None:
+            yield Dropped("no image name, or one outside the folder", where)
+        elif not captions:
+            yield Dropped("no caption", where)
+        else:
+            yield ImageRecord(where, str(fields.get("cocoid") or name), path, captions)
 
 
 @dataclass(frozen=True)
@@ -123,21 +120,19 @@ class ArxivCap:
 
     def read(self, piece: dict[str, Any]) -> Iterator[Found]:
         """A record for each image of each figure."""
-        for row in read_parquet(piece, ("caption_images",)):
-            if isinstance(row, Dropped):
-                yield row
-                continue
-            paper, fields = row
-            for figure_number, figure in enumerate(fields.get("caption_images") or [], 1):
-                for part_number, part in enumerate((figure or {}).get("cil_pairs") or [], 1):
-                    where = f"{paper}, figure {figure_number}, part {part_number}"
-                    image = image_bytes((part or {}).get("image"))
-                    own = [figure.get("caption"), (part or {}).get("sub_caption")]
-                    texts = [text.strip() for text in own if isinstance(text, str) and text.strip()]
-                    if image is None:
-                        yield Dropped("no image", where)
-                    elif not texts:
-                        yield Dropped("no caption", where)
-                    else:
-                        origin = "human" if len(texts) == 1 else "human:joined"
-                        yield ImageRecord(where, where, image, [Text(" ".join(texts), "en", "name", origin)])
+        return from_rows(read_parquet(piece, ("caption_images",)), self._record)
+
+    def _record(self, paper: str, fields: dict[str, Any]) -> Iterator[Found]:
+        for figure_number, figure in enumerate(fields.get("caption_images") or [], 1):
+            for part_number, part in enumerate((figure or {}).get("cil_pairs") or [], 1):
+                where = f"{paper}, figure {figure_number}, part {part_number}"
+                image = image_bytes((part or {}).get("image"))
+                own = [figure.get("caption"), (part or {}).get("sub_caption")]
+                texts = [text.strip() for text in own if isinstance(text, str) and text.strip()]
+                if image is None:
+                    yield Dropped("no image", where)
+                elif not texts:
+                    yield Dropped("no caption", where)
+                else:
+                    origin = "human" if len(texts) == 1 else "human:joined"
+                    yield ImageRecord(where, where, image, [Text(" ".join(texts), "en", "name", origin)])

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from ..errors import UserError
 from ..image_rule import ImageRule
 from ..samples import Text
-from .records import Dropped, Found, ImageRecord, argument, option
+from .records import Dropped, Found, ImageRecord, argument, from_rows, option
 from .tables import is_json_lines, read_table, table_columns, table_pieces
 
 _ROWS = 500
@@ -63,29 +63,27 @@ class Folder:
 
     def read(self, piece: dict[str, Any]) -> Iterator[Found]:
         """A record a row."""
-        for row in read_table(piece):
-            if isinstance(row, Dropped):
-                yield row
-                continue
-            where, values = row
-            name = _pick(values, self.image_column, _IMAGE)
-            if not isinstance(name, str) or not name:
-                yield Dropped("no file name", where)
-                continue
-            path = inside(Path(self.folder), name)
-            if path is None:
-                yield Dropped("file name outside the folder", where)
-                continue
-            found = _pick(values, self.language_column, _LANGUAGE)
-            language = found if isinstance(found, str) and found else self.language
-            short = self._captions(_pick(values, self.caption_column, _CAPTION), language, "name")
-            long = self._captions(_pick(values, self.long_column, _LONG), language, "long")
-            if short is None or long is None:
-                yield Dropped("caption is no text", where)
-            elif not short and not long:
-                yield Dropped("no caption", where)
-            else:
-                yield ImageRecord(where, os.path.normpath(name), path, short, long)
+        return from_rows(read_table(piece), self._record)
+
+    def _record(self, where: str, values: dict[str, Any]) -> Iterator[Found]:
+        name = _pick(values, self.image_column, _IMAGE)
+        if not isinstance(name, str) or not name:
+            yield Dropped("no file name", where)
+            return
+        path = inside(Path(self.folder), name)
+        if path is None:
+            yield Dropped("file name outside the folder", where)
+            return
+        found = _pick(values, self.language_column, _LANGUAGE)
+        language = found if isinstance(found, str) and found else self.language
+        short = self._captions(_pick(values, self.caption_column, _CAPTION), language, "name")
+        long = self._captions(_pick(values, self.long_column, _LONG), language, "long")
+        if short is None or long is None:
+            yield Dropped("caption is no text", where)
+        elif not short and not long:
+            yield Dropped("no caption", where)
+        else:
+            yield ImageRecord(where, os.path.normpath(name), path, short, long)
 
     def _captions(self, value: Any, language: str, role: str) -> list[Text] | None:
         texts = value if isinstance(value, list) else [] if value is None else [value]

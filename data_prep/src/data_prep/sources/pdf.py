@@ -13,8 +13,7 @@ from ..image_rule import ImageRule
 from ..samples import Text
 from .answers import answer_text, question_caption, unique
 from .files import stamp
-from .questions import rows
-from .records import Dropped, Found, ImageRecord, Noted, argument, option
+from .records import Dropped, Found, ImageRecord, Noted, argument, from_rows, option
 from .tables import list_pieces, read_list
 from .texts import files_in
 
@@ -99,17 +98,15 @@ class TatDqa:
 
     def read(self, piece: dict[str, Any]) -> Iterator[Found]:
         """A record for each page that is asked about."""
-        for row in rows(read_list(piece)):
-            if isinstance(row, Dropped):
-                yield row
-                continue
-            where, fields = row
-            doc, questions = fields.get("doc"), fields.get("questions")
-            uid = doc.get("uid") if isinstance(doc, dict) else None
-            if not isinstance(uid, str) or not uid.isalnum() or not isinstance(questions, list):
-                yield Dropped("no document or no questions", where)
-                continue
-            yield from self._document(where, uid, questions)
+        return from_rows(read_list(piece), self._record)
+
+    def _record(self, where: str, fields: dict[str, Any]) -> Iterator[Found]:
+        doc, questions = fields.get("doc"), fields.get("questions")
+        uid = doc.get("uid") if isinstance(doc, dict) else None
+        if not isinstance(uid, str) or not uid.isalnum() or not isinstance(questions, list):
+            yield Dropped("no document or no questions", where)
+            return
+        yield from self._document(where, uid, questions)
 
     def _document(self, where: str, uid: str, questions: list[Any]) -> Iterator[Found]:
         blocks = _pages_of_blocks(Path(self.documents) / f"{uid}.json")

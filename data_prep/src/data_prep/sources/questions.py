@@ -11,8 +11,8 @@ from ..image_rule import ImageRule
 from ..samples import Text
 from .answers import Question, answer_text, by_image, chosen, question_caption, unique
 from .folder import inside
-from .records import Dropped, Found, ImageRecord, argument, option
-from .tables import Row, line_pieces, list_pieces, read_lines, read_list
+from .records import Dropped, Found, ImageRecord, Row, argument, from_rows, objects, option
+from .tables import line_pieces, list_pieces, read_lines, read_list
 
 DOCUMENTS = ImageRule(768, kernel="bicubic")
 _ELEMENTS = 2000
@@ -37,7 +37,7 @@ class DocVqa:
 
     def read(self, piece: dict[str, Any]) -> Iterator[Found]:
         """A record for each image."""
-        yield from by_image((self._question(row) for row in rows(read_list(piece))), Path(self.images))
+        yield from by_image((self._question(row) for row in objects(read_list(piece))), Path(self.images))
 
     def _question(self, row: Row | Dropped) -> Question:
         if isinstance(row, Dropped):
@@ -79,7 +79,7 @@ class ArxivQa:
 
     def read(self, piece: dict[str, Any]) -> Iterator[Found]:
         """A record for each figure."""
-        yield from by_image((self._question(row) for row in rows(read_lines(piece))), Path(self.images))
+        yield from by_image((self._question(row) for row in objects(read_lines(piece))), Path(self.images))
 
     def _question(self, row: Row | Dropped) -> Question:
         if isinstance(row, Dropped):
@@ -113,33 +113,22 @@ class SciGraphQa:
 
     def read(self, piece: dict[str, Any]) -> Iterator[Found]:
         """A record for each figure."""
-        for row in rows(read_list(piece) if piece.get("list") else read_lines(piece)):
-            if isinstance(row, Dropped):
-                yield row
-                continue
-            where, fields = row
-            name, caption, pairs = (fields.get(field) for field in ("image_file", "caption", "q_a_pairs"))
-            path = inside(Path(self.images), name) if isinstance(name, str) and name else None
-            if path is None:
-                yield Dropped("no image name, or one outside the folder", where)
-                continue
-            short = [Text(caption.strip(), "en", "name")] if isinstance(caption, str) and caption.strip() else []
-            long: list[Text] = []
-            for pair in pairs if isinstance(pairs, list) else []:
-                question, answer = pair if isinstance(pair, list) and len(pair) == 2 else (None, None)
-                found = question_caption(question, answer_text(answer), where=where, origin=self.origin)
-                if isinstance(found, Text):
-                    long.append(found)
-            if short or long:
-                yield ImageRecord(where, str(name), path, short, unique(long))
-            else:
-                yield Dropped("no caption", where)
+        return from_rows(read_list(piece) if piece.get("list") else read_lines(piece), self._record)
 
-
-def rows(found: Iterator[Row | Dropped]) -> Iterator[Row | Dropped]:
-    """Rows that are JSON objects; the others dropped."""
-    for row in found:
-        if isinstance(row, Dropped) or isinstance(row[1], dict):
-            yield row
+    def _record(self, where: str, fields: dict[str, Any]) -> Iterator[Found]:
+        name, caption, pairs = (fields.get(field) for field in ("image_file", "caption", "q_a_pairs"))
+        path = inside(Path(self.images), name) if isinstance(name, str) and name else None
+        if path is None:
+            yield Dropped("no image name, or one outside the folder", where)
+            return
+        short = [Text(caption.strip(), "en", "name")] if isinstance(caption, str) and caption.strip() else []
+        long: list[Text] = []
+        for pair in pairs if isinstance(pairs, list) else []:
+            question, answer = pair if isinstance(pair, list) and len(pair) == 2 else (None, None)
+            found = question_caption(question, answer_text(answer), where=where, origin=self.origin)
+            if isinstance(found, Text):
+                long.append(found)
+        if short or long:
+            yield ImageRecord(where, str(name), path, short, unique(long))
         else:
-            yield Dropped("not a JSON object", row[0])
+            yield Dropped("no caption", where)

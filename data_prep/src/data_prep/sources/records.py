@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -54,6 +54,27 @@ class Noted:
 
 
 Found = ImageRecord | TextRecord | Dropped | Noted
+Row = tuple[str, Any]  # where it stands ("captions.csv, line 17"), what it holds
+
+
+def from_rows(
+    rows: Iterable[Row | Dropped], record: Callable[[str, dict[str, Any]], Iterator[Found]]
+) -> Iterator[Found]:
+    """What `record` makes of each row (where it stands, its fields); what was dropped, and rows that are no objects."""
+    for row in objects(rows):
+        if isinstance(row, Dropped):
+            yield row
+        else:
+            yield from record(*row)
+
+
+def objects(rows: Iterable[Row | Dropped]) -> Iterator[tuple[str, dict[str, Any]] | Dropped]:
+    """Rows that are JSON objects; the others dropped."""
+    for row in rows:
+        if isinstance(row, Dropped) or isinstance(row[1], dict):
+            yield row
+        else:
+            yield Dropped("not a JSON object", row[0])
 
 
 class Source(Protocol):

@@ -21,9 +21,8 @@ from typing import IO, Any
 
 from ..errors import UserError
 from .files import stamp
-from .records import Dropped
+from .records import Dropped, Row, objects
 
-Row = tuple[str, Any]  # where it stands ("captions.csv, row 17"), what it holds
 _LINES = 16 * 2**20  # bytes of JSON lines in a piece
 _FIELD = 16 * 2**20  # characters in a line or a field; more is no table
 _QUOTED = 1000  # lines in a row of a table; more are other rows, after a quote that nobody closed
@@ -111,11 +110,7 @@ def list_pieces(path: str | Path, elements: int, *, key: str | None = None) -> I
 def read_table(piece: dict[str, Any]) -> Iterator[Row | Dropped]:
     """The rows of a piece of `table_pieces`, each a dict of its columns."""
     if piece["format"] == "jsonl":
-        for row in read_lines(piece):
-            if isinstance(row, Dropped) or isinstance(row[1], dict):
-                yield row
-            else:
-                yield Dropped("not a JSON object", row[0])
+        yield from objects(read_lines(piece))
         return
     path, delimiter = Path(piece["file"]), piece["delimiter"]
     with open_bytes(path) as file:

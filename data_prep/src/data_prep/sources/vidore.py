@@ -14,7 +14,7 @@ from ..samples import Text
 from .answers import answer_text, chosen, listed, question_caption
 from .parquet import image_bytes, parquet_pieces, read_parquet
 from .questions import DOCUMENTS
-from .records import Dropped, Found, ImageRecord, argument, option
+from .records import Dropped, Found, ImageRecord, argument, from_rows, option
 from .texts import files_in
 
 _COLUMNS = ("query", "image", "image_filename", "options", "answer", "page", "model", "prompt", "source")
@@ -40,31 +40,29 @@ class Vidore:
 
     def read(self, piece: dict[str, Any]) -> Iterator[Found]:
         """A record a row."""
-        for row in read_parquet(piece, _COLUMNS):
-            if isinstance(row, Dropped):
-                yield row
-                continue
-            where, fields = row
-            image, query = image_bytes(fields.get("image")), fields.get("query")
-            if image is None:
-                yield Dropped("no image", where)
-                continue
-            if not isinstance(query, str) or not query.strip():
-                yield Dropped("no question", where)
-                continue
-            answer = answer_text(chosen(listed(fields.get("answer")), listed(fields.get("options"))))
-            model = fields.get("model")
-            origin = f"synthetic:{model}" if isinstance(model, str) and model else "human:joined"
-            caption = (
-                question_caption(query, answer, where=where, origin=origin, language=self.language)
-                if answer
-                else Text(query.strip(), self.language, "long", origin)  # many synthetic queries have no answer
-            )
-            assert isinstance(caption, Text)
-            item = str(fields.get("image_filename") or where)
-            if fields.get("page") not in (None, ""):
-                item += f"/{fields['page']}"
-            yield ImageRecord(where, item, image, long=[caption])
+        return from_rows(read_parquet(piece, _COLUMNS), self._record)
+
+    def _record(self, where: str, fields: dict[str, Any]) -> Iterator[Found]:
+        image, query = image_bytes(fields.get("image")), fields.get("query")
+        if image is None:
+            yield Dropped("no image", where)
+            return
+        if not isinstance(query, str) or not query.strip():
+            yield Dropped("no question", where)
+            return
+        answer = answer_text(chosen(listed(fields.get("answer")), listed(fields.get("options"))))
+        model = fields.get("model")
+        origin = f"synthetic:{model}" if isinstance(model, str) and model else "human:joined"
+        caption = (
+            question_caption(query, answer, where=where, origin=origin, language=self.language)
+            if answer
+            else Text(query.strip(), self.language, "long", origin)  # many synthetic queries have no answer
+        )
+        assert isinstance(caption, Text)
+        item = str(fields.get("image_filename") or where)
+        if fields.get("page") not in (None, ""):
+            item += f"/{fields['page']}"
+        yield ImageRecord(where, item, image, long=[caption])
 
 
 @dataclass(frozen=True)
@@ -88,18 +86,16 @@ class VidoreBenchmark:
 
     def read(self, piece: dict[str, Any]) -> Iterator[Found]:
         """A record a page."""
+        return from_rows(read_parquet(piece, ("corpus-id", "image")), self._record)
+
+    def _record(self, where: str, fields: dict[str, Any]) -> Iterator[Found]:
         relevant = _relevant(self.folder, self.language)
-        for row in read_parquet(piece, ("corpus-id", "image")):
-            if isinstance(row, Dropped):
-                yield row
-                continue
-            where, fields = row
-            number, image = fields.get("corpus-id"), image_bytes(fields.get("image"))
-            if number is None or image is None:
-                yield Dropped("no image" if image is None else "no corpus-id", where)
-                continue
-            captions = relevant.get(str(number)) or [Text(str(number), "und", "key")]
-            yield ImageRecord(where, str(number), image, short=captions)
+        number, image = fields.get("corpus-id"), image_bytes(fields.get("image"))
+        if number is None or image is None:
+            yield Dropped("no image" if image is None else "no corpus-id", where)
+            return
+        captions = relevant.get(str(number)) or [Text(str(number), "und", "key")]
+        yield ImageRecord(where, str(number), image, short=captions)
 
 
 def _parts(folder: str, part: str) -> list[Path]:

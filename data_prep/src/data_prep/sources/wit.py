@@ -13,7 +13,7 @@ from ..image_rule import ImageRule
 from ..samples import Text
 from .folder import inside
 from .img2dataset import image_record, read_shard, shard_pieces
-from .records import Dropped, Found, ImageRecord, argument, option
+from .records import Dropped, Found, ImageRecord, argument, from_rows, option
 from .tables import read_table, table_columns, table_pieces
 from .texts import files_in
 
@@ -76,22 +76,20 @@ class Wit:
                     if any(texts)
                     else Dropped("no caption", where)
                 )
-            return
-        for row in read_table(piece):
-            if isinstance(row, Dropped):
-                yield row
-                continue
-            where, values = row
-            url = values.get("image_url") or ""
-            name = unquote(urlsplit(url).path.rpartition("/")[2])
-            path = inside(Path(self.images), name) if name else None
-            short, long = _captions(values)
-            if path is None:
-                yield Dropped("no image address", where)
-            elif not short and not long:
-                yield Dropped("no caption", where)
-            else:
-                yield ImageRecord(where, url, path, short, long)
+        else:
+            yield from from_rows(read_table(piece), self._record)
+
+    def _record(self, where: str, values: dict[str, Any]) -> Iterator[Found]:
+        url = values.get("image_url") or ""
+        name = unquote(urlsplit(url).path.rpartition("/")[2])
+        path = inside(Path(self.images), name) if name else None
+        short, long = _captions(values)
+        if path is None:
+            yield Dropped("no image address", where)
+        elif not short and not long:
+            yield Dropped("no caption", where)
+        else:
+            yield ImageRecord(where, url, path, short, long)
 
 
 def _captions(values: dict[str, Any]) -> tuple[list[Text], list[Text]]:
