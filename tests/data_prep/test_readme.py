@@ -20,7 +20,7 @@ import pytest
 from data_prep.cli import main
 from pyarrow import parquet
 
-from .captions.conftest import LANGUAGES, Reply, completion, good, make_images, seer  # noqa: F401 (fixtures)
+from .captions.conftest import LANGUAGES, Reply, completion, good, seer  # noqa: F401 (a fixture)
 from .execute.conftest import write_img2dataset
 from .negatives.test_negatives import WORDS
 from .shaping.conftest import encoded, photo
