@@ -288,6 +288,12 @@ def deepspeed_config(recipe: Recipe, stage: Stage) -> dict[str, Any]:
         # DeepSpeed's default clips at 1.0 unasked.
         "gradient_clipping": recipe.optimizer.gradient_clipping,
     }
+    if stage.deepspeed.get("gradient_accumulation_steps", 1) != 1:
+        raise UserError(
+            "deepspeed.gradient_accumulation_steps would split the batch, and with it the negatives that a contrastive "
+            "loss compares: several small losses are not that of one big batch. Set gradient_cache, which gives the "
+            "gradients of the whole batch in the memory of a part"
+        )
     taken = sorted(set(own) & set(stage.deepspeed))
     if taken:
         raise UserError(

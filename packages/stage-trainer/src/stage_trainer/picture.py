@@ -85,7 +85,7 @@ def own_rows(pools: list[Pool], embedded: list[Embedded], fonts: list[Path]) -> 
         images = vectors.images / np.linalg.norm(vectors.images, axis=1, keepdims=True)
         order = np.argsort(-(images @ query))
         rank = int(np.where(order == number)[0][0]) + 1
-        meaning = dict(pool.texts.get("en", [])).get(number, text)
+        meaning = text if language == "en" else dict(pool.texts.get("en", [])).get(number, text)
         note = f"{language}: {meaning} (place {rank} of {len(order)})"
         rows.append((text, note, [(pool.images[i], bool(i == number)) for i in order[:COLUMNS]]))
     return rows

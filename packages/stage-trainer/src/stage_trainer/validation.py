@@ -113,8 +113,8 @@ def _lookup(texts: list[str], vectors: np.ndarray) -> Callable[[Sequence[str]], 
 
 
 def _snapshot(pool: retrieval.Pool, embedded: retrieval.Embedded, monitor: Monitor, step: int) -> None:
-    """A pool for TensorBoard's projector: its images and their English (or first) names."""
-    entries = pool.texts.get("en") or next(iter(pool.texts.values()))
+    """A pool for TensorBoard's projector: its images, each with a caption in English (or the first language)."""
+    entries = list(dict(pool.texts.get("en") or next(iter(pool.texts.values()))).items())
     images = [embedded.images[number] for number, _ in entries]
     texts = [embedded.texts[embedded.row[text]] for _, text in entries]
     labels = [(text, kind) for kind in ("image", "text") for _, text in entries]

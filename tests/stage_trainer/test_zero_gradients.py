@@ -1,0 +1,83 @@
+"""Gradient caching on two ranks under real DeepSpeed, each ZeRO stage: every gradient against one plain big batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ZERO = (0, 1, 2, 3)
+KINDS = ("multi_task", "unified")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """{(ZeRO stage, kind of loss): {parameter: (gradient, that of the plain batch)}}"""
+    folder = tmp_path_factory.mktemp("zero")
+    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)]) for rank in (0, 1)]
+    assert [process.wait(timeout=500) for process in ranks] == [0, 0]
+    return torch.load(folder / "found.pt")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("zero", ZERO)
+def test_caching_gives_one_big_batchs_gradients(found, zero, kind):
+    """To 1e-6 of their norm, float32; dropout, patch dropout, LoRA, hard negatives and views among it."""
+    gradients = found[zero, kind]
+    temperatures = {"logit_scale"} | ({"text_logit_scale"} if kind == "multi_task" else set())
+    assert temperatures == {name for name in gradients if name.endswith("logit_scale")}
+    assert any("lora" in name for name in gradients)
+    ours, plain = (torch.cat([pair[i].flatten().double() for pair in gradients.values()]) for i in (0, 1))
+    assert (ours - plain).norm() < 1e-6 * plain.norm()
+    for name, (mine, expected) in gradients.items():
+        assert (mine - expected).norm() < 3e-6 * expected.norm() + 1e-7 * plain.norm(), name
+
+
+def one_rank(rank: int, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+    from deepspeed.utils import safe_get_full_grad
+    from stage_trainer.engine import Engine, initialize_distributed
+    from stage_trainer.environment import quiet
+    from stage_trainer.objective import MultiTask
+    from stage_trainer.optim import set_rates
+    from stage_trainer.recipe import GradientCache
+    from stage_trainer.recipe_file import load
+    from stage_trainer.step import forward_backward
+    from test_step import BOTH, OF_KIND, PlainEngine, make_batch
+
+    quiet()
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    initialize_distributed()
+    drawn = Path(__file__).parents[2] / "launch/recipes/drawn.yaml"
+    found = {}
+    for kind in KINDS:
+        options = {"tasks": BOTH, "patch_dropout": 0.5}
+        plain = PlainEngine(kind, torch.float32)
+        # The plain engine averages over ranks, if there are any: here both run the same whole batch.
+        forward_backward(plain, make_batch(**OF_KIND[kind]), **options)
+        expected = {n: p.grad for n, p in plain.objective.model.named_parameters()}
+        for zero in ZERO:
+            under = f"deepspeed={{zero_optimization: {{stage: {zero}, stage3_param_persistence_threshold: 0}}}}"
+            settings = ["optimizer.name=adamw", "optimizer.gradient_clipping=0", under]
+            recipe = load(drawn, [*settings, f"loss={{kind: {kind}, dims: [32, 16]}}"], 1).recipe
+            objective = MultiTask(PlainEngine(kind, torch.float32).objective.model, recipe.stage(1).loss, "fp32")
+            engine = Engine(objective, recipe, recipe.stage(1))
+            engine.engine.train()
+            batch = make_batch(rows=slice(0, 3) if rank == 0 else slice(3, None), **OF_KIND[kind])
+            group = torch.distributed.group.WORLD
+            for _ in range(2):  # the second step would show what the first one left behind
+                forward_backward(engine, batch, group=group, cache=GradientCache(2, 9), **options)
+                gradients = {n: safe_get_full_grad(p) for n, p in engine.parameters.items()}
+                set_rates(engine.optimizer, 0.0, ("image", "text"))
+                engine.step()
+            found[zero, kind] = {n: (g.clone(), expected[n]) for n, g in gradients.items() if g is not None}
+            engine.engine.destroy()
+    if rank == 0:
+        torch.save(found, Path(folder) / "found.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    one_rank(int(sys.argv[1]), sys.argv[2])
