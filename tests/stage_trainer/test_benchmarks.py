@@ -1,0 +1,35 @@
+"""Every benchmark beside other trainers runs in a small size, in which it checks that all compute the same loss."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "packages" / "stage-trainer" / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def drawn_corpus(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("drawn") / "corpus"
+    command = Path(sys.executable).with_name("data-prep")
+    subprocess.run([command, "corpus", str(out), "--drawn"], check=True, capture_output=True)
+    return out
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["image_text", "text_pairs", "memory", "recall"])
+def test_benchmarks_run_in_a_small_size(name, drawn_corpus, tmp_path):
+    pytest.importorskip("open_clip")
+    pytest.importorskip("sentence_transformers")
+    results = tmp_path / "results.json"
+    script = [sys.executable, str(FOLDER / f"{name}.py"), "--small", "--corpus", str(drawn_corpus)]
+    run = subprocess.run([*script, "--results", str(results)], capture_output=True, text=True, timeout=400)
+    assert run.returncode == 0, run.stderr[-3000:]
+    content = json.loads(results.read_text())
+    assert set(content) == {"machine", "settings", "results"}
+    if name == "memory":
+        # What grows with the batch are the embeddings, their gradients and a copy of either; the rest is the chunk's.
+        growth = content["results"]["growth"]
+        assert growth["allocated_bytes"] < 1.6 * growth["embedding_bytes"]
