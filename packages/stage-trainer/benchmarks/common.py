@@ -72,6 +72,14 @@ def first_batches(recipe: Recipe, count: int) -> list[Batch]:
     return found
 
 
+def model_of(recipe: Recipe) -> DualEncoder:
+    """The model of stage 1, with the same random weights each time."""
+    torch.manual_seed(0)
+    model = build_model(recipe, 1, load_tokenizer(recipe))
+    assert isinstance(model, DualEncoder)
+    return model
+
+
 class Ours:
     """The trainer's step on the model of stage 1: the objective forward and backward, the engine with its optimizer.
 
@@ -82,10 +90,8 @@ class Ours:
 
     def __init__(self, recipe: Recipe, cache: GradientCache | None = None):
         self.stage, self.cache = recipe.stage(1), cache
-        torch.manual_seed(0)
-        model = build_model(recipe, 1, load_tokenizer(recipe))
-        assert isinstance(model, DualEncoder)
-        self.model, self.tasks = model, tuple(t for t in ("image_text", "text") if getattr(self.stage.batch, t))
+        self.model = model = model_of(recipe)
+        self.tasks = tuple(t for t in ("image_text", "text") if getattr(self.stage.batch, t))
         self.engine = Engine(MultiTask(model, self.stage.loss, recipe.precision), recipe, self.stage)
         self.engine.engine.train()
 

@@ -25,6 +25,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from stage_trainer.model import DualEncoder
 from stage_trainer.objective import Batch
 from text_tower import TextTower
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
@@ -82,9 +83,7 @@ class OpenClip:
     ) -> None:
         """One of its epochs over (images, padded ids), `schedule` being called before each step."""
         data = {"train": SimpleNamespace(dataloader=_Loader(batches), set_epoch=lambda epoch: None)}
-        train_one_epoch(
-            self.network, data, self.loss, 0, self.optimizer, None, schedule or (lambda step: None), None, self.settings
-        )
+        train_one_epoch(self.network, data, self.loss, 0, self.optimizer, None, schedule, None, self.settings)
 
     def put_into(self, model: DualEncoder) -> None:
         """Gives ours the weights that were trained here."""
@@ -105,7 +104,7 @@ class _Loader:
 
 
 def for_open_clip(batch: Batch) -> tuple[Tensor, Tensor]:
-    """(normalised images, ids padded to the longest); its own tokenizers pad to the context length, which costs more."""
+    """(normalised images, ids padded to the longest of the batch; its own tokenizers pad to the context length)."""
     assert batch.images is not None
     assert batch.texts is not None
     (ids,) = cut(batch.texts, len(batch.images))
@@ -188,6 +187,11 @@ def adamw(lr: float, weight_decay: float, betas: tuple[float, float], eps: float
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
     return make
+
+
+def timm_optimizer(name: str, lr: float, weight_decay: float) -> Callable[[nn.Module], Any]:
+    """What open_clip makes of `--opt timm/NAME`."""
+    return lambda model: create_optimizer_v2(model, name, lr=lr, weight_decay=weight_decay)
 
 
 def _take_text(model: DualEncoder, trained: Any) -> None:
