@@ -11,6 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,13 +191,12 @@ def anatomy(steps: Mapping[str, Callable[[], Any]], seconds: Mapping[str, float]
 
 
 def padding(seconds: Mapping[str, float], real: int, padded: int) -> dict[str, float]:
-    """What never computing padding gains within our trainer, and what it could gain at most.
-
-    The most is that the text tower's time shrinks as its tokens do and nothing else changes.
+    """What never computing padding gains within our trainer, and what it could gain at most: that the text tower's time
+    shrinks as its tokens do and nothing else changes.
 
     Args:
-        seconds: of "ours", of "ours, padded" (the same step on texts lengthened to what others pad to) and of
-            "text tower, padded" (its forward and backward pass alone).
+        seconds: of the step, "ours", and of the text tower's forward and backward pass alone, "text tower"; of both on
+            texts lengthened to what others pad to, "ours, padded" and "text tower, padded".
         real, padded: tokens.
     """
     spare = seconds["text tower, padded"] * (1 - real / padded)
@@ -207,8 +207,15 @@ def padding(seconds: Mapping[str, float], real: int, padded: int) -> dict[str, f
         "times_faster": gain,
         "at_most": most,
         "share_of_at_most": gain / most,
-        "share_of_spare_time": (seconds["ours, padded"] - seconds["ours"]) / spare,
+        "text_tower_share_of_spare_time": (seconds["text tower, padded"] - seconds["text tower"]) / spare,
     }
+
+
+def with_text_towers(mixed: dict[str, list[Any]], ours: Ours, batches: list[Batch], longest: list[Batch]) -> None:
+    """Adds to `mixed`, where ours is, what `padding` compares."""
+    mixed["ours, padded"] = [partial(ours.step, batch) for batch in longest]
+    mixed["text tower"] = [partial(text_part, ours.model, batch) for batch in batches]
+    mixed["text tower, padded"] = [partial(text_part, ours.model, batch) for batch in longest]
 
 
 def shape(recipe: Recipe) -> dict[str, Any]:

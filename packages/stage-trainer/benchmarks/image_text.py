@@ -1,6 +1,6 @@
 """A training step on images and captions, ours beside open_clip's, in pairs a second, on one thread of a CPU.
 
-    python packages/stage-trainer/benchmarks/image_text.py --corpus runs/corpus     # a minute
+    python packages/stage-trainer/benchmarks/image_text.py --corpus runs/corpus     # two minutes
 
 The same towers with the same weights (see peers.py), the same images and captions, batch and optimizer (fused AdamW,
 the gradient clipped), float32, InfoNCE at the full width alone, because open_clip has no Matryoshka loss. open_clip
@@ -64,8 +64,7 @@ def main() -> None:
             "seconds_of_a_step": common.anatomy(steps, per_step, options.repeats),
         }
     }
-    mixed["ours, padded"] = [partial(ours.step, batch) for batch in longest]
-    mixed["text tower, padded"] = [partial(common.text_part, ours.model, batch) for batch in longest]
+    common.with_text_towers(mixed, ours, batches, longest)
     seconds = common.rounds(mixed, options.repeats)
     results["as_they_come"] = {
         **compared({name: seconds[name] for name in one_length}, pairs * len(batches)),

@@ -44,8 +44,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=150.0, help="of training, for each contender")
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--open-clip-optimizer", default="adamw", help="adamw, or timm/NAME")
-    parser.add_argument("--open-clip-lr", type=float, default=2e-3)
-    parser.add_argument("--sentence-transformers-lr", type=float, default=2e-3)
+    parser.add_argument("--open-clip-lr", type=float, default=1e-3)
+    parser.add_argument("--sentence-transformers-lr", type=float, default=5e-3)
     parser.add_argument("--one", choices=list(CONTENDERS), help="train and measure this one alone, in this process")
     options = parser.parse_args()
     if options.small:

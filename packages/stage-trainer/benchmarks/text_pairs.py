@@ -1,6 +1,6 @@
 """A training step on text pairs, ours beside sentence-transformers', in pairs a second, on one thread of a CPU.
 
-    python packages/stage-trainer/benchmarks/text_pairs.py --corpus runs/corpus     # two minutes
+    python packages/stage-trainer/benchmarks/text_pairs.py --corpus runs/corpus     # four minutes
 
 The same tower with the same weights (see peers.py), the same pairs, batch and optimizer (fused AdamW, the gradient
 clipped), float32, Matryoshka InfoNCE in both directions, without and with gradient caching at the same size of chunks.
@@ -111,8 +111,7 @@ def measured(
     }
     longest = [with_padding(batch, batch.pairs, batch.pairs) for batch in batches]
     if cache is None:
-        mixed["ours, padded"] = [partial(ours.step, batch) for batch in longest]
-        mixed["text tower, padded"] = [partial(common.text_part, ours.model, batch) for batch in longest]
+        common.with_text_towers(mixed, ours, batches, longest)
     seconds = common.rounds(mixed, repeats)
     found["as_they_come"] = compared({name: seconds[name] for name in one_length}, sum(b.pairs for b in batches))
     if cache is None:
