@@ -71,6 +71,10 @@ class Engine:
         self._lost: list[str] = []
         self._highest_scale = -math.log(stage.loss.min_temperature)
         self.zero = self.engine.zero_optimization_stage()
+        # One rank has nothing to average, for which DeepSpeed would copy every gradient to and fro.
+        self.alone = self.world == 1 and not self.zero
+        if self.alone:
+            self.engine.enable_backward_allreduce = False
         if self.zero:
             self._create_partitioned_state()
         towers: dict[str, list[nn.Parameter]] = {}
@@ -115,6 +119,10 @@ class Engine:
 
         with self.engine.coalesce_grad_reduction() if self.zero else contextlib.nullcontext():
             yield backward
+        if self.alone:  # as the reduction would do: the optimizer moves on as on several ranks
+            for parameter in self.parameters.values():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
 
     def step(self) -> bool:
         """Updates the parameters, unless a gradient is not finite: then all stays as it is but for the gradients, which

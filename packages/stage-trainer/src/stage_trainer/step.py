@@ -10,6 +10,7 @@ its batch, and chunks would not see one another's.)
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -63,6 +64,11 @@ def forward_backward(
             backward(_total(losses), True)
         return losses
 
+    # Texts of like length together: the text tower computes a chunk in as many calls as it has lengths.
+    order = batch.text_seeds[:0]
+    if batch.texts is not None:
+        packed, order = batch.texts.by_length()
+        batch = dataclasses.replace(batch, texts=packed, text_seeds=batch.text_seeds[order])
     images, texts = list(image_chunks(batch, cache.images)), list(text_chunks(batch, cache.tokens))
     # What is beyond a rank's own parts is run for the other ranks' sake, and its result dropped.
     images += images[:1] * (engine.forward_passes(len(images)) - len(images))
@@ -70,18 +76,21 @@ def forward_backward(
     parts = [*images, *texts]
     with torch.no_grad():
         first = [engine.embed(part, patch_dropout) for part in parts]
-    own_images, own_texts = 0 if batch.images is None else len(batch.images), len(batch.text_seeds)
+    image_sizes, text_sizes = [len(e.images) for e in first], [len(e.texts) for e in first]
+    own_images, order = 0 if batch.images is None else len(batch.images), order.to(first[0].texts.device)
+    sorted_texts = torch.cat([e.texts for e in first])[: len(order)]
     whole = Embedded(
         torch.cat([e.images for e in first])[:own_images].requires_grad_(),
-        torch.cat([e.texts for e in first])[:own_texts].requires_grad_(),
+        torch.empty_like(sorted_texts).index_copy(0, order, sorted_texts).requires_grad_(),
         first[0].scales.clone().requires_grad_(),
     )
+    del first, sorted_texts
     losses = objective.losses(whole, batch, tasks=tasks, group=group)
     # A surrogate whose derivative is the chunk's part of the chain rule; what was dropped gets zeros.
     of_images, of_texts, of_scales = _gradients(_total(losses), whole)
-    of_image_chunks = _split(of_images, [len(e.images) for e in first])
-    of_text_chunks = _split(of_texts, [len(e.texts) for e in first])
-    del first, whole
+    losses = {task: (loss.detach(), stats) for task, (loss, stats) in losses.items()}
+    of_image_chunks, of_text_chunks = _split(of_images, image_sizes), _split(of_texts[order], text_sizes)
+    del whole, of_images, of_texts
     with engine.backwards() as backward:
         for number, part in enumerate(parts):
             embedded = engine.embed(part, patch_dropout)
@@ -90,14 +99,14 @@ def forward_backward(
             if number == 0:  # the temperatures count once, whatever the number of chunks
                 surrogate = surrogate + (embedded.scales * of_scales).sum()
             backward(surrogate, number == len(parts) - 1)
-    return {task: (loss.detach(), stats) for task, (loss, stats) in losses.items()}
+    return losses
 
 
 def image_chunks(batch: Batch, size: int) -> Iterator[Part]:
     """Parts of at most `size` images (0: all in one)."""
     count = 0 if batch.images is None else len(batch.images)
     no_seeds = batch.text_seeds[:0]
-    for start in range(0, count, size or count):
+    for start in range(0, count, size or max(1, count)):
         rows = slice(start, start + (size or count))
         assert batch.images is not None
         yield Part(batch.images[rows], batch.image_seeds[rows], None, no_seeds)
@@ -137,4 +146,5 @@ def _gradients(loss: Tensor, embedded: Embedded) -> tuple[Tensor, Tensor, Tensor
 
 def _split(rows: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
     """Cut into pieces of `sizes`, with zero rows where there are not enough."""
-    return torch.nn.functional.pad(rows, (0, 0, 0, sum(sizes) - len(rows))).split(sizes)
+    missing = sum(sizes) - len(rows)
+    return (torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows).split(sizes)

@@ -78,6 +78,11 @@ class PackedTokens:
         """N, the number of sequences."""
         return len(self.lengths)
 
+    def by_length(self) -> tuple[PackedTokens, Tensor]:
+        """The sequences from the shortest to the longest, and int64 `[N]`, which one comes where."""
+        layout = ByLength.of(self)
+        return PackedTokens(self.ids[layout.tokens], layout.cu_seqlens, self.max_seqlen), layout.order
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedTokens:
         """The same tokens on another device."""
         return on_device(self, device, non_blocking)
