@@ -27,7 +27,7 @@ def main() -> None:
     parser = common.parser(__doc__, "text_pairs")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batches", type=int, default=7, help="one source each; after seven all had their share")
-    parser.add_argument("--pairs", type=int, default=256, help="in a batch")
+    parser.add_argument("--pairs", type=int, default=128, help="in a batch")
     parser.add_argument("--chunk", type=int, default=64, help="texts of one forward pass with gradient caching")
     options = parser.parse_args()
     if options.small:
