@@ -18,8 +18,6 @@ SMALL = {
 @pytest.mark.full
 @pytest.mark.parametrize("name", SMALL)
 def test_benchmarks_run_in_a_small_size(name, tmp_path):
-    pytest.importorskip("sentence_transformers")
-    pytest.importorskip("open_clip")
     results = tmp_path / "results.json"
     script = [sys.executable, str(FOLDER / f"{name}.py"), *SMALL[name], "--results", str(results)]
     run = subprocess.run(script, capture_output=True, text=True, timeout=300)

@@ -17,8 +17,6 @@ def test_readme_has_an_example_of_five_lines():
 
 @pytest.mark.parametrize("example", [example for example in EXAMPLES if example not in FOR_TORCHRUN])
 def test_readme_examples_run_as_they_stand(example):
-    if "sentence_transformers" in example:
-        pytest.importorskip("sentence_transformers")
     exec(compile(example, "README.md", "exec"), {"__name__": "readme"})
 
 

@@ -37,8 +37,6 @@ def test_the_scripts_for_a_gpu_run_in_a_small_size_on_a_cpu():
 @pytest.mark.full
 @pytest.mark.parametrize("name", SMALL)
 def test_benchmarks_run_in_a_small_size(name, drawn_corpus, tmp_path):
-    pytest.importorskip("open_clip")
-    pytest.importorskip("sentence_transformers")
     results = tmp_path / "results.json"
     script = [sys.executable, str(FOLDER / f"{name}.py"), "--small", "--corpus", str(drawn_corpus), *SMALL[name]]
     run = subprocess.run([*script, "--results", str(results)], capture_output=True, text=True, timeout=600)

@@ -2,7 +2,9 @@ import json
 
 import numpy as np
 import pytest
+import pytrec_eval
 from data_prep.shards import DatasetWriter
+from scipy import stats
 from stage_trainer.text_retrieval import PairPool, measure, ndcg_at_k, spearman
 
 
@@ -43,7 +45,6 @@ def test_the_figures_are_those_of_ranks_counted_by_hand(pool):
 
 
 def test_ndcg_and_spearman_equal_independent_implementations():
-    pytrec_eval, stats = pytest.importorskip("pytrec_eval"), pytest.importorskip("scipy.stats")
     generator = np.random.default_rng(0)
     for _ in range(20):
         scores = generator.standard_normal(30).astype(np.float32)

@@ -22,10 +22,10 @@ from typing import Any
 
 import common
 import torch
+from plan_memory import peak_above
 from stage_trainer.objective import Batch
 from stage_trainer.recipe import GradientCache, Recipe
 from text_tower import PackedTokens
-from torch.profiler import ProfilerActivity, profile
 
 TOKENS = 4
 
@@ -80,14 +80,13 @@ def measure(options: argparse.Namespace, pairs: int) -> dict[str, int]:
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew from here
     step(batch)
     resident = peak_resident()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step(batch)
+    allocated = peak_above(lambda: step(batch))
     assert batch.images is not None
     assert batch.texts is not None
     tensors = [batch.images, batch.texts.ids, batch.texts.cu_seqlens, batch.image_seeds, batch.text_seeds]
     return {
         "resident_bytes": resident,
-        "allocated_bytes": peak_allocated(profiler),
+        "allocated_bytes": allocated,
         "batch_bytes": sum(t.nbytes for t in [*tensors, batch.image_ids, batch.text_ids]),
         # An image, its caption, a query and its target; their gradients.
         "embedding_bytes": 2 * 4 * pairs * width * 4,
@@ -113,16 +112,6 @@ def peak_resident() -> int:
     """By Linux's account, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
-
-
-def peak_allocated(profiler: profile) -> int:
-    """The most bytes at once above what there was when the profiler began."""
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
 
 
 if __name__ == "__main__":

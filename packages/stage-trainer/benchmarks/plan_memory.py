@@ -139,6 +139,7 @@ def planned_for(device: torch.device) -> Device:
 
 
 def peak_above(run: Callable[[], None]) -> int:
+    """The most bytes that the CPU's allocator had given out at once, above what there was before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -24,7 +24,7 @@ from stage_trainer.build import Model
 from stage_trainer.errors import UserError
 from stage_trainer.files import free_name, whole_directory
 from stage_trainer.model import DualEncoder
-from stage_trainer.replicas import copy_to_other_machines
+from stage_trainer.rank_0 import copy_to_other_machines, from_rank_0
 
 _NAME = re.compile(r"step-(\d{7})")
 
@@ -108,15 +108,6 @@ def newest_sound(directory: Path) -> Saved | None:
     if found is not None:
         copy_to_other_machines(found.path)
     return found
-
-
-def from_rank_0(value: Any) -> Any:
-    """The value that rank 0 has; a rank that cannot read or write must not leave the others waiting for it."""
-    if torch.distributed.get_world_size() == 1:
-        return value
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def write(directory: Path, step: int, model: Model, optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:

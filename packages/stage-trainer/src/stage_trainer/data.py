@@ -115,13 +115,10 @@ class StageBatches(TorchDataset):
         drawn = Drawn()
         tasks = self.tasks_at(step)
         images, captions, image_seeds, image_ids = [], [], [], []
-        views: list[list[tuple[torch.Tensor, int]]] = [[] for _ in range(self.stage.views)]
+        views: list[list[tuple[torch.Tensor, int]]] = [[] for _ in range(self.stage.loss.views)]
         if "image_text" in tasks:
-            assert self.image_sampler is not None
             start = self.stage.task_start.image_text
-            draws = slice_of(self.image_sampler.batch_at(step - start), self.rank, self.world)
-            look_ahead(self.image_sources, self.image_sampler)
-            for draw in draws:
+            for draw in self._draws(self.image_sampler, self.image_sources, step - start):
                 data = self.image_sources[draw.source]
                 pixels, content = self._sample(data, draw.index, drawn)
                 seed = self._seed(data, draw)
@@ -134,11 +131,8 @@ class StageBatches(TorchDataset):
                 image_ids.append(key(content["item"]))
         queries, targets, negatives, text_seeds, text_ids = [], [], [], [], []
         if "text" in tasks:
-            assert self.text_sampler is not None
             start = self.stage.task_start.text
-            draws = slice_of(self.text_sampler.batch_at(step - start), self.rank, self.world)
-            look_ahead(self.text_sources, self.text_sampler)
-            for draw in draws:
+            for draw in self._draws(self.text_sampler, self.text_sources, step - start):
                 data = self.text_sources[draw.source]
                 _, content = self._sample(data, draw.index, drawn)
                 seed = self._seed(data, draw)
@@ -154,6 +148,13 @@ class StageBatches(TorchDataset):
         batch = self._pack(images, captions, image_seeds, image_ids, queries, targets, negatives, text_seeds, text_ids)
         drawn.count_tokens(batch.texts)
         return batch, drawn
+
+    def _draws(self, sampler: TaskSampler | None, sources: list[Dataset], number: int) -> list[Draw]:
+        """This rank's part of a task's batch; what the next ones need is fetched from now on."""
+        assert sampler is not None  # tasks_at saw to it
+        draws = slice_of(sampler.batch_at(number), self.rank, self.world)
+        look_ahead(sources, sampler)
+        return draws
 
     def _sample(self, data: Dataset, index: int, drawn: Drawn) -> tuple[torch.Tensor | None, dict[str, Any]]:
         """(pixels, texts) of a sample, or of the one that takes its place."""
@@ -281,8 +282,7 @@ def _replacement(data: Dataset, index: int, attempt: int, whole_shard: bool) -> 
     shard = data.shard_of(index)
     seed = key("replacement", data.kind, data.source, attempt)
     if whole_shard or attempt > 1:
-        shard = key(seed, shard) % len(data.shard_sizes)
-        samples = data.samples_of(shard)
+        samples = data.samples_of(key(seed, shard) % len(data.shard_sizes))
         return samples[key(seed, index) % len(samples)]
     samples = data.samples_of(shard)
     step = 1 + key(seed, index) % max(1, len(samples) - 1)  # never back to itself, if there are others

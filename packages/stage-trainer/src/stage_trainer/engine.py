@@ -72,8 +72,8 @@ class Engine:
         self._highest_scale = -math.log(stage.loss.min_temperature)
         self.zero = self.engine.zero_optimization_stage()
         # One rank has nothing to average, for which DeepSpeed would copy every gradient to and fro.
-        self.alone = self.world == 1 and not self.zero
-        if self.alone:
+        self._alone = self.world == 1 and not self.zero
+        if self._alone:
             self.engine.enable_backward_allreduce = False
         if self.zero:
             self._create_partitioned_state()
@@ -119,7 +119,7 @@ class Engine:
 
         with self.engine.coalesce_grad_reduction() if self.zero else contextlib.nullcontext():
             yield backward
-        if self.alone:  # as the reduction would do: the optimizer moves on as on several ranks
+        if self._alone:  # as the reduction would do: the optimizer moves on as on several ranks
             for parameter in self.parameters.values():
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)

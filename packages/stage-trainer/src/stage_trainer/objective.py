@@ -124,7 +124,7 @@ class MultiTask(nn.Module):
         image_ids, text_ids = batch.image_ids.to(device), batch.text_ids.to(device)
         temperatures = torch.exp(-embedded.scales)
         if self.loss.kind == "unified":
-            images, *views = embedded.images.view(1 + 2 * self.loss.image_views, count, embedded.images.shape[1])
+            images, *views = embedded.images.view(1 + self.loss.views, count, embedded.images.shape[1])
             found = unified_info_nce(
                 (images, captions), (queries, targets), tuple(views) or None, temperature=temperatures[:1],
                 dims=self.loss.dims, image_ids=image_ids, text_ids=text_ids, group=group, return_stats=True,

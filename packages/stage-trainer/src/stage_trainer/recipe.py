@@ -84,6 +84,15 @@ class Loss:
     image_views: bool = True
     min_temperature: float = 0.01
 
+    @property
+    def views(self) -> int:
+        """Augmented views of each image, beside the one that its caption is for."""
+        return 2 if self.kind == "unified" and self.image_views else 0
+
+    def unified_pairs(self, captions: int, pairs: int) -> int:
+        """Pairs of a unified loss, of so many captioned images and text pairs; 0 where each task has its own loss."""
+        return captions * (1 + self.views // 2) + pairs if self.kind == "unified" else 0
+
 
 @dataclass(frozen=True, config=_STRICT)
 class Masking:
@@ -151,15 +160,6 @@ class Stage:
     def chunks(self) -> GradientCache | None:
         """The sizes of `gradient_cache`; None for none, and for an `auto` that nobody has settled yet."""
         return self.gradient_cache if isinstance(self.gradient_cache, GradientCache) else None
-
-    @property
-    def views(self) -> int:
-        """Augmented views of each image, beside the one that its caption is for."""
-        return 2 if self.loss.kind == "unified" and self.loss.image_views else 0
-
-    def unified(self, captions: int, pairs: int) -> int:
-        """Pairs of a unified loss, of so many captioned images and text pairs; 0 where each task has its own loss."""
-        return captions * (1 + self.views // 2) + pairs if self.loss.kind == "unified" else 0
 
     def resolution_at(self, step: int) -> int:
         return at_step(self.resolution, step)
@@ -255,8 +255,8 @@ class Recipe:
     would have to emulate that, which is up to ten times slower than fp32. Of the samples drawn, up to the share
     `max_corrupt` may be unreadable or of no use; they are replaced and entered in `corrupt.jsonl`. A step whose
     gradient is not finite is skipped; `max_skipped` in a row end the run. `sinks` take the scalars beside TensorBoard
-    ("module:callable", see `stage_trainer.monitor.Sink`). Each process keeps
-    `cache_megabytes` of decoded samples in main memory.
+    ("module:callable", see `stage_trainer.monitor.Sink`). Each process keeps `cache_megabytes` of decoded samples in
+    main memory.
     """
 
     name: str

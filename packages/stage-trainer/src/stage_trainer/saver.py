@@ -17,6 +17,7 @@ from stage_trainer.build import Model
 from stage_trainer.engine import Engine
 from stage_trainer.errors import UserError
 from stage_trainer.files import write_whole
+from stage_trainer.rank_0 import from_rank_0
 
 BEST = "best.json"
 
@@ -73,7 +74,7 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        problem, self._problem = checkpoint.from_rank_0(self._problem), None
+        problem, self._problem = from_rank_0(self._problem), None
         if problem is not None:
             raise problem
 

@@ -213,14 +213,14 @@ def model_operations(engine: Engine, stage: Stage, batch: Any, step: int, tokens
         return step_flops(model.tower.config, None, shape).model
     images, pairs = sizes.image_text if len(batch.image_ids) else 0, sizes.text if batch.pairs else 0
     shape = StepShape(
-        images=images * (1 + stage.views),
+        images=images * (1 + stage.loss.views),
         kept_patches=kept_patches(model.vision.config, stage.patch_dropout_at(step)),
         texts=images + pairs * (2 + batch.negatives),
         tokens=tokens,
         squared_tokens=squared_tokens,
         pairs=pairs,
         negatives=batch.negatives,
-        unified=stage.unified(images, pairs),
+        unified=stage.loss.unified_pairs(images, pairs),
     )
     text, vision, trainable = model.text.config, model.vision.config, stage.trainable
     return step_flops(text, vision, shape, trainable=trainable, dims=stage.loss.dims).model

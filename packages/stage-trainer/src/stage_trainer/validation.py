@@ -11,12 +11,12 @@ import torch
 from text_tower import Tokenizer
 
 from stage_trainer import picture, retrieval, text_retrieval
-from stage_trainer.checkpoint import from_rank_0
 from stage_trainer.data import open_data_set
 from stage_trainer.engine import Engine
 from stage_trainer.masked_data import held_out
 from stage_trainer.masked_lm import held_out_losses
 from stage_trainer.monitor import Monitor
+from stage_trainer.rank_0 import from_rank_0
 from stage_trainer.recipe import Recipe, Stage
 from stage_trainer.remote_data import place
 

@@ -204,8 +204,8 @@ def sizes_of(stage: Stage, segment: Segment, ranks: int, lengths: Lengths, negat
     pairs = -(-stage.batch.text // ranks) if "text" in segment.tasks else 0
     texts = images + pairs * (2 + negatives)
     tokens = images * lengths.captions + pairs * (2 + negatives) * lengths.texts
-    length, unified = max(1, round(tokens / texts)), stage.unified(images, pairs)
-    return Sizes(images * (1 + stage.views), texts, length, pairs, negatives, ranks, unified)
+    length, unified = max(1, round(tokens / texts)), stage.loss.unified_pairs(images, pairs)
+    return Sizes(images * (1 + stage.loss.views), texts, length, pairs, negatives, ranks, unified)
 
 
 def as_written(stage: Stage, model: Model) -> Setting:
@@ -277,14 +277,14 @@ def shape_of(stage: Stage, segment: Segment, sizes: Sizes, vision: VisionTowerCo
     pairs = stage.batch.text if "text" in segment.tasks else 0
     texts = images + pairs * (2 + sizes.negatives)
     return StepShape(
-        images=images * (1 + stage.views),
+        images=images * (1 + stage.loss.views),
         kept_patches=kept_patches(vision, segment.patch_dropout) if images else 0,
         texts=texts,
         tokens=texts * sizes.length,
         squared_tokens=texts * sizes.length**2,
         pairs=pairs,
         negatives=sizes.negatives,
-        unified=stage.unified(images, pairs),
+        unified=stage.loss.unified_pairs(images, pairs),
     )
 
 

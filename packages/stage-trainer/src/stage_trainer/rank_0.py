@@ -1,4 +1,4 @@
-"""Run folders that machines do not share: a checkpoint stands on rank 0's machine, and the others get a copy of it."""
+"""What rank 0 has, for the others: a value; a checkpoint, where machines do not share the run's folder."""
 
 from __future__ import annotations
 
@@ -17,6 +17,15 @@ _PIECE = 64 * 2**20
 """Bytes that travel at a time."""
 
 
+def from_rank_0(value: Any) -> Any:
+    """The value that rank 0 has; a rank that cannot read or write must not leave the others waiting for it."""
+    if dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 def copy_to_other_machines(checkpoint: Path) -> None:
     """Sends rank 0's checkpoint to every machine that lacks it, or has another one under its name; all ranks call it.
 
@@ -27,9 +36,7 @@ def copy_to_other_machines(checkpoint: Path) -> None:
     """
     if dist.get_world_size() == 1:
         return
-    box: list[Any] = [(_digest(checkpoint), _files(checkpoint))] if dist.get_rank() == 0 else [None]
-    dist.broadcast_object_list(box, src=0)
-    digest, files = box[0]
+    digest, files = from_rank_0((_digest(checkpoint), _files(checkpoint)))
     lacks = os.environ.get("LOCAL_RANK", "0") == "0" and _digest(checkpoint) != digest
     wanted: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(wanted, lacks)

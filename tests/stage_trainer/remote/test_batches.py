@@ -1,0 +1,180 @@
+"""Batches of a stage out of data under URLs, of many processes, with broken shards, behind commands."""
+
+import io
+import json
+import multiprocessing
+
+import pytest
+import torch
+from data_prep.shards import Dataset
+from PIL import Image
+from stage_trainer.data import StageBatches, _replacement, batches
+from stage_trainer.errors import UserError
+from stage_trainer.recipe import Recipe
+from stage_trainer.recipe_file import flatten, load
+from stage_trainer.remote_data import RemotePlace, place
+from stage_trainer.sampler import SourceOrder
+
+
+class Numbers:
+    """A tokenizer: a text is its length."""
+
+    def __call__(self, texts, max_length):
+        return [[0, len(words), 2] for words in texts]
+
+
+@pytest.fixture
+def recipe(tmp_path, recipes):
+    def execute(corpus, *settings, batch=4) -> Recipe:
+        overrides = [
+            f"corpus={corpus}", "data={text: [{path: text-pairs/made}]}", f"batch={{text: {batch}}}", "steps=40",
+            f"remote.cache={tmp_path}/cache", "remote.retries=1", *settings,
+        ]  # fmt: skip
+        return load(recipes / "drawn.yaml", overrides, 1).recipe
+
+    return execute
+
+
+def steps(recipe, rank=0, world=1, workers=0, stop=8):
+    made = StageBatches(recipe, recipe.stage(1), 1, Numbers(), rank, world)
+    return list(batches(made, 0, stop, workers))
+
+
+def test_two_ranks_of_two_workers_download_each_shard_once_and_read_the_same(data, server, recipe, tmp_path):
+    """Eight steps of four are more than an epoch."""
+    server.faults = {f"{n:05d}.tar": ["slow", None] for n in range(10)}
+    context = multiprocessing.get_context("fork")
+    found = context.SimpleQueue()
+
+    def rank(number):
+        ids = [b.text_ids.tolist() for b, drawn in steps(recipe(server.url), number, 2, workers=2) if not drawn.corrupt]
+        found.put((number, ids))
+
+    ranks = [context.Process(target=rank, args=(number,)) for number in range(2)]
+    for process in ranks:
+        process.start()
+    there = dict(found.get() for _ in ranks)
+    for process in ranks:
+        process.join()
+    here = {n: [b.text_ids.tolist() for b, _ in steps(recipe(tmp_path / "corpus"), n, 2)] for n in range(2)}
+    assert there == here
+    shards = {name: count for name, count in server.requests.items() if name != "manifest.json"}
+    assert shards == {p.name: 1 for p in data.iterdir() if p.name != "manifest.json"}
+
+
+def test_the_sampler_fetches_its_next_window_while_it_reads_this_one(data, server, recipe, wait_for):
+    made = StageBatches(recipe(server.url, batch=2), recipe(server.url, batch=2).stage(1), 1, Numbers(), 0, 1)
+    made[0]
+    order = made.text_sampler.orders[0].shards(0, len(made.text_sources[0]))
+    wait_for(lambda: len(list(made.text_sources[0].directory.glob("*.tar"))) >= 8)
+    assert {p.name for p in made.text_sources[0].directory.glob("*.tar")} == {f"{n:05d}.tar" for n in order[:8]}
+
+
+def test_shards_ahead_are_those_that_the_stream_reads():
+    sizes = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
+    order, ends = SourceOrder(sizes, seed=3), [sum(sizes[: i + 1]) for i in range(10)]
+    for start, stop in ((0, 1), (5, 30), (38, 45), (0, 200)):
+        read = [next(i for i, end in enumerate(ends) if order.at(p)[1] < end) for p in range(start, stop)]
+        assert set(read) <= set(order.shards(start, stop))
+    assert len(order.shards(0, 1)) == 8
+    assert len(order.shards(0, 200)) == 10
+
+
+def test_the_samples_of_a_broken_shard_are_all_replaced_from_one_other(data):
+    here = Dataset.open(data)
+    for shard in range(10):
+        of_whole = [_replacement(here, index, 0, True) for index in here.samples_of(shard)]
+        assert len({here.shard_of(index) for index in of_whole}) == 1
+        of_one = {index: _replacement(here, index, 0, False) for index in here.samples_of(shard)}
+        assert all(index != other and here.shard_of(other) == shard for index, other in of_one.items())
+        assert {here.shard_of(_replacement(here, here.samples_of(shard)[0], n, False)) for n in range(16)} != {shard}
+
+
+def test_a_broken_shard_becomes_entries_of_the_ledger(data, server, recipe):
+    """The same ones whatever the number of workers."""
+    server.faults = {"00003.tar": [404]}
+    one, two = steps(recipe(server.url)), steps(recipe(server.url), workers=2)
+    for (batch, drawn), (same, again) in zip(one, two, strict=True):
+        assert torch.equal(batch.text_ids, same.text_ids)
+        assert drawn.corrupt == again.corrupt
+    entries = [entry for _, drawn in one for entry in drawn.corrupt]
+    assert entries
+    assert {entry.key for entry in entries} == {"s6", "s7"}
+    assert all(entry.shard.endswith("00003.tar") and "404 Not Found" in entry.reason for entry in entries)
+    assert server.requests["00003.tar"] == 2  # once each run
+
+
+def test_a_source_of_broken_shards_alone_is_one_message(server, recipe):
+    server.faults = {f"{n:05d}.tar": [404] for n in range(10)}
+    with pytest.raises(UserError, match="16 samples in a row were of no use.*404 Not Found"):
+        steps(recipe(server.url), workers=1)
+
+
+def test_a_cache_too_small_for_a_step_is_refused_with_what_it_needs(server, recipe):
+    with pytest.raises(UserError, match=r"remote.gigabytes is 0.0001, but a step .* need 0.000[67]"):
+        steps(recipe(server.url, "remote.gigabytes=0.0001"))
+
+
+def test_a_path_may_be_a_url_and_a_corpus_behind_a_command(data, server, recipe, tmp_path):
+    here = steps(recipe(tmp_path / "corpus"))
+    sources = (
+        (str(tmp_path / "nowhere"), [f"data={{text: [{{path: '{server.url}/train/text-pairs/made?signed=1'}}]}}"]),
+        (f"file://{tmp_path}/corpus", []),
+        (f"pipe:cat {tmp_path}/corpus/{{name}}", ["remote.allow_pipe=true"]),
+        (server.url, [f"data={{text: [{{path: {data}}}]}}"]),
+    )
+    for number, (corpus, settings) in enumerate(sources):
+        there = steps(recipe(corpus, *settings, f"remote.cache={tmp_path}/cache{number}"))
+        assert all(torch.equal(a.text_ids, b.text_ids) for (a, _), (b, _) in zip(here, there, strict=True))
+
+
+@pytest.mark.parametrize("setting", ["downloads=0", "retries=-1", "timeout=0", "gigabytes=0"])
+def test_settings_that_cannot_be_meant_are_refused(recipe, setting):
+    with pytest.raises(UserError, match="'remote.downloads' should be at least 1"):
+        recipe("corpus", f"remote.{setting}")
+
+
+def test_checkpoints_and_screens_see_addresses_without_credentials():
+    tree = {"corpus": "https://me:pw@host/a?sig=1", "masked_lm": ("s3://b/c", "text-pairs/x"), "steps": 3}
+    shown = {"corpus": "https://host/a", "masked_lm": ("s3://b/c", "text-pairs/x"), "steps": 3}
+    assert flatten(tree) == shown
+
+
+def test_a_command_is_run_only_if_the_recipe_allows_it(data, recipe, tmp_path):
+    command = f"touch {tmp_path}/ran; cat {tmp_path}/corpus/{{name}}"
+    with pytest.raises(UserError, match="remote.allow_pipe=true"):
+        steps(recipe(f"pipe:{command}"))
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(UserError, match="without {name}"):
+        steps(recipe("pipe:cat", "remote.allow_pipe=true"))
+    allowed = recipe(f"pipe:{command}", "remote.allow_pipe=true")
+    assert isinstance(place(allowed, "train", "x"), RemotePlace)
+    assert steps(allowed)
+    assert (tmp_path / "ran").exists()
+
+
+def test_other_peoples_tars_with_their_sidecars_beside_them_serve(tmp_path, recipe, serve):
+    import tarfile
+
+    from data_prep.cli import main
+
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for shard in range(2):
+        with tarfile.open(theirs / f"{shard:05d}.tar", "w") as tar:
+            for number in range(4):
+                picture = io.BytesIO()
+                Image.new("RGB", (8, 8), (60 * shard, 60 * number, 0)).save(picture, "jpeg")
+                members = {"jpg": picture.getvalue(), "txt": b"a colour", "json": json.dumps({"key": 1}).encode()}
+                for extension, content in members.items():
+                    info = tarfile.TarInfo(f"{shard:05d}{number:04d}.{extension}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    main(["index", str(theirs), "--name", "theirs", "--out", str(tmp_path / "corpus/train")])
+    (index,) = (tmp_path / "corpus/train").rglob("manifest.json")
+    path = index.parent.relative_to(tmp_path / "corpus/train")
+    server = serve(tmp_path / "corpus")
+    settings = [f"data={{image_text: [{{path: {path}}}]}}", "batch={image_text: 4}"]
+    here, there = (steps(recipe(corpus, *settings)) for corpus in (tmp_path / "corpus", server.url))
+    assert len(here) == 8
+    assert all(torch.equal(a.images, b.images) for (a, _), (b, _) in zip(here, there, strict=True))
