@@ -140,6 +140,24 @@ def test_every_backend_is_handed_what_its_documentation_asks_for(pack, monkeypat
     torch.testing.assert_close(Attention(layout, positions, backend)(qkv), expected)
 
 
+def test_many_short_texts_attend_as_few_do(pack):
+    """On a CPU plain products take the place of the kernel that the same texts, a few at a time, go through."""
+    texts, length, heads = 40, 5, 8
+    assert texts * heads >= attention.PLAIN_PRODUCTS > 4 * heads
+    q, k, v, wanted = torch.randn(4, texts * length, heads, 8, dtype=torch.float64)
+
+    def attended(texts_at_once):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        parts = zip(*(x.split(texts_at_once * length) for x in leaves), strict=True)
+        layout = ByLength.of(pack([length] * texts_at_once))
+        out = torch.cat([attention._sdpa(*part, layout) for part in parts])
+        out.backward(wanted)
+        return out, *(x.grad for x in leaves)
+
+    for one, other in zip(attended(texts), attended(4), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
 def test_a_whole_tower_runs_through_a_variable_length_kernel(make_tower, pack, monkeypatch):
     _modules(monkeypatch)
     tower, packed = make_tower(), pack(LENGTHS)

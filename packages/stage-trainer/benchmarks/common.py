@@ -30,8 +30,9 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 RECIPES = Path(__file__).parents[3] / "launch" / "recipes"
-PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
-PRODUCTS |= {"aten::mkldnn_convolution", "aten::convolution_backward"}
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::mkldnn_convolution", "aten::convolution_backward"}
+# Where it is not one kernel: products of many pairs of matrices, of which there are no others, what they copy, softmax.
+ATTENTION = {"aten::matmul", "aten::bmm", "aten::_softmax", "aten::_softmax_backward_data"}
 
 
 def parser(description: str, name: str) -> argparse.ArgumentParser:
@@ -154,7 +155,7 @@ def rounds(contenders: Mapping[str, list[Callable[[], Any]]], repeats: int) -> d
 
 
 def by_kind(step: Callable[[], Any]) -> dict[str, float]:
-    """Seconds of a step in matrix products, in attention (products, too, but for its softmax), in other operations."""
+    """Seconds of a step in matrix products, in attention (batched products and softmax), in other operations."""
     with profile(activities=[ProfilerActivity.CPU]) as record:
         step()
     found = {"products": 0.0, "attention": 0.0, "other": 0.0}
@@ -169,7 +170,7 @@ def _kind(event: FunctionEvent) -> str:
     while at is not None:
         if at.name in PRODUCTS:
             return "products"
-        if "scaled_dot_product" in at.name:
+        if at.name in ATTENTION or "scaled_dot_product" in at.name:
             return "attention"
         at = at.cpu_parent
     return "other"
@@ -177,7 +178,8 @@ def _kind(event: FunctionEvent) -> str:
 
 def anatomy(steps: Mapping[str, Callable[[], Any]], seconds: Mapping[str, float], repeats: int) -> dict[str, Any]:
     """Of each contender's step: products and attention as the profiler finds them (the least of the rounds), and what
-    is neither: all the rest of the time that the clock found without the profiler, Python and waiting included."""
+    is neither: all the rest of the time that the clock found without the profiler, Python and waiting included. "no
+    products" is all but the products, since one kernel's attention cannot be divided."""
     found: dict[str, Any] = {}
     for _ in range(repeats):
         for name, step in steps.items():
@@ -185,8 +187,10 @@ def anatomy(steps: Mapping[str, Callable[[], Any]], seconds: Mapping[str, float]
                 kinds = found.setdefault(name, {})
                 kinds[kind] = min(kinds.get(kind, float("inf")), value)
     for name, kinds in found.items():
-        neither = seconds[name] - kinds["products"] - kinds["attention"]
-        kinds |= {"step": seconds[name], "neither": neither, "neither_share": neither / seconds[name]}
+        step, rest = seconds[name], seconds[name] - kinds["products"]
+        neither = rest - kinds["attention"]
+        kinds |= {"step": step, "no_products": rest, "no_products_share": rest / step}
+        kinds |= {"neither": neither, "neither_share": neither / step}
     return found
 
 

@@ -30,5 +30,6 @@ class Rotary:
     def __call__(self, qk: Tensor) -> Tensor:
         """Queries and keys `[T, 2, heads, d]`, turned, in their own dtype."""
         a, b = qk.chunk(2, dim=-1)
-        turned = torch.cat([a * self.cos - b * self.sin, b * self.cos + a * self.sin], dim=-1)
-        return turned.to(qk.dtype)
+        # A pass over the tokens less than a * cos - b * sin takes.
+        turned = torch.addcmul(a * self.cos, b, self.sin, value=-1), torch.addcmul(b * self.cos, a, self.sin)
+        return torch.cat(turned, dim=-1).to(qk.dtype)
