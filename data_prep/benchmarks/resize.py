@@ -159,7 +159,8 @@ def pool_chunk(images: Path, names: list[str], tar: Path) -> None:
                 target = round(image.width * scale), round(image.height * scale)
                 image.draft("RGB", target)
                 buffer = io.BytesIO()
-                image.convert("RGB").resize(target, Image.Resampling.HAMMING).save(buffer, "JPEG", quality=95)
+                plain = image if image.mode == "RGB" else image.convert("RGB")  # which copies what is RGB already
+                plain.resize(target, Image.Resampling.HAMMING).save(buffer, "JPEG", quality=95)
             add(file, f"{number}.jpg", buffer.getvalue())
             add(file, f"{number}.txt", f"caption of {name}".encode())
 
