@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from data_prep.errors import UserError
+from pyarrow import Table, csv, parquet
 
 NEGATIVES = [f"n{number}" for number in range(9)]
 
@@ -132,3 +133,74 @@ def test_nothing_usable_and_nothing_there_are_errors(write, run, tmp_path):
     (tmp_path / "bare").mkdir()
     with pytest.raises(UserError, match="holds no .jsonl"):
         run("texts", files=[tmp_path / "bare"])
+
+
+@pytest.fixture
+def save(tmp_path) -> Callable[..., Path]:
+    """A table as a file of the kind that its name says."""
+
+    def save(columns: dict[str, list], name: str) -> Path:
+        path, table = tmp_path / name, Table.from_pydict(columns)
+        if name.endswith(".parquet"):
+            parquet.write_table(table, path, row_group_size=2)
+        else:
+            csv.write_csv(table, path, csv.WriteOptions(delimiter="\t" if ".tsv" in name else ","))
+            if name.endswith(".gz"):
+                path.write_bytes(gzip.compress(path.read_bytes()))
+        return path
+
+    return save
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.csv.gz", "t.tsv.gz", "t.parquet"])
+def test_a_table_gives_what_json_lines_give(write, save, run, tmp_path, name):
+    """Quotes, commas and line ends in texts; negatives in columns of their own, one row with too few."""
+    rows = [(f"q{number}", f'a "{number}", and\nmore', *(f"n{number}.{k}" for k in range(7))) for number in range(5)]
+    rows[3] = (*rows[3][:-1], "")
+    names = ["anchor", "positive", *(f"negative_{k}" for k in range(1, 8))]
+    table = save(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)), name)
+    found = run("texts", files=[table], out=tmp_path / "table")
+    lines = run("texts", files=[write(*map(list, rows))], out=tmp_path / "lines")
+    assert found.receipt["went_out"] == {"text-pairs": 1, "text-triplets": 4}
+    assert found.receipt["notes"] == {"with fewer than 7 negatives, as pairs": 1}
+    for kind, samples in lines.samples.items():
+        assert [{**s.content, "item": ""} for s in found.samples[kind]] == [{**s.content, "item": ""} for s in samples]
+
+
+def test_negatives_may_be_a_list_in_one_column_and_columns_may_be_named(save, run):
+    columns = {
+        "id": [1, 2],
+        "ask": ["a", "b"],
+        "reply": ["c", "d"],
+        "wrong": [NEGATIVES, NEGATIVES[:2]],
+        "query": ["", ""],
+    }
+    path = save(columns, "t.parquet")
+    named = {"query_column": "ask", "target_column": "reply", "negative_columns": "wrong"}
+    found = run("texts", files=[path], **named)
+    (triplet,), (pair,) = found.samples["text-triplets"], found.samples["text-pairs"]
+    assert (texts(triplet.content["query"]), texts(triplet.content["target"])) == (["a"], ["c"])
+    assert [texts(negative) for negative in triplet.content["negatives"]] == [[n] for n in NEGATIVES[:7]]
+    assert (texts(pair.content["query"]), texts(pair.content["target"])) == (["b"], ["d"])
+
+
+def test_rows_without_a_text_are_counted(save, write, run):
+    parquets = save({"query": ["q", None, "", "q"], "answer": ["a", "a", "a", None]}, "t.parquet")
+    found = run("texts", files=[parquets, write("query,answer", "q,a", "alone", "q,", name="t.csv")])
+    assert found.receipt["went_out"] == {"text-pairs": 2}
+    assert found.dropped == {"empty text": 2, "not one of the forms of pairs and triplets": 3}
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "message"),
+    [
+        ({"a": ["x"], "answer": ["y"]}, {}, "none of a, answer is known for the query; name it: --query-column"),
+        ({"query": ["x"], "b": ["y"]}, {}, "none of query, b is known for the target; name it: --target-column"),
+        ({"query": ["x"], "b": ["y"]}, {"target_column": "c"}, "has no column c; it has query, b"),
+        ({"query": ["x"], "pos": ["y"]}, {"negative_columns": "n1,n2"}, "has no column n1, n2; it has query, pos"),
+    ],
+)
+@pytest.mark.parametrize("name", ["t.csv", "t.parquet"])
+def test_columns_that_are_not_there_are_named(save, run, name, columns, options, message):
+    with pytest.raises(UserError, match=message):
+        run("texts", files=[save(columns, name)], **options)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from ..errors import UserError
 from ..image_rule import ImageRule
 from ..samples import Text
-from .records import Dropped, Found, ImageRecord, argument, from_rows, option
+from .records import Dropped, Found, ImageRecord, argument, from_rows, option, pick
 from .tables import is_json_lines, read_table, table_columns, table_pieces
 
 _ROWS = 500
@@ -66,7 +66,7 @@ class Folder:
         return from_rows(read_table(piece), self._record)
 
     def _record(self, where: str, values: dict[str, Any]) -> Iterator[Found]:
-        name = _pick(values, self.image_column, _IMAGE)
+        name = pick(values, self.image_column, _IMAGE)
         if not isinstance(name, str) or not name:
             yield Dropped("no file name", where)
             return
@@ -74,10 +74,10 @@ class Folder:
         if path is None:
             yield Dropped("file name outside the folder", where)
             return
-        found = _pick(values, self.language_column, _LANGUAGE)
+        found = pick(values, self.language_column, _LANGUAGE)
         language = found if isinstance(found, str) and found else self.language
-        short = self._captions(_pick(values, self.caption_column, _CAPTION), language, "name")
-        long = self._captions(_pick(values, self.long_column, _LONG), language, "long")
+        short = self._captions(pick(values, self.caption_column, _CAPTION), language, "name")
+        long = self._captions(pick(values, self.long_column, _LONG), language, "long")
         if short is None or long is None:
             yield Dropped("caption is no text", where)
         elif not short and not long:
@@ -100,10 +100,6 @@ def inside(folder: Path, name: str) -> Path | None:
     root = os.path.abspath(folder)  # "." and ".." say nothing of where a name leads
     path = os.path.normpath(os.path.join(root, name))
     return Path(path) if path.startswith(os.path.join(root, "")) and "\0" not in name else None
-
-
-def _pick(values: dict[str, Any], named: str, usual: tuple[str, ...]) -> Any:
-    return values.get(named) if named else next((values[name] for name in usual if name in values), None)
 
 
 def _only_table(folder: Path) -> Path:

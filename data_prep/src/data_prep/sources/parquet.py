@@ -19,13 +19,8 @@ def parquet_pieces(paths: Sequence[Path], rows: int, *, columns: Sequence[str]) 
     Raises:
         UserError: pyarrow is not installed, a file is no parquet file, or it lacks one of `columns`.
     """
-    parquet = needs("pyarrow.parquet", extra="parquet", what="reading parquet")
     for path in paths:
-        try:
-            metadata = parquet.read_metadata(path)
-            found = parquet.read_schema(path).names
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: not a parquet file that can be read ({error})") from error
+        metadata, found = _read_footer(path)
         if missing := [name for name in columns if name not in found]:
             raise UserError(f"{path}: has no column {', '.join(missing)}; it has {', '.join(found)}")
         groups: list[int] = []
@@ -36,6 +31,19 @@ def parquet_pieces(paths: Sequence[Path], rows: int, *, columns: Sequence[str]) 
             if count >= rows or number == metadata.num_row_groups - 1:
                 yield {"file": str(path), **stamp(path), "groups": groups, "row": first}
                 first, count, groups = first + count, 0, []
+
+
+def parquet_columns(path: Path) -> list[str]:
+    """The names of a file's columns. UserError as of `parquet_pieces`."""
+    return _read_footer(path)[1]
+
+
+def _read_footer(path: Path) -> tuple[Any, list[str]]:
+    parquet = needs("pyarrow.parquet", extra="parquet", what="reading parquet")
+    try:
+        return parquet.read_metadata(path), parquet.read_schema(path).names
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a parquet file that can be read ({error})") from error
 
 
 def read_parquet(piece: dict[str, Any], columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]] | Dropped]:

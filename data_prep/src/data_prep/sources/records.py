@@ -77,6 +77,11 @@ def objects(rows: Iterable[Row | Dropped]) -> Iterator[tuple[str, dict[str, Any]
             yield Dropped("not a JSON object", row[0])
 
 
+def pick(values: dict[str, Any], named: str, usual: Sequence[str]) -> Any:
+    """The value of the column that the user named, else of the first of the usual ones; None if there is none."""
+    return values.get(named) if named else next((values[name] for name in usual if name in values), None)
+
+
 class Source(Protocol):
     """An importer: a frozen dataclass of plain values (they go into the receipt), made from the command line."""
 

@@ -1,8 +1,9 @@
-"""Text pairs and triplets as JSON lines, in every form that public collections use."""
+"""Text pairs and triplets: JSON lines in every form that public collections use, tables and parquet files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,17 +11,26 @@ from typing import Any, ClassVar
 from ..errors import UserError
 from ..image_rule import ImageRule
 from ..samples import Text
-from .records import Dropped, Found, Noted, TextRecord, argument, option
-from .tables import line_pieces, read_lines
+from .parquet import parquet_columns, parquet_pieces, read_parquet
+from .records import Dropped, Found, Noted, Row, TextRecord, argument, option, pick
+from .tables import line_pieces, read_lines, read_table, table_columns, table_pieces
+
+_ROWS = 20_000
+_TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+_ENDINGS = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", *_TABLES, ".parquet")
+_QUERY = ("query", "anchor", "question", "sentence1", "text1", "source")
+_TARGET = ("pos", "positive", "target", "answer", "document", "passage", "sentence2", "text2")
+_NEGATIVE = re.compile(r"(hard_)?neg(ative)?s?(_\d+)?")
 
 
 @dataclass(frozen=True)
 class Texts:
-    """text pairs and triplets: .jsonl or .jsonl.gz
+    """text pairs and triplets: JSON lines, CSV, TSV (also .gz) or parquet
 
-    A line is [query, target], [query, target, negative, …], {"set": [texts that say the same]},
-    {"query": …, "pos": […]} or {"query": …, "pos": […], "neg": […]}. With enough negatives a line becomes a triplet;
-    with fewer it becomes a pair, and the receipt says how many did.
+    A JSON line is [query, target], [query, target, negative, …], {"set": [texts that say the same]}, or an object with
+    the columns of a table: query, target, and the negatives in one list or in a column each, found by their usual names
+    or named by options. With enough negatives a line becomes a triplet; with fewer it becomes a pair, and the receipt
+    says how many did.
     """
 
     image: ClassVar[ImageRule | None] = None
@@ -29,24 +39,35 @@ class Texts:
     language: str = option("und", "language of the texts, ISO 639-1; QUERY,TARGET for pairs across languages")
     origin: str = option("human", "where the texts came from: human, machine-translation, synthetic:MODEL")
     negatives: int = option(7, "negatives of a triplet; what has more is cut")
+    query_column: str = option("", f"column of the query (default: the first of {', '.join(_QUERY)})")
+    target_column: str = option("", f"column of the target (default: the first of {', '.join(_TARGET)})")
+    negative_columns: str = option("", "columns of negatives, with commas (default: negative, neg, negative_1, …)")
 
     def pieces(self) -> Iterator[dict[str, Any]]:
-        """Some megabytes of lines; a packed file is one piece."""
+        """Some megabytes of lines or some thousand rows; a packed file is one piece."""
         languages = self.language.split(",")
         if len(languages) > 2 or not all(languages):
             raise UserError(f"--language {self.language}: expected one language, or QUERY,TARGET (de,en)")
-        for path in files_in(self.files, (".jsonl", ".jsonl.gz", ".ndjson")):
-            yield from line_pieces(path)
+        for path in files_in(self.files, _ENDINGS):
+            if path.suffix == ".parquet":
+                columns = self._needed(path, parquet_columns(path))
+                for piece in parquet_pieces([path], _ROWS, columns=columns):
+                    yield {**piece, "format": "parquet", "columns": columns}
+            elif path.name.endswith(_TABLES):
+                self._needed(path, table_columns(path))
+                yield from table_pieces(path, _ROWS)
+            else:
+                yield from line_pieces(path)
 
     def read(self, piece: dict[str, Any]) -> Iterator[Found]:
         """A record a line."""
         first, _, second = self.language.partition(",")
-        for row in read_lines(piece):
+        for row in _rows(piece):
             if isinstance(row, Dropped):
                 yield row
                 continue
             where, value = row
-            parts = _parts(value)
+            parts = self._parts(value)
             if parts is None:
                 yield Dropped("not one of the forms of pairs and triplets", where)
                 continue
@@ -63,6 +84,41 @@ class Texts:
                 self._texts(target, second or first),
                 [self._texts([text], second or first) for text in negatives[: self.negatives]] if enough else None,
             )
+
+    def _parts(self, value: Any) -> tuple[list[str], list[str], list[str]] | None:
+        """Query, targets and negatives of a line; None if it has none of the forms."""
+        if isinstance(value, list) and len(value) >= 2:
+            parts = value[:1], value[1:2], value[2:]
+        elif isinstance(value, dict) and isinstance(value.get("set"), list):
+            parts = value["set"][:1], value["set"][1:], []
+        elif isinstance(value, dict):
+            negatives = [text for name in self._negatives(value) for text in _listed(value.get(name))]
+            query, target = pick(value, self.query_column, _QUERY), pick(value, self.target_column, _TARGET)
+            if query is None or target is None:
+                return None
+            parts = [query], _listed(target), negatives
+        else:
+            return None
+        return parts if all(isinstance(text, str) for part in parts for text in part) else None
+
+    def _negatives(self, columns: Iterable[str]) -> list[str]:
+        """The columns that hold negatives."""
+        if self.negative_columns:
+            return self.negative_columns.split(",")
+        return [name for name in columns if _NEGATIVE.fullmatch(name)]
+
+    def _needed(self, path: Path, columns: list[str]) -> list[str]:
+        """Those of a file's columns that are read. UserError if some are missing."""
+        needed = self._negatives(columns)
+        for what, named, usual in (("query", self.query_column, _QUERY), ("target", self.target_column, _TARGET)):
+            needed += [named] if named else [name for name in usual if name in columns][:1]
+            if not named and not set(usual) & set(columns):
+                raise UserError(
+                    f"{path}: none of {', '.join(columns)} is known for the {what}; name it: --{what}-column"
+                )
+        if missing := [name for name in needed if name not in columns]:
+            raise UserError(f"{path}: has no column {', '.join(missing)}; it has {', '.join(columns)}")
+        return needed
 
     def _texts(self, texts: list[str], language: str) -> list[Text]:
         return [Text(text, language, "body", self.origin) for text in texts]
@@ -84,18 +140,11 @@ def files_in(paths: tuple[str, ...], endings: tuple[str, ...]) -> list[Path]:
     return found
 
 
-def _parts(value: Any) -> tuple[list[str], list[str], list[str]] | None:
-    """Query, targets and negatives of a line; None if it has none of the forms."""
-    if isinstance(value, list) and len(value) >= 2:
-        parts = value[:1], value[1:2], value[2:]
-    elif isinstance(value, dict) and isinstance(value.get("set"), list):
-        parts = value["set"][:1], value["set"][1:], []
-    elif isinstance(value, dict) and "query" in value and "pos" in value:
-        parts = [value["query"]], _listed(value["pos"]), _listed(value.get("neg") or [])
-    else:
-        return None
-    return parts if all(isinstance(text, str) for part in parts for text in part) else None
+def _rows(piece: dict[str, Any]) -> Iterator[Row | Dropped]:
+    if piece.get("format") == "parquet":
+        return read_parquet(piece, piece["columns"])
+    return read_table(piece) if piece.get("format") == "table" else read_lines(piece)
 
 
 def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+    return value if isinstance(value, list) else [] if value is None else [value]
