@@ -13,7 +13,7 @@ QUICK = ("steps=8", "warmup_steps=2", "evaluation.every=0", "log_every=1", "reso
 
 PRELUDE = """
 import os, sys, time
-import stage_trainer.train as train
+import stage_trainer.run.train as train
 from stage_trainer.cli import launch
 rank = int(os.environ.get("RANK", 0))
 steps = iter(range(10**6))
@@ -120,7 +120,7 @@ def test_a_rank_that_is_killed_takes_the_other_down(launch_tampered):
 
 HEARTBEAT = """
 import sys, time, torch, torch.distributed as dist
-from stage_trainer.together import Heartbeat
+from stage_trainer.run.together import Heartbeat
 rank, port = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=3)
 with Heartbeat(rank, 3, silence=3.0, interval=0.3):
@@ -183,7 +183,7 @@ def test_ranks_that_end_in_order_are_not_missed(port):
 def test_steps_go_on_while_a_checkpoint_is_written(launch_tampered, tmp_path):
     body = """
     if step == 0:
-        from stage_trainer import checkpoint
+        from stage_trainer.run import checkpoint
         write = checkpoint.write
         def slow(*a):
             time.sleep(3)

@@ -5,12 +5,12 @@ import pytest
 import torch
 from data_prep.shards import Dataset, DatasetWriter
 from PIL import Image
-from stage_trainer.data import Corrupt, StageBatches, batches
+from stage_trainer.data.batches import Corrupt, StageBatches, batches
+from stage_trainer.data.ledger import Ledger
+from stage_trainer.data.samples import SampleCache
 from stage_trainer.errors import UserError
-from stage_trainer.ledger import Ledger
+from stage_trainer.evaluation.retrieval import Pool
 from stage_trainer.recipe_file import load
-from stage_trainer.retrieval import Pool
-from stage_trainer.samples import SampleCache
 
 
 def text(words):

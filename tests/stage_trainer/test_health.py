@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from stage_trainer.errors import UserError
-from stage_trainer.health import WINDOW, Health
+from stage_trainer.run.health import WINDOW, Health
 
 
 def loss(value, hardest=0.3, accuracy=0.5):

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import pytrec_eval
-from stage_trainer.report import table
-from stage_trainer.retrieval import Embedded, Pool, chance_at_k, ndcg, recall_at_k, score
+from stage_trainer.evaluation.report import table
+from stage_trainer.evaluation.retrieval import Embedded, Pool, chance_at_k, ndcg, recall_at_k, score
 
 
 def test_recall_counts_queries_with_a_hit_among_the_nearest():
@@ -79,7 +79,9 @@ def test_pages_are_ranked_as_pytrec_eval_ranks_them():
 
 
 def test_all_captions_of_an_image_are_queries_and_any_of_them_is_right_for_it(monkeypatch):
-    monkeypatch.setattr("stage_trainer.retrieval._QUERIES", 7)  # so that there are several parts, one of them cut
+    monkeypatch.setattr(
+        "stage_trainer.evaluation.retrieval._QUERIES", 7
+    )  # so that there are several parts, one of them cut
     rng = np.random.default_rng(3)
     images = rng.normal(size=(40, 6)).astype(np.float32)
     captions = [(number, f"caption {k} of {number}") for number in range(40) for k in range(number % 5 + 1)]

@@ -5,7 +5,7 @@ import pytest
 import pytrec_eval
 from data_prep.shards import DatasetWriter
 from scipy import stats
-from stage_trainer.text_retrieval import PairPool, measure, ndcg_at_k, spearman
+from stage_trainer.evaluation.text_retrieval import PairPool, measure, ndcg_at_k, spearman
 
 
 def text(words, language):

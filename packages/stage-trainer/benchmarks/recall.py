@@ -33,7 +33,7 @@ import common
 import peers
 import torch
 from common import Ours
-from stage_trainer import retrieval, text_retrieval
+from stage_trainer.evaluation import retrieval, text_retrieval
 from stage_trainer.model import DualEncoder
 from stage_trainer.objective import Batch
 from stage_trainer.optim import schedule, set_rates

@@ -19,7 +19,7 @@ from data_prep.looking.validate import validate
 from data_prep.samples import Text, captions_json, texts_json
 from data_prep.shards import Dataset, DatasetWriter
 from PIL import Image
-from stage_trainer.samples import image_of, texts_of
+from stage_trainer.data.samples import image_of, texts_of
 
 
 def picture(number: int = 0, size: tuple[int, int] = (40, 30)) -> bytes:

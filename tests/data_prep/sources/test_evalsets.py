@@ -12,7 +12,7 @@ from data_prep.cli import main
 from data_prep.errors import UserError
 from data_prep.sources.evalsets import Flickr30k
 from pyarrow import parquet
-from stage_trainer.retrieval import Pool, pools_of
+from stage_trainer.evaluation.retrieval import Pool, pools_of
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from data_prep.shards import DatasetWriter
-from stage_trainer import remote
+from stage_trainer.data import remote
+from stage_trainer.data.remote import Address
+from stage_trainer.data.remote_data import RemotePlace
 from stage_trainer.recipe import Remote
-from stage_trainer.remote import Address
-from stage_trainer.remote_data import RemotePlace
 
 SAMPLES, PER_SHARD, BYTES = 20, 2, 40_000  # ten shards of two samples
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from data_prep.shards import Dataset
 from PIL import Image
-from stage_trainer.data import StageBatches, _replacement, batches
+from stage_trainer.data.batches import StageBatches, _replacement, batches
+from stage_trainer.data.remote_data import RemotePlace, place
+from stage_trainer.data.sampler import SourceOrder
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import Recipe
 from stage_trainer.recipe_file import flatten, load
-from stage_trainer.remote_data import RemotePlace, place
-from stage_trainer.sampler import SourceOrder
 
 
 class Numbers:

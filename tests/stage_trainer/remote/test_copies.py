@@ -10,7 +10,7 @@ import time
 
 import pytest
 from data_prep.shards import Dataset, ShardError
-from stage_trainer import remote_data
+from stage_trainer.data import remote_data
 from stage_trainer.errors import UserError
 
 PER_SHARD = 2  # samples, as `data` writes them

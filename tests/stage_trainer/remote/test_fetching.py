@@ -6,9 +6,9 @@ import time
 
 import pytest
 from data_prep.shards import Dataset, ShardError, ShardUnavailable
-from stage_trainer import remote
+from stage_trainer.data import remote
+from stage_trainer.data.remote import Address
 from stage_trainer.errors import UserError
-from stage_trainer.remote import Address
 
 
 def test_what_is_read_from_a_url_is_what_lies_in_the_folder(data, server, opened, everything, leftovers):

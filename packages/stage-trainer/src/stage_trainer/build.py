@@ -13,11 +13,11 @@ import torch
 from text_tower import MaskedLM, TextTower, TextTowerConfig, Tokenizer
 from vision_tower import VisionTower, VisionTowerConfig
 
+from stage_trainer.data.remote import is_remote
 from stage_trainer.errors import UserError
 from stage_trainer.model import DualEncoder
 from stage_trainer.recipe import Recipe
 from stage_trainer.recipe_file import build_config
-from stage_trainer.remote import is_remote
 
 Model = DualEncoder | MaskedLM
 

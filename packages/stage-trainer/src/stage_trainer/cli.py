@@ -137,7 +137,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
         print(dry_run(loaded, arguments.stage))
         return
-    from stage_trainer.train import train
+    from stage_trainer.run.train import train
 
     train(loaded.recipe, arguments.stage, start_over=arguments.start_over)
 
@@ -165,8 +165,8 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 def _model_directory(path: Path) -> Path:
     """An exported model itself, a checkpoint's model, or that of a stage's newest checkpoint."""
-    from stage_trainer.checkpoint import all_saved
     from stage_trainer.errors import UserError
+    from stage_trainer.run.checkpoint import all_saved
 
     if (path / "config.json").exists():
         return path
@@ -189,9 +189,9 @@ def _export(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     import json
 
+    from stage_trainer.evaluation.report import evaluate, languages_table, table
+    from stage_trainer.evaluation.retrieval import DIRECTIONS
     from stage_trainer.files import write_whole
-    from stage_trainer.report import evaluate, languages_table, table
-    from stage_trainer.retrieval import DIRECTIONS
 
     pools = evaluate(_model_directory(arguments.model), arguments.data)
     print(table(pools))
@@ -202,8 +202,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    from stage_trainer.evaluation.report import write_report
     from stage_trainer.recipe_file import load
-    from stage_trainer.report import write_report
 
     recipe = load(arguments.recipe, arguments.settings).recipe
     path, text = write_report(recipe.output, recipe.name, recipe.seed)
@@ -211,7 +211,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _search(arguments: argparse.Namespace) -> None:
-    from stage_trainer.picture import draw_search
+    from stage_trainer.evaluation.picture import draw_search
 
     draw_search(_model_directory(arguments.model), arguments.data, arguments.queries, arguments.out)
     print(f"wrote {arguments.out}")

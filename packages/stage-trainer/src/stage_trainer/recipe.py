@@ -255,8 +255,8 @@ class Recipe:
     would have to emulate that, which is up to ten times slower than fp32. Of the samples drawn, up to the share
     `max_corrupt` may be unreadable or of no use; they are replaced and entered in `corrupt.jsonl`. A step whose
     gradient is not finite is skipped; `max_skipped` in a row end the run. `sinks` take the scalars beside TensorBoard
-    ("module:callable", see `stage_trainer.monitor.Sink`). Each process keeps `cache_megabytes` of decoded samples in
-    main memory.
+    ("module:callable", see `stage_trainer.run.monitor.Sink`). Each process keeps `cache_megabytes` of decoded samples
+    in main memory.
     """
 
     name: str

@@ -11,9 +11,9 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from stage_trainer.data.remote import Address, is_remote
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import GradientCache, Recipe, Stage
-from stage_trainer.remote import Address, is_remote
 
 
 @dataclasses.dataclass(frozen=True)

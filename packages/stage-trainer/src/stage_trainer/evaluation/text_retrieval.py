@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from data_prep.shards import Dataset, ShardError
 
+from stage_trainer.data.remote_data import RemotePlace, open_place
+from stage_trainer.data.samples import texts_of
 from stage_trainer.errors import UserError
-from stage_trainer.remote_data import RemotePlace, open_place
-from stage_trainer.samples import texts_of
 
 K = 10
 

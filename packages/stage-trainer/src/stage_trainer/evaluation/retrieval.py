@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from data_prep.shards import Dataset, ShardError
 
+from stage_trainer.data.remote_data import RemotePlace, open_place
+from stage_trainer.data.samples import image_of, texts_of
 from stage_trainer.errors import UserError
+from stage_trainer.evaluation.text_retrieval import ndcg_at_k
 from stage_trainer.model import DualEncoder
-from stage_trainer.remote_data import RemotePlace, open_place
-from stage_trainer.samples import image_of, texts_of
-from stage_trainer.text_retrieval import ndcg_at_k
 
 K = 5
 _QUERIES = 1024  # compared at a time: 25,000 captions with as many images would be gigabytes

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from stage_trainer.data.keyed import key
 from stage_trainer.errors import UserError
-from stage_trainer.keyed import key
+from stage_trainer.evaluation.retrieval import Embedded, Pool, embed, pools_of
 from stage_trainer.model import DualEncoder
-from stage_trainer.retrieval import Embedded, Pool, embed, pools_of
 
 SHOWN_LANGUAGES = ("en", "de", "fr", "es", "pl", "ru", "el", "ar", "vi", "ka", "ja", "zh", "ko", "hi", "th")
 TILE, GAP, LEFT, COLUMNS = 96, 10, 340, 6

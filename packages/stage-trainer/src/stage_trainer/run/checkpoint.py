@@ -24,7 +24,7 @@ from stage_trainer.build import Model
 from stage_trainer.errors import UserError
 from stage_trainer.files import free_name, whole_directory
 from stage_trainer.model import DualEncoder
-from stage_trainer.rank_0 import copy_to_other_machines, from_rank_0
+from stage_trainer.run.rank_0 import copy_to_other_machines, from_rank_0
 
 _NAME = re.compile(r"step-(\d{7})")
 

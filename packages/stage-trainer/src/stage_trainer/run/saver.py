@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from stage_trainer import checkpoint
 from stage_trainer.build import Model
 from stage_trainer.engine import Engine
 from stage_trainer.errors import UserError
 from stage_trainer.files import write_whole
-from stage_trainer.rank_0 import from_rank_0
+from stage_trainer.run import checkpoint
+from stage_trainer.run.rank_0 import from_rank_0
 
 BEST = "best.json"
 

@@ -9,31 +9,32 @@ from typing import Any
 
 import torch
 
-from stage_trainer import checkpoint, masked_lm
+from stage_trainer import masked_lm
 from stage_trainer.build import check_configs, load_tokenizer
-from stage_trainer.control import Control
-from stage_trainer.data import StageBatches, batches
+from stage_trainer.data.batches import StageBatches, batches
+from stage_trainer.data.keyed import key
+from stage_trainer.data.ledger import Ledger
+from stage_trainer.data.masked import MaskedBatches
 from stage_trainer.engine import Engine, initialize_distributed
-from stage_trainer.environment import keep_freed_memory, native_precision, peak_memory, quiet, set_threads, versions
 from stage_trainer.errors import Stopped, UserError
-from stage_trainer.health import Health
-from stage_trainer.keyed import key
-from stage_trainer.ledger import Ledger
-from stage_trainer.masked_data import MaskedBatches
+from stage_trainer.evaluation.validation import validation
 from stage_trainer.masked_lm import HiddenWords
 from stage_trainer.model import DualEncoder
-from stage_trainer.monitor import Monitor, open_sinks
 from stage_trainer.objective import MultiTask
 from stage_trainer.optim import schedule, set_rates
 from stage_trainer.plan.auto import choose, planned_and_measured
 from stage_trainer.plan.devices import peak_flops
 from stage_trainer.plan.flops import StepShape, kept_patches, step_flops
 from stage_trainer.recipe import GradientCache, Recipe, Stage
-from stage_trainer.saver import Saver, better
-from stage_trainer.start import move_aside, settings, starting_point
+from stage_trainer.run import checkpoint
+from stage_trainer.run.control import Control
+from stage_trainer.run.environment import keep_freed_memory, native_precision, peak_memory, quiet, set_threads, versions
+from stage_trainer.run.health import Health
+from stage_trainer.run.monitor import Monitor, open_sinks
+from stage_trainer.run.saver import Saver, better
+from stage_trainer.run.start import move_aside, settings, starting_point
+from stage_trainer.run.together import Heartbeat, one_reason
 from stage_trainer.step import forward_backward
-from stage_trainer.together import Heartbeat, one_reason
-from stage_trainer.validation import validation
 
 
 def train(recipe: Recipe, number: int, *, start_over: bool = False) -> None:

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from text_tower import Tokenizer
 
-from stage_trainer import picture, retrieval, text_retrieval
-from stage_trainer.data import open_data_set
+from stage_trainer.data.batches import open_data_set
+from stage_trainer.data.masked import held_out
+from stage_trainer.data.remote_data import place
 from stage_trainer.engine import Engine
-from stage_trainer.masked_data import held_out
+from stage_trainer.evaluation import picture, retrieval, text_retrieval
 from stage_trainer.masked_lm import held_out_losses
-from stage_trainer.monitor import Monitor
-from stage_trainer.rank_0 import from_rank_0
 from stage_trainer.recipe import Recipe, Stage
-from stage_trainer.remote_data import place
+from stage_trainer.run.monitor import Monitor
+from stage_trainer.run.rank_0 import from_rank_0
 
 Validation = Callable[[Monitor, int, int, int], dict[str, float]]
 """Measures, shows and returns what it found, by its name in TensorBoard, given (monitor, steps done, rank, world).

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from stage_trainer.data import Corrupt
+from stage_trainer.data.batches import Corrupt
 from stage_trainer.errors import UserError
 
 ALWAYS_ALLOWED = 10

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stage_trainer.environment import versions
 from stage_trainer.errors import UserError
+from stage_trainer.evaluation.retrieval import DIRECTIONS, Pool, embed, ndcg, pools_of, score
 from stage_trainer.files import write_whole
 from stage_trainer.model import DualEncoder
-from stage_trainer.retrieval import DIRECTIONS, Pool, embed, ndcg, pools_of, score
+from stage_trainer.run.environment import versions
 
 
 def evaluate(model_directory: str | Path, data: str | Path) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def write_report(run: str | Path, recipe_name: str, seed: int) -> tuple[Path, st
     Raises:
         UserError: no stage of the run has been evaluated.
     """
-    from stage_trainer.start import summary
+    from stage_trainer.run.start import summary
 
     run = Path(run)
     stages: dict[str, dict[str, Any]] = {}

@@ -1,0 +1,1 @@
+"""A run from its start to its end: the loop, checkpoints, health, what is written down, and its ranks."""
