@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import pytrec_eval
-from stage_trainer.evaluation.report import table
 from stage_trainer.evaluation.retrieval import Embedded, Pool, chance_at_k, ndcg, recall_at_k, score
+from stage_trainer.run.report import table
 
 
 def test_recall_counts_queries_with_a_hit_among_the_nearest():

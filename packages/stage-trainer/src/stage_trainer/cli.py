@@ -189,9 +189,9 @@ def _export(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     import json
 
-    from stage_trainer.evaluation.report import evaluate, languages_table, table
     from stage_trainer.evaluation.retrieval import DIRECTIONS
     from stage_trainer.files import write_whole
+    from stage_trainer.run.report import evaluate, languages_table, table
 
     pools = evaluate(_model_directory(arguments.model), arguments.data)
     print(table(pools))
@@ -202,8 +202,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from stage_trainer.evaluation.report import write_report
     from stage_trainer.recipe_file import load
+    from stage_trainer.run.report import write_report
 
     recipe = load(arguments.recipe, arguments.settings).recipe
     path, text = write_report(recipe.output, recipe.name, recipe.seed)

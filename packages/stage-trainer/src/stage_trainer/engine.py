@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from stage_trainer.build import Model
 from stage_trainer.errors import UserError
 from stage_trainer.masked_lm import HiddenWords, MaskedBatch
+from stage_trainer.movement import Movement
 from stage_trainer.objective import Embedded, MultiTask, Part
 from stage_trainer.optim import build_optimizer, named_states, parameter_groups
 from stage_trainer.recipe import Recipe, Stage
-from stage_trainer.run.movement import Movement
 
 
 def initialize_distributed() -> tuple[int, int, torch.device]:

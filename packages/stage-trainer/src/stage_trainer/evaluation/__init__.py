@@ -1,1 +1,1 @@
-"""What is found of a model: retrieval and ranking on held-out pools, tables, a picture."""
+"""What is found of a model on held-out pools: retrieval, ranking, a picture."""

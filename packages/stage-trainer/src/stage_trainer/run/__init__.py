@@ -1,1 +1,1 @@
-"""A run from its start to its end: the loop, checkpoints, health, what is written down, and its ranks."""
+"""A run from its start to its end: the loop, its ranks, checkpoints, health, held-out figures, what is written down."""

@@ -17,7 +17,6 @@ from stage_trainer.data.ledger import Ledger
 from stage_trainer.data.masked import MaskedBatches
 from stage_trainer.engine import Engine, initialize_distributed
 from stage_trainer.errors import Stopped, UserError
-from stage_trainer.evaluation.validation import validation
 from stage_trainer.masked_lm import HiddenWords
 from stage_trainer.model import DualEncoder
 from stage_trainer.objective import MultiTask
@@ -34,6 +33,7 @@ from stage_trainer.run.monitor import Monitor, open_sinks
 from stage_trainer.run.saver import Saver, better
 from stage_trainer.run.start import move_aside, settings, starting_point
 from stage_trainer.run.together import Heartbeat, one_reason
+from stage_trainer.run.validation import validation
 from stage_trainer.step import forward_backward
 
 
