@@ -79,9 +79,8 @@ def test_pages_are_ranked_as_pytrec_eval_ranks_them():
 
 
 def test_all_captions_of_an_image_are_queries_and_any_of_them_is_right_for_it(monkeypatch):
-    monkeypatch.setattr(
-        "stage_trainer.evaluation.retrieval._QUERIES", 7
-    )  # so that there are several parts, one of them cut
+    # So that there are several parts, one of them cut.
+    monkeypatch.setattr("stage_trainer.evaluation.retrieval._QUERIES", 7)
     rng = np.random.default_rng(3)
     images = rng.normal(size=(40, 6)).astype(np.float32)
     captions = [(number, f"caption {k} of {number}") for number in range(40) for k in range(number % 5 + 1)]

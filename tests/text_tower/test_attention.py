@@ -143,7 +143,7 @@ def test_every_backend_is_handed_what_its_documentation_asks_for(pack, monkeypat
 def test_many_short_texts_attend_as_few_do(pack):
     """On a CPU plain products take the place of the kernel that the same texts, a few at a time, go through."""
     texts, length, heads = 40, 5, 8
-    assert texts * heads >= attention.PLAIN_PRODUCTS > 4 * heads
+    assert texts * heads >= attention.PLAIN_TEXTS_TIMES_HEADS_FROM > 4 * heads
     q, k, v, wanted = torch.randn(4, texts * length, heads, 8, dtype=torch.float64)
 
     def attended(texts_at_once):

@@ -41,7 +41,8 @@ def parquet_columns(path: Path) -> list[str]:
 def _read_footer(path: Path) -> tuple[Any, list[str]]:
     parquet = needs("pyarrow.parquet", extra="parquet", what="reading parquet")
     try:
-        return parquet.read_metadata(path), parquet.read_schema(path).names
+        metadata = parquet.read_metadata(path)
+        return metadata, metadata.schema.to_arrow_schema().names
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a parquet file that can be read ({error})") from error
 

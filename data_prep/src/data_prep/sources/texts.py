@@ -111,11 +111,12 @@ class Texts:
         """Those of a file's columns that are read. UserError if some are missing."""
         needed = self._negatives(columns)
         for what, named, usual in (("query", self.query_column, _QUERY), ("target", self.target_column, _TARGET)):
-            needed += [named] if named else [name for name in usual if name in columns][:1]
-            if not named and not set(usual) & set(columns):
+            found = named or next((name for name in usual if name in columns), None)
+            if found is None:
                 raise UserError(
                     f"{path}: none of {', '.join(columns)} is known for the {what}; name it: --{what}-column"
                 )
+            needed.append(found)
         if missing := [name for name in needed if name not in columns]:
             raise UserError(f"{path}: has no column {', '.join(missing)}; it has {', '.join(columns)}")
         return needed

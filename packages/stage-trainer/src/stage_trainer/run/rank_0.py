@@ -36,8 +36,9 @@ def copy_to_other_machines(checkpoint: Path) -> None:
     """
     if dist.get_world_size() == 1:
         return
-    digest, files = from_rank_0((_digest(checkpoint), _files(checkpoint)))
-    lacks = os.environ.get("LOCAL_RANK", "0") == "0" and _digest(checkpoint) != digest
+    here = _digest(checkpoint)
+    digest, files = from_rank_0((here, _files(checkpoint)) if dist.get_rank() == 0 else None)
+    lacks = os.environ.get("LOCAL_RANK", "0") == "0" and here != digest
     wanted: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(wanted, lacks)
     if any(wanted):
