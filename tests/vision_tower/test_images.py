@@ -3,6 +3,7 @@
 import random
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -191,7 +192,7 @@ def test_augment_crops_within_the_ranges_and_anywhere():
 
     for height, width in ((96, 96), (200, 50), (1, 1), (3, 500)):
         tops, lefts = set(), set()
-        for seed in range(300):
+        for seed in range(150):
             top, left, rows, columns = _crop(random.Random(seed), (height, width), 1.0, (0.7, 1.0), (0.9, 1.1))
             assert 0 <= top <= top + rows <= height
             assert 0 <= left <= left + columns <= width
@@ -252,17 +253,26 @@ def test_a_tensor_gives_pillows_pixels_to_the_last_level(kind, contiguous):
         assert torch.equal(preprocess(tensor, resolution), preprocess(array, resolution))
 
 
-def test_augment_differs_from_pillow_by_two_levels_in_few_values_at_most():
-    """It resizes by PyTorch's kernel, whose weights have 16 bits."""
+@pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="older Pillow always begins with the rows")
+@pytest.mark.parametrize("kind", ["noise", "black and white", "smooth"])
+def test_augment_resizes_as_pillow_13(kind):
+    """Up and down, wide and tall, within a level but for the few values that 16 bits of a weight are not enough for."""
+    from vision_tower.augment import resize
+
     generator, differences = np.random.default_rng(0), []
-    for _ in range(40):
-        side, resolution = (int(n) for n in generator.integers(20, 300, 2))
-        array = generator.integers(0, 256, (side, side, 3), dtype=np.uint8)
-        whole = augment(torch.tensor(array).permute(2, 0, 1), 0, resolution, scale=(1, 1), ratio=(1, 1))
-        differences.append((whole.int() - preprocess(array, resolution).int()).abs().flatten())
-    off = torch.cat(differences)
+    for _ in range(150):
+        height, width, rows, columns = (int(side) for side in generator.integers(8, 200, 4))
+        array = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        if kind == "black and white":
+            array = ((array > 127) * 255).astype(np.uint8)
+        if kind == "smooth":
+            array = np.asarray(Image.fromarray(array[::8, ::8]).resize((width, height)))
+        pixels = resize(torch.tensor(array).permute(2, 0, 1), rows, columns).permute(1, 2, 0).numpy()
+        expected = np.asarray(Image.fromarray(array).resize((columns, rows), Image.Resampling.BICUBIC))
+        differences.append(abs(pixels.astype(int) - expected).ravel())
+    off = np.concatenate(differences)
     assert off.max() <= 2
-    assert (off > 1).float().mean() < 1e-4
+    assert (off > 1).mean() < 2e-5
 
 
 @pytest.mark.parametrize(
