@@ -1,5 +1,5 @@
 // LN(silu(gate) * value) and its gradients in float32, each row while it lies in the cache; gate.py calls it.
-// Plain C with the vectors of GCC and Clang, which become what the processor has. No flags, no headers but libc's.
+// Plain C with the vectors of GCC and Clang, which become what the processor has; no headers but libc's.
 
 #include <math.h>
 #include <stdint.h>
@@ -11,7 +11,8 @@
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 
-// `count` rows of n values; weight and bias have n. What only one of the two functions writes or reads the other leaves.
+// `count` rows of n values, worked on in blocks; weight and bias have n. Each function uses what it needs. Whoever
+// changes this changes the number in the functions' names, or gate.py would take an older build for this one.
 struct rows {
     const float *gate, *value, *weight, *bias, *grad;
     float *out, *mean, *rstd;
@@ -62,9 +63,11 @@ INLINE floats exponential(floats x) {
     return p * (floats)((__builtin_convertvector(n, ints) + 127) << 23);
 }
 
-INLINE void forward(const struct rows *a) {
+INLINE int64_t end(const struct rows *a, int64_t last) { return last * a->block < a->count ? last * a->block : a->count; }
+
+INLINE void forward(const struct rows *a, int64_t first, int64_t last) {
     int64_t n = a->n;
-    for (int64_t i = 0; i < a->count; i++) {
+    for (int64_t i = first * a->block; i < end(a, last); i++) {
         const float *gate = a->gate + i * n, *value = a->value + i * n;
         float *out = a->out + i * n;
         floats sum = {0}, squares = {0};
@@ -80,7 +83,9 @@ INLINE void forward(const struct rows *a) {
             if (n - j < LANES) memset((char *)&h + 4 * (n - j), 0, 4 * (LANES - (n - j)));
             squares += h * h;
         }
-        float rstd = a->rstd[i] = 1.0f / sqrtf(total(squares) / n + a->eps);
+        float variance = total(squares) / n;
+        // Not finite where the squares overflowed, or nobody would hear of it.
+        float rstd = a->rstd[i] = 1.0f / sqrtf(variance + a->eps) + (variance - variance);
         for (int64_t j = 0; j < n; j += LANES) {
             floats x = (load(out + j, n - j) - mean) * rstd;
             store(out + j, x * load(a->weight + j, n - j) + load(a->bias + j, n - j), n - j);
@@ -89,9 +94,9 @@ INLINE void forward(const struct rows *a) {
 }
 
 // The gradients of weight and bias are sums over rows: each `block` of rows adds to n values of its own.
-INLINE void backward(const struct rows *a) {
+INLINE void backward(const struct rows *a, int64_t first, int64_t last) {
     int64_t n = a->n;
-    for (int64_t i = 0; i < a->count; i++) {
+    for (int64_t i = first * a->block; i < end(a, last); i++) {
         const float *gate = a->gate + i * n, *value = a->value + i * n, *grad = a->grad + i * n, *weight = a->weight;
         float *of_gate = a->of_gate + i * n, *of_value = a->of_value + i * n;
         float *of_weight = a->of_weight + i / a->block * n, *of_bias = a->of_bias + i / a->block * n;
@@ -121,10 +126,10 @@ INLINE void backward(const struct rows *a) {
     }
 }
 
-#ifdef __x86_64__
+#if defined(__x86_64__) && !defined(NARROW)
 #define WIDE __attribute__((target("avx2,fma")))
-WIDE static void wide_forward(const struct rows *a) { forward(a); }
-WIDE static void wide_backward(const struct rows *a) { backward(a); }
+WIDE static void wide_forward(const struct rows *a, int64_t first, int64_t last) { forward(a, first, last); }
+WIDE static void wide_backward(const struct rows *a, int64_t first, int64_t last) { backward(a, first, last); }
 #define IS_WIDE (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
 #else
 #define IS_WIDE 0
@@ -132,16 +137,17 @@ WIDE static void wide_backward(const struct rows *a) { backward(a); }
 #define wide_backward backward
 #endif
 
-void gated_norm(const struct rows *a) {
+// Both work on the blocks from `first` to `last`, so that each thread may have its own.
+void gated_norm_1(const struct rows *a, int64_t first, int64_t last) {
     if (IS_WIDE)
-        wide_forward(a);
+        wide_forward(a, first, last);
     else
-        forward(a);
+        forward(a, first, last);
 }
 
-void gated_norm_backward(const struct rows *a) {
+void gated_norm_backward_1(const struct rows *a, int64_t first, int64_t last) {
     if (IS_WIDE)
-        wide_backward(a);
+        wide_backward(a, first, last);
     else
-        backward(a);
+        backward(a, first, last);
 }

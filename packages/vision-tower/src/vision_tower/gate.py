@@ -1,19 +1,18 @@
 """SwiGLU's gate (Shazeer, arXiv 2002.05202) and the LayerNorm behind it (EVA-02, arXiv 2303.11331).
 
 In float32 on a CPU both are one function in C (gate.c), forward and backward, if pip found a compiler to build it with:
-half of the time of PyTorch's operations, which go through memory a dozen times, and a tensor of the hidden size less is
-kept in every layer. Results do not depend on the number of threads.
+half of the time of PyTorch's operations, which go through memory a dozen times (GCC, AVX2), and a tensor of the hidden
+size less is kept in every layer.
 """
 
 from __future__ import annotations
 
 import ctypes
-import math
-import os
+import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from importlib.util import find_spec
+from itertools import pairwise
+from threading import Thread
 from typing import Any
 
 import torch
@@ -21,12 +20,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-_built = find_spec("vision_tower._gate")
-LIBRARY: Any = ctypes.CDLL(_built.origin) if _built is not None and _built.origin else None
-Tensors = dict[str, Tensor]
+# Sums over rows are put together from sums over so many.
+ROWS_OF_A_BLOCK = 128
 
-# Sums over rows are put together from sums over so many, whatever the number of threads: the same bits with each.
-ROWS_OF_A_SUM = 128
+
+def _load() -> Any:
+    """What pip built of gate.c, or None."""
+    built = find_spec("vision_tower._gate")
+    if built is None or built.origin is None:
+        return None
+    try:
+        library = ctypes.CDLL(built.origin)
+        _ = library.gated_norm_1, library.gated_norm_backward_1
+    except (OSError, AttributeError) as error:  # AttributeError: of another version
+        warnings.warn(
+            f"{built.origin} is of no use ({error}), so training on a CPU is slower; install vision-tower again",
+            stacklevel=2,
+        )
+        return None
+    return library
+
+
+LIBRARY = _load()
 
 
 class GatedNorm(nn.LayerNorm):
@@ -43,7 +58,9 @@ class GatedNorm(nn.LayerNorm):
         if torch.compiler.is_compiling():
             return super().forward(F.silu(gate) * value)
         tensors = gate, value, self.weight, self.bias
-        fits = gate.shape == value.shape and gate.shape[-1:] == self.weight.shape
+        # What is a kind of tensor of its own, or does not fit, is PyTorch's matter.
+        fits = type(gate) is type(value) is Tensor and gate.shape == value.shape
+        fits = fits and self.weight.shape == self.bias.shape == gate.shape[-1:] and gate.numel() > 0
         if LIBRARY is not None and fits and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors):
             return _GatedNorm.apply(*tensors, self.eps)[0]
         return super().forward(_Gated.apply(gate, value))
@@ -66,9 +83,7 @@ class _Gated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, value = ctx.saved_tensors
-        of_gate = grad * value
-        torch.ops.aten.silu_backward.grad_input(of_gate, gate, grad_input=of_gate)
-        return of_gate, F.silu(gate).mul_(grad)
+        return torch.ops.aten.silu_backward(grad * value, gate), F.silu(gate).mul_(grad)
 
 
 class _Rows(ctypes.Structure):
@@ -82,45 +97,38 @@ class _Rows(ctypes.Structure):
     )
 
 
-def _run(function: Callable[[Any], None], eps: float, shared: Tensors, of_rows: Tensors, of_blocks: Tensors) -> None:
-    """Calls gate.c on as many threads as PyTorch uses, with what all rows share, each row has and each block has."""
-    *leading, n = of_rows["gate"].shape
-    count = math.prod(leading)
-
-    def part(first: int, last: int) -> None:
-        start = first * ROWS_OF_A_SUM
-        rows = _Rows(count=min(count, last * ROWS_OF_A_SUM) - start, n=n, block=ROWS_OF_A_SUM, eps=eps)
-        for tensors, at, of in (shared, 0, 1), (of_rows, start, count), (of_blocks, first, _blocks(count)):
-            for name, tensor in tensors.items():
-                setattr(rows, name, tensor.data_ptr() + at * (tensor.nbytes // of))
-        function(ctypes.byref(rows))
-
-    threads = min(torch.get_num_threads(), _blocks(count))
-    if threads == 1:
-        part(0, _blocks(count))
-    elif threads:
-        ends = [_blocks(count) * i // threads for i in range(threads + 1)]
-        list(_threads(threads, os.getpid()).map(part, ends, ends[1:]))
+def _run(name: str, gate: Tensor, eps: float = 0.0, **others: Tensor) -> None:
+    """Calls gate.c's function with contiguous tensors, on at most as many threads as PyTorch uses."""
+    n, count = gate.shape[-1], gate.numel() // gate.shape[-1]
+    wanted = {"mean": gate.shape[:-1], "rstd": gate.shape[:-1], "weight": (n,), "bias": (n,)}
+    wanted |= dict.fromkeys(("of_weight", "of_bias"), (_blocks(count), n))
+    for tensor_name, tensor in (tensors := {"gate": gate, **others}).items():
+        if tensor.shape != wanted.get(tensor_name, gate.shape) or not tensor.is_contiguous():
+            raise ValueError(f"{tensor_name} is {list(tensor.shape)} where gate is {list(gate.shape)}")
+    rows = _Rows(count=count, n=n, block=ROWS_OF_A_BLOCK, eps=eps, **{k: t.data_ptr() for k, t in tensors.items()})
+    # Threads of their own, started for each call, outlive no fork and no interpreter; a million values take one of them
+    # ten times as long as its start.
+    number = max(1, min(torch.get_num_threads(), gate.numel() // 2**20))
+    ends = [ctypes.c_int64(_blocks(count) * i // number) for i in range(number + 1)]
+    function = getattr(LIBRARY, name)
+    threads = [Thread(target=function, args=(ctypes.byref(rows), *part)) for part in pairwise(ends[1:])]
+    for thread in threads:
+        thread.start()
+    function(ctypes.byref(rows), *ends[:2])
+    for thread in threads:
+        thread.join()
 
 
 def _blocks(count: int) -> int:
-    return -(-count // ROWS_OF_A_SUM)
-
-
-@lru_cache
-def _threads(number: int, _process: int) -> ThreadPoolExecutor:
-    """Kept for the process: one that was forked has none of its parent's threads."""
-    return ThreadPoolExecutor(number)
+    return -(-count // ROWS_OF_A_BLOCK)
 
 
 @torch.library.custom_op("vision_tower::gated_norm", mutates_args=())
 def _gated_norm(gate: Tensor, value: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(what `GatedNorm` returns, the rows' means, 1 / their standard deviations)."""
+    gate, value, weight, bias = (t.contiguous() for t in (gate, value, weight, bias))
     results = out, mean, rstd = _like_results(gate)
-    gate, value = gate.contiguous(), value.contiguous()
-    shared = {"weight": weight.contiguous(), "bias": bias.contiguous()}
-    of_rows = {"gate": gate, "value": value, "out": out, "mean": mean, "rstd": rstd}
-    _run(LIBRARY.gated_norm, eps, shared, of_rows, {})
+    _run("gated_norm_1", gate, eps, value=value, weight=weight, bias=bias, out=out, mean=mean, rstd=rstd)
     return results
 
 
@@ -134,13 +142,14 @@ def _gated_norm_backward(
     grad: Tensor, gate: Tensor, value: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of gate, value, weight and bias."""
-    of_gate, of_value = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
-    sums = gate.new_zeros(2, _blocks(mean.numel()), gate.shape[-1])
-    of_rows = {"grad": grad.contiguous(), "gate": gate.contiguous(), "value": value.contiguous()}
-    of_rows |= {"mean": mean, "rstd": rstd, "of_gate": of_gate, "of_value": of_value}
-    of_blocks = {"of_weight": sums[0], "of_bias": sums[1]}
-    _run(LIBRARY.gated_norm_backward, 0.0, {"weight": weight.contiguous()}, of_rows, of_blocks)
-    return of_gate, of_value, sums[0].sum(0), sums[1].sum(0)
+    grad, gate, value, weight, mean, rstd = (t.contiguous() for t in (grad, gate, value, weight, mean, rstd))
+    of_gate, of_value = torch.empty_like(gate), torch.empty_like(gate)
+    of_weight, of_bias = gate.new_zeros(2, _blocks(mean.numel()), gate.shape[-1])
+    _run(
+        "gated_norm_backward_1", gate, value=value, weight=weight, grad=grad, mean=mean, rstd=rstd,
+        of_gate=of_gate, of_value=of_value, of_weight=of_weight, of_bias=of_bias,
+    )  # fmt: skip
+    return of_gate, of_value, of_weight.sum(0), of_bias.sum(0)
 
 
 @_gated_norm_backward.register_fake

@@ -110,7 +110,7 @@ def preprocess(image: Any, resolution: Resolution) -> Tensor:
     (bicubic, antialiased), then the centre. An (H, W) resolution is covered by the smallest resize that fills it.
 
     Pillow resizes, tensors too, so the pixels are those of torchvision's and timm's transforms to the last level;
-    `augment` resizes in a third of the time, to within one level but for one value in 100,000.
+    `augment` resizes in a third of the time, to within one level but for one value in 40,000.
     """
     height, width = as_pair(resolution)
     picture = load_image(image)
