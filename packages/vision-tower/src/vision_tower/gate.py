@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 
 # Sums over rows are put together from sums over so many.
@@ -58,8 +59,8 @@ class GatedNorm(nn.LayerNorm):
         if torch.compiler.is_compiling():
             return super().forward(F.silu(gate) * value)
         tensors = gate, value, self.weight, self.bias
-        # What is a kind of tensor of its own, or does not fit, is PyTorch's matter.
-        fits = type(gate) is type(value) is Tensor and gate.shape == value.shape
+        # What is a kind of tensor of its own, or does not fit, is PyTorch's matter. (Fakes foretell what real ones do.)
+        fits = {type(gate), type(value)} <= {Tensor, FakeTensor} and gate.shape == value.shape
         fits = fits and self.weight.shape == self.bias.shape == gate.shape[-1:] and gate.numel() > 0
         if LIBRARY is not None and fits and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors):
             return _GatedNorm.apply(*tensors, self.eps)[0]
