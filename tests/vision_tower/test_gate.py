@@ -13,6 +13,7 @@ from vision_tower import gate
 from vision_tower.gate import GatedNorm
 
 COMPILER = shutil.which("cc")
+needs_library = pytest.mark.skipif(gate.LIBRARY is None, reason="no C compiler")
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +120,7 @@ def test_strides_make_no_difference():
         torch.testing.assert_close(results(norm, *others), expected)
 
 
+@needs_library
 def test_other_shapes_are_pytorchs_matter():
     norm, gate, value = norm_of(24), torch.randn(3, 24), torch.randn(1, 24)
     torch.testing.assert_close(norm(gate, value), norm(gate, value.expand(3, -1)))
@@ -143,6 +145,7 @@ def test_no_rows_and_no_gradients():
     assert not norm(torch.randn(2, 16), torch.randn(2, 16)).requires_grad
 
 
+@needs_library
 def test_the_same_bits_with_any_number_of_threads():
     threads, norm = torch.get_num_threads(), norm_of(2048)
     tensors = [torch.randn(2100, 2048) for _ in range(3)]
@@ -156,6 +159,7 @@ def test_the_same_bits_with_any_number_of_threads():
         torch.set_num_threads(threads)
 
 
+@needs_library
 def test_fake_tensors_agree_with_the_real_thing():
     arguments = [torch.randn(3, 5, 24), torch.randn(3, 5, 24), torch.randn(24), torch.randn(24)]
     torch.library.opcheck(gate._gated_norm, (*arguments, 1e-6), test_utils=("test_schema", "test_faketensor"))

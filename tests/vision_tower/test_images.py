@@ -192,7 +192,7 @@ def test_augment_crops_within_the_ranges_and_anywhere():
 
     for height, width in ((96, 96), (200, 50), (1, 1), (3, 500)):
         tops, lefts = set(), set()
-        for seed in range(150):
+        for seed in range(300):
             top, left, rows, columns = _crop(random.Random(seed), (height, width), 1.0, (0.7, 1.0), (0.9, 1.1))
             assert 0 <= top <= top + rows <= height
             assert 0 <= left <= left + columns <= width

@@ -61,9 +61,10 @@ def resize(pixels: Tensor, height: int, width: int) -> Tensor:
 
     Values are within one level of Pillow's but for some that are two off: one in a million of white noise or of
     pictures that get smaller, at most one in 40,000 of enlarged ones and of hard edges. The weights of PyTorch's kernel
-    have 16 bits, Pillow's 22. Each direction is rounded to whole levels, so their order shows, by 30
-    levels and more on hard edges: the kernel begins with the rows, Pillow with the columns where the height shrinks by
-    more than twice what the width does.
+    have 16 bits, Pillow's 22.
+
+    Each direction is rounded to whole levels, so their order shows, by 30 levels and more on hard edges: the kernel
+    begins with the rows, Pillow with the columns where the height shrinks by more than twice what the width does.
     """
     rows, columns = pixels.shape[1:]
     sizes = [(height, width)]

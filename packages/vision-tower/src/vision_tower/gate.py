@@ -98,20 +98,20 @@ class _Rows(ctypes.Structure):
     )
 
 
-def _run(name: str, gate: Tensor, eps: float = 0.0, **others: Tensor) -> None:
-    """Calls gate.c's function with contiguous tensors, on at most as many threads as PyTorch uses."""
+def _run(function: Any, gate: Tensor, eps: float = 0.0, **others: Tensor) -> None:
+    """Calls one of gate.c's with contiguous tensors, on at most as many threads as PyTorch uses."""
     n, count = gate.shape[-1], gate.numel() // gate.shape[-1]
     wanted = {"mean": gate.shape[:-1], "rstd": gate.shape[:-1], "weight": (n,), "bias": (n,)}
     wanted |= dict.fromkeys(("of_weight", "of_bias"), (_blocks(count), n))
-    for tensor_name, tensor in (tensors := {"gate": gate, **others}).items():
-        if tensor.shape != wanted.get(tensor_name, gate.shape) or not tensor.is_contiguous():
-            raise ValueError(f"{tensor_name} is {list(tensor.shape)} where gate is {list(gate.shape)}")
-    rows = _Rows(count=count, n=n, block=ROWS_OF_A_BLOCK, eps=eps, **{k: t.data_ptr() for k, t in tensors.items()})
+    rows = _Rows(count=count, n=n, block=ROWS_OF_A_BLOCK, eps=eps, gate=gate.data_ptr())
+    for name, tensor in others.items():
+        if tensor.shape != wanted.get(name, gate.shape):
+            raise ValueError(f"{name} is {list(tensor.shape)} where gate is {list(gate.shape)}")
+        setattr(rows, name, tensor.data_ptr())
     # Threads of their own, started for each call, outlive no fork and no interpreter; a million values take one of them
     # ten times as long as its start.
     number = max(1, min(torch.get_num_threads(), gate.numel() // 2**20))
     ends = [ctypes.c_int64(_blocks(count) * i // number) for i in range(number + 1)]
-    function = getattr(LIBRARY, name)
     threads = [Thread(target=function, args=(ctypes.byref(rows), *part)) for part in pairwise(ends[1:])]
     for thread in threads:
         thread.start()
@@ -129,7 +129,7 @@ def _gated_norm(gate: Tensor, value: Tensor, weight: Tensor, bias: Tensor, eps: 
     """(what `GatedNorm` returns, the rows' means, 1 / their standard deviations)."""
     gate, value, weight, bias = (t.contiguous() for t in (gate, value, weight, bias))
     results = out, mean, rstd = _like_results(gate)
-    _run("gated_norm_1", gate, eps, value=value, weight=weight, bias=bias, out=out, mean=mean, rstd=rstd)
+    _run(LIBRARY.gated_norm_1, gate, eps, value=value, weight=weight, bias=bias, out=out, mean=mean, rstd=rstd)
     return results
 
 
@@ -147,7 +147,7 @@ def _gated_norm_backward(
     of_gate, of_value = torch.empty_like(gate), torch.empty_like(gate)
     of_weight, of_bias = gate.new_zeros(2, _blocks(mean.numel()), gate.shape[-1])
     _run(
-        "gated_norm_backward_1", gate, value=value, weight=weight, grad=grad, mean=mean, rstd=rstd,
+        LIBRARY.gated_norm_backward_1, gate, value=value, weight=weight, grad=grad, mean=mean, rstd=rstd,
         of_gate=of_gate, of_value=of_value, of_weight=of_weight, of_bias=of_bias,
     )  # fmt: skip
     return of_gate, of_value, of_weight.sum(0), of_bias.sum(0)
