@@ -75,7 +75,7 @@ def _open(source: Any, label: str) -> AbstractContextManager[Image.Image]:
     if isinstance(source, Tensor):
         if source.dtype != torch.uint8 or source.ndim != 3 or source.shape[0] != 3:
             raise ImageError(f"{label} is {source.dtype} {list(source.shape)}; expected a uint8 tensor [3, H, W]")
-        return Image.fromarray(source.permute(1, 2, 0).contiguous().cpu().numpy())
+        return picture_of(source)
     if isinstance(source, np.ndarray):
         array = source[..., 0] if source.ndim == 3 and source.shape[2] == 1 else source
         colour = array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] in (3, 4)
@@ -109,8 +109,7 @@ def preprocess(image: Any, resolution: Resolution) -> Tensor:
     """uint8 `[3, H, W]` for inference: anything that `load_image` takes, its shortest edge brought to the resolution
     (bicubic, antialiased), then the centre. An (H, W) resolution is covered by the smallest resize that fills it.
 
-    Pillow resizes, tensors too, so the pixels are those of torchvision's and timm's transforms to the last level;
-    `augment` resizes in a third of the time, to within one level but for one value in 40,000.
+    Pillow resizes, tensors too, so the pixels are those of torchvision's and timm's transforms to the last level.
     """
     height, width = as_pair(resolution)
     picture = load_image(image)
@@ -123,7 +122,7 @@ def preprocess(image: Any, resolution: Resolution) -> Tensor:
         size = (width, max(height, rows * width // columns))
     else:
         size = (max(width, columns * height // rows), height)
-    return _pixels(_centre_crop(picture.resize(size, Image.Resampling.BICUBIC), width, height))
+    return pixels_of(_centre_crop(picture.resize(size, Image.Resampling.BICUBIC), width, height))
 
 
 def preprocess_native(image: Any, *, patch: int, max_patches: int) -> Tensor:
@@ -140,7 +139,7 @@ def preprocess_native(image: Any, *, patch: int, max_patches: int) -> Tensor:
     scale = math.sqrt(max_patches / (width * height))
     rows = min(max_patches, max(1, math.floor(height * scale)))
     columns = min(max_patches // rows, max(1, math.floor(width * scale)))
-    return _pixels(picture.resize((columns * patch, rows * patch), Image.Resampling.BICUBIC))
+    return pixels_of(picture.resize((columns * patch, rows * patch), Image.Resampling.BICUBIC))
 
 
 def _centre_crop(picture: Image.Image, width: int, height: int) -> Image.Image:
@@ -149,7 +148,13 @@ def _centre_crop(picture: Image.Image, width: int, height: int) -> Image.Image:
     return picture.crop((left, top, left + width, top + height))
 
 
-def _pixels(picture: Image.Image) -> Tensor:
+def picture_of(pixels: Tensor) -> Image.Image:
+    """uint8 `[3, H, W]` on any device as an RGB image."""
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def pixels_of(picture: Image.Image) -> Tensor:
+    """An RGB image as uint8 `[3, H, W]`."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
