@@ -7,8 +7,9 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
-from vision_tower import VisionTower, VisionTowerConfig
+from vision_tower import PackedPatches, VisionTower, VisionTowerConfig, patch_keep_indices
 from vision_tower.attention import Layout, attend, resolve_backend
+from vision_tower.config import as_pair
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -158,6 +159,27 @@ def test_compiled_blocks_have_no_graph_break_and_the_same_numbers(make_tower, co
     found[0].square().sum().backward()
     for parameter, gradient in zip(tower.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=1e-5 * gradient.abs().max().item())
+
+
+def test_a_course_of_training_stays_compiled(make_tower, config):
+    """Patch dropout, gradient caching's chunks with a smaller last one, evaluation, other resolutions."""
+    tower, compiled = make_tower(config), make_tower(config).compile_blocks(backend="eager", fullgraph=True)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for resolution in (48, 72, (40, 64)):
+            patches = tower.set_resolution(resolution).config.num_patches
+            compiled.set_resolution(resolution)
+            for count, rate, grad in ((4, 0.5, False), (4, 0.5, True), (3, 0.5, True), (5, 0, False), (2, 0, True)):
+                keep = patch_keep_indices(range(count), patches, rate) if rate else None
+                images = torch.randn(count, 3, *as_pair(resolution))
+                with torch.set_grad_enabled(grad):
+                    torch.testing.assert_close(compiled(images, keep=keep), tower(images, keep=keep))
+
+
+def test_compiled_blocks_take_packed_images(make_tower, config):
+    tower, compiled = make_tower(config), make_tower(config).compile_blocks(backend="eager")
+    for sizes in (((48, 48), (16, 40)), ((24, 24), (24, 24), (56, 8))):
+        packed = PackedPatches.from_images([torch.randn(3, *size) for size in sizes], config.patch)
+        torch.testing.assert_close(compiled(packed), tower(packed))
 
 
 @pytest.mark.full

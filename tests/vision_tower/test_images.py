@@ -1,6 +1,8 @@
 """Whatever kind of image comes in, the right pixels come out, or an error that names the image."""
 
 import random
+import struct
+import sys
 
 import numpy as np
 import pytest
@@ -53,6 +55,9 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped(encoded):
     expected = np.round(values / 257)
     for source in (encoded(Image.fromarray(values), "PNG"), encoded(Image.fromarray(values), "TIFF"), values):
         assert np.array_equal(pixels(load_image(source))[..., 0], expected)
+    clear = encoded(Image.fromarray(values), "PNG", transparency=int(values[0, 3]))
+    expected[0, 3] = 255
+    assert np.array_equal(pixels(load_image(clear))[..., 0], expected)
 
 
 def test_transparency_is_laid_over_white(encoded):
@@ -76,6 +81,15 @@ def test_exif_rotation_is_applied(photo, encoded, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     assert np.array_equal(pixels(load_image(encoded(stored, "PNG", exif=exif))), pixels(photo))
+
+
+def test_a_rotated_image_with_a_damaged_tag_is_read(photo, encoded):
+    tags = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack(
+        "<HHI4s", 0x011A, 2, 3, b"72"
+    )  # a text as resolution
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + bytes(4)
+    upright = photo.transpose(Image.Transpose.ROTATE_270)
+    assert np.array_equal(pixels(load_image(encoded(photo, "PNG", exif=exif))), pixels(upright))
 
 
 def test_an_animation_gives_its_first_frame(encoded):
@@ -124,17 +138,23 @@ def test_what_is_no_image_is_refused(tmp_path):
             load_image(wrong)
     with pytest.raises(ImageError, match=r"expected a uint8 tensor \[3, H, W\]"):
         load_image(torch.zeros(3, 4, 4))
+    with pytest.raises(ImageError, match=r"torch\.uint8 \[3, 0, 5\]"):
+        load_image(torch.zeros(3, 0, 5, dtype=torch.uint8))
     with pytest.raises(ImageError, match="expected a path"):
         load_image(None)
     with pytest.raises(ImageError, match="floating-point"):
         load_image(Image.fromarray(np.zeros((4, 4), np.float32)))
 
 
-@pytest.mark.parametrize("size", [(90, 60), (61, 97), (48, 48), (20, 30), (300, 41), (1, 1)])
-def test_preprocess_equals_torchvisions_resize_and_centre_crop(photo, size):
-    image = photo.resize(size)
-    reference = v2.Compose([v2.Resize(48, v2.InterpolationMode.BICUBIC), v2.CenterCrop(48), v2.PILToTensor()])
-    assert torch.equal(preprocess(image, 48), reference(image))
+@pytest.mark.parametrize("size", [(90, 60), (61, 97), (48, 48), (20, 30), (401, 40), (10, 301), (400, 20), (1, 1)])
+@pytest.mark.parametrize("resolution", [(48, 48), (32, 80), (99, 20), (8, 200)])
+def test_preprocess_equals_timms_transform(size, resolution):
+    from timm.data import create_transform
+
+    noise = np.random.default_rng(0).integers(0, 2, (*size, 3), dtype=np.uint8) * 255  # every pixel an edge
+    image = Image.fromarray(noise)
+    options = {"interpolation": "bicubic", "crop_pct": 1.0, "normalize": False}
+    assert torch.equal(preprocess(image, resolution), create_transform((3, *resolution), **options)(image))
 
 
 def test_preprocess_covers_a_resolution_that_is_not_square(photo):
@@ -150,7 +170,15 @@ def test_a_long_strip_does_not_grow_into_a_huge_image(size, monkeypatch):
     resize = Image.Image.resize
     monkeypatch.setattr(Image.Image, "resize", lambda self, to, *rest: sizes.append(to) or resize(self, to, *rest))
     assert preprocess(Image.new("RGB", size, "red"), 224).float().mean(dim=(1, 2)).tolist() == [255, 0, 0]
-    assert [width * height for width, height in sizes] == [8 * 224 * 224]
+    assert sizes == [(224, 224)]
+
+
+@pytest.mark.parametrize("size", [(300, 7), (7, 300), (90, 60)])
+def test_the_centre_of_a_long_strip_is_where_it_was(photo, size, monkeypatch):
+    image = photo.resize(size)
+    whole = preprocess(image, 48)
+    monkeypatch.setattr(sys.modules["vision_tower.preprocess"], "MAX_RESIZED", 0)
+    assert (preprocess(image, 48).int() - whole.int()).abs().max() <= 1
 
 
 def test_normalize_equals_torchvision():
@@ -174,6 +202,7 @@ def test_augment_is_a_function_of_its_seed(noise):
     assert first.shape == (3, 48, 48)
     assert first.dtype == torch.uint8
     assert torch.equal(augment(noise.clone(), 5, 48, **options), first)
+    assert torch.equal(augment(noise, np.int64(5), 48, **options), first)
     others = [augment(noise, seed, 48, **options) for seed in (6, -5, 2**63)]
     assert not any(torch.equal(other, first) for other in others)
     assert augment(noise, 5, (24, 32)).shape == (3, 24, 32)
@@ -277,6 +306,7 @@ def test_augment_gives_pillows_pixels_to_the_last_level():
         ((1, 20_000), (1, 36)),
         ((20_000, 1), (36, 1)),
         ((30, 31), (5, 6)),
+        *(((side, side), (6, 6)) for side in (17, 103, 123, 1999)),
     ],
 )
 def test_native_aspect_keeps_the_shape_within_the_budget(size, grid):
@@ -314,6 +344,7 @@ def test_simclr_views_are_a_function_of_their_seed(noise):
     assert first.shape == (3, 48, 48)
     assert first.dtype == torch.uint8
     assert torch.equal(simclr_view(noise.clone(), 5, 48), first)
+    assert torch.equal(simclr_view(noise, torch.tensor(5), 48), first)
     others = [simclr_view(noise, seed, 48) for seed in (6, -5, 2**63)]
     assert not any(torch.equal(other, first) for other in others)
     with pytest.raises(ValueError, match="strength is 2"):
@@ -368,15 +399,19 @@ def test_encode_takes_images_of_every_kind_and_keeps_their_order(tower, photo, e
 
 def test_encode_truncates_and_then_normalises(tower, photo):
     full = tower.encode([photo], normalize=False)
+    assert tower.double().encode([photo], normalize=False).dtype == np.float32
+    tower.float()
     short = tower.encode([photo], truncate_dim=16)
     assert np.allclose(short, full[:, :16] / np.linalg.norm(full[:, :16]), atol=1e-6)
 
 
 def test_encode_says_what_is_wrong(tower, photo, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
-    with pytest.raises(ImageError, match=r"broken\.jpg"):
+    with pytest.raises(ImageError, match=r"images\[1\]: .*broken\.jpg"):
         tower.encode([photo, tmp_path / "broken.jpg"])
-    for wrong in (photo, "a.png", b"", np.zeros((4, 4, 3), np.uint8)):
+    with pytest.raises(ImageError, match=r"images\[2\]: image given as ndarray is float64"):
+        tower.encode([photo, photo, np.zeros((4, 4, 3))], batch_size=2, native_aspect=True)
+    for wrong in (photo, "a.png", b"", np.zeros((4, 4, 3), np.uint8), iter([photo])):
         with pytest.raises(ValueError, match=r"encode\(\[image\]\)"):
             tower.encode(wrong)
     for options in ({"truncate_dim": 0}, {"truncate_dim": 65}, {"batch_size": 0}):

@@ -98,6 +98,26 @@ def test_optimizer_state_follows_the_table_and_its_second_moments_stay_positive(
         assert torch.equal(moved[name][:, :1], noisy[name][:, :1])
 
 
+@pytest.mark.parametrize("kind", ["Adagrad", "Adadelta", "Adamax", "NAdam", "RMSprop", "SGD"])
+def test_every_optimizers_state_survives_a_change_of_resolution(tower, images, kind):
+    """Through steps whose squares are as jumpy as real ones become: what a root is taken of stays above zero."""
+    options = {"RMSprop": {"momentum": 0.9, "centered": True}, "SGD": {"momentum": 0.9}}.get(kind, {})
+    old = getattr(torch.optim, kind)([tower.pos_embed], **options)
+    for seed in range(3):
+        tower.pos_embed.grad = torch.randn(tower.pos_embed.shape, generator=torch.Generator().manual_seed(seed)).pow(5)
+        old.step()
+    state, before = old.state[tower.pos_embed], tower.config.grid
+    new = getattr(torch.optim, kind)([tower.set_resolution(72).pos_embed], **options)
+    new.state[tower.pos_embed] = resample_optimizer_state(state, before, tower.config.grid)
+    for name, value in new.state[tower.pos_embed].items():
+        if isinstance(value, torch.Tensor) and value.ndim:
+            assert value.shape == tower.pos_embed.shape
+            assert (value < 0).any() == (state[name] < 0).any(), name
+    tower.pos_embed.grad = torch.full_like(tower.pos_embed, 1e-3)
+    new.step()
+    assert tower.pos_embed.isfinite().all()
+
+
 def test_training_goes_on_after_a_change_of_resolution(tower, images):
     """With moments carried by hand as a trainer does it: finite everywhere, and of the size of a step."""
     old = adamw_after(tower, images, 3)
@@ -134,6 +154,13 @@ def test_set_resolution_resamples_positions_in_place_and_only_them(tower):
     assert torch.equal(tower.pos_embed, expected)
     assert all(torch.equal(tower.get_parameter(name), value) for name, value in before.items())
     assert tower(torch.zeros(1, 3, 72, 61)).shape == (1, 64)
+
+
+def test_a_resolution_set_in_inference_mode_can_still_be_learnt(tower):
+    with torch.inference_mode():
+        tower.set_resolution(72)
+    tower(torch.randn(2, 3, 72, 72)).square().sum().backward()
+    assert tower.pos_embed.grad is not None
 
 
 def test_the_same_grid_keeps_the_parameter_and_a_frozen_one_stays_frozen(tower):

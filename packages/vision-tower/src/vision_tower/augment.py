@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from operator import index
 
 import torch
 from PIL import Image
@@ -37,10 +38,10 @@ def augment(
     Drawing the area as a share of what fits makes a banner as random as a square, where torchvision's
     RandomResizedCrop falls back to the centre; for square images and narrow ratios the two are nearly the same.
 
-    Pillow resizes (bicubic with antialiasing), as for inference, so the same seed gives the same pixels on every
-    processor. PyTorch's kernel takes a fifth to a quarter of the time, but its weights have 16 bits where Pillow's have
-    22: up to one value in 40,000 is two levels off. Raises ValueError for another kind of image or ranges that make no
-    sense.
+    Pillow resizes (bicubic with antialiasing), as for inference: the pixels are those of training on PIL images, on
+    every processor. PyTorch's uint8 kernel takes a fifth to a quarter of the time, but is now and then two levels off,
+    and by 30 at hard edges of crops for which Pillow (from 13) begins with the columns. Raises ValueError for another
+    kind of image or ranges that make no sense.
     """
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
         raise ValueError(f"image is {image.dtype} {list(image.shape)}; expected uint8 [3, h, w]")
@@ -50,7 +51,7 @@ def augment(
         raise ValueError(f"ratio is {ratio}; expected 0 < low <= high")
     if not 0 <= color < 1:
         raise ValueError(f"color is {color}; expected 0 <= color < 1")
-    draw = random.Random(seed & 0xFFFFFFFFFFFFFFFF)  # as the bare integer, -1 and 1 would be one seed
+    draw = random.Random(index(seed) & 0xFFFFFFFFFFFFFFFF)  # as the bare integer, -1 and 1 would be one seed
     height, width = as_pair(resolution)
     top, left, rows, columns = _crop(draw, image.shape[1:], width / height, scale, ratio)
     mirrored = flip and draw.random() < 0.5

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from .errors import ImageError
 from .packed import PackedPatches
 from .preprocess import normalize as normalize_pixels
 from .preprocess import preprocess, preprocess_native
@@ -48,9 +50,12 @@ def encode(
         raise ValueError(f"truncate_dim is {truncate_dim}; expected 1 … {width}, this tower's width")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
-    single = isinstance(images, str | bytes | PathLike | Image.Image)
+    single = isinstance(images, str | bytes | PathLike | Image.Image) or not hasattr(images, "__len__")
     if single or (isinstance(images, Tensor | np.ndarray) and images.ndim != 4):
-        raise ValueError(f"encode takes a sequence of images, not one {type(images).__name__}; write encode([image])")
+        raise ValueError(
+            f"encode takes a sequence of images and got a {type(images).__name__}; write encode([image]), or "
+            "encode(list(images)) for what has no length"
+        )
     starts: Any = range(0, len(images), batch_size)
     if show_progress:
         from tqdm import tqdm
@@ -59,20 +64,28 @@ def encode(
     results = [np.empty((0, truncate_dim or width), dtype=np.float32)]
     with torch.inference_mode():
         for start in starts:
-            batch = images[start : start + batch_size]
+            batch = enumerate(images[start : start + batch_size], start)
             pixels = _packed(tower, batch) if native_aspect else _stacked(tower, batch)
-            embeddings = tower(pixels)[:, :truncate_dim]
+            embeddings = tower(pixels)[:, :truncate_dim].float()
             results.append((F.normalize(embeddings, dim=-1) if normalize else embeddings).cpu().numpy())
     return np.concatenate(results)
 
 
-def _stacked(tower: VisionTower, images: Sequence[Any] | Tensor | np.ndarray) -> Tensor:
-    pixels = torch.stack([preprocess(image, tower.config.resolution) for image in images])
+def _stacked(tower: VisionTower, images: Iterable[tuple[int, Any]]) -> Tensor:
+    pixels = torch.stack([_read(image, preprocess, tower.config.resolution) for image in images])
     return normalize_pixels(pixels.to(tower.pos_embed.device))
 
 
-def _packed(tower: VisionTower, images: Sequence[Any] | Tensor | np.ndarray) -> PackedPatches:
-    patch, most = tower.config.patch, tower.config.num_patches
-    pixels = [preprocess_native(image, patch=patch, max_patches=most) for image in images]
-    device = tower.pos_embed.device
-    return PackedPatches.from_images([normalize_pixels(image.to(device)) for image in pixels], patch)
+def _packed(tower: VisionTower, images: Iterable[tuple[int, Any]]) -> PackedPatches:
+    patch, device = tower.config.patch, tower.pos_embed.device
+    reading = partial(preprocess_native, patch=patch, max_patches=tower.config.num_patches)
+    pixels = [_read(image, reading).to(device) for image in images]
+    return PackedPatches.from_images([normalize_pixels(image) for image in pixels], patch)
+
+
+def _read(numbered: tuple[int, Any], function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    number, image = numbered
+    try:
+        return function(image, *arguments)
+    except ImageError as error:
+        raise ImageError(f"images[{number}]: {error}") from error

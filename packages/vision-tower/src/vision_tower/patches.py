@@ -95,15 +95,16 @@ def resample_optimizer_state(
     state  name to tensor, as `optimizer.state[tower.pos_embed]` or a checkpoint has it: `exp_avg`, `exp_avg_sq`,
            `max_exp_avg_sq`, `momentum_buffer`, a float32 copy of the table, `step`, …
 
-    What has the table's shape is resampled like the table itself, bicubically, but for second moments: these are
-    averages of squares, bicubic weights are partly negative, and a negative one has no square root (NaN at the next
-    step). They, and whatever else has `sq` or `var` in its name, are resampled bilinearly, by weights that are not
-    negative. What has another shape, such as `step`, is kept as it is.
+    What has the table's shape is resampled like the table itself, bicubically, unless no value in it is negative. That
+    is a second moment, or whatever else an optimizer takes a root of or divides by (Adagrad's sum, Adamax's norm):
+    bicubic weights are partly negative, and a negative one becomes NaN at the next step, so it is resampled bilinearly.
+    What has another shape, such as `step`, is kept as it is.
     """
     rows = 1 + old_grid[0] * old_grid[1]
     moved = dict(state)
     for name, value in state.items():
         if isinstance(value, Tensor) and value.ndim == 3 and value.shape[:2] == (1, rows):
-            second = any(part in name for part in ("sq", "var"))
-            moved[name] = resample_position_table(value, old_grid, new_grid, mode="bilinear" if second else "bicubic")
+            # Centred RMSprop's grad_avg goes with the squares that it is taken from.
+            mode = "bilinear" if name == "grad_avg" or bool((value >= 0).all()) else "bicubic"
+            moved[name] = resample_position_table(value, old_grid, new_grid, mode=mode)
     return moved

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from .config import Resolution, as_pair
@@ -23,9 +23,19 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 # Where Pillow itself refuses to open an image.
 MAX_PIXELS = 178_956_970
 
-# A longer image is cut to this many times its short side before it is resized: a 1 x 20,000 strip at 224 pixels would
-# otherwise grow to a billion pixels, of which the centre crop keeps 224 x 224.
-MAX_ASPECT = 8
+# Of what would be larger than this when it is resized, the centre alone is computed: a 1 x 20,000 strip would grow to a
+# billion pixels, of which 224 x 224 are kept.
+MAX_RESIZED = 2**24
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def load_image(source: Any, *, max_pixels: int = MAX_PIXELS, name: str | None = None) -> Image.Image:
@@ -33,7 +43,7 @@ def load_image(source: Any, *, max_pixels: int = MAX_PIXELS, name: str | None = 
 
     Arrays are uint8 or uint16 `[H, W]`, or uint8 `[H, W, 1 | 3 | 4]`; tensors uint8 `[3, H, W]`. EXIF orientation is
     applied, transparency laid over white, 16-bit grey scaled to 8 bits, palette and CMYK converted, and of an animation
-    the first frame taken.
+    the first frame taken (of a PIL image the one that it stands at).
 
     max_pixels  larger images are refused from their header, before anything is decoded
     name        what errors call the image, where it is not a path
@@ -73,7 +83,7 @@ def _open(source: Any, label: str) -> AbstractContextManager[Image.Image]:
     if isinstance(source, bytes | bytearray | memoryview):
         return Image.open(io.BytesIO(source))
     if isinstance(source, Tensor):
-        if source.dtype != torch.uint8 or source.ndim != 3 or source.shape[0] != 3:
+        if source.dtype != torch.uint8 or source.ndim != 3 or source.shape[0] != 3 or 0 in source.shape:
             raise ImageError(f"{label} is {source.dtype} {list(source.shape)}; expected a uint8 tensor [3, H, W]")
         return picture_of(source)
     if isinstance(source, np.ndarray):
@@ -90,12 +100,17 @@ def _open(source: Any, label: str) -> AbstractContextManager[Image.Image]:
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     image.load()
-    image = ImageOps.exif_transpose(image)
+    # ImageOps.exif_transpose writes the other tags anew, too, and fails where one of them is damaged.
+    turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it to white
         values = np.asarray(image).astype(np.float32)
         if values.min() < 0 or values.max() > 65535:
             raise ImageError("grey values beyond 16 bits")
-        return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
+        grey = (values / 257).round().astype(np.uint8)
+        grey[values == image.info.get("transparency")] = 255
+        return Image.fromarray(grey).convert("RGB")
     if image.mode == "F":
         raise ImageError("floating-point pixels, whose range is not known")
     if image.has_transparency_data:
@@ -109,43 +124,42 @@ def preprocess(image: Any, resolution: Resolution) -> Tensor:
     """uint8 `[3, H, W]` for inference: anything that `load_image` takes, its shortest edge brought to the resolution
     (bicubic, antialiased), then the centre. An (H, W) resolution is covered by the smallest resize that fills it.
 
-    Pillow resizes, tensors too, so the pixels are those of torchvision's and timm's transforms to the last level.
+    Pillow resizes, tensors too, so the pixels are those of torchvision's and timm's transforms to the last level. (Of
+    the strips that `MAX_RESIZED` speaks of, to within the rounding between Pillow's two passes.)
     """
     height, width = as_pair(resolution)
     picture = load_image(image)
     columns, rows = picture.size
-    longest = MAX_ASPECT * min(columns, rows)
-    if max(columns, rows) > longest:
-        columns, rows = min(columns, longest), min(rows, longest)
-        picture = _centre_crop(picture, columns, rows)
-    if columns * height <= rows * width:  # the width is what binds
-        size = (width, max(height, rows * width // columns))
-    else:
-        size = (max(width, columns * height // rows), height)
-    return pixels_of(_centre_crop(picture.resize(size, Image.Resampling.BICUBIC), width, height))
+    if height == width:  # torchvision's Resize, which rounds down
+        short = min(columns, rows)
+        size = (width * columns // short, height * rows // short)
+    else:  # timm's ResizeKeepRatio
+        ratio = min(rows / height, columns / width)
+        size = (round(columns / ratio), round(rows / ratio))
+    left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
+    right, bottom = left + width, top + height
+    if size[0] * size[1] <= MAX_RESIZED:
+        return pixels_of(picture.resize(size, Image.Resampling.BICUBIC).crop((left, top, right, bottom)))
+    x, y = columns / size[0], rows / size[1]
+    box = (left * x, top * y, min(columns, right * x), min(rows, bottom * y))
+    return pixels_of(picture.resize((width, height), Image.Resampling.BICUBIC, box))
 
 
 def preprocess_native(image: Any, *, patch: int, max_patches: int) -> Tensor:
     """uint8 `[3, rows * patch, columns * patch]` for packing: the whole image in its own shape, nothing cut off.
 
-    Rows and columns are the largest whole numbers at the image's aspect with rows * columns <= max_patches (Pix2Struct,
-    arXiv 2210.03347), at least one each; the image is stretched by less than one patch to fill them, a strip of more
-    than max_patches to one by more.
+    The image is scaled to the area of max_patches, and rows and columns are the whole patches of that (Pix2Struct,
+    arXiv 2210.03347), at least one each; it is stretched by less than one patch to fill them, a strip of more than
+    max_patches to one by more.
     """
     if patch < 1 or max_patches < 1:
         raise ValueError(f"patch is {patch} and max_patches {max_patches}; expected at least 1")
     picture = load_image(image)
     width, height = picture.size
-    scale = math.sqrt(max_patches / (width * height))
-    rows = min(max_patches, max(1, math.floor(height * scale)))
-    columns = min(max_patches // rows, max(1, math.floor(width * scale)))
+    # The roots rounded down, in whole numbers: a float would lose a row where the root is one.
+    rows = min(max_patches, max(1, math.isqrt(max_patches * height // width)))
+    columns = min(max_patches // rows, max(1, math.isqrt(max_patches * width // height)))
     return pixels_of(picture.resize((columns * patch, rows * patch), Image.Resampling.BICUBIC))
-
-
-def _centre_crop(picture: Image.Image, width: int, height: int) -> Image.Image:
-    columns, rows = picture.size
-    left, top = round((columns - width) / 2), round((rows - height) / 2)
-    return picture.crop((left, top, left + width, top + height))
 
 
 def picture_of(pixels: Tensor) -> Image.Image:

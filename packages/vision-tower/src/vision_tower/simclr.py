@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from operator import index
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ def simclr_view(
     if not 0 <= strength <= 1:
         raise ValueError(f"strength is {strength}; expected 0 <= strength <= 1")
     pixels = augment(image, seed, resolution, scale=scale, ratio=ratio, flip=flip)
-    draw = random.Random(f"simclr {seed}")  # another stream than the crop's
+    draw = random.Random(f"simclr {index(seed)}")  # another stream than the crop's
     if draw.random() < 0.8:
         change = 0.8 * strength
         pixels = jitter(pixels, *(draw.uniform(1 - change, 1 + change) for _ in range(3)))

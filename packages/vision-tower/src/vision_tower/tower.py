@@ -153,6 +153,7 @@ class VisionTower(nn.Module):
                 f"keep is {keep.dtype} {list(keep.shape)}; expected int64 [{len(images)}, K], from patch_keep_indices"
             )
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def set_resolution(self, resolution: Resolution) -> VisionTower:
         """Sets the input's size in place, in pixels: one number or (height, width). Returns the tower.
@@ -176,8 +177,14 @@ class VisionTower(nn.Module):
         """Compiles every block in place with `torch.compile(**options)`, and returns the tower.
 
         Block by block, a deep tower compiles as fast as a shallow one, checkpointing goes on as before, and names of
-        parameters stay. What is compiled is this process's, and not saved.
+        parameters stay. What is compiled is this process's, and not saved. It raises Dynamo's limit of graphs for one
+        function, which it has for the process, to 64. Packed images go through in pieces, compiled anew for every
+        mixture of lengths: their gain is small.
         """
+        # Patch dropout or none, gradients or none, all tokens or the class token, a last smaller batch, another
+        # resolution: all blocks are one function to Dynamo, and past its eight graphs it would go on uncompiled.
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, 64)
         for block in self.blocks:
             block.compile(**options)
         return self
