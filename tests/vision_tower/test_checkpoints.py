@@ -4,6 +4,7 @@ import json
 import math
 import pickle
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,30 +56,37 @@ def same(loaded: VisionTower, tower: VisionTower) -> None:
     assert torch.equal(loaded(images), tower(images))
 
 
-@pytest.fixture
-def clip_file(wide, tmp_path):
+def write_clip(tower: VisionTower, folder: Path) -> Path:
     """An EVA-CLIP checkpoint: image half with a head to 768, text half, temperature."""
-    weights = eva_names(wide, "visual.", rotary=16)
-    weights |= {"visual.head.weight": torch.zeros(768, 128), "visual.head.bias": torch.zeros(768)}
+    weights = eva_names(tower, "visual.", rotary=16)
+    weights |= {"visual.head.weight": torch.zeros(768, tower.config.width), "visual.head.bias": torch.zeros(768)}
     weights |= {"logit_scale": torch.ones([]), "text.transformer.resblocks.0.ln_1.weight": torch.ones(8)}
-    path = tmp_path / "EVA02_CLIP_L_psz14_s4B.pt"
+    path = folder / "EVA02_CLIP_L_psz14_s4B.pt"
     torch.save(weights, path)
     return path
+
+
+@pytest.fixture
+def clip_file(wide, tmp_path):
+    return write_clip(wide, tmp_path)
 
 
 def test_an_eva_clip_file_gives_the_same_tower(wide, clip_file):
     same(VisionTower.from_pretrained(clip_file), wide)
 
 
-def test_an_eva_clip_file_equals_timms_own_reading_in_output_and_gradients(clip_file):
+@pytest.mark.parametrize("resolution", [224, 384, 512])
+def test_an_eva_clip_file_equals_timms_own_reading_in_output_and_gradients(make_tower, resolution, tmp_path):
     import timm
     from timm.models.eva import checkpoint_filter_fn
 
-    tower = VisionTower.from_pretrained(clip_file)
+    settings = {"patch": 14, "width": 64, "layers": 2, "heads": 1}
+    clip_file = write_clip(make_tower(VisionTowerConfig(resolution=resolution // 14 * 14, **settings)), tmp_path)
+    tower = VisionTower.from_pretrained(clip_file, resolution=resolution)
     model = timm.create_model("eva02_large_patch14_clip_224", **tower.config.timm_arguments())
     converted = checkpoint_filter_fn(torch.load(clip_file, weights_only=True), model)
     model.load_state_dict({key: value for key, value in converted.items() if not key.startswith("head.")})
-    images = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(2))
+    images = torch.randn(2, 3, resolution, resolution, generator=torch.Generator().manual_seed(2))
     ours, theirs = tower(images), model(images)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
     ours.square().sum().backward()
@@ -168,13 +176,15 @@ def test_jina_clip_v2s_image_half_comes_out_of_its_whole_file_with_its_licence(m
     torch.testing.assert_close(smaller(images[..., :32, :32]), tower.set_resolution(32)(images[..., :32, :32]))
 
 
-@pytest.mark.parametrize(("grid", "pretrained"), [(6, 16), (6, 6), (24, 16)])
-def test_evas_rotary_table_tells_heads_and_reference_grid(make_tower, tmp_path, grid, pretrained):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("grid", "pretrained"), [(6, 16), (6, 6), (24, 16), (4, 16), (2, 16), (78, 16), (16, 24)])
+def test_evas_rotary_table_tells_heads_and_reference_grid(make_tower, tmp_path, grid, pretrained, dtype):
     config = VisionTowerConfig(
         resolution=grid * 8, patch=8, width=64, layers=1, heads=2, hidden=80, reference_grid=pretrained
     )
     tower = make_tower(config)
-    torch.save(eva_names(tower, "visual.", rotary=pretrained), tmp_path / "eva.pt")
+    weights = eva_names(tower, "visual.", rotary=pretrained)
+    torch.save({key: value.to(dtype) for key, value in weights.items()}, tmp_path / "eva.pt")
     loaded = VisionTower.from_pretrained(tmp_path / "eva.pt")
     assert loaded.config == config
     # and the table itself is ours
@@ -184,6 +194,15 @@ def test_evas_rotary_table_tells_heads_and_reference_grid(make_tower, tmp_path, 
     angles = eva_rotary(grid, pretrained, 32)
     torch.testing.assert_close(table.repeat_interleave(2, dim=1)[..., 0], angles.cos(), rtol=0, atol=1e-5)
     torch.testing.assert_close(table.repeat_interleave(2, dim=1)[..., 1], angles.sin(), rtol=0, atol=1e-5)
+
+
+def test_a_rotary_table_of_another_theta_is_refused_until_it_is_stated(wide, tmp_path):
+    weights = eva_names(wide, rotary=16)
+    weights["rope.freqs_cos"] = (torch.arange(36 * 64).reshape(36, 64) / 7).cos()
+    torch.save(weights, tmp_path / "eva.pt")
+    with pytest.raises(WeightsError, match=r"eva\.pt has a rotary table.*theta 10000; state rope_theta"):
+        VisionTower.from_pretrained(tmp_path / "eva.pt")
+    assert VisionTower.from_pretrained(tmp_path / "eva.pt", rope_theta=100, reference_grid=6).config.heads == 2
 
 
 def test_stated_settings_win_over_inferred_ones(wide, tmp_path):
@@ -288,6 +307,13 @@ def test_a_checkpoint_of_another_width_is_named_with_both_shapes(wide, make_towe
     save_file({k: v.contiguous() for k, v in other.state_dict().items()}, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match=r"model\.safetensors does not fit a tower of width 128.*64.*is needed"):
         VisionTower.from_pretrained(tmp_path)
+    jina_directory(wide, tmp_path / "jina", 48, "safetensors")
+    config = tmp_path / "jina" / "config.json"
+    values = json.loads(config.read_text())
+    for wrong, match in (({"width": 256}, "does not fit a tower of width 256"), ({"layers": 3}, r"missing: blocks\.2")):
+        config.write_text(json.dumps({**values, "vision_config": {**values["vision_config"], **wrong}}))
+        with pytest.warns(UserWarning, match="CC-BY"), pytest.raises(WeightsError, match=match):
+            VisionTower.from_pretrained(tmp_path / "jina")
 
 
 def test_loading_warns_of_a_licence_only_for_jinas_weights(wide, clip_file):
@@ -302,6 +328,6 @@ def test_a_loaded_tower_owns_its_memory(wide, clip_file):
     before = clip_file.read_bytes()
     with torch.no_grad():
         tower.pos_embed.add_(1)
+    assert clip_file.read_bytes() == before
     clip_file.write_bytes(b"")
     assert math.isclose((tower.pos_embed - wide.pos_embed).mean().item(), 1, abs_tol=1e-5)
-    assert before != b""

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,6 +36,28 @@ def test_timm_loads_a_saved_tower_with_the_same_output(resolution, tower, tmp_pa
     )
     images = torch.randn(2, 3, *as_pair(resolution))
     torch.testing.assert_close(tower(images), model(images), rtol=1e-5, atol=1e-5)
+
+
+def test_a_timm_directory_that_timm_cannot_make_is_named(tower, tmp_path):
+    tower.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    for values, match in (
+        ({"architecture": "eva03"}, "timm cannot make 'eva03'.*Unknown model"),
+        ({"architecture": "eva02_base_patch14_224", "model_args": {"depht": 2}}, "depht"),
+        ({"model_type": "jina_clip", "vision_config": [1]}, "vision_config is a list"),
+    ):
+        config.write_text(json.dumps(values))
+        with pytest.raises(ValueError, match=rf"config\.json: .*{match}"):
+            VisionTower.from_pretrained(tmp_path)
+    tower.save_pretrained(tmp_path)
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": None}))
+    with pytest.raises(ValueError, match="unknown vision tower setting depth"):
+        VisionTower.from_pretrained(tmp_path, depth=3)
+
+
+def test_an_epsilon_that_timm_does_not_know_is_warned_of(make_tower, config, tmp_path):
+    with pytest.warns(UserWarning, match=r"layer_norm_eps is 1e-05 and timm always takes 1e-06"):
+        make_tower(replace(config, layer_norm_eps=1e-5)).save_pretrained(tmp_path)
 
 
 def test_saving_again_replaces_the_tower_and_nothing_else(tower, tmp_path):

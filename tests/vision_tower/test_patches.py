@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from vision_tower import patch_keep_indices, resample_optimizer_state, resample_position_table
+from vision_tower import VisionTowerConfig, patch_keep_indices, resample_optimizer_state, resample_position_table
 
 
 @pytest.mark.parametrize(
@@ -154,6 +154,15 @@ def test_set_resolution_resamples_positions_in_place_and_only_them(tower):
     assert torch.equal(tower.pos_embed, expected)
     assert all(torch.equal(tower.get_parameter(name), value) for name, value in before.items())
     assert tower(torch.zeros(1, 3, 72, 61)).shape == (1, 64)
+
+
+def test_from_224_to_768_the_tower_stays_timms(make_tower, make_timm):
+    tower = make_tower(VisionTowerConfig(resolution=224, patch=14, width=64, layers=1, heads=1))
+    for resolution, side in ((384, 27), (512, 36), (768, 54)):
+        assert tower.set_resolution(resolution).config.grid == (side, side)
+        images = torch.randn(1, 3, resolution, resolution, generator=torch.Generator().manual_seed(0))
+        expected = make_timm(tower)(images)
+        torch.testing.assert_close(tower(images), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 def test_a_resolution_set_in_inference_mode_can_still_be_learnt(tower):

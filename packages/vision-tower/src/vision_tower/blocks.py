@@ -5,7 +5,7 @@ Parameter names are those of timm's `eva02_*` models. What differs is for speed 
 
 - the class token has a row in the rotary table (a rotation by zero), so nothing is cut off and put together again, and
   the rotation is one complex product (rotary.py);
-- short sequences on a CPU take two plain matrix products instead of a fused kernel (attention.py);
+- short sequences in 16 bits on a CPU take two plain matrix products instead of a fused kernel (attention.py);
 - the last block computes the class token alone, the only one that is read after it;
 - under autocast the normalised tokens are cast once, not once for each product that reads them;
 - SwiGLU's gate and the norm behind it are one function in C where they are float32 on a CPU, forward and backward in
@@ -105,7 +105,7 @@ def class_tokens(x: Tensor, layout: Layout | None) -> Tensor:
 def _lowered(x: Tensor) -> Tensor:
     """x in autocast's precision, where autocast is on."""
     device = x.device.type
-    if x.dtype == torch.float32 and torch.is_autocast_enabled(device):
+    if x.dtype == torch.float32 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))
     return x
 

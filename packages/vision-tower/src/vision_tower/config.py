@@ -129,7 +129,8 @@ class VisionTowerConfig:
         return self.hidden if self.hidden is not None else int(self.width * self.mlp_ratio)
 
     def timm_arguments(self) -> dict[str, Any]:
-        """Keyword arguments with which timm's `eva02_large_patch14_clip_224` takes this shape and these weights."""
+        """Keyword arguments with which timm's `eva02_large_patch14_clip_224` takes this shape and these weights.
+        (timm takes no `layer_norm_eps`; its own is 1e-6, as ours is by default.)"""
         reference = self.grid if self.reference_grid is None else (self.reference_grid, self.reference_grid)
         return {
             "num_classes": 0,

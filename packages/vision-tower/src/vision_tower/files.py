@@ -6,8 +6,9 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,14 +37,21 @@ def save(tower: VisionTower, path: str | PathLike[str]) -> None:
     """Writes `config.json` and `model.safetensors` (timm's names, the parameters' dtype) into the directory `path`.
 
     Both files are complete on disk in a temporary directory beside `path` before anything there changes: a full disk or
-    a killed process leaves what was there. Other files in `path` stay.
+    a process killed while it writes leaves what was there. Other files in `path` stay.
 
     timm loads it with the same output: `timm.create_model("local-dir:" + path, pretrained=True)`, or from the file
-    `timm.create_model("eva02_large_patch14_clip_224", checkpoint_path=…, **tower.config.timm_arguments())`.
+    `timm.create_model("eva02_large_patch14_clip_224", checkpoint_path=…, **tower.config.timm_arguments())`. (But for a
+    `layer_norm_eps` that is not timm's, of which it warns.)
     """
     target = Path(path)
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file; save_pretrained needs a directory, new or existing")
+    if tower.config.layer_norm_eps != VisionTowerConfig.layer_norm_eps:
+        warnings.warn(
+            f"layer_norm_eps is {tower.config.layer_norm_eps:g} and timm always takes "
+            f"{VisionTowerConfig.layer_norm_eps:g}: there, what is saved will give other numbers",
+            stacklevel=3,
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -115,10 +123,12 @@ def load(
     if values.get("model_type") == MODEL_TYPE:
         config, weights = _own_config(values, source.with_name(CONFIG_NAME), stated), read_image_half(source)
     elif "architecture" in values:
-        config, weights = replace(_timm_config(values), **stated), read_image_half(source)
+        config = _timm_config(values, source.with_name(CONFIG_NAME), stated)
+        weights = read_image_half(source)
     elif values.get("model_type") in (None, "jina_clip"):
         weights = read_image_half(source)
-        config = infer_config(weights, str(source), **{"resolution": resolution, **jina_settings(values), **stated})
+        known = {"resolution": resolution, **jina_settings(values, source.with_name(CONFIG_NAME)), **stated}
+        config = infer_config(weights, str(source), **known)
     else:
         raise ValueError(
             f"{source.with_name(CONFIG_NAME)} describes a {values['model_type']!r}; expected {MODEL_TYPE!r}, "
@@ -163,14 +173,17 @@ def _own_config(values: dict[str, Any], source: Path, stated: dict[str, Any]) ->
         raise ValueError(f"{source}: {error}") from error
 
 
-def _timm_config(values: dict[str, Any]) -> VisionTowerConfig:
+def _timm_config(values: dict[str, Any], source: Path, stated: dict[str, Any]) -> VisionTowerConfig:
     """The shape of a timm directory, by asking timm for the model without its weights."""
     import timm
 
-    arguments = {**(values.get("model_args") or {}), "num_classes": 0}
-    with torch.device("meta"):
-        model = timm.create_model(values["architecture"], pretrained=False, **arguments)
-    return _config_of(model, values["architecture"])
+    name = values["architecture"]
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name, pretrained=False, **{**(values.get("model_args") or {}), "num_classes": 0})
+    except Exception as error:  # whatever a model of timm's makes of arguments that are not its own
+        raise ValueError(f"{source}: timm cannot make {name!r} with its model_args ({error}); correct them") from error
+    return VisionTowerConfig.from_dict({**asdict(_config_of(model, name)), **stated})
 
 
 def from_timm(name: str, **options: Any) -> VisionTower:
