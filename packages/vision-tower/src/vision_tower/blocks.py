@@ -6,7 +6,7 @@ Parameter names are those of timm's `eva02_*` models. What differs is for speed 
 - the class token has a row in the rotary table (a rotation by zero), so nothing is cut off and put together again, and
   the rotation is one complex product (rotary.py);
 - short sequences in 16 bits on a CPU take two plain matrix products instead of a fused kernel (attention.py);
-- the last block computes the class token alone, the only one that is read after it;
+- the last block computes the class token alone, the only one that is read after it (B/16: 5 % of a step on a CPU);
 - under autocast the normalised tokens are cast once, not once for each product that reads them;
 - SwiGLU's gate and the norm behind it are one function in C where they are float32 on a CPU, forward and backward in
   8 ms where PyTorch's operations take 17 (1576 tokens, hidden size 2048); elsewhere the gate keeps only its inputs for
