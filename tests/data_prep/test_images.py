@@ -80,6 +80,12 @@ def test_all_eight_orientations_come_out_upright_and_are_stored_without_the_tag(
         assert right[2] > 200 > 50 > right[0], number
 
 
+def test_a_rotated_image_with_a_damaged_tag_is_stored_upright():
+    tags = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHI4s", 0x011A, 2, 3, b"72")  # XResolution: a text
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + bytes(4)
+    assert opened(store_image(encoded(halves((80, 40)), "JPEG", exif=exif), SMALL).data).size == (32, 64)
+
+
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "YCbCr", "I;16", "I", "F", "LA", "RGBA", "PA"])
 def test_every_kind_of_pixel_becomes_grey_or_rgb_of_the_same_brightness(mode):
     grey = Image.new("L", (80, 60), 51)

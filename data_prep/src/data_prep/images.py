@@ -8,13 +8,22 @@ import io
 import warnings
 from dataclasses import dataclass
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from .image_rule import ImageRule
 
 _KEPT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # formats that are stored as they come, if nothing else is amiss
 _READ = [*_KEPT, "GIF", "BMP", "TIFF", "PPM", "AVIF"]  # no formats that run programs (EPS) or hold vectors
 _ORIENTATION = 0x0112  # of EXIF
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 # Loaded by name: Pillow would load its forty others too. AVIF is there if Pillow was built with it.
 for _name in ("Jpeg", "Png", "WebP", "Gif", "Bmp", "Tiff", "Ppm", "Avif"):
@@ -116,7 +125,10 @@ def _reduce(image: Image.Image, target: tuple[int, int], rule: ImageRule) -> Ima
         image = _plain(image)
     elif "transparency" in image.info:
         image = _plain(image.convert("RGBA"))
-    ImageOps.exif_transpose(image, in_place=True)
+    # ImageOps.exif_transpose writes the other tags anew, too, and fails where one of them is damaged.
+    turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    if turn is not None:
+        image = image.transpose(turn)
     kernel = Image.Resampling.BICUBIC if rule.kernel == "bicubic" else Image.Resampling.HAMMING
     return image if image.size == target else image.resize(target, kernel)
 
