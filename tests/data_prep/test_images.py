@@ -56,7 +56,8 @@ def test_sizes(fit, size, expected):
     assert opened(store_image(encoded(halves(size)), ImageRule(32, fit)).data).size == expected
 
 
-def test_all_eight_orientations_come_out_upright_and_are_stored_without_the_tag():
+@pytest.mark.parametrize("encoding", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_all_eight_orientations_come_out_upright_and_are_stored_without_the_tag(encoding):
     upright = halves((80, 40))
     turns = {
         1: None,
@@ -71,7 +72,7 @@ def test_all_eight_orientations_come_out_upright_and_are_stored_without_the_tag(
     for number, turn in turns.items():
         exif = Image.Exif()
         exif[0x0112] = number
-        data = encoded(upright if turn is None else upright.transpose(turn), "JPEG", exif=exif, quality=95)
+        data = encoded(upright if turn is None else upright.transpose(turn), encoding, exif=exif, quality=95)
         image = opened(store_image(data, SMALL).data)
         assert image.size == (64, 32), number
         assert image.getexif().get(0x0112, 1) == 1

@@ -310,9 +310,15 @@ def test_a_checkpoint_of_another_width_is_named_with_both_shapes(wide, make_towe
     jina_directory(wide, tmp_path / "jina", 48, "safetensors")
     config = tmp_path / "jina" / "config.json"
     values = json.loads(config.read_text())
-    for wrong, match in (({"width": 256}, "does not fit a tower of width 256"), ({"layers": 3}, r"missing: blocks\.2")):
+    for wrong, match in (
+        ({"width": 256}, "does not fit a tower of width 256"),
+        ({"layers": 3}, r"missing: blocks\.2"),
+        ({"image_size": 512}, r"positions for 6x6 patches of 8, and its config\.json an image_size of 512"),
+        ({"width": None}, r"config\.json: vision_config's width is None"),
+        ({"head_width": 48}, r"config\.json: width 128 is no multiple of head_width 48"),
+    ):
         config.write_text(json.dumps({**values, "vision_config": {**values["vision_config"], **wrong}}))
-        with pytest.warns(UserWarning, match="CC-BY"), pytest.raises(WeightsError, match=match):
+        with pytest.warns(UserWarning, match="CC-BY"), pytest.raises(ValueError, match=match):
             VisionTower.from_pretrained(tmp_path / "jina")
 
 

@@ -118,6 +118,15 @@ def test_every_optimizers_state_survives_a_change_of_resolution(tower, images, k
     assert tower.pos_embed.isfinite().all()
 
 
+def test_states_that_cannot_be_resampled_are_refused_and_nan_spoils_no_neighbour_twice(tower):
+    with pytest.raises(ValueError, match=r"state1 is torch\.uint8"):
+        resample_optimizer_state({"state1": torch.zeros(1, 37, 64, dtype=torch.uint8)}, (6, 6), (9, 9))
+    squares = torch.rand(1, 37, 64).pow(8)
+    squares[0, 5, 0] = torch.nan
+    moved = resample_optimizer_state({"exp_avg_sq": squares}, (6, 6), (9, 9))["exp_avg_sq"]
+    assert not (moved < 0).any()
+
+
 def test_training_goes_on_after_a_change_of_resolution(tower, images):
     """With moments carried by hand as a trainer does it: finite everywhere, and of the size of a step."""
     old = adamw_after(tower, images, 3)

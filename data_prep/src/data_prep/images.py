@@ -70,6 +70,8 @@ def store_image(data: bytes, rule: ImageRule) -> Stored:
     if image.width * image.height > rule.max_pixels:
         raise ImageRefused("more pixels than allowed")
     try:
+        if image.format == "TIFF":
+            image.load()  # turns it upright, and its size was given upright before
         target = _target(_as_it_lies(image.size, image), rule)
         plain = image.mode in ("RGB", "L") and "transparency" not in image.info
         if (

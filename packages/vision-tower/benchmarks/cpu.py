@@ -33,8 +33,8 @@ def kind(event: FunctionEvent) -> str:
 
 
 def timed(step: Callable[[], Any]) -> dict[str, float]:
-    """Seconds of one run: by the clock, and of matrix products, attention and all the rest by the profiler. What the
-    profiler takes itself is within the clock's own differences."""
+    """Seconds of one run: by the clock, and of matrix products, attention and all the rest by the profiler, whose own
+    time is less than two runs differ by."""
     with profile(activities=[ProfilerActivity.CPU]) as record:
         start = time.perf_counter()
         step()

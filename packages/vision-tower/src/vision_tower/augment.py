@@ -39,9 +39,9 @@ def augment(
     RandomResizedCrop falls back to the centre; for square images and narrow ratios the two are nearly the same.
 
     Pillow resizes (bicubic with antialiasing), as for inference: the pixels are those of training on PIL images, on
-    every processor. PyTorch's uint8 kernel takes a fifth to a quarter of the time, but is now and then two levels off,
-    and by 30 at hard edges of crops for which Pillow (from 13) begins with the columns. Raises ValueError for another
-    kind of image or ranges that make no sense.
+    every processor. PyTorch's uint8 kernel takes a quarter of the time, but is now and then two levels off, and by 30
+    at hard edges of crops for which Pillow (from 13) begins with the columns. Raises ValueError for another kind of
+    image or ranges that make no sense.
     """
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
         raise ValueError(f"image is {image.dtype} {list(image.shape)}; expected uint8 [3, h, w]")

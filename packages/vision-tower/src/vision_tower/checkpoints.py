@@ -64,7 +64,7 @@ def read_image_half(path: Path) -> dict[str, Tensor]:
         prefix = _prefix(keys, path)
         found = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
     if prefix.endswith("vision_model.") and any("text_model.transformer." in key for key in keys):
-        warnings.warn(f"{path}: {JINA_LICENCE}", stacklevel=2)
+        warnings.warn(f"{path}: {JINA_LICENCE}", stacklevel=4)  # who called from_pretrained
     return found
 
 
@@ -170,7 +170,7 @@ def _rotary_of(raw: Mapping[str, Tensor], width: int, source: str, stated: Mappi
     """Heads and reference grid from EVA's table of cosines `[n * n, head_dim]`, if the file has one: the grid whose
     first row is nearest to the table's, of which the second half turns with the column, each frequency twice."""
     table = raw.get("rope.freqs_cos")
-    if table is None or table.ndim != 2 or len(table) < 4:
+    if table is None or table.ndim != 2 or len(table) < 4 or table.shape[1] < 4:
         return {}
     n, head_dim = math.isqrt(len(table)), table.shape[1]
     heads = {"heads": width // head_dim}
@@ -182,27 +182,31 @@ def _rotary_of(raw: Mapping[str, Tensor], width: int, source: str, stated: Mappi
     columns = torch.arange(n)[:, None] * frequencies / n
     expected = (references[:, None, None] * columns).cos()
     errors = (expected - table[:n, head_dim // 2 :: 2].float()).abs().amax(dim=(1, 2))
-    if errors.min() > 0.05:  # a table in 16 bits is within 0.01
+    if not errors.min() <= 0.05:  # a table in 16 bits is within 0.01
         raise WeightsError(
-            f"{source} has a rotary table that is no rescaled grid of theta {theta:g}; state rope_theta and "
-            "reference_grid as it was trained"
+            f"{source} has a rotary table that is no grid rescaled to 1 … {len(references)} with theta {theta:g}; "
+            "state rope_theta and reference_grid as it was trained"
         )
     return {**heads, "reference_grid": int(references[errors.argmin()])}
 
 
 def jina_settings(values: Mapping[str, Any], source: Path) -> dict[str, Any]:
-    """What a jina-clip config.json says of its image tower. Sizes that are not those of the weights come to light when
-    the weights are put in."""
+    """What a jina-clip config.json says of its image tower. A width, depth or patch that is not the weights' comes to
+    light when they are put in."""
     vision = values.get("vision_config") or {}
     if not isinstance(vision, Mapping):
         raise ValueError(f"{source}: vision_config is a {type(vision).__name__}; expected an object")
-    names = {"width": "width", "layers": "layers", "patch_size": "patch"}
+    # The image's size is what the position table cannot tell where pixels are left over: 512 is 36 patches of 14.
+    names = {"width": "width", "layers": "layers", "patch_size": "patch", "image_size": "resolution"}
+    for name in (*names, "head_width"):
+        value = vision.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{source}: vision_config's {name} is {value!r}; expected a positive integer")
     found: dict[str, Any] = {ours: vision[theirs] for theirs, ours in names.items() if theirs in vision}
-    if isinstance(vision.get("head_width"), int) and isinstance(vision.get("width"), int):
-        found["heads"] = vision["width"] // max(1, vision["head_width"])
-    # What the position table cannot tell where pixels are left over: 512 is 36 patches of 14.
-    if vision.get("image_size"):
-        found["resolution"] = vision["image_size"]
+    if "width" in vision and "head_width" in vision:
+        found["heads"], rest = divmod(vision["width"], vision["head_width"])
+        if rest:
+            raise ValueError(f"{source}: width {vision['width']} is no multiple of head_width {vision['head_width']}")
     if "intp_freq" in vision:
         found["reference_grid"] = vision.get("pt_hw_seq_len", 16) if vision["intp_freq"] else None
     return found

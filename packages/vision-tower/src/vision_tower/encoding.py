@@ -50,11 +50,17 @@ def encode(
         raise ValueError(f"truncate_dim is {truncate_dim}; expected 1 … {width}, this tower's width")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
-    single = isinstance(images, str | bytes | PathLike | Image.Image) or not hasattr(images, "__len__")
-    if single or (isinstance(images, Tensor | np.ndarray) and images.ndim != 4):
+    usable = not isinstance(images, str | bytes | PathLike | Image.Image)
+    if isinstance(images, Tensor | np.ndarray):
+        usable = images.ndim == 4 or (images.ndim == 1 and images.dtype == object)  # 1: of paths, from a table
+    try:
+        images[:0]
+    except (TypeError, KeyError):
+        usable = False
+    if not usable:
         raise ValueError(
             f"encode takes a sequence of images and got a {type(images).__name__}; write encode([image]), or "
-            "encode(list(images)) for what has no length"
+            "encode(list(images))"
         )
     starts: Any = range(0, len(images), batch_size)
     if show_progress:

@@ -127,8 +127,13 @@ def load(
         weights = read_image_half(source)
     elif values.get("model_type") in (None, "jina_clip"):
         weights = read_image_half(source)
-        known = {"resolution": resolution, **jina_settings(values, source.with_name(CONFIG_NAME)), **stated}
-        config = infer_config(weights, str(source), **known)
+        known = jina_settings(values, source.with_name(CONFIG_NAME))
+        config = infer_config(weights, str(source), **{"resolution": resolution, **known, **stated})
+        if config.resolution != known.get("resolution", config.resolution):
+            raise WeightsError(
+                f"{source} has positions for {config.grid[0]}x{config.grid[1]} patches of {config.patch}, and its "
+                f"config.json an image_size of {known['resolution']}; correct that, and give resolution= to change it"
+            )
     else:
         raise ValueError(
             f"{source.with_name(CONFIG_NAME)} describes a {values['model_type']!r}; expected {MODEL_TYPE!r}, "

@@ -98,13 +98,16 @@ def resample_optimizer_state(
     What has the table's shape is resampled like the table itself, bicubically, unless no value in it is negative. That
     is a second moment, or whatever else an optimizer takes a root of or divides by (Adagrad's sum, Adamax's norm):
     bicubic weights are partly negative, and a negative one becomes NaN at the next step, so it is resampled bilinearly.
-    What has another shape, such as `step`, is kept as it is.
+    What has another shape, such as `step`, is kept as it is. Raises ValueError for a state in 8 bits, whose numbers are
+    places in a table of values.
     """
     rows = 1 + old_grid[0] * old_grid[1]
     moved = dict(state)
     for name, value in state.items():
         if isinstance(value, Tensor) and value.ndim == 3 and value.shape[:2] == (1, rows):
+            if not value.is_floating_point():
+                raise ValueError(f"{name} is {value.dtype}, which cannot be resampled; start it from zero")
             # Centred RMSprop's grad_avg goes with the squares that it is taken from.
-            mode = "bilinear" if name == "grad_avg" or bool((value >= 0).all()) else "bicubic"
+            mode = "bicubic" if bool((value < 0).any()) and name != "grad_avg" else "bilinear"
             moved[name] = resample_position_table(value, old_grid, new_grid, mode=mode)
     return moved

@@ -117,15 +117,17 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    upright = image.convert("RGB")
+    upright.info = {}  # or whoever reads the orientation again would turn it again
+    return upright
 
 
 def preprocess(image: Any, resolution: Resolution) -> Tensor:
     """uint8 `[3, H, W]` for inference: anything that `load_image` takes, its shortest edge brought to the resolution
     (bicubic, antialiased), then the centre. An (H, W) resolution is covered by the smallest resize that fills it.
 
-    Pillow resizes, tensors too, so the pixels are those of torchvision's and timm's transforms to the last level. (Of
-    the strips that `MAX_RESIZED` speaks of, to within the rounding between Pillow's two passes.)
+    Pillow resizes, tensors too, so the pixels are those of torchvision's and timm's transforms to the last level. (The
+    strips that `MAX_RESIZED` speaks of may be resized in the other direction first: up to 30 levels at hard edges.)
     """
     height, width = as_pair(resolution)
     picture = load_image(image)
