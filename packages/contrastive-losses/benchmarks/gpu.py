@@ -23,6 +23,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="no larger batch is tried after such a step")
     parser.add_argument("--results", type=Path, default=RESULTS / "gpu.json")
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("PyTorch finds no GPU; `--device cpu --rows 256 --most 512` shows that this runs")
     device, dims, names = options.device, tuple(options.dims), [name for name in LOSSES if "statistics" not in name]
 
     errors = error_against_float64(min(1024, options.rows), device, dims)

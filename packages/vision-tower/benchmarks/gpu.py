@@ -57,6 +57,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     arguments = parser.parse_args()
     device, batch, repeats = arguments.device, arguments.batch, arguments.repeats
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("PyTorch finds no GPU; `--device cpu --small` shows that this runs")
     config = VisionTowerConfig.eva02_large()
     if arguments.small:
         config, batch, repeats = replace(config, layers=2, width=128, heads=2, hidden=340, resolution=56), 4, 1
