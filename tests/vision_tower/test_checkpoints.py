@@ -307,6 +307,9 @@ def test_a_checkpoint_of_another_width_is_named_with_both_shapes(wide, make_towe
     save_file({k: v.contiguous() for k, v in other.state_dict().items()}, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match=r"model\.safetensors does not fit a tower of width 128.*64.*is needed"):
         VisionTower.from_pretrained(tmp_path)
+
+
+def test_a_jina_config_that_contradicts_its_weights_is_named(wide, tmp_path):
     jina_directory(wide, tmp_path / "jina", 48, "safetensors")
     config = tmp_path / "jina" / "config.json"
     values = json.loads(config.read_text())

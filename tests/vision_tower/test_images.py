@@ -1,6 +1,5 @@
 """Whatever kind of image comes in, the right pixels come out, or an error that names the image."""
 
-import random
 import struct
 import sys
 
@@ -9,18 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import v2
-from vision_tower import (
-    ImageError,
-    PackedPatches,
-    VisionTower,
-    augment,
-    load_image,
-    normalize,
-    preprocess,
-    preprocess_native,
-    simclr_view,
-)
-from vision_tower.augment import _crop
+from vision_tower import ImageError, load_image, normalize, preprocess, preprocess_native
 from vision_tower.preprocess import MEAN, STD
 
 
@@ -87,9 +75,7 @@ def test_exif_rotation_is_applied(photo, encoded, orientation):
 
 
 def test_a_rotated_image_with_a_damaged_tag_is_read(photo, encoded):
-    tags = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack(
-        "<HHI4s", 0x011A, 2, 3, b"72"
-    )  # a text as resolution
+    tags = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHI4s", 0x011A, 2, 3, b"72")  # XResolution: a text
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + bytes(4)
     upright = photo.transpose(Image.Transpose.ROTATE_270)
     assert np.array_equal(pixels(load_image(encoded(photo, "PNG", exif=exif))), pixels(upright))
@@ -193,78 +179,6 @@ def test_normalize_equals_torchvision():
         normalize(images.float())
 
 
-@pytest.fixture
-def noise() -> torch.Tensor:
-    return torch.randint(0, 256, (3, 60, 90), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-
-
-def test_augment_is_a_function_of_its_seed(noise):
-    options = {"flip": True, "color": 0.3}
-    first = augment(noise, 5, 48, **options)
-    torch.rand(3)
-    assert first.shape == (3, 48, 48)
-    assert first.dtype == torch.uint8
-    assert torch.equal(augment(noise.clone(), 5, 48, **options), first)
-    assert torch.equal(augment(noise, np.int64(5), 48, **options), first)
-    others = [augment(noise, seed, 48, **options) for seed in (6, -5, 2**63)]
-    assert not any(torch.equal(other, first) for other in others)
-    assert augment(noise, 5, (24, 32)).shape == (3, 24, 32)
-
-
-def test_augment_of_the_whole_image_equals_torchvisions_resize(noise):
-    square = noise[:, :, :60]
-    whole = augment(square, 1, 48, scale=(1, 1), ratio=(1, 1))
-    picture = v2.functional.to_pil_image(square)
-    reference = v2.functional.resize(picture, [48, 48], v2.InterpolationMode.BICUBIC)
-    assert torch.equal(whole, v2.functional.pil_to_tensor(reference))
-    assert torch.equal(augment(square, 1, 60, scale=(1, 1), ratio=(1, 1)), square)
-
-
-def test_augment_crops_within_the_ranges_and_anywhere():
-    for height, width in ((96, 96), (200, 50), (1, 1), (3, 500)):
-        tops, lefts = set(), set()
-        for seed in range(300):
-            top, left, rows, columns = _crop(random.Random(seed), (height, width), 1.0, (0.7, 1.0), (0.9, 1.1))
-            assert 0 <= top <= top + rows <= height
-            assert 0 <= left <= left + columns <= width
-            if min(height, width) > 40:
-                assert 0.88 < columns / rows < 1.13
-                largest = max(min(height, width / shape) * min(width, height * shape) for shape in (0.9, 1.0, 1.1))
-                assert 0.65 * min(height, width) ** 2 * 0.9 < rows * columns < 1.03 * largest
-            tops.add(top)
-            lefts.add(left)
-        assert len(tops) > (height > 40) * 10
-        assert len(lefts) > (width > 40) * 5
-
-
-def test_augment_mirrors_half_of_the_images_and_only_when_asked():
-    ramp = torch.arange(0, 240, 5, dtype=torch.uint8).expand(3, 48, 48)
-    rising = [augment(ramp, seed, 48, flip=True).float().diff(dim=-1).mean() > 0 for seed in range(200)]
-    assert 70 < sum(rising) < 130
-    assert all(augment(ramp, seed, 48).float().diff(dim=-1).mean() > 0 for seed in range(50))
-
-
-def test_colour_jitter_equals_its_three_steps_and_keeps_grey_grey(noise):
-    from vision_tower.augment import jitter
-
-    muted = noise // 2 + 60  # no clamping on the way
-    stepwise = v2.functional.adjust_brightness(muted.float() / 255, 1.1)
-    stepwise = v2.functional.adjust_saturation(v2.functional.adjust_contrast(stepwise, 0.8), 0.7)
-    ours = jitter(muted, 1.1, 0.8, 0.7).float() / 255
-    assert (ours - stepwise).abs().max() < 2 / 255
-    grey = augment(noise[:1].expand(3, -1, -1), 3, 48, color=0.4)
-    assert (grey.float().amax(0) - grey.float().amin(0)).max() <= 1
-
-
-def test_augment_refuses_wrong_images_and_ranges(noise):
-    for wrong in (noise.float(), noise[0], noise[:1], noise[:, :0]):
-        with pytest.raises(ValueError, match="expected uint8"):
-            augment(wrong, 0, 48)
-    for options in ({"scale": (0, 1)}, {"scale": (0.9, 0.5)}, {"ratio": (2, 1)}, {"color": 1.0}):
-        with pytest.raises(ValueError, match=next(iter(options))):
-            augment(noise, 0, 48, **options)
-
-
 @pytest.mark.parametrize("kind", ["noise", "black and white", "smooth"])
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_a_tensor_gives_pillows_pixels_to_the_last_level(kind, contiguous):
@@ -282,21 +196,6 @@ def test_a_tensor_gives_pillows_pixels_to_the_last_level(kind, contiguous):
         expected = Image.fromarray(array).resize((pixels.shape[2], pixels.shape[1]), Image.Resampling.BICUBIC)
         assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(expected))
         assert torch.equal(preprocess(tensor, resolution), preprocess(array, resolution))
-
-
-def test_augment_gives_pillows_pixels_to_the_last_level():
-    """White noise and hard edges, up and down, wide and tall."""
-    generator = np.random.default_rng(0)
-    for seed in range(80):
-        height, width, rows, columns = (int(side) for side in generator.integers(8, 200, 4))
-        array = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        array = array if seed % 2 else ((array > 127) * 255).astype(np.uint8)
-        options = {"scale": (0.2, 1), "ratio": (0.5, 2)}
-        top, left, h, w = _crop(random.Random(seed), (height, width), columns / rows, **options)
-        crop = Image.fromarray(array).crop((left, top, left + w, top + h))
-        pixels = augment(torch.tensor(array).permute(2, 0, 1), seed, (rows, columns), **options)
-        expected = np.asarray(crop.resize((columns, rows), Image.Resampling.BICUBIC))
-        assert np.array_equal(pixels.permute(1, 2, 0).numpy(), expected)
 
 
 @pytest.mark.parametrize(
@@ -329,102 +228,3 @@ def test_native_aspect_cuts_nothing_off(photo):
     assert preprocess(page, 48)[0, :, 0].min() < 100
     with pytest.raises(ValueError, match="max_patches 0"):
         preprocess_native(page, patch=8, max_patches=0)
-
-
-def test_encode_at_native_aspect_equals_each_image_packed_alone(tower, photo):
-    pages = [photo, photo.rotate(90, expand=True), photo.resize((200, 20))]
-    embeddings = tower.encode(pages, native_aspect=True, batch_size=2, normalize=False)
-    for page, embedding in zip(pages, embeddings, strict=True):
-        pixels = normalize(preprocess_native(page, patch=8, max_patches=36))
-        with torch.no_grad():
-            alone = tower(PackedPatches.from_images([pixels], 8))[0]
-        assert np.allclose(embedding, alone.numpy(), atol=1e-5)
-
-
-def test_simclr_views_are_a_function_of_their_seed(noise):
-    first = simclr_view(noise, 5, 48)
-    torch.rand(3)
-    assert first.shape == (3, 48, 48)
-    assert first.dtype == torch.uint8
-    assert torch.equal(simclr_view(noise.clone(), 5, 48), first)
-    assert torch.equal(simclr_view(noise, torch.tensor(5), 48), first)
-    others = [simclr_view(noise, seed, 48) for seed in (6, -5, 2**63)]
-    assert not any(torch.equal(other, first) for other in others)
-    with pytest.raises(ValueError, match="strength is 2"):
-        simclr_view(noise, 5, 48, strength=2)
-
-
-def test_simclr_changes_as_often_as_the_paper_says(photo):
-    """Without strength and blur, what is left is the crop, mirrored or not, and one view in five is grey."""
-    image = torch.tensor(np.asarray(photo)).permute(2, 0, 1)
-    views = [simclr_view(image, seed, 16, strength=0, blur=False) for seed in range(400)]
-    crops = [augment(image, seed, 16, scale=(0.08, 1), ratio=(3 / 4, 4 / 3), flip=True) for seed in range(400)]
-    grey = [bool((view == view[:1]).all()) for view in views]
-    assert 0.14 < sum(grey) / 400 < 0.26
-    for view, crop, is_grey in zip(views, crops, grey, strict=True):
-        assert is_grey or (view.int() - crop.int()).abs().max() <= 1  # the jitter of nothing rounds once
-    coloured = [simclr_view(image, seed, 16, blur=False) for seed in range(400)]
-    changed = sum((view.int() - crop.int()).abs().max() > 3 for view, crop in zip(coloured, crops, strict=True))
-    assert 0.78 < changed / 400 < 0.9  # jitter, or grey without it: 0.8 + 0.2 * 0.2
-    blurred = [simclr_view(image, seed, 16, strength=0) for seed in range(400)]
-    assert 0.3 < sum(not torch.equal(b, v) for b, v in zip(blurred, views, strict=True)) / 400 < 0.6
-
-
-def test_hue_and_blur_equal_torchvisions(noise):
-    from vision_tower.simclr import gaussian_blur, turn_hue
-
-    for turn in (-0.2, 0.05, 0.2):
-        reference = v2.functional.adjust_hue(noise.float() / 255, turn) * 255
-        assert (turn_hue(noise, turn).float() - reference).abs().max() <= 1
-    grey = noise[:1].expand(3, -1, -1)
-    assert torch.equal(turn_hue(grey, 0.2), grey)
-    for sigma in (0.1, 1.3):
-        reference = v2.functional.gaussian_blur(noise, [7, 7], [sigma, sigma])
-        assert (gaussian_blur(noise, sigma).int() - reference.int()).abs().max() <= 1
-
-
-def test_encode_takes_images_of_every_kind_and_keeps_their_order(tower, photo, encoded, tmp_path):
-    (tmp_path / "a.png").write_bytes(encoded(photo, "PNG"))
-    array = np.asarray(photo)
-    mixed = [tmp_path / "a.png", photo, array, photo.rotate(180), torch.tensor(array).permute(2, 0, 1)]
-    embeddings = tower.encode(mixed, batch_size=2, show_progress=True)
-    assert embeddings.dtype == np.float32
-    assert embeddings.shape == (5, 64)
-    assert np.allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-6)
-    for row in (1, 2, 4):
-        assert np.allclose(embeddings[row], embeddings[0], atol=1e-5)
-    assert not np.allclose(embeddings[3], embeddings[0], atol=1e-2)
-    with torch.no_grad():
-        raw = tower(normalize(preprocess(photo, 48)[None])).numpy()
-    assert np.allclose(tower.encode(array[None], normalize=False), raw, atol=1e-5)
-    assert tower.encode([]).shape == (0, 64)
-    paths = np.array([tmp_path / "a.png"] * 3, dtype=object)  # a column of a table
-    assert np.allclose(tower.encode(paths, batch_size=2), embeddings[:1], atol=1e-6)
-
-
-def test_encode_truncates_and_then_normalises(tower, photo):
-    full = tower.encode([photo], normalize=False)
-    assert tower.double().encode([photo], normalize=False).dtype == np.float32
-    tower.float()
-    short = tower.encode([photo], truncate_dim=16)
-    assert np.allclose(short, full[:, :16] / np.linalg.norm(full[:, :16]), atol=1e-6)
-
-
-def test_encode_says_what_is_wrong(tower, photo, tmp_path):
-    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
-    with pytest.raises(ImageError, match=r"images\[1\]: .*broken\.jpg"):
-        tower.encode([photo, tmp_path / "broken.jpg"])
-    with pytest.raises(ImageError, match=r"images\[2\]: image given as ndarray is float64"):
-        tower.encode([photo, photo, np.zeros((4, 4, 3))], batch_size=2, native_aspect=True)
-    for wrong in (photo, "a.png", b"", np.zeros((4, 4, 3), np.uint8), iter([photo]), {0: photo}, {"a.png"}):
-        with pytest.raises(ValueError, match=r"encode\(\[image\]\)"):
-            tower.encode(wrong)
-    for options in ({"truncate_dim": 0}, {"truncate_dim": 65}, {"batch_size": 0}):
-        with pytest.raises(ValueError, match=next(iter(options))):
-            tower.encode([photo], **options)
-
-
-def test_a_tower_can_learn_after_it_encoded(tower: VisionTower, photo, images):
-    tower.encode([photo])
-    tower(images).sum().backward()
-    assert tower.pos_embed.grad is not None

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from os import PathLike
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from .errors import ImageError
@@ -50,7 +47,7 @@ def encode(
         raise ValueError(f"truncate_dim is {truncate_dim}; expected 1 … {width}, this tower's width")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
-    usable = not isinstance(images, str | bytes | PathLike | Image.Image)
+    usable = not isinstance(images, str | bytes)
     if isinstance(images, Tensor | np.ndarray):
         usable = images.ndim == 4 or (images.ndim == 1 and images.dtype == object)  # 1: of paths, from a table
     try:
@@ -71,27 +68,27 @@ def encode(
     with torch.inference_mode():
         for start in starts:
             batch = enumerate(images[start : start + batch_size], start)
-            pixels = _packed(tower, batch) if native_aspect else _stacked(tower, batch)
-            embeddings = tower(pixels)[:, :truncate_dim].float()
+            pixels = [_pixels(tower, image, number, native_aspect) for number, image in batch]
+            inputs = _packed(tower, pixels) if native_aspect else _stacked(tower, pixels)
+            embeddings = tower(inputs)[:, :truncate_dim].float()
             results.append((F.normalize(embeddings, dim=-1) if normalize else embeddings).cpu().numpy())
     return np.concatenate(results)
 
 
-def _stacked(tower: VisionTower, images: Iterable[tuple[int, Any]]) -> Tensor:
-    pixels = torch.stack([_read(image, preprocess, tower.config.resolution) for image in images])
-    return normalize_pixels(pixels.to(tower.pos_embed.device))
-
-
-def _packed(tower: VisionTower, images: Iterable[tuple[int, Any]]) -> PackedPatches:
-    patch, device = tower.config.patch, tower.pos_embed.device
-    reading = partial(preprocess_native, patch=patch, max_patches=tower.config.num_patches)
-    pixels = [_read(image, reading).to(device) for image in images]
-    return PackedPatches.from_images([normalize_pixels(image) for image in pixels], patch)
-
-
-def _read(numbered: tuple[int, Any], function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    number, image = numbered
+def _pixels(tower: VisionTower, image: Any, number: int, native_aspect: bool) -> Tensor:
+    config = tower.config
     try:
-        return function(image, *arguments)
+        if native_aspect:
+            return preprocess_native(image, patch=config.patch, max_patches=config.num_patches)
+        return preprocess(image, config.resolution)
     except ImageError as error:
         raise ImageError(f"images[{number}]: {error}") from error
+
+
+def _stacked(tower: VisionTower, pixels: list[Tensor]) -> Tensor:
+    return normalize_pixels(torch.stack(pixels).to(tower.pos_embed.device))
+
+
+def _packed(tower: VisionTower, pixels: list[Tensor]) -> PackedPatches:
+    device = tower.pos_embed.device
+    return PackedPatches.from_images([normalize_pixels(image.to(device)) for image in pixels], tower.config.patch)

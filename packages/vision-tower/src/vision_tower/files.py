@@ -120,23 +120,23 @@ def load(
     """
     stated |= {k: v for k, v in {"checkpointing": checkpointing, "attention": attention}.items() if v is not None}
     source, values = _find(Path(path))
+    config_file = source.with_name(CONFIG_NAME)
     if values.get("model_type") == MODEL_TYPE:
-        config, weights = _own_config(values, source.with_name(CONFIG_NAME), stated), read_image_half(source)
+        config, weights = _own_config(values, config_file, stated), read_image_half(source)
     elif "architecture" in values:
-        config = _timm_config(values, source.with_name(CONFIG_NAME), stated)
-        weights = read_image_half(source)
+        config, weights = _timm_config(values, config_file, stated), read_image_half(source)
     elif values.get("model_type") in (None, "jina_clip"):
         weights = read_image_half(source)
-        known = jina_settings(values, source.with_name(CONFIG_NAME))
+        known = jina_settings(values, config_file)
         config = infer_config(weights, str(source), **{"resolution": resolution, **known, **stated})
         if config.resolution != known.get("resolution", config.resolution):
             raise WeightsError(
                 f"{source} has positions for {config.grid[0]}x{config.grid[1]} patches of {config.patch}, and its "
-                f"config.json an image_size of {known['resolution']}; correct that, and give resolution= to change it"
+                f"{CONFIG_NAME} an image_size of {known['resolution']}; correct that, and give resolution= to change it"
             )
     else:
         raise ValueError(
-            f"{source.with_name(CONFIG_NAME)} describes a {values['model_type']!r}; expected {MODEL_TYPE!r}, "
+            f"{config_file} describes a {values['model_type']!r}; expected {MODEL_TYPE!r}, "
             "'jina_clip', or timm's architecture. To infer the shape all the same, name the file of weights itself"
         )
     tower = _with_weights(config, to_timm_names(weights), str(source))

@@ -1,0 +1,140 @@
+"""Training's crops and colours: Pillow's pixels, torchvision's colours, the same for the same seed."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+from vision_tower import augment, simclr_view
+from vision_tower.augment import _crop
+
+
+@pytest.fixture
+def noise() -> torch.Tensor:
+    return torch.randint(0, 256, (3, 60, 90), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_augment_is_a_function_of_its_seed(noise):
+    options = {"flip": True, "color": 0.3}
+    first = augment(noise, 5, 48, **options)
+    torch.rand(3)
+    assert first.shape == (3, 48, 48)
+    assert first.dtype == torch.uint8
+    assert torch.equal(augment(noise.clone(), 5, 48, **options), first)
+    assert torch.equal(augment(noise, np.int64(5), 48, **options), first)
+    others = [augment(noise, seed, 48, **options) for seed in (6, -5, 2**63)]
+    assert not any(torch.equal(other, first) for other in others)
+    assert augment(noise, 5, (24, 32)).shape == (3, 24, 32)
+
+
+def test_augment_of_the_whole_image_equals_torchvisions_resize(noise):
+    square = noise[:, :, :60]
+    whole = augment(square, 1, 48, scale=(1, 1), ratio=(1, 1))
+    picture = v2.functional.to_pil_image(square)
+    reference = v2.functional.resize(picture, [48, 48], v2.InterpolationMode.BICUBIC)
+    assert torch.equal(whole, v2.functional.pil_to_tensor(reference))
+    assert torch.equal(augment(square, 1, 60, scale=(1, 1), ratio=(1, 1)), square)
+
+
+def test_augment_crops_within_the_ranges_and_anywhere():
+    for height, width in ((96, 96), (200, 50), (1, 1), (3, 500)):
+        tops, lefts = set(), set()
+        for seed in range(300):
+            top, left, rows, columns = _crop(random.Random(seed), (height, width), 1.0, (0.7, 1.0), (0.9, 1.1))
+            assert 0 <= top <= top + rows <= height
+            assert 0 <= left <= left + columns <= width
+            if min(height, width) > 40:
+                assert 0.88 < columns / rows < 1.13
+                largest = max(min(height, width / shape) * min(width, height * shape) for shape in (0.9, 1.0, 1.1))
+                assert 0.65 * min(height, width) ** 2 * 0.9 < rows * columns < 1.03 * largest
+            tops.add(top)
+            lefts.add(left)
+        assert len(tops) > (height > 40) * 10
+        assert len(lefts) > (width > 40) * 5
+
+
+def test_augment_mirrors_half_of_the_images_and_only_when_asked():
+    ramp = torch.arange(0, 240, 5, dtype=torch.uint8).expand(3, 48, 48)
+    rising = [augment(ramp, seed, 48, flip=True).float().diff(dim=-1).mean() > 0 for seed in range(200)]
+    assert 70 < sum(rising) < 130
+    assert all(augment(ramp, seed, 48).float().diff(dim=-1).mean() > 0 for seed in range(50))
+
+
+def test_colour_jitter_equals_its_three_steps_and_keeps_grey_grey(noise):
+    from vision_tower.augment import jitter
+
+    muted = noise // 2 + 60  # no clamping on the way
+    stepwise = v2.functional.adjust_brightness(muted.float() / 255, 1.1)
+    stepwise = v2.functional.adjust_saturation(v2.functional.adjust_contrast(stepwise, 0.8), 0.7)
+    ours = jitter(muted, 1.1, 0.8, 0.7).float() / 255
+    assert (ours - stepwise).abs().max() < 2 / 255
+    grey = augment(noise[:1].expand(3, -1, -1), 3, 48, color=0.4)
+    assert (grey.float().amax(0) - grey.float().amin(0)).max() <= 1
+
+
+def test_augment_refuses_wrong_images_and_ranges(noise):
+    for wrong in (noise.float(), noise[0], noise[:1], noise[:, :0]):
+        with pytest.raises(ValueError, match="expected uint8"):
+            augment(wrong, 0, 48)
+    for options in ({"scale": (0, 1)}, {"scale": (0.9, 0.5)}, {"ratio": (2, 1)}, {"color": 1.0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            augment(noise, 0, 48, **options)
+
+
+def test_augment_gives_pillows_pixels_to_the_last_level():
+    """White noise and hard edges, up and down, wide and tall."""
+    generator = np.random.default_rng(0)
+    for seed in range(80):
+        height, width, rows, columns = (int(side) for side in generator.integers(8, 200, 4))
+        array = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        array = array if seed % 2 else ((array > 127) * 255).astype(np.uint8)
+        options = {"scale": (0.2, 1), "ratio": (0.5, 2)}
+        top, left, h, w = _crop(random.Random(seed), (height, width), columns / rows, **options)
+        crop = Image.fromarray(array).crop((left, top, left + w, top + h))
+        pixels = augment(torch.tensor(array).permute(2, 0, 1), seed, (rows, columns), **options)
+        expected = np.asarray(crop.resize((columns, rows), Image.Resampling.BICUBIC))
+        assert np.array_equal(pixels.permute(1, 2, 0).numpy(), expected)
+
+
+def test_simclr_views_are_a_function_of_their_seed(noise):
+    first = simclr_view(noise, 5, 48)
+    torch.rand(3)
+    assert first.shape == (3, 48, 48)
+    assert first.dtype == torch.uint8
+    assert torch.equal(simclr_view(noise.clone(), 5, 48), first)
+    assert torch.equal(simclr_view(noise, torch.tensor(5), 48), first)
+    others = [simclr_view(noise, seed, 48) for seed in (6, -5, 2**63)]
+    assert not any(torch.equal(other, first) for other in others)
+    with pytest.raises(ValueError, match="strength is 2"):
+        simclr_view(noise, 5, 48, strength=2)
+
+
+def test_simclr_changes_as_often_as_the_paper_says(photo):
+    """Without strength and blur, what is left is the crop, mirrored or not, and one view in five is grey."""
+    image = torch.tensor(np.asarray(photo)).permute(2, 0, 1)
+    views = [simclr_view(image, seed, 16, strength=0, blur=False) for seed in range(400)]
+    crops = [augment(image, seed, 16, scale=(0.08, 1), ratio=(3 / 4, 4 / 3), flip=True) for seed in range(400)]
+    grey = [bool((view == view[:1]).all()) for view in views]
+    assert 0.14 < sum(grey) / 400 < 0.26
+    for view, crop, is_grey in zip(views, crops, grey, strict=True):
+        assert is_grey or (view.int() - crop.int()).abs().max() <= 1  # the jitter of nothing rounds once
+    coloured = [simclr_view(image, seed, 16, blur=False) for seed in range(400)]
+    changed = sum((view.int() - crop.int()).abs().max() > 3 for view, crop in zip(coloured, crops, strict=True))
+    assert 0.78 < changed / 400 < 0.9  # jitter, or grey without it: 0.8 + 0.2 * 0.2
+    blurred = [simclr_view(image, seed, 16, strength=0) for seed in range(400)]
+    assert 0.3 < sum(not torch.equal(b, v) for b, v in zip(blurred, views, strict=True)) / 400 < 0.6
+
+
+def test_hue_and_blur_equal_torchvisions(noise):
+    from vision_tower.simclr import gaussian_blur, turn_hue
+
+    for turn in (-0.2, 0.05, 0.2):
+        reference = v2.functional.adjust_hue(noise.float() / 255, turn) * 255
+        assert (turn_hue(noise, turn).float() - reference).abs().max() <= 1
+    grey = noise[:1].expand(3, -1, -1)
+    assert torch.equal(turn_hue(grey, 0.2), grey)
+    for sigma in (0.1, 1.3):
+        reference = v2.functional.gaussian_blur(noise, [7, 7], [sigma, sigma])
+        assert (gaussian_blur(noise, sigma).int() - reference.int()).abs().max() <= 1
