@@ -9,7 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from stage_trainer.data.masked import held_out
-from stage_trainer.recipe_file import load
+from stage_trainer.recipe.read import load
 from text_tower import TextTower
 from transformers import AutoModelForMaskedLM
 

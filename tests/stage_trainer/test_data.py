@@ -10,7 +10,7 @@ from stage_trainer.data.ledger import Ledger
 from stage_trainer.data.samples import SampleCache
 from stage_trainer.errors import UserError
 from stage_trainer.evaluation.retrieval import Pool
-from stage_trainer.recipe_file import load
+from stage_trainer.recipe.read import load
 
 
 def text(words):

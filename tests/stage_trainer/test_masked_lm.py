@@ -15,7 +15,7 @@ from stage_trainer.data.masked import HELD_OUT, MaskedBatches, held_out
 from stage_trainer.errors import UserError
 from stage_trainer.masked_lm import HiddenWords, MaskedBatch, forward_backward, held_out_losses
 from stage_trainer.optim import parameter_groups
-from stage_trainer.recipe_file import load
+from stage_trainer.recipe.read import load
 from text_tower import MaskedLM, MaskedTokens, PackedTokens, TextTower, TextTowerConfig
 
 SIZES = {"en": 90, "de": 30, "ka": 3}

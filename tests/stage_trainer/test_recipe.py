@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import at_step
-from stage_trainer.recipe_file import load
+from stage_trainer.recipe.read import load
 
 
 def test_every_recipe_of_the_project_loads(recipes):

@@ -42,7 +42,7 @@ def one_rank(rank: int, folder: str) -> None:
     from stage_trainer.objective import MultiTask
     from stage_trainer.optim import set_rates
     from stage_trainer.recipe import GradientCache
-    from stage_trainer.recipe_file import load
+    from stage_trainer.recipe.read import load
     from stage_trainer.run.environment import quiet
     from stage_trainer.step import forward_backward
     from test_step import BOTH, OF_KIND, PlainEngine, make_batch

@@ -22,7 +22,7 @@ from stage_trainer.engine import Engine, initialize_distributed
 from stage_trainer.model import DualEncoder
 from stage_trainer.objective import Batch, MultiTask
 from stage_trainer.recipe import GradientCache, Recipe
-from stage_trainer.recipe_file import load
+from stage_trainer.recipe.read import load
 from stage_trainer.run.environment import keep_freed_memory, quiet
 from stage_trainer.step import forward_backward
 from text_tower import PackedTokens

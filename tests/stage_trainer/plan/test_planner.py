@@ -10,7 +10,7 @@ from stage_trainer.plan import auto
 from stage_trainer.plan.devices import DEVICES, GIB, Device, device, peak_flops, read_bytes
 from stage_trainer.plan.planner import Cluster, plan_stage, segments
 from stage_trainer.recipe import GradientCache
-from stage_trainer.recipe_file import load
+from stage_trainer.recipe.read import load
 
 MIB = 2**20
 

@@ -35,7 +35,7 @@ def one_rank(rank: int, folder: str) -> None:
     from stage_trainer.plan.devices import Device
     from stage_trainer.plan.memory import Model, Setting, Sizes, estimate, resting_parts
     from stage_trainer.recipe import Trainable
-    from stage_trainer.recipe_file import load
+    from stage_trainer.recipe.read import load
     from stage_trainer.run.environment import quiet
     from stage_trainer.step import forward_backward
     from text_tower import PackedTokens, TextTower, TextTowerConfig

@@ -13,7 +13,7 @@ from stage_trainer.data.remote_data import RemotePlace, place
 from stage_trainer.data.sampler import SourceOrder
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import Recipe
-from stage_trainer.recipe_file import flatten, load
+from stage_trainer.recipe.read import flatten, load
 
 
 class Numbers:

@@ -17,7 +17,7 @@ from stage_trainer.data.remote import is_remote
 from stage_trainer.errors import UserError
 from stage_trainer.model import DualEncoder
 from stage_trainer.recipe import Recipe
-from stage_trainer.recipe_file import build_config
+from stage_trainer.recipe.read import build_config
 
 Model = DualEncoder | MaskedLM
 

@@ -128,7 +128,7 @@ def launch(stage: int) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from stage_trainer.recipe_file import load
+    from stage_trainer.recipe.read import load
 
     loaded = load(arguments.recipe, arguments.settings, arguments.stage)
     loaded.recipe.stage(arguments.stage)
@@ -147,7 +147,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     from stage_trainer.plan.devices import device
     from stage_trainer.plan.planner import Cluster, plan_stage
     from stage_trainer.plan.table import heading, stage_table
-    from stage_trainer.recipe_file import load
+    from stage_trainer.recipe.read import load
 
     if arguments.gpus < 1 or not 0 < arguments.utilisation <= 1:
         raise UserError(
@@ -202,7 +202,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from stage_trainer.recipe_file import load
+    from stage_trainer.recipe.read import load
     from stage_trainer.run.report import write_report
 
     recipe = load(arguments.recipe, arguments.settings).recipe

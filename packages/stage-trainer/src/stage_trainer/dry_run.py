@@ -9,7 +9,7 @@ from torch import nn
 
 from stage_trainer.build import Model, empty_model
 from stage_trainer.recipe import Stage
-from stage_trainer.recipe_file import Loaded, flatten
+from stage_trainer.recipe.read import Loaded, flatten
 
 
 def dry_run(loaded: Loaded, number: int) -> str:

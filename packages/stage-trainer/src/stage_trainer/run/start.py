@@ -12,7 +12,7 @@ from stage_trainer.errors import UserError
 from stage_trainer.files import free_name
 from stage_trainer.recipe import BatchSizes, PerTower, Recipe, Stage, StageData
 from stage_trainer.recipe import Model as ModelOfRecipe
-from stage_trainer.recipe_file import flatten, to_dict
+from stage_trainer.recipe.read import flatten, to_dict
 from stage_trainer.run import checkpoint
 
 SO_FAR: dict[str, Any] = {"seconds": 0.0, "peak_memory_bytes": 0, "skipped": 0, "best": None}

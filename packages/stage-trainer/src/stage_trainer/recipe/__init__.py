@@ -1,0 +1,43 @@
+"""A recipe: its schema, what it cannot mean, and reading it from a file."""
+
+from stage_trainer.recipe.schema import (
+    Augmentation,
+    BatchSizes,
+    Checkpoint,
+    Evaluation,
+    GradientCache,
+    Loss,
+    Masking,
+    Model,
+    Optimizer,
+    PerTask,
+    PerTower,
+    Recipe,
+    Remote,
+    Source,
+    Stage,
+    StageData,
+    Trainable,
+    at_step,
+)
+
+__all__ = [
+    "Augmentation",
+    "BatchSizes",
+    "Checkpoint",
+    "Evaluation",
+    "GradientCache",
+    "Loss",
+    "Masking",
+    "Model",
+    "Optimizer",
+    "PerTask",
+    "PerTower",
+    "Recipe",
+    "Remote",
+    "Source",
+    "Stage",
+    "StageData",
+    "Trainable",
+    "at_step",
+]
