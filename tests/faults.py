@@ -48,24 +48,18 @@ LOSSES, TEXT, VISION, TRAINER, DATA = (
     "packages/stage-trainer/src/stage_trainer",
     "data_prep/src/data_prep",
 )
-OF_TRAINER = "tests/stage_trainer/test_*.py"
+OF_TRAINER = ("tests/stage_trainer/test_*.py", "tests/stage_trainer/remote/test_batches.py")
 ROOMS = {
     "losses": Room((f"{LOSSES}/*.py",), ("tests/contrastive_losses",)),
     "text tower": Room((f"{TEXT}/*.py",), ("tests/text_tower",)),
     "vision tower": Room((f"{VISION}/*.py",), ("tests/vision_tower",)),
-    "step": Room((f"{TRAINER}/step.py", f"{TRAINER}/objective.py", f"{TRAINER}/model.py"), (OF_TRAINER,)),
+    "step": Room(tuple(f"{TRAINER}/{name}.py" for name in ("step", "objective", "model")), OF_TRAINER),
     "sampler": Room(
         tuple(f"{TRAINER}/data/{name}.py" for name in ("sampler", "keyed", "batches", "samples", "ledger", "masked")),
-        (OF_TRAINER, "tests/stage_trainer/remote/test_batches.py"),
+        OF_TRAINER,
     ),
-    "optimizer": Room(
-        tuple(f"{TRAINER}/{name}.py" for name in ("optim", "muon", "engine", "movement")),
-        (OF_TRAINER, "tests/integration/test_training.py", "tests/integration/test_trouble.py"),
-    ),
-    "checkpoint": Room(
-        (f"{TRAINER}/files.py", f"{TRAINER}/run/checkpoint.py", f"{TRAINER}/run/saver.py"),
-        (OF_TRAINER, "tests/integration/test_training.py", "tests/integration/test_trouble.py"),
-    ),
+    "optimizer": Room(tuple(f"{TRAINER}/{name}.py" for name in ("optim", "muon", "engine", "movement")), OF_TRAINER),
+    "checkpoint": Room((f"{TRAINER}/files.py", f"{TRAINER}/run/checkpoint.py", f"{TRAINER}/run/saver.py"), OF_TRAINER),
     "curation": Room(
         (f"{DATA}/shaping/*.py", f"{DATA}/negatives/*.py"), ("tests/data_prep/shaping", "tests/data_prep/negatives")
     ),
@@ -334,8 +328,10 @@ def _run_rooms(faults: list[Fault], states: dict[str, str], workers: int, whole:
         if waiting and len(running) < workers:
             name = waiting.pop(0)
             file = WORK / f"{name.replace(' ', '-')}-to-do.json"
+            # Rooms with the same tests share the look at which of them execute what.
+            together = [room for room in ROOMS.values() if room.tests == ROOMS[name].tests]
             content = {"state": states[name], "tests": tests_of(ROOMS[name]), "whole": whole,
-                       "sources": [str(path) for path in sources_of(ROOMS[name])],
+                       "sources": [str(path) for room in together for path in sources_of(room)],
                        "faults": [asdict(fault) for fault in faults if fault.room == name]}  # fmt: skip
             file.write_text(json.dumps(content))
             running.append(subprocess.Popen([sys.executable, str(ROOT / "tests/faults_room.py"), str(file)]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import importlib
 import json
 import os
@@ -153,7 +154,7 @@ def survey(tests: list[str], sources: list[str], log: Path) -> dict[str, Any]:
         for source in sources:
             by_line = executed.setdefault(str(Path(source).relative_to(ROOT)), {})
             for line, contexts in data.contexts_by_lineno(source).items():
-                by_line[line] = {c.removeprefix("import|") for c in contexts}
+                by_line[line] = {c.removeprefix("import|") or "import" for c in contexts}
         modules = [
             name
             for name, m in sys.modules.items()
@@ -179,7 +180,9 @@ def _tests_of(contexts: set[str], names: list[str]) -> list[str]:
     found: set[str] = set()
     for context in contexts:
         name, _, phase = context.rpartition(" ")
-        if phase == "(call)":
+        if context == "import":  # called while modules are imported: whoever imports them
+            found.update(names)
+        elif phase == "(call)":
             found.add(name)
         elif phase in ("(setup)", "(teardown)"):
             file = name.partition("::")[0]
@@ -246,16 +249,15 @@ def main(to_do: Path) -> None:
     name = to_do.name.removesuffix("-to-do.json")
     # A process whose parent is gone becomes a child of this one, not of init: nothing outlives a fault.
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
-    stored, log = WORK / f"{name}-{job['state']}.json", WORK / f"{name}.log"
+    stored, log = WORK / f"survey-{job['state']}.json", WORK / f"{name}.log"
     began = time.monotonic()
-    if not stored.exists():
-        print(f"{name}: the tests as they are …", flush=True)
-        import pytest  # noqa: F401
+    with (WORK / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # for a room beside this one may have the same tests
+        if not stored.exists():
+            print(f"{name}: the tests as they are …", flush=True)
+            import pytest  # noqa: F401
 
-        found = survey(job["tests"], job["sources"], log)
-        for old in WORK.glob(f"{name}-????????????.json"):
-            old.unlink()
-        stored.write_text(json.dumps(found))
+            stored.write_text(json.dumps(survey(job["tests"], job["sources"], log)))
     room = json.loads(stored.read_text())
     for module in room["modules"]:
         with contextlib.suppress(BaseException):
