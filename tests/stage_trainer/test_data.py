@@ -243,3 +243,60 @@ def test_a_bad_sample_costs_one_entry_where_shards_hold_one_each(write, stage, t
     write("text-triplets", [triplet(2)] * 3 + [triplet(1)], samples_per_shard=1)
     _, drawn = next(batches(stage("text", "text-triplets"), 0, 1, 0))
     assert [entry.key for entry in drawn.corrupt] == ["s3"]
+
+
+def test_decoded_samples_are_kept_until_the_room_is_full_and_what_came_first_stays(write, monkeypatch):
+    """A pixel counts a byte a channel, texts four times their bytes."""
+    directory = write("image-short", [{"png": noise(n), "json": {"captions": text("a" * n)}} for n in range(1, 6)])
+    data = Dataset.open(directory)
+    members = [data.read(n) for n in range(5)]
+    costs = [4 * sum(map(len, m.values())) + 24 * 24 * 3 for m in members]
+    cache = SampleCache(1)
+    assert cache.left == 2**20
+    cache.left = costs[0] + costs[1] + costs[2] - 1
+    first = [cache.sample(data, n) for n in (0, 1, 2)]
+    assert cache.left == costs[2] - 1, "the third has no place"
+    reads = []
+    monkeypatch.setattr(data, "read", lambda n: reads.append(n) or members[n])
+    again = [cache.sample(data, n) for n in (0, 1, 2)]
+    assert reads == [2]
+    for (pixels, texts), (pixels_again, texts_again) in zip(first, again, strict=True):
+        assert torch.equal(pixels, pixels_again)
+        assert texts == texts_again
+    cache.left = costs[3]
+    cache.sample(data, 3)
+    assert cache.left == 0, "what just fits has a place"
+
+
+def test_texts_alone_are_kept_too(write):
+    data = Dataset.open(write("text-pairs", [{"json": {"query": text("q"), "target": text("t")}}]))
+    cache = SampleCache(2)
+    pixels, _ = cache.sample(data, 0)
+    assert pixels is None
+    assert cache.left == 2 * 2**20 - 4 * len(data.read(0)["json"])
+    nothing = SampleCache(0)
+    nothing.sample(data, 0)
+    assert (nothing.left, nothing.kept) == (0, {})
+
+
+def test_a_sample_is_what_its_file_holds(write):
+    """Pixels channel first, and the item that the sample names, or one of its own."""
+    named = {"captions": text("a"), "item": "the item"}
+    directory = write(
+        "image-short", [{"png": noise(1), "json": named}, {"png": noise(2), "json": {"captions": text("b")}}]
+    )
+    data = Dataset.open(directory)
+    pixels, content = SampleCache(1).sample(data, 0)
+    expected = torch.randint(0, 256, (24, 24, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    assert torch.equal(pixels, expected.permute(2, 0, 1))
+    assert content["item"] == "the item"
+    assert SampleCache(1).sample(data, 1)[1]["item"] == "made/s1"
+
+
+def test_tokens_are_counted_with_their_squares(write, stage):
+    write("text-pairs", [{"json": {"query": text("q"), "target": text("t" * 5)}}] * 4)
+    batch, drawn = stage("text", "text-pairs")[0]
+    lengths = batch.texts.lengths
+    assert sorted(lengths) == [3] * 8
+    assert (drawn.tokens, drawn.squared_tokens) == (24, 8 * 9)
+    assert drawn.texts == {"text-pairs/made/en": 8}
