@@ -5,7 +5,7 @@ import pytest
 import torch
 from data_prep.shards import Dataset, DatasetWriter
 from PIL import Image
-from stage_trainer.data.batches import REPLACEMENTS, Corrupt, StageBatches, _replacement, batches
+from stage_trainer.data.batches import REPLACEMENTS, Corrupt, StageBatches, _replacement, batches, enumerate_within
 from stage_trainer.data.ledger import Ledger
 from stage_trainer.data.samples import SampleCache
 from stage_trainer.errors import UserError
@@ -42,7 +42,7 @@ def write(tmp_path):
 def stage(tmp_path, recipes):
     """The batches of a stage over what `write` wrote, texts being tokenised to their lengths."""
 
-    def execute(task, kind, batch=4, source="{path: %s/made}"):
+    def execute(task, kind, batch=4, source="{path: %s/made}", rank=0, world=1):
         other = "text" if task == "image_text" else "image_text"
         overrides = [
             f"corpus={tmp_path}", f"data={{{task}: [{source % kind}]}}", f"batch={{{task}: {batch}, {other}: 0}}",
@@ -52,7 +52,7 @@ def stage(tmp_path, recipes):
         def tokenizer(texts, max_length):
             return [[0, len(words), 2] for words in texts]
 
-        return StageBatches(recipe, recipe.stage(1), 1, tokenizer, 0, 1)
+        return StageBatches(recipe, recipe.stage(1), 1, tokenizer, rank, world)
 
     return execute
 
@@ -194,6 +194,25 @@ def test_a_text_pair_comes_otherwise_in_each_epoch(write, stage):
     queries, targets, first, second = zip(*(epoch[i][:4] for epoch in epochs for i in epoch), strict=True)
     assert any(q - 1 != t - 30 for q, t in zip(queries, targets, strict=True))
     assert any(a - 60 != b - 80 for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("negatives", [1, 3])
+def test_a_texts_dropout_is_its_own_whichever_rank_it_falls_to(write, stage, negatives):
+    write("text-triplets", [triplet(negatives)] * 6)
+    per_pair = []
+    for world in (1, 2, 3):
+        found = {}
+        for rank in range(world):
+            batch, _ = stage("text", "text-triplets", 6, rank=rank, world=world)[0]
+            queries, targets, hard = batch.text_seeds.split([batch.pairs, batch.pairs, batch.pairs * negatives])
+            hard = hard.view(batch.pairs, negatives).tolist()
+            rows = zip(queries.tolist(), targets.tolist(), hard, strict=True)
+            found |= {item: (q, t, *h) for item, (q, t, h) in zip(batch.text_ids.tolist(), rows, strict=True)}
+        per_pair.append(found)
+    assert per_pair[0] == per_pair[1] == per_pair[2]
+    seeds = [seed for row in per_pair[0].values() for seed in row]
+    assert len(set(seeds)) == len(seeds) == 6 * (2 + negatives)
+    assert list(enumerate_within([5, 5, 5, 7, 7, 5])) == [(0, 5), (1, 5), (2, 5), (0, 7), (1, 7), (0, 5)]
 
 
 class Shards:
