@@ -218,7 +218,7 @@ def test_the_best_checkpoint_stays(train, tmp_path):
     kept = {int(p.name[5:]) for p in (tmp_path / "run/stage1").glob("step-*")}
     assert kept == {best["step"], 8}
     assert (
-        "which is not measured; what is:"
+        "which nothing measures; what is:"
         in train(
             1,
             *QUICK,

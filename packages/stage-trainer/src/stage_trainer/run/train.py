@@ -30,7 +30,7 @@ from stage_trainer.run.control import Control
 from stage_trainer.run.environment import keep_freed_memory, native_precision, peak_memory, quiet, set_threads, versions
 from stage_trainer.run.health import Health
 from stage_trainer.run.monitor import Monitor, open_sinks
-from stage_trainer.run.saver import Saver, better
+from stage_trainer.run.saver import Saver, better, check_best
 from stage_trainer.run.start import move_aside, settings, starting_point
 from stage_trainer.run.together import Heartbeat, one_reason
 from stage_trainer.run.validation import validation
@@ -124,6 +124,7 @@ def run(
     # Ranks see different samples but one group: losses are over the global batch.
     group = torch.distributed.group.WORLD if world > 1 else None
     validate = validation(recipe, stage, engine, data.tokenizer)
+    check_best(recipe.checkpoint.best, validate.measures if validate else None)
     ledger = Ledger(directory / "corrupt.jsonl", recipe.max_corrupt, rank == 0)
     health = Health(recipe.max_skipped, state["skipped"])
     began, before, samples = time.perf_counter(), state["seconds"], 0
@@ -184,7 +185,7 @@ def run(
             best = None
             if validate and (done % recipe.evaluation.every == 0 or done == stage.steps):
                 measured = validate(monitor, done, rank, world)
-                best = better(measured, recipe.checkpoint.best, state)
+                best = better(measured, validate.measures, recipe.checkpoint.best, state)
                 if done == stage.steps:
                     monitor.outcome(state["settings"], measured)
             if done == stop or asked or best or (recipe.checkpoint.every and done % recipe.checkpoint.every == 0):
