@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from os import PathLike, fspath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image
-from torch import Tensor
 
 from .config import Resolution, as_pair
 from .errors import ImageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # CLIP's (Radford et al., arXiv 2103.00020), for RGB in 0 … 1; EVA-CLIP and jina-clip-v2 keep them.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -75,6 +77,12 @@ def _label(source: Any) -> str:
     return str(getattr(source, "filename", "") or f"image given as {type(source).__name__}")
 
 
+def _is_tensor(source: Any) -> bool:
+    """Whether it is a tensor; without torch, which takes seconds to import, nothing is."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(source, torch.Tensor)
+
+
 def _open(source: Any, label: str) -> AbstractContextManager[Image.Image]:
     if isinstance(source, Image.Image):
         return nullcontext(source)  # the caller's stays open
@@ -82,7 +90,9 @@ def _open(source: Any, label: str) -> AbstractContextManager[Image.Image]:
         return Image.open(source)
     if isinstance(source, bytes | bytearray | memoryview):
         return Image.open(io.BytesIO(source))
-    if isinstance(source, Tensor):
+    if _is_tensor(source):
+        import torch
+
         if source.dtype != torch.uint8 or source.ndim != 3 or source.shape[0] != 3 or 0 in source.shape:
             raise ImageError(f"{label} is {source.dtype} {list(source.shape)}; expected a uint8 tensor [3, H, W]")
         return picture_of(source)
@@ -171,11 +181,15 @@ def picture_of(pixels: Tensor) -> Image.Image:
 
 def pixels_of(picture: Image.Image) -> Tensor:
     """An RGB image as uint8 `[3, H, W]`."""
+    import torch
+
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
 def normalize(images: Tensor) -> Tensor:
     """float32 of the same shape, `(x / 255 - MEAN) / STD`, from uint8 `[N, 3, H, W]` or `[3, H, W]`, on its device."""
+    import torch
+
     if images.dtype != torch.uint8 or images.ndim not in (3, 4) or images.shape[-3] != 3:
         raise ValueError(f"images are {images.dtype} {list(images.shape)}; expected uint8 [N, 3, H, W] or [3, H, W]")
     mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (MEAN, STD))

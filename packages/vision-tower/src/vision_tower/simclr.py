@@ -43,7 +43,8 @@ def simclr_view(
         pixels = jitter(pixels, *(draw.uniform(1 - change, 1 + change) for _ in range(3)))
         pixels = turn_hue(pixels, draw.uniform(-0.2, 0.2) * strength)
     if draw.random() < 0.2:
-        grey = torch.einsum("c,chw->hw", LUMA, pixels.float()).round_().to(torch.uint8)
+        luma = torch.tensor(LUMA, dtype=torch.float32, device="cpu")
+        grey = torch.einsum("c,chw->hw", luma, pixels.float()).round_().to(torch.uint8)
         pixels = grey.expand_as(pixels).contiguous()
     if blur and draw.random() < 0.5:
         pixels = gaussian_blur(pixels, draw.uniform(0.1, 2.0))
