@@ -28,6 +28,7 @@ def recipe(tmp_path, recipes):
     def execute(corpus, *settings, batch=4) -> Recipe:
         overrides = [
             f"corpus={corpus}", "data={text: [{path: text-pairs/made}]}", f"batch={{text: {batch}}}", "steps=40",
+            "resolution=[[0, 32]]",
             f"remote.cache={tmp_path}/cache", "remote.retries=1", *settings,
         ]  # fmt: skip
         return load(recipes / "drawn.yaml", overrides, 1).recipe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ DEFAULT_RECIPE = "launch/recipes/laptop.yaml"
 
 EPILOG = """examples:
   stage-trainer train --recipe launch/recipes/laptop.yaml --stage 1
-  stage-trainer train --recipe launch/recipes/laptop.yaml --stage 1 steps=20 precision=fp32
+  stage-trainer train --recipe launch/recipes/laptop.yaml --stage 1 checkpoint.every=50 precision=fp32
   stage-trainer train --recipe launch/recipes/masked-lm.yaml --stage 1
   stage-trainer train --recipe launch/recipes/jina-clip-v2.yaml --stage 3 --dry-run
   stage-trainer plan --recipe launch/recipes/jina-clip-v2.yaml --gpus 8 --gpu h100-80gb --price 2.5
@@ -65,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--start-over", action="store_true", help="move what this stage has aside and start it anew")
     p.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     p.add_argument(
-        "settings", nargs="*", metavar="key=value", help="overrides, such as steps=20 or optimizer.name=adamw"
+        "settings", nargs="*", metavar="key=value", help="overrides, such as batch.text=64 or optimizer.name=adamw"
     )
     p.set_defaults(run=_train)
 
@@ -128,10 +129,13 @@ def launch(stage: int) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    import os
+
     from stage_trainer.recipe.read import load
 
-    loaded = load(arguments.recipe, arguments.settings, arguments.stage)
-    loaded.recipe.stage(arguments.stage)
+    world = os.environ.get("WORLD_SIZE", "")  # as every launcher tells its processes
+    ranks = int(world) if world.isdecimal() else 1
+    loaded = load(arguments.recipe, arguments.settings, arguments.stage, ranks=ranks)
     if arguments.dry_run:
         from stage_trainer.dry_run import dry_run
 
@@ -144,9 +148,6 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     from stage_trainer.errors import UserError
-    from stage_trainer.plan.devices import device
-    from stage_trainer.plan.planner import Cluster, plan_stage
-    from stage_trainer.plan.table import heading, stage_table
     from stage_trainer.recipe.read import load
 
     if arguments.gpus < 1 or not 0 < arguments.utilisation <= 1:
@@ -154,11 +155,24 @@ def _plan(arguments: argparse.Namespace) -> None:
             f"--gpus is {arguments.gpus} and --utilisation {arguments.utilisation:g}; expected at least 1, and a share "
             "above 0 and up to 1"
         )
-    recipe = load(arguments.recipe, arguments.settings, arguments.stage).recipe
+    for name in ("peak", "price", "mean_tokens"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} is {value:g}; expected a number above 0")
+    recipe = load(arguments.recipe, arguments.settings, arguments.stage, ranks=arguments.gpus).recipe
+    # Only now what imports torch: a mistake is told at once.
+    from stage_trainer.plan.devices import device
+    from stage_trainer.plan.planner import Cluster, plan_stage
+    from stage_trainer.plan.table import heading, stage_table
+
     found = device(arguments.gpu, memory=arguments.memory, peak=arguments.peak)
     cluster = Cluster(found, arguments.gpus, arguments.utilisation, arguments.price)
     print(heading(recipe, cluster))
-    numbers = [arguments.stage] if arguments.stage else [n for n, s in enumerate(recipe.stages, 1) if not s.masked]
+    numbers = (
+        [arguments.stage]
+        if arguments.stage is not None
+        else [n for n, s in enumerate(recipe.stages, 1) if not s.masked]
+    )
     for number in numbers:
         print("\n" + stage_table(plan_stage(recipe, number, cluster, mean_tokens=arguments.mean_tokens), cluster))
 

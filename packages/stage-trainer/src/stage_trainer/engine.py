@@ -17,7 +17,6 @@ from text_tower.masked_lm import MaskedLoss
 from torch import Tensor, nn
 
 from stage_trainer.build import Model
-from stage_trainer.errors import UserError
 from stage_trainer.masked_lm import HiddenWords, MaskedBatch
 from stage_trainer.movement import Movement
 from stage_trainer.objective import Embedded, MultiTask, Part
@@ -284,30 +283,17 @@ def _without_weights(model: Model) -> Model:
 
 
 def deepspeed_config(recipe: Recipe, stage: Stage) -> dict[str, Any]:
-    """DeepSpeed's configuration: the recipe's own options over what this trainer needs.
-
-    Raises:
-        UserError: an option that the recipe must leave to the trainer.
-    """
-    own = {
+    """DeepSpeed's configuration: what this trainer needs, and the recipe's own options (`recipe.deepspeed`)."""
+    return {
+        "steps_per_print": 10**9,
+        **stage.deepspeed,
         # Batches are made by the sampler; DeepSpeed only wants these numbers to agree with one another.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         # DeepSpeed's default clips at 1.0 unasked.
         "gradient_clipping": recipe.optimizer.gradient_clipping,
+        "zero_allow_untested_optimizer": True,
     }
-    if stage.deepspeed.get("gradient_accumulation_steps", 1) != 1:
-        raise UserError(
-            "deepspeed.gradient_accumulation_steps would split the batch, and with it the negatives that a contrastive "
-            "loss compares: several small losses are not that of one big batch. Set gradient_cache, which gives the "
-            "gradients of the whole batch in the memory of a part"
-        )
-    taken = sorted(set(own) & set(stage.deepspeed))
-    if taken:
-        raise UserError(
-            f"deepspeed.{taken[0]} is set by the trainer; use `batch` and `optimizer.gradient_clipping` instead"
-        )
-    return {**own, "steps_per_print": 10**9, "zero_allow_untested_optimizer": True, **stage.deepspeed}
 
 
 def _free_port() -> int:

@@ -39,7 +39,8 @@ def parameter_groups(model: DualEncoder | MaskedLM, stage: Stage, config: Optimi
         group["names"].append(name)
 
     for tower, (prefix, module) in towers.items():
-        base, layer_decay = getattr(stage.lr, tower), getattr(stage.layer_decay, tower)
+        # A rate that is left out is one at which nothing trains (recipe.stage_rules sees to it).
+        base, layer_decay = getattr(stage.lr, tower) or 0.0, getattr(stage.layer_decay, tower)
         layers = module.layer_ids()
         for name, parameter in module.named_parameters():
             lr = base * layer_decay ** (module.num_layers - layers[name])
@@ -52,8 +53,8 @@ def parameter_groups(model: DualEncoder | MaskedLM, stage: Stage, config: Optimi
             plain = parameter.ndim < 2 or name.endswith(("cls_token", "pos_embed"))
             add(f"{prefix}{name}", parameter, lr, 0.0 if plain else config.weight_decay, muon, tower)
     if isinstance(model, DualEncoder):
-        add("logit_scale", model.logit_scale, stage.lr.image, 0.0, False, "image")
-        add("text_logit_scale", model.text_logit_scale, stage.lr.text, 0.0, False, "text")
+        add("logit_scale", model.logit_scale, stage.lr.image or 0.0, 0.0, False, "image")
+        add("text_logit_scale", model.text_logit_scale, stage.lr.text or 0.0, 0.0, False, "text")
     return list(groups.values())
 
 
