@@ -322,13 +322,15 @@ def _counted(recipe: Recipe, sources: tuple[Source, ...], max_tokens: int) -> fl
 
 
 def hard_negatives(recipe: Recipe, stage: Stage) -> int:
-    """K of the stage's triplets; by the name of the data where it is not there to be asked."""
-    if not any(source.path.startswith("text-triplets") for source in stage.data.text):
-        return 0
+    """K of the stage's triplets, as the first sample has it; where the data is not there to be asked, its folder's name
+    has to do."""
     import json
 
+    if not stage.data.text:
+        return 0
+    path = stage.data.text[0].path
     try:
-        data = Dataset.open(Path(recipe.corpus) / "train" / stage.data.text[0].path)
-        return len(json.loads(data.read(0)["json"])["negatives"])
+        data = Dataset.open(Path(recipe.corpus) / "train" / path)
+        return len(json.loads(data.read(0)["json"])["negatives"]) if data.kind == "text-triplets" else 0
     except (ShardError, OSError, KeyError, ValueError):
-        return TRIPLETS
+        return TRIPLETS if "text-triplets" in path.split("/") else 0
