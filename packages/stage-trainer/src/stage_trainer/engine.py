@@ -49,16 +49,24 @@ class Engine:
     Args:
         objective: with its weights loaded.
         recipe, stage: precision and optimizer; rates, freezing and DeepSpeed's own options.
+        saved: the optimizer's state to go on with, as `optimizer_state` gave it.
     """
 
-    def __init__(self, objective: MultiTask | HiddenWords, recipe: Recipe, stage: Stage):
+    def __init__(
+        self,
+        objective: MultiTask | HiddenWords,
+        recipe: Recipe,
+        stage: Stage,
+        saved: dict[str, Tensor] | None = None,
+    ):
         import deepspeed
 
         objective.set_trainable(stage)
         # A model without weights, for those of a checkpoint; made before DeepSpeed hangs its hooks on the modules.
         self.shell = _without_weights(objective.model)
+        steps = {name.removesuffix("|step"): float(v) for name, v in (saved or {}).items() if name.endswith("|step")}
         self.optimizer = build_optimizer(
-            parameter_groups(objective.model, stage, recipe.optimizer), recipe.optimizer, recipe.precision
+            parameter_groups(objective.model, stage, recipe.optimizer, steps), recipe.optimizer, recipe.precision
         )
         self.parameters = {
             n: p for g in self.optimizer.param_groups for n, p in zip(g["names"], g["params"], strict=True)
@@ -71,12 +79,13 @@ class Engine:
         self._lost: list[str] = []
         self._highest_scale = -math.log(stage.loss.min_temperature)
         self.zero = self.engine.zero_optimization_stage()
-        # One rank has nothing to average, for which DeepSpeed would copy every gradient to and fro.
-        self._alone = self.world == 1 and not self.zero
-        if self._alone:
-            self.engine.enable_backward_allreduce = False
+        self._without_gradient: set[str] = set()
+        # Gradients are averaged in `backwards`, once it is known which parameters have none.
+        self.engine.enable_backward_allreduce = False
         if self.zero:
             self._create_partitioned_state()
+        if saved:
+            self.load_optimizer_state(saved)
         towers: dict[str, list[nn.Parameter]] = {}
         for group in self.optimizer.param_groups if self.zero < 3 else ():  # ZeRO 3 cuts parameters up
             towers.setdefault(group["tower"], []).extend(self.parameters[name] for name in group["names"])
@@ -119,16 +128,26 @@ class Engine:
 
         with self.engine.coalesce_grad_reduction() if self.zero else contextlib.nullcontext():
             yield backward
-        if self._alone:  # as the reduction would do: the optimizer moves on as on several ranks
-            for parameter in self.parameters.values():
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
+            self._without_gradient = self._find_without_gradient()  # before DeepSpeed gives them zeros
+        if not self.zero and self.world > 1:
+            self.engine.allreduce_gradients()
+            for name in self._without_gradient:
+                self.parameters[name].grad = None
+
+    def _find_without_gradient(self) -> set[str]:
+        """The parameters that no rank has a gradient for: they had no part in the step, and are not to move."""
+        found = torch.tensor([p.grad is not None for p in self.parameters.values()], dtype=torch.uint8)
+        if self.world > 1:
+            found = found.to(self.engine.device)
+            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        return {name for name, there in zip(self.parameters, found.tolist(), strict=True) if not there}
 
     def step(self) -> bool:
         """Updates the parameters, unless a gradient is not finite: then all stays as it is but for the gradients, which
         are dropped. Returns whether it updated; every rank finds the same."""
         if self.zero:
-            self.engine.step()
+            with self._groups_at_rest():
+                self.engine.step()
             applied = not self.engine.optimizer.overflow
         else:
             self._norms = self._gradient_norms()
@@ -141,6 +160,27 @@ class Engine:
                 self.engine.zero_grad()
         self._keep_scales_down()
         return applied
+
+    @contextlib.contextmanager
+    def _groups_at_rest(self) -> Iterator[None]:
+        """Lets the groups rest whose parameters have no gradient; those of a group are one to ZeRO."""
+        resting = []
+        for group in self.optimizer.param_groups:
+            without = [name for name in group["names"] if name in self._without_gradient]
+            if len(without) == len(group["names"]) and not group["rests"]:
+                resting.append(group)
+            elif 0 < len(without) < len(group["names"]):
+                others = [name for name in group["names"] if name not in self._without_gradient]
+                raise UserError(
+                    f"{without[0]} has no part in this step and {others[0]} has, but ZeRO moves both as one; expected "
+                    "all parameters of a group to take part together. Set zero_optimization.stage to 0, or freeze "
+                    "what does not take part"
+                )
+        for group in resting:
+            group["rests"] = True
+        yield
+        for group in resting:
+            group["rests"] = False
 
     def diagnosis(self) -> str:
         """Where the gradient of a step that was not applied was not finite, if that is known (ZeRO drops it unseen)."""
@@ -202,13 +242,20 @@ class Engine:
             return
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        steps = {name: state["step"] for names, state in self._partitioned_states() for name in names}
         for name, parameter in self.parameters.items():
-            for key in ("exp_avg", "exp_avg_sq"):
-                yield f"{name}|{key}", safe_get_full_optimizer_state(parameter, key)
-            yield f"{name}|step", torch.tensor(self._adam_step())
+            if steps[name]:  # as torch has no state of what never moved
+                for key in ("exp_avg", "exp_avg_sq"):
+                    yield f"{name}|{key}", safe_get_full_optimizer_state(parameter, key)
+                yield f"{name}|step", steps[name]
 
     def load_optimizer_state(self, saved: dict[str, Tensor]) -> None:
-        """Puts back what `optimizer_state` gave, for every parameter that `saved` knows."""
+        """Puts back what `optimizer_state` gave, for every parameter that `saved` knows.
+
+        Raises:
+            ValueError: parameters that ZeRO holds as one were moved in different numbers of steps; an engine that is
+                made with `saved` keeps them apart.
+        """
         if not self.zero:
             for name, parameter, state in named_states(self.optimizer):
                 for full, value in saved.items():
@@ -216,9 +263,11 @@ class Engine:
                     if owner == name:
                         state[key] = value.to(parameter.device).clone()
             return
-        step = max((float(v) for k, v in saved.items() if k.endswith("|step")), default=0.0)
-        for state in self.engine.optimizer.optimizer.state.values():
-            state["step"].fill_(step)
+        for names, state in self._partitioned_states():
+            steps = {float(saved.get(f"{name}|step", 0.0)) for name in names}
+            if len(steps) > 1:
+                raise ValueError(f"{names[0]} and others of its group were moved in {sorted(steps)} steps")
+            state["step"].fill_(steps.pop())
         for name, parameter in self.parameters.items():
             for key in ("exp_avg", "exp_avg_sq"):
                 if f"{name}|{key}" in saved:
@@ -247,23 +296,31 @@ class Engine:
         else:
             utils.safe_set_local_optimizer_state(parameter, mine, key)
 
-    def _adam_step(self) -> float:
-        states = self.engine.optimizer.optimizer.state.values()
-        return max((float(s["step"]) for s in states if "step" in s), default=0.0)
+    def _partitions(self) -> Iterator[tuple[list[nn.Parameter], Tensor]]:
+        """(parameters, this rank's part of them in one tensor) as ZeRO's inner optimizer steps them."""
+        zero = self.engine.optimizer
+        if self.zero < 3:
+            yield from zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True)
+        else:
+            yield from zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True)
+
+    def _partitioned_states(self) -> Iterator[tuple[list[str], dict[str, Tensor]]]:
+        """(names of the parameters, AdamW's state of them) for every tensor that ZeRO steps."""
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        for parameters, partition in self._partitions():
+            yield [names[id(p)] for p in parameters], self.engine.optimizer.optimizer.state[partition]
 
     def _create_partitioned_state(self) -> None:
         """AdamW's state before its first step, which would make it: a parameter that had no gradient then, or whose
         state is to be loaded, would otherwise be without."""
-        zero = self.engine.optimizer
-        partitions = zero.single_partition_of_fp32_groups if self.zero < 3 else zero.fp32_partitioned_groups_flat
-        for partition in partitions:
-            zero.optimizer.state[partition] = {
-                "step": torch.tensor(0.0),
+        for _, partition in self._partitions():
+            self.engine.optimizer.optimizer.state[partition] = {
+                "step": torch.zeros((), device=partition.device),  # fused AdamW wants it there
                 "exp_avg": torch.zeros_like(partition),
                 "exp_avg_sq": torch.zeros_like(partition),
             }
         if self.zero < 3:
-            zero._lazy_init_hp_params_optimizer_state()
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def copy_of_weights(self) -> dict[str, Tensor]:
         """The model's state as it is now, in main memory, on rank 0; nothing on other ranks, which have to call too."""
