@@ -84,6 +84,9 @@ class Engine:
         self.engine.enable_backward_allreduce = False
         if self.zero:
             self._create_partitioned_state()
+        # A tower that is frozen for a stage finds its moments again when it trains in the next.
+        frozen = {name for name, p in objective.model.named_parameters() if not p.requires_grad}
+        self._of_frozen = {key: v for key, v in (saved or {}).items() if key.rpartition("|")[0] in frozen}
         if saved:
             self.load_optimizer_state(saved)
         towers: dict[str, list[nn.Parameter]] = {}
@@ -129,10 +132,12 @@ class Engine:
         with self.engine.coalesce_grad_reduction() if self.zero else contextlib.nullcontext():
             yield backward
             self._without_gradient = self._find_without_gradient()  # before DeepSpeed gives them zeros
-        if not self.zero and self.world > 1:
-            self.engine.allreduce_gradients()
-            for name in self._without_gradient:
-                self.parameters[name].grad = None
+        if not self.zero:
+            self.engine.set_gradient_accumulation_boundary(True)  # the last pass may be one that nothing learns from
+            if self.world > 1:
+                self.engine.allreduce_gradients()
+                for name in self._without_gradient:
+                    self.parameters[name].grad = None
 
     def _find_without_gradient(self) -> set[str]:
         """The parameters that no rank has a gradient for: they had no part in the step, and are not to move."""
@@ -189,18 +194,18 @@ class Engine:
         return f"That holds for {len(self._lost)} of {len(self.parameters)} parameters, the first {self._lost[0]}."
 
     def _keep_scales_down(self) -> None:
-        """The temperatures' floor is a ceiling for their logarithms."""
+        """The temperatures' floor is a ceiling for their logarithms; what does not train stays as it is."""
+        import deepspeed
+
         ceiling = self._highest_scale
         for parameter in self.objective.logit_scales.values():
-            if not self.zero:
-                with torch.no_grad():
-                    parameter.clamp_(max=ceiling)
-            # ZeRO updates from a copy of its own, which has to be clamped too, or it runs away behind the floor.
-            elif parameter.requires_grad and (scale := self._whole(parameter)) > ceiling:
+            if not parameter.requires_grad or (scale := self._whole(parameter)) <= ceiling:
+                continue
+            if self.zero:  # it updates from a copy of its own, which would run away behind the floor
                 self._set_partitioned(parameter, torch.full_like(scale, ceiling))
-                if self.zero < 3:
-                    with torch.no_grad():
-                        parameter.clamp_(max=ceiling)
+            whole = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.zero == 3)
+            with whole, torch.no_grad():
+                parameter.clamp_(max=ceiling)
 
     def temperatures(self) -> dict[str, float]:
         """Of each task; under ZeRO every rank has to ask."""
@@ -234,7 +239,10 @@ class Engine:
         return {} if norm is None else {"all": float(norm)}
 
     def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
-        """("parameter name|key", full tensor) of every optimizer state; every rank takes part, in the same order."""
+        """("parameter name|key", full tensor) of every optimizer state; every rank takes part, in the same order.
+
+        Parameters that never moved have none, as in torch."""
+        yield from self._of_frozen.items()
         if not self.zero:
             for name, _, state in named_states(self.optimizer):
                 for key, value in state.items():
@@ -244,7 +252,7 @@ class Engine:
 
         steps = {name: state["step"] for names, state in self._partitioned_states() for name in names}
         for name, parameter in self.parameters.items():
-            if steps[name]:  # as torch has no state of what never moved
+            if steps[name]:
                 for key in ("exp_avg", "exp_avg_sq"):
                     yield f"{name}|{key}", safe_get_full_optimizer_state(parameter, key)
                 yield f"{name}|step", steps[name]

@@ -98,7 +98,8 @@ def forward_backward(
             surrogate = surrogate + (embedded.texts * of_text_chunks[number]).sum()
             if number == 0:  # the temperatures count once, whatever the number of chunks
                 surrogate = surrogate + sum((embedded.scales[task] * g).sum() for task, g in of_scales.items())
-            backward(surrogate, number == len(parts) - 1)
+            if surrogate.requires_grad:  # not so of what goes through a frozen tower
+                backward(surrogate, number == len(parts) - 1)
     return losses
 
 
