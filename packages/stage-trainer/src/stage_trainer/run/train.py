@@ -91,9 +91,7 @@ def _train(recipe: Recipe, number: int, rank: int, world: int, device: torch.dev
             cache, planned = choice.cache, choice.planned
             if rank == 0:
                 print(choice.line, flush=True)
-        engine = Engine(objective, recipe, stage)
-        if optimizer:
-            engine.load_optimizer_state(optimizer)
+        engine = Engine(objective, recipe, stage, optimizer)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         run(recipe, stage, number, engine, data, state, step, until, cache)
