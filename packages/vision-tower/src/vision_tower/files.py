@@ -202,9 +202,11 @@ def from_timm(name: str, **options: Any) -> VisionTower:
     try:
         model = timm.create_model(name, **{"num_classes": 0, **options})
     except RuntimeError as error:
-        if "Unknown model" not in str(error):
+        if not str(error).startswith(("Unknown model", "Invalid pretrained tag")):
             raise
-        raise ValueError(f"timm knows no model {name!r}; timm.list_models('eva02*') lists those that fit") from error
+        raise ValueError(
+            f"timm knows no {name!r} ({error}); timm.list_models('eva02*', pretrained=True) lists those that fit"
+        ) from error
     config = _config_of(model, name)
     tower = _with_weights(config, to_timm_names(model.state_dict()), f"timm's {name}")
     return tower if resolution is None else tower.set_resolution(resolution)
