@@ -154,6 +154,33 @@ def test_what_the_paper_leaves_open_is_marked_as_ours(recipes):
         for name in ("steps", "batch", "lr", "layer_decay", "max_tokens"):
             assert f"stages.{stage}.{name}" not in ours
     assert "optimizer.gradient_clipping" in ours
+    for name in ("rope_theta", "lora_rank", "lora_alpha", "adapters"):
+        assert f"model.text.{name}" in ours
+    assert "model.text_weights" in ours  # what the paper started from is not published
+    assert "model.vision_weights" not in ours
+
+
+def test_the_paper_recipe_starts_from_one_of_five_adapters(recipes, tmp_path):
+    """A tiny directory as jina-embeddings-v3's: rotary base 20000, five adapters of alpha 1, of which one goes on."""
+    import torch
+    from stage_trainer.build import build_model
+    from text_tower import TextTower, TextTowerConfig
+
+    tasks = ("retrieval.query", "retrieval.passage", "separation", "classification", "text-matching")
+    shape = {"vocab_size": 64, "width": 32, "layers": 1, "heads": 2, "mlp_width": 64, "rope_theta": 20000.0}
+    there = TextTower(TextTowerConfig(**shape, adapters=tasks, lora_rank=4, lora_alpha=1.0))
+    for parameter in there.parameters():
+        torch.nn.init.normal_(parameter)
+    there.save_pretrained(tmp_path / "v3", layout="remote-code")
+    sizes = [f"model.text.{name}={value}" for name, value in shape.items() if name != "rope_theta"]
+    vision = "model.vision={patch: 14, width: 32, layers: 1, heads: 2, mlp_ratio: 2.6667}"
+    here = [f"model.text_weights={tmp_path}/v3", "model.vision_weights=null", vision, "stages.1.loss.dims=[32]"]
+    here += ["stages.2.loss.dims=[32]", "stages.3.loss.dims=[32]"]
+    model = build_model(load(recipes / "jina-clip-v2.yaml", [*sizes, *here]).recipe, 1)
+    assert model.text.config.adapters == ("retrieval.query",)
+    assert (model.text.config.rope_theta, model.text.config.lora_alpha) == (20000, 1)
+    for name, merged in model.text.merged().state_dict().items():
+        assert torch.allclose(merged, there.merged("retrieval.query").state_dict()[name])
 
 
 def test_a_schedule_holds_until_the_next_start():

@@ -110,6 +110,9 @@ def test_missing_extra_and_misshaped_weights_are_named(tower, tmp_path):
 def test_missing_and_broken_files_are_named(tower, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors.*save_pretrained"):
         VisionTower.from_pretrained(tmp_path)
+    for name in ("eva02_huge", "eva02_large_patch14_clip_224.merged2b_s4b_b131k"):  # a model, and weights, of no name
+        with pytest.raises(ValueError, match=rf"timm knows no {name!r} \(.*list_models"):
+            VisionTower.from_timm(name, pretrained=True)
     with pytest.raises(FileNotFoundError, match=r"absent does not exist.*from_timm"):
         VisionTower.from_pretrained(tmp_path / "absent")
     tower.save_pretrained(tmp_path)

@@ -35,8 +35,9 @@ def read(path: str | Path, *, peft: str | Path | Mapping[str, str | Path] | None
         peft: adapters for weights that have none: {name: folder that PEFT wrote}, the first being the default; or one
             folder, whose own name is the adapter's.
         overrides: fields of `TextTowerConfig` that are not the shape of the base weights: dropout, checkpointing,
-            attention, compile, instructions, max_length, lora_rank, lora_alpha, adapters (fresh ones, for a directory
-            that has none), and rope_theta for XLM-RoBERTa weights, which know none.
+            attention, compile, instructions, max_length, lora_rank, lora_alpha, adapters (of a directory that has
+            some, those to keep, the default first; fresh ones for a directory that has none), and rope_theta for
+            XLM-RoBERTa weights, which know none.
 
     Raises:
         FileNotFoundError: no such directory or file.
@@ -79,6 +80,16 @@ def load(
                 f"{path} lacks its adapters; expected {UNMERGED}.safetensors, or a folder for each of {list(folders)}"
             )
     in_file = bool(config.adapters) and not folders
+    if config.adapters and (chosen := tuple(overrides.get("adapters") or ())):
+        if strangers := [name for name in chosen if name not in config.adapters]:
+            raise ValueError(f"{path} has the adapters {list(config.adapters)}; {strangers} are none of them")
+        if in_file:
+            numbers = [config.adapters.index(name) for name in chosen]
+            weights = {name: tensor[numbers] if is_adapter(name) else tensor for name, tensor in weights.items()}
+        folders = {name: folders[name] for name in chosen} if folders else {}
+        left_out = set(config.adapters) - set(chosen)
+        instructions = {task: text for task, text in config.instructions.items() if task not in left_out}
+        config = replace(config, adapters=chosen, instructions=instructions)
     adapters: dict[str, Tensor] = {}
     if folders:
         adapters, config = _from_folders(folders, config)

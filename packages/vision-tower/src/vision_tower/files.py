@@ -53,10 +53,15 @@ def save(tower: VisionTower, path: str | PathLike[str]) -> None:
             stacklevel=3,
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))  # for its owner alone
     try:
+        staging = scratch / target.name
+        staging.mkdir()  # and this as the umask wants it
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tower.state_dict().items()}
+        (staging / WEIGHTS_NAME).touch()
+        mode = (staging / WEIGHTS_NAME).stat().st_mode
         save_file(weights, staging / WEIGHTS_NAME, metadata={"format": "pt"})
+        (staging / WEIGHTS_NAME).chmod(mode)  # safetensors makes files that their owner alone may read
         config = {"model_type": MODEL_TYPE, **asdict(tower.config), **_for_timm(tower.config)}
         del config["attention"]  # the machine's, not the weights'
         (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -67,10 +72,9 @@ def save(tower: VisionTower, path: str | PathLike[str]) -> None:
             for name in (WEIGHTS_NAME, CONFIG_NAME):
                 (staging / name).replace(target / name)
         else:
-            staging.chmod(0o777 & ~_umask())  # mkdtemp's is for the owner alone
             staging.rename(target)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _for_timm(config: VisionTowerConfig) -> dict[str, Any]:
@@ -89,12 +93,6 @@ def _for_timm(config: VisionTowerConfig) -> dict[str, Any]:
             "num_classes": 0,
         },
     }
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def load(
@@ -204,9 +202,11 @@ def from_timm(name: str, **options: Any) -> VisionTower:
     try:
         model = timm.create_model(name, **{"num_classes": 0, **options})
     except RuntimeError as error:
-        if "Unknown model" not in str(error):
+        if not str(error).startswith(("Unknown model", "Invalid pretrained tag")):
             raise
-        raise ValueError(f"timm knows no model {name!r}; timm.list_models('eva02*') lists those that fit") from error
+        raise ValueError(
+            f"timm knows no {name!r} ({error}); timm.list_models('eva02*', pretrained=True) lists those that fit"
+        ) from error
     config = _config_of(model, name)
     tower = _with_weights(config, to_timm_names(model.state_dict()), f"timm's {name}")
     return tower if resolution is None else tower.set_resolution(resolution)
