@@ -14,7 +14,7 @@ from .config import Resolution, as_pair
 from .preprocess import picture_of, pixels_of
 
 # ITU-R 601, as Pillow's and torchvision's greys.
-LUMA = torch.tensor([0.299, 0.587, 0.114], device="cpu")
+LUMA = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float32, device="cpu")
 
 
 def augment(
@@ -80,6 +80,10 @@ def jitter(pixels: Tensor, brightness: float, contrast: float, saturation: float
     affine map of the colours, so one small product and one rounding."""
     values = pixels.flatten(1).float()
     mean_grey = (LUMA @ values.mean(dim=1)) * brightness
-    matrix = brightness * contrast * (saturation * torch.eye(3) + (1 - saturation) * LUMA.expand(3, 3))
+    matrix = (
+        brightness
+        * contrast
+        * (saturation * torch.eye(3, dtype=torch.float32, device="cpu") + (1 - saturation) * LUMA.expand(3, 3))
+    )
     values = torch.addmm((1 - contrast) * mean_grey, matrix, values)
     return values.round_().clamp_(0, 255).to(torch.uint8).view_as(pixels)
