@@ -152,7 +152,7 @@ def _pretrained_vision(weights: str, config: VisionTowerConfig) -> VisionTower:
     """From a directory or a file, or timm's weights of that name (`timm/eva02_…`)."""
     options = _vision_options(config)
     if Path(weights).exists():
-        return VisionTower.from_pretrained(weights, **options)
+        return VisionTower.from_pretrained(weights, num_classes=0, **options)  # without a head, if they have one
     tower = VisionTower.from_timm(weights.removeprefix("timm/"), pretrained=True)
     tower.config = dataclasses.replace(tower.config, **options)
     return tower

@@ -10,7 +10,7 @@ import torch
 from contrastive_losses import LossStats, matryoshka_info_nce, unified_info_nce
 from text_tower import PackedTokens
 from torch import Tensor, nn
-from vision_tower import normalize, patch_keep_indices
+from vision_tower import patch_keep_indices
 
 from stage_trainer.model import DualEncoder
 from stage_trainer.recipe import Loss, Stage
@@ -111,7 +111,7 @@ class MultiTask(nn.Module):
                 keep = None
                 if patch_dropout:
                     keep = patch_keep_indices(part.image_seeds, self.model.vision.config.num_patches, patch_dropout)
-                images = self.model.vision(normalize(part.images), keep=keep)
+                images = self.model.vision(self.model.vision.normalize(part.images), keep=keep)
             if part.texts is not None:
                 texts = self.model.text(part.texts, sample_seeds=part.text_seeds)
         return Embedded(images, texts, scales)

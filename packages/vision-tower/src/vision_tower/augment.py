@@ -86,6 +86,7 @@ def jitter(pixels: Tensor, brightness: float, contrast: float, saturation: float
 
     values, luma = pixels.flatten(1).float(), torch.tensor(LUMA, dtype=torch.float32, device="cpu")
     mean_grey = (luma @ values.mean(dim=1)) * brightness
-    matrix = brightness * contrast * (saturation * torch.eye(3) + (1 - saturation) * luma.expand(3, 3))
+    identity = torch.eye(3, dtype=torch.float32, device="cpu")
+    matrix = brightness * contrast * (saturation * identity + (1 - saturation) * luma.expand(3, 3))
     values = torch.addmm((1 - contrast) * mean_grey, matrix, values)
     return values.round_().clamp_(0, 255).to(torch.uint8).view_as(pixels)
