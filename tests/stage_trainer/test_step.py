@@ -99,6 +99,15 @@ def test_caching_gives_the_gradients_of_one_big_batch(cache, negatives):
         torch.testing.assert_close(cached[name], gradient, rtol=1e-10, atol=1e-12, msg=name)
 
 
+def test_no_patch_is_dropped_unasked():
+    engine, other = PlainEngine(), PlainEngine()
+    forward_backward(engine, make_batch(), tasks=BOTH)
+    forward_backward(other, make_batch(), tasks=BOTH, patch_dropout=0.0)
+    torch.testing.assert_close(engine.gradients(), other.gradients(), rtol=0, atol=0)
+    _, dropped, _ = step(make_batch())
+    assert not torch.equal(dropped["vision.pos_embed"], engine.gradients()["vision.pos_embed"])
+
+
 @pytest.mark.parametrize("task", BOTH)
 def test_caching_serves_a_task_alone(task):
     batch = make_batch(pairs=0, negatives=0) if task == "image_text" else make_batch(images=0)
