@@ -12,7 +12,8 @@ from data_prep.cli import main
 from data_prep.errors import UserError
 from data_prep.sources.evalsets import Flickr30k
 from pyarrow import parquet
-from stage_trainer.evaluation.retrieval import Pool, pools_of
+from stage_trainer.evaluation.held_out import find
+from stage_trainer.evaluation.retrieval import Pool
 
 
 @pytest.fixture
@@ -27,8 +28,8 @@ def images(tmp_path, picture) -> Path:
 
 def pool(root: Path, command: list[str]) -> Pool:
     assert main(["evalset", *command, "--out", str(root), "--workers", "1"]) == 0
-    (directory,) = pools_of(root)
-    return Pool.open(directory)
+    (found,) = find(root).sets
+    return Pool.open(found.directory)
 
 
 def test_crossmodal_3600_by_the_first_caption_a_language(tmp_path, images):

@@ -30,6 +30,8 @@ def check_configs(recipe: Recipe, number: int) -> None:
     """
     stage = recipe.stage(number)
     text = masked_lm_config(recipe) if stage.masked else tower_configs(recipe, number)[0]
+    if stage.max_tokens < 2:
+        raise UserError(f"stage {number}: max_tokens is {stage.max_tokens}; expected at least 2, for <s> and </s>")
     if stage.max_tokens > text.max_length:
         raise UserError(
             f"stage {number}: max_tokens is {stage.max_tokens}, more than the text tower takes "
