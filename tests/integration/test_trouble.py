@@ -70,7 +70,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(launch_tampered, scala
     assert code == 0, output
     assert "step 3 is skipped: a gradient is not finite" in output
     assert ("parameters, the first" in output) == (zero == 0)
-    skipped = scalars("run/stage1", "health/skipped_steps")
+    skipped = scalars("run/stage1", "trouble/skipped_steps")
     assert skipped == {step: float(step > 3) for step in range(8) if step != 3}
     # The model of step 3 is that of step 4: what follows is what a run without that step's update does.
     losses = scalars("run/stage1", "loss/text")

@@ -14,7 +14,8 @@ from data_prep.errors import UserError
 from data_prep.sources.evalsets import Flickr30k
 from pyarrow import parquet
 from stage_trainer.data.remote_data import place
-from stage_trainer.evaluation.retrieval import Pool, pools_of
+from stage_trainer.evaluation.held_out import find
+from stage_trainer.evaluation.retrieval import Pool
 
 
 @pytest.fixture
@@ -29,8 +30,8 @@ def images(tmp_path, picture) -> Path:
 
 def pool(root: Path, command: list[str]) -> Pool:
     assert main(["evalset", *command, "--out", str(root), "--workers", "1"]) == 0
-    (directory,) = pools_of(root)
-    return Pool.open(directory)
+    (found,) = find(root).sets
+    return Pool.open(found.directory)
 
 
 def test_crossmodal_3600_by_the_first_caption_a_language(tmp_path, images):
@@ -62,8 +63,8 @@ def test_a_pool_for_training_lies_where_a_recipe_looks_for_it(tmp_path, images, 
     assert main([*command, "--split", "validation", "--workers", "1"]) == 0
     recipe = SimpleNamespace(corpus=str(tmp_path / "corpus"), remote=None)
     assert place(recipe, "validation", "image-short/flickr30k") == tmp_path / "corpus/validation/image-short/flickr30k"
-    (directory,) = pools_of(capsys.readouterr().out.split()[-1])  # the line that it ends with works
-    assert directory == tmp_path / "corpus/validation/image-short/flickr30k"
+    (held_out,) = find(capsys.readouterr().out.split()[-1]).sets  # the line that it ends with works
+    assert held_out.directory == tmp_path / "corpus/validation/image-short/flickr30k"
 
 
 def test_of_crossmodal_3600_every_caption_is_kept(tmp_path, images, run):

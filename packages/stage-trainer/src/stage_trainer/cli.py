@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 DEFAULT_RECIPE = "launch/recipes/laptop.yaml"
+
+_MODEL = "an exported model, a checkpoint, or a stage's folder with checkpoints"
 
 EPILOG = """examples:
   stage-trainer train --recipe launch/recipes/laptop.yaml --stage 1
@@ -160,74 +163,130 @@ def _plan(arguments: argparse.Namespace) -> None:
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} is {value:g}; expected a number above 0")
     recipe = load(arguments.recipe, arguments.settings, arguments.stage, ranks=arguments.gpus).recipe
+    if arguments.stage is not None:
+        recipe.stage(arguments.stage)  # names the stages that there are
     # Only now what imports torch: a mistake is told at once.
+    _say("loading PyTorch …")
     from stage_trainer.plan.devices import device
     from stage_trainer.plan.planner import Cluster, plan_stage
     from stage_trainer.plan.table import heading, stage_table
 
     found = device(arguments.gpu, memory=arguments.memory, peak=arguments.peak)
     cluster = Cluster(found, arguments.gpus, arguments.utilisation, arguments.price)
-    print(heading(recipe, cluster))
-    numbers = (
-        [arguments.stage]
-        if arguments.stage is not None
-        else [n for n, s in enumerate(recipe.stages, 1) if not s.masked]
-    )
-    for number in numbers:
-        print("\n" + stage_table(plan_stage(recipe, number, cluster, mean_tokens=arguments.mean_tokens), cluster))
+    print(heading(recipe, cluster), flush=True)
+    for number, stage in enumerate(recipe.stages, 1):
+        if arguments.stage == number or (arguments.stage is None and not stage.masked):
+            planned = plan_stage(recipe, number, cluster, mean_tokens=arguments.mean_tokens, say=_say)
+            print("\n" + stage_table(planned, cluster), flush=True)
+        elif arguments.stage is None:
+            print(f"\nstage {number} is masked-language-model training, which is not planned", flush=True)
 
 
-def _model_directory(path: Path) -> Path:
-    """An exported model itself, a checkpoint's model, or that of a stage's newest checkpoint."""
+def _model_directory(path: Path) -> tuple[Path, Path | None]:
+    """(an exported model itself, a checkpoint's model, or that of a stage's newest checkpoint; that checkpoint)."""
+    import json
+
     from stage_trainer.errors import UserError
-    from stage_trainer.run.checkpoint import all_saved
+
+    if not path.exists():
+        raise UserError(f"there is no {path}; expected {_MODEL}")
+    _say("loading PyTorch …")
+    from stage_trainer.run.checkpoint import Saved, all_saved
 
     if (path / "config.json").exists():
-        return path
-    if (path / "model" / "config.json").exists():
-        return path / "model"
-    if saved := all_saved(path):
-        return saved[-1].model
-    raise UserError(
-        f"{path} holds no model; expected an exported model, a checkpoint, or a stage's folder with checkpoints"
-    )
+        model, saved = path, None
+    elif (path / "state.json").exists():
+        model, saved = path / "model", Saved(path, 0)
+    elif in_stage := all_saved(path):
+        saved = in_stage[-1]
+        model = saved.model
+        best = path / "best.json"
+        kept = json.loads(best.read_text()) if best.exists() else {}
+        other = kept and path / f"step-{kept['step']:07d}"
+        hint = f"; the best by {kept['metric']} is {other}" if other and other != saved.path else ""
+        _say(f"taking {saved.path}, the newest{hint}")
+    else:
+        trained = [directory for directory in sorted(path.glob("stage*")) if all_saved(directory)]
+        hint = f"; its stages are {', '.join(map(str, trained))}: name one" if trained else ""
+        raise UserError(f"{path} holds no model; expected {_MODEL}{hint}")
+    if saved and (damage := saved.damage("model/")):
+        raise UserError(f"{saved.path} is damaged: {damage}; name another checkpoint of {saved.path.parent}")
+    return model, saved.path if saved else None
+
+
+def _can_be_written(path: Path | None) -> None:
+    """Finds before the work, not after it, that there is no folder for what comes out."""
+    from stage_trainer.errors import UserError
+
+    if path and not path.parent.is_dir():
+        raise UserError(f"there is no folder {path.parent} for {path.name}; make it, or name another place")
+
+
+def _say(line: str) -> None:
+    """What is under way, for people; figures and paths are the output."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    from stage_trainer.errors import UserError
+
+    if arguments.out.exists():
+        raise UserError(f"{arguments.out} exists already; name another place or move it away")
+    model, _ = _model_directory(arguments.checkpoint)
     from stage_trainer.model import DualEncoder
 
-    DualEncoder.from_pretrained(_model_directory(arguments.checkpoint)).save_pretrained(arguments.out)
-    print(f"wrote {arguments.out}; load it with stage_trainer.DualEncoder.from_pretrained({str(arguments.out)!r})")
+    DualEncoder.from_pretrained(model).save_pretrained(arguments.out)
+    print(
+        f"wrote {arguments.out}\n"
+        f"  in Python:  stage_trainer.DualEncoder.from_pretrained({str(arguments.out)!r})\n"
+        f"  figures:    stage-trainer evaluate {shlex.quote(str(arguments.out))} DATA\n"
+        f'  picture:    stage-trainer search {shlex.quote(str(arguments.out))} DATA "some words"'
+    )
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     import json
 
+    from stage_trainer.evaluation.held_out import find
+
+    _can_be_written(arguments.json)
+    find(arguments.data)  # before PyTorch is loaded
+    model, checkpoint = _model_directory(arguments.model)
     from stage_trainer.evaluation.retrieval import DIRECTIONS
     from stage_trainer.files import write_whole
-    from stage_trainer.run.report import evaluate, languages_table, table
+    from stage_trainer.run.report import EVALUATION, evaluate, languages_table, table
 
-    pools = evaluate(_model_directory(arguments.model), arguments.data)
+    pools = evaluate(model, arguments.data, _say)
+    if checkpoint:
+        pools = {name: {**figures, "checkpoint": checkpoint.name} for name, figures in pools.items()}
     print(table(pools))
     if arguments.by_language:
         print("\n" + languages_table(pools, DIRECTIONS[0]))
-    if arguments.json:
-        write_whole(arguments.json, json.dumps(pools, indent=1, ensure_ascii=False) + "\n")
+    # A stage's figures stand in its folder, where `report` looks for them.
+    of_stage = [arguments.model / EVALUATION] if checkpoint and checkpoint.parent == arguments.model else []
+    wanted = [arguments.json] if arguments.json else []
+    for path in dict.fromkeys([*of_stage, *wanted]):
+        write_whole(path, json.dumps(pools, indent=1, ensure_ascii=False) + "\n")
+        print(f"\nevery figure, by language: {path}")
 
 
 def _report(arguments: argparse.Namespace) -> None:
     from stage_trainer.recipe.read import load
     from stage_trainer.run.report import write_report
 
-    recipe = load(arguments.recipe, arguments.settings).recipe
-    path, text = write_report(recipe.output, recipe.name, recipe.seed)
+    path, text = write_report(load(arguments.recipe, arguments.settings).recipe)
     print(f"{text}\n\nevery figure, by language: {path}")
 
 
 def _search(arguments: argparse.Namespace) -> None:
+    from stage_trainer.evaluation.held_out import find
+
+    _can_be_written(arguments.out)
+    find(arguments.data)  # before PyTorch is loaded
+    model, _ = _model_directory(arguments.model)
     from stage_trainer.evaluation.picture import draw_search
 
-    draw_search(_model_directory(arguments.model), arguments.data, arguments.queries, arguments.out)
+    draw_search(model, arguments.data, arguments.queries, arguments.out, _say)
     print(f"wrote {arguments.out}")
 
 

@@ -51,11 +51,11 @@ class Saved:
     def optimizer(self) -> dict[str, Tensor]:
         return load_file(self.path / "optimizer.safetensors")
 
-    def damage(self) -> str | None:
-        """What differs from what was written, or None. Reads the whole checkpoint."""
+    def damage(self, part: str = "") -> str | None:
+        """What differs from what was written, or None. Reads the whole checkpoint, or the files below `part`."""
         try:
             written = self.state()["files"]
-            for name, digest in written.items():
+            for name, digest in ((n, d) for n, d in written.items() if n.startswith(part)):
                 if not (self.path / name).is_file():
                     return f"{name} is missing"
                 if _sha256(self.path / name) != digest:

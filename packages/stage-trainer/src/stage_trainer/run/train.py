@@ -30,7 +30,8 @@ from stage_trainer.run import checkpoint
 from stage_trainer.run.control import Control
 from stage_trainer.run.environment import keep_freed_memory, native_precision, peak_memory, quiet, set_threads, versions
 from stage_trainer.run.health import Health
-from stage_trainer.run.monitor import Monitor, open_sinks
+from stage_trainer.run.monitor import Monitor, Texts, open_sinks
+from stage_trainer.run.report import next_steps
 from stage_trainer.run.saver import Saver, better, check_best
 from stage_trainer.run.start import move_aside, settings, starting_point
 from stage_trainer.run.together import Heartbeat, one_reason
@@ -98,7 +99,8 @@ def _train(recipe: Recipe, number: int, rank: int, world: int, device: torch.dev
         if rank == 0 and planned and (line := planned_and_measured(planned, device)):
             print(line, flush=True)
     if rank == 0:
-        print(f"stage {number} of {recipe.name} is complete: {checkpoint.all_saved(directory)[-1].path}", flush=True)
+        print(f"stage {number} of {recipe.name} is complete: {checkpoint.all_saved(directory)[-1].path}")
+        print(next_steps(recipe, number), flush=True)
 
 
 def run(
@@ -137,8 +139,11 @@ def run(
             active=rank == 0,
             sinks=sinks,
             peak=peak and peak * world,
+            max_tokens=None if stage.masked else stage.max_tokens,  # of a text with hidden words a part is meant
+            texts=Texts(state["texts_drawn"], state["texts_cut"]),
         ) as monitor,
     ):
+        sources = list(data.fingerprint)
         loader = batches(data, start, stop, recipe.workers)
         for step in range(start, stop):
             began_waiting = time.perf_counter()
@@ -162,11 +167,13 @@ def run(
                 monitor.say(problem)
             done = step + 1
             samples += (of_step := sum(getattr(stage.batch, task) for task in tasks))
-            asked, unsaved, corrupt, tokens, squared_tokens = control.agree(
-                control.asked, saver.failed, len(drawn.corrupt), drawn.tokens, drawn.squared_tokens
-            )
+            asked, unsaved, corrupt, tokens, squared_tokens, *texts = control.agree(
+                control.asked, saver.failed, len(drawn.corrupt), drawn.tokens, drawn.squared_tokens,
+                *drawn.of_sources(sources),
+            )  # fmt: skip
             operations = model_operations(engine, stage, batch, step, tokens, squared_tokens)
-            monitor.count(of_step, tokens, operations, waited, drawn.texts)
+            monitor.count(of_step, tokens, operations, waited)
+            monitor.texts.count(sources, texts)
             if corrupt:
                 ledger.enter(control.gather(drawn.corrupt), step, samples)
             if looked_at and applied:
@@ -181,13 +188,19 @@ def run(
                 measured = validate(monitor, done, rank, world)
                 best = better(measured, validate.measures, recipe.checkpoint.best, state)
                 if done == stage.steps:
-                    monitor.outcome(state["settings"], measured)
+                    shown = [name for name in measured if validate.measures[name].headline]
+                    monitor.outcome(state["settings"], [*shown, *(f"loss/{task}" for task in losses)])
             if done == stop or asked or best or (recipe.checkpoint.every and done % recipe.checkpoint.every == 0):
                 _check_parameters(engine, step, directory)
                 state["seconds"] = before + time.perf_counter() - began
                 state["peak_memory_bytes"] = max(peak_memory(), state["peak_memory_bytes"])
                 state["skipped"] = health.skipped
+                state["texts_drawn"], state["texts_cut"] = dict(monitor.texts.drawn), dict(monitor.texts.cut)
                 saver.save(done, engine, state, best)
+            if ledger.count and (asked or done == stop):
+                monitor.say(
+                    f"{ledger.count:,} samples could not be read, and others took their places: {ledger.path} has each"
+                )
             if asked and done < stage.steps:
                 saver.finish()
                 raise Stopped(
@@ -231,7 +244,7 @@ def scalars(engine: Engine, health: Health, ledger: Ledger) -> dict[str, float]:
         values[name] = max(values.get(name, 0.0), group["lr"])
     values |= {f"gradient_norm/{tower}": norm for tower, norm in engine.gradient_norms().items()}
     values |= engine.movement.after()
-    return {**values, "health/skipped_steps": health.skipped, "data/corrupt_samples": ledger.count}
+    return {**values, "trouble/skipped_steps": health.skipped, "trouble/corrupt_samples": ledger.count}
 
 
 def _check_parameters(engine: Engine, step: int, directory: Path) -> None:

@@ -19,7 +19,7 @@ from stage_trainer.evaluation import picture, retrieval, text_retrieval
 from stage_trainer.evaluation.measure import Measure
 from stage_trainer.masked_lm import held_out_losses
 from stage_trainer.recipe import Recipe, Stage
-from stage_trainer.run.monitor import Monitor
+from stage_trainer.run.monitor import Monitor, joined
 from stage_trainer.run.rank_0 import from_rank_0
 
 
@@ -88,7 +88,8 @@ def _embeddings(recipe: Recipe, stage: Stage, engine: Engine) -> Validation:
             monitor.scalar(name, value, step - 1)
         if values:
             shown = [name for name in values if measures[name].headline]
-            monitor.say(f"step {step}: " + ", ".join(f"{n.removeprefix('validation_')} {values[n]:.3f}" for n in shown))
+            parts = [f"{name.removeprefix('validation_')} {values[name]:.3f}" for name in shown]
+            monitor.say(joined(f"step {step}:", parts))
         if rank == 0 and images:
             fonts, pools = picture.fonts_of(Path(recipe.corpus)), list(images.values())
             monitor.image("nearest images", picture.draw(picture.own_rows(pools, embedded, fonts), fonts), step - 1)
