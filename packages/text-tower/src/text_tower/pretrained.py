@@ -15,7 +15,7 @@ from text_tower import config_json, peft_folders
 from text_tower.config import TextTowerConfig
 from text_tower.files import check_keys, read_json, read_weights, whole_directory, write_json, write_weights
 from text_tower.layouts import Layout
-from text_tower.lora import add_fresh_adapters, is_adapter
+from text_tower.lora import AdaptedEmbedding, AdaptedLinear, add_fresh_adapters, is_adapter, stacked, unstacked
 from text_tower.tokenizer import Tokenizer
 from text_tower.tower import TextTower
 
@@ -85,12 +85,12 @@ def load(
     config = replace(config, **overrides)
     with torch.device("meta"):
         tower = TextTower(config)
-    shapes = {name: list(tensor.shape) for name, tensor in tower.state_dict().items()}
+    shapes = {name: list(tensor.shape) for name, tensor in stacked(tower.state_dict()).items()}
     expected = {name: shape for name, shape in shapes.items() if in_file or not is_adapter(name)}
     check_keys(layout.expected(expected), weights, f"{path} (it looks like {layout})")
     named = layout.to_ours(expected, weights) | adapters
     # Adapters that are neither in the file nor in folders are made new.
-    tower.load_state_dict(named, assign=True, strict=named.keys() == shapes.keys())
+    tower.load_state_dict(unstacked(named), assign=True, strict=named.keys() == shapes.keys())
     add_fresh_adapters(tower)
     if str(stored.get("_name_or_path", "")).startswith("jinaai/"):
         warnings.warn(
@@ -147,7 +147,7 @@ def write(
         raise ValueError(f"layout is {layout!r}; expected one of {list(LAYOUTS)}")
     if merge:
         tower = tower.merged()
-    config, state = tower.config, tower.state_dict()
+    config, state = tower.config, stacked(tower.state_dict())
     dtype = str(next(tower.parameters()).dtype).removeprefix("torch.")
     with whole_directory(Path(path)) as directory:
         if layout == "remote-code":
@@ -182,10 +182,9 @@ def save_adapter(tower: TextTower, folder: str | Path, name: str | None = None) 
     k = tower.config.adapters.index(name) if name in tower.config.adapters else None if name else 0
     if k is None:
         raise ValueError(f"there is no adapter {name!r}; this tower has {list(tower.config.adapters)}")
-    state = tower.state_dict()
     modules = {
-        key.removesuffix(".lora_A"): (state[key][k], state[key.replace(".lora_A", ".lora_B")][k])
-        for key in state
-        if key.endswith(".lora_A")
+        name: tuple(half.detach() for half in module.adapter(k))
+        for name, module in tower.named_modules()
+        if isinstance(module, AdaptedLinear | AdaptedEmbedding)
     }
     peft_folders.write_adapter(modules, tower.config.lora_rank, tower.config.lora_alpha, Path(folder))

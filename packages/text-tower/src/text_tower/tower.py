@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from text_tower.attention import Attention, choose
 from text_tower.config import NO_ADAPTER, TextTowerConfig
 from text_tower.dropout import KeyedDropout, SiteDropout
-from text_tower.lora import AdaptedEmbedding, AdaptedLinear, is_adapter
+from text_tower.lora import AdaptedEmbedding, AdaptedLinear, adapter_number, is_adapter
 from text_tower.norm import LayerNorm
 from text_tower.packed import ByLength, PackedTokens
 from text_tower.positions import Rotary
@@ -233,6 +233,11 @@ class TextTower(nn.Module):
                     plain[f"{name}.weight"] = module.merged(k)
         return plain
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy computes as the original does: what was compiled does not travel, so it is compiled anew."""
+        super().__setstate__(state)
+        self.configure()
+
     @property
     def num_layers(self) -> int:
         """Depth of the top block as `layer_ids` counts it."""
@@ -242,14 +247,25 @@ class TextTower(nn.Module):
         """Depth of every parameter: 0 for embeddings, 1 to `num_layers` for the blocks, bottom to top."""
         return {n: int(n.split(".")[2]) + 1 if n.startswith("encoder.") else 0 for n, _ in self.named_parameters()}
 
-    def set_trainable(self, what: str) -> None:
-        """Chooses what learns: "all", "adapters" (needs adapters) or "none"."""
+    def set_trainable(self, what: str, *, adapter: str | None = None) -> None:
+        """Chooses what learns.
+
+        Args:
+            what: "all", "adapters" (needs adapters) or "none".
+            adapter: the one adapter that learns with "all" or "adapters", the others being frozen; None for each one.
+
+        Raises:
+            ValueError: another word, "adapters" for a tower that has none, or an unknown adapter.
+        """
         if what not in ("all", "adapters", "none"):
             raise ValueError(f"trainable is {what!r}; expected 'all', 'adapters' or 'none'")
         if what == "adapters" and not self.config.adapters:
             raise ValueError("this tower has no adapters to train; name some in config.adapters, or train 'all'")
+        chosen = None if adapter is None else self._adapter_index(adapter)
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(what == "all" or (what == "adapters" and is_adapter(name)))
+            k = adapter_number(name)
+            shared = k is None
+            parameter.requires_grad_(what != "none" and (what == "all" if shared else adapter is None or k == chosen))
 
     @property
     def tokenizer(self) -> Tokenizer | None:
