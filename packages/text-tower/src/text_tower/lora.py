@@ -51,7 +51,9 @@ class _Adapted(nn.Module):
         """Memory and initial values for adapters that are on the meta device."""
         for k in range(self.adapters):
             for name, half in zip((f"lora_A_{k}", f"lora_B_{k}"), self.adapter(k), strict=True):
-                setattr(self, name, nn.Parameter(torch.empty_like(half, device=self.weight.device)))
+                setattr(
+                    self, name, nn.Parameter(torch.empty_like(half, device=self.weight.device, dtype=self.weight.dtype))
+                )
         self.reset_adapters()
 
 

@@ -192,8 +192,8 @@ def stack(adapters: list[Adapter], shapes: Mapping[str, list[int]]) -> tuple[dic
     weights: dict[str, Tensor] = {}
     for name, (rows, columns) in shapes.items():
         table = name in _TABLES
-        a = torch.zeros(len(adapters), *((rows, rank) if table else (rank, columns)))
-        b = torch.zeros(len(adapters), *((rank, columns) if table else (rows, rank)))
+        a = _zeros(len(adapters), *((rows, rank) if table else (rank, columns)))
+        b = _zeros(len(adapters), *((rank, columns) if table else (rows, rank)))
         for i, adapter in enumerate(adapters):
             if name in adapter.modules:
                 part_a, part_b = adapter.modules[name]
@@ -202,6 +202,11 @@ def stack(adapters: list[Adapter], shapes: Mapping[str, list[int]]) -> tuple[dic
                 b[i, : part_b.shape[0], : part_b.shape[1]] = part_b
         weights |= {f"{name}.lora_A": a, f"{name}.lora_B": b}
     return weights, rank, scale * rank
+
+
+def _zeros(*shape: int) -> Tensor:
+    """As weights are read: float32 on the CPU, whatever PyTorch's defaults are."""
+    return torch.zeros(*shape, dtype=torch.float32, device="cpu")
 
 
 def _our_module(theirs: str) -> str:
@@ -217,8 +222,8 @@ def _fused(parts: list[Any], shape: list[int]) -> tuple[Tensor, Tensor]:
     present = [part for part in parts if part]
     if all(torch.equal(part["A"], present[0]["A"]) for part in present):
         a = present[0]["A"]
-        return a, torch.cat([part["B"] if part else torch.zeros(third, len(a)) for part in parts])
-    empty = {"A": torch.zeros(0, shape[1]), "B": torch.zeros(third, 0)}
+        return a, torch.cat([part["B"] if part else _zeros(third, len(a)) for part in parts])
+    empty = {"A": _zeros(0, shape[1]), "B": _zeros(third, 0)}
     filled = [part or empty for part in parts]
     return torch.cat([part["A"] for part in filled]), torch.block_diag(*(part["B"] for part in filled))
 
