@@ -17,6 +17,7 @@ from text_tower.masked_lm import MaskedLoss
 from torch import Tensor, nn
 
 from stage_trainer.build import Model
+from stage_trainer.errors import UserError
 from stage_trainer.masked_lm import HiddenWords, MaskedBatch
 from stage_trainer.movement import Movement
 from stage_trainer.objective import Embedded, MultiTask, Part

@@ -96,7 +96,9 @@ class MultiTask(nn.Module):
         return {"image_text": self.model.logit_scale, "text": self.model.text_logit_scale}
 
     def set_trainable(self, stage: Stage) -> None:
-        self.model.text.set_trainable(stage.trainable.text)
+        # Texts are embedded with the default adapter: another one would get zeros for gradients, and decay.
+        text = self.model.text
+        text.set_trainable(stage.trainable.text, adapter=next(iter(text.config.adapters), None))
         self.model.vision.set_trainable(stage.trainable.image)
         for task, scale in self.logit_scales.items():
             used = task == "image_text" if self.loss.kind == "unified" else bool(getattr(stage.batch, task))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from text_tower import MaskedLM
+from text_tower.lora import is_adapter
 from torch import Tensor, nn
 
 from stage_trainer.model import DualEncoder
@@ -51,7 +52,7 @@ def parameter_groups(
         for name, parameter in module.named_parameters():
             lr = base * layer_decay ** (module.num_layers - layers[name])
             in_block = "embeddings" not in name and not name.startswith("lm_head.")
-            muon = config.name == "muon" and parameter.ndim == 2 and in_block
+            muon = config.name == "muon" and parameter.ndim == 2 and in_block and not is_adapter(name)
             if muon:
                 lr *= config.muon_lr_scale
             elif "embeddings" in name:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.shards import Dataset, ShardError
+from text_tower.lora import is_adapter
 from torch import nn
 from vision_tower import VisionTowerConfig
 
@@ -177,7 +178,7 @@ def model_of(recipe: Recipe, number: int, segment: Segment, precision: str) -> M
     empty = empty_model(recipe, number)
     assert isinstance(empty, DualEncoder)
     empty.vision.set_resolution(segment.resolution)
-    empty.text.set_trainable(stage.trainable.text)
+    empty.text.set_trainable(stage.trainable.text, adapter=next(iter(text.adapters), None))
     empty.vision.set_trainable(stage.trainable.image)
     learning = [p for p in empty.parameters() if p.requires_grad]
     zero = stage.deepspeed.get("zero_optimization", {})
@@ -200,7 +201,7 @@ def model_of(recipe: Recipe, number: int, segment: Segment, precision: str) -> M
 
 def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Whether Muon trains it (`optim.parameter_groups`)."""
-    return parameter.ndim == 2 and "embeddings" not in name
+    return parameter.ndim == 2 and "embeddings" not in name and not is_adapter(name)
 
 
 def _numbers(parameters: Iterator[nn.Parameter] | list[nn.Parameter]) -> int:
