@@ -5,8 +5,6 @@ from __future__ import annotations
 from stage_trainer.errors import UserError
 from stage_trainer.recipe.schema import GradientCache, Recipe, Stage
 
-_TEMPERATURE = {"image": "image_text", "text": "text"}
-
 
 def check_stage(recipe: Recipe, number: int, here: str) -> None:
     """Rules for one stage, whose numbers are in their ranges.
@@ -75,7 +73,7 @@ def _check_schedule(stage: Stage, name: str, here: str) -> None:
 
 
 def _check_tasks(stage: Stage, here: str) -> None:
-    """When each task takes part, and whether it leaves anything to learn."""
+    """When each task takes part."""
     starts = {task: getattr(stage.task_start, task) for task in ("image_text", "text") if getattr(stage.batch, task)}
     for task, start in starts.items():
         if start >= stage.steps:
@@ -92,25 +90,28 @@ def _check_tasks(stage: Stage, here: str) -> None:
             raise UserError(f"{here}: a unified loss is over both tasks in every step; leave 'task_start' out")
     if stage.batch.image_text == 1 and stage.loss.kind == "multi_task":
         raise UserError(f"{here}: batch.image_text is 1, and a pair alone has nothing to be told from; raise it")
-    image = stage.trainable.image != "none" and stage.batch.image_text
-    if not image and stage.trainable.text == "none":
+
+
+def _check_rates(stage: Stage, here: str) -> None:
+    """A tower that trains, a rate for all that does, and a schedule that fits into the stage."""
+    towers = _learning_towers(stage)
+    if not towers:
         why = "" if stage.trainable.image == "none" else " (batch.image_text is 0, so the image tower takes no part)"
         raise UserError(
             f"{here}: nothing would be trained but a temperature: trainable.image is {stage.trainable.image!r}{why} "
             "and trainable.text is 'none'; let one of the towers train"
         )
-
-
-def _check_rates(stage: Stage, here: str) -> None:
-    """A rate for all that trains, and a schedule that fits into the stage."""
-    for tower, learners in _learners(stage).items():
-        if learners and getattr(stage.lr, tower) is None:
+    for name in ("image", "text"):
+        learners = [
+            words for tower, words in (*towers.items(), *_learning_temperatures(stage).items()) if tower == name
+        ]
+        if learners and getattr(stage.lr, name) is None:
             raise UserError(
-                f"{here}: lr.{tower} is missing, and {' and '.join(learners)} train{'s' * (len(learners) == 1)} at it; "
-                f"add it, such as lr: {{{tower}: 1e-4}} (0 to hold {'it' if len(learners) == 1 else 'them'})"
+                f"{here}: lr.{name} is missing, and {' and '.join(learners)} train{'s' * (len(learners) == 1)} at it; "
+                f"add it, such as lr: {{{name}: 1e-4}} (0 to hold {'it' if len(learners) == 1 else 'them'})"
             )
-    if not any(learners and getattr(stage.lr, tower) for tower, learners in _learners(stage).items()):
-        raise UserError(f"{here}: every rate under 'lr' at which something trains is 0; nothing would be trained")
+    if not any(getattr(stage.lr, tower) for tower in towers):
+        raise UserError(f"{here}: every rate under 'lr' at which a tower trains is 0; nothing would be trained")
     if stage.warmup_steps > stage.steps:
         raise UserError(
             f"{here}: warmup_steps is {stage.warmup_steps}, more than the {stage.steps} steps of the stage, so the "
@@ -118,19 +119,22 @@ def _check_rates(stage: Stage, here: str) -> None:
         )
 
 
-def _learners(stage: Stage) -> dict[str, list[str]]:
-    """What trains at each rate, in words (see `optim.parameter_groups` and `objective.MultiTask.set_trainable`)."""
-    if stage.masked:
-        return {"text": ["the text tower"]}
-    found: dict[str, list[str]] = {}
-    for tower, task in _TEMPERATURE.items():
-        how = getattr(stage.trainable, tower)
-        takes_part = tower == "text" or stage.batch.image_text
-        found[tower] = ["the text tower's adapters" if how == "adapters" else f"the {tower} tower"]
-        if how == "none" or not takes_part:
-            found[tower] = []
-        if getattr(stage.batch, task) and not (tower == "text" and stage.loss.kind == "unified"):
-            found[tower].append(f"the temperature of the {task.replace('_', '-')} loss")
+# By the rate at which they train; see `optim.parameter_groups` and `objective.MultiTask.set_trainable`.
+def _learning_towers(stage: Stage) -> dict[str, str]:
+    found = {}
+    if stage.trainable.image != "none" and stage.batch.image_text:
+        found["image"] = "the image tower"
+    if stage.trainable.text != "none":
+        found["text"] = "the text tower's adapters" if stage.trainable.text == "adapters" else "the text tower"
+    return found
+
+
+def _learning_temperatures(stage: Stage) -> dict[str, str]:
+    found = {}
+    if stage.batch.image_text:
+        found["image"] = "the temperature of the image-text loss"
+    if stage.batch.text and stage.loss.kind != "unified":
+        found["text"] = "the temperature of the text loss"
     return found
 
 
