@@ -59,6 +59,7 @@ def write_whole(target: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
         _fsync(temporary)
         temporary.replace(target)
+        _fsync(target.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"could not write {target}: {error.strerror}; free some space or name another place") from error
