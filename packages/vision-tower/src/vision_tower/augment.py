@@ -64,7 +64,10 @@ def augment(
     pixels = pixels_of(crop.resize((width, height), Image.Resampling.BICUBIC))
     if mirrored:
         pixels = pixels.flip(-1)
-    return jitter(pixels, *(draw.uniform(1 - color, 1 + color) for _ in range(3))) if color else pixels
+    if not color:
+        return pixels
+    draw = random.Random(f"color {index(seed)}")  # another stream: how much the crop draws depends on the image's size
+    return jitter(pixels, *(draw.uniform(1 - color, 1 + color) for _ in range(3)))
 
 
 def _crop(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from numbers import Real
 from operator import index
 from typing import Any
 
@@ -114,7 +115,7 @@ class VisionTowerConfig:
         for name in ("mean", "std"):
             numbers = getattr(self, name)
             numbers = tuple(numbers) if isinstance(numbers, tuple | list) else (numbers,)
-            fits = all(isinstance(n, int | float) and not isinstance(n, bool) and 0 <= n <= 1 for n in numbers)
+            fits = all(isinstance(n, Real) and not isinstance(n, bool) and 0 <= float(n) <= 1 for n in numbers)
             if len(numbers) != 3 or not fits or (name == "std" and 0 in numbers):
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; expected three numbers within 0 … 1, of R, G and B"
