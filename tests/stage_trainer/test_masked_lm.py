@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.distributed as dist
-from data_prep.shards import DatasetWriter
+from data_prep.shards import Dataset, DatasetWriter
 from stage_trainer.build import build_model, empty_model
 from stage_trainer.data.masked import HELD_OUT, MaskedBatches, held_out
 from stage_trainer.errors import UserError
@@ -180,6 +180,11 @@ def test_a_bad_text_is_never_replaced_by_itself(write, batches, count, bad):
         batch, drawn = data[step]
         assert len(given(batch)) == 9
         assert len(drawn.corrupt) == sum(draw.index == bad for draw in data.sampler.batch_at(step))
+
+
+def test_the_fingerprint_names_every_data_set(corpus, batches, tmp_path):
+    expected = {f"text-pairs/{n}": Dataset.open(tmp_path / "train/text-pairs" / n).fingerprint for n in ("a", "b")}
+    assert batches().fingerprint == expected
 
 
 def test_images_and_empty_data_are_no_texts(tmp_path, write, batches):

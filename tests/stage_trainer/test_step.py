@@ -11,7 +11,7 @@ from contrastive_losses import matryoshka_info_nce
 from stage_trainer.model import DualEncoder
 from stage_trainer.objective import Batch, MultiTask
 from stage_trainer.recipe import GradientCache, Loss
-from stage_trainer.step import forward_backward, image_chunks, text_chunks
+from stage_trainer.step import forward_backward, image_chunks, packed_chunks, text_chunks
 from text_tower import PackedTokens, TextTower, TextTowerConfig
 from torch.nn.functional import cross_entropy, normalize
 from vision_tower import VisionTower, VisionTowerConfig
@@ -199,6 +199,66 @@ def test_chunks_hold_every_sample_once_within_the_budget():
     assert sum((p.texts.lengths for p in parts), ()) == batch.texts.lengths
     assert all(len(p.texts.ids) <= 12 for p in parts)
     assert len(list(text_chunks(batch, 1))) == len(batch.texts)
+
+
+def test_a_part_holds_the_longest_run_of_texts_that_fits():
+    """Against a plain walk, where lengths meet the budget exactly and where they pass it, and for many texts."""
+    lengths = torch.randint(1, 9, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    texts = PackedTokens.from_lists([list(range(3, 3 + n)) for n in lengths])
+    for budget in (1, 7, 8, 16, 0):
+        parts = [p.lengths for _, _, p in packed_chunks(texts, budget)]
+        expected: list[tuple[int, ...]] = []
+        for n in lengths:
+            if expected and (not budget or sum(expected[-1]) + n <= budget):
+                expected[-1] += (n,)
+            else:
+                expected.append((n,))
+        assert parts == expected
+    whole = next(packed_chunks(texts, 0))
+    assert (whole[0], whole[1], whole[2].max_seqlen) == (slice(0, 300), slice(0, sum(lengths)), max(lengths))
+
+
+def test_chunks_of_one_kind_carry_nothing_of_the_other():
+    batch = make_batch()
+    for part in image_chunks(batch, 3):
+        assert (part.texts, len(part.text_seeds), len(part.image_seeds)) == (None, 0, len(part.images))
+    for part in text_chunks(batch, 12):
+        assert (part.images, len(part.image_seeds), len(part.text_seeds)) == (None, 0, len(part.texts))
+    assert next(image_chunks(make_batch(images=1), 0)).images.shape[0] == 1
+    assert list(image_chunks(Batch(**{**vars(batch), "images": None}), 2)) == []
+    assert list(text_chunks(Batch(**{**vars(batch), "texts": None}), 2)) == []
+
+
+@pytest.mark.parametrize("task", BOTH)
+def test_a_batch_that_is_one_chunk_is_a_batch(task):
+    batch = make_batch(pairs=0, negatives=0) if task == "image_text" else make_batch(images=0)
+    batch = Batch(**{**vars(batch), "images": None}) if task == "text" else batch
+    _, gradients, _ = step(batch, tasks=(task,))
+    _, cached, passes = step(batch, GradientCache(0, 0), tasks=(task,))
+    assert passes == (4 if task == "image_text" else 2)
+    torch.testing.assert_close(cached, gradients, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("more", [0, 1, 3, 4])
+def test_passes_for_other_ranks_sake_change_no_gradient_and_the_last_is_marked(more):
+    """As ZeRO 3 wants them; what is run beyond a rank's own parts is dropped."""
+    batch, engine, marks = make_batch(), PlainEngine(), []
+    _, gradients, _ = step(batch)
+
+    @contextlib.contextmanager
+    def backwards():
+        yield lambda loss, last: (marks.append(last), loss.backward())
+
+    engine.forward_passes, engine.backwards = lambda mine: mine + more, backwards
+    forward_backward(engine, batch, tasks=BOTH, patch_dropout=0.5, cache=GradientCache(2, 10))
+    own = len(list(image_chunks(batch, 2))) + len(list(text_chunks(batch_by_length(batch), 10)))
+    assert engine.passes == 2 * (own + 2 * more)
+    assert marks == [False] * (own + 2 * more - 1) + [True]
+    torch.testing.assert_close(engine.gradients(), gradients, rtol=1e-10, atol=1e-12)
+
+
+def batch_by_length(batch):
+    return Batch(**{**vars(batch), "texts": batch.texts.by_length()[0]})
 
 
 @pytest.mark.parametrize("kind", ["multi_task", "unified"])
