@@ -187,7 +187,8 @@ def test_a_stage_needs_the_one_before(train):
 
 
 def test_a_stage_knows_the_model_that_it_grew_from(train, tmp_path):
-    second = ("stages.1.steps=8", "steps=4", *QUICK[1:], "model.text.dropout=0.1")
+    first = ("stages.1.steps=8", "stages.1.warmup_steps=2", "stages.1.resolution=[[0, 32]]")
+    second = (*first, "steps=4", *QUICK[1:], "model.text.dropout=0.1")
     train(1, *QUICK)
     train(2, *second, "carry_optimizer=true")
     config = json.loads((tmp_path / "run/stage2/step-0000004/model/text/config.json").read_text())

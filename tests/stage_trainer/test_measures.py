@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from stage_trainer.errors import UserError
 from stage_trainer.evaluation import retrieval, text_retrieval
-from stage_trainer.evaluation.measure import Measure
+from stage_trainer.evaluation.measure import OF_PAIRS, Measure
 from stage_trainer.run.saver import better, check_best
 from stage_trainer.run.validation import _lookup, _pair_title, _recall, of_images, of_pairs
 
@@ -40,6 +40,7 @@ def test_what_is_measured_of_images_is_what_was_announced(texts, documents):
     announced = of_images("my/loss", pool, (8, 4), 8)
     assert set(_recall("my/loss", pool, embedded, (8, 4))) == set(announced)
     assert [m.higher_is_better for n, m in announced.items() if not n.startswith("modality_gap/")].count(False) == 0
+    assert all(name.startswith(OF_PAIRS) for name in announced)
     heads = {name for name, measure in announced.items() if measure.headline}
     assert all(f"{head}/4 dims" in announced and head.startswith("validation_") for head in heads)
     assert len(heads) == 2 + documents + (len(texts) == 2)
@@ -54,6 +55,7 @@ def test_what_is_measured_of_pairs_is_what_was_announced(scored):
     lookup = _lookup(texts, np.random.default_rng(0).normal(size=(len(texts), 4)))
     announced = of_pairs("p", pool)
     assert {_pair_title("p", what) for what in text_retrieval.measure(pool, lookup)} == set(announced)
+    assert all(name.startswith(OF_PAIRS) for name in announced)
     heads = {name for name, measure in announced.items() if measure.headline}
     assert heads == {"validation_ndcg_at_10_p/mean", *(["validation_spearman_p/all"] if scored else [])}
 

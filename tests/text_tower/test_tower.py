@@ -62,7 +62,7 @@ def test_layer_ids_cover_every_parameter_and_grow_with_depth(make_tower, lora):
     depth = tower.layer_ids()
     assert depth.keys() == dict(tower.named_parameters()).keys()
     assert {d for n, d in depth.items() if n.startswith("emb")} == {0}
-    assert [depth[f"encoder.layers.{i}.mlp.fc1.lora_A"] for i in range(3)] == [1, 2, 3]
+    assert [depth[f"encoder.layers.{i}.mlp.fc1.lora_A_0"] for i in range(3)] == [1, 2, 3]
     assert max(depth.values()) == tower.num_layers == 3
 
 

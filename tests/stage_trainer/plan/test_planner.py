@@ -1,16 +1,18 @@
 """What a plan says of a recipe, and that `gradient_cache: auto` follows it."""
 
 import dataclasses
+import json
 import re
 
 import pytest
 import torch
+from data_prep.shards import DatasetWriter
 from stage_trainer.cli import main
 from stage_trainer.errors import UserError
 from stage_trainer.plan import auto
 from stage_trainer.plan.devices import DEVICES, GIB, Device, device, peak_flops, read_bytes
 from stage_trainer.plan.memory import Setting
-from stage_trainer.plan.planner import Cluster, plan_stage, segments
+from stage_trainer.plan.planner import TRIPLETS, Cluster, hard_negatives, plan_stage, segments
 from stage_trainer.plan.table import WIDTH, describe, stage_table
 from stage_trainer.recipe import GradientCache
 from stage_trainer.recipe.read import load
@@ -74,6 +76,19 @@ def test_more_ranks_have_smaller_parts_and_the_same_work(drawn):
     assert one.sizes.images == 4 * four.sizes.images
     assert one.tried[0].flops == four.tried[0].flops
     assert four.seconds(four.tried[0], gpu(1, 4), "fp32") * 4 == one.seconds(one.tried[0], gpu(1), "fp32")
+
+
+@pytest.mark.parametrize(("kind", "found"), [("text-triplets", 3), ("text-pairs", 0)])
+def test_hard_negatives_are_those_of_the_data_whatever_its_folder_is_called(drawn, tmp_path, kind, found):
+    text = [{"text": "a", "language": "en"}]
+    for folder in ("mine", "text-triplets"):
+        with DatasetWriter(tmp_path / "train" / folder / "made", kind=kind, source="made") as writer:
+            sample = json.dumps({"query": text, "target": text, "negatives": [text] * found}).encode()
+            writer.write("s0", {"json": sample}, languages=["en"], tokens=None)
+        recipe = drawn(f"corpus={tmp_path}", f"data.text=[{{path: {folder}/made}}]")
+        assert hard_negatives(recipe, recipe.stage(1)) == found
+    absent = drawn("data.text=[{path: text-triplets/absent}]")
+    assert hard_negatives(absent, absent.stage(1)) == TRIPLETS
 
 
 def test_masked_language_modelling_is_not_planned(recipes):

@@ -92,6 +92,8 @@ class Ledger:
             raise UserError(f"{self.path}: no such ledger; make one with `data-prep captions plan {self.path} SHARDS`")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if create:
+                self.path.touch()  # as the umask wants it; SQLite would take the right to write from the group
             self.db = sqlite3.connect(self.path, isolation_level=None, timeout=30)
             self.db.row_factory = sqlite3.Row
             self.db.execute("PRAGMA journal_mode = WAL")

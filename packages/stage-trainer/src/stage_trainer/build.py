@@ -17,26 +17,9 @@ from stage_trainer.data.remote import is_remote
 from stage_trainer.errors import UserError
 from stage_trainer.model import DualEncoder
 from stage_trainer.recipe import Recipe
-from stage_trainer.recipe.read import build_config
+from stage_trainer.recipe.tower_rules import build_config
 
 Model = DualEncoder | MaskedLM
-
-
-def check_configs(recipe: Recipe, number: int) -> None:
-    """Finds what is wrong with the model's configuration before anything is loaded or allocated.
-
-    Raises:
-        UserError: names the key.
-    """
-    stage = recipe.stage(number)
-    text = masked_lm_config(recipe) if stage.masked else tower_configs(recipe, number)[0]
-    if stage.max_tokens < 2:
-        raise UserError(f"stage {number}: max_tokens is {stage.max_tokens}; expected at least 2, for <s> and </s>")
-    if stage.max_tokens > text.max_length:
-        raise UserError(
-            f"stage {number}: max_tokens is {stage.max_tokens}, more than the text tower takes "
-            f"(model.text.max_length {text.max_length}); lower the one or raise the other"
-        )
 
 
 def masked_lm_config(recipe: Recipe) -> TextTowerConfig:
@@ -50,13 +33,6 @@ def tower_configs(recipe: Recipe, number: int) -> tuple[TextTowerConfig, VisionT
     text = build_config(TextTowerConfig, recipe.model.text, "model.text")
     resolution = recipe.stage(number).resolution[0][1]
     vision = build_config(VisionTowerConfig, {**(recipe.model.vision or {}), "resolution": resolution}, "model.vision")
-    for n, stage in enumerate(recipe.stages, 1):
-        if stage.masked:
-            continue
-        if not stage.loss.dims or not all(0 < dim <= text.width for dim in stage.loss.dims):
-            raise UserError(f"stage {n}: loss.dims is {list(stage.loss.dims)}; expected prefixes of 1 to {text.width}")
-        if stage.trainable.text == "adapters" and not text.adapters:
-            raise UserError(f"stage {n}: trainable.text is 'adapters', but model.text.adapters names none; add one")
     return text, vision
 
 
@@ -176,7 +152,7 @@ def _pretrained_vision(weights: str, config: VisionTowerConfig) -> VisionTower:
     """From a directory or a file, or timm's weights of that name (`timm/eva02_…`)."""
     options = _vision_options(config)
     if Path(weights).exists():
-        return VisionTower.from_pretrained(weights, **options)
+        return VisionTower.from_pretrained(weights, num_classes=0, **options)  # without a head, if they have one
     tower = VisionTower.from_timm(weights.removeprefix("timm/"), pretrained=True)
     tower.config = dataclasses.replace(tower.config, **options)
     return tower

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ _DATA = "a corpus (its test split is used, or else its validation split), a fold
 
 EPILOG = """examples:
   stage-trainer train --recipe launch/recipes/laptop.yaml --stage 1
-  stage-trainer train --recipe launch/recipes/laptop.yaml --stage 1 steps=20 precision=fp32
+  stage-trainer train --recipe launch/recipes/laptop.yaml --stage 1 checkpoint.every=50 precision=fp32
   stage-trainer train --recipe launch/recipes/masked-lm.yaml --stage 1
   stage-trainer train --recipe launch/recipes/jina-clip-v2.yaml --stage 3 --dry-run
   stage-trainer plan --recipe launch/recipes/jina-clip-v2.yaml --gpus 8 --gpu h100-80gb --price 2.5
@@ -73,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--start-over", action="store_true", help="move what this stage has aside and start it anew")
     p.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     p.add_argument(
-        "settings", nargs="*", metavar="key=value", help="overrides, such as steps=20 or optimizer.name=adamw"
+        "settings", nargs="*", metavar="key=value", help="overrides, such as batch.text=64 or optimizer.name=adamw"
     )
     p.set_defaults(run=_train)
 
@@ -156,10 +157,13 @@ def launch(stage: int) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    import os
+
     from stage_trainer.recipe.read import load
 
-    loaded = load(arguments.recipe, arguments.settings, arguments.stage)
-    loaded.recipe.stage(arguments.stage)
+    world = os.environ.get("WORLD_SIZE", "")  # as every launcher tells its processes
+    ranks = int(world) if world.isdecimal() else 1
+    loaded = load(arguments.recipe, arguments.settings, arguments.stage, ranks=ranks)
     if arguments.dry_run:
         from stage_trainer.dry_run import dry_run
 
@@ -179,12 +183,14 @@ def _plan(arguments: argparse.Namespace) -> None:
             f"--gpus is {arguments.gpus} and --utilisation {arguments.utilisation:g}; expected at least 1, and a share "
             "above 0 and up to 1"
         )
-    for option in ("mean_tokens", "price", "peak"):
-        if (value := getattr(arguments, option)) is not None and value <= 0:
-            raise UserError(f"--{option.replace('_', '-')} is {value:g}; expected a number above 0")
-    recipe = load(arguments.recipe, arguments.settings, arguments.stage).recipe
+    for name in ("peak", "price", "mean_tokens"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} is {value:g}; expected a number above 0")
+    recipe = load(arguments.recipe, arguments.settings, arguments.stage, ranks=arguments.gpus).recipe
     if arguments.stage is not None:
         recipe.stage(arguments.stage)  # names the stages that there are
+    # Only now what imports torch: a mistake is told at once.
     _say("loading PyTorch …")
     from stage_trainer.plan.devices import device
     from stage_trainer.plan.planner import Cluster, plan_stage

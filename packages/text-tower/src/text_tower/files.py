@@ -21,17 +21,22 @@ def read_json(file: Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is not UTF-8, not JSON, or no object.
     """
+    content = read_json_value(file)
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}; expected a JSON object")
+    return content
+
+
+def read_json_value(file: Path) -> Any:
+    """What a JSON file holds, of any kind; it raises as `read_json` does."""
     try:
-        content = json.loads(file.read_bytes().decode("utf-8"))
+        return json.loads(file.read_bytes().decode("utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(f"there is no {file}; expected a saved model's directory") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 ({error})") from error
     except ValueError as error:
         raise ValueError(f"{file} is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}; expected a JSON object")
-    return content
 
 
 def write_json(content: Mapping[str, Any], file: Path) -> None:
@@ -84,7 +89,10 @@ def write_weights(weights: Mapping[str, Tensor], file: Path) -> None:
     from safetensors.torch import save_file
 
     on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    file.touch()  # as the umask wants a new file; safetensors puts one in its place that its owner alone may read
+    mode = file.stat().st_mode
     save_file(on_host, file, {"format": "pt"})  # transformers refuses a file without this word
+    file.chmod(mode)
 
 
 def check_keys(expected: Mapping[str, list[int]], weights: Mapping[str, Tensor], where: str) -> None:

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from text_tower import config_json, peft_folders
+from text_tower import config_json, peft_folders, st_folder
 from text_tower.config import TextTowerConfig
 from text_tower.files import check_keys, read_json, read_weights, whole_directory, write_json, write_weights
 from text_tower.layouts import Layout
-from text_tower.lora import add_fresh_adapters, is_adapter
+from text_tower.lora import AdaptedEmbedding, AdaptedLinear, add_fresh_adapters, is_adapter, stacked, unstacked
 from text_tower.tokenizer import Tokenizer
+from text_tower.tokenizer_files import CONFIG_FILE
 from text_tower.tower import TextTower
 
 UNMERGED = "unmerged"  # .safetensors: base weights and adapters apart
@@ -35,8 +36,9 @@ def read(path: str | Path, *, peft: str | Path | Mapping[str, str | Path] | None
         peft: adapters for weights that have none: {name: folder that PEFT wrote}, the first being the default; or one
             folder, whose own name is the adapter's.
         overrides: fields of `TextTowerConfig` that are not the shape of the base weights: dropout, checkpointing,
-            attention, compile, instructions, max_length, lora_rank, lora_alpha, adapters (fresh ones, for a directory
-            that has none), and rope_theta for XLM-RoBERTa weights, which know none.
+            attention, compile, instructions, truncate_dim, max_length, lora_rank, lora_alpha, adapters (of a directory
+            that has some, those to keep, the default first; fresh ones for a directory that has none), and rope_theta
+            for XLM-RoBERTa weights, which know none.
 
     Raises:
         FileNotFoundError: no such directory or file.
@@ -59,6 +61,8 @@ def load(
     path: Path, peft: str | Path | Mapping[str, str | Path] | None, overrides: dict[str, Any]
 ) -> tuple[TextTower, Layout, dict[str, Tensor]]:
     """(the tower, the layout it was in, the file's masked-language-model head: `lm_head.…`, empty if it has none)."""
+    said = st_folder.read(path)
+    path = said.transformer
     stored = read_json(path / "config.json")
     peft = {Path(peft).name: peft} if isinstance(peft, str | Path) else peft or {}
     folders = {name: Path(folder) for name, folder in peft.items()}
@@ -67,6 +71,8 @@ def load(
     weights = read_weights(path, UNMERGED) if unmerged else read_weights(path)
     layout = Layout.of(weights)
     config = config_json.from_json(stored, weights, layout, path / "config.json")
+    tokenizer = Tokenizer.in_directory(path)
+    config = _with_what_else_is_said(config, said, tokenizer)
     head = {name: tensor for name, tensor in weights.items() if name.startswith("lm_head.")}
     weights = layout.without_the_rest(weights)
 
@@ -79,25 +85,57 @@ def load(
                 f"{path} lacks its adapters; expected {UNMERGED}.safetensors, or a folder for each of {list(folders)}"
             )
     in_file = bool(config.adapters) and not folders
+    if config.adapters and (chosen := tuple(overrides.get("adapters") or ())):
+        if strangers := [name for name in chosen if name not in config.adapters]:
+            raise ValueError(f"{path} has the adapters {list(config.adapters)}; {strangers} are none of them")
+        if in_file:
+            numbers = [config.adapters.index(name) for name in chosen]
+            weights = {name: tensor[numbers] if is_adapter(name) else tensor for name, tensor in weights.items()}
+        folders = {name: folders[name] for name in chosen} if folders else {}
+        left_out = set(config.adapters) - set(chosen)
+        instructions = {task: text for task, text in config.instructions.items() if task not in left_out}
+        config = replace(config, adapters=chosen, instructions=instructions)
     adapters: dict[str, Tensor] = {}
     if folders:
         adapters, config = _from_folders(folders, config)
     config = replace(config, **overrides)
     with torch.device("meta"):
         tower = TextTower(config)
-    shapes = {name: list(tensor.shape) for name, tensor in tower.state_dict().items()}
+    shapes = {name: list(tensor.shape) for name, tensor in stacked(tower.state_dict()).items()}
     expected = {name: shape for name, shape in shapes.items() if in_file or not is_adapter(name)}
     check_keys(layout.expected(expected), weights, f"{path} (it looks like {layout})")
     named = layout.to_ours(expected, weights) | adapters
     # Adapters that are neither in the file nor in folders are made new.
-    tower.load_state_dict(named, assign=True, strict=named.keys() == shapes.keys())
+    tower.load_state_dict(unstacked(named), assign=True, strict=named.keys() == shapes.keys())
     add_fresh_adapters(tower)
     if str(stored.get("_name_or_path", "")).startswith("jinaai/"):
         warnings.warn(
             f"{stored['_name_or_path']} is published under CC-BY-NC-4.0: not for commercial use", stacklevel=4
         )
-    tower.tokenizer = Tokenizer.in_directory(path)
+    tower.tokenizer = tokenizer
     return tower, layout, head
+
+
+def _with_what_else_is_said(
+    config: TextTowerConfig, said: st_folder.Said, tokenizer: Tokenizer | None
+) -> TextTowerConfig:
+    """What a sentence-transformers directory adds to config.json."""
+    if not said.is_one:
+        return config
+    limits = [config.max_length, said.max_length or (tokenizer.model_max_length if tokenizer else None)]
+    contradicted = {t: p for t, p in said.instructions.items() if config.instructions.get(t, p) != p}
+    if contradicted:
+        task, prompt = next(iter(contradicted.items()))
+        raise ValueError(
+            f"{said.transformer} says that the instruction of {task!r} is {config.instructions[task]!r} in its "
+            f"config.json, and {prompt!r} in config_sentence_transformers.json; make them agree"
+        )
+    return replace(
+        config,
+        max_length=min(limit for limit in limits if limit is not None),
+        instructions={**config.instructions, **said.instructions},
+        truncate_dim=config.truncate_dim if said.truncate_dim is None else said.truncate_dim,
+    )
 
 
 def _from_folders(folders: Mapping[str, Path], config: TextTowerConfig) -> tuple[dict[str, Tensor], TextTowerConfig]:
@@ -147,7 +185,7 @@ def write(
         raise ValueError(f"layout is {layout!r}; expected one of {list(LAYOUTS)}")
     if merge:
         tower = tower.merged()
-    config, state = tower.config, tower.state_dict()
+    config, state = tower.config, stacked(tower.state_dict())
     dtype = str(next(tower.parameters()).dtype).removeprefix("torch.")
     with whole_directory(Path(path)) as directory:
         if layout == "remote-code":
@@ -167,7 +205,9 @@ def write(
                 save_adapter(tower, directory / name, name)
         if tower.tokenizer is not None:
             tower.tokenizer.save(directory)
-            write_json({"tokenizer_class": "XLMRobertaTokenizer"}, directory / "tokenizer_config.json")
+            settings = directory / CONFIG_FILE
+            if not settings.exists():
+                write_json({"tokenizer_class": "XLMRobertaTokenizer"}, settings)
 
 
 def save_adapter(tower: TextTower, folder: str | Path, name: str | None = None) -> None:
@@ -182,10 +222,9 @@ def save_adapter(tower: TextTower, folder: str | Path, name: str | None = None) 
     k = tower.config.adapters.index(name) if name in tower.config.adapters else None if name else 0
     if k is None:
         raise ValueError(f"there is no adapter {name!r}; this tower has {list(tower.config.adapters)}")
-    state = tower.state_dict()
     modules = {
-        key.removesuffix(".lora_A"): (state[key][k], state[key.replace(".lora_A", ".lora_B")][k])
-        for key in state
-        if key.endswith(".lora_A")
+        name: (module.adapter(k)[0].detach(), module.adapter(k)[1].detach())
+        for name, module in tower.named_modules()
+        if isinstance(module, AdaptedLinear | AdaptedEmbedding)
     }
     peft_folders.write_adapter(modules, tower.config.lora_rank, tower.config.lora_alpha, Path(folder))

@@ -300,16 +300,22 @@ def batches(data: TorchDataset, start: int, stop: int, workers: int) -> Iterator
 
 
 def _replacement(data: Dataset, index: int, attempt: int, whole_shard: bool) -> int:
-    """The sample that takes the place of `index`: another of its shard, which is at hand; where that did not help, one
-    of another shard, the same for all of its samples, so that a shard that is gone does not cost many others."""
+    """The sample that takes the place of `index`: another of its shard, which is at hand; where that did not help, or
+    there is none, one of another shard, the same for all of its samples, so that a shard that is gone does not cost
+    many others. It is `index` itself in a data set of one sample alone."""
     shard = data.shard_of(index)
     seed = key("replacement", data.kind, data.source, attempt)
-    if whole_shard or attempt > 1:
-        samples = data.samples_of(key(seed, shard) % len(data.shard_sizes))
-        return samples[key(seed, index) % len(samples)]
+    if whole_shard or attempt > 1 or len(data.samples_of(shard)) == 1:
+        shard = another(shard, len(data.shard_sizes), key(seed, shard))
     samples = data.samples_of(shard)
-    step = 1 + key(seed, index) % max(1, len(samples) - 1)  # never back to itself, if there are others
-    return samples[(index - samples.start + step) % len(samples)]
+    if index not in samples:
+        return samples[key(seed, index) % len(samples)]
+    return samples[another(index - samples.start, len(samples), key(seed, index))]
+
+
+def another(number: int, count: int, draw: int) -> int:
+    """One of `count` numbers, drawn, but not `number`; that one if there is no other."""
+    return (number + 1 + draw % max(1, count - 1)) % count
 
 
 def open_data_set(directory: Path | RemotePlace, kinds: tuple[str, ...]) -> Dataset:

@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+OF_PAIRS = (
+    "validation_recall_at_5_",
+    "validation_ndcg_at_5_",
+    "validation_ndcg_at_10_",
+    "validation_spearman_",
+    "modality_gap/",
+)
+OF_HIDDEN_WORDS = ("validation_loss_masked_lm/",)
+"""How the names begin of all that a stage of either kind measures; the rest follows from the data."""
+
 
 @dataclass(frozen=True)
 class Measure:

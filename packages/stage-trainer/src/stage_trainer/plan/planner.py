@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.shards import Dataset, ShardError
+from text_tower.lora import is_adapter
 from torch import nn
 from vision_tower import VisionTowerConfig
 
@@ -177,7 +178,7 @@ def model_of(recipe: Recipe, number: int, segment: Segment, precision: str) -> M
     empty = empty_model(recipe, number)
     assert isinstance(empty, DualEncoder)
     empty.vision.set_resolution(segment.resolution)
-    empty.text.set_trainable(stage.trainable.text)
+    empty.text.set_trainable(stage.trainable.text, adapter=next(iter(text.adapters), None))
     empty.vision.set_trainable(stage.trainable.image)
     learning = [p for p in empty.parameters() if p.requires_grad]
     zero = stage.deepspeed.get("zero_optimization", {})
@@ -200,7 +201,7 @@ def model_of(recipe: Recipe, number: int, segment: Segment, precision: str) -> M
 
 def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Whether Muon trains it (`optim.parameter_groups`)."""
-    return parameter.ndim == 2 and "embeddings" not in name
+    return parameter.ndim == 2 and "embeddings" not in name and not is_adapter(name)
 
 
 def _numbers(parameters: Iterator[nn.Parameter] | list[nn.Parameter]) -> int:
@@ -298,13 +299,15 @@ def shape_of(stage: Stage, segment: Segment, sizes: Sizes, vision: VisionTowerCo
 
 
 def hard_negatives(recipe: Recipe, stage: Stage) -> int:
-    """K of the stage's triplets; by the name of the data where it is not there to be asked."""
-    if not any(source.path.startswith("text-triplets") for source in stage.data.text):
-        return 0
+    """K of the stage's triplets, as the first sample has it; where the data is not there to be asked, its folder's name
+    has to do."""
     import json
 
+    if not stage.data.text:
+        return 0
+    path = stage.data.text[0].path
     try:
-        data = Dataset.open(Path(recipe.corpus) / "train" / stage.data.text[0].path)
-        return len(json.loads(data.read(0)["json"])["negatives"])
+        data = Dataset.open(Path(recipe.corpus) / "train" / path)
+        return len(json.loads(data.read(0)["json"])["negatives"]) if data.kind == "text-triplets" else 0
     except (ShardError, OSError, KeyError, ValueError):
-        return TRIPLETS
+        return TRIPLETS if "text-triplets" in path.split("/") else 0

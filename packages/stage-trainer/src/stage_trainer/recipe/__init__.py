@@ -1,4 +1,4 @@
-"""A recipe: its schema, what it cannot mean, and reading it from a file."""
+"""A recipe: its schema, what it cannot mean, and reading it from a file. Nothing here needs torch."""
 
 from stage_trainer.recipe.schema import (
     Augmentation,
@@ -12,6 +12,7 @@ from stage_trainer.recipe.schema import (
     Optimizer,
     PerTask,
     PerTower,
+    Rates,
     Recipe,
     Remote,
     Source,
@@ -33,6 +34,7 @@ __all__ = [
     "Optimizer",
     "PerTask",
     "PerTower",
+    "Rates",
     "Recipe",
     "Remote",
     "Source",

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from vision_tower import resample_optimizer_state
 
 from stage_trainer.build import Model
 from stage_trainer.errors import UserError
-from stage_trainer.files import free_name, whole_directory
+from stage_trainer.files import free_name, save_tensors, whole_directory
 from stage_trainer.model import DualEncoder
 from stage_trainer.run.rank_0 import copy_to_other_machines, from_rank_0
 
@@ -120,7 +120,7 @@ def write(directory: Path, step: int, model: Model, optimizer: dict[str, Tensor]
     if target.exists():  # damaged, or the run would have gone on from it
         target.rename(free_name(target, "damaged"))
     with whole_directory(target) as path:
-        save_file(optimizer, path / "optimizer.safetensors")
+        save_tensors(optimizer, path / "optimizer.safetensors")
         model.save_pretrained(path / "model")
         files = {p.relative_to(path).as_posix(): _sha256(p) for p in sorted(path.rglob("*")) if p.is_file()}
         (path / "state.json").write_text(json.dumps({**state, "files": files}, indent=2) + "\n")

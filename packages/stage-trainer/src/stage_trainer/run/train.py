@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from stage_trainer import masked_lm
-from stage_trainer.build import check_configs, load_tokenizer
+from stage_trainer.build import load_tokenizer
 from stage_trainer.data.batches import StageBatches, batches
 from stage_trainer.data.keyed import key
 from stage_trainer.data.ledger import Ledger
@@ -25,6 +25,7 @@ from stage_trainer.plan.auto import choose, planned_and_measured
 from stage_trainer.plan.devices import peak_flops
 from stage_trainer.plan.flops import StepShape, kept_patches, step_flops
 from stage_trainer.recipe import GradientCache, Recipe, Stage
+from stage_trainer.recipe.rules import check_ranks
 from stage_trainer.run import checkpoint
 from stage_trainer.run.control import Control
 from stage_trainer.run.environment import keep_freed_memory, native_precision, peak_memory, quiet, set_threads, versions
@@ -62,16 +63,11 @@ def _train(recipe: Recipe, number: int, rank: int, world: int, device: torch.dev
             print(f"precision: auto is {recipe.precision} here", flush=True)
     torch.manual_seed(key(recipe.seed, number))
     stage, directory = recipe.stage(number), recipe.stage_directory(number)
-    for task in ("image_text", "text", "masked_lm"):
-        if 0 < getattr(stage.batch, task) < world:
-            raise UserError(
-                f"batch.{task} is {getattr(stage.batch, task)}, fewer than the {world} ranks; raise it or use fewer"
-            )
+    check_ranks(recipe, number, world, recipe.name)
     if start_over and rank == 0:
         move_aside(directory)
     if world > 1:
         torch.distributed.barrier()
-    check_configs(recipe, number)
     tokenizer = load_tokenizer(recipe)
     make_batches = MaskedBatches if stage.masked else StageBatches
     data = make_batches(recipe, stage, number, tokenizer, rank, world)
@@ -96,9 +92,7 @@ def _train(recipe: Recipe, number: int, rank: int, world: int, device: torch.dev
             cache, planned = choice.cache, choice.planned
             if rank == 0:
                 print(choice.line, flush=True)
-        engine = Engine(objective, recipe, stage)
-        if optimizer:
-            engine.load_optimizer_state(optimizer)
+        engine = Engine(objective, recipe, stage, optimizer)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         run(recipe, stage, number, engine, data, state, step, until, cache)
