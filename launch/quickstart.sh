@@ -37,7 +37,10 @@ echo
 stage-trainer report --recipe "$recipe"
 cat <<TEXT
 
+recall@5: the share of queries whose answer is among the first five found; "blind guess" is what chance would reach
+
 the model:          $run/model   (stage_trainer.DualEncoder.from_pretrained("$run/model"))
 what it finds:      $run/search.png
-how it was trained: .venv/bin/tensorboard --logdir $run
+ask it yourself:    .venv/bin/stage-trainer search $run/model $corpus "a red flower" --out found.png
+how it was trained: .venv/bin/tensorboard --logdir $run   (the page Custom Scalars has what matters)
 TEXT

@@ -12,6 +12,7 @@ from pathlib import Path
 DEFAULT_RECIPE = "launch/recipes/laptop.yaml"
 
 _MODEL = "an exported model, a checkpoint, or a stage's folder with checkpoints"
+_DATA = "a corpus (its test split is used, or else its validation split), a folder of data sets, or one data set"
 
 EPILOG = """examples:
   stage-trainer train --recipe launch/recipes/laptop.yaml --stage 1
@@ -22,6 +23,10 @@ EPILOG = """examples:
   deepspeed --num_gpus 8 launch/stage1.sh --recipe launch/recipes/jina-clip-v2.yaml
   stage-trainer export runs/laptop/stage3 my-model
   stage-trainer evaluate my-model runs/corpus
+  stage-trainer search my-model runs/corpus "ein Hund" --out found.png
+
+`stage-trainer COMMAND --help` says what each takes. `tensorboard --logdir runs/laptop` shows a run; its page Custom
+Scalars has what matters.
 """
 
 
@@ -75,48 +80,68 @@ def parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser(
         "plan",
-        help="what fits, how long it takes and what it costs, before it runs",
+        help="what fits, how long training takes and what it costs, before it runs",
         description="Plans a recipe's stages for given devices: which settings fit, memory by part, operations, "
-        "samples a second, days and money. It needs neither a GPU nor the data.",
+        "samples a second, days and money, and how many texts max_tokens cuts. It needs neither a GPU nor the data; "
+        "of data that are here a sample is counted. It takes about a minute for each stage of a large model.",
     )
     p.add_argument("--recipe", default=DEFAULT_RECIPE, help="a YAML file (default: %(default)s)")
     p.add_argument("--stage", type=int, help="this stage alone (default: all)")
     p.add_argument("--gpus", type=int, default=1, help="how many devices, in data parallel (default: %(default)s)")
     p.add_argument("--gpu", default="h100-80gb", help="which, such as a100-40gb, or cpu (default: %(default)s)")
     p.add_argument("--memory", help="of one device, over what the table says, such as 24GiB")
-    p.add_argument("--peak", type=float, help="dense operations a second of one device, such as 165e12, likewise")
     p.add_argument(
-        "--utilisation", type=float, default=0.4, help="share of the peak that is reached (default: %(default)s)"
+        "--peak", type=float, help="most dense operations a second of one device, over what the table says, as 165e12"
     )
-    p.add_argument("--price", type=float, help="of one device for one hour")
     p.add_argument(
-        "--mean-tokens", type=float, help="of a text (default: as the sidecars count, or half of max_tokens)"
+        "--utilisation",
+        type=float,
+        default=0.4,
+        help="share of that peak which training reaches (default: %(default)s)",
     )
+    p.add_argument("--price", type=float, help="of one device for one hour, in any currency")
+    p.add_argument("--mean-tokens", type=float, help="of a text (default: counted on the data, or half of max_tokens)")
     p.add_argument("settings", nargs="*", metavar="key=value", help="overrides, as for train")
     p.set_defaults(run=_plan)
 
-    p = commands.add_parser("export", help="take the model out of a checkpoint or a finished stage")
+    p = commands.add_parser(
+        "export",
+        help="take the model out of a checkpoint or a finished stage",
+        description="Writes a directory for stage_trainer.DualEncoder.from_pretrained. Of a stage's folder it takes "
+        "the newest checkpoint, and says so; name a step-… folder for another.",
+    )
     p.add_argument("checkpoint", type=Path, help="a checkpoint, or a stage's folder (its newest checkpoint)")
     p.add_argument("out", type=Path, help="the directory to write; it must not exist")
     p.set_defaults(run=_export)
 
-    p = commands.add_parser("evaluate", help="recall@5 of an exported model on held-out pools")
-    p.add_argument("model", type=Path, help="an exported model, a checkpoint, or a stage's folder")
-    p.add_argument("data", type=Path, help="a corpus (its test split is used), or a folder of data sets")
+    p = commands.add_parser(
+        "evaluate",
+        help="figures of a model on held-out data: recall@5 of images and captions, nDCG of text pairs",
+        description="Measures every data set that DATA holds: of images with captions recall@5 in each direction (of "
+        "pages that answer queries nDCG@5, too), of text pairs and triplets nDCG@10, at each Matryoshka dim. What is "
+        "found of a stage's folder is also written into it, as evaluation.json, for `stage-trainer report`.",
+    )
+    p.add_argument("model", type=Path, help=_MODEL)
+    p.add_argument("data", type=Path, help=_DATA)
     p.add_argument("--json", type=Path, help="also write every figure, by language, to this file")
-    p.add_argument("--by-language", action="store_true", help="also print text→image for each language")
+    p.add_argument("--by-language", action="store_true", help="also print text→image (of texts nDCG) by language")
     p.set_defaults(run=_evaluate)
 
-    p = commands.add_parser("report", help="gather a run's evaluations into report.json and print one table")
+    p = commands.add_parser(
+        "report",
+        help="gather a run's evaluations into report.json and print one table",
+        description="Reads what `stage-trainer evaluate` wrote into the stages' folders of the recipe's run (its "
+        "output), and names the command for each stage that has not been evaluated.",
+    )
     p.add_argument("--recipe", default=DEFAULT_RECIPE, help="a YAML file (default: %(default)s)")
     p.add_argument("settings", nargs="*", metavar="key=value", help="overrides, as for train")
     p.set_defaults(run=_report)
 
     p = commands.add_parser("search", help="draw a picture: what a model finds for some queries")
-    p.add_argument("model", type=Path, help="an exported model, a checkpoint, or a stage's folder")
-    p.add_argument("data", type=Path, help="a corpus (its test split is used), or a folder of data sets")
+    p.add_argument("model", type=Path, help=_MODEL)
+    p.add_argument("data", type=Path, help=f"where the images are: {_DATA}")
     p.add_argument("--out", type=Path, default=Path("search.png"), help="the picture (default: %(default)s)")
-    p.add_argument("queries", nargs="*", help="texts; without any, a few of the pools' own in several languages")
+    p.add_argument("queries", nargs="*", help="texts; without any, twelve of the data's own captions are searched for")
     p.set_defaults(run=_search)
     return top
 

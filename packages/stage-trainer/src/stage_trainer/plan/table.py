@@ -66,15 +66,17 @@ def _segment(plan: SegmentPlan, stage: StagePlan, cluster: Cluster) -> list[str]
         f"  steps {segment.start:,} to {segment.stop:,}: {segment.resolution} px{dropped}; a device has "
         f"{sizes.images:,} images and {sizes.texts:,} texts of {sizes.length} tokens",
     ]
-    shown = [("as in the recipe: " + describe(plan.as_written.setting), plan.as_written)]
+    shown = [("the recipe's: " + describe(plan.as_written.setting), plan.as_written)]
     shown += [(describe(option.setting), option) for option in plan.tried]
-    width = max(len(name) for name, _ in shown)
-    lines.append(f"    {'way to run':<{width}}{'peak':>12}  {'fits':<4}{'samples/s':>11}")
+    width = min(max(len(name) for name, _ in shown), WIDTH - 35)
+    lines.append(f"    {'way to run':<{width}}{'peak':>14}  {'fits':<4}{'samples/s':>11}")
     for name, option in shown:
         seconds = plan.seconds(option, cluster, stage.precision)
         speed = f"{plan.samples / seconds:>11,.0f}" if seconds else f"{'–':>11}"
         fits = "yes" if option.fits else "no"
-        lines.append(f"    {name:<{width}}{_size(option.memory.total):>12}  {fits:<4}{speed}")
+        *above, name = textwrap.wrap(name, width, subsequent_indent="  ")
+        lines += [f"    {part}" for part in above]
+        lines.append(f"    {name:<{width}}{_size(option.memory.total):>14}  {fits:<4}{speed}")
     return [*lines, "", *_details(plan.as_written if plan.as_written.fits or not plan.best else plan.best)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import time
 from collections import Counter
@@ -167,9 +168,14 @@ class Monitor:
                 section: {title: ["Multiline", tags] for title, tags in of.items()} for section, of in page.items()
             }
             self.writer.add_custom_scalars(charts)
-            # Without a terminal, in a log file say, a bar would be one endless line.
             self.bar = tqdm(
-                total=steps, initial=start, desc=title, unit="step", dynamic_ncols=True, mininterval=1, disable=None
+                total=steps,
+                initial=start,
+                desc=title,
+                unit="step",
+                dynamic_ncols=True,
+                mininterval=1,
+                disable=not _terminal(),
             )
             self._began, self._shown = time.monotonic(), -_QUIET
         self._since = time.perf_counter()
@@ -271,6 +277,15 @@ class Monitor:
             self.writer.close()
             for sink in self.sinks:
                 sink.close()
+
+
+def _terminal() -> bool:
+    """Whether stderr is a terminal of some size: in a log file a bar would be one endless line, and where the size is
+    not known, as in some containers, it would not be seen."""
+    try:
+        return min(os.get_terminal_size(sys.stderr.fileno())) > 0
+    except (OSError, ValueError):
+        return False
 
 
 def joined(head: str, parts: Sequence[str], width: int = 120) -> str:

@@ -192,7 +192,8 @@ def write_report(recipe: Recipe) -> tuple[Path, str]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         pools = json.loads(path.read_text())
-        stages_table({"": pools})
+        if not stages_table({"": pools}):
+            raise ValueError("it is empty")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise UserError(
             f"{path} is not what `stage-trainer evaluate` writes ({error!r}); evaluate the stage again"
@@ -205,7 +206,10 @@ def next_steps(recipe: Recipe, number: int) -> str:
     directory = recipe.stage_directory(number)
     lines = []
     if number < len(recipe.stages):
-        lines.append(f"  stage {number + 1}:  the same command with --stage {number + 1}")
+        following = number + 1
+        lines.append(
+            f"  stage {following}:  launch/stage{following}.sh, or --stage {following}, in place of stage {number}"
+        )
     if recipe.stage(number).masked:
         lines.append(f"  use it:   name {directory}/step-…/model as model.text_weights of a recipe")
     else:
@@ -219,7 +223,7 @@ def next_steps(recipe: Recipe, number: int) -> str:
             f"  picture:  stage-trainer search {_words(directory, data)}",
             f"  model:    stage-trainer export {_words(directory, 'my-model')}",
         ]
-    lines.append(f"  curves:   tensorboard --logdir {_words(recipe.output)}")
+    lines.append(f"  curves:   tensorboard --logdir {_words(recipe.output)}   (first the page Custom Scalars)")
     return "\n".join(["what next:", *lines])
 
 
