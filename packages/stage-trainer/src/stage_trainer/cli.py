@@ -137,9 +137,18 @@ def _train(arguments: argparse.Namespace) -> None:
 
         print(dry_run(loaded, arguments.stage))
         return
-    from stage_trainer.run.train import train
+    import os
 
-    train(loaded.recipe, arguments.stage, start_over=arguments.start_over)
+    from stage_trainer.run.alone import hold_folder
+    from stage_trainer.run.stop import leave_when_asked
+
+    rank = int(os.environ.get("RANK", 0))
+    with leave_when_asked(rank), hold_folder(loaded.recipe, rank) as refusal:
+        if rank == 0:
+            print("loading PyTorch …", flush=True)
+        from stage_trainer.run.train import train
+
+        train(loaded.recipe, arguments.stage, start_over=arguments.start_over, refusal=refusal)
 
 
 def _plan(arguments: argparse.Namespace) -> None:

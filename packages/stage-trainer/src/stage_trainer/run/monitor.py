@@ -76,6 +76,7 @@ class Monitor:
         if active:
             from torch.utils.tensorboard import SummaryWriter
 
+            _keep_order(directory)
             self.writer = SummaryWriter(str(directory), purge_step=start)
             self.bar = tqdm(total=steps, initial=start, desc=title, unit="step", dynamic_ncols=True, mininterval=1)
         self._since = time.perf_counter()
@@ -165,6 +166,17 @@ class Monitor:
             self.writer.close()
             for sink in self.sinks:
                 sink.close()
+
+
+def _keep_order(directory: Path) -> None:
+    """Sees to it that the event files that are there come before the next one. TensorBoard reads them in the order of
+    their names, which begin with the clock's seconds, and each takes back what it was told of the steps that it begins
+    with: once the clock was set back, an older file would take back what the newer one says."""
+    files = sorted(directory.glob("*tfevents*"))
+    if not files or files[-1].name < f"events.out.tfevents.{int(time.time()):010d}":
+        return
+    for number, file in enumerate(files):
+        file.rename(directory / f"before-{number:04d}.{file.name[file.name.index('events.') :]}")
 
 
 def _by_source(seen: Counter[str]) -> Counter[str]:

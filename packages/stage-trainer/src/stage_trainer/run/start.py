@@ -15,8 +15,8 @@ from stage_trainer.recipe import Model as ModelOfRecipe
 from stage_trainer.recipe.read import flatten, to_dict
 from stage_trainer.run import checkpoint
 
-SO_FAR: dict[str, Any] = {"seconds": 0.0, "peak_memory_bytes": 0, "skipped": 0, "best": None}
-"""What a stage counts over all its processes; part of a checkpoint's state."""
+SO_FAR: dict[str, Any] = {"seconds": 0.0, "peak_memory_bytes": 0, "skipped": 0, "best": None, "unmeasured": False}
+"""What a stage counts over all its processes, and whether it owes an evaluation; part of a checkpoint's state."""
 _STAGE = Stage(steps=0, max_tokens=0, batch=BatchSizes(), lr=PerTower(), data=StageData())
 _DEFAULTS = Recipe(name="", output="", corpus="", model=ModelOfRecipe(text={}, tokenizer=""), stages=(_STAGE,))
 
