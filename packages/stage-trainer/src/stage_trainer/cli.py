@@ -15,7 +15,7 @@ EPILOG = """examples:
   stage-trainer train --recipe launch/recipes/masked-lm.yaml --stage 1
   stage-trainer train --recipe launch/recipes/jina-clip-v2.yaml --stage 3 --dry-run
   stage-trainer plan --recipe launch/recipes/jina-clip-v2.yaml --gpus 8 --gpu h100-80gb --price 2.5
-  deepspeed --num_gpus 8 launch/stage1.sh --recipe launch/recipes/jina-clip-v2.yaml
+  deepspeed -q --num_gpus 8 launch/stage1.sh --recipe launch/recipes/jina-clip-v2.yaml
   stage-trainer export runs/laptop/stage3 my-model
   stage-trainer evaluate my-model runs/corpus
 """
