@@ -47,7 +47,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(train, start, tmp_path):
     train(1, *options, recipe=RECIPE, output="straight")
     process = start(1, *options, recipe=RECIPE, output="killed")
     while not list((tmp_path / "killed/stage1").glob("step-*")):
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.stdout.read()
         time.sleep(0.01)
     process.kill()
     process.wait()

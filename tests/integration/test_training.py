@@ -61,7 +61,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(train, start, tmp_path):
     train(1, *options, output="straight")
     process = start(1, *options, output="killed")
     while not list((tmp_path / "killed/stage1").glob("step-*")):
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.stdout.read()
         time.sleep(0.01)
     process.kill()
     process.wait()
@@ -110,11 +110,11 @@ def test_a_stopped_run_saves_and_goes_on_past_a_damaged_checkpoint(train, start,
     train(1, *options, output="straight")
     process = start(1, *options, output="stopped")
     while not list((tmp_path / "stopped/stage1").glob("step-*")):
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.stdout.read()
         time.sleep(0.01)
     process.terminate()
     assert process.wait() == 75
-    assert "as asked; the same command goes on" in process.stderr.read()
+    assert "as asked; the same command goes on" in process.stdout.read()
     newest = max((tmp_path / "stopped/stage1").glob("step-*"))
     assert newest.name > "step-0000008"
     damaged = newest / "optimizer.safetensors"

@@ -125,8 +125,12 @@ class Ledger:
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except BlockingIOError as error:
                 raise UserError(f"{self.path} is in use by another run; wait for it or stop it") from error
+            except OSError as error:  # without locks two runs might pay twice
+                raise UserError(
+                    f"{self.path}: this file system has no locks ({error.strerror}); put the ledger on another one"
+                ) from error
             try:
                 yield
             except sqlite3.OperationalError as error:

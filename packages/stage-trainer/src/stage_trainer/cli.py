@@ -20,7 +20,7 @@ EPILOG = """examples:
   stage-trainer train --recipe launch/recipes/masked-lm.yaml --stage 1
   stage-trainer train --recipe launch/recipes/jina-clip-v2.yaml --stage 3 --dry-run
   stage-trainer plan --recipe launch/recipes/jina-clip-v2.yaml --gpus 8 --gpu h100-80gb --price 2.5
-  deepspeed --num_gpus 8 launch/stage1.sh --recipe launch/recipes/jina-clip-v2.yaml
+  deepspeed -q --num_gpus 8 launch/stage1.sh --recipe launch/recipes/jina-clip-v2.yaml
   stage-trainer export runs/laptop/stage3 my-model
   stage-trainer evaluate my-model runs/corpus
   stage-trainer search my-model runs/corpus "ein Hund" --out found.png
@@ -169,9 +169,18 @@ def _train(arguments: argparse.Namespace) -> None:
 
         print(dry_run(loaded, arguments.stage))
         return
-    from stage_trainer.run.train import train
+    import os
 
-    train(loaded.recipe, arguments.stage, start_over=arguments.start_over)
+    from stage_trainer.run.alone import hold_folder
+    from stage_trainer.run.stop import leave_when_asked
+
+    rank = int(os.environ.get("RANK", 0))
+    with leave_when_asked(rank), hold_folder(loaded.recipe, rank) as refusal:
+        if rank == 0:
+            print("loading PyTorch …", flush=True)
+        from stage_trainer.run.train import train
+
+        train(loaded.recipe, arguments.stage, start_over=arguments.start_over, refusal=refusal)
 
 
 def _plan(arguments: argparse.Namespace) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,24 +22,7 @@ from stage_trainer.movement import Movement
 from stage_trainer.objective import Embedded, MultiTask, Part
 from stage_trainer.optim import build_optimizer, named_states, parameter_groups
 from stage_trainer.recipe import Recipe, Stage
-
-
-def initialize_distributed() -> tuple[int, int, torch.device]:
-    """(rank, world size, device); a single process needs no launcher. NCCL on GPUs, gloo elsewhere."""
-    import deepspeed
-
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
-    # Compiling DeepSpeed's shared-memory op takes a minute and a compiler; gloo does the same work.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
+from stage_trainer.run.rendezvous import initialize_distributed as initialize_distributed
 
 
 class Engine:
@@ -360,11 +342,3 @@ def deepspeed_config(recipe: Recipe, stage: Stage) -> dict[str, Any]:
         "gradient_clipping": recipe.optimizer.gradient_clipping,
         "zero_allow_untested_optimizer": True,
     }
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from data_prep.shards import Dataset, ShardError, ShardUnavailable
 from text_tower import PackedTokens, Tokenizer
-from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from vision_tower import ImageError, augment, simclr_view
 
@@ -265,38 +264,6 @@ def enumerate_within(seeds: list[int]) -> Iterator[tuple[int, int]]:
         run = run + 1 if seed == previous else 0
         previous = seed
         yield run, seed
-
-
-class _FailuresAsItems(TorchDataset):
-    """Errors that name bad data, handed over whole: a loader's worker would bury them in a traceback."""
-
-    def __init__(self, data: TorchDataset):
-        self.data = data
-
-    def __getitem__(self, step: int) -> Any:
-        try:
-            return self.data[step]
-        except (ShardError, UserError) as error:
-            return error
-
-
-def batches(data: TorchDataset, start: int, stop: int, workers: int) -> Iterator[tuple[Any, Drawn]]:
-    """Batches `start` to `stop` - 1, made ahead by worker processes if there are any.
-
-    Raises:
-        UserError: a source of which hardly a sample can be read.
-    """
-    loader = DataLoader(
-        _FailuresAsItems(data),
-        batch_size=None,
-        sampler=range(start, stop),
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-    )
-    for item in loader:
-        if isinstance(item, Exception):
-            raise UserError(str(item)) from item
-        yield item
 
 
 def _replacement(data: Dataset, index: int, attempt: int, whole_shard: bool) -> int:

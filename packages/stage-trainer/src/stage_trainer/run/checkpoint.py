@@ -102,6 +102,12 @@ def newest_sound(directory: Path) -> Saved | None:
             problem = UserError(f"{'; '.join(damages)}; move them away and start the stage again")
         for line in damages if found else ():
             print(f"{line}; going on from step {found.step} instead", flush=True)  # type: ignore[union-attr]
+        if damages and found:
+            print(
+                "(damaged checkpoints stay, for you to look at, and can be deleted; when the run comes to the step of "
+                "one again, that one gets a name that ends in .damaged-1)",
+                flush=True,
+            )
     found, problem = from_rank_0((found, problem))
     if problem is not None:
         raise problem
@@ -110,15 +116,20 @@ def newest_sound(directory: Path) -> Saved | None:
     return found
 
 
+def path_of(directory: Path, step: int) -> Path:
+    """Where a stage's checkpoint of a step stands."""
+    return directory / f"step-{step:07d}"
+
+
 def write(directory: Path, step: int, model: Model, optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Writes the checkpoint of `step`, whole or not at all.
 
     Raises:
         UserError: the disk took no more.
     """
-    target = directory / f"step-{step:07d}"
-    if target.exists():  # damaged, or the run would have gone on from it
-        target.rename(free_name(target, "damaged"))
+    target = path_of(directory, step)
+    if target.exists():  # damaged, or the run would have gone on from it; but where a file system has no locks …
+        target.rename(free_name(target, "damaged" if Saved(target, step).damage() else "other"))
     with whole_directory(target) as path:
         save_tensors(optimizer, path / "optimizer.safetensors")
         model.save_pretrained(path / "model")

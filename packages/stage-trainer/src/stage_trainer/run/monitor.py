@@ -162,6 +162,7 @@ class Monitor:
         if active:
             from torch.utils.tensorboard import SummaryWriter
 
+            _keep_order(directory)
             self.writer = SummaryWriter(str(directory), purge_step=start)
             page = MASKED_PAGE if max_tokens is None else PAGE
             charts = {
@@ -305,3 +306,14 @@ def in_words(seconds: float) -> str:
         if seconds < most * size:
             return f"{seconds / size:.0f} {unit}" if unit != "h" else f"{seconds / size:.1f} {unit}"
     return f"{seconds / 86400:.1f} days"
+
+
+def _keep_order(directory: Path) -> None:
+    """Sees to it that the event files that are there come before the next one. TensorBoard reads them in the order of
+    their names, which begin with the clock's seconds, and each takes back what it was told of the steps that it begins
+    with: once the clock was set back, an older file would take back what the newer one says."""
+    files = sorted(directory.glob("*tfevents*"))
+    if not files or files[-1].name < f"events.out.tfevents.{int(time.time()):010d}":
+        return
+    for number, file in enumerate(files):
+        file.rename(directory / f"before-{number:04d}.{file.name[file.name.index('events.') :]}")

@@ -68,6 +68,11 @@ class Saver:
             self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
             self._thread.start()
 
+    def note_best(self, step: int, best: dict[str, Any]) -> None:
+        """Enters that the checkpoint of `step` is the best; it stays until one is better."""
+        if self.rank == 0:
+            write_whole(self.directory / BEST, json.dumps({**best, "step": step}) + "\n")
+
     def finish(self) -> None:
         """Waits until what was saved is on disk.
 
@@ -88,7 +93,7 @@ class Saver:
             model.load_state_dict(weights, assign=True)
             checkpoint.write(self.directory, step, model, optimizer, state)
             if best:
-                write_whole(self.directory / BEST, json.dumps({**best, "step": step}) + "\n")
+                self.note_best(step, best)
             kept = {_read_best(self.directory).get("step")}
             for old in [s for s in checkpoint.all_saved(self.directory) if s.step <= step][: -self.keep]:
                 if old.step not in kept:

@@ -16,9 +16,11 @@ from stage_trainer.recipe.read import flatten, to_dict
 from stage_trainer.run import checkpoint
 
 SO_FAR: dict[str, Any] = {
-    "seconds": 0.0, "peak_memory_bytes": 0, "skipped": 0, "best": None, "texts_drawn": {}, "texts_cut": {},
+    "seconds": 0.0, "peak_memory_bytes": 0, "skipped": 0, "best": None, "unmeasured": False, "texts_drawn": {},
+    "texts_cut": {},
 }  # fmt: skip
-"""What a stage counts over all its processes; part of a checkpoint's state. Texts are counted by source."""
+"""What a stage counts over all its processes (texts by source), and whether it owes an evaluation; part of a
+checkpoint's state."""
 _STAGE = Stage(steps=0, max_tokens=0, batch=BatchSizes(), lr=Rates(), data=StageData())
 _DEFAULTS = Recipe(name="", output="", corpus="", model=ModelOfRecipe(text={}, tokenizer=""), stages=(_STAGE,))
 

@@ -11,11 +11,12 @@ import torch
 
 from stage_trainer import masked_lm
 from stage_trainer.build import load_tokenizer
-from stage_trainer.data.batches import StageBatches, batches
+from stage_trainer.data.batches import StageBatches
 from stage_trainer.data.keyed import key
 from stage_trainer.data.ledger import Ledger
+from stage_trainer.data.loader import batches, worker_deaths_explained
 from stage_trainer.data.masked import MaskedBatches
-from stage_trainer.engine import Engine, initialize_distributed
+from stage_trainer.engine import Engine
 from stage_trainer.errors import Stopped, UserError
 from stage_trainer.masked_lm import HiddenWords
 from stage_trainer.model import DualEncoder
@@ -31,6 +32,8 @@ from stage_trainer.run.control import Control
 from stage_trainer.run.environment import keep_freed_memory, native_precision, peak_memory, quiet, set_threads, versions
 from stage_trainer.run.health import Health
 from stage_trainer.run.monitor import Monitor, Texts, open_sinks
+from stage_trainer.run.rank_0 import from_rank_0
+from stage_trainer.run.rendezvous import initialize_distributed
 from stage_trainer.run.report import next_steps
 from stage_trainer.run.saver import Saver, better, check_best
 from stage_trainer.run.start import move_aside, settings, starting_point
@@ -39,8 +42,12 @@ from stage_trainer.run.validation import validation
 from stage_trainer.step import forward_backward
 
 
-def train(recipe: Recipe, number: int, *, start_over: bool = False) -> None:
+def train(recipe: Recipe, number: int, *, start_over: bool = False, refusal: UserError | None = None) -> None:
     """Trains stage `number` (from 1) of a recipe; to be called by every rank.
+
+    Args:
+        start_over: moves what the stage has aside, and begins anew.
+        refusal: why rank 0 may not begin, for the ranks of other machines to hear of it.
 
     Raises:
         UserError: a stage whose predecessor has not run, data or settings that do not fit, a full disk, losses that are
@@ -48,11 +55,13 @@ def train(recipe: Recipe, number: int, *, start_over: bool = False) -> None:
         Stopped: the run was asked to stop, and has saved.
     """
     quiet()
-    rank, world, device = initialize_distributed()
+    rank, world, device = initialize_distributed(recipe.output)
     set_threads(world)
     if device.type == "cpu":
         keep_freed_memory()
     with one_reason(Path(recipe.output), rank, world):
+        if refusal := from_rank_0(refusal):
+            raise refusal
         _train(recipe, number, rank, world, device, start_over)
 
 
@@ -76,9 +85,11 @@ def _train(recipe: Recipe, number: int, rank: int, world: int, device: torch.dev
     step = -1
     while step < stage.steps:
         # A change of resolution is a checkpoint and a start from it: one way for both, and nothing to patch in place.
-        model, optimizer, step = starting_point(recipe, number, state, tokenizer)
+        former, (model, optimizer, step) = step, starting_point(recipe, number, state, tokenizer)
         if step == stage.steps:
             break
+        if rank == 0 and former < 0 < step:
+            print(f"going on from step {step} of {stage.steps} ({checkpoint.path_of(directory, step)})", flush=True)
         objective: MultiTask | HiddenWords
         if isinstance(model, DualEncoder):
             checkpoint.set_resolution(model, stage.resolution_at(step), optimizer)
@@ -95,7 +106,8 @@ def _train(recipe: Recipe, number: int, rank: int, world: int, device: torch.dev
         engine = Engine(objective, recipe, stage, optimizer)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        run(recipe, stage, number, engine, data, state, step, until, cache)
+        with worker_deaths_explained(recipe.workers):
+            run(recipe, stage, number, engine, data, state, step, until, cache)
         if rank == 0 and planned and (line := planned_and_measured(planned, device)):
             print(line, flush=True)
     if rank == 0:
@@ -144,6 +156,11 @@ def run(
         ) as monitor,
     ):
         sources = list(data.fingerprint)
+        if validate and state["unmeasured"]:
+            measured = validate(monitor, start, rank, world)
+            if best := better(measured, validate.measures, recipe.checkpoint.best, state):
+                saver.note_best(start, best)
+            state["unmeasured"] = False
         loader = batches(data, start, stop, recipe.workers)
         for step in range(start, stop):
             began_waiting = time.perf_counter()
@@ -184,12 +201,16 @@ def run(
             if unsaved:
                 saver.finish()
             best = None
-            if validate and (done % recipe.evaluation.every == 0 or done == stage.steps):
+            due = validate and (done % recipe.evaluation.every == 0 or done == stage.steps)
+            # An evaluation may take longer than whoever asks for an end will wait: what is due is then made up for.
+            state["unmeasured"] = bool(due and asked and done < stage.steps)
+            if validate and due and not state["unmeasured"]:
                 measured = validate(monitor, done, rank, world)
                 best = better(measured, validate.measures, recipe.checkpoint.best, state)
                 if done == stage.steps:
                     shown = [name for name in measured if validate.measures[name].headline]
                     monitor.outcome(state["settings"], [*shown, *(f"loss/{task}" for task in losses)])
+                (asked,) = control.agree(control.asked)
             if done == stop or asked or best or (recipe.checkpoint.every and done % recipe.checkpoint.every == 0):
                 _check_parameters(engine, step, directory)
                 state["seconds"] = before + time.perf_counter() - began
