@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from stage_trainer.errors import UserError
-from stage_trainer.recipe.schema import GradientCache, Recipe
+from stage_trainer.recipe.schema import GradientCache, Model, Recipe
 
 
 def check(recipe: Recipe, path: str | Path) -> None:
@@ -18,6 +18,7 @@ def check(recipe: Recipe, path: str | Path) -> None:
         raise UserError(
             f"{path}: 'remote.downloads' should be at least 1, 'retries' at least 0, 'timeout' and 'gigabytes' above 0"
         )
+    _check_model(recipe.model, path)
     if not recipe.stages:
         raise UserError(f"{path}: 'stages' is empty; a recipe needs at least one stage")
     for number, stage in enumerate(recipe.stages, 1):
@@ -71,8 +72,11 @@ def check(recipe: Recipe, path: str | Path) -> None:
 def _check_pairs(recipe: Recipe, number: int, here: str) -> None:
     """A stage that learns from pairs."""
     stage = recipe.stage(number)
-    if recipe.model.vision is None:
-        raise UserError(f"{here} trains both towers, and 'model.vision' is missing; add it")
+    if recipe.model.vision is None and not (recipe.model.weights or recipe.model.vision_weights):
+        raise UserError(
+            f"{here} trains both towers, and 'model.vision' is missing; add it, or weights that have it "
+            "(model.weights, model.vision_weights)"
+        )
     for name in ("resolution", "patch_dropout"):
         starts = [start for start, _ in getattr(stage, name)]
         if not starts or starts[0] != 0 or starts != sorted(set(starts)):
@@ -115,3 +119,18 @@ def _check_masked_lm(recipe: Recipe, number: int, here: str) -> None:
             f"often as another) to 1 (by their texts); found {stage.masking.share} and "
             f"{stage.masking.language_exponent}"
         )
+
+
+def _check_model(model: Model, path: str | Path) -> None:
+    """Where the model is from."""
+    text, vision = model.text_weights or model.weights, model.vision_weights or model.weights
+    if model.tokenizer is None and not text:
+        raise UserError(f"{path}: 'model.tokenizer' is missing; add it, or weights that have one")
+    for key, weights in (("text", text), ("vision", vision), ("temperature", text and vision)):
+        if getattr(model.override, key) and not weights:
+            raise UserError(
+                f"{path}: 'model.override.{key}' is set, and there are no weights to override; use 'model.{key}'"
+            )
+    for key, value in (("temperature", model.temperature), ("override.temperature", model.override.temperature)):
+        if value is not None and not value > 0:
+            raise UserError(f"{path}: 'model.{key}' is {value}; it should be above 0")
