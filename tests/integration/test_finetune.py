@@ -40,11 +40,8 @@ def test_a_folder_of_images_becomes_a_finetuned_model(run, tmp_path):
     DualEncoder(TextTower(text), VisionTower(vision)).save_pretrained(tmp_path / "published")
 
     ours = (
-        "model.text={vocab_size: 386, width: 64, layers: 1, heads: 2, mlp_width: 256, max_length: 128, lora_rank: 2, "
-        "lora_alpha: 2, adapters: [retrieval.query]}",
-        "model.vision={patch: 8, width: 64, layers: 2, heads: 2, mlp_ratio: 2.6667}",
-        "model.text_weights=published/text", "model.vision_weights=published/vision",
-        "model.tokenizer={corpus}/tokenizer.model", "workers=0", "max_tokens=32", "steps=12", "batch.image_text=16",
+        "model.weights=published", "model.tokenizer={corpus}/tokenizer.model",
+        "workers=0", "max_tokens=32", "steps=12", "batch.image_text=16",
         "resolution=[[0, 32]]", "loss.dims=[64, 32]", "evaluation.every=6", "checkpoint.every=6", "warmup_steps=2",
         "precision=fp32",
     )  # fmt: skip

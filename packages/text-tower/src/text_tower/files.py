@@ -65,6 +65,20 @@ def read_weights(directory: Path, stem: str = "model", pickle_stem: str = "pytor
     raise FileNotFoundError(f"{directory} holds no weights; expected {stem}.safetensors (or {pickle_stem}.bin)")
 
 
+def read_shapes(directory: Path, stem: str = "model", pickle_stem: str = "pytorch_model") -> dict[str, Tensor]:
+    """What `read_weights` would read, as tensors on the meta device: shapes without the numbers."""
+    if (directory / f"{stem}.safetensors").is_file():
+        from safetensors import SafetensorError, safe_open
+
+        file = directory / f"{stem}.safetensors"
+        try:
+            with safe_open(file, framework="pt") as content:
+                return {key: torch.empty(content.get_slice(key).get_shape(), device="meta") for key in content.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{file} is no safetensors file, or is cut short ({error})") from error
+    return {name: tensor.to("meta") for name, tensor in read_weights(directory, stem, pickle_stem).items()}
+
+
 def _safetensors(file: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file

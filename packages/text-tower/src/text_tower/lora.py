@@ -34,27 +34,25 @@ class _Adapted(nn.Module):
         for k in range(self.adapters):
             self.register_parameter(f"lora_A_{k}", nn.Parameter(torch.empty(a)))
             self.register_parameter(f"lora_B_{k}", nn.Parameter(torch.empty(b)))
-        self.reset_adapters()
+            self.reset_adapter(k)
 
     def adapter(self, k: int) -> tuple[Tensor, Tensor]:
         """(A, B) of adapter k."""
         return getattr(self, f"lora_A_{k}"), getattr(self, f"lora_B_{k}")
 
-    def reset_adapters(self) -> None:
+    def reset_adapter(self, k: int) -> None:
         """A uniform (Kaiming), B zero: a fresh adapter changes nothing."""
-        for k in range(self.adapters):
-            a, b = self.adapter(k)
-            nn.init.uniform_(a, -1 / math.sqrt(a.shape[1]), 1 / math.sqrt(a.shape[1]))
-            nn.init.zeros_(b)
+        a, b = self.adapter(k)
+        nn.init.uniform_(a, -1 / math.sqrt(a.shape[1]), 1 / math.sqrt(a.shape[1]))
+        nn.init.zeros_(b)
 
     def _renew_adapters(self) -> None:
         """Memory and initial values for adapters that are on the meta device."""
         for k in range(self.adapters):
-            for name, half in zip((f"lora_A_{k}", f"lora_B_{k}"), self.adapter(k), strict=True):
-                setattr(
-                    self, name, nn.Parameter(torch.empty_like(half, device=self.weight.device, dtype=self.weight.dtype))
-                )
-        self.reset_adapters()
+            if self.adapter(k)[0].is_meta:
+                for name, half in zip((f"lora_A_{k}", f"lora_B_{k}"), self.adapter(k), strict=True):
+                    setattr(self, name, nn.Parameter(self.weight.new_empty(half.shape)))
+                self.reset_adapter(k)
 
 
 class AdaptedLinear(_Adapted, nn.Linear):
@@ -154,5 +152,5 @@ def unstacked(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def add_fresh_adapters(model: nn.Module) -> None:
     """Gives adapters that still are on the meta device memory and their initial values."""
     for module in model.modules():
-        if isinstance(module, _Adapted) and module.adapters and module.adapter(0)[0].is_meta:
+        if isinstance(module, _Adapted):
             module._renew_adapters()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,32 @@ from torch import Tensor
 
 from text_tower import config_json, peft_folders, st_folder
 from text_tower.config import TextTowerConfig
-from text_tower.files import check_keys, read_json, read_weights, whole_directory, write_json, write_weights
+from text_tower.files import (
+    check_keys,
+    read_json,
+    read_shapes,
+    read_weights,
+    whole_directory,
+    write_json,
+    write_weights,
+)
 from text_tower.layouts import Layout
-from text_tower.lora import AdaptedEmbedding, AdaptedLinear, add_fresh_adapters, is_adapter, stacked, unstacked
+from text_tower.lora import (
+    AdaptedEmbedding,
+    AdaptedLinear,
+    adapter_number,
+    add_fresh_adapters,
+    is_adapter,
+    stacked,
+    unstacked,
+)
 from text_tower.tokenizer import Tokenizer
 from text_tower.tokenizer_files import CONFIG_FILE
 from text_tower.tower import TextTower
 
 UNMERGED = "unmerged"  # .safetensors: base weights and adapters apart
 LAYOUTS = ("transformers", "peft", "remote-code")
-OVERRIDES = ("rope_theta", "max_length", "attention", "compile", *config_json.OURS)
+OVERRIDES = ("rope_theta", "max_length", "layer_norm_eps", "pad_id", "attention", "compile", *config_json.OURS)
 
 
 def read(path: str | Path, *, peft: str | Path | Mapping[str, str | Path] | None = None, **overrides: Any) -> TextTower:
@@ -36,9 +52,9 @@ def read(path: str | Path, *, peft: str | Path | Mapping[str, str | Path] | None
         peft: adapters for weights that have none: {name: folder that PEFT wrote}, the first being the default; or one
             folder, whose own name is the adapter's.
         overrides: fields of `TextTowerConfig` that are not the shape of the base weights: dropout, checkpointing,
-            attention, compile, instructions, truncate_dim, max_length, lora_rank, lora_alpha, adapters (of a directory
-            that has some, those to keep, the default first; fresh ones for a directory that has none), and rope_theta
-            for XLM-RoBERTa weights, which know none.
+            attention, compile, instructions, truncate_dim, max_length, layer_norm_eps, pad_id, lora_rank, lora_alpha,
+            adapters (those of the directory that are kept, in this order; other names are fresh ones), and
+            rope_theta for XLM-RoBERTa weights, which know none.
 
     Raises:
         FileNotFoundError: no such directory or file.
@@ -61,24 +77,17 @@ def load(
     path: Path, peft: str | Path | Mapping[str, str | Path] | None, overrides: dict[str, Any]
 ) -> tuple[TextTower, Layout, dict[str, Tensor]]:
     """(the tower, the layout it was in, the file's masked-language-model head: `lm_head.…`, empty if it has none)."""
-    said = st_folder.read(path)
-    path = said.transformer
-    stored = read_json(path / "config.json")
+    found = _Found.of(path, read_weights)
+    path, stored, weights, layout, config = found.path, found.stored, found.weights, found.layout, found.config
     peft = {Path(peft).name: peft} if isinstance(peft, str | Path) else peft or {}
     folders = {name: Path(folder) for name, folder in peft.items()}
     ours = stored.get(config_json.OUR_KEY, {})
-    unmerged = bool(ours.get("adapters")) and (path / f"{UNMERGED}.safetensors").is_file()
-    weights = read_weights(path, UNMERGED) if unmerged else read_weights(path)
-    layout = Layout.of(weights)
-    config = config_json.from_json(stored, weights, layout, path / "config.json")
-    tokenizer = Tokenizer.in_directory(path)
-    config = _with_what_else_is_said(config, said, tokenizer)
     head = {name: tensor for name, tensor in weights.items() if name.startswith("lm_head.")}
     weights = layout.without_the_rest(weights)
 
     if folders and config.adapters:
         raise ValueError(f"{path} has adapters, {list(config.adapters)}; peft= is for weights without any")
-    if ours.get("adapters") and not unmerged:
+    if ours.get("adapters") and not found.unmerged:
         folders = {name: path / name for name in config.adapters}
         if not all((folder / "adapter_config.json").is_file() for folder in folders.values()):
             raise FileNotFoundError(
@@ -98,22 +107,86 @@ def load(
     adapters: dict[str, Tensor] = {}
     if folders:
         adapters, config = _from_folders(folders, config)
-    config = replace(config, **overrides)
-    with torch.device("meta"):
-        tower = TextTower(config)
-    shapes = {name: list(tensor.shape) for name, tensor in stacked(tower.state_dict()).items()}
+    shapes = {name: list(tensor.shape) for name, tensor in stacked(_empty(config).state_dict()).items()}
     expected = {name: shape for name, shape in shapes.items() if in_file or not is_adapter(name)}
     check_keys(layout.expected(expected), weights, f"{path} (it looks like {layout})")
-    named = layout.to_ours(expected, weights) | adapters
+    state = unstacked(layout.to_ours(expected, weights) | adapters)
+    wanted = _overridden(config, overrides)
+    state = _with_adapters_of(wanted, config, state)
+    tower = _empty(wanted)
     # Adapters that are neither in the file nor in folders are made new.
-    tower.load_state_dict(unstacked(named), assign=True, strict=named.keys() == shapes.keys())
+    tower.load_state_dict(state, assign=True, strict=set(wanted.adapters) <= set(config.adapters))
     add_fresh_adapters(tower)
     if str(stored.get("_name_or_path", "")).startswith("jinaai/"):
         warnings.warn(
             f"{stored['_name_or_path']} is published under CC-BY-NC-4.0: not for commercial use", stacklevel=4
         )
-    tower.tokenizer = tokenizer
+    tower.tokenizer = found.tokenizer
     return tower, layout, head
+
+
+def read_config(path: str | Path) -> tuple[TextTowerConfig, frozenset[str]]:
+    """The configuration of the tower in a directory, its weights unread, and the fields of it that the weights do not
+    settle: rotary positions of XLM-RoBERTa's, which were trained without. It raises as `read` does."""
+    found = _Found.of(Path(path), read_shapes)
+    return found.config, frozenset({"rope_theta"} if found.layout.kind == "xlm-r" else ())
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A directory before its weights become a tower: `path` is where the transformer itself is, `unmerged` whether
+    weights and adapters are apart in a file of their own, and `config` what all its files say together."""
+
+    path: Path
+    stored: dict[str, Any]
+    weights: dict[str, Tensor]
+    unmerged: bool
+    layout: Layout
+    config: TextTowerConfig
+    tokenizer: Tokenizer | None
+
+    @classmethod
+    def of(cls, path: Path, reader: Callable[..., dict[str, Tensor]]) -> _Found:
+        said = st_folder.read(path)
+        path = said.transformer
+        stored = read_json(path / "config.json")
+        ours = stored.get(config_json.OUR_KEY, {})
+        unmerged = bool(ours.get("adapters")) and (path / f"{UNMERGED}.safetensors").is_file()
+        weights = reader(path, UNMERGED) if unmerged else reader(path)
+        layout = Layout.of(weights)
+        config = config_json.from_json(stored, weights, layout, path / "config.json")
+        tokenizer = Tokenizer.in_directory(path)
+        config = _with_what_else_is_said(config, said, tokenizer)
+        return cls(path, stored, weights, unmerged, layout, config, tokenizer)
+
+
+def _empty(config: TextTowerConfig) -> TextTower:
+    with torch.device("meta"):
+        return TextTower(config)
+
+
+def _overridden(config: TextTowerConfig, overrides: Mapping[str, Any]) -> TextTowerConfig:
+    if "adapters" in overrides and not overrides["adapters"]:
+        overrides = {**overrides, "lora_rank": 0}
+    return replace(config, **overrides)
+
+
+def _with_adapters_of(
+    wanted: TextTowerConfig, config: TextTowerConfig, state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """A state dict with the adapters that are wanted, by name, in their new order; what is new of them is absent."""
+    kept = {name: k for k, name in enumerate(config.adapters) if name in wanted.adapters}
+    if kept and wanted.lora_rank != config.lora_rank:
+        raise ValueError(f"lora_rank is {wanted.lora_rank}, but the adapters {list(kept)} have {config.lora_rank}")
+    numbers = {k: wanted.adapters.index(name) for name, k in kept.items()}
+    result = {}
+    for name, tensor in state.items():
+        k = adapter_number(name)
+        if k is None:
+            result[name] = tensor
+        elif k in numbers:
+            result[f"{name.rpartition('_')[0]}_{numbers[k]}"] = tensor
+    return result
 
 
 def _with_what_else_is_said(
@@ -140,8 +213,7 @@ def _with_what_else_is_said(
 
 def _from_folders(folders: Mapping[str, Path], config: TextTowerConfig) -> tuple[dict[str, Tensor], TextTowerConfig]:
     """Adapters out of PEFT's folders, and the configuration of a tower that has them."""
-    with torch.device("meta"):
-        plain = TextTower(replace(config, adapters=(), lora_rank=0))
+    plain = _empty(replace(config, adapters=(), lora_rank=0))
     shapes = {
         name.removesuffix(".weight"): list(p.shape)
         for name, p in plain.named_parameters()

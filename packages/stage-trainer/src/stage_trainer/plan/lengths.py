@@ -13,6 +13,7 @@ from text_tower import Tokenizer
 from stage_trainer.data.remote_data import place
 from stage_trainer.data.samples import texts_of
 from stage_trainer.recipe import Recipe, Source, Stage
+from stage_trainer.weights import tower_weights
 
 SAMPLES, SHARDS = 256, 8
 """Samples of a data set whose texts are counted, out of so many of its shards, both evenly spread."""
@@ -87,7 +88,8 @@ def _name(source: Source) -> str:
 
 def _tokenizer(recipe: Recipe) -> Tokenizer | None:
     try:
-        return Tokenizer.from_file(recipe.model.tokenizer)
+        path = recipe.model.tokenizer or tower_weights(recipe.model, "text", fetch=False)
+        return Tokenizer.from_file(path) if path else None
     except (ValueError, OSError):  # a plan needs none; a run says what is wrong with it
         return None
 

@@ -46,6 +46,7 @@ OF_RECIPE = {
     "max_skipped": ONE_OR_MORE,
     "log_every": ONE_OR_MORE,
     "model.temperature": ABOVE_ZERO,
+    "model.override.temperature": ABOVE_ZERO,
     "remote.gigabytes": ABOVE_ZERO,
     "remote.downloads": ONE_OR_MORE,
     "remote.timeout": ABOVE_ZERO,

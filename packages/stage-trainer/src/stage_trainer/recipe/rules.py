@@ -13,7 +13,7 @@ from stage_trainer.errors import UserError
 from stage_trainer.evaluation.measure import OF_HIDDEN_WORDS, OF_PAIRS
 from stage_trainer.recipe import deepspeed
 from stage_trainer.recipe.ranges import OF_RECIPE, OF_STAGE, check_leaves, check_ranges
-from stage_trainer.recipe.schema import Recipe
+from stage_trainer.recipe.schema import Model, Recipe
 from stage_trainer.recipe.stage_rules import check_stage
 from stage_trainer.recipe.tower_rules import check_towers
 
@@ -31,6 +31,7 @@ def check(recipe: Recipe, where: str, *, stage: int | None = None, ranks: int = 
     """
     check_leaves(dataclasses.asdict(recipe), where)
     check_ranges(recipe, OF_RECIPE, where)
+    _check_model(recipe.model, where)
     if not recipe.stages:
         raise UserError(f"{where}: 'stages' is empty; a recipe needs at least one stage")
     for number, of_number in enumerate(recipe.stages, 1):
@@ -89,3 +90,15 @@ def _check_evaluation(recipe: Recipe, numbers: Sequence[int], where: str) -> Non
             f"{where}: checkpoint.best is {best!r}, which is not measured on held-out data; what is begins with "
             f"{', '.join(sorted(begins))}, as TensorBoard shows it"
         )
+
+
+def _check_model(model: Model, where: str) -> None:
+    """Where the model is from."""
+    text, vision = model.text_weights or model.weights, model.vision_weights or model.weights
+    if model.tokenizer is None and not text:
+        raise UserError(f"{where}: 'model.tokenizer' is missing; add it, or weights that have one")
+    for key, weights in (("text", text), ("vision", vision), ("temperature", text and vision)):
+        if getattr(model.override, key) and not weights:
+            raise UserError(
+                f"{where}: 'model.override.{key}' is set, and there are no weights to override; use 'model.{key}'"
+            )

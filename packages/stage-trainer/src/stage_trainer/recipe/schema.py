@@ -206,21 +206,40 @@ class Optimizer:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Override:
+    """What shall be other than the weights have it: fields of a tower, and where both temperatures start."""
+
+    text: dict[str, Any] = field(default_factory=dict)
+    vision: dict[str, Any] = field(default_factory=dict)
+    temperature: Float | None = None
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Model:
     """Fields of `TextTowerConfig` and `VisionTowerConfig`; weights to start from; the tokenizer's file.
 
     A recipe whose stages are all masked-language-model training needs no `vision`.
 
-    `text_weights` and `vision_weights` are directories or hub names that the towers' `from_pretrained` (or timm) read;
-    without them the towers start from random weights.
+    `weights` is a whole model: a directory that `export` wrote or a checkpoint's `model/`, or one of jina-clip-v2;
+    `text_weights` and `vision_weights` are towers, directories or hub names that their `from_pretrained` (or timm)
+    read, and go before it. Without any the towers start from random weights.
+
+    Weights bring what belongs to them: shapes, rotary base, epsilons, adapters with their rank and alpha, instructions,
+    and a whole model's temperatures and, where `tokenizer` is left out, its tokenizer. `text` and `vision` then need
+    not say it, and may not say otherwise, but under `override`. Dropout, lengths, checkpointing, attention and
+    compilation are the recipe's (`max_length`, where it is left out, the weights').
+
+    `temperature` is where both temperatures of a new model start (None: 0.07).
     """
 
-    text: dict[str, Any]
-    tokenizer: str
+    text: dict[str, Any] = field(default_factory=dict)
+    tokenizer: str | None = None
     vision: dict[str, Any] | None = None
+    weights: str | None = None
     text_weights: str | None = None
     vision_weights: str | None = None
-    temperature: Float = 0.07
+    temperature: Float | None = None
+    override: Override = field(default_factory=Override)
 
 
 @dataclass(frozen=True, config=_STRICT)

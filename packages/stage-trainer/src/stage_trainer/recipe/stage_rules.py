@@ -31,8 +31,12 @@ def check_stage(recipe: Recipe, number: int, here: str) -> None:
 
 def _check_pairs(recipe: Recipe, stage: Stage, here: str) -> None:
     """A stage that learns from pairs."""
-    if recipe.model.vision is None:
-        raise UserError(f"{here} trains both towers, and 'model.vision' is missing; add it")
+    model = recipe.model
+    if model.vision is None and not (model.weights or model.vision_weights):
+        raise UserError(
+            f"{here} trains both towers, and 'model.vision' is missing; add it, or weights that have it "
+            "(model.weights, model.vision_weights)"
+        )
     if not stage.batch.image_text and not stage.batch.text:
         raise UserError(f"{here}: all batch sizes are 0; nothing would be trained")
     for task in ("image_text", "text"):
@@ -52,9 +56,10 @@ def _check_pairs(recipe: Recipe, stage: Stage, here: str) -> None:
             f"{here}: loss.dims is {list(dims)}; expected the prefixes of an embedding that shall stand alone, each "
             "once, such as [1024, 512, 256]"
         )
-    if recipe.model.temperature < stage.loss.min_temperature:
+    temperature = model.override.temperature or model.temperature
+    if temperature is not None and temperature < stage.loss.min_temperature:
         raise UserError(
-            f"{here}: model.temperature is {recipe.model.temperature:g}, below loss.min_temperature, "
+            f"{here}: model.temperature is {temperature:g}, below loss.min_temperature, "
             f"{stage.loss.min_temperature:g}; raise the one or lower the other"
         )
     _check_tasks(stage, here)

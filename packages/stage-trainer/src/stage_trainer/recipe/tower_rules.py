@@ -23,12 +23,14 @@ def check_towers(recipe: Recipe, where: str) -> None:
         UserError: names what cannot be meant.
     """
     model, pairs = recipe.model, [stage for stage in recipe.stages if not stage.masked]
-    text = _Stated(TextTowerConfig, model.text, model.text_weights, f"{where}: model.text")
-    vision = None
-    if model.vision is not None:
-        if "resolution" in model.vision:
+    weights = model.text_weights or model.weights
+    text = _Stated(TextTowerConfig, model.text | model.override.text, weights, f"{where}: model.text")
+    vision, weights = None, model.vision_weights or model.weights
+    if model.vision is not None or weights:
+        stated = (model.vision or {}) | model.override.vision
+        if "resolution" in stated:
             raise UserError(f"{where}: model.vision.resolution is a stage's to say: 'resolution' there; take it out")
-        vision = _Stated(VisionTowerConfig, model.vision, model.vision_weights, f"{where}: model.vision")
+        vision = _Stated(VisionTowerConfig, stated, weights, f"{where}: model.vision")
     widths = [tower.value("width") for tower in (text, vision) if tower]
     if pairs and None not in widths and len(set(widths)) > 1:
         raise UserError(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from stage_trainer import masked_lm
-from stage_trainer.build import load_tokenizer
+from stage_trainer.build import check_configs, load_tokenizer
 from stage_trainer.data.batches import StageBatches
 from stage_trainer.data.keyed import key
 from stage_trainer.data.ledger import Ledger
@@ -77,6 +77,7 @@ def _train(recipe: Recipe, number: int, rank: int, world: int, device: torch.dev
         move_aside(directory)
     if world > 1:
         torch.distributed.barrier()
+    check_configs(recipe, number)
     tokenizer = load_tokenizer(recipe)
     make_batches = MaskedBatches if stage.masked else StageBatches
     data = make_batches(recipe, stage, number, tokenizer, rank, world)
