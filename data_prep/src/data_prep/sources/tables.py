@@ -1,4 +1,4 @@
-"""Tables and lists of others, read piece by piece: CSV, TSV, JSON lines, and JSON files that are one big list.
+"""Tables of others, read piece by piece: CSV, TSV and JSON lines.
 
 A piece is a range of bytes that holds whole rows, so that rows are read by many processes and memory does not grow
 with the file. What is packed with gzip cannot be entered in the middle and is one piece.
@@ -10,8 +10,6 @@ import codecs
 import csv
 import gzip
 import json
-import mmap
-import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,7 +41,7 @@ def table_pieces(
         UserError: the file cannot be read, is empty, or is UTF-16.
     """
     path = Path(path)
-    stamped = _stamp(path)
+    stamped = stamped_file(path)
     if is_json_lines(path):
         for piece in line_pieces(path):
             yield {**piece, "format": "jsonl"}
@@ -71,7 +69,7 @@ def table_columns(path: str | Path, delimiter: str = "", charset: str = "utf-8")
             `charset` no name of one, or the first line can be parted in two ways.
     """
     path = Path(path)
-    _stamp(path)
+    stamped_file(path)
     try:
         codecs.lookup(charset)
     except LookupError as error:
@@ -90,7 +88,7 @@ def table_columns(path: str | Path, delimiter: str = "", charset: str = "utf-8")
 def line_pieces(path: str | Path) -> Iterator[dict[str, Any]]:
     """Pieces of whole lines, of some megabytes."""
     path = Path(path)
-    stamped = _stamp(path)
+    stamped = stamped_file(path)
     if path.suffix == ".gz":
         yield {"file": str(path), **stamped, "start": 0, "end": None}
         return
@@ -102,20 +100,6 @@ def line_pieces(path: str | Path) -> Iterator[dict[str, Any]]:
             end = file.tell()
             yield {"file": str(path), **stamped, "start": start, "end": end}
             start = end
-
-
-def list_pieces(path: str | Path, elements: int, *, key: str | None = None) -> Iterator[dict[str, Any]]:
-    """Pieces of so many elements (objects, lists) of the JSON list that a file is, or that its object has under `key`.
-
-    Raises:
-        UserError: the file cannot be read, is cut short, or has no such list.
-    """
-    path = Path(path)
-    spans = _element_spans(path, key)
-    number, stamped = 0, _stamp(path)
-    while span := list(islice(spans, elements)):
-        yield {"file": str(path), **stamped, "start": span[0][0], "end": span[-1][1], "row": number}
-        number += len(span)
 
 
 def read_table(piece: dict[str, Any]) -> Iterator[Row | Dropped]:
@@ -173,20 +157,6 @@ def read_lines(piece: dict[str, Any]) -> Iterator[Row | Dropped]:
                 yield Dropped("not UTF-8", where)
             except (ValueError, RecursionError):
                 yield Dropped("not JSON", where)
-
-
-def read_list(piece: dict[str, Any]) -> Iterator[Row | Dropped]:
-    """The elements of a piece of `list_pieces`."""
-    path = Path(piece["file"])
-    with path.open("rb") as file:
-        file.seek(piece["start"])
-        raw = file.read(piece["end"] - piece["start"])
-    try:
-        values = json.loads(b"[" + raw + b"]")
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON between bytes {piece['start']} and {piece['end']} ({error})") from error
-    for number, value in enumerate(values, piece["row"]):
-        yield f"{path.name}, element {number}", value
 
 
 def open_bytes(path: Path) -> IO[bytes]:
@@ -349,7 +319,7 @@ class _Lines:
             return _Line(line.decode("utf-8", errors="replace"), length, fault)
 
 
-def _stamp(path: Path) -> dict[str, Any]:
+def stamped_file(path: Path) -> dict[str, Any]:
     """What `stamp` gives. UserError if there is nothing to read."""
     try:
         stamped = stamp(path)
@@ -358,33 +328,3 @@ def _stamp(path: Path) -> dict[str, Any]:
     if path.is_dir() or not stamped["bytes"]:
         raise UserError(f"{path}: is {'a folder' if path.is_dir() else 'empty'}; expected a file with rows")
     return stamped
-
-
-_TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]')
-
-
-def _element_spans(path: Path, key: str | None) -> Iterator[tuple[int, int]]:
-    """Where the elements of the list begin and end, found by brackets alone; the file is mapped, not loaded."""
-    _stamp(path)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        depth, inside, start, name = 0, None, 0, b""  # `inside`: the depth of the list's elements, once it is found
-        for token in _TOKENS.finditer(data):
-            text = token.group()
-            if text.startswith(b'"'):
-                name = text if depth == 1 else name
-            elif text in b"[{":
-                depth += 1
-                if inside is None:
-                    if text == b"[" and (depth == 1 or (depth == 2 and key and name == json.dumps(key).encode())):
-                        inside = depth
-                elif depth == inside + 1:
-                    start = token.start()
-            else:
-                depth -= 1
-                if inside is not None and depth == inside:
-                    yield start, token.end()
-                elif inside is not None and depth < inside:
-                    return
-    raise UserError(
-        f"{path}: is cut short, or holds no list{f' under {key!r}' if key else ''}; expected JSON of the source's form"
-    )
