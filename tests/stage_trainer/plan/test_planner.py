@@ -38,7 +38,7 @@ def gpu(mebibytes: float, ranks: int = 1) -> Cluster:
 
 
 def test_segments_are_cut_where_anything_changes(drawn):
-    stage = drawn("task_start={image_text: 50}").stage(1)
+    stage = drawn("task_start={image_text: 50}", "patch_dropout=[[0, 0.25], [160, 0.0]]").stage(1)
     assert [(s.start, s.stop, s.resolution, s.patch_dropout, s.tasks) for s in segments(stage)] == [
         (0, 50, 32, 0.25, ("text",)),
         (50, 160, 32, 0.25, ("image_text", "text")),
