@@ -1,6 +1,7 @@
 """Training as a user runs it: real processes, real DeepSpeed, the drawn corpus."""
 
 import json
+import math
 import random
 import shutil
 import time
@@ -14,6 +15,10 @@ QUICK = ("steps=8", "warmup_steps=2", "evaluation.every=0", "log_every=1", "reso
 def weights(stage):
     last = max(stage.glob("step-*"))
     return {f"{f.relative_to(last)}:{k}": v for f in last.rglob("*.safetensors") for k, v in load_file(f).items()}
+
+
+def newest(stage):
+    return max(stage.glob("step-*")) / "optimizer.safetensors"
 
 
 def equal(one, two):
@@ -50,10 +55,12 @@ def test_a_unified_batch_trains_and_two_cached_processes_give_one_process_curve(
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(train, start, tmp_path):
-    """kill -9 after the first checkpoint, then the same command; across a change of resolution."""
+    """kill -9 after the first checkpoint, then the same command; across a change of resolution, before the images'
+    task has started."""
     options = (
         "steps=24",
-        "checkpoint.every=8",
+        "checkpoint={every: 8, keep: 2}",
+        "task_start={image_text: 10}",
         "resolution=[[0, 32], [12, 40]]",
         "warmup_steps=2",
         "evaluation.every=0",
@@ -68,6 +75,26 @@ def test_a_killed_run_goes_on_to_the_same_bits(train, start, tmp_path):
     assert not (tmp_path / "killed/stage1/step-0000024").exists()
     train(1, *options, output="killed")
     assert equal(weights(tmp_path / "straight/stage1"), weights(tmp_path / "killed/stage1"))
+    for run in ("straight", "killed"):
+        assert sorted(p.name for p in (tmp_path / run / "stage1").glob("step-*")) == ["step-0000016", "step-0000024"]
+    counts = {n: v for n, v in load_file(newest(tmp_path / "killed/stage1")).items() if n.endswith("|step")}
+    assert {float(v) for n, v in counts.items() if n.startswith(("vision.", "logit_scale"))} == {24 - 10}
+    assert {float(v) for n, v in counts.items() if n.startswith("text")} == {24}
+
+
+def test_a_temperature_stops_at_its_floor(train, scalars, tmp_path):
+    """It starts below; ZeRO's own copy of it would pass the floor unseen, and come back late."""
+    options = (*QUICK, "optimizer.name=adamw", "model.temperature=0.02", "loss.min_temperature=0.05")
+    train(1, *options, output="plain")
+    train(1, *options, "deepspeed={zero_optimization: {stage: 1}}", output="zero")
+    for task, name in (("image_text", "logit_scale"), ("text", "text_logit_scale")):
+        plain, zero = (scalars(f"{run}/stage1", f"temperature/{task}") for run in ("plain", "zero"))
+        assert plain[0] == pytest.approx(0.05, rel=1e-6)
+        assert min(plain.values()) >= 0.05 * (1 - 1e-6)
+        assert zero == pytest.approx(plain, rel=1e-5)
+        for run in ("plain", "zero"):
+            saved = json.loads((newest(tmp_path / run / "stage1").parent / "model/config.json").read_text())
+            assert saved[name] == pytest.approx(-math.log(plain[7]), rel=1e-5)
 
 
 @pytest.mark.full
