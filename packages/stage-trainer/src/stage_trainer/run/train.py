@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -155,12 +156,12 @@ def run(
             sinks=sinks,
             peak=peak and peak * world,
         ) as monitor,
+        contextlib.closing(batches(data, start, stop, recipe.workers)) as loader,
     ):
         if validate and state["unmeasured"]:
             if best := better(validate(monitor, start, rank, world), recipe.checkpoint.best, state):
                 saver.note_best(start, best)
             state["unmeasured"] = False
-        loader = batches(data, start, stop, recipe.workers)
         for step in range(start, stop):
             began_waiting = time.perf_counter()
             batch, drawn = next(loader)
