@@ -98,7 +98,7 @@ def before(module, name, nth=1):
 
 class First:
     "Batches, of which the first one takes until the run is asked to end."
-    def __init__(self, items): self.items = items
+    def __init__(self, items): self.items, self.close = items, items.close
     def __next__(self):
         ask()
         return next(self.items)

@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 from data_prep.shards import ShardError
@@ -23,11 +23,12 @@ from stage_trainer.run.stop import SIGNALS
 _DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([^.]+)|exited)")
 
 
-def batches(data: TorchDataset, start: int, stop: int, workers: int) -> Iterator[tuple[Any, Drawn]]:
+def batches(data: TorchDataset, start: int, stop: int, workers: int) -> Generator[tuple[Any, Drawn], None, None]:
     """Batches `start` to `stop` - 1, made ahead by worker processes if there are any.
 
     What asks the run to stop often reaches the workers, too (a terminal's Ctrl-C, a scheduler's signal): they ignore
-    it, for the step under way and the checkpoint after it may still need them.
+    it, for the step under way and the checkpoint after it may still need them. They end with this process, or when the
+    iterator is closed, which is not to be left to the garbage collector.
 
     Raises:
         UserError: a source of which hardly a sample can be read.
@@ -53,7 +54,10 @@ def batches(data: TorchDataset, start: int, stop: int, workers: int) -> Iterator
         del items  # the loader asks its workers to leave, and gives them some seconds
         for process in processes:
             if process.is_alive():
-                process.kill()
+                # Python waits for its children when it ends. torch raises when it hears that this one is dead.
+                with contextlib.suppress(RuntimeError):
+                    process.kill()
+                    process.join()
 
 
 @contextlib.contextmanager
@@ -72,9 +76,10 @@ def worker_deaths_explained(workers: int) -> Iterator[None]:
         )
         if isinstance(error, MemoryError):
             raise UserError(f"the machine has no memory left for the next batch; {lower}") from error
-        if not (death := _DIED.search(str(error))):
+        deaths = [death for text in _with_causes(error) if (death := _DIED.search(text))]
+        if not deaths:
             raise
-        number, by = death[1], death[2]
+        number, by = max(((death[1], death[2]) for death in deaths), key=lambda found: found[1] is not None)
         if by == "Killed":
             reason = "was killed, most likely because the machine, or the job's share of it, ran out of memory"
         elif by == "Bus error":
@@ -82,6 +87,13 @@ def worker_deaths_explained(workers: int) -> Iterator[None]:
         else:
             reason = f"ended by itself ({by or 'no signal'}), perhaps for want of memory"
         raise UserError(f"a process that loads data (number {number}) {reason}; {lower}") from error
+
+
+def _with_causes(error: BaseException | None) -> Iterator[str]:
+    """The texts of an error and of those that it came from; the signal is named by the first of them alone."""
+    while error is not None:
+        yield str(error)
+        error = error.__cause__ or error.__context__
 
 
 def _begin_worker(number: int) -> None:

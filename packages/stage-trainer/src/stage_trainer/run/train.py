@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -155,6 +156,7 @@ def run(
             max_tokens=None if stage.masked else stage.max_tokens,  # of a text with hidden words a part is meant
             texts=Texts(state["texts_drawn"], state["texts_cut"]),
         ) as monitor,
+        contextlib.closing(batches(data, start, stop, recipe.workers)) as loader,
     ):
         sources = list(data.fingerprint)
         if validate and state["unmeasured"]:
@@ -162,7 +164,6 @@ def run(
             if best := better(measured, validate.measures, recipe.checkpoint.best, state):
                 saver.note_best(start, best)
             state["unmeasured"] = False
-        loader = batches(data, start, stop, recipe.workers)
         for step in range(start, stop):
             began_waiting = time.perf_counter()
             batch, drawn = next(loader)
