@@ -19,6 +19,7 @@ import argparse
 import ast
 import hashlib
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -325,6 +326,19 @@ def main() -> int:
 def _run_rooms(faults: list[Fault], states: dict[str, str], workers: int, whole: bool) -> None:
     waiting = [name for name in states if any(fault.room == name for fault in faults)]
     running: list[subprocess.Popen] = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    try:
+        _watch(waiting, running, faults, states, workers, whole)
+    finally:
+        for process in running:  # each ends what it started
+            process.terminate()
+            process.wait()
+
+
+def _watch(
+    waiting: list[str], running: list[subprocess.Popen], faults: list[Fault], states: dict[str, str], workers: int,
+    whole: bool,
+) -> None:  # fmt: skip
     while waiting or running:
         for process in [p for p in running if p.poll() is not None]:
             running.remove(process)

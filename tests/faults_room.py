@@ -88,6 +88,7 @@ def forked(body: Callable[[Path], Any], seconds: float, log: Path) -> Any:
         code = 1
         with contextlib.suppress(BaseException):
             os.setsid()
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1)
             os.dup2(output, 2)
@@ -100,13 +101,11 @@ def forked(body: Callable[[Path], Any], seconds: float, log: Path) -> Any:
             code = 0
         os._exit(code)
     end = time.monotonic() + seconds
-    while os.waitpid(child, os.WNOHANG) == (0, 0):
-        if time.monotonic() > end:
-            os.killpg(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            break
-        time.sleep(0.05)
-    _end_descendants()
+    try:
+        while os.waitpid(child, os.WNOHANG) == (0, 0) and time.monotonic() < end:
+            time.sleep(0.05)
+    finally:
+        _end_descendants()
     found = temporary / "found.json"
     result = json.loads(found.read_text()) if found.exists() else None
     shutil.rmtree(temporary, ignore_errors=True)
@@ -114,7 +113,7 @@ def forked(body: Callable[[Path], Any], seconds: float, log: Path) -> Any:
 
 
 def _end_descendants() -> None:
-    """Those whose parents are gone are this process's children: see `main`."""
+    """Those whose parents are gone become this process's children: see `main`."""
     while children := Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
         for child in map(int, children):
             with contextlib.suppress(OSError):
@@ -249,6 +248,7 @@ def main(to_do: Path) -> None:
     name = to_do.name.removesuffix("-to-do.json")
     # A process whose parent is gone becomes a child of this one, not of init: nothing outlives a fault.
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     stored, log = WORK / f"survey-{job['state']}.json", WORK / f"{name}.log"
     began = time.monotonic()
     with (WORK / "lock").open("w") as lock:
