@@ -40,8 +40,8 @@ def by_command(lines: list[str]) -> set[tuple[str, str, str]]:
     found = set()
     for line in lines:
         options = parsed(line)
-        out = Path(options.out)
-        found.add((str(out.parent), out.name, f"image-short/{options.name}"))
+        assert options.held_out  # or there would be no validation
+        found |= {(options.out, split, f"image-short/{options.name}") for split in ("train", "validation")}
     return found
 
 
@@ -67,6 +67,8 @@ def test_weights_that_a_recipe_names_exist(file):
     for weights in filter(None, (model.text_weights, model.vision_weights)):
         if weights.startswith("timm/"):
             assert timm.is_model_pretrained(weights.removeprefix("timm/"))
+        elif weights.startswith("runs/"):  # the quickstart's model, which another recipe leaves there
+            assert any(weights.startswith(f"{load(other).recipe.output}/model/") for other in RECIPES)
         elif "/" in weights:
             assert weights in HUB
     for name in re.findall(r"\b(?:jinaai|FacebookAI|QuanSun)/[\w.-]+\w", text):  # in comments, too
@@ -83,7 +85,8 @@ def test_a_model_that_the_readme_scores_with_exists():
 
 
 def test_every_recipe_is_looked_at():
-    assert [file.stem for file in RECIPES] == ["drawn", "finetune", "jina-clip-v2", "laptop", "masked-lm"]
+    seen = {"drawn", "finetune", "finetune-small", "jina-clip-v2", "laptop", "masked-lm"}
+    assert {file.stem for file in RECIPES} == seen
 
 
 @pytest.mark.parametrize("name", ["laptop", "masked-lm"])
@@ -100,10 +103,13 @@ def test_the_drawn_corpus_has_what_its_recipe_names(drawn_corpus):
     assert (drawn_corpus / Path(recipe.model.tokenizer).name).is_file()
 
 
-def test_the_head_of_finetune_makes_what_it_names():
-    file = ROOT / "launch/recipes/finetune.yaml"
+@pytest.mark.parametrize("name", ["finetune", "finetune-small"])
+def test_the_commands_of_finetuning_make_what_its_recipes_name(name):
+    file = ROOT / f"launch/recipes/{name}.yaml"
     recipe = load(file).recipe
-    lines = re.findall(r"^#   (data-prep import .*)$", file.read_text(), re.M)
+    where = file if name == "finetune" else ROOT / "README.md"
+    lines = re.findall(r"^(?:#   )?(data-prep import .*)$", where.read_text(encoding="utf-8"), re.M)
+    assert lines
     assert {(recipe.corpus, split, path) for split, path in named(recipe)} <= by_command(lines)
 
 
