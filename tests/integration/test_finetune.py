@@ -67,11 +67,11 @@ def test_a_folder_of_images_becomes_a_finetuned_model(run, tmp_path):
     assert "mine (16 images)" in figures.stdout
     assert "searching 16 images of the validation split of data" in search.stderr
     assert Image.open(tmp_path / "search.png").size[0] > 900
-    missing = run("stage-trainer", "report", "--recipe", recipe, *ours, fails=True).stderr
+    missing = run("stage-trainer", "report", "--recipe", recipe, fails=True).stderr
     command = shlex.split(missing.splitlines()[-1].partition(": ")[2])
     assert command == ["stage-trainer", "evaluate", "runs/finetune/stage1", "data"]
     run(*command)
-    assert "mine (16 images)" in run("stage-trainer", "report", "--recipe", recipe, *ours).stdout
+    assert "mine (16 images)" in run("stage-trainer", "report", "--recipe", recipe).stdout
 
 
 def quickstart_model(place: Path, tokenizer: Path) -> None:

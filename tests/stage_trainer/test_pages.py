@@ -89,6 +89,13 @@ def test_the_share_of_cut_texts_goes_on_where_the_former_process_was(events):
     assert curve[7] == pytest.approx(12 / 32)
 
 
+def test_a_run_that_goes_on_keeps_its_points_and_its_page(events):
+    events()
+    found = events(start=4)
+    assert [event.step for event in found.Scalars("loss/text")] == [0, 2, 4, 6, 7]
+    assert "loss" in page(found)
+
+
 def test_a_log_file_gets_lines_and_no_bar(events, capsys):
     events()
     told = capsys.readouterr()
