@@ -96,7 +96,8 @@ def test_a_learnable_temperature_falls_when_pairs_are_easy():
     [
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"temperature": 0.005}, "below min_temperature"),
-        ({"min_temperature": -1.0}, "temperature is -1.0"),
+        ({"min_temperature": -1.0}, "min_temperature is -1.0"),
+        ({"min_temperature": 0.0}, "min_temperature is 0.0"),
         ({"dims": (64, 0)}, "dims hold 0"),
         ({"dims": (64, 32), "weights": (1.0,)}, "1 weights for 2 dims"),
     ],

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -50,5 +51,20 @@ def test_a_folder_of_images_becomes_a_finetuned_model(run, tmp_path):
     assert "recall_at_5_mine/text to image" in done.stdout + done.stderr
     assert json.loads((tmp_path / "runs/finetune/stage1/best.json").read_text())["step"] in (6, 12)
     run("stage-trainer", "export", "runs/finetune/stage1", "my-model")
-    table = run("stage-trainer", "evaluate", "my-model", "data/validation/image-short/mine").stdout
-    assert "mine (16 images)" in table
+    # As the recipe's head has it, word for word.
+    typed = [
+        shlex.split(line.removeprefix("#"), comments=True)
+        for line in recipe.read_text().splitlines()
+        if line.startswith(("#   stage-trainer evaluate", "#   stage-trainer search"))
+    ]
+    assert [words[1] for words in typed] == ["evaluate", "search"]
+    figures, search = (run(*words) for words in typed)
+    assert "the validation split of data: image-short/mine" in figures.stderr
+    assert "mine (16 images)" in figures.stdout
+    assert "searching 16 images of the validation split of data" in search.stderr
+    assert Image.open(tmp_path / "search.png").size[0] > 900
+    missing = run("stage-trainer", "report", "--recipe", recipe, *ours, fails=True).stderr
+    command = shlex.split(missing.splitlines()[-1].partition(": ")[2])
+    assert command == ["stage-trainer", "evaluate", "runs/finetune/stage1", "data"]
+    run(*command)
+    assert "mine (16 images)" in run("stage-trainer", "report", "--recipe", recipe, *ours).stdout

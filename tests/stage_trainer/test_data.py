@@ -5,7 +5,7 @@ import pytest
 import torch
 from data_prep.shards import Dataset, DatasetWriter
 from PIL import Image
-from stage_trainer.data.batches import Corrupt, StageBatches, batches
+from stage_trainer.data.batches import REPLACEMENTS, Corrupt, StageBatches, _replacement, batches
 from stage_trainer.data.ledger import Ledger
 from stage_trainer.data.samples import SampleCache
 from stage_trainer.errors import UserError
@@ -27,9 +27,9 @@ def png() -> bytes:
 def write(tmp_path):
     """Writes train/KIND/made of a corpus, from the members of each sample."""
 
-    def execute(kind, samples):
+    def execute(kind, samples, samples_per_shard=1000):
         directory = tmp_path / "train" / kind / "made"
-        with DatasetWriter(directory, kind=kind, source="made") as writer:
+        with DatasetWriter(directory, kind=kind, source="made", samples_per_shard=samples_per_shard) as writer:
             for number, members in enumerate(samples):
                 packed = {k: v if isinstance(v, bytes) else json.dumps(v).encode() for k, v in members.items()}
                 writer.write(f"s{number}", packed, languages=["en"], tokens=None)
@@ -42,10 +42,10 @@ def write(tmp_path):
 def stage(tmp_path, recipes):
     """The batches of a stage over what `write` wrote, texts being tokenised to their lengths."""
 
-    def execute(task, kind, batch=4):
+    def execute(task, kind, batch=4, source="{path: %s/made}"):
         other = "text" if task == "image_text" else "image_text"
         overrides = [
-            f"corpus={tmp_path}", f"data={{{task}: [{{path: {kind}/made}}]}}", f"batch={{{task}: {batch}, {other}: 0}}",
+            f"corpus={tmp_path}", f"data={{{task}: [{source % kind}]}}", f"batch={{{task}: {batch}, {other}: 0}}",
         ]  # fmt: skip
         recipe = load(recipes / "drawn.yaml", overrides, 1).recipe
 
@@ -136,3 +136,194 @@ def test_a_data_set_of_texts_is_no_pool(write):
     directory = write("text-pairs", [{"json": {"query": text("q"), "target": text("t")}}])
     with pytest.raises(UserError, match="sample s0 has no image and captions"):
         Pool.open(directory)
+
+
+def noise(seed: int) -> bytes:
+    pixels = torch.randint(0, 256, (24, 24, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def by_item(ids, *columns):
+    """{item: what belongs to it} of a batch's rows."""
+    return {item: row for item, *row in zip(ids.tolist(), *columns, strict=True)}
+
+
+def test_an_image_comes_otherwise_in_each_epoch(write, stage):
+    """Cut, caption and dropout follow from sample and epoch together."""
+    captions = [{"text": "x" * n, "language": "en"} for n in range(1, 31)]
+    write("image-short", [{"png": noise(n), "json": {"captions": captions, "item": f"i{n}"}} for n in range(4)])
+    data = stage("image_text", "image-short")
+    epochs = []
+    for epoch in range(3):
+        batch, _ = data[epoch]  # a batch is all there is, so each is an epoch
+        chosen = [int(text[1]) for text in batch.texts.ids.split(batch.texts.lengths)]
+        epochs.append(by_item(batch.image_ids, batch.images, batch.image_seeds.tolist(), chosen, batch.text_seeds))
+        assert len(epochs[-1]) == 4
+    for item in epochs[0]:
+        images, seeds, chosen, text_seeds = zip(*(epoch[item] for epoch in epochs), strict=True)
+        assert not torch.equal(images[0], images[1])
+        assert not torch.equal(images[1], images[2])
+        assert len(set(seeds)) == len(set(map(int, text_seeds))) == 3
+        assert len(set(chosen)) > 1
+
+
+def test_a_text_pair_comes_otherwise_in_each_epoch(write, stage):
+    """Which of its texts, and their dropout, follow from sample and epoch together."""
+
+    def side(first):
+        return [{"text": "x" * n, "language": "en"} for n in range(first, first + 15)]
+
+    hard = [side(60), side(80)]
+    write("text-triplets", [{"json": {"query": side(1), "target": side(30), "negatives": hard}} for _ in range(4)])
+    data = stage("text", "text-triplets")
+    epochs = []
+    for epoch in range(3):
+        batch, _ = data[epoch]
+        texts = [int(text[1]) for text in batch.texts.ids.split(batch.texts.lengths)]
+        seeds = batch.text_seeds.tolist()
+        parts = (texts[:4], texts[4:8], texts[8::2], texts[9::2], seeds[:4], seeds[4:8], seeds[8::2], seeds[9::2])
+        epochs.append(by_item(batch.text_ids, *parts))
+        assert len(set(seeds)) == len(seeds), "no two texts of a step lose the same"
+    for item in epochs[0]:
+        columns = [set(column) for column in zip(*(epoch[item] for epoch in epochs), strict=True)]
+        assert all(len(texts) > 1 for texts in columns[:4])
+        assert all(len(seeds) == 3 for seeds in columns[4:])
+    # Chosen each for itself, not all by one draw.
+    queries, targets, first, second = zip(*(epoch[i][:4] for epoch in epochs for i in epoch), strict=True)
+    assert any(q - 1 != t - 30 for q, t in zip(queries, targets, strict=True))
+    assert any(a - 60 != b - 80 for a, b in zip(first, second, strict=True))
+
+
+class Shards:
+    """What `_replacement` asks of a data set."""
+
+    kind, source = "image-short", "made"
+
+    def __init__(self, sizes):
+        self.shard_sizes = sizes
+        self.first = [sum(sizes[:n]) for n in range(len(sizes) + 1)]
+
+    def shard_of(self, index):
+        return next(n for n in range(len(self.shard_sizes)) if index < self.first[n + 1])
+
+    def samples_of(self, shard):
+        return range(self.first[shard], self.first[shard + 1])
+
+
+@pytest.mark.parametrize("sizes", [[1, 1], [2], [1, 2], [3, 1, 2], [7], [1, 1, 1, 1], [5, 4, 1], [2, 2, 2]])
+def test_a_replacement_is_never_the_bad_sample_itself(sizes):
+    data, seen = Shards(sizes), set()
+    for index in range(sum(sizes)):
+        home = data.shard_of(index)
+        for attempt in range(REPLACEMENTS):
+            found = _replacement(data, index, attempt, False)
+            assert found != index
+            assert 0 <= found < sum(sizes)
+            if attempt < 2 and sizes[home] > 1:
+                assert data.shard_of(found) == home, "one that is at hand"
+                seen.add((index, found))
+            elif len(sizes) > 1:
+                assert data.shard_of(found) != home
+            gone = _replacement(data, index, attempt, True)
+            assert (data.shard_of(gone) != home) == (len(sizes) > 1), "a shard that is gone has none to give"
+        targets = {data.shard_of(_replacement(data, i, 0, True)) for i in data.samples_of(home)}
+        assert len(targets) == 1, "one other shard is fetched for all of its samples"
+    if sizes == [7]:
+        assert len({(found - index) % 7 for index, found in seen}) > 3, "any other may be it"
+
+
+def test_one_sample_alone_is_replaced_by_itself_until_it_is_given_up():
+    assert _replacement(Shards([1]), 0, 0, False) == 0
+
+
+def test_a_bad_sample_costs_one_entry_where_shards_hold_one_each(write, stage, tmp_path):
+    write("text-triplets", [triplet(2)] * 3 + [triplet(1)], samples_per_shard=1)
+    _, drawn = next(batches(stage("text", "text-triplets"), 0, 1, 0))
+    assert [entry.key for entry in drawn.corrupt] == ["s3"]
+
+
+def test_decoded_samples_are_kept_until_the_room_is_full_and_what_came_first_stays(write, monkeypatch):
+    """A pixel counts a byte a channel, texts four times their bytes."""
+    directory = write("image-short", [{"png": noise(n), "json": {"captions": text("a" * n)}} for n in range(1, 6)])
+    data = Dataset.open(directory)
+    members = [data.read(n) for n in range(5)]
+    costs = [4 * sum(map(len, m.values())) + 24 * 24 * 3 for m in members]
+    cache = SampleCache(1)
+    assert cache.left == 2**20
+    cache.left = costs[0] + costs[1] + costs[2] - 1
+    first = [cache.sample(data, n) for n in (0, 1, 2)]
+    assert cache.left == costs[2] - 1, "the third has no place"
+    reads = []
+    monkeypatch.setattr(data, "read", lambda n: reads.append(n) or members[n])
+    again = [cache.sample(data, n) for n in (0, 1, 2)]
+    assert reads == [2]
+    for (pixels, texts), (pixels_again, texts_again) in zip(first, again, strict=True):
+        assert torch.equal(pixels, pixels_again)
+        assert texts == texts_again
+    cache.left = costs[3]
+    cache.sample(data, 3)
+    assert cache.left == 0, "what just fits has a place"
+
+
+def test_texts_alone_are_kept_too(write):
+    data = Dataset.open(write("text-pairs", [{"json": {"query": text("q"), "target": text("t")}}]))
+    cache = SampleCache(2)
+    pixels, _ = cache.sample(data, 0)
+    assert pixels is None
+    assert cache.left == 2 * 2**20 - 4 * len(data.read(0)["json"])
+    nothing = SampleCache(0)
+    nothing.sample(data, 0)
+    assert (nothing.left, nothing.kept) == (0, {})
+
+
+def test_a_sample_is_what_its_file_holds(write):
+    """Pixels channel first, and the item that the sample names, or one of its own."""
+    named = {"captions": text("a"), "item": "the item"}
+    directory = write(
+        "image-short", [{"png": noise(1), "json": named}, {"png": noise(2), "json": {"captions": text("b")}}]
+    )
+    data = Dataset.open(directory)
+    pixels, content = SampleCache(1).sample(data, 0)
+    expected = torch.randint(0, 256, (24, 24, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    assert torch.equal(pixels, expected.permute(2, 0, 1))
+    assert content["item"] == "the item"
+    assert SampleCache(1).sample(data, 1)[1]["item"] == "made/s1"
+
+
+def test_tokens_are_counted_with_their_squares(write, stage):
+    write("text-pairs", [{"json": {"query": text("q"), "target": text("t" * 5)}}] * 4)
+    batch, drawn = stage("text", "text-pairs")[0]
+    lengths = batch.texts.lengths
+    assert sorted(lengths) == [3] * 8
+    assert (drawn.tokens, drawn.squared_tokens) == (24, 8 * 9)
+    assert drawn.texts == {"text-pairs/made/en": 8}
+
+
+def in_languages(*lengths):
+    return [{"text": "x" * n, "language": language} for n, language in lengths]
+
+
+@pytest.mark.parametrize(
+    ("language", "targets", "chosen"),
+    [
+        (None, [(1, "en"), (5, "de"), (6, "fr")], {5, 6}),  # not the query's own words
+        (None, [(1, "en"), (1, "de")], {1}),  # unless there are no others
+        ("fr", [(1, "fr"), (5, "de"), (6, "fr"), (7, "fr")], {6, 7}),
+        ("it", [(1, "en"), (5, "de"), (6, "fr")], {5, 6}),  # none in the language that the recipe wants
+    ],
+)
+def test_a_target_is_in_other_words_and_in_the_language_that_the_recipe_wants(write, stage, language, targets, chosen):
+    content = {"query": in_languages((1, "en")), "target": in_languages(*targets)}
+    write("text-pairs", [{"json": content}] * 20)
+    source = "{path: %s/made" + (f", target_language: {language}" if language else "") + "}"
+    batch, _ = stage("text", "text-pairs", 20, source)[0]
+    found = [int(text[1]) for text in batch.texts.ids.split(batch.texts.lengths)]
+    assert set(found[:20]) == {1}
+    assert set(found[20:]) == chosen
+
+
+def test_the_fingerprint_names_every_data_set(write, stage):
+    directory = write("text-pairs", [{"json": {"query": text("q"), "target": text("t")}}] * 4)
+    assert stage("text", "text-pairs").fingerprint == {"text-pairs/made": Dataset.open(directory).fingerprint}

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.distributed as dist
-from data_prep.shards import DatasetWriter
+from data_prep.shards import Dataset, DatasetWriter
 from stage_trainer.build import build_model, empty_model
 from stage_trainer.data.masked import HELD_OUT, MaskedBatches, held_out
 from stage_trainer.errors import UserError
@@ -144,13 +144,17 @@ def test_an_epoch_takes_each_text_once_and_the_next_hides_other_words(corpus, ba
     assert sum(epochs[0][text] != epochs[1][text] for text in both) > 0.6 * len(both)
 
 
-def test_of_a_long_text_any_part_may_be_drawn(write, batches):
-    digits = " ".join(str(n % 10) for n in range(40))
-    side = [{"text": f"en {digits}", "language": "en"}]
+@pytest.mark.parametrize("longer", [0, 1, 30])
+def test_of_a_long_text_any_part_may_be_drawn(write, batches, longer):
+    """The first and the last among them; no two windows of these digits are equal."""
+    digits = torch.randint(10, (10 + longer,), generator=torch.Generator().manual_seed(0)).tolist()
+    side = [{"text": " ".join(["en", *map(str, digits)]), "language": "en"}]
     write("a", [(["en"], {"query": side, "target": side})] * 9)
-    texts = [text for step in range(8) for text in given(batches("max_tokens=12", data="[text-pairs/a]")[step][0])]
-    whole = [10 + n % 10 for n in range(40)]
-    windows = {tuple(whole[start : start + 10]) for start in range(31)}
+    data = batches("max_tokens=12", data="[text-pairs/a]")
+    texts = [text for step in range(40) for text in given(data[step][0])]
+    whole = [10 + digit for digit in digits]
+    windows = {tuple(whole[start : start + 10]) for start in range(longer + 1)}
+    assert len(windows) == longer + 1
     assert {(text[0], text[-1], len(text)) for text in texts} == {(0, 2, 12)}
     assert {text[1:-1] for text in texts} == windows
 
@@ -166,6 +170,21 @@ def test_a_sample_without_the_text_that_its_index_lists_is_replaced(write, batch
     write("b", [(["de"], pair("en", 1))] * 9)
     with pytest.raises(UserError, match="16 samples with texts in 'de' in a row were of no use.*index lists"):
         batches(data="[text-pairs/b]")[0]
+
+
+@pytest.mark.parametrize(("count", "bad"), [(2, 0), (2, 1), (3, 0), (3, 1), (3, 2), (4, 3)])
+def test_a_bad_text_is_never_replaced_by_itself(write, batches, count, bad):
+    write("a", [(["de"], pair("de" if n != bad else "en", n)) for n in range(count)])
+    data = batches(data="[text-pairs/a]")
+    for step in range(2):
+        batch, drawn = data[step]
+        assert len(given(batch)) == 9
+        assert len(drawn.corrupt) == sum(draw.index == bad for draw in data.sampler.batch_at(step))
+
+
+def test_the_fingerprint_names_every_data_set(corpus, batches, tmp_path):
+    expected = {f"text-pairs/{n}": Dataset.open(tmp_path / "train/text-pairs" / n).fingerprint for n in ("a", "b")}
+    assert batches().fingerprint == expected
 
 
 def test_images_and_empty_data_are_no_texts(tmp_path, write, batches):

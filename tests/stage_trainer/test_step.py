@@ -11,8 +11,9 @@ from contrastive_losses import matryoshka_info_nce
 from stage_trainer.model import DualEncoder
 from stage_trainer.objective import Batch, MultiTask
 from stage_trainer.recipe import GradientCache, Loss
-from stage_trainer.step import forward_backward, image_chunks, text_chunks
+from stage_trainer.step import forward_backward, image_chunks, packed_chunks, text_chunks
 from text_tower import PackedTokens, TextTower, TextTowerConfig
+from torch.nn.functional import cross_entropy, normalize
 from vision_tower import VisionTower, VisionTowerConfig
 
 BOTH = ("image_text", "text")
@@ -22,13 +23,13 @@ OF_KIND = {"multi_task": {}, "unified": {"negatives": 0, "views": 2}}
 class PlainEngine:
     """No DeepSpeed, one or several ranks whose gradients are averaged after the last backward pass."""
 
-    def __init__(self, kind="multi_task", dtype=torch.float64):
+    def __init__(self, kind="multi_task", dtype=torch.float64, adapters=("a",), temperature=0.07):
         torch.manual_seed(0)
         text = TextTowerConfig(
-            vocab_size=50, width=32, layers=2, heads=2, mlp_width=64, dropout=0.1, lora_rank=2, adapters=("a",)
+            vocab_size=50, width=32, layers=2, heads=2, mlp_width=64, dropout=0.1, lora_rank=2, adapters=adapters
         )
         vision = VisionTowerConfig(resolution=24, patch=8, width=32, layers=2, heads=2, hidden=48)
-        model = DualEncoder(TextTower(text), VisionTower(vision)).to(dtype).train()
+        model = DualEncoder(TextTower(text), VisionTower(vision), temperature=temperature).to(dtype).train()
         for name, parameter in model.named_parameters():
             if "lora" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
@@ -99,6 +100,15 @@ def test_caching_gives_the_gradients_of_one_big_batch(cache, negatives):
         torch.testing.assert_close(cached[name], gradient, rtol=1e-10, atol=1e-12, msg=name)
 
 
+def test_no_patch_is_dropped_unasked():
+    engine, other = PlainEngine(), PlainEngine()
+    forward_backward(engine, make_batch(), tasks=BOTH)
+    forward_backward(other, make_batch(), tasks=BOTH, patch_dropout=0.0)
+    torch.testing.assert_close(engine.gradients(), other.gradients(), rtol=0, atol=0)
+    _, dropped, _ = step(make_batch())
+    assert not torch.equal(dropped["vision.pos_embed"], engine.gradients()["vision.pos_embed"])
+
+
 @pytest.mark.parametrize("task", BOTH)
 def test_caching_serves_a_task_alone(task):
     batch = make_batch(pairs=0, negatives=0) if task == "image_text" else make_batch(images=0)
@@ -125,11 +135,58 @@ def test_a_unified_batch_is_one_info_nce_over_all_pairs_and_views(cache):
     loss = matryoshka_info_nce(*columns, temperature=temperature, dims=(32, 16), query_ids=ids)
     loss.backward()
     assert losses == {"unified": pytest.approx(loss.item(), rel=1e-12)}
-    assert not gradients["text_logit_scale"].any()
     expected = engine.gradients()
-    assert gradients.keys() - expected.keys() == {"text_logit_scale"}
+    assert gradients.keys() == expected.keys()
+    assert "text_logit_scale" not in gradients
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def info_nce(queries, targets, negatives, ids, temperature, dims):
+    total = torch.zeros((), dtype=queries.dtype)
+    same = (ids[:, None] == ids) & ~torch.eye(len(ids), dtype=torch.bool)
+    for dim in dims:
+        q, t, n = (normalize(x[..., :dim], dim=-1) for x in (queries, targets, negatives))
+        logits = (q @ t.T / temperature).masked_fill(same, -torch.inf)
+        hard = q @ n.T / temperature
+        places = torch.arange(len(q))
+        total = total + cross_entropy(torch.cat([logits, hard], 1), places) + cross_entropy(logits.T, places)
+    return total
+
+
+def expected_losses(engine, batch, scales):
+    embedded = engine.embed(batch, 0.0)
+    captions, queries, targets, negatives = embedded.texts.split([7, 6, 6, 18])
+    image, text = torch.exp(-scales)
+    none, dims = captions[:0], (32, 16)
+    return {
+        "image_text": info_nce(captions, embedded.images, none, batch.image_ids, image, dims),
+        "text": info_nce(queries, targets, negatives, batch.text_ids, text, dims),
+    }
+
+
+@pytest.mark.parametrize("cache", [None, GradientCache(2, 10)])
+@pytest.mark.parametrize("tasks", [BOTH, ("image_text",), ("text",)])
+def test_each_task_has_the_loss_and_the_gradient_of_its_own_temperature(tasks, cache):
+    """Against torch's cross entropy. The temperature of a task that rests has no gradient, rather than zeros."""
+    engine, batch = PlainEngine(), make_batch()
+    scales = -torch.log(torch.tensor([0.05, 0.3], dtype=torch.float64))
+    with torch.no_grad():
+        engine.objective.model.logit_scale.copy_(scales[:1])
+        engine.objective.model.text_logit_scale.copy_(scales[1:])
+    scales.requires_grad_()
+    expected = expected_losses(engine, batch, scales)
+    (by_scale,) = torch.autograd.grad(sum(expected[task] for task in tasks), scales)
+    losses = forward_backward(engine, batch, tasks=tasks, cache=cache)
+    assert {task: loss.item() for task, (loss, _) in losses.items()} == {
+        task: pytest.approx(expected[task].item(), rel=1e-9) for task in tasks
+    }
+    for task, of_task in zip(BOTH, by_scale, strict=True):
+        gradient = engine.objective.logit_scales[task].grad
+        if task in tasks:
+            assert gradient.item() == pytest.approx(of_task.item(), rel=1e-8)
+        else:
+            assert gradient is None
 
 
 def test_chunks_hold_every_sample_once_within_the_budget():
@@ -142,6 +199,66 @@ def test_chunks_hold_every_sample_once_within_the_budget():
     assert sum((p.texts.lengths for p in parts), ()) == batch.texts.lengths
     assert all(len(p.texts.ids) <= 12 for p in parts)
     assert len(list(text_chunks(batch, 1))) == len(batch.texts)
+
+
+def test_a_part_holds_the_longest_run_of_texts_that_fits():
+    """Against a plain walk, where lengths meet the budget exactly and where they pass it, and for many texts."""
+    lengths = torch.randint(1, 9, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    texts = PackedTokens.from_lists([list(range(3, 3 + n)) for n in lengths])
+    for budget in (1, 7, 8, 16, 0):
+        parts = [p.lengths for _, _, p in packed_chunks(texts, budget)]
+        expected: list[tuple[int, ...]] = []
+        for n in lengths:
+            if expected and (not budget or sum(expected[-1]) + n <= budget):
+                expected[-1] += (n,)
+            else:
+                expected.append((n,))
+        assert parts == expected
+    whole = next(packed_chunks(texts, 0))
+    assert (whole[0], whole[1], whole[2].max_seqlen) == (slice(0, 300), slice(0, sum(lengths)), max(lengths))
+
+
+def test_chunks_of_one_kind_carry_nothing_of_the_other():
+    batch = make_batch()
+    for part in image_chunks(batch, 3):
+        assert (part.texts, len(part.text_seeds), len(part.image_seeds)) == (None, 0, len(part.images))
+    for part in text_chunks(batch, 12):
+        assert (part.images, len(part.image_seeds), len(part.text_seeds)) == (None, 0, len(part.texts))
+    assert next(image_chunks(make_batch(images=1), 0)).images.shape[0] == 1
+    assert list(image_chunks(Batch(**{**vars(batch), "images": None}), 2)) == []
+    assert list(text_chunks(Batch(**{**vars(batch), "texts": None}), 2)) == []
+
+
+@pytest.mark.parametrize("task", BOTH)
+def test_a_batch_that_is_one_chunk_is_a_batch(task):
+    batch = make_batch(pairs=0, negatives=0) if task == "image_text" else make_batch(images=0)
+    batch = Batch(**{**vars(batch), "images": None}) if task == "text" else batch
+    _, gradients, _ = step(batch, tasks=(task,))
+    _, cached, passes = step(batch, GradientCache(0, 0), tasks=(task,))
+    assert passes == (4 if task == "image_text" else 2)
+    torch.testing.assert_close(cached, gradients, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("more", [0, 1, 3, 4])
+def test_passes_for_other_ranks_sake_change_no_gradient_and_the_last_is_marked(more):
+    """As ZeRO 3 wants them; what is run beyond a rank's own parts is dropped."""
+    batch, engine, marks = make_batch(), PlainEngine(), []
+    _, gradients, _ = step(batch)
+
+    @contextlib.contextmanager
+    def backwards():
+        yield lambda loss, last: (marks.append(last), loss.backward())
+
+    engine.forward_passes, engine.backwards = lambda mine: mine + more, backwards
+    forward_backward(engine, batch, tasks=BOTH, patch_dropout=0.5, cache=GradientCache(2, 10))
+    own = len(list(image_chunks(batch, 2))) + len(list(text_chunks(batch_by_length(batch), 10)))
+    assert engine.passes == 2 * (own + 2 * more)
+    assert marks == [False] * (own + 2 * more - 1) + [True]
+    torch.testing.assert_close(engine.gradients(), gradients, rtol=1e-10, atol=1e-12)
+
+
+def batch_by_length(batch):
+    return Batch(**{**vars(batch), "texts": batch.texts.by_length()[0]})
 
 
 @pytest.mark.parametrize("kind", ["multi_task", "unified"])

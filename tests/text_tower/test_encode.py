@@ -193,13 +193,15 @@ def test_pytorchs_defaults_change_nothing(tower, tmp_path, sentences, dtype):
     texts = list(sentences.values())
     expected = tower.encode(texts)
     tower.save_pretrained(tmp_path / "model")
+    tower.save_pretrained(tmp_path / "plain", merge=True)
     torch.set_default_dtype(dtype)
     try:
         np.testing.assert_array_equal(tower.encode(texts), expected)
         with torch.device("meta"):  # where tensors would go that are not told
             np.testing.assert_array_equal(tower.encode(texts), expected)
-            loaded = type(tower).from_pretrained(tmp_path / "model", adapters=("separation", "fresh"))
-        assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+            loaded = type(tower).from_pretrained(tmp_path / "model", adapters=("separation",))
+            fresh = type(tower).from_pretrained(tmp_path / "plain", adapters=("fresh",), lora_rank=2)
+        assert {p.dtype for p in [*loaded.parameters(), *fresh.parameters()]} == {torch.float32}
         np.testing.assert_array_equal(loaded.encode(texts, task="separation"), tower.encode(texts, task="separation"))
     finally:
         torch.set_default_dtype(torch.float32)

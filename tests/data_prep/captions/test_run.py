@@ -239,6 +239,28 @@ def test_captions_that_nearly_repeat_another_images_are_rejected_all_but_the_fir
     assert states(ledger) == {"accepted": 4}
 
 
+def test_captions_of_one_image_may_be_alike_but_not_those_of_two(seer, planned, run, ledger, tmp_path):
+    """Two models say the same of an image: both stay. What they say of another image in the same words goes."""
+    planned(3, languages=["en"])
+    said = ["the same", "its own", "the same"]
+    images: list[str] = []
+
+    def behave(asked):
+        if asked.image not in images:
+            images.append(asked.image)
+        return Reply(body=json.dumps(completion(caption("en", said[images.index(asked.image)]))).encode())
+
+    seer.behave = behave
+    assert run() == 0
+    assert states(ledger) == {"accepted": 2, "rejected:duplicate": 1}
+    again = ["--model", "seer-2", "--languages", "en", "--max-tokens", "500"]
+    assert main(["captions", "plan", ledger, str(tmp_path / "images"), *again]) == 0
+    assert run() == 0
+    assert states(ledger) == {"accepted": 4, "rejected:duplicate": 2}
+    rows = Ledger(ledger).db.execute("SELECT image, state, count(*) AS n FROM request GROUP BY 1, 2").fetchall()
+    assert sorted((row["state"], row["n"]) for row in rows) == [("accepted", 2), ("accepted", 2), ("rejected", 2)]
+
+
 def test_an_image_that_is_another_one_by_now_is_not_sent_until_it_is_planned_again(
     seer, planned, run, ledger, tmp_path, capsys
 ):

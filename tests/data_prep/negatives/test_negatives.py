@@ -164,3 +164,16 @@ def test_a_folder_without_a_model_and_data_without_pairs_are_refused(pairs, tmp_
     out = ["--out", str(tmp_path / "out"), "--name", "hard"]
     assert main(["negatives", str(pairs[0]), "--model", str(tmp_path), *out]) == 2
     assert "holds no text tower" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("empty", ["query", "target"])
+def test_a_pair_without_one_of_its_sides_is_named(text_tower, tmp_path, capsys, empty):
+    side = [{"text": "red circle", "language": "en", "origin": "human", "role": "body"}]
+    with DatasetWriter(tmp_path / "pairs", kind="text-pairs", source="made") as writer:
+        for number in range(3):
+            fields = {"query": side, "target": side, "source": "made", "item": str(number)}
+            fields |= {empty: []} if number == 1 else {}
+            writer.write(f"k{number}", {"json": json.dumps(fields).encode()}, languages=["en"], tokens=None)
+    out = ["--out", str(tmp_path / "out"), "--name", "hard", "--workers", "1"]
+    assert main(["negatives", str(tmp_path / "pairs"), "--model", str(text_tower[0]), *out]) == 2
+    assert "sample 'k1' has no query or no target" in capsys.readouterr().err

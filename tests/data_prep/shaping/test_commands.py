@@ -13,6 +13,7 @@ from data_prep.cli import main
 from data_prep.looking.validate import validate
 from data_prep.shaping.languages import identify
 from data_prep.shaping.passes import sample_at
+from data_prep.shaping.phash import perceptual_hash
 from data_prep.shaping.similarity import _image, keep
 from data_prep.shards import Dataset, DatasetWriter
 from PIL import Image
@@ -76,6 +77,67 @@ def test_duplicate_texts_go_and_what_an_evaluation_set_asks_too(write_pairs, tmp
     before, after = Dataset.open(shards), Dataset.open(out / "text-pairs/clean")
     assert after.read(2) == before.read(4)
     assert after.row(2).tokens == 7
+
+
+def jaccard(one: str, two: str) -> float:
+    sets = [{line[place : place + 5] for place in range(len(line) - 4)} for line in (one, two)]
+    return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "stay"),
+    [
+        ((), ["p-0", "p-2"]),
+        (("--similarity", 0.6), ["p-0"]),
+        (("--similarity", 0.97), ["p-0", "p-1", "p-2"]),
+        (("--exact",), ["p-0", "p-1", "p-2"]),
+    ],
+)
+def test_how_alike_texts_may_be_is_what_similarity_says(write_pairs, tmp_path, options, stay):
+    """The second is to the first as 0.9, the third as 0.7, by exact Jaccard similarity of runs of five."""
+    words = LONG + " and a dog barks at the rising moon from the garden wall of the last house in the village"
+    texts = [
+        words,
+        words.replace("seventeen white", "seventeen grey"),
+        words.replace("rising moon from the garden wall of the", "x"),
+    ]
+    lines = [f"a question {one}" for one in texts]
+    assert 0.85 < jaccard(lines[0], lines[1]) < 0.95
+    assert 0.65 < jaccard(lines[0], lines[2]) < 0.77
+    shards = write_pairs("p", [("a question", one) for one in texts])
+    run("dedup", shards, "--out", tmp_path / "out", "--name", "n", "--workers", 1, *options)
+    assert keys(tmp_path / "out/text-pairs/n") == stay
+
+
+@pytest.mark.parametrize(("similarity", "stay"), [(0.8, ["p-1"]), (0.6, []), (0.97, ["p-0", "p-1"])])
+def test_how_like_an_evaluation_set_texts_may_be_is_what_similarity_says(write_pairs, tmp_path, similarity, stay):
+    words = LONG + " and a dog barks at the rising moon from the garden wall of the last house in the village"
+    near = [
+        words.replace("seventeen white", "seventeen grey"),
+        words.replace("rising moon from the garden wall of the", "x"),
+    ]
+    other = ["what is asked of this first one", "and of the second something else"]
+    shards = write_pairs("p", list(zip(other, near, strict=True)))
+    test = write_pairs("test", [("x", words)])
+    command = ["dedup", shards, "--against", test, "--similarity", similarity, "--out", tmp_path / "out", "--name", "n"]
+    if stay:
+        run(*command, "--workers", 1)
+        assert keys(tmp_path / "out/text-pairs/n") == stay
+    else:
+        assert main([str(part) for part in [*command, "--workers", 1]]) == 2, "nothing is left"
+
+
+@pytest.mark.parametrize(("options", "stay"), [((), 1), (("--distance", 0), 2), (("--distance", 15), 1)])
+def test_how_alike_images_may_be_is_what_distance_says(write_images, tmp_path, options, stay):
+    one = photo(3)
+    other = Image.blend(one, photo(4), 0.12)
+    bits = perceptual_hash(one) ^ perceptual_hash(other)
+    assert 1 <= bits.bit_count() <= 4
+    packed = [encoded(one), encoded(one, compress_level=0), encoded(other)]
+    assert packed[0] != packed[1]
+    shards = write_images("a", [(data, [text("x")]) for data in packed])
+    run("dedup", shards, "--out", tmp_path / "out", "--name", "n", "--workers", 1, *options)
+    assert keys(tmp_path / "out/image-short/n") == ["a-0", "a-2"][:stay], "what hashes alike goes at any distance"
 
 
 def test_duplicates_across_data_sets_are_found_and_the_bytes_are_the_same_from_array_tasks(
@@ -186,6 +248,7 @@ def test_texts_get_their_language_and_those_in_another_go(write_pairs, write_ima
         [text(swahili, "und")],
         [text(danish, "da")],
         [text(LONG, "sw")],
+        [text(LONG, "de")],
     ]
     shards = write_images("c", [(png, own) for own in captions])
     run("languages", shards, "--out", tmp_path, "--name", "known", "--workers", 1)
@@ -197,9 +260,14 @@ def test_texts_get_their_language_and_those_in_another_go(write_pairs, write_ima
     ]
     assert Dataset.open(tmp_path / "image-short/known").row(0).languages == ("de", "en")
     notes = receipt(tmp_path / "image-short/known")["notes"]
-    assert notes["texts out: clearly in another language than said"] == 1
+    assert notes["texts out: clearly in another language than said"] == 2
     assert notes["texts out: a language that is none of the thirty"] == 1
     assert notes["texts that got a language"] == 2
+    run("languages", shards, "--out", tmp_path, "--name", "foreign", "--without", "en", "da", "--workers", 1)
+    assert [[one["text"] for one in sample["captions"]] for sample in contents(tmp_path / "image-short/foreign")] == [
+        [german]
+    ]
+    assert main(["languages", str(shards), "--out", str(tmp_path), "--name", "x", "--without", "xx"]) == 2
 
 
 @pytest.mark.parametrize("among_all", [False, True])
@@ -283,6 +351,14 @@ def test_a_model_that_is_none_is_refused(captioned, tmp_path, capsys):
     command = ["similarity", captioned[0], "--top", "0.5", "--out", str(tmp_path), "--name", "n", "--workers", "1"]
     assert main([*command, "--model", str(tmp_path)]) == 2
     assert "has no text/ and vision/" in capsys.readouterr().err
+    for name in ("text", "vision"):
+        (tmp_path / "model" / name).mkdir(parents=True)
+    assert main([*command, "--model", str(tmp_path / "model")]) == 2
+    assert f"cannot load {tmp_path / 'model'}: " in capsys.readouterr().err
+    for name in ("text", "vision"):
+        (tmp_path / "model" / name / "config.json").write_text("{")
+    assert main([*command, "--model", str(tmp_path / "model")]) == 2
+    assert f"cannot load {tmp_path / 'model'}: " in capsys.readouterr().err
     assert main([*command, "--model", "open_clip:no-such-model:"]) == 2
     assert "open_clip cannot make it" in capsys.readouterr().err
 

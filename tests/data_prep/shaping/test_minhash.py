@@ -99,6 +99,22 @@ def test_a_text_is_known_if_it_is_nearly_one_of_those():
     assert not matches(signatures(texts), signatures([]), similarity=0.8).any()
 
 
+@pytest.mark.parametrize("known", [1, 2, 3, 60])
+def test_what_shares_a_band_with_a_known_text_is_compared_with_it(known):
+    """Against all pairs, one by one: whichever of the bands they share, wherever in it."""
+    first = [sentence(25) for _ in range(known)]
+    texts = [" ".join(changed(words, number % 9)) for number in range(8) for words in first]
+    ours, theirs = signatures(texts), signatures([" ".join(words) for words in first])
+    for similarity in (0.4, 0.7, 0.9):
+        expected = np.zeros(len(texts), bool)
+        for number in range(len(texts)):
+            for other in np.flatnonzero((ours.bands[number] == theirs.bands).any(1)):
+                share = (ours.low[number] == theirs.low[other]).mean()
+                expected[number] |= (share - 1 / 256) / (1 - 1 / 256) >= similarity
+        assert (matches(ours, theirs, similarity=similarity) == expected).all()
+        assert expected.any()
+
+
 def test_as_datasketch_sees_them():
     words = sentence(30)
     for count, same in ((0, True), (1, True), (12, False), (20, False)):

@@ -21,24 +21,25 @@ from stage_trainer.errors import UserError
 from stage_trainer.model import DualEncoder
 from stage_trainer.recipe import Model as ModelOfRecipe
 from stage_trainer.recipe import Recipe
-from stage_trainer.recipe.read import build_config
+from stage_trainer.recipe.tower_rules import build_config, check_towers
 
 Model = DualEncoder | MaskedLM
 
 
 def check_configs(recipe: Recipe, number: int) -> None:
-    """Finds what is wrong with the model's configuration before anything is allocated; weights are fetched.
+    """Finds what the recipe asks of weights that they do not have, before anything is allocated; weights are fetched.
 
     Raises:
         UserError: names the key.
     """
-    stage = recipe.stage(number)
-    text = masked_lm_config(recipe, fetch=True) if stage.masked else tower_configs(recipe, number, fetch=True)[0]
-    if stage.max_tokens > text.max_length:
-        raise UserError(
-            f"stage {number}: max_tokens is {stage.max_tokens}, more than the text tower takes "
-            f"(model.text.max_length {text.max_length}); lower the one or raise the other"
-        )
+    model = recipe.model
+    if recipe.stage(number).masked:
+        text, vision = masked_lm_config(recipe, fetch=True), model.vision
+    else:
+        text, config = tower_configs(recipe, number, fetch=True)
+        vision = {name: value for name, value in dataclasses.asdict(config).items() if name != "resolution"}
+    settled = ModelOfRecipe(text=dataclasses.asdict(text), tokenizer=model.tokenizer, vision=vision)
+    check_towers(dataclasses.replace(recipe, model=settled), recipe.name)
 
 
 def masked_lm_config(recipe: Recipe, fetch: bool = False) -> TextTowerConfig:
@@ -55,7 +56,6 @@ def tower_configs(recipe: Recipe, number: int, fetch: bool = False) -> tuple[Tex
     """
     text = _tower_config(recipe.model, "text", fetch)
     vision = _tower_config(recipe.model, "vision", fetch, resolution=recipe.stage(number).resolution[0][1])
-    _check_stages(recipe, text)
     return text, vision
 
 
@@ -81,16 +81,6 @@ def _named_weights(model: ModelOfRecipe, tower: str) -> Iterator[None]:
         raise
     except (ValueError, OSError) as error:
         raise UserError(f"model.{key}: {error}") from error
-
-
-def _check_stages(recipe: Recipe, text: TextTowerConfig) -> None:
-    for n, stage in enumerate(recipe.stages, 1):
-        if stage.masked:
-            continue
-        if not stage.loss.dims or not all(0 < dim <= text.width for dim in stage.loss.dims):
-            raise UserError(f"stage {n}: loss.dims is {list(stage.loss.dims)}; expected prefixes of 1 to {text.width}")
-        if stage.trainable.text == "adapters" and not text.adapters:
-            raise UserError(f"stage {n}: trainable.text is 'adapters', but model.text.adapters names none; add one")
 
 
 def build_model(recipe: Recipe, number: int, tokenizer: Tokenizer | None = None) -> Model:
@@ -152,7 +142,7 @@ def _read_vision(path: str, config: VisionTowerConfig) -> VisionTower:
     """From a directory or a file, or timm's weights of that name (`timm/eva02_…`)."""
     options = weights.reading_options(config, weights.given_vision(path))
     if Path(path).exists():
-        return VisionTower.from_pretrained(path, **options)
+        return VisionTower.from_pretrained(path, **{"num_classes": 0, **options})  # without a head, if they have one
     tower = VisionTower.from_timm(path.removeprefix("timm/"), pretrained=True)
     tower.config = dataclasses.replace(tower.config, **options)
     return tower

@@ -19,7 +19,7 @@ import torch
 from stage_trainer.errors import UserError
 from stage_trainer.model import FORMAT
 from stage_trainer.recipe import Model, Recipe
-from stage_trainer.recipe.read import build_config
+from stage_trainer.recipe.tower_rules import build_config
 
 RECIPES_OWN = {
     "text": ("dropout", "checkpointing", "attention", "compile", "max_length"),
@@ -72,7 +72,7 @@ def _given_vision(path: str, files: tuple[tuple[str, int], ...]) -> Any:
     from vision_tower import VisionTower
 
     if files:
-        return VisionTower.from_pretrained(path).config
+        return VisionTower.from_pretrained(path, num_classes=0).config
     with torch.device("meta"):
         return VisionTower.from_timm(path.removeprefix("timm/"), pretrained=False).config
 
@@ -93,6 +93,12 @@ def decided(model: Model, tower: str, given: Any, unsettled: frozenset[str], hol
     own = {*RECIPES_OWN[tower], *unsettled}
     if tower == "text":
         own |= {*_ADAPTERS} if not given.adapters else set()
+        chosen = tuple(stated.get("adapters") or ())
+        if chosen and set(chosen) <= set(given.adapters):  # taking some of those that there are contradicts nothing
+            own |= {"adapters"}
+            left_out = set(given.adapters) - set(chosen)
+            kept = {task: text for task, text in given.instructions.items() if task not in left_out}
+            given = dataclasses.replace(given, instructions=kept)
         own |= {name for name in ("instructions", "truncate_dim") if not getattr(given, name)}
     silent = {f.name: f.default for f in dataclasses.fields(given) if f.name in RECIPES_OWN[tower]}
     values = dataclasses.asdict(given) | {k: v for k, v in silent.items() if k not in _AS_THE_WEIGHTS}

@@ -103,7 +103,10 @@ def write_weights(weights: Mapping[str, Tensor], file: Path) -> None:
     from safetensors.torch import save_file
 
     on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    file.touch()  # as the umask wants a new file; safetensors puts one in its place that its owner alone may read
+    mode = file.stat().st_mode
     save_file(on_host, file, {"format": "pt"})  # transformers refuses a file without this word
+    file.chmod(mode)
 
 
 def check_keys(expected: Mapping[str, list[int]], weights: Mapping[str, Tensor], where: str) -> None:

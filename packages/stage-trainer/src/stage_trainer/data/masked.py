@@ -12,7 +12,7 @@ from data_prep.shards import Dataset, ShardError
 from text_tower import PackedTokens, Tokenizer, WholeWordMasking
 from torch.utils.data import Dataset as TorchDataset
 
-from stage_trainer.data.batches import REPLACEMENTS, Corrupt, Drawn, open_data_set
+from stage_trainer.data.batches import REPLACEMENTS, Corrupt, Drawn, another, open_data_set
 from stage_trainer.data.keyed import key, permutation
 from stage_trainer.data.remote import is_remote
 from stage_trainer.data.remote_data import fetch_sidecars, place
@@ -74,7 +74,7 @@ class Texts:
             except ShardError as error:
                 shard, name = data.name(index)
                 drawn.corrupt.append(Corrupt(str(data.directory / shard), name, str(error)))
-                number = key("replacement", language, number, attempt) % len(self.samples[language])
+                number = another(number, len(self.samples[language]), key("replacement", language, number, attempt))
                 continue
             drawn.texts[f"{data.kind}/{data.source}/{language}"] += 1
             return texts[key(seed, "text") % len(texts)]

@@ -1,4 +1,4 @@
-"""A recipe: its schema, what it cannot mean, and reading it from a file."""
+"""A recipe: its schema, what it cannot mean, and reading it from a file. Nothing here needs torch."""
 
 from stage_trainer.recipe.schema import (
     Augmentation,
@@ -13,6 +13,7 @@ from stage_trainer.recipe.schema import (
     Override,
     PerTask,
     PerTower,
+    Rates,
     Recipe,
     Remote,
     Source,
@@ -35,6 +36,7 @@ __all__ = [
     "Override",
     "PerTask",
     "PerTower",
+    "Rates",
     "Recipe",
     "Remote",
     "Source",
