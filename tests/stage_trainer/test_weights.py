@@ -207,6 +207,9 @@ def test_dry_run_shows_the_size_of_the_weights(ours, recipes):
     shown = dry_run(load(recipes / "finetune.yaml", settings, stage=1), 1)
     count = sum(p.numel() for p in DualEncoder.from_pretrained(ours).text.parameters())
     assert f"{count:,}" in shown
+    assert "not on this machine" not in shown
+    elsewhere = dry_run(load(recipes / "finetune.yaml", ["model.weights=not-here"], stage=1), 1)
+    assert "(not-here is not on this machine: its sizes are the recipe's, or else the towers' defaults)" in elsewhere
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,12 @@ def tower_weights(model: Model, tower: str, fetch: bool) -> str | None:
     return str(whole / tower if _is_ours(whole) else whole)
 
 
+def absent(model: Model) -> list[str]:
+    """Weights that the recipe names and this machine does not have; the recipe and defaults stand for their sizes."""
+    named = [model.text_weights or model.weights, model.vision_weights or model.weights]
+    return list(dict.fromkeys(weights for weights in named if weights and not Path(weights).exists()))
+
+
 def given_text(path: str) -> tuple[Any, frozenset[str]]:
     """The configuration that a text tower's weights bring, and the fields that they leave to the recipe."""
     from text_tower.pretrained import read_config
