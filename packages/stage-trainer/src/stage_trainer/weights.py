@@ -53,6 +53,12 @@ def tower_weights(model: Model, tower: str, fetch: bool) -> str | None:
     return str(whole / tower if _is_ours(whole) else whole)
 
 
+def absent(model: Model) -> list[str]:
+    """Weights that the recipe names and this machine does not have; the recipe and defaults stand for their sizes."""
+    named = [model.text_weights or model.weights, model.vision_weights or model.weights]
+    return list(dict.fromkeys(weights for weights in named if weights and not Path(weights).exists()))
+
+
 def given_text(path: str) -> tuple[Any, frozenset[str]]:
     """The configuration that a text tower's weights bring, and the fields that they leave to the recipe."""
     from text_tower.pretrained import read_config
@@ -93,6 +99,12 @@ def decided(model: Model, tower: str, given: Any, unsettled: frozenset[str], hol
     own = {*RECIPES_OWN[tower], *unsettled}
     if tower == "text":
         own |= {*_ADAPTERS} if not given.adapters else set()
+        chosen = tuple(stated.get("adapters") or ())
+        if chosen and set(chosen) <= set(given.adapters):  # taking some of those that there are contradicts nothing
+            own |= {"adapters"}
+            left_out = set(given.adapters) - set(chosen)
+            kept = {task: text for task, text in given.instructions.items() if task not in left_out}
+            given = dataclasses.replace(given, instructions=kept)
         own |= {name for name in ("instructions", "truncate_dim") if not getattr(given, name)}
     silent = {f.name: f.default for f in dataclasses.fields(given) if f.name in RECIPES_OWN[tower]}
     values = dataclasses.asdict(given) | {k: v for k, v in silent.items() if k not in _AS_THE_WEIGHTS}

@@ -53,8 +53,8 @@ def read(path: str | Path, *, peft: str | Path | Mapping[str, str | Path] | None
             folder, whose own name is the adapter's.
         overrides: fields of `TextTowerConfig` that are not the shape of the base weights: dropout, checkpointing,
             attention, compile, instructions, truncate_dim, max_length, layer_norm_eps, pad_id, lora_rank, lora_alpha,
-            adapters (those of the directory that are kept, in this order; other names are fresh ones), and
-            rope_theta for XLM-RoBERTa weights, which know none.
+            adapters (which of the directory's are taken; fresh ones for a directory that
+            has none), and rope_theta for XLM-RoBERTa weights, which know none.
 
     Raises:
         FileNotFoundError: no such directory or file.
@@ -94,16 +94,6 @@ def load(
                 f"{path} lacks its adapters; expected {UNMERGED}.safetensors, or a folder for each of {list(folders)}"
             )
     in_file = bool(config.adapters) and not folders
-    if config.adapters and (chosen := tuple(overrides.get("adapters") or ())):
-        if strangers := [name for name in chosen if name not in config.adapters]:
-            raise ValueError(f"{path} has the adapters {list(config.adapters)}; {strangers} are none of them")
-        if in_file:
-            numbers = [config.adapters.index(name) for name in chosen]
-            weights = {name: tensor[numbers] if is_adapter(name) else tensor for name, tensor in weights.items()}
-        folders = {name: folders[name] for name in chosen} if folders else {}
-        left_out = set(config.adapters) - set(chosen)
-        instructions = {task: text for task, text in config.instructions.items() if task not in left_out}
-        config = replace(config, adapters=chosen, instructions=instructions)
     adapters: dict[str, Tensor] = {}
     if folders:
         adapters, config = _from_folders(folders, config)
@@ -111,7 +101,7 @@ def load(
     expected = {name: shape for name, shape in shapes.items() if in_file or not is_adapter(name)}
     check_keys(layout.expected(expected), weights, f"{path} (it looks like {layout})")
     state = unstacked(layout.to_ours(expected, weights) | adapters)
-    wanted = _overridden(config, overrides)
+    wanted = _overridden(config, overrides, path)
     state = _with_adapters_of(wanted, config, state)
     tower = _empty(wanted)
     # Adapters that are neither in the file nor in folders are made new.
@@ -165,20 +155,25 @@ def _empty(config: TextTowerConfig) -> TextTower:
         return TextTower(config)
 
 
-def _overridden(config: TextTowerConfig, overrides: Mapping[str, Any]) -> TextTowerConfig:
-    if "adapters" in overrides and not overrides["adapters"]:
-        overrides = {**overrides, "lora_rank": 0}
+def _overridden(config: TextTowerConfig, overrides: Mapping[str, Any], path: Path) -> TextTowerConfig:
+    """With other settings; of adapters that are left out the instructions go, too."""
+    if config.adapters and "adapters" in overrides:
+        chosen = tuple(overrides["adapters"])
+        if strangers := [name for name in chosen if name not in config.adapters]:
+            raise ValueError(f"{path} has the adapters {list(config.adapters)}; {strangers} are none of them")
+        left_out = set(config.adapters) - set(chosen)
+        instructions = {task: text for task, text in config.instructions.items() if task not in left_out}
+        overrides = {"instructions": instructions, **overrides, **({} if chosen else {"lora_rank": 0})}
+        if (rank := overrides.get("lora_rank", config.lora_rank)) != config.lora_rank and chosen:
+            raise ValueError(f"lora_rank is {rank}, but the adapters {list(chosen)} have {config.lora_rank}")
     return replace(config, **overrides)
 
 
 def _with_adapters_of(
     wanted: TextTowerConfig, config: TextTowerConfig, state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """A state dict with the adapters that are wanted, by name, in their new order; what is new of them is absent."""
-    kept = {name: k for k, name in enumerate(config.adapters) if name in wanted.adapters}
-    if kept and wanted.lora_rank != config.lora_rank:
-        raise ValueError(f"lora_rank is {wanted.lora_rank}, but the adapters {list(kept)} have {config.lora_rank}")
-    numbers = {k: wanted.adapters.index(name) for name, k in kept.items()}
+    """A state dict with the adapters that are wanted, in their new order."""
+    numbers = {k: wanted.adapters.index(name) for k, name in enumerate(config.adapters) if name in wanted.adapters}
     result = {}
     for name, tensor in state.items():
         k = adapter_number(name)
