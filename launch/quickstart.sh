@@ -20,12 +20,13 @@ python launch/timed.py "$run/timings.json" environment --took "$SECONDS"
 part corpus data-prep corpus "$corpus" ${options[@]+"${options[@]}"}
 
 # All GPUs if there are any; else two processes of one thread each, which beat one process of two threads.
-ranks=()
-if ! nvidia-smi -L >/dev/null 2>&1; then ranks=(--num_accelerators "$(($(getconf _NPROCESSORS_ONLN) > 1 ? 2 : 1))"); fi
+if ! nvidia-smi -L >/dev/null 2>&1; then
+  export DEEPSPEED_OPTIONS="--num_accelerators $(($(getconf _NPROCESSORS_ONLN) > 1 ? 2 : 1)) ${DEEPSPEED_OPTIONS:-}"
+fi
 trained=""  # a stage that was trained anew makes those after it out of date; they are moved aside
 for stage in 1 2 3; do
   [ -n "$trained" ] || [ ! -e "$run/stage$stage/evaluation.json" ] || continue
-  part "train stage $stage" deepspeed ${ranks[@]+"${ranks[@]}"} "launch/stage$stage.sh" --recipe "$recipe" ${trained:+--start-over}
+  part "train stage $stage" bash "launch/stage$stage.sh" --recipe "$recipe" ${trained:+--start-over}
   part "evaluate stage $stage" stage-trainer evaluate "$run/stage$stage" "$corpus" --json "$run/stage$stage/evaluation.json"
   trained=yes
 done
@@ -37,7 +38,10 @@ echo
 stage-trainer report --recipe "$recipe"
 cat <<TEXT
 
+recall@5: the share of queries whose answer is among the first five found; "blind guess" is what chance would reach
+
 the model:          $run/model   (stage_trainer.DualEncoder.from_pretrained("$run/model"))
 what it finds:      $run/search.png
-how it was trained: .venv/bin/tensorboard --logdir $run
+ask it yourself:    .venv/bin/stage-trainer search $run/model $corpus "a red flower" --out found.png
+how it was trained: .venv/bin/tensorboard --logdir $run   (the page Custom Scalars has what matters)
 TEXT

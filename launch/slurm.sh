@@ -8,7 +8,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 #SBATCH --signal=TERM@120
-# Two minutes before the time is over the run saves and ends; submitted again, it goes on.
+# Two minutes before the time is over the run saves and ends with exit code 75; submitted again, it goes on.
 set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
 

@@ -6,6 +6,7 @@ Of a part that ran several times the longest run counts: the others found little
 
 import json
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +18,13 @@ if option == "--took":
     figures = {"seconds": float(words[0])}
 else:
     began = time.monotonic()
-    code = subprocess.run(words, check=False).returncode
+    child = subprocess.Popen(words)
+    # Ctrl-C goes to both, and the command may have to save first; other signals are passed on.
+    signal.signal(signal.SIGINT, lambda number, frame: None)
+    for passed_on in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(passed_on, lambda number, frame: child.send_signal(number))
+    code = child.wait()
+    code = code if code >= 0 else 128 - code
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
     figures = {"seconds": round(time.monotonic() - began, 1), "largest_process_bytes": peak}

@@ -31,7 +31,13 @@ def main(rank: int, folder: Path) -> None:
     written["unified error"] = unified_error(rank, groups[4])
     written["nan"] = loss_with_a_nan(rank, groups[4])
     written["without gradient"] = step_of_which_one_rank_needs_no_gradient(cases["loss"]["even"], rank, groups[4])
-    written["unified"] = unified_step(cases["unified"], rank, groups[4])
+    written["unified"] = {
+        (made, size): unified_step(cases["unified"], GROUPS[size].index(rank), size, groups[size], made)
+        for size in (2, 4)
+        for made in ("images", "images and texts")
+        if rank in GROUPS[size]
+    }
+    written["unified ids"] = unified_error_of_ids(rank, groups[4])
     if rank == 0:
         try:
             matryoshka_info_nce(torch.ones(2, 2), torch.ones(2, 2), temperature=1.0, group=groups[1])
@@ -119,18 +125,28 @@ def step_of_which_one_rank_needs_no_gradient(case: dict, rank: int, group: dist.
     return {"queries": queries.detach(), "targets": targets, "gradient": queries.grad}
 
 
-def unified_step(case: dict, rank: int, group: dist.ProcessGroup) -> dict:
-    """Each rank holds its rows of every part; ids of texts are given, those of images are made."""
+def unified_error_of_ids(rank: int, group: dist.ProcessGroup) -> str:
+    rows = torch.eye(4)
+    try:
+        UnifiedInfoNCE()((rows, rows), (rows, rows), image_ids=torch.arange(4) if rank == 1 else None, group=group)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def unified_step(case: dict, rank: int, size: int, group: dist.ProcessGroup, made: str) -> dict:
+    """Each rank holds its rows of every part; ids of images, or of all, are made."""
     module = UnifiedInfoNCE(dims=(3, 6), temperature=0.2)
     parts = {
-        name: tuple(side.tensor_split(4)[rank].clone().requires_grad_() for side in pairs)
+        name: tuple(side.tensor_split(size)[rank].clone().requires_grad_() for side in pairs)
         for name, pairs in case["parts"].items()
     }
-    loss = module(**parts, text_ids=case["text_ids"].tensor_split(4)[rank], group=group)
+    text_ids = case["text_ids"].tensor_split(size)[rank] if made == "images" else None
+    loss = module(**parts, text_ids=text_ids, group=group)
     loss.backward()
     return {
         "loss": loss.detach(),
-        "gradients": {name: [side.grad / 4 for side in pairs] for name, pairs in parts.items()},
+        "gradients": {name: [side.grad / size for side in pairs] for name, pairs in parts.items()},
         "log_scale": module.log_scale.grad,
     }
 

@@ -1,10 +1,14 @@
 """The loss of one process, against cross entropies in float64 and against numbers counted by hand."""
 
 import math
+from contextlib import nullcontext
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
-from contrastive_losses import matryoshka_info_nce
+from contrastive_losses import InfoNCE, matryoshka_info_nce, matryoshka_sigmoid
+from contrastive_losses.plain import plain_info_nce, plain_sigmoid
 
 IDS = {"query_ids": torch.tensor([1, 2, 1, 3, 4]), "target_ids": torch.tensor([7, 8, 9, 8, 8])}
 WEIGHTS = {"sample_weights": torch.tensor([1.0, 0.0, 2.5, 1.0, 0.5], dtype=torch.float64)}
@@ -204,41 +208,39 @@ def test_one_input_alone_may_require_a_gradient(needs_gradient, make_batch):
     assert torch.equal(torch.autograd.grad(matryoshka_info_nce(**alone), alone[needs_gradient])[0], gradient)
 
 
-def test_stats_of_three_pairs_counted_by_hand():
-    """A tie is a miss: query 1 meets a hard negative that equals its target, and target 0 two equal prefixes."""
-    queries = torch.tensor([[1.0, 0, 0], [0, 1, 0], [1, 0, 3]], requires_grad=True)
-    targets = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 1, 3]])
-    negatives = torch.tensor([[[0, 0, -1.0]], [[0, 1, 0]], [[0, -1, 0]]])
-    _, stats = matryoshka_info_nce(
-        queries, targets, negatives=negatives, temperature=0.2, dims=(2, 3), return_stats=True
-    )
-    assert stats.dims == (2, 3)
-    # Prefix 2: queries x, y, x; targets x, y, y; negatives 0, y, -y.
-    close(stats.query_to_target_accuracy, torch.tensor([1 / 3, 2 / 3]), 1e-6)
-    close(stats.target_to_query_accuracy, torch.tensor([1 / 3, 1.0]), 1e-6)
-    close(stats.positive_cosine, torch.tensor([2 / 3, (1 + 1 + 0.9) / 3]), 1e-6)
-    side = 1 / math.sqrt(10)  # query 2 with target 0; query 0 meets nothing but 0
-    close(stats.hardest_negative_cosine, torch.tensor([(0 + 1 + 1) / 3, (0 + 1 + side) / 3]), 1e-6)
-    for value in vars(stats).values():
-        assert isinstance(value, tuple) or not value.requires_grad
-
-
-def test_stats_are_weighted_like_the_loss():
-    queries, targets = torch.eye(3), torch.eye(3)[[0, 2, 1]]
-    _, stats = matryoshka_info_nce(
-        queries, targets, temperature=1.0, sample_weights=torch.tensor([3.0, 1.0, 0.0]), return_stats=True
-    )
-    assert stats.query_to_target_accuracy.item() == pytest.approx(0.75)
-    assert stats.positive_cosine.item() == pytest.approx(0.75)
-    assert stats.hardest_negative_cosine.item() == pytest.approx(0.25)
-
-
-def test_asking_for_stats_changes_neither_loss_nor_gradient(make_batch):
+@pytest.mark.parametrize("dims", [np.array([8, 3]), [np.int64(8), np.int32(3)], torch.tensor([8, 3]), [8, 3]])
+def test_whole_numbers_of_every_kind_are_dims(dims, make_batch):
     queries, targets = make_batch(4)
-    plain = matryoshka_info_nce(queries, targets, temperature=0.1, dims=(3, 8))
-    loss, _ = matryoshka_info_nce(queries, targets, temperature=0.1, dims=(3, 8), return_stats=True)
-    assert torch.equal(loss, plain)
-    assert torch.equal(torch.autograd.grad(loss, queries)[0], torch.autograd.grad(plain, queries)[0])
+    options = {"temperature": 0.1, "weights": np.array([0.5, 1.0]), "return_stats": True}
+    loss, stats = matryoshka_info_nce(queries, targets, dims=dims, **options)
+    assert torch.equal(loss, matryoshka_info_nce(queries, targets, dims=(8, 3), **options)[0])
+    module = InfoNCE(dims, np.array([0.5, 1.0]), temperature=0.1)
+    assert (stats.dims, module.dims, module.weights) == ((8, 3), (8, 3), (0.5, 1.0))
+    assert {type(dim) for dim in (*stats.dims, *module.dims)} == {int}
+
+
+@pytest.mark.parametrize("transform", ["grad", "jacrev", "hessian", "jacfwd", "vmap", "jvp", "dual"])
+@pytest.mark.parametrize("loss", [matryoshka_info_nce, partial(matryoshka_sigmoid, bias=-1.0)])
+def test_function_transforms_are_refused_with_the_form_that_has_them(transform, loss, make_batch):
+    queries, targets = (each.detach() for each in make_batch(4))
+
+    def of(loss, queries):
+        return loss(queries, targets, temperature=0.1, dims=(4, 8))
+
+    ways = {
+        "vmap": lambda f: torch.func.vmap(f)(queries[None]),
+        "jvp": lambda f: torch.func.jvp(f, (queries,), (queries,)),
+        "dual": lambda f: f(torch.autograd.forward_ad.make_dual(queries, queries)),
+    }
+    way = ways.get(transform, lambda f: getattr(torch.func, transform)(f)(queries))
+    with torch.autograd.forward_ad.dual_level() if transform == "dual" else nullcontext():
+        with pytest.raises(RuntimeError, match=r"plain_info_nce and plain_sigmoid in contrastive_losses\.plain"):
+            way(partial(of, loss))
+        plain = plain_info_nce if loss is matryoshka_info_nce else partial(plain_sigmoid, bias=-1.0)
+        way(partial(of, plain))
+    if transform == "grad":
+        expected = torch.autograd.grad(of(loss, inputs := queries.clone().requires_grad_()), inputs)[0]
+        torch.testing.assert_close(torch.func.grad(partial(of, plain))(queries), expected, rtol=1e-9, atol=1e-12)
 
 
 BAD_INPUT = {
@@ -262,7 +264,16 @@ BAD_INPUT = {
     "weights of others": ({"dims": (2, 4), "weights": (1.0,)}, "1 weights for 2 dims"),
     "a weight that is nan": ({"dims": (2, 4), "weights": (1.0, float("nan"))}, "expected finite numbers"),
     "margin": ({"false_negative_margin": 3.0}, "false_negative_margin is 3.0"),
-    "dims that are no sequence": ({"dims": 4}, "cannot be read"),
+    "dims that are no sequence": ({"dims": 4}, "dims are 4; expected a list or tuple"),
+    "dims in a text": ({"dims": "24"}, "dims are '24'; expected a list or tuple"),
+    "dims in no order": ({"dims": {2, 4}}, r"dims are \{2, 4\}; expected a list or tuple"),
+    "dims with their weights": ({"dims": {4: 0.5}}, r"dims are \{4: 0.5\}; expected a list or tuple"),
+    "weights by dim": ({"dims": (4,), "weights": {4: 0.5}}, r"weights are \{4: 0.5\}; expected a list or tuple"),
+    "a dim that is true": ({"dims": (True,)}, "dims hold True; expected whole numbers"),
+    "numpy's true": ({"dims": np.array([True, True])}, "dims hold .*True.*; expected whole numbers"),
+    "a dim in float": ({"dims": np.array([2.0])}, "dims hold .*2.0.*; expected whole numbers"),
+    "numpy's dim above D": ({"dims": np.array([2, 5])}, "dims hold .*5.*; .* 1 to D = 4"),
+    "temperature true": ({"temperature": True}, "temperature is True; expected a number"),
     "another device": ({"targets": torch.ones(3, 4, device="meta")}, "targets are on meta but queries on cpu"),
     "weights without dims": ({"weights": (1.0, 2.0)}, "2 weights for 1 dims"),
 }

@@ -75,9 +75,9 @@ LOSS_CASES = {
 UNIFIED = {
     "parts": {
         name: (draw(rows, 6, seed=7 * k), draw(rows, 6, seed=7 * k + 1))
-        for k, (name, rows) in enumerate({"image_text": 6, "text": 5, "image_views": 6}.items())
+        for k, (name, rows) in enumerate({"image_text": 86, "text": 77, "image_views": 86}.items())
     },
-    "text_ids": torch.tensor([0, 1, 2, 3, 0]),
+    "text_ids": torch.arange(77) % 50,
 }
 
 
@@ -114,9 +114,9 @@ DISAGREEMENTS = {
 UNUSABLE = {
     "a 1-d query": (error_case(1, queries=torch.ones(4)), 1, r"queries have shape \[4\]"),
     "a temperature of 0": (error_case(2, temperature=0.0), 2, "temperature is 0.0"),
-    "dims that are no sequence": (error_case(3, dims=5), 3, "arguments cannot be read"),
-    "a list for a tensor": (error_case(0, targets=[1.0, 2.0]), 0, "arguments cannot be read"),
-    "no queries": (error_case(1, queries=None), 1, "arguments cannot be read"),
+    "dims that are no sequence": (error_case(3, dims=5), 3, "dims are 5; expected a list or tuple"),
+    "a list for a tensor": (error_case(0, targets=[1.0, 2.0]), 0, "dims are 5; expected a list or tuple"),
+    "no queries": (error_case(1, queries=None), 1, "dims are 5; expected a list or tuple"),
 }
 
 
@@ -176,20 +176,29 @@ def test_ids_hide_pairs_that_sit_on_different_ranks():
     assert without - with_ids > 1e-3
 
 
-def test_the_unified_batch_of_n_ranks_is_that_of_one_process(written):
-    """Images without ids are told apart on all ranks, and each meets its own views on its rank."""
+@pytest.mark.parametrize("made", ["images", "images and texts"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_unified_batch_of_n_ranks_is_that_of_one_process(size, made, written):
+    """Rows without ids are told apart on all ranks, however many a rank has, and each image meets its own views."""
     module = UnifiedInfoNCE(dims=(3, 6), temperature=0.2)
     parts = {name: tuple(side.clone().requires_grad_() for side in pair) for name, pair in UNIFIED["parts"].items()}
-    loss = module(**parts, text_ids=UNIFIED["text_ids"])
+    assert all(len(pair[0]) > 17 * 4 for pair in parts.values())
+    loss = module(**parts, text_ids=UNIFIED["text_ids"] if made == "images" else None)
     loss.backward()
-    for rank, result in enumerate(written):
-        result = result["unified"]
+    for rank, result in enumerate(written[-size:]):
+        result = result["unified"][made, size]
         torch.testing.assert_close(result["loss"], loss.detach(), rtol=1e-12, atol=0)
         torch.testing.assert_close(result["log_scale"], module.log_scale.grad)
         for name, pair in parts.items():
             for side, gradient in zip(pair, result["gradients"][name], strict=True):
-                own = side.grad.tensor_split(4)[rank]
+                own = side.grad.tensor_split(size)[rank]
                 torch.testing.assert_close(gradient, own, rtol=1e-12, atol=1e-12)
+
+
+def test_unified_ids_given_on_one_rank_and_made_on_another_are_refused(written):
+    for rank in written:
+        assert "differ in the loss, dims and their weights" in rank["unified ids"]
+        assert "which ids are made" in rank["unified ids"]
 
 
 def test_a_nan_on_one_rank_is_a_nan_on_all_and_leaves_them_in_step(written):

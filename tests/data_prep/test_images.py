@@ -108,6 +108,27 @@ def test_every_kind_of_pixel_becomes_grey_or_rgb_of_the_same_brightness(mode):
     assert np.abs(np.asarray(stored.convert("L")).astype(int) - grey.getpixel((0, 0))).max() <= 3
 
 
+def test_grey_of_more_bits_keeps_its_brightness_however_dark_it_is():
+    """32 bits do not say how many of them are used, so the largest value does; 16 bits are 16."""
+    ramp = np.arange(60 * 80, dtype=np.int32).reshape(60, 80) % 256
+
+    def stored(source, encoding="TIFF"):
+        data = source if isinstance(source, bytes) else encoded(Image.fromarray(source), encoding)
+        return np.asarray(opened(store_image(data, ImageRule(80, encoding="png")).data).convert("L")).astype(int)
+
+    assert np.array_equal(stored(ramp), ramp)
+    assert np.abs(stored(ramp * 257) - ramp).max() <= 1
+    mask = (ramp % 2).astype(np.int32)
+    assert np.array_equal(stored(mask), mask)
+    dark = ramp.astype(np.uint16)
+    pgm = b"P5 80 60 65535\n" + dark.astype(">u2").tobytes()
+    for source in (dark, pgm):
+        assert stored(source).max() <= 1
+    assert stored(dark, "PNG").max() <= 1
+    with pytest.raises(ImageRefused):
+        stored(np.full((60, 80), np.nan, dtype=np.float32))
+
+
 def test_transparent_parts_become_white():
     image = Image.new("RGBA", (80, 60), (0, 0, 0, 0))
     assert np.asarray(opened(store_image(encoded(image), SMALL).data)).min() >= 250

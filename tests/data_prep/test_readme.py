@@ -31,8 +31,12 @@ README = Path(__file__).parents[2] / "data_prep/README.md"
 ELSEWHERE = ("data-prep corpus data/laptop", "stage-trainer ")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(encoding="utf-8"), re.S | re.M)
+def blocks(language: str, paper: bool = False) -> list[str]:
+    """Blocks of code of the README; those of "The paper's data" apart, which test_paper_data.py runs."""
+    text = README.read_text(encoding="utf-8")
+    found = re.search(r"^## The paper's data$.*?(?=^## )", text, re.S | re.M)
+    assert found
+    return re.findall(rf"^```{language}\n(.*?)^```", found[0] if paper else text.replace(found[0], ""), re.S | re.M)
 
 
 def commands_of(block: str) -> list[str]:

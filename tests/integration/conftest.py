@@ -3,6 +3,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -80,12 +81,30 @@ def start(tmp_path: Path, drawn_corpus: Path):
 
     def execute(stage: int, *settings: str, output: str = "run", recipe: Path = RECIPE) -> subprocess.Popen:
         words = arguments(drawn_corpus, stage, settings, output, recipe=recipe)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            [command(words[0]), *words[1:]], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
-        )
+        return started([command(words[0]), *words[1:]], tmp_path)
 
     return execute
+
+
+def started(words: list[str], folder: Path, **environment: str) -> subprocess.Popen:
+    """A process in a session of its own; what it says goes to a file, as a pipe that nobody reads would fill up and
+    hold it, and can be read from `stdout` (both streams)."""
+    log = folder / f"log-{len(list(folder.glob('log-*')))}"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            words, cwd=folder, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment},
+        )  # fmt: skip
+    process.stdout = log.open(errors="replace")
+    return process
+
+
+def until(condition, process: subprocess.Popen):
+    """Waits for something that a process does while it lives; gives it."""
+    while not (found := condition()):
+        assert process.poll() is None, process.stdout.read()[-3000:]
+        time.sleep(0.02)
+    return found
 
 
 def free_port() -> int:

@@ -1,5 +1,6 @@
 """What goes wrong in real runs, provoked: gradients that are not finite, ranks that fail, die or hang, slow disks."""
 
+import math
 import os
 import re
 import signal
@@ -69,7 +70,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(launch_tampered, scala
     assert code == 0, output
     assert "step 3 is skipped: a gradient is not finite" in output
     assert ("parameters, the first" in output) == (zero == 0)
-    skipped = scalars("run/stage1", "health/skipped_steps")
+    skipped = scalars("run/stage1", "trouble/skipped_steps")
     assert skipped == {step: float(step > 3) for step in range(8) if step != 3}
     # The model of step 3 is that of step 4: what follows is what a run without that step's update does.
     losses = scalars("run/stage1", "loss/text")
@@ -199,7 +200,7 @@ def test_steps_go_on_while_a_checkpoint_is_written(launch_tampered, tmp_path):
     assert sorted(p.name for p in (tmp_path / "run/stage1").glob("step-*")) == [f"step-{n:07d}" for n in (2, 4, 6, 8)]
 
 
-def test_the_best_checkpoint_stays(train, tmp_path):
+def test_the_best_checkpoint_stays(train, tmp_path, scalars):
     metric = "validation_recall_at_5_drawn/text to image"
     done = train(
         1, *QUICK, "evaluation={every: 2, pools: [image-short/drawn, text-pairs/drawn]}", "lr={image: 0.3, text: 0.3}",
@@ -217,14 +218,16 @@ def test_the_best_checkpoint_stays(train, tmp_path):
     assert best["value"] == pytest.approx(max(shown.values()), abs=6e-4)
     kept = {int(p.name[5:]) for p in (tmp_path / "run/stage1").glob("step-*")}
     assert kept == {best["step"], 8}
-    assert (
-        "which is not measured; what is:"
-        in train(
-            1,
-            *QUICK,
-            "evaluation={every: 2, pools: [image-short/drawn]}",
-            "checkpoint.best=recall",
-            output="other",
-            fails=True,
-        ).stderr
-    )
+    cosine = [0.15 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]
+    rates = scalars("run/stage1", "learning_rate_adamw/image")
+    assert [rates[step] for step in range(8)] == pytest.approx([0.075, 0.15, 0.225, 0.3, *cosine])
+
+
+def test_a_best_of_another_name_is_refused_before_the_first_step(train, tmp_path):
+    measured = "evaluation={every: 2, pools: [image-short/drawn]}"
+    misspelt = "checkpoint.best=validation_recall_at_5_drawn/text_to_image"
+    done = train(1, *QUICK, measured, misspelt, fails=True)
+    assert done.returncode == 2
+    assert "which nothing measures; did you mean 'validation_recall_at_5_drawn/text to image'" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "step 2" not in done.stdout + done.stderr

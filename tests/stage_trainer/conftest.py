@@ -1,6 +1,8 @@
+import io
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 
 @pytest.fixture
@@ -20,3 +22,11 @@ def recipe_file(tmp_path: Path, recipes: Path):
         return path
 
     return write
+
+
+@pytest.fixture
+def png() -> bytes:
+    """A small picture, encoded."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 12), "red").save(buffer, "png")
+    return buffer.getvalue()

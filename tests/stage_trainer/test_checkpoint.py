@@ -200,6 +200,15 @@ def test_the_newest_and_the_best_stay(alone, tmp_path, keep):
     assert best == {"metric": "recall", "value": 2, "step": 2}
 
 
+def test_the_best_one_makes_room_for_a_better_one(alone, tmp_path):
+    engine = Training()
+    with Saver(tmp_path, 1) as saver:
+        for step in (1, 2, 3, 4, 5):
+            saver.save(step, engine, {}, {"metric": "recall", "value": step} if step in (1, 3) else None)
+    assert steps_of(tmp_path) == [3, 5]
+    assert json.loads((tmp_path / "best.json").read_text()) == {"metric": "recall", "value": 3, "step": 3}
+
+
 def test_checkpoints_of_later_steps_are_not_counted_nor_removed(alone, tmp_path):
     """Damaged ones, from which the run did not go on."""
     engine = Training()

@@ -1,9 +1,10 @@
 import errno
 import os
+from pathlib import Path
 
 import pytest
 from stage_trainer.errors import UserError
-from stage_trainer.files import whole_directory
+from stage_trainer.files import whole_directory, write_whole
 
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path):
@@ -32,3 +33,72 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match="No space left on device; free some space"), whole_directory(tmp_path / "out"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def on_disk(monkeypatch):
+    """What was done to files, in order: ("fsync", path, bytes in it) and ("rename", from, to)."""
+    done = []
+    fsync = os.fsync
+
+    def synced(handle):
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        done.append(("fsync", path, path.stat().st_size if path.is_file() else None))
+        fsync(handle)
+
+    def renamed(how):
+        def rename(source, target, **options):
+            done.append(("rename", Path(source), Path(target)))
+            how(source, target, **options)
+
+        return rename
+
+    monkeypatch.setattr(os, "fsync", synced)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, renamed(getattr(os, name)))
+    return done
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are read from /proc")
+def test_all_that_was_written_is_on_disk_before_the_rename_and_the_rename_after(tmp_path, on_disk):
+    """A power cut leaves the whole directory, or none."""
+    with whole_directory(tmp_path / "out") as partial:
+        (partial / "sub").mkdir()
+        for name in ("one", "sub/two"):
+            (partial / name).write_text("x" * 10_000)
+    temporary = tmp_path / ".out.partial"
+    moment = on_disk.index(("rename", temporary, tmp_path / "out"))
+    before, after = on_disk[:moment], on_disk[moment + 1 :]
+    for name in ("one", "sub/two"):
+        assert ("fsync", temporary / name, 10_000) in before
+    for directory in (temporary, temporary / "sub"):
+        assert ("fsync", directory, None) in before
+    assert ("fsync", tmp_path, None) in after
+    assert sum(what == "rename" for what, *_ in on_disk) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are read from /proc")
+def test_a_file_is_on_disk_before_it_takes_the_place_of_another(tmp_path, on_disk):
+    write_whole(tmp_path / "best.json", "old")
+    on_disk.clear()
+    write_whole(tmp_path / "best.json", "the new one")
+    synced, renamed, directory = on_disk
+    assert synced == ("fsync", renamed[1], len("the new one"))
+    assert renamed == ("rename", tmp_path / ".best.json.partial", tmp_path / "best.json")
+    assert directory == ("fsync", tmp_path, None)
+    assert (tmp_path / "best.json").read_text() == "the new one"
+
+
+def test_what_does_not_reach_the_disk_takes_no_place(tmp_path, monkeypatch):
+    write_whole(tmp_path / "best.json", "old")
+
+    def fails(handle):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(UserError, match="Input/output error"):
+        write_whole(tmp_path / "best.json", "new")
+    with pytest.raises(UserError, match="Input/output error"), whole_directory(tmp_path / "out") as partial:
+        (partial / "file").write_text("x")
+    assert {path.name for path in tmp_path.iterdir()} == {"best.json"}
+    assert (tmp_path / "best.json").read_text() == "old"

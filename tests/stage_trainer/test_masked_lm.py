@@ -349,7 +349,8 @@ def test_weights_that_do_not_fit_are_named(tmp_path, recipes):
         tmp_path / "narrow"
     )
     for name, message in (("adapted", "text_weights: the tower has the adapters"), ("narrow", "width is 128, but")):
-        recipe = load(recipes / "masked-lm.yaml", [f"model.text_weights={tmp_path / name}"]).recipe
+        stated = "model.text={}" if name == "adapted" else "model.text={width: 128}"
+        recipe = load(recipes / "masked-lm.yaml", [f"model.text_weights={tmp_path / name}", stated]).recipe
         with pytest.raises(UserError, match=message):
             build_model(recipe, 1)
 

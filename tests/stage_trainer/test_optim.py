@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 
@@ -71,6 +72,96 @@ def test_a_tower_without_a_part_in_the_step_stays_as_it_is(parts, name):
     optimizer.step()
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert changed == {n for n in before if n.startswith("text.")}
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.98), (0.9, 0.999)])
+@pytest.mark.parametrize("zeros", [True, False])
+def test_a_tower_that_waited_takes_the_steps_of_a_fresh_adamw(parts, betas, zeros):
+    """Against torch's AdamW on a parameter that never waited; ZeRO gives zeros to what waits."""
+    config = dataclasses.replace(parts("optimizer.name=adamw")[0].optimizer, betas=betas, weight_decay=0.1)
+    paths = []
+    for wait in (None, 0, 1, 50):
+        torch.manual_seed(0)
+        parameter = torch.nn.Parameter(torch.randn(100, dtype=torch.float64))
+        group = {"params": [parameter], "lr": 1e-3, "peak_lr": 1e-3, "weight_decay": 0.1, "tower": "image"}
+        if wait is None:
+            optimizer = torch.optim.AdamW([parameter], 1e-3, betas, config.eps, 0.1)
+        else:
+            optimizer = build_optimizer([{**group, "names": ["p"], "muon": False}], config, "fp32")
+        for _ in range(wait or 0):
+            set_rates(optimizer, 1.0, ("text",))
+            parameter.grad = torch.zeros_like(parameter) if zeros else None
+            optimizer.step()
+        path = []
+        for _ in range(20):
+            if wait is not None:
+                set_rates(optimizer, 1.0, ("text", "image"))
+            parameter.grad = torch.randn(100, dtype=torch.float64)
+            optimizer.step()
+            path.append(parameter.detach().clone())
+        paths.append(torch.stack(path))
+        assert optimizer.state[parameter]["step"] == 20
+    for path in paths[1:]:
+        torch.testing.assert_close(path, paths[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_what_rests_keeps_its_moments_and_its_count(parts, name):
+    """Adam's and Muon's alike, after steps of its own, whatever stands in its gradient."""
+    recipe, stage, model = parts(f"optimizer.name={name}", "optimizer.weight_decay=0.5")
+    optimizer = build_optimizer(parameter_groups(model, stage, recipe.optimizer), recipe.optimizer, "fp32")
+
+    def step(towers):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        set_rates(optimizer, 1.0, towers)
+        optimizer.step()
+
+    def of_images():
+        states = {n: {**s, "value": p} for n, p, s in named_states(optimizer) if n.startswith(("vision.", "logit"))}
+        return {f"{n}|{key}": value.detach().clone() for n, state in states.items() for key, value in state.items()}
+
+    step(("text", "image"))
+    before = of_images()
+    assert "vision.pos_embed|exp_avg" in before
+    assert any(key.endswith("|momentum_buffer") for key in before) == (name == "muon")
+    step(("text",))
+    after = of_images()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert model.vision.pos_embed.grad.all(), "gradients are whole again after the step"
+    step(("text", "image"))
+    assert of_images()["vision.pos_embed|step"] == 2
+
+
+def test_a_group_holds_what_takes_part_together_and_was_moved_as_often(parts):
+    """ZeRO makes one tensor of a group, with one count of steps."""
+    recipe, stage, model = parts(
+        "optimizer.name=adamw",
+        "model.text.lora_rank=2",
+        "model.text.adapters=[a, b]",
+        "layer_decay={image: 1, text: 1}",
+    )
+    steps = {"vision.cls_token": 3.0, "vision.norm.bias": 3.0, "text.emb_ln.bias": 5.0}
+    groups = parameter_groups(model, stage, recipe.optimizer, steps)
+    for group in groups:
+        assert len({steps.get(name, 0.0) for name in group["names"]}) == 1
+        assert len({name.split(".")[0] for name in group["names"]}) == 1
+        if len(group["names"]) > 1:
+            assert not any(name.endswith("logit_scale") for name in group["names"])
+    of_bias = next(g for g in groups if "vision.cls_token" in g["names"])
+    assert of_bias["names"] == ["vision.cls_token", "vision.norm.bias"]
+
+
+def test_the_one_temperature_of_a_unified_loss_does_not_wait_for_images(parts):
+    for kind, rate in (("unified", 0.25), ("multi_task", 0.0)):
+        recipe, stage, model = parts("optimizer.name=adamw", f"loss.kind={kind}", "lr={image: 0.5, text: 0.5}")
+        optimizer = build_optimizer(parameter_groups(model, stage, recipe.optimizer), recipe.optimizer, "fp32")
+        set_rates(optimizer, 0.5, ("text",))
+        rates = {name: g["lr"] for g in optimizer.param_groups for name in g["names"]}
+        assert rates["logit_scale"] == rate
+        assert rates["text_logit_scale"] == 0.25
+        assert rates["vision.cls_token"] == 0.0
 
 
 def test_the_joint_optimizer_steps_as_its_parts_would(parts):

@@ -1,6 +1,9 @@
 """encode: texts in, numpy rows out, in the order given."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from text_tower import PackedTokens
@@ -116,3 +119,102 @@ def test_a_text_of_8192_tokens_is_encoded_as_the_tower_embeds_it(make_tower, tok
     row, short = tower.encode([text, "a"], max_length=8192, normalize=False)
     np.testing.assert_allclose(row, expected, atol=1e-5)
     np.testing.assert_allclose(short, tower.encode(["a"], normalize=False)[0], atol=1e-5)
+
+
+class Table:
+    """As pandas' and polars' DataFrames: iterating gives the names of columns."""
+
+    columns = ("id", "text")
+
+    def __iter__(self):
+        return iter(self.columns)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (Table(), "texts is a Table, whose parts are its keys or columns"),
+        (pa.table({"id": ["1"], "text": ["a"]}), "texts is a Table"),
+        ({"text": "a b", "id": "7"}, "texts is a dict"),
+        ({"text": "a b"}.keys(), "texts is a dict_keys"),
+        ({"a", "b"}, "texts is a set"),
+        (frozenset("ab"), "texts is a frozenset"),
+        (b"a b", "texts is bytes"),
+        (bytearray(b"a"), "texts is bytearray"),
+        (np.array([["a", "b"]]), "texts is a ndarray of 2 dimensions"),
+        (np.array("a"), "texts is a ndarray of 0 dimensions"),
+        (5, "texts is 5, a int"),
+        (None, "texts is None, a NoneType"),
+        (["a", float("nan")], r"texts\[1\] is nan, a float"),
+        (["a", 3], r"texts\[1\] is 3, a int"),
+        (iter(["a", None]), r"texts\[1\] is None"),
+        ([["a"], ["b"]], r"texts\[0\] is \['a'\], a list"),
+    ],
+)
+def test_what_is_no_list_of_texts_is_refused_as_a_bare_string_is(tower, texts, message):
+    with pytest.raises(ValueError, match=message):
+        tower.encode(texts)
+
+
+def test_columns_arrays_and_iterators_are_lists_of_texts(tower):
+    texts = ["alpha beta", "gamma", ""]
+    expected = tower.encode(texts)
+    for given in (tuple(texts), np.array(texts), np.array(texts, dtype=object), iter(texts), (t for t in texts),
+                  iter(dict.fromkeys(texts)), dict(enumerate(texts)).values()):  # fmt: skip
+        np.testing.assert_array_equal(tower.encode(given), expected)
+    assert tower.encode([]).shape == (0, 32)
+
+
+def test_numpys_integers_are_numbers(tower):
+    texts = ["alpha beta", "gamma"]
+    np.testing.assert_array_equal(
+        tower.encode(texts, truncate_dim=np.int64(8), max_length=np.int32(5), batch_size=np.uint8(1)),
+        tower.encode(texts, truncate_dim=8, max_length=5, batch_size=1),
+    )
+    for option in ("truncate_dim", "max_length", "batch_size", "batch_tokens"):
+        for wrong in (8.0, True, "8", 0):
+            with pytest.raises(ValueError, match=f"{option} is {wrong!r}"):
+                tower.encode(texts, **{option: wrong})
+
+
+def test_threads_share_a_tower_and_its_mode_is_kept(tower, sentences):
+    texts = list(sentences.values())
+    expected = tower.encode(texts)
+    tower.train()
+    with ThreadPoolExecutor(4) as pool:
+        parts = list(pool.map(lambda k: tower.encode(texts[:k], max_length=512), [3, 30, 11, 7] * 3))
+    for rows in parts:
+        np.testing.assert_allclose(rows, expected[: len(rows)], atol=1e-5)
+    assert all(module.training for module in tower.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_pytorchs_defaults_change_nothing(tower, tmp_path, sentences, dtype):
+    texts = list(sentences.values())
+    expected = tower.encode(texts)
+    tower.save_pretrained(tmp_path / "model")
+    tower.save_pretrained(tmp_path / "plain", merge=True)
+    torch.set_default_dtype(dtype)
+    try:
+        np.testing.assert_array_equal(tower.encode(texts), expected)
+        with torch.device("meta"):  # where tensors would go that are not told
+            np.testing.assert_array_equal(tower.encode(texts), expected)
+            loaded = type(tower).from_pretrained(tmp_path / "model", adapters=("separation",))
+            fresh = type(tower).from_pretrained(tmp_path / "plain", adapters=("fresh",), lora_rank=2)
+        assert {p.dtype for p in [*loaded.parameters(), *fresh.parameters()]} == {torch.float32}
+        np.testing.assert_array_equal(loaded.encode(texts, task="separation"), tower.encode(texts, task="separation"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_it_runs_inside_inference_mode(tower):
+    expected = tower.encode(["a b"])
+    with torch.inference_mode():
+        np.testing.assert_array_equal(tower.encode(["a b"]), expected)
+    tower.eval()(PackedTokens.from_lists([[0, 5, 2]])).sum().backward()  # nothing of it lingers
+
+
+def test_the_towers_own_truncate_dim_is_the_default(tower):
+    tower.configure(truncate_dim=8)
+    assert tower.encode(["a"]).shape == (1, 8)
+    assert tower.encode(["a"], truncate_dim=32).shape == (1, 32)

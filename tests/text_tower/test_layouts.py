@@ -108,6 +108,30 @@ def test_jinas_remote_code_layout_is_read_with_every_adapter(make_tower, pack, t
         torch.testing.assert_close(tower(pack(LENGTHS), adapter=TASKS[task]), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("task", [0, 2])
+def test_of_several_adapters_those_asked_for_are_taken(make_tower, pack, tmp_path, task):
+    """As the paper's recipe takes the first of jina-embeddings-v3's five; held against PyTorch's parametrizations."""
+    plain = make_tower()
+    torch.manual_seed(3)
+    remote = remote_model(plain, task, alpha=1)
+    save(tmp_path / "remote", remote_config(plain), remote.state_dict())
+    plain.load_state_dict(effective(remote, plain))
+    tower = TextTower.from_pretrained(tmp_path / "remote", adapters=(TASKS[task],), lora_rank=4, lora_alpha=1)
+    assert (tower.config.adapters, tower.config.instructions) == ((TASKS[task],), {TASKS[task]: f"{TASKS[task]}: "})
+    with torch.no_grad():
+        torch.testing.assert_close(tower(pack(LENGTHS)), plain(pack(LENGTHS)), rtol=1e-4, atol=1e-4)
+    # … and out of each layout of ours, in the order asked for.
+    whole = TextTower.from_pretrained(tmp_path / "remote")
+    for layout in ("transformers", "peft", "remote-code"):
+        whole.save_pretrained(tmp_path / layout, layout=layout)
+        two = TextTower.from_pretrained(tmp_path / layout, adapters=(TASKS[task], TASKS[1]))
+        assert two.config.adapters == (TASKS[task], TASKS[1])
+        for name in two.config.adapters:
+            assert torch.equal(two(pack(LENGTHS), adapter=name), whole(pack(LENGTHS), adapter=name))
+    with pytest.raises(ValueError, match=r"has the adapters \['retrieval.query', .*; \['mine'\] are none of them"):
+        TextTower.from_pretrained(tmp_path / "remote", adapters=("retrieval.query", "mine"))
+
+
 def test_jina_xlm_roberta_without_adapters_is_read(make_tower, pack, tmp_path):
     plain = make_tower(rope_theta=10000.0)
     weights = {f"roberta.{n}": p for n, p in plain.state_dict().items()} | {"lm_head.bias": torch.zeros(600)}

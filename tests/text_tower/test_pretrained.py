@@ -57,7 +57,7 @@ def test_merging_leaves_a_plain_tower_with_the_same_embeddings(make_tower, pack,
 def test_adapters_can_be_added_to_weights_that_have_none(saved, make_tower, pack, lora):
     tower = TextTower.from_pretrained(saved, **lora)
     torch.testing.assert_close(tower(pack([3, 9])), make_tower()(pack([3, 9])))
-    assert tower.encoder.layers[0].mlp.fc1.lora_A.any()
+    assert tower.encoder.layers[0].mlp.fc1.lora_A_0.any()
     tower.set_trainable("adapters")
     tower(pack([3])).sum().backward()
 

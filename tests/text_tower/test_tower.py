@@ -1,9 +1,12 @@
 """What the encoder computes, whatever it is packed with."""
 
+import copy
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from text_tower import TextTower, TextTowerConfig
@@ -62,7 +65,7 @@ def test_layer_ids_cover_every_parameter_and_grow_with_depth(make_tower, lora):
     depth = tower.layer_ids()
     assert depth.keys() == dict(tower.named_parameters()).keys()
     assert {d for n, d in depth.items() if n.startswith("emb")} == {0}
-    assert [depth[f"encoder.layers.{i}.mlp.fc1.lora_A"] for i in range(3)] == [1, 2, 3]
+    assert [depth[f"encoder.layers.{i}.mlp.fc1.lora_A_0"] for i in range(3)] == [1, 2, 3]
     assert max(depth.values()) == tower.num_layers == 3
 
 
@@ -153,3 +156,22 @@ def test_memory_with_checkpointing_grows_linearly_with_tokens():
 
     small, large = mib(1024), mib(4096)
     assert 3 < large / small < 4.6  # quadratic would be 16
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda tower: pickle.loads(pickle.dumps(tower))])
+def test_a_copy_of_a_compiled_tower_is_compiled(make_tower, copied):
+    tower = make_tower(layers=1, compile=True)
+    again = copied(tower)
+    assert again.config.compile
+    assert all(block._compiled_call_impl is not None for block in again.encoder.layers)
+    assert all(block._compiled_call_impl is None for block in copied(make_tower(layers=1)).encoder.layers)
+
+
+def test_numpys_numbers_make_a_configuration_that_json_can_hold(tmp_path):
+    shape = {"vocab_size": 50, "width": 16, "layers": 1, "heads": 2, "mlp_width": 8, "max_length": 9}
+    shape = {name: np.int64(value) for name, value in shape.items()}
+    config = TextTowerConfig(**shape, rope_theta=np.float32(5), dropout=np.float64(0.5), truncate_dim=np.int32(4))
+    TextTower(config).save_pretrained(tmp_path / "model")
+    assert TextTower.from_pretrained(tmp_path / "model").config == config
+    with pytest.raises(ValueError, match="layers is True"):
+        TextTowerConfig(layers=True)

@@ -1,6 +1,7 @@
 """Training's crops and colours: Pillow's pixels, torchvision's colours, the same for the same seed."""
 
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -72,6 +73,75 @@ def test_colour_jitter_equals_its_three_steps_and_keeps_grey_grey(noise):
     assert (ours - stepwise).abs().max() < 2 / 255
     grey = augment(noise[:1].expand(3, -1, -1), 3, 48, color=0.4)
     assert (grey.float().amax(0) - grey.float().amin(0)).max() <= 1
+
+
+def test_colours_and_crops_come_from_streams_apart(noise, monkeypatch):
+    """More colour is the same crop; another crop, mirroring or size of image is the same colour."""
+    from vision_tower import augment as function
+
+    module = sys.modules[function.__module__]
+    before, factors, jitter = [], [], module.jitter
+
+    def record(pixels, *drawn):
+        before.append(pixels)
+        factors.append(drawn)
+        return jitter(pixels, *drawn)
+
+    monkeypatch.setattr(module, "jitter", record)
+    kinds = [{}, {"scale": (0.2, 0.4)}, {"ratio": (0.3, 2.0)}, {"flip": True}]
+    for seed in range(60):
+        plain = augment(noise, seed, 48)
+        for color in (0.1, 0.5):
+            augment(noise, seed, 48, color=color)
+            assert torch.equal(before[-1], plain)
+        factors.clear()
+        for image in (noise, noise[:, :37, :41], noise[:, :5]):
+            for options in kinds:
+                augment(image, seed, 48, color=0.5, **options)
+        assert len(set(factors)) == 1
+    # And the first number of the one does not tell that of the other.
+    drawn = []
+    for seed in range(300):
+        augment(noise, seed, 8, color=0.5)
+        drawn.append((random.Random(seed).random(), factors[-1][0] - 0.5))
+    assert abs(np.corrcoef(np.array(drawn).T)[0, 1]) < 0.2
+
+
+def test_a_simclr_view_of_any_crop_may_be_coloured_or_not(photo):
+    """Colour comes with probability 0.8 whatever the crop's stream begins with."""
+    image = torch.tensor(np.asarray(photo)).permute(2, 0, 1)
+    changed = {True: [], False: []}
+    for seed in range(300):
+        view = simclr_view(image, seed, 16, blur=False)
+        crop = augment(image, seed, 16, scale=(0.08, 1), ratio=(3 / 4, 4 / 3), flip=True)
+        changed[random.Random(seed).random() < 0.8].append(bool((view.int() - crop.int()).abs().max() > 3))
+    for share in (sum(each) / len(each) for each in changed.values()):
+        assert 0.7 < share < 0.95  # 0.84, with the grey ones that have no other colour
+
+
+def test_colours_round_to_the_nearest_level_and_halves_to_the_even_one():
+    from vision_tower.augment import jitter
+
+    levels = torch.arange(0, 256, dtype=torch.uint8).expand(3, 1, 256)
+    # Half the brightness: odd levels fall on halves.
+    assert torch.equal(jitter(levels, 0.5, 1.0, 1.0).int(), (levels.float() / 2).round().int())
+    assert jitter(levels, 0.5, 1.0, 1.0)[0, 0, [1, 3, 5]].tolist() == [0, 2, 2]
+    assert jitter(levels, 1.9, 1.0, 1.0)[0, 0, -1] == 255
+
+
+def test_a_crops_sides_round_to_the_nearest_pixel_where_halves_fall():
+    """All of the area and one shape, so that what fits is the product and nothing is drawn."""
+    whole = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
+    for (height, width), aspect, sides in (
+        ((5, 9), 0.5, (5, 2)),  # 2.5 columns
+        ((7, 9), 0.5, (7, 4)),  # 3.5
+        ((9, 5), 2.0, (2, 5)),
+        ((9, 7), 2.0, (4, 7)),
+        ((9, 9), 1.6, (6, 9)),  # 5.625 rows
+        ((9, 9), 4 / 3, (7, 9)),  # 6.75
+    ):
+        _, _, rows, columns = _crop(random.Random(0), (height, width), aspect, **whole)
+        assert (rows, columns) == sides
 
 
 def test_augment_refuses_wrong_images_and_ranges(noise):

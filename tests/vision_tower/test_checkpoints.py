@@ -122,7 +122,12 @@ def test_a_mim_tower_that_averages_patches_gives_its_norm_to_the_class_token(mak
         parts = [weights.pop(f"blocks.{i}.attn.{part}_proj.weight") for part in "qkv"]
         weights[f"blocks.{i}.attn.qkv.weight"] = torch.cat(parts)
     torch.save(weights, tmp_path / "mim.pt")
-    same(VisionTower.from_pretrained(tmp_path / "mim.pt"), tower)
+    same(VisionTower.from_pretrained(tmp_path / "mim.pt", global_pool="token"), tower)
+    with pytest.raises(WeightsError, match=r"mim\.pt has fc_norm.*averages its patches.*global_pool='token'"):
+        VisionTower.from_pretrained(tmp_path / "mim.pt")
+    torch.save(weights | eva_names(tower), tmp_path / "both.pt")
+    with pytest.raises(WeightsError, match="two final norms, norm and fc_norm"):
+        VisionTower.from_pretrained(tmp_path / "both.pt", global_pool="token")
 
 
 def test_an_open_clip_checkpoint_gives_the_same_tower(wide, tmp_path):
@@ -234,7 +239,7 @@ def test_a_timm_directory_is_read(name, tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps({"architecture": name, "num_classes": 3, "model_args": arguments, "pretrained_cfg": {}})
     )
-    tower = VisionTower.from_pretrained(tmp_path, checkpointing=True)
+    tower = VisionTower.from_pretrained(tmp_path, checkpointing=True, num_classes=0, global_pool="token")
     images = torch.randn(2, 3, 64, 64)
     norm = model.fc_norm if "fc_norm.weight" in model.state_dict() else torch.nn.Identity()
     expected = norm(model.forward_features(images)[:, 0])
@@ -314,7 +319,7 @@ def test_a_jina_config_that_contradicts_its_weights_is_named(wide, tmp_path):
     config = tmp_path / "jina" / "config.json"
     values = json.loads(config.read_text())
     for wrong, match in (
-        ({"width": 256}, "does not fit a tower of width 256"),
+        ({"width": 256, "embed_dim": 256}, "does not fit a tower of width 256"),
         ({"layers": 3}, r"missing: blocks\.2"),
         ({"image_size": 512}, r"positions for 6x6 patches of 8, and its config\.json an image_size of 512"),
         ({"width": None}, r"config\.json: vision_config's width is None"),

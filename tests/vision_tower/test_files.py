@@ -50,14 +50,17 @@ def test_a_timm_directory_that_timm_cannot_make_is_named(tower, tmp_path):
         with pytest.raises(ValueError, match=rf"config\.json: .*{match}"):
             VisionTower.from_pretrained(tmp_path)
     tower.save_pretrained(tmp_path)
-    config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": None}))
+    timms = ("architecture", "num_classes", "model_args", "pretrained_cfg")
+    config.write_text(json.dumps({key: json.loads(config.read_text())[key] for key in timms}))
     with pytest.raises(ValueError, match="unknown vision tower setting depth"):
         VisionTower.from_pretrained(tmp_path, depth=3)
 
 
-def test_an_epsilon_that_timm_does_not_know_is_warned_of(make_tower, config, tmp_path):
+def test_timm_is_not_told_of_a_tower_whose_epsilon_it_does_not_know(make_tower, config, tmp_path):
     with pytest.warns(UserWarning, match=r"layer_norm_eps is 1e-05 and timm always takes 1e-06"):
         make_tower(replace(config, layer_norm_eps=1e-5)).save_pretrained(tmp_path)
+    assert "architecture" not in json.loads((tmp_path / "config.json").read_text())
+    assert VisionTower.from_pretrained(tmp_path).config.layer_norm_eps == 1e-5
 
 
 def test_saving_again_replaces_the_tower_and_nothing_else(tower, tmp_path):
@@ -110,6 +113,9 @@ def test_missing_extra_and_misshaped_weights_are_named(tower, tmp_path):
 def test_missing_and_broken_files_are_named(tower, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors.*save_pretrained"):
         VisionTower.from_pretrained(tmp_path)
+    for name in ("eva02_huge", "eva02_large_patch14_clip_224.merged2b_s4b_b131k"):  # a model, and weights, of no name
+        with pytest.raises(ValueError, match=rf"timm knows no {name!r} \(.*list_models"):
+            VisionTower.from_timm(name, pretrained=True)
     with pytest.raises(FileNotFoundError, match=r"absent does not exist.*from_timm"):
         VisionTower.from_pretrained(tmp_path / "absent")
     tower.save_pretrained(tmp_path)
@@ -141,7 +147,7 @@ def test_from_timm_has_timms_class_token(name):
     import timm
 
     torch.manual_seed(0)
-    tower = VisionTower.from_timm(name, **TINY)
+    tower = VisionTower.from_timm(name, global_pool="token", **TINY)
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=0, **TINY)
     images = torch.randn(2, 3, 64, 64)
@@ -166,5 +172,9 @@ def test_from_timm_refuses_what_is_no_eva02():
         VisionTower.from_timm("vit_tiny_patch16_224")
     with pytest.raises(ValueError, match="eva02_tiny"):
         VisionTower.from_timm("eva02_tiny_patch14_224")
+    with pytest.raises(ValueError, match=r"global_pool 'avg', and a VisionTower gives the class token"):
+        VisionTower.from_timm("eva02_base_patch14_224", **TINY)
+    with pytest.raises(ValueError, match=r"rope_grid_offset=0\.5.*rope\.grid_offset is 0\.5, and there 0\.0"):
+        VisionTower.from_timm("eva02_base_patch16_clip_224", rope_grid_offset=0.5, **TINY)
     with pytest.raises(ValueError, match="knows no model 'eva03'"):
         VisionTower.from_timm("eva03")

@@ -48,6 +48,23 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped(encoded):
     assert np.array_equal(pixels(load_image(clear))[..., 0], expected)
 
 
+def test_grey_of_32_bits_is_read_by_its_largest_value_and_16_bits_by_their_depth(encoded):
+    eight = np.arange(64, dtype=np.int32).reshape(8, 8) * 4
+    for source in (Image.fromarray(eight), encoded(Image.fromarray(eight), "TIFF")):
+        assert np.array_equal(pixels(load_image(source))[..., 1], eight)
+    for scale in (2, 257):
+        wide = Image.fromarray(eight * scale)
+        assert np.array_equal(pixels(load_image(wide))[..., 1], np.round(eight * scale / 257))
+    # A dark image of 16 bits stays dark, also where Pillow reads it as 32.
+    dark = (eight // 2).astype(np.uint16)
+    pgm = b"P5 8 8 65535\n" + dark.astype(">u2").tobytes()
+    for source in (dark, encoded(Image.fromarray(dark), "PNG"), encoded(Image.fromarray(dark), "TIFF"), pgm):
+        assert pixels(load_image(source)).max() == 0
+    for wrong in (eight * 1000, eight - 1):
+        with pytest.raises(ImageError, match="grey values from .* 16 bits hold 0 to 65535"):
+            load_image(Image.fromarray(wrong))
+
+
 def test_transparency_is_laid_over_white(encoded):
     rgba = Image.new("RGBA", (4, 4), (200, 0, 0, 0))
     rgba.paste((0, 0, 200, 255), (0, 0, 2, 4))
@@ -146,6 +163,28 @@ def test_preprocess_equals_timms_transform(size, resolution):
     assert torch.equal(preprocess(image, resolution), create_transform((3, *resolution), **options)(image))
 
 
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("resolution", [(32, 32), (33, 33), (20, 31), (30, 30)])
+def test_every_crop_equals_timms_transform_where_halves_fall_too(mode, resolution):
+    """Sizes that leave one, three, five … pixels to share between two sides, and sides that scale to a half."""
+    from timm.data import create_transform
+
+    generator = np.random.default_rng(0)
+    for size in ((90, 60), (61, 97), (64, 67), (67, 64), (65, 64), (31, 34), (20, 41), (7, 13), (45, 32), (32, 45)):
+        image = Image.fromarray(generator.integers(0, 2, (*size, 3), dtype=np.uint8) * 255)
+        for crop_pct, interpolation in ((1.0, "bicubic"), (0.875, "bilinear"), (0.9, "nearest"), (0.77, "lanczos")):
+            options = {"crop_pct": crop_pct, "crop_mode": mode, "interpolation": interpolation}
+            expected = create_transform((3, *resolution), normalize=False, mean=MEAN, std=STD, **options)(image)
+            assert torch.equal(preprocess(image, resolution, **options), expected), (size, options)
+
+
+def test_preprocess_says_what_it_cannot_do(photo):
+    for options in ({"crop_pct": 0.0}, {"crop_pct": 1.01}, {"crop_mode": "longest"}, {"interpolation": "random"}):
+        name, value = next(iter(options.items()))
+        with pytest.raises(ValueError, match=f"{name} is {value!r}; expected"):
+            preprocess(photo, 48, **options)
+
+
 def test_preprocess_covers_a_resolution_that_is_not_square(photo):
     assert preprocess(photo, (32, 80)).shape == (3, 32, 80)
     wide = photo.resize((80, 53), Image.Resampling.BICUBIC).crop((0, 10, 80, 42))
@@ -175,6 +214,9 @@ def test_normalize_equals_torchvision():
     reference = v2.functional.normalize(images.float() / 255, MEAN, STD)
     torch.testing.assert_close(normalize(images), reference, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(normalize(images[0]), reference[0], rtol=1e-5, atol=1e-6)
+    other = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    reference = v2.functional.normalize(images.float() / 255, *other)
+    torch.testing.assert_close(normalize(images, *other), reference, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="expected uint8"):
         normalize(images.float())
 

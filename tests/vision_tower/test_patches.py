@@ -207,3 +207,11 @@ def test_trailing_pixels_have_no_influence(make_tower, config):
     images[..., 48:, :] = images[..., 48:] = 100
     assert torch.equal(tower(images), cropped)
     torch.testing.assert_close(tower.set_resolution(48)(images[..., :48, :48]), cropped)
+
+
+@pytest.mark.parametrize(
+    ("patches", "rate", "kept"),
+    [(5, 0.5, 2), (7, 0.5, 4), (9, 0.5, 4), (10, 0.75, 2), (14, 0.75, 4), (10, 0.25, 8), (6, 0.25, 4), (1, 0.5, 1)],
+)
+def test_where_the_share_that_stays_falls_on_a_half_the_even_number_stays(patches, rate, kept):
+    assert patch_keep_indices([1, 2], patches, rate).shape == (2, kept)

@@ -1,8 +1,13 @@
 """The tower's numbers are timm's, at every resolution; patch dropout is keyed by sample; a wrong setting is named."""
 
+import copy
+import dataclasses
+import io
+import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from vision_tower import VisionTower, VisionTowerConfig, patch_keep_indices
@@ -267,3 +272,57 @@ def test_an_unknown_setting_is_named_with_the_known_ones():
     with pytest.raises(ValueError, match=r"depth; known are .*layers"):
         VisionTowerConfig.from_dict({"depth": 3})
     assert VisionTowerConfig.from_dict({"resolution": [48, 56], "patch": 8}).grid == (6, 7)
+
+
+def test_a_copy_of_a_compiled_tower_is_compiled_and_a_pickled_one_says_that_it_is_not(tower, images):
+    """As EMA makes copies. Only what nn.Module.compile leaves behind tells whether a module is compiled."""
+    compiles = []
+
+    def backend(graph, _):
+        compiles.append(graph)
+        return graph.forward
+
+    def compiled(tower):
+        return [block._compiled_call_impl is not None for block in tower.blocks]
+
+    assert not any(compiled(copy.deepcopy(tower)))
+    tower.compile_blocks(backend=backend, dynamic=False)
+    holder = torch.nn.ModuleList([tower])  # as DualEncoder holds it
+    copied = copy.deepcopy(holder)[0]
+    again = copy.deepcopy(copied)
+    for each in (copied, again, torch.optim.swa_utils.AveragedModel(tower).module):
+        assert all(compiled(each))
+        assert each.config == tower.config
+        assert each.pos_embed is not tower.pos_embed
+        assert all(a is not b for a, b in zip(each.parameters(), tower.parameters(), strict=True))
+    with torch.no_grad():
+        expected = tower(images)
+        count = len(compiles)
+        assert count > 0
+        torch.testing.assert_close(copied(images), expected)
+        torch._dynamo.reset()
+        copied(images)
+    assert len(compiles) > count
+    whole = io.BytesIO()
+    torch.save(tower, whole)
+    whole.seek(0)
+    loaded = torch.load(whole, weights_only=False)
+    assert loaded._compile_options is None
+    assert not any(compiled(loaded))
+
+
+def test_whole_numbers_of_every_kind_make_a_configuration_and_truth_values_do_not():
+    kinds = {"patch": np.int64(8), "width": np.int32(64), "layers": torch.tensor(3), "heads": np.uint8(2)}
+    config = VisionTowerConfig(resolution=[np.int64(48), 56], hidden=np.int16(100), reference_grid=np.int64(7), **kinds)
+    plain = VisionTowerConfig(resolution=(48, 56), hidden=100, reference_grid=7, patch=8, width=64, layers=3, heads=2)
+    assert config == plain
+    assert json.dumps(dataclasses.asdict(config)) == json.dumps(dataclasses.asdict(plain))
+    assert VisionTowerConfig(resolution=np.int64(224)).resolution == 224
+    for name in ("patch", "width", "layers", "heads", "hidden", "reference_grid", "resolution"):
+        for wrong in (True, np.True_, torch.tensor(True), 8.0, np.float64(8), "8", -8):
+            with pytest.raises(ValueError, match=f"{name} is"):
+                VisionTowerConfig(**{name: wrong})
+    with pytest.raises(ValueError, match="mean is"):
+        VisionTowerConfig(mean=(0.5, 0.5))
+    with pytest.raises(ValueError, match="std is"):
+        VisionTowerConfig(std=(0.5, 0.5, True))

@@ -14,11 +14,16 @@ class UserError(ValueError):
 
 
 def needs(module: str, *, extra: str, what: str) -> Any:
-    """Import a library of the extra `extra`; UserError if it is not installed, saying what needs it."""
+    """Import a library of the extra `extra`; UserError if it is not installed, saying what needs it.
+
+    The towers of the extra "models" are on no index, so that the command has to name their folders, too.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
         name = module.partition(".")[0]
+        towers = " ./packages/text-tower ./packages/vision-tower" if extra == "models" else ""
         raise UserError(
-            f"{what} needs {name}, which is not installed ({error}); `pip install './data_prep[{extra}]'` brings it"
+            f"{what} needs {name}, which is not installed ({error}); "
+            f"`pip install './data_prep[{extra}]'{towers}` brings it"
         ) from error

@@ -139,8 +139,14 @@ def _plain(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):  # 16 bits or more a pixel: `convert` would clip, not scale
         import numpy as np  # rare, and slow to load
 
-        values = np.asarray(image, dtype=np.float32)
-        top = next((limit for limit in (1, 255, 65535) if values.max(initial=0) <= limit), 2**32 - 1)
+        values = np.asarray(image, dtype=np.float64)
+        if not np.isfinite(values).all():
+            raise ImageRefused("pixels that are no numbers")
+        # I;16 is of 16 bits, and so is what Pillow reads from a PGM, which it scales up to them; a dark image must not
+        # be taken for one of fewer. The others do not say, so their largest value does.
+        of_16_bits = image.mode.startswith("I;16") or image.format == "PPM"
+        limits = [65535] if of_16_bits else [1, 255, 65535] if image.mode == "F" else [255, 65535]
+        top = next((limit for limit in limits if values.max(initial=0) <= limit), 2**32 - 1)
         grey = Image.fromarray((values.clip(0) * (255 / top) + 0.5).astype(np.uint8))
         grey.info = {key: value for key, value in image.info.items() if key == "exif"}
         return grey

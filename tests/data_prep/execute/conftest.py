@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -13,6 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
+# Before Ray is imported: its token stands in the home folder, where clusters of other processes replace it.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 
 def write_img2dataset(folder: Path, shards: int, images: int, seed: int = 0) -> Path:

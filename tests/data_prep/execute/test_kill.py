@@ -28,7 +28,7 @@ def kill_again_and_again(start, files, out, command, kills: int, seed: int) -> N
     while killed < kills:
         process = start(*command)
         try:
-            process.wait(moments.uniform(0, 0.7 * lasted))
+            process.communicate(timeout=moments.uniform(0, 0.7 * lasted))  # not wait(): a full pipe would hold it
             finished.append(out.rename(out.with_name(f"finished-{len(finished)}")))
         except subprocess.TimeoutExpired:
             process.kill()  # the parent alone: its workers have to end by themselves

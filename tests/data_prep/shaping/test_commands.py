@@ -263,6 +263,11 @@ def test_texts_get_their_language_and_those_in_another_go(write_pairs, write_ima
     assert notes["texts out: clearly in another language than said"] == 2
     assert notes["texts out: a language that is none of the thirty"] == 1
     assert notes["texts that got a language"] == 2
+    run("languages", shards, "--out", tmp_path, "--name", "foreign", "--without", "en", "da", "--workers", 1)
+    assert [[one["text"] for one in sample["captions"]] for sample in contents(tmp_path / "image-short/foreign")] == [
+        [german]
+    ]
+    assert main(["languages", str(shards), "--out", str(tmp_path), "--name", "x", "--without", "xx"]) == 2
 
 
 @pytest.mark.parametrize("among_all", [False, True])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow
 import pytest
@@ -12,7 +13,9 @@ from data_prep.cli import main
 from data_prep.errors import UserError
 from data_prep.sources.evalsets import Flickr30k
 from pyarrow import parquet
-from stage_trainer.evaluation.retrieval import Pool, pools_of
+from stage_trainer.data.remote_data import place
+from stage_trainer.evaluation.held_out import find
+from stage_trainer.evaluation.retrieval import Pool
 
 
 @pytest.fixture
@@ -27,8 +30,8 @@ def images(tmp_path, picture) -> Path:
 
 def pool(root: Path, command: list[str]) -> Pool:
     assert main(["evalset", *command, "--out", str(root), "--workers", "1"]) == 0
-    (directory,) = pools_of(root)
-    return Pool.open(directory)
+    (found,) = find(root).sets
+    return Pool.open(found.directory)
 
 
 def test_crossmodal_3600_by_the_first_caption_a_language(tmp_path, images):
@@ -51,6 +54,17 @@ def test_crossmodal_3600_by_the_first_caption_a_language(tmp_path, images):
         "de": [(number, f"erste\u2028 {number}") for number in range(3)],
         "quz": [(number, f"huk {number}") for number in range(3)],
     }
+
+
+def test_a_pool_for_training_lies_where_a_recipe_looks_for_it(tmp_path, images, capsys):
+    """A recipe's `evaluation.pools: [image-short/flickr30k]` are below its corpus' validation."""
+    (tmp_path / "f.txt").write_text("image,caption\n0.jpg,A man, a plan\n")
+    command = ["evalset", "flickr30k", str(tmp_path / "f.txt"), str(images), "--out", str(tmp_path / "corpus")]
+    assert main([*command, "--split", "validation", "--workers", "1"]) == 0
+    recipe = SimpleNamespace(corpus=str(tmp_path / "corpus"), remote=None)
+    assert place(recipe, "validation", "image-short/flickr30k") == tmp_path / "corpus/validation/image-short/flickr30k"
+    (held_out,) = find(capsys.readouterr().out.split()[-1]).sets  # the line that it ends with works
+    assert held_out.directory == tmp_path / "corpus/validation/image-short/flickr30k"
 
 
 def test_of_crossmodal_3600_every_caption_is_kept(tmp_path, images, run):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from data_prep.cli import main
 from data_prep.errors import UserError
+from data_prep.shards import Dataset
 
 
 def write_table(path: Path, rows: list[list[str]], **options: str) -> Path:
@@ -288,3 +289,61 @@ def test_an_edit_that_keeps_the_size_is_other_input(folder, run):
     os.utime(path, ns=(0, 1))
     with pytest.raises(UserError, match="the input is not the same"):
         run("images", folder=folder)
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("name", ["captions.csv", "captions.CSV", "captions.tsv"])
+def test_what_parts_the_columns_is_seen(folder, run, mark, name):
+    captions = ["a dog; it runs", "a cat, asleep", 'a bird | "rare"']
+    with (folder / name).open("w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file, delimiter=mark).writerows(
+            [["Dateiname", "Beschreibung"], *([f"sub/{number}.jpg", text] for number, text in enumerate(captions))]
+        )
+    found = run("images", folder=folder, image_column="Dateiname", caption_column="Beschreibung")
+    assert [sample.captions for sample in found.samples["image-short"]] == [[text] for text in captions]
+
+
+def test_a_first_line_that_can_be_parted_in_two_ways_is_settled_by_the_rows_or_asked_about(folder, run):
+    (folder / "a.csv").write_text("file;caption, in English\nsub/0.jpg;a dog\nsub/0.jpg;one, two, three\n")
+    options = {"folder": folder, "table": folder / "a.csv", "caption_column": "caption, in English"}
+    assert [sample.captions for sample in run("images", **options).samples["image-short"]] == [
+        ["a dog"], ["one, two, three"]
+    ]  # fmt: skip
+    (folder / "b.csv").write_text("file;caption, in English\nsub/0.jpg;a dog, running\n")
+    with pytest.raises(UserError, match=r"b.csv: its columns may be parted by ',' or ';'; say --delimiter"):
+        run("images", **options | {"table": folder / "b.csv"})
+    found = run("images", out=folder / "out", **options | {"table": folder / "b.csv", "delimiter": ";"})
+    assert found.samples["image-short"][0].captions == ["a dog, running"]
+
+
+def test_what_excel_writes_by_default_is_read_when_it_is_said(folder, run, tmp_path):
+    (folder / "a.csv").write_bytes("file;caption\nsub/0.jpg;Hündchen für alle\n".encode("cp1252"))
+    found = run("images", folder=folder, table=folder / "a.csv", charset="cp1252")
+    assert found.samples["image-short"][0].captions == ["Hündchen für alle"]
+    (folder / "b.csv").write_bytes("datei;größe\nsub/0.jpg;x\n".encode("cp1252"))
+    with pytest.raises(UserError, match="if Excel wrote it, say --charset cp1252"):
+        run("images", folder=folder, table=folder / "b.csv")
+    with pytest.raises(UserError, match="--charset klingon: no such character set"):
+        run("images", folder=folder, table=folder / "a.csv", charset="klingon")
+
+
+def test_no_picture_is_on_both_sides_of_a_split(folder, tmp_path, picture):
+    rows = []
+    for number in range(60):
+        (folder / f"{number}.jpg").write_bytes(picture(number % 30))  # each picture under two names
+        rows += [f"{number}.jpg;picture {number}", f"{number}.jpg;the same, number {number}"]
+    (folder / "a.csv").write_text("\n".join(["file;caption", *rows, "gone.jpg;nothing"]))
+    command = ["import", "images", str(folder), "--table", str(folder / "a.csv"), "--name", "mine", "--workers", "1"]
+    assert main([*command, "--out", str(tmp_path / "out"), "--held-out", "0.3"]) == 0
+    pictures = {}
+    for split in ("train", "validation"):
+        directory = tmp_path / f"out/{split}/image-short/mine"
+        dataset = Dataset.open(directory, verify=True)
+        pictures[split] = [dataset.read(index)["jpg"] for index in range(len(dataset))]
+        dropped = json.loads((directory / "receipt.json").read_text())["dropped"]
+        assert dropped.get("no such image file", 0) == (split == "train")
+    assert not set(pictures["train"]) & set(pictures["validation"])
+    assert len(pictures["train"]) + len(pictures["validation"]) == 120
+    assert 0.1 < len(pictures["validation"]) / 120 < 0.5
+    for wrong in (["--held-out", "1"], ["--held-out", "-0.1"], ["--split", "train"]):
+        assert main([*command, "--out", str(tmp_path / "other"), *wrong]) == 2

@@ -1,14 +1,19 @@
 """What a plan says of a recipe, and that `gradient_cache: auto` follows it."""
 
 import dataclasses
+import json
+import re
 
 import pytest
 import torch
+from data_prep.shards import DatasetWriter
 from stage_trainer.cli import main
 from stage_trainer.errors import UserError
 from stage_trainer.plan import auto
 from stage_trainer.plan.devices import DEVICES, GIB, Device, device, peak_flops, read_bytes
-from stage_trainer.plan.planner import Cluster, plan_stage, segments
+from stage_trainer.plan.memory import Setting
+from stage_trainer.plan.planner import TRIPLETS, Cluster, hard_negatives, plan_stage, segments
+from stage_trainer.plan.table import WIDTH, describe, stage_table
 from stage_trainer.recipe import GradientCache
 from stage_trainer.recipe.read import load
 
@@ -33,7 +38,7 @@ def gpu(mebibytes: float, ranks: int = 1) -> Cluster:
 
 
 def test_segments_are_cut_where_anything_changes(drawn):
-    stage = drawn("task_start={image_text: 50}").stage(1)
+    stage = drawn("task_start={image_text: 50}", "patch_dropout=[[0, 0.25], [160, 0.0]]").stage(1)
     assert [(s.start, s.stop, s.resolution, s.patch_dropout, s.tasks) for s in segments(stage)] == [
         (0, 50, 32, 0.25, ("text",)),
         (50, 160, 32, 0.25, ("image_text", "text")),
@@ -73,6 +78,19 @@ def test_more_ranks_have_smaller_parts_and_the_same_work(drawn):
     assert four.seconds(four.tried[0], gpu(1, 4), "fp32") * 4 == one.seconds(one.tried[0], gpu(1), "fp32")
 
 
+@pytest.mark.parametrize(("kind", "found"), [("text-triplets", 3), ("text-pairs", 0)])
+def test_hard_negatives_are_those_of_the_data_whatever_its_folder_is_called(drawn, tmp_path, kind, found):
+    text = [{"text": "a", "language": "en"}]
+    for folder in ("mine", "text-triplets"):
+        with DatasetWriter(tmp_path / "train" / folder / "made", kind=kind, source="made") as writer:
+            sample = json.dumps({"query": text, "target": text, "negatives": [text] * found}).encode()
+            writer.write("s0", {"json": sample}, languages=["en"], tokens=None)
+        recipe = drawn(f"corpus={tmp_path}", f"data.text=[{{path: {folder}/made}}]")
+        assert hard_negatives(recipe, recipe.stage(1)) == found
+    absent = drawn("data.text=[{path: text-triplets/absent}]")
+    assert hard_negatives(absent, absent.stage(1)) == TRIPLETS
+
+
 def test_masked_language_modelling_is_not_planned(recipes):
     recipe = load(recipes / "masked-lm.yaml").recipe
     with pytest.raises(UserError, match="masked-language-model"):
@@ -82,7 +100,9 @@ def test_masked_language_modelling_is_not_planned(recipes):
 def test_the_command_needs_neither_gpu_nor_data(capsys, recipes):
     arguments = ["--recipe", str(recipes / "drawn.yaml"), "--stage", "1", "--gpus", "2", "--gpu", "l4", "--price", "1"]
     assert main(["plan", *arguments, "corpus=nowhere", "optimizer.name=adamw"]) == 0
-    printed = capsys.readouterr().out
+    printed, told = capsys.readouterr()
+    assert told.splitlines()[0] == "loading PyTorch …"
+    assert "stage 1, steps 0 to 160 (1 of 2): trying way 1" in told, "a minute of silence looks like a hang"
     for words in (
         "drawn on 2 × l4",
         "half of max_tokens (assumed",
@@ -94,6 +114,25 @@ def test_the_command_needs_neither_gpu_nor_data(capsys, recipes):
         assert words in printed
     assert main(["plan", *arguments[:-4], "--gpu", "h100", "corpus=nowhere"]) == 2
     assert "did you mean 'h100" in capsys.readouterr().err
+
+
+def test_labels_of_any_length_keep_clear_of_the_numbers_and_lines_end_within_the_width(drawn):
+    recipe = drawn("model.text.checkpointing=true", "max_tokens=128", "resolution=[[0, 32]]", "patch_dropout=[[0, 0]]")
+    cluster = dataclasses.replace(gpu(10_000), price=1234.5)
+    plan = plan_stage(recipe, 1, cluster)
+    (segment,) = plan.segments
+    assert "not known how many texts max_tokens 128 cuts" in stage_table(plan, cluster)
+    row = re.compile(r" {4,}(\S.*?) {2,}(\d+\.\d\d [GM]iB)  (yes|no) +[\d,–]+")
+    for images, tokens in ((256, 16384), (4096, 131072), (10**9, 10**12), (10**20, 10**20)):
+        setting = Setting(GradientCache(images=images, tokens=tokens), False, True, 3)
+        written = dataclasses.replace(segment.as_written, setting=setting)
+        longer = dataclasses.replace(plan, segments=(dataclasses.replace(segment, as_written=written),))
+        lines = stage_table(longer, cluster).splitlines()
+        rows = [match for line in lines if (match := row.fullmatch(line))]
+        assert len(rows) == 1 + len(segment.tried)
+        assert len({match.end(2) for match in rows}) == 1, "numbers stand below one another"
+        assert max(map(len, lines)) <= WIDTH
+        assert f"the recipe's: {describe(setting)}" in " ".join("\n".join(lines).replace(rows[0][2], "").split())
 
 
 def test_own_figures_replace_the_tables():

@@ -52,7 +52,8 @@ def one_rank(rank: int, folder: str) -> None:
     for zero in ZERO:
         bucket = 100_000
         options = f"stage: {zero}, reduce_bucket_size: {bucket}, stage3_param_persistence_threshold: 0"
-        settings = ["optimizer.name=adamw", "loss={dims: [128, 64]}", f"deepspeed={{zero_optimization: {{{options}}}}}"]
+        wide = ("model.text.width=128", "model.vision.width=128", "loss={dims: [128, 64]}")
+        settings = ["optimizer.name=adamw", *wide, f"deepspeed={{zero_optimization: {{{options}}}}}"]
         recipe = load(drawn, settings, 1).recipe
         stage = recipe.stage(1)
         torch.manual_seed(0)

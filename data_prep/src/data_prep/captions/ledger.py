@@ -92,6 +92,8 @@ class Ledger:
             raise UserError(f"{self.path}: no such ledger; make one with `data-prep captions plan {self.path} SHARDS`")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if create:
+                self.path.touch()  # as the umask wants it; SQLite would take the right to write from the group
             self.db = sqlite3.connect(self.path, isolation_level=None, timeout=30)
             self.db.row_factory = sqlite3.Row
             self.db.execute("PRAGMA journal_mode = WAL")
@@ -123,8 +125,12 @@ class Ledger:
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except BlockingIOError as error:
                 raise UserError(f"{self.path} is in use by another run; wait for it or stop it") from error
+            except OSError as error:  # without locks two runs might pay twice
+                raise UserError(
+                    f"{self.path}: this file system has no locks ({error.strerror}); put the ledger on another one"
+                ) from error
             try:
                 yield
             except sqlite3.OperationalError as error:

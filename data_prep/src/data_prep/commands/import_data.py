@@ -120,5 +120,11 @@ def run_import(options: argparse.Namespace, *, out: str, evalset: bool = False) 
 
 
 def _run(options: argparse.Namespace) -> int:
-    run_import(options, out=options.out)
+    if not getattr(options, "held_out", 0.0):
+        run_import(options, out=options.out)
+        return 0
+    for split in [options.split] if options.split else ["train", "validation"]:
+        options.split = split
+        print(f"{split}:")
+        run_import(options, out=f"{options.out}/{split}")
     return 0

@@ -50,6 +50,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "Names the language of texts without one and drops texts that are clearly in another than they say.",
     )
     languages.add_argument("--sure", type=float, default=0.9, metavar="P", help="probability to act on (default: 0.9)")
+    languages.add_argument("--without", nargs="+", default=[], metavar="LANGUAGE", help="leave texts in these out")
     languages.set_defaults(run=_languages)
 
     similarity = _command(
@@ -113,7 +114,7 @@ def _dedup(options: argparse.Namespace) -> int:
 def _languages(options: argparse.Namespace) -> int:
     from ..shaping.relabel import relabel
 
-    relabel(options.shards, sure=options.sure, **_common(options))
+    relabel(options.shards, sure=options.sure, without=options.without, **_common(options))
     return 0
 
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..lock import alone
 from ..shards import Dataset, ShardError
 from . import apt
 from .debian import Material, needed_packages, read_material
@@ -74,15 +75,30 @@ def build_corpus(
     if existing is not None:
         say(f"{out}: there already, of this version and these settings; nothing to do")
         return existing
+    _check_libraries(settings)
+    try:
+        with alone(out.with_name(f".{out.name}.lock"), f"{out} is being built: it"):
+            return _build(out, settings, packages, cache, workers or os.cpu_count() or 1, say)
+    except OSError as error:
+        raise CorpusError(f"{out}: {error.strerror or error}; mend it and run again") from error
+
+
+def _build(
+    out: Path,
+    settings: Settings,
+    packages: str | os.PathLike[str] | None,
+    cache: str | os.PathLike[str] | None,
+    workers: int,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
     partial = out.with_name(out.name + ".partial")
     if partial.exists():
         say(f"{partial}: removing what an interrupted run left")
         shutil.rmtree(partial)
-    _check_libraries(settings)
     started = time.monotonic()
     try:
         partial.mkdir(parents=True)  # before the long work: a folder that cannot be written is said at once
-        material = _material(settings, packages, cache, workers or os.cpu_count() or 1, say)
+        material = _material(settings, packages, cache, workers, say)
         corpus = _write(partial, settings, material, say)
         partial.rename(out)
     except OSError as error:

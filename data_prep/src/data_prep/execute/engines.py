@@ -99,10 +99,15 @@ def _with_ray(specs: Sequence[Spec], workers: int) -> Iterator[Receipt]:
     ours = not ray.is_initialized()
     if ours:
         local: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers}
-        try:
-            ray.init(**local, include_dashboard=False, log_to_driver=False, configure_logging=False)
-        except Exception as error:  # Ray raises bare exceptions when it cannot start or reach a cluster
-            raise UserError(f"Ray cannot be started or reached ({error}); use --engine processes") from error
+        for attempts_left in (2, 1, 0):
+            try:
+                ray.init(**local, include_dashboard=False, log_to_driver=False, configure_logging=False)
+                break
+            except Exception as error:  # Ray raises bare exceptions when it cannot start or reach a cluster
+                ray.shutdown()
+                # It gives itself thirty seconds, which no setting changes and a busy machine may not keep.
+                if not attempts_left or "timed out during startup" not in str(error):
+                    raise UserError(f"Ray cannot be started or reached ({error}); use --engine processes") from error
     try:
         task = ray.remote(num_cpus=1, max_retries=3)(_process_shard_from)
         left = iter(specs)

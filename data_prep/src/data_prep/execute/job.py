@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..lock import alone
 from ..shards import KINDS, write_manifest
 from ..shards.files import refused, sync_directory, write_file
 from .engines import ENGINES, run_units
@@ -107,7 +107,19 @@ def run_job(
     if finished is not None:
         say(f"{job.out}: {job.name} is there already, from the same input and options; nothing to do")
         return finished
-    _begin(job)
+    try:
+        with _alone(job):
+            _begin(job)
+    except OSError as error:
+        raise refused(job.partial, error) from error
+    part = "{}-of-{}".format(*execution.task)
+    with alone(Path(job.out) / f".{job.name}.{part}.lock", f"{job.partial} (task {part})"):
+        return _go_on(job, execution, say)
+
+
+def _go_on(job: Job, execution: Execution, say: Callable[[str], None]) -> dict[str, Any] | None:
+    if not job.partial.exists():  # whoever held the lock before has published
+        return _published(job)
     if not (job.partial / "publish.json").exists():
         _run(job, execution, say)
         with _alone(job):
@@ -251,15 +263,9 @@ def _publish(job: Job) -> dict[str, Any]:
     return receipt
 
 
-@contextmanager
-def _alone(job: Job) -> Iterator[None]:
-    """One array task at a time; the lock goes with the process that holds it, however that ends."""
-    descriptor = os.open(Path(job.out), os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+def _alone(job: Job) -> AbstractContextManager[None]:
+    """One array task at a time."""
+    return alone(Path(job.out) / f".{job.name}.lock", str(job.partial), wait=True)
 
 
 def _raw(value: dict[str, Any]) -> bytes:

@@ -188,7 +188,7 @@ def _text_folder(model: Path) -> Path:
 
 @functools.lru_cache(1)
 def _tower(folder: str) -> Any:
-    needs("text_tower", extra="negatives", what="mining negatives")
+    needs("text_tower", extra="models", what="mining negatives")
     from text_tower import TextTower
 
     try:

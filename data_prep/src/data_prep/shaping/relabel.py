@@ -21,6 +21,7 @@ def relabel(
     out: str,
     name: str,
     sure: float = SURE,
+    without: Sequence[str] = (),
     samples_per_shard: int = 1000,
     execution: Execution | None = None,
 ) -> dict[str, Any] | None:
@@ -28,11 +29,16 @@ def relabel(
 
     A text whose language is not given ("und") gets the one that it is in if the probability is at least `sure`, and
     goes otherwise, as does one in a language that is none of the thirty. A text that says another of the thirty than
-    it is in, to that probability, goes too; short texts, of fewer than `MIN_LETTERS` letters, are believed. What is
-    left without captions, query or target is dropped, and a triplet that lost a negative.
+    it is in, to that probability, goes too; short texts, of fewer than `MIN_LETTERS` letters, are believed. Texts in a
+    language of `without` go in any case. What is left without captions, query or target is dropped, and a triplet that
+    lost a negative.
     """
     if not 0 < sure <= 1:
         raise UserError(f"--sure {sure}: expected a probability above 0 and up to 1")
+    if strangers := [code for code in without if code not in LANGUAGES]:
+        raise UserError(
+            f"--without {' '.join(strangers)}: expected codes of the thirty languages, {' '.join(LANGUAGES)}"
+        )
     datasets = open_alike(directories)
     job = Job(
         title="languages",
@@ -40,7 +46,7 @@ def relabel(
         out=out,
         work=f"{__name__}:check",
         pieces=pieces_of(datasets),
-        options={"sure": sure},
+        options={"sure": sure, "without": sorted(without)},
         samples_per_shard=samples_per_shard,
         tokenizer_sha256=datasets[0].manifest["tokenizer_sha256"],
     )
@@ -53,7 +59,7 @@ def check(piece: dict[str, Any], options: dict[str, Any], output: Output) -> Non
         output.came_in()
         taken_out = False
         for texts in sample.texts:
-            judged = [_language_of(text, options["sure"]) for text in texts]
+            judged = [_language_of(text, options["sure"], options["without"]) for text in texts]
             for text, (language, why) in zip(texts, judged, strict=True):
                 if language is None:
                     output.note(f"texts out: {why}")
@@ -68,8 +74,13 @@ def check(piece: dict[str, Any], options: dict[str, Any], output: Output) -> Non
             output.drop("no text in a language that is known for sure", f"{piece['dataset']}: {sample.row.key}")
 
 
-def _language_of(text: Record, sure: float) -> tuple[str | None, str]:
+def _language_of(text: Record, sure: float, without: Sequence[str]) -> tuple[str | None, str]:
     """(its language, "") or (None, why it goes)."""
+    language, why = _known_language(text, sure)
+    return (None, "in a language to be left out") if language in without else (language, why)
+
+
+def _known_language(text: Record, sure: float) -> tuple[str | None, str]:
     said = text["language"]
     if said in LANGUAGES and letters(text["text"]) < MIN_LETTERS:
         return said, ""

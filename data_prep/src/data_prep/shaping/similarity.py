@@ -178,8 +178,8 @@ def _scorer(model: str, dim: int | None) -> Scorer:
 def _dual_encoder(folder: Path, dim: int | None) -> Scorer:
     if not (folder / "text").is_dir() or not (folder / "vision").is_dir():
         raise UserError(f"{folder} has no text/ and vision/; expected a directory written by `stage-trainer export`")
-    needs("text_tower", extra="shaping", what="scoring with a model of ours")
-    needs("vision_tower", extra="shaping", what="scoring with a model of ours")
+    needs("text_tower", extra="models", what="scoring with a model of ours")
+    needs("vision_tower", extra="models", what="scoring with a model of ours")
     from text_tower import TextTower
     from vision_tower import VisionTower
 
@@ -198,7 +198,7 @@ def _open_clip(name: str) -> Scorer:
     parts = name.split(":", 2)
     if len(parts) != 3:
         raise UserError(f"--model {name}: expected open_clip:ARCHITECTURE:WEIGHTS")
-    open_clip = needs("open_clip", extra="shaping", what="scoring with an open_clip model")
+    open_clip = needs("open_clip", extra="open-clip", what="scoring with an open_clip model")
     import torch
 
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..lock import alone
 from .files import TarFile, refused, sync_directory, write_file
 from .format import MANIFEST, SCHEMA, ShardError, check_kind, check_sample, index_name, shard_name
 
@@ -102,8 +104,8 @@ class DatasetWriter:
 
     Everything goes to the sibling `NAME.partial` first; leaving the `with` block without an exception flushes it to
     the disk and renames it. An exception, a full disk included, removes the partial directory and leaves nothing
-    behind. What a killed run left there is removed by the next writer of the same data set; two writers of one data
-    set at the same time are not supported.
+    behind. What a killed run left there is removed by the next writer of the same data set; a second writer of a data
+    set that is being written is refused.
 
     Args:
         directory: where the data set shall be; its parents are made.
@@ -133,6 +135,7 @@ class DatasetWriter:
         self._samples_per_shard = samples_per_shard
         self._tokenizer_sha256 = tokenizer_sha256
         self._partial = self.directory.with_name(self.directory.name + ".partial")
+        self._held = contextlib.ExitStack()
         self._keys: set[str] = set()
         self._finished: list[dict[str, Any]] = []
         self._shard: ShardWriter | None = None
@@ -141,10 +144,13 @@ class DatasetWriter:
         if self.directory.exists():
             raise ShardError(f"{self.directory}: exists already; remove it or write somewhere else")
         try:
+            lock = self.directory.with_name(f".{self.directory.name}.lock")
+            self._held.enter_context(alone(lock, f"{self.directory} is being written: it"))
             if self._partial.exists():
                 shutil.rmtree(self._partial)
             self._partial.mkdir(parents=True)
         except OSError as error:
+            self._held.close()
             raise refused(self._partial, error) from error
         return self
 
@@ -174,6 +180,7 @@ class DatasetWriter:
             if self._shard is not None:
                 self._shard.abandon()
             shutil.rmtree(self._partial, ignore_errors=True)  # after the rename there is nothing there
+            self._held.close()
 
     def _finish_shard(self, shard: ShardWriter) -> None:
         self._finished.append(shard.finish())

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 from ..image_rule import ImageRule
 from ..samples import Text
 from .folder import inside
+from .json_lists import list_pieces, read_list
 from .parquet import image_bytes, parquet_pieces, read_parquet
 from .questions import DOCUMENTS
 from .records import Dropped, Found, ImageRecord, argument, from_rows, option
-from .tables import list_pieces, read_list
 from .texts import files_in
 
 _ELEMENTS = 1000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,14 +40,21 @@ class Folder:
     language_column: str = option("", f"column of the language (default: the first of {', '.join(_LANGUAGE)})")
     language: str = option("und", "language where no column says it")
     origin: str = option("human", "where the captions came from: human, machine-translation, synthetic:MODEL")
-    delimiter: str = option("", "of the columns, one character or \\t (default: by the file's name)")
+    delimiter: str = option("", "of the columns, one character or \\t (default: what parts the first line)")
+    charset: str = option("utf-8", "character set of a CSV or TSV; Excel's plain CSV is often cp1252")
+    held_out: float = option(0.0, "share of the images for OUT/validation, the rest going to OUT/train (default: none)")
+    split: str = option("", "with --held-out: one of the two (default: both)", choices=("train", "validation"))
 
     def pieces(self) -> Iterator[dict[str, Any]]:
         """Some hundred rows each."""
         if not Path(self.folder).is_dir():
             raise UserError(f"{self.folder}: no such folder")
         table = Path(self.table) if self.table else _only_table(Path(self.folder))
-        columns = None if is_json_lines(table) else table_columns(table, self.delimiter)
+        if not 0 <= self.held_out < 1:
+            raise UserError(f"--held-out {self.held_out:g}: expected a share of the images, such as 0.1")
+        if self.split and not self.held_out:
+            raise UserError(f"--split {self.split}: of what? say the share of the other one, too: --held-out 0.1")
+        columns = None if is_json_lines(table) else table_columns(table, self.delimiter, self.charset)
         if columns is not None:
             for named in (self.image_column, self.caption_column, self.long_column, self.language_column):
                 if named and named not in columns:
@@ -59,7 +67,7 @@ class Folder:
                 raise UserError(
                     f"{table}: none of {', '.join(columns)} is known for captions; name it: --caption-column"
                 )
-        yield from table_pieces(table, _ROWS, delimiter=self.delimiter)
+        yield from table_pieces(table, _ROWS, delimiter=self.delimiter, charset=self.charset)
 
     def read(self, piece: dict[str, Any]) -> Iterator[Found]:
         """A record a row."""
@@ -82,6 +90,8 @@ class Folder:
             yield Dropped("caption is no text", where)
         elif not short and not long:
             yield Dropped("no caption", where)
+        elif self.held_out and _side(path, self.held_out) != self.split:
+            yield Dropped("of the other split", where)
         else:
             yield ImageRecord(where, os.path.normpath(name), path, short, long)
 
@@ -90,6 +100,19 @@ class Folder:
         if not all(isinstance(text, str) for text in texts):
             return None
         return [Text(text.strip(), language, role, self.origin) for text in texts if text.strip()]
+
+
+def _side(path: Path, held_out: float) -> str:
+    """The split of an image, by its bytes: one picture is on one side, in however many rows and under what names.
+
+    What cannot be read is for the importer to say, once: it is of train.
+    """
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").digest()
+    except OSError:
+        return "train"
+    return "validation" if int.from_bytes(digest[:8]) < held_out * 2**64 else "train"
 
 
 def inside(folder: Path, name: str) -> Path | None:
@@ -104,7 +127,7 @@ def inside(folder: Path, name: str) -> Path | None:
 
 def _only_table(folder: Path) -> Path:
     endings = (".csv", ".tsv", ".jsonl", ".csv.gz", ".tsv.gz", ".jsonl.gz")
-    found = sorted(path for path in folder.iterdir() if path.name.endswith(endings))
+    found = sorted(path for path in folder.iterdir() if path.name.lower().endswith(endings))
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise UserError(f"{folder}: expected one table of captions in it, found {names}; name it: --table")

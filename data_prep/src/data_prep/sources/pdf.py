@@ -13,8 +13,8 @@ from ..image_rule import ImageRule
 from ..samples import Text
 from .answers import answer_text, question_caption, unique
 from .files import stamp
+from .json_lists import list_pieces, read_list
 from .records import Dropped, Found, ImageRecord, Noted, argument, from_rows, option
-from .tables import list_pieces, read_list
 from .texts import files_in
 
 PAGES = ImageRule(1024, encoding="png", kernel="bicubic")

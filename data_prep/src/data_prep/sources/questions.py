@@ -11,8 +11,9 @@ from ..image_rule import ImageRule
 from ..samples import Text
 from .answers import Question, answer_text, by_image, chosen, question_caption, unique
 from .folder import inside
+from .json_lists import list_pieces, read_list
 from .records import Dropped, Found, ImageRecord, Row, argument, from_rows, objects, option
-from .tables import line_pieces, list_pieces, read_lines, read_list
+from .tables import line_pieces, read_lines
 
 DOCUMENTS = ImageRule(768, kernel="bicubic")
 _ELEMENTS = 2000

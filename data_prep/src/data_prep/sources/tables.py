@@ -1,4 +1,4 @@
-"""Tables and lists of others, read piece by piece: CSV, TSV, JSON lines, and JSON files that are one big list.
+"""Tables of others, read piece by piece: CSV, TSV and JSON lines.
 
 A piece is a range of bytes that holds whole rows, so that rows are read by many processes and memory does not grow
 with the file. What is packed with gzip cannot be entered in the middle and is one piece.
@@ -10,8 +10,6 @@ import codecs
 import csv
 import gzip
 import json
-import mmap
-import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,31 +23,36 @@ from .records import Dropped, Row, objects
 
 _LINES = 16 * 2**20  # bytes of JSON lines in a piece
 _FIELD = 16 * 2**20  # characters in a line or a field; more is no table
+_MARKS = (",", ";", "\t", "|")  # what parts columns, where nobody says it
+_EVEN_ROWS = 20  # that are looked at where the first line leaves two of them possible
 _QUOTED = 1000  # lines in a row of a table; more are other rows, after a quote that nobody closed
 _OPEN = f"quote that nobody closed, or over {_QUOTED} lines of text in quotes"
 
 csv.field_size_limit(_FIELD)
 
 
-def table_pieces(path: str | Path, rows: int, *, delimiter: str = "") -> Iterator[dict[str, Any]]:
-    """Pieces of `rows` rows of a table (CSV, TSV, by its name or `delimiter`) or JSON lines file, gzip or not.
+def table_pieces(
+    path: str | Path, rows: int, *, delimiter: str = "", charset: str = "utf-8"
+) -> Iterator[dict[str, Any]]:
+    """Pieces of `rows` rows of a table (columns parted by `delimiter`, or by what the first line shows) or of a JSON
+    lines file, gzip or not.
 
     Raises:
         UserError: the file cannot be read, is empty, or is UTF-16.
     """
     path = Path(path)
-    stamped = _stamp(path)
+    stamped = stamped_file(path)
     if is_json_lines(path):
         for piece in line_pieces(path):
             yield {**piece, "format": "jsonl"}
         return
-    delimiter = _delimiter(path, delimiter)
-    whole = {"file": str(path), **stamped, "format": "table", "delimiter": delimiter}
+    delimiter = _delimiter(path, delimiter, charset)
+    whole = {"file": str(path), **stamped, "format": "table", "delimiter": delimiter, "charset": charset}
     if path.suffix == ".gz":
         yield {**whole, "start": 0, "end": None}
         return
     with path.open("rb") as file:
-        lines = _Lines(file)
+        lines = _Lines(file, charset)
         read = _rows(lines, delimiter)
         next(read, None)
         start, line = lines.end, lines.number
@@ -58,28 +61,34 @@ def table_pieces(path: str | Path, rows: int, *, delimiter: str = "") -> Iterato
             start, line = lines.end, lines.number
 
 
-def table_columns(path: str | Path, delimiter: str = "") -> list[str]:
+def table_columns(path: str | Path, delimiter: str = "", charset: str = "utf-8") -> list[str]:
     """The columns that the first line of a CSV or TSV file names.
 
     Raises:
-        UserError: the file cannot be read or unpacked, its first line is broken, or `delimiter` is not one character.
+        UserError: the file cannot be read or unpacked, its first line is broken, `delimiter` is not one character or
+            `charset` no name of one, or the first line can be parted in two ways.
     """
     path = Path(path)
-    _stamp(path)
+    stamped_file(path)
+    try:
+        codecs.lookup(charset)
+    except LookupError as error:
+        raise UserError(f"--charset {charset}: no such character set; utf-8 and cp1252 are the usual ones") from error
     try:
         with open_bytes(path) as file:
-            columns = next(_rows(_Lines(file), _delimiter(path, delimiter)), [])
+            columns = next(_rows(_Lines(file, charset), _delimiter(path, delimiter, charset)), [])
     except _PACKED as error:
         raise UserError(f"{path}: its first line cannot be unpacked ({error}); expected gzip, whole") from error
     if isinstance(columns, str):
-        raise UserError(f"{path}: its first line names no columns ({columns})")
+        advice = "; if Excel wrote it, say --charset cp1252" if columns == _NO_TEXT else ""
+        raise UserError(f"{path}: its first line names no columns ({columns}){advice}")
     return columns
 
 
 def line_pieces(path: str | Path) -> Iterator[dict[str, Any]]:
     """Pieces of whole lines, of some megabytes."""
     path = Path(path)
-    stamped = _stamp(path)
+    stamped = stamped_file(path)
     if path.suffix == ".gz":
         yield {"file": str(path), **stamped, "start": 0, "end": None}
         return
@@ -93,20 +102,6 @@ def line_pieces(path: str | Path) -> Iterator[dict[str, Any]]:
             start = end
 
 
-def list_pieces(path: str | Path, elements: int, *, key: str | None = None) -> Iterator[dict[str, Any]]:
-    """Pieces of so many elements (objects, lists) of the JSON list that a file is, or that its object has under `key`.
-
-    Raises:
-        UserError: the file cannot be read, is cut short, or has no such list.
-    """
-    path = Path(path)
-    spans = _element_spans(path, key)
-    number, stamped = 0, _stamp(path)
-    while span := list(islice(spans, elements)):
-        yield {"file": str(path), **stamped, "start": span[0][0], "end": span[-1][1], "row": number}
-        number += len(span)
-
-
 def read_table(piece: dict[str, Any]) -> Iterator[Row | Dropped]:
     """The rows of a piece of `table_pieces`, each a dict of its columns."""
     if piece["format"] == "jsonl":
@@ -114,12 +109,13 @@ def read_table(piece: dict[str, Any]) -> Iterator[Row | Dropped]:
         return
     path, delimiter = Path(piece["file"]), piece["delimiter"]
     with open_bytes(path) as file:
-        lines = _Lines(file)
+        charset = piece["charset"]
+        lines = _Lines(file, charset)
         try:
             columns = next(_rows(lines, delimiter), [])
             if piece["start"]:
                 file.seek(piece["start"])
-                lines = _Lines(file, piece["start"], piece["end"], piece["line"])
+                lines = _Lines(file, charset, piece["start"], piece["end"], piece["line"])
             for values in _rows(lines, delimiter):
                 where = f"{path.name}, line {lines.first}"
                 if isinstance(values, str):
@@ -163,20 +159,6 @@ def read_lines(piece: dict[str, Any]) -> Iterator[Row | Dropped]:
                 yield Dropped("not JSON", where)
 
 
-def read_list(piece: dict[str, Any]) -> Iterator[Row | Dropped]:
-    """The elements of a piece of `list_pieces`."""
-    path = Path(piece["file"])
-    with path.open("rb") as file:
-        file.seek(piece["start"])
-        raw = file.read(piece["end"] - piece["start"])
-    try:
-        values = json.loads(b"[" + raw + b"]")
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON between bytes {piece['start']} and {piece['end']} ({error})") from error
-    for number, value in enumerate(values, piece["row"]):
-        yield f"{path.name}, element {number}", value
-
-
 def open_bytes(path: Path) -> IO[bytes]:
     """A file, unpacked if its name ends in .gz. UserError if it cannot be read."""
     try:
@@ -187,22 +169,38 @@ def open_bytes(path: Path) -> IO[bytes]:
 
 def is_json_lines(path: Path) -> bool:
     """Whether the name says so: .jsonl, .ndjson, also .gz."""
-    return path.name.removesuffix(".gz").endswith((".jsonl", ".ndjson"))
+    return path.name.lower().removesuffix(".gz").endswith((".jsonl", ".ndjson"))
 
 
-def delimiter_of(path: Path) -> str:
-    """Tab for .tsv and .txt, else a comma."""
-    return "\t" if path.name.removesuffix(".gz").endswith((".tsv", ".txt")) else ","
+def _delimiter(path: Path, given: str, charset: str) -> str:
+    """What the user gave, with \\t for a tab, or what parts the first line: Excel writes semicolons where the comma is
+    in the numbers. UserError if it is not one character, or if two would do and the rows do not tell which.
+    """
+    if given:
+        mark = "\t" if given == "\\t" else given
+        if len(mark) != 1 or mark in '"\r\n':
+            raise UserError(f"delimiter {given!r}: expected one character, or \\t for a tab")
+        return mark
+    rows = {mark: _first_rows(path, mark, charset) for mark in _MARKS}
+    parting = [mark for mark in _MARKS if rows[mark] and len(rows[mark][0]) > 1]
+    by_name = "\t" if path.name.lower().removesuffix(".gz").endswith((".tsv", ".txt")) else ","
+    if not parting or (by_name == "\t" and by_name in parting):
+        return by_name
+    if len(parting) > 1:  # a caption's comma in the first line, say: all rows have as many columns by the right one
+        parting = [mark for mark in parting if len({len(row) for row in rows[mark]}) == 1] or parting
+    if len(parting) > 1:
+        raise UserError(f"{path}: its columns may be parted by {' or '.join(map(repr, parting))}; say --delimiter")
+    return parting[0]
 
 
-def _delimiter(path: Path, given: str) -> str:
-    """What the user gave, with \\t for a tab, or what the file's name says. UserError if it is not one character."""
-    mark = "\t" if given == "\\t" else given or delimiter_of(path)
-    if len(mark) != 1 or mark in '"\r\n':
-        raise UserError(f"delimiter {given!r}: expected one character, or \\t for a tab")
-    return mark
+def _first_rows(path: Path, delimiter: str, charset: str) -> list[list[str]]:
+    """The first rows by a delimiter, less those that are broken."""
+    with open_bytes(path) as file:
+        found = islice(_rows(_Lines(file, charset), delimiter), 1 + _EVEN_ROWS)
+        return [row for row in found if row and not isinstance(row, str)]
 
 
+_NO_TEXT = "not UTF-8"
 _PACKED = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
@@ -272,8 +270,8 @@ class _Lines:
     row: the lines since it was last emptied. end: the byte behind the last line. number: lines before the next one.
     """
 
-    def __init__(self, file: IO[bytes], start: int = 0, stop: int | None = None, number: int = 0) -> None:
-        self._file, self._stop = file, stop
+    def __init__(self, file: IO[bytes], charset: str, start: int = 0, stop: int | None = None, number: int = 0) -> None:
+        self._file, self._charset, self._stop = file, charset, stop
         self._given_back: list[_Line] = []
         self.end, self.number = start, number
         self.row: list[_Line] = []
@@ -315,12 +313,13 @@ class _Lines:
             line = line.removeprefix(codecs.BOM_UTF8)
         line = line.replace(b"\0", b"")
         try:
-            return _Line(line.decode("utf-8"), length)
+            return _Line(line.decode(self._charset), length)
         except UnicodeDecodeError:
-            return _Line(line.decode("utf-8", errors="replace"), length, "not UTF-8")
+            fault = _NO_TEXT if self._charset == "utf-8" else f"not in {self._charset}"
+            return _Line(line.decode("utf-8", errors="replace"), length, fault)
 
 
-def _stamp(path: Path) -> dict[str, Any]:
+def stamped_file(path: Path) -> dict[str, Any]:
     """What `stamp` gives. UserError if there is nothing to read."""
     try:
         stamped = stamp(path)
@@ -329,33 +328,3 @@ def _stamp(path: Path) -> dict[str, Any]:
     if path.is_dir() or not stamped["bytes"]:
         raise UserError(f"{path}: is {'a folder' if path.is_dir() else 'empty'}; expected a file with rows")
     return stamped
-
-
-_TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]')
-
-
-def _element_spans(path: Path, key: str | None) -> Iterator[tuple[int, int]]:
-    """Where the elements of the list begin and end, found by brackets alone; the file is mapped, not loaded."""
-    _stamp(path)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        depth, inside, start, name = 0, None, 0, b""  # `inside`: the depth of the list's elements, once it is found
-        for token in _TOKENS.finditer(data):
-            text = token.group()
-            if text.startswith(b'"'):
-                name = text if depth == 1 else name
-            elif text in b"[{":
-                depth += 1
-                if inside is None:
-                    if text == b"[" and (depth == 1 or (depth == 2 and key and name == json.dumps(key).encode())):
-                        inside = depth
-                elif depth == inside + 1:
-                    start = token.start()
-            else:
-                depth -= 1
-                if inside is not None and depth == inside:
-                    yield start, token.end()
-                elif inside is not None and depth < inside:
-                    return
-    raise UserError(
-        f"{path}: is cut short, or holds no list{f' under {key!r}' if key else ''}; expected JSON of the source's form"
-    )

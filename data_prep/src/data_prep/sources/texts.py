@@ -42,6 +42,8 @@ class Texts:
     query_column: str = option("", f"column of the query (default: the first of {', '.join(_QUERY)})")
     target_column: str = option("", f"column of the target (default: the first of {', '.join(_TARGET)})")
     negative_columns: str = option("", "columns of negatives, with commas (default: negative, neg, negative_1, …)")
+    delimiter: str = option("", "of a table's columns, one character or \\t (default: what parts the first line)")
+    charset: str = option("utf-8", "character set of a CSV or TSV; Excel's plain CSV is often cp1252")
 
     def pieces(self) -> Iterator[dict[str, Any]]:
         """Some megabytes of lines or some thousand rows; a packed file is one piece."""
@@ -49,13 +51,13 @@ class Texts:
         if len(languages) > 2 or not all(languages):
             raise UserError(f"--language {self.language}: expected one language, or QUERY,TARGET (de,en)")
         for path in files_in(self.files, _ENDINGS):
-            if path.suffix == ".parquet":
+            if path.suffix.lower() == ".parquet":
                 columns = self._needed(path, parquet_columns(path))
                 for piece in parquet_pieces([path], _ROWS, columns=columns):
                     yield {**piece, "format": "parquet", "columns": columns}
-            elif path.name.endswith(_TABLES):
-                self._needed(path, table_columns(path))
-                yield from table_pieces(path, _ROWS)
+            elif path.name.lower().endswith(_TABLES):
+                self._needed(path, table_columns(path, self.delimiter, self.charset))
+                yield from table_pieces(path, _ROWS, delimiter=self.delimiter, charset=self.charset)
             else:
                 yield from line_pieces(path)
 
@@ -130,7 +132,7 @@ def files_in(paths: tuple[str, ...], endings: tuple[str, ...]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.name.endswith(endings) and file.is_file())
+            inside = sorted(file for file in path.rglob("*") if file.name.lower().endswith(endings) and file.is_file())
             if not inside:
                 raise UserError(f"{path}: holds no {' or '.join(endings)} file")
             found += inside

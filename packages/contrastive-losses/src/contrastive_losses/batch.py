@@ -1,8 +1,9 @@
 """What a loss is computed from, and the checks that can be made on one process without waiting for a GPU."""
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence, Set
+from operator import index
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,10 +84,14 @@ def problem_with_batch(batch: Batch) -> str | None:
 
 def problem_with_dims(dims: Sequence[int] | None, weights: Sequence[float] | None, width: int | None) -> str | None:
     """What is wrong with Matryoshka dims and their weights, or None. `width` is D where it is known."""
+    for name, values in (("dims", dims), ("weights", weights)):
+        # A dict from dims to weights would be read as its keys, a set in no order.
+        if values is not None and (not isinstance(values, Iterable) or isinstance(values, str | Mapping | Set)):
+            return f"{name} are {values!r}; expected a list or tuple of numbers"
     if dims is not None and len(dims) == 0:
         return "dims are empty; expected at least one prefix length, or None for the full width"
-    for dim in dims or ():
-        if not isinstance(dim, int) or dim < 1 or (width is not None and dim > width):
+    for dim in () if dims is None else dims:
+        if (number := whole(dim)) is None or number < 1 or (width is not None and number > width):
             limit = "the embeddings' width" if width is None else f"D = {width}"
             return f"dims hold {dim!r}; expected whole numbers from 1 to {limit}"
     if weights is not None and len(weights) != (expected := 1 if dims is None else len(dims)):
@@ -94,6 +99,15 @@ def problem_with_dims(dims: Sequence[int] | None, weights: Sequence[float] | Non
     if weights is not None and not all(math.isfinite(float(weight)) for weight in weights):
         return f"weights are {tuple(weights)}; expected finite numbers"
     return None
+
+
+def whole(value: Any) -> int | None:
+    """The integer that a value is, numpy's and a tensor's too, or None; True and False are none."""
+    try:
+        number = index(value)
+    except TypeError:
+        return None
+    return None if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool") else number
 
 
 def problem_with_scalar(name: str, value: float | Tensor, above: float = -math.inf) -> str | None:
@@ -105,6 +119,8 @@ def problem_with_scalar(name: str, value: float | Tensor, above: float = -math.i
         if value.device.type != "cpu":
             return None
         value = value.detach()
+    elif isinstance(value, bool):
+        return f"{name} is {value}; expected a number"
     number = float(value)
     if not (number > above and math.isfinite(number)):
         return f"{name} is {number}; expected a finite number" + (f" above {above:g}" if above > -math.inf else "")

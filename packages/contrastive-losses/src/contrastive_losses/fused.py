@@ -9,8 +9,9 @@ subtract two nearly equal numbers.
 import math
 from collections.abc import Sequence
 from importlib.util import find_spec
+from operator import index
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,13 @@ def tiles_for(strip: Strip) -> ModuleType:
     return torch_tiles
 
 
+_NOT_TRANSFORMED = (
+    "torch.func (grad, vmap, jacrev, …) and forward-mode differentiation do not reach into this loss; plain_info_nce "
+    "and plain_sigmoid in contrastive_losses.plain are the same losses by ordinary operations, into which they do. For "
+    "a plain gradient of this one, use backward() or torch.autograd.grad"
+)
+
+
 class Settings(NamedTuple):
     """What a loss is, apart from its tensors."""
 
@@ -55,17 +63,21 @@ def pair_loss(
     margin: float | None,
     group: Group | None,
     return_stats: bool,
+    shared: tuple = (),
 ) -> Tensor | tuple[Tensor, LossStats]:
-    """Checks, agrees with the other ranks, and computes. `matryoshka_info_nce` describes the arguments."""
+    """Checks, agrees with the other ranks, and computes. `matryoshka_info_nce` describes the arguments; `shared` is
+    what else must be equal on all ranks."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(_NOT_TRANSFORMED)
     problem = problem_with_call(batch, temperature, bias, dims, weights, margin)
     if problem is None:
-        dims = tuple(batch.queries.shape[-1:] if dims is None else dims)
+        dims = tuple(batch.queries.shape[-1:]) if dims is None else tuple(map(index, dims))
         weights = (1.0,) * len(dims) if weights is None else tuple(float(weight) for weight in weights)
     scalars = [scalar for scalar in (temperature, bias) if isinstance(scalar, Tensor)]
     numbers = (
         [None if isinstance(scalar, Tensor) else float(scalar) for scalar in (temperature, bias)] if not problem else []
     )
-    ranks = agree(batch, scalars, problem, (link, dims, weights, margin, *numbers), return_stats, group)
+    ranks = agree(batch, scalars, problem, (link, dims, weights, margin, *numbers, *shared), return_stats, group)
     assert isinstance(dims, tuple), "agree raises where the arguments do not fit"
     assert isinstance(weights, tuple)
 
@@ -137,6 +149,10 @@ class _PairLoss(torch.autograd.Function):
         ctx.negatives_shape = None if negatives is None else negatives.shape
         ctx.mark_non_differentiable(stats)
         return loss, stats
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> NoReturn:
+        raise RuntimeError(_NOT_TRANSFORMED)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:

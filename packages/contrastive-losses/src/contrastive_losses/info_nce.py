@@ -70,7 +70,8 @@ def matryoshka_info_nce(
     Raises:
         ValueError: shapes, dims, weights or temperature that do not fit. With a group, on every rank, whichever has
             the bad input and also if the ranks disagree, so that none is left waiting.
-        RuntimeError: from backward with `create_graph=True`; there are no gradients of gradients.
+        RuntimeError: from backward with `create_graph=True`, because there are no gradients of gradients, and under
+            `torch.func`'s transforms. `contrastive_losses.plain.plain_info_nce` has them.
     """
     return pair_loss(
         "exp",

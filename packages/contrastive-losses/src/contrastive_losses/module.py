@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from operator import index
 from typing import Any, Self
 
 import torch
@@ -37,8 +38,8 @@ class _WithTemperature(nn.Module):
             problem = f"temperature {temperature} is below min_temperature {min_temperature}; start at it or above"
         if problem is not None:
             raise ValueError(problem)
-        self.dims = None if dims is None else tuple(dims)
-        self.weights = None if weights is None else tuple(weights)
+        self.dims = None if dims is None else tuple(map(index, dims))
+        self.weights = None if weights is None else tuple(map(float, weights))
         self.min_temperature = min_temperature
         self.false_negative_margin = false_negative_margin
         start = torch.tensor([-math.log(temperature)], dtype=torch.float32)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from contrastive_losses.batch import Batch, problem_with_batch
-from contrastive_losses.info_nce import matryoshka_info_nce
+from contrastive_losses.fused import pair_loss
 from contrastive_losses.module import InfoNCE
 from contrastive_losses.ranks import Group, refuse
 from contrastive_losses.stats import LossStats
@@ -45,7 +45,8 @@ def unified_info_nce(
         image_text: images and captions, `[I, D]` each.
         text: questions and answers, or any text pairs, `[T, D]` each.
         image_views: two augmented views of the same I images, in the order of `image_text`, `[I, D]` each.
-        image_ids: `[I]` int64; images with equal ids are one image, on whichever ranks they are. None: all differ.
+        image_ids: `[I]` int64; images with equal ids are one image, on whichever ranks they are. None: all differ,
+            which must then be so on every rank.
         text_ids: `[T]` int64, the same for text pairs. They are not compared with those of images.
         temperature, dims, weights, false_negative_margin, group, return_stats: as for `matryoshka_info_nce`; the
             statistics are those of the union.
@@ -63,9 +64,11 @@ def unified_info_nce(
     if image_views is not None:
         parts.append((*image_views, of_images))
     first, second, ids = (torch.cat(columns) for columns in zip(*parts, strict=True))
-    return matryoshka_info_nce(
-        first, second, temperature=temperature, dims=dims, weights=weights, query_ids=ids,
-        false_negative_margin=false_negative_margin, group=group, return_stats=return_stats,
+    # Ids that one rank is given and another makes would meet.
+    made = (image_ids is None, text_ids is None)
+    return pair_loss(
+        "exp", Batch(first, second, None, ids, None, None), temperature=temperature, dims=dims, weights=weights,
+        margin=false_negative_margin, group=group, return_stats=return_stats, shared=made,
     )  # fmt: skip
 
 

@@ -6,6 +6,8 @@ A stage of masked-language-model training has the text tower with a head for its
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,49 +15,72 @@ import torch
 from text_tower import MaskedLM, TextTower, TextTowerConfig, Tokenizer
 from vision_tower import VisionTower, VisionTowerConfig
 
+from stage_trainer import weights
 from stage_trainer.data.remote import is_remote
 from stage_trainer.errors import UserError
 from stage_trainer.model import DualEncoder
+from stage_trainer.recipe import Model as ModelOfRecipe
 from stage_trainer.recipe import Recipe
-from stage_trainer.recipe.read import build_config
+from stage_trainer.recipe.tower_rules import build_config, check_towers
 
 Model = DualEncoder | MaskedLM
 
 
 def check_configs(recipe: Recipe, number: int) -> None:
-    """Finds what is wrong with the model's configuration before anything is loaded or allocated.
+    """Finds what the recipe asks of weights that they do not have, before anything is allocated; weights are fetched.
 
     Raises:
         UserError: names the key.
     """
-    stage = recipe.stage(number)
-    text = masked_lm_config(recipe) if stage.masked else tower_configs(recipe, number)[0]
-    if stage.max_tokens > text.max_length:
-        raise UserError(
-            f"stage {number}: max_tokens is {stage.max_tokens}, more than the text tower takes "
-            f"(model.text.max_length {text.max_length}); lower the one or raise the other"
-        )
+    model = recipe.model
+    if recipe.stage(number).masked:
+        text, vision = masked_lm_config(recipe, fetch=True), model.vision
+    else:
+        text, config = tower_configs(recipe, number, fetch=True)
+        vision = {name: value for name, value in dataclasses.asdict(config).items() if name != "resolution"}
+    settled = ModelOfRecipe(text=dataclasses.asdict(text), tokenizer=model.tokenizer, vision=vision)
+    check_towers(dataclasses.replace(recipe, model=settled), recipe.name)
 
 
-def masked_lm_config(recipe: Recipe) -> TextTowerConfig:
+def masked_lm_config(recipe: Recipe, fetch: bool = False) -> TextTowerConfig:
     """The text tower's configuration in a stage of masked-language-model training: adapters come later."""
-    plain = {**recipe.model.text, "adapters": (), "lora_rank": 0}
-    return build_config(TextTowerConfig, plain, "model.text")
+    plain = {k: v for k, v in recipe.model.text.items() if k not in ("adapters", "lora_rank", "lora_alpha")}
+    return _tower_config(dataclasses.replace(recipe.model, text=plain), "text", fetch)
 
 
-def tower_configs(recipe: Recipe, number: int) -> tuple[TextTowerConfig, VisionTowerConfig]:
-    """The towers' configurations at the start of a stage that trains both."""
-    text = build_config(TextTowerConfig, recipe.model.text, "model.text")
-    resolution = recipe.stage(number).resolution[0][1]
-    vision = build_config(VisionTowerConfig, {**(recipe.model.vision or {}), "resolution": resolution}, "model.vision")
-    for n, stage in enumerate(recipe.stages, 1):
-        if stage.masked:
-            continue
-        if not stage.loss.dims or not all(0 < dim <= text.width for dim in stage.loss.dims):
-            raise UserError(f"stage {n}: loss.dims is {list(stage.loss.dims)}; expected prefixes of 1 to {text.width}")
-        if stage.trainable.text == "adapters" and not text.adapters:
-            raise UserError(f"stage {n}: trainable.text is 'adapters', but model.text.adapters names none; add one")
+def tower_configs(recipe: Recipe, number: int, fetch: bool = False) -> tuple[TextTowerConfig, VisionTowerConfig]:
+    """The towers' configurations at the start of a stage that trains both.
+
+    Weights that the recipe starts from say what belongs to them (see `stage_trainer.weights`). Where they are not on
+    this machine, and `fetch` does not bring them, the recipe and the towers' defaults stand for them.
+    """
+    text = _tower_config(recipe.model, "text", fetch)
+    vision = _tower_config(recipe.model, "vision", fetch, resolution=recipe.stage(number).resolution[0][1])
     return text, vision
+
+
+def _tower_config(model: ModelOfRecipe, tower: str, fetch: bool, **more: Any) -> Any:
+    of_tower: dict[str, Any] = {tower: {**(getattr(model, tower) or {}), **more}}
+    model = dataclasses.replace(model, **of_tower)
+    with _named_weights(model, tower):
+        path = weights.tower_weights(model, tower, fetch)
+        if path is None:
+            cls = TextTowerConfig if tower == "text" else VisionTowerConfig
+            return build_config(cls, getattr(model, tower) | getattr(model.override, tower), f"model.{tower}")
+        given, unsettled = weights.given_text(path) if tower == "text" else (weights.given_vision(path), frozenset())
+        return weights.decided(model, tower, given, unsettled, f"the weights in {path} say")
+
+
+@contextmanager
+def _named_weights(model: ModelOfRecipe, tower: str) -> Iterator[None]:
+    """Errors of the towers and of the hub, in their own words on what is missing or damaged, under the key's name."""
+    key = f"{tower}_weights" if getattr(model, f"{tower}_weights") else "weights"
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, OSError) as error:
+        raise UserError(f"model.{key}: {error}") from error
 
 
 def build_model(recipe: Recipe, number: int, tokenizer: Tokenizer | None = None) -> Model:
@@ -69,49 +94,58 @@ def build_model(recipe: Recipe, number: int, tokenizer: Tokenizer | None = None)
     if tokenizer is not None:
         if tokenizer.vocab_size != text.config.vocab_size:
             raise UserError(
-                f"the tokenizer {recipe.model.tokenizer} has {tokenizer.vocab_size} tokens, model.text.vocab_size is "
-                f"{text.config.vocab_size}; set model.text.vocab_size={tokenizer.vocab_size}"
+                f"the tokenizer {recipe.model.tokenizer or 'of the weights'} has {tokenizer.vocab_size} tokens, "
+                f"model.text.vocab_size is {text.config.vocab_size}; "
+                + (
+                    "take the tokenizer that the weights were trained with"
+                    if recipe.model.text_weights or recipe.model.weights
+                    else f"set model.text.vocab_size={tokenizer.vocab_size}"
+                )
             )
         text.tokenizer = tokenizer
     return model
 
 
 def _build_masked_lm(recipe: Recipe) -> MaskedLM:
-    weights = recipe.model.text_weights
-    if not weights:
-        return MaskedLM(TextTower(masked_lm_config(recipe)))
-    return _read_masked_lm(recipe, weights, "model.text_weights", "the starting weights hold")
-
-
-def _read_masked_lm(recipe: Recipe, weights: str, what: str, holder: str) -> MaskedLM:
-    config = masked_lm_config(recipe)
-    try:
-        model = MaskedLM.from_pretrained(_local(weights), **_text_options(config))
-    except (ValueError, OSError) as error:  # the tower's and the hub's own words on what is missing or damaged
-        raise UserError(f"{what}: {error}") from error
-    _check_shape("text", model.tower.config, config, holder)
-    return model
+    config = masked_lm_config(recipe, fetch=True)
+    with _named_weights(recipe.model, "text"):
+        path = weights.tower_weights(recipe.model, "text", fetch=True)
+        if path is None:
+            return MaskedLM(TextTower(config))
+        given, _ = weights.given_text(path)
+        return MaskedLM.from_pretrained(path, **weights.reading_options(config, given))
 
 
 def _build_dual_encoder(recipe: Recipe, number: int) -> DualEncoder:
-    text_config, vision_config = tower_configs(recipe, number)
-    text: TextTower | None = None
-    vision: VisionTower | None = None
-    try:
-        if recipe.model.text_weights:
-            text = _pretrained_text(recipe.model.text_weights, text_config)
-        if recipe.model.vision_weights:
-            vision = _pretrained_vision(recipe.model.vision_weights, vision_config)
-    except (ValueError, OSError) as error:  # the towers' and the hub's own words on what is missing or damaged
-        where = "text_weights" if text is None and recipe.model.text_weights else "vision_weights"
-        raise UserError(f"model.{where}: {error}") from error
-    text, vision = text or TextTower(text_config), vision or VisionTower(vision_config)
-    model = DualEncoder(
-        text, vision, temperature=recipe.model.temperature, matryoshka_dims=recipe.stage(number).loss.dims
-    )
-    _check_shape("text", text.config, text_config, "the starting weights hold")
-    _check_shape("vision", vision.config, vision_config, "the starting weights hold")
+    text_config, vision_config = tower_configs(recipe, number, fetch=True)
+    with _named_weights(recipe.model, "text"):
+        path = weights.tower_weights(recipe.model, "text", fetch=True)
+        text = _read_text(path, text_config) if path else TextTower(text_config)
+    with _named_weights(recipe.model, "vision"):
+        path = weights.tower_weights(recipe.model, "vision", fetch=True)
+        vision = _read_vision(path, vision_config) if path else VisionTower(vision_config)
+    model = DualEncoder(text, vision, matryoshka_dims=recipe.stage(number).loss.dims)
+    with torch.no_grad():
+        for parameter, scale in zip(
+            (model.logit_scale, model.text_logit_scale), weights.log_scales(recipe), strict=True
+        ):
+            parameter.fill_(scale)
     return model
+
+
+def _read_text(path: str, config: TextTowerConfig) -> TextTower:
+    """Adapters that the weights lack are made new."""
+    return TextTower.from_pretrained(path, **weights.reading_options(config, weights.given_text(path)[0]))
+
+
+def _read_vision(path: str, config: VisionTowerConfig) -> VisionTower:
+    """From a directory or a file, or timm's weights of that name (`timm/eva02_…`)."""
+    options = weights.reading_options(config, weights.given_vision(path))
+    if Path(path).exists():
+        return VisionTower.from_pretrained(path, **{"num_classes": 0, **options})  # without a head, if they have one
+    tower = VisionTower.from_timm(path.removeprefix("timm/"), pretrained=True)
+    tower.config = dataclasses.replace(tower.config, **options)
+    return tower
 
 
 def load_model(recipe: Recipe, number: int, path: Path) -> Model:
@@ -121,12 +155,19 @@ def load_model(recipe: Recipe, number: int, path: Path) -> Model:
         UserError: a directory that holds no model, or one of another shape than the recipe's.
     """
     if recipe.stage(number).masked:
-        return _read_masked_lm(recipe, str(path), f"cannot load {path}", f"{path} holds")
-    text_config, vision_config = tower_configs(recipe, number)
-    options = {"text": _text_options(text_config), "vision": _vision_options(vision_config)}
+        return _build_masked_lm(with_text_weights(recipe, path))
+    options = {}
+    for tower in ("text", "vision"):
+        try:
+            where = str(path / tower)
+            given, unsettled = (
+                weights.given_text(where) if tower == "text" else (weights.given_vision(where), frozenset())
+            )
+        except (ValueError, OSError) as error:
+            raise UserError(f"cannot load {path}: {error}") from error
+        config = weights.decided(recipe.model, tower, given, unsettled, f"{path} holds")
+        options[tower] = weights.reading_options(config, given)
     model = DualEncoder.from_pretrained(path, **options)
-    _check_shape("text", model.text.config, text_config, f"{path} holds")
-    _check_shape("vision", model.vision.config, vision_config, f"{path} holds")
     model.matryoshka_dims = recipe.stage(number).loss.dims
     return model
 
@@ -149,51 +190,16 @@ def empty_model(recipe: Recipe, number: int) -> Model:
 
 
 def load_tokenizer(recipe: Recipe) -> Tokenizer:
+    """The recipe's tokenizer, or that of the weights that it starts from."""
+    path = recipe.model.tokenizer
+    if path is None:
+        with _named_weights(recipe.model, "text"):
+            path = weights.tower_weights(recipe.model, "text", fetch=True)
+        if path is None or (tokenizer := Tokenizer.in_directory(path)) is None:
+            raise UserError(f"model.tokenizer is left out, and the weights in {path} have no tokenizer; name one")
+        return tokenizer
     try:
-        return Tokenizer.from_file(recipe.model.tokenizer)
+        return Tokenizer.from_file(path)
     except FileNotFoundError as error:
         hint = "" if is_remote(recipe.corpus) else f"; for the laptop corpus run `data-prep corpus {recipe.corpus}`"
-        raise UserError(f"no tokenizer at {recipe.model.tokenizer} (model.tokenizer){hint}") from error
-
-
-def _pretrained_text(weights: str, config: TextTowerConfig) -> TextTower:
-    """From a directory, or a repository of the Hugging Face hub; adapters that the weights lack are made new."""
-    return TextTower.from_pretrained(_local(weights), **_text_options(config))
-
-
-def _local(weights: str) -> str:
-    """The directory itself, or that of a repository of the Hugging Face hub."""
-    if Path(weights).is_dir():
-        return weights
-    from huggingface_hub import snapshot_download
-
-    return snapshot_download(weights)
-
-
-def _pretrained_vision(weights: str, config: VisionTowerConfig) -> VisionTower:
-    """From a directory or a file, or timm's weights of that name (`timm/eva02_…`)."""
-    options = _vision_options(config)
-    if Path(weights).exists():
-        return VisionTower.from_pretrained(weights, **options)
-    tower = VisionTower.from_timm(weights.removeprefix("timm/"), pretrained=True)
-    tower.config = dataclasses.replace(tower.config, **options)
-    return tower
-
-
-def _text_options(config: TextTowerConfig) -> dict[str, Any]:
-    """What a recipe decides about a text tower whose weights are given."""
-    names = ["dropout", "checkpointing", "attention", "compile", "max_length", "rope_theta", "instructions"]
-    if config.adapters:
-        names += ["adapters", "lora_rank", "lora_alpha"]
-    return {name: getattr(config, name) for name in names}
-
-
-def _vision_options(config: VisionTowerConfig) -> dict[str, Any]:
-    return {"checkpointing": config.checkpointing, "attention": config.attention}
-
-
-def _check_shape(name: str, found: Any, wanted: Any, holder: str) -> None:
-    """Weights must be of the recipe's shape; what has no bearing on shapes may differ."""
-    for key in ("width", "layers", "heads", "patch", "vocab_size", "mlp_width", "mlp_hidden"):
-        if (value := getattr(wanted, key, None)) != (held := getattr(found, key, None)):
-            raise UserError(f"model.{name}.{key} is {value}, but {holder} {held}; make them agree")
+        raise UserError(f"no tokenizer at {path} (model.tokenizer){hint}") from error

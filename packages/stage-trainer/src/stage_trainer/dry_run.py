@@ -10,6 +10,7 @@ from torch import nn
 from stage_trainer.build import Model, empty_model
 from stage_trainer.recipe import Stage
 from stage_trainer.recipe.read import Loaded, flatten
+from stage_trainer.weights import absent
 
 
 def dry_run(loaded: Loaded, number: int) -> str:
@@ -21,6 +22,10 @@ def dry_run(loaded: Loaded, number: int) -> str:
         "",
         "parameters",
         *[f"  {count:>15,}  {what}" for count, what in _parameters(empty_model(recipe, number), stage)],
+        *[
+            f"  ({name} is not on this machine: its sizes are the recipe's, or else the towers' defaults)"
+            for name in absent(recipe.model)
+        ],
         "",
         "settings" + (f"   (paper: {recipe.paper})" if recipe.paper else ""),
     ]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,24 +22,7 @@ from stage_trainer.movement import Movement
 from stage_trainer.objective import Embedded, MultiTask, Part
 from stage_trainer.optim import build_optimizer, named_states, parameter_groups
 from stage_trainer.recipe import Recipe, Stage
-
-
-def initialize_distributed() -> tuple[int, int, torch.device]:
-    """(rank, world size, device); a single process needs no launcher. NCCL on GPUs, gloo elsewhere."""
-    import deepspeed
-
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
-    # Compiling DeepSpeed's shared-memory op takes a minute and a compiler; gloo does the same work.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
+from stage_trainer.run.rendezvous import initialize_distributed as initialize_distributed
 
 
 class Engine:
@@ -49,16 +31,24 @@ class Engine:
     Args:
         objective: with its weights loaded.
         recipe, stage: precision and optimizer; rates, freezing and DeepSpeed's own options.
+        saved: the optimizer's state to go on with, as `optimizer_state` gave it.
     """
 
-    def __init__(self, objective: MultiTask | HiddenWords, recipe: Recipe, stage: Stage):
+    def __init__(
+        self,
+        objective: MultiTask | HiddenWords,
+        recipe: Recipe,
+        stage: Stage,
+        saved: dict[str, Tensor] | None = None,
+    ):
         import deepspeed
 
         objective.set_trainable(stage)
         # A model without weights, for those of a checkpoint; made before DeepSpeed hangs its hooks on the modules.
         self.shell = _without_weights(objective.model)
+        steps = {name.removesuffix("|step"): float(v) for name, v in (saved or {}).items() if name.endswith("|step")}
         self.optimizer = build_optimizer(
-            parameter_groups(objective.model, stage, recipe.optimizer), recipe.optimizer, recipe.precision
+            parameter_groups(objective.model, stage, recipe.optimizer, steps), recipe.optimizer, recipe.precision
         )
         self.parameters = {
             n: p for g in self.optimizer.param_groups for n, p in zip(g["names"], g["params"], strict=True)
@@ -71,12 +61,16 @@ class Engine:
         self._lost: list[str] = []
         self._highest_scale = -math.log(stage.loss.min_temperature)
         self.zero = self.engine.zero_optimization_stage()
-        # One rank has nothing to average, for which DeepSpeed would copy every gradient to and fro.
-        self._alone = self.world == 1 and not self.zero
-        if self._alone:
-            self.engine.enable_backward_allreduce = False
+        self._without_gradient: set[str] = set()
+        # Gradients are averaged in `backwards`, once it is known which parameters have none.
+        self.engine.enable_backward_allreduce = False
         if self.zero:
             self._create_partitioned_state()
+        # A tower that is frozen for a stage finds its moments again when it trains in the next.
+        frozen = {name for name, p in objective.model.named_parameters() if not p.requires_grad}
+        self._of_frozen = {key: v for key, v in (saved or {}).items() if key.rpartition("|")[0] in frozen}
+        if saved:
+            self.load_optimizer_state(saved)
         towers: dict[str, list[nn.Parameter]] = {}
         for group in self.optimizer.param_groups if self.zero < 3 else ():  # ZeRO 3 cuts parameters up
             towers.setdefault(group["tower"], []).extend(self.parameters[name] for name in group["names"])
@@ -119,16 +113,28 @@ class Engine:
 
         with self.engine.coalesce_grad_reduction() if self.zero else contextlib.nullcontext():
             yield backward
-        if self._alone:  # as the reduction would do: the optimizer moves on as on several ranks
-            for parameter in self.parameters.values():
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
+            self._without_gradient = self._find_without_gradient()  # before DeepSpeed gives them zeros
+        if not self.zero:
+            self.engine.set_gradient_accumulation_boundary(True)  # the last pass may be one that nothing learns from
+            if self.world > 1:
+                self.engine.allreduce_gradients()
+                for name in self._without_gradient:
+                    self.parameters[name].grad = None
+
+    def _find_without_gradient(self) -> set[str]:
+        """The parameters that no rank has a gradient for: they had no part in the step, and are not to move."""
+        found = torch.tensor([p.grad is not None for p in self.parameters.values()], dtype=torch.uint8)
+        if self.world > 1:
+            found = found.to(self.engine.device)
+            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        return {name for name, there in zip(self.parameters, found.tolist(), strict=True) if not there}
 
     def step(self) -> bool:
         """Updates the parameters, unless a gradient is not finite: then all stays as it is but for the gradients, which
         are dropped. Returns whether it updated; every rank finds the same."""
         if self.zero:
-            self.engine.step()
+            with self._groups_at_rest():
+                self.engine.step()
             applied = not self.engine.optimizer.overflow
         else:
             self._norms = self._gradient_norms()
@@ -142,6 +148,27 @@ class Engine:
         self._keep_scales_down()
         return applied
 
+    @contextlib.contextmanager
+    def _groups_at_rest(self) -> Iterator[None]:
+        """Lets the groups rest whose parameters have no gradient; those of a group are one to ZeRO."""
+        resting = []
+        for group in self.optimizer.param_groups:
+            without = [name for name in group["names"] if name in self._without_gradient]
+            if len(without) == len(group["names"]) and not group["rests"]:
+                resting.append(group)
+            elif 0 < len(without) < len(group["names"]):
+                others = [name for name in group["names"] if name not in self._without_gradient]
+                raise UserError(
+                    f"{without[0]} has no part in this step and {others[0]} has, but ZeRO moves both as one; expected "
+                    "all parameters of a group to take part together. Set zero_optimization.stage to 0, or freeze "
+                    "what does not take part"
+                )
+        for group in resting:
+            group["rests"] = True
+        yield
+        for group in resting:
+            group["rests"] = False
+
     def diagnosis(self) -> str:
         """Where the gradient of a step that was not applied was not finite, if that is known (ZeRO drops it unseen)."""
         if not self._lost:
@@ -149,18 +176,18 @@ class Engine:
         return f"That holds for {len(self._lost)} of {len(self.parameters)} parameters, the first {self._lost[0]}."
 
     def _keep_scales_down(self) -> None:
-        """The temperatures' floor is a ceiling for their logarithms."""
+        """The temperatures' floor is a ceiling for their logarithms; what does not train stays as it is."""
+        import deepspeed
+
         ceiling = self._highest_scale
         for parameter in self.objective.logit_scales.values():
-            if not self.zero:
-                with torch.no_grad():
-                    parameter.clamp_(max=ceiling)
-            # ZeRO updates from a copy of its own, which has to be clamped too, or it runs away behind the floor.
-            elif parameter.requires_grad and (scale := self._whole(parameter)) > ceiling:
+            if not parameter.requires_grad or (scale := self._whole(parameter)) <= ceiling:
+                continue
+            if self.zero:  # it updates from a copy of its own, which would run away behind the floor
                 self._set_partitioned(parameter, torch.full_like(scale, ceiling))
-                if self.zero < 3:
-                    with torch.no_grad():
-                        parameter.clamp_(max=ceiling)
+            whole = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.zero == 3)
+            with whole, torch.no_grad():
+                parameter.clamp_(max=ceiling)
 
     def temperatures(self) -> dict[str, float]:
         """Of each task; under ZeRO every rank has to ask."""
@@ -194,7 +221,10 @@ class Engine:
         return {} if norm is None else {"all": float(norm)}
 
     def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
-        """("parameter name|key", full tensor) of every optimizer state; every rank takes part, in the same order."""
+        """("parameter name|key", full tensor) of every optimizer state; every rank takes part, in the same order.
+
+        Parameters that never moved have none, as in torch."""
+        yield from self._of_frozen.items()
         if not self.zero:
             for name, _, state in named_states(self.optimizer):
                 for key, value in state.items():
@@ -202,13 +232,20 @@ class Engine:
             return
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        steps = {name: state["step"] for names, state in self._partitioned_states() for name in names}
         for name, parameter in self.parameters.items():
-            for key in ("exp_avg", "exp_avg_sq"):
-                yield f"{name}|{key}", safe_get_full_optimizer_state(parameter, key)
-            yield f"{name}|step", torch.tensor(self._adam_step())
+            if steps[name]:
+                for key in ("exp_avg", "exp_avg_sq"):
+                    yield f"{name}|{key}", safe_get_full_optimizer_state(parameter, key)
+                yield f"{name}|step", steps[name]
 
     def load_optimizer_state(self, saved: dict[str, Tensor]) -> None:
-        """Puts back what `optimizer_state` gave, for every parameter that `saved` knows."""
+        """Puts back what `optimizer_state` gave, for every parameter that `saved` knows.
+
+        Raises:
+            ValueError: parameters that ZeRO holds as one were moved in different numbers of steps; an engine that is
+                made with `saved` keeps them apart.
+        """
         if not self.zero:
             for name, parameter, state in named_states(self.optimizer):
                 for full, value in saved.items():
@@ -216,9 +253,11 @@ class Engine:
                     if owner == name:
                         state[key] = value.to(parameter.device).clone()
             return
-        step = max((float(v) for k, v in saved.items() if k.endswith("|step")), default=0.0)
-        for state in self.engine.optimizer.optimizer.state.values():
-            state["step"].fill_(step)
+        for names, state in self._partitioned_states():
+            steps = {float(saved.get(f"{name}|step", 0.0)) for name in names}
+            if len(steps) > 1:
+                raise ValueError(f"{names[0]} and others of its group were moved in {sorted(steps)} steps")
+            state["step"].fill_(steps.pop())
         for name, parameter in self.parameters.items():
             for key in ("exp_avg", "exp_avg_sq"):
                 if f"{name}|{key}" in saved:
@@ -247,23 +286,31 @@ class Engine:
         else:
             utils.safe_set_local_optimizer_state(parameter, mine, key)
 
-    def _adam_step(self) -> float:
-        states = self.engine.optimizer.optimizer.state.values()
-        return max((float(s["step"]) for s in states if "step" in s), default=0.0)
+    def _partitions(self) -> Iterator[tuple[list[nn.Parameter], Tensor]]:
+        """(parameters, this rank's part of them in one tensor) as ZeRO's inner optimizer steps them."""
+        zero = self.engine.optimizer
+        if self.zero < 3:
+            yield from zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True)
+        else:
+            yield from zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True)
+
+    def _partitioned_states(self) -> Iterator[tuple[list[str], dict[str, Tensor]]]:
+        """(names of the parameters, AdamW's state of them) for every tensor that ZeRO steps."""
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        for parameters, partition in self._partitions():
+            yield [names[id(p)] for p in parameters], self.engine.optimizer.optimizer.state[partition]
 
     def _create_partitioned_state(self) -> None:
         """AdamW's state before its first step, which would make it: a parameter that had no gradient then, or whose
         state is to be loaded, would otherwise be without."""
-        zero = self.engine.optimizer
-        partitions = zero.single_partition_of_fp32_groups if self.zero < 3 else zero.fp32_partitioned_groups_flat
-        for partition in partitions:
-            zero.optimizer.state[partition] = {
-                "step": torch.tensor(0.0),
+        for _, partition in self._partitions():
+            self.engine.optimizer.optimizer.state[partition] = {
+                "step": torch.zeros((), device=partition.device),  # fused AdamW wants it there
                 "exp_avg": torch.zeros_like(partition),
                 "exp_avg_sq": torch.zeros_like(partition),
             }
         if self.zero < 3:
-            zero._lazy_init_hp_params_optimizer_state()
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def copy_of_weights(self) -> dict[str, Tensor]:
         """The model's state as it is now, in main memory, on rank 0; nothing on other ranks, which have to call too."""
@@ -284,35 +331,14 @@ def _without_weights(model: Model) -> Model:
 
 
 def deepspeed_config(recipe: Recipe, stage: Stage) -> dict[str, Any]:
-    """DeepSpeed's configuration: the recipe's own options over what this trainer needs.
-
-    Raises:
-        UserError: an option that the recipe must leave to the trainer.
-    """
-    own = {
+    """DeepSpeed's configuration: what this trainer needs, and the recipe's own options (`recipe.deepspeed`)."""
+    return {
+        "steps_per_print": 10**9,
+        **stage.deepspeed,
         # Batches are made by the sampler; DeepSpeed only wants these numbers to agree with one another.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         # DeepSpeed's default clips at 1.0 unasked.
         "gradient_clipping": recipe.optimizer.gradient_clipping,
+        "zero_allow_untested_optimizer": True,
     }
-    if stage.deepspeed.get("gradient_accumulation_steps", 1) != 1:
-        raise UserError(
-            "deepspeed.gradient_accumulation_steps would split the batch, and with it the negatives that a contrastive "
-            "loss compares: several small losses are not that of one big batch. Set gradient_cache, which gives the "
-            "gradients of the whole batch in the memory of a part"
-        )
-    taken = sorted(set(own) & set(stage.deepspeed))
-    if taken:
-        raise UserError(
-            f"deepspeed.{taken[0]} is set by the trainer; use `batch` and `optimizer.gradient_clipping` instead"
-        )
-    return {**own, "steps_per_print": 10**9, "zero_allow_untested_optimizer": True, **stage.deepspeed}
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

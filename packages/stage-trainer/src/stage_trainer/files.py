@@ -7,10 +7,15 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from data_prep.lock import InUse, alone
 from safetensors import SafetensorError
 
 from stage_trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextlib.contextmanager
@@ -20,20 +25,26 @@ def whole_directory(target: str | Path) -> Iterator[Path]:
     What the body wrote is flushed to disk before the rename, so that a power cut leaves the whole directory or none.
 
     Raises:
-        UserError: `target` exists, or the disk took no more (nothing is left behind, nothing else was touched).
+        UserError: `target` exists, another process is writing it, or the disk took no more (nothing is left behind,
+            nothing else was touched).
     """
     target = Path(target)
     if target.exists():
         raise UserError(f"{target} exists already; name another place or move it away")
     temporary = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
-            _fsync(path)
-        temporary.rename(target)
-        _fsync(target.parent)
+        with alone(target.with_name(f".{target.name}.lock"), f"{target} is being written: it"):
+            if target.exists():  # meanwhile
+                raise UserError(f"{target} exists already; name another place or move it away")
+            shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+            temporary.mkdir(parents=True)
+            yield temporary
+            for path in [*temporary.rglob("*"), temporary]:
+                _fsync(path)
+            temporary.rename(target)
+            _fsync(target.parent)
+    except InUse:
+        raise
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error)
@@ -50,14 +61,25 @@ def write_whole(target: str | Path, text: str) -> None:
         UserError: the disk took no more, or the place cannot be written.
     """
     target = Path(target)
-    temporary = target.with_name(f".{target.name}.partial")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")  # another process has its own
     try:
         temporary.write_text(text, encoding="utf-8")
         _fsync(temporary)
         temporary.replace(target)
+        _fsync(target.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"could not write {target}: {error.strerror}; free some space or name another place") from error
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes a safetensors file that whoever the umask allows can read; safetensors' own are for the owner alone."""
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path)
+    path.chmod(mode)
 
 
 def free_name(path: Path, word: str) -> Path:

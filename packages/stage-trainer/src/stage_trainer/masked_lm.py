@@ -127,4 +127,4 @@ def held_out_losses(
         sums = engine.sum_over_ranks(sums).cpu()
     totals, counts = sums
     by_language = (totals / counts.clamp(min=1)).tolist()
-    return {"all": float(totals.sum() / counts.sum()), **dict(zip(batches, by_language, strict=True))}
+    return {**dict(zip(batches, by_language, strict=True)), "all": float(totals.sum() / counts.sum())}

@@ -108,7 +108,11 @@ class DualEncoder(nn.Module):
             raise UserError(f"{path / 'config.json'} is not JSON ({error}); export the model again") from error
         if not isinstance(config, dict) or config.get("format") != FORMAT:
             found = config.get("format") if isinstance(config, dict) else config
-            raise UserError(f"{path / 'config.json'} has format {found!r}; expected {FORMAT!r}")
+            raise UserError(
+                f"{path / 'config.json'} has format {found!r}; expected {FORMAT!r}, a model of two towers. "
+                "One that was published, or the text tower of masked-language-model training, is started from: name it "
+                "as model.text_weights and model.vision_weights of a recipe"
+            )
         try:
             towers = (
                 TextTower.from_pretrained(path / "text", **(text or {})),

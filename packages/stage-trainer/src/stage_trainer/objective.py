@@ -10,7 +10,7 @@ import torch
 from contrastive_losses import LossStats, matryoshka_info_nce, unified_info_nce
 from text_tower import PackedTokens
 from torch import Tensor, nn
-from vision_tower import normalize, patch_keep_indices
+from vision_tower import patch_keep_indices
 
 from stage_trainer.model import DualEncoder
 from stage_trainer.recipe import Loss, Stage
@@ -66,12 +66,12 @@ class Batch(Part):
 
 @dataclass(frozen=True)
 class Embedded:
-    """What a part became: images `[I, D]` and texts `[N, D]`, float32, and both `scales` `[2]`, ln(1 / temperature) of
-    the image-text and of the text loss."""
+    """What a part became: images `[I, D]` and texts `[N, D]`, float32, and `scales`, ln(1 / temperature) by task, `[1]`
+    each: apart, so that the one of a task that rests gets no gradient, rather than zeros."""
 
     images: Tensor
     texts: Tensor
-    scales: Tensor
+    scales: dict[str, Tensor]
 
 
 class MultiTask(nn.Module):
@@ -88,7 +88,7 @@ class MultiTask(nn.Module):
     def __init__(self, model: DualEncoder, loss: Loss, precision: str):
         super().__init__()
         self.model, self.loss, self.precision = model, loss, precision
-        self.scales = Scales(model)
+        self.scales = nn.ModuleDict({task: Scale(parameter) for task, parameter in self.logit_scales.items()})
 
     @property
     def logit_scales(self) -> dict[str, nn.Parameter]:
@@ -96,21 +96,24 @@ class MultiTask(nn.Module):
         return {"image_text": self.model.logit_scale, "text": self.model.text_logit_scale}
 
     def set_trainable(self, stage: Stage) -> None:
-        self.model.text.set_trainable(stage.trainable.text)
+        # Texts are embedded with the default adapter: another one would get zeros for gradients, and decay.
+        text = self.model.text
+        text.set_trainable(stage.trainable.text, adapter=next(iter(text.config.adapters), None))
         self.model.vision.set_trainable(stage.trainable.image)
         for task, scale in self.logit_scales.items():
             used = task == "image_text" if self.loss.kind == "unified" else bool(getattr(stage.batch, task))
             scale.requires_grad_(used)
 
     def forward(self, part: Part, *, patch_dropout: float = 0.0) -> Embedded:
-        scales = self.scales()
-        with torch.autocast(scales.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            images = texts = scales.new_zeros(0, self.model.text.config.width)
+        scales = {task: scale() for task, scale in self.scales.items()}
+        some = scales["text"]
+        with torch.autocast(some.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            images = texts = some.new_zeros(0, self.model.text.config.width)
             if part.images is not None:
                 keep = None
                 if patch_dropout:
                     keep = patch_keep_indices(part.image_seeds, self.model.vision.config.num_patches, patch_dropout)
-                images = self.model.vision(normalize(part.images), keep=keep)
+                images = self.model.vision(self.model.vision.normalize(part.images), keep=keep)
             if part.texts is not None:
                 texts = self.model.text(part.texts, sample_seeds=part.text_seeds)
         return Embedded(images, texts, scales)
@@ -122,23 +125,23 @@ class MultiTask(nn.Module):
         captions, queries, targets, negatives = embedded.texts.split([count, pairs, pairs, pairs * batch.negatives])
         hard = negatives.view(pairs, batch.negatives, -1) if batch.negatives else None
         image_ids, text_ids = batch.image_ids.to(device), batch.text_ids.to(device)
-        temperatures = torch.exp(-embedded.scales)
+        temperatures = {task: torch.exp(-scale) for task, scale in embedded.scales.items()}
         if self.loss.kind == "unified":
             images, *views = embedded.images.view(1 + self.loss.views, count, embedded.images.shape[1])
             found = unified_info_nce(
-                (images, captions), (queries, targets), tuple(views) or None, temperature=temperatures[:1],
+                (images, captions), (queries, targets), tuple(views) or None, temperature=temperatures["image_text"],
                 dims=self.loss.dims, image_ids=image_ids, text_ids=text_ids, group=group, return_stats=True,
             )  # fmt: skip
             return {"unified": found}  # type: ignore[dict-item]
         of_task = {
-            "image_text": (captions, embedded.images, None, image_ids, temperatures[:1]),
-            "text": (queries, targets, hard, text_ids, temperatures[1:]),
+            "image_text": (captions, embedded.images, None, image_ids),
+            "text": (queries, targets, hard, text_ids),
         }
         losses: dict[str, Any] = {}
         for task in tasks:
-            queries, targets, hard, ids, temperature = of_task[task]
+            queries, targets, hard, ids = of_task[task]
             losses[task] = matryoshka_info_nce(
-                queries, targets, negatives=hard, temperature=temperature, dims=self.loss.dims,
+                queries, targets, negatives=hard, temperature=temperatures[task], dims=self.loss.dims,
                 query_ids=ids, target_ids=ids, group=group, return_stats=True,
             )  # fmt: skip
         return losses
@@ -154,12 +157,12 @@ class MultiTask(nn.Module):
         }
 
 
-class Scales(nn.Module):
-    """Both temperatures' parameters as one tensor `[2]`; a module, because ZeRO 3 makes parameters whole in forward."""
+class Scale(nn.Module):
+    """A temperature's parameter as a tensor; a module, because ZeRO 3 makes parameters whole in a forward pass."""
 
-    def __init__(self, model: DualEncoder):
+    def __init__(self, parameter: nn.Parameter):
         super().__init__()
-        self.logit_scale, self.text_logit_scale = model.logit_scale, model.text_logit_scale
+        self.parameter = parameter
 
     def forward(self) -> Tensor:
-        return torch.cat([self.logit_scale, self.text_logit_scale])
+        return self.parameter.clone()

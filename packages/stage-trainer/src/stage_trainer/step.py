@@ -82,7 +82,7 @@ def forward_backward(
     whole = Embedded(
         torch.cat([e.images for e in first])[:own_images].requires_grad_(),
         torch.empty_like(sorted_texts).index_copy(0, order, sorted_texts).requires_grad_(),
-        first[0].scales.clone().requires_grad_(),
+        {task: scale.clone().requires_grad_() for task, scale in first[0].scales.items()},
     )
     del first, sorted_texts
     losses = objective.losses(whole, batch, tasks=tasks, group=group)
@@ -97,8 +97,9 @@ def forward_backward(
             surrogate = (embedded.images * of_image_chunks[number]).sum()
             surrogate = surrogate + (embedded.texts * of_text_chunks[number]).sum()
             if number == 0:  # the temperatures count once, whatever the number of chunks
-                surrogate = surrogate + (embedded.scales * of_scales).sum()
-            backward(surrogate, number == len(parts) - 1)
+                surrogate = surrogate + sum((embedded.scales[task] * g).sum() for task, g in of_scales.items())
+            if surrogate.requires_grad:  # not so of what goes through a frozen tower
+                backward(surrogate, number == len(parts) - 1)
     return losses
 
 
@@ -138,10 +139,15 @@ def _total(losses: Losses) -> Tensor:
     return torch.stack([loss for loss, _ in losses.values()]).sum()
 
 
-def _gradients(loss: Tensor, embedded: Embedded) -> tuple[Tensor, Tensor, Tensor]:
-    leaves = (embedded.images, embedded.texts, embedded.scales)
-    found = torch.autograd.grad(loss, leaves, allow_unused=True)
-    return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True))  # type: ignore
+def _gradients(loss: Tensor, embedded: Embedded) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Of a loss: by the images, the texts, and the scales on which it depends."""
+    leaves = (embedded.images, embedded.texts, *embedded.scales.values())
+    images, texts, *scales = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return (
+        torch.zeros_like(embedded.images) if images is None else images,
+        torch.zeros_like(embedded.texts) if texts is None else texts,
+        {task: g for task, g in zip(embedded.scales, scales, strict=True) if g is not None},
+    )
 
 
 def _split(rows: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:

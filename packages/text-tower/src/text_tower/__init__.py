@@ -1,11 +1,19 @@
-"""A packed rotary XLM-RoBERTa encoder for text embeddings."""
+"""A packed rotary XLM-RoBERTa encoder for text embeddings.
+
+What needs torch is imported at first use: a recipe's configuration is checked without.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from text_tower.config import TextTowerConfig
-from text_tower.masked_lm import MaskedLM
-from text_tower.masking import MaskedTokens, WholeWordMasking
-from text_tower.packed import PackedTokens
 from text_tower.tokenizer import Tokenizer
-from text_tower.tower import TextTower
+
+if TYPE_CHECKING:
+    from text_tower.masked_lm import MaskedLM
+    from text_tower.masking import MaskedTokens, WholeWordMasking
+    from text_tower.packed import PackedTokens
+    from text_tower.tower import TextTower
 
 __all__ = [
     "MaskedLM",
@@ -16,3 +24,17 @@ __all__ = [
     "Tokenizer",
     "WholeWordMasking",
 ]
+
+_HOME = {
+    "MaskedLM": "masked_lm",
+    "MaskedTokens": "masking",
+    "PackedTokens": "packed",
+    "TextTower": "tower",
+    "WholeWordMasking": "masking",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

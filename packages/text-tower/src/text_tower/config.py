@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
 
 # "auto", then what it may choose from; see text_tower.attention.
 BACKENDS = ("auto", "flash-attn", "varlen", "xformers", "sdpa")
 NO_ADAPTER = "none"  # as an adapter's name: the weights alone
+
+
+def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """`value` as an int; numpy's integers are whole numbers too.
+
+    Raises:
+        ValueError: another kind of value, or one out of range; the message names it.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+        if number < least or (most is not None and number > most):
+            raise TypeError
+    except TypeError:
+        wanted = f"a whole number of at least {least}" if most is None else f"{least} to {most}"
+        raise ValueError(f"{name} is {value!r}; expected {wanted}") from None
+    return number
 
 
 @dataclass(frozen=True)
@@ -30,6 +52,7 @@ class TextTowerConfig:
         adapters: names of the LoRA adapters; the first one is the default. jina-clip-v2 has one that is always on:
             `adapters=("retrieval.query",), lora_rank=4, lora_alpha=4.0`.
         instructions: task name -> text that `encode(task=…)` puts before every text.
+        truncate_dim: dims that `encode` keeps where it is not told; None for all.
         checkpointing: recompute each block in the backward pass instead of keeping its activations.
         attention: what computes attention, one of `BACKENDS`; "auto" takes the fastest that fits.
             A habit of the machine like `compile`, so neither is written to a model's directory.
@@ -53,16 +76,17 @@ class TextTowerConfig:
     lora_alpha: float = 1.0
     adapters: tuple[str, ...] = ()
     instructions: Mapping[str, str] = field(default_factory=dict, hash=False)
+    truncate_dim: int | None = None
     checkpointing: bool = False
     attention: str = "auto"
     compile: bool = False
 
     def __post_init__(self) -> None:
-        least_of = {"vocab_size": 4, "width": 2, "layers": 1, "heads": 1, "mlp_width": 1, "max_length": 2}
+        least_of = {"vocab_size": 4, "width": 2, "layers": 1, "heads": 1, "mlp_width": 1, "max_length": 2, "pad_id": 0}
         for name, least in least_of.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} is {value!r}; expected a whole number of at least {least}")
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
+        if self.truncate_dim is not None:
+            object.__setattr__(self, "truncate_dim", whole_number("truncate_dim", self.truncate_dim, 1, self.width))
         if self.width % (2 * self.heads):
             raise ValueError(
                 f"heads is {self.heads} and width {self.width}: a head would have {self.width / self.heads:g} "
@@ -70,16 +94,22 @@ class TextTowerConfig:
             )
         for name in ("rope_theta", "layer_norm_eps", "lora_alpha"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not value > 0:
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
                 raise ValueError(f"{name} is {value!r}; expected a number above 0")
+            if not isinstance(value, int | float):  # a numpy scalar, which JSON does not know
+                object.__setattr__(self, name, float(value))
         if not 0 <= self.pad_id < self.vocab_size:
             raise ValueError(f"pad_id is {self.pad_id}; expected an id below vocab_size, {self.vocab_size}")
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+        if not isinstance(self.dropout, Real) or not 0 <= float(self.dropout) < 1:
             raise ValueError(f"dropout is {self.dropout!r}; expected a share, at least 0 and below 1")
+        object.__setattr__(self, "dropout", float(self.dropout))
         if self.attention not in BACKENDS:
             raise ValueError(f"attention is {self.attention!r}; expected one of {list(BACKENDS)}")
         self._check_adapters()
         object.__setattr__(self, "instructions", dict(self.instructions))
+        for task, instruction in self.instructions.items():
+            if not isinstance(task, str) or not isinstance(instruction, str):
+                raise ValueError(f"instructions has {task!r}: {instruction!r}; expected a task's name and a text")
 
     def _check_adapters(self) -> None:
         if isinstance(self.adapters, str):
@@ -89,8 +119,7 @@ class TextTowerConfig:
             raise ValueError(f"adapters is {self.adapters}; expected every name once")
         if NO_ADAPTER in self.adapters:
             raise ValueError(f"adapters is {self.adapters}; the name {NO_ADAPTER!r} stands for the bare weights")
-        if not isinstance(self.lora_rank, int) or self.lora_rank < 0:
-            raise ValueError(f"lora_rank is {self.lora_rank!r}; expected a whole number, 0 for none")
+        object.__setattr__(self, "lora_rank", whole_number("lora_rank", self.lora_rank, 0))
         if bool(self.lora_rank) != bool(self.adapters):
             raise ValueError(
                 f"lora_rank is {self.lora_rank} and adapters is {self.adapters}; "

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from text_tower.config import TextTowerConfig
+from text_tower.config_keys import check_keys_of
 from text_tower.layouts import Layout
 
 # Our field -> the name in config.json that transformers knows; the other fields stand under OUR_KEY.
@@ -23,7 +24,8 @@ COMMON = {
     "pad_id": "pad_token_id",
 }
 OUR_KEY = "trilith"
-OURS = ("dropout", "lora_rank", "lora_alpha", "adapters", "instructions", "checkpointing")
+OURS = ("dropout", "lora_rank", "lora_alpha", "adapters", "instructions", "truncate_dim", "checkpointing")
+_V3 = "jinaai/jina-embeddings-v3"
 _UNUSED_POSITIONS = 2  # max_position_embeddings counts two positions that XLM-RoBERTa never used
 
 
@@ -45,21 +47,16 @@ def from_json(stored: dict[str, Any], weights: Mapping[str, Tensor], layout: Lay
     missing = sorted(theirs for theirs in COMMON.values() if theirs not in stored)
     if missing:
         raise ValueError(f"{file} lacks {missing}")
-    rope = stored.get("rope_parameters") or {}
-    for key, found, expected in (
-        ("hidden_act", stored.get("hidden_act", "gelu"), "gelu"),
-        ("type_vocab_size", stored.get("type_vocab_size", 1), 1),
-        ("rope_type", rope.get("rope_type", "default"), "default"),
-    ):
-        if found != expected:
-            raise ValueError(f"{file} has {key} {found!r}; this tower knows {expected!r} only")
+    native = kind == "jina_embeddings_v3"
+    check_keys_of(stored, "native" if native else "remote-code" if rotary else "xlm-r", file)
     values: dict[str, Any] = {ours: stored[theirs] for ours, theirs in COMMON.items()}
-    if kind == "jina_embeddings_v3":
-        values["rope_theta"] = rope.get("rope_theta", 20000.0)
+    if native:
+        values["rope_theta"] = _rope_theta(stored, file)
     elif rotary:
         values["rope_theta"] = stored.get("rotary_emb_base", 10000.0)  # the remote code's default
     if "max_position_embeddings" in stored:
         values["max_length"] = stored["max_position_embeddings"] - _UNUSED_POSITIONS
+    values["truncate_dim"] = stored.get("truncate_dim")
     if layout.kind == "remote-code":
         values |= _remote_adapters(stored, file)
     elif stored.get("task_instructions"):
@@ -67,7 +64,30 @@ def from_json(stored: dict[str, Any], weights: Mapping[str, Tensor], layout: Lay
     values |= stored.get(OUR_KEY, {})
     if not set(values) <= (known := {f.name for f in fields(TextTowerConfig)}):
         raise ValueError(f"{file} has unknown keys {sorted(set(values) - known)} under {OUR_KEY!r}")
-    return TextTowerConfig(**values)
+    return _config(values, file)
+
+
+def _config(values: dict[str, Any], file: Path) -> TextTowerConfig:
+    try:
+        return TextTowerConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _rope_theta(stored: dict[str, Any], file: Path) -> float:
+    """The rotary base as transformers 5 reads it: `rope_scaling`, the older name, goes before `rope_parameters`, and
+    what neither has is looked for at top level."""
+    rope = stored.get("rope_scaling") or stored.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{file} has rope_parameters {rope!r}; expected a mapping")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    part = rope.get("partial_rotary_factor", stored.get("partial_rotary_factor"))
+    for key, found, expected in (("rope_type", kind, "default"), ("partial_rotary_factor", part or 1.0, 1.0)):
+        if found != expected:
+            raise ValueError(f"{file} has {key} {found!r}; this tower knows {expected!r} only")
+    if unknown := sorted(rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}):
+        raise ValueError(f"{file} has {unknown} among its rotary settings; this tower knows rope_theta only")
+    return rope.get("rope_theta", stored.get("rope_theta", 20000.0))
 
 
 def _from_clip(stored: dict[str, Any], weights: Mapping[str, Tensor], layout: Layout, file: Path) -> TextTowerConfig:
@@ -82,17 +102,40 @@ def _from_clip(stored: dict[str, Any], weights: Mapping[str, Tensor], layout: La
         raise ValueError(
             f"{file.parent} has no {layout.prefix}embeddings.word_embeddings or first block to tell a shape"
         )
+    check_keys_of(stored, "jina_clip", file)
     vocab_size, width = word
     options = text.get("hf_model_config_kwargs") or {}
-    return TextTowerConfig(
-        vocab_size=vocab_size,
-        width=width,
-        layers=1 + max(int(n.split(".")[2]) for n in shapes if n.startswith("encoder.layers.")),
-        heads=max(1, width // 64),  # XLM-RoBERTa's, in every size
-        mlp_width=fc1[0],
-        rope_theta=options.get("rotary_emb_base", 20000.0),  # jina-embeddings-v3's
-        **(_remote_adapters(options, file) if layout.kind == "remote-code" else {}),
-    )
+    if "rotary_emb_base" not in options and text.get("hf_model_name_or_path") != _V3:
+        raise ValueError(
+            f"{file} does not say the rotary base of its text half, nor that it is {_V3}'s; expected "
+            "text_config.hf_model_config_kwargs.rotary_emb_base"
+        )
+    values: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "width": width,
+        "layers": 1 + max(int(n.split(".")[2]) for n in shapes if n.startswith("encoder.layers.")),
+        "heads": max(1, width // 64),  # XLM-RoBERTa's, in every size
+        "mlp_width": fc1[0],
+    }
+    for ours, theirs in COMMON.items():
+        if theirs in options and options[theirs] != values.get(ours, options[theirs]) and ours != "heads":
+            raise ValueError(f"{file} has {theirs} {options[theirs]!r}, but the weights {values[ours]!r}")
+        if theirs in options:
+            values[ours] = options[theirs]
+    if (dim := text.get("embed_dim", width)) != width:
+        raise ValueError(f"{file} has text_config.embed_dim {dim}, but the weights are {width} wide")
+    if "max_position_embeddings" in options:
+        values["max_length"] = options["max_position_embeddings"] - _UNUSED_POSITIONS
+    if layout.kind == "remote-code":
+        values |= _remote_adapters(options, file)
+        first, default = values["adapters"][0], text.get("default_lora_task")
+        if default not in (None, first):
+            raise ValueError(f"{file} has default_lora_task {default!r}; the adapter in use is the first, {first!r}")
+    elif options.get("task_instructions"):
+        values["instructions"] = options["task_instructions"]
+    values["rope_theta"] = options.get("rotary_emb_base", 20000.0)  # jina-embeddings-v3's
+    values["truncate_dim"] = stored.get("truncate_dim") or options.get("truncate_dim")
+    return _config(values, file)
 
 
 def _remote_adapters(options: dict[str, Any], file: Path) -> dict[str, Any]:
@@ -147,6 +190,7 @@ def to_remote_json(config: TextTowerConfig, dtype: str) -> dict[str, Any]:
         "attention_probs_dropout_prob": 0.0,
         "position_embedding_type": "rotary",
         "rotary_emb_base": config.rope_theta,
+        "truncate_dim": config.truncate_dim,
         "torch_dtype": dtype,
         **(adapters if config.adapters else {}),
     }

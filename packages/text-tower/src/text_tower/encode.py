@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from text_tower.config import whole_number
 from text_tower.packed import PackedTokens
+from text_tower.texts import listed
 
 if TYPE_CHECKING:
     from text_tower.tower import TextTower
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 def encode(
     tower: TextTower,
-    texts: Sequence[str],
+    texts: Iterable[str],
     *,
     task: str | None = None,
     truncate_dim: int | None = None,
@@ -29,13 +31,14 @@ def encode(
 ) -> np.ndarray:
     """Embeds texts: float32 `[N, truncate_dim or width]`, in the order given.
 
-    Dropout is off and no gradient is kept; the tower's mode is left as it was. Texts run sorted by length, longest
-    first.
+    Dropout is off and no gradient is kept, whatever the tower's mode, which is not touched: threads may share a tower.
+    Texts run sorted by length, longest first.
 
     Args:
-        texts: a list of strings; an empty string is a text too.
+        texts: a list of strings, or a tuple, a numpy array, a column of a table, an iterator; an empty string is a text
+            too.
         task: None for no instruction and the default adapter; a name selects instruction and adapter, where they exist.
-        truncate_dim: keep the first dims only (Matryoshka); done before normalising.
+        truncate_dim: keep the first dims only (Matryoshka); done before normalising. None for `config.truncate_dim`.
         max_length: tokens kept of each text, instruction included; never more than `config.max_length`.
         batch_size: most texts in one forward pass.
         batch_tokens: most tokens in one forward pass; a longer text has one to itself.
@@ -43,43 +46,35 @@ def encode(
         show_progress: draw a progress bar.
 
     Raises:
-        ValueError: no tokenizer, an unknown task, a bare string, something that is no string, or a dim out of range.
+        ValueError: no tokenizer, an unknown task, a number out of range, a bare string, a mapping, set or table, or an
+            entry that is no string, named with its index.
     """
     from tqdm.auto import tqdm
 
     config = tower.config
     if tower.tokenizer is None:
         raise ValueError("this tower has no tokenizer; set one: tower.tokenizer = Tokenizer.from_file(path)")
-    if isinstance(texts, str):
-        raise ValueError("texts is a single string; expected a list of strings: encode([text])")
     if task is not None and task not in config.tasks:
         raise ValueError(f"unknown task {task!r}; this tower knows {list(config.tasks) or 'no tasks: leave task out'}")
-    if truncate_dim is not None and not 1 <= truncate_dim <= config.width:
-        raise ValueError(f"truncate_dim is {truncate_dim}; expected 1 to {config.width}")
-    for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; expected at least 1")
-    texts = list(texts)
+    dims = truncate_dim if truncate_dim is not None else config.truncate_dim or config.width
+    dims = whole_number("truncate_dim", dims, 1, config.width)
+    batch_size = whole_number("batch_size", batch_size, 1)
+    batch_tokens = whole_number("batch_tokens", batch_tokens, 1)
+    max_length = whole_number("max_length", max_length, 2)
     instruction = config.instructions.get(task, "") if task else ""
-    if instruction:
-        texts = [instruction + text if isinstance(text, str) else text for text in texts]
+    texts = [instruction + text for text in listed(texts)]
     ids = tower.tokenizer(texts, max_length=min(max_length, config.max_length))
     batches = _batches([len(i) for i in ids], batch_size, batch_tokens)
     device = next(tower.parameters()).device
     adapter = task if task in config.adapters else None
-    result = np.empty((len(ids), truncate_dim or config.width), dtype=np.float32)
-    training = tower.training
-    tower.eval()
+    result = np.empty((len(ids), dims), dtype=np.float32)
     progress = tqdm(total=len(ids), desc="embedding", unit="text", disable=not show_progress)
-    try:
-        with torch.inference_mode(), progress:
-            for chosen in batches:
-                packed = PackedTokens.from_lists([ids[i] for i in chosen]).to(device)
-                rows = tower(packed, adapter=adapter)[:, :truncate_dim]
-                result[chosen] = (F.normalize(rows, dim=-1) if normalize else rows).float().cpu().numpy()
-                progress.update(len(chosen))
-    finally:
-        tower.train(training)
+    with torch.inference_mode(), progress:
+        for chosen in batches:
+            packed = PackedTokens.from_lists([ids[i] for i in chosen]).to(device)
+            rows = tower(packed, adapter=adapter, training=False)[:, :dims]
+            result[chosen] = (F.normalize(rows, dim=-1) if normalize else rows).float().cpu().numpy()
+            progress.update(len(chosen))
     return result
 
 

@@ -21,17 +21,22 @@ def read_json(file: Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is not UTF-8, not JSON, or no object.
     """
+    content = read_json_value(file)
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}; expected a JSON object")
+    return content
+
+
+def read_json_value(file: Path) -> Any:
+    """What a JSON file holds, of any kind; it raises as `read_json` does."""
     try:
-        content = json.loads(file.read_bytes().decode("utf-8"))
+        return json.loads(file.read_bytes().decode("utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(f"there is no {file}; expected a saved model's directory") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 ({error})") from error
     except ValueError as error:
         raise ValueError(f"{file} is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}; expected a JSON object")
-    return content
 
 
 def write_json(content: Mapping[str, Any], file: Path) -> None:
@@ -60,6 +65,20 @@ def read_weights(directory: Path, stem: str = "model", pickle_stem: str = "pytor
     raise FileNotFoundError(f"{directory} holds no weights; expected {stem}.safetensors (or {pickle_stem}.bin)")
 
 
+def read_shapes(directory: Path, stem: str = "model", pickle_stem: str = "pytorch_model") -> dict[str, Tensor]:
+    """What `read_weights` would read, as tensors on the meta device: shapes without the numbers."""
+    if (directory / f"{stem}.safetensors").is_file():
+        from safetensors import SafetensorError, safe_open
+
+        file = directory / f"{stem}.safetensors"
+        try:
+            with safe_open(file, framework="pt") as content:
+                return {key: torch.empty(content.get_slice(key).get_shape(), device="meta") for key in content.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{file} is no safetensors file, or is cut short ({error})") from error
+    return {name: tensor.to("meta") for name, tensor in read_weights(directory, stem, pickle_stem).items()}
+
+
 def _safetensors(file: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -84,7 +103,10 @@ def write_weights(weights: Mapping[str, Tensor], file: Path) -> None:
     from safetensors.torch import save_file
 
     on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    file.touch()  # as the umask wants a new file; safetensors puts one in its place that its owner alone may read
+    mode = file.stat().st_mode
     save_file(on_host, file, {"format": "pt"})  # transformers refuses a file without this word
+    file.chmod(mode)
 
 
 def check_keys(expected: Mapping[str, list[int]], weights: Mapping[str, Tensor], where: str) -> None:

@@ -1,103 +1,156 @@
 """A Linear and an Embedding that carry low-rank adapters (LoRA, arXiv 2106.09685) beside their weight.
 
-`weight` keeps its plain name, so a tower without adapters has exactly the parameters of the published layout. Adapters
-are stacked in one tensor pair: adapter k adds `scale · B[k] A[k]` to a Linear's weight and `scale · A[k] B[k]` to a
-table; adapter None adds nothing. The product is never formed in a forward pass; for a table of 250,002 rows it would
-be as large as the table.
+`weight` keeps its plain name, so a tower without adapters has exactly the parameters of the published layout. Each
+adapter has parameters of its own, `lora_A_k` and `lora_B_k`: one that takes no part in a step has no gradient, and
+neither momentum nor weight decay moves it. Adapter k adds `scale · B A` to a Linear's weight and `scale · A B` to a
+table; adapter None adds nothing. The product is never formed in a forward pass; for a table of 250,002 rows it would be
+as large as the table.
+
+On disk the adapters of a module are stacked, `lora_A` and `lora_B`, as jina's layout has them: see `stacked`.
 """
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 INIT_STD = 0.02  # as XLM-RoBERTa
+_OWN = re.compile(r"(.+\.lora_[AB])_(\d+)")
 
 
-class AdaptedLinear(nn.Linear):
-    """`y = x Wᵀ + b + scale · (x A[k]ᵀ) B[k]ᵀ`; `lora_A` is `[n, rank, in]` and `lora_B` `[n, out, rank]`.
+class _Adapted(nn.Module):
+    """What both kinds of module share; `weight` is theirs."""
+
+    weight: Tensor
+    adapters: int
+
+    def _add_adapters(self, a: tuple[int, int], b: tuple[int, int]) -> None:
+        # Parameters of this very module, not of a list inside it: ZeRO 3 gathers a module's own before its forward.
+        for k in range(self.adapters):
+            self.register_parameter(f"lora_A_{k}", nn.Parameter(torch.empty(a)))
+            self.register_parameter(f"lora_B_{k}", nn.Parameter(torch.empty(b)))
+            self.reset_adapter(k)
+
+    def adapter(self, k: int) -> tuple[Tensor, Tensor]:
+        """(A, B) of adapter k."""
+        return getattr(self, f"lora_A_{k}"), getattr(self, f"lora_B_{k}")
+
+    def reset_adapter(self, k: int) -> None:
+        """A uniform (Kaiming), B zero: a fresh adapter changes nothing."""
+        a, b = self.adapter(k)
+        nn.init.uniform_(a, -1 / math.sqrt(a.shape[1]), 1 / math.sqrt(a.shape[1]))
+        nn.init.zeros_(b)
+
+    def _renew_adapters(self) -> None:
+        """Memory and initial values for adapters that are on the meta device."""
+        for k in range(self.adapters):
+            if self.adapter(k)[0].is_meta:
+                for name, half in zip((f"lora_A_{k}", f"lora_B_{k}"), self.adapter(k), strict=True):
+                    setattr(self, name, nn.Parameter(self.weight.new_empty(half.shape)))
+                self.reset_adapter(k)
+
+
+class AdaptedLinear(_Adapted, nn.Linear):
+    """`y = x Wᵀ + b + scale · (x Aᵀ) Bᵀ`; an adapter's A is `[rank, in]` and its B `[out, rank]`.
 
     Args:
         in_features, out_features: as in nn.Linear.
-        adapters: n; with 0 this is a plain Linear.
+        adapters: how many; with 0 this is a plain Linear.
         rank, scale: of the adapters.
     """
 
     def __init__(self, in_features: int, out_features: int, adapters: int = 0, rank: int = 0, scale: float = 1.0):
+        nn.Linear.__init__(self, in_features, out_features)
         self.scale, self.adapters = scale, adapters
-        super().__init__(in_features, out_features)
-        if adapters:
-            self.lora_A = nn.Parameter(torch.empty(adapters, rank, in_features))
-            self.lora_B = nn.Parameter(torch.empty(adapters, out_features, rank))
-            self.reset_adapters()
+        self._add_adapters((rank, in_features), (out_features, rank))
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=INIT_STD)
         nn.init.zeros_(self.bias)
 
-    def reset_adapters(self) -> None:
-        """A uniform (Kaiming), B zero: a fresh adapter changes nothing."""
-        nn.init.uniform_(self.lora_A, -1 / math.sqrt(self.in_features), 1 / math.sqrt(self.in_features))
-        nn.init.zeros_(self.lora_B)
-
     def forward(self, x: Tensor, adapter: int | None = 0) -> Tensor:
-        y = super().forward(x)
+        y = F.linear(x, self.weight, self.bias)
         if not self.adapters or adapter is None:
             return y
-        return torch.add(y, F.linear(F.linear(x, self.lora_A[adapter]), self.lora_B[adapter]), alpha=self.scale)
+        a, b = self.adapter(adapter)
+        return torch.add(y, F.linear(F.linear(x, a), b), alpha=self.scale)
 
     def merged(self, adapter: int | None) -> Tensor:
         """Weight `[out, in]` with the adapter added."""
         if not self.adapters or adapter is None:
             return self.weight
-        return self.weight + self.scale * self.lora_B[adapter] @ self.lora_A[adapter]
+        a, b = self.adapter(adapter)
+        return self.weight + self.scale * b @ a
 
 
-class AdaptedEmbedding(nn.Embedding):
-    """`W[i] + scale · A[k, i] B[k]`; `lora_A` is `[n, rows, rank]` and `lora_B` `[n, rank, width]`."""
+class AdaptedEmbedding(_Adapted, nn.Embedding):
+    """`W[i] + scale · A[i] B`; an adapter's A is `[rows, rank]` and its B `[rank, width]`."""
 
     def __init__(self, rows: int, width: int, adapters: int = 0, rank: int = 0, scale: float = 1.0):
+        nn.Embedding.__init__(self, rows, width)
         self.scale, self.adapters = scale, adapters
-        super().__init__(rows, width)
-        if adapters:
-            self.lora_A = nn.Parameter(torch.empty(adapters, rows, rank))
-            self.lora_B = nn.Parameter(torch.empty(adapters, rank, width))
-            self.reset_adapters()
+        self._add_adapters((rows, rank), (rank, width))
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=INIT_STD)
 
-    def reset_adapters(self) -> None:
-        """A uniform (Kaiming), B zero: a fresh adapter changes nothing."""
-        rank = self.lora_A.shape[-1]
-        nn.init.uniform_(self.lora_A, -1 / math.sqrt(rank), 1 / math.sqrt(rank))
-        nn.init.zeros_(self.lora_B)
-
     def forward(self, ids: Tensor, adapter: int | None = 0) -> Tensor:
-        y = super().forward(ids)
+        y = F.embedding(ids, self.weight)
         if not self.adapters or adapter is None:
             return y
-        return torch.add(y, F.embedding(ids, self.lora_A[adapter]) @ self.lora_B[adapter], alpha=self.scale)
+        a, b = self.adapter(adapter)
+        return torch.add(y, F.embedding(ids, a) @ b, alpha=self.scale)
 
     def merged(self, adapter: int | None) -> Tensor:
         """Table `[rows, width]` with the adapter added."""
         if not self.adapters or adapter is None:
             return self.weight
-        return self.weight + self.scale * self.lora_A[adapter] @ self.lora_B[adapter]
+        a, b = self.adapter(adapter)
+        return self.weight + self.scale * a @ b
 
 
 def is_adapter(parameter_name: str) -> bool:
-    """Whether a parameter of a tower belongs to its adapters."""
-    return parameter_name.endswith((".lora_A", ".lora_B"))
+    """Whether a parameter of a tower, or a tensor of `stacked`, belongs to its adapters."""
+    return re.search(r"\.lora_[AB](_\d+)?$", parameter_name) is not None
+
+
+def adapter_number(parameter_name: str) -> int | None:
+    """Which adapter a parameter of a tower is of; None for the weights that all share."""
+    match = _OWN.fullmatch(parameter_name)
+    return int(match[2]) if match else None
+
+
+def stacked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A tower's state dict as files have it: a module's adapters in one `lora_A` and one `lora_B`, on dimension 0."""
+    result: dict[str, Tensor] = {}
+    halves: dict[str, list[Tensor]] = {}
+    for name, tensor in state.items():
+        if match := _OWN.fullmatch(name):
+            halves.setdefault(match[1], []).append(tensor)  # in order: that is how they were registered
+        else:
+            result[name] = tensor
+    return result | {name: torch.stack(tensors) for name, tensors in halves.items()}
+
+
+def unstacked(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `stacked` gave, as a tower's state dict."""
+    result: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        if is_adapter(name):
+            # Copies: parameters that are views of one tensor would keep all of it alive.
+            result |= {f"{name}_{k}": half.clone() for k, half in enumerate(tensor)}
+        else:
+            result[name] = tensor
+    return result
 
 
 def add_fresh_adapters(model: nn.Module) -> None:
     """Gives adapters that still are on the meta device memory and their initial values."""
     for module in model.modules():
-        if isinstance(module, AdaptedLinear | AdaptedEmbedding) and module.adapters and module.lora_A.is_meta:
-            module.lora_A = nn.Parameter(torch.empty_like(module.lora_A, device=module.weight.device))
-            module.lora_B = nn.Parameter(torch.empty_like(module.lora_B, device=module.weight.device))
-            module.reset_adapters()
+        if isinstance(module, _Adapted):
+            module._renew_adapters()

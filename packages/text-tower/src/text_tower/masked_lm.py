@@ -116,11 +116,19 @@ class MaskedLM(nn.Module):
         from text_tower.pretrained import load
 
         tower, layout, head = load(Path(path), None, overrides)
-        model = cls(tower)
+        with torch.device("cpu"):
+            model = cls(tower)
+        model.lm_head.to(torch.float32)
         if head:
             expected = {f"lm_head.{name}": list(tensor.shape) for name, tensor in model.lm_head.state_dict().items()}
             tied = {name: head.pop(name) for name in ("lm_head.decoder.weight", "lm_head.decoder.bias") if name in head}
-            head.setdefault("lm_head.bias", tied.get("lm_head.decoder.bias", torch.zeros(0)))
+            table = tower.embeddings.word_embeddings.weight
+            if (own := tied.get("lm_head.decoder.weight")) is not None and not torch.equal(own.float(), table):
+                raise ValueError(
+                    f"{path} has a head whose projection, lm_head.decoder.weight, is not the word table; this model "
+                    "knows a tied one only"
+                )
+            head.setdefault("lm_head.bias", tied.get("lm_head.decoder.bias", torch.zeros(0, device="cpu")))
             check_keys(expected, head, f"{path} (it looks like {layout}, with a head)")
             model.lm_head.load_state_dict({name.removeprefix("lm_head."): t.float() for name, t in head.items()})
         return model

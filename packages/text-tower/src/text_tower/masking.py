@@ -83,7 +83,7 @@ class WholeWordMasking:
         keys = token_keys(sample_seeds[rows] ^ _SALT, positions)
 
         word_keys = keys[torch.where(begins, index, 0).cummax(0).values]
-        eligible = ids > UNK
+        eligible = (ids > UNK) & (ids != self.mask_id)  # a text may spell <mask>
         limit = torch.iinfo(torch.int64).max
         smallest = torch.full((len(lengths),), limit).scatter_reduce(
             0, rows, word_keys.masked_fill(~eligible, limit), "amin"

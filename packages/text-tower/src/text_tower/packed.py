@@ -71,8 +71,8 @@ class PackedTokens:
         ends = [0]
         for sequence in sequences:
             ends.append(ends[-1] + len(sequence))
-        ids = torch.tensor([i for sequence in sequences for i in sequence], dtype=torch.int64)
-        return cls(ids, torch.tensor(ends, dtype=torch.int32), max(map(len, sequences)))
+        ids = torch.tensor([i for sequence in sequences for i in sequence], dtype=torch.int64, device="cpu")
+        return cls(ids, torch.tensor(ends, dtype=torch.int32, device="cpu"), max(map(len, sequences)))
 
     def __len__(self) -> int:
         """N, the number of sequences."""
@@ -115,12 +115,12 @@ class ByLength:
     @classmethod
     def of(cls, packed: PackedTokens) -> ByLength:
         """Plans on the host, then moves the indexes to where the ids are."""
-        lengths = torch.tensor(packed.lengths)
+        lengths = torch.tensor(packed.lengths, device="cpu")  # whatever torch.set_default_device says
         order = lengths.argsort(stable=True)
         starts = lengths.cumsum(0) - lengths
         sorted_lengths = lengths[order]
         sorted_starts = sorted_lengths.cumsum(0) - sorted_lengths
-        positions = torch.arange(len(packed.ids)) - sorted_starts.repeat_interleave(sorted_lengths)
+        positions = torch.arange(len(packed.ids), device="cpu") - sorted_starts.repeat_interleave(sorted_lengths)
         tokens = starts[order].repeat_interleave(sorted_lengths) + positions
         rows = order.repeat_interleave(sorted_lengths)
         cu_seqlens = F.pad(sorted_lengths.cumsum(0), (1, 0)).int()

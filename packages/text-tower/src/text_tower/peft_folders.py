@@ -6,6 +6,7 @@ keeps a table's adapter transposed: `lora_embedding_A` `[rank, rows]`, `lora_emb
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,8 +19,31 @@ from text_tower.files import read_json, read_weights, write_json, write_weights
 
 TARGETS = ["word_embeddings", "token_type_embeddings", "q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 _TABLES = ("embeddings.word_embeddings", "embeddings.token_type_embeddings")
-_UNKNOWN_HERE = {"use_dora": False, "use_rslora": False, "bias": "none", "fan_in_fan_out": False,
-                 "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False}  # fmt: skip
+
+# What becomes of each field of an adapter_config.json. These shape the adapter, and are honoured:
+_HONOURED = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
+# These bear on nothing that is read: they tell where the adapter is from, which modules have one (the weights tell that
+# too), or how PEFT itself trained it.
+_HARMLESS = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+             "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout",
+             "eva_config", "megatron_core", "qalora_group_size", "runtime_config"}  # fmt: skip
+# These change what an adapter computes, or what it is added to: only such values are read as make plain LoRA of it.
+# PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA and the like train A and B beside base weights that they have changed.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+    "bias": ("none", None),
+    "fan_in_fan_out": (False, None),
+    "loftq_config": ({}, None),
+    **dict.fromkeys(("use_dora", "use_qalora", "use_bdlora", "lora_bias", "ensure_weight_tying"), (False, None)),
+    **{
+        name: (None, [], {})
+        for name in (
+            "modules_to_save", "megatron_config", "trainable_token_indices", "corda_config", "lora_ga_config",
+            "velora_config", "alora_invocation_tokens", "monteclora_config", "layer_replication", "target_parameters",
+            "arrow_config", "kasa_config",
+        )
+    },
+}  # fmt: skip
 
 
 class Adapter(NamedTuple):
@@ -55,7 +79,14 @@ def write_adapter(modules: Mapping[str, tuple[Tensor, Tensor]], rank: int, alpha
             "lora_dropout": 0.0,
             "target_modules": TARGETS,
             "inference_mode": True,
-            **_UNKNOWN_HERE,
+            "use_dora": False,
+            "use_rslora": False,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "modules_to_save": None,
+            "rank_pattern": {},
+            "alpha_pattern": {},
+            "lora_bias": False,
         },
         folder / "adapter_config.json",
     )
@@ -72,14 +103,12 @@ def read_adapter(folder: Path, shapes: Mapping[str, list[int]]) -> Adapter:
 
     Raises:
         FileNotFoundError: no such folder or file.
-        ValueError: no LoRA, a variant of it that this tower does not know, or keys that do not fit (all are named).
+        ValueError: no LoRA, a variant of it or a field that this tower does not know, or keys that do not fit (all are
+            named).
     """
     config = read_json(folder / "adapter_config.json")
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{folder} holds an adapter of type {config.get('peft_type')!r}; expected 'LORA'")
-    strange = {k: config[k] for k, plain in _UNKNOWN_HERE.items() if config.get(k) and config[k] != plain}
-    if strange:
-        raise ValueError(f"{folder} uses {strange}; this tower knows plain LoRA only")
+    _check_config(config, folder / "adapter_config.json")
+    standard = _scale(config, config["r"], config["lora_alpha"])
     found: dict[str, dict[str, Tensor]] = {}
     unexpected = []
     for key, tensor in read_weights(folder, "adapter_model", "adapter_model").items():
@@ -90,7 +119,15 @@ def read_adapter(folder: Path, shapes: Mapping[str, list[int]]) -> Adapter:
         if match is None or module.partition(":")[0] not in shapes:
             unexpected.append(key)
             continue
-        found.setdefault(module, {})[match[2]] = tensor.to(torch.float32, copy=True)
+        tensor = tensor.to(torch.float32, copy=True)
+        if match[2] == "B":
+            theirs = key.removeprefix("base_model.model.").partition(".lora_")[0]
+            rank = _of_pattern(config, "rank_pattern", theirs, config["r"])
+            if rank != (held := tensor.shape[-1]):
+                raise ValueError(f"{folder}: {theirs} has rank {held}, but adapter_config.json says {rank}")
+            scale = _scale(config, rank, _of_pattern(config, "alpha_pattern", theirs, config["lora_alpha"]))
+            tensor = tensor if scale == standard else tensor * (scale / standard)
+        found.setdefault(module, {})[match[2]] = tensor
     unpaired = [f"{module}.lora_{half}" for module, ab in found.items() for half in "AB" if half not in ab]
     if unexpected or unpaired or not found:
         lines = [f"  {len(names)} {kind}: {'; '.join(sorted(names))}"
@@ -111,7 +148,37 @@ def read_adapter(folder: Path, shapes: Mapping[str, list[int]]) -> Adapter:
     ]
     if wrong:
         raise ValueError(f"the adapter in {folder} has {len(wrong)} mis-shaped modules: {'; '.join(wrong)}")
-    return Adapter(modules, config["lora_alpha"] / config["r"])
+    return Adapter(modules, standard)
+
+
+def _check_config(config: Mapping[str, Any], file: Path) -> None:
+    """That every field of an adapter_config.json is one of which we know what it does, and means plain LoRA."""
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{file} is of an adapter of type {config.get('peft_type')!r}; expected 'LORA'")
+    if missing := sorted({"r", "lora_alpha"} - config.keys()):
+        raise ValueError(f"{file} lacks {missing}")
+    if unknown := sorted(config.keys() - _HONOURED - _HARMLESS - _PLAIN.keys()):
+        raise ValueError(
+            f"{file} has {', '.join(f'{k} {config[k]!r}' for k in unknown)}, of which this tower does not know what it "
+            "means; if the adapter is the same without, remove it from the file"
+        )
+    variants = {k: config[k] for k, plain in _PLAIN.items() if k in config and config[k] not in plain}
+    if variants:
+        raise ValueError(
+            f"{file} has {', '.join(f'{k} {v!r}' for k, v in variants.items())}; this tower reads plain LoRA, added to "
+            "unchanged base weights. Let PEFT merge it (merge_and_unload, then save_pretrained) or convert it "
+            "(save_pretrained with path_initial_model_for_weight_conversion, for PiSSA, OLoRA and CorDA)"
+        )
+
+
+def _of_pattern(config: Mapping[str, Any], field: str, module: str, otherwise: Any) -> Any:
+    """A module's rank or alpha: of the first pattern that matches the end of its name, as PEFT has it."""
+    patterns = config.get(field) or {}
+    return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module)), otherwise)
+
+
+def _scale(config: Mapping[str, Any], rank: int, alpha: float) -> float:
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def stack(adapters: list[Adapter], shapes: Mapping[str, list[int]]) -> tuple[dict[str, Tensor], int, float]:
@@ -125,8 +192,8 @@ def stack(adapters: list[Adapter], shapes: Mapping[str, list[int]]) -> tuple[dic
     weights: dict[str, Tensor] = {}
     for name, (rows, columns) in shapes.items():
         table = name in _TABLES
-        a = torch.zeros(len(adapters), *((rows, rank) if table else (rank, columns)))
-        b = torch.zeros(len(adapters), *((rank, columns) if table else (rows, rank)))
+        a = _zeros(len(adapters), *((rows, rank) if table else (rank, columns)))
+        b = _zeros(len(adapters), *((rank, columns) if table else (rows, rank)))
         for i, adapter in enumerate(adapters):
             if name in adapter.modules:
                 part_a, part_b = adapter.modules[name]
@@ -135,6 +202,11 @@ def stack(adapters: list[Adapter], shapes: Mapping[str, list[int]]) -> tuple[dic
                 b[i, : part_b.shape[0], : part_b.shape[1]] = part_b
         weights |= {f"{name}.lora_A": a, f"{name}.lora_B": b}
     return weights, rank, scale * rank
+
+
+def _zeros(*shape: int) -> Tensor:
+    """As weights are read: float32 on the CPU, whatever PyTorch's defaults are."""
+    return torch.zeros(*shape, dtype=torch.float32, device="cpu")
 
 
 def _our_module(theirs: str) -> str:
@@ -150,8 +222,8 @@ def _fused(parts: list[Any], shape: list[int]) -> tuple[Tensor, Tensor]:
     present = [part for part in parts if part]
     if all(torch.equal(part["A"], present[0]["A"]) for part in present):
         a = present[0]["A"]
-        return a, torch.cat([part["B"] if part else torch.zeros(third, len(a)) for part in parts])
-    empty = {"A": torch.zeros(0, shape[1]), "B": torch.zeros(third, 0)}
+        return a, torch.cat([part["B"] if part else _zeros(third, len(a)) for part in parts])
+    empty = {"A": _zeros(0, shape[1]), "B": _zeros(third, 0)}
     filled = [part or empty for part in parts]
     return torch.cat([part["A"] for part in filled]), torch.block_diag(*(part["B"] for part in filled))
 

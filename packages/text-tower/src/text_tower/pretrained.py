@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from text_tower import config_json, peft_folders
+from text_tower import config_json, peft_folders, st_folder
 from text_tower.config import TextTowerConfig
-from text_tower.files import check_keys, read_json, read_weights, whole_directory, write_json, write_weights
+from text_tower.files import (
+    check_keys,
+    read_json,
+    read_shapes,
+    read_weights,
+    whole_directory,
+    write_json,
+    write_weights,
+)
 from text_tower.layouts import Layout
-from text_tower.lora import add_fresh_adapters, is_adapter
+from text_tower.lora import (
+    AdaptedEmbedding,
+    AdaptedLinear,
+    adapter_number,
+    add_fresh_adapters,
+    is_adapter,
+    stacked,
+    unstacked,
+)
 from text_tower.tokenizer import Tokenizer
+from text_tower.tokenizer_files import CONFIG_FILE
 from text_tower.tower import TextTower
 
 UNMERGED = "unmerged"  # .safetensors: base weights and adapters apart
 LAYOUTS = ("transformers", "peft", "remote-code")
-OVERRIDES = ("rope_theta", "max_length", "attention", "compile", *config_json.OURS)
+OVERRIDES = ("rope_theta", "max_length", "layer_norm_eps", "pad_id", "attention", "compile", *config_json.OURS)
 
 
 def read(path: str | Path, *, peft: str | Path | Mapping[str, str | Path] | None = None, **overrides: Any) -> TextTower:
@@ -35,8 +52,9 @@ def read(path: str | Path, *, peft: str | Path | Mapping[str, str | Path] | None
         peft: adapters for weights that have none: {name: folder that PEFT wrote}, the first being the default; or one
             folder, whose own name is the adapter's.
         overrides: fields of `TextTowerConfig` that are not the shape of the base weights: dropout, checkpointing,
-            attention, compile, instructions, max_length, lora_rank, lora_alpha, adapters (fresh ones, for a directory
-            that has none), and rope_theta for XLM-RoBERTa weights, which know none.
+            attention, compile, instructions, truncate_dim, max_length, layer_norm_eps, pad_id, lora_rank, lora_alpha,
+            adapters (which of the directory's are taken; fresh ones for a directory that
+            has none), and rope_theta for XLM-RoBERTa weights, which know none.
 
     Raises:
         FileNotFoundError: no such directory or file.
@@ -59,20 +77,17 @@ def load(
     path: Path, peft: str | Path | Mapping[str, str | Path] | None, overrides: dict[str, Any]
 ) -> tuple[TextTower, Layout, dict[str, Tensor]]:
     """(the tower, the layout it was in, the file's masked-language-model head: `lm_head.…`, empty if it has none)."""
-    stored = read_json(path / "config.json")
+    found = _Found.of(path, read_weights)
+    path, stored, weights, layout, config = found.path, found.stored, found.weights, found.layout, found.config
     peft = {Path(peft).name: peft} if isinstance(peft, str | Path) else peft or {}
     folders = {name: Path(folder) for name, folder in peft.items()}
     ours = stored.get(config_json.OUR_KEY, {})
-    unmerged = bool(ours.get("adapters")) and (path / f"{UNMERGED}.safetensors").is_file()
-    weights = read_weights(path, UNMERGED) if unmerged else read_weights(path)
-    layout = Layout.of(weights)
-    config = config_json.from_json(stored, weights, layout, path / "config.json")
     head = {name: tensor for name, tensor in weights.items() if name.startswith("lm_head.")}
     weights = layout.without_the_rest(weights)
 
     if folders and config.adapters:
         raise ValueError(f"{path} has adapters, {list(config.adapters)}; peft= is for weights without any")
-    if ours.get("adapters") and not unmerged:
+    if ours.get("adapters") and not found.unmerged:
         folders = {name: path / name for name in config.adapters}
         if not all((folder / "adapter_config.json").is_file() for folder in folders.values()):
             raise FileNotFoundError(
@@ -82,28 +97,118 @@ def load(
     adapters: dict[str, Tensor] = {}
     if folders:
         adapters, config = _from_folders(folders, config)
-    config = replace(config, **overrides)
-    with torch.device("meta"):
-        tower = TextTower(config)
-    shapes = {name: list(tensor.shape) for name, tensor in tower.state_dict().items()}
+    shapes = {name: list(tensor.shape) for name, tensor in stacked(_empty(config).state_dict()).items()}
     expected = {name: shape for name, shape in shapes.items() if in_file or not is_adapter(name)}
     check_keys(layout.expected(expected), weights, f"{path} (it looks like {layout})")
-    named = layout.to_ours(expected, weights) | adapters
+    state = unstacked(layout.to_ours(expected, weights) | adapters)
+    wanted = _overridden(config, overrides, path)
+    state = _with_adapters_of(wanted, config, state)
+    tower = _empty(wanted)
     # Adapters that are neither in the file nor in folders are made new.
-    tower.load_state_dict(named, assign=True, strict=named.keys() == shapes.keys())
+    tower.load_state_dict(state, assign=True, strict=set(wanted.adapters) <= set(config.adapters))
     add_fresh_adapters(tower)
     if str(stored.get("_name_or_path", "")).startswith("jinaai/"):
         warnings.warn(
             f"{stored['_name_or_path']} is published under CC-BY-NC-4.0: not for commercial use", stacklevel=4
         )
-    tower.tokenizer = Tokenizer.in_directory(path)
+    tower.tokenizer = found.tokenizer
     return tower, layout, head
+
+
+def read_config(path: str | Path) -> tuple[TextTowerConfig, frozenset[str]]:
+    """The configuration of the tower in a directory, its weights unread, and the fields of it that the weights do not
+    settle: rotary positions of XLM-RoBERTa's, which were trained without. It raises as `read` does."""
+    found = _Found.of(Path(path), read_shapes)
+    return found.config, frozenset({"rope_theta"} if found.layout.kind == "xlm-r" else ())
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A directory before its weights become a tower: `path` is where the transformer itself is, `unmerged` whether
+    weights and adapters are apart in a file of their own, and `config` what all its files say together."""
+
+    path: Path
+    stored: dict[str, Any]
+    weights: dict[str, Tensor]
+    unmerged: bool
+    layout: Layout
+    config: TextTowerConfig
+    tokenizer: Tokenizer | None
+
+    @classmethod
+    def of(cls, path: Path, reader: Callable[..., dict[str, Tensor]]) -> _Found:
+        said = st_folder.read(path)
+        path = said.transformer
+        stored = read_json(path / "config.json")
+        ours = stored.get(config_json.OUR_KEY, {})
+        unmerged = bool(ours.get("adapters")) and (path / f"{UNMERGED}.safetensors").is_file()
+        weights = reader(path, UNMERGED) if unmerged else reader(path)
+        layout = Layout.of(weights)
+        config = config_json.from_json(stored, weights, layout, path / "config.json")
+        tokenizer = Tokenizer.in_directory(path)
+        config = _with_what_else_is_said(config, said, tokenizer)
+        return cls(path, stored, weights, unmerged, layout, config, tokenizer)
+
+
+def _empty(config: TextTowerConfig) -> TextTower:
+    with torch.device("meta"):
+        return TextTower(config)
+
+
+def _overridden(config: TextTowerConfig, overrides: Mapping[str, Any], path: Path) -> TextTowerConfig:
+    """With other settings; of adapters that are left out the instructions go, too."""
+    if config.adapters and "adapters" in overrides:
+        chosen = tuple(overrides["adapters"])
+        if strangers := [name for name in chosen if name not in config.adapters]:
+            raise ValueError(f"{path} has the adapters {list(config.adapters)}; {strangers} are none of them")
+        left_out = set(config.adapters) - set(chosen)
+        instructions = {task: text for task, text in config.instructions.items() if task not in left_out}
+        overrides = {"instructions": instructions, **overrides, **({} if chosen else {"lora_rank": 0})}
+        if (rank := overrides.get("lora_rank", config.lora_rank)) != config.lora_rank and chosen:
+            raise ValueError(f"lora_rank is {rank}, but the adapters {list(chosen)} have {config.lora_rank}")
+    return replace(config, **overrides)
+
+
+def _with_adapters_of(
+    wanted: TextTowerConfig, config: TextTowerConfig, state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """A state dict with the adapters that are wanted, in their new order."""
+    numbers = {k: wanted.adapters.index(name) for k, name in enumerate(config.adapters) if name in wanted.adapters}
+    result = {}
+    for name, tensor in state.items():
+        k = adapter_number(name)
+        if k is None:
+            result[name] = tensor
+        elif k in numbers:
+            result[f"{name.rpartition('_')[0]}_{numbers[k]}"] = tensor
+    return result
+
+
+def _with_what_else_is_said(
+    config: TextTowerConfig, said: st_folder.Said, tokenizer: Tokenizer | None
+) -> TextTowerConfig:
+    """What a sentence-transformers directory adds to config.json."""
+    if not said.is_one:
+        return config
+    limits = [config.max_length, said.max_length or (tokenizer.model_max_length if tokenizer else None)]
+    contradicted = {t: p for t, p in said.instructions.items() if config.instructions.get(t, p) != p}
+    if contradicted:
+        task, prompt = next(iter(contradicted.items()))
+        raise ValueError(
+            f"{said.transformer} says that the instruction of {task!r} is {config.instructions[task]!r} in its "
+            f"config.json, and {prompt!r} in config_sentence_transformers.json; make them agree"
+        )
+    return replace(
+        config,
+        max_length=min(limit for limit in limits if limit is not None),
+        instructions={**config.instructions, **said.instructions},
+        truncate_dim=config.truncate_dim if said.truncate_dim is None else said.truncate_dim,
+    )
 
 
 def _from_folders(folders: Mapping[str, Path], config: TextTowerConfig) -> tuple[dict[str, Tensor], TextTowerConfig]:
     """Adapters out of PEFT's folders, and the configuration of a tower that has them."""
-    with torch.device("meta"):
-        plain = TextTower(replace(config, adapters=(), lora_rank=0))
+    plain = _empty(replace(config, adapters=(), lora_rank=0))
     shapes = {
         name.removesuffix(".weight"): list(p.shape)
         for name, p in plain.named_parameters()
@@ -147,7 +252,7 @@ def write(
         raise ValueError(f"layout is {layout!r}; expected one of {list(LAYOUTS)}")
     if merge:
         tower = tower.merged()
-    config, state = tower.config, tower.state_dict()
+    config, state = tower.config, stacked(tower.state_dict())
     dtype = str(next(tower.parameters()).dtype).removeprefix("torch.")
     with whole_directory(Path(path)) as directory:
         if layout == "remote-code":
@@ -167,7 +272,9 @@ def write(
                 save_adapter(tower, directory / name, name)
         if tower.tokenizer is not None:
             tower.tokenizer.save(directory)
-            write_json({"tokenizer_class": "XLMRobertaTokenizer"}, directory / "tokenizer_config.json")
+            settings = directory / CONFIG_FILE
+            if not settings.exists():
+                write_json({"tokenizer_class": "XLMRobertaTokenizer"}, settings)
 
 
 def save_adapter(tower: TextTower, folder: str | Path, name: str | None = None) -> None:
@@ -182,10 +289,9 @@ def save_adapter(tower: TextTower, folder: str | Path, name: str | None = None) 
     k = tower.config.adapters.index(name) if name in tower.config.adapters else None if name else 0
     if k is None:
         raise ValueError(f"there is no adapter {name!r}; this tower has {list(tower.config.adapters)}")
-    state = tower.state_dict()
     modules = {
-        key.removesuffix(".lora_A"): (state[key][k], state[key.replace(".lora_A", ".lora_B")][k])
-        for key in state
-        if key.endswith(".lora_A")
+        name: (module.adapter(k)[0].detach(), module.adapter(k)[1].detach())
+        for name, module in tower.named_modules()
+        if isinstance(module, AdaptedLinear | AdaptedEmbedding)
     }
     peft_folders.write_adapter(modules, tower.config.lora_rank, tower.config.lora_alpha, Path(folder))

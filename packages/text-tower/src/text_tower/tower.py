@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from text_tower.attention import Attention, choose
 from text_tower.config import NO_ADAPTER, TextTowerConfig
 from text_tower.dropout import KeyedDropout, SiteDropout
-from text_tower.lora import AdaptedEmbedding, AdaptedLinear, is_adapter
+from text_tower.lora import AdaptedEmbedding, AdaptedLinear, adapter_number, is_adapter
 from text_tower.norm import LayerNorm
 from text_tower.packed import ByLength, PackedTokens
 from text_tower.positions import Rotary
@@ -119,7 +119,12 @@ class TextTower(nn.Module):
         self.configure()
 
     def forward(
-        self, packed: PackedTokens, *, adapter: str | None = None, sample_seeds: Tensor | None = None
+        self,
+        packed: PackedTokens,
+        *,
+        adapter: str | None = None,
+        sample_seeds: Tensor | None = None,
+        training: bool | None = None,
     ) -> Tensor:
         """Embeds N texts.
 
@@ -128,6 +133,7 @@ class TextTower(nn.Module):
             adapter: name of the adapter; None for the first, if there is one; "none" for the bare weights.
             sample_seeds: int64 `[N]`, needed while training with dropout: a sample's mask is a function of its seed, so
                 it is the same on any rank, in any batch, and when the pass is repeated.
+            training: compute as in that mode; None for the tower's own.
 
         Returns:
             `[N, width]`: the mean over each text's tokens, float32 under autocast and for bfloat16 weights too, not
@@ -137,18 +143,18 @@ class TextTower(nn.Module):
             ValueError: an unknown adapter, a sequence longer than `config.max_length`, ids outside the vocabulary
                 (checked on a CPU), dropout without seeds, or an attention backend that cannot run here.
         """
-        h, layout = self._encode(packed, adapter, sample_seeds)
+        h, layout = self._encode(packed, adapter, sample_seeds, self.training if training is None else training)
         return layout.mean(h)
 
     def token_states(
         self, packed: PackedTokens, *, adapter: str | None = None, sample_seeds: Tensor | None = None
     ) -> Tensor:
         """What `forward` takes the mean of: `[T, width]`, float32, in the order of `packed.ids`. Arguments as there."""
-        h, layout = self._encode(packed, adapter, sample_seeds)
+        h, layout = self._encode(packed, adapter, sample_seeds, self.training)
         return layout.as_given(h)
 
     def _encode(
-        self, packed: PackedTokens, adapter: str | None, sample_seeds: Tensor | None
+        self, packed: PackedTokens, adapter: str | None, sample_seeds: Tensor | None, training: bool
     ) -> tuple[Tensor, ByLength]:
         """Token states `[T, width]`, at least float32, in the order of the layout."""
         config = self.config
@@ -160,18 +166,18 @@ class TextTower(nn.Module):
         self._check_ids(packed.ids)
         k = self._adapter_index(adapter)
         layout = ByLength.of(packed)
-        dropout = self._dropout(sample_seeds, len(packed), layout)
+        dropout = self._dropout(sample_seeds, len(packed), layout) if training and config.dropout else None
         positions = Rotary(layout.positions, config.head_dim, config.rope_theta)
         attention = Attention(layout, positions, self._backend(packed.ids.device.type), config.compile)
 
         h = self.emb_ln(self.embeddings(packed.ids[layout.tokens], k))
         if dropout:
             h = dropout.at(0)(h)
-        checkpointing = config.checkpointing and self.training and torch.is_grad_enabled()
+        checkpointing = config.checkpointing and training and torch.is_grad_enabled()
         h = self.encoder(h, attention, k, dropout, checkpointing)
         return h.to(torch.promote_types(h.dtype, torch.float32)), layout
 
-    def encode(self, texts: Sequence[str], **options: Any) -> np.ndarray:
+    def encode(self, texts: Iterable[str], **options: Any) -> np.ndarray:
         """See `text_tower.encode.encode`, whose options these are."""
         from text_tower.encode import encode
 
@@ -197,12 +203,20 @@ class TextTower(nn.Module):
         save_adapter(self, folder, name)
 
     def configure(self, **changes: Any) -> None:
-        """Changes settings that no weight depends on: attention, compile, checkpointing, dropout, instructions.
+        """Changes settings that no weight depends on: attention, compile, checkpointing, dropout, instructions,
+        truncate_dim.
 
         Raises:
             ValueError: another field of the configuration, or a value that cannot be.
         """
-        if unknown := set(changes) - {"attention", "compile", "checkpointing", "dropout", "instructions"}:
+        if unknown := set(changes) - {
+            "attention",
+            "compile",
+            "checkpointing",
+            "dropout",
+            "instructions",
+            "truncate_dim",
+        }:
             raise ValueError(f"{sorted(unknown)} cannot be changed on a tower that exists")
         self.config = replace(self.config, **changes)
         for block in self.encoder.layers:
@@ -233,6 +247,11 @@ class TextTower(nn.Module):
                     plain[f"{name}.weight"] = module.merged(k)
         return plain
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy computes as the original does: what was compiled does not travel, so it is compiled anew."""
+        super().__setstate__(state)
+        self.configure()
+
     @property
     def num_layers(self) -> int:
         """Depth of the top block as `layer_ids` counts it."""
@@ -242,14 +261,25 @@ class TextTower(nn.Module):
         """Depth of every parameter: 0 for embeddings, 1 to `num_layers` for the blocks, bottom to top."""
         return {n: int(n.split(".")[2]) + 1 if n.startswith("encoder.") else 0 for n, _ in self.named_parameters()}
 
-    def set_trainable(self, what: str) -> None:
-        """Chooses what learns: "all", "adapters" (needs adapters) or "none"."""
+    def set_trainable(self, what: str, *, adapter: str | None = None) -> None:
+        """Chooses what learns.
+
+        Args:
+            what: "all", "adapters" (needs adapters) or "none".
+            adapter: the one adapter that learns with "all" or "adapters", the others being frozen; None for each one.
+
+        Raises:
+            ValueError: another word, "adapters" for a tower that has none, or an unknown adapter.
+        """
         if what not in ("all", "adapters", "none"):
             raise ValueError(f"trainable is {what!r}; expected 'all', 'adapters' or 'none'")
         if what == "adapters" and not self.config.adapters:
             raise ValueError("this tower has no adapters to train; name some in config.adapters, or train 'all'")
+        chosen = None if adapter is None else self._adapter_index(adapter)
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(what == "all" or (what == "adapters" and is_adapter(name)))
+            k = adapter_number(name)
+            shared = k is None
+            parameter.requires_grad_(what != "none" and (what == "all" if shared else adapter is None or k == chosen))
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -295,9 +325,7 @@ class TextTower(nn.Module):
                     "do the tokenizer and the tower belong together?"
                 )
 
-    def _dropout(self, seeds: Tensor | None, n: int, layout: ByLength) -> KeyedDropout | None:
-        if not (self.training and self.config.dropout):
-            return None
+    def _dropout(self, seeds: Tensor | None, n: int, layout: ByLength) -> KeyedDropout:
         if seeds is None:
             raise ValueError(f"training with dropout {self.config.dropout} needs sample_seeds, one int64 for each text")
         if seeds.shape != (n,) or seeds.dtype != torch.int64:

@@ -1,19 +1,20 @@
 """EVA02 image towers with 2D rotary positions at any resolution, and the pixels that they read.
 
-The tower itself, and timm with it, is imported at first use: a data worker that only augments never pays for it.
+What needs torch, and timm with it, is imported at first use: a recipe is checked, and an image file read, without.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .augment import augment
 from .config import VisionTowerConfig
 from .errors import ImageError, WeightsError
-from .packed import PackedPatches
-from .patches import patch_keep_indices, resample_optimizer_state, resample_position_table
 from .preprocess import load_image, normalize, preprocess, preprocess_native
-from .simclr import simclr_view
 
 if TYPE_CHECKING:
+    from .packed import PackedPatches
+    from .patches import patch_keep_indices, resample_optimizer_state, resample_position_table
+    from .simclr import simclr_view
     from .tower import VisionTower
 
 __all__ = [
@@ -34,9 +35,17 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "VisionTower":
-        from .tower import VisionTower
+_HOME = {
+    "PackedPatches": "packed",
+    "VisionTower": "tower",
+    "patch_keep_indices": "patches",
+    "resample_optimizer_state": "patches",
+    "resample_position_table": "patches",
+    "simclr_view": "simclr",
+}
 
-        return VisionTower
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

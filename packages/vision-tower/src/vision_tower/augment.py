@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import random
 from operator import index
+from typing import TYPE_CHECKING
 
-import torch
 from PIL import Image
-from torch import Tensor
 
 from .config import Resolution, as_pair
 from .preprocess import picture_of, pixels_of
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 # ITU-R 601, as Pillow's and torchvision's greys.
-LUMA = torch.tensor([0.299, 0.587, 0.114], device="cpu")
+LUMA = (0.299, 0.587, 0.114)
 
 
 def augment(
@@ -43,6 +45,8 @@ def augment(
     at hard edges of crops for which Pillow (from 13) begins with the columns. Raises ValueError for another kind of
     image or ranges that make no sense.
     """
+    import torch
+
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
         raise ValueError(f"image is {image.dtype} {list(image.shape)}; expected uint8 [3, h, w]")
     if not 0 < scale[0] <= scale[1] <= 1:
@@ -60,7 +64,10 @@ def augment(
     pixels = pixels_of(crop.resize((width, height), Image.Resampling.BICUBIC))
     if mirrored:
         pixels = pixels.flip(-1)
-    return jitter(pixels, *(draw.uniform(1 - color, 1 + color) for _ in range(3))) if color else pixels
+    if not color:
+        return pixels
+    draw = random.Random(f"color {index(seed)}")  # another stream: how much the crop draws depends on the image's size
+    return jitter(pixels, *(draw.uniform(1 - color, 1 + color) for _ in range(3)))
 
 
 def _crop(
@@ -78,8 +85,11 @@ def _crop(
 def jitter(pixels: Tensor, brightness: float, contrast: float, saturation: float) -> Tensor:
     """Brightness, then contrast about the image's mean grey, then saturation about each pixel's grey: together one
     affine map of the colours, so one small product and one rounding."""
-    values = pixels.flatten(1).float()
-    mean_grey = (LUMA @ values.mean(dim=1)) * brightness
-    matrix = brightness * contrast * (saturation * torch.eye(3) + (1 - saturation) * LUMA.expand(3, 3))
+    import torch
+
+    values, luma = pixels.flatten(1).float(), torch.tensor(LUMA, dtype=torch.float32, device="cpu")
+    mean_grey = (luma @ values.mean(dim=1)) * brightness
+    identity = torch.eye(3, dtype=torch.float32, device="cpu")
+    matrix = brightness * contrast * (saturation * identity + (1 - saturation) * luma.expand(3, 3))
     values = torch.addmm((1 - contrast) * mean_grey, matrix, values)
     return values.round_().clamp_(0, 255).to(torch.uint8).view_as(pixels)

@@ -107,16 +107,16 @@ def to_timm_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Under timm's names, without what an encoder has no use for.
 
     A tower of masked-image training or classification that averages patches has its final norm as `fc_norm`; here it
-    becomes the class token's `norm`.
+    becomes the class token's `norm`. Raises WeightsError for one with both norms.
     """
+    if {"norm.weight", "fc_norm.weight"} <= weights.keys():
+        raise WeightsError("there are two final norms, norm and fc_norm, and a VisionTower has one")
     renamed: dict[str, Tensor] = {}
     for key, value in weights.items():
         if _DROPPED.fullmatch(key):
             continue
         key = _RENAME.sub(lambda found: _RENAMED[found[1]], key)
         if key.startswith("fc_norm."):
-            if key.removeprefix("fc_") in weights:
-                continue
             key = key.removeprefix("fc_")
         if key.endswith("attn.qkv.weight"):  # fused, where attention has no inner norm
             for part, rows in zip("qkv", value.chunk(3), strict=True):
@@ -177,9 +177,10 @@ def _rotary_of(raw: Mapping[str, Tensor], width: int, source: str, stated: Mappi
     if "reference_grid" in stated:
         return heads
     theta = stated.get("rope_theta", VisionTowerConfig.rope_theta)
-    references = torch.arange(1, 257)
-    frequencies = theta ** (-torch.arange(0, head_dim, 4) / head_dim)
-    columns = torch.arange(n)[:, None] * frequencies / n
+    like: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    references = torch.arange(1, 257, **like)
+    frequencies = theta ** (-torch.arange(0, head_dim, 4, **like) / head_dim)
+    columns = torch.arange(n, **like)[:, None] * frequencies / n
     expected = (references[:, None, None] * columns).cos()
     errors = (expected - table[:n, head_dim // 2 :: 2].float()).abs().amax(dim=(1, 2))
     if not errors.min() <= 0.05:  # a table in 16 bits is within 0.01
@@ -188,25 +189,3 @@ def _rotary_of(raw: Mapping[str, Tensor], width: int, source: str, stated: Mappi
             "state rope_theta and reference_grid as it was trained"
         )
     return {**heads, "reference_grid": int(references[errors.argmin()])}
-
-
-def jina_settings(values: Mapping[str, Any], source: Path) -> dict[str, Any]:
-    """What a jina-clip config.json says of its image tower. A width, depth or patch that is not the weights' comes to
-    light when they are put in."""
-    vision = values.get("vision_config") or {}
-    if not isinstance(vision, Mapping):
-        raise ValueError(f"{source}: vision_config is a {type(vision).__name__}; expected an object")
-    # The image's size is what the position table cannot tell where pixels are left over: 512 is 36 patches of 14.
-    names = {"width": "width", "layers": "layers", "patch_size": "patch", "image_size": "resolution"}
-    for name in (*names, "head_width"):
-        value = vision.get(name, 1)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{source}: vision_config's {name} is {value!r}; expected a positive integer")
-    found: dict[str, Any] = {ours: vision[theirs] for theirs, ours in names.items() if theirs in vision}
-    if "width" in vision and "head_width" in vision:
-        found["heads"], rest = divmod(vision["width"], vision["head_width"])
-        if rest:
-            raise ValueError(f"{source}: width {vision['width']} is no multiple of head_width {vision['head_width']}")
-    if "intp_freq" in vision:
-        found["reference_grid"] = vision.get("pt_hw_seq_len", 16) if vision["intp_freq"] else None
-    return found

@@ -4,19 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from numbers import Real
+from operator import index
 from typing import Any
 
 Resolution = int | tuple[int, int]
 
 ATTENTION = ("sdpa", "xformers", "flash", "auto")
+CROP_MODES = ("center", "squash", "border")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")  # Pillow's
+
+# CLIP's (Radford et al., arXiv 2103.00020), for RGB in 0 … 1; EVA-CLIP and jina-clip-v2 keep them.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def whole(value: Any) -> int | None:
+    """The integer that a value is, numpy's and a tensor's too, or None; True and False are none."""
+    try:
+        number = index(value)
+    except TypeError:
+        return None
+    return None if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool") else number
 
 
 def as_pair(resolution: Resolution, name: str = "resolution") -> tuple[int, int]:
     """`(height, width)` in pixels, from one positive integer (a square) or a pair of them."""
-    pair = tuple(resolution) if isinstance(resolution, tuple | list) else (resolution, resolution)
-    if len(pair) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in pair):
+    sides = resolution if isinstance(resolution, tuple | list) else (resolution, resolution)
+    pair = [side for side in map(whole, sides) if side is not None and side > 0]
+    if len(sides) != 2 or len(pair) != 2:
         raise ValueError(f"{name} is {resolution!r}; expected a positive number of pixels or a (height, width) pair")
-    return pair
+    return pair[0], pair[1]
 
 
 def grid_of(resolution: Resolution, patch: int) -> tuple[int, int]:
@@ -30,9 +48,22 @@ def grid_of(resolution: Resolution, patch: int) -> tuple[int, int]:
     return height // patch, width // patch
 
 
+def check_crop(crop_pct: float, crop_mode: str, interpolation: str) -> None:
+    """Raises ValueError for what `preprocess` cannot do."""
+    if isinstance(crop_pct, bool) or not isinstance(crop_pct, int | float) or not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct is {crop_pct!r}; expected 0 < crop_pct <= 1")
+    for name, value, known in (
+        ("crop_mode", crop_mode, CROP_MODES),
+        ("interpolation", interpolation, INTERPOLATIONS),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}")
+
+
 @dataclass(frozen=True)
 class VisionTowerConfig:
-    """Shape of a tower; the defaults are EVA02-L/14 at 224 pixels, 303,317,952 parameters.
+    """Shape of a tower, and what its images went through; the defaults are EVA02-L/14 of EVA-CLIP at 224 pixels,
+    303,317,952 parameters.
 
     resolution        pixels, one number or (height, width); `VisionTower.set_resolution` changes it later
     patch             pixels along a patch's side
@@ -45,6 +76,9 @@ class VisionTowerConfig:
     rope_theta        base of the rotary frequencies
     attention_norm    LayerNorm before attention's output projection: in EVA-CLIP's EVA02, absent from the MIM models
     layer_norm_eps    epsilon of every LayerNorm
+    mean, std         of each channel of RGB in 0 … 1, with which the weights were trained; CLIP's
+    crop_pct, crop_mode, interpolation
+                      how an image comes to its size before the tower (`preprocess`), in timm's words
     checkpointing     recompute the blocks in the backward pass: less memory, about a third more time
     attention         "sdpa" is PyTorch's own; "xformers" and "flash" (the flash-attn package) need a GPU and say so
                       where they cannot be had; "auto" is xFormers where it is installed and the tower is on a GPU. No
@@ -62,6 +96,11 @@ class VisionTowerConfig:
     rope_theta: float = 10_000.0
     attention_norm: bool = True
     layer_norm_eps: float = 1e-6
+    mean: tuple[float, float, float] = MEAN
+    std: tuple[float, float, float] = STD
+    crop_pct: float = 1.0
+    crop_mode: str = "center"
+    interpolation: str = "bicubic"
     checkpointing: bool = False
     attention: str = "sdpa"
 
@@ -70,8 +109,19 @@ class VisionTowerConfig:
             value = getattr(self, name)
             if value is None and name in ("hidden", "reference_grid"):
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if (number := whole(value)) is None or number < 1:
                 raise ValueError(f"{name} is {value!r}; expected a positive integer")
+            object.__setattr__(self, name, number)
+        for name in ("mean", "std"):
+            numbers = getattr(self, name)
+            numbers = tuple(numbers) if isinstance(numbers, tuple | list) else (numbers,)
+            fits = all(isinstance(n, Real) and not isinstance(n, bool) and 0 <= float(n) <= 1 for n in numbers)
+            if len(numbers) != 3 or not fits or (name == "std" and 0 in numbers):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; expected three numbers within 0 … 1, of R, G and B"
+                )
+            object.__setattr__(self, name, tuple(map(float, numbers)))
+        check_crop(self.crop_pct, self.crop_mode, self.interpolation)
         for name in ("mlp_ratio", "rope_theta", "layer_norm_eps"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
@@ -81,9 +131,10 @@ class VisionTowerConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected true or false")
         if self.attention not in ATTENTION:
             raise ValueError(f"attention is {self.attention!r}; expected one of {', '.join(ATTENTION)}")
-        if isinstance(self.resolution, list):  # as JSON and YAML give it
-            object.__setattr__(self, "resolution", tuple(self.resolution))
         grid_of(self.resolution, self.patch)
+        height, width = as_pair(self.resolution)
+        pair = isinstance(self.resolution, tuple | list)  # a list, as JSON and YAML give it
+        object.__setattr__(self, "resolution", (height, width) if pair else height)
         if self.width % self.heads or self.head_dim % 4:
             raise ValueError(
                 f"width {self.width} over heads {self.heads} gives {self.width / self.heads:g} dimensions a head; "

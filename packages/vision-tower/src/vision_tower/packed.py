@@ -49,7 +49,7 @@ class PackedPatches:
                 )
         grids = tuple(grid_of((image.shape[1], image.shape[2]), patch) for image in images)
         lengths = tuple(rows * columns for rows, columns in grids)
-        places = torch.cat([torch.arange(n) for n in lengths]).to(images[0].device)
+        places = torch.cat([torch.arange(n, device=images[0].device) for n in lengths])
         return cls(torch.cat([patchify(image[None], patch)[0] for image in images]), places, grids, lengths)
 
     def __len__(self) -> int:
@@ -80,6 +80,6 @@ class PackedPatches:
         device = self.places.device
         images = sorted(range(len(self)), key=lambda i: self.lengths[i])
         starts = list(accumulate(self.lengths, initial=len(self)))
-        rows = [torch.tensor([i, *range(starts[i], starts[i + 1])]) for i in images]
+        rows = [torch.tensor([i, *range(starts[i], starts[i + 1])], device="cpu") for i in images]
         layout = Layout(tuple(1 + self.lengths[i] for i in images), device)
-        return torch.cat(rows).to(device), layout, torch.tensor(images).argsort().to(device)
+        return torch.cat(rows).to(device), layout, torch.tensor(images, device="cpu").argsort().to(device)

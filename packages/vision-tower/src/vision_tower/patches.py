@@ -49,7 +49,7 @@ def patch_keep_indices(seeds: Tensor | Sequence[int], num_patches: int, drop_rat
     if num_patches < 1:
         raise ValueError(f"num_patches is {num_patches}; expected at least 1")
     if not isinstance(seeds, Tensor):
-        seeds = torch.tensor([_int64(int(seed)) for seed in seeds], dtype=torch.int64)
+        seeds = torch.tensor([_int64(int(seed)) for seed in seeds], dtype=torch.int64, device="cpu")
     if seeds.ndim != 1 or seeds.dtype != torch.int64:
         raise ValueError(f"seeds are {seeds.dtype} {list(seeds.shape)}; expected int64 [N], one for each sample")
     keep = max(1, round((1 - drop_rate) * num_patches))

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from os import PathLike, fspath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image
-from torch import Tensor
 
-from .config import Resolution, as_pair
+from .config import MEAN, STD, Resolution, as_pair, check_crop
 from .errors import ImageError
 
-# CLIP's (Radford et al., arXiv 2103.00020), for RGB in 0 … 1; EVA-CLIP and jina-clip-v2 keep them.
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Where Pillow itself refuses to open an image.
 MAX_PIXELS = 178_956_970
@@ -43,7 +41,8 @@ def load_image(source: Any, *, max_pixels: int = MAX_PIXELS, name: str | None = 
 
     Arrays are uint8 or uint16 `[H, W]`, or uint8 `[H, W, 1 | 3 | 4]`; tensors uint8 `[3, H, W]`. EXIF orientation is
     applied, transparency laid over white, 16-bit grey scaled to 8 bits, palette and CMYK converted, and of an animation
-    the first frame taken (of a PIL image the one that it stands at).
+    the first frame taken (of a PIL image the one that it stands at). Grey of 32 bits (mode "I") does not say how many
+    of them it uses: values up to 255 are taken as 8 bits, larger ones as 16.
 
     max_pixels  larger images are refused from their header, before anything is decoded
     name        what errors call the image, where it is not a path
@@ -75,6 +74,12 @@ def _label(source: Any) -> str:
     return str(getattr(source, "filename", "") or f"image given as {type(source).__name__}")
 
 
+def _is_tensor(source: Any) -> bool:
+    """Whether it is a tensor; without torch, which takes seconds to import, nothing is."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(source, torch.Tensor)
+
+
 def _open(source: Any, label: str) -> AbstractContextManager[Image.Image]:
     if isinstance(source, Image.Image):
         return nullcontext(source)  # the caller's stays open
@@ -82,7 +87,9 @@ def _open(source: Any, label: str) -> AbstractContextManager[Image.Image]:
         return Image.open(source)
     if isinstance(source, bytes | bytearray | memoryview):
         return Image.open(io.BytesIO(source))
-    if isinstance(source, Tensor):
+    if _is_tensor(source):
+        import torch
+
         if source.dtype != torch.uint8 or source.ndim != 3 or source.shape[0] != 3 or 0 in source.shape:
             raise ImageError(f"{label} is {source.dtype} {list(source.shape)}; expected a uint8 tensor [3, H, W]")
         return picture_of(source)
@@ -104,11 +111,13 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     if turn is not None:
         image = image.transpose(turn)
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it to white
-        values = np.asarray(image).astype(np.float32)
+    if image.mode.startswith("I"):  # Pillow's own conversion would clip what has more than 8 bits to white
+        values = np.asarray(image).astype(np.float64)
         if values.min() < 0 or values.max() > 65535:
-            raise ImageError("grey values beyond 16 bits")
-        grey = (values / 257).round().astype(np.uint8)
+            raise ImageError(f"grey values from {values.min():g} to {values.max():g}, and 16 bits hold 0 to 65535")
+        # I;16 is of 16 bits, and so is what Pillow reads from a PGM, which it scales up to them. 32 bits say nothing.
+        of_8_bits = image.mode == "I" and image.format != "PPM" and values.max() <= 255
+        grey = (values if of_8_bits else values / 257).round().astype(np.uint8)
         grey[values == image.info.get("transparency")] = 255
         return Image.fromarray(grey).convert("RGB")
     if image.mode == "F":
@@ -122,32 +131,62 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     return upright
 
 
-def preprocess(image: Any, resolution: Resolution) -> Tensor:
-    """uint8 `[3, H, W]` for inference: anything that `load_image` takes, its shortest edge brought to the resolution
-    (bicubic, antialiased), then the centre. An (H, W) resolution is covered by the smallest resize that fills it.
+def preprocess(
+    image: Any,
+    resolution: Resolution,
+    *,
+    crop_pct: float = 1.0,
+    crop_mode: str = "center",
+    interpolation: str = "bicubic",
+    fill: tuple[float, float, float] = MEAN,
+) -> Tensor:
+    """uint8 `[3, H, W]` for inference, from anything that `load_image` takes.
+
+    crop_pct       the resolution is this share of the size to which the image is brought; then the centre is cut out
+    crop_mode      "center" brings the shortest edge to that size (an (H, W) resolution is covered by the smallest
+                   resize that fills it), "squash" both edges, "border" the longest, with a border around the rest
+    interpolation  one of Pillow's, antialiased
+    fill           colour of a border, RGB in 0 … 1; timm's is the mean
 
     Pillow resizes, tensors too, so the pixels are those of torchvision's and timm's transforms to the last level. (The
     strips that `MAX_RESIZED` speaks of may be resized in the other direction first: up to 30 levels at hard edges.)
     """
+    check_crop(crop_pct, crop_mode, interpolation)
     height, width = as_pair(resolution)
     picture = load_image(image)
     columns, rows = picture.size
-    if height == width:  # torchvision's Resize, which rounds down
+    scaled_height, scaled_width = (math.floor(side / crop_pct) for side in (height, width))
+    if crop_mode == "squash":
+        size = (scaled_width, scaled_height)
+    elif crop_mode == "center" and scaled_height == scaled_width:  # torchvision's Resize, which rounds down
         short = min(columns, rows)
-        size = (width * columns // short, height * rows // short)
+        size = (scaled_width * columns // short, scaled_height * rows // short)
     else:  # timm's ResizeKeepRatio
-        ratio = min(rows / height, columns / width)
-        size = (round(columns / ratio), round(rows / ratio))
-    left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
+        ratios = rows / scaled_height, columns / scaled_width
+        ratio = max(ratios) if crop_mode == "border" else min(ratios)
+        # At least a pixel: a long strip within a border would vanish, and timm fails.
+        size = (max(1, round(columns / ratio)), max(1, round(rows / ratio)))
+    resample = Image.Resampling[interpolation.upper()]
+    # A border is added, its odd pixel to the right and below, before the centre is cut out.
+    border = [max(0, side - found) for side, found in zip((width, height), size, strict=True)]
+    left, top = (
+        -(missing // 2) if missing else round((found - side) / 2)
+        for missing, found, side in zip(border, size, (width, height), strict=True)
+    )
     right, bottom = left + width, top + height
-    if size[0] * size[1] <= MAX_RESIZED:
-        return pixels_of(picture.resize(size, Image.Resampling.BICUBIC).crop((left, top, right, bottom)))
-    x, y = columns / size[0], rows / size[1]
-    box = (left * x, top * y, min(columns, right * x), min(rows, bottom * y))
-    return pixels_of(picture.resize((width, height), Image.Resampling.BICUBIC, box))
+    if size[0] * size[1] > MAX_RESIZED and not any(border):
+        x, y = columns / size[0], rows / size[1]
+        box = (left * x, top * y, min(columns, right * x), min(rows, bottom * y))
+        return pixels_of(picture.resize((width, height), resample, box))
+    resized = picture if picture.size == size else picture.resize(size, resample)
+    if not any(border):
+        return pixels_of(resized.crop((left, top, right, bottom)))
+    canvas = Image.new("RGB", (width, height), tuple(round(255 * value) for value in fill))
+    canvas.paste(resized, (-left, -top))
+    return pixels_of(canvas)
 
 
-def preprocess_native(image: Any, *, patch: int, max_patches: int) -> Tensor:
+def preprocess_native(image: Any, *, patch: int, max_patches: int, interpolation: str = "bicubic") -> Tensor:
     """uint8 `[3, rows * patch, columns * patch]` for packing: the whole image in its own shape, nothing cut off.
 
     The image is scaled to the area of max_patches, and rows and columns are the whole patches of that (Pix2Struct,
@@ -156,12 +195,13 @@ def preprocess_native(image: Any, *, patch: int, max_patches: int) -> Tensor:
     """
     if patch < 1 or max_patches < 1:
         raise ValueError(f"patch is {patch} and max_patches {max_patches}; expected at least 1")
+    check_crop(1.0, "center", interpolation)
     picture = load_image(image)
     width, height = picture.size
     # The roots rounded down, in whole numbers: a float would lose a row where the root is one.
     rows = min(max_patches, max(1, math.isqrt(max_patches * height // width)))
     columns = min(max_patches // rows, max(1, math.isqrt(max_patches * width // height)))
-    return pixels_of(picture.resize((columns * patch, rows * patch), Image.Resampling.BICUBIC))
+    return pixels_of(picture.resize((columns * patch, rows * patch), Image.Resampling[interpolation.upper()]))
 
 
 def picture_of(pixels: Tensor) -> Image.Image:
@@ -171,12 +211,21 @@ def picture_of(pixels: Tensor) -> Image.Image:
 
 def pixels_of(picture: Image.Image) -> Tensor:
     """An RGB image as uint8 `[3, H, W]`."""
+    import torch
+
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
-def normalize(images: Tensor) -> Tensor:
-    """float32 of the same shape, `(x / 255 - MEAN) / STD`, from uint8 `[N, 3, H, W]` or `[3, H, W]`, on its device."""
+def normalize(images: Tensor, mean: tuple[float, float, float] = MEAN, std: tuple[float, float, float] = STD) -> Tensor:
+    """float32 of the same shape, `(x / 255 - mean) / std`, from uint8 `[N, 3, H, W]` or `[3, H, W]`, on its device.
+
+    Mean and std are CLIP's by default; `VisionTower.normalize` has those of its weights.
+    """
+    import torch
+
     if images.dtype != torch.uint8 or images.ndim not in (3, 4) or images.shape[-3] != 3:
         raise ValueError(f"images are {images.dtype} {list(images.shape)}; expected uint8 [N, 3, H, W] or [3, H, W]")
-    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (MEAN, STD))
-    return images.float().mul_(1 / (255 * std)).sub_(mean / std)
+    # The dtype is said, because torch.set_default_dtype may have made another one the default.
+    of_channels = (torch.tensor(values, dtype=torch.float32, device=images.device) for values in (mean, std))
+    mean_, std_ = (values[:, None, None] for values in of_channels)
+    return images.float().mul_(1 / (255 * std_)).sub_(mean_ / std_)

@@ -43,7 +43,8 @@ def simclr_view(
         pixels = jitter(pixels, *(draw.uniform(1 - change, 1 + change) for _ in range(3)))
         pixels = turn_hue(pixels, draw.uniform(-0.2, 0.2) * strength)
     if draw.random() < 0.2:
-        grey = torch.einsum("c,chw->hw", LUMA, pixels.float()).round_().to(torch.uint8)
+        luma = torch.tensor(LUMA, dtype=torch.float32, device="cpu")
+        grey = torch.einsum("c,chw->hw", luma, pixels.float()).round_().to(torch.uint8)
         pixels = grey.expand_as(pixels).contiguous()
     if blur and draw.random() < 0.5:
         pixels = gaussian_blur(pixels, draw.uniform(0.1, 2.0))
@@ -59,7 +60,7 @@ def turn_hue(pixels: Tensor, turn: float) -> Tensor:
     safe = torch.where(chroma == 0, 1, chroma)
     hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
     # The three channels are one function of the hue, shifted by a third of the circle each.
-    shifts = torch.tensor([5.0, 3.0, 1.0])[:, None, None]
+    shifts = torch.tensor([5.0, 3.0, 1.0], dtype=torch.float32, device="cpu")[:, None, None]
     k = (hue + 6 * turn + shifts) % 6
     turned = value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
     return turned.round_().clamp_(0, 255).to(torch.uint8)
@@ -68,7 +69,7 @@ def turn_hue(pixels: Tensor, turn: float) -> Tensor:
 def gaussian_blur(pixels: Tensor, sigma: float) -> Tensor:
     """uint8 `[3, H, W]` under a Gaussian that reaches over a tenth of the height, mirrored at the edges."""
     reach = max(1, min(round(pixels.shape[1] * 0.1) // 2, pixels.shape[1] - 1, pixels.shape[2] - 1))
-    steps = torch.arange(-reach, reach + 1, dtype=torch.float32)
+    steps = torch.arange(-reach, reach + 1, dtype=torch.float32, device="cpu")
     weights = torch.exp(-0.5 * (steps / sigma) ** 2)
     weights = (weights / weights.sum()).expand(3, 1, 1, -1)
     padded = F.pad(pixels.float()[None], (reach, reach, reach, reach), mode="reflect")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import replace
 from itertools import accumulate
 from os import PathLike
@@ -19,6 +20,7 @@ from .blocks import Block, initialize
 from .config import Resolution, VisionTowerConfig, as_pair, grid_of
 from .packed import PackedPatches
 from .patches import patchify, resample_position_table
+from .preprocess import normalize, preprocess
 from .rotary import rotary_table
 
 
@@ -54,6 +56,7 @@ class VisionTower(nn.Module):
     def __init__(self, config: VisionTowerConfig) -> None:
         super().__init__()
         self.config = config
+        self._compile_options: dict[str, Any] | None = None
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.width))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.num_patches, config.width))
         self.patch_embed = PatchEmbed(config.patch, config.width)
@@ -120,8 +123,8 @@ class VisionTower(nn.Module):
         tables = [resample_position_table(self.pos_embed, config.grid, grid)[0, 1:] for grid in grids]
         start = dict(zip(grids, accumulate(map(len, tables), initial=0), strict=False))
         device = packed.places.device
-        starts = torch.tensor([start[grid] for grid in packed.grids])
-        rows = packed.places + starts.repeat_interleave(torch.tensor(packed.lengths)).to(device)
+        starts = torch.tensor([start[grid] for grid in packed.grids], device="cpu")
+        rows = packed.places + starts.repeat_interleave(torch.tensor(packed.lengths, device="cpu")).to(device)
         x = self.patch_embed(packed.patches) + F.embedding(rows, torch.cat(tables))
         class_token = (self.cls_token + self.pos_embed[:, :1])[0].expand(len(packed), -1)
         order, layout, restore = packed.arrange()
@@ -187,7 +190,34 @@ class VisionTower(nn.Module):
         limits.recompile_limit = max(limits.recompile_limit, 64)
         for block in self.blocks:
             block.compile(**options)
+        self._compile_options = options
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_compile_options": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> VisionTower:
+        """A copy of a module loses what is compiled, without a word; this one is compiled as the tower is."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(deepcopy(self.__getstate__(), memo))
+        return copied if self._compile_options is None else copied.compile_blocks(**self._compile_options)
+
+    def preprocess(self, image: Any) -> Tensor:
+        """`vision_tower.preprocess` to the resolution that is set, as these weights want it: uint8 `[3, H, W]`."""
+        config = self.config
+        return preprocess(
+            image,
+            config.resolution,
+            crop_pct=config.crop_pct,
+            crop_mode=config.crop_mode,
+            interpolation=config.interpolation,
+            fill=config.mean,
+        )
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """`vision_tower.normalize` with the mean and std of these weights: float32 from uint8."""
+        return normalize(images, self.config.mean, self.config.std)
 
     @property
     def num_layers(self) -> int:
@@ -212,7 +242,7 @@ class VisionTower(nn.Module):
             raise ValueError(f"trainable is {which!r}; a vision tower knows 'all' and 'none'")
         return self.requires_grad_(which == "all")
 
-    def encode(self, images: Sequence[Any] | Tensor | np.ndarray, **options: Any) -> np.ndarray:
+    def encode(self, images: Iterable[Any] | Tensor | np.ndarray, **options: Any) -> np.ndarray:
         """Embeds images of any kind and size; see `vision_tower.encoding.encode`, whose options these are."""
         from .encoding import encode
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from data_prep.shards import Dataset, ShardError, ShardUnavailable
 from text_tower import PackedTokens, Tokenizer
-from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from vision_tower import ImageError, augment, simclr_view
 
@@ -40,10 +39,12 @@ class Corrupt:
 
 @dataclass
 class Drawn:
-    """What went into a rank's part of a batch: texts by kind/source/language, the sum of their tokens and that of the
-    squares (attention's share), and samples that had to be replaced."""
+    """What went into a rank's part of a batch: texts by kind/source/language, how many of them `max_tokens` cut by
+    kind/source, the sum of their tokens and that of the squares (attention's share), and samples that had to be
+    replaced."""
 
     texts: Counter[str] = field(default_factory=Counter)
+    cut: Counter[str] = field(default_factory=Counter)
     tokens: int = 0
     squared_tokens: int = 0
     corrupt: list[Corrupt] = field(default_factory=list)
@@ -52,6 +53,13 @@ class Drawn:
         for length in texts.lengths if texts is not None else ():
             self.tokens += length
             self.squared_tokens += length**2
+
+    def of_sources(self, sources: Sequence[str]) -> list[int]:
+        """Texts from each of `sources` (kind/source), and then how many of these were cut."""
+        drawn = Counter[str]()
+        for name, count in self.texts.items():
+            drawn[name.rpartition("/")[0]] += count
+        return [*(drawn[source] for source in sources), *(self.cut[source] for source in sources)]
 
 
 class StageBatches(TorchDataset):
@@ -101,7 +109,7 @@ class StageBatches(TorchDataset):
     @property
     def fingerprint(self) -> dict[str, str]:
         """What data this is: {directory of a data set: hash of its manifest}."""
-        return {f"{d.kind}/{d.source}": d.fingerprint for d in [*self.image_sources, *self.text_sources]}
+        return {_name(d): d.fingerprint for d in [*self.image_sources, *self.text_sources]}
 
     def __len__(self) -> int:
         return self.stage.steps
@@ -115,6 +123,7 @@ class StageBatches(TorchDataset):
         drawn = Drawn()
         tasks = self.tasks_at(step)
         images, captions, image_seeds, image_ids = [], [], [], []
+        caption_sources, pair_sources = [], []
         views: list[list[tuple[torch.Tensor, int]]] = [[] for _ in range(self.stage.loss.views)]
         if "image_text" in tasks:
             start = self.stage.task_start.image_text
@@ -127,6 +136,7 @@ class StageBatches(TorchDataset):
                 for number, of_all in enumerate(views):
                     of_all.append(self._view(pixels, key(seed, "view", number), step))
                 captions.append(self._choose(content["captions"], seed, data, drawn)["text"])
+                caption_sources.append(_name(data))
                 image_seeds.append(seed)
                 image_ids.append(key(content["item"]))
         queries, targets, negatives, text_seeds, text_ids = [], [], [], [], []
@@ -140,12 +150,18 @@ class StageBatches(TorchDataset):
                 queries.append(query)
                 targets.append(target)
                 negatives += hard
+                pair_sources.append(_name(data))
                 text_seeds.append(seed)
                 text_ids.append(key(content["item"]))
         for view, seed in chain.from_iterable(views):
             images.append(view)
             image_seeds.append(seed)
-        batch = self._pack(images, captions, image_seeds, image_ids, queries, targets, negatives, text_seeds, text_ids)
+        texts = self.tokenizer([*captions, *queries, *targets, *negatives], max_length=None)
+        of_negatives = [name for name in pair_sources for _ in range(self.hard_negatives)]
+        sources = [*caption_sources, *pair_sources, *pair_sources, *of_negatives]
+        drawn.cut.update(n for n, ids in zip(sources, texts, strict=True) if len(ids) > self.stage.max_tokens)
+        texts = [shortened(ids, self.stage.max_tokens) for ids in texts]
+        batch = self._pack(images, texts, image_seeds, image_ids, text_seeds, text_ids)
         drawn.count_tokens(batch.texts)
         return batch, drawn
 
@@ -212,15 +228,12 @@ class StageBatches(TorchDataset):
     @staticmethod
     def _choose(alternatives: list[dict[str, Any]], seed: int, data: Dataset, drawn: Drawn) -> dict[str, Any]:
         text = alternatives[key(seed, "text") % len(alternatives)]
-        drawn.texts[f"{data.kind}/{data.source}/{text['language']}"] += 1
+        drawn.texts[f"{_name(data)}/{text['language']}"] += 1
         return text
 
-    def _pack(
-        self, images, captions, image_seeds, image_ids, queries, targets, negatives, text_seeds, text_ids
-    ) -> Batch:
-        texts = self.tokenizer([*captions, *queries, *targets, *negatives], max_length=self.stage.max_tokens)
+    def _pack(self, images, texts, image_seeds, image_ids, text_seeds, text_ids) -> Batch:
         per_negative = [s for s in text_seeds for _ in range(self.hard_negatives)]
-        of_captions = image_seeds[: len(captions)]  # views come after
+        of_captions = image_seeds[: len(image_ids)]  # views come after
         sections = {"caption": of_captions, "query": text_seeds, "target": text_seeds, "negative": per_negative}
         seeds = [key(seed, name, i) for name, part in sections.items() for i, seed in enumerate_within(part)]
         return Batch(
@@ -229,10 +242,19 @@ class StageBatches(TorchDataset):
             image_ids=torch.tensor(image_ids, dtype=torch.int64),
             texts=PackedTokens.from_lists(texts) if texts else None,
             text_seeds=torch.tensor(seeds, dtype=torch.int64),
-            pairs=len(queries),
+            pairs=len(text_ids),
             negatives=self.hard_negatives,
             text_ids=torch.tensor(text_ids, dtype=torch.int64),
         )
+
+
+def shortened(ids: list[int], longest: int) -> list[int]:
+    """A text's ids, of which at most `longest` stay: the first ones and `</s>`, as `Tokenizer` does with max_length."""
+    return ids if len(ids) <= longest else [*ids[: longest - 1], ids[-1]]
+
+
+def _name(data: Dataset) -> str:
+    return f"{data.kind}/{data.source}"
 
 
 def enumerate_within(seeds: list[int]) -> Iterator[tuple[int, int]]:
@@ -242,38 +264,6 @@ def enumerate_within(seeds: list[int]) -> Iterator[tuple[int, int]]:
         run = run + 1 if seed == previous else 0
         previous = seed
         yield run, seed
-
-
-class _FailuresAsItems(TorchDataset):
-    """Errors that name bad data, handed over whole: a loader's worker would bury them in a traceback."""
-
-    def __init__(self, data: TorchDataset):
-        self.data = data
-
-    def __getitem__(self, step: int) -> Any:
-        try:
-            return self.data[step]
-        except (ShardError, UserError) as error:
-            return error
-
-
-def batches(data: TorchDataset, start: int, stop: int, workers: int) -> Iterator[tuple[Any, Drawn]]:
-    """Batches `start` to `stop` - 1, made ahead by worker processes if there are any.
-
-    Raises:
-        UserError: a source of which hardly a sample can be read.
-    """
-    loader = DataLoader(
-        _FailuresAsItems(data),
-        batch_size=None,
-        sampler=range(start, stop),
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-    )
-    for item in loader:
-        if isinstance(item, Exception):
-            raise UserError(str(item)) from item
-        yield item
 
 
 def _replacement(data: Dataset, index: int, attempt: int, whole_shard: bool) -> int:
@@ -293,7 +283,6 @@ def _replacement(data: Dataset, index: int, attempt: int, whole_shard: bool) -> 
 def another(number: int, count: int, draw: int) -> int:
     """One of `count` numbers, drawn, but not `number`; that one if there is no other."""
     return (number + 1 + draw % max(1, count - 1)) % count
-
 
 
 def open_data_set(directory: Path | RemotePlace, kinds: tuple[str, ...]) -> Dataset:

@@ -90,7 +90,7 @@ def locked(path: Path) -> Iterator[None]:
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror}); name another remote.cache") from error
         with file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _lock(file, path, fcntl.LOCK_EX)
             if not _is(path, file):  # whoever held it has removed it
                 continue
             try:
@@ -107,11 +107,23 @@ def try_lock(path: Path) -> IO[bytes] | None:
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); name another remote.cache") from error
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(file, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         return None
     return file
+
+
+def _lock(file: IO[bytes], path: Path, how: int) -> None:
+    try:
+        fcntl.flock(file, how)
+    except BlockingIOError:
+        raise
+    except OSError as error:  # two processes would remove each other's copies
+        raise UserError(
+            f"{path.parent}: this file system has no locks ({error.strerror}); name a folder on another one as "
+            "remote.cache"
+        ) from error
 
 
 def _remove_unused(path: Path) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -11,45 +12,76 @@ from PIL import Image, ImageDraw, ImageFont
 
 from stage_trainer.data.keyed import key
 from stage_trainer.errors import UserError
-from stage_trainer.evaluation.retrieval import Embedded, Pool, embed, pools_of
+from stage_trainer.evaluation.held_out import find
+from stage_trainer.evaluation.retrieval import Embedded, Pool, embed, unit
 from stage_trainer.model import DualEncoder
 
 SHOWN_LANGUAGES = ("en", "de", "fr", "es", "pl", "ru", "el", "ar", "vi", "ka", "ja", "zh", "ko", "hi", "th")
+ROWS = 12
 TILE, GAP, LEFT, COLUMNS = 96, 10, 340, 6
+TOP, LINE, LINES = 64, 25, 3
+"""Above the first row; from one line of a query to the next, and how many a row has room for."""
+SIZE, SMALL = 20, 13
+"""Of letters, in pixels: queries and remarks."""
 RIGHT, INK, PALE = (24, 128, 56), (30, 30, 34), (120, 120, 128)
 
 Found = tuple[str, str, list[tuple[bytes, bool]]]
 """A query, a note on it, and the images found: (file, whether it is the right one)."""
 
 
-def draw_search(model_directory: str | Path, data: str | Path, queries: Sequence[str], out: str | Path) -> None:
+def draw_search(
+    model_directory: str | Path, data: str | Path, queries: Sequence[str], out: str | Path, say: Callable[[str], None]
+) -> None:
     """Draws one row for each query: the text at the left, the nearest images of all pools at the right.
 
-    Without `queries`, twelve names of held-out items are taken, in as many languages; the item meant is framed.
+    Without `queries`, twelve captions of held-out images are taken, in as many languages as there are; the image that
+    each belongs to is framed. `say` is told what is searched, and which letters no font has.
+
+    Raises:
+        UserError: no images to search, a model or data that cannot be read, or a picture that cannot be written.
     """
+    if blank := [query for query in queries if not query.strip()]:
+        raise UserError(f"a query is {blank[0]!r}; give some words, or no query at all")
+    found = find(data)
+    searched = [held_out for held_out in found.sets if held_out.images]
+    short = [held_out for held_out in searched if held_out.kind == "image-short"]
+    if short and not queries:  # long captions are mostly of the same images, and have no room here
+        searched = short
+    if not searched:
+        kinds = ", ".join(sorted({held_out.kind for held_out in found.sets}))
+        raise UserError(f"{data} has no images to search, it holds {kinds}; give a folder with images and captions")
     model = DualEncoder.from_pretrained(model_directory)
-    pools = [Pool.open(directory) for directory in pools_of(data)]
+    pools = [Pool.open(held_out.directory) for held_out in searched]
+    count = len({image for pool in pools for image in pool.images})
+    say(f"searching {count:,} images of {found.where}: {', '.join(f'{s.kind}/{s.directory.name}' for s in searched)}")
     fonts = fonts_of(Path(data))
     rows = _given(model, pools, queries) if queries else own_rows(pools, [embed(model, pool) for pool in pools], fonts)
-    canvas = draw(rows, fonts, note="" if queries else " (green: the item meant)")
+    if unknown := sorted({letter for query, _, _ in rows for letter in _missing(_pick(fonts, query, SIZE), query)}):
+        say(f"no font here has {' '.join(unknown[:8])}, drawn as boxes; put one that does into {Path(data) / 'fonts'}")
+    canvas = draw(rows, fonts, framed=not queries)
     try:
         canvas.save(out)
     except (OSError, ValueError) as error:
         raise UserError(f"could not write the picture {out}: {error}; name another file that ends in .png") from error
 
 
-def draw(rows: Sequence[Found], fonts: list[Path], note: str = " (green: the item meant)") -> Image.Image:
-    """One row for each query: the text at the left, the images found at the right."""
-    canvas = Image.new("RGB", (LEFT + COLUMNS * (TILE + GAP) + GAP, 64 + len(rows) * (TILE + GAP)), "white")
+def draw(rows: Sequence[Found], fonts: list[Path], *, framed: bool = True) -> Image.Image:
+    """One row for each query: the text at the left, the images found at the right, nearest first. A text that is longer
+    than its place ends in "…".
+
+    Args:
+        framed: the image that a query was taken from has a frame, and the heading says so.
+    """
+    canvas = Image.new("RGB", (LEFT + COLUMNS * (TILE + GAP) + GAP, TOP + len(rows) * (TILE + GAP)), "white")
     pen = ImageDraw.Draw(canvas)
-    pen.text((GAP, 20), "query", INK, _pick(fonts, "query", 20))
-    pen.text((LEFT, 20), f"nearest images{note}", INK, _pick(fonts, "nearest", 20))
+    room = LEFT - 2 * GAP
+    pen.text((GAP, 20), "query", INK, _pick(fonts, "query", SIZE))
+    heading = "nearest images" + (" (green frame: the query's own image)" if framed else "")
+    _write(pen, (LEFT, 20), heading, INK, _pick(fonts, heading, SIZE), canvas.width - LEFT - GAP, 1)
     for row, (query, remark, found) in enumerate(rows):
-        top = 64 + row * (TILE + GAP)
-        font = _pick(fonts, query, 20)
-        for line, part in enumerate(_wrap(query, font, LEFT - 2 * GAP)[:3]):
-            pen.text((GAP, top + 6 + 26 * line), part, INK, font)
-        pen.text((GAP, top + TILE - 18), remark, PALE, _pick(fonts, remark, 13))
+        top = TOP + row * (TILE + GAP)
+        _write(pen, (GAP, top), query, INK, _pick(fonts, query, SIZE), room, LINES)
+        _write(pen, (GAP, top + TILE - SMALL - 4), remark, PALE, _pick(fonts, remark, SMALL), room, 1)
         for column, (file, right) in enumerate(found):
             left = LEFT + column * (TILE + GAP)
             tile = Image.open(io.BytesIO(file)).convert("RGB")
@@ -61,70 +93,141 @@ def draw(rows: Sequence[Found], fonts: list[Path], note: str = " (green: the ite
 
 
 def _given(model: DualEncoder, pools: list[Pool], queries: Sequence[str]) -> list[Found]:
-    images = [image for pool in pools for image in pool.images]
+    # An image with a short and a long caption stands in two data sets, and is one.
+    images = list(dict.fromkeys(image for pool in pools for image in pool.images))
     vectors = model.encode_image(images)
     nearest = np.argsort(-(model.encode_text(list(queries)) @ vectors.T), axis=1)[:, :COLUMNS]
     return [(query, "", [(images[i], False) for i in row]) for query, row in zip(queries, nearest, strict=True)]
 
 
 def own_rows(pools: list[Pool], embedded: list[Embedded], fonts: list[Path]) -> list[Found]:
-    """Names of held-out items, pool by turns; picked by a hash, not by how well they do."""
+    """Captions of held-out images, pool by turns, one in each language before a second in any; picked by a hash, not by
+    how well they do."""
     rows: list[Found] = []
     shown: set[tuple[int, int]] = set()
-    for turn, language in enumerate(SHOWN_LANGUAGES):
-        which = turn % len(pools)
+    here = {language for pool in pools for language in pool.texts}
+    languages = [language for language in SHOWN_LANGUAGES if language in here] + sorted(here - {*SHOWN_LANGUAGES})
+    for turn in range(ROWS * len(pools)):
+        language = languages[turn % len(languages)]
+        which = (turn + turn // len(languages)) % len(pools)  # so that each language comes to each pool
         pool, vectors = pools[which], embedded[which]
         entries = [e for e in pool.texts.get(language, []) if (which, e[0]) not in shown]
         entries.sort(key=lambda entry: key("shown", entry))
-        chosen = next((entry for entry in entries if _drawable(fonts, entry[1])), None)
-        if chosen is None or len(rows) == 12:
+        few = entries[:50]  # where no font has a script's letters, more would not help
+        chosen = next((entry for entry in few if not _missing(_pick(fonts, entry[1], SIZE), entry[1])), None)
+        if chosen is None or len(rows) == ROWS:
             continue
         number, text = chosen
         shown.add((which, number))
-        query = vectors.texts[vectors.row[text]]
-        images = vectors.images / np.linalg.norm(vectors.images, axis=1, keepdims=True)
-        order = np.argsort(-(images @ query))
+        order = np.argsort(-(unit(vectors.images) @ vectors.texts[vectors.row[text]]))
         rank = int(np.where(order == number)[0][0]) + 1
-        meaning = text if language == "en" else dict(pool.texts.get("en", [])).get(number, text)
-        note = f"{language}: {meaning} (place {rank} of {len(order)})"
+        meaning = "" if language == "en" else dict(pool.texts.get("en", [])).get(number, "")
+        note = f"{language}, own image: number {rank} of {len(order)}" + (f" ({meaning})" if meaning else "")
         rows.append((text, note, [(pool.images[i], bool(i == number)) for i in order[:COLUMNS]]))
     return rows
 
 
 def fonts_of(data: Path) -> list[Path]:
     """The corpus's own fonts, then the system's; Pillow's built-in one covers Latin where there are none."""
-    system = [*Path("/usr/share/fonts").rglob("*.tt[fc]"), *Path("/System/Library/Fonts").rglob("*.tt[fc]")]
-    found = sorted((data / "fonts").glob("*.ttf")) + sorted(system, key=lambda p: (p.name != "DejaVuSans.ttf", str(p)))
+    folders = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "/System/Library/Fonts")
+    system = [path for folder in folders for path in Path(folder).expanduser().rglob("*.[to]t[fc]")]
+    found = sorted((data / "fonts").glob("*.[to]t[fc]"))
+    found += sorted(system, key=lambda path: (path.name != "DejaVuSans.ttf", str(path)))
     return [path for path in found if "Emoji" not in path.name]
 
 
-def _drawable(fonts: list[Path], text: str) -> bool:
-    return any(_has_glyphs(_load(font, 20), text) for font in [*fonts[:20], None])
-
-
 def _pick(fonts: list[Path], text: str, size: int) -> ImageFont.FreeTypeFont:
-    """The first font that has every letter of `text`."""
-    candidates = [_load(font, size) for font in [*fonts[:20], None]]
-    return next((f for f in candidates if _has_glyphs(f, text)), candidates[-1])
+    """The first font that has every letter of `text`, or else the one that lacks fewest of them."""
+    best, fewest = _load(None, size), len(text) + 1
+    for path in [*fonts, None]:
+        font = _load(path, size)
+        if font is not None and (lacking := len(_missing(font, text))) < fewest:
+            best, fewest = font, lacking
+            if not fewest:
+                break
+    assert best is not None  # Pillow's own
+    return best
 
 
-def _load(path: Path | None, size: int) -> ImageFont.FreeTypeFont:
-    font = ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
+@lru_cache(maxsize=512)
+def _load(path: Path | None, size: int) -> ImageFont.FreeTypeFont | None:
+    """None for a file that is no font, which is somebody else's trouble."""
+    try:
+        font = ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
+    except OSError:
+        return None
     assert isinstance(font, ImageFont.FreeTypeFont)
     return font
 
 
-def _has_glyphs(font: ImageFont.FreeTypeFont, text: str) -> bool:
-    missing = bytes(font.getmask("\uffff"))
-    return all(bytes(font.getmask(letter)) != missing for letter in set(text) if not letter.isspace())
+def _missing(font: ImageFont.FreeTypeFont, text: str) -> list[str]:
+    """The letters that a font would draw as boxes."""
+    return [letter for letter in sorted(set(text)) if letter.isprintable() and not _has(font, letter)]
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines
+@lru_cache(maxsize=65536)
+def _has(font: ImageFont.FreeTypeFont, letter: str) -> bool:
+    return letter.isspace() or bytes(font.getmask(letter)) != bytes(font.getmask("\uffff"))
+
+
+def _write(
+    pen: ImageDraw.ImageDraw,
+    corner: tuple[int, int],
+    text: str,
+    color: tuple[int, int, int],
+    font: ImageFont.FreeTypeFont,
+    width: int,
+    lines: int,
+) -> None:
+    """Writes into a box of so many pixels and lines, from the side where the script begins."""
+    wrapped = _wrap(text, font, width, lines)
+    to_left = _to_left(text)
+    for number, line in enumerate(wrapped):
+        # Ink may begin before the pen's place, or end after the advance (in italics, say).
+        left, _, right, _ = font.getbbox(line)
+        x = corner[0] + width - right if to_left else corner[0] - min(0, left)
+        pen.text((x, corner[1] + LINE * number), line, color, font)
+
+
+def _to_left(text: str) -> bool:
+    """Whether a text runs from right to left: its first letter of a strong direction does (UAX 9, P2)."""
+    import unicodedata
+
+    strong = (unicodedata.bidirectional(letter) for letter in text)
+    return next((kind in ("R", "AL") for kind in strong if kind in ("L", "R", "AL")), False)
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
+    """At most `lines` lines of at most `width` pixels: broken at spaces, else within a word; the rest is "…"."""
+    rest = " ".join(text.split())
+    wrapped: list[str] = []
+    while rest and len(wrapped) < lines:
+        if _width(font, rest) <= width:
+            return [*wrapped, rest]
+        if len(wrapped) == lines - 1:
+            kept = _fitting(rest, font, width, "…")
+            return [*wrapped, rest[:kept].rstrip() + "…"]
+        kept = _fitting(rest, font, width)
+        space = rest.rfind(" ", 0, kept + 1)
+        kept = space if space > 0 else kept
+        wrapped.append(rest[:kept].rstrip())
+        rest = rest[kept:].lstrip()
+    return wrapped
+
+
+def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int, end: str = "") -> int:
+    """How many of a text's letters fit, with `end` after them, marks staying with their letter; at least one."""
+    import unicodedata
+
+    low, high = 1, len(text)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if _width(font, text[:middle] + end) <= width else (low, middle - 1)
+    while 1 < low < len(text) and unicodedata.category(text[low]).startswith("M"):
+        low -= 1
+    return low
+
+
+def _width(font: ImageFont.FreeTypeFont, text: str) -> float:
+    left, _, right, _ = font.getbbox(text)
+    return right - min(0, left)

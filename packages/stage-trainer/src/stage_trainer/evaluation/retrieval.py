@@ -20,6 +20,7 @@ from stage_trainer.evaluation.text_retrieval import ndcg_at_k
 from stage_trainer.model import DualEncoder
 
 K = 5
+MAX_TOKENS = 512  # of a text, where the tower takes more: the default of jina-clip-v2 as published
 _QUERIES = 1024  # compared at a time: 25,000 captions with as many images would be gigabytes
 DIRECTIONS = ("text→image", "image→text", "text→English text")
 
@@ -41,10 +42,12 @@ class Pool:
 
     @classmethod
     def open(cls, directory: str | Path | RemotePlace) -> Pool:
-        """Reads a data set of images with captions; those of the role "name" or "query", or of none, all count.
+        """Reads a data set of images with captions; those of the role "name" or "query", or of none, all count, of a
+        data set of long captions also those of the role "long".
 
         Raises:
-            UserError: a data set that is missing or damaged, a sample without an image or without captions.
+            UserError: a data set that is missing, damaged or without such captions, a sample without an image or
+                without captions.
         """
         try:
             return cls._read(open_place(directory))
@@ -56,6 +59,8 @@ class Pool:
         images: list[bytes] = []
         texts: dict[str, list[tuple[int, str]]] = {}
         documents = False
+        counted = {"name", "query", *(["long"] if data.kind == "image-long" else [])}
+        other: set[str] = set()
         for number in range(len(data)):
             members = data.read(number)
             image, captions = image_of(members), texts_of(data, number, members).get("captions")
@@ -66,28 +71,20 @@ class Pool:
                 )
             images.append(image)
             for caption in captions:
-                if (role := caption.get("role", "name")) in ("name", "query"):
+                if (role := caption.get("role", "name")) in counted:
                     documents |= role == "query"
                     texts.setdefault(caption["language"], []).append((number, caption["text"]))
+                else:
+                    other.add(role)
+        if not texts:
+            found = f"captions of the role {', '.join(sorted(other))} alone" if other else "no sample at all"
+            raise ShardError(
+                f"{data.directory} has {found}; expected captions of the role {' or '.join(sorted(counted))}"
+            )
         return cls(data.source, images, dict(sorted(texts.items())), documents)
 
     def all_texts(self) -> list[str]:
         return sorted({text for entries in self.texts.values() for _, text in entries})
-
-
-def pools_of(data: str | Path) -> list[Path]:
-    """The short-caption pools of a corpus (its test split), of a folder of data sets, or the one data set itself."""
-    data = Path(data)
-    for found in (
-        data.glob("test/image-short/*/manifest.json"),
-        data.glob("*/manifest.json"),
-        data.glob("manifest.json"),
-    ):
-        if directories := sorted(path.parent for path in found):
-            return directories
-    raise UserError(
-        f"{data} holds no pools; expected test/image-short/SOURCE/manifest.json below it, as `data-prep corpus` writes"
-    )
 
 
 @dataclass(frozen=True)
@@ -114,8 +111,14 @@ def embed(model: DualEncoder, pool: Pool, *, rank: int = 0, world: int = 1) -> E
 @torch.no_grad()
 def embed_texts(model: DualEncoder, texts: Sequence[str], *, rank: int = 0, world: int = 1) -> np.ndarray:
     """`[N, D]`, not normalised; with `world` > 1 each rank embeds a part, and every rank gets the whole."""
-    part = model.encode_text(texts[rank::world], normalize=False, batch_size=256)
+    part = model.encode_text(texts[rank::world], max_length=MAX_TOKENS, normalize=False, batch_size=256)
     return _of_all_ranks(part, rank, world)
+
+
+def cut_texts(model: DualEncoder, texts: Sequence[str]) -> tuple[int, int]:
+    """(how many texts are longer than what `embed_texts` takes of a text, that in tokens)."""
+    longest = min(MAX_TOKENS, model.text.config.max_length)
+    return sum(len(ids) > longest for ids in model.text.tokenizer(texts)) if model.text.tokenizer else 0, longest
 
 
 def _of_all_ranks(part: np.ndarray, rank: int, world: int) -> np.ndarray:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from stage_trainer.plan.devices import GIB, Device, free_memory, present
+from stage_trainer.plan.lengths import Lengths
 from stage_trainer.plan.memory import Setting, estimate
-from stage_trainer.plan.planner import FRAGMENTED, Lengths, as_written, hard_negatives, model_of, segments, sizes_of
+from stage_trainer.plan.planner import FRAGMENTED, as_written, hard_negatives, model_of, segments, sizes_of
 from stage_trainer.plan.planner import with_chunks as largest_chunks
 from stage_trainer.recipe import GradientCache, Recipe
 

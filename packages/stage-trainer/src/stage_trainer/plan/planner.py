@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.shards import Dataset, ShardError
+from text_tower.lora import is_adapter
 from torch import nn
 from vision_tower import VisionTowerConfig
 
@@ -17,14 +18,14 @@ from stage_trainer.errors import UserError
 from stage_trainer.model import DualEncoder
 from stage_trainer.plan.devices import GIB, Device
 from stage_trainer.plan.flops import Flops, StepShape, kept_patches, step_flops
+from stage_trainer.plan.lengths import Lengths, text_lengths
 from stage_trainer.plan.memory import Estimate, Model, Setting, Sizes, estimate
-from stage_trainer.recipe import GradientCache, Recipe, Source, Stage, at_step
+from stage_trainer.recipe import GradientCache, Recipe, Stage, at_step
 
 RESERVE = 1.5 * GIB  # CUDA's context and libraries, NCCL's buffers
 FRAGMENTED = 0.05  # of the memory, lost between blocks that the allocator cannot join
 SMALLEST_CHUNK = 8  # images, or texts of the greatest length: below, products are too small to be worth running
 LARGEST_CHUNK = 1024, 8192  # images and texts: larger products run no faster
-SAMPLED = 256  # rows of a data set whose token counts are read
 TRIPLETS = 7  # hard negatives of a triplet, where no data says otherwise (arXiv 2412.08802, section 3.4)
 
 
@@ -48,15 +49,6 @@ class Cluster:
         if self.device.kind == "cpu":
             return int(self.device.memory * (1 - FRAGMENTED) / self.ranks)
         return max(0, int(self.device.memory * (1 - FRAGMENTED) - RESERVE))
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Mean tokens of a text, and where that is from."""
-
-    captions: float
-    texts: float
-    origin: str
 
 
 @dataclass(frozen=True)
@@ -114,11 +106,19 @@ class StagePlan:
         return max(self.segments, key=lambda plan: plan.as_written.memory.total)
 
 
-def plan_stage(recipe: Recipe, number: int, cluster: Cluster, *, mean_tokens: float | None = None) -> StagePlan:
+def plan_stage(
+    recipe: Recipe,
+    number: int,
+    cluster: Cluster,
+    *,
+    mean_tokens: float | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> StagePlan:
     """Plans stage `number`.
 
     Args:
-        mean_tokens: of a text; None: from the sidecars of the corpus, or half of `max_tokens`.
+        mean_tokens: of a text; None: counted on the data, or half of `max_tokens`.
+        say: is told what is under way.
 
     Raises:
         UserError: a stage of masked-language-model training, which is not planned; a model that cannot be.
@@ -129,14 +129,24 @@ def plan_stage(recipe: Recipe, number: int, cluster: Cluster, *, mean_tokens: fl
             f"stage {number} is masked-language-model training, which is not planned: its gradients add up over chunks "
             "of any size, so gradient_cache.tokens alone decides what fits"
         )
+    say(f"stage {number}: counting texts …")
     lengths = text_lengths(recipe, stage, mean_tokens)
     precision = cluster.device.precision(recipe.precision)
     plans = []
-    for segment in segments(stage):
+    cut = segments(stage)
+    for turn, segment in enumerate(cut, 1):
+        here = f"stage {number}, steps {segment.start:,} to {segment.stop:,} ({turn} of {len(cut)})"
+        say(f"{here}: walking through the towers, as the recipe has them …")
         model = model_of(recipe, number, segment, precision)
         sizes = sizes_of(stage, segment, cluster.ranks, lengths, hard_negatives(recipe, stage))
         written = _option(model, stage, sizes, segment, as_written(stage, model), cluster)
-        tried = list(_cheapest_first(model, stage, sizes, segment, recipe, cluster))
+        tried: list[Option] = []
+        ways = _cheapest_first(model, stage, sizes, segment, recipe, cluster)
+        while not (tried and tried[-1].fits):
+            say(f"{here}: trying way {len(tried) + 1} to make it fit …")
+            if (option := next(ways, None)) is None:
+                break
+            tried.append(option)
         samples = sum(getattr(stage.batch, task) for task in segment.tasks)
         plans.append(SegmentPlan(segment, samples, sizes, written, tuple(tried)))
     return StagePlan(number, stage.steps, lengths, precision, tuple(plans))
@@ -168,7 +178,7 @@ def model_of(recipe: Recipe, number: int, segment: Segment, precision: str) -> M
     empty = empty_model(recipe, number)
     assert isinstance(empty, DualEncoder)
     empty.vision.set_resolution(segment.resolution)
-    empty.text.set_trainable(stage.trainable.text)
+    empty.text.set_trainable(stage.trainable.text, adapter=next(iter(text.adapters), None))
     empty.vision.set_trainable(stage.trainable.image)
     learning = [p for p in empty.parameters() if p.requires_grad]
     zero = stage.deepspeed.get("zero_optimization", {})
@@ -191,7 +201,7 @@ def model_of(recipe: Recipe, number: int, segment: Segment, precision: str) -> M
 
 def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Whether Muon trains it (`optim.parameter_groups`)."""
-    return parameter.ndim == 2 and "embeddings" not in name
+    return parameter.ndim == 2 and "embeddings" not in name and not is_adapter(name)
 
 
 def _numbers(parameters: Iterator[nn.Parameter] | list[nn.Parameter]) -> int:
@@ -288,47 +298,16 @@ def shape_of(stage: Stage, segment: Segment, sizes: Sizes, vision: VisionTowerCo
     )
 
 
-def text_lengths(recipe: Recipe, stage: Stage, mean_tokens: float | None) -> Lengths:
-    """What a text is taken to have: as told, as the sidecars count, or half of `max_tokens`."""
-    if mean_tokens is not None:
-        mean = min(mean_tokens, stage.max_tokens)
-        return Lengths(mean, mean, f"texts of {mean:g} tokens on average, as told")
-    counted = [_counted(recipe, sources, stage.max_tokens) for sources in (stage.data.image_text, stage.data.text)]
-    assumed = stage.max_tokens / 2
-    captions, texts = (assumed if mean is None else mean for mean in counted)
-    if any(mean is not None for mean in counted):
-        origin = (
-            f"captions of {captions:.0f} and texts of {texts:.0f} tokens, each sample's longest text in the sidecars"
-        )
-    else:
-        origin = f"texts of {assumed:g} tokens on average, half of max_tokens (assumed; --mean-tokens says otherwise)"
-    return Lengths(captions, texts, origin)
-
-
-def _counted(recipe: Recipe, sources: tuple[Source, ...], max_tokens: int) -> float | None:
-    """Mean tokens of the first samples of each source, by rate; None if a source is not there or was not counted."""
-    means = []
-    for source in sources:
-        try:
-            data = Dataset.open(Path(recipe.corpus) / "train" / source.path)
-            rows = [data.row(i).tokens for i in range(min(SAMPLED, len(data)))]
-        except (ShardError, OSError):
-            return None
-        counts = [min(tokens, max_tokens) for tokens in rows if tokens]
-        if not counts:
-            return None
-        means.append((source.rate, sum(counts) / len(counts)))
-    return sum(rate * mean for rate, mean in means) / sum(rate for rate, _ in means) if means else None
-
-
 def hard_negatives(recipe: Recipe, stage: Stage) -> int:
-    """K of the stage's triplets; by the name of the data where it is not there to be asked."""
-    if not any(source.path.startswith("text-triplets") for source in stage.data.text):
-        return 0
+    """K of the stage's triplets, as the first sample has it; where the data is not there to be asked, its folder's name
+    has to do."""
     import json
 
+    if not stage.data.text:
+        return 0
+    path = stage.data.text[0].path
     try:
-        data = Dataset.open(Path(recipe.corpus) / "train" / stage.data.text[0].path)
-        return len(json.loads(data.read(0)["json"])["negatives"])
+        data = Dataset.open(Path(recipe.corpus) / "train" / path)
+        return len(json.loads(data.read(0)["json"])["negatives"]) if data.kind == "text-triplets" else 0
     except (ShardError, OSError, KeyError, ValueError):
-        return TRIPLETS
+        return TRIPLETS if "text-triplets" in path.split("/") else 0

@@ -1,11 +1,15 @@
-"""A plan as text."""
+"""A plan as text, no line of it longer than WIDTH."""
 
 from __future__ import annotations
+
+import textwrap
 
 from stage_trainer.plan.devices import GIB
 from stage_trainer.plan.memory import Setting
 from stage_trainer.plan.planner import Cluster, Option, SegmentPlan, StagePlan
 from stage_trainer.recipe import Recipe
+
+WIDTH = 120
 
 
 def heading(recipe: Recipe, cluster: Cluster) -> str:
@@ -23,12 +27,13 @@ def heading(recipe: Recipe, cluster: Cluster) -> str:
         )
     else:
         lines.append("no peak is known for this device, so no times; give one with --peak")
-    return "\n".join(lines)
+    return "\n".join(_wrapped(lines))
 
 
 def stage_table(plan: StagePlan, cluster: Cluster) -> str:
     """Each segment's ways to run, and the memory, operations, time and money of the recipe's own and the best."""
     lines = [f"stage {plan.number}: {plan.steps:,} steps, {plan.precision}; {plan.lengths.origin}"]
+    lines += [f"  {line}" for line in plan.lengths.cut]
     for segment_plan in plan.segments:
         lines += ["", *_segment(segment_plan, plan, cluster)]
     deciding = plan.deciding
@@ -42,7 +47,16 @@ def stage_table(plan: StagePlan, cluster: Cluster) -> str:
     else:
         lines.append(f"  cheapest that fits: {_in_recipe(best.setting)}")
     lines += _totals(plan, cluster)
-    return "\n".join(lines)
+    return "\n".join(_wrapped(lines))
+
+
+def _wrapped(lines: list[str]) -> list[str]:
+    """Lines that are too long go on below, further to the right."""
+    parts = []
+    for line in lines:
+        indent = " " * (len(line) - len(line.lstrip()) + 4)
+        parts += textwrap.wrap(line, WIDTH, subsequent_indent=indent, break_on_hyphens=False) or [""]
+    return parts
 
 
 def _segment(plan: SegmentPlan, stage: StagePlan, cluster: Cluster) -> list[str]:
@@ -51,28 +65,48 @@ def _segment(plan: SegmentPlan, stage: StagePlan, cluster: Cluster) -> list[str]
     lines = [
         f"  steps {segment.start:,} to {segment.stop:,}: {segment.resolution} px{dropped}; a device has "
         f"{sizes.images:,} images and {sizes.texts:,} texts of {sizes.length} tokens",
-        f"    {'way to run':<46}{'peak':>10}  {'fits':<4}{'samples/s':>11}",
     ]
-    shown = [("as in the recipe: " + describe(plan.as_written.setting), plan.as_written)]
+    shown = [("the recipe's: " + describe(plan.as_written.setting), plan.as_written)]
     shown += [(describe(option.setting), option) for option in plan.tried]
+    width = min(max(len(name) for name, _ in shown), WIDTH - 35)
+    lines.append(f"    {'way to run':<{width}}{'peak':>14}  {'fits':<4}{'samples/s':>11}")
     for name, option in shown:
         seconds = plan.seconds(option, cluster, stage.precision)
         speed = f"{plan.samples / seconds:>11,.0f}" if seconds else f"{'–':>11}"
-        peak, fits = f"{option.memory.total / GIB:>6.2f} GiB", "yes" if option.fits else "no"
-        lines.append(f"    {name:<46}{peak}  {fits:<4}{speed}")
+        fits = "yes" if option.fits else "no"
+        *above, name = textwrap.wrap(name, width, subsequent_indent="  ")
+        lines += [f"    {part}" for part in above]
+        lines.append(f"    {name:<{width}}{_size(option.memory.total):>14}  {fits:<4}{speed}")
     return [*lines, "", *_details(plan.as_written if plan.as_written.fits or not plan.best else plan.best)]
 
 
 def _details(option: Option) -> list[str]:
     """Memory by part and operations of one way to run."""
     flops = option.flops
-    parts = [f"    {size / GIB:>9.2f} GiB  {name}" for name, size in option.memory.parts.items() if size]
+    parts = [f"    {_size(size):>13}  {name}" for name, size in option.memory.parts.items() if size]
     return [
-        f"    memory of one device, {describe(option.setting)}, at its peak ({option.memory.moment}):",
+        f"    memory of one device, {describe(option.setting)}, at its peak ({_moment(option)}):",
         *parts,
-        f"    PFLOP of a step, in all: {flops.forward / 1e15:,.4g} forward, {flops.backward / 1e15:,.4g} backward, "
-        f"{flops.recomputed / 1e15:,.4g} recomputed",
+        f"    floating-point operations of a step, on all devices: {_operations(flops.forward)} forward, "
+        f"{_operations(flops.backward)} backward, {_operations(flops.recomputed)} recomputed",
     ]
+
+
+def _moment(option: Option) -> str:
+    """`memory` numbers the moments of a backward pass; which one it is says nothing to a person."""
+    tower, is_backward, _ = option.memory.moment.partition(", backward")
+    return f"in the backward pass of the {tower}" if is_backward else option.memory.moment
+
+
+def _size(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"
+
+
+def _operations(count: float) -> str:
+    """With the unit that leaves up to four digits before the point."""
+    units = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
+    size, unit = next(((size, unit) for size, unit in units if count >= size), units[-1])
+    return f"{count / size:,.4g} {unit}"
 
 
 def _totals(plan: StagePlan, cluster: Cluster) -> list[str]:
@@ -86,9 +120,9 @@ def _totals(plan: StagePlan, cluster: Cluster) -> list[str]:
             return []
         hours += seconds * (segment_plan.segment.stop - segment_plan.segment.start) / 3600
     how = "as in the recipe" if plan.deciding.as_written.fits else "in the cheapest way that fits"
-    line = f"  {how}: {_time(hours)}, {hours * cluster.ranks:,.0f} device hours"
+    line = f"  {how}: {_time(hours)}, {_round(hours * cluster.ranks)} device hours"
     if cluster.price is not None:
-        line += f", {hours * cluster.ranks * cluster.price:,.0f} at {cluster.price:g} a device hour"
+        line += f", {_round(hours * cluster.ranks * cluster.price)} at {cluster.price:g} a device hour"
     return [line]
 
 
@@ -116,6 +150,12 @@ def _in_recipe(setting: Setting) -> str:
 
 
 def _time(hours: float) -> str:
+    if hours < 1 / 60:
+        return f"{hours * 3600:.1f} seconds"
     if hours < 1:
         return f"{hours * 60:.1f} minutes"
     return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.1f} days"
+
+
+def _round(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"

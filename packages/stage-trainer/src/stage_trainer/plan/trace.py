@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from vision_tower import VisionTower, VisionTowerConfig, normalize, patch_keep_indices
+from vision_tower import VisionTower, VisionTowerConfig, patch_keep_indices
 
 from stage_trainer.plan.devices import Device
 
@@ -214,7 +214,7 @@ def trace_images(
 
     def forward() -> Tensor:
         keep = patch_keep_indices(seeds, config.num_patches, patch_dropout) if patch_dropout else None
-        return tower(normalize(pixels), keep=keep)
+        return tower(tower.normalize(pixels), keep=keep)
 
     return _walk(tower, tower.blocks, forward, (pixels, seeds), config.layers, device, precision, again)
 

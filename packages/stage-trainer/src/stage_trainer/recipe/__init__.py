@@ -1,4 +1,4 @@
-"""A recipe: its schema, what it cannot mean, and reading it from a file."""
+"""A recipe: its schema, what it cannot mean, and reading it from a file. Nothing here needs torch."""
 
 from stage_trainer.recipe.schema import (
     Augmentation,
@@ -10,8 +10,10 @@ from stage_trainer.recipe.schema import (
     Masking,
     Model,
     Optimizer,
+    Override,
     PerTask,
     PerTower,
+    Rates,
     Recipe,
     Remote,
     Source,
@@ -31,8 +33,10 @@ __all__ = [
     "Masking",
     "Model",
     "Optimizer",
+    "Override",
     "PerTask",
     "PerTower",
+    "Rates",
     "Recipe",
     "Remote",
     "Source",

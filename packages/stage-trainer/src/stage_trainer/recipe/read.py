@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from stage_trainer.data.remote import Address, is_remote
 from stage_trainer.errors import UserError
+from stage_trainer.recipe.overrides import apply, known_at, short, unknown_key
 from stage_trainer.recipe.rules import check
-from stage_trainer.recipe.schema import Recipe, Stage
+from stage_trainer.recipe.schema import GradientCache, Recipe
+from stage_trainer.recipe.yaml_text import Ours, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,56 +27,50 @@ class Loaded:
     stated: frozenset[str]
 
 
-def load(path: str | Path, overrides: list[str] | tuple[str, ...] = (), stage: int | None = None) -> Loaded:
-    """Reads and checks a recipe.
+def load(path: str | Path, overrides: Sequence[str] = (), stage: int | None = None, *, ranks: int = 1) -> Loaded:
+    """Reads and checks a recipe. Nothing here imports torch, so that a mistake is told at once.
 
     Args:
         path: the YAML file.
         overrides: `key=value` strings; the key is a dotted path (`optimizer.name`, `stages.1.steps`), or, with `stage`
             given, one of a stage's own fields (`steps`, `batch.text`); the value is YAML.
-        stage: the stage, from 1, that bare stage keys of `overrides` mean.
+        stage: the stage, from 1, that is to run, and that bare stage keys of `overrides` mean.
+        ranks: processes that are to share a batch.
 
     Raises:
-        UserError: a file that is missing or no YAML, an unknown key (with the nearest right one), a wrong type.
+        UserError: a file that is missing or no YAML, an unknown key (with the nearest right one), a wrong type, or what
+            cannot be meant (`recipe.rules`).
     """
+    tree = parse(_text(Path(path)), str(path))
+    if not isinstance(tree, dict):
+        keys = ", ".join(f.name for f in dataclasses.fields(Recipe))
+        raise UserError(f"{path} should be a mapping with the keys {keys}; found {type(tree).__name__}")
+    ours: set[str] = set()
+    tree = _strip_marks(tree, "", ours)
+    overridden = {apply(tree, item, stage): item for item in overrides}
+    ours |= set(overridden)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        recipe = TypeAdapter(Recipe).validate_python(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error, str(path), overridden)) from None
+    check(recipe, f"{path} with overrides" if overrides else str(path), stage=stage, ranks=ranks)
+    return Loaded(recipe, frozenset(ours), frozenset(flatten(tree)))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
-        near = sorted(p.name for p in Path(path).parent.glob("*.yaml")) if Path(path).parent.is_dir() else []
+        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise UserError(
             f"no recipe {path}; " + (f"beside it there are {near}" if near else "no such folder")
         ) from error
     except OSError as error:
         raise UserError(f"cannot read the recipe {path}: {error.strerror}") from error
-    try:
-        tree = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
+    except UnicodeDecodeError as error:
         raise UserError(
-            f"{path} should be a mapping with the keys {', '.join(_fields(Recipe))}; found {type(tree).__name__}"
-        )
-    ours: set[str] = set()
-    tree = _strip_marks(tree, "", ours)
-    for item in overrides:
-        ours.add(_override(tree, item, stage))
-    try:
-        recipe = TypeAdapter(Recipe).validate_python(tree)
-    except ValidationError as error:
-        raise UserError(f"{path}: " + "; ".join(_explain(e) for e in error.errors())) from None
-    check(recipe, path)
-    return Loaded(recipe, frozenset(ours), frozenset(flatten(tree)))
-
-
-def build_config(cls: type, values: dict[str, Any], where: str) -> Any:
-    """A tower's frozen config dataclass from a recipe's mapping, with the recipe's manner of error."""
-    unknown = set(values) - set(_fields(cls))
-    if unknown:
-        raise UserError("; ".join(_unknown(f"{where}.{key}", key, _fields(cls)) for key in sorted(unknown)))
-    try:
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {error}") from error
+            f"{path} is not UTF-8 (byte {error.start} is {error.object[error.start]:#x}); save it so"
+        ) from None
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -102,33 +97,8 @@ def _shown(value: Any) -> Any:
     return str(Address(value)) if isinstance(value, str) and is_remote(value) else value
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that also reads 2e-4 as a number (YAML 1.1 wants 2.0e-4) and knows the tag `!ours`."""
-
-
-class _Ours:
-    def __init__(self, value: Any):
-        self.value = value
-
-
-def _construct_ours(loader: yaml.SafeLoader, node: yaml.Node) -> _Ours:
-    if isinstance(node, yaml.ScalarNode):
-        plain = yaml.ScalarNode(loader.resolve(yaml.ScalarNode, node.value, (True, False)), node.value)
-        return _Ours(loader.construct_object(plain))
-    if isinstance(node, yaml.MappingNode):
-        return _Ours(loader.construct_mapping(node, deep=True))
-    assert isinstance(node, yaml.SequenceNode)
-    return _Ours(loader.construct_sequence(node, deep=True))
-
-
-_Loader.add_constructor("!ours", _construct_ours)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
 def _strip_marks(tree: Any, path: str, ours: set[str]) -> Any:
-    if isinstance(tree, _Ours):
+    if isinstance(tree, Ours):
         ours.add(path)
         return _strip_marks(tree.value, path, ours)
     if isinstance(tree, dict):
@@ -138,62 +108,34 @@ def _strip_marks(tree: Any, path: str, ours: set[str]) -> Any:
     return tree
 
 
-def _override(tree: dict[str, Any], item: str, stage: int | None) -> str:
-    key, equals, text = item.partition("=")
-    if not equals:
-        raise UserError(f"{item!r} is not of the form key=value, for example optimizer.name=adamw")
-    parts = key.split(".")
-    if parts[0] == "stages" and len(parts) > 1 and parts[1].isdigit():
-        if parts[1] == "0":
-            raise UserError(f"{item!r}: stages are counted from 1")
-        parts[1] = str(int(parts[1]) - 1)
-    elif stage is not None and parts[0] in _fields(Stage):
-        parts = ["stages", str(stage - 1), *parts]
-    node: Any = tree
-    for depth, part in enumerate(parts[:-1]):
-        try:
-            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
-        except (IndexError, ValueError, AttributeError) as error:
-            raise UserError(f"{item!r}: the recipe has nothing at {'.'.join(parts[: depth + 1])}") from error
-    if not isinstance(node, dict):
-        raise UserError(f"{item!r}: {'.'.join(parts[:-1])} is not a mapping")
-    try:
-        node[parts[-1]] = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{item!r}: the value is not valid YAML ({error})") from error
-    return ".".join(parts)
+def _explain(error: ValidationError, file: str, overridden: dict[str, str]) -> str:
+    """What is wrong, each fault with the file or the override that it is from."""
+    faults: dict[str, list[str]] = {}
+    for fault in error.errors():
+        if fault["type"] == "literal_error" and isinstance(fault["input"], dict):
+            continue  # of "a mapping or the word auto" a mapping was meant, and what is wrong with it is another fault
+        location = [p for p in fault["loc"] if p != GradientCache.__name__ and not str(p).startswith("literal[")]
+        place = ".".join(map(str, location))
+        source = next(
+            (f"override {short(item)}" for key, item in overridden.items() if f"{place}.".startswith(f"{key}.")), file
+        )
+        told = faults.setdefault(source, [])
+        if (text := _sentence(fault, location)) not in told:
+            told.append(text)
+    return "; ".join(f"{source}: {'; '.join(told)}" for source, told in faults.items())
 
 
-def _fields(cls: type) -> list[str]:
-    return [f.name for f in dataclasses.fields(cls)]
-
-
-def _unknown(path: str, key: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"unknown key {path!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
-
-
-def _explain(error: Any) -> str:
-    """One sentence for one of pydantic's errors; stages are counted from 1, as everywhere that a person sees them."""
-    location = list(error["loc"])
+def _sentence(fault: Any, location: list[Any]) -> str:
+    """Stages are counted from 1, as everywhere that a person sees them."""
     shown = [
         str(p + 1) if i and location[i - 1] == "stages" and isinstance(p, int) else str(p)
         for i, p in enumerate(location)
     ]
     path = ".".join(shown)
-    if error["type"] == "unexpected_keyword_argument":
-        return _unknown(path, str(location[-1]), _known_at(location[:-1]))
-    if error["type"] in ("missing", "missing_argument"):
+    if fault["type"] == "unexpected_keyword_argument":
+        return unknown_key(path, str(location[-1]), known_at(location[:-1]))
+    if fault["type"] in ("missing", "missing_argument"):
         return f"{path!r} is missing; add it"
-    return f"{path!r}: {error['msg']}; found {error['input']!r}"
-
-
-def _known_at(location: list[Any]) -> list[str]:
-    cls: Any = Recipe
-    for part in location:
-        if isinstance(part, int):
-            continue
-        hint = get_type_hints(cls).get(part)
-        options = [hint, *get_args(hint)]
-        cls = next((o for o in options if dataclasses.is_dataclass(o)), cls)
-    return _fields(cls)
+    expected = fault["msg"].removeprefix("Value error, ").replace("tuple", "list")
+    expected = re.sub(r"dictionary( or an? instance of \w+)?", "mapping", expected)  # in the words of YAML
+    return f"{path!r}: {expected}; found {short(fault['input'])}"

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict
+from pydantic import BeforeValidator, ConfigDict
 from pydantic.dataclasses import dataclass
 
 from stage_trainer.errors import UserError
@@ -18,27 +18,47 @@ from stage_trainer.errors import UserError
 _STRICT = ConfigDict(extra="forbid", strict=False)
 
 
+def _no_truth(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number is expected here, and true or false is none")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_no_truth)]
+Float = Annotated[float, BeforeValidator(_no_truth)]
+"""Numbers of YAML. A `true` would otherwise pass for 1; 1e5 passes for 100000 where whole numbers are expected."""
+
+
 @dataclass(frozen=True, config=_STRICT)
 class PerTask:
     """The step from which a task takes part, or the global batch sizes."""
 
-    image_text: int = 0
-    text: int = 0
+    image_text: Int = 0
+    text: Int = 0
 
 
 @dataclass(frozen=True, config=_STRICT)
 class BatchSizes(PerTask):
     """Global batch sizes: of pairs, or, in a stage of masked-language-model training, of texts and nothing else."""
 
-    masked_lm: int = 0
+    masked_lm: Int = 0
 
 
 @dataclass(frozen=True, config=_STRICT)
 class PerTower:
     """One number for each tower."""
 
-    image: float = 1.0
-    text: float = 1.0
+    image: Float = 1.0
+    text: Float = 1.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Rates:
+    """Peak learning rates. The image tower and the temperature of the image-text loss train at `image`, the text tower
+    and the temperature of the text loss at `text`. None: left out, which is for where nothing trains at it."""
+
+    image: Float | None = None
+    text: Float | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -59,7 +79,7 @@ class Source:
     """
 
     path: str
-    rate: float = 1.0
+    rate: Float = 1.0
     target_language: str | None = None
 
 
@@ -80,9 +100,9 @@ class Loss:
     image unless `image_views` is false (section 5.2; `contrastive_losses.unified_info_nce`)."""
 
     kind: Literal["multi_task", "unified"] = "multi_task"
-    dims: tuple[int, ...] = ()
+    dims: tuple[Int, ...] = ()
     image_views: bool = True
-    min_temperature: float = 0.01
+    min_temperature: Float = 0.01
 
     @property
     def views(self) -> int:
@@ -99,18 +119,18 @@ class Masking:
     """Masked-language-model training: the `share` of the words that are hidden, and languages drawn in proportion to
     their number of texts to the power of `language_exponent` (both as in XLM-R, arXiv 1911.02116)."""
 
-    share: float = 0.15
-    language_exponent: float = 0.3
+    share: Float = 0.15
+    language_exponent: Float = 0.3
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Augmentation:
     """Random resized crop of training images: share of the area kept, aspect ratios, flips, colour jitter."""
 
-    scale: tuple[float, float] = (0.9, 1.0)
-    ratio: tuple[float, float] = (0.75, 1.3333)
+    scale: tuple[Float, Float] = (0.9, 1.0)
+    ratio: tuple[Float, Float] = (0.75, 1.3333)
     flip: bool = False
-    color: float = 0.0
+    color: Float = 0.0
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -119,8 +139,8 @@ class GradientCache:
     Masked-language-model training needs no cache: its chunks' gradients are added up. In place of sizes, `auto` settles
     them, or on none, by the memory that a run finds (`plan.auto`)."""
 
-    images: int = 0
-    tokens: int = 0
+    images: Int = 0
+    tokens: Int = 0
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -132,18 +152,18 @@ class Stage:
     pairs or embeddings bears on it, and it needs no `resolution` and no `loss`.
     """
 
-    steps: int
-    max_tokens: int
+    steps: Int
+    max_tokens: Int
     batch: BatchSizes
-    lr: PerTower
+    lr: Rates
     data: StageData
-    resolution: tuple[tuple[int, int], ...] = ()
+    resolution: tuple[tuple[Int, Int], ...] = ()
     loss: Loss = field(default_factory=Loss)
     masking: Masking = field(default_factory=Masking)
     layer_decay: PerTower = field(default_factory=PerTower)
-    warmup_steps: int = 0
-    min_lr_ratio: float = 0.0
-    patch_dropout: tuple[tuple[int, float], ...] = ((0, 0.0),)
+    warmup_steps: Int = 0
+    min_lr_ratio: Float = 0.0
+    patch_dropout: tuple[tuple[Int, Float], ...] = ((0, 0.0),)
     task_start: PerTask = field(default_factory=PerTask)
     augmentation: Augmentation = field(default_factory=Augmentation)
     trainable: Trainable = field(default_factory=Trainable)
@@ -176,13 +196,22 @@ class Optimizer:
     """
 
     name: Literal["adamw", "muon"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-6
-    weight_decay: float = 0.02
-    gradient_clipping: float = 1.0
-    embedding_lr_scale: float = 1.0
-    muon_lr_scale: float = 20.0
-    muon_momentum: float = 0.95
+    betas: tuple[Float, Float] = (0.9, 0.98)
+    eps: Float = 1e-6
+    weight_decay: Float = 0.02
+    gradient_clipping: Float = 1.0
+    embedding_lr_scale: Float = 1.0
+    muon_lr_scale: Float = 20.0
+    muon_momentum: Float = 0.95
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Override:
+    """What shall be other than the weights have it: fields of a tower, and where both temperatures start."""
+
+    text: dict[str, Any] = field(default_factory=dict)
+    vision: dict[str, Any] = field(default_factory=dict)
+    temperature: Float | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -191,16 +220,26 @@ class Model:
 
     A recipe whose stages are all masked-language-model training needs no `vision`.
 
-    `text_weights` and `vision_weights` are directories or hub names that the towers' `from_pretrained` (or timm) read;
-    without them the towers start from random weights.
+    `weights` is a whole model: a directory that `export` wrote or a checkpoint's `model/`, or one of jina-clip-v2;
+    `text_weights` and `vision_weights` are towers, directories or hub names that their `from_pretrained` (or timm)
+    read, and go before it. Without any the towers start from random weights.
+
+    Weights bring what belongs to them: shapes, rotary base, epsilons, adapters with their rank and alpha, instructions,
+    and a whole model's temperatures and, where `tokenizer` is left out, its tokenizer. `text` and `vision` then need
+    not say it, and may not say otherwise, but under `override`. Dropout, lengths, checkpointing, attention and
+    compilation are the recipe's (`max_length`, where it is left out, the weights').
+
+    `temperature` is where both temperatures of a new model start (None: 0.07).
     """
 
-    text: dict[str, Any]
-    tokenizer: str
+    text: dict[str, Any] = field(default_factory=dict)
+    tokenizer: str | None = None
     vision: dict[str, Any] | None = None
+    weights: str | None = None
     text_weights: str | None = None
     vision_weights: str | None = None
-    temperature: float = 0.07
+    temperature: Float | None = None
+    override: Override = field(default_factory=Override)
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -210,7 +249,7 @@ class Evaluation:
     "score". A stage of masked-language-model training measures its loss on the validation split of its own data
     instead."""
 
-    every: int = 0
+    every: Int = 0
     pools: tuple[str, ...] = ()
 
 
@@ -222,8 +261,8 @@ class Checkpoint:
     image"): whenever that is better than before, a checkpoint is written, and the best one stays too.
     """
 
-    every: int = 0
-    keep: int = 2
+    every: Int = 0
+    keep: Int = 2
     best: str | None = None
 
 
@@ -240,10 +279,10 @@ class Remote:
     """
 
     cache: str = "~/.cache/trilith"
-    gigabytes: float | None = None
-    downloads: int = 8
-    timeout: float = 60.0
-    retries: int = 6
+    gigabytes: Float | None = None
+    downloads: Int = 8
+    timeout: Float = 60.0
+    retries: Int = 6
     allow_pipe: bool = False
 
 
@@ -265,14 +304,14 @@ class Recipe:
     model: Model
     stages: tuple[Stage, ...]
     paper: str | None = None
-    seed: int = 0
+    seed: Int = 0
     precision: Literal["bf16", "fp32", "auto"] = "bf16"
-    workers: int = 0
-    cache_megabytes: int = 0
+    workers: Int = 0
+    cache_megabytes: Int = 0
     remote: Remote = field(default_factory=Remote)
-    max_corrupt: float = 0.01
-    max_skipped: int = 5
-    log_every: int = 10
+    max_corrupt: Float = 0.01
+    max_skipped: Int = 5
+    log_every: Int = 10
     sinks: tuple[str, ...] = ()
     optimizer: Optimizer = field(default_factory=Optimizer)
     evaluation: Evaluation = field(default_factory=Evaluation)

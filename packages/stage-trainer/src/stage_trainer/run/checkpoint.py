@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from vision_tower import resample_optimizer_state
 
 from stage_trainer.build import Model
 from stage_trainer.errors import UserError
-from stage_trainer.files import free_name, whole_directory
+from stage_trainer.files import free_name, save_tensors, whole_directory
 from stage_trainer.model import DualEncoder
 from stage_trainer.run.rank_0 import copy_to_other_machines, from_rank_0
 
@@ -51,11 +51,11 @@ class Saved:
     def optimizer(self) -> dict[str, Tensor]:
         return load_file(self.path / "optimizer.safetensors")
 
-    def damage(self) -> str | None:
-        """What differs from what was written, or None. Reads the whole checkpoint."""
+    def damage(self, part: str = "") -> str | None:
+        """What differs from what was written, or None. Reads the whole checkpoint, or the files below `part`."""
         try:
             written = self.state()["files"]
-            for name, digest in written.items():
+            for name, digest in ((n, d) for n, d in written.items() if n.startswith(part)):
                 if not (self.path / name).is_file():
                     return f"{name} is missing"
                 if _sha256(self.path / name) != digest:
@@ -102,6 +102,12 @@ def newest_sound(directory: Path) -> Saved | None:
             problem = UserError(f"{'; '.join(damages)}; move them away and start the stage again")
         for line in damages if found else ():
             print(f"{line}; going on from step {found.step} instead", flush=True)  # type: ignore[union-attr]
+        if damages and found:
+            print(
+                "(damaged checkpoints stay, for you to look at, and can be deleted; when the run comes to the step of "
+                "one again, that one gets a name that ends in .damaged-1)",
+                flush=True,
+            )
     found, problem = from_rank_0((found, problem))
     if problem is not None:
         raise problem
@@ -110,17 +116,22 @@ def newest_sound(directory: Path) -> Saved | None:
     return found
 
 
+def path_of(directory: Path, step: int) -> Path:
+    """Where a stage's checkpoint of a step stands."""
+    return directory / f"step-{step:07d}"
+
+
 def write(directory: Path, step: int, model: Model, optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Writes the checkpoint of `step`, whole or not at all.
 
     Raises:
         UserError: the disk took no more.
     """
-    target = directory / f"step-{step:07d}"
-    if target.exists():  # damaged, or the run would have gone on from it
-        target.rename(free_name(target, "damaged"))
+    target = path_of(directory, step)
+    if target.exists():  # damaged, or the run would have gone on from it; but where a file system has no locks …
+        target.rename(free_name(target, "damaged" if Saved(target, step).damage() else "other"))
     with whole_directory(target) as path:
-        save_file(optimizer, path / "optimizer.safetensors")
+        save_tensors(optimizer, path / "optimizer.safetensors")
         model.save_pretrained(path / "model")
         files = {p.relative_to(path).as_posix(): _sha256(p) for p in sorted(path.rglob("*")) if p.is_file()}
         (path / "state.json").write_text(json.dumps({**state, "files": files}, indent=2) + "\n")

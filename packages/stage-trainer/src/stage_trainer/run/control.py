@@ -5,27 +5,32 @@ Over gloo, on the host: on GPUs a collective of NCCL's would make every rank wai
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from types import FrameType
 from typing import Any
 
 import torch
 
+from stage_trainer.run.stop import launcher_is_gone, when_asked
+
 
 class Control:
-    """Between `with` and its end, SIGTERM and SIGINT (Ctrl-C) ask for an end after the running step; a second SIGINT
-    interrupts at once.
-
-    Attributes:
-        asked: whether this process was asked to stop.
-    """
+    """Between `with` and its end, SIGTERM, SIGINT (Ctrl-C) and SIGHUP ask for an end after the running step; a second
+    SIGINT interrupts at once."""
 
     def __init__(self) -> None:
         world = torch.distributed.get_world_size()
         self._group: Any = torch.distributed.new_group(backend="gloo") if world > 1 else None
         self._world = world
-        self._former: dict[int, Any] = {}
-        self.asked = False
+        self._asked = False
+        self._until_end = contextlib.ExitStack()
+
+    @property
+    def asked(self) -> bool:
+        """Whether this process was asked to stop, or its launcher is gone: `deepspeed` itself ends at once when it is
+        signalled, and leaves the ranks to themselves."""
+        return self._asked or launcher_is_gone()
 
     def agree(self, *numbers: int) -> list[int]:
         """The sums over all ranks; every rank has to call."""
@@ -44,14 +49,13 @@ class Control:
         return [entry for entries in found for entry in entries]
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
+        if self._asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
+        self._asked = True
 
     def __enter__(self) -> Control:
-        self._former = {n: signal.signal(n, self._ask) for n in (signal.SIGTERM, signal.SIGINT)}
+        self._until_end.enter_context(when_asked(self._ask))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
+        self._until_end.close()

@@ -1,11 +1,13 @@
-"""What a person sees of a run: TensorBoard scalars and one line with the time left."""
+"""What a person sees of a run: TensorBoard's pages and one line with the time left."""
 
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -16,6 +18,49 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stage_trainer.errors import UserError
+
+_WELL = {
+    "size of the gradients": ["^gradient_norm/"],
+    "size of an update": ["^update_norm/"],
+    "share of the time spent waiting for data": ["^speed/data_wait_share$"],
+    "skipped steps, samples that could not be read": ["^trouble/"],
+}
+PAGE = {
+    "what matters": {
+        "loss": ["^loss/"],
+        "held out: recall and nDCG, mean over languages": [
+            "^validation_(recall|ndcg)_at_5_[^/]+/[^/]+$",
+            "^validation_ndcg_at_10_[^/]+/mean$",
+        ],
+        "temperature": ["^temperature/"],
+        "learning rate": ["^learning_rate_"],
+        "samples a second": ["^speed/samples_per_second$"],
+    },
+    "is it well": {
+        "found within the batch, by dim": ["^train_accuracy_"],
+        **_WELL,
+        "share of the texts that max_tokens cuts": ["^texts_cut/"],
+    },
+}
+"""TensorBoard's Custom Scalars page: sections, their charts, and which tags each shows."""
+MASKED_PAGE = {
+    "what matters": {
+        "loss on hidden words": ["^loss/"],
+        "held out: loss on hidden words, all languages": ["^validation_loss_masked_lm/all$"],
+        "learning rate": ["^learning_rate_"],
+        "text tokens a second": ["^speed/text_tokens_per_second$"],
+    },
+    "is it well": {"held out: loss on hidden words by language": ["^validation_loss_masked_lm/"], **_WELL},
+}
+"""The same for masked-language-model training."""
+_COMPARED = (
+    "stage.batch.", "stage.lr.", "stage.steps", "stage.warmup_steps", "stage.min_lr_ratio", "stage.max_tokens",
+    "stage.resolution", "stage.patch_dropout", "stage.layer_decay.", "stage.loss.kind", "stage.loss.dims",
+    "stage.trainable.", "optimizer.name", "optimizer.weight_decay", "model.temperature", "precision", "seed",
+)  # fmt: skip
+"""Settings on TensorBoard's HPARAMS page, by their beginnings: all sixty, by the alphabet, would hide these."""
+_QUIET = 15.0
+"""Seconds between two lines of progress where there is no terminal to keep one line up to date."""
 
 
 class Sink(Protocol):
@@ -46,6 +91,42 @@ def open_sinks(names: Sequence[str], directory: Path, settings: dict[str, Any]) 
     return sinks
 
 
+class Texts:
+    """Texts drawn in a stage, by source (kind/source), and how many of them lost their end to `max_tokens`."""
+
+    ENOUGH = 256
+    """Texts of a source whose share is worth saying."""
+
+    def __init__(self, drawn: Mapping[str, int], cut: Mapping[str, int]):
+        self.drawn, self.cut = Counter(drawn), Counter(cut)
+        self._told = {source for source in self.cut if self.cut[source] and self.drawn[source] >= self.ENOUGH}
+
+    def count(self, sources: Sequence[str], counts: Sequence[int]) -> None:
+        """Takes note of a step, `counts` being what `Drawn.of_sources` says, over all ranks."""
+        half = len(sources)
+        self.drawn.update(dict(zip(sources, counts[:half], strict=True)))
+        self.cut.update(dict(zip(sources, counts[half:], strict=True)))
+
+    def shares(self, cut: bool) -> dict[str, float]:
+        """For TensorBoard: how often each source is drawn, and, if asked, what share of its texts is `cut`."""
+        drawn = {source: count for source, count in self.drawn.items() if count}
+        total = sum(drawn.values())
+        seen = {f"texts_seen/{source}": count / total for source, count in drawn.items()}
+        return seen | {f"texts_cut/{source}": self.cut[source] / count for source, count in drawn.items() if cut}
+
+    def news(self, max_tokens: int, last: bool) -> list[str]:
+        """What is to be said of cut texts: of each source once in a stage, when enough of it, or all, has been seen."""
+        lines = []
+        for source, seen in self.drawn.items():
+            if self.cut[source] and source not in self._told and (last or seen >= self.ENOUGH):
+                self._told.add(source)
+                lines.append(
+                    f"{source}: {self.cut[source]:,} of its {seen:,} texts so far ({self.cut[source] / seen:.1%}) are "
+                    f"longer than max_tokens {max_tokens}; their ends are cut off"
+                )
+        return lines
+
+
 class Monitor:
     """Writes scalars to `directory` and shows progress; on ranks other than 0 it does nothing.
 
@@ -56,6 +137,8 @@ class Monitor:
         every: steps between two entries.
         sinks: where scalars go beside TensorBoard; closed with the monitor.
         peak: operations a second that all ranks' devices can do at most, if that is known.
+        max_tokens: of a text, beyond which its end is cut off; None: this stage cuts nothing off.
+        texts: those of the stage's earlier processes; takes those of this one.
     """
 
     def __init__(
@@ -69,29 +152,46 @@ class Monitor:
         active: bool,
         sinks: Sequence[Sink] = (),
         peak: float | None = None,
+        max_tokens: int | None = None,
+        texts: Texts | None = None,
     ):
         self.every, self.active, self.steps, self.sinks, self.peak = every, active, steps, sinks, peak
-        self.seen: Counter[str] = Counter()
+        self.max_tokens, self.texts = max_tokens, texts or Texts({}, {})
         self._samples, self._tokens, self._operations, self._wait = 0, 0, 0, 0.0
+        self.title, self.start = title, start
         if active:
             from torch.utils.tensorboard import SummaryWriter
 
+            _keep_order(directory)
             self.writer = SummaryWriter(str(directory), purge_step=start)
-            self.bar = tqdm(total=steps, initial=start, desc=title, unit="step", dynamic_ncols=True, mininterval=1)
+            page = MASKED_PAGE if max_tokens is None else PAGE
+            charts = {
+                section: {title: ["Multiline", tags] for title, tags in of.items()} for section, of in page.items()
+            }
+            self.writer.add_custom_scalars(charts)
+            self.bar = tqdm(
+                total=steps,
+                initial=start,
+                desc=title,
+                unit="step",
+                dynamic_ncols=True,
+                mininterval=1,
+                disable=not _terminal(),
+            )
+            self._began, self._shown = time.monotonic(), -_QUIET
         self._since = time.perf_counter()
 
     def wants(self, step: int) -> bool:
         """Whether this step is logged: every `every` steps, the first and the last."""
         return step % self.every == 0 or step == self.steps - 1
 
-    def count(self, samples: int, tokens: int, operations: int, waited: float, seen: Counter[str]) -> None:
-        """Takes note of a step: samples, text tokens and model operations of all ranks, seconds spent waiting for data,
-        texts seen."""
+    def count(self, samples: int, tokens: int, operations: int, waited: float) -> None:
+        """Takes note of a step: samples, text tokens and model operations of all ranks, seconds spent waiting for
+        data."""
         self._samples += samples
         self._tokens += tokens
         self._operations += operations
         self._wait += waited
-        self.seen.update(seen)
 
     def log(self, step: int, losses: dict[str, tuple[Tensor, Any]], scalars: dict[str, float]) -> None:
         """Enters a step: the losses by task, further scalars, speed since the last entry."""
@@ -109,15 +209,25 @@ class Monitor:
         }
         if self.peak:  # model FLOPs utilisation: nothing that is computed twice counts (arXiv 2204.02311, appendix B)
             scalars["speed/mfu"] = self._operations / max(seconds, 1e-9) / self.peak
-        total = sum(self.seen.values()) or 1
-        for source, count in _by_source(self.seen).items():
-            scalars[f"texts_seen/{source}"] = count / total
+        scalars |= self.texts.shares(cut=self.max_tokens is not None)
         for name, value in scalars.items():
             self.scalar(name, value, step)
-        shown = {task: f"{loss.item():.3f}" for task, (loss, _) in losses.items()}
-        self.bar.set_postfix({**shown, "samples/s": f"{speed:.0f}"}, refresh=False)
+        shown = ", ".join(f"{task} {loss.item():.3f}" for task, (loss, _) in losses.items())
+        self._progress(step + 1, f"loss {shown}; {speed:.0f} samples/s")
+        if self.max_tokens is not None:
+            for line in self.texts.news(self.max_tokens, last=step == self.steps - 1):
+                self.say(line)
         self._samples, self._tokens, self._operations, self._wait = 0, 0, 0, 0.0
         self._since = time.perf_counter()
+
+    def _progress(self, done: int, shown: str) -> None:
+        if not self.bar.disable:
+            self.bar.set_postfix_str(shown, refresh=False)
+        elif (now := time.monotonic()) - self._shown >= _QUIET:
+            self._shown = now
+            left = (now - self._began) / (done - self.start) * (self.steps - done)
+            line = f"{self.title}: step {done} of {self.steps}, {shown}, {in_words(left)} left"
+            print(line, file=sys.stderr, flush=True)
 
     def scalar(self, name: str, value: float, step: int) -> None:
         if self.active:
@@ -134,16 +244,19 @@ class Monitor:
         if self.active:
             self.writer.add_embedding(vectors, metadata=labels, global_step=step, metadata_header=["name", "kind"])
 
-    def outcome(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
-        """The hyper-parameters beside what they led to, for TensorBoard's HPARAMS page."""
+    def outcome(self, settings: Mapping[str, Any], metrics: Sequence[str]) -> None:
+        """The settings beside what they led to, for TensorBoard's HPARAMS page; `metrics` are scalars entered before,
+        whose last value it shows."""
         if self.active:
             from torch.utils.tensorboard.summary import hparams
 
-            plain = {k: v if isinstance(v, str | int | float | bool) else str(v) for k, v in settings.items()}
-            for part in hparams(plain, {f"hparam/{k}": v for k, v in metrics.items()}):
+            plain = {
+                name.removeprefix("stage."): value if isinstance(value, str | int | float | bool) else str(value)
+                for name, value in settings.items()
+                if name.startswith(_COMPARED) and not (name.startswith("stage.batch.") and not value)
+            }
+            for part in hparams(plain, dict.fromkeys(metrics, 0.0)):
                 self.writer.file_writer.add_summary(part)  # type: ignore[attr-defined]
-            for name, value in metrics.items():
-                self.writer.add_scalar(f"hparam/{name}", value, self.steps)
 
     def advance(self) -> None:
         if self.active:
@@ -167,9 +280,40 @@ class Monitor:
                 sink.close()
 
 
-def _by_source(seen: Counter[str]) -> Counter[str]:
-    """Counts of kind/source/language keys, summed over languages."""
-    by_source: Counter[str] = Counter()
-    for name, count in seen.items():
-        by_source[name.rpartition("/")[0]] += count
-    return by_source
+def _terminal() -> bool:
+    """Whether stderr is a terminal of some size: in a log file a bar would be one endless line, and where the size is
+    not known, as in some containers, it would not be seen."""
+    try:
+        return min(os.get_terminal_size(sys.stderr.fileno())) > 0
+    except (OSError, ValueError):
+        return False
+
+
+def joined(head: str, parts: Sequence[str], width: int = 120) -> str:
+    """`head part, part, …` on lines of at most `width` columns that end between two parts."""
+    lines = [head]
+    for number, part in enumerate(parts):
+        part += "," if number < len(parts) - 1 else ""
+        if len(lines[-1]) + 1 + len(part) > width and number:
+            lines.append(" ")
+        lines[-1] += f" {part}"
+    return "\n".join(lines)
+
+
+def in_words(seconds: float) -> str:
+    """A duration, roughly: "40 s", "12 min", "3.5 h", "2.1 days"."""
+    for unit, size, most in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48)):
+        if seconds < most * size:
+            return f"{seconds / size:.0f} {unit}" if unit != "h" else f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 86400:.1f} days"
+
+
+def _keep_order(directory: Path) -> None:
+    """Sees to it that the event files that are there come before the next one. TensorBoard reads them in the order of
+    their names, which begin with the clock's seconds, and each takes back what it was told of the steps that it begins
+    with: once the clock was set back, an older file would take back what the newer one says."""
+    files = sorted(directory.glob("*tfevents*"))
+    if not files or files[-1].name < f"events.out.tfevents.{int(time.time()):010d}":
+        return
+    for number, file in enumerate(files):
+        file.rename(directory / f"before-{number:04d}.{file.name[file.name.index('events.') :]}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import shutil
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from stage_trainer.build import Model
 from stage_trainer.engine import Engine
 from stage_trainer.errors import UserError
+from stage_trainer.evaluation.measure import Measure
 from stage_trainer.files import write_whole
 from stage_trainer.run import checkpoint
 from stage_trainer.run.rank_0 import from_rank_0
@@ -65,6 +68,11 @@ class Saver:
             self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
             self._thread.start()
 
+    def note_best(self, step: int, best: dict[str, Any]) -> None:
+        """Enters that the checkpoint of `step` is the best; it stays until one is better."""
+        if self.rank == 0:
+            write_whole(self.directory / BEST, json.dumps({**best, "step": step}) + "\n")
+
     def finish(self) -> None:
         """Waits until what was saved is on disk.
 
@@ -85,7 +93,7 @@ class Saver:
             model.load_state_dict(weights, assign=True)
             checkpoint.write(self.directory, step, model, optimizer, state)
             if best:
-                write_whole(self.directory / BEST, json.dumps({**best, "step": step}) + "\n")
+                self.note_best(step, best)
             kept = {_read_best(self.directory).get("step")}
             for old in [s for s in checkpoint.all_saved(self.directory) if s.step <= step][: -self.keep]:
                 if old.step not in kept:
@@ -111,22 +119,41 @@ class Saver:
             self._thread.join()
 
 
-def better(values: dict[str, float], metric: str | None, state: dict[str, Any]) -> dict[str, Any] | None:
-    """What makes this the best model so far by `metric` (the less the better for a loss), entered in `state`; or None.
+def check_best(metric: str | None, measures: Mapping[str, Measure] | None) -> None:
+    """Finds before the first step whether `checkpoint.best` names something that will be measured.
 
     Raises:
-        UserError: nothing of that name is measured.
+        UserError: it does not; the message has the nearest names that do.
+    """
+    if metric is None or (measures and metric in measures):
+        return
+    near = difflib.get_close_matches(metric, measures or (), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"what is: {', '.join(sorted(measures or ()))}"
+    raise UserError(
+        f"checkpoint.best is {metric!r}, which nothing measures; "
+        + (hint if measures else "there are no held-out data for this stage, so leave it out")
+    )
+
+
+def better(
+    values: Mapping[str, float], measures: Mapping[str, Measure], metric: str | None, state: dict[str, Any]
+) -> dict[str, Any] | None:
+    """What makes this the best model so far by `metric`, entered in `state`; or None.
+
+    Args:
+        values, measures: what was measured, and what it means, by name.
+        metric: the name that counts; None: nothing does.
+        state: its "best" is the best so far ({"metric", "value"}), or None.
     """
     if metric is None:
         return None
-    if metric not in values:
-        raise UserError(f"checkpoint.best is {metric!r}, which is not measured; what is: {', '.join(sorted(values))}")
     value, former = values[metric], state["best"]
-    less_is_better = "loss" in metric or metric.startswith("modality_gap")
-    if not math.isfinite(value) or (
-        former and (former["value"] <= value if less_is_better else former["value"] >= value)
-    ):
+    if not math.isfinite(value):
         return None
+    if former and former["metric"] == metric:  # of another name, it is of an earlier recipe and tells nothing
+        gain = value - former["value"]
+        if (gain if measures[metric].higher_is_better else -gain) <= 0:
+            return None
     state["best"] = {"metric": metric, "value": value}
     return state["best"]
 

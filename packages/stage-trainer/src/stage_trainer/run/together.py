@@ -7,7 +7,6 @@ Ranks that fail only because another one did keep quiet, so that its traceback i
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import sys
 import threading
@@ -20,6 +19,7 @@ from typing import Any, NoReturn
 import torch
 
 from stage_trainer.errors import Stopped, speaks_for_itself
+from stage_trainer.run.stop import NOTHING_LOST, first_to_say, leave_when_asked, note_of
 
 SILENCE = 40.0
 """Seconds without a sign of life after which a rank is given up."""
@@ -43,13 +43,15 @@ def one_reason(folder: Path, rank: int, world: int) -> Iterator[None]:
             note.unlink(missing_ok=True)
     torch.distributed.barrier()
     try:
-        yield
-    except Stopped:
-        raise
+        with leave_when_asked(rank, folder):
+            yield
+    except Stopped as error:
+        _say_once(folder, f"stage-trainer: {error}")
+        raise SystemExit(Stopped.EXIT_CODE) from None
     except Exception as error:
         lost = _lost_contact(error)
         if lost and _another_spoke(folder):
-            _leave(1)
+            _leave(Stopped.EXIT_CODE if note_of(folder, NOTHING_LOST).exists() else 1)
         if lost:
             _say_once(
                 folder,
@@ -141,21 +143,8 @@ class Heartbeat:
 
 def _say_once(folder: Path, text: str, whole: str | None = None) -> None:
     """Shows a text (or all that it stands for) unless another rank of this machine has."""
-    if _first_to_say(folder, text):
+    if first_to_say(folder, text):
         print(whole or text, file=sys.stderr, flush=True)
-
-
-def _first_to_say(folder: Path, text: str) -> bool:
-    """Leaves a note; False if somebody has said the same."""
-    name = f".failure-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    except OSError:  # a full disk is no reason to keep quiet
-        return True
-    return True
 
 
 def _another_spoke(folder: Path, seconds: float = 5.0) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -11,11 +12,12 @@ import torch
 
 from stage_trainer import masked_lm
 from stage_trainer.build import check_configs, load_tokenizer
-from stage_trainer.data.batches import StageBatches, batches
+from stage_trainer.data.batches import StageBatches
 from stage_trainer.data.keyed import key
 from stage_trainer.data.ledger import Ledger
+from stage_trainer.data.loader import batches, worker_deaths_explained
 from stage_trainer.data.masked import MaskedBatches
-from stage_trainer.engine import Engine, initialize_distributed
+from stage_trainer.engine import Engine
 from stage_trainer.errors import Stopped, UserError
 from stage_trainer.masked_lm import HiddenWords
 from stage_trainer.model import DualEncoder
@@ -25,20 +27,28 @@ from stage_trainer.plan.auto import choose, planned_and_measured
 from stage_trainer.plan.devices import peak_flops
 from stage_trainer.plan.flops import StepShape, kept_patches, step_flops
 from stage_trainer.recipe import GradientCache, Recipe, Stage
+from stage_trainer.recipe.rules import check_ranks
 from stage_trainer.run import checkpoint
 from stage_trainer.run.control import Control
 from stage_trainer.run.environment import keep_freed_memory, native_precision, peak_memory, quiet, set_threads, versions
 from stage_trainer.run.health import Health
-from stage_trainer.run.monitor import Monitor, open_sinks
-from stage_trainer.run.saver import Saver, better
+from stage_trainer.run.monitor import Monitor, Texts, open_sinks
+from stage_trainer.run.rank_0 import from_rank_0
+from stage_trainer.run.rendezvous import initialize_distributed
+from stage_trainer.run.report import next_steps
+from stage_trainer.run.saver import Saver, better, check_best
 from stage_trainer.run.start import move_aside, settings, starting_point
 from stage_trainer.run.together import Heartbeat, one_reason
 from stage_trainer.run.validation import validation
 from stage_trainer.step import forward_backward
 
 
-def train(recipe: Recipe, number: int, *, start_over: bool = False) -> None:
+def train(recipe: Recipe, number: int, *, start_over: bool = False, refusal: UserError | None = None) -> None:
     """Trains stage `number` (from 1) of a recipe; to be called by every rank.
+
+    Args:
+        start_over: moves what the stage has aside, and begins anew.
+        refusal: why rank 0 may not begin, for the ranks of other machines to hear of it.
 
     Raises:
         UserError: a stage whose predecessor has not run, data or settings that do not fit, a full disk, losses that are
@@ -46,11 +56,13 @@ def train(recipe: Recipe, number: int, *, start_over: bool = False) -> None:
         Stopped: the run was asked to stop, and has saved.
     """
     quiet()
-    rank, world, device = initialize_distributed()
+    rank, world, device = initialize_distributed(recipe.output)
     set_threads(world)
     if device.type == "cpu":
         keep_freed_memory()
     with one_reason(Path(recipe.output), rank, world):
+        if refusal := from_rank_0(refusal):
+            raise refusal
         _train(recipe, number, rank, world, device, start_over)
 
 
@@ -61,11 +73,7 @@ def _train(recipe: Recipe, number: int, rank: int, world: int, device: torch.dev
             print(f"precision: auto is {recipe.precision} here", flush=True)
     torch.manual_seed(key(recipe.seed, number))
     stage, directory = recipe.stage(number), recipe.stage_directory(number)
-    for task in ("image_text", "text", "masked_lm"):
-        if 0 < getattr(stage.batch, task) < world:
-            raise UserError(
-                f"batch.{task} is {getattr(stage.batch, task)}, fewer than the {world} ranks; raise it or use fewer"
-            )
+    check_ranks(recipe, number, world, recipe.name)
     if start_over and rank == 0:
         move_aside(directory)
     if world > 1:
@@ -79,9 +87,11 @@ def _train(recipe: Recipe, number: int, rank: int, world: int, device: torch.dev
     step = -1
     while step < stage.steps:
         # A change of resolution is a checkpoint and a start from it: one way for both, and nothing to patch in place.
-        model, optimizer, step = starting_point(recipe, number, state, tokenizer)
+        former, (model, optimizer, step) = step, starting_point(recipe, number, state, tokenizer)
         if step == stage.steps:
             break
+        if rank == 0 and former < 0 < step:
+            print(f"going on from step {step} of {stage.steps} ({checkpoint.path_of(directory, step)})", flush=True)
         objective: MultiTask | HiddenWords
         if isinstance(model, DualEncoder):
             checkpoint.set_resolution(model, stage.resolution_at(step), optimizer)
@@ -95,16 +105,16 @@ def _train(recipe: Recipe, number: int, rank: int, world: int, device: torch.dev
             cache, planned = choice.cache, choice.planned
             if rank == 0:
                 print(choice.line, flush=True)
-        engine = Engine(objective, recipe, stage)
-        if optimizer:
-            engine.load_optimizer_state(optimizer)
+        engine = Engine(objective, recipe, stage, optimizer)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        run(recipe, stage, number, engine, data, state, step, until, cache)
+        with worker_deaths_explained(recipe.workers):
+            run(recipe, stage, number, engine, data, state, step, until, cache)
         if rank == 0 and planned and (line := planned_and_measured(planned, device)):
             print(line, flush=True)
     if rank == 0:
-        print(f"stage {number} of {recipe.name} is complete: {checkpoint.all_saved(directory)[-1].path}", flush=True)
+        print(f"stage {number} of {recipe.name} is complete: {checkpoint.all_saved(directory)[-1].path}")
+        print(next_steps(recipe, number), flush=True)
 
 
 def run(
@@ -124,6 +134,7 @@ def run(
     # Ranks see different samples but one group: losses are over the global batch.
     group = torch.distributed.group.WORLD if world > 1 else None
     validate = validation(recipe, stage, engine, data.tokenizer)
+    check_best(recipe.checkpoint.best, validate.measures if validate else None)
     ledger = Ledger(directory / "corrupt.jsonl", recipe.max_corrupt, rank == 0)
     health = Health(recipe.max_skipped, state["skipped"])
     began, before, samples = time.perf_counter(), state["seconds"], 0
@@ -142,9 +153,17 @@ def run(
             active=rank == 0,
             sinks=sinks,
             peak=peak and peak * world,
+            max_tokens=None if stage.masked else stage.max_tokens,  # of a text with hidden words a part is meant
+            texts=Texts(state["texts_drawn"], state["texts_cut"]),
         ) as monitor,
+        contextlib.closing(batches(data, start, stop, recipe.workers)) as loader,
     ):
-        loader = batches(data, start, stop, recipe.workers)
+        sources = list(data.fingerprint)
+        if validate and state["unmeasured"]:
+            measured = validate(monitor, start, rank, world)
+            if best := better(measured, validate.measures, recipe.checkpoint.best, state):
+                saver.note_best(start, best)
+            state["unmeasured"] = False
         for step in range(start, stop):
             began_waiting = time.perf_counter()
             batch, drawn = next(loader)
@@ -167,11 +186,13 @@ def run(
                 monitor.say(problem)
             done = step + 1
             samples += (of_step := sum(getattr(stage.batch, task) for task in tasks))
-            asked, unsaved, corrupt, tokens, squared_tokens = control.agree(
-                control.asked, saver.failed, len(drawn.corrupt), drawn.tokens, drawn.squared_tokens
-            )
+            asked, unsaved, corrupt, tokens, squared_tokens, *texts = control.agree(
+                control.asked, saver.failed, len(drawn.corrupt), drawn.tokens, drawn.squared_tokens,
+                *drawn.of_sources(sources),
+            )  # fmt: skip
             operations = model_operations(engine, stage, batch, step, tokens, squared_tokens)
-            monitor.count(of_step, tokens, operations, waited, drawn.texts)
+            monitor.count(of_step, tokens, operations, waited)
+            monitor.texts.count(sources, texts)
             if corrupt:
                 ledger.enter(control.gather(drawn.corrupt), step, samples)
             if looked_at and applied:
@@ -182,17 +203,27 @@ def run(
             if unsaved:
                 saver.finish()
             best = None
-            if validate and (done % recipe.evaluation.every == 0 or done == stage.steps):
+            due = validate and (done % recipe.evaluation.every == 0 or done == stage.steps)
+            # An evaluation may take longer than whoever asks for an end will wait: what is due is then made up for.
+            state["unmeasured"] = bool(due and asked and done < stage.steps)
+            if validate and due and not state["unmeasured"]:
                 measured = validate(monitor, done, rank, world)
-                best = better(measured, recipe.checkpoint.best, state)
+                best = better(measured, validate.measures, recipe.checkpoint.best, state)
                 if done == stage.steps:
-                    monitor.outcome(state["settings"], measured)
+                    shown = [name for name in measured if validate.measures[name].headline]
+                    monitor.outcome(state["settings"], [*shown, *(f"loss/{task}" for task in losses)])
+                (asked,) = control.agree(control.asked)
             if done == stop or asked or best or (recipe.checkpoint.every and done % recipe.checkpoint.every == 0):
                 _check_parameters(engine, step, directory)
                 state["seconds"] = before + time.perf_counter() - began
                 state["peak_memory_bytes"] = max(peak_memory(), state["peak_memory_bytes"])
                 state["skipped"] = health.skipped
+                state["texts_drawn"], state["texts_cut"] = dict(monitor.texts.drawn), dict(monitor.texts.cut)
                 saver.save(done, engine, state, best)
+            if ledger.count and (asked or done == stop):
+                monitor.say(
+                    f"{ledger.count:,} samples could not be read, and others took their places: {ledger.path} has each"
+                )
             if asked and done < stage.steps:
                 saver.finish()
                 raise Stopped(
@@ -236,7 +267,7 @@ def scalars(engine: Engine, health: Health, ledger: Ledger) -> dict[str, float]:
         values[name] = max(values.get(name, 0.0), group["lr"])
     values |= {f"gradient_norm/{tower}": norm for tower, norm in engine.gradient_norms().items()}
     values |= engine.movement.after()
-    return {**values, "health/skipped_steps": health.skipped, "data/corrupt_samples": ledger.count}
+    return {**values, "trouble/skipped_steps": health.skipped, "trouble/corrupt_samples": ledger.count}
 
 
 def _check_parameters(engine: Engine, step: int, directory: Path) -> None:

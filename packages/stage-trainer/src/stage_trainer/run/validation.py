@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,26 @@ from stage_trainer.data.masked import held_out
 from stage_trainer.data.remote_data import place
 from stage_trainer.engine import Engine
 from stage_trainer.evaluation import picture, retrieval, text_retrieval
+from stage_trainer.evaluation.measure import Measure
 from stage_trainer.masked_lm import held_out_losses
 from stage_trainer.recipe import Recipe, Stage
-from stage_trainer.run.monitor import Monitor
+from stage_trainer.run.monitor import Monitor, joined
 from stage_trainer.run.rank_0 import from_rank_0
 
-Validation = Callable[[Monitor, int, int, int], dict[str, float]]
-"""Measures, shows and returns what it found, by its name in TensorBoard, given (monitor, steps done, rank, world).
-Every rank has to call, and every rank gets the same."""
+
+@dataclass(frozen=True)
+class Validation:
+    """What a stage measures: `measures` by name in TensorBoard, known before the first step.
+
+    To call it measures, shows and returns what it found, by the same names, given (monitor, steps done, rank, world).
+    Every rank has to call, and every rank gets the same.
+    """
+
+    measures: dict[str, Measure]
+    run: Callable[[Monitor, int, int, int], dict[str, float]]
+
+    def __call__(self, monitor: Monitor, step: int, rank: int, world: int) -> dict[str, float]:
+        return self.run(monitor, step, rank, world)
 
 
 def validation(recipe: Recipe, stage: Stage, engine: Engine, tokenizer: Tokenizer) -> Validation | None:
@@ -48,32 +61,35 @@ def _embeddings(recipe: Recipe, stage: Stage, engine: Engine) -> Validation:
         name = data.source if data.source not in of_kind else f"{data.source}-{data.kind}"
         open_pool = retrieval.Pool.open if of_kind is images else text_retrieval.PairPool.open
         of_kind[name] = open_pool(directory)
+    model = engine.objective.model
+    dims = model.matryoshka_dims or (model.text.config.width,)
+    measures: dict[str, Measure] = {}
+    for name, pool in images.items():
+        measures |= of_images(name, pool, dims, model.text.config.width)
+    for name, pair_pool in pairs.items():
+        measures |= of_pairs(name, pair_pool)
 
     def validate(monitor: Monitor, step: int, rank: int, world: int) -> dict[str, float]:
-        model = engine.objective.model
         model.eval()
         share = (rank, world) if engine.zero < 3 else (0, 1)  # under ZeRO 3 all ranks must run the same forward passes
         values: dict[str, float] = {}
         embedded = [retrieval.embed(model, pool, rank=share[0], world=share[1]) for pool in images.values()]
         for (name, pool), vectors in zip(images.items(), embedded, strict=True):
             if rank == 0:
-                values |= _recall(name, pool, vectors, model.matryoshka_dims or (model.text.config.width,))
+                values |= _recall(name, pool, vectors, dims)
         for pair_name, pair_pool in pairs.items():
             texts = pair_pool.texts()
             of_texts = retrieval.embed_texts(model, texts, rank=share[0], world=share[1])
             if rank == 0:
                 found = text_retrieval.measure(pair_pool, _lookup(texts, of_texts))
-                for what, value in found.items():
-                    measure, _, language = what.partition("/")
-                    values[f"validation_{measure}_{pair_name}/{language or 'all'}"] = value
+                values |= {_pair_title(pair_name, what): value for what, value in found.items()}
         values = from_rank_0(values)
         for name, value in values.items():
             monitor.scalar(name, value, step - 1)
         if values:
-            heads = ("validation_recall", "validation_ndcg_at_5")
-            shown = [name for name in values if name.startswith(heads) and name.count("/") == 1]
-            shown += [name for name in values if name.endswith(("/mean", "/all"))]
-            monitor.say(f"step {step}: " + ", ".join(f"{n.removeprefix('validation_')} {values[n]:.3f}" for n in shown))
+            shown = [name for name in values if measures[name].headline]
+            parts = [f"{name.removeprefix('validation_')} {values[name]:.3f}" for name in shown]
+            monitor.say(joined(f"step {step}:", parts))
         if rank == 0 and images:
             fonts, pools = picture.fonts_of(Path(recipe.corpus)), list(images.values())
             monitor.image("nearest images", picture.draw(picture.own_rows(pools, embedded, fonts), fonts), step - 1)
@@ -81,7 +97,44 @@ def _embeddings(recipe: Recipe, stage: Stage, engine: Engine) -> Validation:
                 _snapshot(pools[0], embedded[0], monitor, step - 1)
         return values
 
-    return validate
+    return Validation(measures, validate)
+
+
+def of_images(name: str, pool: retrieval.Pool, dims: Sequence[int], width: int) -> dict[str, Measure]:
+    """What `_recall` measures of a pool of captioned images."""
+    languages: dict[str, list[str]] = {d: list(pool.texts) for d in ("text→image", "image→text")}
+    if "en" in pool.texts and (others := [language for language in pool.texts if language != "en"]):
+        languages["text→English text"] = others
+    kinds = [("recall", languages)]
+    if pool.documents:
+        kinds.append(("ndcg", {"text→image": list(pool.texts)}))
+    found: dict[str, Measure] = {}
+    for measure, by_direction in kinds:
+        for direction, of in by_direction.items():
+            title = _title(measure, name, direction)
+            found[title] = Measure(headline=True)
+            found |= {f"{title}/{language}": Measure() for language in of}
+            found |= {f"{title}/{dim} dims": Measure() for dim in dims if dim != width}
+    return {**found, f"modality_gap/{name}": Measure(higher_is_better=False)}
+
+
+def of_pairs(name: str, pool: text_retrieval.PairPool) -> dict[str, Measure]:
+    """What is measured of a pool of text pairs."""
+    found = {_pair_title(name, f"ndcg_at_10/{language}"): Measure() for language in pool.queries}
+    if pool.queries:
+        found[_pair_title(name, "ndcg_at_10/mean")] = Measure(headline=True)
+    if pool.scores:
+        found[_pair_title(name, "spearman")] = Measure(headline=True)
+    return found
+
+
+def _title(measure: str, pool: str, direction: str) -> str:
+    return f"validation_{measure}_at_5_{pool}/{direction.replace('→', ' to ')}"
+
+
+def _pair_title(pool: str, what: str) -> str:
+    measure, _, language = what.partition("/")
+    return f"validation_{measure}_{pool}/{language or 'all'}"
 
 
 def _recall(name: str, pool: retrieval.Pool, embedded: retrieval.Embedded, dims: Sequence[int]) -> dict[str, float]:
@@ -94,7 +147,7 @@ def _recall(name: str, pool: retrieval.Pool, embedded: retrieval.Embedded, dims:
     values = {}
     for measure, by_direction in measures.items():
         for direction, by_dim in by_direction.items():
-            title = f"validation_{measure}_at_5_{name}/{direction.replace('→', ' to ')}"
+            title = _title(measure, name, direction)
             for number, (dim, by_language) in enumerate(by_dim.items()):
                 if number == 0:
                     values[title] = by_language["mean"]
@@ -126,6 +179,9 @@ def _masked_lm(recipe: Recipe, stage: Stage, engine: Engine, tokenizer: Tokenize
     if not (batches := held_out(recipe, stage, tokenizer)):
         return None
     tokens = stage.chunks.tokens if stage.chunks else 0
+    over_all = "validation_loss_masked_lm/all"
+    measures = {f"validation_loss_masked_lm/{name}": Measure(higher_is_better=False) for name in batches}
+    measures[over_all] = Measure(higher_is_better=False, headline=True)
 
     def validate(monitor: Monitor, step: int, rank: int, world: int) -> dict[str, float]:
         engine.engine.eval()
@@ -134,7 +190,7 @@ def _masked_lm(recipe: Recipe, stage: Stage, engine: Engine, tokenizer: Tokenize
         values = from_rank_0({f"validation_loss_masked_lm/{name}": loss for name, loss in losses.items()})
         for name, value in values.items():
             monitor.scalar(name, value, step - 1)
-        monitor.say(f"step {step}: {losses['all']:.3f} nats a hidden token of held-out texts")
+        monitor.say(f"step {step}: {values[over_all]:.3f} nats a hidden token of held-out texts")
         return values
 
-    return validate
+    return Validation(measures, validate)

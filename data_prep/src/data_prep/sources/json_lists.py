@@ -1,0 +1,72 @@
+"""JSON files that are one big list, read piece by piece; the file is mapped, not loaded."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import re
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .records import Dropped, Row
+from .tables import stamped_file
+
+_TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]')
+
+
+def list_pieces(path: str | Path, elements: int, *, key: str | None = None) -> Iterator[dict[str, Any]]:
+    """Pieces of so many elements (objects, lists) of the JSON list that a file is, or that its object has under `key`.
+
+    Raises:
+        UserError: the file cannot be read, is cut short, or has no such list.
+    """
+    path = Path(path)
+    spans = _element_spans(path, key)
+    number, stamped = 0, stamped_file(path)
+    while span := list(islice(spans, elements)):
+        yield {"file": str(path), **stamped, "start": span[0][0], "end": span[-1][1], "row": number}
+        number += len(span)
+
+
+def read_list(piece: dict[str, Any]) -> Iterator[Row | Dropped]:
+    """The elements of a piece of `list_pieces`."""
+    path = Path(piece["file"])
+    with path.open("rb") as file:
+        file.seek(piece["start"])
+        raw = file.read(piece["end"] - piece["start"])
+    try:
+        values = json.loads(b"[" + raw + b"]")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON between bytes {piece['start']} and {piece['end']} ({error})") from error
+    for number, value in enumerate(values, piece["row"]):
+        yield f"{path.name}, element {number}", value
+
+
+def _element_spans(path: Path, key: str | None) -> Iterator[tuple[int, int]]:
+    """Where the elements of the list begin and end, found by brackets alone; the file is mapped, not loaded."""
+    stamped_file(path)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        depth, inside, start, name = 0, None, 0, b""  # `inside`: the depth of the list's elements, once it is found
+        for token in _TOKENS.finditer(data):
+            text = token.group()
+            if text.startswith(b'"'):
+                name = text if depth == 1 else name
+            elif text in b"[{":
+                depth += 1
+                if inside is None:
+                    if text == b"[" and (depth == 1 or (depth == 2 and key and name == json.dumps(key).encode())):
+                        inside = depth
+                elif depth == inside + 1:
+                    start = token.start()
+            else:
+                depth -= 1
+                if inside is not None and depth == inside:
+                    yield start, token.end()
+                elif inside is not None and depth < inside:
+                    return
+    raise UserError(
+        f"{path}: is cut short, or holds no list{f' under {key!r}' if key else ''}; expected JSON of the source's form"
+    )

@@ -1,0 +1,145 @@
+"""How long a stage's texts are, and what share `max_tokens` cuts: told, counted, by the sidecars, or assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.shards import Dataset, ShardError
+from text_tower import Tokenizer
+
+from stage_trainer.data.remote_data import place
+from stage_trainer.data.samples import texts_of
+from stage_trainer.recipe import Recipe, Source, Stage
+from stage_trainer.weights import tower_weights
+
+SAMPLES, SHARDS = 256, 8
+"""Samples of a data set whose texts are counted, out of so many of its shards, both evenly spread."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Of a data set: mean tokens of a text after cutting, the share of texts that are cut, and where that is from."""
+
+    source: Source
+    mean: float
+    cut: float
+    origin: str
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Mean tokens of a text, where that is from, and what is to be said of texts that are cut, line by line."""
+
+    captions: float
+    texts: float
+    origin: str
+    cut: tuple[str, ...] = ()
+
+
+def text_lengths(recipe: Recipe, stage: Stage, mean_tokens: float | None) -> Lengths:
+    """What a text is taken to have: as told, as counted on the data where they are, or half of `max_tokens`."""
+    tokenizer = _tokenizer(recipe)
+    found: dict[str, list[Counted | None]] = {}
+    for task in ("image_text", "text"):
+        sources = getattr(stage.data, task) if getattr(stage.batch, task) else ()
+        found[task] = [_counted(recipe, source, stage.max_tokens, tokenizer) for source in sources]
+    counted = [each for task in found.values() for each in task if each]
+    unknown = sum(each is None for task in found.values() for each in task)
+    cut = [
+        f"{_name(each.source)}: {each.cut:.1%} of the texts are longer than max_tokens {stage.max_tokens} and are cut "
+        f"({each.origin})"
+        for each in counted
+        if each.cut
+    ]
+    if counted and not cut:
+        cut = [f"no text is longer than max_tokens {stage.max_tokens} ({', '.join({c.origin: 0 for c in counted})})"]
+    if unknown:
+        cut.append(f"data sets of which it is not known how many texts max_tokens {stage.max_tokens} cuts: {unknown}")
+    if mean_tokens is not None:
+        mean = min(mean_tokens, stage.max_tokens)
+        return Lengths(mean, mean, f"texts of {mean:g} tokens on average, as told", tuple(cut))
+    assumed = stage.max_tokens / 2
+    captions, texts = (_mean(of_task, assumed) for of_task in found.values())
+    if counted:
+        of_task = [(captions, "captions", found["image_text"]), (texts, "texts", found["text"])]
+        said = [f"{mean:.0f} tokens of {what}{_how(of)}" for mean, what, of in of_task if of]
+        origin = f"{' and '.join(said)} on average"
+    else:
+        origin = f"texts of {assumed:g} tokens on average, half of max_tokens (assumed; --mean-tokens says otherwise)"
+    return Lengths(captions, texts, origin, tuple(cut))
+
+
+def _mean(counted: list[Counted | None], assumed: float) -> float:
+    known = [each for each in counted if each]
+    weight = sum(each.source.rate for each in known)
+    return sum(each.source.rate * each.mean for each in known) / weight if weight else assumed
+
+
+def _how(counted: list[Counted | None]) -> str:
+    return "" if any(counted) else " (assumed: half of max_tokens)"
+
+
+def _name(source: Source) -> str:
+    return "/".join(source.path.partition("?")[0].rstrip("/").split("/")[-2:])
+
+
+def _tokenizer(recipe: Recipe) -> Tokenizer | None:
+    try:
+        path = recipe.model.tokenizer or tower_weights(recipe.model, "text", fetch=False)
+        return Tokenizer.from_file(path) if path else None
+    except (ValueError, OSError):  # a plan needs none; a run says what is wrong with it
+        return None
+
+
+def _counted(recipe: Recipe, source: Source, max_tokens: int, tokenizer: Tokenizer | None) -> Counted | None:
+    """By the recipe's tokenizer on a sample of the texts, or by what the sidecars say of each sample's longest text, if
+    that tokenizer is not here; None for data that are not here, or were not counted."""
+    where = place(recipe, "train", source.path)
+    if not isinstance(where, Path):
+        return None
+    try:
+        data = Dataset.open(where)
+        chosen = _spread(data)
+        if tokenizer is None:
+            lengths = [tokens for index in chosen if (tokens := data.row(index).tokens)]
+            parts = [[[length]] for length in lengths]
+            origin = f"the longest text of each of {len(lengths)} samples, by the sidecars"
+        else:
+            parts = [_parts(texts_of(data, index, data.read(index)), tokenizer) for index in chosen]
+            origin = f"the texts of {len(chosen)} samples counted"
+    except (ShardError, OSError, KeyError, TypeError):  # a run names what is damaged
+        return None
+    if not parts:
+        return None
+    mean = _expected(parts, lambda tokens: min(tokens, max_tokens))
+    return Counted(source, mean, _expected(parts, lambda tokens: tokens > max_tokens), origin)
+
+
+def _spread(data: Dataset) -> list[int]:
+    """Numbers of samples, evenly over the data set, of few shards."""
+    shards = _evenly(len(data.shard_sizes), SHARDS)
+    return [
+        samples.start + number
+        for samples in map(data.samples_of, shards)
+        for number in _evenly(len(samples), SAMPLES // max(1, len(shards)))
+    ]
+
+
+def _evenly(size: int, most: int) -> list[int]:
+    return sorted({number * size // most for number in range(most)}) if size else []
+
+
+def _parts(content: dict[str, Any], tokenizer: Tokenizer) -> list[list[int]]:
+    """Tokens of a sample's texts: a list for each text that a step takes, with those of which it takes one."""
+    alternatives = [content[name] for name in ("captions", "query", "target") if content.get(name)]
+    alternatives += content.get("negatives", [])
+    return [[len(ids) for ids in tokenizer([text["text"] for text in part])] for part in alternatives]
+
+
+def _expected(samples: Iterable[list[list[int]]], what: Any) -> float:
+    """The mean of something of a text's tokens over the texts that steps take."""
+    parts = [part for sample in samples for part in sample]
+    return sum(sum(map(what, part)) / len(part) for part in parts) / len(parts)

@@ -1,0 +1,180 @@
+"""What a stage cannot mean."""
+
+from __future__ import annotations
+
+from stage_trainer.errors import UserError
+from stage_trainer.recipe.schema import GradientCache, Recipe, Stage
+
+
+def check_stage(recipe: Recipe, number: int, here: str) -> None:
+    """Rules for one stage, whose numbers are in their ranges.
+
+    Raises:
+        UserError: names what cannot be meant.
+    """
+    stage = recipe.stage(number)
+    if stage.masked:
+        _check_masked_lm(recipe, number, here)
+    else:
+        _check_pairs(recipe, stage, here)
+    for task in ("image_text", "text", "masked_lm"):
+        if (size := getattr(stage.batch, task)) and not getattr(stage.data, task):
+            raise UserError(f"{here}: batch.{task} is {size} but data.{task} names no data; add sources or set it to 0")
+    _check_rates(stage, here)
+    _check_gradient_cache(stage, here)
+    if stage.carry_optimizer and (number == 1 or recipe.stage(number - 1).masked != stage.masked):
+        raise UserError(
+            f"{here}: 'carry_optimizer' goes on with the moments of a stage of the same kind before, and there is "
+            "none; leave it out"
+        )
+
+
+def _check_pairs(recipe: Recipe, stage: Stage, here: str) -> None:
+    """A stage that learns from pairs."""
+    model = recipe.model
+    if model.vision is None and not (model.weights or model.vision_weights):
+        raise UserError(
+            f"{here} trains both towers, and 'model.vision' is missing; add it, or weights that have it "
+            "(model.weights, model.vision_weights)"
+        )
+    if not stage.batch.image_text and not stage.batch.text:
+        raise UserError(f"{here}: all batch sizes are 0; nothing would be trained")
+    for task in ("image_text", "text"):
+        if any(source.rate <= 0 for source in getattr(stage.data, task)):
+            raise UserError(f"{here}: every rate of data.{task} should be above 0; leave out what is not wanted")
+    for name in ("resolution", "patch_dropout"):
+        _check_schedule(stage, name, here)
+    if not all(0 <= rate < 1 for _, rate in stage.patch_dropout):
+        raise UserError(f"{here}: 'patch_dropout' rates should be at least 0 and below 1; found {stage.patch_dropout}")
+    for name in ("scale", "ratio"):
+        low, high = getattr(stage.augmentation, name)
+        if low > high:
+            raise UserError(f"{here}: augmentation.{name} is [{low:g}, {high:g}]; expected the lower one first")
+    dims = stage.loss.dims
+    if not dims or len(set(dims)) < len(dims):
+        raise UserError(
+            f"{here}: loss.dims is {list(dims)}; expected the prefixes of an embedding that shall stand alone, each "
+            "once, such as [1024, 512, 256]"
+        )
+    temperature = model.override.temperature or model.temperature
+    if temperature is not None and temperature < stage.loss.min_temperature:
+        raise UserError(
+            f"{here}: model.temperature is {temperature:g}, below loss.min_temperature, "
+            f"{stage.loss.min_temperature:g}; raise the one or lower the other"
+        )
+    _check_tasks(stage, here)
+
+
+def _check_schedule(stage: Stage, name: str, here: str) -> None:
+    """[[0, value], [later step, value], …]"""
+    starts = [start for start, _ in getattr(stage, name)]
+    if not starts or starts[0] != 0 or starts != sorted(set(starts)):
+        raise UserError(f"{here}: {name!r} should be [[0, …], [later step, …], …] with rising steps; found {starts}")
+    if starts[-1] >= stage.steps:
+        raise UserError(
+            f"{here}: {name!r} changes at step {starts[-1]}, but the stage ends after {stage.steps} steps "
+            f"(0 to {stage.steps - 1}); take that change out, or let it come sooner"
+        )
+
+
+def _check_tasks(stage: Stage, here: str) -> None:
+    """When each task takes part."""
+    starts = {task: getattr(stage.task_start, task) for task in ("image_text", "text") if getattr(stage.batch, task)}
+    for task, start in starts.items():
+        if start >= stage.steps:
+            raise UserError(
+                f"{here}: task_start.{task} is {start}, but the stage ends after {stage.steps} steps; "
+                f"let it come sooner, or set batch.{task} to 0"
+            )
+    if (first := min(starts.values())) > 0:
+        raise UserError(f"{here}: no task takes part before step {first}; let one of {', '.join(starts)} start at 0")
+    if stage.loss.kind == "unified":
+        if len(starts) < 2:
+            raise UserError(f"{here}: a unified loss is over both tasks; give 'batch' an image_text and a text size")
+        if any(starts.values()):
+            raise UserError(f"{here}: a unified loss is over both tasks in every step; leave 'task_start' out")
+    if stage.batch.image_text == 1 and stage.loss.kind == "multi_task":
+        raise UserError(f"{here}: batch.image_text is 1, and a pair alone has nothing to be told from; raise it")
+
+
+def _check_rates(stage: Stage, here: str) -> None:
+    """A tower that trains, a rate for all that does, and a schedule that fits into the stage."""
+    towers = _learning_towers(stage)
+    if not towers:
+        why = "" if stage.trainable.image == "none" else " (batch.image_text is 0, so the image tower takes no part)"
+        raise UserError(
+            f"{here}: nothing would be trained but a temperature: trainable.image is {stage.trainable.image!r}{why} "
+            "and trainable.text is 'none'; let one of the towers train"
+        )
+    for name in ("image", "text"):
+        learners = [
+            words for tower, words in (*towers.items(), *_learning_temperatures(stage).items()) if tower == name
+        ]
+        if learners and getattr(stage.lr, name) is None:
+            raise UserError(
+                f"{here}: lr.{name} is missing, and {' and '.join(learners)} train{'s' * (len(learners) == 1)} at it; "
+                f"add it, such as lr: {{{name}: 1e-4}} (0 to hold {'it' if len(learners) == 1 else 'them'})"
+            )
+    if not any(getattr(stage.lr, tower) for tower in towers):
+        raise UserError(f"{here}: every rate under 'lr' at which a tower trains is 0; nothing would be trained")
+    if stage.warmup_steps > stage.steps:
+        raise UserError(
+            f"{here}: warmup_steps is {stage.warmup_steps}, more than the {stage.steps} steps of the stage, so the "
+            "rate would never reach lr; lower it"
+        )
+
+
+# By the rate at which they train; see `optim.parameter_groups` and `objective.MultiTask.set_trainable`.
+def _learning_towers(stage: Stage) -> dict[str, str]:
+    found = {}
+    if stage.trainable.image != "none" and stage.batch.image_text:
+        found["image"] = "the image tower"
+    if stage.trainable.text != "none":
+        found["text"] = "the text tower's adapters" if stage.trainable.text == "adapters" else "the text tower"
+    return found
+
+
+def _learning_temperatures(stage: Stage) -> dict[str, str]:
+    found = {}
+    if stage.batch.image_text:
+        found["image"] = "the temperature of the image-text loss"
+    if stage.batch.text and stage.loss.kind != "unified":
+        found["text"] = "the temperature of the text loss"
+    return found
+
+
+def _check_gradient_cache(stage: Stage, here: str) -> None:
+    cache = stage.gradient_cache
+    if cache == "auto" and stage.masked:
+        raise UserError(
+            f"{here}: 'gradient_cache: auto' is for stages of pairs; masked-language-model training is told the "
+            "tokens of one pass, such as {tokens: 16384}, or nothing"
+        )
+    if isinstance(cache, GradientCache) and (cache.images < 0 or cache.tokens < 0 or not cache.images + cache.tokens):
+        raise UserError(
+            f"{here}: 'gradient_cache' should give the images and the tokens of one forward pass, such as "
+            "{images: 256, tokens: 16384} (0: all of them), or be 'auto'; leave it out for none"
+        )
+
+
+def _check_masked_lm(recipe: Recipe, number: int, here: str) -> None:
+    """A stage of masked-language-model training."""
+    stage = recipe.stage(number)
+    for task in ("image_text", "text"):
+        if getattr(stage.batch, task):
+            raise UserError(
+                f"{here}: batch.masked_lm and batch.{task} are both set; masked-language-model training is a stage of "
+                f"its own, so set batch.{task} to 0 or move one of them to another stage"
+            )
+    if number > 1 and not recipe.stage(number - 1).masked:
+        raise UserError(
+            f"{here}: masked-language-model training follows a stage that trains embeddings, whose image tower and "
+            "adapters it would lose; put it first"
+        )
+    if stage.trainable.text != "all":
+        raise UserError(
+            f"{here}: trainable.text is {stage.trainable.text!r}; masked-language-model training is for all weights of "
+            "the text tower, so leave it out"
+        )
+    if twice := sorted({path for path in stage.data.masked_lm if stage.data.masked_lm.count(path) > 1}):
+        raise UserError(f"{here}: data.masked_lm names {twice[0]!r} more than once; leave one out")

@@ -1,0 +1,107 @@
+"""What a recipe cannot mean by its towers: their configurations, and what stages ask of them.
+
+Where weights are named, they decide what the recipe does not state, so only what it states can be wrong here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+from text_tower.config import TextTowerConfig
+from vision_tower.config import VisionTowerConfig
+
+from stage_trainer.errors import UserError
+from stage_trainer.recipe.schema import Recipe
+
+
+def check_towers(recipe: Recipe, where: str) -> None:
+    """Rules for both towers.
+
+    Raises:
+        UserError: names what cannot be meant.
+    """
+    model, pairs = recipe.model, [stage for stage in recipe.stages if not stage.masked]
+    weights = model.text_weights or model.weights
+    text = _Stated(TextTowerConfig, model.text | model.override.text, weights, f"{where}: model.text")
+    vision, weights = None, model.vision_weights or model.weights
+    if model.vision is not None or weights:
+        stated = (model.vision or {}) | model.override.vision
+        if "resolution" in stated:
+            raise UserError(f"{where}: model.vision.resolution is a stage's to say: 'resolution' there; take it out")
+        vision = _Stated(VisionTowerConfig, stated, weights, f"{where}: model.vision")
+    widths = [tower.value("width") for tower in (text, vision) if tower]
+    if pairs and None not in widths and len(set(widths)) > 1:
+        raise UserError(
+            f"{where}: model.text.width is {widths[0]} and model.vision.width {widths[1]}; the towers share one space "
+            "without a projection, so make them equal"
+        )
+    width = next((width for width in widths if width is not None), None)
+    for number, stage in enumerate(recipe.stages, 1):
+        here = f"{where}: stage {number}"
+        longest = text.value("max_length")
+        if longest is not None and stage.max_tokens > longest:
+            raise UserError(
+                f"{here}: max_tokens is {stage.max_tokens}, more than the text tower takes (model.text.max_length "
+                f"{longest}); lower the one or raise the other"
+            )
+        if stage.masked:
+            continue
+        if width is not None and max(stage.loss.dims) > width:
+            raise UserError(f"{here}: loss.dims is {list(stage.loss.dims)}; expected prefixes of 1 to {width}")
+        if stage.trainable.text == "adapters" and text.value("adapters") == ():
+            raise UserError(f"{here}: trainable.text is 'adapters', but model.text.adapters names none; add one")
+        patch = vision.value("patch") if vision else None
+        for start, resolution in stage.resolution:
+            if resolution < (patch or 1):
+                raise UserError(
+                    f"{here}: the resolution from step {start} on is {resolution} pixels, below one patch of the image "
+                    f"tower (model.vision.patch, {patch or 'unknown'}); raise it"
+                )
+
+
+class _Stated:
+    """A tower's configuration as far as the recipe states it."""
+
+    def __init__(self, cls: type, values: dict[str, Any], weights: str | None, where: str):
+        self.stated, self.weights = set(values), weights
+        self.config = build_config(cls, _completed(values) if weights else values, where)
+
+    def value(self, name: str) -> Any:
+        """None where it is for the weights to say."""
+        return None if self.weights and name not in self.stated else getattr(self.config, name)
+
+
+def _completed(values: dict[str, Any]) -> dict[str, Any]:
+    """With stand-ins for what the weights say of settings that a configuration holds against each other."""
+    missing: dict[str, Any] = {}
+    if "width" in values:
+        missing["heads"] = 1
+    elif isinstance(heads := values.get("heads"), int):
+        missing["width"] = 64 * heads
+    if values.get("adapters"):
+        missing["lora_rank"] = 1
+    elif values.get("lora_rank"):
+        missing["adapters"] = ("the weights' own",)
+    return {**missing, **values}
+
+
+def build_config(cls: type, values: dict[str, Any], where: str) -> Any:
+    """A tower's frozen config dataclass from a recipe's mapping, with the recipe's manner of error."""
+    known = fields_of(cls)
+    if unknown := sorted(str(key) for key in set(values) - set(known)):
+        raise UserError("; ".join(unknown_key(f"{where}.{key}", key, known) for key in unknown))
+    try:
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def fields_of(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def unknown_key(path: str, key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"unknown key {path!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")

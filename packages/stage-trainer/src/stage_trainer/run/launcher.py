@@ -1,0 +1,71 @@
+"""Runs the `deepspeed` command for launch/stageN.sh: `python -m stage_trainer.run.launcher OPTIONS SCRIPT ARGUMENTS`.
+
+DeepSpeed's own processes do not wait for a checkpoint when a run is asked to stop: `deepspeed` ends at once, and
+launch.py kills the ranks after thirty seconds. Here they do not hear of it: the ranks alone do, and their exit code is
+the whole command's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from stage_trainer.run.stop import SIGNALS
+
+
+def main(options: Sequence[str] | None = None) -> int:
+    """Runs `deepspeed` with these options, and gives its exit code."""
+    # Its lines of log say nothing that the ranks do not say; who wants them adds --log_level info.
+    words = ["deepspeed", "--log_level", "critical", *(sys.argv[1:] if options is None else options)]
+    if _through_ssh(words):  # then `deepspeed` is the one to tell the other machines
+        os.execvp(words[0], words)
+    print("starting DeepSpeed's launcher …", flush=True)
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # children inherit it; the ranks take it back
+    try:
+        child = subprocess.Popen(words, process_group=0)  # of its own, so that Ctrl-C reaches the ranks once, from here
+    except FileNotFoundError:
+        print("stage-trainer: there is no deepspeed command; bash launch/environment.sh makes .venv", file=sys.stderr)
+        return 2
+    asked: list[int] = []
+
+    def tell(number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, number)
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        tell(signal.SIGINT if asked and number == signal.SIGINT else signal.SIGTERM)  # a second Ctrl-C interrupts
+        asked.append(number)
+
+    def pause(number: int, frame: FrameType | None) -> None:
+        tell(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        tell(signal.SIGCONT)
+
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, pass_on)
+    signal.signal(signal.SIGTSTP, pause)
+    signal.pthread_sigmask(signal.SIG_SETMASK, former)
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = child.wait(timeout=1)
+            if code > 192:  # launch.py's, for a rank that a signal ended
+                print(f"a rank was ended by signal {256 - code}, perhaps for want of memory", file=sys.stderr)
+            return code if code >= 0 else 128 - code
+        if asked:  # again, for ranks that were not there yet
+            tell(signal.SIGTERM)
+
+
+def _through_ssh(words: Sequence[str]) -> bool:
+    """Whether `deepspeed` would start ranks on other machines itself."""
+    hosts = any(word.split("=")[0] in ("--hostfile", "-H") for word in words) or os.path.exists("/job/hostfile")
+    return hosts and "--no_ssh" not in words
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""How the ranks of a run find one another; two runs on one machine do not meet."""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from stage_trainer.errors import UserError
+
+_DEFAULT_PORT = "29500"
+"""Of DeepSpeed's launcher: nobody asked for it."""
+
+
+def initialize_distributed(run: str = "") -> tuple[int, int, torch.device]:
+    """(rank, world size, device); a single process needs no launcher. NCCL on GPUs, gloo elsewhere.
+
+    Under DeepSpeed's launcher on one machine the ranks meet at a free port, unless --master_port names one.
+
+    Args:
+        run: the run's folder, and its name among the keys by which ranks find each other.
+
+    Raises:
+        UserError: the port that was asked for is taken; a launcher that did not say where rank 0 is.
+    """
+    import deepspeed
+    from deepspeed.constants import default_pg_timeout
+
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        os.environ.setdefault(name, value)
+    rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=_store(rank, world, run, default_pg_timeout),
+            rank=rank,
+            world_size=world,
+            timeout=default_pg_timeout,
+            device_id=device if cuda and world > 1 else None,
+        )
+    # Compiling DeepSpeed's shared-memory op takes a minute and a compiler; gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    return rank, world, device
+
+
+def _store(rank: int, world: int, run: str, timeout: datetime.timedelta) -> dist.Store:
+    """Where the ranks leave one another their addresses. Its keys bear the run's name: whoever comes to the port of
+    another run by mistake leaves that one alone."""
+    if world == 1:
+        return dist.HashStore()
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if not address or not port:
+        raise UserError(
+            f"WORLD_SIZE is {world}, and MASTER_ADDR and MASTER_PORT do not say where rank 0 is; set them, or start "
+            "the ranks with deepspeed or torchrun"
+        )
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own process holds the store
+        store = dist.TCPStore(address, int(port), world, is_master=False, timeout=timeout)
+    elif (meeting := _meeting_point(run)) is not None:
+        store = _meet(meeting, rank, world, 0 if port == _DEFAULT_PORT else int(port), timeout)
+    else:
+        store = _serve(address, int(port), world, timeout) if rank == 0 else _join(address, int(port), world, timeout)
+    return dist.PrefixStore(f"trilith {run}", store)
+
+
+def _meet(meeting: Path, rank: int, world: int, port: int, timeout: datetime.timedelta) -> dist.TCPStore:
+    """On one machine: rank 0 says in a file at which port it is. The others do not go to a port before it has that, or
+    they might find another run there."""
+    if rank == 0:
+        store = _serve("127.0.0.1", port, world, timeout)
+        fresh = meeting.with_name(f"{meeting.name}.partial")
+        fresh.write_text(str(store.port))
+        fresh.rename(meeting)
+        while store.add("here", 0) < world - 1:  # in Python, where signals are heard
+            time.sleep(0.02)
+        meeting.unlink()
+        return store
+    end = time.monotonic() + timeout.total_seconds()
+    while not meeting.exists():
+        if time.monotonic() > end:
+            raise UserError(f"rank 0 has not said within {timeout} where it is ({meeting})")
+        time.sleep(0.02)
+    store = _join("127.0.0.1", int(meeting.read_text()), world, timeout)
+    store.add("here", 1)
+    return store
+
+
+def _meeting_point(run: str) -> Path | None:
+    """A file that the ranks of one launcher on one machine share, and no other run ever; None if they do not all stand
+    on one machine, or the system does not tell launchers apart."""
+    if not run or os.environ.get("CROSS_SIZE") != "1":
+        return None
+    try:
+        began = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+    return Path(run) / f".port-{boot}-{os.getppid()}-{began}"  # process numbers alone come again
+
+
+def _serve(address: str, port: int, world: int, timeout: datetime.timedelta) -> dist.TCPStore:
+    try:
+        return dist.TCPStore(address, port, world, is_master=True, wait_for_workers=False, timeout=timeout)
+    except dist.DistNetworkError as error:
+        if f"code: -{errno.EADDRINUSE}" not in str(error):
+            raise
+        raise UserError(
+            f"port {port} is taken, by another run perhaps; name a free one: --master_port N for the deepspeed command "
+            "(on one machine, leave it out and a free one is found), or MASTER_PORT=N"
+        ) from error
+
+
+def _join(address: str, port: int, world: int, timeout: datetime.timedelta) -> dist.TCPStore:
+    return dist.TCPStore(address, port, world, is_master=False, wait_for_workers=False, timeout=timeout)

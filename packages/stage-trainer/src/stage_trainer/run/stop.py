@@ -1,0 +1,95 @@
+"""Being asked to stop: SIGTERM, SIGINT (Ctrl-C), SIGHUP. Imports nothing heavy, so that it stands before all else."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+from stage_trainer.errors import Stopped
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+Handler = Callable[[int, FrameType | None], None]
+NOTHING_LOST = "stage-trainer: stopped, as asked, with nothing unsaved; the same command goes on"
+
+
+@contextlib.contextmanager
+def when_asked(handler: Handler) -> Iterator[None]:
+    """Between `with` and its end `handler` is called when the process is asked to stop.
+
+    Signals that were blocked until now, by a launcher that wants none to be lost, arrive from here on. SIGHUP that is
+    ignored (nohup) stays so.
+    """
+    chosen = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+    former = {n: signal.signal(n, handler) for n in chosen}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    try:
+        yield
+    except (Stopped, SystemExit):  # on its way out: whoever asks again must not change the exit code
+        former = dict.fromkeys(former, signal.SIG_IGN)
+        raise
+    finally:
+        for number, before in former.items():
+            signal.signal(number, before)
+
+
+def leave_when_asked(rank: int, folder: Path | None = None) -> contextlib.AbstractContextManager[None]:
+    """For times in which nothing would be lost, such as imports and the loading of a model: the process ends at once,
+    with exit code 75. Nothing is raised, for libraries swallow exceptions while they are imported.
+
+    Args:
+        rank: without a folder, rank 0 alone says it.
+        folder: where the ranks of a machine leave each other notes; the first one says it.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(Exception):
+            if first_to_say(folder, NOTHING_LOST) if folder else rank == 0:
+                os.write(2, f"{NOTHING_LOST}\n".encode())  # print() may be under way just now
+            sys.stdout.flush()
+        os._exit(Stopped.EXIT_CODE)
+
+    return when_asked(leave)
+
+
+def first_to_say(folder: Path, text: str) -> bool:
+    """Leaves a note; False if somebody has said the same."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        note_of(folder, text).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # a full disk is no reason to keep quiet
+        return True
+    return True
+
+
+def note_of(folder: Path, text: str) -> Path:
+    """The file that says that `text` was said."""
+    return folder / f".failure-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def launcher_is_gone() -> bool:
+    """Whether DeepSpeed's launcher, if it started this process, has ended."""
+    return _launcher() != _LAUNCHER
+
+
+def _launcher() -> tuple[int, int] | None:
+    """The process that started this rank (launch.py) and the one above it (`deepspeed`); None without that launcher, or
+    where the system does not tell."""
+    if "CROSS_SIZE" not in os.environ:
+        return None
+    parent = os.getppid()
+    try:
+        fields = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return parent, int(fields[1])
+
+
+_LAUNCHER = _launcher()

@@ -1,0 +1,211 @@
+"""Weights to start from: where they are, what they say about themselves, and what a recipe may still decide.
+
+What belongs to weights (shapes, rotary base, epsilons, adapters, instructions, temperatures) comes from them. A recipe
+may leave it out or say the same; to have it otherwise, it says so under `model.override`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stage_trainer.errors import UserError
+from stage_trainer.model import FORMAT
+from stage_trainer.recipe import Model, Recipe
+from stage_trainer.recipe.tower_rules import build_config
+
+RECIPES_OWN = {
+    "text": ("dropout", "checkpointing", "attention", "compile", "max_length"),
+    "vision": ("checkpointing", "attention", "resolution"),
+}
+"""What a recipe decides about a tower, whatever its weights say."""
+_AS_THE_WEIGHTS = ("max_length", "resolution")  # of these, where the recipe is silent
+_FIXED = ("vocab_size", "width", "layers", "heads", "mlp_width", "patch", "mlp_ratio", "hidden", "attention_norm")
+_ADAPTERS = ("adapters", "lora_rank", "lora_alpha")
+
+
+def local(weights: str) -> str:
+    """The directory or file itself, or the directory of a repository of the Hugging Face hub, fetched."""
+    if Path(weights).exists():
+        return weights
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(weights)
+
+
+def tower_weights(model: Model, tower: str, fetch: bool) -> str | None:
+    """Where a tower's weights are: a directory, a file, or timm's name. None if the recipe names none, or if they would
+    have to be fetched first and shall not be."""
+    named = model.text_weights if tower == "text" else model.vision_weights
+    weights = named or model.weights
+    if weights is None or not (fetch or Path(weights).exists()):
+        return None
+    if named:
+        return named if tower == "vision" else local(named)
+    whole = Path(local(weights))
+    return str(whole / tower if _is_ours(whole) else whole)
+
+
+def absent(model: Model) -> list[str]:
+    """Weights that the recipe names and this machine does not have; the recipe and defaults stand for their sizes."""
+    named = [model.text_weights or model.weights, model.vision_weights or model.weights]
+    return list(dict.fromkeys(weights for weights in named if weights and not Path(weights).exists()))
+
+
+def given_text(path: str) -> tuple[Any, frozenset[str]]:
+    """The configuration that a text tower's weights bring, and the fields that they leave to the recipe."""
+    from text_tower.pretrained import read_config
+
+    return read_config(path)
+
+
+def given_vision(path: str) -> Any:
+    """The configuration that an image tower's weights bring; `path` may be one of timm's names."""
+    there = Path(path)
+    files = list(there.iterdir()) if there.is_dir() else [there] if there.exists() else []
+    return _given_vision(path, tuple(sorted((file.name, file.stat().st_mtime_ns) for file in files)))
+
+
+@functools.cache  # which is told when a file changes: weights are read to know their shape
+def _given_vision(path: str, files: tuple[tuple[str, int], ...]) -> Any:
+    from vision_tower import VisionTower
+
+    if files:
+        return VisionTower.from_pretrained(path, num_classes=0).config
+    with torch.device("meta"):
+        return VisionTower.from_timm(path.removeprefix("timm/"), pretrained=False).config
+
+
+def decided(model: Model, tower: str, given: Any, unsettled: frozenset[str], holder: str) -> Any:
+    """A tower's configuration, from its weights' own and the recipe.
+
+    Args:
+        given: the weights' own.
+        unsettled: fields that these weights leave to the recipe.
+        holder: who says what `given` does, for messages: "the weights in … say".
+
+    Raises:
+        UserError: the recipe states otherwise what belongs to the weights, without overriding it.
+    """
+    stated: Mapping[str, Any] = getattr(model, tower) or {}
+    override: Mapping[str, Any] = getattr(model.override, tower)
+    own = {*RECIPES_OWN[tower], *unsettled}
+    if tower == "text":
+        own |= {*_ADAPTERS} if not given.adapters else set()
+        chosen = tuple(stated.get("adapters") or ())
+        if chosen and set(chosen) <= set(given.adapters):  # taking some of those that there are contradicts nothing
+            own |= {"adapters"}
+            left_out = set(given.adapters) - set(chosen)
+            kept = {task: text for task, text in given.instructions.items() if task not in left_out}
+            given = dataclasses.replace(given, instructions=kept)
+        own |= {name for name in ("instructions", "truncate_dim") if not getattr(given, name)}
+    silent = {f.name: f.default for f in dataclasses.fields(given) if f.name in RECIPES_OWN[tower]}
+    values = dataclasses.asdict(given) | {k: v for k, v in silent.items() if k not in _AS_THE_WEIGHTS}
+    for name, value in stated.items():
+        if name in own or not hasattr(given, name):  # the second kind is refused below, with the nearest right name
+            values[name] = value
+        elif name not in override and (says := _says(name, value, given)) != (held := _held(name, given)):
+            way = f"state it under model.override.{tower} to have it otherwise" if name not in _FIXED else "name others"
+            raise UserError(
+                f"model.{tower}.{name} is {_plain(says)}, but {holder} {_plain(held)}; it belongs to the weights: "
+                f"leave it out, or {way}"
+            )
+    if "adapters" in override and not override["adapters"]:
+        values["lora_rank"] = 0
+    return build_config(type(given), {**values, **override}, f"model.{tower}")
+
+
+def _says(name: str, value: Any, given: Any) -> Any:
+    """What a recipe states, to compare with `_held`."""
+    if name == "mlp_ratio" and isinstance(value, int | float):  # a ratio is one way to say a width
+        return int(given.width * value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _held(name: str, given: Any) -> Any:
+    return given.mlp_hidden if name in ("mlp_ratio", "hidden") else getattr(given, name)
+
+
+def reading_options(config: Any, given: Any) -> dict[str, Any]:
+    """What `from_pretrained` is told, so that a tower comes out with `config`."""
+    names = [f.name for f in dataclasses.fields(config)]
+    changed = {name for name in names if getattr(config, name) != getattr(given, name)} - {"resolution"}
+    return {name: getattr(config, name) for name in names if name in changed}
+
+
+def whole_model(model: Model, fetch: bool = True) -> Path | None:
+    """The directory of the whole model that both towers are from, if it is one."""
+    if model.text_weights or model.vision_weights:
+        folders = [Path(weights) for weights in (model.text_weights, model.vision_weights) if weights]
+        if len(folders) < 2 or not all(folder.exists() for folder in folders):
+            return None
+        text, vision = folders
+        if text == vision:
+            return text
+        return text.parent if text.parent == vision.parent and _is_ours(text.parent) else None
+    if not model.weights or not (fetch or Path(model.weights).exists()):
+        return None
+    return Path(local(model.weights))
+
+
+def log_scales(recipe: Recipe) -> tuple[float, float]:
+    """Where ln(1 / temperature) starts, of the image-text task and of the text task.
+
+    A whole model's own; jina-clip-v2 has one of them, from which both start.
+
+    Raises:
+        UserError: the recipe states another temperature than the weights have, without overriding it.
+    """
+    model = recipe.model
+    whole = whole_model(model)
+    held = _held_scales(whole) if whole else None
+    if model.override.temperature is not None or held is None:
+        scale = -math.log(model.override.temperature or model.temperature or 0.07)
+        return scale, scale
+    temperature = math.exp(-held[0])
+    if model.temperature is not None and not math.isclose(model.temperature, temperature, rel_tol=1e-3):
+        raise UserError(
+            f"model.temperature is {model.temperature:g}, but {whole} has {temperature:g} (logit_scale {held[0]:g}); "
+            "leave it out, since it belongs to the weights, or set model.override.temperature to start elsewhere"
+        )
+    return held
+
+
+def _held_scales(whole: Path) -> tuple[float, float] | None:
+    if _is_ours(whole):
+        config = json.loads((whole / "config.json").read_text())
+        return float(config["logit_scale"]), float(config["text_logit_scale"])
+    file = whole / "model.safetensors"
+    if file.is_file():
+        from safetensors import safe_open
+
+        with safe_open(file, framework="pt") as content:
+            if "logit_scale" in content.keys():  # noqa: SIM118
+                scale = float(content.get_tensor("logit_scale"))
+                return scale, scale
+        return None
+    file = whole / "pytorch_model.bin"
+    if file.is_file():
+        scale = torch.load(file, map_location="cpu", weights_only=True, mmap=True).get("logit_scale")
+        return None if scale is None else (float(scale), float(scale))
+    return None
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        return json.loads((folder / "config.json").read_text()).get("format") == FORMAT
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(list(value)) if isinstance(value, tuple) else repr(value) if isinstance(value, str) else str(value)

@@ -1,0 +1,121 @@
+"""What a sentence-transformers directory says beside its transformer: pooling, further modules, prompts, lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from text_tower.files import read_json, read_json_value
+
+_HARMLESS_TRANSFORMER = frozenset({"unpad_inputs"})
+_ONLY_TRANSFORMER: dict[str, tuple[Any, ...]] = {
+    "transformer_task": ("feature-extraction",),
+    "module_output_name": ("token_embeddings",),
+    "modality_config": ({"text": {"method": "forward", "method_output_name": "last_hidden_state"}},),
+    "do_lower_case": (False,),
+}
+_POOLING = frozenset({"embedding_dimension", "word_embedding_dimension", "pooling_mode", "include_prompt"})
+_HARMLESS_MODEL = frozenset({"__version__", "model_type", "similarity_fn_name"})
+
+
+class Said(NamedTuple):
+    """What such a directory says.
+
+    Attributes:
+        transformer: the directory of the transformer itself.
+        max_length: most tokens of a text; None if it says nothing.
+        instructions: {prompt name: prompt}.
+        truncate_dim: dims that `encode` keeps where nothing else is asked; None for all.
+        is_one: whether the directory is one of sentence-transformers' at all.
+    """
+
+    transformer: Path
+    max_length: int | None = None
+    instructions: Mapping[str, str] = {}
+    truncate_dim: int | None = None
+    is_one: bool = False
+
+
+def read(path: Path) -> Said:
+    """Reads modules.json and what it names.
+
+    Raises:
+        FileNotFoundError: a file that modules.json names is not there.
+        ValueError: modules or settings with which embeddings are not the mean over tokens that this tower computes.
+    """
+    if not (path / "modules.json").is_file():
+        return Said(path)
+    modules = read_json_value(path / "modules.json")
+    if not isinstance(modules, list) or not all(isinstance(m, dict) and "type" in m for m in modules):
+        raise ValueError(f"{path / 'modules.json'} holds no list of modules; expected sentence-transformers'")
+    kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
+    # Jina's own Transformer pools by itself, where no Pooling follows.
+    custom = bool(modules) and modules[0]["type"] == "custom_st.Transformer"
+    expected = ["Transformer"] if custom and "Pooling" not in kinds else ["Transformer", "Pooling"]
+    rest = kinds[len(expected) :]
+    if kinds[: len(expected)] != expected or set(rest) - {"Normalize", "Dropout"}:
+        raise ValueError(
+            f"{path / 'modules.json'} has the modules {', '.join(kinds) or 'none'}; this tower is Transformer, Pooling "
+            "(a mean over tokens) and, if wanted, Normalize: another module would be left out of its embeddings"
+        )
+    if not custom and not all(str(m["type"]).startswith("sentence_transformers.") for m in modules):
+        raise ValueError(f"{path / 'modules.json'} names code of its own, {[m['type'] for m in modules]}; expected "
+                         "sentence-transformers' modules")  # fmt: skip
+    if "Pooling" in kinds:
+        _check_pooling(path / str(modules[1].get("path", "")) / "config.json")
+    transformer = path / str(modules[0].get("path", ""))
+    instructions, truncate_dim = _model(path / "config_sentence_transformers.json")
+    return Said(transformer, _transformer(transformer / "sentence_bert_config.json"), instructions, truncate_dim, True)
+
+
+def _check_pooling(file: Path) -> None:
+    config = read_json(file)
+    legacy = {key: value for key, value in config.items() if key.startswith("pooling_mode_")}
+    if unknown := sorted(config.keys() - _POOLING - legacy.keys()):
+        raise ValueError(f"{file} has unknown keys {unknown}; expected sentence-transformers' Pooling")
+    named = [key.removeprefix("pooling_mode_").removesuffix("_tokens") for key, on in legacy.items() if on]
+    mode = config.get("pooling_mode", named or "mean")
+    if mode not in ("mean", ["mean"]):
+        raise ValueError(f"{file} has the pooling mode {mode!r}; this tower takes the mean over all tokens")
+    if config.get("include_prompt", True) is not True:
+        raise ValueError(f"{file} has include_prompt {config['include_prompt']!r}; this tower takes the mean over all "
+                         "tokens, those of the prompt too")  # fmt: skip
+
+
+def _transformer(file: Path) -> int | None:
+    """max_seq_length, if it is there."""
+    if not file.is_file():
+        return None
+    config = read_json(file)
+    for key, value in config.items():
+        if key == "max_seq_length" or key in _HARMLESS_TRANSFORMER:
+            continue
+        if value not in (None, {}, [], *_ONLY_TRANSFORMER.get(key, ())):
+            raise ValueError(f"{file} has {key} {value!r}, with which texts become others than this tower makes of "
+                             "them, or which it does not know; if neither, remove it from the file")  # fmt: skip
+    length = config.get("max_seq_length")
+    if length is not None and (not isinstance(length, int) or length < 2):
+        raise ValueError(f"{file} has max_seq_length {length!r}; expected at least 2")
+    return length
+
+
+def _model(file: Path) -> tuple[dict[str, str], int | None]:
+    """(prompts, truncate_dim) of config_sentence_transformers.json."""
+    if not file.is_file():
+        return {}, None
+    config = read_json(file)
+    known = _HARMLESS_MODEL | {"prompts", "default_prompt_name", "truncate_dim"}
+    if unknown := sorted(k for k in config.keys() - known if config[k] not in (None, {}, [])):
+        raise ValueError(f"{file} has {', '.join(f'{k} {config[k]!r}' for k in unknown)}, of which this tower does not "
+                         "know what it means; if embeddings do not depend on it, remove it from the file")  # fmt: skip
+    prompts = config.get("prompts") or {}
+    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+        raise ValueError(f"{file} has prompts {prompts!r}; expected names and texts")
+    default = config.get("default_prompt_name")
+    if default is not None and prompts.get(default, "missing"):
+        raise ValueError(
+            f"{file} has default_prompt_name {default!r}, a prompt before every text that asks for none; this tower "
+            f"puts one only where it is asked for: set it to null, and call encode(task={default!r})"
+        )
+    return prompts, config.get("truncate_dim")

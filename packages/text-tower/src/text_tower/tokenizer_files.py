@@ -1,0 +1,272 @@
+"""A directory's tokenizer files, and the tokenizer that transformers' AutoTokenizer makes of them.
+
+`tokenizer.json` goes before `sentencepiece.bpe.model`; either way transformers takes vocabulary and normalizer out of
+it and puts XLM-RoBERTa's own splitting into words around them, unless `tokenizer_config.json` names no class but the
+general one. Added tokens come from `tokenizer_config.json`, or else from older files beside it.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+BOS, PAD, EOS, UNK = 0, 1, 2, 3
+# The names under which other libraries look for them.
+SENTENCEPIECE_FILE, JSON_FILE = "sentencepiece.bpe.model", "tokenizer.json"
+CONFIG_FILE, SPECIAL_FILE, ADDED_FILE = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+
+_NAMED = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "sep_token": "</s>", "pad_token": "<pad>",
+          "cls_token": "<s>", "mask_token": "<mask>"}  # fmt: skip
+_EXTRA = ("extra_special_tokens", "additional_special_tokens")
+_REBUILT = ("XLMRobertaTokenizer", "XLMRobertaTokenizerFast")
+_AS_IT_IS = ("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend")
+_HONOURED = frozenset({*_NAMED, *_EXTRA, "tokenizer_class", "added_tokens_decoder", "add_prefix_space",
+                       "split_special_tokens", "model_max_length", "truncation_side"})  # fmt: skip
+# Of what stands in a tokenizer_config.json, the ids of a text do not depend on these under transformers 5.
+_HARMLESS = frozenset([
+    "name_or_path", "is_local", "local_files_only", "backend", "unk_id", "vocab_file", "tokenizer_file",
+    "special_tokens_map_file", "clean_up_tokenization_spaces", "padding_side", "pad_to_multiple_of",
+    "pad_token_type_id", "max_length", "stride", "truncation_strategy", "sp_model_kwargs", "model_input_names",
+    "chat_template", "processor_class", "legacy", "use_fast", "do_lower_case", "keep_accents", "init_inputs",
+    "trust_remote_code", "auto_map", "_commit_hash", "verbose",
+])  # fmt: skip
+
+
+class Built(NamedTuple):
+    """A `tokenizers.Tokenizer`, its most tokens of a text as its files say (None: they do not), and whether anything
+    but the vocabulary's own file bears on its ids."""
+
+    encoder: Any
+    model_max_length: int | None
+    configured: bool
+
+
+def read(path: Path) -> tuple[dict[str, bytes], Path] | None:
+    """({usual name: content}, the file that decides) of a directory's tokenizer, or of a file and the settings beside
+    it; the content that decides comes first. None if a directory holds none.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: several sentencepiece models, or a file of another kind.
+    """
+    file = _find(path) if path.is_dir() else path
+    if file is None:
+        return None
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}; expected a sentencepiece .model or a {JSON_FILE}")
+    if file.suffix not in (".model", ".json"):
+        raise ValueError(f"{file} ends in {file.suffix!r}; expected a sentencepiece .model or a {JSON_FILE}")
+    files = {JSON_FILE if file.suffix == ".json" else SENTENCEPIECE_FILE: file.read_bytes()}
+    beside = [CONFIG_FILE, SPECIAL_FILE, ADDED_FILE, *([SENTENCEPIECE_FILE] if path.is_dir() else [])]
+    there = [name for name in beside if name not in files and (file.parent / name).is_file()]
+    return files | {name: (file.parent / name).read_bytes() for name in there}, file
+
+
+def _find(directory: Path) -> Path | None:
+    for name in (JSON_FILE, SENTENCEPIECE_FILE):
+        if (directory / name).is_file():
+            return directory / name
+    models = sorted(directory.glob("*.model"))
+    if len(models) > 1:
+        raise ValueError(f"{directory} holds {[m.name for m in models]}; expected one .model file: give its own path")
+    return models[0] if models else None
+
+
+def build(files: Mapping[str, bytes], name: str) -> Built:
+    """The tokenizer that transformers makes of such files.
+
+    Raises:
+        ValueError: files of another kind, special tokens that are not XLM-RoBERTa's, or settings that we do not know.
+    """
+    config = _json(files, CONFIG_FILE, name)
+    _check(config, name)
+    kind = config.get("tokenizer_class") or _REBUILT[0]
+    if kind in _AS_IT_IS and JSON_FILE not in files:
+        raise ValueError(f"{name}: {CONFIG_FILE} names the class {kind!r}, which needs a {JSON_FILE}; there is none")
+    stored = _json(files, JSON_FILE, name) if JSON_FILE in files else None
+    if stored is None:
+        encoder, extra = _from_sentencepiece(files[SENTENCEPIECE_FILE], config, name)
+    else:
+        encoder, extra = _from_json(files[JSON_FILE], stored, config, kind in _REBUILT, name), []
+    tokens = _added_tokens(files, config, stored, extra, name)
+    of_the_file = _added_tokens({}, {}, stored, extra, name)
+    encoder.add_tokens(tokens)
+    encoder.encode_special_tokens = bool(config.get("split_special_tokens", False))
+    special = [encoder.token_to_id(token) for token in ("<s>", "<pad>", "</s>", "<unk>")]
+    if special != [BOS, PAD, EOS, UNK]:
+        raise ValueError(f"{name} has <s>, <pad>, </s>, <unk> at {special}; expected [0, 1, 2, 3], as XLM-RoBERTa")
+    plain = encoder.encode("a", add_special_tokens=False).ids
+    if encoder.encode("a").ids != [BOS, *plain, EOS]:
+        raise ValueError(f"{name} puts {encoder.encode('a').tokens} around a text; expected <s> and </s>")
+    length = config.get("model_max_length") or 0
+    said = isinstance(length, int | float) and 2 <= length < 1e9  # beyond, it is transformers' way to say nothing
+    plain = not config.get("split_special_tokens") and config.get("add_prefix_space", True) and kind in _REBUILT
+    configured = not plain or set(map(repr, tokens)) != set(map(repr, of_the_file))
+    return Built(encoder, int(length) if said else None, configured)
+
+
+def _check(config: Mapping[str, Any], name: str) -> None:
+    here = f"{name}: {CONFIG_FILE} has"
+    if (kind := config.get("tokenizer_class")) not in (None, *_REBUILT, *_AS_IT_IS):
+        raise ValueError(f"{here} tokenizer_class {kind!r}; expected {_REBUILT[0]!r}")
+    if config.get("truncation_side", "right") != "right":
+        raise ValueError(
+            f"{here} truncation_side {config['truncation_side']!r}; this tokenizer keeps a text's beginning"
+        )
+    for key in ("add_bos_token", "add_eos_token"):
+        if config.get(key, True) is not True:
+            raise ValueError(f"{here} {key} {config[key]!r}; this tower expects <s> … </s>")
+    for key, expected in _NAMED.items():
+        if (found := _content(config.get(key, expected))) not in (expected, None):
+            raise ValueError(f"{here} {key} {found!r}; expected {expected!r}, as XLM-RoBERTa")
+    unknown = sorted(config.keys() - _HONOURED - _HARMLESS - {"add_bos_token", "add_eos_token"})
+    if unknown := [key for key in unknown if config[key] is not None]:
+        raise ValueError(
+            f"{here} {', '.join(f'{k} {config[k]!r}' for k in unknown)}, of which this tower does not know what it "
+            "means; if ids do not depend on it, remove it from the file"
+        )
+
+
+def _from_sentencepiece(content: bytes, config: Mapping[str, Any], name: str) -> tuple[Any, list[Any]]:
+    """The tokenizer of a sentencepiece model, and the tokens that the model itself keeps apart."""
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2 as pb
+    from tokenizers import AddedToken
+
+    try:
+        model = pb.ModelProto.FromString(content)  # type: ignore[attr-defined]
+    except DecodeError as error:
+        raise ValueError(f"{name} is no sentencepiece model ({error})") from error
+    trained, pieces = model.trainer_spec, model.pieces
+    if not pieces:
+        raise ValueError(f"{name} is no sentencepiece model (it has no pieces)")
+    if trained.model_type != trained.UNIGRAM:
+        raise ValueError(f"{name} is of type {trained.ModelType.Name(trained.model_type)}; expected UNIGRAM")
+    special = [trained.unk_id, trained.bos_id, trained.eos_id, trained.pad_id]
+    if special != [0, 1, 2, -1]:
+        raise ValueError(
+            f"{name} has <unk>, <s>, </s>, <pad> at {special}; expected [0, 1, 2, -1], the defaults of "
+            "SentencePieceTrainer, because the tower's ids are a fixed shift of them"
+        )
+    vocabulary = [(token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")]
+    vocabulary += [(piece.piece, piece.score) for piece in pieces[3:]] + [("<mask>", 0.0)]
+    apart = [AddedToken(p.piece, normalized=False, special=p.type == p.CONTROL)
+             for p in pieces if p.type in (p.CONTROL, p.USER_DEFINED)]  # fmt: skip
+    return _xlm_roberta(vocabulary, model.normalizer_spec.precompiled_charsmap, config), apart
+
+
+def _from_json(content: bytes, stored: Mapping[str, Any], config: Mapping[str, Any], rebuilt: bool, name: str) -> Any:
+    from tokenizers import Tokenizer
+
+    try:
+        encoder = Tokenizer.from_str(content.decode())
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ValueError(f"{name} is no tokenizer.json ({error})") from error
+    if rebuilt:
+        model = stored["model"]
+        if model.get("type") != "Unigram":
+            raise ValueError(f"{name} has a model of type {model.get('type')!r}; expected 'Unigram', as XLM-RoBERTa's")
+        normalizer = stored.get("normalizer") or {}
+        steps = normalizer.get("normalizers", [normalizer])
+        charsmap = next((s["precompiled_charsmap"] for s in steps if s.get("type") == "Precompiled"), "")
+        before = encoder.post_processor
+        vocabulary = [(piece, score) for piece, score in model["vocab"]]
+        encoder = _xlm_roberta(vocabulary, base64.b64decode(charsmap), config)
+        encoder.post_processor = before or encoder.post_processor
+    encoder.no_truncation()
+    encoder.no_padding()
+    return encoder
+
+
+def _xlm_roberta(vocabulary: list[tuple[str, float]], charsmap: bytes, config: Mapping[str, Any]) -> Any:
+    """A tokenizer as transformers' XLMRobertaTokenizer builds it around a vocabulary."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    encoder = Tokenizer(models.Unigram(vocabulary, unk_id=UNK, byte_fallback=False))
+    if charsmap:
+        encoder.normalizer = normalizers.Precompiled(charsmap)
+    scheme = "always" if config.get("add_prefix_space", True) else "never"
+    encoder.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme)]
+    )
+    encoder.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
+    return encoder
+
+
+def _added_tokens(
+    files: Mapping[str, bytes], config: dict[str, Any], stored: Mapping[str, Any] | None, extra: list[Any], name: str
+) -> list[Any]:
+    """`AddedToken`s in the order in which transformers adds them: those with an id, the named ones, the others."""
+    from tokenizers import AddedToken
+
+    config = dict(config)
+    by_id: dict[int, Any] = {}
+    if "added_tokens_decoder" in config:
+        by_id = {int(i): AddedToken(**token) for i, token in config["added_tokens_decoder"].items()}
+    else:
+        for key, value in _json(files, SPECIAL_FILE, name).items():
+            if key not in (*_NAMED, *_EXTRA):
+                raise ValueError(f"{name}: {SPECIAL_FILE} names {key!r}, which XLM-RoBERTa does not have")
+            if key == "additional_special_tokens" and stored is None:
+                continue  # transformers puts the sentencepiece model's own in their place
+            config[key] = value
+        specials = {_content(config.get(key)) for key in _NAMED} | {_content(t) for t in _extra(config, name) or []}
+        for token, i in _json(files, ADDED_FILE, name).items():
+            special = token in specials
+            by_id[i] = AddedToken(token, normalized=not special, special=special)
+        for token in (stored or {}).get("added_tokens", []):
+            by_id[token["id"]] = AddedToken(**{key: value for key, value in token.items() if key != "id"})
+    known = {token.content: token for token in by_id.values()}
+    tokens = [by_id[i] for i in sorted(by_id)]
+    named = [config.get(key, default) for key, default in _NAMED.items()]
+    others = _extra(config, name)
+    for token in [*named, *(extra if others is None else others)]:
+        if token is not None and _content(token) not in known:
+            known[_content(token)] = made = _token(token)
+            tokens.append(made)
+    names = {_content(token) for token in named if token}
+    for token in tokens:
+        token.special = token.special or token.content in names
+    return tokens
+
+
+def _extra(config: Mapping[str, Any], name: str) -> list[Any] | None:
+    key = next((key for key in _EXTRA if config.get(key)), None)
+    if key is None:
+        return [] if config.get(_EXTRA[0]) is not None else None
+    if not isinstance(config[key], list):
+        raise ValueError(f"{name}: {key} is {config[key]!r}; expected a list of tokens")
+    return config[key]
+
+
+def _token(token: Any) -> Any:
+    from tokenizers import AddedToken
+
+    if isinstance(token, dict):
+        options = {key: value for key, value in token.items() if key != "__type"}
+        return AddedToken(**options)
+    return token if isinstance(token, AddedToken) else AddedToken(token, special=True, normalized=False)
+
+
+def _content(token: Any) -> Any:
+    if isinstance(token, dict):
+        return token.get("content")
+    return getattr(token, "content", token)
+
+
+def _json(files: Mapping[str, bytes], file: str, name: str) -> dict[str, Any]:
+    if file not in files:
+        return {}
+    try:
+        content = json.loads(files[file].decode())
+    except ValueError as error:
+        raise ValueError(f"{name} is no {file} ({error})" if file == JSON_FILE else f"{name}: {file} is not JSON "
+                         f"({error})") from error  # fmt: skip
+    if not isinstance(content, dict):
+        raise ValueError(f"{name}: {file} holds a {type(content).__name__}; expected a JSON object")
+    return content

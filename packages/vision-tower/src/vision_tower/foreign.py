@@ -1,0 +1,213 @@
+"""What other projects' JSON files say of an image tower: jina-clip's, open_clip's, and image processors'.
+
+Each key is followed, or known to have no bearing on the numbers, or refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .timm_models import config_of
+
+PROCESSOR_NAME = "preprocessor_config.json"
+OPEN_CLIP_NAME = "open_clip_config.json"
+
+# What transformers writes into every configuration, or wrote until its version 5.
+_OF_TRANSFORMERS = """
+architectures auto_map model_type transformers_version torch_dtype dtype _name_or_path id2label label2id
+_attn_implementation_autoset output_attentions output_hidden_states return_dict torchscript use_bfloat16
+tf_legacy_loss pruned_heads tie_word_embeddings chunk_size_feed_forward is_encoder_decoder is_decoder
+cross_attention_hidden_size add_cross_attention tie_encoder_decoder max_length min_length do_sample
+early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
+repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
+remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens prefix
+finetuning_task tokenizer_class bos_token_id pad_token_id eos_token_id sep_token_id problem_type
+decoder_start_token_id task_specific_params transformers.js_config initializer_factor initializer_range
+"""
+# Of the text half, of training, or of how the same numbers are computed.
+_JINA_HARMLESS = """
+vision_config text_config projection_dim matryoshka_dimensions logit_scale_init_value use_text_flash_attn
+use_vision_xformers
+"""
+_JINA_VISION_HARMLESS = "patch_dropout fused_layer_norm x_attention"
+# What an EVA02 tower is and a file may say otherwise.
+_JINA_VISION_FIXED: dict[str, tuple[Any, ...]] = {
+    "rope_embeddings": (True,),
+    "naive_swiglu": (True,),
+    "qkv_bias": (True,),
+    "post_norm": (False, None),
+    "ls_init_value": (None, 0, 0.0),
+    "proj_type": (None,),
+}
+_CROP_MODES = {"shortest": "center", "squash": "squash"}
+_KERNELS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by Pillow's numbers
+_PROCESSOR_HARMLESS = {"auto_map", "image_processor_type", "processor_class", "feature_extractor_type"}
+_PROCESSOR_HARMLESS |= {"do_convert_rgb", "use_fast", "_valid_processor_keys"}
+
+
+def _check(found: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]], known: set[str], where: str) -> None:
+    """Raises ValueError where a key of `fixed` has another value than one of those, and for a key that is not known."""
+    for key, allowed in fixed.items():
+        if key in found and not any(type(found[key]) is type(value) and found[key] == value for value in allowed):
+            raise ValueError(f"{where} has {key} {found[key]!r}, and a VisionTower is made for {allowed[0]!r}")
+    if unknown := sorted(set(found) - known - set(fixed)):
+        raise ValueError(f"{where} has {', '.join(unknown)}, not known here; remove what has no bearing on images")
+
+
+def _object(values: Mapping[str, Any], key: str, source: Path) -> Mapping[str, Any]:
+    found = values.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{source}: {key} is a {type(found).__name__}; expected an object")
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); restore it or save the tower again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} does not describe a vision tower; expected an object")
+    return values
+
+
+def jina_settings(values: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """What a jina-clip config.json says of its image tower. A width, depth or patch that is not the weights' comes to
+    light when they are put in."""
+    vision = _object(values, "vision_config", source)
+    top = {"add_projections": (False, None), "truncate_dim": (None,)}
+    _check(values, top, set((_OF_TRANSFORMERS + _JINA_HARMLESS).split()), str(source))
+    # The image's size is what the position table cannot tell where pixels are left over: 512 is 36 patches of 14.
+    names = {"width": "width", "layers": "layers", "patch_size": "patch", "image_size": "resolution"}
+    read = {*names, "head_width", "embed_dim", "intp_freq", "pt_hw_seq_len", "subln", "mlp_ratio"}
+    known = set((_OF_TRANSFORMERS + _JINA_VISION_HARMLESS).split()) | read
+    _check(vision, _JINA_VISION_FIXED, known, f"{source}: vision_config")
+    for name in (*names, "head_width", "embed_dim", "pt_hw_seq_len"):
+        value = vision.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{source}: vision_config's {name} is {value!r}; expected a positive integer")
+    found: dict[str, Any] = {ours: vision[theirs] for theirs, ours in names.items() if theirs in vision}
+    if vision.get("embed_dim", vision.get("width")) != vision.get("width"):
+        raise ValueError(
+            f"{source}: vision_config's embed_dim is {vision['embed_dim']} and its width {vision.get('width')}: a "
+            "projection follows its tower, and a VisionTower has none"
+        )
+    if "width" in vision and "head_width" in vision:
+        found["heads"], rest = divmod(vision["width"], vision["head_width"])
+        if rest:
+            raise ValueError(f"{source}: width {vision['width']} is no multiple of head_width {vision['head_width']}")
+    if "intp_freq" in vision:
+        found["reference_grid"] = vision.get("pt_hw_seq_len", 16) if vision["intp_freq"] else None
+    elif "pt_hw_seq_len" in vision:  # their default of intp_freq is true
+        found["reference_grid"] = vision["pt_hw_seq_len"]
+    # Unscaled positions are those of a table that was made for one grid.
+    patches = vision.get("image_size", 224) // vision.get("patch_size", 16)
+    if vision.get("intp_freq") is False and vision.get("pt_hw_seq_len", patches) != patches:
+        raise ValueError(
+            f"{source}: vision_config's pt_hw_seq_len is {vision['pt_hw_seq_len']} and intp_freq False, which fits no "
+            f"image of {patches} by {patches} patches"
+        )
+    if "subln" in vision:
+        found["attention_norm"] = vision["subln"]
+    if "width" in vision and "mlp_ratio" in vision:
+        found["hidden"] = int(vision["width"] * vision["mlp_ratio"])
+    return found
+
+
+def open_clip_settings(values: Mapping[str, Any], source: Path, *, num_classes: int | None) -> dict[str, Any]:
+    """What an open_clip_config.json says of an image tower that is timm's, its preprocessing included."""
+    import timm
+
+    model, vision = _object(values, "model_cfg", source), {}
+    if model:
+        vision = dict(_object(model, "vision_cfg", source))
+    name = vision.get("timm_model_name")
+    if not isinstance(name, str):
+        raise ValueError(
+            f"{source}: vision_cfg names no timm_model_name; name the file of weights itself, to infer the shape"
+        )
+    of_text = {"text_cfg", "multimodal_cfg", "custom_text", "quick_gelu", "embed_dim", "vision_cfg", "output_dict"}
+    scales = {"init_logit_scale", "init_logit_bias", "nonscalar_logit_scale", "cast_dtype"}
+    _check(values, {}, {"model_cfg", "preprocess_cfg"}, str(source))
+    _check(model, {}, of_text | scales, f"{source}: model_cfg")
+    read = {"timm_model_name", "image_size", "timm_model_pretrained", "timm_drop", "timm_drop_path", "patch_dropout"}
+    fixed = {"timm_pool": ("token",), "timm_proj": (None, "", "none")}
+    _check(vision, fixed, read | {"timm_proj_bias", "output_tokens"}, f"{source}: vision_cfg")
+    head = 0 if vision.get("timm_proj") == "none" else model.get("embed_dim", 0)
+    try:
+        with torch.device("meta"):
+            made = timm.create_model(name, num_classes=head, global_pool="token")
+    except Exception as error:
+        raise ValueError(f"{source}: timm cannot make {name!r} ({error})") from error
+    found = asdict(config_of(made, name, {}, num_classes=num_classes, global_pool=None))
+    stated = {"size": vision.get("image_size"), **_object(values, "preprocess_cfg", source)}
+    return {**found, **_preprocessing(stated, f"{source}: preprocess_cfg", crop_mode=None)}
+
+
+def processor_settings(directory: Path, *, crop_mode: str | None) -> dict[str, Any]:
+    """What a preprocessor_config.json says, jina-clip's or one of a CLIPImageProcessor; {} if there is none.
+
+    Sizes and the normalisation are followed. (A CLIPImageProcessor's own resizing rounds here and there otherwise.)
+    """
+    path = directory / PROCESSOR_NAME
+    if not path.is_file():
+        return {}
+    values = read_json(path)
+    where = str(path)
+    steps = {f"do_{step}": (True,) for step in ("resize", "center_crop", "rescale", "normalize")}
+    rest = {key: value for key, value in values.items() if key not in steps and key not in _PROCESSOR_HARMLESS}
+    _check({key: value for key, value in values.items() if key in steps}, steps, set(), where)
+    factor = rest.pop("rescale_factor", 1 / 255)
+    if not isinstance(factor, int | float) or abs(factor * 255 - 1) > 1e-6:
+        raise ValueError(f"{where} has rescale_factor {factor!r}, and here pixels are divided by 255")
+    for theirs, ours in (("image_mean", "mean"), ("image_std", "std")):
+        if theirs in rest:
+            rest[ours] = rest.pop(theirs)
+    if "resample" in rest:
+        number = rest.pop("resample")
+        rest["interpolation"] = _KERNELS[number] if number in range(len(_KERNELS)) else number
+    size, crop = rest.get("size"), rest.pop("crop_size", None)
+    if isinstance(size, Mapping) and set(size) == {"shortest_edge"}:
+        rest["size"] = size["shortest_edge"]
+    elif isinstance(size, Mapping):
+        rest["size"], rest["resize_mode"] = size, "squash"
+    found = _preprocessing(rest, where, crop_mode=crop_mode)
+    if crop is not None and "resolution" in found:
+        target, whole = _pixels(crop, f"{where}: crop_size"), found["resolution"]
+        if isinstance(target, tuple) or isinstance(whole, tuple) or target > whole:
+            raise ValueError(f"{where} has size {size!r} and crop_size {crop!r}; expected squares, the crop within")
+        found |= {"resolution": target, "crop_pct": target / whole}
+    return found
+
+
+def _preprocessing(values: Mapping[str, Any], where: str, *, crop_mode: str | None) -> dict[str, Any]:
+    """From open_clip's words, which are jina-clip's too. crop_mode is what the caller states against resize_mode."""
+    read = {"size", "mean", "std", "interpolation", "resize_mode", "fill_color"}
+    _check(values, {"mode": ("RGB",)}, read, where)
+    found = {key: values[key] for key in ("mean", "std", "interpolation") if values.get(key) is not None}
+    if values.get("size") is not None:
+        found["resolution"] = _pixels(values["size"], f"{where}: size")
+    mode = values.get("resize_mode") or "shortest"
+    if mode not in _CROP_MODES and crop_mode is None:
+        raise ValueError(
+            f"{where} has resize_mode {mode!r} with fill_color {values.get('fill_color', 0)!r}; a VisionTower can "
+            f"{' or '.join(_CROP_MODES)}: state crop_mode='center', 'squash' or 'border' to have that instead"
+        )
+    found["crop_mode"] = crop_mode or _CROP_MODES[mode]
+    return found
+
+
+def _pixels(size: Any, name: str) -> int | tuple[int, int]:
+    if isinstance(size, Mapping):
+        size = [size.get("height"), size.get("width")]
+    sides = list(size) if isinstance(size, Sequence) and not isinstance(size, str) else [size, size]
+    if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in sides):
+        raise ValueError(f"{name} is {size!r}; expected pixels, or height and width")
+    return sides[0] if sides[0] == sides[1] else (sides[0], sides[1])

@@ -1,0 +1,178 @@
+"""What a timm model is: its shape as a VisionTowerConfig, or what sets it apart from every VisionTower, by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import VisionTowerConfig
+
+TIMM_ENTRY = "eva02_large_patch14_clip_224"
+
+# What says nothing of the numbers that come out: how a model was trained, and names of classes.
+_OF_TRAINING = {"head_init_scale", "training"}
+_SIZE_CHECKS = {"dynamic_img_size", "strict_img_size", "output_fmt", "feat_shape", "flatten"}
+# Checked by themselves, with words of their own.
+_CHECKED = {"global_pool", "num_classes", "ref_feat_shape"}
+_HEAD = ("head", "head_drop", "norm", "fc_norm", "patch_drop")
+
+# Of a config.json: what timm writes, and what transformers adds when it wraps a timm model.
+_DIRECTORY_KEYS = {
+    *("architecture", "num_classes", "num_features", "global_pool", "model_args", "pretrained_cfg"),
+    *("label_names", "label_descriptions", "labels", "id2label", "label2id", "num_labels", "problem_type"),
+    *("model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "initializer_range"),
+    *("do_pooling", "_name_or_path", "output_attentions", "output_hidden_states", "return_dict", "is_encoder_decoder"),
+    *("chunk_size_feed_forward", "license", "tags", "library_name", "description"),
+}
+
+
+def directory_config(
+    values: Mapping[str, Any], source: Path, *, num_classes: int | None, global_pool: str | None
+) -> VisionTowerConfig:
+    """The shape and preprocessing of a timm directory: timm reads its config.json and makes the model, without weights.
+
+    Raises ValueError, which names `source`, for all that timm would follow and a tower would not.
+    """
+    import timm
+    from timm.data import resolve_data_config
+    from timm.models.eva import Eva
+
+    name, arguments = values["architecture"], values.get("model_args") or {}
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"{source}: model_args is a {type(arguments).__name__}; expected an object")
+    # timm.create_model has arguments of its own, of files among them, which are not for a directory to set.
+    if unknown := sorted(
+        set(arguments) - set(inspect.signature(Eva).parameters) | set(arguments) & {"device", "dtype"}
+    ):
+        raise ValueError(
+            f"{source}: timm's Eva models do not take {', '.join(unknown)} of its model_args; correct or remove them"
+        )
+    if "pretrained_cfg" in values and (unknown := sorted(set(values) - _DIRECTORY_KEYS)):
+        raise ValueError(f"{source}: {', '.join(unknown)} is not known here; remove what has no bearing on the model")
+    if values.get("do_pooling", True) is not True:
+        raise ValueError(
+            f"{source}: do_pooling is {values['do_pooling']!r}, and a VisionTower gives the class token alone"
+        )
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(f"local-dir:{source.parent}")
+    except Exception as error:  # whatever a model of timm's makes of arguments that are not its own
+        raise ValueError(f"{source}: timm cannot make {name!r} with its model_args ({error}); correct them") from error
+    try:
+        for key in ("num_classes", "num_features", "global_pool"):
+            found = getattr(model, key, None)
+            if values.get(key, found) not in (found, None):
+                raise ValueError(f"{key} is {values[key]!r}, and its model_args make a model of {found!r}; correct one")
+        config = config_of(model, name, arguments, num_classes=num_classes, global_pool=global_pool)
+        stated = (values.get("pretrained_cfg") or {}).get("input_size")
+        size = [3, *model.patch_embed.img_size]  # type: ignore[misc, union-attr]
+        if stated is not None and list(stated) != size:
+            raise ValueError(
+                f"pretrained_cfg's input_size is {list(stated)}, and the model takes {size}; correct input_size or "
+                "model_args' img_size, and give resolution= to change it after loading"
+            )
+        data = resolve_data_config({}, model=model)
+        keys = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
+        return VisionTowerConfig.from_dict({**asdict(config), **{key: data[key] for key in keys}})
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def config_of(
+    model: Any, name: str, arguments: Mapping[str, Any], *, num_classes: int | None, global_pool: str | None
+) -> VisionTowerConfig:
+    """The shape of a timm model; preprocessing is left at the default.
+
+    arguments    those that it was made with, for the error
+    num_classes  0 takes a model with a head without it
+    global_pool  "token" takes the class token of a model that reads something else
+
+    Raises ValueError, with both values, for what no VisionTower does.
+    """
+    from timm.models.eva import Eva, EvaBlock
+
+    for option, value, allowed in (("num_classes", num_classes, 0), ("global_pool", global_pool, "token")):
+        if value not in (None, allowed) or isinstance(value, bool):
+            raise ValueError(f"{option} is {value!r}; a VisionTower can only have {allowed!r}")
+    given = f" (made with {', '.join(f'{key}={value!r}' for key, value in arguments.items())})" if arguments else ""
+    block: Any = model.blocks[0] if isinstance(model, Eva) else None
+    if not isinstance(block, EvaBlock) or getattr(block.attn, "q_proj", None) is None or model.rope is None:
+        raise ValueError(
+            f"timm's {name}{given} is no EVA02 model with separate q, k, v and a normed SwiGLU; use one of "
+            "eva02_base_patch16_clip_224, eva02_large_patch14_clip_224, eva02_large_patch14_clip_336, "
+            "eva02_base_patch14_*, eva02_large_patch14_*"
+        )
+    reference = getattr(model.rope, "ref_feat_shape", None)
+    if (reference and reference[0] != reference[1]) or len(set(model.patch_embed.patch_size)) > 1:
+        raise ValueError(
+            f"timm's {name} has a reference grid of {reference} and patches of {model.patch_embed.patch_size}; a "
+            "VisionTower's are square"
+        )
+    height, width = model.patch_embed.img_size
+    config = VisionTowerConfig(
+        resolution=height if height == width else (height, width),
+        patch=model.patch_embed.patch_size[0],
+        width=model.embed_dim,
+        layers=len(model.blocks),
+        heads=block.attn.num_heads,
+        hidden=block.mlp.fc2.in_features,
+        reference_grid=reference[0] if reference else None,
+        rope_theta=float(model.rope.temperature),
+        attention_norm=not isinstance(block.attn.norm, nn.Identity),
+        layer_norm_eps=block.norm1.eps,
+    )
+    if apart := _apart(model, config):
+        raise ValueError(f"timm's {name}{given} is not what a VisionTower is: {'; '.join(apart[:5])}")
+    if model.global_pool != "token" and global_pool != "token":
+        raise ValueError(
+            f"timm's {name} has global_pool {model.global_pool!r}, and a VisionTower gives the class token ('token'); "
+            "state global_pool='token' to take its weights all the same, to train on, with its final norm"
+        )
+    if model.num_classes > 0 and num_classes != 0:
+        raise ValueError(
+            f"timm's {name} has num_classes {model.num_classes}, the outputs of a head, and a VisionTower has no head "
+            "(0); state num_classes=0 to take the encoder without it"
+        )
+    return config
+
+
+def _apart(model: nn.Module, config: VisionTowerConfig) -> list[str]:
+    """In what a model differs from the one that timm makes of our arguments: modules, their settings, and shapes."""
+    import timm
+
+    with torch.device("meta"):
+        ours = timm.create_model(TIMM_ENTRY, **config.timm_arguments())
+    found, wanted = _facts(model), _facts(ours)
+    apart = [
+        f"{key} is {found.get(key)!r}, and there {wanted.get(key)!r}"
+        for key in sorted(found.keys() | wanted.keys())
+        if found.get(key) != wanted.get(key)
+    ]
+    norms = [name for name in ("norm", "fc_norm") if not isinstance(getattr(model, name), nn.Identity)]
+    if len(norms) != 1:
+        apart.append(f"its final norms are {norms}, and there it is one")
+    return apart
+
+
+def _facts(model: nn.Module) -> dict[str, Any]:
+    """Of each module its type and what it is set to; of each parameter its shape."""
+    facts: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        kind = type(module).__name__
+        if path.split(".")[0] in _HEAD or kind in ("Identity", "Dropout", "DropPath"):
+            continue
+        facts[path or "the model"] = kind
+        for name, value in vars(module).items():
+            if name.startswith("_") or name in _OF_TRAINING | _SIZE_CHECKS | _CHECKED:
+                continue
+            if value is None or isinstance(value, bool | int | float | str | tuple):
+                facts[f"{path}.{name}".lstrip(".")] = value
+        for name, parameter in module.named_parameters(recurse=False):
+            facts[f"{path}.{name}".lstrip(".")] = list(parameter.shape)
+    return facts
