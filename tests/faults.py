@@ -56,7 +56,10 @@ ROOMS = {
     "vision tower": Room((f"{VISION}/*.py",), ("tests/vision_tower",)),
     "step": Room(tuple(f"{TRAINER}/{name}.py" for name in ("step", "objective", "model")), OF_TRAINER),
     "sampler": Room(
-        tuple(f"{TRAINER}/data/{name}.py" for name in ("sampler", "keyed", "batches", "samples", "ledger", "masked")),
+        tuple(
+            f"{TRAINER}/data/{name}.py"
+            for name in ("sampler", "keyed", "batches", "loader", "samples", "ledger", "masked")
+        ),
         OF_TRAINER,
     ),
     "optimizer": Room(tuple(f"{TRAINER}/{name}.py" for name in ("optim", "muon", "engine", "movement")), OF_TRAINER),
