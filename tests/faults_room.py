@@ -251,7 +251,7 @@ def main(to_do: Path) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     stored, log = WORK / f"survey-{job['state']}.json", WORK / f"{name}.log"
     began = time.monotonic()
-    with (WORK / "lock").open("w") as lock:
+    with (WORK / f"lock-{job['state']}").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # for a room beside this one may have the same tests
         if not stored.exists():
             print(f"{name}: the tests as they are …", flush=True)
