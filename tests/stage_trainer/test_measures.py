@@ -23,6 +23,12 @@ def test_what_is_better_is_what_the_measure_says_whatever_its_name(name, higher_
     assert state["best"]["value"] == (0.6 if higher_is_better else 0.4)
 
 
+def test_without_a_measure_that_counts_nothing_is_the_best():
+    state = {"best": None}
+    assert better({"a": 0.1}, {"a": Measure()}, None, state) is None
+    assert state == {"best": None}
+
+
 def test_the_best_by_another_measure_does_not_hold():
     measures = {"a": Measure(), LOSS: Measure(higher_is_better=False)}
     state = {"best": {"metric": LOSS, "value": 7.0}}

@@ -1,4 +1,6 @@
 import dataclasses
+import inspect
+import re
 import subprocess
 import sys
 
@@ -33,13 +35,22 @@ def test_every_trainable_parameter_is_in_one_group(parts):
 
 
 def test_layer_decay_is_per_layer_from_the_top(parts):
+    """Embeddings at the bottom, then one block after another; what comes after them at the full rate."""
     recipe, stage, model = parts(
-        "optimizer.name=adamw", "layer_decay={image: 0.5, text: 0.5}", "lr={image: 1.0, text: 1.0}"
-    )
+        "optimizer.name=adamw", "layer_decay={image: 0.5, text: 0.8}", "lr={image: 0.3, text: 0.7}",
+        "model.text.layers=5", "model.vision.layers=4",
+    )  # fmt: skip
     rate = {n: g["lr"] for g in parameter_groups(model, stage, recipe.optimizer) for n in g["names"]}
-    for prefix, tower in (("vision", model.vision), ("text", model.text)):
-        for name, depth in tower.layer_ids().items():
-            assert rate[f"{prefix}.{name}"] == 0.5 ** (tower.num_layers - depth)
+    seen = set()
+    for name, found in rate.items():
+        base, decay, layers = (0.3, 0.5, 4) if name.startswith(("vision", "logit_scale")) else (0.7, 0.8, 5)
+        if block := re.search(r"(blocks|layers)\.(\d+)\.", name):
+            depth = 1 + int(block[2])
+        else:
+            depth = layers if "scale" in name or name.startswith("vision.norm") else 0
+        assert found == pytest.approx(base * decay ** (layers - depth), rel=1e-12), name
+        seen.add((name.partition(".")[0], depth))
+    assert len(seen) == 5 + 6 + 2
 
 
 def test_vectors_temperatures_and_tables_have_no_weight_decay(parts):
@@ -253,3 +264,9 @@ def test_muon_in_float32_does_not_magnify_rounding():
 def test_muon_refuses_what_is_no_matrix():
     with pytest.raises(ValueError, match="matrices alone"):
         Muon([torch.nn.Parameter(torch.zeros(3))])
+
+
+def test_muon_has_torchs_defaults():
+    ours, theirs = (inspect.signature(muon).parameters for muon in (Muon, torch.optim.Muon))
+    for name in ("lr", "momentum", "weight_decay"):
+        assert ours[name].default == theirs[name].default

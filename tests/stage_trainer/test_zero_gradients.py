@@ -35,6 +35,28 @@ def test_caching_gives_one_big_batchs_gradients(found, zero, kind):
         assert (mine - expected).norm() < 3e-6 * expected.norm() + 1e-7 * plain.norm(), name
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("zero", ZERO)
+def test_norms_are_those_of_the_whole_batchs_gradients(found, zero, kind):
+    """Before clipping: of each tower with its temperature, under ZeRO of all together."""
+    expected = {"all": [], "image": [], "text": []}
+    for name, (_, gradient) in found[zero, kind].items():
+        tower = "image" if name.startswith(("vision.", "logit_scale")) else "text"
+        for key in ("all", tower):
+            expected[key].append(gradient.flatten())
+    norms = found[zero, kind, "norms"]
+    assert set(norms) == ({"all"} if zero else {"image", "text"})
+    for key, norm in norms.items():
+        assert norm == pytest.approx(torch.cat(expected[key]).norm().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("zero", ZERO)
+def test_ranks_add_up_numbers_and_make_as_many_passes_where_each_gathers_weights(found, zero):
+    for rank, (total, passes) in enumerate(found[zero, "multi_task", "ranks"]):
+        assert torch.equal(total, torch.tensor([1.5, -2.0], dtype=torch.float64))
+        assert passes == (4 if zero == 3 else 3 + rank)
+
+
 def one_rank(rank: int, folder: str) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
     from deepspeed.utils import safe_get_full_grad
@@ -72,6 +94,11 @@ def one_rank(rank: int, folder: str) -> None:
                 gradients = {n: safe_get_full_grad(p) for n, p in engine.parameters.items()}
                 set_rates(engine.optimizer, 0.0, ("image", "text"))
                 engine.step()
+            found[zero, kind, "norms"] = engine.gradient_norms()
+            mine = engine.sum_over_ranks(torch.tensor([rank + 0.25, -1.0])), engine.forward_passes(3 + rank)
+            both = [None, None]
+            torch.distributed.all_gather_object(both, mine)
+            found[zero, kind, "ranks"] = both
             found[zero, kind] = {n: (g.clone(), expected[n]) for n, g in gradients.items() if g is not None}
             engine.engine.destroy()
     if rank == 0:

@@ -14,7 +14,7 @@ def test_readme_example_runs_as_it_stands(capsys):
 
 
 def test_importing_loads_no_other_model_library_no_tokenizer_library_and_no_compiler():
-    code = "import sys, text_tower; print(*sys.modules)"
+    code = "import sys; from text_tower import TextTower, Tokenizer; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "torch" in loaded
     others = {"transformers", "peft", "timm", "tokenizers", "sentencepiece", "torch._dynamo"}

@@ -8,7 +8,8 @@ import pytest
 import torch
 from data_prep.shards import Dataset
 from PIL import Image
-from stage_trainer.data.batches import StageBatches, _replacement, batches
+from stage_trainer.data.batches import StageBatches, _replacement
+from stage_trainer.data.loader import batches
 from stage_trainer.data.remote_data import RemotePlace, place
 from stage_trainer.data.sampler import SourceOrder
 from stage_trainer.errors import UserError
