@@ -183,6 +183,7 @@ def test_a_further_module_is_refused_by_name(tower, tmp_path):
         ("config_sentence_transformers.json", {"truncate_dim": 64}, "truncate_dim is 64; expected 1 to 32"),
         ("modules.json", [{"type": "a.b.Router", "path": ""}], "has the modules Router"),
         ("modules.json", [{"type": "x.Transformer", "path": ""}, {"type": "x.Pooling", "path": "1_Pooling"}], "own"),
+        ("modules.json", [{"type": "a.Transformer", "path": ""}, {"type": "a.Pooling", "path": "1_Pooling"}], "own"),
     ],
 )
 def test_what_such_a_directory_may_say_otherwise_is_refused_by_name(tower, tmp_path, file, content, message):

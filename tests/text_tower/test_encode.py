@@ -218,3 +218,12 @@ def test_the_towers_own_truncate_dim_is_the_default(tower):
     tower.configure(truncate_dim=8)
     assert tower.encode(["a"]).shape == (1, 8)
     assert tower.encode(["a"], truncate_dim=32).shape == (1, 32)
+
+
+@pytest.mark.parametrize(
+    ("option", "least"), [("max_length", 2), ("batch_size", 1), ("batch_tokens", 1), ("truncate_dim", 1)]
+)
+def test_numbers_below_the_least_that_makes_sense_are_refused(tower, option, least):
+    assert tower.encode(["a b c"], **{option: least}).shape == (1, 1 if option == "truncate_dim" else 32)
+    with pytest.raises(ValueError, match=f"{option} is {least - 1}"):
+        tower.encode(["a b c"], **{option: least - 1})

@@ -167,6 +167,12 @@ def test_the_text_half_of_jina_clip_is_taken_out_of_its_whole_file(make_tower, p
         ValueError, match=r"looks like the text half of jina-clip-v2 .*\n.*1 unexpected: text_model.surp"
     ):
         TextTower.from_pretrained(tmp_path / "more")
+    del weights["text_model.surprise"]
+    for name in ("a/text-model", "x/text-model", None):  # its base is not known
+        folder = tmp_path / f"from {name}".replace("/", "-")
+        save(folder, {**config, "text_config": {**text, "hf_model_name_or_path": name}}, weights)
+        with pytest.raises(ValueError, match="does not say the rotary base of its text half"):
+            TextTower.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("layout", ["transformers", "peft", "remote-code"])

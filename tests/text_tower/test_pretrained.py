@@ -204,3 +204,11 @@ def test_saving_is_all_or_nothing_and_never_overwrites(saved, make_tower, tmp_pa
     with pytest.raises(OSError, match="No space left"):
         make_tower().save_pretrained(tmp_path / "other")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("content", [{"emb_ln.weight": torch.ones(4), "epoch": 3}, [torch.ones(4)], torch.ones(4)])
+def test_a_pickle_of_more_than_named_tensors_is_refused(saved, content):
+    (saved / "model.safetensors").unlink()
+    torch.save(content, saved / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin holds more than named tensors"):
+        TextTower.from_pretrained(saved)
