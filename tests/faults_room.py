@@ -30,7 +30,6 @@ HOOK = ROOT / "tests/faults_hook"
 OURS = ("contrastive_losses", "text_tower", "vision_tower", "stage_trainer", "data_prep", "tests", "conftest", "test_")
 NOT_BEFORE_A_FORK = ("ray", "coverage", "sitecustomize", "__main__", "faults")
 OPTIONS = [
-    "-x",
     "-q",
     "-m",
     "not full",
@@ -122,11 +121,11 @@ def _end_descendants() -> None:
                 os.waitpid(child, 0)
 
 
-def run_pytest(tests: list[str], selection: Selection, temporary: Path) -> int:
+def run_pytest(tests: list[str], selection: Selection, temporary: Path, *more: str) -> int:
     import pytest
 
     os.chdir(ROOT)
-    return int(pytest.main([*OPTIONS, f"--basetemp={temporary / 'tests'}", *tests], plugins=[selection]))
+    return int(pytest.main([*OPTIONS, f"--basetemp={temporary / 'tests'}", *more, *tests], plugins=[selection]))
 
 
 def survey(tests: list[str], sources: list[str], log: Path) -> dict[str, Any]:
@@ -226,7 +225,7 @@ def attempt(fault: dict[str, Any], tests: list[str], seconds: float, log: Path) 
         os.environ[sitecustomize.FAULT] = json.dumps({"module": module, "file": str(file), "text": str(text)})
         sitecustomize.install()
         selection = Selection(tests)
-        code = run_pytest(sorted({test.partition("::")[0] for test in tests}), selection, temporary)
+        code = run_pytest(sorted({test.partition("::")[0] for test in tests}), selection, temporary, "-x")
         return {"code": code, "failed": selection.failed, "ran": selection.ran}
 
     found = forked(body, seconds, log)
