@@ -50,6 +50,22 @@ def test_norms_are_those_of_the_whole_batchs_gradients(found, zero, kind):
         assert norm == pytest.approx(torch.cat(expected[key]).norm().item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("zero", ZERO)
+def test_the_size_of_the_towers_is_known_but_under_zero_3(found, zero, kind):
+    """At a rate of 0 nothing moves."""
+    movement, weights = found[zero, kind, "movement"]
+    norms = {"image": [], "text": []}
+    for name, value in weights.items():
+        norms["image" if name.startswith(("vision.", "logit_scale")) else "text"].append(value.flatten())
+    expected = {f"parameter_norm/{tower}": torch.cat(values).norm().item() for tower, values in norms.items()}
+    expected |= {f"update_norm/{tower}": 0.0 for tower in norms}
+    if kind == "unified":  # its one temperature is the images'
+        of_text = weights["text_logit_scale"].item()
+        expected["parameter_norm/text"] = (expected["parameter_norm/text"] ** 2 - of_text**2) ** 0.5
+    assert movement == ({} if zero == 3 else pytest.approx(expected, rel=1e-4))
+
+
 @pytest.mark.parametrize("zero", ZERO)
 def test_ranks_add_up_numbers_and_make_as_many_passes_where_each_gathers_weights(found, zero):
     for rank, (total, passes) in enumerate(found[zero, "multi_task", "ranks"]):
@@ -93,7 +109,9 @@ def one_rank(rank: int, folder: str) -> None:
                 forward_backward(engine, batch, group=group, cache=GradientCache(2, 9), **options)
                 gradients = {n: safe_get_full_grad(p) for n, p in engine.parameters.items()}
                 set_rates(engine.optimizer, 0.0, ("image", "text"))
+                engine.movement.before()
                 engine.step()
+            found[zero, kind, "movement"] = engine.movement.after(), engine.copy_of_weights()
             found[zero, kind, "norms"] = engine.gradient_norms()
             mine = engine.sum_over_ranks(torch.tensor([rank + 0.25, -1.0])), engine.forward_passes(3 + rank)
             both = [None, None]
