@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from data_prep.cli import main
-from data_prep.lock import InUse, alone
 from data_prep.shards import DatasetWriter
+from data_prep.shards.lock import InUse, alone
 
 HOLD = """
 import sys
 from pathlib import Path
-from data_prep.lock import alone
+from data_prep.shards.lock import alone
 with alone(Path(sys.argv[1]), "it"):
     print("held", flush=True)
     sys.stdin.readline()

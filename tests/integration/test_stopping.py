@@ -78,7 +78,7 @@ def test_a_worker_that_is_killed_is_one_message_and_a_killed_run_leaves_none(sta
 
 
 MOMENTS = """
-import os, signal, sys
+import dataclasses, os, signal, sys
 import stage_trainer.run.train as train
 from stage_trainer.cli import main
 from stage_trainer.run import checkpoint
@@ -107,8 +107,8 @@ def evaluation(*arguments):
     validate = real(*arguments)
     def asked(*arguments):
         ask()
-        return validate(*arguments)
-    return asked
+        return validate.run(*arguments)
+    return dataclasses.replace(validate, run=asked)
 
 words = ["train", "--stage", "1", *sys.argv[1:]]
 batches, real = train.batches, train.validation

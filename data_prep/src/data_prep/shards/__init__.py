@@ -12,6 +12,7 @@ needs the standard library alone.
 
 from .dataset import Dataset, Row
 from .format import KINDS, MANIFEST, SCHEMA, ShardError, ShardUnavailable, index_name
+from .lock import InUse, alone
 from .writer import DatasetWriter, ShardWriter, write_manifest
 
 __all__ = [
@@ -20,10 +21,12 @@ __all__ = [
     "SCHEMA",
     "Dataset",
     "DatasetWriter",
+    "InUse",
     "Row",
     "ShardError",
     "ShardUnavailable",
     "ShardWriter",
+    "alone",
     "index_name",
     "write_manifest",
 ]

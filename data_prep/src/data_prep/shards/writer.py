@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..lock import alone
 from .files import TarFile, refused, sync_directory, write_file
 from .format import MANIFEST, SCHEMA, ShardError, check_kind, check_sample, index_name, shard_name
+from .lock import alone
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.lock import InUse, alone
+from data_prep.shards import InUse, alone
 from safetensors import SafetensorError
 
 from stage_trainer.errors import UserError

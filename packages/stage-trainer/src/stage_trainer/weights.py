@@ -19,6 +19,7 @@ import torch
 from stage_trainer.errors import UserError
 from stage_trainer.model import FORMAT
 from stage_trainer.recipe import Model, Recipe
+from stage_trainer.recipe.schema import NEW_TEMPERATURE
 from stage_trainer.recipe.tower_rules import build_config
 
 RECIPES_OWN = {
@@ -167,7 +168,7 @@ def log_scales(recipe: Recipe) -> tuple[float, float]:
     whole = whole_model(model)
     held = _held_scales(whole) if whole else None
     if model.override.temperature is not None or held is None:
-        scale = -math.log(model.override.temperature or model.temperature or 0.07)
+        scale = -math.log(model.override.temperature or model.temperature or NEW_TEMPERATURE)
         return scale, scale
     temperature = math.exp(-held[0])
     if model.temperature is not None and not math.isclose(model.temperature, temperature, rel_tol=1e-3):

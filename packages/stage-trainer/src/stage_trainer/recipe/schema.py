@@ -205,6 +205,10 @@ class Optimizer:
     muon_momentum: Float = 0.95
 
 
+NEW_TEMPERATURE = 0.07
+"""As CLIP's (arXiv 2103.00020)."""
+
+
 @dataclass(frozen=True, config=_STRICT)
 class Override:
     """What shall be other than the weights have it: fields of a tower, and where both temperatures start."""
@@ -229,7 +233,7 @@ class Model:
     not say it, and may not say otherwise, but under `override`. Dropout, lengths, checkpointing, attention and
     compilation are the recipe's (`max_length`, where it is left out, the weights').
 
-    `temperature` is where both temperatures of a new model start (None: 0.07).
+    `temperature` is where both temperatures of a new model start (None: `NEW_TEMPERATURE`).
     """
 
     text: dict[str, Any] = field(default_factory=dict)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stage_trainer.errors import UserError
-from stage_trainer.recipe.schema import GradientCache, Recipe, Stage
+from stage_trainer.recipe.schema import NEW_TEMPERATURE, GradientCache, Recipe, Stage
 
 
 def check_stage(recipe: Recipe, number: int, here: str) -> None:
@@ -57,6 +57,8 @@ def _check_pairs(recipe: Recipe, stage: Stage, here: str) -> None:
             "once, such as [1024, 512, 256]"
         )
     temperature = model.override.temperature or model.temperature
+    if temperature is None and not (model.weights or (model.text_weights and model.vision_weights)):
+        temperature = NEW_TEMPERATURE
     if temperature is not None and temperature < stage.loss.min_temperature:
         raise UserError(
             f"{here}: model.temperature is {temperature:g}, below loss.min_temperature, "

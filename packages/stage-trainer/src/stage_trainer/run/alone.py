@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.lock import InUse, alone
+from data_prep.shards import InUse, alone
 
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import Recipe
