@@ -31,6 +31,9 @@ SETTINGS = (
     "model.temperature=1.0",
     "optimizer={name: adamw, betas: [0.9, 0.999], weight_decay: 0.5, gradient_clipping: 1.0}",
     "lr={image: 0.01, text: 0.005}",
+    "model.text.adapters=[a, b]",
+    "model.text.lora_rank=2",
+    "model.temperature=1.0",
     "layer_decay={image: 0.9, text: 0.8}",
     f"loss={{dims: [32, 16], min_temperature: {FLOOR}}}",
 )
@@ -78,11 +81,11 @@ def test_a_checkpoint_counts_the_steps_of_each_parameter(found, first):
 
 def test_a_temperature_stays_at_its_floor_under_every_zero_stage(found):
     """As ZeRO's own copy has it, too, which would run away behind a floor that the weights alone keep to."""
-    assert found["met the floor"] >= 4
+    assert found["met the floor"] >= 2
     for first in ZERO:
         lowest = [min(of_task.values()) for of_task in found[f"{first} temperatures"]]
         assert min(lowest) == pytest.approx(FLOOR, rel=1e-6)
-        assert lowest[-4:] == [min(lowest)] * 4
+        assert lowest[-2:] == [min(lowest)] * 2
         for weights, low in zip(found[first][1:], lowest, strict=True):
             scales = weights["logit_scale"].item(), weights["text_logit_scale"].item()
             assert math.exp(-max(scales)) == pytest.approx(low, rel=1e-6)
