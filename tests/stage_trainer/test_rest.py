@@ -26,9 +26,6 @@ ZERO = (0, 1, 2, 3)
 FLOOR = 0.999
 """Of the temperatures, which start at 1: there the one of the images falls, once the towers have learnt something."""
 SETTINGS = (
-    "model.text.adapters=[a, b]",
-    "model.text.lora_rank=4",
-    "model.temperature=1.0",
     "optimizer={name: adamw, betas: [0.9, 0.999], weight_decay: 0.5, gradient_clipping: 1.0}",
     "lr={image: 0.01, text: 0.005}",
     "model.text.adapters=[a, b]",
