@@ -17,6 +17,9 @@ from types import FrameType
 
 from stage_trainer.run.stop import SIGNALS
 
+_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+"""NVIDIA's, Windows' for WSL, AMD's."""
+
 
 def main(options: Sequence[str] | None = None) -> int:
     """Runs `deepspeed` with these options, and gives its exit code."""
@@ -24,6 +27,8 @@ def main(options: Sequence[str] | None = None) -> int:
     words = ["deepspeed", "--log_level", "critical", *(sys.argv[1:] if options is None else options)]
     if _through_ssh(words):  # then `deepspeed` is the one to tell the other machines
         os.execvp(words[0], words)
+    if not any(map(os.path.exists, _GPU_DRIVERS)):  # DeepSpeed would warn of it in every process
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     print("starting DeepSpeed's launcher …", flush=True)
     former = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # children inherit it; the ranks take it back
     try:
