@@ -47,7 +47,9 @@ def read(recipes, options, *more):
         ("{zero_optimization: 1}", "zero_optimization is '1': .*such as {stage: 1}"),
         ("{zero_optimization: null}", "zero_optimization is 'None'"),
         ("{zero_optimization: {stage: 2, offload_param: {device: cpu}}}", "offload_param needs ZeRO 3 or more"),
-        ("{zero_optimization: {stage: 0, offload_optimizer: {device: cpu}}}", "offload_optimizer needs ZeRO 1 or more"),
+        ("{zero_optimization: {stage: 0, reduce_bucket_size: 5e8}}", "reduce_bucket_size is set, and stage 0 is no ZeRO"),
+        ("{zero_optimization: {stage: 1, stage3_prefetch_bucket_size: 1}}", "is of ZeRO 3, and its stage is 1"),
+        ("{zero_optimization: {stage: 0, offload_optimizer: {device: cpu}}}", "offload_optimizer is set, and stage 0 is no ZeRO"),
         ("{zero_optimization: {stage: 3, offload_param: {device: disk}}}", "offload_param.device is 'disk'"),
         ("{zero_optimization: {stage: 3, offload_param: {device: nvme}}}", "gives no nvme_path"),
         ("{zero_optimization: {stage: 2, offload_optimizer: {device: cpu}}}", "zero_force_ds_cpu_optimizer is false"),
@@ -69,7 +71,6 @@ def test_an_option_that_would_not_do_what_it_says_is_refused_by_name(recipes, op
     [
         "{}",
         "{bf16: {enabled: false}, fp16: {enabled: false}}",
-        "{zero_optimization: {stage: 0, reduce_bucket_size: 5e8}}",
         "{zero_optimization: {stage: 2, stage3_param_persistence_threshold: 0, overlap_comm: true}}",
         "{zero_optimization: {stage: 3, stage3_gather_16bit_weights_on_model_save: true, prefetch_bucket_size: 5e7}}",
         "{zero_force_ds_cpu_optimizer: false, zero_optimization: {stage: 2, offload_optimizer: {device: cpu}}}",

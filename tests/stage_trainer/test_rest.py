@@ -185,7 +185,8 @@ def one_rank(rank: int, folder: str) -> None:
     from stage_trainer.run.environment import quiet
 
     def recipe_of(trainable: str, zero: int):
-        under = f"deepspeed={{zero_optimization: {{stage: {zero}, stage3_param_persistence_threshold: 0}}}}"
+        whole = ", stage3_param_persistence_threshold: 0" if zero == 3 else ""
+        under = f"deepspeed={{zero_optimization: {{stage: {zero}{whole}}}}}"
         drawn = Path(__file__).parents[2] / "launch/recipes/drawn.yaml"
         return load(drawn, [*SETTINGS, trainable, under], 1).recipe
 

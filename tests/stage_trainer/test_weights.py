@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from stage_trainer import DualEncoder
+from stage_trainer import DualEncoder, weights
 from stage_trainer.build import build_model, check_configs, load_model, load_tokenizer, tower_configs
 from stage_trainer.dry_run import dry_run
 from stage_trainer.errors import UserError
@@ -203,7 +203,7 @@ def test_where_weights_are_not_at_hand_the_recipe_and_defaults_stand_for_them(re
 
 
 def test_dry_run_shows_the_size_of_the_weights(ours, recipes):
-    settings = ("model.text={}", "loss.dims=[32]", f"model.weights={ours}")
+    settings = ("model.text={}", "max_tokens=32", "loss.dims=[32]", f"model.weights={ours}")
     shown = dry_run(load(recipes / "finetune.yaml", settings, stage=1), 1)
     count = sum(p.numel() for p in DualEncoder.from_pretrained(ours).text.parameters())
     assert f"{count:,}" in shown
@@ -230,3 +230,46 @@ def test_weights_that_are_absent_or_damaged_are_named_by_their_key(ours, recipe_
     (ours / "vision/config.json").write_text("{")
     with pytest.raises(UserError, match=r"model.weights: .*vision/config.json is not valid JSON"):
         build_model(recipe_from(f"model.weights={ours}"), 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["loss.dims=[64, 32]"], r"loss.dims is \[64, 32\]; expected prefixes of 1 to 32"),
+        (["max_tokens=97"], "max_tokens is 97, more than the text tower takes"),
+        (["model.override={text: {width: 64}}"], "model.override.text.width is 64.*a shape cannot be overridden"),
+        (["model.override={vision: {patch: 4}}"], "model.override.vision.patch is 4.*a shape cannot be overridden"),
+    ],
+)
+def test_the_dry_run_finds_what_local_weights_cannot_do_as_training_does(ours, recipes, settings, message):
+    """`plan` asks the same function."""
+    stage = ("resolution=[[0, 24]]", "max_tokens=32", "loss.dims=[32, 16]", "model.text={}", "model.vision={}")
+    loaded = load(recipes / "finetune.yaml", [*stage, f"model.weights={ours}", *settings], stage=1)
+    with pytest.raises(UserError, match=message):
+        dry_run(loaded, 1)
+
+
+def test_a_masked_stage_does_not_judge_the_stages_after_it(ours, recipe_from):
+    """They get adapters and an image tower that it does not have."""
+    recipe = recipe_from(f"model.weights={ours}", "model.vision={checkpointing: true}", keep=True)
+    pairs = recipe.stages[0]
+    assert pairs.trainable.text == "adapters"
+    masked = dataclasses.replace(
+        pairs, batch=dataclasses.replace(pairs.batch, masked_lm=8, image_text=0), trainable=type(pairs.trainable)()
+    )
+    check_configs(dataclasses.replace(recipe, stages=(masked, pairs)), 1)
+
+
+def test_the_shape_of_timms_towers_is_known_without_their_weights(recipe_from):
+    name = "timm/eva02_base_patch16_clip_224.merged2b"
+    others = ("model.weights=null", "model.tokenizer=none", "resolution=[[0, 224]]", "trainable.text=all")
+    recipe = recipe_from("model.text={width: 768, heads: 12}", f"model.vision_weights={name}", *others)
+    _, vision = tower_configs(recipe, 1)
+    assert (vision.width, vision.layers, vision.patch) == (768, 12, 16)
+
+
+def test_both_towers_of_one_hub_name_bring_its_temperature(ours, recipe_from, monkeypatch):
+    """The name is no folder; what is fetched for it is."""
+    monkeypatch.setattr(weights, "local", lambda name: str(ours))
+    recipe = recipe_from("model.text_weights=some/hub-name", "model.vision_weights=some/hub-name", "model.weights=null")
+    assert weights.log_scales(recipe) == pytest.approx((math.log(1 / 0.05), math.log(1 / 0.2)))

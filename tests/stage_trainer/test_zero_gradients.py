@@ -97,7 +97,8 @@ def one_rank(rank: int, folder: str) -> None:
         forward_backward(plain, make_batch(**OF_KIND[kind]), **options)
         expected = {n: p.grad for n, p in plain.objective.model.named_parameters()}
         for zero in ZERO:
-            under = f"deepspeed={{zero_optimization: {{stage: {zero}, stage3_param_persistence_threshold: 0}}}}"
+            whole = ", stage3_param_persistence_threshold: 0" if zero == 3 else ""
+            under = f"deepspeed={{zero_optimization: {{stage: {zero}{whole}}}}}"
             settings = ["optimizer.name=adamw", "optimizer.gradient_clipping=0", under]
             recipe = load(drawn, [*settings, f"loss={{kind: {kind}, dims: [32, 16]}}"], 1).recipe
             objective = MultiTask(PlainEngine(kind, torch.float32).objective.model, recipe.stage(1).loss, "fp32")

@@ -51,7 +51,9 @@ def one_rank(rank: int, folder: str) -> None:
     results = {}
     for zero in ZERO:
         bucket = 100_000
-        options = f"stage: {zero}, reduce_bucket_size: {bucket}, stage3_param_persistence_threshold: 0"
+        options = f"stage: {zero}"
+        options += f", reduce_bucket_size: {bucket}" if zero else ""
+        options += ", stage3_param_persistence_threshold: 0" if zero == 3 else ""
         wide = ("model.text.width=128", "model.vision.width=128", "loss={dims: [128, 64]}")
         settings = ["optimizer.name=adamw", *wide, f"deepspeed={{zero_optimization: {{{options}}}}}"]
         recipe = load(drawn, settings, 1).recipe

@@ -146,6 +146,9 @@ class DatasetWriter:
         try:
             lock = self.directory.with_name(f".{self.directory.name}.lock")
             self._held.enter_context(alone(lock, f"{self.directory} is being written: it"))
+            if self.directory.exists():  # by a writer that has just ended
+                self._held.close()
+                raise ShardError(f"{self.directory}: exists already; remove it or write somewhere else")
             if self._partial.exists():
                 shutil.rmtree(self._partial)
             self._partial.mkdir(parents=True)

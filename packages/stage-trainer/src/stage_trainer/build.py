@@ -26,20 +26,24 @@ from stage_trainer.recipe.tower_rules import build_config, check_towers
 Model = DualEncoder | MaskedLM
 
 
-def check_configs(recipe: Recipe, number: int) -> None:
-    """Finds what the recipe asks of weights that they do not have, before anything is allocated; weights are fetched.
+def check_configs(recipe: Recipe, number: int, fetch: bool = False) -> None:
+    """Finds what the recipe asks of its weights that they do not have, before anything is allocated.
+
+    Args:
+        fetch: weights that are not on this machine; else only the recipe's own words are held against each other.
 
     Raises:
         UserError: names the key.
     """
-    model = recipe.model
-    if recipe.stage(number).masked:
-        text, vision = masked_lm_config(recipe, fetch=True), model.vision
+    stages = recipe.stages
+    if recipe.stage(number).masked:  # the stages before are such, too; those after get adapters and an image tower
+        text, vision, stages = masked_lm_config(recipe, fetch), None, stages[:number]
     else:
-        text, config = tower_configs(recipe, number, fetch=True)
+        text, config = tower_configs(recipe, number, fetch)
         vision = {name: value for name, value in dataclasses.asdict(config).items() if name != "resolution"}
-    settled = ModelOfRecipe(text=dataclasses.asdict(text), tokenizer=model.tokenizer, vision=vision)
-    check_towers(dataclasses.replace(recipe, model=settled), recipe.name)
+    settled = ModelOfRecipe(text=dataclasses.asdict(text), tokenizer=recipe.model.tokenizer, vision=vision)
+    if fetch or not weights.absent(recipe.model):
+        check_towers(dataclasses.replace(recipe, model=settled, stages=stages), recipe.name)
 
 
 def masked_lm_config(recipe: Recipe, fetch: bool = False) -> TextTowerConfig:
@@ -143,8 +147,9 @@ def _read_vision(path: str, config: VisionTowerConfig) -> VisionTower:
     options = weights.reading_options(config, weights.given_vision(path))
     if Path(path).exists():
         return VisionTower.from_pretrained(path, **{"num_classes": 0, **options})  # without a head, if they have one
-    tower = VisionTower.from_timm(path.removeprefix("timm/"), pretrained=True)
-    tower.config = dataclasses.replace(tower.config, **options)
+    published = VisionTower.from_timm(path.removeprefix("timm/"), pretrained=True)
+    tower = VisionTower(dataclasses.replace(published.config, **options))
+    tower.load_state_dict(published.state_dict())
     return tower
 
 

@@ -159,18 +159,22 @@ def launch(stage: int) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     import os
 
+    from stage_trainer.errors import UserError
     from stage_trainer.recipe.read import load
 
     world = os.environ.get("WORLD_SIZE", "")  # as every launcher tells its processes
     ranks = int(world) if world.isdecimal() else 1
-    loaded = load(arguments.recipe, arguments.settings, arguments.stage, ranks=ranks)
+    try:
+        loaded = load(arguments.recipe, arguments.settings, arguments.stage, ranks=ranks)
+    except UserError:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            raise
+        sys.exit(2)  # the first rank of this machine says it
     if arguments.dry_run:
         from stage_trainer.dry_run import dry_run
 
         print(dry_run(loaded, arguments.stage))
         return
-    import os
-
     from stage_trainer.run.alone import hold_folder
     from stage_trainer.run.stop import leave_when_asked
 
@@ -204,10 +208,13 @@ def _plan(arguments: argparse.Namespace) -> None:
     from stage_trainer.plan.devices import device
     from stage_trainer.plan.planner import Cluster, plan_stage
     from stage_trainer.plan.table import heading, stage_table
+    from stage_trainer.weights import absent
 
     found = device(arguments.gpu, memory=arguments.memory, peak=arguments.peak)
     cluster = Cluster(found, arguments.gpus, arguments.utilisation, arguments.price)
     print(heading(recipe, cluster), flush=True)
+    for name in absent(recipe.model):
+        _say(f"{name} is not on this machine: its sizes are the recipe's, or else the towers' defaults")
     for number, stage in enumerate(recipe.stages, 1):
         if arguments.stage == number or (arguments.stage is None and not stage.masked):
             planned = plan_stage(recipe, number, cluster, mean_tokens=arguments.mean_tokens, say=_say)

@@ -7,7 +7,7 @@ import dataclasses
 from text_tower import MaskedLM
 from torch import nn
 
-from stage_trainer.build import Model, empty_model
+from stage_trainer.build import Model, check_configs, empty_model
 from stage_trainer.recipe import Stage
 from stage_trainer.recipe.read import Loaded, flatten
 from stage_trainer.weights import absent
@@ -17,6 +17,7 @@ def dry_run(loaded: Loaded, number: int) -> str:
     """The text that `stage-trainer train --dry-run` prints."""
     recipe = loaded.recipe
     stage = recipe.stage(number)
+    check_configs(recipe, number)
     lines = [
         f"{recipe.name}, stage {number} of {len(recipe.stages)}: {stage.steps:,} steps",
         "",

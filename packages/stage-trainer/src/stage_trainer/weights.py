@@ -46,7 +46,7 @@ def tower_weights(model: Model, tower: str, fetch: bool) -> str | None:
     have to be fetched first and shall not be."""
     named = model.text_weights if tower == "text" else model.vision_weights
     weights = named or model.weights
-    if weights is None or not (fetch or Path(weights).exists()):
+    if weights is None or not (fetch or Path(weights).exists() or _is_timms(weights)):
         return None
     if named:
         return named if tower == "vision" else local(named)
@@ -57,7 +57,12 @@ def tower_weights(model: Model, tower: str, fetch: bool) -> str | None:
 def absent(model: Model) -> list[str]:
     """Weights that the recipe names and this machine does not have; the recipe and defaults stand for their sizes."""
     named = [model.text_weights or model.weights, model.vision_weights or model.weights]
-    return list(dict.fromkeys(weights for weights in named if weights and not Path(weights).exists()))
+    return list(dict.fromkeys(w for w in named if w and not Path(w).exists() and not _is_timms(w)))
+
+
+def _is_timms(weights: str) -> bool:
+    """Whether timm makes a tower of that name, whose shape is then known without its weights."""
+    return weights.startswith("timm/")
 
 
 def given_text(path: str) -> tuple[Any, frozenset[str]]:
@@ -98,6 +103,11 @@ def decided(model: Model, tower: str, given: Any, unsettled: frozenset[str], hol
     stated: Mapping[str, Any] = getattr(model, tower) or {}
     override: Mapping[str, Any] = getattr(model.override, tower)
     own = {*RECIPES_OWN[tower], *unsettled}
+    for name in set(override) & set(_FIXED):
+        raise UserError(
+            f"model.override.{tower}.{name} is {_plain(override[name])}, but {holder} {_plain(_held(name, given))}; a "
+            "shape cannot be overridden: leave it out, or name other weights"
+        )
     if tower == "text":
         own |= {*_ADAPTERS} if not given.adapters else set()
         chosen = tuple(stated.get("adapters") or ())
@@ -141,19 +151,17 @@ def reading_options(config: Any, given: Any) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names if name in changed}
 
 
-def whole_model(model: Model, fetch: bool = True) -> Path | None:
+def whole_model(model: Model) -> Path | None:
     """The directory of the whole model that both towers are from, if it is one."""
+    if model.text_weights and model.text_weights == model.vision_weights:
+        return Path(local(model.text_weights))
     if model.text_weights or model.vision_weights:
         folders = [Path(weights) for weights in (model.text_weights, model.vision_weights) if weights]
         if len(folders) < 2 or not all(folder.exists() for folder in folders):
             return None
         text, vision = folders
-        if text == vision:
-            return text
         return text.parent if text.parent == vision.parent and _is_ours(text.parent) else None
-    if not model.weights or not (fetch or Path(model.weights).exists()):
-        return None
-    return Path(local(model.weights))
+    return Path(local(model.weights)) if model.weights else None
 
 
 def log_scales(recipe: Recipe) -> tuple[float, float]:

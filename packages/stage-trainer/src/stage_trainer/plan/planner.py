@@ -13,7 +13,7 @@ from text_tower.lora import is_adapter
 from torch import nn
 from vision_tower import VisionTowerConfig
 
-from stage_trainer.build import empty_model, tower_configs
+from stage_trainer.build import check_configs, empty_model, tower_configs
 from stage_trainer.errors import UserError
 from stage_trainer.model import DualEncoder
 from stage_trainer.plan.devices import GIB, Device
@@ -129,6 +129,7 @@ def plan_stage(
             f"stage {number} is masked-language-model training, which is not planned: its gradients add up over chunks "
             "of any size, so gradient_cache.tokens alone decides what fits"
         )
+    check_configs(recipe, number)
     say(f"stage {number}: counting texts …")
     lengths = text_lengths(recipe, stage, mean_tokens)
     precision = cluster.device.precision(recipe.precision)

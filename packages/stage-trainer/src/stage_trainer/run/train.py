@@ -74,14 +74,14 @@ def _train(recipe: Recipe, number: int, rank: int, world: int, device: torch.dev
     torch.manual_seed(key(recipe.seed, number))
     stage, directory = recipe.stage(number), recipe.stage_directory(number)
     check_ranks(recipe, number, world, recipe.name)
+    check_configs(recipe, number, fetch=True)
+    tokenizer = load_tokenizer(recipe)
+    make_batches = MaskedBatches if stage.masked else StageBatches
+    data = make_batches(recipe, stage, number, tokenizer, rank, world)
     if start_over and rank == 0:
         move_aside(directory)
     if world > 1:
         torch.distributed.barrier()
-    check_configs(recipe, number)
-    tokenizer = load_tokenizer(recipe)
-    make_batches = MaskedBatches if stage.masked else StageBatches
-    data = make_batches(recipe, stage, number, tokenizer, rank, world)
     state: dict[str, Any] = {"settings": settings(recipe, number), "data": data.fingerprint, "versions": versions()}
 
     step = -1
@@ -229,6 +229,10 @@ def run(
                 raise Stopped(
                     f"stopped after step {done} of {stage.steps}, as asked; the same command goes on from there"
                 )
+        saver.finish()  # here signals are still heard: what asks for an end while the last checkpoint is written counts
+        (asked,) = control.agree(control.asked)
+        if asked and stop < stage.steps:
+            raise Stopped(f"stopped after step {stop} of {stage.steps}, as asked; the same command goes on from there")
 
 
 def model_operations(engine: Engine, stage: Stage, batch: Any, step: int, tokens: int, squared_tokens: int) -> int:

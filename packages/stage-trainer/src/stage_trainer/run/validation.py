@@ -58,7 +58,8 @@ def _embeddings(recipe: Recipe, stage: Stage, engine: Engine) -> Validation:
         directory = place(recipe, "validation", path)
         data = open_data_set(directory, ("image-", "text-"))
         of_kind: dict[str, Any] = images if data.kind.startswith("image-") else pairs
-        name = data.source if data.source not in of_kind else f"{data.source}-{data.kind}"
+        names = (data.source, f"{data.source}-{data.kind}", path)
+        name = next(name for name in names if name not in of_kind)
         open_pool = retrieval.Pool.open if of_kind is images else text_retrieval.PairPool.open
         of_kind[name] = open_pool(directory)
     model = engine.objective.model
