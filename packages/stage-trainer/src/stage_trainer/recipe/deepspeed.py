@@ -294,12 +294,13 @@ def _check_zero(found: Options, here: str, muon: bool) -> None:
             f"{here}: Muon needs whole matrices, and ZeRO {zero.stage} cuts them up; "
             "set zero_optimization.stage to 0 or optimizer.name to adamw"
         )
-    if not zero.stage and (unused := sorted(zero.model_fields_set - {"stage"})):
+    stated = {type(zero).model_fields[name].alias or name for name in zero.model_fields_set}
+    if not zero.stage and (unused := sorted(stated - {"stage"})):
         raise UserError(
             f"{here}: deepspeed.zero_optimization.{unused[0]} is set, and stage 0 is no ZeRO; raise the "
             "stage, or take that out"
         )
-    of_3 = {name for name in zero.model_fields_set if name in _ZERO_3 or name.startswith("stage3_")}
+    of_3 = {name for name in stated if name in _ZERO_3 or name.startswith("stage3_")}
     if zero.stage in (1, 2) and (unused := sorted(of_3)):
         raise UserError(
             f"{here}: deepspeed.zero_optimization.{unused[0]} is of ZeRO 3, and its stage is {zero.stage}; raise that, "
