@@ -127,6 +127,9 @@ train.validation = real
 back = before(train, "forward_backward", 2)
 say("owed", main([*words, "output=owed"]))
 back()
+back = before(checkpoint, "write")
+say("change", main([*words, "output=change", "resolution=[[0, 32], [2, 48]]"]))
+back()
 say("resolution", None)
 back = before(train, "starting_point", 2)
 main([*words, "output=resolution", "resolution=[[0, 32], [2, 48]]"])
@@ -145,7 +148,7 @@ def test_at_every_moment_a_run_saves_and_what_it_owes_is_made_up_for(tmp_path, d
     assert process.wait() == 75  # that of the last moment
     output = process.stdout.read()
     assert re.findall(r"AT (\w+) (\w+)", output) == [
-        ("batch", "75"), ("save", "75"), ("evaluation", "75"), ("owed", "75"), ("resolution", "None")
+        ("batch", "75"), ("save", "75"), ("evaluation", "75"), ("owed", "75"), ("change", "75"), ("resolution", "None")
     ]  # fmt: skip
     assert output.splitlines()[-1] == "stage-trainer: stopped, as asked, with nothing unsaved; the same command goes on"
     saved = {

@@ -71,7 +71,7 @@ def test_an_option_that_would_not_do_what_it_says_is_refused_by_name(recipes, op
     [
         "{}",
         "{bf16: {enabled: false}, fp16: {enabled: false}}",
-        "{zero_optimization: {stage: 2, stage3_param_persistence_threshold: 0, overlap_comm: true}}",
+        "{zero_optimization: {stage: 2, overlap_comm: true}}",
         "{zero_optimization: {stage: 3, stage3_gather_16bit_weights_on_model_save: true, prefetch_bucket_size: 5e7}}",
         "{zero_force_ds_cpu_optimizer: false, zero_optimization: {stage: 2, offload_optimizer: {device: cpu}}}",
         "{steps_per_print: 10, wall_clock_breakdown: true, communication_data_type: fp32, log_level: info}",
