@@ -200,6 +200,9 @@ def test_symbols_that_a_sentencepiece_model_keeps_apart_are_those_of_autotokeniz
         ({"truncation_side": "left"}, "truncation_side 'left'"),
         ({"add_eos_token": False}, "add_eos_token False"),
         ({"image_token": "[IMG]"}, r"image_token '\[IMG\]', of which this tower does not know"),
+        ({"added_tokens_decoder": [1]}, r"added_tokens_decoder \[1\]; expected an object"),
+        ({"added_tokens_decoder": {"5": 3}}, "added_tokens_decoder '5': 3; expected an id and a token"),
+        ({"added_tokens_decoder": {"a": {"content": "b"}}}, "added_tokens_decoder 'a': .*; expected an id and a token"),
         ({"tokenizer_class": "PreTrainedTokenizerFast"}, "needs a tokenizer.json; there is none"),
     ],
 )

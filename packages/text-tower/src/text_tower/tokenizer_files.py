@@ -207,7 +207,7 @@ def _added_tokens(
     config = dict(config)
     by_id: dict[int, Any] = {}
     if "added_tokens_decoder" in config:
-        by_id = {int(i): AddedToken(**token) for i, token in config["added_tokens_decoder"].items()}
+        by_id = _decoder(config["added_tokens_decoder"], f"{name}: {CONFIG_FILE}")
     else:
         for key, value in _json(files, SPECIAL_FILE, name).items():
             if key not in (*_NAMED, *_EXTRA):
@@ -233,6 +233,21 @@ def _added_tokens(
     for token in tokens:
         token.special = token.special or token.content in names
     return tokens
+
+
+def _decoder(stored: Any, where: str) -> dict[int, Any]:
+    from tokenizers import AddedToken
+
+    if not isinstance(stored, dict):
+        raise ValueError(f"{where} has added_tokens_decoder {stored!r}; expected an object, of ids and tokens")
+    found = {}
+    for i, token in stored.items():
+        try:
+            found[int(i)] = AddedToken(**token)
+        except (TypeError, ValueError) as error:
+            found_there = f"{where} has added_tokens_decoder {i!r}: {token!r}"
+            raise ValueError(f"{found_there}; expected an id and a token") from error
+    return found
 
 
 def _extra(config: Mapping[str, Any], name: str) -> list[Any] | None:
