@@ -99,7 +99,9 @@ def test_every_key_that_transformers_writes_is_known(tmp_path, tower):
     AutoModel.from_config(JinaEmbeddingsV3Config(**shape)).save_pretrained(tmp_path / "native")
     XLMRobertaModel(XLMRobertaConfig(**shape, type_vocab_size=1)).save_pretrained(tmp_path / "xlm-r")
     full = JinaEmbeddingsV3Config(**shape).to_dict()
-    (tmp_path / "native/config.json").write_text(json.dumps({**full, "dtype": "float32"}))
+    (tmp_path / "native/config.json").write_text(
+        json.dumps({**full, "dtype": "float32", "export_model_type": "transformer", "later": None})
+    )
     assert TextTower.from_pretrained(tmp_path / "native").config.width == 32
     with pytest.warns(UserWarning, match="absolute positions"):
         TextTower.from_pretrained(tmp_path / "xlm-r")

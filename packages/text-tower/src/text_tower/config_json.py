@@ -154,7 +154,7 @@ def _from_clip(stored: dict[str, Any], weights: Mapping[str, Tensor], layout: La
     elif options.get("task_instructions"):
         values["instructions"] = options["task_instructions"]
     values["rope_theta"] = options.get("rotary_emb_base", 20000.0)  # jina-embeddings-v3's
-    values["truncate_dim"] = stored.get("truncate_dim") or options.get("truncate_dim")
+    values["truncate_dim"] = options.get("truncate_dim")
     return _config(values, file)
 
 
