@@ -115,6 +115,8 @@ UNUSABLE = {
     "a 1-d query": (error_case(1, queries=torch.ones(4)), 1, r"queries have shape \[4\]"),
     "a temperature of 0": (error_case(2, temperature=0.0), 2, "temperature is 0.0"),
     "dims that are no sequence": (error_case(3, dims=5), 3, "dims are 5; expected a list or tuple"),
+    "dims of no dimension": (error_case(2, dims=torch.tensor(4)), 2, r"dims are tensor\(4\); expected a list"),
+    "weights in a text": (error_case(1, dims=(4,), weights=["a"]), 1, r"weights are \('a',\); expected finite numbers"),
     "a list for a tensor": (error_case(0, targets=[1.0, 2.0]), 0, "arguments cannot be read .*AttributeError"),
     "no queries": (error_case(1, queries=None), 1, "arguments cannot be read .*AttributeError"),
 }

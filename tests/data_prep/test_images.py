@@ -172,6 +172,8 @@ def png_header(width: int, height: int) -> bytes:
         (encoded(halves()), ImageRule(32, max_pixels=80 * 60 - 1), "more pixels than allowed"),
         (encoded(halves())[:-30], SMALL, "broken image"),
         (encoded(halves((40, 32)), "JPEG")[:-30], SMALL, "broken image"),
+        (encoded(Image.fromarray(np.full((60, 80), 70000, dtype=np.int32)), "TIFF"), SMALL, "broken image"),
+        (encoded(Image.fromarray(np.full((60, 80), -1, dtype=np.int32)), "TIFF"), SMALL, "broken image"),
     ],
 )
 def test_what_cannot_be_stored_is_refused_with_a_reason(data, rule, reason, monkeypatch):

@@ -179,7 +179,8 @@ def test_a_published_models_temperature_and_adapter_are_honoured(tmp_path, recip
         "model_type": "jina_clip", "logit_scale_init_value": 2.6592, "add_projections": False, "truncate_dim": None,
         "text_config": {"hf_model_name_or_path": "x/y", "hf_model_config_kwargs": options, "embed_dim": 64},
         "vision_config": {"image_size": 16, "patch_size": 8, "width": 64, "layers": 1, "head_width": 64,
-                          "mlp_ratio": 2.6667, "intp_freq": True, "pt_hw_seq_len": 16},
+                          "mlp_ratio": 2.6667, "intp_freq": True, "pt_hw_seq_len": 16,
+                          "rope_embeddings": True, "subln": True, "naive_swiglu": True},
     }  # fmt: skip
     (tmp_path / "clip/config.json").write_text(json.dumps(config))
     dims = "loss.dims=[64]"

@@ -79,6 +79,9 @@ def test_the_rotary_base_is_the_one_of_transformers(rewritten, pack, padded_mean
         ({"layer_norm_eps": 0}, "layer_norm_eps is 0"),
         ({"num_attention_heads": "4"}, "heads is '4'"),
         ({"truncate_dim": 99}, "truncate_dim is 99; expected 1 to 32"),
+        ({"max_position_embeddings": None}, "max_position_embeddings None; expected a whole number"),
+        ({"max_position_embeddings": "66"}, "max_position_embeddings '66'; expected a whole number"),
+        ({"trilith": [1]}, r"trilith \[1\]; expected an object"),
         ({"sliding_window": 64}, "sliding_window 64, of which this tower does not know .* remove it from the file"),
     ],
 )
@@ -96,7 +99,9 @@ def test_every_key_that_transformers_writes_is_known(tmp_path, tower):
     AutoModel.from_config(JinaEmbeddingsV3Config(**shape)).save_pretrained(tmp_path / "native")
     XLMRobertaModel(XLMRobertaConfig(**shape, type_vocab_size=1)).save_pretrained(tmp_path / "xlm-r")
     full = JinaEmbeddingsV3Config(**shape).to_dict()
-    (tmp_path / "native/config.json").write_text(json.dumps({**full, "dtype": "float32"}))
+    (tmp_path / "native/config.json").write_text(
+        json.dumps({**full, "dtype": "float32", "export_model_type": "transformer", "later": None})
+    )
     assert TextTower.from_pretrained(tmp_path / "native").config.width == 32
     with pytest.warns(UserWarning, match="absolute positions"):
         TextTower.from_pretrained(tmp_path / "xlm-r")
@@ -116,9 +121,12 @@ def test_every_key_that_transformers_writes_is_known(tmp_path, tower):
         ({"use_qk_norm": True}, "use_qk_norm True"),
         ({"emb_pooler": "cls"}, "emb_pooler 'cls'; this tower knows 'mean' only"),
         ({"rope_theta": 5.0}, "rope_theta 5.0, of which this tower does not know"),
+        ({"lora_adaptations": "query"}, "lora_adaptations 'query'; expected a list of names"),
     ],
 )
-def test_jinas_own_settings_are_honoured_or_refused(tower, tmp_path, changes, message):
+def test_jinas_own_settings_are_honoured_or_refused(make_tower, lora, tower, tmp_path, changes, message):
+    if "lora_adaptations" in changes:
+        tower = make_tower(**lora, vocab_size=482, tokenizer=tower.tokenizer)
     tower.save_pretrained(tmp_path / "remote", layout="remote-code")
     file = tmp_path / "remote/config.json"
     config = json.loads(file.read_text())
@@ -191,6 +199,26 @@ def test_what_such_a_directory_may_say_otherwise_is_refused_by_name(tower, tmp_p
     (path / file).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         TextTower.from_pretrained(path)
+
+
+def test_the_first_settings_of_a_transformer_that_say_something_are_read(tower, tmp_path):
+    path = sentence_transformer(tmp_path, tower)
+    (path / "sentence_bert_config.json").unlink()
+    for name, length in (("sentence_xlm-roberta_config.json", 7), ("sentence_roberta_config.json", 9)):
+        (path / name).write_text(json.dumps({"max_seq_length": length}))
+        assert TextTower.from_pretrained(path).config.max_length == length
+        assert SentenceTransformer(str(path), device="cpu").max_seq_length == length
+    (path / "sentence_bert_config.json").write_text("{}")
+    assert TextTower.from_pretrained(path).config.max_length == 9
+
+
+def test_an_adapter_beside_the_weights_is_refused_by_name(make_tower, lora, tmp_path):
+    tower = make_tower(**lora)
+    tower.save_pretrained(tmp_path, layout="peft")
+    for file in (tmp_path / "separation").iterdir():
+        file.rename(tmp_path / file.name)
+    with pytest.raises(ValueError, match="holds adapter_config.json, an adapter beside .* give that as peft="):
+        TextTower.from_pretrained(tmp_path)
 
 
 def test_the_older_form_of_mean_pooling_is_read(tower, tmp_path):

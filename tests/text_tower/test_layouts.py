@@ -151,6 +151,7 @@ def test_the_text_half_of_jina_clip_is_taken_out_of_its_whole_file(make_tower, p
     options = {"lora_adaptations": TASKS, "lora_rank": 4, "lora_alpha": 4, "use_flash_attn": True,
                "task_instructions": dict.fromkeys(TASKS, "")}  # fmt: skip
     text = {"embed_dim": 128, "hf_model_name_or_path": "jinaai/jina-embeddings-v3", "hf_model_config_kwargs": options}
+    text |= {"pad_token_id": None, "tie_encoder_decoder": False, "use_bfloat16": False}  # as transformers 4 saves it
     config = {"model_type": "jina_clip", "_name_or_path": "jinaai/jina-clip-v2", "text_config": text}
     save(tmp_path / "clip", config, weights)
     with pytest.warns(UserWarning, match="CC-BY-NC-4.0"):
@@ -168,6 +169,13 @@ def test_the_text_half_of_jina_clip_is_taken_out_of_its_whole_file(make_tower, p
     ):
         TextTower.from_pretrained(tmp_path / "more")
     del weights["text_model.surprise"]
+    save(tmp_path / "short", {**config, "truncate_dim": 64}, weights)
+    with pytest.raises(ValueError, match="truncate_dim 64; this tower knows null only"):  # as of the image half
+        TextTower.from_pretrained(tmp_path / "short")
+    wrong = {**text, "hf_model_config_kwargs": [1]}
+    save(tmp_path / "wrong", {**config, "text_config": wrong}, weights)
+    with pytest.raises(ValueError, match=r"hf_model_config_kwargs \[1\]; expected an object"):
+        TextTower.from_pretrained(tmp_path / "wrong")
     for name in ("a/text-model", "x/text-model", None):  # its base is not known
         folder = tmp_path / f"from {name}".replace("/", "-")
         save(folder, {**config, "text_config": {**text, "hf_model_name_or_path": name}}, weights)

@@ -40,6 +40,13 @@ def test_a_sample_is_masked_alike_in_any_batch_and_otherwise_with_another_seed(m
     assert sum(a != b for a, b in zip(together, other, strict=True)) > 25
 
 
+def test_masking_is_on_the_cpu_whatever_the_default_device(masking, tokenizer, texts):
+    packed = PackedTokens.from_lists(texts)
+    with torch.device("meta"):
+        found = WholeWordMasking(tokenizer)(packed, SEEDS)
+    assert torch.equal(found.packed.ids, masking(packed, SEEDS).packed.ids)
+
+
 def test_labels_are_what_stood_there_and_the_rest_is_untouched(masking, texts):
     for (seen, hidden), text in zip(
         parts(masking(PackedTokens.from_lists(texts), SEEDS), [len(t) for t in texts]), texts, strict=True

@@ -198,6 +198,16 @@ def test_the_defaults_of_pefts_configuration_are_plain_lora(tmp_path):
         ({"init_lora_weights": "loftq"}, "init_lora_weights 'loftq'"),
         ({"use_tomorrows_lora": None}, "use_tomorrows_lora None, of which this tower does not know"),
         ({"r": 8}, "has rank 4, but adapter_config.json says 8"),
+        ({"r": "8"}, "has r '8'; expected a whole number above 0"),
+        ({"r": 0}, "has r 0; expected a whole number above 0"),
+        ({"r": 4.0}, "has r 4.0; expected a whole number above 0"),
+        ({"lora_alpha": None}, "has lora_alpha None; expected a number above 0"),
+        ({"lora_alpha": True}, "has lora_alpha True; expected a number above 0"),
+        ({"rank_pattern": [1]}, r"has rank_pattern \[1\]; expected an object"),
+        ({"rank_pattern": {"fc1": "8"}}, "has rank_pattern 'fc1': '8'; expected a whole number above 0"),
+        ({"alpha_pattern": {"fc(1": 8}}, r"has alpha_pattern 'fc\(1', which is no regular expression"),
+        ({"alpha_pattern": {"fc1": None}}, "has alpha_pattern 'fc1': None; expected a number above 0"),
+        ({"use_rslora": "yes"}, "has use_rslora 'yes'; expected true or false"),
     ],
 )
 def test_what_is_not_plain_lora_is_refused_by_name(saved, make_tower, tmp_path, change, message):

@@ -200,6 +200,11 @@ def test_symbols_that_a_sentencepiece_model_keeps_apart_are_those_of_autotokeniz
         ({"truncation_side": "left"}, "truncation_side 'left'"),
         ({"add_eos_token": False}, "add_eos_token False"),
         ({"image_token": "[IMG]"}, r"image_token '\[IMG\]', of which this tower does not know"),
+        ({"added_tokens_decoder": [1]}, r"added_tokens_decoder \[1\]; expected an object"),
+        ({"added_tokens_decoder": {"5": 3}}, "added_tokens_decoder '5': 3; expected an id and a token"),
+        ({"added_tokens_decoder": {"a": {"content": "b"}}}, "added_tokens_decoder 'a': .*; expected an id and a token"),
+        ({"fix_mistral_regex": True}, "fix_mistral_regex True, of which"),
+        ({"model_specific_special_tokens": {"a": "b"}}, "model_specific_special_tokens .*, of which"),
         ({"tokenizer_class": "PreTrainedTokenizerFast"}, "needs a tokenizer.json; there is none"),
     ],
 )
@@ -208,3 +213,14 @@ def test_settings_that_would_give_other_ids_are_refused_by_name(spm_file, tmp_pa
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         Tokenizer.from_file(tmp_path)
+
+
+def test_settings_that_say_nothing_of_ids_are_passed_over(spm_file, tmp_path):
+    shutil.copy(spm_file, tmp_path)
+    expected = Tokenizer.from_file(tmp_path)(["a b"])
+    nothing = {"from_slow": True, "return_token_type_ids": False, "fix_mistral_regex": False,
+               "model_specific_special_tokens": {}, "fast_tokenizer_files": [], "padding": True, "truncation": True,
+               "padding_side": "left", "truncation_side": None, "add_bos_token": None, "tokenize_chinese_chars": True,
+               "later": None}  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(nothing))
+    assert Tokenizer.from_file(tmp_path)(["a b"]) == expected

@@ -158,7 +158,7 @@ def jina_directory(tower: VisionTower, path, pixels: int, kind: str) -> None:
     weights = eva_names(tower, "vision_model.")
     weights |= {"logit_scale": torch.tensor(2.6592), "text_model.transformer.roberta.emb_ln.weight": torch.ones(4)}
     vision = {"embed_dim": 128, "width": 128, "head_width": 64, "image_size": pixels, "patch_size": 8, "layers": 2}
-    vision |= {"intp_freq": True, "pt_hw_seq_len": 16, "subln": True, "naive_swiglu": True}
+    vision |= {"intp_freq": True, "pt_hw_seq_len": 16, "subln": True, "naive_swiglu": True, "rope_embeddings": True}
     path.mkdir()
     (path / "config.json").write_text(json.dumps({"model_type": "jina_clip", "vision_config": vision}))
     if kind == "safetensors":

@@ -2,6 +2,7 @@
 numbers of the project that wrote it, or refused by name."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from vision_tower import VisionTower, VisionTowerConfig
+from vision_tower.foreign import processor_settings
 
 NAME = "eva02_base_patch16_clip_224"
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -207,8 +209,9 @@ def test_a_head_goes_and_preprocessing_changes_only_where_that_is_stated(write_t
     tower = VisionTower.from_pretrained(directory, num_classes=0, crop_mode="squash")
     assert (tower.config.mean, tower.config.crop_mode) == (tuple(IMAGENET["mean"]), "squash")
     for options in ({"num_classes": 7}, {"global_pool": "avg"}):
-        with pytest.raises(ValueError, match=f"{next(iter(options))} is .*can only have"):
-            VisionTower.from_pretrained(directory, **options)
+        for source in (directory, directory / "model.safetensors"):
+            with pytest.raises(ValueError, match=f"{next(iter(options))} is .*can only have"):
+                VisionTower.from_pretrained(source, **options)
 
 
 def test_a_saved_directory_that_tells_timm_otherwise_is_refused(tower, tmp_path):
@@ -249,8 +252,9 @@ def write_jina(tmp_path, make_tower) -> Callable[..., Path]:
         save_file(
             {f"vision_model.{key}": value for key, value in tower.state_dict().items()}, tmp_path / "model.safetensors"
         )
+        said = {key: value for key, value in {**JINA_VISION, **(vision or {})}.items() if value is not ...}
         values = {"model_type": "jina_clip", "add_projections": False, "truncate_dim": None, "projection_dim": 32,
-                  "text_config": {}, "vision_config": {**JINA_VISION, **(vision or {})}, **top}  # fmt: skip
+                  "text_config": {}, "vision_config": said, **top}  # fmt: skip
         (tmp_path / "config.json").write_text(json.dumps(values))
         (tmp_path / "preprocessor_config.json").write_text(json.dumps({**PROCESSOR, **(processor or {})}))
         return tmp_path
@@ -261,8 +265,22 @@ def write_jina(tmp_path, make_tower) -> Callable[..., Path]:
 def test_a_jina_directory_as_published_is_followed(write_jina):
     config = VisionTower.from_pretrained(write_jina()).config
     assert config == VisionTowerConfig(resolution=32, patch=8, width=32, layers=2, heads=2, hidden=85)
-    config = VisionTower.from_pretrained(write_jina({"intp_freq": False, "pt_hw_seq_len": 4})).config
-    assert config.reference_grid is None
+    for unscaled in ({"intp_freq": False, "pt_hw_seq_len": 4}, {"intp_freq": ..., "pt_hw_seq_len": 4}):
+        assert VisionTower.from_pretrained(write_jina(unscaled)).config.reference_grid is None
+
+
+# Of fast image processors.
+FAST = {
+    "data_format": "channels_first", "default_to_square": False, "device": None, "disable_grouping": None,
+    "input_data_format": None, "return_tensors": None, "size_divisor": None, "do_pad": None, "pad_size": None,
+    "crop_style": None,
+}  # fmt: skip
+
+
+def test_what_later_versions_add_to_a_jina_directory_has_no_bearing_on_it(write_jina):
+    written = write_jina({"drop_path_rate": 0.1, "later": None}, {**FAST, "do_pad": False}, later=None)
+    expected = VisionTowerConfig(resolution=32, patch=8, width=32, layers=2, heads=2, hidden=85)
+    assert VisionTower.from_pretrained(written).config == expected
 
 
 @pytest.mark.parametrize("mode", ["shortest", "squash"])
@@ -285,6 +303,14 @@ def test_a_jina_processor_gives_torchvisions_pixels(mode, write_jina, noise):
     [
         ({"rope_embeddings": False}, {}, {}, "vision_config has rope_embeddings False, and .* True"),
         ({"naive_swiglu": False}, {}, {}, "naive_swiglu False"),
+        # What their code has where the file does not say it.
+        ({"rope_embeddings": ...}, {}, {}, "vision_config has rope_embeddings False, and .* True"),
+        ({"naive_swiglu": ...}, {}, {}, "naive_swiglu False"),
+        ({"naive_swiglu": None}, {}, {}, "naive_swiglu False"),
+        ({"subln": ...}, {}, {}, "attn.norm"),
+        ({"intp_freq": ...}, {}, {}, "pt_hw_seq_len is 16 and intp_freq False"),
+        ({}, {"do_pad": True}, {}, "do_pad True"),
+        ({}, {"do_resize": None}, {}, "do_resize None"),
         ({"post_norm": True}, {}, {}, "post_norm True, and .* False"),
         ({"ls_init_value": 0.1}, {}, {}, r"ls_init_value 0\.1"),
         ({"proj_type": "linear"}, {}, {}, "proj_type 'linear', and .* None"),
@@ -337,11 +363,31 @@ def test_an_image_processor_beside_a_tower_must_say_the_same(tower, write_timm, 
         processor.write_text(json.dumps({**CLIP_PROCESSOR, **changes}))
         with pytest.raises(ValueError, match=match):
             VisionTower.from_pretrained(directory)
+    processor.write_text(json.dumps({**CLIP_PROCESSOR, **FAST}))
+    assert VisionTower.from_pretrained(directory).config.resolution == 32
     own = tmp_path / "own"
     tower.save_pretrained(own)
     (own / "preprocessor_config.json").write_text(json.dumps(CLIP_PROCESSOR))
     with pytest.raises(ValueError, match="resolution is 32, and the tower's 48"):
         VisionTower.from_pretrained(own)
+
+
+@pytest.mark.parametrize(("crop_pct", "whole"), [(0.9, 35), (0.875, 36), (0.8, 40)])
+def test_a_crop_that_makes_the_same_size_is_the_same(write_timm, crop_pct, whole):
+    directory = write_timm(None, {"crop_pct": crop_pct}, _attn_implementation_autoset=True)
+    processor = {**CLIP_PROCESSOR, "size": {"shortest_edge": whole, "longest_edge": None}}
+    (directory / "preprocessor_config.json").write_text(json.dumps(processor))
+    assert VisionTower.from_pretrained(directory).config.crop_pct == crop_pct
+    (directory / "preprocessor_config.json").write_text(json.dumps({**processor, "size": {"shortest_edge": whole + 1}}))
+    with pytest.raises(ValueError, match=f"and the tower's {crop_pct}"):
+        VisionTower.from_pretrained(directory)
+
+
+@pytest.mark.parametrize(("target", "whole"), [(224, 354), (224, 400), (336, 463), (224, 256), (224, 224)])
+def test_a_processors_size_comes_back_from_its_crop(target, whole, tmp_path):
+    sizes = {"size": {"shortest_edge": whole}, "crop_size": {"height": target, "width": target}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**CLIP_PROCESSOR, **sizes}))
+    assert math.floor(target / processor_settings(tmp_path, crop_mode=None)["crop_pct"]) == whole
 
 
 @pytest.fixture

@@ -157,6 +157,20 @@ def test_from_timm_has_timms_class_token(name):
     assert tower.config.layers == 2
 
 
+def test_from_timm_is_float32_on_the_cpu_whatever_the_defaults():
+    torch.manual_seed(0)
+    expected = VisionTower.from_timm("eva02_base_patch16_clip_224", **TINY).state_dict()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        torch.manual_seed(0)
+        with torch.device("meta"):
+            found = VisionTower.from_timm("eva02_base_patch16_clip_224", **TINY).state_dict()
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_from_timm_changes_the_resolution_of_pretrained_weights_as_eva_does(make_tower, tmp_path):
     tower = make_tower(VisionTowerConfig(resolution=224, patch=16, width=64, layers=2, heads=2))
     tower.save_pretrained(tmp_path)

@@ -258,6 +258,8 @@ def test_images_and_keep_of_another_kind_are_refused(tower, images):
         ("hidden", 0),
         ("reference_grid", 0),
         ("rope_theta", float("inf")),
+        ("rope_theta", True),
+        ("crop_pct", np.float32(1.5)),
         ("attention_norm", 1),
         ("layer_norm_eps", -1e-6),
         ("checkpointing", "yes"),
@@ -266,6 +268,13 @@ def test_images_and_keep_of_another_kind_are_refused(tower, images):
 def test_a_wrong_setting_is_named(config, setting, value):
     with pytest.raises(ValueError, match=setting):
         VisionTowerConfig(**{**vars(config), setting: value})
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64, int, float])
+def test_numbers_of_every_kind_are_settings(config, kind):
+    settings = dict.fromkeys(("mlp_ratio", "rope_theta", "layer_norm_eps", "crop_pct"), kind(1))
+    found = VisionTowerConfig(**{**vars(config), "hidden": None, **settings})
+    assert {type(getattr(found, name)) for name in settings} == {float}
 
 
 def test_an_unknown_setting_is_named_with_the_known_ones():

@@ -142,12 +142,14 @@ def _plain(image: Image.Image) -> Image.Image:
         values = np.asarray(image, dtype=np.float64)
         if not np.isfinite(values).all():
             raise ImageRefused("pixels that are no numbers")
+        if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+            raise ImageRefused("pixels of no known range")
         # I;16 is of 16 bits, and so is what Pillow reads from a PGM, which it scales up to them; a dark image must not
         # be taken for one of fewer. The others do not say, so their largest value does.
         of_16_bits = image.mode.startswith("I;16") or image.format == "PPM"
         limits = [65535] if of_16_bits else [1, 255, 65535] if image.mode == "F" else [255, 65535]
-        top = next((limit for limit in limits if values.max(initial=0) <= limit), 2**32 - 1)
-        grey = Image.fromarray((values.clip(0) * (255 / top) + 0.5).astype(np.uint8))
+        top = next(limit for limit in limits if values.max(initial=0) <= limit)
+        grey = Image.fromarray((values * (255 / top) + 0.5).astype(np.uint8))
         grey.info = {key: value for key, value in image.info.items() if key == "exif"}
         return grey
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:

@@ -85,8 +85,7 @@ def problem_with_batch(batch: Batch) -> str | None:
 def problem_with_dims(dims: Sequence[int] | None, weights: Sequence[float] | None, width: int | None) -> str | None:
     """What is wrong with Matryoshka dims and their weights, or None. `width` is D where it is known."""
     for name, values in (("dims", dims), ("weights", weights)):
-        # A dict from dims to weights would be read as its keys, a set in no order.
-        if values is not None and (not isinstance(values, Iterable) or isinstance(values, str | Mapping | Set)):
+        if values is not None and not _is_row(values):
             return f"{name} are {values!r}; expected a list or tuple of numbers"
     if dims is not None and len(dims) == 0:
         return "dims are empty; expected at least one prefix length, or None for the full width"
@@ -96,9 +95,24 @@ def problem_with_dims(dims: Sequence[int] | None, weights: Sequence[float] | Non
             return f"dims hold {dim!r}; expected whole numbers from 1 to {limit}"
     if weights is not None and len(weights) != (expected := 1 if dims is None else len(dims)):
         return f"{len(weights)} weights for {expected} dims; expected one weight for each dim, in the same order"
-    if weights is not None and not all(math.isfinite(float(weight)) for weight in weights):
+    if weights is not None and not all(map(_is_finite, weights)):
         return f"weights are {tuple(weights)}; expected finite numbers"
     return None
+
+
+def _is_row(values: Any) -> bool:
+    """Whether values can be counted and read again and again, in order: a list, a tuple or an array of one dimension.
+    A dict from dims to weights would be read as its keys, a set in no order, and bytes as numbers."""
+    if isinstance(values, str | bytes | bytearray | memoryview | Mapping | Set) or not isinstance(values, Iterable):
+        return False
+    return hasattr(values, "__len__") and getattr(values, "ndim", 1) == 1
+
+
+def _is_finite(weight: Any) -> bool:
+    try:
+        return not isinstance(weight, str | bytes | bytearray) and math.isfinite(weight)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # what torch and numpy make of it, too
+        return False
 
 
 def whole(value: Any) -> int | None:

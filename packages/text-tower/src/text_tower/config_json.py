@@ -54,17 +54,36 @@ def from_json(stored: dict[str, Any], weights: Mapping[str, Tensor], layout: Lay
         values["rope_theta"] = _rope_theta(stored, file)
     elif rotary:
         values["rope_theta"] = stored.get("rotary_emb_base", 10000.0)  # the remote code's default
-    if "max_position_embeddings" in stored:
-        values["max_length"] = stored["max_position_embeddings"] - _UNUSED_POSITIONS
+    values |= _max_length(stored, file)
     values["truncate_dim"] = stored.get("truncate_dim")
     if layout.kind == "remote-code":
         values |= _remote_adapters(stored, file)
     elif stored.get("task_instructions"):
         values["instructions"] = stored["task_instructions"]
-    values |= stored.get(OUR_KEY, {})
+    values |= ours_of(stored, file)
     if not set(values) <= (known := {f.name for f in fields(TextTowerConfig)}):
         raise ValueError(f"{file} has unknown keys {sorted(set(values) - known)} under {OUR_KEY!r}")
     return _config(values, file)
+
+
+def ours_of(stored: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """What `to_json` put under OUR_KEY, or nothing.
+
+    Raises:
+        ValueError: something else than an object.
+    """
+    ours = stored.get(OUR_KEY, {})
+    if not isinstance(ours, dict):
+        raise ValueError(f"{file} has {OUR_KEY} {ours!r}; expected an object")
+    return ours
+
+
+def _max_length(stored: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    if (key := "max_position_embeddings") not in stored:
+        return {}
+    if isinstance(found := stored[key], bool) or not isinstance(found, int):
+        raise ValueError(f"{file} has {key} {found!r}; expected a whole number")
+    return {"max_length": found - _UNUSED_POSITIONS}
 
 
 def _config(values: dict[str, Any], file: Path) -> TextTowerConfig:
@@ -102,9 +121,11 @@ def _from_clip(stored: dict[str, Any], weights: Mapping[str, Tensor], layout: La
         raise ValueError(
             f"{file.parent} has no {layout.prefix}embeddings.word_embeddings or first block to tell a shape"
         )
+    options = text.get("hf_model_config_kwargs") or {}
+    if not isinstance(options, dict):
+        raise ValueError(f"{file} has text_config.hf_model_config_kwargs {options!r}; expected an object")
     check_keys_of(stored, "jina_clip", file)
     vocab_size, width = word
-    options = text.get("hf_model_config_kwargs") or {}
     if "rotary_emb_base" not in options and text.get("hf_model_name_or_path") != _V3:
         raise ValueError(
             f"{file} does not say the rotary base of its text half, nor that it is {_V3}'s; expected "
@@ -124,8 +145,7 @@ def _from_clip(stored: dict[str, Any], weights: Mapping[str, Tensor], layout: La
             values[ours] = options[theirs]
     if (dim := text.get("embed_dim", width)) != width:
         raise ValueError(f"{file} has text_config.embed_dim {dim}, but the weights are {width} wide")
-    if "max_position_embeddings" in options:
-        values["max_length"] = options["max_position_embeddings"] - _UNUSED_POSITIONS
+    values |= _max_length(options, file)
     if layout.kind == "remote-code":
         values |= _remote_adapters(options, file)
         first, default = values["adapters"][0], text.get("default_lora_task")
@@ -134,15 +154,18 @@ def _from_clip(stored: dict[str, Any], weights: Mapping[str, Tensor], layout: La
     elif options.get("task_instructions"):
         values["instructions"] = options["task_instructions"]
     values["rope_theta"] = options.get("rotary_emb_base", 20000.0)  # jina-embeddings-v3's
-    values["truncate_dim"] = stored.get("truncate_dim") or options.get("truncate_dim")
+    values["truncate_dim"] = options.get("truncate_dim")
     return _config(values, file)
 
 
 def _remote_adapters(options: dict[str, Any], file: Path) -> dict[str, Any]:
     if not options.get("lora_adaptations"):
         raise ValueError(f"{file} names no lora_adaptations, but the weights hold adapters; expected their names")
+    names = options["lora_adaptations"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{file} has lora_adaptations {names!r}; expected a list of names")
     return {
-        "adapters": tuple(options["lora_adaptations"]),
+        "adapters": tuple(names),
         "lora_rank": options.get("lora_rank", 4),
         "lora_alpha": options.get("lora_alpha", 1),
         "instructions": options.get("task_instructions") or {},

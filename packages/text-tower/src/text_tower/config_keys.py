@@ -37,7 +37,8 @@ _HARMLESS = frozenset([
     "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
     "bad_words_ids", "num_return_sequences", "output_scores", "return_dict_in_generate", "forced_bos_token_id",
     "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
-    "begin_suppress_tokens", "prefix", "tf_legacy_loss",
+    "begin_suppress_tokens", "prefix", "tf_legacy_loss", "tie_encoder_decoder", "use_bfloat16",
+    "export_model_type",
 ])  # fmt: skip
 # Of jina's remote code: which kernels run, training of adapters, and which prefixes were trained to stand alone.
 _HARMLESS_REMOTE = frozenset([
@@ -67,7 +68,7 @@ _ONLY_REMOTE: dict[str, tuple[Any, ...]] = {
     "last_layer_subset": (False,),
     "dense_seq_output": (False, True),
 }
-_ONLY_CLIP: dict[str, tuple[Any, ...]] = {"add_projections": (False,)}
+_ONLY_CLIP: dict[str, tuple[Any, ...]] = {"add_projections": (False,), "truncate_dim": ()}
 _HARMLESS_CLIP = frozenset([
     "vision_config", "text_config", "logit_scale_init_value", "projection_dim", "matryoshka_dimensions",
     "use_text_flash_attn", "use_vision_xformers", "transformers.js_config",
@@ -103,10 +104,14 @@ def check_keys_of(stored: Mapping[str, Any], kind: str, file: Path) -> None:
     elif kind == "remote-code":
         _refuse(stored, known | _ADAPTERS | _HARMLESS_REMOTE, _remote(stored), file)
     else:
-        _refuse(stored, _HARMLESS | _HARMLESS_CLIP | {"model_type", "truncate_dim"}, {**_ONLY, **_ONLY_CLIP}, file)
+        _refuse(stored, _HARMLESS | _HARMLESS_CLIP | {"model_type", "pad_token_id"}, {**_ONLY, **_ONLY_CLIP}, file)
         text = stored["text_config"]
         _refuse(
-            text, _HARMLESS | _HARMLESS_CLIP_TEXT | {"model_type"}, {**_ONLY, **_ONLY_CLIP_TEXT}, file, "text_config."
+            text,
+            _HARMLESS | _HARMLESS_CLIP_TEXT | {"model_type", "pad_token_id"},
+            {**_ONLY, **_ONLY_CLIP_TEXT},
+            file,
+            "text_config.",
         )
         options = text.get("hf_model_config_kwargs") or {}
         where = "text_config.hf_model_config_kwargs."
@@ -132,7 +137,7 @@ def _refuse(
         if found is not None and found not in values:
             expected = " or ".join(map(repr, values)) if values else "null"
             raise ValueError(f"{file} has {where}{key} {found!r}; this tower knows {expected} only")
-    if unknown := sorted(stored.keys() - known - only.keys()):
+    if unknown := sorted(k for k in stored.keys() - known - only.keys() if stored[k] is not None):
         named = ", ".join(f"{where}{key} {stored[key]!r}" for key in unknown)
         raise ValueError(
             f"{file} has {named}, of which this tower does not know what it means; if embeddings do not depend on it, "

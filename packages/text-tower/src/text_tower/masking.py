@@ -61,7 +61,7 @@ class WholeWordMasking:
         if not 0 < share < 1:
             raise ValueError(f"share is {share}; expected more than 0 and less than 1")
         self.share, self.mask_id = share, tokenizer.mask_id
-        self.begins_word = torch.tensor([_begins_word(piece) for piece in tokenizer.pieces()])
+        self.begins_word = torch.tensor([_begins_word(p) for p in tokenizer.pieces()], device="cpu")
 
     def __call__(self, packed: PackedTokens, sample_seeds: Tensor) -> MaskedTokens:
         """Hides words of N texts, on the CPU.
@@ -74,9 +74,9 @@ class WholeWordMasking:
             raise ValueError(
                 f"sample_seeds is {sample_seeds.dtype} {list(sample_seeds.shape)}; expected torch.int64 [{len(packed)}]"
             )
-        ids, lengths = packed.ids, torch.tensor(packed.lengths)
-        index = torch.arange(len(ids))
-        rows = torch.arange(len(lengths)).repeat_interleave(lengths)
+        ids, lengths = packed.ids, torch.tensor(packed.lengths, device="cpu")
+        index = torch.arange(len(ids), device="cpu")
+        rows = torch.arange(len(lengths), device="cpu").repeat_interleave(lengths)
         positions = index - (lengths.cumsum(0) - lengths)[rows]
         special = ids <= EOS
         begins = self.begins_word[ids] | special | special.roll(1)  # the first token may lack its ▁
@@ -85,7 +85,7 @@ class WholeWordMasking:
         word_keys = keys[torch.where(begins, index, 0).cummax(0).values]
         eligible = (ids > UNK) & (ids != self.mask_id)  # a text may spell <mask>
         limit = torch.iinfo(torch.int64).max
-        smallest = torch.full((len(lengths),), limit).scatter_reduce(
+        smallest = torch.full((len(lengths),), limit, device="cpu").scatter_reduce(
             0, rows, word_keys.masked_fill(~eligible, limit), "amin"
         )
         chosen = eligible & ((_uniform(word_keys) < self.share) | (word_keys == smallest[rows]))

@@ -157,6 +157,12 @@ def _check_config(config: Mapping[str, Any], file: Path) -> None:
         raise ValueError(f"{file} is of an adapter of type {config.get('peft_type')!r}; expected 'LORA'")
     if missing := sorted({"r", "lora_alpha"} - config.keys()):
         raise ValueError(f"{file} lacks {missing}")
+    for field in ("r", "lora_alpha"):
+        _check_number(field, config[field], file)
+    for field, of in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        _check_pattern(field, config.get(field), of, file)
+    if config.get("use_rslora") not in (None, True, False):
+        raise ValueError(f"{file} has use_rslora {config['use_rslora']!r}; expected true or false")
     if unknown := sorted(config.keys() - _HONOURED - _HARMLESS - _PLAIN.keys()):
         raise ValueError(
             f"{file} has {', '.join(f'{k} {config[k]!r}' for k in unknown)}, of which this tower does not know what it "
@@ -171,10 +177,33 @@ def _check_config(config: Mapping[str, Any], file: Path) -> None:
         )
 
 
+def _check_number(field: str, value: Any, file: Path, of: str | None = None) -> None:
+    """That a rank (`r`) is a whole number above 0, or an alpha (`lora_alpha`) a number above 0."""
+    kinds, words = (int, "a whole number") if (of or field) == "r" else (int | float, "a number")
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
+        raise ValueError(f"{file} has {field} {value!r}; expected {words} above 0")
+
+
+def _check_pattern(field: str, patterns: Any, of: str, file: Path) -> None:
+    if patterns is not None and not isinstance(patterns, Mapping):
+        raise ValueError(f"{file} has {field} {patterns!r}; expected an object, of patterns of modules' names")
+    for pattern, value in (patterns or {}).items():
+        try:
+            re.compile(_of_end(pattern))
+        except re.error as error:
+            raise ValueError(f"{file} has {field} {pattern!r}, which is no regular expression ({error})") from error
+        _check_number(f"{field} {pattern!r}:", value, file, of)
+
+
+def _of_end(pattern: str) -> str:
+    """The expression that a pattern is in PEFT, for the end of a name."""
+    return rf"(.*\.)?({pattern})$"
+
+
 def _of_pattern(config: Mapping[str, Any], field: str, module: str, otherwise: Any) -> Any:
     """A module's rank or alpha: of the first pattern that matches the end of its name, as PEFT has it."""
     patterns = config.get(field) or {}
-    return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module)), otherwise)
+    return next((v for k, v in patterns.items() if re.match(_of_end(k), module)), otherwise)
 
 
 def _scale(config: Mapping[str, Any], rank: int, alpha: float) -> float:

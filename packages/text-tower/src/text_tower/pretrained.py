@@ -140,7 +140,12 @@ class _Found:
         said = st_folder.read(path)
         path = said.transformer
         stored = read_json(path / "config.json")
-        ours = stored.get(config_json.OUR_KEY, {})
+        if (path / "adapter_config.json").is_file():  # transformers would add it to the weights
+            raise ValueError(
+                f"{path} holds adapter_config.json, an adapter beside the weights that it is for; merge it into them, "
+                "or move it and its weights into a folder of their own, and give that as peft="
+            )
+        ours = config_json.ours_of(stored, path / "config.json")
         unmerged = bool(ours.get("adapters")) and (path / f"{UNMERGED}.safetensors").is_file()
         weights = reader(path, UNMERGED) if unmerged else reader(path)
         layout = Layout.of(weights)

@@ -8,6 +8,11 @@ from typing import Any, NamedTuple
 
 from text_tower.files import read_json, read_json_value
 
+# In the order in which sentence-transformers looks for them.
+_TRANSFORMER_FILES = tuple(
+    f"sentence_{kind}_config.json" for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta",
+                                                "xlnet")
+)  # fmt: skip
 _HARMLESS_TRANSFORMER = frozenset({"unpad_inputs"})
 _ONLY_TRANSFORMER: dict[str, tuple[Any, ...]] = {
     "transformer_task": ("feature-extraction",),
@@ -66,7 +71,7 @@ def read(path: Path) -> Said:
         _check_pooling(path / str(modules[1].get("path", "")) / "config.json")
     transformer = path / str(modules[0].get("path", ""))
     instructions, truncate_dim = _model(path / "config_sentence_transformers.json")
-    return Said(transformer, _transformer(transformer / "sentence_bert_config.json"), instructions, truncate_dim, True)
+    return Said(transformer, _transformer(transformer), instructions, truncate_dim, True)
 
 
 def _check_pooling(file: Path) -> None:
@@ -83,11 +88,10 @@ def _check_pooling(file: Path) -> None:
                          "tokens, those of the prompt too")  # fmt: skip
 
 
-def _transformer(file: Path) -> int | None:
-    """max_seq_length, if it is there."""
-    if not file.is_file():
-        return None
-    config = read_json(file)
+def _transformer(directory: Path) -> int | None:
+    """max_seq_length of the first settings that are there and not empty, if it is among them."""
+    files = [file for name in _TRANSFORMER_FILES if (file := directory / name).is_file()]
+    file, config = next(((file, config) for file in files if (config := read_json(file))), (directory, {}))
     for key, value in config.items():
         if key == "max_seq_length" or key in _HARMLESS_TRANSFORMER:
             continue

@@ -31,7 +31,8 @@ _HARMLESS = frozenset([
     "special_tokens_map_file", "clean_up_tokenization_spaces", "padding_side", "pad_to_multiple_of",
     "pad_token_type_id", "max_length", "stride", "truncation_strategy", "sp_model_kwargs", "model_input_names",
     "chat_template", "processor_class", "legacy", "use_fast", "do_lower_case", "keep_accents", "init_inputs",
-    "trust_remote_code", "auto_map", "_commit_hash", "verbose",
+    "trust_remote_code", "auto_map", "_commit_hash", "verbose", "from_slow", "return_token_type_ids",
+    "tokenize_chinese_chars", "padding", "truncation",
 ])  # fmt: skip
 
 
@@ -112,18 +113,20 @@ def _check(config: Mapping[str, Any], name: str) -> None:
     here = f"{name}: {CONFIG_FILE} has"
     if (kind := config.get("tokenizer_class")) not in (None, *_REBUILT, *_AS_IT_IS):
         raise ValueError(f"{here} tokenizer_class {kind!r}; expected {_REBUILT[0]!r}")
-    if config.get("truncation_side", "right") != "right":
+    if config.get("truncation_side") not in (None, "right"):
         raise ValueError(
             f"{here} truncation_side {config['truncation_side']!r}; this tokenizer keeps a text's beginning"
         )
     for key in ("add_bos_token", "add_eos_token"):
-        if config.get(key, True) is not True:
+        if config.get(key) not in (None, True):
             raise ValueError(f"{here} {key} {config[key]!r}; this tower expects <s> … </s>")
     for key, expected in _NAMED.items():
         if (found := _content(config.get(key, expected))) not in (expected, None):
             raise ValueError(f"{here} {key} {found!r}; expected {expected!r}, as XLM-RoBERTa")
     unknown = sorted(config.keys() - _HONOURED - _HARMLESS - {"add_bos_token", "add_eos_token"})
-    if unknown := [key for key in unknown if config[key] is not None]:
+    if config.get("fix_mistral_regex") is False:
+        unknown.remove("fix_mistral_regex")
+    if unknown := [key for key in unknown if config[key] not in (None, {}, [])]:
         raise ValueError(
             f"{here} {', '.join(f'{k} {config[k]!r}' for k in unknown)}, of which this tower does not know what it "
             "means; if ids do not depend on it, remove it from the file"
@@ -207,7 +210,7 @@ def _added_tokens(
     config = dict(config)
     by_id: dict[int, Any] = {}
     if "added_tokens_decoder" in config:
-        by_id = {int(i): AddedToken(**token) for i, token in config["added_tokens_decoder"].items()}
+        by_id = _decoder(config["added_tokens_decoder"], f"{name}: {CONFIG_FILE}")
     else:
         for key, value in _json(files, SPECIAL_FILE, name).items():
             if key not in (*_NAMED, *_EXTRA):
@@ -233,6 +236,21 @@ def _added_tokens(
     for token in tokens:
         token.special = token.special or token.content in names
     return tokens
+
+
+def _decoder(stored: Any, where: str) -> dict[int, Any]:
+    from tokenizers import AddedToken
+
+    if not isinstance(stored, dict):
+        raise ValueError(f"{where} has added_tokens_decoder {stored!r}; expected an object, of ids and tokens")
+    found = {}
+    for i, token in stored.items():
+        try:
+            found[int(i)] = AddedToken(**token)
+        except (TypeError, ValueError) as error:
+            found_there = f"{where} has added_tokens_decoder {i!r}: {token!r}"
+            raise ValueError(f"{found_there}; expected an id and a token") from error
+    return found
 
 
 def _extra(config: Mapping[str, Any], name: str) -> list[Any] | None:

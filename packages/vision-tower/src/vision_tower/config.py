@@ -48,9 +48,14 @@ def grid_of(resolution: Resolution, patch: int) -> tuple[int, int]:
     return height // patch, width // patch
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is a real number, numpy's too; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def check_crop(crop_pct: float, crop_mode: str, interpolation: str) -> None:
     """Raises ValueError for what `preprocess` cannot do."""
-    if isinstance(crop_pct, bool) or not isinstance(crop_pct, int | float) or not 0 < crop_pct <= 1:
+    if not is_number(crop_pct) or not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct is {crop_pct!r}; expected 0 < crop_pct <= 1")
     for name, value, known in (
         ("crop_mode", crop_mode, CROP_MODES),
@@ -115,17 +120,19 @@ class VisionTowerConfig:
         for name in ("mean", "std"):
             numbers = getattr(self, name)
             numbers = tuple(numbers) if isinstance(numbers, tuple | list) else (numbers,)
-            fits = all(isinstance(n, Real) and not isinstance(n, bool) and 0 <= float(n) <= 1 for n in numbers)
+            fits = all(is_number(n) and 0 <= float(n) <= 1 for n in numbers)
             if len(numbers) != 3 or not fits or (name == "std" and 0 in numbers):
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; expected three numbers within 0 … 1, of R, G and B"
                 )
             object.__setattr__(self, name, tuple(map(float, numbers)))
         check_crop(self.crop_pct, self.crop_mode, self.interpolation)
+        object.__setattr__(self, "crop_pct", float(self.crop_pct))
         for name in ("mlp_ratio", "rope_theta", "layer_norm_eps"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            if not is_number(value) or not 0 < value < float("inf"):
                 raise ValueError(f"{name} is {value!r}; expected a positive number")
+            object.__setattr__(self, name, float(value))
         for name in ("attention_norm", "checkpointing"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected true or false")

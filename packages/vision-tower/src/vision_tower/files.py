@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
@@ -21,7 +23,7 @@ from .checkpoints import infer_config, read_image_half, to_timm_names
 from .config import Resolution, VisionTowerConfig, as_pair
 from .errors import WeightsError
 from .foreign import OPEN_CLIP_NAME, PROCESSOR_NAME, jina_settings, open_clip_settings, processor_settings, read_json
-from .timm_models import TIMM_ENTRY, config_of, directory_config
+from .timm_models import TIMM_ENTRY, check_stated, config_of, directory_config
 
 if TYPE_CHECKING:
     from .tower import VisionTower
@@ -122,6 +124,7 @@ def load(
     alone is taken, without a head. Raises FileNotFoundError for a missing file, ValueError for a configuration that is
     not of an EVA02 tower, and WeightsError for weights that cannot be read safely or do not fit.
     """
+    check_stated(num_classes, global_pool)
     stated |= {k: v for k, v in {"checkpointing": checkpointing, "attention": attention}.items() if v is not None}
     source, values = _find(Path(path))
     config_file = source.with_name(CONFIG_NAME)
@@ -173,11 +176,20 @@ def _check_agreement(
         return
     ours, theirs = asdict(config), asdict(_with(config, others))
     for key in others:
-        if key not in stated and ours[key] != theirs[key]:
+        # What a crop_pct makes of the resolution is all that it does.
+        same = ours[key] == theirs[key] or (
+            key == "crop_pct" and _whole_sides(config, ours) == _whole_sides(config, theirs)
+        )
+        if key not in stated and not same:
             raise ValueError(
                 f"{source}: {key} is {theirs[key]!r}, and the tower's {ours[key]!r}; make them agree"
                 + (f", or state {key}=" if key != "resolution" else ", and give resolution= to change it after loading")
             )
+
+
+def _whole_sides(config: VisionTowerConfig, values: Mapping[str, Any]) -> list[int]:
+    """The size to which `preprocess` brings an image before it cuts out the centre."""
+    return [math.floor(side / values["crop_pct"]) for side in as_pair(config.resolution)]
 
 
 def _find(path: Path) -> tuple[Path, dict[str, Any]]:
@@ -228,7 +240,8 @@ def from_timm(name: str, **options: Any) -> VisionTower:
     # The norm of a MIM model's weights is that of its average: it is made as it is, and then read for the class token.
     global_pool = options.pop("global_pool") if options.get("global_pool") == "token" else None
     try:
-        model = timm.create_model(name, **{"num_classes": 0, **options})
+        with _float32_on_the_cpu():
+            model = timm.create_model(name, **{"num_classes": 0, **options})
     except RuntimeError as error:
         if not str(error).startswith(("Unknown model", "Invalid pretrained tag")):
             raise
@@ -240,6 +253,18 @@ def from_timm(name: str, **options: Any) -> VisionTower:
     config = _with(config, {key: data[key] for key in _PREPROCESSING})
     tower = _with_weights(config, to_timm_names(model.state_dict()), f"timm's {name}")
     return tower if resolution is None else tower.set_resolution(resolution)
+
+
+@contextmanager
+def _float32_on_the_cpu() -> Iterator[None]:
+    """Whatever PyTorch's defaults are: a default dtype would round weights as they are made."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def _with_weights(config: VisionTowerConfig, weights: Mapping[str, Tensor], source: str) -> VisionTower:

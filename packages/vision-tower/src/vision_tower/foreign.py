@@ -6,6 +6,7 @@ Each key is followed, or known to have no bearing on the numbers, or refused by 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -36,7 +37,7 @@ _JINA_HARMLESS = """
 vision_config text_config projection_dim matryoshka_dimensions logit_scale_init_value use_text_flash_attn
 use_vision_xformers
 """
-_JINA_VISION_HARMLESS = "patch_dropout fused_layer_norm x_attention"
+_JINA_VISION_HARMLESS = "patch_dropout drop_path_rate fused_layer_norm x_attention"
 # What an EVA02 tower is and a file may say otherwise.
 _JINA_VISION_FIXED: dict[str, tuple[Any, ...]] = {
     "rope_embeddings": (True,),
@@ -46,10 +47,15 @@ _JINA_VISION_FIXED: dict[str, tuple[Any, ...]] = {
     "ls_init_value": (None, 0, 0.0),
     "proj_type": (None,),
 }
+# What the remote code has where a vision_config does not say it.
+_JINA_VISION_DEFAULTS = dict.fromkeys(("rope_embeddings", "naive_swiglu", "subln", "intp_freq"), False)
 _CROP_MODES = {"shortest": "center", "squash": "squash"}
 _KERNELS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by Pillow's numbers
 _PROCESSOR_HARMLESS = {"auto_map", "image_processor_type", "processor_class", "feature_extractor_type"}
 _PROCESSOR_HARMLESS |= {"do_convert_rgb", "use_fast", "_valid_processor_keys"}
+# Of fast image processors: where and in what order of axes they compute.
+_PROCESSOR_HARMLESS |= {"data_format", "default_to_square", "device", "disable_grouping", "input_data_format"}
+_PROCESSOR_HARMLESS |= {"return_tensors", "size_divisor", "pad_size"}
 
 
 def _check(found: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]], known: set[str], where: str) -> None:
@@ -57,7 +63,7 @@ def _check(found: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]], known
     for key, allowed in fixed.items():
         if key in found and not any(type(found[key]) is type(value) and found[key] == value for value in allowed):
             raise ValueError(f"{where} has {key} {found[key]!r}, and a VisionTower is made for {allowed[0]!r}")
-    if unknown := sorted(set(found) - known - set(fixed)):
+    if unknown := sorted(key for key in found.keys() - known - fixed.keys() if found[key] is not None):
         raise ValueError(f"{where} has {', '.join(unknown)}, not known here; remove what has no bearing on images")
 
 
@@ -82,6 +88,9 @@ def jina_settings(values: Mapping[str, Any], source: Path) -> dict[str, Any]:
     """What a jina-clip config.json says of its image tower. A width, depth or patch that is not the weights' comes to
     light when they are put in."""
     vision = _object(values, "vision_config", source)
+    if values.get("vision_config") is not None:
+        said = {key: value for key, value in vision.items() if value is not None or key not in _JINA_VISION_DEFAULTS}
+        vision = _JINA_VISION_DEFAULTS | said
     top = {"add_projections": (False, None), "truncate_dim": (None,)}
     _check(values, top, set((_OF_TRANSFORMERS + _JINA_HARMLESS).split()), str(source))
     # The image's size is what the position table cannot tell where pixels are left over: 512 is 36 patches of 14.
@@ -105,13 +114,12 @@ def jina_settings(values: Mapping[str, Any], source: Path) -> dict[str, Any]:
             raise ValueError(f"{source}: width {vision['width']} is no multiple of head_width {vision['head_width']}")
     if "intp_freq" in vision:
         found["reference_grid"] = vision.get("pt_hw_seq_len", 16) if vision["intp_freq"] else None
-    elif "pt_hw_seq_len" in vision:  # their default of intp_freq is true
-        found["reference_grid"] = vision["pt_hw_seq_len"]
     # Unscaled positions are those of a table that was made for one grid.
     patches = vision.get("image_size", 224) // vision.get("patch_size", 16)
-    if vision.get("intp_freq") is False and vision.get("pt_hw_seq_len", patches) != patches:
+    reference = vision.get("pt_hw_seq_len", 16)
+    if vision.get("intp_freq") is False and reference != patches:
         raise ValueError(
-            f"{source}: vision_config's pt_hw_seq_len is {vision['pt_hw_seq_len']} and intp_freq False, which fits no "
+            f"{source}: vision_config's pt_hw_seq_len is {reference} and intp_freq False, which fits no "
             f"image of {patches} by {patches} patches"
         )
     if "subln" in vision:
@@ -162,8 +170,10 @@ def processor_settings(directory: Path, *, crop_mode: str | None) -> dict[str, A
     values = read_json(path)
     where = str(path)
     steps = {f"do_{step}": (True,) for step in ("resize", "center_crop", "rescale", "normalize")}
-    rest = {key: value for key, value in values.items() if key not in steps and key not in _PROCESSOR_HARMLESS}
+    rest = {key: _said(value) for key, value in values.items() if key not in steps and key not in _PROCESSOR_HARMLESS}
     _check({key: value for key, value in values.items() if key in steps}, steps, set(), where)
+    _check({"do_pad": rest.pop("do_pad", None)}, {"do_pad": (False, None)}, set(), where)
+    rest = {key: value for key, value in rest.items() if value is not None}
     factor = rest.pop("rescale_factor", 1 / 255)
     if not isinstance(factor, int | float) or abs(factor * 255 - 1) > 1e-6:
         raise ValueError(f"{where} has rescale_factor {factor!r}, and here pixels are divided by 255")
@@ -183,8 +193,19 @@ def processor_settings(directory: Path, *, crop_mode: str | None) -> dict[str, A
         target, whole = _pixels(crop, f"{where}: crop_size"), found["resolution"]
         if isinstance(target, tuple) or isinstance(whole, tuple) or target > whole:
             raise ValueError(f"{where} has size {size!r} and crop_size {crop!r}; expected squares, the crop within")
-        found |= {"resolution": target, "crop_pct": target / whole}
+        found |= {"resolution": target, "crop_pct": _crop_pct(target, whole)}
     return found
+
+
+def _crop_pct(target: int, whole: int) -> float:
+    """The share of which `preprocess` makes `whole` again, rounding down."""
+    share = target / whole
+    return share if math.floor(target / share) == whole else math.nextafter(share, 0)
+
+
+def _said(value: Any) -> Any:
+    """A size without the sides that are null."""
+    return {key: side for key, side in value.items() if side is not None} if isinstance(value, Mapping) else value
 
 
 def _preprocessing(values: Mapping[str, Any], where: str, *, crop_mode: str | None) -> dict[str, Any]:

@@ -152,6 +152,7 @@ def preprocess(
     strips that `MAX_RESIZED` speaks of may be resized in the other direction first: up to 30 levels at hard edges.)
     """
     check_crop(crop_pct, crop_mode, interpolation)
+    crop_pct = float(crop_pct)  # numpy's may be of fewer bits
     height, width = as_pair(resolution)
     picture = load_image(image)
     columns, rows = picture.size

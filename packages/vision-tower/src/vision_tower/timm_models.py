@@ -28,7 +28,7 @@ _DIRECTORY_KEYS = {
     *("label_names", "label_descriptions", "labels", "id2label", "label2id", "num_labels", "problem_type"),
     *("model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "initializer_range"),
     *("do_pooling", "_name_or_path", "output_attentions", "output_hidden_states", "return_dict", "is_encoder_decoder"),
-    *("chunk_size_feed_forward", "license", "tags", "library_name", "description"),
+    *("chunk_size_feed_forward", "_attn_implementation_autoset", "license", "tags", "library_name", "description"),
 }
 
 
@@ -53,7 +53,9 @@ def directory_config(
         raise ValueError(
             f"{source}: timm's Eva models do not take {', '.join(unknown)} of its model_args; correct or remove them"
         )
-    if "pretrained_cfg" in values and (unknown := sorted(set(values) - _DIRECTORY_KEYS)):
+    if "pretrained_cfg" in values and (
+        unknown := sorted(key for key in values.keys() - _DIRECTORY_KEYS if values[key] is not None)
+    ):
         raise ValueError(f"{source}: {', '.join(unknown)} is not known here; remove what has no bearing on the model")
     if values.get("do_pooling", True) is not True:
         raise ValueError(
@@ -84,6 +86,13 @@ def directory_config(
         raise ValueError(f"{source}: {error}") from error
 
 
+def check_stated(num_classes: Any, global_pool: Any) -> None:
+    """Raises ValueError for what nobody can have of a VisionTower, whatever its weights are read from."""
+    for option, value, allowed in (("num_classes", num_classes, 0), ("global_pool", global_pool, "token")):
+        if value not in (None, allowed) or isinstance(value, bool):
+            raise ValueError(f"{option} is {value!r}; a VisionTower can only have {allowed!r}")
+
+
 def config_of(
     model: Any, name: str, arguments: Mapping[str, Any], *, num_classes: int | None, global_pool: str | None
 ) -> VisionTowerConfig:
@@ -97,9 +106,7 @@ def config_of(
     """
     from timm.models.eva import Eva, EvaBlock
 
-    for option, value, allowed in (("num_classes", num_classes, 0), ("global_pool", global_pool, "token")):
-        if value not in (None, allowed) or isinstance(value, bool):
-            raise ValueError(f"{option} is {value!r}; a VisionTower can only have {allowed!r}")
+    check_stated(num_classes, global_pool)
     given = f" (made with {', '.join(f'{key}={value!r}' for key, value in arguments.items())})" if arguments else ""
     block: Any = model.blocks[0] if isinstance(model, Eva) else None
     if not isinstance(block, EvaBlock) or getattr(block.attn, "q_proj", None) is None or model.rope is None:
