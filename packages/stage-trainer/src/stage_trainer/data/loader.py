@@ -50,6 +50,17 @@ def batches(data: TorchDataset, start: int, stop: int, workers: int) -> Generato
             if isinstance(item, Exception):
                 raise UserError(str(item)) from item
             yield item
+    except (
+        ConnectionError,
+        EOFError,
+        FileNotFoundError,
+    ) as error:  # a worker died that was handing one over
+        for process in processes:
+            process.join(1)
+            if code := process.exitcode:
+                how = f"is killed by signal: {signal.strsignal(-code)}" if code < 0 else "exited"
+                raise RuntimeError(f"DataLoader worker (pid {process.pid}) {how}") from error
+        raise
     finally:
         del items  # the loader asks its workers to leave, and gives them some seconds
         for process in processes:
