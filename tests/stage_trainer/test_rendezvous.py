@@ -52,7 +52,7 @@ store.add("ranks", 1)
 store.wait(["all"]) if sys.argv[1] != "0" else None
 while sys.argv[1] == "0" and store.add("ranks", 0) < 3: pass
 store.set("all", "here")
-print(store.add("ranks", 0))
+print(store.add("ranks", 0), flush=True)
 if sys.argv[1] == "0": sys.stdin.readline()
 """
 
