@@ -201,8 +201,6 @@ def _plan(arguments: argparse.Namespace) -> None:
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} is {value:g}; expected a number above 0")
     recipe = load(arguments.recipe, arguments.settings, arguments.stage, ranks=arguments.gpus).recipe
-    if arguments.stage is not None:
-        recipe.stage(arguments.stage)  # names the stages that there are
     # Only now what imports torch: a mistake is told at once.
     _say("loading PyTorch …")
     from stage_trainer.plan.devices import device

@@ -50,11 +50,7 @@ def batches(data: TorchDataset, start: int, stop: int, workers: int) -> Generato
             if isinstance(item, Exception):
                 raise UserError(str(item)) from item
             yield item
-    except (
-        ConnectionError,
-        EOFError,
-        FileNotFoundError,
-    ) as error:  # a worker died that was handing one over
+    except (ConnectionError, EOFError, FileNotFoundError) as error:  # a worker died that was handing one over
         for process in processes:
             process.join(1)
             if code := process.exitcode:

@@ -300,20 +300,20 @@ def _check_zero(found: Options, here: str, muon: bool) -> None:
             f"{here}: deepspeed.zero_optimization.{unused[0]} is set, and stage 0 is no ZeRO; raise the "
             "stage, or take that out"
         )
-    of_3 = {name for name in stated if name in _ZERO_3 or name.startswith("stage3_")}
-    if zero.stage in (1, 2) and (unused := sorted(of_3)):
+    of_3 = sorted(name for name in stated if name in _ZERO_3 or name.startswith("stage3_"))
+    if zero.stage < 3 and of_3:
         raise UserError(
-            f"{here}: deepspeed.zero_optimization.{unused[0]} is of ZeRO 3, and its stage is {zero.stage}; raise that, "
+            f"{here}: deepspeed.zero_optimization.{of_3[0]} is of ZeRO 3, and its stage is {zero.stage}; raise that, "
             "or take it out"
         )
-    for name, least in (("offload_param", 3), ("offload_optimizer", 1)):
+    for name in ("offload_param", "offload_optimizer"):
         block = getattr(zero, name)
         if block is None or block.device == "none":
             continue
-        if zero.stage < least:
+        if name == "offload_param" and zero.stage < 3:
             raise UserError(
-                f"{here}: deepspeed.zero_optimization.{name} needs ZeRO {least} or more, and its stage is "
-                f"{zero.stage}; raise that, or take it out"
+                f"{here}: deepspeed.zero_optimization.{name} needs ZeRO 3 or more, and its stage is {zero.stage}; "
+                "raise that, or take it out"
             )
         if block.device == "nvme" and not block.nvme_path:
             raise UserError(f"{here}: deepspeed.zero_optimization.{name} is on nvme and gives no nvme_path; add it")

@@ -13,10 +13,8 @@ from vision_tower.config import VisionTowerConfig
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import deepspeed
 from stage_trainer.recipe.schema import Model, Recipe, Stage
-from stage_trainer.recipe.tower_rules import fields_of, unknown_key
+from stage_trainer.recipe.tower_rules import fields_of
 from stage_trainer.recipe.yaml_text import Ours, parse
-
-__all__ = ["apply", "known_at", "short", "unknown_key"]
 
 _FREE = {
     (Model, "text"): TextTowerConfig,

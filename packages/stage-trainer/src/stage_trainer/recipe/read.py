@@ -12,9 +12,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from stage_trainer.data.remote import Address, is_remote
 from stage_trainer.errors import UserError
-from stage_trainer.recipe.overrides import apply, known_at, short, unknown_key
+from stage_trainer.recipe.overrides import apply, known_at, short
 from stage_trainer.recipe.rules import check
 from stage_trainer.recipe.schema import GradientCache, Recipe
+from stage_trainer.recipe.tower_rules import unknown_key
 from stage_trainer.recipe.yaml_text import Ours, parse
 
 
