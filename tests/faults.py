@@ -57,8 +57,16 @@ ROOMS = {
     "step": Room(tuple(f"{TRAINER}/{name}.py" for name in ("step", "objective", "model")), OF_TRAINER),
     "sampler": Room(
         tuple(
-            f"{TRAINER}/data/{name}.py"
-            for name in ("sampler", "keyed", "batches", "loader", "samples", "ledger", "masked")
+            f"{TRAINER}/{name}.py"
+            for name in (
+                "data/sampler",
+                "data/keyed",
+                "data/batches",
+                "data/samples",
+                "data/ledger",
+                "data/masked",
+                "run/loader",
+            )
         ),
         OF_TRAINER,
     ),

@@ -7,11 +7,11 @@ from data_prep.shards import Dataset, DatasetWriter
 from PIL import Image
 from stage_trainer.data.batches import REPLACEMENTS, Corrupt, StageBatches, _replacement, enumerate_within
 from stage_trainer.data.ledger import Ledger
-from stage_trainer.data.loader import batches
 from stage_trainer.data.samples import SampleCache
 from stage_trainer.errors import UserError
 from stage_trainer.evaluation.retrieval import Pool
 from stage_trainer.recipe.read import load
+from stage_trainer.run.loader import batches
 
 
 def text(words):

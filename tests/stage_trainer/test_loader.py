@@ -6,8 +6,8 @@ import signal
 import time
 
 import pytest
-from stage_trainer.data.loader import batches, worker_deaths_explained
 from stage_trainer.errors import UserError
+from stage_trainer.run.loader import batches, worker_deaths_explained
 from torch.utils.data import Dataset
 
 

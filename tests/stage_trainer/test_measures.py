@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from stage_trainer.errors import UserError
 from stage_trainer.evaluation import retrieval, text_retrieval
-from stage_trainer.evaluation.measure import OF_PAIRS, Measure
+from stage_trainer.measure import OF_PAIRS, Measure
 from stage_trainer.run.saver import better, check_best
 from stage_trainer.run.validation import _lookup, _pair_title, _recall, of_images, of_pairs
 

@@ -180,9 +180,9 @@ def copy_of(weights):
 
 def one_rank(rank: int, folder: str) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-    from stage_trainer.engine import initialize_distributed
     from stage_trainer.recipe.read import load
     from stage_trainer.run.environment import quiet
+    from stage_trainer.run.rendezvous import initialize_distributed
 
     def recipe_of(trainable: str, zero: int):
         whole = ", stage3_param_persistence_threshold: 0" if zero == 3 else ""

@@ -76,12 +76,13 @@ def test_ranks_add_up_numbers_and_make_as_many_passes_where_each_gathers_weights
 def one_rank(rank: int, folder: str) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
     from deepspeed.utils import safe_get_full_grad
-    from stage_trainer.engine import Engine, initialize_distributed
+    from stage_trainer.engine import Engine
     from stage_trainer.objective import MultiTask
     from stage_trainer.optim import set_rates
     from stage_trainer.recipe import GradientCache
     from stage_trainer.recipe.read import load
     from stage_trainer.run.environment import quiet
+    from stage_trainer.run.rendezvous import initialize_distributed
     from stage_trainer.step import forward_backward
     from test_step import BOTH, OF_KIND, PlainEngine, make_batch
 

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from stage_trainer.build import build_model, load_tokenizer
 from stage_trainer.data.batches import StageBatches
-from stage_trainer.engine import Engine, initialize_distributed
+from stage_trainer.engine import Engine
 from stage_trainer.model import DualEncoder
 from stage_trainer.objective import Batch, MultiTask
 from stage_trainer.recipe import GradientCache, Recipe
 from stage_trainer.recipe.read import load
 from stage_trainer.run.environment import keep_freed_memory, quiet
+from stage_trainer.run.rendezvous import initialize_distributed
 from stage_trainer.step import forward_backward
 from text_tower import PackedTokens
 from torch.autograd.profiler_util import FunctionEvent

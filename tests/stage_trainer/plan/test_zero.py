@@ -29,7 +29,7 @@ def one_rank(rank: int, folder: str) -> None:
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
     import torch
-    from stage_trainer.engine import Engine, initialize_distributed
+    from stage_trainer.engine import Engine
     from stage_trainer.model import DualEncoder
     from stage_trainer.objective import Batch, MultiTask
     from stage_trainer.plan.devices import Device
@@ -37,6 +37,7 @@ def one_rank(rank: int, folder: str) -> None:
     from stage_trainer.recipe import Trainable
     from stage_trainer.recipe.read import load
     from stage_trainer.run.environment import quiet
+    from stage_trainer.run.rendezvous import initialize_distributed
     from stage_trainer.step import forward_backward
     from text_tower import PackedTokens, TextTower, TextTowerConfig
     from torch.profiler import ProfilerActivity, profile

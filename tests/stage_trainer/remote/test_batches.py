@@ -9,12 +9,12 @@ import torch
 from data_prep.shards import Dataset
 from PIL import Image
 from stage_trainer.data.batches import StageBatches, _replacement
-from stage_trainer.data.loader import batches
 from stage_trainer.data.remote_data import RemotePlace, place
 from stage_trainer.data.sampler import SourceOrder
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import Recipe
 from stage_trainer.recipe.read import flatten, load
+from stage_trainer.run.loader import batches
 
 
 class Numbers:

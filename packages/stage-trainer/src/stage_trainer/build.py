@@ -71,8 +71,7 @@ def _tower_config(model: ModelOfRecipe, tower: str, fetch: bool, **more: Any) ->
         if path is None:
             cls = TextTowerConfig if tower == "text" else VisionTowerConfig
             return build_config(cls, getattr(model, tower) | getattr(model.override, tower), f"model.{tower}")
-        given, unsettled = weights.given_text(path) if tower == "text" else (weights.given_vision(path), frozenset())
-        return weights.decided(model, tower, given, unsettled, f"the weights in {path} say")
+        return weights.decided(model, tower, *weights.given(path, tower), f"the weights in {path} say")
 
 
 @contextmanager
@@ -116,8 +115,7 @@ def _build_masked_lm(recipe: Recipe) -> MaskedLM:
         path = weights.tower_weights(recipe.model, "text", fetch=True)
         if path is None:
             return MaskedLM(TextTower(config))
-        given, _ = weights.given_text(path)
-        return MaskedLM.from_pretrained(path, **weights.reading_options(config, given))
+        return MaskedLM.from_pretrained(path, **weights.reading_options(config, weights.given(path, "text")[0]))
 
 
 def _build_dual_encoder(recipe: Recipe, number: int) -> DualEncoder:
@@ -139,12 +137,12 @@ def _build_dual_encoder(recipe: Recipe, number: int) -> DualEncoder:
 
 def _read_text(path: str, config: TextTowerConfig) -> TextTower:
     """Adapters that the weights lack are made new."""
-    return TextTower.from_pretrained(path, **weights.reading_options(config, weights.given_text(path)[0]))
+    return TextTower.from_pretrained(path, **weights.reading_options(config, weights.given(path, "text")[0]))
 
 
 def _read_vision(path: str, config: VisionTowerConfig) -> VisionTower:
     """From a directory or a file, or timm's weights of that name (`timm/eva02_…`)."""
-    options = weights.reading_options(config, weights.given_vision(path))
+    options = weights.reading_options(config, weights.given(path, "vision")[0])
     if Path(path).exists():
         return VisionTower.from_pretrained(path, **{"num_classes": 0, **options})  # without a head, if they have one
     published = VisionTower.from_timm(path.removeprefix("timm/"), pretrained=True)
@@ -164,10 +162,7 @@ def load_model(recipe: Recipe, number: int, path: Path) -> Model:
     options = {}
     for tower in ("text", "vision"):
         try:
-            where = str(path / tower)
-            given, unsettled = (
-                weights.given_text(where) if tower == "text" else (weights.given_vision(where), frozenset())
-            )
+            given, unsettled = weights.given(str(path / tower), tower)
         except (ValueError, OSError) as error:
             raise UserError(f"cannot load {path}: {error}") from error
         config = weights.decided(recipe.model, tower, given, unsettled, f"{path} holds")

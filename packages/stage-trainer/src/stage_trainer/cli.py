@@ -223,14 +223,12 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 def _model_directory(path: Path) -> tuple[Path, Path | None]:
     """(an exported model itself, a checkpoint's model, or that of a stage's newest checkpoint; that checkpoint)."""
-    import json
-
     from stage_trainer.errors import UserError
 
     if not path.exists():
         raise UserError(f"there is no {path}; expected {_MODEL}")
     _say("loading PyTorch …")
-    from stage_trainer.run.checkpoint import Saved, all_saved
+    from stage_trainer.run.checkpoint import Saved, all_saved, path_of, read_best
 
     if (path / "config.json").exists():
         model, saved = path, None
@@ -239,10 +237,9 @@ def _model_directory(path: Path) -> tuple[Path, Path | None]:
     elif in_stage := all_saved(path):
         saved = in_stage[-1]
         model = saved.model
-        best = path / "best.json"
-        kept = json.loads(best.read_text()) if best.exists() else {}
-        other = kept and path / f"step-{kept['step']:07d}"
-        hint = f"; the best by {kept['metric']} is {other}" if other and other != saved.path else ""
+        best = read_best(path)
+        other = path_of(path, best["step"]) if best else saved.path
+        hint = f"; the best by {best['metric']} is {other}" if other != saved.path else ""
         _say(f"taking {saved.path}, the newest{hint}")
     else:
         trained = [directory for directory in sorted(path.glob("stage*")) if all_saved(directory)]

@@ -22,7 +22,6 @@ from stage_trainer.movement import Movement
 from stage_trainer.objective import Embedded, MultiTask, Part
 from stage_trainer.optim import build_optimizer, named_states, parameter_groups
 from stage_trainer.recipe import Recipe, Stage
-from stage_trainer.run.rendezvous import initialize_distributed as initialize_distributed
 
 
 class Engine:

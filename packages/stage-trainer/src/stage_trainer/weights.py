@@ -65,18 +65,16 @@ def _is_timms(weights: str) -> bool:
     return weights.startswith("timm/")
 
 
-def given_text(path: str) -> tuple[Any, frozenset[str]]:
-    """The configuration that a text tower's weights bring, and the fields that they leave to the recipe."""
-    from text_tower.pretrained import read_config
+def given(path: str, tower: str) -> tuple[Any, frozenset[str]]:
+    """The configuration that a tower's weights bring, and the fields that they leave to the recipe; `path` of an image
+    tower may be one of timm's names."""
+    if tower == "text":
+        from text_tower.pretrained import read_config
 
-    return read_config(path)
-
-
-def given_vision(path: str) -> Any:
-    """The configuration that an image tower's weights bring; `path` may be one of timm's names."""
+        return read_config(path)
     there = Path(path)
     files = list(there.iterdir()) if there.is_dir() else [there] if there.exists() else []
-    return _given_vision(path, tuple(sorted((file.name, file.stat().st_mtime_ns) for file in files)))
+    return _given_vision(path, tuple(sorted((file.name, file.stat().st_mtime_ns) for file in files))), frozenset()
 
 
 @functools.cache  # which is told when a file changes: weights are read to know their shape

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from stage_trainer.errors import UserError
-from stage_trainer.evaluation.measure import OF_HIDDEN_WORDS, OF_PAIRS
+from stage_trainer.measure import OF_HIDDEN_WORDS, OF_PAIRS
 from stage_trainer.recipe import deepspeed
 from stage_trainer.recipe.ranges import OF_RECIPE, OF_STAGE, check_leaves, check_ranges
 from stage_trainer.recipe.schema import Model, Recipe

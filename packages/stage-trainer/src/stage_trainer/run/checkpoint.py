@@ -26,6 +26,7 @@ from stage_trainer.files import free_name, save_tensors, whole_directory
 from stage_trainer.model import DualEncoder
 from stage_trainer.run.rank_0 import copy_to_other_machines, from_rank_0
 
+BEST = "best.json"
 _NAME = re.compile(r"step-(\d{7})")
 
 
@@ -119,6 +120,14 @@ def newest_sound(directory: Path) -> Saved | None:
 def path_of(directory: Path, step: int) -> Path:
     """Where a stage's checkpoint of a step stands."""
     return directory / f"step-{step:07d}"
+
+
+def read_best(directory: Path) -> dict[str, Any]:
+    """{"metric", "value", "step"} of a stage's best checkpoint; empty if none is kept for being the best."""
+    try:
+        return json.loads((directory / BEST).read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def write(directory: Path, step: int, model: Model, optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:

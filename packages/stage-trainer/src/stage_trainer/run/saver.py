@@ -17,12 +17,10 @@ import torch
 from stage_trainer.build import Model
 from stage_trainer.engine import Engine
 from stage_trainer.errors import UserError
-from stage_trainer.evaluation.measure import Measure
 from stage_trainer.files import write_whole
+from stage_trainer.measure import Measure
 from stage_trainer.run import checkpoint
 from stage_trainer.run.rank_0 import from_rank_0
-
-BEST = "best.json"
 
 
 class Saver:
@@ -71,7 +69,7 @@ class Saver:
     def note_best(self, step: int, best: dict[str, Any]) -> None:
         """Enters that the checkpoint of `step` is the best; it stays until one is better."""
         if self.rank == 0:
-            write_whole(self.directory / BEST, json.dumps({**best, "step": step}) + "\n")
+            write_whole(self.directory / checkpoint.BEST, json.dumps({**best, "step": step}) + "\n")
 
     def finish(self) -> None:
         """Waits until what was saved is on disk.
@@ -94,7 +92,7 @@ class Saver:
             checkpoint.write(self.directory, step, model, optimizer, state)
             if best:
                 self.note_best(step, best)
-            kept = {_read_best(self.directory).get("step")}
+            kept = {checkpoint.read_best(self.directory).get("step")}
             for old in [s for s in checkpoint.all_saved(self.directory) if s.step <= step][: -self.keep]:
                 if old.step not in kept:
                     shutil.rmtree(old.path)
@@ -156,11 +154,3 @@ def better(
             return None
     state["best"] = {"metric": metric, "value": value}
     return state["best"]
-
-
-def _read_best(directory: Path) -> dict[str, Any]:
-    """{"metric", "value", "step"} of a stage's best checkpoint; empty if none is kept for being the best."""
-    try:
-        return json.loads((directory / BEST).read_text())
-    except (OSError, ValueError):
-        return {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import signal
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from stage_trainer.errors import Stopped
+from stage_trainer.run.notes import first_to_say
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 Handler = Callable[[int, FrameType | None], None]
@@ -55,23 +55,6 @@ def leave_when_asked(rank: int, folder: Path | None = None) -> contextlib.Abstra
         os._exit(Stopped.EXIT_CODE)
 
     return when_asked(leave)
-
-
-def first_to_say(folder: Path, text: str) -> bool:
-    """Leaves a note; False if somebody has said the same."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        note_of(folder, text).touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    except OSError:  # a full disk is no reason to keep quiet
-        return True
-    return True
-
-
-def note_of(folder: Path, text: str) -> Path:
-    """The file that says that `text` was said."""
-    return folder / f".failure-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def launcher_is_gone() -> bool:

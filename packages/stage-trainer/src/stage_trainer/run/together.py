@@ -19,7 +19,8 @@ from typing import Any, NoReturn
 import torch
 
 from stage_trainer.errors import Stopped, speaks_for_itself
-from stage_trainer.run.stop import NOTHING_LOST, first_to_say, leave_when_asked, note_of
+from stage_trainer.run.notes import first_to_say, note_of
+from stage_trainer.run.stop import NOTHING_LOST, leave_when_asked
 
 SILENCE = 40.0
 """Seconds without a sign of life after which a rank is given up."""

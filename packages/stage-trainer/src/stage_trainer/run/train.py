@@ -15,7 +15,6 @@ from stage_trainer.build import check_configs, load_tokenizer
 from stage_trainer.data.batches import StageBatches
 from stage_trainer.data.keyed import key
 from stage_trainer.data.ledger import Ledger
-from stage_trainer.data.loader import batches, worker_deaths_explained
 from stage_trainer.data.masked import MaskedBatches
 from stage_trainer.engine import Engine
 from stage_trainer.errors import Stopped, UserError
@@ -32,6 +31,7 @@ from stage_trainer.run import checkpoint
 from stage_trainer.run.control import Control
 from stage_trainer.run.environment import keep_freed_memory, native_precision, peak_memory, quiet, set_threads, versions
 from stage_trainer.run.health import Health
+from stage_trainer.run.loader import batches, worker_deaths_explained
 from stage_trainer.run.monitor import Monitor, Texts, open_sinks
 from stage_trainer.run.rank_0 import from_rank_0
 from stage_trainer.run.rendezvous import initialize_distributed

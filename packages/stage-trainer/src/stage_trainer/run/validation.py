@@ -16,8 +16,8 @@ from stage_trainer.data.masked import held_out
 from stage_trainer.data.remote_data import place
 from stage_trainer.engine import Engine
 from stage_trainer.evaluation import picture, retrieval, text_retrieval
-from stage_trainer.evaluation.measure import Measure
 from stage_trainer.masked_lm import held_out_losses
+from stage_trainer.measure import Measure
 from stage_trainer.recipe import Recipe, Stage
 from stage_trainer.run.monitor import Monitor, joined
 from stage_trainer.run.rank_0 import from_rank_0
