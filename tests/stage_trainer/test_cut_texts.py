@@ -8,7 +8,7 @@ from data_prep.shards import DatasetWriter
 from stage_trainer.data.batches import StageBatches, shortened
 from stage_trainer.plan.lengths import text_lengths
 from stage_trainer.recipe.read import load
-from stage_trainer.run.monitor import Texts
+from stage_trainer.run.text_counts import TextCounts
 
 LONG = "six words are in this text"
 SHORT = "two words"
@@ -73,21 +73,21 @@ def test_a_text_of_just_max_tokens_is_not_cut(recipe):
 
 
 def test_a_source_is_spoken_of_once_in_a_stage_when_enough_of_it_was_seen():
-    counted = Texts({}, {})
+    counted = TextCounts({}, {})
     counted.count(["a/b", "c/d"], [100, 300, 31, 0])
     assert counted.news(8, last=False) == []
     counted.count(["a/b", "c/d"], [200, 300, 62, 0])
     (line,) = counted.news(8, last=False)
     assert "a/b: 93 of its 300 texts so far (31.0%) are longer than max_tokens 8" in line
     assert counted.news(8, last=True) == []
-    assert Texts(counted.drawn, counted.cut).news(8, last=True) == [], "nor by the process that goes on"
+    assert TextCounts(counted.drawn, counted.cut).news(8, last=True) == [], "nor by the process that goes on"
     assert counted.shares(cut=True)["texts_cut/a/b"] == pytest.approx(0.31)
     assert counted.shares(cut=True)["texts_cut/c/d"] == 0
     assert not any(name.startswith("texts_cut") for name in counted.shares(cut=False))
 
 
 def test_a_short_run_hears_of_cut_texts_at_its_end():
-    counted = Texts({}, {})
+    counted = TextCounts({}, {})
     counted.count(["a/b"], [36, 9])
     assert "9 of its 36 texts" in counted.news(8, last=True)[0]
 

@@ -4,7 +4,9 @@ import re
 
 import pytest
 import torch
-from stage_trainer.run.monitor import MASKED_PAGE, PAGE, Monitor, Texts, in_words, joined
+from stage_trainer.run.monitor import Monitor, in_words, joined
+from stage_trainer.run.pages import MASKED_PAGE, PAGE
+from stage_trainer.run.text_counts import TextCounts
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
@@ -84,7 +86,7 @@ def test_hparams_have_rates_and_batches_and_point_at_scalars_that_are_there(even
 
 
 def test_the_share_of_cut_texts_goes_on_where_the_former_process_was(events):
-    found = events(start=4, texts=Texts({"image-long/mine": 16}, {"image-long/mine": 0}))
+    found = events(start=4, texts=TextCounts({"image-long/mine": 16}, {"image-long/mine": 0}))
     curve = {event.step: event.value for event in found.Scalars("texts_cut/image-long/mine")}
     assert curve[7] == pytest.approx(12 / 32)
 

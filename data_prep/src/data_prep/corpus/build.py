@@ -14,8 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..shards import Dataset, ShardError
-from ..shards.lock import alone
+from ..shards import Dataset, ShardError, alone
 from . import apt
 from .debian import Material, needed_packages, read_material
 from .drawn import draw_material

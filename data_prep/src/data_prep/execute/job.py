@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..shards import KINDS, write_manifest
+from ..shards import KINDS, alone, write_manifest
 from ..shards.files import refused, sync_directory, write_file
-from ..shards.lock import alone
 from .engines import ENGINES, run_units
 from .progress import Progress
 from .unit import Receipt, Spec, read_receipt

@@ -53,8 +53,8 @@ def read(path: str | Path, *, peft: str | Path | Mapping[str, str | Path] | None
             folder, whose own name is the adapter's.
         overrides: fields of `TextTowerConfig` that are not the shape of the base weights: dropout, checkpointing,
             attention, compile, instructions, truncate_dim, max_length, layer_norm_eps, pad_id, lora_rank, lora_alpha,
-            adapters (which of the directory's are taken; fresh ones for a directory that
-            has none), and rope_theta for XLM-RoBERTa weights, which know none.
+            adapters (which of the directory's are taken; fresh ones for a directory that has none), and rope_theta for
+            XLM-RoBERTa weights, which know none.
 
     Raises:
         FileNotFoundError: no such directory or file.

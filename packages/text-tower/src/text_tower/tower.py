@@ -209,14 +209,8 @@ class TextTower(nn.Module):
         Raises:
             ValueError: another field of the configuration, or a value that cannot be.
         """
-        if unknown := set(changes) - {
-            "attention",
-            "compile",
-            "checkpointing",
-            "dropout",
-            "instructions",
-            "truncate_dim",
-        }:
+        settings = {"attention", "compile", "checkpointing", "dropout", "instructions", "truncate_dim"}
+        if unknown := set(changes) - settings:
             raise ValueError(f"{sorted(unknown)} cannot be changed on a tower that exists")
         self.config = replace(self.config, **changes)
         for block in self.encoder.layers:

@@ -6,7 +6,6 @@ import importlib
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -18,47 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stage_trainer.errors import UserError
+from stage_trainer.run.pages import charts, compared
+from stage_trainer.run.text_counts import TextCounts
 
-_WELL = {
-    "size of the gradients": ["^gradient_norm/"],
-    "size of an update": ["^update_norm/"],
-    "share of the time spent waiting for data": ["^speed/data_wait_share$"],
-    "skipped steps, samples that could not be read": ["^trouble/"],
-}
-PAGE = {
-    "what matters": {
-        "loss": ["^loss/"],
-        "held out: recall and nDCG, mean over languages": [
-            "^validation_(recall|ndcg)_at_5_[^/]+/[^/]+$",
-            "^validation_ndcg_at_10_[^/]+/mean$",
-        ],
-        "temperature": ["^temperature/"],
-        "learning rate": ["^learning_rate_"],
-        "samples a second": ["^speed/samples_per_second$"],
-    },
-    "is it well": {
-        "found within the batch, by dim": ["^train_accuracy_"],
-        **_WELL,
-        "share of the texts that max_tokens cuts": ["^texts_cut/"],
-    },
-}
-"""TensorBoard's Custom Scalars page: sections, their charts, and which tags each shows."""
-MASKED_PAGE = {
-    "what matters": {
-        "loss on hidden words": ["^loss/"],
-        "held out: loss on hidden words, all languages": ["^validation_loss_masked_lm/all$"],
-        "learning rate": ["^learning_rate_"],
-        "text tokens a second": ["^speed/text_tokens_per_second$"],
-    },
-    "is it well": {"held out: loss on hidden words by language": ["^validation_loss_masked_lm/"], **_WELL},
-}
-"""The same for masked-language-model training."""
-_COMPARED = (
-    "stage.batch.", "stage.lr.", "stage.steps", "stage.warmup_steps", "stage.min_lr_ratio", "stage.max_tokens",
-    "stage.resolution", "stage.patch_dropout", "stage.layer_decay.", "stage.loss.kind", "stage.loss.dims",
-    "stage.trainable.", "optimizer.name", "optimizer.weight_decay", "model.temperature", "precision", "seed",
-)  # fmt: skip
-"""Settings on TensorBoard's HPARAMS page, by their beginnings: all sixty, by the alphabet, would hide these."""
 _QUIET = 15.0
 """Seconds between two lines of progress where there is no terminal to keep one line up to date."""
 
@@ -91,42 +52,6 @@ def open_sinks(names: Sequence[str], directory: Path, settings: dict[str, Any]) 
     return sinks
 
 
-class Texts:
-    """Texts drawn in a stage, by source (kind/source), and how many of them lost their end to `max_tokens`."""
-
-    ENOUGH = 256
-    """Texts of a source whose share is worth saying."""
-
-    def __init__(self, drawn: Mapping[str, int], cut: Mapping[str, int]):
-        self.drawn, self.cut = Counter(drawn), Counter(cut)
-        self._told = {source for source in self.cut if self.cut[source] and self.drawn[source] >= self.ENOUGH}
-
-    def count(self, sources: Sequence[str], counts: Sequence[int]) -> None:
-        """Takes note of a step, `counts` being what `Drawn.of_sources` says, over all ranks."""
-        half = len(sources)
-        self.drawn.update(dict(zip(sources, counts[:half], strict=True)))
-        self.cut.update(dict(zip(sources, counts[half:], strict=True)))
-
-    def shares(self, cut: bool) -> dict[str, float]:
-        """For TensorBoard: how often each source is drawn, and, if asked, what share of its texts is `cut`."""
-        drawn = {source: count for source, count in self.drawn.items() if count}
-        total = sum(drawn.values())
-        seen = {f"texts_seen/{source}": count / total for source, count in drawn.items()}
-        return seen | {f"texts_cut/{source}": self.cut[source] / count for source, count in drawn.items() if cut}
-
-    def news(self, max_tokens: int, last: bool) -> list[str]:
-        """What is to be said of cut texts: of each source once in a stage, when enough of it, or all, has been seen."""
-        lines = []
-        for source, seen in self.drawn.items():
-            if self.cut[source] and source not in self._told and (last or seen >= self.ENOUGH):
-                self._told.add(source)
-                lines.append(
-                    f"{source}: {self.cut[source]:,} of its {seen:,} texts so far ({self.cut[source] / seen:.1%}) are "
-                    f"longer than max_tokens {max_tokens}; their ends are cut off"
-                )
-        return lines
-
-
 class Monitor:
     """Writes scalars to `directory` and shows progress; on ranks other than 0 it does nothing.
 
@@ -153,10 +78,10 @@ class Monitor:
         sinks: Sequence[Sink] = (),
         peak: float | None = None,
         max_tokens: int | None = None,
-        texts: Texts | None = None,
+        texts: TextCounts | None = None,
     ):
         self.every, self.active, self.steps, self.sinks, self.peak = every, active, steps, sinks, peak
-        self.max_tokens, self.texts = max_tokens, texts or Texts({}, {})
+        self.max_tokens, self.texts = max_tokens, texts or TextCounts({}, {})
         self._samples, self._tokens, self._operations, self._wait = 0, 0, 0, 0.0
         self.title, self.start = title, start
         if active:
@@ -164,11 +89,7 @@ class Monitor:
 
             _keep_order(directory)
             self.writer = SummaryWriter(str(directory), purge_step=start)
-            page = MASKED_PAGE if max_tokens is None else PAGE
-            charts = {
-                section: {title: ["Multiline", tags] for title, tags in of.items()} for section, of in page.items()
-            }
-            self.writer.add_custom_scalars(charts)
+            self.writer.add_custom_scalars(charts(masked=max_tokens is None))
             self.bar = tqdm(
                 total=steps,
                 initial=start,
@@ -250,12 +171,7 @@ class Monitor:
         if self.active:
             from torch.utils.tensorboard.summary import hparams
 
-            plain = {
-                name.removeprefix("stage."): value if isinstance(value, str | int | float | bool) else str(value)
-                for name, value in settings.items()
-                if name.startswith(_COMPARED) and not (name.startswith("stage.batch.") and not value)
-            }
-            for part in hparams(plain, dict.fromkeys(metrics, 0.0)):
+            for part in hparams(compared(settings), dict.fromkeys(metrics, 0.0)):
                 self.writer.file_writer.add_summary(part)  # type: ignore[attr-defined]
 
     def advance(self) -> None:

@@ -32,12 +32,13 @@ from stage_trainer.run.control import Control
 from stage_trainer.run.environment import keep_freed_memory, native_precision, peak_memory, quiet, set_threads, versions
 from stage_trainer.run.health import Health
 from stage_trainer.run.loader import batches, worker_deaths_explained
-from stage_trainer.run.monitor import Monitor, Texts, open_sinks
+from stage_trainer.run.monitor import Monitor, open_sinks
 from stage_trainer.run.rank_0 import from_rank_0
 from stage_trainer.run.rendezvous import initialize_distributed
 from stage_trainer.run.report import next_steps
 from stage_trainer.run.saver import Saver, better, check_best
 from stage_trainer.run.start import move_aside, settings, starting_point
+from stage_trainer.run.text_counts import TextCounts
 from stage_trainer.run.together import Heartbeat, one_reason
 from stage_trainer.run.validation import validation
 from stage_trainer.step import forward_backward
@@ -154,7 +155,7 @@ def run(
             sinks=sinks,
             peak=peak and peak * world,
             max_tokens=None if stage.masked else stage.max_tokens,  # of a text with hidden words a part is meant
-            texts=Texts(state["texts_drawn"], state["texts_cut"]),
+            texts=TextCounts(state["texts_drawn"], state["texts_cut"]),
         ) as monitor,
         contextlib.closing(batches(data, start, stop, recipe.workers)) as loader,
     ):

@@ -1,0 +1,42 @@
+"""Which texts a stage has drawn, and how many of them it cut."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+
+class TextCounts:
+    """Texts drawn in a stage, by source (kind/source), and how many of them lost their end to `max_tokens`."""
+
+    ENOUGH = 256
+    """Texts of a source whose share is worth saying."""
+
+    def __init__(self, drawn: Mapping[str, int], cut: Mapping[str, int]):
+        self.drawn, self.cut = Counter(drawn), Counter(cut)
+        self._told = {source for source in self.cut if self.cut[source] and self.drawn[source] >= self.ENOUGH}
+
+    def count(self, sources: Sequence[str], counts: Sequence[int]) -> None:
+        """Takes note of a step, `counts` being what `Drawn.of_sources` says, over all ranks."""
+        half = len(sources)
+        self.drawn.update(dict(zip(sources, counts[:half], strict=True)))
+        self.cut.update(dict(zip(sources, counts[half:], strict=True)))
+
+    def shares(self, cut: bool) -> dict[str, float]:
+        """For TensorBoard: how often each source is drawn, and, if asked, what share of its texts is `cut`."""
+        drawn = {source: count for source, count in self.drawn.items() if count}
+        total = sum(drawn.values())
+        seen = {f"texts_seen/{source}": count / total for source, count in drawn.items()}
+        return seen | {f"texts_cut/{source}": self.cut[source] / count for source, count in drawn.items() if cut}
+
+    def news(self, max_tokens: int, last: bool) -> list[str]:
+        """What is to be said of cut texts: of each source once in a stage, when enough of it, or all, has been seen."""
+        lines = []
+        for source, seen in self.drawn.items():
+            if self.cut[source] and source not in self._told and (last or seen >= self.ENOUGH):
+                self._told.add(source)
+                lines.append(
+                    f"{source}: {self.cut[source]:,} of its {seen:,} texts so far ({self.cut[source] / seen:.1%}) are "
+                    f"longer than max_tokens {max_tokens}; their ends are cut off"
+                )
+        return lines
