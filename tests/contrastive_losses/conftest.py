@@ -88,7 +88,7 @@ def run_on_ranks(tmp_path_factory):
         ]
         try:
             for rank, process in enumerate(processes):
-                output, _ = process.communicate(timeout=120)
+                output, _ = process.communicate(timeout=550)
                 assert process.returncode == 0, f"rank {rank}:\n{output}"
         finally:
             for process in processes:

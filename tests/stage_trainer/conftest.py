@@ -1,4 +1,7 @@
 import io
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,3 +33,13 @@ def png() -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (16, 12), "red").save(buffer, "png")
     return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Callable[..., None]:
+    def run(file: str, folder: Path, *more: str) -> None:
+        """Runs a test file as a program, once as each of two ranks: FILE RANK FOLDER …. Both have to end well."""
+        ranks = [subprocess.Popen([sys.executable, file, str(rank), str(folder), *more]) for rank in (0, 1)]
+        assert [process.wait(timeout=550) for process in ranks] == [0, 0]  # a busy machine takes its time
+
+    return run

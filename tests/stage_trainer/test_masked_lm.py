@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import subprocess
 import sys
 from collections import Counter
 
@@ -287,10 +286,9 @@ def test_chunks_give_the_gradients_of_one_pass(tokens):
     assert_equal(step(batch, tokens, passes=len(chunks) + 2), step(batch))
 
 
-def test_two_ranks_give_the_gradients_of_one_process(tmp_path):
+def test_two_ranks_give_the_gradients_of_one_process(tmp_path, two_ranks):
     """Though one hides ten times as many words as the other."""
-    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)]) for rank in (0, 1)]
-    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    two_ranks(__file__, tmp_path)
     for rank in (0, 1):
         assert_equal(torch.load(tmp_path / f"{rank}.pt"), step(make_batch()))
 

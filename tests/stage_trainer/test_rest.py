@@ -5,7 +5,6 @@ against torch.optim.AdamW alone, with None for the gradients of what rests; ZeRO
 import dataclasses
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -37,11 +36,10 @@ SETTINGS = (
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(tmp_path_factory, two_ranks):
     """What `one_rank` saves."""
     folder = tmp_path_factory.mktemp("rest")
-    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)]) for rank in (0, 1)]
-    assert [process.wait(timeout=550) for process in ranks] == [0, 0]
+    two_ranks(__file__, folder)
     return torch.load(folder / "found.pt")
 
 

@@ -1,7 +1,6 @@
 """Gradient caching against one big batch, in float64 with plain torch. Under DeepSpeed: tests/integration."""
 
 import contextlib
-import subprocess
 import sys
 
 import pytest
@@ -262,9 +261,8 @@ def batch_by_length(batch):
 
 
 @pytest.mark.parametrize("kind", ["multi_task", "unified"])
-def test_two_ranks_with_caching_give_the_gradients_of_one_process(tmp_path, kind):
-    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path), kind]) for rank in (0, 1)]
-    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+def test_two_ranks_with_caching_give_the_gradients_of_one_process(tmp_path, kind, two_ranks):
+    two_ranks(__file__, tmp_path, kind)
     losses, gradients, _ = step(make_batch(**OF_KIND[kind]), kind=kind)
     for rank in (0, 1):
         theirs, averaged = torch.load(tmp_path / f"{rank}.pt")

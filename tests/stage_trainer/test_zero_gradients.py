@@ -1,7 +1,6 @@
 """Gradient caching on two ranks under real DeepSpeed, each ZeRO stage: every gradient against one plain big batch."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,11 +12,10 @@ KINDS = ("multi_task", "unified")
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(tmp_path_factory, two_ranks):
     """{(ZeRO stage, kind of loss): {parameter: (gradient, that of the plain batch)}}"""
     folder = tmp_path_factory.mktemp("zero")
-    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)]) for rank in (0, 1)]
-    assert [process.wait(timeout=500) for process in ranks] == [0, 0]
+    two_ranks(__file__, folder)
     return torch.load(folder / "found.pt")
 
 

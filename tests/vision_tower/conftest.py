@@ -1,9 +1,12 @@
 """Small towers, the timm models that they are held against, and images of every awkward kind."""
 
 import io
+import json
 import struct
 import zlib
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,3 +89,52 @@ def png_header() -> Callable[[int, int], bytes]:
         return b"\x89PNG\r\n\x1a\n" + size + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
     return header
+
+
+@pytest.fixture
+def noise_image() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (53, 70, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def small_timm() -> tuple[str, dict[str, int]]:
+    """An entry of timm's, and what makes a small model of it."""
+    return "eva02_base_patch16_clip_224", {
+        "img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2
+    }  # fmt: skip
+
+
+@pytest.fixture
+def write_timm(tmp_path, small_timm) -> Callable[..., Path]:
+    def write(
+        model_args: dict[str, Any] | None = None, pretrained_cfg: dict[str, Any] | None = None, **top: Any
+    ) -> Path:
+        """A directory as timm's own `save_for_hf` writes it, with weights that it loads, and with changes."""
+        import timm
+        from timm.models import save_for_hf
+
+        name, small = small_timm
+        arguments = {**small, **(model_args or {})}
+        known = {key: value for key, value in arguments.items() if value is not None}
+        model = timm.create_model(name, **{"num_classes": 0, **known}).eval()
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                middle = 0.0 if parameter.ndim > 1 else 0.5
+                parameter.copy_(middle + 0.2 * torch.randn(parameter.shape, generator=generator))
+        sides = arguments["img_size"]
+        sides = [sides, sides] if isinstance(sides, int) else list(sides)
+        model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, *sides), "crop_pct": 1.0}
+        model.pretrained_cfg["num_classes"] = model.num_classes
+        save_for_hf(model, tmp_path, model_args=known)
+        config = tmp_path / "config.json"
+        values = json.loads(config.read_text())
+        values["model_args"] = {**values["model_args"], **arguments}
+        for key, value in (pretrained_cfg or {}).items():
+            values["pretrained_cfg"][key] = value
+            if value is ...:
+                del values["pretrained_cfg"][key]
+        config.write_text(json.dumps({**values, **top}))
+        return tmp_path
+
+    return write

@@ -307,6 +307,6 @@ def test_ctrl_c_ends_all_processes_quietly_and_the_next_run_goes_on(downloads, t
         assert "Traceback" not in error
         assert not list(out.rglob("*.tmp")) or not (out / "image-short").exists()
     again = start("import", "img2dataset", downloads, "--out", out, "--workers", "2")
-    again.communicate(timeout=120)
+    again.communicate(timeout=550)
     assert again.returncode == 0
     assert len(Dataset.open(out / "image-short/img2dataset", verify=True)) == 108

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import subprocess
 import sys
 
 import pytest
@@ -11,12 +10,8 @@ ZERO = (0, 1, 2, 3)
 
 
 @pytest.mark.full
-def test_two_ranks_keep_and_take_what_is_planned_under_each_zero_stage(tmp_path):
-    ranks = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], stdout=subprocess.DEVNULL)
-        for rank in (0, 1)
-    ]
-    assert [process.wait(timeout=500) for process in ranks] == [0, 0]
+def test_two_ranks_keep_and_take_what_is_planned_under_each_zero_stage(tmp_path, two_ranks):
+    two_ranks(__file__, tmp_path)
     for rank in (0, 1):
         for zero, (kept, planned, peak, planned_peak) in json.loads((tmp_path / f"{rank}.json").read_text()).items():
             assert kept == pytest.approx(planned, rel=0.15), f"rank {rank}, ZeRO {zero}: kept"
