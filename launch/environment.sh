@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-stamp=.venv/trilith-$(cat launch/constraints.txt pyproject.toml packages/*/pyproject.toml data_prep/pyproject.toml packages/*/src/*/*.c | cksum | cut -d' ' -f1)
+stamp=.venv/trilith-$(cat launch/constraints.txt pyproject.toml packages/*/pyproject.toml data_prep/pyproject.toml | cksum | cut -d' ' -f1)
 [ ! -e "$stamp" ] || exit 0
 
 for candidate in python3.13 python3.12 python3.11 python3 python; do
