@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .errors import UserError
+from data_prep.errors import UserError
 
 FITS = ("shortest", "longest", "square")
 ENCODINGS = ("jpg", "png", "webp")

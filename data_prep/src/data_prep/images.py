@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from .image_rule import ImageRule
+from data_prep.image_rule import ImageRule
 
 _KEPT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # formats that are stored as they come, if nothing else is amiss
 _READ = [*_KEPT, "GIF", "BMP", "TIFF", "PPM", "AVIF"]  # no formats that run programs (EPS) or hold vectors
@@ -37,7 +37,7 @@ warnings.filterwarnings("ignore", module="PIL")
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredImage:
     """An image as it is stored: extension and bytes, and whether they are not the bytes that came."""
 
     extension: str
@@ -49,7 +49,7 @@ class ImageRefused(ValueError):
     """An image that is not stored; its message is a reason for the receipt, of which there are few."""
 
 
-def store_image(data: bytes, rule: ImageRule) -> Stored:
+def store_image(data: bytes, rule: ImageRule) -> StoredImage:
     """What to store for an image file.
 
     A JPEG, PNG or WebP that has the right size, stands upright and has plain grey or RGB pixels stays as it is, byte
@@ -82,12 +82,12 @@ def store_image(data: bytes, rule: ImageRule) -> Stored:
             and getattr(image, "n_frames", 1) == 1
         ):
             image.load()
-            return Stored(_KEPT[image.format], data, False)
+            return StoredImage(_KEPT[image.format], data, False)
         if image.format == "JPEG":  # decode at a half, a quarter, …, never below the size that is wanted
             spare = 2 if rule.kernel == "bicubic" else 1
             width, height = _as_it_lies(target, image)
             image.draft(None, (spare * width, spare * height))
-        return Stored(rule.encoding, encode_image(_reduce(image, target, rule), rule), True)
+        return StoredImage(rule.encoding, encode_image(_reduce(image, target, rule), rule), True)
     except Exception as error:  # the readers again: pixels are decoded, and EXIF is parsed, only here
         raise ImageRefused("broken image") from error
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_PARTS = {"text-pairs": ("query", "target"), "text-triplets": ("query", "target", "negatives")}
+from data_prep.shards.format import JsonObject
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
@@ -31,9 +32,9 @@ class Text:
         return {"text": self.text, "language": self.language, "origin": self.origin, "role": self.role}
 
 
-def text_parts(kind: str) -> tuple[str, ...]:
-    """The lists of texts that the .json of a sample of this kind must have."""
-    return _PARTS.get(kind, ("captions",))
+def clean(text: str) -> str:
+    """Composed characters (NFC), single spaces, no space around."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def captions_json(captions: Iterable[Text], *, source: str, item: str) -> bytes:
@@ -50,7 +51,7 @@ def texts_json(
     item: str,
 ) -> bytes:
     """The .json of a text pair, or with `negatives` of a triplet."""
-    fields: dict[str, Any] = {"query": _records(query), "target": _records(target)}
+    fields: JsonObject = {"query": _records(query), "target": _records(target)}
     if negatives is not None:
         fields["negatives"] = [_records(negative) for negative in negatives]
     return _json({**fields, "source": source, "item": item})

@@ -153,7 +153,7 @@ def test_an_answer_that_takes_too_long_is_perhaps_paid(seer, planned, run, ledge
 def test_a_service_that_is_not_there_costs_nothing_and_says_so(planned, ledger, monkeypatch, capsys):
     planned(1, languages=["en"])
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr("data_prep.captions.pace._LONGEST_BACKOFF", 0.001)
+    monkeypatch.setattr("data_prep.captions.rate_limit._LONGEST_BACKOFF", 0.001)
     assert main(["captions", "run", ledger, "--url", "http://127.0.0.1:9/v1", "--tries", "3"]) == 0
     assert "met too many failures and stay planned: 1" in capsys.readouterr().out
     assert states(ledger) == {"planned": 1}

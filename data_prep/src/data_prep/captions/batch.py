@@ -17,13 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from .judge import Limits
-from .ledger import Ledger, Request
-from .money import Estimate, Prices, price_unpriced
-from .pictures import Pictures
-from .run import judge_waiting, verdict_on
-from .service import Service, error_message, request_body
+from data_prep.captions.images import ImageReader
+from data_prep.captions.ledger import Ledger, Request
+from data_prep.captions.pricing import Estimate, price_unpriced
+from data_prep.captions.run import RunSettings, judge_waiting, verdict_on
+from data_prep.captions.service import Service, error_message, request_body
+from data_prep.errors import UserError
 
 MOST_REQUESTS = 50_000
 MOST_BYTES = 200_000_000
@@ -47,11 +46,8 @@ class Collected:
 async def submit(
     ledger: Ledger,
     service: Service,
+    settings: RunSettings,
     *,
-    prices: Prices | None = None,
-    budget: float | None = None,
-    image_tokens: int | None = None,
-    limit: int | None = None,
     most_requests: int = MOST_REQUESTS,
     most_bytes: int = MOST_BYTES,
     tick: Callable[[int], None] = lambda requests: None,
@@ -59,23 +55,20 @@ async def submit(
     """Send everything that is planned as batches, one model a file; gives (batches, requests).
 
     Args:
-        budget: money that this ledger may cost in all; requests beyond it stay planned. Needs `prices`.
-        limit: at most so many requests.
+        settings: requests beyond its limit or budget stay planned.
         most_requests, most_bytes: of one file.
 
     Raises:
         UserError: the service refuses a file or a batch, an image is no longer the one that was planned, or another
             run holds the ledger.
     """
-    if budget is not None and prices is None:
-        raise UserError("a budget needs prices: give --price-in and --price-out, per million tokens")
     if most_requests < 1 or most_bytes < 1:
         raise UserError(f"{most_requests} requests and {most_bytes} bytes a file: expected at least 1")
     batches = requests = 0
     with ledger.exclusive():
-        if prices:
-            price_unpriced(ledger, prices, image_tokens)
-        lines = _lines(ledger, Estimate(ledger, image_tokens), prices, budget, limit)
+        if settings.prices:
+            price_unpriced(ledger, settings.prices, settings.image_tokens)
+        lines = _lines(ledger, settings)
         for model, file, costs in _files(ledger.path, lines, most_requests, most_bytes):
             await _send(ledger, service, model, file, costs)
             batches, requests = batches + 1, requests + len(costs)
@@ -86,9 +79,8 @@ async def submit(
 async def collect(
     ledger: Ledger,
     service: Service,
+    settings: RunSettings,
     *,
-    prices: Prices | None = None,
-    limits: Limits = Limits(),  # noqa: B008 (frozen)
     tick: Callable[[], None] = lambda: None,
 ) -> Collected:
     """Take the answers of every batch that has ended; what they did not answer is planned again.
@@ -97,7 +89,7 @@ async def collect(
     """
     found = Collected()
     with ledger.exclusive():
-        judge_waiting(ledger, prices, limits)
+        judge_waiting(ledger, settings.prices, settings.limits)
         for row in ledger.db.execute("SELECT * FROM batch WHERE state IN ('open', 'creating') ORDER BY id").fetchall():
             with _told(service):
                 remote = await _remote(service, row)
@@ -111,7 +103,7 @@ async def collect(
                 continue
             try:
                 with _told(service):
-                    await _take(ledger, service, row["id"], remote, prices, limits, found, tick)
+                    await _take(ledger, service, row["id"], remote, settings, found, tick)
             except _Refused as error:
                 if error.status != 404:
                     raise
@@ -120,19 +112,17 @@ async def collect(
     return found
 
 
-def _lines(
-    ledger: Ledger, estimate: Estimate, prices: Prices | None, budget: float | None, limit: int | None
-) -> Iterator[tuple[Request, bytes, float | None]]:
+def _lines(ledger: Ledger, settings: RunSettings) -> Iterator[tuple[Request, bytes, float | None]]:
     """(request, its line, the most that it costs) for what is planned, until budget or limit are reached."""
-    pictures = Pictures()
+    prices, reader, estimate = settings.prices, ImageReader(), Estimate(ledger, settings.image_tokens)
     spent, place, taken = ledger.spent(), 0, 0
     while chunk := ledger.planned(256, after=place):
         for place, request in chunk:  # noqa: B007 (the next chunk begins behind it)
-            mime, image = pictures.of(request)
+            mime, image = reader.of(request)
             most = prices.cost(*estimate.tokens(request, image), batch=True) if prices else None
-            if limit is not None and taken >= limit:
+            if settings.limit is not None and taken >= settings.limit:
                 return
-            if budget is not None and spent + (most or 0.0) > budget:
+            if settings.budget is not None and spent + (most or 0.0) > settings.budget:
                 return
             spent, taken = spent + (most or 0.0), taken + 1
             body = request_body(request, mime, image)
@@ -220,8 +210,7 @@ async def _take(
     service: Service,
     number: int,
     remote: Any,
-    prices: Prices | None,
-    limits: Limits,
+    settings: RunSettings,
     found: Collected,
     tick: Callable[[], None],
 ) -> None:
@@ -251,8 +240,8 @@ async def _take(
             del waiting[request]
             raw = service.hide(raw)
             ledger.received(attempt, status, raw, now=time.time())
-            verdict = verdict_on(status, raw, languages[request], limits)
-            cost = prices.of(verdict.usage, batch=True) if prices else None
+            verdict = verdict_on(status, raw, languages[request], settings.limits)
+            cost = settings.prices.of(verdict.usage, batch=True) if settings.prices else None
             ledger.judged(attempt, verdict.caption, verdict.reason, verdict.usage, cost)
             found.accepted += verdict.reason is None
             found.rejected.update([verdict.reason] if verdict.reason else [])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..shaping.minhash import Signatures, near_duplicates, signatures
-from .ledger import Ledger
+from data_prep.captions.ledger import Ledger
+from data_prep.curation.minhash import Signatures, near_duplicates, signatures
 
 _AT_A_TIME = 2000
 

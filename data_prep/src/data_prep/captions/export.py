@@ -8,14 +8,14 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from ..errors import UserError
-from ..samples import Text
-from ..shaping.tokens import TokenCounter
-from ..shards import Dataset, DatasetWriter
-from .ledger import Ledger
-from .pictures import Pictures, picture
+from data_prep.captions.images import ImageReader, image_of
+from data_prep.captions.ledger import Ledger
+from data_prep.curation.tokens import TokenCounter
+from data_prep.errors import UserError
+from data_prep.samples import Text
+from data_prep.shards import Dataset, DatasetWriter
+from data_prep.shards.format import JsonObject
 
 _ACCEPTED = (
     "SELECT image.sha256, image.dataset, image.number, request.id, request.language, request.caption, recipe.model, "
@@ -48,7 +48,7 @@ def export(
         UserError: nothing was accepted yet, or an image is no longer the one that was described.
         ShardError: `out` exists, the disk refuses, or a data set of images cannot be read.
     """
-    pictures = Pictures()
+    reader = ImageReader()
     counts: Counter[str] = Counter()
     if ledger.db.execute("SELECT 1 FROM request WHERE state = 'accepted' LIMIT 1").fetchone() is None:
         raise UserError(f"{ledger.path}: no caption was accepted yet; see `data-prep captions status {ledger.path}`")
@@ -63,11 +63,11 @@ def export(
         for sha256, group in itertools.groupby(rows, key=lambda row: row["sha256"]):
             captions = list(group)
             directory, number = captions[0]["dataset"], captions[0]["number"]
-            members = pictures.members(directory, number, sha256)
-            image = picture(members)[1]
+            members = reader.members(directory, number, sha256)
+            image = image_of(members)[1]
             extension = next(name for name, data in members.items() if data is image)
             languages = sorted({row["language"] for row in captions})
-            item = _item(pictures.dataset(directory), number, members)
+            item = _item(reader.dataset(directory), number, members)
             writer.write(
                 sha256[:32],
                 {extension: image, "json": _json(captions, source, item)},
@@ -93,7 +93,7 @@ def _json(captions: list[sqlite3.Row], source: str, item: str) -> bytes:
         Text(row["caption"], row["language"], "long", f"synthetic:{row['model']}:{row['prompt_version']}").record()
         for row in captions
     ]
-    synthesis: list[dict[str, Any]] = [
+    synthesis: list[JsonObject] = [
         {
             "request": row["id"],
             "model": row["model"],

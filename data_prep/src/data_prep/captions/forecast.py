@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .ledger import Ledger
-from .money import Estimate, Prices
-from .pictures import Pictures
+from data_prep.captions.images import ImageReader
+from data_prep.captions.ledger import Ledger
+from data_prep.captions.pricing import Estimate, Prices
 
 _ENOUGH = 20  # answers to learn a mean from
 _SAMPLE = 200
@@ -55,11 +55,11 @@ def forecast(
 
 
 def _from_sample(ledger: Ledger, image_tokens: int | None, total: int) -> tuple[float, float]:
-    estimate, pictures = Estimate(ledger, image_tokens), Pictures()
+    estimate, reader = Estimate(ledger, image_tokens), ImageReader()
     drawn = ledger.sample(_SAMPLE)
     prompt = completion = 0
     for request in drawn:
-        most = estimate.tokens(request, pictures.of(request)[1])
+        most = estimate.tokens(request, reader.of(request)[1])
         prompt, completion = prompt + most[0], completion + most[1]
     scale = total / max(1, len(drawn))
     return prompt * scale, completion * scale

@@ -20,10 +20,10 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
-from ..corpus.items import clean
-from ..shaping.languages import identify
-from .ledger import Usage
-from .texts import refusal_phrases
+from data_prep.captions.ledger import Usage
+from data_prep.captions.texts import refusal_phrases
+from data_prep.curation.language_id import identify
+from data_prep.samples import clean
 
 _OPENING = 120  # characters; a refusal comes at once
 _UNSPACED = {"zh", "ja", "th"}  # no spaces between words

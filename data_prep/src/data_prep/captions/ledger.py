@@ -19,9 +19,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ..errors import UserError
+from data_prep.errors import UserError
+from data_prep.shards.format import JsonObject
 
 SCHEMA = 1
 _TABLES = """
@@ -61,7 +61,7 @@ class Request:
     language: str
     model: str
     prompt_version: str
-    options: dict[str, Any]
+    options: JsonObject
     text: str
     dataset: str
     number: int
@@ -77,7 +77,7 @@ class Usage:
     completion_tokens: int | None = None
 
 
-def request_id(image: str, language: str, prompt_version: str, model: str, options: dict[str, Any]) -> str:
+def request_id(image: str, language: str, prompt_version: str, model: str, options: JsonObject) -> str:
     """The key of the ledger: 128 bits of sha256 over everything that makes a caption another caption."""
     parts = json.dumps([image, language, prompt_version, model, options], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(parts.encode()).hexdigest()[:32]
@@ -301,7 +301,8 @@ class Ledger:
 
         Attempts made without prices count as nothing until `price_unpriced` has entered theirs.
         """
-        return self.db.execute("SELECT total(cost) FROM attempt").fetchone()[0]
+        total: float = self.db.execute("SELECT total(cost) FROM attempt").fetchone()[0]
+        return total
 
     def unpriced(self) -> list[sqlite3.Row]:
         """Attempts made without prices: (id, request, prompt_tokens, completion_tokens, in_batch)."""

@@ -8,13 +8,13 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from ..errors import UserError
-from ..shards import Dataset
-from .ledger import Ledger, request_id
-from .pictures import picture
-from .texts import PROMPTS, Prompt, read_prompt
+from data_prep.captions.images import image_of
+from data_prep.captions.ledger import Ledger, request_id
+from data_prep.captions.texts import PROMPTS, Prompt, read_prompt
+from data_prep.errors import UserError
+from data_prep.shards import Dataset
+from data_prep.shards.format import JsonObject
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Plan:
     prompt_version: str = "v1"
     max_tokens: int = 1024
     detail: str | None = None
-    body: dict[str, Any] = field(default_factory=dict)
+    body: JsonObject = field(default_factory=dict)
     images: int | None = None
     seed: int = 0
 
@@ -44,7 +44,7 @@ class Plan:
             raise UserError(f"max_tokens {self.max_tokens} and images {self.images}: expected at least 1")
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> JsonObject:
         """What the request's identity holds beside image, language, prompt and model."""
         return {"max_tokens": self.max_tokens, "detail": self.detail, "body": self.body}
 
@@ -122,7 +122,7 @@ def _find(datasets: Sequence[Dataset], tick: Callable[[], None]) -> tuple[dict[s
         directory = str(dataset.directory.resolve())
         for number in range(len(dataset)):
             tick()
-            digest = hashlib.sha256(picture(dataset.read(number))[1]).hexdigest()
+            digest = hashlib.sha256(image_of(dataset.read(number))[1]).hexdigest()
             twice += digest in found
             found.setdefault(digest, (directory, number))
     return found, twice

@@ -9,13 +9,13 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ..errors import UserError
-from .judge import Limits, Verdict, judge
-from .ledger import Ledger, Request, Usage
-from .money import Estimate, Prices, price_unpriced
-from .pace import Pace
-from .pictures import Pictures
-from .service import Answered, Declined, Lost, NotDone, Outcome, Service, Stop, error_message
+from data_prep.captions.images import ImageReader
+from data_prep.captions.judge import Limits, Verdict, judge
+from data_prep.captions.ledger import Ledger, Request, Usage
+from data_prep.captions.pricing import Estimate, Prices, price_unpriced
+from data_prep.captions.rate_limit import RateLimiter
+from data_prep.captions.service import Answered, Declined, Lost, NotDone, Outcome, Service, Stop, error_message
+from data_prep.errors import UserError
 
 # So many calls in a row without one answer, and the fault is not with the requests.
 _FAILURES = 20
@@ -51,7 +51,7 @@ class RunSettings:
 
 
 @dataclass
-class Receipt:
+class RunResult:
     """What a run did. `lost`: perhaps paid; `later`: requests that met too many failures and stay planned."""
 
     asked: int = 0
@@ -88,16 +88,16 @@ def verdict_on(status: int, raw: bytes, language: str, limits: Limits) -> Verdic
 def run(
     ledger: Ledger,
     service: Service,
-    pace: Pace,
+    limiter: RateLimiter,
     settings: RunSettings,
     *,
-    tick: Callable[[Receipt], None] = lambda receipt: None,
-    say: Callable[[str], None] = lambda line: None,
-) -> Receipt:
+    tick: Callable[[RunResult], None] = lambda result: None,
+    log: Callable[[str], None] = lambda line: None,
+) -> RunResult:
     """Ask for everything that is planned.
 
     SIGINT and SIGTERM let the calls under way come back and then end the run; the ledger knows the rest. `tick` is
-    called whenever a call has ended, `say` when the service asks for a longer pause.
+    called whenever a call has ended, `log` when the service asks for a longer pause.
 
     Raises:
         UserError: the service will answer nothing (wrong key, no money, no such model, every call fails), an image is
@@ -107,7 +107,7 @@ def run(
         judge_waiting(ledger, settings.prices, settings.limits)
         if settings.prices:
             price_unpriced(ledger, settings.prices, settings.image_tokens)
-        return asyncio.run(_Run(ledger, service, pace, settings, tick, say).drive())
+        return asyncio.run(_Run(ledger, service, limiter, settings, tick, log).drive())
 
 
 class _Run:
@@ -115,24 +115,24 @@ class _Run:
         self,
         ledger: Ledger,
         service: Service,
-        pace: Pace,
+        limiter: RateLimiter,
         settings: RunSettings,
-        tick: Callable[[Receipt], None],
-        say: Callable[[str], None],
+        tick: Callable[[RunResult], None],
+        log: Callable[[str], None],
     ) -> None:
-        self.ledger, self.service, self.pace, self.settings = ledger, service, pace, settings
-        self.tick, self.say = tick, say
-        self.receipt = Receipt()
+        self.ledger, self.service, self.limiter, self.settings = ledger, service, limiter, settings
+        self.tick, self.log = tick, log
+        self.result = RunResult()
         self.error: UserError | None = None
         self.estimate = Estimate(ledger, settings.image_tokens)
         self.spent = ledger.spent()
         self.queue: deque[Request] = deque()
         self.failures: Counter[str] = Counter()
         self._read_to = 0
-        self._pictures = Pictures()
+        self._reader = ImageReader()
         self._in_a_row: Counter[str] = Counter()
 
-    async def drive(self) -> Receipt:
+    async def drive(self) -> RunResult:
         """Launch calls while the pace allows and there is something to ask, then wait for those under way."""
         self.stopping = asyncio.Event()
         self._catch_signals()
@@ -152,28 +152,28 @@ class _Run:
                 raise fault
         if self.error:
             raise self.error
-        return self.receipt
+        return self.result
 
     def _launch(self, under_way: set[asyncio.Task[None]]) -> float | None:
         """Let the next request go, if it may; gives the seconds until there is more to do, None: when a call ends."""
         request = self._peek()
-        pause = None if request is None else self.pace.wait(time.time())
+        pause = None if request is None else self.limiter.wait(time.time())
         if pause is not None and pause > _LONG_PAUSE and not under_way:
-            self.say(f"waiting {pause:.0f} seconds, as {self.service.url} asks or this run's own limits do")
+            self.log(f"waiting {pause:.0f} seconds, as {self.service.url} asks or this run's own limits do")
         if request is None or pause is None or pause > 0:
             return pause
-        mime, image = self._pictures.of(request)
+        mime, image = self._reader.of(request)
         prompt, completion = self.estimate.tokens(request, image)
         most = self.settings.prices.cost(prompt, completion) if self.settings.prices else None
         if self.settings.budget is not None and self.spent + (most or 0.0) > self.settings.budget:
             if not under_way:  # else what comes back may cost less than the most, which is what was set aside for it
-                self.receipt.stopped = f"the budget of {self.settings.budget:g} does not allow another request"
+                self.result.stopped = f"the budget of {self.settings.budget:g} does not allow another request"
             return None
         self.queue.popleft()
         under_way.add(asyncio.create_task(self._ask(request, mime, image, prompt + completion, most)))
-        self.receipt.asked += 1
+        self.result.asked += 1
         self.spent += most or 0.0
-        self.pace.leaves(time.time(), prompt + completion)
+        self.limiter.leaves(time.time(), prompt + completion)
         return 0.0
 
     async def _until_something_happens(
@@ -193,7 +193,7 @@ class _Run:
         (attempt,) = self.ledger.sent([(request.id, most)], now=left_at)
         outcome = await self.service.ask(request, mime, image)
         now = time.time()
-        self._pace(outcome, now, left_at, tokens)
+        self._update_limiter(outcome, now, left_at, tokens)
         match outcome:
             case Answered(raw) | Declined(_, raw):
                 status = 200 if isinstance(outcome, Answered) else outcome.status
@@ -214,45 +214,45 @@ class _Run:
                 self._stop(self.service.stopping_error(status, message))
             case Lost(note):
                 self.ledger.lost(attempt, note, now=now)
-                self.receipt.lost += 1
+                self.result.lost += 1
                 self._fails(
                     "lost",
                     _LOSSES,
                     f"the connection to {self.service.url} broke {_LOSSES} times in a row after the "
                     f"request had left, which may cost money ({note})",
                 )
-        self.tick(self.receipt)
+        self.tick(self.result)
 
-    def _pace(self, outcome: Outcome, now: float, left_at: float, tokens: int) -> None:
+    def _update_limiter(self, outcome: Outcome, now: float, left_at: float, tokens: int) -> None:
         match outcome:
             case Answered() | Declined():
-                self.pace.answered(now, outcome.headers, tokens)
+                self.limiter.answered(now, outcome.headers, tokens)
             case NotDone(limited=True):
-                self.pace.limited(now, left_at, outcome.headers)
+                self.limiter.limited(now, left_at, outcome.headers)
             case NotDone():
-                self.pace.failed(now, outcome.headers)
+                self.limiter.failed(now, outcome.headers)
             case _:
-                self.pace.failed(now, {})
+                self.limiter.failed(now, {})
 
     def _count(self, reason: str | None, raw: bytes) -> None:
         self._in_a_row["lost"] = self._in_a_row["failed"] = 0
         if reason is None:
-            self.receipt.accepted += 1
+            self.result.accepted += 1
             return
-        self.receipt.rejected[reason] += 1
-        others = self.receipt.accepted + sum(self.receipt.rejected.values()) - self.receipt.rejected["declined"]
+        self.result.rejected[reason] += 1
+        others = self.result.accepted + sum(self.result.rejected.values()) - self.result.rejected["declined"]
         if reason == "declined" and not others:
             self._fails("declined", _REFUSED, f"{self.service.url} declines every request ({error_message(raw)})")
 
     def _put_back(self, request: Request, outcome: NotDone) -> None:
-        self.receipt.not_done += 1
+        self.result.not_done += 1
         if not outcome.limited:
             self.failures[request.id] += 1
             self._fails("failed", _FAILURES, f"{self.service.url} failed {_FAILURES} times in a row ({outcome.note})")
         if self.failures[request.id] < self.settings.tries:
             self.queue.append(request)
         else:
-            self.receipt.later += 1
+            self.result.later += 1
 
     def _fails(self, what: str, most: int, message: str) -> None:
         self._in_a_row[what] += 1
@@ -264,7 +264,7 @@ class _Run:
         self.stopping.set()
 
     def _peek(self) -> Request | None:
-        if self.settings.limit is not None and self.receipt.asked >= self.settings.limit:
+        if self.settings.limit is not None and self.result.asked >= self.settings.limit:
             return None
         if not self.queue:
             for place, request in self.ledger.planned(_READ_AHEAD, after=self._read_to):
@@ -277,7 +277,7 @@ class _Run:
 
         def stop(number: int) -> None:
             loop.remove_signal_handler(number)  # the second one ends the program at once
-            self.receipt.stopped = self.receipt.stopped or f"{signal.Signals(number).name}"
+            self.result.stopped = self.result.stopped or f"{signal.Signals(number).name}"
             self.stopping.set()
 
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import UserError, needs
-from .ledger import Request
+from data_prep.captions.ledger import Request
+from data_prep.errors import UserError, needs
+from data_prep.shards.format import JsonObject
 
 DEFAULT_URL = "https://api.openai.com/v1"
 _STOPPING_CODES = {"insufficient_quota", "billing_hard_limit_reached", "model_not_found", "invalid_api_key"}
@@ -145,7 +146,7 @@ class Service:
         return Declined(status, raw, headers)
 
 
-def request_body(request: Request, mime: str, image: bytes) -> dict[str, Any]:
+def request_body(request: Request, mime: str, image: bytes) -> JsonObject:
     """The JSON of a chat completion: the prompt and the image as a data URL."""
     url: dict[str, str] = {"url": f"data:{mime};base64,{base64.b64encode(image).decode()}"}
     if request.options["detail"] is not None:

@@ -12,8 +12,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..corpus.items import LANGUAGES
-from ..errors import UserError
+from data_prep.errors import UserError
+from data_prep.languages import LANGUAGES
 
 PROMPTS = Path(__file__).parent / "prompts"
 _REFUSALS = Path(__file__).parent / "refusals.json"

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..execute import Execution
+    from data_prep.execute import Execution, Target
 
 
 def add_execution(parser: argparse.ArgumentParser, *, samples_per_shard: int = 1000, cuts: bool = True) -> None:
@@ -38,11 +38,9 @@ def add_execution(parser: argparse.ArgumentParser, *, samples_per_shard: int = 1
 
 def execution_of(options: argparse.Namespace) -> Execution:
     """What the user asked for. UserError if it makes no sense."""
-    from ..errors import UserError
-    from ..execute import Execution
+    from data_prep.errors import UserError
+    from data_prep.execute import Execution
 
-    if getattr(options, "samples_per_shard", 1) < 1:
-        raise UserError(f"--samples-per-shard {options.samples_per_shard}: expected at least 1")
     task, _, tasks = options.task.partition("/")
     try:
         return Execution(options.engine, options.workers, (int(task), int(tasks)))
@@ -50,3 +48,13 @@ def execution_of(options: argparse.Namespace) -> Execution:
         if isinstance(error, UserError):
             raise
         raise UserError(f"--task {options.task}: expected I/N, for example 0/4") from error
+
+
+def target_of(options: argparse.Namespace, out: str | None = None) -> Target:
+    """Where the user wants the data sets. UserError if a shard would hold nothing."""
+    from data_prep.errors import UserError
+    from data_prep.execute import Target
+
+    if options.samples_per_shard < 1:
+        raise UserError(f"--samples-per-shard {options.samples_per_shard}: expected at least 1")
+    return Target(out or options.out, options.name, options.samples_per_shard)

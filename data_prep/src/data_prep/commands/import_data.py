@@ -6,15 +6,17 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from .execution import add_execution, execution_of
+from data_prep.commands import Subcommands
+from data_prep.commands.execution import add_execution, execution_of, target_of
+from data_prep.shards.format import JsonObject
 
 if TYPE_CHECKING:
-    from ..image_rule import ImageRule
+    from data_prep.image_rule import ImageRule
 
 
-def add(commands: argparse._SubParsersAction) -> None:
+def add(commands: Subcommands) -> None:
     """Register the command and its sources."""
-    from ..sources import SOURCES
+    from data_prep.sources import SOURCES
 
     parser = commands.add_parser(
         "import",
@@ -28,12 +30,12 @@ def add(commands: argparse._SubParsersAction) -> None:
         one.set_defaults(run=_run)
 
 
-def add_source(
-    sources: argparse._SubParsersAction, name: str, source: type[Any], *, out: str
-) -> argparse.ArgumentParser:
+def add_source(sources: Subcommands, name: str, source: type[Any], *, out: str) -> argparse.ArgumentParser:
     """Register a source as a subcommand, with all its options; `out` explains --out."""
     summary, _, more = (source.__doc__ or "").partition("\n")
-    one = sources.add_parser(name, help=summary, description=f"{summary}. {' '.join(more.split())}")
+    one: argparse.ArgumentParser = sources.add_parser(
+        name, help=summary, description=f"{summary}. {' '.join(more.split())}"
+    )
     add_values(one, source)
     one.add_argument("--out", required=True, metavar="OUT", help=out)
     one.add_argument("--name", default=name, help="name of what comes out (default: %(default)s)")
@@ -48,7 +50,7 @@ def add_values(parser: argparse.ArgumentParser, source: type[Any]) -> None:
     """Arguments for the fields of a source: those without a default by place, the others as --name."""
     for value in dataclasses.fields(source):
         explanation, choices = value.metadata["help"], value.metadata.get("choices")
-        many: dict[str, Any] = {"nargs": "+"} if str(value.type).startswith("tuple") else {}
+        many: JsonObject = {"nargs": "+"} if str(value.type).startswith("tuple") else {}
         if value.default is dataclasses.MISSING:
             parser.add_argument(value.name, metavar=value.name.upper(), help=explanation, **many)
             continue
@@ -65,7 +67,7 @@ def add_values(parser: argparse.ArgumentParser, source: type[Any]) -> None:
 
 def add_image_rule(parser: argparse.ArgumentParser, rule: ImageRule) -> None:
     """Options for how images are stored, with the source's rule as the default."""
-    from ..image_rule import ENCODINGS, FITS, KERNELS
+    from data_prep.image_rule import ENCODINGS, FITS, KERNELS
 
     group = parser.add_argument_group("images", "Stored once, at a size that training needs.")
     group.add_argument("--image-size", type=int, default=rule.size, metavar="PIXELS", help="default: %(default)s")
@@ -95,27 +97,25 @@ def add_image_rule(parser: argparse.ArgumentParser, rule: ImageRule) -> None:
 
 def image_rule_of(options: argparse.Namespace) -> ImageRule:
     """What the user asked for. UserError if it makes no sense."""
-    from ..image_rule import ImageRule
+    from data_prep.image_rule import ImageRule
 
     names = ("fit", "encoding", "quality", "kernel", "max_pixels")
     return ImageRule(options.image_size, **{name: getattr(options, name) for name in names})
 
 
-def run_import(options: argparse.Namespace, *, out: str, evalset: bool = False) -> dict[str, Any] | None:
+def run_import(options: argparse.Namespace, *, out: str, evalset: bool = False) -> JsonObject | None:
     """Import what the command line says into `out`; gives the receipt."""
-    from ..sources.importing import import_source
+    from data_prep.sources.importing import import_source
 
     values = {value.name: getattr(options, value.name) for value in dataclasses.fields(options.source)}
     return import_source(
-        options.name,
         options.source(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}),
-        out,
+        target_of(options, out),
         title=options.title,
         evalset=evalset,
         image=image_rule_of(options) if options.source.image is not None else None,
-        samples_per_shard=options.samples_per_shard,
         execution=execution_of(options),
-        say=lambda line: print(line, flush=True),
+        log=lambda line: print(line, flush=True),
     )
 
 

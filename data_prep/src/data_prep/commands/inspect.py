@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 
+from data_prep.commands import Subcommands
 
-def add(commands: argparse._SubParsersAction) -> None:
+
+def add(commands: Subcommands) -> None:
     """Register the command."""
     parser = commands.add_parser(
         "inspect",
@@ -29,21 +31,21 @@ def add(commands: argparse._SubParsersAction) -> None:
 def _run(options: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from ..errors import UserError
-    from ..execute.progress import Progress
-    from ..looking.find import find_datasets
-    from ..looking.gather import gather, looked_at
-    from ..looking.page import page
-    from ..shards import Dataset
-    from ..shards.files import refused, write_file
+    from data_prep.errors import UserError
+    from data_prep.execute.progress import Progress
+    from data_prep.inspection.find import find_datasets
+    from data_prep.inspection.report import page
+    from data_prep.inspection.summary import sampled, summarize
+    from data_prep.shards import Dataset
+    from data_prep.shards.files import refused, write_file
 
     if options.look_at < 1 or options.examples < 0:
         raise UserError(f"--look-at {options.look_at}, --examples {options.examples}: expected 1 and 0 or more")
     directories = find_datasets(options.shards)
     sizes = [len(Dataset.open(directory)) for directory in directories]
-    progress = Progress(max(1, sum(size + len(looked_at(size, options.look_at)) for size in sizes)))
+    progress = Progress(max(1, sum(size + len(sampled(size, options.look_at)) for size in sizes)))
     findings = [
-        gather(path, look_at=options.look_at, examples=options.examples, tick=lambda: progress.add(1))
+        summarize(path, look_at=options.look_at, examples=options.examples, tick=lambda: progress.add(1))
         for path in directories
     ]
     progress.finish()

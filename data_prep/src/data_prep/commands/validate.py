@@ -7,8 +7,10 @@ import os
 import sys
 from pathlib import Path
 
+from data_prep.commands import Subcommands
 
-def add(commands: argparse._SubParsersAction) -> None:
+
+def add(commands: Subcommands) -> None:
     """Register the command."""
     parser = commands.add_parser(
         "validate",
@@ -23,11 +25,11 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from ..errors import UserError
-    from ..execute.progress import Progress
-    from ..looking.find import find_datasets
-    from ..looking.validate import validate
-    from ..shards import Dataset, ShardError
+    from data_prep.errors import UserError
+    from data_prep.execute.progress import Progress
+    from data_prep.inspection.find import find_datasets
+    from data_prep.inspection.validate import validate
+    from data_prep.shards import Dataset, ShardError
 
     def shards(directory: Path) -> int:
         try:

@@ -9,8 +9,9 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from .deb import find_package, find_translations
-from .items import LANGUAGES, OTHER_CODES, CorpusError
+from data_prep.corpus.deb import find_package, find_translations
+from data_prep.corpus.items import CorpusError
+from data_prep.languages import LANGUAGES, OTHER_CODES
 
 FONT = "fonts-noto-color-emoji"
 CLDR = "unicode-cldr-core"
@@ -30,7 +31,7 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trilith"
 
 
-def fetch(cache: Path, packages: Iterable[str], *, translations: bool, say: Callable[[str], None]) -> Path:
+def fetch(cache: Path, packages: Iterable[str], *, translations: bool, log: Callable[[str], None]) -> Path:
     """Make sure that `cache` holds the packages and, if asked for, apt's translations; returns it.
 
     apt reads the machine's sources and keys, but keeps its lists, its cache and its state in a temporary folder of
@@ -43,25 +44,25 @@ def fetch(cache: Path, packages: Iterable[str], *, translations: bool, say: Call
     missing = [name for name in packages if not (cache.is_dir() and find_package(cache, name))]
     wants_lists = translations and not (cache.is_dir() and "en" in find_translations(cache))
     if not missing and not wants_lists:
-        say(f"packages: all in {cache}")
+        log(f"packages: all in {cache}")
         return cache
     if shutil.which("apt-get") is None:
         raise CorpusError(f"there is no apt-get on this machine; {_ELSEWHERE}")
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="fetch-", dir=cache) as scratch:
-            _fetch(cache, Path(scratch), missing, wants_lists, say)
+            _fetch(cache, Path(scratch), missing, wants_lists, log)
     except OSError as error:
         raise CorpusError(f"{cache}: cannot be written ({error.strerror}); name another folder with --cache") from error
     return cache
 
 
-def _fetch(cache: Path, scratch: Path, missing: list[str], wants_lists: bool, say: Callable[[str], None]) -> None:
+def _fetch(cache: Path, scratch: Path, missing: list[str], wants_lists: bool, log: Callable[[str], None]) -> None:
     config = _write_config(scratch, wants_lists)
-    say("packages: asking apt what there is")
+    log("packages: asking apt what there is")
     _apt(config, scratch, "update")
     for name in missing:
-        say(f"packages: fetching {name}")
+        log(f"packages: fetching {name}")
         _apt(config, scratch, "download", name)
         package = find_package(scratch, name)
         if package is None:
@@ -76,7 +77,7 @@ def _fetch(cache: Path, scratch: Path, missing: list[str], wants_lists: bool, sa
         for paths in [paths for language, paths in found.items() if language != "en"] + [found["en"]]:
             for path in paths:  # English last: its presence says that all are there
                 path.rename(cache / path.name)
-        say(f"packages: package descriptions in {len(found)} languages")
+        log(f"packages: package descriptions in {len(found)} languages")
 
 
 def _write_config(scratch: Path, wants_lists: bool) -> Path:

@@ -6,8 +6,10 @@ import re
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass, field
 
-from .deb import Package, read_members
-from .items import LANGUAGES, CorpusError, clean
+from data_prep.corpus.deb import Package, read_members
+from data_prep.corpus.items import CorpusError
+from data_prep.languages import LANGUAGES
+from data_prep.samples import clean
 
 _ROOT = "usr/share/unicode/cldr/common/"
 _SHARED = (

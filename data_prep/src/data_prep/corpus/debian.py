@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from . import apt, cldr, emoji, help_texts, package_texts, stamps
-from .deb import Package, file_sha256, find_package, find_translations, read_members
-from .items import LANGUAGES, CorpusError, ImageItem, TextItem
-from .pictures import Job, make_pictures
+from data_prep.corpus import apt, cldr, emoji, help_texts, package_texts, stamps
+from data_prep.corpus.deb import Package, file_sha256, find_package, find_translations, read_members
+from data_prep.corpus.items import CorpusError, ImageItem, TextItem
+from data_prep.corpus.render import RenderJob, render_images
+from data_prep.languages import LANGUAGES
+
+Render = Callable[[Sequence[RenderJob]], list[bytes | None]]
 
 OPTIONAL_SOURCES = ("stamps", "flags", "packages", "help")
 
@@ -49,7 +53,7 @@ def read_material(
     image_size: int,
     seed: int,
     workers: int,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Material:
     """Read the packages and translations in `directory` and draw the pictures."""
     packages = _find_all(directory, without)
@@ -59,23 +63,24 @@ def read_material(
     started = time.monotonic()
     files = cldr.read_files(packages[apt.CLDR])
     locales = {code: cldr.read_locale(files, code) for code in LANGUAGES}
-    say(f"read names in {len(locales)} languages ({time.monotonic() - started:.0f} s)")
+    log(f"read names in {len(locales)} languages ({time.monotonic() - started:.0f} s)")
 
     world = None if "flags" in without else cldr.read_world(files)
-    font = _read_font(packages[apt.FONT])
+    render = partial(render_images, size=image_size, workers=workers)
+    draw_emoji = partial(render, font=_read_font(packages[apt.FONT]))
     found, material.dropped["emoji"] = emoji.emoji_candidates(locales)
-    material.images += _emoji_items(
-        found, files, locales, world, font, image_size, workers, material.dropped["emoji"], say
-    )
+    material.images += _emoji_items(found, files, locales, world, draw_emoji, material.dropped["emoji"], log)
     if apt.STAMPS in packages:
-        say("reading the stamps")
+        log("reading the stamps")
         found_stamps, material.dropped["stamps"] = stamps.read_stamps(packages[apt.STAMPS])
-        material.images += _stamp_items(found_stamps, locales, image_size, workers, material.dropped["stamps"], say)
+        material.images += _stamp_items(
+            found_stamps, locales, partial(render, font=None), material.dropped["stamps"], log
+        )
     if "packages" not in without:
-        material.texts += _package_items(directory, max_packages, seed, material, say)
+        material.texts += _package_items(directory, max_packages, seed, material, log)
     if apt.HELP in packages:
         pages, material.dropped["help"] = help_texts.read_help(packages[apt.HELP])
-        say(f"read {len(pages)} help pages")
+        log(f"read {len(pages)} help pages")
         material.texts += pages
     if (letters := find_package(directory, apt.LETTERS)) is not None:
         fonts = read_members(letters, lambda path: path.endswith("/DejaVuSans.ttf"))
@@ -117,14 +122,12 @@ def _emoji_items(
     files: dict[str, bytes],
     locales: dict[str, cldr.Locale],
     world: cldr.World | None,
-    font: bytes,
-    image_size: int,
-    workers: int,
+    render: Render,
     dropped: dict[str, int],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> list[ImageItem]:
     started = time.monotonic()
-    pictures = make_pictures([Job("glyph", sign) for sign in found], size=image_size, font=font, workers=workers)
+    pictures = render([RenderJob("glyph", sign) for sign in found])
     order, groups = cldr.emoji_order(files), cldr.emoji_groups(files)
     last_group: tuple[str, str] = ("", "")
     items = []
@@ -137,42 +140,41 @@ def _emoji_items(
         last_group = groups.get(sign, last_group)
         items.append(emoji.emoji_item(sign, png, order=place, group=last_group, locales=locales, world=world))
     dropped["no picture in the font (punctuation and signs)"] = len(found) - len(drawn)
-    say(f"drew {len(items)} emoji ({time.monotonic() - started:.0f} s)")
+    log(f"drew {len(items)} emoji ({time.monotonic() - started:.0f} s)")
     return items
 
 
 def _stamp_items(
     found: list[stamps.Stamp],
     locales: dict[str, cldr.Locale],
-    image_size: int,
-    workers: int,
+    render: Render,
     dropped: dict[str, int],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> list[ImageItem]:
     started = time.monotonic()
-    pictures = make_pictures([stamp.job for stamp in found], size=image_size, font=None, workers=workers)
+    pictures = render([stamp.job for stamp in found])
     items = [
         stamps.stamp_item(stamp, png, order=place, locales=locales)
         for place, (stamp, png) in enumerate(zip(found, pictures, strict=True))
         if png is not None
     ]
     dropped["picture unreadable or white"] = len(found) - len(items)
-    say(f"drew {len(items)} stamps ({time.monotonic() - started:.0f} s)")
+    log(f"drew {len(items)} stamps ({time.monotonic() - started:.0f} s)")
     return items
 
 
 def _package_items(
-    directory: Path, max_packages: int, seed: int, material: Material, say: Callable[[str], None]
+    directory: Path, max_packages: int, seed: int, material: Material, log: Callable[[str], None]
 ) -> list[TextItem]:
     started = time.monotonic()
     translations = find_translations(directory)
     if "en" not in translations or len(translations) < 2:
         material.left_out["packages"] = "no Translation-en with another Translation-xx in the folder"
-        say(f"{directory}: has no Translation-en with another Translation-xx; goes on WITHOUT package descriptions")
+        log(f"{directory}: has no Translation-en with another Translation-xx; goes on WITHOUT package descriptions")
         return []
     material.packages += [
         {"name": path.name, "sha256": file_sha256(path)} for paths in translations.values() for path in paths
     ]
     items, material.dropped["packages"] = package_texts.read_packages(translations, limit=max_packages, seed=seed)
-    say(f"read {len(items)} package descriptions in {len(translations)} languages ({time.monotonic() - started:.0f} s)")
+    log(f"read {len(items)} package descriptions in {len(translations)} languages ({time.monotonic() - started:.0f} s)")
     return items

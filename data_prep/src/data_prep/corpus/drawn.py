@@ -12,10 +12,10 @@ import math
 
 from PIL import Image, ImageDraw
 
-from ..samples import Text
-from .debian import Material
-from .items import CorpusError, ImageItem
-from .pictures import encode_png
+from data_prep.corpus.debian import Material
+from data_prep.corpus.items import CorpusError, ImageItem
+from data_prep.corpus.render import encode_png
+from data_prep.samples import Text
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "bar")
 COLORS = {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
-from ..samples import Text
-from .cldr import Locale, World
-from .items import LANGUAGES, ImageItem, clean, plain
-from .pictures import Job
+from data_prep.corpus.cldr import Locale, World
+from data_prep.corpus.items import ImageItem, normalized
+from data_prep.languages import LANGUAGES
+from data_prep.samples import Text, clean
 
 _TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
 _SIGNS = {"\u200d", "\ufe0f"}  # joiner and the wish for colour
@@ -39,11 +39,6 @@ def emoji_candidates(locales: dict[str, Locale]) -> tuple[list[str], dict[str, i
     return kept, dropped
 
 
-def emoji_job(emoji: str) -> Job:
-    """What to draw."""
-    return Job("glyph", emoji)
-
-
 def emoji_item(
     emoji: str,
     png: bytes,
@@ -58,7 +53,9 @@ def emoji_item(
     keywords = []
     for code in LANGUAGES:
         words = [
-            word for word in locales[code].keywords.get(emoji, ()) if plain(word) != plain(locales[code].names[emoji])
+            word
+            for word in locales[code].keywords.get(emoji, ())
+            if normalized(word) != normalized(locales[code].names[emoji])
         ]
         if words:
             keywords.append(Text(locales[code].comma.join(words), code, "keywords", "human:joined"))
@@ -83,7 +80,7 @@ def emoji_item(
         labels=(
             f"sequence:{_family_sequence(emoji)}",
             f"emoji:{_family_name(english)}",
-            f"caption:{plain(english)}",
+            f"caption:{normalized(english)}",
         ),
         names=names,
         keywords=tuple(keywords),

@@ -6,16 +6,8 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
-from ..errors import UserError
-from ..samples import Text
-
-# The thirty languages of the paper.
-LANGUAGES = tuple(
-    "ar bn zh da nl en fi fr ka de el hi id it ja ko lv no pl pt ro ru sk es sv th tr uk ur vi".split()  # noqa: SIM905
-)
-
-# How others write the languages that we write "no", "zh" and "pt".
-OTHER_CODES = {"nb": "no", "zh_CN": "zh", "pt_BR": "pt"}
+from data_prep.errors import UserError
+from data_prep.samples import Text
 
 _ARTICLES = re.compile(r"^(a|an|the|some)\s+")
 _NOT_WORDS = re.compile(r"[\W_]+")
@@ -66,12 +58,7 @@ class TextItem:
     target: tuple[Text, ...]
 
 
-def clean(text: str) -> str:
-    """Composed characters (NFC), single spaces, no space around."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
-
-
-def plain(text: str) -> str:
+def normalized(text: str) -> str:
     """What two captions have in common that say the same: no case, no punctuation, no English article in front.
 
     Two texts of signs alone ("⁇") stay as they are.

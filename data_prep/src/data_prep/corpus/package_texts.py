@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from ..samples import Text
-from .deb import read_translations
-from .items import TextItem, clean, plain
+from data_prep.corpus.deb import read_translations
+from data_prep.corpus.items import TextItem, normalized
+from data_prep.samples import Text, clean
 
 _BODY_CHARACTERS = 400  # of whole paragraphs: what a laptop's context holds
 
@@ -56,7 +56,7 @@ def _item(md5: str, texts: dict[str, tuple[str, str]]) -> TextItem:
         target.append(Text(title, language, "title"))
         if body:
             target.append(Text(body, language, "body"))
-    labels = [f"package:{md5}", f"title:{plain(english_title)}"]
+    labels = [f"package:{md5}", f"title:{normalized(english_title)}"]
     if english_body:
-        labels.append(f"body:{plain(english_body)}")
+        labels.append(f"body:{normalized(english_body)}")
     return TextItem(f"package-{md5}", "packages", tuple(labels), tuple(query), tuple(target))

@@ -6,11 +6,12 @@ import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from ..samples import Text
-from .cldr import Locale
-from .deb import Package, read_members
-from .items import LANGUAGES, OTHER_CODES, ImageItem, clean, plain
-from .pictures import Job
+from data_prep.corpus.cldr import Locale
+from data_prep.corpus.deb import Package, read_members
+from data_prep.corpus.items import ImageItem, normalized
+from data_prep.corpus.render import RenderJob
+from data_prep.languages import LANGUAGES, OTHER_CODES
+from data_prep.samples import Text, clean
 
 _ROOT = "usr/share/tuxpaint/stamps/"
 _STYLES = {"cartoon", "plastic", "toys", "filled", "outlined", "uppercase", "lowercase"}
@@ -37,7 +38,7 @@ class Stamp:
 
     path: str
     captions: dict[str, str]
-    job: Job
+    job: RenderJob
 
 
 def read_stamps(package: Package) -> tuple[list[Stamp], dict[str, int]]:
@@ -56,9 +57,9 @@ def read_stamps(package: Package) -> tuple[list[Stamp], dict[str, int]]:
         if "en" not in captions:
             dropped["no caption (ready-made mirror images)"] += 1
         elif f"{stem}.png" in files:
-            stamps.append(Stamp(stem, captions, Job("bitmap", files[f"{stem}.png"])))
+            stamps.append(Stamp(stem, captions, RenderJob("bitmap", files[f"{stem}.png"])))
         elif f"{stem}.svg" in files:
-            stamps.append(Stamp(stem, captions, Job("svg", files[f"{stem}.svg"])))
+            stamps.append(Stamp(stem, captions, RenderJob("svg", files[f"{stem}.svg"])))
         else:
             dropped["caption without a picture"] += 1
     return stamps, dropped
@@ -102,7 +103,7 @@ def stamp_item(stamp: Stamp, png: bytes, *, order: int, locales: dict[str, Local
         long_source="stamps",
         group=path.parts[:-1],
         order=order,
-        labels=(f"stamp:{family_path(stamp.path)}", f"caption:{plain(stamp.captions['en'])}"),
+        labels=(f"stamp:{family_path(stamp.path)}", f"caption:{normalized(stamp.captions['en'])}"),
         names=tuple(names),
         keywords=(),
         long=tuple(long),

@@ -6,7 +6,7 @@ import hashlib
 import io
 from collections.abc import Iterable, Sequence
 
-from .items import CorpusError
+from data_prep.corpus.items import CorpusError
 
 
 class Tokenizer:

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..samples import Text, captions_json, languages_of, texts_json
-from ..shards import DatasetWriter
-from .items import ImageItem, TextItem
-from .negatives import hard_negatives
-from .split import SPLITS
-from .vocabulary import Tokenizer
+from data_prep.corpus.items import ImageItem, TextItem
+from data_prep.corpus.negatives import hard_negatives
+from data_prep.corpus.split import SPLITS
+from data_prep.corpus.vocabulary import Tokenizer
+from data_prep.samples import Text, captions_json, languages_of, texts_json
+from data_prep.shards import DatasetWriter
 
 _SAMPLES_PER_SHARD = 500
 _TOKENIZER_ITEMS = 2500

@@ -4,7 +4,7 @@ A `Job` says what is to be done with which pieces of the input; `run_job` does i
 out. What was done already is never done again: receipts beside the output say so, not the engine.
 """
 
-from .job import Execution, Job, run_job, table
-from .unit import Output, Receipt, Spec, process_shard
+from data_prep.execute.job import Execution, Job, Target, run_job, table
+from data_prep.execute.unit import Output, Receipt, Spec, process_shard
 
-__all__ = ["Execution", "Job", "Output", "Receipt", "Spec", "process_shard", "run_job", "table"]
+__all__ = ["Execution", "Job", "Output", "Receipt", "Spec", "Target", "process_shard", "run_job", "table"]

@@ -13,8 +13,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from ..errors import UserError, needs
-from .unit import Receipt, Spec, process_shard
+from data_prep.errors import UserError, needs
+from data_prep.execute.unit import Receipt, Spec, process_shard
+from data_prep.shards.format import JsonObject
 
 ENGINES = ("processes", "ray")
 _WAITING = 2  # units that wait for each worker; more would only take memory
@@ -98,7 +99,7 @@ def _with_ray(specs: Sequence[Spec], workers: int) -> Iterator[Receipt]:
     ray = needs("ray", extra="ray", what="--engine ray")
     ours = not ray.is_initialized()
     if ours:
-        local: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers}
+        local: JsonObject = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers}
         for attempts_left in (2, 1, 0):
             try:
                 ray.init(**local, include_dashboard=False, log_to_driver=False, configure_logging=False)

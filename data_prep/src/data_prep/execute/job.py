@@ -14,55 +14,79 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..shards import KINDS, alone, write_manifest
-from ..shards.files import refused, sync_directory, write_file
-from .engines import ENGINES, run_units
-from .progress import Progress
-from .unit import Receipt, Spec, read_receipt
+from data_prep.errors import UserError
+from data_prep.execute.engines import ENGINES, run_units
+from data_prep.execute.progress import Progress
+from data_prep.execute.unit import Receipt, Spec, read_receipt
+from data_prep.shards import KINDS, alone, write_manifest
+from data_prep.shards.files import refused, sync_directory, write_file
+from data_prep.shards.format import JsonObject
 
 _EXAMPLES = 5  # of what was dropped, per reason
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is to be done; two jobs that are equal give the same bytes.
+class Target:
+    """Where data sets go, `out`/KIND/`name`, and how many samples a shard of theirs holds at most."""
 
-    title: as the user called it ("import images"). name: of the data sets, which go to `out`/KIND/`name`.
-    work: "package.module:function", called as function(piece, options, output) for each of `pieces`.
-    options: what all units share. Pieces and options are plain JSON values.
-    tokenizer_sha256: hash of the tokenizer that counted tokens, None if nothing was counted.
-    """
-
-    title: str
-    name: str
     out: str
-    work: str
-    pieces: Sequence[dict[str, Any]]
-    options: dict[str, Any] = field(default_factory=dict)
+    name: str
     samples_per_shard: int = 1000
-    tokenizer_sha256: str | None = None
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise UserError(f"name {self.name!r}: expected letters, digits, '-', '_' and '.', as in a folder's name")
 
+    def folder(self, kind: str) -> Path:
+        """The data set of a kind."""
+        return Path(self.out) / kind / self.name
+
+    def lock(self, task: str = "") -> Path:
+        """The lock file of whoever writes there, or of one array task."""
+        return Path(self.out) / f".{self.name}{task and '.'}{task}.lock"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done; equal jobs write the same bytes.
+
+    title: the command ("import images"). work: "package.module:function", called as function(piece, options, output)
+    for each of `pieces`. options: what all units share. Pieces and options are plain JSON values.
+    tokenizer_sha256: hash of the tokenizer that counted tokens, None if nothing was counted.
+    """
+
+    title: str
+    target: Target
+    work: str
+    pieces: Sequence[JsonObject]
+    options: JsonObject = field(default_factory=dict)
+    tokenizer_sha256: str | None = None
+
     @property
     def partial(self) -> Path:
-        """Where everything is until it is whole."""
-        return Path(self.out) / f"{self.name}.partial"
+        """The folder that holds everything until the data sets are complete."""
+        return Path(self.target.out) / f"{self.target.name}.partial"
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> JsonObject:
         """What the job is, as its receipt names it."""
         pieces = hashlib.sha256(json.dumps(list(self.pieces), sort_keys=True).encode()).hexdigest()
-        fields = ("title", "name", "work", "options", "samples_per_shard", "tokenizer_sha256")
-        plain = {name: getattr(self, name) for name in fields}
-        return json.loads(json.dumps({**plain, "units": len(self.pieces), "pieces": pieces}))
+        fields = {
+            "title": self.title,
+            "name": self.target.name,
+            "work": self.work,
+            "options": self.options,
+            "samples_per_shard": self.target.samples_per_shard,
+            "tokenizer_sha256": self.tokenizer_sha256,
+            "units": len(self.pieces),
+            "pieces": pieces,
+        }
+        plain: JsonObject = json.loads(json.dumps(fields))
+        return plain
 
     def specs(self) -> list[Spec]:
         """The units of work."""
         return [
-            Spec(self.work, str(self.partial), number, piece, self.options, self.samples_per_shard)
+            Spec(self.work, str(self.partial), number, piece, self.options, self.target.samples_per_shard)
             for number, piece in enumerate(self.pieces)
         ]
 
@@ -88,9 +112,7 @@ class Execution:
             raise UserError(f"{self.workers} workers: expected at least 1")
 
 
-def run_job(
-    job: Job, execution: Execution | None = None, *, say: Callable[[str], None] = print
-) -> dict[str, Any] | None:
+def run_job(job: Job, execution: Execution | None = None, *, log: Callable[[str], None] = print) -> JsonObject | None:
     """Do what is left of a job and publish its data sets; gives the receipt that stands beside them.
 
     None if other array tasks have units left: the last of them publishes.
@@ -104,7 +126,7 @@ def run_job(
         raise UserError(f"{job.title}: nothing found to work on")
     finished = _published(job)
     if finished is not None:
-        say(f"{job.out}: {job.name} is there already, from the same input and options; nothing to do")
+        log(f"{job.target.out}: {job.target.name} is there already, from the same input and options; nothing to do")
         return finished
     try:
         with _alone(job):
@@ -112,29 +134,29 @@ def run_job(
     except OSError as error:
         raise refused(job.partial, error) from error
     part = "{}-of-{}".format(*execution.task)
-    with alone(Path(job.out) / f".{job.name}.{part}.lock", f"{job.partial} (task {part})"):
-        return _go_on(job, execution, say)
+    with alone(job.target.lock(part), f"{job.partial} (task {part})"):
+        return _go_on(job, execution, log)
 
 
-def _go_on(job: Job, execution: Execution, say: Callable[[str], None]) -> dict[str, Any] | None:
+def _go_on(job: Job, execution: Execution, log: Callable[[str], None]) -> JsonObject | None:
     if not job.partial.exists():  # whoever held the lock before has published
         return _published(job)
     if not (job.partial / "publish.json").exists():
-        _run(job, execution, say)
+        _run(job, execution, log)
         with _alone(job):
             if not job.partial.exists():  # another array task was faster
                 return _published(job)
             if not _prepare(job):
-                say(f"{job.partial}: this task is done, others have units left; the last one publishes")
+                log(f"{job.partial}: this task is done, others have units left; the last one publishes")
                 return None
     with _alone(job):
         receipt = _publish(job)
     for line in table(receipt):
-        say(line)
+        log(line)
     return receipt
 
 
-def table(receipt: dict[str, Any]) -> list[str]:
+def table(receipt: JsonObject) -> list[str]:
     """What a command ends with: what came in, what was dropped for which reason, what went out."""
     lines = ["", f"{'came in':<58}{receipt['came_in']:>10}"]
     for heading, counts in (("dropped, and why", receipt["dropped"]), ("of these", receipt["notes"])):
@@ -143,14 +165,14 @@ def table(receipt: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _published(job: Job) -> dict[str, Any] | None:
+def _published(job: Job) -> JsonObject | None:
     """The receipt of this very job if its data sets are there; UserError if something else is."""
-    found = [folder for kind in KINDS if (folder := Path(job.out) / kind / job.name).exists()]
+    found = [folder for folder in map(job.target.folder, KINDS) if folder.exists()]
     if not found or (job.partial / "publish.json").exists():
         return None
     for folder in found:
         try:
-            receipt = json.loads((folder / "receipt.json").read_bytes())
+            receipt: JsonObject = json.loads((folder / "receipt.json").read_bytes())
             other = receipt["job"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder}: exists already and is not ours to replace; choose another --name") from error
@@ -180,12 +202,12 @@ def _begin(job: Job) -> None:
         raise refused(job.partial, error) from error
 
 
-def _run(job: Job, execution: Execution, say: Callable[[str], None]) -> None:
+def _run(job: Job, execution: Execution, log: Callable[[str], None]) -> None:
     first, step = execution.task
     own = job.specs()[first::step]
     done = [spec for spec in own if read_receipt(spec) is not None]
     if done:
-        say(f"{job.partial}: going on, {len(done)} of {len(own)} units are done")
+        log(f"{job.partial}: going on, {len(done)} of {len(own)} units are done")
     finished = {spec.number for spec in done}
     left = [spec for spec in own if spec.number not in finished]
     progress = Progress(len(own))
@@ -198,7 +220,7 @@ def _run(job: Job, execution: Execution, say: Callable[[str], None]) -> None:
 
 def _prepare(job: Job) -> bool:
     """Write manifests and receipts if every unit is done, and the mark that only names are left to change."""
-    shards: dict[str, list[dict[str, Any]]] = {}
+    shards: dict[str, list[JsonObject]] = {}
     total = Receipt(0)
     counts = {name: Counter[str]() for name in ("went_out", "dropped", "notes")}
     came_in = 0
@@ -227,7 +249,7 @@ def _prepare(job: Job) -> bool:
     raw = _raw(whole) + b"\n"
     for kind, entries in sorted(shards.items()):
         folder = job.partial / kind
-        write_manifest(folder, kind=kind, source=job.name, shards=entries, tokenizer_sha256=job.tokenizer_sha256)
+        write_manifest(folder, kind=kind, source=job.target.name, shards=entries, tokenizer_sha256=job.tokenizer_sha256)
         try:
             write_file(folder / "receipt.json", raw)
             for leftover in folder.glob("*.tmp"):  # of a unit that was killed
@@ -241,7 +263,7 @@ def _prepare(job: Job) -> bool:
     return True
 
 
-def _publish(job: Job) -> dict[str, Any]:
+def _publish(job: Job) -> JsonObject:
     """Give the data sets their names; stopped anywhere, the next run goes on."""
     mark = job.partial / "publish.json"
     try:
@@ -249,9 +271,9 @@ def _publish(job: Job) -> dict[str, Any]:
             published = _published(job)
             assert published is not None
             return published
-        receipt = json.loads(mark.read_bytes())
+        receipt: JsonObject = json.loads(mark.read_bytes())
         for kind in receipt["went_out"]:
-            folder = Path(job.out) / kind / job.name
+            folder = job.target.folder(kind)
             if (job.partial / kind).exists():
                 folder.parent.mkdir(exist_ok=True)
                 (job.partial / kind).rename(folder)
@@ -264,15 +286,15 @@ def _publish(job: Job) -> dict[str, Any]:
 
 def _alone(job: Job) -> AbstractContextManager[None]:
     """One array task at a time."""
-    return alone(Path(job.out) / f".{job.name}.lock", str(job.partial), wait=True)
+    return alone(job.target.lock(), str(job.partial), wait=True)
 
 
-def _raw(value: dict[str, Any]) -> bytes:
+def _raw(value: JsonObject) -> bytes:
     """As JSON. A path that is not UTF-8 has lone surrogates; as JSON's own escapes they are read back equal."""
     return json.dumps(value, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
-def _difference(other: Any, ours: dict[str, Any]) -> str:
+def _difference(other: Any, ours: JsonObject) -> str:
     """In words, where two identities differ."""
     if not isinstance(other, dict):
         return "not one of ours"

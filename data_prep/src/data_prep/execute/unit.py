@@ -9,15 +9,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-from ..shards import ShardError, ShardWriter
-from ..shards.files import refused, temporary, write_file
-from ..shards.format import index_name
+from data_prep.shards import ShardError, ShardWriter
+from data_prep.shards.files import refused, temporary, write_file
+from data_prep.shards.format import JsonObject, index_name
 
 _EXAMPLES = 5  # of what was dropped, per reason and unit
 
-Work = Callable[[dict[str, Any], dict[str, Any], "Output"], None]
+Work = Callable[[JsonObject, JsonObject, "Output"], None]
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,8 @@ class Spec:
     work: str
     directory: str
     number: int
-    piece: dict[str, Any]
-    options: dict[str, Any] = field(default_factory=dict)
+    piece: JsonObject
+    options: JsonObject = field(default_factory=dict)
     samples_per_shard: int = 1000
 
     @property
@@ -56,7 +55,7 @@ class Receipt:
     dropped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
-    shards: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    shards: dict[str, list[JsonObject]] = field(default_factory=dict)
 
 
 class Output:
@@ -65,7 +64,7 @@ class Output:
     def __init__(self, spec: Spec) -> None:
         self._spec = spec
         self._open: dict[str, ShardWriter] = {}
-        self._shards: dict[str, list[dict[str, Any]]] = {}
+        self._shards: dict[str, list[JsonObject]] = {}
         self._went_out: Counter[str] = Counter()
         self._dropped: Counter[str] = Counter()
         self._notes: Counter[str] = Counter()
@@ -124,7 +123,6 @@ class Output:
         link = self._place(kind)
         try:
             fresh = temporary(link)
-            fresh.unlink(missing_ok=True)
             fresh.symlink_to(tar.resolve())
             fresh.rename(link)
             write_file(link.with_name(index_name(link.name)), index)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import UserError
+from data_prep.errors import UserError
 
 
 @dataclass(frozen=True)

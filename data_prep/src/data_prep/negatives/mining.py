@@ -5,18 +5,16 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import UserError, needs
-from ..execute import Execution, Job
-from ..execute.unit import Output
-from ..shaping.minhash import near_duplicates, signatures
-from ..shaping.passes import (
-    Record,
+from data_prep.curation.minhash import near_duplicates, signatures
+from data_prep.curation.passes import (
     Survey,
+    TextDict,
     decision,
     load,
     open_alike,
@@ -28,38 +26,48 @@ from ..shaping.passes import (
     with_decisions,
     write,
 )
-from ..shaping.stored import Stored, arrays_of
-from ..shards import Dataset
-from .guards import Guards, Known, choose
-from .search import EXACT_UP_TO, build_index, search
+from data_prep.curation.signature_store import SignatureStore, arrays_of
+from data_prep.errors import UserError, needs
+from data_prep.execute import Execution, Job, Target
+from data_prep.execute.unit import Output
+from data_prep.negatives.guards import Guards, Known, choose
+from data_prep.negatives.search import EXACT_UP_TO, build_index, search
+from data_prep.shards import Dataset
+from data_prep.shards.format import JsonObject
 
 _SPARE = 50  # neighbours beyond the last rank, for those that turn out to be answers
 
 
+@dataclass(frozen=True)
+class Embedding:
+    """How texts are embedded.
+
+    model: a directory of a text tower, or of a model of ours with its `text/`. query_task, target_task: `task` of
+    `TextTower.encode` for either side. dim: search by the first `dim` dims (Matryoshka), which takes less memory.
+    """
+
+    model: str
+    query_task: str | None = None
+    target_task: str | None = None
+    dim: int | None = None
+
+
 def mine_negatives(
     directories: Sequence[str],
+    target: Target,
+    embedding: Embedding,
     *,
-    out: str,
-    name: str,
-    model: str,
     guards: Guards | None = None,
-    query_task: str | None = None,
-    target_task: str | None = None,
-    dim: int | None = None,
     similarity: float = 0.8,
     exact_up_to: int = EXACT_UP_TO,
-    samples_per_shard: int = 1000,
     execution: Execution | None = None,
-) -> dict[str, Any] | None:
-    """Write text pairs as triplets with hard negatives, OUT/text-triplets/NAME.
+) -> JsonObject | None:
+    """Write text pairs to `target` as triplets with hard negatives.
 
     A pair's first query is embedded, and its first target in other words; the negatives of a query are targets of other
     pairs, with all their alternatives. A pair for which too few pass the guards is dropped.
 
     Args:
-        model: a directory of a text tower, or of a model of ours with its `text/`.
-        query_task, target_task: `task` of `TextTower.encode` for either side.
-        dim: search by the first `dim` dims (Matryoshka): less memory.
         similarity: of texts that count as the same query or the same answer, estimated Jaccard.
         exact_up_to: so many pairs are searched exactly, more by inverted lists.
 
@@ -71,27 +79,20 @@ def mine_negatives(
     if datasets[0].kind != "text-pairs":
         raise UserError(f"{datasets[0].directory} holds {datasets[0].kind}; expected text-pairs")
     pieces = pieces_of(datasets)
-    embedding = {
-        "model": str(_text_folder(Path(model)).resolve()),
-        "query_task": query_task,
-        "target_task": target_task,
-        "dim": dim,
-    }
-    survey = Survey(out, name, f"{__name__}:embed", pieces, embedding)
-    settings = {"count": guards.count, "ranks": list(guards.ranks), "margin": guards.margin, "similarity": similarity}
+    encoding = {**asdict(embedding), "model": str(_text_folder(Path(embedding.model)).resolve())}
+    survey = Survey(target, f"{__name__}:embed", pieces, encoding)
     job = Job(
         title="negatives",
-        name=name,
-        out=out,
+        target=target,
         work=f"{__name__}:compose",
         pieces=with_decisions(survey, pieces),
         options={
-            **embedding,
-            **settings,
+            **encoding,
+            **asdict(guards),
+            "similarity": similarity,
             "exact_up_to": exact_up_to,
             "datasets": [str(dataset.directory.resolve()) for dataset in datasets],
         },
-        samples_per_shard=samples_per_shard,
         tokenizer_sha256=datasets[0].manifest["tokenizer_sha256"],
     )
     return two_passes(
@@ -99,7 +100,7 @@ def mine_negatives(
     )
 
 
-def embed(piece: dict[str, Any], options: dict[str, Any], output: Output) -> None:
+def embed(piece: JsonObject, options: JsonObject, output: Output) -> None:
     """The survey: unit embeddings of query and target, and what tells whether two pairs ask or answer the same."""
     queries, targets, items = [], [], []
     for sample in samples_of(piece):
@@ -123,7 +124,7 @@ def embed(piece: dict[str, Any], options: dict[str, Any], output: Output) -> Non
     save(Path(piece["survey"]), items=np.array(items, np.uint64), **sides)
 
 
-def compose(piece: dict[str, Any], options: dict[str, Any], output: Output) -> None:
+def compose(piece: JsonObject, options: JsonObject, output: Output) -> None:
     """The rewriting pass: each pair with the targets that were chosen for it."""
     corpus = _corpus(tuple(options["datasets"]))
     for sample, chosen in zip(samples_of(piece), decision(piece).tolist(), strict=True):
@@ -155,7 +156,7 @@ def _decide(survey: Survey, guards: Guards, similarity: float, exact_up_to: int)
 
 
 def _groups(files: Sequence[Path], side: str, similarity: float) -> np.ndarray:
-    with Stored(files, side) as stored:
+    with SignatureStore(files, side) as stored:
         return near_duplicates(stored, similarity=similarity)
 
 
@@ -166,17 +167,19 @@ class _Corpus:
         self._datasets = [Dataset.open(directory) for directory in directories]
         self._begins = np.cumsum([0, *(len(dataset) for dataset in self._datasets)])
 
-    def target(self, pair: int) -> list[Record]:
+    def target(self, pair: int) -> list[TextDict]:
         number = int(np.searchsorted(self._begins, pair, "right")) - 1
-        return sample_at(self._datasets[number], pair - int(self._begins[number])).content["target"]
+        texts: list[TextDict] = sample_at(self._datasets[number], pair - int(self._begins[number])).content["target"]
+        return texts
 
 
 _corpus = functools.lru_cache(1)(_Corpus)
 
 
-def _other_words(alternatives: Sequence[Record], query: str) -> str:
+def _other_words(alternatives: Sequence[TextDict], query: str) -> str:
     """The first alternative that does not repeat the query, as names in many languages do; else the first."""
-    return next((text["text"] for text in alternatives if text["text"] != query), alternatives[0]["text"])
+    texts: list[str] = [text["text"] for text in alternatives]
+    return next((text for text in texts if text != query), texts[0])
 
 
 def _text_folder(model: Path) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import needs
+from data_prep.errors import needs
 
 EXACT_UP_TO = 200_000
 _PROBED = 64  # lists looked at for each query; of 4·√N
@@ -40,7 +40,8 @@ def build_index(
 
 def search(index: Any, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """(scores, numbers) of the `k` nearest of each query, `[Q, k]`, nearest first; number -1 where there is none."""
-    return index.search(_floats(queries), min(k, index.ntotal))
+    scores, numbers = index.search(_floats(queries), min(k, index.ntotal))
+    return scores, numbers
 
 
 def _floats(vectors: np.ndarray) -> np.ndarray:

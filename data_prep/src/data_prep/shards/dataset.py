@@ -15,7 +15,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from .format import MANIFEST, SCHEMA, ShardError, ShardUnavailable, check_kind, index_name
+from data_prep.shards.format import MANIFEST, SCHEMA, JsonObject, ShardError, ShardUnavailable, check_kind, index_name
 
 # Indexes and open files of so many shards are kept; more would run into the usual limit of 1,024 open files.
 _SHARDS_KEPT = 128
@@ -219,9 +219,9 @@ def _read_manifest(directory: Path) -> bytes:
     )
 
 
-def _parse_manifest(path: Path, raw: bytes) -> dict[str, Any]:
+def _parse_manifest(path: Path, raw: bytes) -> JsonObject:
     try:
-        manifest = json.loads(raw)
+        manifest: JsonObject = json.loads(raw)
         schema = manifest["schema"]
         if schema != SCHEMA:
             raise ShardError(f"{path}: schema {schema!r}, expected {SCHEMA!r}; build the data set again")

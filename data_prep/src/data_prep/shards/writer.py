@@ -9,11 +9,19 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from .files import TarFile, refused, sync_directory, write_file
-from .format import MANIFEST, SCHEMA, ShardError, check_kind, check_sample, index_name, shard_name
-from .lock import alone
+from data_prep.shards.files import TarFile, refused, sync_directory, write_file
+from data_prep.shards.format import (
+    MANIFEST,
+    SCHEMA,
+    JsonObject,
+    ShardError,
+    check_kind,
+    check_sample,
+    index_name,
+    shard_name,
+)
+from data_prep.shards.lock import alone
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
@@ -58,7 +66,7 @@ class ShardWriter:
         }
         self._rows[key] = _encode(row)
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> JsonObject:
         """Put both files on the disk; gives the shard's entry in the manifest."""
         index = "".join(row + "\n" for row in self._rows.values()).encode("utf-8", "replace")  # as in the .json
         try:
@@ -81,7 +89,7 @@ class ShardWriter:
 
 
 def write_manifest(
-    directory: Path, *, kind: str, source: str, shards: Sequence[dict[str, Any]], tokenizer_sha256: str | None = None
+    directory: Path, *, kind: str, source: str, shards: Sequence[JsonObject], tokenizer_sha256: str | None = None
 ) -> None:
     """Make a data set of the shards in `directory`, by the entries that `ShardWriter.finish` gave, in their order."""
     manifest = {
@@ -137,7 +145,7 @@ class DatasetWriter:
         self._partial = self.directory.with_name(self.directory.name + ".partial")
         self._held = contextlib.ExitStack()
         self._keys: set[str] = set()
-        self._finished: list[dict[str, Any]] = []
+        self._finished: list[JsonObject] = []
         self._shard: ShardWriter | None = None
 
     def __enter__(self) -> DatasetWriter:

@@ -9,8 +9,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ..samples import Text
-from .records import Dropped, Found, ImageRecord
+from data_prep.samples import Text
+from data_prep.sources.records import Dropped, Found, ImageRecord
 
 _OPTION = re.compile(r"\s*\(?([A-Za-z])(?:[).:]\s*|$)")  # "B", "(B)", "B) text", "B. text"
 
@@ -61,7 +61,7 @@ def question_caption(question: Any, answer: str, *, where: str, origin: str, lan
 
 def by_image(questions: Iterable[Question], folder: Path) -> Iterator[Found]:
     """One record for questions in a row that are about one image in `folder`; each is one of its captions."""
-    from .folder import inside
+    from data_prep.sources.folder import inside
 
     for name, group in groupby(questions, key=lambda question: question[1]):
         captions: list[Text] = []

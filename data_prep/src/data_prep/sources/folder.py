@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..errors import UserError
-from ..image_rule import ImageRule
-from ..samples import Text
-from .records import Dropped, Found, ImageRecord, argument, from_rows, option, pick
-from .tables import is_json_lines, read_table, table_columns, table_pieces
+from data_prep.errors import UserError
+from data_prep.image_rule import ImageRule
+from data_prep.samples import Text
+from data_prep.shards.format import JsonObject
+from data_prep.sources.records import Dropped, Found, ImageRecord, argument, from_rows, option, pick
+from data_prep.sources.tables import is_json_lines, read_table, table_columns, table_pieces
 
 _ROWS = 500
 _IMAGE = ("image", "file", "file_name", "filename", "filepath", "path", "image_path")
@@ -45,7 +46,7 @@ class Folder:
     held_out: float = option(0.0, "share of the images for OUT/validation, the rest going to OUT/train (default: none)")
     split: str = option("", "with --held-out: one of the two (default: both)", choices=("train", "validation"))
 
-    def pieces(self) -> Iterator[dict[str, Any]]:
+    def pieces(self) -> Iterator[JsonObject]:
         """Some hundred rows each."""
         if not Path(self.folder).is_dir():
             raise UserError(f"{self.folder}: no such folder")
@@ -69,11 +70,11 @@ class Folder:
                 )
         yield from table_pieces(table, _ROWS, delimiter=self.delimiter, charset=self.charset)
 
-    def read(self, piece: dict[str, Any]) -> Iterator[Found]:
+    def read(self, piece: JsonObject) -> Iterator[Found]:
         """A record a row."""
         return from_rows(read_table(piece), self._record)
 
-    def _record(self, where: str, values: dict[str, Any]) -> Iterator[Found]:
+    def _record(self, where: str, values: JsonObject) -> Iterator[Found]:
         name = pick(values, self.image_column, _IMAGE)
         if not isinstance(name, str) or not name:
             yield Dropped("no file name", where)

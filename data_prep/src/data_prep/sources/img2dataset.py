@@ -10,13 +10,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..errors import UserError
-from ..image_rule import ImageRule
-from ..samples import Text
-from ..shards.format import IMAGE_EXTENSIONS
-from .files import stamp
-from .records import Dropped, Found, ImageRecord, argument, option
-from .tars import TarSample, tar_samples
+from data_prep.errors import UserError
+from data_prep.image_rule import ImageRule
+from data_prep.samples import Text
+from data_prep.shards.format import IMAGE_TYPES, JsonObject
+from data_prep.sources.file_stat import file_stat
+from data_prep.sources.records import Dropped, Found, ImageRecord, argument, option
+from data_prep.sources.tars import TarSample, tar_samples
 
 _FAILED = ("failed_to_download", "failed_to_resize")
 
@@ -36,11 +36,11 @@ class Img2dataset:
     language_column: str = option("language", "field of the .json that holds the language")
     origin: str = option("human", "where the captions came from")
 
-    def pieces(self) -> Iterator[dict[str, Any]]:
+    def pieces(self) -> Iterator[JsonObject]:
         """A shard each."""
         yield from shard_pieces(self.folder)
 
-    def read(self, piece: dict[str, Any]) -> Iterator[Found]:
+    def read(self, piece: JsonObject) -> Iterator[Found]:
         """A record for each image of the shard."""
         for found in read_shard(piece):
             if isinstance(found, Dropped):
@@ -59,7 +59,7 @@ class Img2dataset:
                 language = found_language if isinstance(found_language, str) else self.language
                 yield image_record(where, sample, fields, short=[Text(text.strip(), language, "name", self.origin)])
 
-    def wants(self, fields: dict[str, Any]) -> bool:
+    def wants(self, fields: JsonObject) -> bool:
         """Whether an image belongs to the selection, by its metadata."""
         return True
 
@@ -73,13 +73,13 @@ class DataComp(Img2dataset):
 
     uids: str = option("", "the .npy file (dtype u8,u8); without it everything is taken")
 
-    def pieces(self) -> Iterator[dict[str, Any]]:
+    def pieces(self) -> Iterator[JsonObject]:
         """A shard each."""
         if self.uids:
             _check_sorted(self.uids)
         yield from super().pieces()
 
-    def wants(self, fields: dict[str, Any]) -> bool:
+    def wants(self, fields: JsonObject) -> bool:
         """Whether the uid is in the list."""
         return not self.uids or _is_listed(self.uids, fields.get("uid"))
 
@@ -123,18 +123,18 @@ def _is_listed(path: str, uid: Any) -> bool:
     return len(uid) == 32 and place < len(uids) and at(place) == wanted
 
 
-def shard_pieces(folder: str) -> Iterator[dict[str, Any]]:
+def shard_pieces(folder: str) -> Iterator[JsonObject]:
     """The shards of a folder that img2dataset wrote. UserError if there are none."""
     tars = sorted(Path(folder).glob("*.tar"))
     if not tars:
         raise UserError(f"{folder}: holds no .tar; expected img2dataset's NNNNN.tar (output_format webdataset)")
     for tar in tars:
         stats = tar.with_name(f"{tar.stem}_stats.json")
-        finished = {"stats": str(stats), "stats_stamp": stamp(stats)} if stats.exists() else {"stats": None}
-        yield {"file": str(tar), **stamp(tar), **finished}
+        finished = {"stats": str(stats), "stats_stamp": file_stat(stats)} if stats.exists() else {"stats": None}
+        yield {"file": str(tar), **file_stat(tar), **finished}
 
 
-def read_shard(piece: dict[str, Any]) -> Iterator[Dropped | tuple[str, TarSample, dict[str, Any]]]:
+def read_shard(piece: JsonObject) -> Iterator[Dropped | tuple[str, TarSample, JsonObject]]:
     """(where, members, metadata) of each image that a shard holds, and what img2dataset itself left out."""
     path = Path(piece["file"])
     if piece["stats"] is None:
@@ -153,7 +153,7 @@ def read_shard(piece: dict[str, Any]) -> Iterator[Dropped | tuple[str, TarSample
             yield sample
             continue
         where = f"{path.name}: {sample.name}"
-        if not any(extension in sample.members for extension in IMAGE_EXTENSIONS):
+        if not any(extension in sample.members for extension in IMAGE_TYPES):
             yield Dropped("no image", where)
             continue
         fields: Any = {}
@@ -171,10 +171,10 @@ def read_shard(piece: dict[str, Any]) -> Iterator[Dropped | tuple[str, TarSample
 
 
 def image_record(
-    where: str, sample: TarSample, fields: dict[str, Any], *, short: Sequence[Text] = (), long: Sequence[Text] = ()
+    where: str, sample: TarSample, fields: JsonObject, *, short: Sequence[Text] = (), long: Sequence[Text] = ()
 ) -> ImageRecord:
     """The record of an image, identified by the hash of what was downloaded, or else by its key."""
-    extension = next(extension for extension in IMAGE_EXTENSIONS if extension in sample.members)
+    extension = next(extension for extension in IMAGE_TYPES if extension in sample.members)
     digest = fields.get("sha256")
     item = digest if isinstance(digest, str) and digest else sample.name
     return ImageRecord(where, item, sample.read(extension), short, long)

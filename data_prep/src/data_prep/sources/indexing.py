@@ -8,13 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..execute import Execution, Job, Output, run_job
-from ..samples import text_parts
-from ..shards.format import IMAGE_EXTENSIONS
-from .files import stamp
-from .records import Dropped
-from .tars import TarSample, tar_samples
+from data_prep.errors import UserError
+from data_prep.execute import Execution, Job, Output, Target, run_job
+from data_prep.shards.format import IMAGE_TYPES, KINDS, JsonObject
+from data_prep.sources.file_stat import file_stat
+from data_prep.sources.records import Dropped
+from data_prep.sources.tars import TarSample, tar_samples
 
 
 def index_shards(
@@ -24,8 +23,8 @@ def index_shards(
     name: str,
     kind: str,
     execution: Execution | None = None,
-    say: Callable[[str], None] = print,
-) -> dict[str, Any] | None:
+    log: Callable[[str], None] = print,
+) -> JsonObject | None:
     """Make the data set `out`/`kind`/`name` of links to tars and sidecars for them; gives the receipt.
 
     Args:
@@ -43,16 +42,15 @@ def index_shards(
         raise UserError(f"{', '.join(shards)}: no .tar there (packed ones must be unpacked: they have no offsets)")
     job = Job(
         title="index",
-        name=name,
-        out=out,
+        target=Target(out, name),
         work="data_prep.sources.indexing:index_tar",
-        pieces=[{"file": str(tar.resolve()), **stamp(tar)} for tar in tars],
+        pieces=[{"file": str(tar.resolve()), **file_stat(tar)} for tar in tars],
         options={"kind": kind},
     )
-    return run_job(job, execution, say=say)
+    return run_job(job, execution, log=log)
 
 
-def index_tar(piece: dict[str, Any], options: dict[str, Any], output: Output) -> None:
+def index_tar(piece: JsonObject, options: JsonObject, output: Output) -> None:
     """The work of one unit: the sidecar of one tar."""
     path, kind = Path(piece["file"]), options["kind"]
     rows: list[str] = []
@@ -94,13 +92,13 @@ def _members(sample: TarSample, kind: str) -> tuple[dict[str, tuple[int, int]], 
     img2dataset's .json holds metadata, not captions: its .txt is taken then.
     """
     content = _content(sample)
-    parts = text_parts(kind)
+    parts = KINDS[kind]
     usable = isinstance(content, dict) and all(isinstance(content.get(part), list) and content[part] for part in parts)
     if kind.startswith("text"):
         if not usable:
             return f"no .json with {' and '.join(parts)}"
         return {"json": sample.members["json"]}, _languages(content, parts)
-    image = next((extension for extension in IMAGE_EXTENSIONS if extension in sample.members), None)
+    image = next((extension for extension in IMAGE_TYPES if extension in sample.members), None)
     if image is None:
         return "no image"
     if usable:
@@ -119,7 +117,7 @@ def _content(sample: TarSample) -> Any:
         return None
 
 
-def _languages(content: dict[str, Any], parts: tuple[str, ...]) -> list[str]:
+def _languages(content: JsonObject, parts: tuple[str, ...]) -> list[str]:
     texts = [text for part in parts for text in content[part]]
     texts += [inner for text in texts if isinstance(text, list) for inner in text]
     return sorted({str(text.get("language", "und")) for text in texts if isinstance(text, dict)})

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..errors import UserError, needs
-from ..image_rule import ImageRule
-from ..samples import Text
-from .answers import answer_text, question_caption, unique
-from .files import stamp
-from .json_lists import list_pieces, read_list
-from .records import Dropped, Found, ImageRecord, Noted, argument, from_rows, option
-from .texts import files_in
+from data_prep.errors import UserError, needs
+from data_prep.image_rule import ImageRule
+from data_prep.samples import Text
+from data_prep.shards.format import JsonObject
+from data_prep.sources.answers import answer_text, question_caption, unique
+from data_prep.sources.file_stat import file_stat
+from data_prep.sources.json_lists import list_pieces, read_list
+from data_prep.sources.records import Dropped, Found, ImageRecord, Noted, argument, from_rows, option
+from data_prep.sources.texts import files_in
 
 PAGES = ImageRule(1024, encoding="png", kernel="bicubic")
 _BYTES = 32 * 2**20  # of PDF files in a piece
@@ -38,21 +39,21 @@ class PdfFolder:
     max_pages: int = option(1000, "pages of a file at most")
     side: int = option(PAGES.size, "pixels of a page's shortest side when it is drawn")
 
-    def pieces(self) -> Iterator[dict[str, Any]]:
+    def pieces(self) -> Iterator[JsonObject]:
         """Some files each."""
         needs("pypdfium2", extra="pdf", what="reading PDF")
         files: list[str] = []
-        stamps: list[dict[str, Any]] = []
+        stamps: list[JsonObject] = []
         for path in files_in(self.folder, (".pdf", ".PDF")):
             files.append(str(path))
-            stamps.append(stamp(path))
+            stamps.append(file_stat(path))
             if len(files) == _FILES or sum(one["bytes"] for one in stamps) > _BYTES:
                 yield {"files": files, "stamps": stamps}
                 files, stamps = [], []
         if files:
             yield {"files": files, "stamps": stamps}
 
-    def read(self, piece: dict[str, Any]) -> Iterator[Found]:
+    def read(self, piece: JsonObject) -> Iterator[Found]:
         """A record a page."""
         for name in piece["files"]:
             path = Path(name)
@@ -89,18 +90,18 @@ class TatDqa:
     documents: str = argument("folder of UID.pdf (and UID.json)")
     side: int = option(PAGES.size, "pixels of a page's shortest side when it is drawn")
 
-    def pieces(self) -> Iterator[dict[str, Any]]:
+    def pieces(self) -> Iterator[JsonObject]:
         """Some documents each."""
         needs("pypdfium2", extra="pdf", what="reading PDF")
         if not Path(self.documents).is_dir():
             raise UserError(f"{self.documents}: no such folder")
         yield from list_pieces(self.questions, _DOCUMENTS)
 
-    def read(self, piece: dict[str, Any]) -> Iterator[Found]:
+    def read(self, piece: JsonObject) -> Iterator[Found]:
         """A record for each page that is asked about."""
         return from_rows(read_list(piece), self._record)
 
-    def _record(self, where: str, fields: dict[str, Any]) -> Iterator[Found]:
+    def _record(self, where: str, fields: JsonObject) -> Iterator[Found]:
         doc, questions = fields.get("doc"), fields.get("questions")
         uid = doc.get("uid") if isinstance(doc, dict) else None
         if not isinstance(uid, str) or not uid.isalnum() or not isinstance(questions, list):
@@ -161,7 +162,7 @@ class _Pdf:
     def page(self, number: int, side: int) -> tuple[bytes, str] | None:
         """A page as a PNG whose shortest side has at least `side` pixels, and its text; None if it cannot be drawn."""
         pdfium = needs("pypdfium2", extra="pdf", what="reading PDF")
-        from ..images import encode_image
+        from data_prep.images import encode_image
 
         try:
             page = self._document[number]

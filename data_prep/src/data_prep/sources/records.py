@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from ..image_rule import ImageRule
-from ..samples import Text
+from data_prep.image_rule import ImageRule
+from data_prep.samples import Text
+from data_prep.shards.format import JsonObject
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +58,7 @@ Found = ImageRecord | TextRecord | Dropped | Noted
 Row = tuple[str, Any]  # where it stands ("captions.csv, line 17"), what it holds
 
 
-def from_rows(
-    rows: Iterable[Row | Dropped], record: Callable[[str, dict[str, Any]], Iterator[Found]]
-) -> Iterator[Found]:
+def from_rows(rows: Iterable[Row | Dropped], record: Callable[[str, JsonObject], Iterator[Found]]) -> Iterator[Found]:
     """What `record` makes of each row (where it stands, its fields); what was dropped, and rows that are no objects."""
     for row in objects(rows):
         if isinstance(row, Dropped):
@@ -68,7 +67,7 @@ def from_rows(
             yield from record(*row)
 
 
-def objects(rows: Iterable[Row | Dropped]) -> Iterator[tuple[str, dict[str, Any]] | Dropped]:
+def objects(rows: Iterable[Row | Dropped]) -> Iterator[tuple[str, JsonObject] | Dropped]:
     """Rows that are JSON objects; the others dropped."""
     for row in rows:
         if isinstance(row, Dropped) or isinstance(row[1], dict):
@@ -77,7 +76,7 @@ def objects(rows: Iterable[Row | Dropped]) -> Iterator[tuple[str, dict[str, Any]
             yield Dropped("not a JSON object", row[0])
 
 
-def pick(values: dict[str, Any], named: str, usual: Sequence[str]) -> Any:
+def pick(values: JsonObject, named: str, usual: Sequence[str]) -> Any:
     """The value of the column that the user named, else of the first of the usual ones; None if there is none."""
     return values.get(named) if named else next((values[name] for name in usual if name in values), None)
 
@@ -87,11 +86,11 @@ class Source(Protocol):
 
     image: ClassVar[ImageRule | None]  # how images are stored if the user says nothing; None if there are none
 
-    def pieces(self) -> Iterator[dict[str, Any]]:
+    def pieces(self) -> Iterator[JsonObject]:
         """Cut the input into units of work. UserError if it is not there or not of this form."""
         ...
 
-    def read(self, piece: dict[str, Any]) -> Iterator[Found]:
+    def read(self, piece: JsonObject) -> Iterator[Found]:
         """All that a piece holds, one after another. UserError only for what makes going on senseless."""
         ...
 

@@ -15,11 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from ..errors import UserError
-from .files import stamp
-from .records import Dropped, Row, objects
+from data_prep.errors import UserError
+from data_prep.shards.format import JsonObject
+from data_prep.sources.file_stat import file_stat
+from data_prep.sources.records import Dropped, Row, objects
 
 _LINES = 16 * 2**20  # bytes of JSON lines in a piece
 _FIELD = 16 * 2**20  # characters in a line or a field; more is no table
@@ -31,9 +32,7 @@ _OPEN = f"quote that nobody closed, or over {_QUOTED} lines of text in quotes"
 csv.field_size_limit(_FIELD)
 
 
-def table_pieces(
-    path: str | Path, rows: int, *, delimiter: str = "", charset: str = "utf-8"
-) -> Iterator[dict[str, Any]]:
+def table_pieces(path: str | Path, rows: int, *, delimiter: str = "", charset: str = "utf-8") -> Iterator[JsonObject]:
     """Pieces of `rows` rows of a table (columns parted by `delimiter`, or by what the first line shows) or of a JSON
     lines file, gzip or not.
 
@@ -41,7 +40,7 @@ def table_pieces(
         UserError: the file cannot be read, is empty, or is UTF-16.
     """
     path = Path(path)
-    stamped = stamped_file(path)
+    stamped = checked_file_stat(path)
     if is_json_lines(path):
         for piece in line_pieces(path):
             yield {**piece, "format": "jsonl"}
@@ -69,7 +68,7 @@ def table_columns(path: str | Path, delimiter: str = "", charset: str = "utf-8")
             `charset` no name of one, or the first line can be parted in two ways.
     """
     path = Path(path)
-    stamped_file(path)
+    checked_file_stat(path)
     try:
         codecs.lookup(charset)
     except LookupError as error:
@@ -85,10 +84,10 @@ def table_columns(path: str | Path, delimiter: str = "", charset: str = "utf-8")
     return columns
 
 
-def line_pieces(path: str | Path) -> Iterator[dict[str, Any]]:
+def line_pieces(path: str | Path) -> Iterator[JsonObject]:
     """Pieces of whole lines, of some megabytes."""
     path = Path(path)
-    stamped = stamped_file(path)
+    stamped = checked_file_stat(path)
     if path.suffix == ".gz":
         yield {"file": str(path), **stamped, "start": 0, "end": None}
         return
@@ -102,7 +101,7 @@ def line_pieces(path: str | Path) -> Iterator[dict[str, Any]]:
             start = end
 
 
-def read_table(piece: dict[str, Any]) -> Iterator[Row | Dropped]:
+def read_table(piece: JsonObject) -> Iterator[Row | Dropped]:
     """The rows of a piece of `table_pieces`, each a dict of its columns."""
     if piece["format"] == "jsonl":
         yield from objects(read_lines(piece))
@@ -128,7 +127,7 @@ def read_table(piece: dict[str, Any]) -> Iterator[Row | Dropped]:
             yield _cut(path, error)
 
 
-def read_lines(piece: dict[str, Any]) -> Iterator[Row | Dropped]:
+def read_lines(piece: JsonObject) -> Iterator[Row | Dropped]:
     """The JSON values of a piece of `line_pieces`."""
     path = Path(piece["file"])
     with open_bytes(path) as file:
@@ -319,10 +318,10 @@ class _Lines:
             return _Line(line.decode("utf-8", errors="replace"), length, fault)
 
 
-def stamped_file(path: Path) -> dict[str, Any]:
-    """What `stamp` gives. UserError if there is nothing to read."""
+def checked_file_stat(path: Path) -> JsonObject:
+    """What `file_stat` gives. UserError if there is nothing to read."""
     try:
-        stamped = stamp(path)
+        stamped = file_stat(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     if path.is_dir() or not stamped["bytes"]:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from ..errors import UserError
-from .records import Dropped
+from data_prep.errors import UserError
+from data_prep.sources.records import Dropped
 
 CUT = "rest of a tar that is cut short or damaged"
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..errors import UserError
-from ..image_rule import ImageRule
-from ..samples import Text
-from .parquet import parquet_columns, parquet_pieces, read_parquet
-from .records import Dropped, Found, Noted, Row, TextRecord, argument, option, pick
-from .tables import line_pieces, read_lines, read_table, table_columns, table_pieces
+from data_prep.errors import UserError
+from data_prep.image_rule import ImageRule
+from data_prep.samples import Text
+from data_prep.shards.format import JsonObject
+from data_prep.sources.parquet import parquet_columns, parquet_pieces, read_parquet
+from data_prep.sources.records import Dropped, Found, Noted, Row, TextRecord, argument, option, pick
+from data_prep.sources.tables import line_pieces, read_lines, read_table, table_columns, table_pieces
 
 _ROWS = 20_000
 _TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
@@ -45,7 +46,7 @@ class Texts:
     delimiter: str = option("", "of a table's columns, one character or \\t (default: what parts the first line)")
     charset: str = option("utf-8", "character set of a CSV or TSV; Excel's plain CSV is often cp1252")
 
-    def pieces(self) -> Iterator[dict[str, Any]]:
+    def pieces(self) -> Iterator[JsonObject]:
         """Some megabytes of lines or some thousand rows; a packed file is one piece."""
         languages = self.language.split(",")
         if len(languages) > 2 or not all(languages):
@@ -61,7 +62,7 @@ class Texts:
             else:
                 yield from line_pieces(path)
 
-    def read(self, piece: dict[str, Any]) -> Iterator[Found]:
+    def read(self, piece: JsonObject) -> Iterator[Found]:
         """A record a line."""
         first, _, second = self.language.partition(",")
         for row in _rows(piece):
@@ -143,7 +144,7 @@ def files_in(paths: tuple[str, ...], endings: tuple[str, ...]) -> list[Path]:
     return found
 
 
-def _rows(piece: dict[str, Any]) -> Iterator[Row | Dropped]:
+def _rows(piece: JsonObject) -> Iterator[Row | Dropped]:
     if piece.get("format") == "parquet":
         return read_parquet(piece, piece["columns"])
     return read_table(piece) if piece.get("format") == "table" else read_lines(piece)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
+from data_prep.commands import Subcommands
+from data_prep.commands.captions import batch, export, plan, run, status
 
-from . import batch, export, plan, run, status
 
-
-def add(commands: argparse._SubParsersAction) -> None:
+def add(commands: Subcommands) -> None:
     """Register the command and its steps."""
     parser = commands.add_parser(
         "captions",

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import argparse
 
-from .options import add_checks, add_money, add_service, limits_of, prices_of, service_of, show_rejected
+from data_prep.commands import Subcommands
+from data_prep.commands.captions.options import (
+    add_checks,
+    add_pricing,
+    add_service,
+    service_of,
+    settings_of,
+    show_rejected,
+)
 
 
-def add(steps: argparse._SubParsersAction) -> None:
+def add(steps: Subcommands) -> None:
     """Register both steps."""
     batch = steps.add_parser("batch", help="the Batch API: half the price, answers within a day")
     parts = batch.add_subparsers(required=True, metavar="STEP")
     submit = parts.add_parser("submit", help="send what is planned as batches")
     submit.add_argument("ledger", metavar="LEDGER")
     add_service(submit)
-    add_money(submit)
+    add_pricing(submit)
     submit.add_argument("--limit", type=int, metavar="N", help="at most N requests")
     submit.add_argument("--requests-per-file", type=int, default=50_000, metavar="N", help="(default: 50000)")
     submit.add_argument("--megabytes-per-file", type=float, default=200, metavar="N", help="(default: 200)")
@@ -22,7 +30,7 @@ def add(steps: argparse._SubParsersAction) -> None:
     collect = parts.add_parser("collect", help="take the answers of batches that have ended")
     collect.add_argument("ledger", metavar="LEDGER")
     add_service(collect)
-    add_money(collect)
+    add_pricing(collect)
     add_checks(collect)
     collect.set_defaults(run=_collect)
 
@@ -30,17 +38,14 @@ def add(steps: argparse._SubParsersAction) -> None:
 def _submit(options: argparse.Namespace) -> int:
     import asyncio
 
-    from ...captions.batch import submit
-    from ...captions.ledger import Ledger
+    from data_prep.captions.batch import submit
+    from data_prep.captions.ledger import Ledger
 
     batches, requests = asyncio.run(
         submit(
             Ledger(options.ledger),
             service_of(options),
-            prices=prices_of(options),
-            budget=options.budget,
-            image_tokens=options.image_tokens,
-            limit=options.limit,
+            settings_of(options),
             most_requests=options.requests_per_file,
             most_bytes=int(options.megabytes_per_file * 1e6),
             tick=lambda requests: print(f"{requests} requests sent", flush=True),
@@ -55,10 +60,10 @@ def _submit(options: argparse.Namespace) -> int:
 def _collect(options: argparse.Namespace) -> int:
     import asyncio
 
-    from ...captions.batch import collect
-    from ...captions.duplicates import reject_duplicates
-    from ...captions.ledger import Ledger
-    from ...execute.progress import Progress
+    from data_prep.captions.batch import collect
+    from data_prep.captions.duplicates import reject_duplicates
+    from data_prep.captions.ledger import Ledger
+    from data_prep.execute.progress import Progress
 
     ledger = Ledger(options.ledger)
     (waiting,) = ledger.db.execute(
@@ -66,15 +71,7 @@ def _collect(options: argparse.Namespace) -> int:
         "(SELECT id FROM batch WHERE state IN ('open', 'creating'))"
     ).fetchone()
     progress = Progress(max(1, waiting))
-    found = asyncio.run(
-        collect(
-            ledger,
-            service_of(options),
-            prices=prices_of(options),
-            limits=limits_of(options),
-            tick=lambda: progress.add(1),
-        )
-    )
+    found = asyncio.run(collect(ledger, service_of(options), settings_of(options), tick=lambda: progress.add(1)))
     progress.finish()
     with ledger.exclusive():
         duplicates = reject_duplicates(ledger)

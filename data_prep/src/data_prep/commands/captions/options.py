@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ...captions.judge import Limits
-    from ...captions.money import Prices
-    from ...captions.service import Service
+    from data_prep.captions.pricing import Prices
+    from data_prep.captions.run import RunSettings
+    from data_prep.captions.service import Service
 
 
 def add_service(parser: argparse.ArgumentParser) -> None:
@@ -23,12 +23,12 @@ def add_service(parser: argparse.ArgumentParser) -> None:
 
 def service_of(options: argparse.Namespace) -> Service:
     """The service that the user named. UserError if there is no key for it."""
-    from ...captions.service import Service
+    from data_prep.captions.service import Service
 
     return Service(options.url, key_variable=options.key_env, timeout=options.timeout)
 
 
-def add_money(parser: argparse.ArgumentParser) -> None:
+def add_pricing(parser: argparse.ArgumentParser) -> None:
     """What tokens cost, and how much may be spent."""
     parser.add_argument("--price-in", type=float, metavar="X", help="price of a million tokens sent")
     parser.add_argument("--price-out", type=float, metavar="X", help="price of a million tokens answered")
@@ -43,8 +43,8 @@ def add_money(parser: argparse.ArgumentParser) -> None:
 
 def prices_of(options: argparse.Namespace) -> Prices | None:
     """The prices that the user gave, if any. UserError if one of the two is missing."""
-    from ...captions.money import Prices
-    from ...errors import UserError
+    from data_prep.captions.pricing import Prices
+    from data_prep.errors import UserError
 
     if (options.price_in is None) != (options.price_out is None):
         raise UserError("--price-in and --price-out belong together; give both")
@@ -59,11 +59,20 @@ def add_checks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--longest", type=int, default=6000, metavar="N", help="(default: 6000)")
 
 
-def limits_of(options: argparse.Namespace) -> Limits:
-    """What a caption has to be like."""
-    from ...captions.judge import Limits
+def settings_of(options: argparse.Namespace) -> RunSettings:
+    """The user's settings. UserError if they contradict each other."""
+    from data_prep.captions.judge import Limits
+    from data_prep.captions.run import RunSettings
 
-    return Limits(options.shortest, options.longest)
+    own = vars(options)
+    return RunSettings(
+        limit=own.get("limit"),
+        tries=own.get("tries", RunSettings.tries),
+        budget=options.budget,
+        prices=prices_of(options),
+        image_tokens=options.image_tokens,
+        limits=Limits(options.shortest, options.longest) if "shortest" in own else Limits(),
+    )
 
 
 def show_rejected(rejected: Mapping[str, int], duplicates: int) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 
+from data_prep.commands import Subcommands
 
-def add(steps: argparse._SubParsersAction) -> None:
+
+def add(steps: Subcommands) -> None:
     """Register both steps."""
     plan = steps.add_parser(
         "plan",
@@ -51,12 +53,12 @@ def _plan(options: argparse.Namespace) -> int:
     import json
     from pathlib import Path
 
-    from ...captions.ledger import Ledger
-    from ...captions.plan import Plan, plan
-    from ...captions.texts import PROMPTS, check_languages
-    from ...errors import UserError
-    from ...execute.progress import Progress
-    from ...shards import Dataset
+    from data_prep.captions.ledger import Ledger
+    from data_prep.captions.plan import Plan, plan
+    from data_prep.captions.texts import PROMPTS, check_languages
+    from data_prep.errors import UserError
+    from data_prep.execute.progress import Progress
+    from data_prep.shards import Dataset
 
     try:
         body = json.loads(options.body)
@@ -87,8 +89,8 @@ def _plan(options: argparse.Namespace) -> int:
 def _unplan(options: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from ...captions.ledger import Ledger
-    from ...captions.texts import check_languages
+    from data_prep.captions.ledger import Ledger
+    from data_prep.captions.texts import check_languages
 
     ledger = Ledger(options.ledger)
     with ledger.exclusive():

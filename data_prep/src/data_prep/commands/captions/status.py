@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from data_prep.commands import Subcommands
+
 if TYPE_CHECKING:
-    from ...captions.ledger import Ledger
+    from data_prep.captions.ledger import Ledger
 
 
-def add(steps: argparse._SubParsersAction) -> None:
+def add(steps: Subcommands) -> None:
     """Register the step."""
     status = steps.add_parser("status", help="what was asked, answered, rejected, lost, spent")
     status.add_argument("ledger", metavar="LEDGER")
@@ -30,7 +32,7 @@ def show_spent(ledger: Ledger) -> None:
 def _status(options: argparse.Namespace) -> int:
     import datetime
 
-    from ...captions.ledger import Ledger
+    from data_prep.captions.ledger import Ledger
 
     ledger = Ledger(options.ledger)
     columns = ("planned", "sent", "received", "accepted", "rejected")
