@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-from data_prep.corpus import CorpusError
 from data_prep.corpus.apt import default_cache, fetch
+from data_prep.errors import UserError
 
 FAKE = """#!/bin/sh
 # apt-get -q -c CONFIG update | download NAME
@@ -71,20 +71,20 @@ def test_only_what_is_missing_is_fetched_and_lists_only_when_asked_for(apt, tmp_
 
 def test_a_failing_apt_gives_its_own_reason_and_the_ways_out(apt, tmp_path, monkeypatch):
     monkeypatch.setenv("FAIL", "Could not resolve 'deb.debian.org'")
-    with pytest.raises(CorpusError, match=r"Could not resolve 'deb\.debian\.org'.*`--packages DIR`.*`--drawn`"):
+    with pytest.raises(UserError, match=r"Could not resolve 'deb\.debian\.org'.*`--packages DIR`.*`--drawn`"):
         fetch(tmp_path / "cache", ["one"], translations=True, log=lambda line: None)
     assert names(tmp_path / "cache") == []
 
 
 def test_an_apt_without_descriptions_names_the_option_to_go_without(apt, tmp_path, monkeypatch):
     monkeypatch.setenv("CODES", "")
-    with pytest.raises(CorpusError, match="`--without packages`"):
+    with pytest.raises(UserError, match="`--without packages`"):
         fetch(tmp_path / "cache", ["one"], translations=True, log=lambda line: None)
 
 
 def test_a_machine_without_apt_is_told_which_packages_to_fetch_elsewhere(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(CorpusError, match=r"no apt-get.*fonts-noto-color-emoji, unicode-cldr-core, .*gnome-user-docs"):
+    with pytest.raises(UserError, match=r"no apt-get.*fonts-noto-color-emoji, unicode-cldr-core, .*gnome-user-docs"):
         fetch(tmp_path / "cache", ["one"], translations=True, log=lambda line: None)
 
 

@@ -9,7 +9,7 @@ import itertools
 import json
 
 import pytest
-from data_prep.corpus import CorpusError, Settings, build_corpus, debian
+from data_prep.corpus import Settings, build_corpus, debian
 from data_prep.corpus.cldr import emoji_groups, emoji_order, read_locale, read_world
 from data_prep.corpus.deb import Package, find_package, find_translations, read_members, read_translations
 from data_prep.corpus.emoji import emoji_candidates, emoji_item, flag_territory
@@ -18,6 +18,7 @@ from data_prep.corpus.items import normalized
 from data_prep.corpus.package_texts import first_paragraphs, read_packages
 from data_prep.corpus.render import RenderJob, render_images
 from data_prep.corpus.stamps import Stamp, family_path, read_captions, read_stamps, stamp_item
+from data_prep.errors import UserError
 from data_prep.languages import LANGUAGES
 from data_prep.samples import clean
 from data_prep.shards import Dataset
@@ -204,16 +205,16 @@ def test_missing_packages_and_missing_translations_say_what_to_do(packages, smal
     said = []
     corpus = build_corpus(tmp_path / "c", settings, packages=packages, log=said.append)
     assert "packages" in corpus["left_out"]
-    assert any("goes on WITHOUT package descriptions" in line for line in said)
+    assert any("continuing WITHOUT package descriptions" in line for line in said)
     find_package(packages, "gnome-user-docs").path.unlink()
-    with pytest.raises(CorpusError, match=r"lacks gnome-user-docs_\*\.deb; fetch from .* or say `--drawn`"):
+    with pytest.raises(UserError, match=r"lacks gnome-user-docs_\*\.deb; fetch from .* or pass `--drawn`"):
         build_corpus(tmp_path / "d", settings, packages=packages)
     without = Settings(image_size=32, vocab_size=70, without=("help", "packages"))
     assert build_corpus(tmp_path / "d", without, packages=packages, log=said.append)["left_out"].keys() == {
         "help",
         "packages",
     }
-    with pytest.raises(CorpusError, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         build_corpus(tmp_path / "e", settings, packages=tmp_path / "nowhere")
 
 
@@ -222,10 +223,10 @@ def test_a_package_that_is_cut_short_is_named(packages):
     data = package.path.read_bytes()
     for length in (20, 200, len(data) - 500):
         package.path.write_bytes(data[:length])
-        with pytest.raises(CorpusError, match=r"unicode-cldr-core_41_all\.deb"):
+        with pytest.raises(UserError, match=r"unicode-cldr-core_41_all\.deb"):
             read_members(package, lambda path: True)
     package.path.write_bytes(b"<html>not found</html>")
-    with pytest.raises(CorpusError, match="not a Debian package"):
+    with pytest.raises(UserError, match="not a Debian package"):
         read_members(package, lambda path: True)
 
 

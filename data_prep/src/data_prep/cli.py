@@ -1,4 +1,4 @@
-"""The command `data-prep`: a table of contents, and one exit for what the user can mend."""
+"""The command `data-prep`: its table of contents, and one line on stderr for errors that the user can fix."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from collections.abc import Sequence
 
 # What `--help` prints, in this order: a heading, and the modules of `data_prep.commands` below it.
 CONTENTS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("data sets of others", ("import_data", "index", "evalset")),
+    ("public data to shards", ("import_data", "index", "evalset")),
     ("better data", ("curation", "negatives", "captions")),
-    ("looking at data", ("inspect", "validate")),
-    ("a corpus without any download of data sets", ("corpus",)),
+    ("inspecting data", ("inspect", "validate")),
+    ("a laptop corpus that downloads no data sets", ("corpus",)),
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand; exit status 0, or 2 with one line on stderr if the user can mend what is wrong."""
+    """Run one subcommand; exit status 0, or 2 with one line on stderr for an error that the user can fix."""
     options = _parser().parse_args(arguments)
     try:
         status: int = options.run(options)
         return status
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here, nothing half done is kept", file=sys.stderr)
+        print("interrupted; run the same command again to resume", file=sys.stderr)
         return 130
     except OSError as error:
         if error.filename is None:

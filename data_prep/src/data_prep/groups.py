@@ -1,4 +1,4 @@
-"""From hashes to pairs, and from pairs to groups, in some 30 bytes an item."""
+"""Equal hashes to pairs, and pairs to groups (union-find), in some 30 bytes an item."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def pairs_of_equals(hashes: np.ndarray) -> Iterator[np.ndarray]:
     hashes = hashes[order]
     same = np.concatenate([np.zeros(1, bool), hashes[1:] == hashes[:-1]])  # as the one before
     del hashes
-    begin = 0  # where the hash of the last item of a part begins
+    begin = 0  # the first place of the current hash
     for start in range(0, len(order), _AT_A_TIME):
         again = same[start : start + _AT_A_TIME]
         places = np.arange(start, start + len(again))
@@ -29,7 +29,7 @@ def pairs_of_equals(hashes: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def join(first: np.ndarray, pairs: np.ndarray) -> None:
-    """Let `pairs` `[P, 2]` of items join groups: `first` `[N]` holds, for each item, the smallest of its group."""
+    """Merge groups along `pairs` `[P, 2]`, in place: `first` `[N]` holds the smallest item of each item's group."""
     if not len(pairs):
         return
     heads, numbers = np.unique(first[pairs], return_inverse=True)
@@ -39,7 +39,7 @@ def join(first: np.ndarray, pairs: np.ndarray) -> None:
 
 
 def first_of_group(count: int, pairs: np.ndarray) -> np.ndarray:
-    """For each of `count` items the smallest that `pairs` `[P, 2]` join it with, in any number of steps: `[count]`."""
+    """Union-find: for each of `count` items the smallest that `pairs` `[P, 2]` connect it with, `[count]`."""
     first = list(range(count))
 
     def find(item: int) -> int:

@@ -1,4 +1,4 @@
-"""What a sample says: texts with their language and origin, and the JSON that stands in the shards."""
+"""The texts of a sample with their language and origin, and the JSON that holds them in the shards."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from data_prep.shards.format import JsonObject
 
@@ -17,9 +16,9 @@ _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 class Text:
     """One text in one language.
 
-    role: "name" (a short caption; evaluation uses these), "further" (one that published figures leave out), "keywords",
-        "long", "title", "body", "query" (what a page answers; evaluated), or "key" (of a page that nobody asks for).
-    origin: "human", "human:joined" (human texts put in a row by us), "machine-translation" or "synthetic:MODEL…".
+    role: "name" (a short caption; evaluation uses these), "further" (left out of published figures), "keywords",
+        "long", "title", "body", "query" (answered by a page; evaluated), or "key" (of a page without a query).
+    origin: "human", "human:joined" (human texts concatenated by us), "machine-translation" or "synthetic:MODEL…".
     """
 
     text: str
@@ -39,7 +38,7 @@ def clean(text: str) -> str:
 
 def captions_json(captions: Iterable[Text], *, source: str, item: str) -> bytes:
     """The .json of a sample of images with captions."""
-    return _json({"captions": _records(captions), "source": source, "item": item})
+    return compact_json({"captions": _records(captions), "source": source, "item": item})
 
 
 def texts_json(
@@ -54,7 +53,7 @@ def texts_json(
     fields: JsonObject = {"query": _records(query), "target": _records(target)}
     if negatives is not None:
         fields["negatives"] = [_records(negative) for negative in negatives]
-    return _json({**fields, "source": source, "item": item})
+    return compact_json({**fields, "source": source, "item": item})
 
 
 def languages_of(*texts: Iterable[Text]) -> list[str]:
@@ -66,6 +65,7 @@ def _records(texts: Iterable[Text]) -> list[dict[str, str]]:
     return [text.record() for text in texts]
 
 
-def _json(value: Any) -> bytes:
-    # A lone surrogate (from an escaped half of a pair in somebody's JSON) cannot be stored as UTF-8.
+def compact_json(value: JsonObject) -> bytes:
+    """The .json of a sample."""
+    # A lone surrogate (an escaped half of a pair in the source's JSON) cannot be encoded as UTF-8.
     return _encode(value).encode("utf-8", errors="replace")

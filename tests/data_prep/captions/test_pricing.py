@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from data_prep.captions.ledger import Ledger
+from data_prep.captions.ledger import RequestLedger
 from data_prep.cli import main
 
 from .conftest import Reply, good, states
@@ -15,7 +15,7 @@ def test_the_budget_is_never_exceeded_and_stops_the_run(seer, planned, run, ledg
     prices = ("--price-in", "1", "--price-out", "10", "--image-tokens", "700")
     assert run(*prices, "--budget", "0.04") == 2
     assert "stopped: the budget of 0.04" in capsys.readouterr().err
-    spent = Ledger(ledger).spent()
+    spent = RequestLedger(ledger).spent()
     assert spent == pytest.approx(0.0019 * len(seer.asked))
     assert 0.04 - 0.0060 < spent <= 0.04
     before = len(seer.asked)
@@ -32,10 +32,10 @@ def test_what_was_paid_without_prices_counts_against_a_budget(seer, planned, run
     prices = ("--price-in", "1", "--price-out", "10", "--image-tokens", "100")
     assert run(*prices, "--budget", "0.012") == 2
     # Two answers by their tokens; for the one that broke off, the most: 900 tokens, as others took, and 500 back.
-    assert Ledger(ledger).spent() == pytest.approx(2 * 0.0019 + 0.0059)
+    assert RequestLedger(ledger).spent() == pytest.approx(2 * 0.0019 + 0.0059)
     assert len(seer.asked) == 3
     assert run(*prices, "--budget", "1") == 0
-    assert Ledger(ledger).spent() == pytest.approx(5 * 0.0019 + 0.0059)
+    assert RequestLedger(ledger).spent() == pytest.approx(5 * 0.0019 + 0.0059)
 
 
 def test_a_dry_run_asks_nothing_and_projects_from_answers_once_there_are_some(seer, planned, run, ledger, capsys):

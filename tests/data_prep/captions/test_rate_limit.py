@@ -12,7 +12,7 @@ NOW = 1_700_000_000.0
 
 def answer(limiter, times=1, now=NOW, headers=None):
     for _ in range(times):
-        limiter.leaves(now, 10)
+        limiter.sent(now, 10)
         limiter.answered(now, headers or {}, 10)
 
 
@@ -29,7 +29,7 @@ def test_the_window_begins_at_one_doubles_a_round_and_stops_at_the_most():
 def test_a_full_window_waits_for_an_answer():
     limiter = RateLimiter(6)
     assert limiter.wait(NOW) == 0
-    limiter.leaves(NOW, 10)
+    limiter.sent(NOW, 10)
     assert limiter.wait(NOW) is None
     limiter.answered(NOW, {}, 10)
     assert limiter.wait(NOW) == 0
@@ -40,13 +40,13 @@ def test_a_round_of_429s_halves_the_window_once_and_then_it_grows_by_one_a_round
     answer(limiter, 15)
     assert limiter.window == 16
     for _ in range(4):
-        limiter.leaves(NOW, 10)
+        limiter.sent(NOW, 10)
     for _ in range(4):
         limiter.limited(NOW + 1, NOW, {"retry-after": "0"})
     assert limiter.window == 8
     answer(limiter, 8, now=NOW + 2)
     assert 8.9 < limiter.window < 9.1
-    limiter.leaves(NOW + 3, 10)
+    limiter.sent(NOW + 3, 10)
     limiter.limited(NOW + 4, NOW + 3, {"retry-after": "0"})
     assert 4.4 < limiter.window < 4.6
 
@@ -67,7 +67,7 @@ def test_a_round_of_429s_halves_the_window_once_and_then_it_grows_by_one_a_round
 def test_retry_after_in_seconds_and_as_a_date_by_the_services_own_clock(headers, seconds):
     assert retry_after(headers, NOW) == seconds
     limiter = RateLimiter()
-    limiter.leaves(NOW, 10)
+    limiter.sent(NOW, 10)
     limiter.limited(NOW, NOW, headers)
     if seconds is not None:
         assert limiter.wait(NOW) == pytest.approx(seconds)
@@ -78,14 +78,14 @@ def test_retry_after_in_seconds_and_as_a_date_by_the_services_own_clock(headers,
 def test_failures_without_advice_wait_longer_each_time_up_to_a_minute():
     limiter, waits, now = RateLimiter(), [], NOW
     for _ in range(12):
-        limiter.leaves(now, 10)
+        limiter.sent(now, 10)
         limiter.failed(now, {})
         waits.append(limiter.wait(now))
         now += waits[-1]
     assert all(2**n / 4 <= wait <= 2**n for n, wait in enumerate(waits[:6]))
     assert all(30 <= wait <= 60 for wait in waits[7:])
     answer(limiter, now=now)
-    limiter.leaves(now, 10)
+    limiter.sent(now, 10)
     limiter.failed(now, {})
     assert limiter.wait(now) <= 1
 
@@ -104,10 +104,10 @@ def test_rate_limit_headers_stop_before_the_429():
 
 def test_ones_own_rates_space_requests_and_tokens():
     limiter = RateLimiter(10, requests_per_minute=120, tokens_per_minute=1200)
-    limiter.leaves(NOW, 5)
+    limiter.sent(NOW, 5)
     limiter.answered(NOW, {}, 5)
     assert limiter.wait(NOW) == pytest.approx(0.5)
-    limiter.leaves(NOW + 1, 100)
+    limiter.sent(NOW + 1, 100)
     limiter.answered(NOW + 1, {}, 100)
     assert limiter.wait(NOW + 1) == pytest.approx(5)
 

@@ -190,7 +190,7 @@ def test_kinds_that_cannot_be_compared_are_refused(write_images, write_pairs, tm
     assert main(["dedup", images, pairs, *out]) == 2
     assert "expected one kind" in capsys.readouterr().err
     assert main(["dedup", images, "--against", pairs, *out]) == 2
-    assert "is compared with its like" in capsys.readouterr().err
+    assert "can only be compared with its kind" in capsys.readouterr().err
     assert main(["dedup", images, images, *out]) == 2
     assert "named twice" in capsys.readouterr().err
 

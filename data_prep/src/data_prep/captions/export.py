@@ -10,12 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data_prep.captions.images import ImageReader, image_of
-from data_prep.captions.ledger import Ledger
+from data_prep.captions.ledger import RequestLedger
 from data_prep.curation.tokens import TokenCounter
 from data_prep.errors import UserError
-from data_prep.samples import Text
+from data_prep.samples import Text, compact_json
 from data_prep.shards import Dataset, DatasetWriter
-from data_prep.shards.format import JsonObject
 
 _ACCEPTED = (
     "SELECT image.sha256, image.dataset, image.number, request.id, request.language, request.caption, recipe.model, "
@@ -26,10 +25,19 @@ _ACCEPTED = (
     "JOIN attempt ON attempt.id = (SELECT max(id) FROM attempt WHERE request = request.id) "
     "WHERE request.state = 'accepted' ORDER BY image.rowid, request.rowid"
 )
+_SYNTHESIS = (
+    "model",
+    "served_model",
+    "fingerprint",
+    "prompt_tokens",
+    "completion_tokens",
+    "prompt_version",
+    "prompt_sha256",
+)
 
 
 def export(
-    ledger: Ledger,
+    ledger: RequestLedger,
     out: str | Path,
     *,
     source: str,
@@ -37,15 +45,15 @@ def export(
     samples_per_shard: int = 1000,
     tick: Callable[[], None] = lambda: None,
 ) -> Counter[str]:
-    """Write every accepted caption beside its image; gives captions by language.
+    """Write the images with their accepted captions; returns the number of captions by language.
 
     A sample is an image with its captions in all languages, `{"captions", "source", "item", "synthesis"}`; `synthesis`
-    says of each caption, in the same order, the request's id, the model that was asked and that answered, its
+    has for each caption, in the same order, the request's id, the model that was asked and the one that answered, its
     fingerprint, the tokens that it counted, prompt version and hash. Origin is "synthetic:MODEL:PROMPTVERSION". The
-    item is that of the sample that the image comes from, so that its short and long captions are known as one.
+    item is that of the image's source sample, so that its short and long captions are one item.
 
     Raises:
-        UserError: nothing was accepted yet, or an image is no longer the one that was described.
+        UserError: no caption is accepted yet, or an image changed since it was described.
         ShardError: `out` exists, the disk refuses, or a data set of images cannot be read.
     """
     reader = ImageReader()
@@ -93,18 +101,5 @@ def _json(captions: list[sqlite3.Row], source: str, item: str) -> bytes:
         Text(row["caption"], row["language"], "long", f"synthetic:{row['model']}:{row['prompt_version']}").record()
         for row in captions
     ]
-    synthesis: list[JsonObject] = [
-        {
-            "request": row["id"],
-            "model": row["model"],
-            "served_model": row["served_model"],
-            "fingerprint": row["fingerprint"],
-            "prompt_tokens": row["prompt_tokens"],
-            "completion_tokens": row["completion_tokens"],
-            "prompt_version": row["prompt_version"],
-            "prompt_sha256": row["prompt_sha256"],
-        }
-        for row in captions
-    ]
-    fields = {"captions": texts, "source": source, "item": item, "synthesis": synthesis}
-    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode("utf-8", errors="replace")
+    synthesis = [{"request": row["id"], **{name: row[name] for name in _SYNTHESIS}} for row in captions]
+    return compact_json({"captions": texts, "source": source, "item": item, "synthesis": synthesis})

@@ -1,4 +1,4 @@
-"""The images of a ledger, read where they lie, each proved to be the one that was planned."""
+"""The images of a ledger, read from their data sets and checked against the hash that was planned."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def image_of(members: dict[str, bytes]) -> tuple[str, bytes]:
 class ImageReader:
     """Reads images by data set and number; a data set is opened once.
 
-    A ledger knows an image by the hash of its bytes. A data set that was built again may hold another one at the same
-    place, and its description would be paid for and kept under the wrong image.
+    A ledger knows an image by the hash of its bytes. A data set that was built again may hold another image at the same
+    place, whose caption would be paid for and stored with the wrong image.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What requests cost, before and after."""
+"""What requests cost, estimated before they are sent and counted after."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from math import ceil
 
 from data_prep.captions.images import ImageReader
-from data_prep.captions.ledger import Ledger, Request, Usage
+from data_prep.captions.ledger import Request, RequestLedger, Usage
 from data_prep.errors import UserError
 
 
 @dataclass(frozen=True)
 class Prices:
-    """Money per million tokens, in whatever currency the budget is in; a batch costs `batch_factor` of it."""
+    """Prices per million tokens, in the currency of the budget; a batch costs `batch_factor` of them."""
 
     input: float
     output: float
@@ -24,26 +24,26 @@ class Prices:
             raise UserError(f"prices {self.input} and {self.output}, a batch {self.batch_factor}: expected 0 or more")
 
     def cost(self, prompt_tokens: float, completion_tokens: float, *, batch: bool = False) -> float:
-        """Money for so many tokens."""
-        money = (prompt_tokens * self.input + completion_tokens * self.output) / 1e6
-        return money * self.batch_factor if batch else money
+        """The cost of so many tokens."""
+        cost = (prompt_tokens * self.input + completion_tokens * self.output) / 1e6
+        return cost * self.batch_factor if batch else cost
 
     def of(self, usage: Usage, *, batch: bool = False) -> float | None:
-        """Money for an answer; None if the service did not count."""
+        """The cost of an answer; None if the service gave no token counts."""
         if usage.prompt_tokens is None or usage.completion_tokens is None:
             return None
         return self.cost(usage.prompt_tokens, usage.completion_tokens, batch=batch)
 
 
 class Estimate:
-    """The most tokens that a request may take.
+    """An upper bound of the tokens of a request.
 
     An image counts by the rule that OpenAI publishes for its GPT-4 models (detail high: fitted into 2048 × 2048, its
-    shorter side to 768, then 85 tokens and 170 for each tile of 512; low: 85). Other models count otherwise: give
-    `image_tokens`, or let the first answers teach: the estimate is never below the largest count that the ledger saw.
+    shorter side to 768, then 85 tokens and 170 for each tile of 512; low: 85). Other models count differently: give
+    `image_tokens`, or rely on the first answers: the estimate is never below the largest count in the ledger.
     """
 
-    def __init__(self, ledger: Ledger, image_tokens: int | None = None) -> None:
+    def __init__(self, ledger: RequestLedger, image_tokens: int | None = None) -> None:
         self._image_tokens = image_tokens
         self._seen: dict[str, int] = dict(
             ledger.db.execute(
@@ -53,25 +53,25 @@ class Estimate:
         )
 
     def learn(self, model: str, usage: Usage) -> None:
-        """An answer came, with its count."""
+        """Take the token count of an answer into account."""
         self._seen[model] = max(self._seen.get(model, 0), usage.prompt_tokens or 0)
 
     def tokens(self, request: Request, image: bytes) -> tuple[int, int]:
         """(prompt tokens, completion tokens), at most."""
-        text = ceil(len(request.text.encode()) / 2)  # prose needs fewer in any tokenizer in use
+        text = ceil(len(request.text.encode()) / 2)  # an upper bound for prose in any common tokenizer
         own = self._image_tokens
         if own is None:
             own = image_tokens(_size(image), request.options["detail"])
         return max(own + text, self._seen.get(request.model, 0)), request.options["max_tokens"]
 
 
-def price_unpriced(ledger: Ledger, prices: Prices, image_tokens: int | None) -> None:
-    """Enter what attempts cost that were made without prices, so that all of them count against a budget.
+def price_unpriced(ledger: RequestLedger, prices: Prices, image_tokens: int | None) -> None:
+    """Set the cost of attempts that were made without prices, so that all count against the budget.
 
-    It is what they would have been entered with: the tokens that the service counted, else the most that they may be.
+    From the tokens that the service counted, else from the upper bound.
 
     Raises:
-        UserError, ShardError: the image of an attempt that nobody counted is no longer there.
+        UserError, ShardError: the image of an attempt without token counts is gone.
     """
     estimate, reader = Estimate(ledger, image_tokens), ImageReader()
     with ledger.transaction():
@@ -100,4 +100,4 @@ def _size(image: bytes) -> tuple[int, int]:
         with Image.open(io.BytesIO(image)) as opened:  # the header alone is read
             return opened.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return 2048, 2048  # the service will say what it thinks of it; an image counts no more than this
+        return 2048, 2048  # the service will refuse it; no image counts more than this

@@ -1,9 +1,9 @@
-"""How fast to ask: a window that grows while the service answers and shrinks when it says 429.
+"""How many requests to send, and when: a congestion window, as in TCP.
 
-Additive increase, multiplicative decrease, as in TCP: the window doubles every round until the first 429, then gains
-one a round and halves at each 429. `Retry-After` and the `x-ratelimit-*` headers stop everybody, not only the request
-that got them, and the user's own limits space requests and tokens evenly. No clock is read here: every call is told
-the time, in seconds since the epoch.
+The window doubles every round until the first 429 (slow start), then grows by one a round and halves at each 429.
+`Retry-After` and the `x-ratelimit-*` headers pause all requests, not only the one that got them, and the user's own
+limits space requests and tokens evenly. Not urllib3's `Retry`: it retries one request by itself, while here the ledger
+decides what may be sent again. No clock is read here: every call gets the time, in seconds since the epoch.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _LONGEST_BACKOFF = 60.0
 
 
 class RateLimiter:
-    """Says when the next request may go out.
+    """Decides when the next request may be sent.
 
     Args:
-        most: requests under way at the same time, at most; the window begins at one.
-        requests_per_minute, tokens_per_minute: limits of one's own; None: only those that the service shows.
+        most: concurrent requests at most; the window begins at 1.
+        requests_per_minute, tokens_per_minute: the user's own limits; None: only those of the service.
         seed: of the jitter on pauses after failures.
 
     Raises:
-        UserError: a number that would let nothing out.
+        UserError: a limit that would let no request pass.
     """
 
     def __init__(
@@ -46,20 +46,20 @@ class RateLimiter:
         self.most, self.window, self.under_way = most, 1.0, 0
         self._requests, self._tokens = requests_per_minute, tokens_per_minute
         self._slow_start = True
-        self._shrunk_at = 0.0  # a 429 to a request that left before says nothing new
+        self._shrunk_at = 0.0  # ignore 429s of requests sent before
         self._not_before = 0.0
         self._next_by_own_limits = 0.0
         self._failures = 0  # in a row
         self._jitter = random.Random(seed)
 
     def wait(self, now: float) -> float | None:
-        """Seconds until a request may leave, 0 if it may now; None if first another must come back."""
+        """Seconds until a request may be sent, 0 if now; None if one under way has to finish first."""
         if self.under_way >= int(self.window):
             return None
         return max(0.0, self._not_before - now, self._next_by_own_limits - now)
 
-    def leaves(self, now: float, tokens: float) -> None:
-        """A request of about `tokens` tokens (in and out) goes out."""
+    def sent(self, now: float, tokens: float) -> None:
+        """A request of about `tokens` tokens (in and out) is sent."""
         self.under_way += 1
         spacing = max(
             60 / self._requests if self._requests else 0.0, 60 * tokens / self._tokens if self._tokens else 0.0
@@ -67,7 +67,7 @@ class RateLimiter:
         self._next_by_own_limits = max(self._next_by_own_limits, now) + spacing
 
     def answered(self, now: float, headers: Mapping[str, str], tokens: float) -> None:
-        """It came back with an answer; `tokens`: what the next one may need."""
+        """A request was answered; `tokens`: what the next one may need."""
         self.under_way -= 1
         self._failures = 0
         self.window = min(float(self.most), self.window + (1.0 if self._slow_start else 1.0 / self.window))
@@ -76,17 +76,17 @@ class RateLimiter:
             if remaining is not None and reset is not None and _number(remaining) < needed:
                 self._pause(now + duration(reset))
 
-    def limited(self, now: float, left_at: float, headers: Mapping[str, str]) -> None:
-        """It came back with 429; `left_at`: when it had gone out."""
+    def limited(self, now: float, sent_at: float, headers: Mapping[str, str]) -> None:
+        """A request got 429; `sent_at`: when it was sent."""
         self.under_way -= 1
-        if left_at >= self._shrunk_at:
+        if sent_at >= self._shrunk_at:
             self._shrunk_at, self._slow_start = now, False
             self.window = max(1.0, self.window / 2)
         asked = retry_after(headers, now)
         self._failed(now) if asked is None else self._pause(now + asked)
 
     def failed(self, now: float, headers: Mapping[str, str]) -> None:
-        """It came back with a 5xx, or not at all; a service in trouble gets a pause that doubles each time."""
+        """A request got 5xx or no answer: exponential backoff."""
         self.under_way -= 1
         asked = retry_after(headers, now)
         self._failed(now) if asked is None else self._pause(now + asked)
@@ -101,9 +101,9 @@ class RateLimiter:
 
 
 def retry_after(headers: Mapping[str, str], now: float) -> float | None:
-    """Seconds that the service asks to wait: `retry-after-ms`, or `retry-after` in seconds or as an HTTP date.
+    """Seconds to wait, as the service asks: `retry-after-ms`, or `retry-after` in seconds or as an HTTP date.
 
-    A date is compared with the service's own `date`, if it sends one, as the clocks need not agree.
+    A date is compared with the service's own `date` header if there is one, since the clocks may differ.
     """
     milliseconds = headers.get("retry-after-ms", "")
     if re.fullmatch(r"\s*\d+(\.\d+)?\s*", milliseconds):
@@ -139,4 +139,4 @@ def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        return float("inf")  # not a number: no limit that we could keep
+        return float("inf")  # not a number: ignore this limit

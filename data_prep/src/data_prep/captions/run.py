@@ -1,4 +1,4 @@
-"""A run: ask for what is planned, as fast as the service likes, until nothing is left or the budget is used up."""
+"""Sends the planned requests as fast as the service allows, until all are answered or the budget is used up."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 
 from data_prep.captions.images import ImageReader
 from data_prep.captions.judge import Limits, Verdict, judge
-from data_prep.captions.ledger import Ledger, Request, Usage
+from data_prep.captions.ledger import Request, RequestLedger, Usage
 from data_prep.captions.pricing import Estimate, Prices, price_unpriced
 from data_prep.captions.rate_limit import RateLimiter
 from data_prep.captions.service import Answered, Declined, Lost, NotDone, Outcome, Service, Stop, error_message
 from data_prep.errors import UserError
 
-# So many calls in a row without one answer, and the fault is not with the requests.
+# After so many calls in a row without an answer the service is at fault, not the requests.
 _FAILURES = 20
 _LOSSES = 5  # these may have cost money
 _REFUSED = 5
@@ -29,8 +29,8 @@ _LONG_PAUSE = 5.0  # seconds
 class RunSettings:
     """How to run.
 
-    limit: ask at most so often. tries: 5xx and missed connections that one request may meet in this run before it is
-    left for another. budget: money that this ledger may cost, all runs together; needs prices.
+    limit: requests to send at most. tries: 5xx and failed connections of one request in this run before it is left for
+    the next. budget: the cost of this ledger at most, over all runs; needs prices. image_tokens: see `Estimate`.
     """
 
     limit: int | None = None
@@ -52,7 +52,7 @@ class RunSettings:
 
 @dataclass
 class RunResult:
-    """What a run did. `lost`: perhaps paid; `later`: requests that met too many failures and stay planned."""
+    """What a run did. lost: perhaps paid; later: requests that failed too often and stay planned."""
 
     asked: int = 0
     accepted: int = 0
@@ -63,8 +63,8 @@ class RunResult:
     stopped: str | None = None  # why the run ended before the work did
 
 
-def judge_waiting(ledger: Ledger, prices: Prices | None, limits: Limits) -> Counter[str]:
-    """Judge the answers that a killed run left on the disk unparsed; counts by outcome. Nothing is asked."""
+def judge_waiting(ledger: RequestLedger, prices: Prices | None, limits: Limits) -> Counter[str]:
+    """Judge the answers that a killed run left unjudged; returns counts by outcome. Sends nothing."""
     outcomes: Counter[str] = Counter()
     for row in ledger.unjudged():
         verdict = verdict_on(row["status"], row["raw"], row["language"], limits)
@@ -81,12 +81,12 @@ def judge_waiting(ledger: Ledger, prices: Prices | None, limits: Limits) -> Coun
 
 
 def verdict_on(status: int, raw: bytes, language: str, limits: Limits) -> Verdict:
-    """What an answer of this status is worth."""
+    """The verdict on an answer of this status."""
     return judge(raw, language, limits) if status == 200 else Verdict(None, "declined", Usage())
 
 
 def run(
-    ledger: Ledger,
+    ledger: RequestLedger,
     service: Service,
     limiter: RateLimiter,
     settings: RunSettings,
@@ -94,10 +94,10 @@ def run(
     tick: Callable[[RunResult], None] = lambda result: None,
     log: Callable[[str], None] = lambda line: None,
 ) -> RunResult:
-    """Ask for everything that is planned.
+    """Send all planned requests.
 
-    SIGINT and SIGTERM let the calls under way come back and then end the run; the ledger knows the rest. `tick` is
-    called whenever a call has ended, `log` when the service asks for a longer pause.
+    After SIGINT or SIGTERM the run waits for the calls under way and ends. `tick` is called after each call, `log` when
+    the service asks for a longer pause.
 
     Raises:
         UserError: the service will answer nothing (wrong key, no money, no such model, every call fails), an image is
@@ -113,7 +113,7 @@ def run(
 class _Run:
     def __init__(
         self,
-        ledger: Ledger,
+        ledger: RequestLedger,
         service: Service,
         limiter: RateLimiter,
         settings: RunSettings,
@@ -133,7 +133,7 @@ class _Run:
         self._in_a_row: Counter[str] = Counter()
 
     async def drive(self) -> RunResult:
-        """Launch calls while the pace allows and there is something to ask, then wait for those under way."""
+        """Launch calls while the rate limiter allows and requests are left, then wait for those under way."""
         self.stopping = asyncio.Event()
         self._catch_signals()
         under_way: set[asyncio.Task[None]] = set()
@@ -142,9 +142,9 @@ class _Run:
                 pause = self._launch(under_way)
                 if pause is None and not under_way:
                     break
-                under_way = await self._until_something_happens(under_way, pause)
+                under_way = await self._wait(under_way, pause)
         finally:
-            # What has left is paid for: take every answer, whatever went wrong here or with one of them.
+            # What was sent is paid for: take every answer, even after an error.
             ended = await asyncio.gather(*under_way, return_exceptions=True)
             await self.service.client.close()
         for fault in ended:
@@ -155,7 +155,7 @@ class _Run:
         return self.result
 
     def _launch(self, under_way: set[asyncio.Task[None]]) -> float | None:
-        """Let the next request go, if it may; gives the seconds until there is more to do, None: when a call ends."""
+        """Send the next request, if possible; returns seconds until the next try, None to wait for a call to end."""
         request = self._peek()
         pause = None if request is None else self.limiter.wait(time.time())
         if pause is not None and pause > _LONG_PAUSE and not under_way:
@@ -166,34 +166,32 @@ class _Run:
         prompt, completion = self.estimate.tokens(request, image)
         most = self.settings.prices.cost(prompt, completion) if self.settings.prices else None
         if self.settings.budget is not None and self.spent + (most or 0.0) > self.settings.budget:
-            if not under_way:  # else what comes back may cost less than the most, which is what was set aside for it
+            if not under_way:  # answers under way may cost less than the maximum that is reserved for them
                 self.result.stopped = f"the budget of {self.settings.budget:g} does not allow another request"
             return None
         self.queue.popleft()
         under_way.add(asyncio.create_task(self._ask(request, mime, image, prompt + completion, most)))
         self.result.asked += 1
         self.spent += most or 0.0
-        self.limiter.leaves(time.time(), prompt + completion)
+        self.limiter.sent(time.time(), prompt + completion)
         return 0.0
 
-    async def _until_something_happens(
-        self, under_way: set[asyncio.Task[None]], pause: float | None
-    ) -> set[asyncio.Task[None]]:
-        """Wait for a call to end, for the pause to be over, or for the order to stop; gives the calls still out."""
+    async def _wait(self, under_way: set[asyncio.Task[None]], pause: float | None) -> set[asyncio.Task[None]]:
+        """Wait for a call to end, for the pause to be over, or for the signal to stop; returns the calls under way."""
         stop = asyncio.create_task(self.stopping.wait())
         watched = under_way if self.stopping.is_set() else {*under_way, stop}
         done, _ = await asyncio.wait(watched, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()
         for task in done - {stop}:
-            task.result()  # a fault of ours must not pass in silence
+            task.result()  # raises if there is a bug of ours
         return under_way - done
 
     async def _ask(self, request: Request, mime: str, image: bytes, tokens: int, most: float | None) -> None:
-        left_at = time.time()
-        (attempt,) = self.ledger.sent([(request.id, most)], now=left_at)
+        sent_at = time.time()
+        (attempt,) = self.ledger.sent([(request.id, most)], now=sent_at)
         outcome = await self.service.ask(request, mime, image)
         now = time.time()
-        self._update_limiter(outcome, now, left_at, tokens)
+        self._update_limiter(outcome, now, sent_at, tokens)
         match outcome:
             case Answered(raw) | Declined(_, raw):
                 status = 200 if isinstance(outcome, Answered) else outcome.status
@@ -223,12 +221,12 @@ class _Run:
                 )
         self.tick(self.result)
 
-    def _update_limiter(self, outcome: Outcome, now: float, left_at: float, tokens: int) -> None:
+    def _update_limiter(self, outcome: Outcome, now: float, sent_at: float, tokens: int) -> None:
         match outcome:
             case Answered() | Declined():
                 self.limiter.answered(now, outcome.headers, tokens)
             case NotDone(limited=True):
-                self.limiter.limited(now, left_at, outcome.headers)
+                self.limiter.limited(now, sent_at, outcome.headers)
             case NotDone():
                 self.limiter.failed(now, outcome.headers)
             case _:
@@ -257,7 +255,7 @@ class _Run:
     def _fails(self, what: str, most: int, message: str) -> None:
         self._in_a_row[what] += 1
         if self._in_a_row[what] >= most:
-            self._stop(UserError(f"{message}; see what is wrong and run again, the ledger goes on where this stopped"))
+            self._stop(UserError(f"{message}; see what is wrong and run again; the run continues from there"))
 
     def _stop(self, error: UserError) -> None:
         self.error = self.error or error
@@ -276,12 +274,12 @@ class _Run:
         loop = asyncio.get_running_loop()
 
         def stop(number: int) -> None:
-            loop.remove_signal_handler(number)  # the second one ends the program at once
+            loop.remove_signal_handler(number)  # a second signal ends the program at once
             self.result.stopped = self.result.stopped or f"{signal.Signals(number).name}"
             self.stopping.set()
 
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 loop.add_signal_handler(number, stop, number)
-            except (NotImplementedError, ValueError, RuntimeError):  # not the main thread: no signals come here
+            except (NotImplementedError, ValueError, RuntimeError):  # not the main thread, which alone gets signals
                 return

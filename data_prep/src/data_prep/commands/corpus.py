@@ -48,10 +48,7 @@ def add(commands: Subcommands) -> None:
         help="leave a source out; can be given several times",
     )
     parser.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="processes (default: one a core); the result is the same for any number",
+        "--workers", type=int, metavar="N", help="threads (default: one a core); the result is the same for any number"
     )
     parser.set_defaults(run=_run)
 

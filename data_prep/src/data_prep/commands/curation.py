@@ -117,11 +117,7 @@ def _languages(options: argparse.Namespace) -> int:
     from data_prep.curation.relabel import relabel
 
     relabel(
-        options.shards,
-        target_of(options),
-        sure=options.sure,
-        without=options.without,
-        execution=execution_of(options),
+        options.shards, target_of(options), sure=options.sure, without=options.without, execution=execution_of(options)
     )
     return 0
 

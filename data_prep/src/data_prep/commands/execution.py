@@ -1,4 +1,4 @@
-"""The options of every long command: who does the work, and how the output is cut."""
+"""The options of every long command: the engine, the workers, the size of shards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 def add_execution(parser: argparse.ArgumentParser, *, samples_per_shard: int = 1000, cuts: bool = True) -> None:
     """Add --engine, --workers, --task and, if the command cuts its output into shards, --samples-per-shard."""
-    group = parser.add_argument_group("execution", "Nothing of this changes a sample; stopped, run the same again.")
+    group = parser.add_argument_group(
+        "execution", "None of these changes a sample. To resume, run the same command again."
+    )
     group.add_argument(
         "--engine",
         choices=("processes", "ray"),
@@ -37,7 +39,7 @@ def add_execution(parser: argparse.ArgumentParser, *, samples_per_shard: int = 1
 
 
 def execution_of(options: argparse.Namespace) -> Execution:
-    """What the user asked for. UserError if it makes no sense."""
+    """How to run the job, by the options. UserError if they make no sense."""
     from data_prep.errors import UserError
     from data_prep.execute import Execution
 

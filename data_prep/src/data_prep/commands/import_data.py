@@ -22,7 +22,7 @@ def add(commands: Subcommands) -> None:
         "import",
         help="public data sets to shards, one importer a source",
         description="Writes the data sets OUT/KIND/NAME, folders that a recipe can name; KIND is text-pairs, "
-        "text-triplets, image-short or image-long. They appear when they are whole; stopped, the same command goes on.",
+        "text-triplets, image-short or image-long. They appear when complete; to resume, run the command again.",
     )
     sources = parser.add_subparsers(required=True, metavar="SOURCE", prog="data-prep import")
     for name, source in SOURCES.items():
@@ -47,7 +47,7 @@ def add_source(sources: Subcommands, name: str, source: type[Any], *, out: str) 
 
 
 def add_values(parser: argparse.ArgumentParser, source: type[Any]) -> None:
-    """Arguments for the fields of a source: those without a default by place, the others as --name."""
+    """Add arguments for the fields of a source: positional ones without a default, the others as --name."""
     for value in dataclasses.fields(source):
         explanation, choices = value.metadata["help"], value.metadata.get("choices")
         many: JsonObject = {"nargs": "+"} if str(value.type).startswith("tuple") else {}
@@ -66,10 +66,10 @@ def add_values(parser: argparse.ArgumentParser, source: type[Any]) -> None:
 
 
 def add_image_rule(parser: argparse.ArgumentParser, rule: ImageRule) -> None:
-    """Options for how images are stored, with the source's rule as the default."""
+    """Add options for how images are stored, with the source's rule as the default."""
     from data_prep.image_rule import ENCODINGS, FITS, KERNELS
 
-    group = parser.add_argument_group("images", "Stored once, at a size that training needs.")
+    group = parser.add_argument_group("images", "How images are stored.")
     group.add_argument("--image-size", type=int, default=rule.size, metavar="PIXELS", help="default: %(default)s")
     group.add_argument(
         "--fit",
@@ -96,7 +96,7 @@ def add_image_rule(parser: argparse.ArgumentParser, rule: ImageRule) -> None:
 
 
 def image_rule_of(options: argparse.Namespace) -> ImageRule:
-    """What the user asked for. UserError if it makes no sense."""
+    """The rule for images, by the options. UserError if they make no sense."""
     from data_prep.image_rule import ImageRule
 
     names = ("fit", "encoding", "quality", "kernel", "max_pixels")
@@ -104,7 +104,7 @@ def image_rule_of(options: argparse.Namespace) -> ImageRule:
 
 
 def run_import(options: argparse.Namespace, *, out: str, evalset: bool = False) -> JsonObject | None:
-    """Import what the command line says into `out`; gives the receipt."""
+    """Import the source of the command line into `out`; returns the receipt."""
     from data_prep.sources.importing import import_source
 
     values = {value.name: getattr(options, value.name) for value in dataclasses.fields(options.source)}

@@ -1,4 +1,4 @@
-"""`data-prep index`: sidecars for other people's shards."""
+"""`data-prep index`: sidecars for existing shards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def add(commands: Subcommands) -> None:
     """Register the command."""
     parser = commands.add_parser(
         "index",
-        help="read the webdataset tars of others as they are, by sidecars",
+        help="use existing webdataset tars as they are, with sidecars",
         description="Makes the data set OUT/KIND/NAME of links to webdataset tars and a sidecar for each: where every "
         "sample lies, and its hash. The tars are neither copied nor changed; they must stay where they are.",
     )

@@ -14,7 +14,7 @@ def add(commands: Subcommands) -> None:
         "negatives",
         help="text pairs to triplets with hard negatives",
         description="Writes OUT/text-triplets/NAME: each pair of SHARDS with the answers of other pairs that MODEL "
-        "finds nearest to its query, except those that are right, or nearly so. Pairs with too few of them go.",
+        "finds nearest to its query, except those that are right, or nearly so. Pairs with too few are dropped.",
     )
     parser.add_argument("shards", nargs="+", metavar="SHARDS", help="data sets of text pairs")
     parser.add_argument("--model", required=True, metavar="DIR", help="a text tower, or a model of ours with its text/")

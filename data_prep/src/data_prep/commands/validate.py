@@ -1,4 +1,4 @@
-"""`data-prep validate`: check data sets to the last byte."""
+"""`data-prep validate`: check every byte of data sets."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _run(options: argparse.Namespace) -> int:
         try:
             return len(Dataset.open(directory).shard_sizes)
         except ShardError:
-            return 0  # `validate` says what is wrong
+            return 0  # `validate` reports the fault
 
     if options.workers is not None and options.workers < 1:
         raise UserError(f"--workers {options.workers}: expected at least 1")

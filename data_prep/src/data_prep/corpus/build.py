@@ -1,4 +1,4 @@
-"""Building a corpus: read, split, train the tokenizer, write the shards, publish all at once, give a receipt."""
+"""Builds a corpus: read, split, train the tokenizer, write the shards, publish all at once."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from pathlib import Path
 from data_prep.corpus import apt
 from data_prep.corpus.debian import Material, needed_packages, read_material
 from data_prep.corpus.drawn import draw_material
-from data_prep.corpus.items import CorpusError, ImageItem, TextItem
+from data_prep.corpus.items import ImageItem, TextItem
 from data_prep.corpus.split import SPLITS, drop_identical, families, leaks, similar_pairs, split_items
 from data_prep.corpus.vocabulary import train_tokenizer
 from data_prep.corpus.writing import training_texts, write_datasets
+from data_prep.errors import UserError
 from data_prep.shards import Dataset, ShardError, alone
 from data_prep.shards.files import sync_directory, write_file
 from data_prep.shards.format import JsonObject
@@ -30,7 +31,7 @@ CORPUS_VERSION = 1
 
 @dataclass(frozen=True)
 class Settings:
-    """What a corpus is made of; two corpora with equal settings and packages are equal byte for byte.
+    """The settings of a corpus; equal settings and packages give equal bytes.
 
     drawn: number of procedurally drawn pictures, or None for the real corpus from Debian packages.
     seed: of the split and of every choice; image_size: side of the stored pictures in pixels.
@@ -55,32 +56,32 @@ def build_corpus(
     workers: int | None = None,
     log: Callable[[str], None] = print,
 ) -> JsonObject:
-    """Build the corpus in the folder `out`; gives what `corpus.json` holds.
+    """Build the corpus in the folder `out`; returns the content of `corpus.json`.
 
-    If `out` holds a corpus of this version and these settings already, nothing is done. Otherwise everything is made in
-    `out.partial` and renamed at the end.
+    If `out` already holds a corpus of this version and these settings, nothing is done. Otherwise everything is written
+    to `out.partial`, which is renamed at the end.
 
     Args:
         packages: a folder of .deb files (and Translation-xx lists); without it apt fetches them into `cache`.
         cache: where fetched packages are kept; $XDG_CACHE_HOME/trilith by default.
-        workers: processes that draw; the number of cores by default. The bytes do not depend on it.
+        workers: threads that draw; the number of cores by default. The bytes do not depend on it.
         say: called with one line at each step.
 
     Raises:
-        CorpusError: `out` holds something else, packages are missing, or the disk refuses.
+        UserError: `out` holds something else, packages are missing, or the disk refuses.
         ShardError: the disk refuses while a shard is written.
     """
     settings, out = settings or Settings(), Path(out)
     existing = _existing(out, settings)
     if existing is not None:
-        log(f"{out}: there already, of this version and these settings; nothing to do")
+        log(f"{out}: already built, with this version and these settings; nothing to do")
         return existing
     _check_libraries(settings)
     try:
         with alone(out.with_name(f".{out.name}.lock"), f"{out} is being built: it"):
             return _build(out, settings, packages, cache, workers or os.cpu_count() or 1, log)
     except OSError as error:
-        raise CorpusError(f"{out}: {error.strerror or error}; mend it and run again") from error
+        raise UserError(f"{out}: {error.strerror or error}; fix it and run again") from error
 
 
 def _build(
@@ -97,14 +98,14 @@ def _build(
         shutil.rmtree(partial)
     started = time.monotonic()
     try:
-        partial.mkdir(parents=True)  # before the long work: a folder that cannot be written is said at once
+        partial.mkdir(parents=True)  # first, so that a folder that cannot be written is reported at once
         material = _material(settings, packages, cache, workers, log)
         corpus = _write(partial, settings, material, log)
         partial.rename(out)
         sync_directory(out.parent)
     except OSError as error:
         where = error.filename or partial
-        raise CorpusError(f"{where}: {error.strerror or error}; make room or mend it and run again") from error
+        raise UserError(f"{where}: {error.strerror or error}; free some space or fix it and run again") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     for line in receipt(corpus):
@@ -114,7 +115,7 @@ def _build(
 
 
 def receipt(corpus: JsonObject) -> list[str]:
-    """The table that a build ends with: what came in, what was dropped and why, what went out, what leaks."""
+    """The summary of a build: what came in, what was dropped and why, what went out, what leaks."""
     lines = ["", f"{'came in':<34}{'items':>9}"]
     lines += [f"  {source:<32}{count:>9}" for source, count in corpus["items"].items()]
     lines += ["", f"{'left out, and why':<34}"]
@@ -134,39 +135,36 @@ def receipt(corpus: JsonObject) -> list[str]:
 
 
 def _existing(out: Path, settings: Settings) -> JsonObject | None:
-    """What the corpus in `out` says of itself; None if there is nothing, CorpusError if it is something else."""
+    """The corpus.json of the corpus in `out`; None if there is nothing, UserError if it is something else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     try:
         corpus: JsonObject = json.loads((out / "corpus.json").read_text(encoding="utf-8"))
         version, found = corpus["version"], corpus["settings"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorpusError(f"{out}: exists and is no corpus (no readable corpus.json); name another folder") from error
+        raise UserError(f"{out}: exists and is no corpus (no readable corpus.json); name another folder") from error
     wanted = _plain(settings)
     if version != CORPUS_VERSION or found != wanted:
         changed = [key for key in wanted if found.get(key) != wanted[key]]
         differences = [f"{key} {found.get(key)!r}, asked for {wanted[key]!r}" for key in changed]
         if version != CORPUS_VERSION:
             differences.insert(0, f"version {version!r}, this program writes {CORPUS_VERSION!r}")
-        raise CorpusError(f"{out}: holds another corpus ({'; '.join(differences)}); remove it or name another folder")
+        raise UserError(f"{out}: holds another corpus ({'; '.join(differences)}); remove it or name another folder")
     for split, counts in corpus["samples"].items():
         for name in counts:
             try:
                 Dataset.open(out / split / name)
             except ShardError as error:
-                raise CorpusError(f"{error} (or remove {out} and run again)") from error
+                raise UserError(f"{error} (or remove {out} and run again)") from error
     return corpus
 
 
 def _check_libraries(settings: Settings) -> None:
-    needed = (
-        ["sentencepiece"]
-        if settings.drawn is not None or "stamps" in settings.without
-        else ["sentencepiece", "resvg_py"]
-    )
+    draws_svg = settings.drawn is None and "stamps" not in settings.without
+    needed = ["sentencepiece", "resvg_py"] if draws_svg else ["sentencepiece"]
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        raise CorpusError(
+        raise UserError(
             f"{' and '.join(missing)}: not installed; `pip install './data_prep[corpus]'` brings what is needed"
         )
 

@@ -1,4 +1,4 @@
-"""The real corpus: from the folder of packages to items."""
+"""The real corpus: from a folder of packages to items."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ from pathlib import Path
 
 from data_prep.corpus import apt, cldr, emoji, help_texts, package_texts, stamps
 from data_prep.corpus.deb import Package, file_sha256, find_package, find_translations, read_members
-from data_prep.corpus.items import CorpusError, ImageItem, TextItem
+from data_prep.corpus.items import ImageItem, TextItem
 from data_prep.corpus.render import RenderJob, render_images
+from data_prep.errors import UserError
 from data_prep.languages import LANGUAGES
 
 Render = Callable[[Sequence[RenderJob]], list[bytes | None]]
 
-OPTIONAL_SOURCES = ("stamps", "flags", "packages", "help")
-
-# Items in each held-out pool. The image pools are what the project's figures are measured on.
+# Items in each held-out pool. The project's figures are measured on the image pools.
 HELD_OUT = {"emoji": 240, "stamps": 138, "packages": 300, "help": 24}
 
 
 @dataclass
 class Material:
-    """Everything that came in: items, what they came from, and what was left out (source → reason → number)."""
+    """All items with their packages, and what was left out (source → reason → number)."""
 
     images: list[ImageItem] = field(default_factory=list)
     texts: list[TextItem] = field(default_factory=list)
@@ -36,7 +35,7 @@ class Material:
 
 
 def needed_packages(without: frozenset[str]) -> list[str]:
-    """The packages that a corpus without these sources is made of."""
+    """The packages for a corpus without these sources."""
     needed = [apt.FONT, apt.CLDR]
     if "stamps" not in without:
         needed.append(apt.STAMPS)
@@ -91,15 +90,15 @@ def read_material(
 
 def _find_all(directory: Path, without: frozenset[str]) -> dict[str, Package]:
     if not directory.is_dir():
-        raise CorpusError(
+        raise UserError(
             f"{directory}: no such folder; it should hold {', '.join(f'{name}_*.deb' for name in apt.PACKAGES)}"
         )
     packages = {name: find_package(directory, name) for name in needed_packages(without)}
     missing = [f"{name}_*.deb" for name, package in packages.items() if package is None]
     if missing:
-        raise CorpusError(
-            f"{directory}: lacks {' and '.join(missing)}; fetch from https://packages.debian.org/bookworm/NAME, or say "
-            "`--drawn` for a corpus that needs no packages"
+        raise UserError(
+            f"{directory}: lacks {' and '.join(missing)}; fetch from https://packages.debian.org/bookworm/NAME, or "
+            "pass `--drawn` for a corpus that needs no packages"
         )
     return {name: package for name, package in packages.items() if package is not None}
 
@@ -107,11 +106,11 @@ def _find_all(directory: Path, without: frozenset[str]) -> dict[str, Package]:
 def _read_font(package: Package) -> bytes:
     fonts = read_members(package, lambda path: path.endswith("NotoColorEmoji.ttf"))
     if not fonts:
-        raise CorpusError(f"{package.path}: holds no NotoColorEmoji.ttf")
+        raise UserError(f"{package.path}: holds no NotoColorEmoji.ttf")
     from PIL import features
 
     if not features.check("raqm"):
-        raise CorpusError(
+        raise UserError(
             "this Pillow has no Raqm and would draw flags as letters; take Pillow's own wheel (pip install -U pillow)"
         )
     return next(iter(fonts.values()))
@@ -127,7 +126,7 @@ def _emoji_items(
     log: Callable[[str], None],
 ) -> list[ImageItem]:
     started = time.monotonic()
-    pictures = render([RenderJob("glyph", sign) for sign in found])
+    pictures = render([RenderJob("glyph", sign.encode()) for sign in found])
     order, groups = cldr.emoji_order(files), cldr.emoji_groups(files)
     last_group: tuple[str, str] = ("", "")
     items = []
@@ -136,7 +135,7 @@ def _emoji_items(
         key=lambda entry: (order.get(entry[0], len(order)), entry[0]),
     )
     for place, (sign, png) in enumerate(drawn):
-        # labels.txt is older than the order and knows fewer emoji; the newer ones stand among their kind.
+        # labels.txt lacks the newest emoji; they get the group of the one before them in the order.
         last_group = groups.get(sign, last_group)
         items.append(emoji.emoji_item(sign, png, order=place, group=last_group, locales=locales, world=world))
     dropped["no picture in the font (punctuation and signs)"] = len(found) - len(drawn)
@@ -170,7 +169,7 @@ def _package_items(
     translations = find_translations(directory)
     if "en" not in translations or len(translations) < 2:
         material.left_out["packages"] = "no Translation-en with another Translation-xx in the folder"
-        log(f"{directory}: has no Translation-en with another Translation-xx; goes on WITHOUT package descriptions")
+        log(f"{directory}: has no Translation-en with another Translation-xx; continuing WITHOUT package descriptions")
         return []
     material.packages += [
         {"name": path.name, "sha256": file_sha256(path)} for paths in translations.values() for path in paths

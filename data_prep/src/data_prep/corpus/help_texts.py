@@ -1,4 +1,4 @@
-"""GNOME's help pages: title and description of a page, and what it says, in many languages."""
+"""GNOME's help pages: title, description and body, in many languages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from data_prep.samples import Text, clean
 _PAGE = re.compile(r"usr/share/help/([A-Za-z_]+)/([a-z-]+)/([A-Za-z0-9_-]+)\.page")
 _MALLARD = "{http://projectmallard.org/1.0/}"
 _BODY_CHARACTERS = 2000  # of whole paragraphs
-_SHORTEST_BODY = 80  # characters; below are mere lists of links
+_SHORTEST_BODY = 80  # characters; shorter pages are lists of links
 
 
 def read_help(package: Package) -> tuple[list[TextItem], dict[str, int]]:
@@ -46,7 +46,7 @@ def read_help(package: Package) -> tuple[list[TextItem], dict[str, int]]:
 
 
 def read_page(data: bytes) -> tuple[str, str] | None:
-    """(title and description, body) of a Mallard page; None if it says too little or is no page."""
+    """(title and description, body) of a Mallard page; None if it is too short or no page."""
     try:
         root = ET.fromstring(data)
     except ET.ParseError:

@@ -1,4 +1,4 @@
-"""Hard negatives: what stands nearest to an item without being it."""
+"""Hard negatives: the nearest other items."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ NEGATIVES = 7  # as many as the paper's triplets have
 def hard_negatives(items: Sequence[ImageItem], family_of: Mapping[str, str]) -> dict[str, list[ImageItem]]:
     """Seven neighbours for each item: of the same group first, then by their place in the order of the source.
 
-    `items` are those of one source in one split. A neighbour of the same family, or with a name that the item has too
-    in some language, would be no wrong answer and is passed over; no two of the seven bear the same English name. Items
-    for which there are no seven are left out of the result.
+    `items` are those of one source in one split. Neighbours of the same family, or with a name of the item in some
+    language, would be right answers and are skipped; the seven have different English names. Items with fewer than
+    seven are left out of the result.
     """
     words = {item.name: {(text.language, normalized(text.text)) for text in item.names} for item in items}
     chosen: dict[str, list[ImageItem]] = {}

@@ -1,4 +1,4 @@
-"""From a glyph, a bitmap or a drawing to the small square picture that is stored."""
+"""Renders a glyph, a bitmap or an SVG as the small square image that is stored."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
-GLYPH_SIZE = 109  # the one size of the bitmaps in Noto Color Emoji
+GLYPH_SIZE = 109  # the only bitmap size of Noto Color Emoji
 _CANVAS = (180, 160)  # room for its 136 × 128 pixels
 
-_WHITE = 245  # of 255; what is lighter in all colours cannot be told from the ground
+_WHITE = 245  # of 255; pixels that are lighter in all channels count as background
 
-# Old drawings give their size in points or millimetres without a viewBox; resvg refuses those. Without any size it
-# takes what the drawing covers, which is what we cut out anyway.
+# Old SVGs give their size in points or millimetres without a viewBox, which resvg refuses. Without a size it takes the
+# bounding box, to which the image is cropped anyway.
 _PHYSICAL_SIZE = re.compile(r'(?<=\s)(?:width|height)="[\d.]+(?:pt|mm|cm|in)"')
 
 
 @dataclass(frozen=True, slots=True)
 class RenderJob:
-    """What to make a picture of: an emoji sequence in the font, or the bytes of a bitmap or SVG file."""
+    """What to render: an emoji sequence in the font, in UTF-8, or the bytes of a bitmap or SVG file."""
 
     kind: Literal["glyph", "bitmap", "svg"]
-    data: Any
+    data: bytes
 
 
 def render_images(jobs: Sequence[RenderJob], *, size: int, font: bytes | None, workers: int) -> list[bytes | None]:
-    """PNG files in the order of `jobs`, RGB over white, `size` pixels square; None where there is nothing to see.
+    """PNG files in the order of `jobs`, RGB over white, `size` pixels square; None where nothing is visible.
 
-    The picture is cut to what is visible and put in the middle of a white square, so that a resize to any training
-    resolution neither crops nor stretches it. The result does not depend on `workers`.
+    The image is cropped to what is visible and centred on a white square, so that a resize to any training resolution
+    neither crops nor stretches it. The result does not depend on `workers`.
     """
-    # Threads suffice: Pillow and zlib let go of the interpreter while they work.
+    # Threads suffice: Pillow and zlib release the GIL.
     with ThreadPoolExecutor(workers, initializer=_load_font, initargs=(font,)) as pool:
         return list(pool.map(partial(_picture, size=size), jobs))
 
@@ -51,17 +51,17 @@ def encode_png(image: Image.Image) -> bytes:
 
 
 def pixels(png: bytes, size: int) -> np.ndarray:
-    """The picture at `size` × `size`, `[size, size, 3]` float32 in 0 to 255."""
+    """The image at `size` × `size`, `[size, size, 3]` float32 in 0 to 255."""
     with Image.open(io.BytesIO(png)) as image:
         return np.asarray(image.resize((size, size), Image.Resampling.BOX), dtype=np.float32)
 
 
-_thread = threading.local()  # a FreeType face must not be used by two threads at once: each has its own
+_thread = threading.local()  # a FreeType face is not thread-safe: each thread has its own
 
 
 def _load_font(font: bytes | None) -> None:
     if font is not None:
-        # Raqm joins the sequences (a family, a flag); without it each part would be drawn by itself.
+        # Raqm draws sequences (a family, a flag) as one glyph; without it each part would be drawn separately.
         _thread.font = ImageFont.truetype(io.BytesIO(font), GLYPH_SIZE, layout_engine=ImageFont.Layout.RAQM)
 
 
@@ -88,12 +88,12 @@ def _picture(job: RenderJob, size: int) -> bytes | None:
 def _open(job: RenderJob, size: int) -> Image.Image:
     if job.kind == "glyph":
         image = Image.new("RGBA", _CANVAS, (255, 255, 255, 0))
-        ImageDraw.Draw(image).text((10, 10), job.data, font=_thread.font, fill="black", embedded_color=True)
+        ImageDraw.Draw(image).text((10, 10), job.data.decode(), font=_thread.font, fill="black", embedded_color=True)
         return image
     if job.kind == "svg":
         import resvg_py
 
-        drawing = job.data.decode("utf-8")
+        drawing = job.data.decode()
         if "viewBox" not in drawing:
             drawing = _PHYSICAL_SIZE.sub("", drawing, count=2)
         return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=drawing, width=4 * size)))).convert("RGBA")

@@ -1,4 +1,4 @@
-"""Into train, validation and test, so that nothing held out is seen in training in any language or kind."""
+"""Splits items into train, validation and test, so that training sees no held-out item in any language or kind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LOOK_ALIKE = 2.0  # mean difference of 255 below which two pictures count as on
 
 
 def drop_identical(items: Sequence[ImageItem]) -> tuple[list[ImageItem], int]:
-    """Of items with the same picture, the first; and how many were dropped."""
+    """Items with the same image: keep the first. Returns the kept ones and how many were dropped."""
     seen: set[bytes] = set()
     kept = []
     for item in items:
@@ -32,7 +32,7 @@ def drop_identical(items: Sequence[ImageItem]) -> tuple[list[ImageItem], int]:
 
 
 def similar_pairs(items: Sequence[ImageItem]) -> list[tuple[str, str]]:
-    """Names of items whose pictures hardly differ (flags of one design, a redrawn stamp): they are one family."""
+    """Pairs of names of items whose images hardly differ (flags of one design, a redrawn stamp): one family."""
     if not items:
         return []
     looks = np.stack([pixels(item.png, _LOOK_SIDE).ravel() for item in items])
@@ -45,7 +45,7 @@ def similar_pairs(items: Sequence[ImageItem]) -> list[tuple[str, str]]:
 
 
 def families(items: Iterable[ImageItem | TextItem], pairs: Iterable[tuple[str, str]] = ()) -> dict[str, str]:
-    """Item name → family name: items that share a label, or stand in `pairs`, are one family, and so on in chains."""
+    """Item name → family name: items connected by labels or `pairs`, in any number of steps, are one family."""
     items = list(items)
     names = sorted(item.name for item in items)
     number = {name: place for place, name in enumerate(names)}
@@ -54,24 +54,20 @@ def families(items: Iterable[ImageItem | TextItem], pairs: Iterable[tuple[str, s
         (number[item.name], with_label.setdefault(label, number[item.name])) for item in items for label in item.labels
     ]
     joined += [(number[one], number[other]) for one, other in pairs]
-    # Named after its first item, not after a label, so that a rule which finds more labels renames little.
+    # A family is named after its first item, not after a label, so that a rule with more labels renames few.
     first = first_of_group(len(names), np.array(joined, np.int64).reshape(-1, 2))
     return {item.name: names[first[number[item.name]]] for item in items}
 
 
 def split_items(
-    items: Sequence[ImageItem | TextItem],
-    family_of: Mapping[str, str],
-    *,
-    held_out: Mapping[str, int],
-    seed: int,
+    items: Sequence[ImageItem | TextItem], family_of: Mapping[str, str], *, held_out: Mapping[str, int], seed: int
 ) -> dict[str, str]:
     """Item name → "train", "validation" or "test".
 
-    Families come in the order of a hash of their name and the seed. Each goes to test while test has fewer than
-    `held_out[source]` items of a source that the family has, else to validation by the same rule, else to train. Large
-    families, and those in which two items of a source bear one English caption (in a pool, a question would have two
-    right answers), are for training alone.
+    Families are taken in the order of a hash of their name and the seed. Each goes to test while test has fewer than
+    `held_out[source]` items of one of its sources, else to validation by the same rule, else to train. Large families,
+    and those with two items of a source under one English caption (a query would have two right answers), are for
+    training only.
     """
     members: dict[str, list[ImageItem | TextItem]] = {}
     for item in items:
@@ -93,9 +89,9 @@ def split_items(
 
 
 def leaks(items: Sequence[ImageItem], where: Mapping[str, str]) -> dict[str, dict[str, int]]:
-    """How many held-out names also name something in training, in the same language, word for word.
+    """How many held-out names also occur in training, in the same language, word for word.
 
-    Equal English names are impossible by construction; other languages have one word for two things now and then.
+    Equal English names are impossible by construction; other languages may have one word for two things.
     """
     trained = {
         (text.language, normalized(text.text)) for item in items if where[item.name] == "train" for text in item.names

@@ -17,7 +17,7 @@ _ROOT = "usr/share/tuxpaint/stamps/"
 _STYLES = {"cartoon", "plastic", "toys", "filled", "outlined", "uppercase", "lowercase"}
 _VARIANT = re.compile(r"([-_ ]?\d+|[-_](mirror|flip|left|right|drawing|cartoon|filled|outlined|small|large|big))+$")
 
-# CLDR's own words for the folders of which it has one; added to the caption for the long text.
+# CLDR's labels for some of the folders; added to the caption for the long text.
 _FOLDER_LABELS = {
     "animals": "animal",
     "food": "food_drink",
@@ -34,7 +34,7 @@ _FOLDER_LABELS = {
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """One stamp as found: its path without ending, its captions by language, how to draw it."""
+    """A stamp: its path without suffix, its captions by language, how to render it."""
 
     path: str
     captions: dict[str, str]
@@ -44,8 +44,8 @@ class Stamp:
 def read_stamps(package: Package) -> tuple[list[Stamp], dict[str, int]]:
     """All stamps that have a picture and an English caption; and what was left out, by reason.
 
-    A stamp that comes as bitmap and as drawing (SVG) is taken as bitmap. Ready-made mirror images have no caption of
-    their own and are left out.
+    Of a stamp that exists as bitmap and SVG the bitmap is used. Ready-made mirror images have no captions of their own
+    and are left out.
     """
     endings = (".txt", ".png", ".svg")
     files = read_members(package, lambda path: path.startswith(_ROOT) and path.endswith(endings))
@@ -80,7 +80,7 @@ def read_captions(data: bytes) -> dict[str, str]:
             captions[code] = text
         elif code in OTHER_CODES:
             others[OTHER_CODES[code]] = text
-    return others | captions  # Portugal's Portuguese before Brazil's
+    return others | captions  # European Portuguese takes precedence over Brazilian
 
 
 def stamp_item(stamp: Stamp, png: bytes, *, order: int, locales: dict[str, Locale]) -> ImageItem:
@@ -112,7 +112,7 @@ def stamp_item(stamp: Stamp, png: bytes, *, order: int, locales: dict[str, Local
 
 
 def family_path(path: str) -> str:
-    """The path that a stamp shares with its variants: no style folder, number, side or mirror mark."""
+    """The path of a stamp without what tells variants apart: style folder, number, side, mirror mark."""
     parts = path.split("/")
     folders = [part for part in parts[:-1] if part not in _STYLES]
     return "/".join([*folders, _VARIANT.sub("", parts[-1].casefold()) or parts[-1].casefold()])

@@ -1,1 +1,1 @@
-"""Shaping: what is taken out of data, held apart or put together before a model sees it."""
+"""Curation: filters, deduplicates, splits and relabels data sets, and measures mixes of them."""

@@ -1,4 +1,4 @@
-"""Duplicates out: the same bytes, nearly the same, and whatever an evaluation set holds."""
+"""Removes exact duplicates, near-duplicates, and whatever an evaluation set holds."""
 
 from __future__ import annotations
 
@@ -10,24 +10,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from data_prep.curation import passes
 from data_prep.curation.minhash import Signatures, matches, near_duplicates, signatures
-from data_prep.curation.passes import (
-    Survey,
-    copy,
-    decision,
-    load,
-    open_alike,
-    pieces_of,
-    samples_of,
-    save,
-    two_passes,
-    with_decisions,
-)
 from data_prep.curation.phash import UNREADABLE, pairs_within, perceptual_hash
 from data_prep.curation.signature_store import SignatureStore, arrays_of
 from data_prep.errors import UserError
-from data_prep.execute import Execution, Job, Target
-from data_prep.execute.unit import Output
+from data_prep.execute import Execution, Job, Output, Target
 from data_prep.groups import join, pairs_of_equals
 from data_prep.shards.format import JsonObject
 
@@ -38,7 +26,7 @@ REASONS = {
     TEST: "in an evaluation set",
     BROKEN: "an image that cannot be decoded",
 }
-# A text shorter than this ("a cat") is in an evaluation set by chance.
+# Characters; a shorter text ("a cat") is in an evaluation set by chance.
 TELLING = 25
 _AT_A_TIME = 2000
 
@@ -55,40 +43,42 @@ def deduplicate(
 ) -> JsonObject | None:
     """Write the data sets to `target` without duplicates, of which the first stays.
 
-    Samples with images are compared by image; text pairs and triplets by all that query and target say. A sample goes,
-    too, if it has an image, or a text of `TELLING` characters or more, that is nearly one of `against`.
+    Samples with images are compared by image; text pairs and triplets by all their queries and targets. A sample is
+    also removed if its image, or a text of `TELLING` or more characters, is nearly one of `against`.
 
     Args:
-        similarity: estimated Jaccard similarity of texts from which on they are nearly the same.
-        distance: bits in which the perceptual hashes of two nearly equal images differ at most.
-        near: False: only what is exactly the same goes.
+        similarity: texts with this estimated Jaccard similarity or more are near-duplicates.
+        distance: images whose perceptual hashes differ in at most so many bits are near-duplicates.
+        near: False: remove exact duplicates only.
     """
-    datasets = open_alike(directories)
-    tests = open_alike(against) if against else []
+    datasets = passes.open_alike(directories)
+    tests = passes.open_alike(against) if against else []
     images = datasets[0].kind.startswith("image")
     if tests and tests[0].kind.startswith("image") != images:
-        raise UserError(f"{tests[0].directory} holds {tests[0].kind}; {datasets[0].kind} is compared with its like")
-    pieces = pieces_of(datasets)
+        raise UserError(
+            f"{tests[0].directory} holds {tests[0].kind}; {datasets[0].kind} can only be compared with its kind"
+        )
+    pieces = passes.pieces_of(datasets)
     options = {"images": images, "sides": bool(tests)}
-    before = pieces_of(tests)
-    survey = Survey(target, f"{__name__}:sign", [*before, *pieces], options)
+    before = passes.pieces_of(tests)
+    survey = passes.Survey(target, f"{__name__}:sign", [*before, *pieces], options)
     fingerprints = [test.fingerprint for test in tests]
     job = Job(
         title="dedup",
         target=target,
         work=f"{__name__}:drop",
-        pieces=with_decisions(survey, pieces),
+        pieces=passes.with_decisions(survey, pieces),
         options={"similarity": similarity, "distance": distance, "near": near, "against": fingerprints},
         tokenizer_sha256=datasets[0].manifest["tokenizer_sha256"],
     )
 
-    def decide(survey: Survey) -> list[np.ndarray]:
+    def decide(survey: passes.Survey) -> list[np.ndarray]:
         files = survey.files()
         if images:
             return _decide_images(files, len(before), distance if near else -1)
         return _decide_texts(files, len(before), similarity if near else 2.0)
 
-    return two_passes(survey, job, decide, execution or Execution())
+    return passes.two_passes(survey, job, decide, execution or Execution())
 
 
 def sign(piece: JsonObject, options: JsonObject, output: Output) -> None:
@@ -101,17 +91,17 @@ def sign(piece: JsonObject, options: JsonObject, output: Output) -> None:
 
 def drop(piece: JsonObject, options: JsonObject, output: Output) -> None:
     """The rewriting pass."""
-    for sample, verdict in zip(samples_of(piece), decision(piece).tolist(), strict=True):
+    for sample, verdict in zip(passes.samples_of(piece), passes.decision(piece).tolist(), strict=True):
         output.came_in()
         if verdict == KEPT:
-            copy(output, piece, sample)
+            passes.copy(output, piece, sample)
         else:
             output.drop(REASONS[verdict], f"{piece['dataset']}: {sample.row.key}")
 
 
 def _sign_images(piece: JsonObject, output: Output) -> None:
     exact, hashes, hashed, broken = [], [], [], []
-    for sample in samples_of(piece):
+    for sample in passes.samples_of(piece):
         output.came_in()
         exact.append(_key(sample.image))
         found = None
@@ -123,7 +113,7 @@ def _sign_images(piece: JsonObject, output: Output) -> None:
             broken.append(True)
         hashes.append(found or 0)
         hashed.append(found is not None)
-    save(
+    passes.save(
         Path(piece["survey"]),
         exact=_array(exact),
         hashes=np.array(hashes, np.uint64),
@@ -139,7 +129,7 @@ def _sign_texts(piece: JsonObject, sides: bool, output: Output) -> None:
     single: list[Signatures] = []
     joined: list[str] = []
     telling: list[str] = []
-    for number, sample in enumerate(samples_of(piece)):
+    for number, sample in enumerate(passes.samples_of(piece)):
         output.came_in()
         texts = [" ".join(text["text"].split()) for side in sample.texts[:2] for text in side]
         joined.append("\n".join(texts))
@@ -153,7 +143,7 @@ def _sign_texts(piece: JsonObject, sides: bool, output: Output) -> None:
             single.append(signatures(telling))
             joined, telling = [], []
     all_, one = Signatures.join([*whole, signatures(joined)]), Signatures.join([*single, signatures(telling)])
-    save(
+    passes.save(
         Path(piece["survey"]),
         exact=_array(exact),
         side_bands=one.bands,
@@ -164,7 +154,7 @@ def _sign_texts(piece: JsonObject, sides: bool, output: Output) -> None:
 
 
 def _decide_images(files: Sequence[Path], tests: int, distance: int) -> list[np.ndarray]:
-    found = [load(file) for file in files]
+    found = [passes.load(file) for file in files]
     sizes = [len(part["hashes"]) for part in found]
     exact = np.concatenate([part["exact"] for part in found])
     hashes, hashed = (np.concatenate([part[name] for part in found]) for name in ("hashes", "hashed"))
@@ -185,13 +175,13 @@ def _decide_images(files: Sequence[Path], tests: int, distance: int) -> list[np.
 
 def _decide_texts(files: Sequence[Path], tests: int, similarity: float) -> list[np.ndarray]:
     exact, in_test = [], []
-    sides = [load(file, "side_bands", "side_low") for file in files[:tests]]
+    sides = [passes.load(file, "side_bands", "side_low") for file in files[:tests]]
     known = Signatures.join([Signatures(part["side_bands"], part["side_low"]) for part in sides]) if sides else None
-    for file in files[tests:]:  # one at a time: the signatures of all do not fit into memory
-        exact.append(load(file, "exact")["exact"])
+    for file in files[tests:]:  # one at a time: all signatures do not fit into memory
+        exact.append(passes.load(file, "exact")["exact"])
         flags = np.zeros(len(exact[-1]), bool)
         if known is not None:
-            part = load(file, "side_bands", "side_low", "owners")
+            part = passes.load(file, "side_bands", "side_low", "owners")
             own = Signatures(part["side_bands"], part["side_low"])
             flags[part["owners"][matches(own, known, similarity=min(similarity, 1.0))]] = True
         in_test.append(flags)

@@ -1,4 +1,4 @@
-"""Which of the thirty languages a text is in."""
+"""Language identification among the thirty languages."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 from data_prep.errors import needs
 from data_prep.languages import LANGUAGES
 
-# What naive Bayes over bytes confuses in short texts; lingua's n-gram models decide among these.
+# py3langid (naive Bayes over bytes) confuses these in short texts; lingua's n-gram models tell them apart.
 _SCANDINAVIAN = ("da", "no", "nn", "sv")
-# Below so many letters there is little to tell by: one word is often good in several languages.
+# Fewer letters are no evidence: one word often exists in several languages.
 MIN_LETTERS = 12
 
 
@@ -18,11 +18,11 @@ def identify(text: str, *, among_all: bool = False) -> tuple[str, float]:
     """The likeliest language of a text and its probability, as py3langid gives them.
 
     Where that is Danish, Norwegian or Swedish, lingua decides which of the three, and the probability is py3langid's
-    sum over them. A text of fewer than `MIN_LETTERS` letters, in a script that several languages share, is no
-    evidence.
+    sum over them. A text of fewer than `MIN_LETTERS` letters is no evidence where several languages share the
+    script.
 
     Args:
-        among_all: among all languages that py3langid knows, not the thirty alone; for texts of unknown origin.
+        among_all: consider all languages of py3langid instead of the thirty; for texts of unknown origin.
 
     Raises:
         UserError: py3langid or lingua is not installed.
@@ -38,7 +38,7 @@ def identify(text: str, *, among_all: bool = False) -> tuple[str, float]:
 
 
 def letters(text: str) -> int:
-    """How many letters of any script a text has; digits, marks and signs say nothing of its language."""
+    """The number of letters in a text, of any script, without digits, marks and signs."""
     return sum(character.isalpha() for character in text)
 
 

@@ -1,9 +1,12 @@
-"""Near-duplicate texts by MinHash (Broder 1997) and banding, a million in a minute or two on one core.
+"""Near-duplicate texts by MinHash (Broder 1997) and banding.
 
-A text is the set of its runs of five characters, after case, punctuation and spaces are made alike; that serves all
-thirty languages, with spaces between words or without. The probability that two texts agree in one of the
+Not datasketch, whose MinHash LSH takes 25 times as long for each text (`benchmarks/near_duplicates.py`: a million texts
+take 29 processor seconds here, 5,000 take 3.6 there).
+
+A text is the set of its runs of five characters, after normalisation; that works for all thirty languages, with spaces
+between words or without. The probability that two texts agree in one of the
 `PERMUTATIONS` minima is the Jaccard similarity of their sets, so the share of minima that agree estimates it. `BANDS`
-groups of `ROWS` minima find the pairs worth comparing: of pairs alike to 0.8, 99.8 % share a whole group; to 0.5, 27 %.
+groups of `ROWS` minima find the pairs to compare: of pairs with similarity 0.8, 99.8 % share a group; with 0.5, 27 %.
 """
 
 from __future__ import annotations
@@ -21,11 +24,11 @@ BANDS, ROWS = 20, 6
 PERMUTATIONS = BANDS * ROWS
 _SHINGLE = 5
 _PAIRS = 10_000  # compared at a time
-_MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, of no pattern: the golden ratio in 64 bits
+_MIX = np.uint64(0x9E3779B97F4A7C15)  # odd: the golden ratio in 64 bits
 
 
 class Signed(Protocol):
-    """The signatures of N texts, in memory (`Signatures`) or on the disk (`stored.Stored`)."""
+    """The signatures of N texts, in memory (`Signatures`) or on the disk (`SignatureStore`)."""
 
     def __len__(self) -> int: ...
 
@@ -40,7 +43,7 @@ class Signed(Protocol):
 
 @dataclass(frozen=True)
 class Signatures:
-    """What is kept of N texts: 280 bytes each.
+    """The MinHash signatures of N texts, 280 bytes each.
 
     bands: `[N, BANDS]` uint64, a hash of each group of minima. low: `[N, PERMUTATIONS]` uint8, the minima's low bytes.
     """
@@ -53,7 +56,7 @@ class Signatures:
 
     @classmethod
     def join(cls, parts: Sequence[Signatures]) -> Signatures:
-        """Those of several batches, in order."""
+        """Concatenate several batches."""
         return cls(np.concatenate([part.bands for part in parts]), np.concatenate([part.low for part in parts]))
 
     def band(self, number: int) -> np.ndarray:
@@ -65,19 +68,19 @@ class Signatures:
         return rows
 
     def to_bytes(self) -> list[bytes]:
-        """Each text's own, to be kept elsewhere."""
+        """One record for each text, to store elsewhere."""
         return [bands.tobytes() + low.tobytes() for bands, low in zip(self.bands.astype("<u8"), self.low, strict=True)]
 
     @classmethod
     def from_bytes(cls, kept: bytes) -> Signatures:
-        """What `to_bytes` gave, joined."""
+        """From the concatenated records of `to_bytes`."""
         rows = np.frombuffer(kept, np.uint8).reshape(-1, 8 * BANDS + PERMUTATIONS)
         bands = np.ascontiguousarray(rows[:, : 8 * BANDS]).view("<u8").astype(np.uint64)
         return cls(bands, rows[:, 8 * BANDS :])
 
 
 def signatures(texts: Sequence[str]) -> Signatures:
-    """The signatures of a batch of texts; some thousands at a time keep the memory small."""
+    """The signatures of a batch of texts; some thousands at a time take little memory."""
     if not texts:
         return Signatures(np.zeros((0, BANDS), np.uint64), np.zeros((0, PERMUTATIONS), np.uint8))
     shingles, starts = _shingles(texts)
@@ -125,13 +128,13 @@ def _shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     ends = np.cumsum(lengths)
     inside = np.ones(len(runs) + _SHINGLE - 1, bool)
     for place in range(1, _SHINGLE):
-        inside[ends - place] = False  # runs that would reach into the next text
+        inside[ends - place] = False  # runs that reach into the next text
     counts = lengths - _SHINGLE + 1
     return (runs[inside[: len(runs)]] >> np.uint64(32)).astype(np.uint32), np.concatenate([[0], np.cumsum(counts)[:-1]])
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
-    """A hash of each value, in 64 bits."""
+    """A 64-bit hash of each value."""
     values = values * _MIX
     mixed: np.ndarray = values ^ (values >> np.uint64(29))
     return mixed
@@ -144,7 +147,7 @@ def _hash_functions() -> list[tuple[np.uint32, np.uint32]]:
 
 
 def matches(texts: Signatures, known: Signatures, *, similarity: float) -> np.ndarray:
-    """Whether each of N texts is nearly one of the known ones, `[N]` bool; it is compared with one of each bucket."""
+    """Whether each of N texts is a near-duplicate of a known one, `[N]` bool; one text of each bucket is compared."""
     found = np.zeros(len(texts), bool)
     if not len(texts) or not len(known):
         return found

@@ -1,4 +1,4 @@
-"""What a model would see: how data sets and languages share the samples, by the weights of a recipe."""
+"""What a model would see: the shares of data sets and languages, by the weights of a recipe."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from data_prep.shards import Dataset
 class Share:
     """A data set in the mix.
 
-    share: of all draws. samples: how many it has. languages: samples by language, one with alternatives in n languages
-    counting 1/n for each, as a trainer draws one of them. tokens: sum over samples of the longest text; counted: of so
-    many samples, as the others' tokens were never counted.
+    share: of all draws. samples: their number. languages: samples by language; a sample with texts in n languages
+    counts 1/n for each, since a trainer draws one. tokens: sum of the lengths of the longest texts, over the `counted`
+    samples whose tokens are known.
     """
 
     directory: str
@@ -29,12 +29,12 @@ class Share:
 
     @property
     def mean_tokens(self) -> float | None:
-        """Tokens of a sample's longest text, in the mean."""
+        """Mean number of tokens of a sample's longest text."""
         return self.tokens / self.counted if self.counted else None
 
 
 def mix(directories: Sequence[str], weights: Sequence[float] | None = None) -> list[Share]:
-    """Look through the sidecars of data sets; `weights` None: each by its number of samples.
+    """Read the sidecars of data sets; without `weights` each counts by its number of samples.
 
     Raises:
         UserError: not one positive weight for each data set.

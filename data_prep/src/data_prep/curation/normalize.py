@@ -1,4 +1,4 @@
-"""What makes no difference between two texts: case, punctuation, spaces, an English article in front."""
+"""Text normalisation for comparisons: case, punctuation, spaces and a leading English article are ignored."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import re
 import unicodedata
 from itertools import groupby
 
-_VARIATION = range(0xFE00, 0xFE10)  # selectors: how a sign is drawn, not which one it is
+_VARIATION = range(0xFE00, 0xFE10)  # selectors of a sign's style
 
 
 def _marks() -> str:
-    r"""Vowel signs, points and accents (category M), as ranges; \w leaves them out, though they make words differ."""
+    r"""Vowel signs, points and accents (category M), as ranges; \w excludes them, though words differ by them."""
     found = [
         code
         for code in range(0x300, 0x20000)
@@ -21,14 +21,14 @@ def _marks() -> str:
 
 
 _BETWEEN_WORDS = re.compile(rf"[^\w{_marks()}]+|_+")
-_BETWEEN_ASCII = re.compile(r"[\W_]+")  # the same where there are no marks, at less than half the cost
+_BETWEEN_ASCII = re.compile(r"[\W_]+")  # the same for ASCII, at less than half the cost
 _ARTICLES = re.compile(r"^(a|an|the|some)\s+")
 
 
 def normalize_text(text: str) -> str:
-    """The words of a text, to be compared. A text of signs alone ("⁇") stays as it is.
+    """The words of a text, for comparison. Texts of signs alone ("⁇") are kept.
 
-    The corpus has a rule of its own (`corpus.items.plain`), which tells fewer texts apart; its figures are published.
+    The corpus keeps a coarser rule (`corpus.items.normalized`), which its published figures rest on.
     """
     folded = unicodedata.normalize("NFKC", text).casefold()
     between = _BETWEEN_ASCII if folded.isascii() else _BETWEEN_WORDS

@@ -1,8 +1,8 @@
-"""Going through data sets: in one pass where each sample is judged alone, in two where it takes all of them.
+"""Passes over data sets: one where each sample is judged by itself, two where samples are compared.
 
-A pass is a job of the executor. Where samples are judged against one another, a survey goes first: each unit writes
-what the decision needs as one array file, and the rewriting pass reads what was decided for its own samples. The survey
-lies in OUT/NAME.survey-HASH, is resumed like any job, and is removed when the data set is published.
+A pass is a job of `execute`. To compare samples, a survey comes first: each unit writes an array file with what the
+decision needs, and the rewriting pass reads the decisions on its own samples. The survey is in OUT/NAME.survey-HASH, is
+resumed like any job, and is removed when the data set is published.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from data_prep.execute import Execution, Job, Spec, Target, run_job
 from data_prep.execute.engines import run_units
 from data_prep.execute.progress import Progress
 from data_prep.execute.unit import Output, read_receipt
+from data_prep.samples import compact_json
 from data_prep.shards import KINDS, Dataset, Row
 from data_prep.shards.files import replacing
 from data_prep.shards.format import IMAGE_TYPES, JsonObject
@@ -32,7 +33,7 @@ TextDict = JsonObject  # a TEXT of the shard format
 
 @dataclass
 class Sample:
-    """One sample: `content` is its JSON, made from the .txt where there is no JSON of ours."""
+    """One sample: `content` is its JSON, or is made from the .txt where there is no JSON of the shard format."""
 
     kind: str
     row: Row
@@ -41,20 +42,20 @@ class Sample:
 
     @property
     def texts(self) -> list[list[TextDict]]:
-        """Its lists of alternatives: the captions, or query, target and negatives; the lists are those in `content`."""
+        """Its lists of alternative texts: captions, or query, target and negatives; the lists of `content`."""
         if "captions" in self.content:
             return [self.content["captions"]]
         return [self.content["query"], self.content["target"], *self.content.get("negatives", [])]
 
     @property
     def image(self) -> bytes:
-        """The file of its image, of a sample that has one."""
+        """The bytes of its image file."""
         return next(self.members[name] for name in IMAGE_TYPES if name in self.members)
 
     def changed_members(self) -> dict[str, bytes]:
         """Its members, with `content` as the JSON."""
-        data = json.dumps(self.content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", errors="replace")
-        return {**{name: bytes_ for name, bytes_ in self.members.items() if name not in ("json", "txt")}, "json": data}
+        kept = {name: data for name, data in self.members.items() if name not in ("json", "txt")}
+        return {**kept, "json": compact_json(self.content)}
 
     def languages(self) -> list[str]:
         """The languages that occur in `content`."""
@@ -62,7 +63,7 @@ class Sample:
 
 
 def open_alike(directories: Sequence[str]) -> list[Dataset]:
-    """The data sets, which have to be of one kind. UserError if they are not, or if one comes twice."""
+    """Open data sets of one kind. UserError if the kinds differ, or if one is named twice."""
     found = [Dataset.open(directory) for directory in directories]
     kinds = sorted({dataset.kind for dataset in found})
     if len(kinds) != 1:
@@ -112,13 +113,13 @@ def sample_at(dataset: Dataset, number: int) -> Sample:
 
 
 def write(output: Output, piece: JsonObject, sample: Sample, *, kind: str | None = None, tokens: int | None) -> None:
-    """Write a sample whose content has changed; `tokens` of its longest text, None if nobody counted anew."""
+    """Write a sample with changed content; `tokens` of its longest text, None if unknown."""
     key = sample.row.key if piece["keep_keys"] else None
     output.write(kind or sample.kind, sample.changed_members(), languages=sample.languages(), tokens=tokens, key=key)
 
 
 def copy(output: Output, piece: JsonObject, sample: Sample) -> None:
-    """Write a sample as it is."""
+    """Write a sample unchanged."""
     key = sample.row.key if piece["keep_keys"] else None
     output.write(sample.kind, sample.members, languages=sample.row.languages, tokens=sample.row.tokens, key=key)
 
@@ -127,7 +128,7 @@ def copy(output: Output, piece: JsonObject, sample: Sample) -> None:
 class Survey:
     """The first of two passes.
 
-    work: "module:function", called as function(piece, options, output) with a place `piece["survey"]` for its arrays.
+    work: "module:function", called as function(piece, options, output), with the path `piece["survey"]` for its arrays.
     """
 
     target: Target
@@ -137,7 +138,7 @@ class Survey:
 
     @property
     def folder(self) -> Path:
-        """Of this very survey: other input or options give another."""
+        """The folder of this survey; other input or options have another."""
         identity = json.dumps([self.work, list(self.pieces), self.options], sort_keys=True)
         return Path(self.target.out) / f"{self.target.name}.survey-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
@@ -146,7 +147,7 @@ class Survey:
         return [self.folder / f"{number:05d}.npz" for number in range(len(self.pieces))]
 
     def run(self, execution: Execution, log: Callable[[str], None]) -> bool:
-        """Do what is left of this task's share; False if other array tasks have pieces left."""
+        """Do the rest of this task's share; False if other array tasks have pieces left."""
         specs = [
             Spec(self.work, str(self.folder), number, {**piece, "survey": str(file)}, self.options)
             for number, (piece, file) in enumerate(zip(self.pieces, self.files(), strict=True))
@@ -169,14 +170,13 @@ def two_passes(
     execution: Execution,
     log: Callable[[str], None] = print,
 ) -> JsonObject | None:
-    """Survey, decide about everything at once, and rewrite; gives the receipt, None if array tasks have units left.
+    """Survey, decide on all samples, and rewrite; returns the receipt, None if other array tasks have units left.
 
-    `decide` gives an array a piece, which the job's work finds with `decision`. Pieces of the survey that the job does
-    not have (evaluation sets, before all others) have none.
+    `decide` yields an array for each piece of the job, whose work reads it with `decision`.
     """
     if not any((job.target.folder(kind) / "receipt.json").exists() for kind in KINDS):
         if not survey.run(execution, log):
-            log("other array tasks have units left; when all are done, run the array again: it goes on from here")
+            log("other array tasks have units left; when all are done, run the array again to continue")
             return None
         log(f"{survey.folder}: deciding, over all samples")
         progress = Progress(len(job.pieces))
@@ -192,14 +192,14 @@ def two_passes(
 
 
 def with_decisions(survey: Survey, pieces: Sequence[JsonObject]) -> list[JsonObject]:
-    """The pieces of the rewriting pass: each knows where its decision will be."""
+    """The pieces of the rewriting pass: each with the path of its decision."""
     return [
         {**piece, "decided": str(survey.folder / f"decided-{number:05d}.npz")} for number, piece in enumerate(pieces)
     ]
 
 
 def decision(piece: JsonObject) -> np.ndarray:
-    """What was decided for the samples of a piece."""
+    """The decisions on the samples of a piece."""
     return load(Path(piece["decided"]))["values"]
 
 
@@ -210,7 +210,7 @@ def save(path: Path, **arrays: np.ndarray) -> None:
         with replacing(path) as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); make room and run again") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free some space and run again") from error
 
 
 def load(path: Path, *names: str) -> dict[str, np.ndarray]:
@@ -238,7 +238,7 @@ def _content(dataset: Dataset, row: Row, members: dict[str, bytes]) -> JsonObjec
     wanted = KINDS[dataset.kind][:2]  # of triplets, too, query and target suffice here
     if isinstance(content, dict) and all(isinstance(content.get(name), list) for name in wanted):
         return content
-    if "txt" in members:  # somebody else's shards: what the .json says is not kept
+    if "txt" in members:  # shards of another format: their .json is not kept
         language = row.languages[0] if len(row.languages) == 1 else "und"
         role = "long" if dataset.kind == "image-long" else "name"
         text = {

@@ -1,7 +1,8 @@
 """Near-duplicate images by a 64-bit perceptual hash, and all pairs of hashes within a Hamming distance.
 
-The hash is the usual one (Zauner 2010): grey, 32 × 32, discrete cosine transform, of the 8 × 8 lowest frequencies
-which lie above their median. Re-encoding and resizing change a bit or two, another photo about half of them.
+The hash is pHash (Zauner 2010): grey, 32 × 32, discrete cosine transform; a bit for each of the 8 × 8 lowest
+frequencies is set if it is above their median. Re-encoding and resizing change a bit or two, another photo about half.
+Not the imagehash package: it has no search for pairs, which is most of this file, and needs scipy for the transform.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ import numpy as np
 from PIL import Image
 
 _SIDE, _KEPT = 32, 8
-# What Pillow raises for a file that is no image, a broken one, or one of absurd size.
+# What Pillow raises for files that are no images, broken or far too large.
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-# Grey levels; an image flatter than this has hardly any frequencies, and its hash says nothing.
+# Standard deviation in grey levels; the hash of a flatter image is noise.
 _FLAT = 2.0
 _CHUNKS, _CHUNK_BITS = 4, 16
 _PAIRS_AT_A_TIME = 4_000_000
 
 
 def perceptual_hash(image: Image.Image) -> int | None:
-    """The hash of an image as 64 bits, lowest frequency first; None for one of a single colour."""
+    """The hash of an image as 64 bits, lowest frequency first; None for an image of a single colour."""
     grey = np.asarray(image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS), np.float64)
     if grey.std() < _FLAT:
         return None

@@ -1,4 +1,4 @@
-"""Languages: a name for texts without one, and out with texts that are clearly in another than they say."""
+"""Identifies the language of unlabelled texts and drops texts whose label is clearly wrong."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from data_prep.curation.language_id import MIN_LETTERS, identify, letters
 from data_prep.curation.passes import TextDict, open_alike, pieces_of, samples_of, write
 from data_prep.errors import UserError
-from data_prep.execute import Execution, Job, Target, run_job
-from data_prep.execute.unit import Output
+from data_prep.execute import Execution, Job, Output, Target, run_job
 from data_prep.languages import LANGUAGES
 from data_prep.shards.format import JsonObject
 
@@ -25,11 +24,11 @@ def relabel(
 ) -> JsonObject | None:
     """Write the data sets to `target` with every text's language known.
 
-    A text whose language is not given ("und") gets the one that it is in if the probability is at least `sure`, and
-    goes otherwise, as does one in a language that is none of the thirty. A text that says another of the thirty than
-    it is in, to that probability, goes too; short texts, of fewer than `MIN_LETTERS` letters, are believed. Texts in a
-    language of `without` go in any case. What is left without captions, query or target is dropped, and a triplet that
-    lost a negative.
+    A text without a label ("und") gets the identified language if the probability is at least `sure`, and is removed
+    otherwise, as are texts in none of the thirty languages. A text whose label is another of the thirty than the
+    identified one, with that probability, is removed; labels of texts with fewer than `MIN_LETTERS` letters are kept.
+    Texts in a language of `without` are removed. A sample without captions, query or target is dropped, and so is a
+    triplet that lost a negative.
     """
     if not 0 < sure <= 1:
         raise UserError(f"--sure {sure}: expected a probability above 0 and up to 1")
@@ -65,13 +64,15 @@ def check(piece: JsonObject, options: JsonObject, output: Output) -> None:
                     text["language"] = language
             texts[:] = [text for text, (language, _) in zip(texts, judged, strict=True) if language is not None]
         if all(sample.texts):
-            write(output, piece, sample, tokens=None if taken_out else sample.row.tokens)  # the longest may be gone
+            write(
+                output, piece, sample, tokens=None if taken_out else sample.row.tokens
+            )  # the longest text may be gone
         else:
             output.drop("no text in a language that is known for sure", f"{piece['dataset']}: {sample.row.key}")
 
 
 def _language_of(text: TextDict, sure: float, without: Sequence[str]) -> tuple[str | None, str]:
-    """(its language, "") or (None, why it goes)."""
+    """(its language, "") or (None, why it is removed)."""
     language, why = _known_language(text, sure)
     return (None, "in a language to be left out") if language in without else (language, why)
 

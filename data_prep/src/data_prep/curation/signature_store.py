@@ -1,4 +1,4 @@
-"""Signatures of any number of texts, on the disk: a decision about all of them takes one band at a time into memory."""
+"""Signatures of any number of texts, on the disk: a decision over all of them loads one band at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from data_prep.errors import UserError
 
 
 def arrays_of(name: str, signed: Signatures) -> dict[str, np.ndarray]:
-    """What a unit of the survey saves of its texts, for `SignatureStore` of this name."""
+    """The arrays that a unit of the survey saves for a `SignatureStore` of this name."""
     bands = {f"{name}_band_{number}": signed.band(number) for number in range(BANDS)}
     return {f"{name}_low": signed.low, **bands}
 
@@ -24,8 +24,7 @@ def arrays_of(name: str, signed: Signatures) -> dict[str, np.ndarray]:
 class SignatureStore:
     """The signatures that units of a survey saved, joined in the units' order; close it after use.
 
-    The low bytes are gathered in one file beside those of the survey, which the system removes with this process,
-    however that ends.
+    The low bytes are collected in one temporary file beside those of the survey, which disappears with this process.
 
     Raises:
         UserError: the disk refuses.
@@ -43,7 +42,7 @@ class SignatureStore:
                 self._count += len(low)
             self._low.flush()
         except OSError as error:
-            raise UserError(f"{folder}: cannot be written ({error.strerror}); make room and run again") from error
+            raise UserError(f"{folder}: cannot be written ({error.strerror}); free some space and run again") from error
 
     def __enter__(self) -> SignatureStore:
         return self

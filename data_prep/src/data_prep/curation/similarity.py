@@ -1,4 +1,4 @@
-"""Captions that fit their image: the similarity that a trained model sees, and a cut by threshold or share."""
+"""Keeps captions that fit their image, by a trained model's similarity: above a threshold, or the best share."""
 
 from __future__ import annotations
 
@@ -6,31 +6,17 @@ import functools
 import io
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from data_prep.curation.passes import (
-    Sample,
-    Survey,
-    decision,
-    load,
-    open_alike,
-    pieces_of,
-    samples_of,
-    save,
-    two_passes,
-    with_decisions,
-    write,
-)
+from data_prep.curation import passes
 from data_prep.curation.phash import UNREADABLE
 from data_prep.errors import UserError, needs
-from data_prep.execute import Execution, Job, Target
-from data_prep.execute.unit import Output
+from data_prep.execute import Execution, Job, Output, Target
 from data_prep.shards.format import JsonObject
 
-Scorer = Callable[[Sequence[Any], Sequence[str]], tuple[np.ndarray, np.ndarray]]
+Scorer = Callable[[Sequence[Image.Image], Sequence[str]], tuple[np.ndarray, np.ndarray]]
 _IMAGES_AT_A_TIME = 32
 _BLANK = Image.new("RGB", (8, 8))
 
@@ -51,7 +37,7 @@ def filter_by_similarity(
         model: a directory that `stage-trainer export` or `DualEncoder.save_pretrained` wrote, or
             "open_clip:ARCHITECTURE:WEIGHTS", where WEIGHTS is a name that open_clip knows or a file.
         threshold: captions of at least this cosine similarity stay.
-        top: or, in each language, this share of the captions, the most similar ones.
+        top: alternatively, the most similar captions of each language, this share of them.
         dim: compare the first `dim` dims only (of a model of ours).
 
     Raises:
@@ -61,27 +47,27 @@ def filter_by_similarity(
         raise UserError("give either --threshold or --top")
     if top is not None and not 0 < top <= 1:
         raise UserError(f"--top {top}: expected a share above 0 and up to 1")
-    datasets = open_alike(directories)
+    datasets = passes.open_alike(directories)
     if not datasets[0].kind.startswith("image"):
         raise UserError(f"{datasets[0].directory} holds {datasets[0].kind}; expected images with captions")
     model = model if model.startswith("open_clip:") else str(Path(model).resolve())
-    pieces = pieces_of(datasets)
+    pieces = passes.pieces_of(datasets)
     scoring = {"model": model, "dim": dim}
-    survey = Survey(target, f"{__name__}:score", pieces, scoring)
+    survey = passes.Survey(target, f"{__name__}:score", pieces, scoring)
     job = Job(
         title="similarity",
         target=target,
         work=f"{__name__}:cut",
-        pieces=with_decisions(survey, pieces),
+        pieces=passes.with_decisions(survey, pieces),
         options={**scoring, "threshold": threshold, "top": top},
         tokenizer_sha256=datasets[0].manifest["tokenizer_sha256"],
     )
 
-    def decide(survey: Survey) -> list[np.ndarray]:
-        found = [load(file) for file in survey.files()]
+    def decide(survey: passes.Survey) -> list[np.ndarray]:
+        found = [passes.load(file) for file in survey.files()]
         return keep([part["scores"] for part in found], [part["languages"] for part in found], threshold, top)
 
-    return two_passes(survey, job, decide, execution or Execution())
+    return passes.two_passes(survey, job, decide, execution or Execution())
 
 
 def keep(
@@ -89,8 +75,8 @@ def keep(
 ) -> list[np.ndarray]:
     """Which captions stay, a bool array for each array of scores.
 
-    With `top`, of a language's n captions the ceil(top · n) most similar stay; of equal ones, the earlier. A score of
-    -inf, that of a caption whose image cannot be decoded, never stays.
+    With `top`, of a language's n captions the ceil(top · n) most similar stay; of equal ones, the earlier. Captions
+    with the score -inf, whose image cannot be decoded, are never kept.
     """
     every = np.concatenate(list(scores))
     if threshold is not None:
@@ -112,7 +98,7 @@ def score(piece: JsonObject, options: JsonObject, output: Output) -> None:
     scorer = _scorer(options["model"], options["dim"])
     scores: list[np.ndarray] = []
     languages: list[str] = []
-    for batch in _batches(samples_of(piece)):
+    for batch in _batches(passes.samples_of(piece)):
         output.came_in(len(batch))
         texts = [caption["text"] for sample in batch for caption in sample.content["captions"]]
         owners = np.repeat(np.arange(len(batch)), [len(sample.content["captions"]) for sample in batch])
@@ -122,7 +108,7 @@ def score(piece: JsonObject, options: JsonObject, output: Output) -> None:
             images, captions = scorer([image or _BLANK for image in found], texts)
             readable = np.array([image is not None for image in found])
             scores.append(np.where(readable[owners], (images[owners] * captions).sum(axis=1), -np.inf))
-    save(
+    passes.save(
         Path(piece["survey"]),
         scores=np.concatenate([np.zeros(0, np.float32), *scores]).astype(np.float32),
         languages=np.array(languages, "U8"),
@@ -131,21 +117,21 @@ def score(piece: JsonObject, options: JsonObject, output: Output) -> None:
 
 def cut(piece: JsonObject, options: JsonObject, output: Output) -> None:
     """The rewriting pass."""
-    kept = iter(decision(piece).tolist())
-    for sample in samples_of(piece):
+    kept = iter(passes.decision(piece).tolist())
+    for sample in passes.samples_of(piece):
         output.came_in()
         captions = sample.content["captions"]
         stay = [caption for caption in captions if next(kept)]
         output.note("captions out", len(captions) - len(stay))
         if stay:
             sample.content["captions"] = stay
-            write(output, piece, sample, tokens=sample.row.tokens if len(stay) == len(captions) else None)
+            passes.write(output, piece, sample, tokens=sample.row.tokens if len(stay) == len(captions) else None)
         else:
             output.drop("no caption fits the image", f"{piece['dataset']}: {sample.row.key}")
 
 
-def _batches(samples: Iterator[Sample]) -> Iterator[list[Sample]]:
-    batch: list[Sample] = []
+def _batches(samples: Iterator[passes.Sample]) -> Iterator[list[passes.Sample]]:
+    batch: list[passes.Sample] = []
     for sample in samples:
         batch.append(sample)
         if len(batch) == _IMAGES_AT_A_TIME:
@@ -155,8 +141,8 @@ def _batches(samples: Iterator[Sample]) -> Iterator[list[Sample]]:
         yield batch
 
 
-def _image(sample: Sample) -> Image.Image | None:
-    """Its image; None if it cannot be decoded, which fits no caption."""
+def _image(sample: passes.Sample) -> Image.Image | None:
+    """Its image; None if it cannot be decoded."""
     try:
         return Image.open(io.BytesIO(sample.image)).convert("RGB")
     except UNREADABLE:
@@ -184,7 +170,7 @@ def _dual_encoder(folder: Path, dim: int | None) -> Scorer:
     except (ValueError, OSError) as error:
         raise UserError(f"cannot load {folder}: {error}") from error
 
-    def both(images: Sequence[Any], texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def both(images: Sequence[Image.Image], texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         return vision.encode(images, truncate_dim=dim), text.encode(texts, truncate_dim=dim)
 
     return both
@@ -205,7 +191,7 @@ def _open_clip(name: str) -> Scorer:
     model.eval()
 
     @torch.no_grad()
-    def both(images: Sequence[Any], texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def both(images: Sequence[Image.Image], texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         pixels = torch.stack([prepare(image) for image in images])
         return (
             model.encode_image(pixels, normalize=True).float().numpy(),

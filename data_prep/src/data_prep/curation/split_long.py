@@ -1,4 +1,4 @@
-"""Long captions into the long set: what has more tokens than stage 1 reads is held for stages 2 and 3."""
+"""Moves captions with more tokens than stage 1 reads to the long set, for stages 2 and 3."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from data_prep.curation.passes import Sample, TextDict, open_alike, pieces_of, samples_of, write
 from data_prep.curation.tokens import TokenCounter
 from data_prep.errors import UserError
-from data_prep.execute import Execution, Job, Target, run_job
-from data_prep.execute.unit import Output
+from data_prep.execute import Execution, Job, Output, Target, run_job
 from data_prep.shards.format import JsonObject
 
-LONGEST = 256  # tokens of a short caption; data.md and the paper's split
+LONGEST = 256  # tokens of a short caption, as in the paper
 _KINDS = ("image-short", "image-long")
 
 

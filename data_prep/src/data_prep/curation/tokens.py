@@ -1,4 +1,4 @@
-"""Counting tokens, with the tokenizer's hash, so that a limit means the same tomorrow."""
+"""Counts tokens, and records the tokenizer's hash, so that a limit can be reproduced."""
 
 from __future__ import annotations
 

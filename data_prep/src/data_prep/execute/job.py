@@ -1,4 +1,4 @@
-"""A job: a plan, units run by an engine, and data sets that appear whole once every unit has its receipt."""
+"""A job: units that an engine runs, and data sets that are published once every unit has its receipt."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.execute.engines import ENGINES, run_units
 from data_prep.execute.progress import Progress
-from data_prep.execute.unit import Receipt, Spec, read_receipt
+from data_prep.execute.unit import Spec, read_receipt
 from data_prep.shards import KINDS, alone, write_manifest
-from data_prep.shards.files import refused, sync_directory, write_file
+from data_prep.shards.files import sync_directory, write_file, writing
 from data_prep.shards.format import JsonObject
 
 _EXAMPLES = 5  # of what was dropped, per reason
@@ -42,7 +41,7 @@ class Target:
         return Path(self.out) / kind / self.name
 
     def lock(self, task: str = "") -> Path:
-        """The lock file of whoever writes there, or of one array task."""
+        """The lock file for writing there, or that of one array task."""
         return Path(self.out) / f".{self.name}{task and '.'}{task}.lock"
 
 
@@ -93,10 +92,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Execution:
-    """How a job is run, none of which changes what comes out.
+    """How a job is run; none of it changes the output.
 
-    engine: "processes" or "ray". workers: units at a time, the number of cores by default. task: (i, n), to do the
-    units i, i + n, i + 2n, … alone, as the i-th of n array tasks; whichever task finds the last receipt publishes.
+    engine: "processes" or "ray". workers: units at a time, the number of cores by default. task: (i, n), to do only
+    units i, i + n, i + 2n, …, as the i-th of n array tasks; the task that completes the last receipt publishes.
     """
 
     engine: str = "processes"
@@ -113,9 +112,9 @@ class Execution:
 
 
 def run_job(job: Job, execution: Execution | None = None, *, log: Callable[[str], None] = print) -> JsonObject | None:
-    """Do what is left of a job and publish its data sets; gives the receipt that stands beside them.
+    """Do the remaining units of a job and publish its data sets; returns the receipt that is stored beside them.
 
-    None if other array tasks have units left: the last of them publishes.
+    Returns None if other array tasks have units left: the last of them publishes.
 
     Raises:
         UserError: the target holds something else, there is nothing to do or nothing came out, or a unit says so.
@@ -128,23 +127,20 @@ def run_job(job: Job, execution: Execution | None = None, *, log: Callable[[str]
     if finished is not None:
         log(f"{job.target.out}: {job.target.name} is there already, from the same input and options; nothing to do")
         return finished
-    try:
-        with _alone(job):
-            _begin(job)
-    except OSError as error:
-        raise refused(job.partial, error) from error
+    with writing(job.partial), _alone(job):
+        _begin(job)
     part = "{}-of-{}".format(*execution.task)
     with alone(job.target.lock(part), f"{job.partial} (task {part})"):
         return _go_on(job, execution, log)
 
 
 def _go_on(job: Job, execution: Execution, log: Callable[[str], None]) -> JsonObject | None:
-    if not job.partial.exists():  # whoever held the lock before has published
+    if not job.partial.exists():  # another task published while this one waited
         return _published(job)
     if not (job.partial / "publish.json").exists():
         _run(job, execution, log)
         with _alone(job):
-            if not job.partial.exists():  # another array task was faster
+            if not job.partial.exists():  # another array task published
                 return _published(job)
             if not _prepare(job):
                 log(f"{job.partial}: this task is done, others have units left; the last one publishes")
@@ -157,7 +153,7 @@ def _go_on(job: Job, execution: Execution, log: Callable[[str], None]) -> JsonOb
 
 
 def table(receipt: JsonObject) -> list[str]:
-    """What a command ends with: what came in, what was dropped for which reason, what went out."""
+    """The summary that a command prints: what came in, what was dropped and why, what went out."""
     lines = ["", f"{'came in':<58}{receipt['came_in']:>10}"]
     for heading, counts in (("dropped, and why", receipt["dropped"]), ("of these", receipt["notes"])):
         lines += [heading] * bool(counts) + [f"  {name:<56}{count:>10}" for name, count in counts.items()]
@@ -166,7 +162,7 @@ def table(receipt: JsonObject) -> list[str]:
 
 
 def _published(job: Job) -> JsonObject | None:
-    """The receipt of this very job if its data sets are there; UserError if something else is."""
+    """The receipt of this job if its data sets are there; UserError if the place holds something else."""
     found = [folder for folder in map(job.target.folder, KINDS) if folder.exists()]
     if not found or (job.partial / "publish.json").exists():
         return None
@@ -185,21 +181,16 @@ def _published(job: Job) -> JsonObject | None:
 
 
 def _begin(job: Job) -> None:
-    """Make the partial folder, or see that the one there is of this very job."""
+    """Create the partial folder, or check that the existing one is of this job."""
     mark, identity = job.partial / "job.json", job.identity()
-    try:
-        job.partial.mkdir(parents=True, exist_ok=True)
-        if mark.exists():
-            other = json.loads(mark.read_bytes())
-            if other != identity:
-                raise UserError(
-                    f"{job.partial}: holds an unfinished job of its own ({_difference(other, identity)}); run that one "
-                    f"to its end, or remove the folder"
-                )
-        else:
-            write_file(mark, _raw(identity))
-    except OSError as error:
-        raise refused(job.partial, error) from error
+    job.partial.mkdir(parents=True, exist_ok=True)
+    if not mark.exists():
+        write_file(mark, _raw(identity))
+    elif (other := json.loads(mark.read_bytes())) != identity:
+        raise UserError(
+            f"{job.partial}: holds another unfinished job ({_difference(other, identity)}); finish that one, or "
+            "remove the folder"
+        )
 
 
 def _run(job: Job, execution: Execution, log: Callable[[str], None]) -> None:
@@ -219,9 +210,9 @@ def _run(job: Job, execution: Execution, log: Callable[[str], None]) -> None:
 
 
 def _prepare(job: Job) -> bool:
-    """Write manifests and receipts if every unit is done, and the mark that only names are left to change."""
+    """Write manifests and receipts if every unit is done, and the mark that only the renames are left."""
     shards: dict[str, list[JsonObject]] = {}
-    total = Receipt(0)
+    examples: dict[str, list[str]] = {}
     counts = {name: Counter[str]() for name in ("went_out", "dropped", "notes")}
     came_in = 0
     for spec in job.specs():
@@ -232,8 +223,8 @@ def _prepare(job: Job) -> bool:
         for name, counter in counts.items():
             counter.update(getattr(receipt, name))
         for reason, places in receipt.examples.items():
-            examples = total.examples.setdefault(reason, [])
-            examples += places[: _EXAMPLES - len(examples)]
+            kept = examples.setdefault(reason, [])
+            kept += places[: _EXAMPLES - len(kept)]
         for kind, entries in receipt.shards.items():
             shards.setdefault(kind, []).extend(entries)
     if not shards:
@@ -244,30 +235,26 @@ def _prepare(job: Job) -> bool:
         "job": job.identity(),
         "came_in": came_in,
         **{name: dict(sorted(counter.items())) for name, counter in counts.items()},
-        "examples": dict(sorted(total.examples.items())),
+        "examples": dict(sorted(examples.items())),
     }
     raw = _raw(whole) + b"\n"
     for kind, entries in sorted(shards.items()):
         folder = job.partial / kind
         write_manifest(folder, kind=kind, source=job.target.name, shards=entries, tokenizer_sha256=job.tokenizer_sha256)
-        try:
+        with writing(folder):
             write_file(folder / "receipt.json", raw)
-            for leftover in folder.glob("*.tmp"):  # of a unit that was killed
+            for leftover in folder.glob("*.tmp"):  # left by a killed unit
                 leftover.unlink()
-        except OSError as error:
-            raise refused(folder, error) from error
-    try:
+    with writing(job.partial):
         write_file(job.partial / "publish.json", raw)
-    except OSError as error:
-        raise refused(job.partial, error) from error
     return True
 
 
 def _publish(job: Job) -> JsonObject:
-    """Give the data sets their names; stopped anywhere, the next run goes on."""
+    """Rename the data sets into place; if it is stopped, the next run continues."""
     mark = job.partial / "publish.json"
-    try:
-        if not mark.exists():  # another array task was faster
+    with writing(job.partial):
+        if not mark.exists():  # another array task published
             published = _published(job)
             assert published is not None
             return published
@@ -279,8 +266,6 @@ def _publish(job: Job) -> JsonObject:
                 (job.partial / kind).rename(folder)
                 sync_directory(folder.parent)
         shutil.rmtree(job.partial)
-    except OSError as error:
-        raise refused(job.partial, error) from error
     return receipt
 
 
@@ -290,12 +275,12 @@ def _alone(job: Job) -> AbstractContextManager[None]:
 
 
 def _raw(value: JsonObject) -> bytes:
-    """As JSON. A path that is not UTF-8 has lone surrogates; as JSON's own escapes they are read back equal."""
+    """As JSON. A path that is not UTF-8 has lone surrogates; written as JSON escapes they are read back unchanged."""
     return json.dumps(value, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
-def _difference(other: Any, ours: JsonObject) -> str:
-    """In words, where two identities differ."""
+def _difference(other: object, ours: JsonObject) -> str:
+    """How two identities differ, for a message."""
     if not isinstance(other, dict):
         return "not one of ours"
     flat = [{**value, **value.get("options", {})} for value in (other, ours)]

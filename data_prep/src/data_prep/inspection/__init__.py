@@ -1,1 +1,1 @@
-"""Looking at data sets: whether they are sound, and what is in them."""
+"""Inspection: validates data sets and shows what is in them."""

@@ -1,4 +1,4 @@
-"""Which data sets a user means."""
+"""Finds data sets below folders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from data_prep.shards.format import MANIFEST
 
 
 def find_datasets(paths: Iterable[str]) -> list[Path]:
-    """The data sets named, and all those below the folders named, in order. UserError if a folder holds none."""
+    """The given data sets, and all data sets below the given folders, in order. UserError if a folder holds none."""
     found: list[Path] = []
     for path in map(Path, paths):
         if not path.is_dir():

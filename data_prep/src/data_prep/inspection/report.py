@@ -1,4 +1,4 @@
-"""The page of `data-prep inspect`: one HTML file that needs nothing else, no network and no script."""
+"""The report of `data-prep inspect`: one self-contained HTML file, without scripts."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ nav a { margin-right: 1rem; } a { color: var(--bar); }
 """
 
 
-def page(findings: Sequence[Summary], *, title: str) -> str:
-    """The page, as text."""
+def html_report(findings: Sequence[Summary], *, title: str) -> str:
+    """The HTML of the report."""
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
@@ -72,7 +72,7 @@ def _overview(findings: Sequence[Summary]) -> Iterable[str]:
         for one in findings
     ]
     yield _table(
-        ["data set", "samples", "shards", "size", "languages", "looked at", "texts come from"], rows, texts={6}
+        ["data set", "samples", "shards", "size", "languages", "samples read", "origin of texts"], rows, texts={6}
     )
     unreadable = [f"{one.name}: {what}" for one in findings for what in one.unreadable]
     if unreadable:
@@ -123,11 +123,11 @@ def _duplicates(findings: Sequence[Summary]) -> Iterable[str]:
         [one.name, _number(one.same_samples), _number(one.same_images), _number(one.same_texts), _number(one.sampled)]
         for one in findings
     ]
-    yield _table(["data set", "equal samples (of all)", "equal images", "equal texts", "of so many looked at"], rows)
+    yield _table(["data set", "equal samples (of all)", "equal images", "equal texts", "of samples read"], rows)
 
 
 def _dropped(findings: Sequence[Summary]) -> Iterable[str]:
-    yield '<h2 id="dropped">Dropped on the way here</h2>'
+    yield '<h2 id="dropped">Dropped by the import</h2>'
     rows = []
     for one in findings:
         receipt = one.receipt or {}
@@ -162,7 +162,7 @@ def _example(example: Example) -> str:
 
 
 def _histogram(values: Sequence[int], caption: str, *, width: int = 360, height: int = 130) -> str:
-    """Bars over bins that double in width, as inline SVG; the numbers stand in the bars' titles too."""
+    """A histogram with bins of doubling width, as inline SVG; the numbers are also in the bars' titles."""
     bins = Counter(int(log2(value)) if value > 0 else -1 for value in values)
     low, high = min(bins), max(bins)
     most = max(bins.values())
@@ -208,4 +208,4 @@ def _shares(counts: Counter[str]) -> str:
 
 
 def _number(value: int) -> str:
-    return f"{value:,}".replace(",", "\u202f")  # a narrow space that does not break
+    return f"{value:,}".replace(",", "\u202f")  # narrow no-break space

@@ -1,4 +1,4 @@
-"""What is in a data set: counts from its sidecars, lengths, sizes and examples from samples spread over all of it."""
+"""Summarises a data set: counts from all sidecars; lengths, sizes and examples from evenly spaced samples."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from data_prep.shards import Dataset, ShardError
 from data_prep.shards.format import IMAGE_TYPES, JsonObject
 
 _THUMBNAIL = 168  # pixels
-_MOST = 2**26  # pixels of an image of which a small picture is drawn
+_MOST = 2**26  # pixels of an image for which a thumbnail is made
 
 
 @dataclass
 class Example:
-    """A sample to look at: its key, a small picture as a data address if any, its texts (language, role, text)."""
+    """A sample to show: its key, a thumbnail as a data URL if it has an image, its texts (language, role, text)."""
 
     key: str
     picture: str | None
@@ -33,7 +33,7 @@ class Example:
 
 @dataclass
 class Summary:
-    """One data set. What needs samples to be read stands for the `sampled` ones, spread evenly over all of them."""
+    """One data set. Figures that need samples to be read are over the `sampled` ones, which are evenly spaced."""
 
     name: str
     kind: str
@@ -55,15 +55,15 @@ class Summary:
 
 
 def sampled(samples: int, look_at: int) -> range:
-    """The numbers of the samples that are read, at most `look_at`, spread evenly over all of them."""
+    """The numbers of the samples to read: at most `look_at`, evenly spaced."""
     return range(0, samples, max(1, ceil(samples / look_at)))
 
 
 def summarize(directory: Path, *, look_at: int, examples: int, tick: Callable[[], None] = lambda: None) -> Summary:
-    """Look at a data set.
+    """Summarise a data set.
 
     Args:
-        look_at: samples that are read, at most; examples: shown for each language at most.
+        look_at: samples to read at most; examples: to show for each language at most.
         tick: called for each line of a sidecar, and again for each sample that is read.
 
     Raises:
@@ -143,24 +143,22 @@ def _texts(members: dict[str, bytes]) -> list[tuple[str, str, str, str]]:
     return found
 
 
-def _open(data: bytes) -> Any:
-    from PIL import Image
-
+def _open(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
     except (Image.DecompressionBombError, SyntaxError) as error:
         raise ValueError(str(error)) from error
 
 
-def _thumbnail(image: Any) -> str | None:
-    """A small picture as a data address; None if the image cannot be drawn."""
+def _thumbnail(image: Image.Image) -> str | None:
+    """A thumbnail as a data URL; None if the image cannot be decoded."""
     if image.width * image.height > _MOST:
         return None
     try:
         image.thumbnail((2 * _THUMBNAIL, 2 * _THUMBNAIL))
         buffer = io.BytesIO()
         image.convert("RGB").save(buffer, "JPEG", quality=80)
-    except Exception:  # Pillow's readers raise whatever their parsing runs into; `validate` says what
+    except Exception:  # Pillow's readers raise all kinds of exceptions; `validate` reports them
         return None
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 

@@ -1,4 +1,4 @@
-"""Whether data sets are what they say: manifest, checksums, hashes, keys, texts, images that can be decoded."""
+"""Validates data sets: manifest, checksums, hashes, keys, texts, and whether images can be decoded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from data_prep.shards.format import IMAGE_TYPES, KINDS, check_kind, index_name
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is not as it should be: in which data set, where in it, what."""
+    """A fault: in which data set, where in it, what."""
 
     dataset: str
     where: str
@@ -32,20 +32,20 @@ class Problem:
 def validate(
     directory: Path, *, workers: int = 1, decode: bool = True, tick: Callable[[int], None] = lambda samples: None
 ) -> Iterator[Problem]:
-    """Check one data set, shard by shard; yields what is wrong, nothing if all is well.
+    """Check one data set, shard by shard; yields the faults.
 
     Args:
         decode: also decode every image.
         tick: called with the number of samples of each shard that was checked.
     """
-    _opened.cache_clear()  # it may be another one under an old name
+    _opened.cache_clear()  # the folder may hold another data set by now
     try:
         dataset = _opened(directory)
         check_kind(dataset.kind)
     except ShardError as error:
         yield Problem(str(directory), "", str(error))
         return
-    keys: set[int] = set()  # hashes: eight bytes a key instead of the key
+    keys: set[int] = set()  # 64-bit hashes of the keys, to save memory
     check = partial(_check_shard, directory, decode)
     if workers == 1 or len(dataset.shard_sizes) == 1:
         results: Any = map(check, range(len(dataset.shard_sizes)))
@@ -67,7 +67,7 @@ def validate(
 
 
 def _check_shard(directory: Path, decode: bool, number: int) -> tuple[list[Problem], list[int]]:
-    """What is wrong in one shard, and a hash of each key."""
+    """The faults of one shard, and a hash of each key."""
     dataset = _opened(directory)
     first = sum(dataset.shard_sizes[:number])
     problems: list[Problem] = []
@@ -95,7 +95,7 @@ def _check_shard(directory: Path, decode: bool, number: int) -> tuple[list[Probl
 
 @lru_cache(maxsize=1)
 def _opened(directory: Path) -> Dataset:
-    """A data set, opened once a process: that looks for every shard."""
+    """A data set, opened once a process, since opening checks every shard."""
     return Dataset.open(directory)
 
 
@@ -155,13 +155,13 @@ def _undecodable(data: bytes) -> str | None:
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
             image.load()
-    except Exception as error:  # Pillow's readers raise whatever their parsing runs into
+    except Exception as error:  # Pillow's readers raise all kinds of exceptions
         return str(error) or type(error).__name__
     return None
 
 
 def _places(tar: Path) -> dict[str, tuple[int, int]]:
-    """Name → offset and size of each member, as the tar itself says; extensions in small letters, as in sidecars."""
+    """Name → offset and size of each member, from the tar itself; extensions in lower case, as in sidecars."""
     places: dict[str, tuple[int, int]] = {}
     try:
         with tarfile.open(tar, mode="r:") as file:
@@ -169,7 +169,7 @@ def _places(tar: Path) -> dict[str, tuple[int, int]]:
                 folder, slash, base = member.name.rpartition("/")
                 stem, dot, extension = base.partition(".")
                 name = f"{folder}{slash}{stem}{dot}{extension.lower()}"
-                places.setdefault(name, (member.offset_data, member.size))  # the first of a name is the sample's
+                places.setdefault(name, (member.offset_data, member.size))  # of equal names the first is the sample's
     except (tarfile.TarError, OSError):
         return {}
     return places

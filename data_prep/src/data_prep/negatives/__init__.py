@@ -1,4 +1,4 @@
-"""Hard negatives: for each query, texts that a model takes for answers and that are none."""
+"""Hard negatives: for each query, texts that a model ranks high and that are no answers."""
 
 from data_prep.negatives.guards import Guards
 from data_prep.negatives.mining import Embedding, mine_negatives

@@ -11,16 +11,16 @@ import numpy as np
 from data_prep.errors import needs
 
 EXACT_UP_TO = 200_000
-_PROBED = 64  # lists looked at for each query; of 4·√N
+_PROBED = 64  # lists searched for each query, of 4·√N
 _TRAINED_ON = 64  # vectors a list
 
 
 def build_index(
     parts: Callable[[], Iterable[np.ndarray]], count: int, *, exact_up_to: int = EXACT_UP_TO, seed: int = 0
 ) -> Any:
-    """A faiss index over `count` vectors that `parts()` gives, `[n, D]` each: exact, or inverted lists if many.
+    """A faiss index over the `count` vectors of `parts()`, `[n, D]` each: exact, or inverted lists for many.
 
-    Inverted lists are trained on vectors drawn with `seed`, for which `parts` is called a second time.
+    Inverted lists are trained on a sample drawn with `seed`, for which `parts` is called once more.
     """
     faiss = needs("faiss", extra="negatives", what="mining negatives")
     width = next(iter(parts())).shape[1]

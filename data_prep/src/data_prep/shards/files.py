@@ -126,3 +126,12 @@ def refused(path: Path, error: OSError) -> ShardError:
     return ShardError(
         f"{path}: cannot be written ({reason}); free some space or fix it and run again; nothing was published"
     )
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an OSError inside into a ShardError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise refused(path, error) from error

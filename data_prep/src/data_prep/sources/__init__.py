@@ -1,6 +1,6 @@
-"""Importers: what others publish, turned into records that become samples. One module a family of sources.
+"""Importers: published data to records, which become samples. One module for each family of sources.
 
-`SOURCES` is the list, in the order in which `data-prep import --help` shows it; `EVALSETS` that of `data-prep evalset`.
+`SOURCES` lists them in the order of `data-prep import --help`; `EVALSETS` lists those of `data-prep evalset`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ EVALSETS: dict[str, type[Any]] = {
 
 
 def source_of(options: JsonObject) -> Source:
-    """The source that a unit's options name."""
+    """The source that a unit's options describe."""
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in options["values"].items()}
     source: Source = (EVALSETS if options["evalset"] else SOURCES)[options["source"]](**values)
     return source

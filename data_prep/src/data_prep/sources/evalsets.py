@@ -1,7 +1,7 @@
-"""Evaluation sets of photos with captions, as pools that the evaluator reads: Crossmodal-3600, XTD10, Flickr30k, COCO.
+"""Evaluation sets of captioned photos, as pools for the evaluator: Crossmodal-3600, XTD10, Flickr30k, COCO.
 
-Every caption is kept, in the order of the source. Those that the published figures rest on have the role "name", which
-the evaluator asks for: all five of Flickr30k and COCO; of Crossmodal-3600 the first in each language, as in LAION's
+Every caption is kept, in the order of the source. Those that published figures use have the role "name", which the
+evaluator reads: all five of Flickr30k and COCO; of Crossmodal-3600 the first in each language, as in LAION's
 loader.
 """
 
@@ -30,7 +30,7 @@ Photo = tuple[str, list[Text]]  # file name below the folder of images, captions
 
 @dataclass(frozen=True)
 class _Photos(ABC):
-    """What these sets share: a small list of captions, which every piece reads whole, and a folder of images."""
+    """Base class: a small list of captions, which every piece reads whole, and a folder of images."""
 
     image: ClassVar[ImageRule | None] = ImageRule(512, kernel="bicubic")
 
@@ -39,7 +39,7 @@ class _Photos(ABC):
 
     @abstractmethod
     def photos(self) -> list[Photo]:
-        """All images of the set. OSError, ValueError, KeyError or TypeError if the list is not of the set's form."""
+        """All images of the set. OSError, ValueError, KeyError or TypeError if the list has another format."""
 
     def pieces(self) -> Iterator[JsonObject]:
         """Some hundred images each."""

@@ -1,4 +1,4 @@
-"""What stands for a file in the identity of a job."""
+"""Identifies a file in the identity of a job."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from data_prep.shards.format import JsonObject
 
 
 def file_stat(path: Path) -> JsonObject:
-    """Size and time of the last change (ns): an edited file is known without reading it. OSError if it is gone."""
+    """Size and modification time (ns), which reveal an edited file without reading it. OSError if it is gone."""
     status = path.stat()
     return {"bytes": status.st_size, "modified": status.st_mtime_ns}

@@ -1,4 +1,4 @@
-"""A folder of images and a table of captions: what most people come with."""
+"""A folder of images and a table of captions, the usual form of private data."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _LANGUAGE = ("language", "lang", "locale")
 class Folder:
     """a folder of images with a CSV, TSV or JSONL table of captions
 
-    The columns are found by their usual names, or named by options. A row is a sample; a caption may be a list (JSONL)
-    of alternatives. An image that is in no row is left alone.
+    Columns are found by their usual names, or named by options. A row is a sample; a caption may be a list (JSONL) of
+    alternatives. Images without a row are ignored.
     """
 
     image: ClassVar[ImageRule | None] = ImageRule()
@@ -104,9 +104,9 @@ class Folder:
 
 
 def _side(path: Path, held_out: float) -> str:
-    """The split of an image, by its bytes: one picture is on one side, in however many rows and under what names.
+    """The split of an image, by its bytes: one picture is in one split, whatever its rows and names.
 
-    What cannot be read is for the importer to say, once: it is of train.
+    An unreadable file is assigned to train, so that its import reports it once.
     """
     try:
         with path.open("rb") as file:
@@ -119,9 +119,9 @@ def _side(path: Path, held_out: float) -> str:
 def inside(folder: Path, name: str) -> Path | None:
     """The file of that name in a folder, or None if the name leads out of it.
 
-    A ".." is taken back before any link is followed; links that the user put into the folder are followed.
+    ".." is resolved before links; links inside the folder are followed.
     """
-    root = os.path.abspath(folder)  # "." and ".." say nothing of where a name leads
+    root = os.path.abspath(folder)  # "." and ".." resolved, for the comparison of prefixes
     path = os.path.normpath(os.path.join(root, name))
     return Path(path) if path.startswith(os.path.join(root, "")) and "\0" not in name else None
 

@@ -1,4 +1,4 @@
-"""Folders that img2dataset wrote, and the subsets of them that DataComp and DFN publish as lists of uids."""
+"""Folders written by img2dataset, and subsets of them that DataComp and DFN publish as lists of uids."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _FAILED = ("failed_to_download", "failed_to_resize")
 class Img2dataset:
     """a folder of shards that img2dataset wrote (output format webdataset)
 
-    Numbers may have gaps; a shard without its _stats.json was not finished and is left out. The identity of an image
-    is the sha256 of what was downloaded (compute_hash sha256), so that one picture under two addresses is one item.
+    Numbers may have gaps; a shard without its _stats.json was not finished and is skipped. The identity of an image
+    is the sha256 of the download (compute_hash sha256), so that one picture at two URLs is one item.
     """
 
     image: ClassVar[ImageRule | None] = ImageRule(384, "square")
@@ -50,7 +50,7 @@ class Img2dataset:
             text = fields.get("caption")
             if text is None and "txt" in sample.members:
                 text = sample.read("txt").decode("utf-8", errors="replace")
-            if not self.wants(fields):
+            if not self.selects(fields):
                 yield Dropped("uid not in the list", where)
             elif not isinstance(text, str) or not text.strip():
                 yield Dropped("no caption", where)
@@ -59,8 +59,8 @@ class Img2dataset:
                 language = found_language if isinstance(found_language, str) else self.language
                 yield image_record(where, sample, fields, short=[Text(text.strip(), language, "name", self.origin)])
 
-    def wants(self, fields: JsonObject) -> bool:
-        """Whether an image belongs to the selection, by its metadata."""
+    def selects(self, fields: JsonObject) -> bool:
+        """Whether an image is selected, by its metadata."""
         return True
 
 
@@ -68,7 +68,7 @@ class Img2dataset:
 class DataComp(Img2dataset):
     """a subset of DataComp, CommonPool or DFN: downloaded shards and a .npy list of uids
 
-    The list is a sorted numpy array of two unsigned 64-bit halves of a uid. What is not in it is left out.
+    The list is a sorted numpy array of uids, each as two unsigned 64-bit halves. Other images are left out.
     """
 
     uids: str = option("", "the .npy file (dtype u8,u8); without it everything is taken")
@@ -79,20 +79,20 @@ class DataComp(Img2dataset):
             _check_sorted(self.uids)
         yield from super().pieces()
 
-    def wants(self, fields: JsonObject) -> bool:
+    def selects(self, fields: JsonObject) -> bool:
         """Whether the uid is in the list."""
         return not self.uids or _is_listed(self.uids, fields.get("uid"))
 
 
 @cache
 def _uids(path: str) -> Any:
-    """The list of uids, mapped and not loaded."""
+    """The list of uids, memory-mapped."""
     import numpy as np
 
     try:
         uids = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        # numpy's own words advise to unpickle the file
+        # numpy's own message advises to unpickle the file
         raise UserError(f"{path}: not a .npy file that can be read; expected one list of uids, dtype u8,u8") from error
     if uids.dtype != np.dtype("u8,u8") or uids.ndim != 1:
         raise UserError(f"{path}: an array of {uids.dtype}; expected one list of uids, dtype u8,u8")
@@ -108,7 +108,7 @@ def _check_sorted(path: str) -> None:
 
 
 def _is_listed(path: str, uid: Any) -> bool:
-    """Whether a uid (32 hexadecimal digits) is in the list, found by halving."""
+    """Whether a uid (32 hexadecimal digits) is in the list, by binary search."""
     try:
         wanted = int(uid[:16], 16), int(uid[16:32], 16)
     except (TypeError, ValueError):
@@ -135,7 +135,7 @@ def shard_pieces(folder: str) -> Iterator[JsonObject]:
 
 
 def read_shard(piece: JsonObject) -> Iterator[Dropped | tuple[str, TarSample, JsonObject]]:
-    """(where, members, metadata) of each image that a shard holds, and what img2dataset itself left out."""
+    """(where, members, metadata) of each image of a shard, and what img2dataset itself left out."""
     path = Path(piece["file"])
     if piece["stats"] is None:
         yield Dropped("shard without _stats.json: not finished", path.name)
@@ -173,7 +173,7 @@ def read_shard(piece: JsonObject) -> Iterator[Dropped | tuple[str, TarSample, Js
 def image_record(
     where: str, sample: TarSample, fields: JsonObject, *, short: Sequence[Text] = (), long: Sequence[Text] = ()
 ) -> ImageRecord:
-    """The record of an image, identified by the hash of what was downloaded, or else by its key."""
+    """The record of an image, identified by the hash of the download, or else by its key."""
     extension = next(extension for extension in IMAGE_TYPES if extension in sample.members)
     digest = fields.get("sha256")
     item = digest if isinstance(digest, str) and digest else sample.name

@@ -1,4 +1,4 @@
-"""The work of an import: records to samples."""
+"""Importing: runs a source as a job and turns its records into samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from data_prep.shards.format import JsonObject
 from data_prep.sources import source_of
 from data_prep.sources.records import Dropped, ImageRecord, Noted, Source, TextRecord
 
-_MAX_BYTES = 256 * 2**20  # of an image file; what is larger is no photograph and no page
+_MAX_BYTES = 256 * 2**20  # of an image file; no photograph or page is larger
 
 
 def import_source(

@@ -1,8 +1,7 @@
-"""Sidecars for tars of others, so that they can be read by number without being copied or changed."""
+"""Sidecars for existing tars, so that samples can be read by number without copying or changing the tars."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from data_prep.errors import UserError
 from data_prep.execute import Execution, Job, Output, Target, run_job
 from data_prep.shards.format import IMAGE_TYPES, KINDS, JsonObject
+from data_prep.shards.writer import sidecar_row
 from data_prep.sources.file_stat import file_stat
 from data_prep.sources.records import Dropped
 from data_prep.sources.tars import TarSample, tar_samples
@@ -25,13 +25,13 @@ def index_shards(
     execution: Execution | None = None,
     log: Callable[[str], None] = print,
 ) -> JsonObject | None:
-    """Make the data set `out`/`kind`/`name` of links to tars and sidecars for them; gives the receipt.
+    """Make the data set `out`/`kind`/`name` of links to tars and sidecars for them; returns the receipt.
 
     Args:
         shards: uncompressed webdataset tars, or folders of them.
 
     Raises:
-        UserError, ShardError: there are no tars, nothing in them can be used, or the disk refuses.
+        UserError, ShardError: there are no tars or no usable samples in them, or the disk refuses.
     """
     tars: list[Path] = []
     for path in map(Path, shards):
@@ -64,32 +64,24 @@ def index_tar(piece: JsonObject, options: JsonObject, output: Output) -> None:
         found = _members(sample, kind)
         if isinstance(found, str):
             output.drop(found, where)
-        elif any("\ud800" <= sign <= "\udfff" for sign in sample.name):  # as tarfile gives bytes that are no UTF-8
+        elif any(
+            "\ud800" <= sign <= "\udfff" for sign in sample.name
+        ):  # surrogates: tarfile's form of bytes that are not UTF-8
             output.drop("name that is not UTF-8", where)
         elif sample.name in keys:
             output.drop("second sample of one name", where)
         else:
             keys.add(sample.name)
             members, languages = found
-            digest = hashlib.sha256()
-            for extension in members:
-                digest.update(sample.read(extension))
-            row = {
-                "key": sample.name,
-                "members": members,
-                "languages": languages,
-                "tokens": None,
-                "sha256": digest.hexdigest(),
-            }
-            rows.append(json.dumps(row, ensure_ascii=False, separators=(",", ":")))
+            rows.append(sidecar_row(sample.name, members, map(sample.read, members), languages, None))
     if rows:
         output.adopt(kind, path, "".join(row + "\n" for row in rows).encode("utf-8", "replace"), len(rows))
 
 
 def _members(sample: TarSample, kind: str) -> tuple[dict[str, tuple[int, int]], list[str]] | str:
-    """The members that a trainer needs, and the languages; or the reason why there is nothing for it.
+    """The members that a trainer needs, and the languages; or the reason to drop the sample.
 
-    img2dataset's .json holds metadata, not captions: its .txt is taken then.
+    img2dataset's .json holds metadata instead of captions; then the .txt is used.
     """
     content = _content(sample)
     parts = KINDS[kind]

@@ -64,7 +64,7 @@ def read_parquet(piece: JsonObject, columns: Sequence[str]) -> Iterator[tuple[st
         yield Dropped("rest of a parquet piece that is damaged", f"{path.name} after row {number} ({error})"[:200])
 
 
-def image_bytes(value: Any) -> bytes | None:
+def image_bytes(value: object) -> bytes | None:
     """An image column's bytes: plain, or in the struct {bytes, path} of the datasets library."""
     if isinstance(value, dict):
         value = value.get("bytes")

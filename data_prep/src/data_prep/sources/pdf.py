@@ -1,4 +1,4 @@
-"""PDF files: pages as images, their text layer as captions; and TAT-DQA, which asks questions about such pages."""
+"""PDF files: pages as images with their text layer as captions; and TAT-DQA, questions about such pages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from data_prep.errors import UserError, needs
 from data_prep.image_rule import ImageRule
@@ -22,7 +22,7 @@ PAGES = ImageRule(1024, encoding="png", kernel="bicubic")
 _BYTES = 32 * 2**20  # of PDF files in a piece
 _FILES = 64
 _DOCUMENTS = 100
-_RENDERED = 4096  # pixels of a page's longest side at most, whatever its box says
+_RENDERED = 4096  # pixels of a page's longest side at most, whatever its page box
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class PdfFolder:
 class TatDqa:
     """TAT-DQA: its JSON of questions and the folder of PDF files
 
-    The image is the page on which the answer stands (by the blocks of UID.json, if that file is beside the PDF), else
-    the first page; questions about one page are captions of one sample. A number's scale ("million") follows it.
+    The image is the page that holds the answer (by the blocks of UID.json, if that file is beside the PDF), else the
+    first page; questions about one page are captions of one sample. A number's scale ("million") follows it.
     """
 
     image: ClassVar[ImageRule | None] = PAGES
@@ -109,7 +109,7 @@ class TatDqa:
             return
         yield from self._document(where, uid, questions)
 
-    def _document(self, where: str, uid: str, questions: list[Any]) -> Iterator[Found]:
+    def _document(self, where: str, uid: str, questions: list[object]) -> Iterator[Found]:
         blocks = _pages_of_blocks(Path(self.documents) / f"{uid}.json")
         captions: dict[int, list[Text]] = {}
         for question in questions:
@@ -184,7 +184,7 @@ def _pages_of_blocks(path: Path) -> dict[str, int]:
         return {}
 
 
-def _page_of(mapping: Any, blocks: dict[str, int]) -> int:
+def _page_of(mapping: object, blocks: dict[str, int]) -> int:
     """The page of the first block that an answer was taken from."""
     names = [name for part in mapping if isinstance(part, dict) for name in part] if isinstance(mapping, list) else []
     return next((blocks[name] for name in names if name in blocks), 0)

@@ -1,4 +1,4 @@
-"""Text pairs and triplets: JSON lines in every form that public collections use, tables and parquet files."""
+"""Text pairs and triplets: JSON lines in the usual forms, tables and parquet files."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Texts:
 
     A JSON line is [query, target], [query, target, negative, …], {"set": [texts that say the same]}, or an object with
     the columns of a table: query, target, and the negatives in one list or in a column each, found by their usual names
-    or named by options. With enough negatives a line becomes a triplet; with fewer it becomes a pair, and the receipt
-    says how many did.
+    or named by options. With enough negatives a line becomes a triplet; with fewer a pair, which the
+    receipt counts.
     """
 
     image: ClassVar[ImageRule | None] = None
@@ -89,7 +89,7 @@ class Texts:
             )
 
     def _parts(self, value: Any) -> tuple[list[str], list[str], list[str]] | None:
-        """Query, targets and negatives of a line; None if it has none of the forms."""
+        """Query, targets and negatives of a line; None if it has another form."""
         if isinstance(value, list) and len(value) >= 2:
             parts = value[:1], value[1:2], value[2:]
         elif isinstance(value, dict) and isinstance(value.get("set"), list):
@@ -129,7 +129,7 @@ class Texts:
 
 
 def files_in(paths: tuple[str, ...], endings: tuple[str, ...]) -> list[Path]:
-    """The files named, and those of such names in the folders named, sorted. UserError if there are none."""
+    """The given files, and files with these endings in the given folders, sorted. UserError if there are none."""
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():

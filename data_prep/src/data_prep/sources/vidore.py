@@ -1,4 +1,4 @@
-"""ViDoRe: the training set, and its benchmarks in BEIR's form of corpus, queries and relevance."""
+"""ViDoRe: the training set, and its benchmarks in BEIR's format (corpus, queries, qrels)."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ class Vidore:
 class VidoreBenchmark:
     """a ViDoRe benchmark in BEIR's form: corpus, queries and qrels as parquet
 
-    A page is a sample; the queries for which it is relevant are its captions. A page that no query asks for stays as a
-    candidate, with its number as a text of the role "key", which nothing evaluates.
+    A page is a sample; the queries for which it is relevant are its captions. A page without queries stays as a
+    candidate, with its number as a text of the role "key", which is not evaluated.
     """
 
     image: ClassVar[ImageRule | None] = ImageRule(1024, kernel="bicubic")

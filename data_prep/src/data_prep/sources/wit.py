@@ -1,4 +1,4 @@
-"""WIT, the Wikipedia image-text set: its TSV with images of one's own, or an img2dataset download of it."""
+"""WIT, the Wikipedia image-text set: its TSV with a folder of images, or an img2dataset download of it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Wit:
     """WIT: its TSV with a folder of images, or an img2dataset download that kept its columns
 
     The short caption is the reference description; the long one is caption, page title, section title, page
-    description and section description, in this order. The TSV holds addresses alone. Either fetch them with
+    description and section description, in this order. The TSV holds URLs only. Either fetch them with
     `img2dataset --input_format tsv --url_col image_url --caption_col caption_reference_description
     --save_additional_columns '["language", "page_title", "section_title", "context_page_description",
     "context_section_description"]'` and name the folder, or give the files by --images. img2dataset calls the column of

@@ -19,7 +19,7 @@ def add(steps: Subcommands) -> None:
     """Register both steps."""
     batch = steps.add_parser("batch", help="the Batch API: half the price, answers within a day")
     parts = batch.add_subparsers(required=True, metavar="STEP")
-    submit = parts.add_parser("submit", help="send what is planned as batches")
+    submit = parts.add_parser("submit", help="send the planned requests as batches")
     submit.add_argument("ledger", metavar="LEDGER")
     add_service(submit)
     add_pricing(submit)
@@ -27,7 +27,7 @@ def add(steps: Subcommands) -> None:
     submit.add_argument("--requests-per-file", type=int, default=50_000, metavar="N", help="(default: 50000)")
     submit.add_argument("--megabytes-per-file", type=float, default=200, metavar="N", help="(default: 200)")
     submit.set_defaults(run=_submit)
-    collect = parts.add_parser("collect", help="take the answers of batches that have ended")
+    collect = parts.add_parser("collect", help="collect the answers of batches that have ended")
     collect.add_argument("ledger", metavar="LEDGER")
     add_service(collect)
     add_pricing(collect)
@@ -39,11 +39,11 @@ def _submit(options: argparse.Namespace) -> int:
     import asyncio
 
     from data_prep.captions.batch import submit
-    from data_prep.captions.ledger import Ledger
+    from data_prep.captions.ledger import RequestLedger
 
     batches, requests = asyncio.run(
         submit(
-            Ledger(options.ledger),
+            RequestLedger(options.ledger),
             service_of(options),
             settings_of(options),
             most_requests=options.requests_per_file,
@@ -52,7 +52,8 @@ def _submit(options: argparse.Namespace) -> int:
         )
     )
     print(
-        f"{requests} requests in {batches} batches; `data-prep captions batch collect {options.ledger}` takes answers"
+        f"{requests} requests in {batches} batches; collect the answers with `data-prep captions batch collect "
+        f"{options.ledger}`"
     )
     return 0
 
@@ -62,10 +63,10 @@ def _collect(options: argparse.Namespace) -> int:
 
     from data_prep.captions.batch import collect
     from data_prep.captions.duplicates import reject_duplicates
-    from data_prep.captions.ledger import Ledger
+    from data_prep.captions.ledger import RequestLedger
     from data_prep.execute.progress import Progress
 
-    ledger = Ledger(options.ledger)
+    ledger = RequestLedger(options.ledger)
     (waiting,) = ledger.db.execute(
         "SELECT count(*) FROM request WHERE state = 'sent' AND batch IN "
         "(SELECT id FROM batch WHERE state IN ('open', 'creating'))"
@@ -75,7 +76,7 @@ def _collect(options: argparse.Namespace) -> int:
     progress.finish()
     with ledger.exclusive():
         duplicates = reject_duplicates(ledger)
-    print(f"{found.ended} batches ended, {found.open} at work; accepted {found.accepted - duplicates}")
+    print(f"{found.ended} batches ended, {found.open} running; accepted {found.accepted - duplicates}")
     show_rejected(found.rejected, duplicates)
     print(f"  not answered and planned again: {found.planned_again}")
     if found.unknown:

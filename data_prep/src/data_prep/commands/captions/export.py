@@ -23,11 +23,11 @@ def add(steps: Subcommands) -> None:
 def _export(options: argparse.Namespace) -> int:
     from data_prep.captions.duplicates import reject_duplicates
     from data_prep.captions.export import export
-    from data_prep.captions.ledger import Ledger
+    from data_prep.captions.ledger import RequestLedger
     from data_prep.curation.tokens import TokenCounter
     from data_prep.execute.progress import Progress
 
-    ledger = Ledger(options.ledger)
+    ledger = RequestLedger(options.ledger)
     with ledger.exclusive():
         reject_duplicates(ledger)
         (images,) = ledger.db.execute("SELECT count(DISTINCT image) FROM request WHERE state = 'accepted'").fetchone()

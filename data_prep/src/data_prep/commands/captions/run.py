@@ -1,4 +1,4 @@
-"""`data-prep captions run`: ask for what is planned, or say what it would cost."""
+"""`data-prep captions run`: send the planned requests, or estimate their cost."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from data_prep.commands.captions.options import (
     add_checks,
     add_pricing,
     add_service,
+    prices_of,
     service_of,
     settings_of,
     show_rejected,
@@ -17,7 +18,7 @@ from data_prep.commands.captions.options import (
 from data_prep.commands.captions.status import show_spent
 
 if TYPE_CHECKING:
-    from data_prep.captions.ledger import Ledger
+    from data_prep.captions.ledger import RequestLedger
     from data_prep.captions.pricing import Prices
     from data_prep.captions.run import RunResult
 
@@ -26,26 +27,32 @@ def add(steps: Subcommands) -> None:
     """Register the step."""
     run = steps.add_parser(
         "run",
-        help="ask for what is planned",
-        description="Asks for what is planned, as fast as the service lets it, and checks what comes. Ctrl-C once: "
-        "what is under way is waited for; twice: at once.",
+        help="send the planned requests",
+        description="Sends the planned requests as fast as the service allows and checks the answers. Ctrl-C once: "
+        "waits for calls under way; twice: stops at once.",
     )
     run.add_argument("ledger", metavar="LEDGER")
     add_service(run)
     add_pricing(run)
-    run.add_argument("--dry-run", action="store_true", help="ask nothing; say what the rest would cost")
-    run.add_argument("--limit", type=int, metavar="N", help="ask at most N times")
-    run.add_argument("--concurrency", type=int, default=64, metavar="N", help="calls at a time, at most (default: 64)")
+    run.add_argument("--dry-run", action="store_true", help="send nothing; estimate the cost of the rest")
+    run.add_argument("--limit", type=int, metavar="N", help="send at most N requests")
+    run.add_argument("--concurrency", type=int, default=64, metavar="N", help="concurrent calls at most (default: 64)")
     run.add_argument("--requests-per-minute", type=float, metavar="N")
     run.add_argument("--tokens-per-minute", type=float, metavar="N")
-    run.add_argument("--tries", type=int, default=6, metavar="N", help="failures a request may meet (default: 6)")
+    run.add_argument(
+        "--tries",
+        type=int,
+        default=6,
+        metavar="N",
+        help="failures of a request before it is left for the next run (default: 6)",
+    )
     run.add_argument(
         "--resend",
         action="append",
         default=[],
         metavar="WHAT",
-        help="first plan again, and pay again: perhaps-paid, a reason of rejection (truncated, …) or a request's id; "
-        "can be given several times",
+        help="first plan these again (and pay again): perhaps-paid, a reason of rejection (truncated, …) or a "
+        "request's id; can be given several times",
     )
     add_checks(run)
     run.set_defaults(run=_run)
@@ -53,15 +60,16 @@ def add(steps: Subcommands) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from data_prep.captions.duplicates import reject_duplicates
-    from data_prep.captions.ledger import Ledger
+    from data_prep.captions.ledger import RequestLedger
     from data_prep.captions.rate_limit import RateLimiter
     from data_prep.captions.run import run
     from data_prep.errors import UserError
     from data_prep.execute.progress import Progress
 
-    ledger, settings = Ledger(options.ledger), settings_of(options)
+    ledger = RequestLedger(options.ledger)
     if options.dry_run:
-        return _forecast(ledger, settings.prices, options)
+        return _forecast(ledger, prices_of(options), options)
+    settings = settings_of(options)
     limiter = RateLimiter(
         options.concurrency,
         requests_per_minute=options.requests_per_minute,
@@ -97,7 +105,7 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _show(result: RunResult, duplicates: int, ledger: Ledger) -> None:
+def _show(result: RunResult, duplicates: int, ledger: RequestLedger) -> None:
     """Print what a run did."""
     print(f"asked {result.asked} times; accepted {result.accepted - duplicates}")
     show_rejected(result.rejected, duplicates)
@@ -109,7 +117,7 @@ def _show(result: RunResult, duplicates: int, ledger: Ledger) -> None:
         print(f"  perhaps paid, the connection broke: {result.lost}; see `data-prep captions status {ledger.path}`")
 
 
-def _forecast(ledger: Ledger, prices: Prices | None, options: argparse.Namespace) -> int:
+def _forecast(ledger: RequestLedger, prices: Prices | None, options: argparse.Namespace) -> int:
     from data_prep.captions.forecast import forecast
 
     found = forecast(ledger, prices, image_tokens=options.image_tokens)
