@@ -15,11 +15,11 @@ from common import machine, write
 
 PROGRAM = """
 import resource, sys
-from data_prep.execute import Execution
+from data_prep.execute import Execution, Target
 from data_prep.sources.importing import import_source
 from data_prep.sources.texts import Texts
-import_source("pairs", Texts((sys.argv[1],)), sys.argv[2], title="texts", samples_per_shard=10_000,
-              execution=Execution(workers=1), say=lambda line: None)
+import_source(Texts((sys.argv[1],)), Target(sys.argv[2], "pairs", 10_000), title="texts",
+              execution=Execution(workers=1), log=lambda line: None)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

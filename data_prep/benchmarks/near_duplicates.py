@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 from common import machine, write
-from data_prep.shaping.alike import words_of
-from data_prep.shaping.minhash import near_duplicates, signatures
-from data_prep.shaping.passes import save
-from data_prep.shaping.phash import pairs_within
-from data_prep.shaping.stored import Stored, arrays_of
+from data_prep.curation.minhash import near_duplicates, signatures
+from data_prep.curation.normalize import normalize_text
+from data_prep.curation.passes import save
+from data_prep.curation.phash import pairs_within
+from data_prep.curation.signature_store import SignatureStore, arrays_of
 
 SIMILARITY = 0.8
 _AT_A_TIME = 2000
@@ -55,7 +55,10 @@ def texts(count: int) -> Iterator[tuple[list[str], list[int]]]:
 
 
 def jaccard(one: str, two: str) -> float:
-    sets = [{text[place : place + 5] for place in range(len(text) - 4)} for text in (words_of(one), words_of(two))]
+    sets = [
+        {text[place : place + 5] for place in range(len(text) - 4)}
+        for text in (normalize_text(one), normalize_text(two))
+    ]
     return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
 
 
@@ -70,7 +73,7 @@ def ours(count: int) -> dict[str, float]:
             signing += time.process_time() - start
             planted += alike(number * _AT_A_TIME, part, origins)
         before, start = peak_memory(), time.process_time()
-        with Stored(files, "whole") as stored:
+        with SignatureStore(files, "whole") as stored:
             group = near_duplicates(stored, similarity=SIMILARITY)
         grouping, after = time.process_time() - start, peak_memory()
     return {
@@ -98,7 +101,7 @@ def datasketch(count: int) -> dict[str, float]:
         start = time.process_time()
         results = []
         for text in part:
-            line, sketch = words_of(text), MinHash(num_perm=120)
+            line, sketch = normalize_text(text), MinHash(num_perm=120)
             sketch.update_batch([line[at : at + 5].encode() for at in range(max(1, len(line) - 4))])
             results.append([key for key in index.query(sketch) if sketches[key].jaccard(sketch) >= SIMILARITY])
             index.insert(len(sketches), sketch)

@@ -59,14 +59,13 @@ def main() -> None:
                 size = sum(path.stat().st_size for path in out.rglob("*.tar"))
                 print(f"{name}: {wall:.1f} s, {spent:.1f} s of processor time, {size / 1e6:.0f} MB")
                 shutil.rmtree(out)
-    ours, ours_spent = median(seconds["data_prep"]), median(processor["data_prep"])
     results = {
         name: {
             "seconds": median(found),
             "images_per_second": options.images / median(found),
-            "ours_takes": ours / median(found),
+            "ours_takes": median(seconds["data_prep"]) / median(found),
             "processor_seconds": median(processor[name]),
-            "ours_takes_of_processor": ours_spent / median(processor[name]),
+            "ours_takes_of_processor": median(processor["data_prep"]) / median(processor[name]),
         }
         for name, found in seconds.items()
     }
@@ -112,19 +111,18 @@ def run(name: str, images: Path, names: list[str], out: Path, options: argparse.
     """Seconds from the files to the tars, and processor seconds of all processes, the start of the workers included."""
     began, spent = time.perf_counter(), processor_seconds()
     if name == "data_prep":
-        from data_prep.execute import Execution
+        from data_prep.execute import Execution, Target
         from data_prep.image_rule import ImageRule
         from data_prep.sources.folder import Folder
         from data_prep.sources.importing import import_source
 
         import_source(
-            "images",
             Folder(str(images)),
-            str(out),
+            Target(str(out), "images"),
             title="images",
             image=ImageRule(SIDE),
             execution=Execution(workers=options.workers),
-            say=lambda line: None,
+            log=lambda line: None,
         )
     elif name == "process pool":
         out.mkdir()

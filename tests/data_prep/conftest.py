@@ -25,7 +25,7 @@ def drawn_settings() -> Settings:
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A drawn corpus of 150 pictures; read it, do not change it."""
     out = tmp_path_factory.mktemp("drawn") / "corpus"
-    build_corpus(out, DRAWN, say=lambda line: None)
+    build_corpus(out, DRAWN, log=lambda line: None)
     return out
 
 

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-from data_prep.corpus import CorpusError
 from data_prep.corpus.apt import default_cache, fetch
+from data_prep.errors import UserError
 
 FAKE = """#!/bin/sh
 # apt-get -q -c CONFIG update | download NAME
@@ -44,7 +44,7 @@ def test_packages_and_translations_are_fetched_once_with_lists_of_our_own(apt, t
     cache = tmp_path / "cache"
     said = []
     for _ in range(2):
-        assert fetch(cache, ["one", "two"], translations=True, say=said.append) == cache
+        assert fetch(cache, ["one", "two"], translations=True, log=said.append) == cache
     lists = [f"mirror_Translation-{code}" for code in ("de", "en", "pt%5fBR")]
     assert names(cache) == [*lists, "one_1.0_all.deb", "two_1.0_all.deb"]
     assert [line.split()[3:] for line in apt.read_text().splitlines()] == [
@@ -63,7 +63,7 @@ def test_packages_and_translations_are_fetched_once_with_lists_of_our_own(apt, t
 def test_only_what_is_missing_is_fetched_and_lists_only_when_asked_for(apt, tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/one_1.0_all.deb").write_text("deb")
-    fetch(tmp_path / "cache", ["one", "two"], translations=False, say=lambda line: None)
+    fetch(tmp_path / "cache", ["one", "two"], translations=False, log=lambda line: None)
     assert names(tmp_path / "cache") == ["one_1.0_all.deb", "two_1.0_all.deb"]
     assert "download one" not in apt.read_text()
     assert 'Acquire::Languages { "none"; };' in Path(f"{apt}.conf").read_text()
@@ -71,21 +71,21 @@ def test_only_what_is_missing_is_fetched_and_lists_only_when_asked_for(apt, tmp_
 
 def test_a_failing_apt_gives_its_own_reason_and_the_ways_out(apt, tmp_path, monkeypatch):
     monkeypatch.setenv("FAIL", "Could not resolve 'deb.debian.org'")
-    with pytest.raises(CorpusError, match=r"Could not resolve 'deb\.debian\.org'.*`--packages DIR`.*`--drawn`"):
-        fetch(tmp_path / "cache", ["one"], translations=True, say=lambda line: None)
+    with pytest.raises(UserError, match=r"Could not resolve 'deb\.debian\.org'.*`--packages DIR`.*`--drawn`"):
+        fetch(tmp_path / "cache", ["one"], translations=True, log=lambda line: None)
     assert names(tmp_path / "cache") == []
 
 
 def test_an_apt_without_descriptions_names_the_option_to_go_without(apt, tmp_path, monkeypatch):
     monkeypatch.setenv("CODES", "")
-    with pytest.raises(CorpusError, match="`--without packages`"):
-        fetch(tmp_path / "cache", ["one"], translations=True, say=lambda line: None)
+    with pytest.raises(UserError, match="`--without packages`"):
+        fetch(tmp_path / "cache", ["one"], translations=True, log=lambda line: None)
 
 
 def test_a_machine_without_apt_is_told_which_packages_to_fetch_elsewhere(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(CorpusError, match=r"no apt-get.*fonts-noto-color-emoji, unicode-cldr-core, .*gnome-user-docs"):
-        fetch(tmp_path / "cache", ["one"], translations=True, say=lambda line: None)
+    with pytest.raises(UserError, match=r"no apt-get.*fonts-noto-color-emoji, unicode-cldr-core, .*gnome-user-docs"):
+        fetch(tmp_path / "cache", ["one"], translations=True, log=lambda line: None)
 
 
 def test_cache_follows_the_xdg_convention(monkeypatch, tmp_path):

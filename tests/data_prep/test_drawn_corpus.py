@@ -9,8 +9,9 @@ import json
 
 import pytest
 import sentencepiece
-from data_prep.corpus import CorpusError, Settings, build_corpus
-from data_prep.corpus.items import plain
+from data_prep.corpus import Settings, build_corpus
+from data_prep.corpus.items import normalized
+from data_prep.errors import UserError
 from data_prep.shards import KINDS, Dataset
 from PIL import Image
 
@@ -22,12 +23,12 @@ def files(root):
 
 
 def test_two_builds_are_equal_byte_for_byte_whatever_the_number_of_workers(drawn, drawn_settings, tmp_path):
-    build_corpus(tmp_path / "again", drawn_settings, workers=3, say=lambda line: None)
+    build_corpus(tmp_path / "again", drawn_settings, workers=3, log=lambda line: None)
     assert files(tmp_path / "again") == files(drawn)
 
 
 def test_another_seed_gives_another_split(drawn, drawn_settings, tmp_path, read_all):
-    build_corpus(tmp_path / "other", dataclasses.replace(drawn_settings, seed=1), say=lambda line: None)
+    build_corpus(tmp_path / "other", dataclasses.replace(drawn_settings, seed=1), log=lambda line: None)
     one, two = ({s["item"] for s in read_all(root / "test/image-short/drawn")} for root in (drawn, tmp_path / "other"))
     assert one != two
 
@@ -69,8 +70,8 @@ def test_triplets_have_seven_different_negatives_from_their_split_none_equal_to_
             negatives = [tuple(text["text"] for text in negative) for negative in sample["negatives"]]
             assert len(negatives) == len(set(negatives)) == 7
             assert set(negatives) <= names
-            positive = {plain(text["text"]) for text in (*sample["query"], *sample["target"])}
-            assert all(plain(text) not in positive for negative in negatives for text in negative)
+            positive = {normalized(text["text"]) for text in (*sample["query"], *sample["target"])}
+            assert all(normalized(text) not in positive for negative in negatives for text in negative)
 
 
 def test_negatives_are_neighbours(drawn, read_all):
@@ -122,33 +123,33 @@ def test_an_existing_corpus_is_left_alone_and_said_so(drawn, drawn_settings):
     before = files(drawn)
     said = []
     assert (
-        build_corpus(drawn, drawn_settings, say=said.append)["samples"] == json.loads(before["corpus.json"])["samples"]
+        build_corpus(drawn, drawn_settings, log=said.append)["samples"] == json.loads(before["corpus.json"])["samples"]
     )
-    assert said == [f"{drawn}: there already, of this version and these settings; nothing to do"]
+    assert said == [f"{drawn}: already built, with this version and these settings; nothing to do"]
     assert files(drawn) == before
 
 
 def test_another_corpus_in_the_way_is_named_and_not_touched(drawn, drawn_settings, tmp_path):
     before = files(drawn)
-    with pytest.raises(CorpusError, match=r"holds another corpus \(seed 0, asked for 5\)"):
+    with pytest.raises(UserError, match=r"holds another corpus \(seed 0, asked for 5\)"):
         build_corpus(drawn, dataclasses.replace(drawn_settings, seed=5))
     assert files(drawn) == before
     folder = tmp_path / "older"
     folder.mkdir()
     (folder / "corpus.json").write_text(json.dumps(json.loads(before["corpus.json"]) | {"version": 0}))
-    with pytest.raises(CorpusError, match="version 0, this program writes 1"):
+    with pytest.raises(UserError, match="version 0, this program writes 1"):
         build_corpus(folder, drawn_settings)
     (folder / "corpus.json").write_text("my notes")
-    with pytest.raises(CorpusError, match="exists and is no corpus"):
+    with pytest.raises(UserError, match="exists and is no corpus"):
         build_corpus(folder, drawn_settings)
     assert (folder / "corpus.json").read_text() == "my notes"
 
 
 def test_a_shard_that_went_missing_is_named_on_the_next_run(drawn_settings, tmp_path):
     settings = dataclasses.replace(drawn_settings, drawn=120)
-    build_corpus(tmp_path / "c", settings, say=lambda line: None)
+    build_corpus(tmp_path / "c", settings, log=lambda line: None)
     (tmp_path / "c/train/text-pairs/drawn/00000.tar").unlink()
-    with pytest.raises(CorpusError, match=r"train/text-pairs/drawn/00000\.tar: missing"):
+    with pytest.raises(UserError, match=r"train/text-pairs/drawn/00000\.tar: missing"):
         build_corpus(tmp_path / "c", settings)
 
 
@@ -156,7 +157,7 @@ def test_what_an_interrupted_build_left_is_removed_and_said(drawn_settings, tmp_
     (tmp_path / "c.partial").mkdir()
     (tmp_path / "c.partial/half").write_text("half")
     said = []
-    build_corpus(tmp_path / "c", drawn_settings, say=said.append)
+    build_corpus(tmp_path / "c", drawn_settings, log=said.append)
     assert "removing what an interrupted run left" in said[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c"]
 
@@ -165,17 +166,17 @@ def test_what_an_interrupted_build_left_is_removed_and_said(drawn_settings, tmp_
 
     monkeypatch.setattr("data_prep.corpus.build.write_datasets", fail)
     with pytest.raises(KeyboardInterrupt):
-        build_corpus(tmp_path / "d", drawn_settings, say=said.append)
+        build_corpus(tmp_path / "d", drawn_settings, log=said.append)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c"]
 
 
 @pytest.mark.parametrize("number", [3, 100_000])
 def test_an_impossible_number_of_pictures_is_refused(tmp_path, number):
-    with pytest.raises(CorpusError, match="expected a number from 120 to 3840"):
+    with pytest.raises(UserError, match="expected a number from 120 to 3840"):
         build_corpus(tmp_path / "c", Settings(drawn=number))
 
 
 def test_too_large_a_vocabulary_is_refused(drawn_settings, tmp_path):
-    with pytest.raises(CorpusError, match="no tokenizer of 30000 pieces from these texts; change --vocab-size"):
-        build_corpus(tmp_path / "c", dataclasses.replace(drawn_settings, vocab_size=30_000), say=lambda line: None)
+    with pytest.raises(UserError, match="no tokenizer of 30000 pieces from these texts; change --vocab-size"):
+        build_corpus(tmp_path / "c", dataclasses.replace(drawn_settings, vocab_size=30_000), log=lambda line: None)
     assert list(tmp_path.iterdir()) == []

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from .captions.conftest import WORDS as OF_LANGUAGE
 from .captions.conftest import seer  # noqa: F401 (a fixture)
-from .shaping.conftest import encoded, photo
+from .curation.conftest import encoded, photo
 from .test_readme import blocks, in_three_languages, parquets, questions, save, say, table
 
 ROOT = Path(__file__).parents[2]

@@ -21,9 +21,9 @@ from data_prep.cli import main
 from pyarrow import parquet
 
 from .captions.conftest import LANGUAGES, Reply, completion, good, seer  # noqa: F401 (a fixture)
+from .curation.conftest import encoded, photo
 from .execute.conftest import write_img2dataset
 from .negatives.test_negatives import WORDS
-from .shaping.conftest import encoded, photo
 from .sources.conftest import write_pdf
 
 README = Path(__file__).parents[2] / "data_prep/README.md"

@@ -9,15 +9,18 @@ import itertools
 import json
 
 import pytest
-from data_prep.corpus import CorpusError, Settings, build_corpus, debian
+from data_prep.corpus import Settings, build_corpus, debian
 from data_prep.corpus.cldr import emoji_groups, emoji_order, read_locale, read_world
 from data_prep.corpus.deb import Package, find_package, find_translations, read_members, read_translations
 from data_prep.corpus.emoji import emoji_candidates, emoji_item, flag_territory
 from data_prep.corpus.help_texts import read_page
-from data_prep.corpus.items import LANGUAGES, clean, plain
+from data_prep.corpus.items import normalized
 from data_prep.corpus.package_texts import first_paragraphs, read_packages
-from data_prep.corpus.pictures import Job, make_pictures
+from data_prep.corpus.render import RenderJob, render_images
 from data_prep.corpus.stamps import Stamp, family_path, read_captions, read_stamps, stamp_item
+from data_prep.errors import UserError
+from data_prep.languages import LANGUAGES
+from data_prep.samples import clean
 from data_prep.shards import Dataset
 from PIL import Image, ImageDraw, ImageFont
 
@@ -163,8 +166,8 @@ def small_pools(monkeypatch):
 def test_from_deb_files_to_a_corpus(packages, small_pools, tmp_path, read_all):
     settings = Settings(image_size=32, vocab_size=70)
     said = []
-    corpus = build_corpus(tmp_path / "one", settings, packages=packages, workers=1, say=said.append)
-    build_corpus(tmp_path / "two", settings, packages=packages, workers=3, say=lambda line: None)
+    corpus = build_corpus(tmp_path / "one", settings, packages=packages, workers=1, log=said.append)
+    build_corpus(tmp_path / "two", settings, packages=packages, workers=3, log=lambda line: None)
     for path in sorted((tmp_path / "one").rglob("*")):
         assert (
             path.is_dir() or path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes()
@@ -200,18 +203,18 @@ def test_missing_packages_and_missing_translations_say_what_to_do(packages, smal
     settings = Settings(image_size=32, vocab_size=70)
     (packages / "x_i18n_Translation-de.bz2").unlink()
     said = []
-    corpus = build_corpus(tmp_path / "c", settings, packages=packages, say=said.append)
+    corpus = build_corpus(tmp_path / "c", settings, packages=packages, log=said.append)
     assert "packages" in corpus["left_out"]
-    assert any("goes on WITHOUT package descriptions" in line for line in said)
+    assert any("continuing WITHOUT package descriptions" in line for line in said)
     find_package(packages, "gnome-user-docs").path.unlink()
-    with pytest.raises(CorpusError, match=r"lacks gnome-user-docs_\*\.deb; fetch from .* or say `--drawn`"):
+    with pytest.raises(UserError, match=r"lacks gnome-user-docs_\*\.deb; fetch from .* or pass `--drawn`"):
         build_corpus(tmp_path / "d", settings, packages=packages)
     without = Settings(image_size=32, vocab_size=70, without=("help", "packages"))
-    assert build_corpus(tmp_path / "d", without, packages=packages, say=said.append)["left_out"].keys() == {
+    assert build_corpus(tmp_path / "d", without, packages=packages, log=said.append)["left_out"].keys() == {
         "help",
         "packages",
     }
-    with pytest.raises(CorpusError, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         build_corpus(tmp_path / "e", settings, packages=tmp_path / "nowhere")
 
 
@@ -220,10 +223,10 @@ def test_a_package_that_is_cut_short_is_named(packages):
     data = package.path.read_bytes()
     for length in (20, 200, len(data) - 500):
         package.path.write_bytes(data[:length])
-        with pytest.raises(CorpusError, match=r"unicode-cldr-core_41_all\.deb"):
+        with pytest.raises(UserError, match=r"unicode-cldr-core_41_all\.deb"):
             read_members(package, lambda path: True)
     package.path.write_bytes(b"<html>not found</html>")
-    with pytest.raises(CorpusError, match="not a Debian package"):
+    with pytest.raises(UserError, match="not a Debian package"):
         read_members(package, lambda path: True)
 
 
@@ -309,22 +312,22 @@ def test_stamps_captions_and_variants(packages):
 
 
 def test_the_same_caption_whatever_case_article_and_points():
-    assert plain("A Cat.") == plain("cat") == plain("the  CAT!") == "cat"
-    assert plain("keycap: 1") == "keycap 1"
-    assert plain("!?") == "!?"
+    assert normalized("A Cat.") == normalized("cat") == normalized("the  CAT!") == "cat"
+    assert normalized("keycap: 1") == "keycap 1"
+    assert normalized("!?") == "!?"
     assert clean(" e\u0301\n  a ") == "é a"
 
 
 def test_pictures_are_cut_to_what_is_visible_and_put_on_a_white_square():
     white, red = png((255, 255, 255)), (200, 30, 30)
     jobs = [
-        Job("bitmap", png(red)),
-        Job("bitmap", png(red, "RGBA")),
-        Job("bitmap", white),
-        Job("bitmap", b"?"),
-        Job("svg", STAMP_FILES["space/moon.svg"]),
+        RenderJob("bitmap", png(red)),
+        RenderJob("bitmap", png(red, "RGBA")),
+        RenderJob("bitmap", white),
+        RenderJob("bitmap", b"?"),
+        RenderJob("svg", STAMP_FILES["space/moon.svg"]),
     ]
-    opaque, clear, nothing, broken, drawing = make_pictures(jobs, size=20, font=None, workers=1)
+    opaque, clear, nothing, broken, drawing = render_images(jobs, size=20, font=None, workers=1)
     assert (nothing, broken) == (None, None)
     assert opaque == clear
     for data, color in ((opaque, red), (drawing, (0, 0, 128))):
@@ -384,5 +387,5 @@ def test_latest_version_of_a_package_counts(tmp_path):
 
 
 def test_stamp_items_have_valid_keys():
-    stamp = Stamp("town/flags/blå flag.x", {"en": "A flag."}, Job("bitmap", b""))
+    stamp = Stamp("town/flags/blå flag.x", {"en": "A flag."}, RenderJob("bitmap", b""))
     assert json.dumps(stamp_item(stamp, b"", order=0, locales={}).name) == '"stamp-town--flags--bl__flag_x"'

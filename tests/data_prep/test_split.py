@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from data_prep.corpus.items import ImageItem, Text
+from data_prep.corpus.items import ImageItem
 from data_prep.corpus.negatives import hard_negatives
-from data_prep.corpus.pictures import encode_png
-from data_prep.corpus.split import drop_twins, families, leaks, look_alikes, split_items
+from data_prep.corpus.render import encode_png
+from data_prep.corpus.split import drop_identical, families, leaks, similar_pairs, split_items
+from data_prep.samples import Text
 from PIL import Image, ImageDraw
 
 
@@ -59,7 +60,7 @@ def test_large_and_ambiguous_families_are_for_training_alone():
 
 def test_of_twins_the_first_stays():
     items = [item("a", png=b"1"), item("b", png=b"2"), item("c", png=b"1")]
-    assert drop_twins(items) == (items[:2], 1)
+    assert drop_identical(items) == (items[:2], 1)
 
 
 def test_pictures_that_hardly_differ_are_found():
@@ -68,8 +69,8 @@ def test_pictures_that_hardly_differ_are_found():
         item("b", png=picture((10, 10, 50, 50, 203))),
         item("c", png=picture((10, 10, 50, 50, 200), (20, 20, 40, 40, 60))),
     ]
-    assert look_alikes(items) == [("a", "b")]
-    assert look_alikes([]) == []
+    assert similar_pairs(items) == [("a", "b")]
+    assert similar_pairs([]) == []
 
 
 def test_negatives_come_from_the_group_by_distance_and_pass_over_family_and_synonyms():

@@ -1,4 +1,4 @@
-"""The command `data-prep`: a table of contents, and one exit for what the user can mend."""
+"""The command `data-prep`: its table of contents, and one line on stderr for errors that the user can fix."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from collections.abc import Sequence
 
 # What `--help` prints, in this order: a heading, and the modules of `data_prep.commands` below it.
 CONTENTS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("data sets of others", ("import_data", "index", "evalset")),
-    ("better data", ("shaping", "negatives", "captions")),
-    ("looking at data", ("inspect", "validate")),
-    ("a corpus without any download of data sets", ("corpus",)),
+    ("public data to shards", ("import_data", "index", "evalset")),
+    ("better data", ("curation", "negatives", "captions")),
+    ("inspecting data", ("inspect", "validate")),
+    ("a laptop corpus that downloads no data sets", ("corpus",)),
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand; exit status 0, or 2 with one line on stderr if the user can mend what is wrong."""
+    """Run one subcommand; exit status 0, or 2 with one line on stderr for an error that the user can fix."""
     options = _parser().parse_args(arguments)
     try:
-        return options.run(options)
+        status: int = options.run(options)
+        return status
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here, nothing half done is kept", file=sys.stderr)
+        print("interrupted; run the same command again to resume", file=sys.stderr)
         return 130
     except OSError as error:
         if error.filename is None:
@@ -30,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"data-prep: {error.filename}: {error.strerror or error}", file=sys.stderr)
         return 2
     except ValueError as error:
-        from .errors import UserError
-        from .shards import ShardError
+        from data_prep.errors import UserError
+        from data_prep.shards import ShardError
 
         if not isinstance(error, UserError | ShardError):
             raise
@@ -51,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     for heading, modules in CONTENTS:
         before = len(commands._choices_actions)
         for module in modules:
-            importlib.import_module(f".commands.{module}", __package__).add(commands)
+            importlib.import_module(f"data_prep.commands.{module}").add(commands)
         contents.append(f"{heading}:")
         contents += [f"  {choice.dest:<12}{choice.help}" for choice in commands._choices_actions[before:]]
         contents.append("")

@@ -1,4 +1,4 @@
-"""What every part says when the user can mend it."""
+"""Errors that the user can fix."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Something that the user can mend: a missing file, a wrong option, a full disk, a library not installed.
+    """An error that the user can fix: a missing file, a wrong option, a full disk, a library not installed.
 
     The message says what was found, what was expected and what to do next; the command line prints it as one line.
     """
@@ -16,7 +16,7 @@ class UserError(ValueError):
 def needs(module: str, *, extra: str, what: str) -> Any:
     """Import a library of the extra `extra`; UserError if it is not installed, saying what needs it.
 
-    The towers of the extra "models" are on no index, so that the command has to name their folders, too.
+    The towers of the extra "models" are on no package index, so the command that is shown names their folders.
     """
     try:
         return importlib.import_module(module)

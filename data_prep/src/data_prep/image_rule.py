@@ -1,10 +1,10 @@
-"""How images are stored: plain values, for command lines and receipts."""
+"""How images are stored: plain values, for command lines and receipts; imports no imaging library."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .errors import UserError
+from data_prep.errors import UserError
 
 FITS = ("shortest", "longest", "square")
 ENCODINGS = ("jpg", "png", "webp")
@@ -15,12 +15,12 @@ KERNELS = ("hamming", "bicubic")
 class ImageRule:
     """How images are stored.
 
-    size: side in pixels. fit: what gets that size: the "shortest" side, the "longest" side (both keep the shape and
-        never enlarge), or both sides of a "square" (the shape is lost, as in the paper; small images are enlarged).
-    encoding: "jpg", "png" or "webp", of images that must be encoded anew; quality: of jpg and webp.
-    kernel: "hamming" (as sharp as averaging areas, without its steps; JPEGs are decoded at the smallest power of a half
-        that suffices) or "bicubic" (sharper, for pages and evaluation; nearly twice the time).
-    max_pixels: a file whose header promises more is refused undecoded.
+    size: in pixels. fit: what gets that size: the "shortest" side, the "longest" side (both keep the aspect ratio and
+        never enlarge), or both sides of a "square" (the aspect ratio is lost, as in the paper; small images grow).
+    encoding: "jpg", "png" or "webp", for images that cannot be stored as they are; quality: of jpg and webp.
+    kernel: "hamming" (as sharp as area averaging, with fewer artefacts; JPEGs are decoded at the smallest power of 1/2
+        that is large enough) or "bicubic" (sharper, for pages and evaluation; nearly twice the time).
+    max_pixels: a file whose header says more is refused before decoding.
     """
 
     size: int = 384

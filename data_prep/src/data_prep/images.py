@@ -1,4 +1,4 @@
-"""From an image file that somebody made to one that is stored: checked, upright, of the size that training needs."""
+"""Turns any image file into one to store: checked, upright, at the size that training needs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from .image_rule import ImageRule
+from data_prep.image_rule import ImageRule
 
-_KEPT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # formats that are stored as they come, if nothing else is amiss
-_READ = [*_KEPT, "GIF", "BMP", "TIFF", "PPM", "AVIF"]  # no formats that run programs (EPS) or hold vectors
+_KEPT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # formats that may be stored unchanged
+_READ = [*_KEPT, "GIF", "BMP", "TIFF", "PPM", "AVIF"]  # not those that run programs (EPS) or hold vectors
 _ORIENTATION = 0x0112  # of EXIF
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -25,20 +25,20 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Loaded by name: Pillow would load its forty others too. AVIF is there if Pillow was built with it.
+# Loaded by name, or Pillow would load its forty other plugins too. AVIF depends on how Pillow was built.
 for _name in ("Jpeg", "Png", "WebP", "Gif", "Bmp", "Tiff", "Ppm", "Avif"):
     with contextlib.suppress(ImportError):
         importlib.import_module(f"PIL.{_name}ImagePlugin")
 _READ = [name for name in _READ if name in Image.OPEN]
 
-# Pillow warns of large images and of odd files; here the former have a limit of their own, `ImageRule.max_pixels`, that
-# is checked before anything is decoded, and the latter are read or refused.
+# Pillow warns of large images and of odd files. Here `ImageRule.max_pixels` limits the former before anything is
+# decoded, and the latter are read or refused.
 warnings.filterwarnings("ignore", module="PIL")
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """An image as it is stored: extension and bytes, and whether they are not the bytes that came."""
+class StoredImage:
+    """An image as it is stored: extension and bytes, and whether it was encoded again."""
 
     extension: str
     data: bytes
@@ -46,18 +46,18 @@ class Stored:
 
 
 class ImageRefused(ValueError):
-    """An image that is not stored; its message is a reason for the receipt, of which there are few."""
+    """An image that is not stored; the message is one of the few reasons that receipts count."""
 
 
-def store_image(data: bytes, rule: ImageRule) -> Stored:
-    """What to store for an image file.
+def store_image(data: bytes, rule: ImageRule) -> StoredImage:
+    """Return what to store for an image file.
 
-    A JPEG, PNG or WebP that has the right size, stands upright and has plain grey or RGB pixels stays as it is, byte
-    for byte (after it was decoded, to know that it can be). Everything else is decoded, turned upright by its EXIF
-    tag, put on white where it is transparent, reduced and encoded.
+    A JPEG, PNG or WebP of the right size that is upright and has plain grey or RGB pixels is kept byte for byte (after
+    a trial decode). Everything else is decoded, turned upright by its EXIF tag, put on white where it is transparent,
+    resized and encoded.
 
     Raises:
-        ImageRefused: it is no image, it is broken, or it has more than `rule.max_pixels`.
+        ImageRefused: not an image, broken, or more than `rule.max_pixels`.
     """
     if not data:
         raise ImageRefused("empty image file")
@@ -65,14 +65,14 @@ def store_image(data: bytes, rule: ImageRule) -> Stored:
         image = Image.open(io.BytesIO(data), formats=_READ)
     except Image.DecompressionBombError as error:
         raise ImageRefused("more pixels than allowed") from error
-    except Exception as error:  # Pillow's readers raise whatever their parsing runs into
+    except Exception as error:  # Pillow's readers raise all kinds of exceptions
         raise ImageRefused("not an image") from error
     if image.width * image.height > rule.max_pixels:
         raise ImageRefused("more pixels than allowed")
     try:
         if image.format == "TIFF":
-            image.load()  # turns it upright, and its size was given upright before
-        target = _target(_as_it_lies(image.size, image), rule)
+            image.load()  # Pillow turns TIFFs upright here; `size` was that of the upright image before
+        target = _target(_stored_size(image.size, image), rule)
         plain = image.mode in ("RGB", "L") and "transparency" not in image.info
         if (
             image.format in _KEPT
@@ -82,13 +82,13 @@ def store_image(data: bytes, rule: ImageRule) -> Stored:
             and getattr(image, "n_frames", 1) == 1
         ):
             image.load()
-            return Stored(_KEPT[image.format], data, False)
-        if image.format == "JPEG":  # decode at a half, a quarter, …, never below the size that is wanted
+            return StoredImage(_KEPT[image.format], data, False)
+        if image.format == "JPEG":  # decode at 1/2, 1/4, … but not below the target size
             spare = 2 if rule.kernel == "bicubic" else 1
-            width, height = _as_it_lies(target, image)
+            width, height = _stored_size(target, image)
             image.draft(None, (spare * width, spare * height))
-        return Stored(rule.encoding, encode_image(_reduce(image, target, rule), rule), True)
-    except Exception as error:  # the readers again: pixels are decoded, and EXIF is parsed, only here
+        return StoredImage(rule.encoding, encode_image(_reduce(image, target, rule), rule), True)
+    except Exception as error:  # the readers again: pixels and EXIF are parsed only here
         raise ImageRefused("broken image") from error
 
 
@@ -104,13 +104,8 @@ def encode_image(image: Image.Image, rule: ImageRule) -> bytes:
     return buffer.getvalue()
 
 
-def fit_image(image: Image.Image, rule: ImageRule) -> Image.Image:
-    """An image in memory (a rendered page) at the size that the rule asks for."""
-    return _reduce(image, _target(image.size, rule), rule)
-
-
-def _as_it_lies(size: tuple[int, int], image: Image.Image) -> tuple[int, int]:
-    """From the upright image's width and height to those of the pixels in the file, or back."""
+def _stored_size(size: tuple[int, int], image: Image.Image) -> tuple[int, int]:
+    """Converts between the size of the upright image and that of the pixels in the file."""
     return size[::-1] if image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8) else size
 
 
@@ -122,30 +117,30 @@ def _target(size: tuple[int, int], rule: ImageRule) -> tuple[int, int]:
 
 
 def _reduce(image: Image.Image, target: tuple[int, int], rule: ImageRule) -> Image.Image:
-    """Plain pixels, upright, resampled with a kernel that is widened to the scale."""
+    """Plain pixels, upright, resized with antialiasing."""
     if image.mode not in ("RGB", "L"):
         image = _plain(image)
     elif "transparency" in image.info:
         image = _plain(image.convert("RGBA"))
-    # ImageOps.exif_transpose writes the other tags anew, too, and fails where one of them is damaged.
-    turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
-    if turn is not None:
-        image = image.transpose(turn)
+    # Not ImageOps.exif_transpose: it rewrites all EXIF tags and fails if one of them is damaged.
+    transpose = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    if transpose is not None:
+        image = image.transpose(transpose)
     kernel = Image.Resampling.BICUBIC if rule.kernel == "bicubic" else Image.Resampling.HAMMING
     return image if image.size == target else image.resize(target, kernel)
 
 
 def _plain(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):  # 16 bits or more a pixel: `convert` would clip, not scale
-        import numpy as np  # rare, and slow to load
+    if image.mode.startswith(("I", "F")):  # more than 8 bits a pixel: `convert` would clip instead of scale
+        import numpy as np  # rarely needed, and slow to import
 
         values = np.asarray(image, dtype=np.float64)
         if not np.isfinite(values).all():
             raise ImageRefused("pixels that are no numbers")
         if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
             raise ImageRefused("pixels of no known range")
-        # I;16 is of 16 bits, and so is what Pillow reads from a PGM, which it scales up to them; a dark image must not
-        # be taken for one of fewer. The others do not say, so their largest value does.
+        # I;16 has 16 bits, and Pillow scales a PGM to 16 bits; a dark image must not be mistaken for one of fewer bits.
+        # The other modes do not tell their range, so the largest value decides.
         of_16_bits = image.mode.startswith("I;16") or image.format == "PPM"
         limits = [65535] if of_16_bits else [1, 255, 65535] if image.mode == "F" else [255, 65535]
         top = next(limit for limit in limits if values.max(initial=0) <= limit)

@@ -1,13 +1,13 @@
-"""What a sample says: texts with their language and origin, and the JSON that stands in the shards."""
+"""The texts of a sample with their language and origin, and the JSON that holds them in the shards."""
 
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-_PARTS = {"text-pairs": ("query", "target"), "text-triplets": ("query", "target", "negatives")}
+from data_prep.shards.format import JsonObject
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
@@ -16,9 +16,9 @@ _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 class Text:
     """One text in one language.
 
-    role: "name" (a short caption; evaluation uses these), "further" (one that published figures leave out), "keywords",
-        "long", "title", "body", "query" (what a page answers; evaluated), or "key" (of a page that nobody asks for).
-    origin: "human", "human:joined" (human texts put in a row by us), "machine-translation" or "synthetic:MODEL…".
+    role: "name" (a short caption; evaluation uses these), "further" (left out of published figures), "keywords",
+        "long", "title", "body", "query" (answered by a page; evaluated), or "key" (of a page without a query).
+    origin: "human", "human:joined" (human texts concatenated by us), "machine-translation" or "synthetic:MODEL…".
     """
 
     text: str
@@ -31,14 +31,14 @@ class Text:
         return {"text": self.text, "language": self.language, "origin": self.origin, "role": self.role}
 
 
-def text_parts(kind: str) -> tuple[str, ...]:
-    """The lists of texts that the .json of a sample of this kind must have."""
-    return _PARTS.get(kind, ("captions",))
+def clean(text: str) -> str:
+    """Composed characters (NFC), single spaces, no space around."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def captions_json(captions: Iterable[Text], *, source: str, item: str) -> bytes:
     """The .json of a sample of images with captions."""
-    return _json({"captions": _records(captions), "source": source, "item": item})
+    return compact_json({"captions": _records(captions), "source": source, "item": item})
 
 
 def texts_json(
@@ -50,10 +50,10 @@ def texts_json(
     item: str,
 ) -> bytes:
     """The .json of a text pair, or with `negatives` of a triplet."""
-    fields: dict[str, Any] = {"query": _records(query), "target": _records(target)}
+    fields: JsonObject = {"query": _records(query), "target": _records(target)}
     if negatives is not None:
         fields["negatives"] = [_records(negative) for negative in negatives]
-    return _json({**fields, "source": source, "item": item})
+    return compact_json({**fields, "source": source, "item": item})
 
 
 def languages_of(*texts: Iterable[Text]) -> list[str]:
@@ -65,6 +65,7 @@ def _records(texts: Iterable[Text]) -> list[dict[str, str]]:
     return [text.record() for text in texts]
 
 
-def _json(value: Any) -> bytes:
-    # A lone surrogate (from an escaped half of a pair in somebody's JSON) cannot be stored as UTF-8.
+def compact_json(value: JsonObject) -> bytes:
+    """The .json of a sample."""
+    # A lone surrogate (an escaped half of a pair in the source's JSON) cannot be encoded as UTF-8.
     return _encode(value).encode("utf-8", errors="replace")

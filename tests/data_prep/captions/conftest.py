@@ -19,7 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from data_prep.captions.ledger import Ledger
+from data_prep.captions.ledger import RequestLedger
 from data_prep.captions.texts import PROMPTS
 from data_prep.cli import main
 from data_prep.shards import Dataset, DatasetWriter
@@ -267,5 +267,5 @@ def run(seer, ledger):
 
 
 def states(ledger):
-    rows = Ledger(ledger).db.execute("SELECT state, coalesce(reason, ''), count(*) FROM request GROUP BY 1, 2")
+    rows = RequestLedger(ledger).db.execute("SELECT state, coalesce(reason, ''), count(*) FROM request GROUP BY 1, 2")
     return {f"{state}{':' + reason if reason else ''}": count for state, reason, count in rows}

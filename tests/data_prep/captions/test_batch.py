@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from data_prep.captions.ledger import Ledger
+from data_prep.captions.ledger import RequestLedger
 from data_prep.cli import main
 
 from .conftest import build_backwards, caption, completion, states
@@ -52,13 +52,15 @@ def test_answers_in_any_order_find_their_requests(seer, batches, capsys):
     assert states(batches.ledger) == {"sent": 6}
     assert lines(seer)[0]["url"] == "/v1/chat/completions"
     assert batches("collect") == 0
-    assert "0 batches ended, 1 at work" in capsys.readouterr().out
+    assert "0 batches ended, 1 running" in capsys.readouterr().out
     finish(seer, "batch_1", output=[answer(seer, request) for request in lines(seer)[::-1]])
     prices = ("--price-in", "1", "--price-out", "10")
     assert batches("collect", *prices) == 0
     assert states(batches.ledger) == {"accepted": 6}
-    assert Ledger(batches.ledger).spent() == pytest.approx(6 * 0.0019 / 2)
-    for language, text, image in Ledger(batches.ledger).db.execute("SELECT language, caption, image FROM request"):
+    assert RequestLedger(batches.ledger).spent() == pytest.approx(6 * 0.0019 / 2)
+    for language, text, image in RequestLedger(batches.ledger).db.execute(
+        "SELECT language, caption, image FROM request"
+    ):
         expected = {caption(one.language, one.image) for one in seer.asked if one.language == language}
         assert text in expected, image
     assert batches("submit") == 0
@@ -69,7 +71,7 @@ def test_files_stay_within_requests_and_bytes(seer, batches):
     assert batches("submit", "--requests-per-file", "4") == 0
     assert [len(lines(seer, number)) for number in range(2)] == [4, 2]
     size = max(len(line) for line in seer.files["file-0"].splitlines(keepends=True))
-    ledger = Ledger(batches.ledger)
+    ledger = RequestLedger(batches.ledger)
     ledger.db.execute("UPDATE request SET state = 'planned', batch = NULL")
     assert batches("submit", "--megabytes-per-file", str(2.5 * size / 1e6)) == 0
     later = [seer.files[f"file-{number}"] for number in range(2, len(seer.files))]
@@ -104,18 +106,18 @@ def test_what_an_expired_batch_did_not_answer_is_planned_again_and_only_that(see
 
 def test_a_batch_that_failed_validation_costs_nothing_and_says_why(seer, batches, capsys):
     assert batches("submit", "--price-in", "1", "--price-out", "1") == 0
-    assert Ledger(batches.ledger).spent() > 0
+    assert RequestLedger(batches.ledger).spent() > 0
     seer.batches["batch_1"]["errors"] = {"data": [{"message": "the model does not take images"}]}
     finish(seer, "batch_1", status="failed")
     assert batches("collect") == 0
     assert "failed: the model does not take images" in capsys.readouterr().out
     assert states(batches.ledger) == {"planned": 6}
-    assert Ledger(batches.ledger).spent() == 0
+    assert RequestLedger(batches.ledger).spent() == 0
 
 
 def test_a_crash_before_the_batchs_id_is_known_is_mended_by_its_name(seer, batches):
     assert batches("submit") == 0
-    Ledger(batches.ledger).db.execute("UPDATE batch SET remote = NULL, state = 'creating'")
+    RequestLedger(batches.ledger).db.execute("UPDATE batch SET remote = NULL, state = 'creating'")
     finish(seer, "batch_1", output=[answer(seer, request) for request in lines(seer)])
     assert batches("collect") == 0
     assert states(batches.ledger) == {"accepted": 6}
@@ -124,14 +126,14 @@ def test_a_crash_before_the_batchs_id_is_known_is_mended_by_its_name(seer, batch
 @pytest.mark.parametrize("known_by_id", [False, True])
 def test_a_batch_that_the_service_does_not_know_is_perhaps_paid(seer, batches, capsys, known_by_id):
     assert batches("submit") == 0
-    Ledger(batches.ledger).db.execute("UPDATE batch SET remote = NULL, state = 'creating'")
-    assert Ledger(batches.ledger).perhaps_paid() == []
+    RequestLedger(batches.ledger).db.execute("UPDATE batch SET remote = NULL, state = 'creating'")
+    assert RequestLedger(batches.ledger).perhaps_paid() == []
     seer.batches.clear()
     if known_by_id:
-        Ledger(batches.ledger).db.execute("UPDATE batch SET remote = 'batch_1', state = 'open'")
+        RequestLedger(batches.ledger).db.execute("UPDATE batch SET remote = 'batch_1', state = 'open'")
     assert batches("collect") == 0
     assert "the service does not know it" in capsys.readouterr().out
-    assert len(Ledger(batches.ledger).perhaps_paid()) == 6
+    assert len(RequestLedger(batches.ledger).perhaps_paid()) == 6
     assert batches("submit") == 0
     assert seer.created == 1
 
@@ -140,7 +142,7 @@ def test_the_budget_holds_for_batches_too(seer, batches):
     prices = ("--price-in", "1", "--price-out", "10", "--image-tokens", "800", "--batch-factor", "1")
     assert batches("submit", *prices, "--budget", "0.035") == 0
     assert 0 < len(lines(seer)) < 6
-    assert 0.02 < Ledger(batches.ledger).spent() <= 0.035
+    assert 0.02 < RequestLedger(batches.ledger).spent() <= 0.035
 
 
 def test_a_batch_paid_without_prices_counts_at_a_batchs_price_once_there_are_some(seer, batches):
@@ -148,7 +150,7 @@ def test_a_batch_paid_without_prices_counts_at_a_batchs_price_once_there_are_som
     finish(seer, "batch_1", output=[answer(seer, request) for request in lines(seer)])
     assert batches("collect") == 0
     assert batches("submit", "--price-in", "1", "--price-out", "10", "--budget", "1") == 0
-    assert Ledger(batches.ledger).spent() == pytest.approx(6 * 0.0019 / 2)
+    assert RequestLedger(batches.ledger).spent() == pytest.approx(6 * 0.0019 / 2)
 
 
 def test_an_image_that_is_another_one_by_now_goes_into_no_batch(seer, batches, tmp_path, capsys):

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from data_prep.captions.ledger import Ledger
+from data_prep.captions.ledger import RequestLedger
 
 from .conftest import Reply, good, states
 
@@ -35,7 +35,7 @@ def check_nothing_was_paid_twice(seer, ledger, total, run):
     assert run() == 0
     assert max(seer.computed.values()) == 1
     found = states(ledger)
-    lost = len(Ledger(ledger).perhaps_paid())
+    lost = len(RequestLedger(ledger).perhaps_paid())
     assert found["accepted"] + lost == total
     assert found["accepted"] <= len(seer.computed) <= total  # the rest had been noted as sent and not yet left
     assert lost == found.get("sent", 0)

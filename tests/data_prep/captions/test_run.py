@@ -9,7 +9,7 @@ import sqlite3
 from collections import Counter
 
 import pytest
-from data_prep.captions.ledger import Ledger
+from data_prep.captions.ledger import RequestLedger
 from data_prep.cli import main
 from data_prep.shards import Dataset
 
@@ -77,7 +77,7 @@ def test_a_bad_answer_is_rejected_with_its_reason_kept_raw_and_not_bought_again(
     assert states(ledger) == {f"rejected:{reason}": 2}
     assert run() == 0
     assert len(seer.asked) == 2
-    raw = Ledger(ledger).db.execute("SELECT raw FROM attempt").fetchone()[0]
+    raw = RequestLedger(ledger).db.execute("SELECT raw FROM attempt").fetchone()[0]
     assert json.loads(raw) == reply(caption("en", seer.asked[0].image))
     seer.behave = good
     assert run("--resend", reason) == 0
@@ -89,7 +89,7 @@ def test_truncated_json_is_paid_for_kept_and_rejected(seer, planned, run, ledger
     seer.behave = lambda asked: Reply(body=good(asked).body[:200])
     assert run("--price-in", "1", "--price-out", "10") == 0
     assert states(ledger) == {"rejected:malformed": 1}
-    assert Ledger(ledger).spent() > 0  # nobody counted: the most that it may have cost
+    assert RequestLedger(ledger).spent() > 0  # nobody counted: the most that it may have cost
 
 
 def test_a_service_in_trouble_is_asked_again_until_it_answers_and_nothing_is_paid_twice(seer, planned, run, ledger):
@@ -105,7 +105,7 @@ def test_a_service_in_trouble_is_asked_again_until_it_answers_and_nothing_is_pai
     assert states(ledger) == {"accepted": total}
     assert len(seer.asked) == total + len(trouble)
     assert set(seer.computed.values()) == {1}
-    found = Ledger(ledger).db.execute("SELECT status FROM attempt WHERE status <> 200").fetchall()
+    found = RequestLedger(ledger).db.execute("SELECT status FROM attempt WHERE status <> 200").fetchall()
     assert Counter(row["status"] for row in found) == {429: 2, 500: 1, 503: 1}
 
 
@@ -153,11 +153,11 @@ def test_an_answer_that_takes_too_long_is_perhaps_paid(seer, planned, run, ledge
 def test_a_service_that_is_not_there_costs_nothing_and_says_so(planned, ledger, monkeypatch, capsys):
     planned(1, languages=["en"])
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr("data_prep.captions.pace._LONGEST_BACKOFF", 0.001)
+    monkeypatch.setattr("data_prep.captions.rate_limit._LONGEST_BACKOFF", 0.001)
     assert main(["captions", "run", ledger, "--url", "http://127.0.0.1:9/v1", "--tries", "3"]) == 0
     assert "met too many failures and stay planned: 1" in capsys.readouterr().out
     assert states(ledger) == {"planned": 1}
-    assert Ledger(ledger).spent() == 0
+    assert RequestLedger(ledger).spent() == 0
 
 
 def test_a_wrong_key_gives_one_message_no_retries_and_is_never_shown(seer, planned, run, ledger, monkeypatch, capsys):
@@ -172,7 +172,7 @@ def test_a_wrong_key_gives_one_message_no_retries_and_is_never_shown(seer, plann
     assert len(seer.asked) == 1
     assert states(ledger) == {"planned": total}
     assert wrong not in out + err
-    Ledger(ledger).db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    RequestLedger(ledger).db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     for path in os.listdir(os.path.dirname(ledger)):
         if path.startswith("ledger"):
             with open(os.path.join(os.path.dirname(ledger), path), "rb") as file:
@@ -192,7 +192,7 @@ def test_what_cannot_be_a_key_is_refused_before_anything_is_sent_and_never_shown
     assert "secret" not in out + err
     assert not seer.asked
     assert states(ledger) == {"planned": total}
-    assert not Ledger(ledger).db.execute("SELECT * FROM attempt").fetchall()
+    assert not RequestLedger(ledger).db.execute("SELECT * FROM attempt").fetchall()
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_captions_of_one_image_may_be_alike_but_not_those_of_two(seer, planned, 
     assert main(["captions", "plan", ledger, str(tmp_path / "images"), *again]) == 0
     assert run() == 0
     assert states(ledger) == {"accepted": 4, "rejected:duplicate": 2}
-    rows = Ledger(ledger).db.execute("SELECT image, state, count(*) AS n FROM request GROUP BY 1, 2").fetchall()
+    rows = RequestLedger(ledger).db.execute("SELECT image, state, count(*) AS n FROM request GROUP BY 1, 2").fetchall()
     assert sorted((row["state"], row["n"]) for row in rows) == [("accepted", 2), ("accepted", 2), ("rejected", 2)]
 
 
@@ -297,7 +297,7 @@ def test_a_fault_with_one_answer_leaves_the_others_under_way_to_come_back(seer, 
     planned(10)
     seconds = {0: 0.0, 1: 0.0, 2: 0.0, 3: 0.1}  # the fourth fails while those behind it are out
     seer.behave = lambda asked: Reply(body=good(asked).body, seconds=seconds.get(asked.number, 0.5))
-    received, calls = Ledger.received, []
+    received, calls = RequestLedger.received, []
 
     def breaks_once(*arguments, **named):
         calls.append(arguments)
@@ -305,7 +305,7 @@ def test_a_fault_with_one_answer_leaves_the_others_under_way_to_come_back(seer, 
             raise RuntimeError("a fault of ours")
         received(*arguments, **named)
 
-    monkeypatch.setattr(Ledger, "received", breaks_once)
+    monkeypatch.setattr(RequestLedger, "received", breaks_once)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         run()
     assert len(seer.asked) > 5
@@ -334,7 +334,7 @@ def test_numbers_that_make_no_sense_are_refused_before_anything_is_sent(seer, pl
 
 def test_two_runs_at_once_are_refused(seer, planned, run, ledger, capsys):
     planned(1)
-    with Ledger(ledger).exclusive():
+    with RequestLedger(ledger).exclusive():
         assert run() == 2
     assert "is in use by another run" in capsys.readouterr().err
     assert not seer.asked
@@ -367,7 +367,7 @@ def test_a_disk_that_refuses_stops_the_run_with_one_message(seer, planned, run, 
     def full(*_, **__):
         raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr(Ledger, "sent", full)
+    monkeypatch.setattr(RequestLedger, "sent", full)
     assert run() == 2
     error = capsys.readouterr().err
     assert "cannot be written (database or disk is full)" in error

@@ -7,10 +7,10 @@ import hashlib
 import pytest
 from data_prep.captions.judge import Limits, fault, in_language, refuses, repeated
 from data_prep.captions.ledger import request_id
-from data_prep.captions.money import image_tokens
+from data_prep.captions.pricing import image_tokens
 from data_prep.captions.texts import PROMPTS, read_prompt, refusal_phrases
-from data_prep.corpus.items import LANGUAGES
-from data_prep.shaping.languages import identify
+from data_prep.curation.language_id import identify
+from data_prep.languages import LANGUAGES
 
 # A version's texts never change: captions that were made with them name it. To change a prompt, add a version.
 V1 = "17cc06a7416210607eaf00016bab0d946a95a4f11df0332cd6bed7fa09e4bf54"

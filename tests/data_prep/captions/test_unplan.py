@@ -1,8 +1,8 @@
-"""Plans that are taken back: what never left goes, what was asked for even once stays as it is."""
+"""Unplanning: requests that were never sent are removed, others stay."""
 
 from __future__ import annotations
 
-from data_prep.captions.ledger import Ledger
+from data_prep.captions.ledger import RequestLedger
 from data_prep.cli import main
 
 from .conftest import Reply, good, states
@@ -13,7 +13,7 @@ def unplan(ledger, *options):
 
 
 def rows(ledger, table):
-    return Ledger(ledger).db.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+    return RequestLedger(ledger).db.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
 
 
 def test_what_was_sent_answered_or_put_back_stays_and_only_the_rest_goes(seer, planned, run, ledger, capsys):
@@ -23,17 +23,14 @@ def test_what_was_sent_answered_or_put_back_stays_and_only_the_rest_goes(seer, p
     assert run("--limit", "6", "--tries", "1", "--price-in", "1", "--price-out", "1") == 0
     before = {"accepted": 3, "sent": 1, "rejected:malformed": 1}
     assert states(ledger) == {**before, "planned": 19}
-    attempts, spent = rows(ledger, "attempt"), Ledger(ledger).spent()
+    attempts, spent = rows(ledger, "attempt"), RequestLedger(ledger).spent()
     capsys.readouterr()
     assert unplan(ledger) == 0
-    assert capsys.readouterr().out == (
-        "18 requests taken out of the plan\n"
-        "1 stay planned: they were asked for before, and not answered or planned again\n"
-    )
+    assert capsys.readouterr().out == ("18 requests removed from the plan\n1 stay planned: they were sent before\n")
     assert states(ledger) == {**before, "planned": 1}
-    assert (rows(ledger, "attempt"), Ledger(ledger).spent()) == (attempts, spent)
+    assert (rows(ledger, "attempt"), RequestLedger(ledger).spent()) == (attempts, spent)
     assert unplan(ledger) == 0  # the one is still there
-    assert "0 requests taken out" in capsys.readouterr().out
+    assert "0 requests removed" in capsys.readouterr().out
     seer.behave = good
     assert run() == 0
     assert states(ledger) == {"accepted": 4, "sent": 1, "rejected:malformed": 1}
@@ -69,12 +66,12 @@ def test_a_prompt_that_nothing_was_asked_with_may_be_written_anew(make_images, l
     assert main(plan) == 2
     assert unplan(ledger) == 0
     assert main(plan) == 0
-    assert Ledger(ledger).planned(1)[0][1].text == "Describe it."
+    assert RequestLedger(ledger).planned(1)[0][1].text == "Describe it."
 
 
 def test_a_ledger_in_use_and_a_language_that_is_none_are_refused(planned, ledger, capsys):
     planned(1)
-    with Ledger(ledger).exclusive():
+    with RequestLedger(ledger).exclusive():
         assert unplan(ledger) == 2
     assert "in use by another run" in capsys.readouterr().err
     assert unplan(ledger, "--languages", "xx") == 2

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from data_prep.cli import main
 from data_prep.errors import UserError
-from data_prep.execute import Execution, Job, Spec, process_shard, run_job
+from data_prep.execute import Execution, Job, Spec, Target, process_shard, run_job
 from data_prep.shards import Dataset
 
 ONE = Execution(workers=1)
@@ -53,7 +53,7 @@ def work(piece, options, output):
     def make(name: str = "n", **options: object) -> Job:
         options = {"log": str(tmp_path / "log"), **options}
         pieces = [{"number": number} for number in range(5)]
-        return Job("test", name, str(tmp_path / "out"), "work_of_a_test:work", pieces, options, samples_per_shard=3)
+        return Job("test", Target(str(tmp_path / "out"), name, 3), "work_of_a_test:work", pieces, options)
 
     return make
 
@@ -63,7 +63,7 @@ def calls(tmp_path: Path) -> list[str]:
 
 
 def test_units_become_data_sets_with_one_receipt(job, tmp_path):
-    receipt = run_job(job(), ONE, say=silent)
+    receipt = run_job(job(), ONE, log=silent)
     assert receipt is not None
     pairs = Dataset.open(tmp_path / "out/text-pairs/n", verify=True)
     assert pairs.shard_sizes == (1, 2, 3, 3, 1)
@@ -76,11 +76,11 @@ def test_units_become_data_sets_with_one_receipt(job, tmp_path):
 
 
 def test_a_finished_job_is_left_alone_and_another_of_its_name_is_refused(job, tmp_path, files):
-    run_job(job(), ONE, say=silent)
+    run_job(job(), ONE, log=silent)
     before = files(tmp_path / "out")
-    assert run_job(job(), ONE, say=silent)["came_in"] == 20
+    assert run_job(job(), ONE, log=silent)["came_in"] == 20
     with pytest.raises(UserError, match="exists already, from something else \\(colour None, now 'red'\\)"):
-        run_job(job(colour="red"), ONE, say=silent)
+        run_job(job(colour="red"), ONE, log=silent)
     assert files(tmp_path / "out") == before
     assert len(calls(tmp_path)) == 5
 
@@ -89,22 +89,22 @@ def test_a_folder_that_is_not_ours_is_never_replaced(job, tmp_path):
     (tmp_path / "out/text-pairs/n").mkdir(parents=True)
     (tmp_path / "out/text-pairs/n/diary.txt").write_text("mine")
     with pytest.raises(UserError, match="exists already and is not ours to replace; choose another --name"):
-        run_job(job(), ONE, say=silent)
+        run_job(job(), ONE, log=silent)
     assert (tmp_path / "out/text-pairs/n/diary.txt").read_text() == "mine"
 
 
 def test_an_interrupted_job_goes_on_and_does_no_unit_twice(job, tmp_path, files):
-    run_job(job("undisturbed"), ONE, say=silent)
+    run_job(job("undisturbed"), ONE, log=silent)
     (tmp_path / "log").unlink()
     stopped = job(stop=3)
     with pytest.raises(KeyboardInterrupt):
-        run_job(stopped, ONE, say=silent)
+        run_job(stopped, ONE, log=silent)
     assert not list(stopped.partial.rglob("*.tmp"))
     (tmp_path / "out/n.partial/job.json").write_text(  # as if the unit had not been stopped by its options
         json.dumps(job().identity())
     )
     lines: list[str] = []
-    run_job(job(), ONE, say=lines.append)
+    run_job(job(), ONE, log=lines.append)
     assert calls(tmp_path) == ["0", "1", "2", "3", "3", "4"]
     assert "going on, 3 of 5 units are done" in lines[0]
     found = files(tmp_path / "out")
@@ -120,17 +120,17 @@ def test_stopped_when_all_units_were_done_the_job_is_published_by_the_next_run(j
 
     monkeypatch.setattr("data_prep.execute.job._prepare", stop)
     with pytest.raises(KeyboardInterrupt):
-        run_job(job(), ONE, say=silent)
+        run_job(job(), ONE, log=silent)
     monkeypatch.undo()
-    assert run_job(job(), Execution(workers=workers), say=silent)["came_in"] == 20
+    assert run_job(job(), Execution(workers=workers), log=silent)["came_in"] == 20
     assert len(calls(tmp_path)) == 5
 
 
 def test_another_job_does_not_go_on_from_what_one_left(job):
     with pytest.raises(KeyboardInterrupt):
-        run_job(job(stop=3), ONE, say=silent)
-    with pytest.raises(UserError, match="holds an unfinished job of its own \\(stop 3, now None\\)"):
-        run_job(job(), ONE, say=silent)
+        run_job(job(stop=3), ONE, log=silent)
+    with pytest.raises(UserError, match="holds another unfinished job \\(stop 3, now None\\)"):
+        run_job(job(), ONE, log=silent)
 
 
 def test_stopped_between_two_data_sets_publishing_goes_on(job, tmp_path, monkeypatch):
@@ -143,10 +143,10 @@ def test_stopped_between_two_data_sets_publishing_goes_on(job, tmp_path, monkeyp
 
     monkeypatch.setattr(Path, "rename", rename)
     with pytest.raises(KeyboardInterrupt):
-        run_job(job(), ONE, say=silent)
+        run_job(job(), ONE, log=silent)
     monkeypatch.undo()
     monkeypatch.syspath_prepend(str(tmp_path / "lib"))
-    assert run_job(job(), ONE, say=silent) is not None
+    assert run_job(job(), ONE, log=silent) is not None
     assert len(calls(tmp_path)) == 5
     assert len(Dataset.open(tmp_path / "out/text-pairs/n")) == len(Dataset.open(tmp_path / "out/text-triplets/n")) == 10
     assert not (tmp_path / "out/n.partial").exists()
@@ -167,8 +167,8 @@ def test_a_unit_whose_shard_is_gone_or_cut_is_done_again(job, tmp_path):
 
 def test_a_worker_that_is_killed_gives_one_message_and_the_rest_stays_done(job, tmp_path):
     with pytest.raises(UserError, match="a worker process died.*run the same command again"):
-        run_job(job(die=4), Execution(workers=2), say=silent)
-    assert {path.name for path in (tmp_path / "out/n.partial/receipts").iterdir()} <= {
+        run_job(job(die=4), Execution(workers=2), log=silent)
+    assert {path.name for path in (tmp_path / "out/n.partial/receipts").glob("*.json")} <= {
         f"0000{n}.json" for n in range(4)
     }
 
@@ -303,7 +303,7 @@ def test_ctrl_c_ends_all_processes_quietly_and_the_next_run_goes_on(downloads, t
     _, error = process.communicate()
     if process.returncode:  # it may have been quicker than the signal
         assert process.returncode == 130
-        assert "interrupted; the same command goes on from here" in error
+        assert "interrupted; run the same command again to resume" in error
         assert "Traceback" not in error
         assert not list(out.rglob("*.tmp")) or not (out / "image-short").exists()
     again = start("import", "img2dataset", downloads, "--out", out, "--workers", "2")

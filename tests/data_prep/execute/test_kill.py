@@ -10,8 +10,8 @@ import time
 import pytest
 from data_prep.shards import Dataset, DatasetWriter
 
+from ..curation.conftest import encoded, photo, text
 from ..negatives.test_negatives import WORDS
-from ..shaping.conftest import encoded, photo, text
 from ..sources.conftest import write_pdf
 
 

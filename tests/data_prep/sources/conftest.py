@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_prep.execute import Execution
+from data_prep.execute import Execution, Target
 from data_prep.shards import KINDS, Dataset
 from data_prep.sources import EVALSETS, SOURCES
 from data_prep.sources.importing import import_source
@@ -86,14 +86,13 @@ def run(tmp_path: Path) -> Callable[..., Outcome]:
         }
         source = (EVALSETS if evalset else SOURCES)[title](**plain)
         receipt = import_source(
-            title,
             source,
-            str(out),
+            Target(str(out), title),
             title=title,
             evalset=evalset,
             image=image,
             execution=Execution(workers=1),
-            say=lambda line: None,
+            log=lambda line: None,
         )
         assert receipt is not None
         samples = {kind: read_back(out / kind / title) for kind in KINDS if (out / kind / title).exists()}

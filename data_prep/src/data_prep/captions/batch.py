@@ -1,13 +1,14 @@
 """The Batch API: the same requests in files, answered within a day at half the price.
 
-A batch's requests are `sent` on the disk before the batch is created, like any other. If a crash comes between the two,
-`collect` looks the batch up by the name that the ledger gave it; requests of a batch that the service does not know are
+A batch's requests are committed as `sent` before the batch is created, like all requests. After a crash between the two
+`collect` finds the batch by the name that the ledger gave it; requests of a batch that the service does not know are
 listed as perhaps paid. What an expired or cancelled batch did not answer was not computed and is planned again.
 """
 
 from __future__ import annotations
 
 import json
+import sqlite3
 import time
 import uuid
 from collections import Counter
@@ -15,15 +16,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from ..errors import UserError
-from .judge import Limits
-from .ledger import Ledger, Request
-from .money import Estimate, Prices, price_unpriced
-from .pictures import Pictures
-from .run import judge_waiting, verdict_on
-from .service import Service, error_message, request_body
+from data_prep.captions.images import ImageReader
+from data_prep.captions.ledger import Request, RequestLedger
+from data_prep.captions.pricing import Estimate, price_unpriced
+from data_prep.captions.run import RunSettings, judge_waiting, verdict_on
+from data_prep.captions.service import Service, error_message, request_body
+from data_prep.errors import UserError
+
+if TYPE_CHECKING:
+    from openai.types import Batch
 
 MOST_REQUESTS = 50_000
 MOST_BYTES = 200_000_000
@@ -33,7 +36,7 @@ _NAME = "trilith_batch"
 
 @dataclass
 class Collected:
-    """What `collect` found. open: batches still at work; unknown: lines that no request of ours belongs to."""
+    """What `collect` found. open: batches still running; unknown: answers to requests that the ledger does not have."""
 
     open: int = 0
     ended: int = 0
@@ -45,37 +48,31 @@ class Collected:
 
 
 async def submit(
-    ledger: Ledger,
+    ledger: RequestLedger,
     service: Service,
+    settings: RunSettings,
     *,
-    prices: Prices | None = None,
-    budget: float | None = None,
-    image_tokens: int | None = None,
-    limit: int | None = None,
     most_requests: int = MOST_REQUESTS,
     most_bytes: int = MOST_BYTES,
     tick: Callable[[int], None] = lambda requests: None,
 ) -> tuple[int, int]:
-    """Send everything that is planned as batches, one model a file; gives (batches, requests).
+    """Send all planned requests as batches, one model a file; returns (batches, requests).
 
     Args:
-        budget: money that this ledger may cost in all; requests beyond it stay planned. Needs `prices`.
-        limit: at most so many requests.
+        settings: requests beyond its limit or budget stay planned.
         most_requests, most_bytes: of one file.
 
     Raises:
         UserError: the service refuses a file or a batch, an image is no longer the one that was planned, or another
             run holds the ledger.
     """
-    if budget is not None and prices is None:
-        raise UserError("a budget needs prices: give --price-in and --price-out, per million tokens")
     if most_requests < 1 or most_bytes < 1:
         raise UserError(f"{most_requests} requests and {most_bytes} bytes a file: expected at least 1")
     batches = requests = 0
     with ledger.exclusive():
-        if prices:
-            price_unpriced(ledger, prices, image_tokens)
-        lines = _lines(ledger, Estimate(ledger, image_tokens), prices, budget, limit)
+        if settings.prices:
+            price_unpriced(ledger, settings.prices, settings.image_tokens)
+        lines = _lines(ledger, settings)
         for model, file, costs in _files(ledger.path, lines, most_requests, most_bytes):
             await _send(ledger, service, model, file, costs)
             batches, requests = batches + 1, requests + len(costs)
@@ -84,22 +81,17 @@ async def submit(
 
 
 async def collect(
-    ledger: Ledger,
-    service: Service,
-    *,
-    prices: Prices | None = None,
-    limits: Limits = Limits(),  # noqa: B008 (frozen)
-    tick: Callable[[], None] = lambda: None,
+    ledger: RequestLedger, service: Service, settings: RunSettings, *, tick: Callable[[], None] = lambda: None
 ) -> Collected:
-    """Take the answers of every batch that has ended; what they did not answer is planned again.
+    """Collect the answers of every batch that has ended; what they did not answer is planned again.
 
     `tick` is called for each answer.
     """
     found = Collected()
     with ledger.exclusive():
-        judge_waiting(ledger, prices, limits)
+        judge_waiting(ledger, settings.prices, settings.limits)
         for row in ledger.db.execute("SELECT * FROM batch WHERE state IN ('open', 'creating') ORDER BY id").fetchall():
-            with _told(service):
+            with _translated_errors(service):
                 remote = await _remote(service, row)
             if remote is None:
                 ledger.db.execute("UPDATE batch SET state = 'lost' WHERE id = ?", (row["id"],))
@@ -110,8 +102,8 @@ async def collect(
                 found.open += 1
                 continue
             try:
-                with _told(service):
-                    await _take(ledger, service, row["id"], remote, prices, limits, found, tick)
+                with _translated_errors(service):
+                    await _take(ledger, service, row["id"], remote, settings, found, tick)
             except _Refused as error:
                 if error.status != 404:
                     raise
@@ -120,19 +112,17 @@ async def collect(
     return found
 
 
-def _lines(
-    ledger: Ledger, estimate: Estimate, prices: Prices | None, budget: float | None, limit: int | None
-) -> Iterator[tuple[Request, bytes, float | None]]:
-    """(request, its line, the most that it costs) for what is planned, until budget or limit are reached."""
-    pictures = Pictures()
+def _lines(ledger: RequestLedger, settings: RunSettings) -> Iterator[tuple[Request, bytes, float | None]]:
+    """(request, its line, its maximal cost) of the planned requests, until budget or limit are reached."""
+    prices, reader, estimate = settings.prices, ImageReader(), Estimate(ledger, settings.image_tokens)
     spent, place, taken = ledger.spent(), 0, 0
     while chunk := ledger.planned(256, after=place):
         for place, request in chunk:  # noqa: B007 (the next chunk begins behind it)
-            mime, image = pictures.of(request)
+            mime, image = reader.of(request)
             most = prices.cost(*estimate.tokens(request, image), batch=True) if prices else None
-            if limit is not None and taken >= limit:
+            if settings.limit is not None and taken >= settings.limit:
                 return
-            if budget is not None and spent + (most or 0.0) > budget:
+            if settings.budget is not None and spent + (most or 0.0) > settings.budget:
                 return
             spent, taken = spent + (most or 0.0), taken + 1
             body = request_body(request, mime, image)
@@ -143,9 +133,9 @@ def _lines(
 def _files(
     ledger: Path, lines: Iterator[tuple[Request, bytes, float | None]], most_requests: int, most_bytes: int
 ) -> Iterator[tuple[str, Path, list[tuple[str, float | None]]]]:
-    """(model, file, its requests and what they cost at most): files within the limits, each of one model.
+    """(model, file, its requests and their maximal costs): files within the limits, each of one model.
 
-    The file lies beside the ledger and is removed when the next one is asked for.
+    The file is beside the ledger, and is removed when the next one is requested.
     """
     path = ledger.with_name(ledger.name + ".batch.jsonl")
     waiting = next(lines, None)
@@ -172,11 +162,11 @@ def _files(
 
 
 async def _send(
-    ledger: Ledger, service: Service, model: str, file: Path, requests: list[tuple[str, float | None]]
+    ledger: RequestLedger, service: Service, model: str, file: Path, requests: list[tuple[str, float | None]]
 ) -> None:
-    """Upload, commit `sent`, create: in this order, so that nothing is paid for that the ledger does not know."""
+    """Upload, commit `sent`, create: in this order, so that the ledger knows of everything that is paid for."""
     name = uuid.uuid4().hex
-    with _told(service):
+    with _translated_errors(service):
         uploaded = await service.client.files.create(file=file, purpose="batch")
     with ledger.transaction() as db:
         number = db.execute(
@@ -186,7 +176,7 @@ async def _send(
         db.executemany("UPDATE request SET batch = ? WHERE id = ?", [(number, request) for request, _ in requests])
         ledger.sent(requests, now=time.time())
     try:
-        with _told(service):
+        with _translated_errors(service):
             remote = await service.client.batches.create(
                 input_file_id=uploaded.id,
                 endpoint="/v1/chat/completions",
@@ -200,32 +190,33 @@ async def _send(
     ledger.db.execute("UPDATE batch SET state = 'open', remote = ? WHERE id = ?", (remote.id, number))
 
 
-async def _remote(service: Service, row: Any) -> Any:
-    """The service's batch: by its id, or by the name that we gave it if a crash lost the id; None if there is none."""
+async def _remote(service: Service, row: sqlite3.Row) -> Batch | None:
+    """The service's batch, by its id, or by our name for it if a crash lost the id; None if there is none."""
     if row["remote"]:
         try:
-            return await service.client.batches.retrieve(row["remote"])
+            found: Batch = await service.client.batches.retrieve(row["remote"])
+            return found
         except service.openai.NotFoundError:
             return None
+    remote: Batch
     async for remote in service.client.batches.list(limit=100):
         if (remote.metadata or {}).get(_NAME) == row["name"]:
             return remote
-        if remote.created_at < row["created_at"] - 86_400:  # listed from the newest: ours would have come by now
+        if remote.created_at < row["created_at"] - 86_400:  # newest first: ours would have been listed by now
             return None
     return None
 
 
 async def _take(
-    ledger: Ledger,
+    ledger: RequestLedger,
     service: Service,
     number: int,
-    remote: Any,
-    prices: Prices | None,
-    limits: Limits,
+    remote: Batch,
+    settings: RunSettings,
     found: Collected,
     tick: Callable[[], None],
 ) -> None:
-    """Join an ended batch's lines on `custom_id`; whatever has no line was not computed."""
+    """Match an ended batch's answers to requests by `custom_id`; a request without one was not computed."""
     waiting = dict(
         ledger.db.execute(
             "SELECT request.id, max(attempt.id) FROM request JOIN attempt ON attempt.request = request.id "
@@ -247,12 +238,12 @@ async def _take(
                 continue
             attempt = waiting.get(request)
             if attempt is None or status is None or status in (408, 409, 425, 429) or status >= 500:
-                continue  # answered before, or not computed: planned again below
+                continue  # answered already, or not computed (planned again below)
             del waiting[request]
             raw = service.hide(raw)
             ledger.received(attempt, status, raw, now=time.time())
-            verdict = verdict_on(status, raw, languages[request], limits)
-            cost = prices.of(verdict.usage, batch=True) if prices else None
+            verdict = verdict_on(status, raw, languages[request], settings.limits)
+            cost = settings.prices.of(verdict.usage, batch=True) if settings.prices else None
             ledger.judged(attempt, verdict.caption, verdict.reason, verdict.usage, cost)
             found.accepted += verdict.reason is None
             found.rejected.update([verdict.reason] if verdict.reason else [])
@@ -266,8 +257,8 @@ async def _take(
     found.ended += 1
 
 
-def _plan_again(ledger: Ledger, number: int | None, note: str) -> int:
-    """What a batch left unanswered was not computed."""
+def _plan_again(ledger: RequestLedger, number: int | None, note: str) -> int:
+    """Plan the unanswered requests of a batch again: they were not computed. Returns how many."""
     rows = ledger.db.execute(
         "SELECT max(attempt.id) FROM request JOIN attempt ON attempt.request = request.id "
         "WHERE batch = ? AND state = 'sent' GROUP BY request.id",
@@ -291,7 +282,7 @@ def _answer(line: bytes) -> tuple[str | None, int | None, bytes]:
 
 
 class _Refused(UserError):
-    """The service answered, and said no: nothing was begun."""
+    """The service refused, so nothing was started."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -299,8 +290,8 @@ class _Refused(UserError):
 
 
 @contextmanager
-def _told(service: Service) -> Iterator[None]:
-    """Turns the client's errors into ours, without the key."""
+def _translated_errors(service: Service) -> Iterator[None]:
+    """Turn the client's errors into ours, without the API key."""
     try:
         yield
     except service.openai.APIStatusError as error:

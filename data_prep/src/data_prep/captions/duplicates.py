@@ -1,18 +1,17 @@
-"""Captions that nearly repeat another image's: a model that did not look."""
+"""Rejects captions that nearly repeat another image's: the model did not look at the image."""
 
 from __future__ import annotations
 
-from ..shaping.minhash import Signatures, near_duplicates, signatures
-from .ledger import Ledger
+from data_prep.captions.ledger import RequestLedger
+from data_prep.curation.minhash import Signatures, near_duplicates, signatures
 
 _AT_A_TIME = 2000
 
 
-def reject_duplicates(ledger: Ledger, *, similarity: float = 0.8) -> int:
+def reject_duplicates(ledger: RequestLedger, *, similarity: float = 0.8) -> int:
     """Reject accepted captions that are nearly those of another image in the same language, all but the first planned.
 
-    Gives how many. Run twice, it finds nothing the second time. The ledger keeps each caption's signature, so that only
-    new captions are read.
+    Returns how many. The ledger keeps the signatures, so that only new captions are read.
     """
     _sign(ledger)
     rejected = 0
@@ -33,7 +32,7 @@ def reject_duplicates(ledger: Ledger, *, similarity: float = 0.8) -> int:
     return rejected
 
 
-def _sign(ledger: Ledger) -> None:
+def _sign(ledger: RequestLedger) -> None:
     """Give every accepted caption its signature."""
     unsigned = "SELECT id, caption FROM request WHERE state = 'accepted' AND signature IS NULL LIMIT ?"
     while rows := ledger.db.execute(unsigned, (_AT_A_TIME,)).fetchall():

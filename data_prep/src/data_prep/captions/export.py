@@ -8,14 +8,13 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from ..errors import UserError
-from ..samples import Text
-from ..shaping.tokens import TokenCounter
-from ..shards import Dataset, DatasetWriter
-from .ledger import Ledger
-from .pictures import Pictures, picture
+from data_prep.captions.images import ImageReader, image_of
+from data_prep.captions.ledger import RequestLedger
+from data_prep.curation.tokens import TokenCounter
+from data_prep.errors import UserError
+from data_prep.samples import Text, compact_json
+from data_prep.shards import Dataset, DatasetWriter
 
 _ACCEPTED = (
     "SELECT image.sha256, image.dataset, image.number, request.id, request.language, request.caption, recipe.model, "
@@ -26,10 +25,19 @@ _ACCEPTED = (
     "JOIN attempt ON attempt.id = (SELECT max(id) FROM attempt WHERE request = request.id) "
     "WHERE request.state = 'accepted' ORDER BY image.rowid, request.rowid"
 )
+_SYNTHESIS = (
+    "model",
+    "served_model",
+    "fingerprint",
+    "prompt_tokens",
+    "completion_tokens",
+    "prompt_version",
+    "prompt_sha256",
+)
 
 
 def export(
-    ledger: Ledger,
+    ledger: RequestLedger,
     out: str | Path,
     *,
     source: str,
@@ -37,18 +45,18 @@ def export(
     samples_per_shard: int = 1000,
     tick: Callable[[], None] = lambda: None,
 ) -> Counter[str]:
-    """Write every accepted caption beside its image; gives captions by language.
+    """Write the images with their accepted captions; returns the number of captions by language.
 
     A sample is an image with its captions in all languages, `{"captions", "source", "item", "synthesis"}`; `synthesis`
-    says of each caption, in the same order, the request's id, the model that was asked and that answered, its
+    has for each caption, in the same order, the request's id, the model that was asked and the one that answered, its
     fingerprint, the tokens that it counted, prompt version and hash. Origin is "synthetic:MODEL:PROMPTVERSION". The
-    item is that of the sample that the image comes from, so that its short and long captions are known as one.
+    item is that of the image's source sample, so that its short and long captions are one item.
 
     Raises:
-        UserError: nothing was accepted yet, or an image is no longer the one that was described.
+        UserError: no caption is accepted yet, or an image changed since it was described.
         ShardError: `out` exists, the disk refuses, or a data set of images cannot be read.
     """
-    pictures = Pictures()
+    reader = ImageReader()
     counts: Counter[str] = Counter()
     if ledger.db.execute("SELECT 1 FROM request WHERE state = 'accepted' LIMIT 1").fetchone() is None:
         raise UserError(f"{ledger.path}: no caption was accepted yet; see `data-prep captions status {ledger.path}`")
@@ -63,11 +71,11 @@ def export(
         for sha256, group in itertools.groupby(rows, key=lambda row: row["sha256"]):
             captions = list(group)
             directory, number = captions[0]["dataset"], captions[0]["number"]
-            members = pictures.members(directory, number, sha256)
-            image = picture(members)[1]
+            members = reader.members(directory, number, sha256)
+            image = image_of(members)[1]
             extension = next(name for name, data in members.items() if data is image)
             languages = sorted({row["language"] for row in captions})
-            item = _item(pictures.dataset(directory), number, members)
+            item = _item(reader.dataset(directory), number, members)
             writer.write(
                 sha256[:32],
                 {extension: image, "json": _json(captions, source, item)},
@@ -93,18 +101,5 @@ def _json(captions: list[sqlite3.Row], source: str, item: str) -> bytes:
         Text(row["caption"], row["language"], "long", f"synthetic:{row['model']}:{row['prompt_version']}").record()
         for row in captions
     ]
-    synthesis: list[dict[str, Any]] = [
-        {
-            "request": row["id"],
-            "model": row["model"],
-            "served_model": row["served_model"],
-            "fingerprint": row["fingerprint"],
-            "prompt_tokens": row["prompt_tokens"],
-            "completion_tokens": row["completion_tokens"],
-            "prompt_version": row["prompt_version"],
-            "prompt_sha256": row["prompt_sha256"],
-        }
-        for row in captions
-    ]
-    fields = {"captions": texts, "source": source, "item": item, "synthesis": synthesis}
-    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode("utf-8", errors="replace")
+    synthesis = [{"request": row["id"], **{name: row[name] for name in _SYNTHESIS}} for row in captions]
+    return compact_json({"captions": texts, "source": source, "item": item, "synthesis": synthesis})

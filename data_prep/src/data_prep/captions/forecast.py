@@ -1,12 +1,12 @@
-"""What the rest would cost, before it is asked for: nothing is sent."""
+"""The cost of the planned requests, estimated without sending any."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .ledger import Ledger
-from .money import Estimate, Prices
-from .pictures import Pictures
+from data_prep.captions.images import ImageReader
+from data_prep.captions.ledger import RequestLedger
+from data_prep.captions.pricing import Estimate, Prices
 
 _ENOUGH = 20  # answers to learn a mean from
 _SAMPLE = 200
@@ -14,10 +14,10 @@ _SAMPLE = 200
 
 @dataclass(frozen=True)
 class Forecast:
-    """Tokens and money that the planned requests may take.
+    """Tokens and cost of the planned requests.
 
-    measured: on how many answers the figures rest; 0 if there are too few, and then they are what requests may take at
-    most, by a sample of images and the longest answer allowed. cost: money, None without prices.
+    measured: the number of answers that the estimate rests on; 0 if there are too few. Then it is an upper bound, from
+    a sample of images and the longest answer allowed. cost: None without prices.
     """
 
     requests: int
@@ -27,9 +27,7 @@ class Forecast:
     cost: float | None
 
 
-def forecast(
-    ledger: Ledger, prices: Prices | None, *, image_tokens: int | None = None, batch: bool = False
-) -> Forecast:
+def forecast(ledger: RequestLedger, prices: Prices | None, *, image_tokens: int | None = None) -> Forecast:
     """Project the cost of everything planned: from the ledger's own answers, language by language, or from a sample."""
     rows = ledger.db.execute("SELECT language, count(*) FROM request WHERE state = 'planned' GROUP BY 1")
     planned = dict(rows.fetchall())
@@ -50,16 +48,16 @@ def forecast(
     else:
         measured = 0
         prompt, completion = _from_sample(ledger, image_tokens, total)
-    cost = prices.cost(prompt, completion, batch=batch) if prices else None
+    cost = prices.cost(prompt, completion) if prices else None
     return Forecast(total, measured, prompt, completion, cost)
 
 
-def _from_sample(ledger: Ledger, image_tokens: int | None, total: int) -> tuple[float, float]:
-    estimate, pictures = Estimate(ledger, image_tokens), Pictures()
+def _from_sample(ledger: RequestLedger, image_tokens: int | None, total: int) -> tuple[float, float]:
+    estimate, reader = Estimate(ledger, image_tokens), ImageReader()
     drawn = ledger.sample(_SAMPLE)
     prompt = completion = 0
     for request in drawn:
-        most = estimate.tokens(request, pictures.of(request)[1])
+        most = estimate.tokens(request, reader.of(request)[1])
         prompt, completion = prompt + most[0], completion + most[1]
     scale = total / max(1, len(drawn))
     return prompt * scale, completion * scale

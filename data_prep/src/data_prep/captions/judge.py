@@ -1,16 +1,16 @@
-"""Whether an answer is a caption: refusals, cut ends, wrong languages, loops.
+"""Whether an answer is a caption.
 
-Everything that is wrong with an answer has a name, the reason of its rejection:
+Each fault has a name, which is the reason of rejection in the ledger:
 
-    malformed    no JSON, or not that of a chat completion
-    declined     the service would not answer this request (4xx)
-    refusal      the model will not: by its `refusal` field, the content filter, or how the text begins
-    truncated    `finish_reason` is "length"
-    empty        no text
-    length       shorter or longer than a caption is in this script
-    language     another language than asked for, on the whole or in a third of it
-    repetition   the same words again and again
-    duplicate    nearly the words of another image's caption (found later, among all: `duplicates.py`)
+malformed    no JSON, or not that of a chat completion
+declined     the service declined the request (4xx)
+refusal      the model refused: by its `refusal` field, the content filter, or how the text begins
+truncated    `finish_reason` is "length"
+empty        no text
+length       too short or too long for a caption in this script
+language     not the language asked for, as a whole or in one third
+repetition   loops
+duplicate    nearly the caption of another image (found later, over all captions: `duplicates.py`)
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
-from ..corpus.items import clean
-from ..shaping.languages import identify
-from .ledger import Usage
-from .texts import refusal_phrases
+from data_prep.captions.ledger import Usage
+from data_prep.captions.texts import refusal_phrases
+from data_prep.curation.language_id import identify
+from data_prep.samples import clean
 
-_OPENING = 120  # characters; a refusal comes at once
+_OPENING = 120  # characters; a refusal comes at the beginning
 _UNSPACED = {"zh", "ja", "th"}  # no spaces between words
-_ENDINGS = {"ko"}  # words take endings, so that a phrase is the beginning of one
+_ENDINGS = {"ko"}  # words take endings, so a phrase may be the beginning of a word
 _SENTENCE_END = re.compile(r"[.!?。！？\n]")
-# A character of these scripts says more than a letter of an alphabet.
+# Captions in these scripts need fewer characters.
 _DENSITY = {"zh": 0.3, "ja": 0.4, "ko": 0.45}
 _REPEATED = 0.3  # share of 20-character windows that occurred before; prose has a few percent
 _THIRDS_FROM = 300  # characters; below that, a third is too little to tell a language by
@@ -38,7 +38,7 @@ _SURE = 0.95
 
 @dataclass(frozen=True)
 class Limits:
-    """Characters of a caption in an alphabet, at least and at most; Chinese, Japanese and Korean need 0.3 to 0.45."""
+    """Characters of a caption. Chinese, Japanese and Korean need only 0.3 to 0.45 of `shortest`."""
 
     shortest: int = 200
     longest: int = 6000
@@ -46,7 +46,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A caption, or the reason why there is none; and what the service says of its answer."""
+    """A caption or the reason of its rejection, and the metadata of the answer."""
 
     caption: str | None
     reason: str | None
@@ -71,7 +71,7 @@ def judge(raw: bytes, language: str, limits: Limits = Limits()) -> Verdict:
 
 
 def fault(caption: str, language: str, limits: Limits) -> str | None:
-    """What is wrong with a caption, by its text alone; None if nothing is."""
+    """The fault of a caption, by its text alone; None if there is none."""
     if not caption:
         return "empty"
     if refuses(caption, language):
@@ -87,9 +87,9 @@ def fault(caption: str, language: str, limits: Limits) -> str | None:
 
 
 def refuses(text: str, language: str) -> bool:
-    """Whether a text opens with a refusal: in whole words, or where no space parts them, as a sentence begins.
+    """Whether a text opens with a refusal: by whole words, or by sentence beginnings where words have no spaces.
 
-    So "en voi" (I cannot) is not found in "punaisen voimakas", nor Japanese "cannot" at the end of what is seen.
+    So "en voi" (I cannot) is not found in "punaisen voimakas", nor a Japanese "cannot" at the end of a sentence.
     """
     phrases = tuple(_words(phrase) for phrase in refusal_phrases(language))
     if language in _UNSPACED:
@@ -99,7 +99,7 @@ def refuses(text: str, language: str) -> bool:
 
 
 def _words(text: str) -> str:
-    """Letters, their marks and digits in lower case, one space for whatever stands between."""
+    """Letters, their marks and digits in lower case; one space for anything between them."""
     return " ".join("".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text.casefold()).split())
 
 
@@ -110,7 +110,7 @@ def repeated(text: str, width: int = 20) -> float:
 
 
 def in_language(text: str, language: str) -> bool:
-    """Whether a text is in a language on the whole, and no third of a longer one clearly in another."""
+    """Whether a text as a whole is in a language, and no third of a longer text clearly in another."""
     if identify(text)[0] != language:
         return False
     if sum(2 if unicodedata.east_asian_width(c) == "W" else 1 for c in text) < _THIRDS_FROM:
@@ -121,7 +121,7 @@ def in_language(text: str, language: str) -> bool:
 
 
 def usage_of(raw: bytes) -> Usage:
-    """Model, fingerprint and counted tokens of an answer, as far as it has them."""
+    """Model, fingerprint and token counts of an answer, where it has them."""
     try:
         answer = json.loads(raw)
     except ValueError:

@@ -1,11 +1,11 @@
-"""The ledger: what was asked, what came, what it cost. One SQLite file, one line of life a request.
+"""The ledger: requests, answers and costs in one SQLite file. The states of a request:
 
     planned ──→ sent ──→ received ──→ accepted | rejected (reason)
        ↑          │
-       └──────────┘ the service said that it did nothing (429, 5xx), or it was never reached
+       └──────────┘ the service did nothing (429, 5xx), or was never reached
 
-`sent` is on the disk before the request leaves and the raw answer before anybody parses it. So whatever a crash leaves
-at `sent` was perhaps paid for; it stays there, is listed, and goes out again only when the user says so by name.
+`sent` is committed before the request leaves, and the raw answer before it is parsed. So a request that a crash leaves
+at `sent` may have been paid for; it stays there, is listed, and is sent again only when the user asks for that.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ..errors import UserError
+from data_prep.errors import UserError
+from data_prep.shards.format import JsonObject
 
 SCHEMA = 1
 _TABLES = """
@@ -54,14 +54,14 @@ _REQUESTS = (
 
 @dataclass(frozen=True)
 class Request:
-    """A request as it has to be sent: `options` are fields of the body, `text` the prompt."""
+    """A request to send: `options` are fields of the body, `text` is the prompt."""
 
     id: str
     image: str
     language: str
     model: str
     prompt_version: str
-    options: dict[str, Any]
+    options: JsonObject
     text: str
     dataset: str
     number: int
@@ -69,7 +69,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Usage:
-    """What the service says of its answer; None where it says nothing."""
+    """The metadata of an answer; None where the service gives none."""
 
     model: str | None = None
     fingerprint: str | None = None
@@ -77,13 +77,13 @@ class Usage:
     completion_tokens: int | None = None
 
 
-def request_id(image: str, language: str, prompt_version: str, model: str, options: dict[str, Any]) -> str:
-    """The key of the ledger: 128 bits of sha256 over everything that makes a caption another caption."""
+def request_id(image: str, language: str, prompt_version: str, model: str, options: JsonObject) -> str:
+    """The key of a request: 128 bits of the sha256 of everything that the caption depends on."""
     parts = json.dumps([image, language, prompt_version, model, options], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 
-class Ledger:
+class RequestLedger:
     """An open ledger. Only one process at a time may change a ledger's requests: see `exclusive`."""
 
     def __init__(self, path: str | os.PathLike[str], *, create: bool = False) -> None:
@@ -93,11 +93,11 @@ class Ledger:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if create:
-                self.path.touch()  # as the umask wants it; SQLite would take the right to write from the group
+                self.path.touch()  # with the umask's permissions; SQLite would drop group write
             self.db = sqlite3.connect(self.path, isolation_level=None, timeout=30)
             self.db.row_factory = sqlite3.Row
             self.db.execute("PRAGMA journal_mode = WAL")
-            self.db.execute("PRAGMA synchronous = FULL")  # committed means on the disk: this file stands for money
+            self.db.execute("PRAGMA synchronous = FULL")  # a commit must survive a power cut: it stands for money
             found = self.db.execute("PRAGMA user_version").fetchone()[0]
             if not found:
                 self.db.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {SCHEMA}; COMMIT;")
@@ -111,7 +111,9 @@ class Ledger:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Hold the ledger against other runs; the system lets go of it when the process dies, however it dies.
+        """Lock the ledger against other runs; the system releases the lock when the process ends, however it ends.
+
+        Not `shards.alone`, which goes on where the file system has no locks: here two runs might pay twice.
 
         Raises:
             UserError: another process holds it, or the disk refuses what is written meanwhile.
@@ -119,9 +121,7 @@ class Ledger:
         try:
             lock = open(f"{self.path}.lock", "w")  # noqa: SIM115 (closed below, which is what frees it)
         except OSError as error:
-            raise UserError(
-                f"{self.path}.lock: cannot be written ({error.strerror}); mend that and run again"
-            ) from error
+            raise UserError(f"{self.path}.lock: cannot be written ({error.strerror}); fix it and run again") from error
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -134,11 +134,11 @@ class Ledger:
             try:
                 yield
             except sqlite3.OperationalError as error:
-                raise UserError(f"{self.path} cannot be written ({error}); make room and run again") from error
+                raise UserError(f"{self.path} cannot be written ({error}); free some space and run again") from error
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Everything inside is committed together, or nothing of it; one inside another belongs to the outer one."""
+        """Commit everything inside together, or nothing; a nested transaction is part of the outer one."""
         if self.db.in_transaction:
             yield self.db
             return
@@ -150,7 +150,7 @@ class Ledger:
             raise
         self.db.execute("COMMIT")
 
-    # --- what is to be asked
+    # --- planned requests
 
     def planned(self, limit: int, *, after: int = 0) -> list[tuple[int, Request]]:
         """The next `limit` planned requests behind row `after`, in the order in which they were planned."""
@@ -164,7 +164,7 @@ class Ledger:
         return _request(self.db.execute(f"{_REQUESTS} WHERE request.id = ?", (id,)).fetchone())
 
     def sample(self, limit: int) -> list[Request]:
-        """Planned requests drawn by their ids, which are hashes: the same ones for the same ledger."""
+        """A sample of the planned requests, by their ids, which are hashes: the same for the same ledger."""
         rows = self.db.execute(f"{_REQUESTS} WHERE state = 'planned' ORDER BY request.id LIMIT ?", (limit,))
         return [_request(row) for row in rows]
 
@@ -240,10 +240,10 @@ class Ledger:
             )
         return taken, planned - taken
 
-    # --- the life of a request
+    # --- state changes
 
     def sent(self, requests: Iterable[tuple[str, float | None]], *, now: float) -> list[int]:
-        """Commit that these (id, the most that each may cost) are about to leave; gives the attempts' numbers."""
+        """Commit that these requests (id, maximal cost) are about to leave; returns the numbers of the attempts."""
         with self.transaction() as db:
             attempts = []
             for request, most in requests:
@@ -258,13 +258,13 @@ class Ledger:
         return attempts  # type: ignore[return-value]
 
     def received(self, attempt: int, status: int, raw: bytes, *, now: float) -> None:
-        """Commit an answer as it came. Its cost stays the most it may be until `judged` knows better."""
+        """Commit a raw answer. Its cost stays the maximum until `judged` sets it."""
         with self.transaction() as db:
             db.execute("UPDATE attempt SET ended_at = ?, status = ?, raw = ? WHERE id = ?", (now, status, raw, attempt))
             self._move(attempt, "received")
 
     def judged(self, attempt: int, caption: str | None, reason: str | None, usage: Usage, cost: float | None) -> None:
-        """Commit what the answer is worth: a caption, or the reason why it is none."""
+        """Commit the verdict on an answer: a caption, or the reason of its rejection."""
         with self.transaction() as db:
             db.execute(
                 "UPDATE attempt SET model = ?, fingerprint = ?, prompt_tokens = ?, completion_tokens = ?, "
@@ -274,7 +274,7 @@ class Ledger:
             self._move(attempt, "rejected" if reason else "accepted", reason=reason, caption=caption)
 
     def not_done(self, attempt: int, status: int | None, note: str, *, now: float) -> None:
-        """Commit that nothing was computed, so nothing is owed: the request is planned again."""
+        """Commit that nothing was computed, so nothing is due: the request is planned again."""
         with self.transaction() as db:
             db.execute(
                 "UPDATE attempt SET ended_at = ?, status = ?, note = ?, cost = 0 WHERE id = ?",
@@ -283,7 +283,7 @@ class Ledger:
             self._move(attempt, "planned")
 
     def lost(self, attempt: int, note: str, *, now: float) -> None:
-        """Commit that nobody knows: the request stays `sent`, its cost the most it may be."""
+        """Commit that the outcome is unknown: the request stays `sent`, its cost stays the maximum."""
         self.db.execute("UPDATE attempt SET ended_at = ?, note = ? WHERE id = ?", (now, note, attempt))
 
     def _move(self, attempt: int, state: str, *, reason: str | None = None, caption: str | None = None) -> None:
@@ -294,30 +294,31 @@ class Ledger:
             (state, reason, caption, state, attempt),
         )
 
-    # --- what is known
+    # --- queries
 
     def spent(self) -> float:
-        """Money: what answers cost, and for those that are out or lost the most that they may cost.
+        """The cost of all answers, and the maximal cost of attempts that are under way or lost.
 
-        Attempts made without prices count as nothing until `price_unpriced` has entered theirs.
+        Attempts made without prices count as 0 until `price_unpriced` sets their cost.
         """
-        return self.db.execute("SELECT total(cost) FROM attempt").fetchone()[0]
+        total: float = self.db.execute("SELECT total(cost) FROM attempt").fetchone()[0]
+        return total
 
     def unpriced(self) -> list[sqlite3.Row]:
         """Attempts made without prices: (id, request, prompt_tokens, completion_tokens, in_batch)."""
         return self.db.execute(
             "SELECT attempt.id, request, prompt_tokens, completion_tokens, "
-            # A request knows the batch of its last attempt alone; an older one counts in full, which is the most.
+            # A request has the batch of its last attempt only; older ones count in full, which is the maximum.
             "batch IS NOT NULL AND attempt.id = (SELECT max(id) FROM attempt WHERE request = request.id) AS in_batch "
             "FROM attempt JOIN request ON request.id = attempt.request WHERE cost IS NULL"
         ).fetchall()
 
     def priced(self, attempt: int, cost: float) -> None:
-        """Commit what an attempt costs that was made without prices."""
+        """Commit the cost of an attempt that was made without prices."""
         self.db.execute("UPDATE attempt SET cost = ? WHERE id = ?", (cost, attempt))
 
     def unjudged(self) -> list[sqlite3.Row]:
-        """Answers that were committed and not yet parsed: a run was killed between the two."""
+        """Answers that were committed but not judged: a run was killed between the two."""
         return self.db.execute(
             "SELECT attempt.id, attempt.raw, attempt.status, request.language, request.batch FROM request "
             "JOIN attempt ON attempt.request = request.id WHERE state = 'received' AND "

@@ -1,4 +1,4 @@
-"""Planning: which images are to be described, in which languages, by which model, with which prompt."""
+"""Planning: which images get captions, in which languages, by which model and prompt."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from ..errors import UserError
-from ..shards import Dataset
-from .ledger import Ledger, request_id
-from .pictures import picture
-from .texts import PROMPTS, Prompt, read_prompt
+from data_prep.captions.images import image_of
+from data_prep.captions.ledger import RequestLedger, request_id
+from data_prep.captions.texts import PROMPTS, Prompt, read_prompt
+from data_prep.errors import UserError
+from data_prep.shards import Dataset
+from data_prep.shards.format import JsonObject
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to ask for.
+    """What to plan.
 
-    model: as the service calls it. languages: ISO 639-1 codes. prompt_version: a folder of prompts.
-    max_tokens: the longest answer. detail: "low", "high", "auto" or None (not sent), how closely a model looks.
+    model: its name at the service. languages: ISO 639-1 codes. prompt_version: a folder of prompts.
+    max_tokens: of an answer. detail: of the image: "low", "high", "auto" or None (not sent).
     body: further fields of the request ("temperature", "seed", …), part of the request's identity.
-    images: take so many, drawn by hash with `seed`; None: all.
+    images: how many to draw, by hash with `seed`; None: all.
     """
 
     model: str
@@ -32,7 +32,7 @@ class Plan:
     prompt_version: str = "v1"
     max_tokens: int = 1024
     detail: str | None = None
-    body: dict[str, Any] = field(default_factory=dict)
+    body: JsonObject = field(default_factory=dict)
     images: int | None = None
     seed: int = 0
 
@@ -44,14 +44,14 @@ class Plan:
             raise UserError(f"max_tokens {self.max_tokens} and images {self.images}: expected at least 1")
 
     @property
-    def options(self) -> dict[str, Any]:
-        """What the request's identity holds beside image, language, prompt and model."""
+    def options(self) -> JsonObject:
+        """The part of a request's identity beside image, language, prompt and model."""
         return {"max_tokens": self.max_tokens, "detail": self.detail, "body": self.body}
 
 
 @dataclass(frozen=True)
 class Planned:
-    """images: different ones found; twice: those that occurred before; new: requests added; known: there before."""
+    """images: distinct ones; twice: repeated ones; new: requests added; known: requests that were there before."""
 
     images: int
     twice: int
@@ -60,17 +60,17 @@ class Planned:
 
 
 def plan(
-    ledger: Ledger,
+    ledger: RequestLedger,
     datasets: Sequence[str | Path],
     wanted: Plan,
     *,
     prompts: Path = PROMPTS,
     tick: Callable[[], None] = lambda: None,
 ) -> Planned:
-    """Add the requests for every image of `datasets` to the ledger; those that it knows stay as they are.
+    """Add the requests for every image of `datasets` to the ledger; known ones stay as they are.
 
-    The same picture (same bytes) is asked about once, wherever it occurs; one that the ledger knows, drawn or not, is
-    read from now on where this plan found it. `tick` is called once an image.
+    An image that occurs several times (the same bytes) is asked about once. Images that the ledger knows are read from
+    where this plan found them from now on. `tick` is called once an image.
 
     Raises:
         UserError: a data set without images, no such prompt, or a prompt whose text changed under its version.
@@ -122,7 +122,7 @@ def _find(datasets: Sequence[Dataset], tick: Callable[[], None]) -> tuple[dict[s
         directory = str(dataset.directory.resolve())
         for number in range(len(dataset)):
             tick()
-            digest = hashlib.sha256(picture(dataset.read(number))[1]).hexdigest()
+            digest = hashlib.sha256(image_of(dataset.read(number))[1]).hexdigest()
             twice += digest in found
             found.setdefault(digest, (directory, number))
     return found, twice
@@ -140,7 +140,7 @@ def _draw(images: list[str], wanted: Plan) -> list[str]:
     return [digest for digest in images if digest in drawn]
 
 
-def _note_prompt(ledger: Ledger, prompt: Prompt) -> None:
+def _note_prompt(ledger: RequestLedger, prompt: Prompt) -> None:
     known = ledger.db.execute(
         "SELECT sha256 FROM prompt WHERE version = ? AND language = ?", (prompt.version, prompt.language)
     ).fetchone()

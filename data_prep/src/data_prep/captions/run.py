@@ -1,4 +1,4 @@
-"""A run: ask for what is planned, as fast as the service likes, until nothing is left or the budget is used up."""
+"""Sends the planned requests as fast as the service allows, until all are answered or the budget is used up."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ..errors import UserError
-from .judge import Limits, Verdict, judge
-from .ledger import Ledger, Request, Usage
-from .money import Estimate, Prices, price_unpriced
-from .pace import Pace
-from .pictures import Pictures
-from .service import Answered, Declined, Lost, NotDone, Outcome, Service, Stop, error_message
+from data_prep.captions.images import ImageReader
+from data_prep.captions.judge import Limits, Verdict, judge
+from data_prep.captions.ledger import Request, RequestLedger, Usage
+from data_prep.captions.pricing import Estimate, Prices, price_unpriced
+from data_prep.captions.rate_limit import RateLimiter
+from data_prep.captions.service import Answered, Declined, Lost, NotDone, Outcome, Service, Stop, error_message
+from data_prep.errors import UserError
 
-# So many calls in a row without one answer, and the fault is not with the requests.
+# After so many calls in a row without an answer the service is at fault, not the requests.
 _FAILURES = 20
 _LOSSES = 5  # these may have cost money
 _REFUSED = 5
@@ -29,8 +29,8 @@ _LONG_PAUSE = 5.0  # seconds
 class RunSettings:
     """How to run.
 
-    limit: ask at most so often. tries: 5xx and missed connections that one request may meet in this run before it is
-    left for another. budget: money that this ledger may cost, all runs together; needs prices.
+    limit: requests to send at most. tries: 5xx and failed connections of one request in this run before it is left for
+    the next. budget: the cost of this ledger at most, over all runs; needs prices. image_tokens: see `Estimate`.
     """
 
     limit: int | None = None
@@ -51,8 +51,8 @@ class RunSettings:
 
 
 @dataclass
-class Receipt:
-    """What a run did. `lost`: perhaps paid; `later`: requests that met too many failures and stay planned."""
+class RunResult:
+    """What a run did. lost: perhaps paid; later: requests that failed too often and stay planned."""
 
     asked: int = 0
     accepted: int = 0
@@ -63,8 +63,8 @@ class Receipt:
     stopped: str | None = None  # why the run ended before the work did
 
 
-def judge_waiting(ledger: Ledger, prices: Prices | None, limits: Limits) -> Counter[str]:
-    """Judge the answers that a killed run left on the disk unparsed; counts by outcome. Nothing is asked."""
+def judge_waiting(ledger: RequestLedger, prices: Prices | None, limits: Limits) -> Counter[str]:
+    """Judge the answers that a killed run left unjudged; returns counts by outcome. Sends nothing."""
     outcomes: Counter[str] = Counter()
     for row in ledger.unjudged():
         verdict = verdict_on(row["status"], row["raw"], row["language"], limits)
@@ -81,23 +81,23 @@ def judge_waiting(ledger: Ledger, prices: Prices | None, limits: Limits) -> Coun
 
 
 def verdict_on(status: int, raw: bytes, language: str, limits: Limits) -> Verdict:
-    """What an answer of this status is worth."""
+    """The verdict on an answer of this status."""
     return judge(raw, language, limits) if status == 200 else Verdict(None, "declined", Usage())
 
 
 def run(
-    ledger: Ledger,
+    ledger: RequestLedger,
     service: Service,
-    pace: Pace,
+    limiter: RateLimiter,
     settings: RunSettings,
     *,
-    tick: Callable[[Receipt], None] = lambda receipt: None,
-    say: Callable[[str], None] = lambda line: None,
-) -> Receipt:
-    """Ask for everything that is planned.
+    tick: Callable[[RunResult], None] = lambda result: None,
+    log: Callable[[str], None] = lambda line: None,
+) -> RunResult:
+    """Send all planned requests.
 
-    SIGINT and SIGTERM let the calls under way come back and then end the run; the ledger knows the rest. `tick` is
-    called whenever a call has ended, `say` when the service asks for a longer pause.
+    After SIGINT or SIGTERM the run waits for the calls under way and ends. `tick` is called after each call, `log` when
+    the service asks for a longer pause.
 
     Raises:
         UserError: the service will answer nothing (wrong key, no money, no such model, every call fails), an image is
@@ -107,33 +107,33 @@ def run(
         judge_waiting(ledger, settings.prices, settings.limits)
         if settings.prices:
             price_unpriced(ledger, settings.prices, settings.image_tokens)
-        return asyncio.run(_Run(ledger, service, pace, settings, tick, say).drive())
+        return asyncio.run(_Run(ledger, service, limiter, settings, tick, log).drive())
 
 
 class _Run:
     def __init__(
         self,
-        ledger: Ledger,
+        ledger: RequestLedger,
         service: Service,
-        pace: Pace,
+        limiter: RateLimiter,
         settings: RunSettings,
-        tick: Callable[[Receipt], None],
-        say: Callable[[str], None],
+        tick: Callable[[RunResult], None],
+        log: Callable[[str], None],
     ) -> None:
-        self.ledger, self.service, self.pace, self.settings = ledger, service, pace, settings
-        self.tick, self.say = tick, say
-        self.receipt = Receipt()
+        self.ledger, self.service, self.limiter, self.settings = ledger, service, limiter, settings
+        self.tick, self.log = tick, log
+        self.result = RunResult()
         self.error: UserError | None = None
         self.estimate = Estimate(ledger, settings.image_tokens)
         self.spent = ledger.spent()
         self.queue: deque[Request] = deque()
         self.failures: Counter[str] = Counter()
         self._read_to = 0
-        self._pictures = Pictures()
+        self._reader = ImageReader()
         self._in_a_row: Counter[str] = Counter()
 
-    async def drive(self) -> Receipt:
-        """Launch calls while the pace allows and there is something to ask, then wait for those under way."""
+    async def drive(self) -> RunResult:
+        """Launch calls while the rate limiter allows and requests are left, then wait for those under way."""
         self.stopping = asyncio.Event()
         self._catch_signals()
         under_way: set[asyncio.Task[None]] = set()
@@ -142,9 +142,9 @@ class _Run:
                 pause = self._launch(under_way)
                 if pause is None and not under_way:
                     break
-                under_way = await self._until_something_happens(under_way, pause)
+                under_way = await self._wait(under_way, pause)
         finally:
-            # What has left is paid for: take every answer, whatever went wrong here or with one of them.
+            # What was sent is paid for: take every answer, even after an error.
             ended = await asyncio.gather(*under_way, return_exceptions=True)
             await self.service.client.close()
         for fault in ended:
@@ -152,48 +152,46 @@ class _Run:
                 raise fault
         if self.error:
             raise self.error
-        return self.receipt
+        return self.result
 
     def _launch(self, under_way: set[asyncio.Task[None]]) -> float | None:
-        """Let the next request go, if it may; gives the seconds until there is more to do, None: when a call ends."""
+        """Send the next request, if possible; returns seconds until the next try, None to wait for a call to end."""
         request = self._peek()
-        pause = None if request is None else self.pace.wait(time.time())
+        pause = None if request is None else self.limiter.wait(time.time())
         if pause is not None and pause > _LONG_PAUSE and not under_way:
-            self.say(f"waiting {pause:.0f} seconds, as {self.service.url} asks or this run's own limits do")
+            self.log(f"waiting {pause:.0f} seconds, as {self.service.url} asks or this run's own limits do")
         if request is None or pause is None or pause > 0:
             return pause
-        mime, image = self._pictures.of(request)
+        mime, image = self._reader.of(request)
         prompt, completion = self.estimate.tokens(request, image)
         most = self.settings.prices.cost(prompt, completion) if self.settings.prices else None
         if self.settings.budget is not None and self.spent + (most or 0.0) > self.settings.budget:
-            if not under_way:  # else what comes back may cost less than the most, which is what was set aside for it
-                self.receipt.stopped = f"the budget of {self.settings.budget:g} does not allow another request"
+            if not under_way:  # answers under way may cost less than the maximum that is reserved for them
+                self.result.stopped = f"the budget of {self.settings.budget:g} does not allow another request"
             return None
         self.queue.popleft()
         under_way.add(asyncio.create_task(self._ask(request, mime, image, prompt + completion, most)))
-        self.receipt.asked += 1
+        self.result.asked += 1
         self.spent += most or 0.0
-        self.pace.leaves(time.time(), prompt + completion)
+        self.limiter.sent(time.time(), prompt + completion)
         return 0.0
 
-    async def _until_something_happens(
-        self, under_way: set[asyncio.Task[None]], pause: float | None
-    ) -> set[asyncio.Task[None]]:
-        """Wait for a call to end, for the pause to be over, or for the order to stop; gives the calls still out."""
+    async def _wait(self, under_way: set[asyncio.Task[None]], pause: float | None) -> set[asyncio.Task[None]]:
+        """Wait for a call to end, for the pause to be over, or for the signal to stop; returns the calls under way."""
         stop = asyncio.create_task(self.stopping.wait())
         watched = under_way if self.stopping.is_set() else {*under_way, stop}
         done, _ = await asyncio.wait(watched, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()
         for task in done - {stop}:
-            task.result()  # a fault of ours must not pass in silence
+            task.result()  # raises if there is a bug of ours
         return under_way - done
 
     async def _ask(self, request: Request, mime: str, image: bytes, tokens: int, most: float | None) -> None:
-        left_at = time.time()
-        (attempt,) = self.ledger.sent([(request.id, most)], now=left_at)
+        sent_at = time.time()
+        (attempt,) = self.ledger.sent([(request.id, most)], now=sent_at)
         outcome = await self.service.ask(request, mime, image)
         now = time.time()
-        self._pace(outcome, now, left_at, tokens)
+        self._update_limiter(outcome, now, sent_at, tokens)
         match outcome:
             case Answered(raw) | Declined(_, raw):
                 status = 200 if isinstance(outcome, Answered) else outcome.status
@@ -214,57 +212,57 @@ class _Run:
                 self._stop(self.service.stopping_error(status, message))
             case Lost(note):
                 self.ledger.lost(attempt, note, now=now)
-                self.receipt.lost += 1
+                self.result.lost += 1
                 self._fails(
                     "lost",
                     _LOSSES,
                     f"the connection to {self.service.url} broke {_LOSSES} times in a row after the "
                     f"request had left, which may cost money ({note})",
                 )
-        self.tick(self.receipt)
+        self.tick(self.result)
 
-    def _pace(self, outcome: Outcome, now: float, left_at: float, tokens: int) -> None:
+    def _update_limiter(self, outcome: Outcome, now: float, sent_at: float, tokens: int) -> None:
         match outcome:
             case Answered() | Declined():
-                self.pace.answered(now, outcome.headers, tokens)
+                self.limiter.answered(now, outcome.headers, tokens)
             case NotDone(limited=True):
-                self.pace.limited(now, left_at, outcome.headers)
+                self.limiter.limited(now, sent_at, outcome.headers)
             case NotDone():
-                self.pace.failed(now, outcome.headers)
+                self.limiter.failed(now, outcome.headers)
             case _:
-                self.pace.failed(now, {})
+                self.limiter.failed(now, {})
 
     def _count(self, reason: str | None, raw: bytes) -> None:
         self._in_a_row["lost"] = self._in_a_row["failed"] = 0
         if reason is None:
-            self.receipt.accepted += 1
+            self.result.accepted += 1
             return
-        self.receipt.rejected[reason] += 1
-        others = self.receipt.accepted + sum(self.receipt.rejected.values()) - self.receipt.rejected["declined"]
+        self.result.rejected[reason] += 1
+        others = self.result.accepted + sum(self.result.rejected.values()) - self.result.rejected["declined"]
         if reason == "declined" and not others:
             self._fails("declined", _REFUSED, f"{self.service.url} declines every request ({error_message(raw)})")
 
     def _put_back(self, request: Request, outcome: NotDone) -> None:
-        self.receipt.not_done += 1
+        self.result.not_done += 1
         if not outcome.limited:
             self.failures[request.id] += 1
             self._fails("failed", _FAILURES, f"{self.service.url} failed {_FAILURES} times in a row ({outcome.note})")
         if self.failures[request.id] < self.settings.tries:
             self.queue.append(request)
         else:
-            self.receipt.later += 1
+            self.result.later += 1
 
     def _fails(self, what: str, most: int, message: str) -> None:
         self._in_a_row[what] += 1
         if self._in_a_row[what] >= most:
-            self._stop(UserError(f"{message}; see what is wrong and run again, the ledger goes on where this stopped"))
+            self._stop(UserError(f"{message}; see what is wrong and run again; the run continues from there"))
 
     def _stop(self, error: UserError) -> None:
         self.error = self.error or error
         self.stopping.set()
 
     def _peek(self) -> Request | None:
-        if self.settings.limit is not None and self.receipt.asked >= self.settings.limit:
+        if self.settings.limit is not None and self.result.asked >= self.settings.limit:
             return None
         if not self.queue:
             for place, request in self.ledger.planned(_READ_AHEAD, after=self._read_to):
@@ -276,12 +274,12 @@ class _Run:
         loop = asyncio.get_running_loop()
 
         def stop(number: int) -> None:
-            loop.remove_signal_handler(number)  # the second one ends the program at once
-            self.receipt.stopped = self.receipt.stopped or f"{signal.Signals(number).name}"
+            loop.remove_signal_handler(number)  # a second signal ends the program at once
+            self.result.stopped = self.result.stopped or f"{signal.Signals(number).name}"
             self.stopping.set()
 
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 loop.add_signal_handler(number, stop, number)
-            except (NotImplementedError, ValueError, RuntimeError):  # not the main thread: no signals come here
+            except (NotImplementedError, ValueError, RuntimeError):  # not the main thread, which alone gets signals
                 return

@@ -1,7 +1,7 @@
-"""The service: an OpenAI-compatible endpoint, real or one's own vLLM, asked once and never again by itself.
+"""The service: an OpenAI-compatible endpoint (OpenAI's own, or vLLM), called without retries.
 
-The `openai` client does the transport with its own retries off: whether a request may go out again is the ledger's
-question. Every way in which a call can end is one of five outcomes.
+The `openai` client does the transport, with its retries off: an answer costs money, so the ledger decides what may be
+sent again. Every call ends in one of five outcomes.
 """
 
 from __future__ import annotations
@@ -11,22 +11,26 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
-from ..errors import UserError, needs
-from .ledger import Request
+from data_prep.captions.ledger import Request
+from data_prep.errors import UserError, needs
+from data_prep.shards.format import JsonObject
+
+if TYPE_CHECKING:
+    from openai import APIStatusError
 
 DEFAULT_URL = "https://api.openai.com/v1"
 _STOPPING_CODES = {"insufficient_quota", "billing_hard_limit_reached", "model_not_found", "invalid_api_key"}
-# A gateway that lost patience says nothing of the model behind it, which may have answered.
+# A gateway timed out; the model behind it may have answered all the same.
 _TIMED_OUT = {504, 524}
-# The request cannot have reached the service if the connection was never made.
+# Errors after which the request cannot have reached the service: there was no connection.
 _NEVER_LEFT = {"ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol"}
 
 
 @dataclass(frozen=True)
 class Answered:
-    """A 200, with the bytes as they came."""
+    """A 200 with its raw bytes."""
 
     raw: bytes
     headers: Mapping[str, str]
@@ -34,7 +38,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class Declined:
-    """A 4xx about this one request (a content filter, an image that it cannot read); the bytes as they came."""
+    """A 4xx about this request alone (a content filter, an unreadable image), with its raw bytes."""
 
     status: int
     raw: bytes
@@ -53,14 +57,14 @@ class NotDone:
 
 @dataclass(frozen=True)
 class Lost:
-    """The connection broke or the time ran out after the request had left: it may have been computed and billed."""
+    """The connection broke or timed out after the request was sent: it may have been computed and billed."""
 
     note: str
 
 
 @dataclass(frozen=True)
 class Stop:
-    """Nothing further would be answered either: a wrong key, no money, no such model."""
+    """No request would be answered: a wrong key, no credit, no such model."""
 
     status: int
     message: str
@@ -74,13 +78,13 @@ class Service:
 
     Args:
         url: the base URL, up to `/v1`; None: `OPENAI_BASE_URL`, else OpenAI's.
-        key_variable: name of the environment variable that holds the key. A service that wants none gets an empty
-            word; the key is taken out of everything that is kept or shown.
-        timeout: seconds for a whole answer.
+        key_variable: name of the environment variable that holds the key, which may be empty for a service without
+            keys. The key is removed from everything that is stored or shown.
+        timeout: of a whole answer, in seconds.
 
     Raises:
-        UserError: `openai` is not installed, the key cannot be one, OpenAI's own service is to be asked without, or
-            no time is left for an answer.
+        UserError: `openai` is not installed, the key is malformed or, for OpenAI's own service, missing, or the
+            timeout is not positive.
     """
 
     def __init__(self, url: str | None = None, *, key_variable: str = "OPENAI_API_KEY", timeout: float = 180.0) -> None:
@@ -90,7 +94,7 @@ class Service:
         self.url = (url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL).rstrip("/")
         self.key_variable = key_variable
         self._key = os.environ.get(key_variable, "").strip()
-        # A header cannot carry anything else; the client's complaint would show the key, in a form `hide` misses.
+        # A header cannot hold anything else; the client's own error would show the key in a form that `hide` misses.
         if not all("!" <= character <= "~" for character in self._key):
             raise UserError(
                 f"the API key in {key_variable} has a space, a line break or a character outside ASCII in it, so it is "
@@ -102,7 +106,7 @@ class Service:
         self.client = openai.AsyncOpenAI(api_key=self._key or "none", base_url=self.url, max_retries=0, timeout=timeout)
 
     async def ask(self, request: Request, mime: str, image: bytes) -> Outcome:
-        """One call; nothing is tried twice."""
+        """Make one call, without retries."""
         body = request_body(request, mime, image)
         model, messages = body.pop("model"), body.pop("messages")
         openai = self.openai
@@ -119,7 +123,7 @@ class Service:
             return NotDone(None, note) if type(cause).__name__ in _NEVER_LEFT else Lost(note)
 
     def stopping_error(self, status: int, message: str) -> UserError:
-        """What to tell the user when the service will not answer anything."""
+        """The error for the user when the service will not answer any request."""
         what = {
             401: f"refuses the API key in {self.key_variable}",
             403: f"does not let the API key in {self.key_variable} do this",
@@ -129,10 +133,10 @@ class Service:
         return UserError(f"{self.url} {what} (status {status}: {message}); nothing was tried again")
 
     def hide(self, data: bytes) -> bytes:
-        """`data` without the key, should the service have repeated it."""
+        """`data` without the key, in case the service repeated it."""
         return data.replace(self._key.encode(), b"[API key]") if self._key else data
 
-    def _refused(self, error: Any) -> Outcome:
+    def _refused(self, error: APIStatusError) -> Outcome:
         status, headers = error.status_code, _lower(error.response.headers)
         raw = self.hide(error.response.content)
         message = error_message(raw)
@@ -145,7 +149,7 @@ class Service:
         return Declined(status, raw, headers)
 
 
-def request_body(request: Request, mime: str, image: bytes) -> dict[str, Any]:
+def request_body(request: Request, mime: str, image: bytes) -> JsonObject:
     """The JSON of a chat completion: the prompt and the image as a data URL."""
     url: dict[str, str] = {"url": f"data:{mime};base64,{base64.b64encode(image).decode()}"}
     if request.options["detail"] is not None:
@@ -160,7 +164,7 @@ def request_body(request: Request, mime: str, image: bytes) -> dict[str, Any]:
 
 
 def error_message(raw: bytes) -> str:
-    """What an error's body says, in one short line."""
+    """The message of an error's body, in one short line."""
     try:
         body = json.loads(raw)
         error = body.get("error", body)

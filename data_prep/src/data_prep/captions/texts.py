@@ -1,7 +1,7 @@
-"""What the model is asked, and how it says no: the texts of this package in thirty languages.
+"""Prompts, and the phrases by which refusals are recognised, in thirty languages.
 
-Prompts are the files `prompts/VERSION/LANGUAGE.txt`. A version never changes once captions were made with it: to say
-something else, add a folder. The ledger keeps every prompt's hash and refuses to go on with another text.
+Prompts are the files `prompts/VERSION/LANGUAGE.txt`. A version must not change once captions were made with it: add a
+folder instead. The ledger stores every prompt's hash and refuses to continue with another text.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..corpus.items import LANGUAGES
-from ..errors import UserError
+from data_prep.errors import UserError
+from data_prep.languages import LANGUAGES
 
 PROMPTS = Path(__file__).parent / "prompts"
 _REFUSALS = Path(__file__).parent / "refusals.json"
@@ -21,7 +21,7 @@ _REFUSALS = Path(__file__).parent / "refusals.json"
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is asked in one language; sha256 is that of `text`."""
+    """The prompt in one language; sha256 is that of `text`."""
 
     version: str
     language: str
@@ -54,7 +54,7 @@ def read_prompt(version: str, language: str, folder: Path = PROMPTS) -> Prompt:
 
 @functools.cache
 def refusal_phrases(language: str) -> tuple[str, ...]:
-    """How a model that will not answer begins, in that language and in English, in lower case."""
+    """The beginnings of refusals in that language and in English, in lower case."""
     phrases = json.loads(_REFUSALS.read_text(encoding="utf-8"))
     return tuple(dict.fromkeys([*phrases.get(language, ()), *phrases["en"]]))
 

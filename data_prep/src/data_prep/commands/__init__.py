@@ -2,3 +2,9 @@
 
 `execution` has the options that the long ones share.
 """
+
+import argparse
+from typing import TypeAlias
+
+Subcommands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""What `ArgumentParser.add_subparsers` returns."""

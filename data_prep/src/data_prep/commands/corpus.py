@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 
+from data_prep.commands import Subcommands
 
-def add(commands: argparse._SubParsersAction) -> None:
+
+def add(commands: Subcommands) -> None:
     """Register the command."""
     parser = commands.add_parser(
         "corpus",
@@ -46,16 +48,13 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="leave a source out; can be given several times",
     )
     parser.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="processes (default: one a core); the result is the same for any number",
+        "--workers", type=int, metavar="N", help="threads (default: one a core); the result is the same for any number"
     )
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
-    from ..corpus import Settings, build_corpus
+    from data_prep.corpus import Settings, build_corpus
 
     settings = Settings(
         drawn=options.drawn,
@@ -71,6 +70,6 @@ def _run(options: argparse.Namespace) -> int:
         packages=options.packages,
         cache=options.cache,
         workers=options.workers,
-        say=lambda line: print(line, flush=True),
+        log=lambda line: print(line, flush=True),
     )
     return 0

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .import_data import add_source, run_import
+from data_prep.commands import Subcommands
+from data_prep.commands.import_data import add_source, run_import
 
 
-def add(commands: argparse._SubParsersAction) -> None:
+def add(commands: Subcommands) -> None:
     """Register the command and its sets."""
-    from ..sources import EVALSETS
+    from data_prep.sources import EVALSETS
 
     parser = commands.add_parser(
         "evalset",

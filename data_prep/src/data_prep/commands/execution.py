@@ -1,4 +1,4 @@
-"""The options of every long command: who does the work, and how the output is cut."""
+"""The options of every long command: the engine, the workers, the size of shards."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..execute import Execution
+    from data_prep.execute import Execution, Target
 
 
 def add_execution(parser: argparse.ArgumentParser, *, samples_per_shard: int = 1000, cuts: bool = True) -> None:
     """Add --engine, --workers, --task and, if the command cuts its output into shards, --samples-per-shard."""
-    group = parser.add_argument_group("execution", "Nothing of this changes a sample; stopped, run the same again.")
+    group = parser.add_argument_group(
+        "execution", "None of these changes a sample. To resume, run the same command again."
+    )
     group.add_argument(
         "--engine",
         choices=("processes", "ray"),
@@ -37,12 +39,10 @@ def add_execution(parser: argparse.ArgumentParser, *, samples_per_shard: int = 1
 
 
 def execution_of(options: argparse.Namespace) -> Execution:
-    """What the user asked for. UserError if it makes no sense."""
-    from ..errors import UserError
-    from ..execute import Execution
+    """How to run the job, by the options. UserError if they make no sense."""
+    from data_prep.errors import UserError
+    from data_prep.execute import Execution
 
-    if getattr(options, "samples_per_shard", 1) < 1:
-        raise UserError(f"--samples-per-shard {options.samples_per_shard}: expected at least 1")
     task, _, tasks = options.task.partition("/")
     try:
         return Execution(options.engine, options.workers, (int(task), int(tasks)))
@@ -50,3 +50,13 @@ def execution_of(options: argparse.Namespace) -> Execution:
         if isinstance(error, UserError):
             raise
         raise UserError(f"--task {options.task}: expected I/N, for example 0/4") from error
+
+
+def target_of(options: argparse.Namespace, out: str | None = None) -> Target:
+    """Where the user wants the data sets. UserError if a shard would hold nothing."""
+    from data_prep.errors import UserError
+    from data_prep.execute import Target
+
+    if options.samples_per_shard < 1:
+        raise UserError(f"--samples-per-shard {options.samples_per_shard}: expected at least 1")
+    return Target(out or options.out, options.name, options.samples_per_shard)

@@ -6,21 +6,23 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from .execution import add_execution, execution_of
+from data_prep.commands import Subcommands
+from data_prep.commands.execution import add_execution, execution_of, target_of
+from data_prep.shards.format import JsonObject
 
 if TYPE_CHECKING:
-    from ..image_rule import ImageRule
+    from data_prep.image_rule import ImageRule
 
 
-def add(commands: argparse._SubParsersAction) -> None:
+def add(commands: Subcommands) -> None:
     """Register the command and its sources."""
-    from ..sources import SOURCES
+    from data_prep.sources import SOURCES
 
     parser = commands.add_parser(
         "import",
         help="public data sets to shards, one importer a source",
         description="Writes the data sets OUT/KIND/NAME, folders that a recipe can name; KIND is text-pairs, "
-        "text-triplets, image-short or image-long. They appear when they are whole; stopped, the same command goes on.",
+        "text-triplets, image-short or image-long. They appear when complete; to resume, run the command again.",
     )
     sources = parser.add_subparsers(required=True, metavar="SOURCE", prog="data-prep import")
     for name, source in SOURCES.items():
@@ -28,12 +30,12 @@ def add(commands: argparse._SubParsersAction) -> None:
         one.set_defaults(run=_run)
 
 
-def add_source(
-    sources: argparse._SubParsersAction, name: str, source: type[Any], *, out: str
-) -> argparse.ArgumentParser:
+def add_source(sources: Subcommands, name: str, source: type[Any], *, out: str) -> argparse.ArgumentParser:
     """Register a source as a subcommand, with all its options; `out` explains --out."""
     summary, _, more = (source.__doc__ or "").partition("\n")
-    one = sources.add_parser(name, help=summary, description=f"{summary}. {' '.join(more.split())}")
+    one: argparse.ArgumentParser = sources.add_parser(
+        name, help=summary, description=f"{summary}. {' '.join(more.split())}"
+    )
     add_values(one, source)
     one.add_argument("--out", required=True, metavar="OUT", help=out)
     one.add_argument("--name", default=name, help="name of what comes out (default: %(default)s)")
@@ -45,10 +47,10 @@ def add_source(
 
 
 def add_values(parser: argparse.ArgumentParser, source: type[Any]) -> None:
-    """Arguments for the fields of a source: those without a default by place, the others as --name."""
+    """Add arguments for the fields of a source: positional ones without a default, the others as --name."""
     for value in dataclasses.fields(source):
         explanation, choices = value.metadata["help"], value.metadata.get("choices")
-        many: dict[str, Any] = {"nargs": "+"} if str(value.type).startswith("tuple") else {}
+        many: JsonObject = {"nargs": "+"} if str(value.type).startswith("tuple") else {}
         if value.default is dataclasses.MISSING:
             parser.add_argument(value.name, metavar=value.name.upper(), help=explanation, **many)
             continue
@@ -64,10 +66,10 @@ def add_values(parser: argparse.ArgumentParser, source: type[Any]) -> None:
 
 
 def add_image_rule(parser: argparse.ArgumentParser, rule: ImageRule) -> None:
-    """Options for how images are stored, with the source's rule as the default."""
-    from ..image_rule import ENCODINGS, FITS, KERNELS
+    """Add options for how images are stored, with the source's rule as the default."""
+    from data_prep.image_rule import ENCODINGS, FITS, KERNELS
 
-    group = parser.add_argument_group("images", "Stored once, at a size that training needs.")
+    group = parser.add_argument_group("images", "How images are stored.")
     group.add_argument("--image-size", type=int, default=rule.size, metavar="PIXELS", help="default: %(default)s")
     group.add_argument(
         "--fit",
@@ -94,28 +96,26 @@ def add_image_rule(parser: argparse.ArgumentParser, rule: ImageRule) -> None:
 
 
 def image_rule_of(options: argparse.Namespace) -> ImageRule:
-    """What the user asked for. UserError if it makes no sense."""
-    from ..image_rule import ImageRule
+    """The rule for images, by the options. UserError if they make no sense."""
+    from data_prep.image_rule import ImageRule
 
     names = ("fit", "encoding", "quality", "kernel", "max_pixels")
     return ImageRule(options.image_size, **{name: getattr(options, name) for name in names})
 
 
-def run_import(options: argparse.Namespace, *, out: str, evalset: bool = False) -> dict[str, Any] | None:
-    """Import what the command line says into `out`; gives the receipt."""
-    from ..sources.importing import import_source
+def run_import(options: argparse.Namespace, *, out: str, evalset: bool = False) -> JsonObject | None:
+    """Import the source of the command line into `out`; returns the receipt."""
+    from data_prep.sources.importing import import_source
 
     values = {value.name: getattr(options, value.name) for value in dataclasses.fields(options.source)}
     return import_source(
-        options.name,
         options.source(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}),
-        out,
+        target_of(options, out),
         title=options.title,
         evalset=evalset,
         image=image_rule_of(options) if options.source.image is not None else None,
-        samples_per_shard=options.samples_per_shard,
         execution=execution_of(options),
-        say=lambda line: print(line, flush=True),
+        log=lambda line: print(line, flush=True),
     )
 
 

@@ -1,17 +1,18 @@
-"""`data-prep index`: sidecars for other people's shards."""
+"""`data-prep index`: sidecars for existing shards."""
 
 from __future__ import annotations
 
 import argparse
 
-from .execution import add_execution, execution_of
+from data_prep.commands import Subcommands
+from data_prep.commands.execution import add_execution, execution_of
 
 
-def add(commands: argparse._SubParsersAction) -> None:
+def add(commands: Subcommands) -> None:
     """Register the command."""
     parser = commands.add_parser(
         "index",
-        help="read the webdataset tars of others as they are, by sidecars",
+        help="use existing webdataset tars as they are, with sidecars",
         description="Makes the data set OUT/KIND/NAME of links to webdataset tars and a sidecar for each: where every "
         "sample lies, and its hash. The tars are neither copied nor changed; they must stay where they are.",
     )
@@ -29,7 +30,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from ..sources.indexing import index_shards
+    from data_prep.sources.indexing import index_shards
 
     index_shards(
         options.shards,
@@ -37,6 +38,6 @@ def _run(options: argparse.Namespace) -> int:
         name=options.name,
         kind=options.kind,
         execution=execution_of(options),
-        say=lambda line: print(line, flush=True),
+        log=lambda line: print(line, flush=True),
     )
     return 0

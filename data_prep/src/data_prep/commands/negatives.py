@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 
-from .execution import add_execution, execution_of
+from data_prep.commands import Subcommands
+from data_prep.commands.execution import add_execution, execution_of, target_of
 
 
-def add(commands: argparse._SubParsersAction) -> None:
+def add(commands: Subcommands) -> None:
     """Register the command."""
     parser = commands.add_parser(
         "negatives",
         help="text pairs to triplets with hard negatives",
         description="Writes OUT/text-triplets/NAME: each pair of SHARDS with the answers of other pairs that MODEL "
-        "finds nearest to its query, except those that are right, or nearly so. Pairs with too few of them go.",
+        "finds nearest to its query, except those that are right, or nearly so. Pairs with too few are dropped.",
     )
     parser.add_argument("shards", nargs="+", metavar="SHARDS", help="data sets of text pairs")
     parser.add_argument("--model", required=True, metavar="DIR", help="a text tower, or a model of ours with its text/")
@@ -45,21 +46,16 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from ..negatives import Guards, mine_negatives
+    from data_prep.negatives import Embedding, Guards, mine_negatives
 
     first, last = options.ranks
     mine_negatives(
         options.shards,
-        out=options.out,
-        name=options.name,
-        model=options.model,
+        target_of(options),
+        Embedding(options.model, options.query_task, options.target_task, options.dim),
         guards=Guards(options.count, (first, last), options.margin),
-        query_task=options.query_task,
-        target_task=options.target_task,
-        dim=options.dim,
         similarity=options.similarity,
         exact_up_to=options.exact_up_to,
-        samples_per_shard=options.samples_per_shard,
         execution=execution_of(options),
     )
     return 0

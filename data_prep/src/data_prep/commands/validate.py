@@ -1,4 +1,4 @@
-"""`data-prep validate`: check data sets to the last byte."""
+"""`data-prep validate`: check every byte of data sets."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import os
 import sys
 from pathlib import Path
 
+from data_prep.commands import Subcommands
 
-def add(commands: argparse._SubParsersAction) -> None:
+
+def add(commands: Subcommands) -> None:
     """Register the command."""
     parser = commands.add_parser(
         "validate",
@@ -23,17 +25,17 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from ..errors import UserError
-    from ..execute.progress import Progress
-    from ..looking.find import find_datasets
-    from ..looking.validate import validate
-    from ..shards import Dataset, ShardError
+    from data_prep.errors import UserError
+    from data_prep.execute.progress import Progress
+    from data_prep.inspection.find import find_datasets
+    from data_prep.inspection.validate import validate
+    from data_prep.shards import Dataset, ShardError
 
     def shards(directory: Path) -> int:
         try:
             return len(Dataset.open(directory).shard_sizes)
         except ShardError:
-            return 0  # `validate` says what is wrong
+            return 0  # `validate` reports the fault
 
     if options.workers is not None and options.workers < 1:
         raise UserError(f"--workers {options.workers}: expected at least 1")

@@ -1,6 +1,5 @@
 """The laptop corpus: real pictures with real captions in thirty languages from four Debian packages, or a drawn one."""
 
-from .build import CORPUS_VERSION, Settings, build_corpus
-from .items import CorpusError
+from data_prep.corpus.build import CORPUS_VERSION, Settings, build_corpus
 
-__all__ = ["CORPUS_VERSION", "CorpusError", "Settings", "build_corpus"]
+__all__ = ["CORPUS_VERSION", "Settings", "build_corpus"]

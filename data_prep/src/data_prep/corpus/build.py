@@ -1,4 +1,4 @@
-"""Building a corpus: read, split, train the tokenizer, write the shards, publish all at once, give a receipt."""
+"""Builds a corpus: read, split, train the tokenizer, write the shards, publish all at once."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from ..shards import Dataset, ShardError, alone
-from . import apt
-from .debian import Material, needed_packages, read_material
-from .drawn import draw_material
-from .items import CorpusError, ImageItem, TextItem
-from .split import SPLITS, drop_twins, families, leaks, look_alikes, split_items
-from .vocabulary import train_tokenizer
-from .writing import training_texts, write_datasets
+from data_prep.corpus import apt
+from data_prep.corpus.debian import Material, needed_packages, read_material
+from data_prep.corpus.drawn import draw_material
+from data_prep.corpus.items import ImageItem, TextItem
+from data_prep.corpus.split import SPLITS, drop_identical, families, leaks, similar_pairs, split_items
+from data_prep.corpus.vocabulary import train_tokenizer
+from data_prep.corpus.writing import training_texts, write_datasets
+from data_prep.errors import UserError
+from data_prep.shards import Dataset, ShardError, alone
+from data_prep.shards.files import sync_directory, write_file
+from data_prep.shards.format import JsonObject
 
 CORPUS_VERSION = 1
 """Raised when the same packages and settings give other bytes."""
@@ -29,7 +31,7 @@ CORPUS_VERSION = 1
 
 @dataclass(frozen=True)
 class Settings:
-    """What a corpus is made of; two corpora with equal settings and packages are equal byte for byte.
+    """The settings of a corpus; equal settings and packages give equal bytes.
 
     drawn: number of procedurally drawn pictures, or None for the real corpus from Debian packages.
     seed: of the split and of every choice; image_size: side of the stored pictures in pixels.
@@ -52,34 +54,34 @@ def build_corpus(
     packages: str | os.PathLike[str] | None = None,
     cache: str | os.PathLike[str] | None = None,
     workers: int | None = None,
-    say: Callable[[str], None] = print,
-) -> dict[str, Any]:
-    """Build the corpus in the folder `out`; gives what `corpus.json` holds.
+    log: Callable[[str], None] = print,
+) -> JsonObject:
+    """Build the corpus in the folder `out`; returns the content of `corpus.json`.
 
-    If `out` holds a corpus of this version and these settings already, nothing is done. Otherwise everything is made in
-    `out.partial` and renamed at the end.
+    If `out` already holds a corpus of this version and these settings, nothing is done. Otherwise everything is written
+    to `out.partial`, which is renamed at the end.
 
     Args:
         packages: a folder of .deb files (and Translation-xx lists); without it apt fetches them into `cache`.
         cache: where fetched packages are kept; $XDG_CACHE_HOME/trilith by default.
-        workers: processes that draw; the number of cores by default. The bytes do not depend on it.
+        workers: threads that draw; the number of cores by default. The bytes do not depend on it.
         say: called with one line at each step.
 
     Raises:
-        CorpusError: `out` holds something else, packages are missing, or the disk refuses.
+        UserError: `out` holds something else, packages are missing, or the disk refuses.
         ShardError: the disk refuses while a shard is written.
     """
     settings, out = settings or Settings(), Path(out)
     existing = _existing(out, settings)
     if existing is not None:
-        say(f"{out}: there already, of this version and these settings; nothing to do")
+        log(f"{out}: already built, with this version and these settings; nothing to do")
         return existing
     _check_libraries(settings)
     try:
         with alone(out.with_name(f".{out.name}.lock"), f"{out} is being built: it"):
-            return _build(out, settings, packages, cache, workers or os.cpu_count() or 1, say)
+            return _build(out, settings, packages, cache, workers or os.cpu_count() or 1, log)
     except OSError as error:
-        raise CorpusError(f"{out}: {error.strerror or error}; mend it and run again") from error
+        raise UserError(f"{out}: {error.strerror or error}; fix it and run again") from error
 
 
 def _build(
@@ -88,31 +90,32 @@ def _build(
     packages: str | os.PathLike[str] | None,
     cache: str | os.PathLike[str] | None,
     workers: int,
-    say: Callable[[str], None],
-) -> dict[str, Any]:
+    log: Callable[[str], None],
+) -> JsonObject:
     partial = out.with_name(out.name + ".partial")
     if partial.exists():
-        say(f"{partial}: removing what an interrupted run left")
+        log(f"{partial}: removing what an interrupted run left")
         shutil.rmtree(partial)
     started = time.monotonic()
     try:
-        partial.mkdir(parents=True)  # before the long work: a folder that cannot be written is said at once
-        material = _material(settings, packages, cache, workers, say)
-        corpus = _write(partial, settings, material, say)
+        partial.mkdir(parents=True)  # first, so that a folder that cannot be written is reported at once
+        material = _material(settings, packages, cache, workers, log)
+        corpus = _write(partial, settings, material, log)
         partial.rename(out)
+        sync_directory(out.parent)
     except OSError as error:
         where = error.filename or partial
-        raise CorpusError(f"{where}: {error.strerror or error}; make room or mend it and run again") from error
+        raise UserError(f"{where}: {error.strerror or error}; free some space or fix it and run again") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     for line in receipt(corpus):
-        say(line)
-    say(f"{out}: done in {time.monotonic() - started:.0f} s")
+        log(line)
+    log(f"{out}: done in {time.monotonic() - started:.0f} s")
     return corpus
 
 
-def receipt(corpus: dict[str, Any]) -> list[str]:
-    """The table that a build ends with: what came in, what was dropped and why, what went out, what leaks."""
+def receipt(corpus: JsonObject) -> list[str]:
+    """The summary of a build: what came in, what was dropped and why, what went out, what leaks."""
     lines = ["", f"{'came in':<34}{'items':>9}"]
     lines += [f"  {source:<32}{count:>9}" for source, count in corpus["items"].items()]
     lines += ["", f"{'left out, and why':<34}"]
@@ -131,40 +134,37 @@ def receipt(corpus: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _existing(out: Path, settings: Settings) -> dict[str, Any] | None:
-    """What the corpus in `out` says of itself; None if there is nothing, CorpusError if it is something else."""
+def _existing(out: Path, settings: Settings) -> JsonObject | None:
+    """The corpus.json of the corpus in `out`; None if there is nothing, UserError if it is something else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     try:
-        corpus = json.loads((out / "corpus.json").read_text(encoding="utf-8"))
+        corpus: JsonObject = json.loads((out / "corpus.json").read_text(encoding="utf-8"))
         version, found = corpus["version"], corpus["settings"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorpusError(f"{out}: exists and is no corpus (no readable corpus.json); name another folder") from error
+        raise UserError(f"{out}: exists and is no corpus (no readable corpus.json); name another folder") from error
     wanted = _plain(settings)
     if version != CORPUS_VERSION or found != wanted:
         changed = [key for key in wanted if found.get(key) != wanted[key]]
         differences = [f"{key} {found.get(key)!r}, asked for {wanted[key]!r}" for key in changed]
         if version != CORPUS_VERSION:
             differences.insert(0, f"version {version!r}, this program writes {CORPUS_VERSION!r}")
-        raise CorpusError(f"{out}: holds another corpus ({'; '.join(differences)}); remove it or name another folder")
+        raise UserError(f"{out}: holds another corpus ({'; '.join(differences)}); remove it or name another folder")
     for split, counts in corpus["samples"].items():
         for name in counts:
             try:
                 Dataset.open(out / split / name)
             except ShardError as error:
-                raise CorpusError(f"{error} (or remove {out} and run again)") from error
+                raise UserError(f"{error} (or remove {out} and run again)") from error
     return corpus
 
 
 def _check_libraries(settings: Settings) -> None:
-    needed = (
-        ["sentencepiece"]
-        if settings.drawn is not None or "stamps" in settings.without
-        else ["sentencepiece", "resvg_py"]
-    )
+    draws_svg = settings.drawn is None and "stamps" not in settings.without
+    needed = ["sentencepiece", "resvg_py"] if draws_svg else ["sentencepiece"]
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        raise CorpusError(
+        raise UserError(
             f"{' and '.join(missing)}: not installed; `pip install './data_prep[corpus]'` brings what is needed"
         )
 
@@ -174,7 +174,7 @@ def _material(
     packages: str | os.PathLike[str] | None,
     cache: str | os.PathLike[str] | None,
     workers: int,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Material:
     if settings.drawn is not None:
         return draw_material(settings.drawn, seed=settings.seed, image_size=settings.image_size)
@@ -186,7 +186,7 @@ def _material(
             Path(cache) if cache is not None else apt.default_cache(),
             [*needed_packages(without), apt.LETTERS],
             translations="packages" not in without,
-            say=say,
+            log=log,
         )
     return read_material(
         directory,
@@ -195,31 +195,31 @@ def _material(
         image_size=settings.image_size,
         seed=settings.seed,
         workers=workers,
-        say=say,
+        log=log,
     )
 
 
-def _write(root: Path, settings: Settings, material: Material, say: Callable[[str], None]) -> dict[str, Any]:
+def _write(root: Path, settings: Settings, material: Material, log: Callable[[str], None]) -> JsonObject:
     came_in = Counter([item.source for item in material.images] + [item.source for item in material.texts])
-    images, twins = drop_twins(material.images)
+    images, twins = drop_identical(material.images)
     material.dropped.setdefault("pictures", {})["the same picture as another"] = twins
     items: list[ImageItem | TextItem] = [*images, *material.texts]
-    family_of = families(items, look_alikes(images))
+    family_of = families(items, similar_pairs(images))
     where = split_items(items, family_of, held_out=material.held_out, seed=settings.seed)
 
     started = time.monotonic()
     texts = training_texts(images, material.texts, where)
     tokenizer = train_tokenizer(texts, vocab_size=settings.vocab_size or (16384 if settings.drawn is None else 384))
-    (root / "tokenizer.model").write_bytes(tokenizer.model)
-    say(f"trained the tokenizer on {len(texts)} texts ({time.monotonic() - started:.0f} s)")
+    write_file(root / "tokenizer.model", tokenizer.model)
+    log(f"trained the tokenizer on {len(texts)} texts ({time.monotonic() - started:.0f} s)")
 
     for name, font in material.fonts.items():
         (root / "fonts").mkdir(exist_ok=True)
-        (root / "fonts" / name).write_bytes(font)
+        write_file(root / "fonts" / name, font)
 
     started = time.monotonic()
     samples = write_datasets(root, images, material.texts, where=where, family_of=family_of, tokenizer=tokenizer)
-    say(
+    log(
         f"wrote {sum(sum(counts.values()) for counts in samples.values())} samples ({time.monotonic() - started:.0f} s)"
     )
 
@@ -238,7 +238,7 @@ def _write(root: Path, settings: Settings, material: Material, say: Callable[[st
         "leaks": leaks(images, where),
         "tokenizer_sha256": tokenizer.sha256,
     }
-    (root / "corpus.json").write_text(json.dumps(corpus, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_file(root / "corpus.json", (json.dumps(corpus, indent=1, ensure_ascii=False) + "\n").encode())
     return corpus
 
 
@@ -263,5 +263,6 @@ def library_versions() -> dict[str, str | None]:
     return found | {name: features.version(name) for name in ("raqm", "freetype2", "zlib")}
 
 
-def _plain(settings: Settings) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(settings)))
+def _plain(settings: Settings) -> JsonObject:
+    plain: JsonObject = json.loads(json.dumps(asdict(settings)))
+    return plain

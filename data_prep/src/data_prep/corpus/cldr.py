@@ -1,4 +1,4 @@
-"""Unicode's Common Locale Data Repository: names of emoji, countries, languages, money and cities in every language."""
+"""Unicode's Common Locale Data Repository: names of emoji, countries, languages, currencies and cities."""
 
 from __future__ import annotations
 
@@ -6,21 +6,18 @@ import re
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass, field
 
-from .deb import Package, read_members
-from .items import LANGUAGES, CorpusError, clean
+from data_prep.corpus.deb import Package, read_members
+from data_prep.errors import UserError
+from data_prep.languages import LANGUAGES
+from data_prep.samples import clean
 
 _ROOT = "usr/share/unicode/cldr/common/"
-_SHARED = (
-    "collation/root.xml",
-    "properties/labels.txt",
-    "supplemental/supplementalData.xml",
-    "bcp47/timezone.xml",
-)
+_SHARED = ("collation/root.xml", "properties/labels.txt", "supplemental/supplementalData.xml", "bcp47/timezone.xml")
 
 
 @dataclass(frozen=True, slots=True)
 class Locale:
-    """What one language says of emoji and of the world; keys as in CLDR (no U+FE0F in emoji)."""
+    """The names in one language; keys as in CLDR (no U+FE0F in emoji)."""
 
     names: dict[str, str] = field(default_factory=dict)
     keywords: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -40,7 +37,7 @@ def read_files(package: Package) -> dict[str, bytes]:
     files = read_members(package, wanted.__contains__)
     lacking = sorted(wanted - files.keys())
     if lacking:
-        raise CorpusError(f"{package.path}: has no {lacking[0]}; version 41 has it, use that one or a newer")
+        raise UserError(f"{package.path}: has no {lacking[0]}; version 41 has it, use that one or a newer")
     return {path.removeprefix(_ROOT): data for path, data in files.items()}
 
 
@@ -52,7 +49,7 @@ def read_locale(files: dict[str, bytes], language: str) -> Locale:
     for folder in ("annotations", "annotationsDerived"):
         for element in ET.fromstring(files[f"{folder}/{language}.xml"]).iter("annotation"):
             text = clean(element.text or "")
-            if not text or "↑" in text:  # "↑↑↑" means: as in the parent language
+            if not text or "↑" in text:  # "↑↑↑": the same as in the parent language
                 continue
             if element.get("type") == "tts":
                 locale.names[element.attrib["cp"]] = text
@@ -109,16 +106,16 @@ def emoji_groups(files: dict[str, bytes]) -> dict[str, tuple[str, str]]:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """What CLDR knows of countries in numbers and codes; keys are two-letter territories."""
+    """CLDR's data on countries; keys are two-letter territories."""
 
     regions: dict[str, tuple[str, ...]]  # from near to far, as codes: ("155", "150")
     currencies: dict[str, tuple[str, ...]]  # in use today
-    languages: dict[str, tuple[str, ...]]  # official, or spoken by a twentieth; the most spoken first
+    languages: dict[str, tuple[str, ...]]  # official, or spoken by 5 %; the most spoken first
     zones: dict[str, tuple[str, ...]]  # time zones, in order of their codes
 
 
 def read_world(files: dict[str, bytes]) -> World:
-    """Regions, money, languages and time zones of all territories."""
+    """Regions, currencies, languages and time zones of all territories."""
     data = ET.fromstring(files["supplemental/supplementalData.xml"])
     parents: dict[str, str] = {}
     for group in data.iterfind("territoryContainment/group"):
@@ -127,9 +124,9 @@ def read_world(files: dict[str, bytes]) -> World:
                 parents.setdefault(child, group.attrib["type"])
     currencies = {
         region.attrib["iso3166"]: tuple(
-            money.attrib["iso4217"]
-            for money in region.iterfind("currency")
-            if money.get("to") is None and money.get("tender") != "false"
+            currency.attrib["iso4217"]
+            for currency in region.iterfind("currency")
+            if currency.get("to") is None and currency.get("tender") != "false"
         )
         for region in data.iterfind("currencyData/region")
     }

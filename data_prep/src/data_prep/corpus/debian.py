@@ -1,26 +1,29 @@
-"""The real corpus: from the folder of packages to items."""
+"""The real corpus: from a folder of packages to items."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from . import apt, cldr, emoji, help_texts, package_texts, stamps
-from .deb import Package, file_sha256, find_package, find_translations, read_members
-from .items import LANGUAGES, CorpusError, ImageItem, TextItem
-from .pictures import Job, make_pictures
+from data_prep.corpus import apt, cldr, emoji, help_texts, package_texts, stamps
+from data_prep.corpus.deb import Package, file_sha256, find_package, find_translations, read_members
+from data_prep.corpus.items import ImageItem, TextItem
+from data_prep.corpus.render import RenderJob, render_images
+from data_prep.errors import UserError
+from data_prep.languages import LANGUAGES
 
-OPTIONAL_SOURCES = ("stamps", "flags", "packages", "help")
+Render = Callable[[Sequence[RenderJob]], list[bytes | None]]
 
-# Items in each held-out pool. The image pools are what the project's figures are measured on.
+# Items in each held-out pool. The project's figures are measured on the image pools.
 HELD_OUT = {"emoji": 240, "stamps": 138, "packages": 300, "help": 24}
 
 
 @dataclass
 class Material:
-    """Everything that came in: items, what they came from, and what was left out (source → reason → number)."""
+    """All items with their packages, and what was left out (source → reason → number)."""
 
     images: list[ImageItem] = field(default_factory=list)
     texts: list[TextItem] = field(default_factory=list)
@@ -32,7 +35,7 @@ class Material:
 
 
 def needed_packages(without: frozenset[str]) -> list[str]:
-    """The packages that a corpus without these sources is made of."""
+    """The packages for a corpus without these sources."""
     needed = [apt.FONT, apt.CLDR]
     if "stamps" not in without:
         needed.append(apt.STAMPS)
@@ -49,7 +52,7 @@ def read_material(
     image_size: int,
     seed: int,
     workers: int,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Material:
     """Read the packages and translations in `directory` and draw the pictures."""
     packages = _find_all(directory, without)
@@ -59,23 +62,24 @@ def read_material(
     started = time.monotonic()
     files = cldr.read_files(packages[apt.CLDR])
     locales = {code: cldr.read_locale(files, code) for code in LANGUAGES}
-    say(f"read names in {len(locales)} languages ({time.monotonic() - started:.0f} s)")
+    log(f"read names in {len(locales)} languages ({time.monotonic() - started:.0f} s)")
 
     world = None if "flags" in without else cldr.read_world(files)
-    font = _read_font(packages[apt.FONT])
+    render = partial(render_images, size=image_size, workers=workers)
+    draw_emoji = partial(render, font=_read_font(packages[apt.FONT]))
     found, material.dropped["emoji"] = emoji.emoji_candidates(locales)
-    material.images += _emoji_items(
-        found, files, locales, world, font, image_size, workers, material.dropped["emoji"], say
-    )
+    material.images += _emoji_items(found, files, locales, world, draw_emoji, material.dropped["emoji"], log)
     if apt.STAMPS in packages:
-        say("reading the stamps")
+        log("reading the stamps")
         found_stamps, material.dropped["stamps"] = stamps.read_stamps(packages[apt.STAMPS])
-        material.images += _stamp_items(found_stamps, locales, image_size, workers, material.dropped["stamps"], say)
+        material.images += _stamp_items(
+            found_stamps, locales, partial(render, font=None), material.dropped["stamps"], log
+        )
     if "packages" not in without:
-        material.texts += _package_items(directory, max_packages, seed, material, say)
+        material.texts += _package_items(directory, max_packages, seed, material, log)
     if apt.HELP in packages:
         pages, material.dropped["help"] = help_texts.read_help(packages[apt.HELP])
-        say(f"read {len(pages)} help pages")
+        log(f"read {len(pages)} help pages")
         material.texts += pages
     if (letters := find_package(directory, apt.LETTERS)) is not None:
         fonts = read_members(letters, lambda path: path.endswith("/DejaVuSans.ttf"))
@@ -86,15 +90,15 @@ def read_material(
 
 def _find_all(directory: Path, without: frozenset[str]) -> dict[str, Package]:
     if not directory.is_dir():
-        raise CorpusError(
+        raise UserError(
             f"{directory}: no such folder; it should hold {', '.join(f'{name}_*.deb' for name in apt.PACKAGES)}"
         )
     packages = {name: find_package(directory, name) for name in needed_packages(without)}
     missing = [f"{name}_*.deb" for name, package in packages.items() if package is None]
     if missing:
-        raise CorpusError(
-            f"{directory}: lacks {' and '.join(missing)}; fetch from https://packages.debian.org/bookworm/NAME, or say "
-            "`--drawn` for a corpus that needs no packages"
+        raise UserError(
+            f"{directory}: lacks {' and '.join(missing)}; fetch from https://packages.debian.org/bookworm/NAME, or "
+            "pass `--drawn` for a corpus that needs no packages"
         )
     return {name: package for name, package in packages.items() if package is not None}
 
@@ -102,11 +106,11 @@ def _find_all(directory: Path, without: frozenset[str]) -> dict[str, Package]:
 def _read_font(package: Package) -> bytes:
     fonts = read_members(package, lambda path: path.endswith("NotoColorEmoji.ttf"))
     if not fonts:
-        raise CorpusError(f"{package.path}: holds no NotoColorEmoji.ttf")
+        raise UserError(f"{package.path}: holds no NotoColorEmoji.ttf")
     from PIL import features
 
     if not features.check("raqm"):
-        raise CorpusError(
+        raise UserError(
             "this Pillow has no Raqm and would draw flags as letters; take Pillow's own wheel (pip install -U pillow)"
         )
     return next(iter(fonts.values()))
@@ -117,14 +121,12 @@ def _emoji_items(
     files: dict[str, bytes],
     locales: dict[str, cldr.Locale],
     world: cldr.World | None,
-    font: bytes,
-    image_size: int,
-    workers: int,
+    render: Render,
     dropped: dict[str, int],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> list[ImageItem]:
     started = time.monotonic()
-    pictures = make_pictures([Job("glyph", sign) for sign in found], size=image_size, font=font, workers=workers)
+    pictures = render([RenderJob("glyph", sign.encode()) for sign in found])
     order, groups = cldr.emoji_order(files), cldr.emoji_groups(files)
     last_group: tuple[str, str] = ("", "")
     items = []
@@ -133,46 +135,45 @@ def _emoji_items(
         key=lambda entry: (order.get(entry[0], len(order)), entry[0]),
     )
     for place, (sign, png) in enumerate(drawn):
-        # labels.txt is older than the order and knows fewer emoji; the newer ones stand among their kind.
+        # labels.txt lacks the newest emoji; they get the group of the one before them in the order.
         last_group = groups.get(sign, last_group)
         items.append(emoji.emoji_item(sign, png, order=place, group=last_group, locales=locales, world=world))
     dropped["no picture in the font (punctuation and signs)"] = len(found) - len(drawn)
-    say(f"drew {len(items)} emoji ({time.monotonic() - started:.0f} s)")
+    log(f"drew {len(items)} emoji ({time.monotonic() - started:.0f} s)")
     return items
 
 
 def _stamp_items(
     found: list[stamps.Stamp],
     locales: dict[str, cldr.Locale],
-    image_size: int,
-    workers: int,
+    render: Render,
     dropped: dict[str, int],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> list[ImageItem]:
     started = time.monotonic()
-    pictures = make_pictures([stamp.job for stamp in found], size=image_size, font=None, workers=workers)
+    pictures = render([stamp.job for stamp in found])
     items = [
         stamps.stamp_item(stamp, png, order=place, locales=locales)
         for place, (stamp, png) in enumerate(zip(found, pictures, strict=True))
         if png is not None
     ]
     dropped["picture unreadable or white"] = len(found) - len(items)
-    say(f"drew {len(items)} stamps ({time.monotonic() - started:.0f} s)")
+    log(f"drew {len(items)} stamps ({time.monotonic() - started:.0f} s)")
     return items
 
 
 def _package_items(
-    directory: Path, max_packages: int, seed: int, material: Material, say: Callable[[str], None]
+    directory: Path, max_packages: int, seed: int, material: Material, log: Callable[[str], None]
 ) -> list[TextItem]:
     started = time.monotonic()
     translations = find_translations(directory)
     if "en" not in translations or len(translations) < 2:
         material.left_out["packages"] = "no Translation-en with another Translation-xx in the folder"
-        say(f"{directory}: has no Translation-en with another Translation-xx; goes on WITHOUT package descriptions")
+        log(f"{directory}: has no Translation-en with another Translation-xx; continuing WITHOUT package descriptions")
         return []
     material.packages += [
         {"name": path.name, "sha256": file_sha256(path)} for paths in translations.values() for path in paths
     ]
     items, material.dropped["packages"] = package_texts.read_packages(translations, limit=max_packages, seed=seed)
-    say(f"read {len(items)} package descriptions in {len(translations)} languages ({time.monotonic() - started:.0f} s)")
+    log(f"read {len(items)} package descriptions in {len(translations)} languages ({time.monotonic() - started:.0f} s)")
     return items

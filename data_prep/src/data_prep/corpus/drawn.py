@@ -1,7 +1,7 @@
 """A corpus that needs no packages: coloured shapes, described in eight languages. For tests and for other systems.
 
-Every picture is one combination of shape, colour, size, place and ground; shape and colour make the family, so the
-held-out pictures show known shapes and known colours in combinations that training has not seen.
+Every picture is a combination of shape, colour, size, place and background; shape and colour are the family, so the
+held-out pictures show known shapes and colours in combinations that are new.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import math
 
 from PIL import Image, ImageDraw
 
-from ..samples import Text
-from .debian import Material
-from .items import CorpusError, ImageItem
-from .pictures import encode_png
+from data_prep.corpus.debian import Material
+from data_prep.corpus.items import ImageItem
+from data_prep.corpus.render import encode_png
+from data_prep.errors import UserError
+from data_prep.samples import Text
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "bar")
 COLORS = {
@@ -46,7 +47,7 @@ GROUNDS = {
 MOST = len(SHAPES) * len(COLORS) * len(SIZES) * len(PLACES) * len(GROUNDS)
 
 # The words of the tables above in each language and the same order: shapes | colours | sizes | places | grounds. Each
-# table is split at its commas if it has any, else at its spaces. No phrase below needs one word to agree with another.
+# table is split at its commas if it has any, else at its spaces. The phrases below need no grammatical agreement.
 _WORDS = {
     "en": "circle square triangle star cross ring diamond bar|red blue green yellow orange purple black pink|"
     "small medium large|top left,top right,in the centre,bottom left,bottom right|white,grey,light blue,light green",
@@ -102,10 +103,10 @@ def draw_material(number: int, *, seed: int, image_size: int) -> Material:
     """`number` different pictures, chosen among all combinations by a hash of the seed.
 
     Raises:
-        CorpusError: fewer than 120 (pools too small to measure anything) or more than there are combinations.
+        UserError: fewer than 120 (pools too small to measure anything) or more than there are combinations.
     """
     if not 120 <= number <= MOST:
-        raise CorpusError(f"--drawn {number}: expected a number from 120 to {MOST}")
+        raise UserError(f"--drawn {number}: expected a number from 120 to {MOST}")
     combinations = itertools.product(SHAPES, COLORS, SIZES, PLACES, GROUNDS)
     ranked = sorted(enumerate(combinations), key=lambda entry: hashlib.sha256(f"{seed}:{entry[0]}".encode()).digest())
     images = [_item(order, *attributes, image_size=image_size) for order, attributes in sorted(ranked[:number])]
@@ -144,7 +145,7 @@ def _words(language: str, shape: str, color: str, size: str, place: str, ground:
 def _draw(
     shape: str, color: tuple[int, ...], radius: float, place: tuple[float, float], ground: tuple[int, ...], side: int
 ) -> Image.Image:
-    scale = 4 * side  # drawn large, then made small: smooth edges
+    scale = 4 * side  # supersampled, for smooth edges
     image = Image.new("RGB", (scale, scale), ground)
     pen = ImageDraw.Draw(image)
     x, y, r = place[0] * scale, place[1] * scale, radius * scale
@@ -172,5 +173,5 @@ def _draw(
 
 
 def _on_circle(x: float, y: float, radius: float, turn: float) -> tuple[float, float]:
-    """The point at this part of a full turn, clockwise from the top."""
+    """The point at this fraction of a full turn, clockwise from the top."""
     return x + radius * math.sin(2 * math.pi * turn), y - radius * math.cos(2 * math.pi * turn)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 
-from ..samples import Text
-from .cldr import Locale, World
-from .items import LANGUAGES, ImageItem, clean, plain
-from .pictures import Job
+from data_prep.corpus.cldr import Locale, World
+from data_prep.corpus.items import ImageItem, normalized
+from data_prep.languages import LANGUAGES
+from data_prep.samples import Text, clean
 
 _TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
-_SIGNS = {"\u200d", "\ufe0f"}  # joiner and the wish for colour
+_SIGNS = {"\u200d", "\ufe0f"}  # joiner and colour selector
 _REGIONAL = {chr(0x1F1E6 + letter): chr(ord("A") + letter) for letter in range(26)}
 
-# Who is shown is no other thing: people, genders and hair are taken out of a sequence to find its family.
+# People, genders and hair make no other family, so they are removed from a sequence to find it.
 _GENDERS = str.maketrans({"👨": "🧑", "👩": "🧑", "♂": None, "♀": None, "🦰": None, "🦱": None, "🦲": None, "🦳": None})
 _PEOPLE = re.compile(
     r"\b(man|men|woman|women|person|people|boy|girl|child|mr|mrs|ms|mx|prince|princess|king|queen|bald"
@@ -27,7 +27,7 @@ _STOPS = {"zh": "。", "ja": "。", "hi": "। ", "bn": "। ", "ur": "۔ ", "th
 def emoji_candidates(locales: dict[str, Locale]) -> tuple[list[str], dict[str, int]]:
     """The signs that have a name in all languages, without skin tones; and what was left out, by reason.
 
-    CLDR names punctuation too; which signs are emoji shows when the font draws them.
+    CLDR names punctuation, too; only signs that the font can draw are emoji.
     """
     known = [
         found for found in sorted(set().union(*(locale.names for locale in locales.values()))) if not found.isascii()
@@ -39,26 +39,17 @@ def emoji_candidates(locales: dict[str, Locale]) -> tuple[list[str], dict[str, i
     return kept, dropped
 
 
-def emoji_job(emoji: str) -> Job:
-    """What to draw."""
-    return Job("glyph", emoji)
-
-
 def emoji_item(
-    emoji: str,
-    png: bytes,
-    *,
-    order: int,
-    group: tuple[str, ...],
-    locales: dict[str, Locale],
-    world: World | None,
+    emoji: str, png: bytes, *, order: int, group: tuple[str, ...], locales: dict[str, Locale], world: World | None
 ) -> ImageItem:
     """The item of one emoji; a country's flag gets its long texts from `world`, if that is given."""
     names = tuple(Text(locales[code].names[emoji], code, "name") for code in LANGUAGES)
     keywords = []
     for code in LANGUAGES:
         words = [
-            word for word in locales[code].keywords.get(emoji, ()) if plain(word) != plain(locales[code].names[emoji])
+            word
+            for word in locales[code].keywords.get(emoji, ())
+            if normalized(word) != normalized(locales[code].names[emoji])
         ]
         if words:
             keywords.append(Text(locales[code].comma.join(words), code, "keywords", "human:joined"))
@@ -83,7 +74,7 @@ def emoji_item(
         labels=(
             f"sequence:{_family_sequence(emoji)}",
             f"emoji:{_family_name(english)}",
-            f"caption:{plain(english)}",
+            f"caption:{normalized(english)}",
         ),
         names=names,
         keywords=tuple(keywords),
@@ -115,7 +106,7 @@ def _sentences(code: str, *facts: str) -> str:
 
 
 def _about(country: str, emoji: str, code: str, locale: Locale, world: World) -> Text:
-    """What CLDR says of a country in one language: its regions, money, languages and cities, each name as it stands."""
+    """A text about a country in one language: its regions, currencies, languages and cities, by CLDR."""
 
     def listed(keys: tuple[str, ...], table: dict[str, str]) -> str:
         names = list(dict.fromkeys(table[key] for key in keys if key in table))

@@ -1,18 +1,19 @@
-"""GNOME's help pages: title and description of a page, and what it says, in many languages."""
+"""GNOME's help pages: title, description and body, in many languages."""
 
 from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
 
-from ..samples import Text
-from .deb import Package, read_members
-from .items import LANGUAGES, OTHER_CODES, TextItem, clean, plain
+from data_prep.corpus.deb import Package, read_members
+from data_prep.corpus.items import TextItem, normalized
+from data_prep.languages import LANGUAGES, OTHER_CODES
+from data_prep.samples import Text, clean
 
 _PAGE = re.compile(r"usr/share/help/([A-Za-z_]+)/([a-z-]+)/([A-Za-z0-9_-]+)\.page")
 _MALLARD = "{http://projectmallard.org/1.0/}"
 _BODY_CHARACTERS = 2000  # of whole paragraphs
-_SHORTEST_BODY = 80  # characters; below are mere lists of links
+_SHORTEST_BODY = 80  # characters; shorter pages are lists of links
 
 
 def read_help(package: Package) -> tuple[list[TextItem], dict[str, int]]:
@@ -39,13 +40,13 @@ def read_help(package: Package) -> tuple[list[TextItem], dict[str, int]]:
                 continue
             query.append(Text(head, language, "title"))
             target.append(Text(body, language, "body"))
-        labels = (f"help:{page}", f"title:{plain(english[0])}", f"body:{plain(english[1])}")
+        labels = (f"help:{page}", f"title:{normalized(english[0])}", f"body:{normalized(english[1])}")
         items.append(TextItem(f"help-{page}", "help", labels, tuple(query), tuple(target)))
     return items, dropped
 
 
 def read_page(data: bytes) -> tuple[str, str] | None:
-    """(title and description, body) of a Mallard page; None if it says too little or is no page."""
+    """(title and description, body) of a Mallard page; None if it is too short or no page."""
     try:
         root = ET.fromstring(data)
     except ET.ParseError:

@@ -1,4 +1,4 @@
-"""What every source turns its material into: texts with their origin, and items that are split as one."""
+"""Items, which all sources produce; an item is in one split as a whole."""
 
 from __future__ import annotations
 
@@ -6,36 +6,23 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
-from ..errors import UserError
-from ..samples import Text
-
-# The thirty languages of the paper.
-LANGUAGES = tuple(
-    "ar bn zh da nl en fi fr ka de el hi id it ja ko lv no pl pt ro ru sk es sv th tr uk ur vi".split()  # noqa: SIM905
-)
-
-# How others write the languages that we write "no", "zh" and "pt".
-OTHER_CODES = {"nb": "no", "zh_CN": "zh", "pt_BR": "pt"}
+from data_prep.samples import Text
 
 _ARTICLES = re.compile(r"^(a|an|the|some)\s+")
 _NOT_WORDS = re.compile(r"[\W_]+")
 
 
-class CorpusError(UserError):
-    """Something that the user can mend: a missing package, a folder in the way, an option out of range."""
-
-
 @dataclass(frozen=True, slots=True)
 class ImageItem:
-    """A picture with its names.
+    """An image with its texts.
 
     name: identity, e.g. "emoji-1f600"; the key of its samples.
-    source: "emoji", "stamps" or "drawn"; long_source: the source under which its long captions are filed.
-    group: from coarse to fine ("Food & Drink", "food-fruit"); order: place among its source; hard negatives come from
+    source: "emoji", "stamps" or "drawn"; long_source: the data set of its long captions.
+    group: from coarse to fine ("Food & Drink", "food-fruit"); order: place in its source; hard negatives are its
         neighbours in both.
-    labels: items that share a label are one family and stay in one split.
+    labels: items that share a label are one family, which is in one split.
     names, keywords, long: texts by role, each in many languages; long may be empty.
-    png: the picture as it is stored, RGB.
+    png: the stored image, RGB.
     """
 
     name: str
@@ -66,15 +53,10 @@ class TextItem:
     target: tuple[Text, ...]
 
 
-def clean(text: str) -> str:
-    """Composed characters (NFC), single spaces, no space around."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
+def normalized(text: str) -> str:
+    """A caption without case, punctuation and a leading English article, to find equal ones.
 
-
-def plain(text: str) -> str:
-    """What two captions have in common that say the same: no case, no punctuation, no English article in front.
-
-    Two texts of signs alone ("⁇") stay as they are.
+    Texts of signs alone ("⁇") are kept.
     """
     folded = unicodedata.normalize("NFKC", text).casefold()
     words = " ".join(_NOT_WORDS.sub(" ", folded).split())

@@ -1,10 +1,10 @@
-"""Hard negatives: what stands nearest to an item without being it."""
+"""Hard negatives: the nearest other items."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from .items import ImageItem, plain
+from data_prep.corpus.items import ImageItem, normalized
 
 NEGATIVES = 7  # as many as the paper's triplets have
 
@@ -12,11 +12,11 @@ NEGATIVES = 7  # as many as the paper's triplets have
 def hard_negatives(items: Sequence[ImageItem], family_of: Mapping[str, str]) -> dict[str, list[ImageItem]]:
     """Seven neighbours for each item: of the same group first, then by their place in the order of the source.
 
-    `items` are those of one source in one split. A neighbour of the same family, or with a name that the item has too
-    in some language, would be no wrong answer and is passed over; no two of the seven bear the same English name. Items
-    for which there are no seven are left out of the result.
+    `items` are those of one source in one split. Neighbours of the same family, or with a name of the item in some
+    language, would be right answers and are skipped; the seven have different English names. Items with fewer than
+    seven are left out of the result.
     """
-    words = {item.name: {(text.language, plain(text.text)) for text in item.names} for item in items}
+    words = {item.name: {(text.language, normalized(text.text)) for text in item.names} for item in items}
     chosen: dict[str, list[ImageItem]] = {}
     for item in items:
         ranked = sorted(items, key=lambda other: _distance(item, other))
@@ -25,7 +25,7 @@ def hard_negatives(items: Sequence[ImageItem], family_of: Mapping[str, str]) -> 
         for other in ranked:
             if family_of[other.name] == family_of[item.name] or words[other.name] & words[item.name]:
                 continue
-            caption = plain(other.english)
+            caption = normalized(other.english)
             if caption in captions:
                 continue
             captions.add(caption)

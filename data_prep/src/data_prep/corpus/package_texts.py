@@ -1,15 +1,15 @@
-"""Descriptions of Debian packages: titles and bodies that translators wrote after the English ones."""
+"""Descriptions of Debian packages: titles and bodies with their translations."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
 
-from ..samples import Text
-from .deb import read_translations
-from .items import TextItem, clean, plain
+from data_prep.corpus.deb import read_translations
+from data_prep.corpus.items import TextItem, normalized
+from data_prep.samples import Text, clean
 
-_BODY_CHARACTERS = 400  # of whole paragraphs: what a laptop's context holds
+_BODY_CHARACTERS = 400  # of whole paragraphs: what fits the context of a laptop model
 
 
 def read_packages(
@@ -17,8 +17,8 @@ def read_packages(
 ) -> tuple[list[TextItem], dict[str, int]]:
     """Descriptions that exist in English and in another language, at most `limit` of them; and what was left out.
 
-    query: titles in all languages; target: titles and bodies in all languages. Which ones are kept when there are more
-    than `limit` is a function of `seed` and the description alone. Packages of one English title or body are a family.
+    query: titles in all languages; target: titles and bodies in all languages. If there are more than
+    `limit`, a hash of `seed` and the description selects. Packages with equal English titles or bodies are a family.
     """
     found: dict[str, dict[str, tuple[str, str]]] = {}
     seen: set[str] = set()
@@ -30,10 +30,7 @@ def read_packages(
                 found.setdefault(md5, {}).setdefault(language, (clean(title), first_paragraphs(body)))
     several = {md5: texts for md5, texts in found.items() if "en" in texts and len(texts) > 1}
     ranked = sorted(several, key=lambda md5: hashlib.sha256(f"{seed}:{md5}".encode()).digest())
-    dropped = {
-        "in English only": len(seen) - len(several),
-        f"over the limit of {limit}": max(0, len(several) - limit),
-    }
+    dropped = {"in English only": len(seen) - len(several), f"over the limit of {limit}": max(0, len(several) - limit)}
     return [_item(md5, several[md5]) for md5 in ranked[:limit]], dropped
 
 
@@ -56,7 +53,7 @@ def _item(md5: str, texts: dict[str, tuple[str, str]]) -> TextItem:
         target.append(Text(title, language, "title"))
         if body:
             target.append(Text(body, language, "body"))
-    labels = [f"package:{md5}", f"title:{plain(english_title)}"]
+    labels = [f"package:{md5}", f"title:{normalized(english_title)}"]
     if english_body:
-        labels.append(f"body:{plain(english_body)}")
+        labels.append(f"body:{normalized(english_body)}")
     return TextItem(f"package-{md5}", "packages", tuple(labels), tuple(query), tuple(target))

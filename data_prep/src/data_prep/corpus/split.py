@@ -1,4 +1,4 @@
-"""Into train, validation and test, so that nothing held out is seen in training in any language or kind."""
+"""Splits items into train, validation and test, so that training sees no held-out item in any language or kind."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from .items import ImageItem, TextItem, plain
-from .pictures import pixels
+from data_prep.corpus.items import ImageItem, TextItem, normalized
+from data_prep.corpus.render import pixels
+from data_prep.groups import first_of_group
 
 SPLITS = ("train", "validation", "test")
 LARGEST_HELD_OUT_FAMILY = 12  # items; a larger family would fill a pool with one subject
@@ -18,8 +19,8 @@ _LOOK_SIDE = 16  # pixels of the thumbnails that are compared
 _LOOK_ALIKE = 2.0  # mean difference of 255 below which two pictures count as one
 
 
-def drop_twins(items: Sequence[ImageItem]) -> tuple[list[ImageItem], int]:
-    """Of items with the same picture, the first; and how many were dropped."""
+def drop_identical(items: Sequence[ImageItem]) -> tuple[list[ImageItem], int]:
+    """Items with the same image: keep the first. Returns the kept ones and how many were dropped."""
     seen: set[bytes] = set()
     kept = []
     for item in items:
@@ -30,8 +31,8 @@ def drop_twins(items: Sequence[ImageItem]) -> tuple[list[ImageItem], int]:
     return kept, len(items) - len(kept)
 
 
-def look_alikes(items: Sequence[ImageItem]) -> list[tuple[str, str]]:
-    """Names of items whose pictures hardly differ (flags of one design, a redrawn stamp): they are one family."""
+def similar_pairs(items: Sequence[ImageItem]) -> list[tuple[str, str]]:
+    """Pairs of names of items whose images hardly differ (flags of one design, a redrawn stamp): one family."""
     if not items:
         return []
     looks = np.stack([pixels(item.png, _LOOK_SIDE).ravel() for item in items])
@@ -44,47 +45,29 @@ def look_alikes(items: Sequence[ImageItem]) -> list[tuple[str, str]]:
 
 
 def families(items: Iterable[ImageItem | TextItem], pairs: Iterable[tuple[str, str]] = ()) -> dict[str, str]:
-    """Item name → family name: items that share a label, or stand in `pairs`, are one family, and so on in chains."""
-    parents: dict[str, str] = {}
-
-    def root(node: str) -> str:
-        parents.setdefault(node, node)
-        while parents[node] != node:
-            parents[node] = parents[parents[node]]
-            node = parents[node]
-        return node
-
-    def join(one: str, other: str) -> None:
-        low, high = sorted((root(one), root(other)))
-        parents[high] = low
-
-    names = []
-    for item in items:
-        names.append(item.name)
-        for label in item.labels:
-            join(f"item {item.name}", f"label {label}")
-    for one, other in pairs:
-        join(f"item {one}", f"item {other}")
-    # Named after its first item, not after a label, so that a rule which finds more labels renames little.
-    first: dict[str, str] = {}
-    for name in sorted(names):
-        first.setdefault(root(f"item {name}"), name)
-    return {name: first[root(f"item {name}")] for name in names}
+    """Item name → family name: items connected by labels or `pairs`, in any number of steps, are one family."""
+    items = list(items)
+    names = sorted(item.name for item in items)
+    number = {name: place for place, name in enumerate(names)}
+    with_label: dict[str, int] = {}
+    joined = [
+        (number[item.name], with_label.setdefault(label, number[item.name])) for item in items for label in item.labels
+    ]
+    joined += [(number[one], number[other]) for one, other in pairs]
+    # A family is named after its first item, not after a label, so that a rule with more labels renames few.
+    first = first_of_group(len(names), np.array(joined, np.int64).reshape(-1, 2))
+    return {item.name: names[first[number[item.name]]] for item in items}
 
 
 def split_items(
-    items: Sequence[ImageItem | TextItem],
-    family_of: Mapping[str, str],
-    *,
-    held_out: Mapping[str, int],
-    seed: int,
+    items: Sequence[ImageItem | TextItem], family_of: Mapping[str, str], *, held_out: Mapping[str, int], seed: int
 ) -> dict[str, str]:
     """Item name → "train", "validation" or "test".
 
-    Families come in the order of a hash of their name and the seed. Each goes to test while test has fewer than
-    `held_out[source]` items of a source that the family has, else to validation by the same rule, else to train. Large
-    families, and those in which two items of a source bear one English caption (in a pool, a question would have two
-    right answers), are for training alone.
+    Families are taken in the order of a hash of their name and the seed. Each goes to test while test has fewer than
+    `held_out[source]` items of one of its sources, else to validation by the same rule, else to train. Large families,
+    and those with two items of a source under one English caption (a query would have two right answers), are for
+    training only.
     """
     members: dict[str, list[ImageItem | TextItem]] = {}
     for item in items:
@@ -106,12 +89,12 @@ def split_items(
 
 
 def leaks(items: Sequence[ImageItem], where: Mapping[str, str]) -> dict[str, dict[str, int]]:
-    """How many held-out names also name something in training, in the same language, word for word.
+    """How many held-out names also occur in training, in the same language, word for word.
 
-    Equal English names are impossible by construction; other languages have one word for two things now and then.
+    Equal English names are impossible by construction; other languages may have one word for two things.
     """
     trained = {
-        (text.language, plain(text.text)) for item in items if where[item.name] == "train" for text in item.names
+        (text.language, normalized(text.text)) for item in items if where[item.name] == "train" for text in item.names
     }
     report = {}
     for split in SPLITS[1:]:
@@ -120,7 +103,7 @@ def leaks(items: Sequence[ImageItem], where: Mapping[str, str]) -> dict[str, dic
             (item.name, text.language)
             for item in held
             for text in item.names
-            if (text.language, plain(text.text)) in trained
+            if (text.language, normalized(text.text)) in trained
         ]
         report[split] = {
             "items": len({name for name, _ in hits}),
@@ -133,5 +116,7 @@ def leaks(items: Sequence[ImageItem], where: Mapping[str, str]) -> dict[str, dic
 
 
 def _ambiguous(group: Sequence[ImageItem | TextItem]) -> bool:
-    captions = [(item.source, plain(item.english)) for item in group if isinstance(item, ImageItem) and item.english]
+    captions = [
+        (item.source, normalized(item.english)) for item in group if isinstance(item, ImageItem) and item.english
+    ]
     return len(set(captions)) < len(captions)

@@ -6,17 +6,18 @@ import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from ..samples import Text
-from .cldr import Locale
-from .deb import Package, read_members
-from .items import LANGUAGES, OTHER_CODES, ImageItem, clean, plain
-from .pictures import Job
+from data_prep.corpus.cldr import Locale
+from data_prep.corpus.deb import Package, read_members
+from data_prep.corpus.items import ImageItem, normalized
+from data_prep.corpus.render import RenderJob
+from data_prep.languages import LANGUAGES, OTHER_CODES
+from data_prep.samples import Text, clean
 
 _ROOT = "usr/share/tuxpaint/stamps/"
 _STYLES = {"cartoon", "plastic", "toys", "filled", "outlined", "uppercase", "lowercase"}
 _VARIANT = re.compile(r"([-_ ]?\d+|[-_](mirror|flip|left|right|drawing|cartoon|filled|outlined|small|large|big))+$")
 
-# CLDR's own words for the folders of which it has one; added to the caption for the long text.
+# CLDR's labels for some of the folders; added to the caption for the long text.
 _FOLDER_LABELS = {
     "animals": "animal",
     "food": "food_drink",
@@ -33,18 +34,18 @@ _FOLDER_LABELS = {
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """One stamp as found: its path without ending, its captions by language, how to draw it."""
+    """A stamp: its path without suffix, its captions by language, how to render it."""
 
     path: str
     captions: dict[str, str]
-    job: Job
+    job: RenderJob
 
 
 def read_stamps(package: Package) -> tuple[list[Stamp], dict[str, int]]:
     """All stamps that have a picture and an English caption; and what was left out, by reason.
 
-    A stamp that comes as bitmap and as drawing (SVG) is taken as bitmap. Ready-made mirror images have no caption of
-    their own and are left out.
+    Of a stamp that exists as bitmap and SVG the bitmap is used. Ready-made mirror images have no captions of their own
+    and are left out.
     """
     endings = (".txt", ".png", ".svg")
     files = read_members(package, lambda path: path.startswith(_ROOT) and path.endswith(endings))
@@ -56,9 +57,9 @@ def read_stamps(package: Package) -> tuple[list[Stamp], dict[str, int]]:
         if "en" not in captions:
             dropped["no caption (ready-made mirror images)"] += 1
         elif f"{stem}.png" in files:
-            stamps.append(Stamp(stem, captions, Job("bitmap", files[f"{stem}.png"])))
+            stamps.append(Stamp(stem, captions, RenderJob("bitmap", files[f"{stem}.png"])))
         elif f"{stem}.svg" in files:
-            stamps.append(Stamp(stem, captions, Job("svg", files[f"{stem}.svg"])))
+            stamps.append(Stamp(stem, captions, RenderJob("svg", files[f"{stem}.svg"])))
         else:
             dropped["caption without a picture"] += 1
     return stamps, dropped
@@ -79,7 +80,7 @@ def read_captions(data: bytes) -> dict[str, str]:
             captions[code] = text
         elif code in OTHER_CODES:
             others[OTHER_CODES[code]] = text
-    return others | captions  # Portugal's Portuguese before Brazil's
+    return others | captions  # European Portuguese takes precedence over Brazilian
 
 
 def stamp_item(stamp: Stamp, png: bytes, *, order: int, locales: dict[str, Locale]) -> ImageItem:
@@ -102,7 +103,7 @@ def stamp_item(stamp: Stamp, png: bytes, *, order: int, locales: dict[str, Local
         long_source="stamps",
         group=path.parts[:-1],
         order=order,
-        labels=(f"stamp:{family_path(stamp.path)}", f"caption:{plain(stamp.captions['en'])}"),
+        labels=(f"stamp:{family_path(stamp.path)}", f"caption:{normalized(stamp.captions['en'])}"),
         names=tuple(names),
         keywords=(),
         long=tuple(long),
@@ -111,7 +112,7 @@ def stamp_item(stamp: Stamp, png: bytes, *, order: int, locales: dict[str, Local
 
 
 def family_path(path: str) -> str:
-    """The path that a stamp shares with its variants: no style folder, number, side or mirror mark."""
+    """The path of a stamp without what tells variants apart: style folder, number, side, mirror mark."""
     parts = path.split("/")
     folders = [part for part in parts[:-1] if part not in _STYLES]
     return "/".join([*folders, _VARIANT.sub("", parts[-1].casefold()) or parts[-1].casefold()])

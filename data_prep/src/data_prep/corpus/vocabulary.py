@@ -6,7 +6,7 @@ import hashlib
 import io
 from collections.abc import Iterable, Sequence
 
-from .items import CorpusError
+from data_prep.errors import UserError
 
 
 class Tokenizer:
@@ -31,12 +31,11 @@ class Tokenizer:
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     """A unigram model of `vocab_size` pieces, the same bytes for the same texts in the same order.
 
-    Ids 0, 1 and 2 are `<unk>`, `<s>` and `</s>` and there is no padding piece, as in XLM-R's file, whose layout the
-    text tower's tokenizer expects. Nothing is drawn at random, and the number of threads is fixed because sums of
-    floats depend on it.
+    Ids 0, 1 and 2 are `<unk>`, `<s>` and `</s>` and there is no padding piece, as in XLM-R's file, which the text
+    tower's tokenizer expects. Nothing is random, and the number of threads is fixed because float sums depend on it.
 
     Raises:
-        CorpusError: the texts do not suffice for so many pieces, or their characters alone need more.
+        UserError: there are too few texts for so many pieces, or the characters alone need more.
     """
     import sentencepiece
 
@@ -61,7 +60,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise CorpusError(
+        raise UserError(
             f"no tokenizer of {vocab_size} pieces from these texts; change --vocab-size ({error})"
         ) from error
     return Tokenizer(buffer.getvalue())

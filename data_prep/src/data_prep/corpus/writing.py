@@ -1,35 +1,38 @@
-"""From items to shards: which samples each item gives in which kind of data set."""
+"""Writes items as samples of the data sets of each kind."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from ..samples import Text, captions_json, languages_of, texts_json
-from ..shards import DatasetWriter
-from .items import ImageItem, TextItem
-from .negatives import hard_negatives
-from .split import SPLITS
-from .vocabulary import Tokenizer
+from data_prep.corpus.items import ImageItem, TextItem
+from data_prep.corpus.negatives import hard_negatives
+from data_prep.corpus.split import SPLITS
+from data_prep.corpus.vocabulary import Tokenizer
+from data_prep.samples import Text, captions_json, languages_of, texts_json
+from data_prep.shards import DatasetWriter
 
 _SAMPLES_PER_SHARD = 500
 _TOKENIZER_ITEMS = 2500
 _TOKENIZER_CHARACTERS = 200
+_Item = TypeVar("_Item", ImageItem, TextItem)
 Sample = tuple[str, dict[str, bytes], list[Text]]  # key, members, texts
 
 
 def training_texts(images: Sequence[ImageItem], texts: Sequence[TextItem], where: Mapping[str, str]) -> list[str]:
-    """What the tokenizer learns from, each text once.
+    """The training texts of the tokenizer, each once.
 
-    Names, keywords and flags of the training pictures, and the shorter texts of some of the other training items: all
-    of them would outweigh the pictures' many scripts and take a minute longer.
+    Names, keywords and flags of the training images, and the shorter texts of some of the other training items: all of
+    them would outweigh the images' many scripts and take a minute longer.
     """
     found: dict[str, None] = {}
     for image in images:
         if where[image.name] == "train":
-            own_long = image.long if image.long_source != "emoji" else ()  # an emoji's are its name and keywords again
+            own_long = (
+                image.long if image.long_source != "emoji" else ()
+            )  # an emoji's long captions repeat its name and keywords
             found.update(dict.fromkeys(text.text for text in (*image.names, *image.keywords, *own_long)))
     for item in [item for item in texts if where[item.name] == "train"][:_TOKENIZER_ITEMS]:
         found.update(
@@ -47,7 +50,7 @@ def write_datasets(
     family_of: Mapping[str, str],
     tokenizer: Tokenizer,
 ) -> dict[str, dict[str, int]]:
-    """Write every data set below `root`; gives split → "kind/source" → samples."""
+    """Write every data set below `root`; returns split → "kind/source" → samples."""
     counts: dict[str, dict[str, int]] = {}
     for split in SPLITS:
         samples: dict[tuple[str, str], list[Sample]] = {}
@@ -107,6 +110,6 @@ def _triplet(item: ImageItem, others: Sequence[ImageItem]) -> Sample:
     return item.name, {"json": content}, [*item.names, *(text for names in negatives for text in names)]
 
 
-def _shuffled(items: list[Any]) -> list[Any]:
-    """In an order without meaning, so that a reader that goes from front to back sees no subject in a row."""
+def _shuffled(items: list[_Item]) -> list[_Item]:
+    """Shuffled by a hash, so that a sequential reader does not see one subject after another."""
     return sorted(items, key=lambda item: hashlib.sha256(item.name.encode()).digest())

@@ -1,10 +1,10 @@
-"""Long work on data sets, cut into units: each is done whole or not at all, by whichever engine, in any order.
+"""Long work on data sets, cut into units that are done whole or not at all, on any engine and in any order.
 
-A `Job` says what is to be done with which pieces of the input; `run_job` does it and publishes the data sets that come
-out. What was done already is never done again: receipts beside the output say so, not the engine.
+A `Job` is the work and the pieces of the input; `run_job` does it and publishes the data sets. Receipts beside the
+output record which units are done, so a stopped job continues where it was.
 """
 
-from .job import Execution, Job, run_job, table
-from .unit import Output, Receipt, Spec, process_shard
+from data_prep.execute.job import Execution, Job, Target, run_job, table
+from data_prep.execute.unit import Output, Receipt, Spec, process_shard
 
-__all__ = ["Execution", "Job", "Output", "Receipt", "Spec", "process_shard", "run_job", "table"]
+__all__ = ["Execution", "Job", "Output", "Receipt", "Spec", "Target", "process_shard", "run_job", "table"]

@@ -1,4 +1,4 @@
-"""Who runs the units: processes on this machine, or Ray tasks on a cluster. Either gives the same bytes."""
+"""Runs units in processes on this machine or in Ray tasks on a cluster, with the same bytes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from ..errors import UserError, needs
-from .unit import Receipt, Spec, process_shard
+from data_prep.errors import UserError, needs
+from data_prep.execute.unit import Receipt, Spec, process_shard
+from data_prep.shards.format import JsonObject
 
 ENGINES = ("processes", "ray")
-_WAITING = 2  # units that wait for each worker; more would only take memory
+_WAITING = 2  # units queued for each worker; more would only take memory
 
 
 def run_units(specs: Sequence[Spec], *, engine: str, workers: int) -> Iterator[Receipt]:
-    """Run the units and give their receipts as they come, in no fixed order.
+    """Run the units and yield their receipts as they finish, in no fixed order.
 
     Args:
         engine: one of `ENGINES`. workers: units at a time; with Ray, cores of the local cluster that is started if
@@ -30,7 +31,7 @@ def run_units(specs: Sequence[Spec], *, engine: str, workers: int) -> Iterator[R
     Raises:
         UserError, ShardError: of a unit, or because a worker died; the other units are stopped.
     """
-    if not specs:  # all were done before
+    if not specs:  # all are done already
         return
     if engine == "ray":
         yield from _with_ray(specs, workers)
@@ -43,7 +44,7 @@ def run_units(specs: Sequence[Spec], *, engine: str, workers: int) -> Iterator[R
 
 def _with_processes(specs: Sequence[Spec], workers: int) -> Iterator[Receipt]:
     before = set(multiprocessing.active_children())
-    # Spawned, not forked: the libraries that the work loads have threads of their own.
+    # Spawned, not forked: libraries that the work loads start threads.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
     left = iter(specs)
@@ -65,13 +66,13 @@ def _with_processes(specs: Sequence[Spec], workers: int) -> Iterator[Receipt]:
         ) from error
     finally:
         for process in set(multiprocessing.active_children()) - before:
-            process.terminate()  # after an error or Ctrl-C: a unit that is not finished leaves nothing that counts
+            process.terminate()  # after an error or Ctrl-C; an unfinished unit has no receipt
         pool.shutdown(cancel_futures=True)
 
 
 def _begin_worker() -> None:
-    """A worker ends with its parent, at once and quietly, however the parent ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends its workers
+    """Make the worker exit at once and quietly when its parent ends, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the parent ends its workers
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -83,7 +84,7 @@ def _begin_worker() -> None:
 
 
 def _process_shard_from(folder: str, spec: Spec) -> Receipt:
-    """A unit on a machine of a cluster, whose processes began elsewhere: names in `spec` start from `folder`."""
+    """Run a unit on a cluster node, where processes start in another folder: paths in `spec` start from `folder`."""
     try:
         os.chdir(folder)
     except OSError as error:
@@ -98,14 +99,14 @@ def _with_ray(specs: Sequence[Spec], workers: int) -> Iterator[Receipt]:
     ray = needs("ray", extra="ray", what="--engine ray")
     ours = not ray.is_initialized()
     if ours:
-        local: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers}
+        local: JsonObject = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers}
         for attempts_left in (2, 1, 0):
             try:
                 ray.init(**local, include_dashboard=False, log_to_driver=False, configure_logging=False)
                 break
             except Exception as error:  # Ray raises bare exceptions when it cannot start or reach a cluster
                 ray.shutdown()
-                # It gives itself thirty seconds, which no setting changes and a busy machine may not keep.
+                # Ray waits thirty seconds for itself; no setting changes that, and a busy machine may need longer.
                 if not attempts_left or "timed out during startup" not in str(error):
                     raise UserError(f"Ray cannot be started or reached ({error}); use --engine processes") from error
     try:

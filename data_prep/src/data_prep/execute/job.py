@@ -1,4 +1,4 @@
-"""A job: a plan, units run by an engine, and data sets that appear whole once every unit has its receipt."""
+"""A job: units that an engine runs, and data sets that are published once every unit has its receipt."""
 
 from __future__ import annotations
 
@@ -12,67 +12,90 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from ..errors import UserError
-from ..shards import KINDS, alone, write_manifest
-from ..shards.files import refused, sync_directory, write_file
-from .engines import ENGINES, run_units
-from .progress import Progress
-from .unit import Receipt, Spec, read_receipt
+from data_prep.errors import UserError
+from data_prep.execute.engines import ENGINES, run_units
+from data_prep.execute.progress import Progress
+from data_prep.execute.unit import Spec, read_receipt
+from data_prep.shards import KINDS, alone, write_manifest
+from data_prep.shards.files import sync_directory, write_file, writing
+from data_prep.shards.format import JsonObject
 
 _EXAMPLES = 5  # of what was dropped, per reason
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is to be done; two jobs that are equal give the same bytes.
+class Target:
+    """Where data sets go, `out`/KIND/`name`, and how many samples a shard of theirs holds at most."""
 
-    title: as the user called it ("import images"). name: of the data sets, which go to `out`/KIND/`name`.
-    work: "package.module:function", called as function(piece, options, output) for each of `pieces`.
-    options: what all units share. Pieces and options are plain JSON values.
-    tokenizer_sha256: hash of the tokenizer that counted tokens, None if nothing was counted.
-    """
-
-    title: str
-    name: str
     out: str
-    work: str
-    pieces: Sequence[dict[str, Any]]
-    options: dict[str, Any] = field(default_factory=dict)
+    name: str
     samples_per_shard: int = 1000
-    tokenizer_sha256: str | None = None
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise UserError(f"name {self.name!r}: expected letters, digits, '-', '_' and '.', as in a folder's name")
 
+    def folder(self, kind: str) -> Path:
+        """The data set of a kind."""
+        return Path(self.out) / kind / self.name
+
+    def lock(self, task: str = "") -> Path:
+        """The lock file for writing there, or that of one array task."""
+        return Path(self.out) / f".{self.name}{task and '.'}{task}.lock"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done; equal jobs write the same bytes.
+
+    title: the command ("import images"). work: "package.module:function", called as function(piece, options, output)
+    for each of `pieces`. options: what all units share. Pieces and options are plain JSON values.
+    tokenizer_sha256: hash of the tokenizer that counted tokens, None if nothing was counted.
+    """
+
+    title: str
+    target: Target
+    work: str
+    pieces: Sequence[JsonObject]
+    options: JsonObject = field(default_factory=dict)
+    tokenizer_sha256: str | None = None
+
     @property
     def partial(self) -> Path:
-        """Where everything is until it is whole."""
-        return Path(self.out) / f"{self.name}.partial"
+        """The folder that holds everything until the data sets are complete."""
+        return Path(self.target.out) / f"{self.target.name}.partial"
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> JsonObject:
         """What the job is, as its receipt names it."""
         pieces = hashlib.sha256(json.dumps(list(self.pieces), sort_keys=True).encode()).hexdigest()
-        fields = ("title", "name", "work", "options", "samples_per_shard", "tokenizer_sha256")
-        plain = {name: getattr(self, name) for name in fields}
-        return json.loads(json.dumps({**plain, "units": len(self.pieces), "pieces": pieces}))
+        fields = {
+            "title": self.title,
+            "name": self.target.name,
+            "work": self.work,
+            "options": self.options,
+            "samples_per_shard": self.target.samples_per_shard,
+            "tokenizer_sha256": self.tokenizer_sha256,
+            "units": len(self.pieces),
+            "pieces": pieces,
+        }
+        plain: JsonObject = json.loads(json.dumps(fields))
+        return plain
 
     def specs(self) -> list[Spec]:
         """The units of work."""
         return [
-            Spec(self.work, str(self.partial), number, piece, self.options, self.samples_per_shard)
+            Spec(self.work, str(self.partial), number, piece, self.options, self.target.samples_per_shard)
             for number, piece in enumerate(self.pieces)
         ]
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How a job is run, none of which changes what comes out.
+    """How a job is run; none of it changes the output.
 
-    engine: "processes" or "ray". workers: units at a time, the number of cores by default. task: (i, n), to do the
-    units i, i + n, i + 2n, … alone, as the i-th of n array tasks; whichever task finds the last receipt publishes.
+    engine: "processes" or "ray". workers: units at a time, the number of cores by default. task: (i, n), to do only
+    units i, i + n, i + 2n, …, as the i-th of n array tasks; the task that completes the last receipt publishes.
     """
 
     engine: str = "processes"
@@ -88,12 +111,10 @@ class Execution:
             raise UserError(f"{self.workers} workers: expected at least 1")
 
 
-def run_job(
-    job: Job, execution: Execution | None = None, *, say: Callable[[str], None] = print
-) -> dict[str, Any] | None:
-    """Do what is left of a job and publish its data sets; gives the receipt that stands beside them.
+def run_job(job: Job, execution: Execution | None = None, *, log: Callable[[str], None] = print) -> JsonObject | None:
+    """Do the remaining units of a job and publish its data sets; returns the receipt that is stored beside them.
 
-    None if other array tasks have units left: the last of them publishes.
+    Returns None if other array tasks have units left: the last of them publishes.
 
     Raises:
         UserError: the target holds something else, there is nothing to do or nothing came out, or a unit says so.
@@ -104,38 +125,35 @@ def run_job(
         raise UserError(f"{job.title}: nothing found to work on")
     finished = _published(job)
     if finished is not None:
-        say(f"{job.out}: {job.name} is there already, from the same input and options; nothing to do")
+        log(f"{job.target.out}: {job.target.name} is there already, from the same input and options; nothing to do")
         return finished
-    try:
-        with _alone(job):
-            _begin(job)
-    except OSError as error:
-        raise refused(job.partial, error) from error
+    with writing(job.partial), _alone(job):
+        _begin(job)
     part = "{}-of-{}".format(*execution.task)
-    with alone(Path(job.out) / f".{job.name}.{part}.lock", f"{job.partial} (task {part})"):
-        return _go_on(job, execution, say)
+    with alone(job.target.lock(part), f"{job.partial} (task {part})"):
+        return _go_on(job, execution, log)
 
 
-def _go_on(job: Job, execution: Execution, say: Callable[[str], None]) -> dict[str, Any] | None:
-    if not job.partial.exists():  # whoever held the lock before has published
+def _go_on(job: Job, execution: Execution, log: Callable[[str], None]) -> JsonObject | None:
+    if not job.partial.exists():  # another task published while this one waited
         return _published(job)
     if not (job.partial / "publish.json").exists():
-        _run(job, execution, say)
+        _run(job, execution, log)
         with _alone(job):
-            if not job.partial.exists():  # another array task was faster
+            if not job.partial.exists():  # another array task published
                 return _published(job)
             if not _prepare(job):
-                say(f"{job.partial}: this task is done, others have units left; the last one publishes")
+                log(f"{job.partial}: this task is done, others have units left; the last one publishes")
                 return None
     with _alone(job):
         receipt = _publish(job)
     for line in table(receipt):
-        say(line)
+        log(line)
     return receipt
 
 
-def table(receipt: dict[str, Any]) -> list[str]:
-    """What a command ends with: what came in, what was dropped for which reason, what went out."""
+def table(receipt: JsonObject) -> list[str]:
+    """The summary that a command prints: what came in, what was dropped and why, what went out."""
     lines = ["", f"{'came in':<58}{receipt['came_in']:>10}"]
     for heading, counts in (("dropped, and why", receipt["dropped"]), ("of these", receipt["notes"])):
         lines += [heading] * bool(counts) + [f"  {name:<56}{count:>10}" for name, count in counts.items()]
@@ -143,14 +161,14 @@ def table(receipt: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _published(job: Job) -> dict[str, Any] | None:
-    """The receipt of this very job if its data sets are there; UserError if something else is."""
-    found = [folder for kind in KINDS if (folder := Path(job.out) / kind / job.name).exists()]
+def _published(job: Job) -> JsonObject | None:
+    """The receipt of this job if its data sets are there; UserError if the place holds something else."""
+    found = [folder for folder in map(job.target.folder, KINDS) if folder.exists()]
     if not found or (job.partial / "publish.json").exists():
         return None
     for folder in found:
         try:
-            receipt = json.loads((folder / "receipt.json").read_bytes())
+            receipt: JsonObject = json.loads((folder / "receipt.json").read_bytes())
             other = receipt["job"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder}: exists already and is not ours to replace; choose another --name") from error
@@ -163,29 +181,24 @@ def _published(job: Job) -> dict[str, Any] | None:
 
 
 def _begin(job: Job) -> None:
-    """Make the partial folder, or see that the one there is of this very job."""
+    """Create the partial folder, or check that the existing one is of this job."""
     mark, identity = job.partial / "job.json", job.identity()
-    try:
-        job.partial.mkdir(parents=True, exist_ok=True)
-        if mark.exists():
-            other = json.loads(mark.read_bytes())
-            if other != identity:
-                raise UserError(
-                    f"{job.partial}: holds an unfinished job of its own ({_difference(other, identity)}); run that one "
-                    f"to its end, or remove the folder"
-                )
-        else:
-            write_file(mark, _raw(identity))
-    except OSError as error:
-        raise refused(job.partial, error) from error
+    job.partial.mkdir(parents=True, exist_ok=True)
+    if not mark.exists():
+        write_file(mark, _raw(identity))
+    elif (other := json.loads(mark.read_bytes())) != identity:
+        raise UserError(
+            f"{job.partial}: holds another unfinished job ({_difference(other, identity)}); finish that one, or "
+            "remove the folder"
+        )
 
 
-def _run(job: Job, execution: Execution, say: Callable[[str], None]) -> None:
+def _run(job: Job, execution: Execution, log: Callable[[str], None]) -> None:
     first, step = execution.task
     own = job.specs()[first::step]
     done = [spec for spec in own if read_receipt(spec) is not None]
     if done:
-        say(f"{job.partial}: going on, {len(done)} of {len(own)} units are done")
+        log(f"{job.partial}: going on, {len(done)} of {len(own)} units are done")
     finished = {spec.number for spec in done}
     left = [spec for spec in own if spec.number not in finished]
     progress = Progress(len(own))
@@ -197,9 +210,9 @@ def _run(job: Job, execution: Execution, say: Callable[[str], None]) -> None:
 
 
 def _prepare(job: Job) -> bool:
-    """Write manifests and receipts if every unit is done, and the mark that only names are left to change."""
-    shards: dict[str, list[dict[str, Any]]] = {}
-    total = Receipt(0)
+    """Write manifests and receipts if every unit is done, and the mark that only the renames are left."""
+    shards: dict[str, list[JsonObject]] = {}
+    examples: dict[str, list[str]] = {}
     counts = {name: Counter[str]() for name in ("went_out", "dropped", "notes")}
     came_in = 0
     for spec in job.specs():
@@ -210,8 +223,8 @@ def _prepare(job: Job) -> bool:
         for name, counter in counts.items():
             counter.update(getattr(receipt, name))
         for reason, places in receipt.examples.items():
-            examples = total.examples.setdefault(reason, [])
-            examples += places[: _EXAMPLES - len(examples)]
+            kept = examples.setdefault(reason, [])
+            kept += places[: _EXAMPLES - len(kept)]
         for kind, entries in receipt.shards.items():
             shards.setdefault(kind, []).extend(entries)
     if not shards:
@@ -222,58 +235,52 @@ def _prepare(job: Job) -> bool:
         "job": job.identity(),
         "came_in": came_in,
         **{name: dict(sorted(counter.items())) for name, counter in counts.items()},
-        "examples": dict(sorted(total.examples.items())),
+        "examples": dict(sorted(examples.items())),
     }
     raw = _raw(whole) + b"\n"
     for kind, entries in sorted(shards.items()):
         folder = job.partial / kind
-        write_manifest(folder, kind=kind, source=job.name, shards=entries, tokenizer_sha256=job.tokenizer_sha256)
-        try:
+        write_manifest(folder, kind=kind, source=job.target.name, shards=entries, tokenizer_sha256=job.tokenizer_sha256)
+        with writing(folder):
             write_file(folder / "receipt.json", raw)
-            for leftover in folder.glob("*.tmp"):  # of a unit that was killed
+            for leftover in folder.glob("*.tmp"):  # left by a killed unit
                 leftover.unlink()
-        except OSError as error:
-            raise refused(folder, error) from error
-    try:
+    with writing(job.partial):
         write_file(job.partial / "publish.json", raw)
-    except OSError as error:
-        raise refused(job.partial, error) from error
     return True
 
 
-def _publish(job: Job) -> dict[str, Any]:
-    """Give the data sets their names; stopped anywhere, the next run goes on."""
+def _publish(job: Job) -> JsonObject:
+    """Rename the data sets into place; if it is stopped, the next run continues."""
     mark = job.partial / "publish.json"
-    try:
-        if not mark.exists():  # another array task was faster
+    with writing(job.partial):
+        if not mark.exists():  # another array task published
             published = _published(job)
             assert published is not None
             return published
-        receipt = json.loads(mark.read_bytes())
+        receipt: JsonObject = json.loads(mark.read_bytes())
         for kind in receipt["went_out"]:
-            folder = Path(job.out) / kind / job.name
+            folder = job.target.folder(kind)
             if (job.partial / kind).exists():
                 folder.parent.mkdir(exist_ok=True)
                 (job.partial / kind).rename(folder)
                 sync_directory(folder.parent)
         shutil.rmtree(job.partial)
-    except OSError as error:
-        raise refused(job.partial, error) from error
     return receipt
 
 
 def _alone(job: Job) -> AbstractContextManager[None]:
     """One array task at a time."""
-    return alone(Path(job.out) / f".{job.name}.lock", str(job.partial), wait=True)
+    return alone(job.target.lock(), str(job.partial), wait=True)
 
 
-def _raw(value: dict[str, Any]) -> bytes:
-    """As JSON. A path that is not UTF-8 has lone surrogates; as JSON's own escapes they are read back equal."""
+def _raw(value: JsonObject) -> bytes:
+    """As JSON. A path that is not UTF-8 has lone surrogates; written as JSON escapes they are read back unchanged."""
     return json.dumps(value, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
-def _difference(other: Any, ours: dict[str, Any]) -> str:
-    """In words, where two identities differ."""
+def _difference(other: object, ours: JsonObject) -> str:
+    """How two identities differ, for a message."""
     if not isinstance(other, dict):
         return "not one of ours"
     flat = [{**value, **value.get("options", {})} for value in (other, ours)]

@@ -1,4 +1,7 @@
-"""One line that says how far a long command is; on a terminal it is drawn in place, in a log file now and then."""
+"""A progress line: redrawn in place on a terminal, written every half minute to a log file.
+
+Not tqdm: units done in an earlier run count as done and not towards the rate.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +31,13 @@ class Progress:
             self._show(now - self._started)
 
     def finish(self) -> None:
-        """Leave the line as it is and go on below it."""
+        """End the line."""
         if self._terminal:
             self._show(time.monotonic() - self._started)
             self._stream.write("\n")
 
     def clear(self) -> None:
-        """Make room for a line of another kind; the next unit draws this one again."""
+        """Erase the line before other output; the next unit draws it again."""
         if self._terminal:
             self._stream.write("\r\x1b[K")
             self._stream.flush()

@@ -1,4 +1,4 @@
-"""The unit of work: one piece of the input to some shards and a receipt; done twice, it gives the same bytes."""
+"""The unit of work: from one piece of the input to shards and a receipt, reproducibly."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-from ..shards import ShardError, ShardWriter
-from ..shards.files import refused, temporary, write_file
-from ..shards.format import index_name
+from data_prep.shards import ShardError, ShardWriter
+from data_prep.shards.files import temporary, write_file, writing
+from data_prep.shards.format import JsonObject, index_name
+from data_prep.shards.writer import manifest_entry
 
 _EXAMPLES = 5  # of what was dropped, per reason and unit
 
-Work = Callable[[dict[str, Any], dict[str, Any], "Output"], None]
+Work = Callable[[JsonObject, JsonObject, "Output"], None]
 
 
 @dataclass(frozen=True)
 class Spec:
-    """All that a unit needs to know; plain values, so that it can be sent to any machine that sees the same folders.
+    """The inputs of a unit: plain values, so that it can run on any machine that sees the same folders.
 
     work: "package.module:function", called as function(piece, options, output).
-    directory: where the unit's shards (in a folder a kind) and receipt go; number: of the unit, from 0.
-    piece: the part of the input that is this unit's; options: what all units of the job share.
+    directory: for the unit's shards (one folder a kind) and its receipt; number: of the unit, from 0.
+    piece: this unit's part of the input; options: shared by all units of the job.
     """
 
     work: str
     directory: str
     number: int
-    piece: dict[str, Any]
-    options: dict[str, Any] = field(default_factory=dict)
+    piece: JsonObject
+    options: JsonObject = field(default_factory=dict)
     samples_per_shard: int = 1000
 
     @property
@@ -43,11 +43,10 @@ class Spec:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What came of a unit.
+    """The result of a unit.
 
-    came_in: things found in the piece. went_out: samples by kind. dropped: things left out, by reason; examples: where
-    the first of them were found. notes: further counts that the work wants to be seen, by name. shards: the manifest's
-    entries by kind.
+    came_in: records found in the piece. went_out: samples by kind. dropped: records left out, by reason; examples:
+    where the first of them were found. notes: further counts, by name. shards: entries for the manifest, by kind.
     """
 
     number: int
@@ -56,16 +55,16 @@ class Receipt:
     dropped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
-    shards: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    shards: dict[str, list[JsonObject]] = field(default_factory=dict)
 
 
 class Output:
-    """Where the work of one unit puts its samples, and where it says what it dropped."""
+    """Takes the samples of one unit, and counts what it dropped."""
 
     def __init__(self, spec: Spec) -> None:
         self._spec = spec
         self._open: dict[str, ShardWriter] = {}
-        self._shards: dict[str, list[dict[str, Any]]] = {}
+        self._shards: dict[str, list[JsonObject]] = {}
         self._went_out: Counter[str] = Counter()
         self._dropped: Counter[str] = Counter()
         self._notes: Counter[str] = Counter()
@@ -73,13 +72,13 @@ class Output:
         self._came_in = 0
 
     def came_in(self, count: int = 1) -> None:
-        """Count things found in the input."""
+        """Count records found in the input."""
         self._came_in += count
 
     def drop(self, reason: str, where: str, count: int = 1) -> None:
-        """Count what is left out. Reasons are few and fixed; `where` names the (first) one at hand.
+        """Count records that are left out, for one of a few fixed reasons; `where` names the first.
 
-        A file name that is not UTF-8 is named with its odd bytes escaped.
+        Bytes of a file name that are not UTF-8 are escaped.
         """
         self._dropped[reason] += count
         examples = self._examples.setdefault(reason, [])
@@ -87,11 +86,11 @@ class Output:
             examples.append(where.encode("utf-8", "backslashreplace").decode())
 
     def note(self, name: str, count: int = 1) -> None:
-        """Count something that the receipt shall show besides ("re-encoded")."""
+        """Count something else for the receipt ("images encoded anew")."""
         self._notes[name] += count
 
     def next_key(self, kind: str) -> str:
-        """The key of the next sample of a kind, if it is given none: the unit's number and the sample's place."""
+        """The default key of the next sample of a kind: the unit's number and the sample's place."""
         return f"{self._spec.number:05d}-{self._went_out[kind]:06d}"
 
     def write(
@@ -103,9 +102,9 @@ class Output:
         tokens: int | None = None,
         key: str | None = None,
     ) -> str:
-        """Append a sample to the shards of its kind; gives its key.
+        """Append a sample to the shards of its kind; returns its key.
 
-        Without `key` it is `next_key`, unique in the data set; one that is given must be so by its origin.
+        The default key is `next_key`, which is unique in the data set; a given one has to be.
         """
         key = key or self.next_key(kind)
         if kind not in self._open:
@@ -118,32 +117,20 @@ class Output:
         return key
 
     def adopt(self, kind: str, tar: Path, index: bytes, samples: int) -> None:
-        """Take somebody's tar as a shard as it is: a link to it, and the sidecar `index` beside the link."""
+        """Use an existing tar as a shard: a link to it, and the sidecar `index` beside the link."""
         with tar.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         link = self._place(kind)
-        try:
+        with writing(link):
             fresh = temporary(link)
-            fresh.unlink(missing_ok=True)
             fresh.symlink_to(tar.resolve())
             fresh.rename(link)
             write_file(link.with_name(index_name(link.name)), index)
-        except OSError as error:
-            raise refused(link, error) from error
         self._went_out[kind] += samples
-        self._shards[kind].append(
-            {
-                "name": link.name,
-                "samples": samples,
-                "bytes": tar.stat().st_size,
-                "sha256": digest,
-                "index_bytes": len(index),
-                "index_sha256": hashlib.sha256(index).hexdigest(),
-            }
-        )
+        self._shards[kind].append(manifest_entry(link.name, samples, tar.stat().st_size, digest, index))
 
     def receipt(self) -> Receipt:
-        """Put what is open on the disk; gives the receipt."""
+        """Finish the open shards; returns the receipt."""
         for kind in list(self._open):
             self._finish(kind)
         return Receipt(
@@ -157,17 +144,15 @@ class Output:
         )
 
     def abandon(self) -> None:
-        """Leave nothing half written behind."""
+        """Remove the unfinished shards."""
         for shard in self._open.values():
             shard.abandon()
 
     def _place(self, kind: str) -> Path:
-        """The path of the next shard of a kind, in a folder that is there."""
+        """The path of the next shard of a kind; creates its folder."""
         folder = Path(self._spec.directory) / kind
-        try:
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise refused(folder, error) from error
         return folder / f"{self._spec.number:05d}-{len(self._shards.setdefault(kind, [])):04d}.tar"
 
     def _finish(self, kind: str) -> None:
@@ -176,10 +161,10 @@ class Output:
 
 
 def process_shard(spec: Spec) -> Receipt:
-    """Do one unit of work, unless its receipt says that it is done; the receipt is written last.
+    """Do one unit of work, unless its receipt exists; the receipt is written last.
 
     Raises:
-        UserError, ShardError: what the user can mend (the disk refuses, an input is gone); nothing half done stays.
+        UserError, ShardError: what the user can fix (a full disk, a missing input); nothing unfinished stays.
     """
     done = read_receipt(spec)
     if done is not None:
@@ -193,16 +178,14 @@ def process_shard(spec: Spec) -> Receipt:
     except BaseException:
         output.abandon()
         raise
-    try:
+    with writing(spec.receipt_path):
         spec.receipt_path.parent.mkdir(parents=True, exist_ok=True)
         write_file(spec.receipt_path, (json.dumps(asdict(receipt), ensure_ascii=False) + "\n").encode())
-    except OSError as error:
-        raise refused(spec.receipt_path, error) from error
     return receipt
 
 
 def read_receipt(spec: Spec) -> Receipt | None:
-    """The receipt of a unit that is done and whose shards are all there; None if it is to be done (again)."""
+    """The receipt of a unit whose shards are all there; None if the unit has to be done (again)."""
     try:
         raw = spec.receipt_path.read_bytes()
     except FileNotFoundError:

@@ -1,5 +1,6 @@
-"""Hard negatives: for each query, texts that a model takes for answers and that are none."""
+"""Hard negatives: for each query, texts that a model ranks high and that are no answers."""
 
-from .mining import Guards, mine_negatives
+from data_prep.negatives.guards import Guards
+from data_prep.negatives.mining import Embedding, mine_negatives
 
-__all__ = ["Guards", "mine_negatives"]
+__all__ = ["Embedding", "Guards", "mine_negatives"]

@@ -1,4 +1,4 @@
-"""Which of a query's neighbours are wrong answers: near enough to be hard, and not in truth right."""
+"""Selects hard negatives among a query's neighbours, and guards against false ones (unlabelled right answers)."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import UserError
+from data_prep.errors import UserError
 
 
 @dataclass(frozen=True)
 class Guards:
-    """What keeps right answers out.
+    """The rules that keep right answers out.
 
-    count: negatives for each query. ranks: from and to, counted from 1, among the neighbours that are no known answers;
-    the very first ones are often answers that nobody wrote down. margin: a negative's cosine similarity to the query is
-    at least so much below that of the query's own answer.
+    count: negatives for each query. ranks: first and last, from 1, among the neighbours that are no known answers; the
+    very first ones are often unlabelled answers. margin: a negative's cosine similarity to the query is at least this
+    much below that of the query's own answer.
     """
 
     count: int = 7
@@ -33,8 +33,8 @@ class Guards:
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of N pairs, each `[N]` int64: pairs with the same number have (nearly) the same query, (nearly) the
-    same answer, or are of one item.
+    """Groups of N pairs, each `[N]` int64: pairs with equal numbers have (nearly) the same query, (nearly) the same
+    answer, or the same item.
     """
 
     query: np.ndarray
@@ -42,7 +42,7 @@ class Known:
     item: np.ndarray
 
     def answers_of(self) -> Callable[[int], set[int]]:
-        """Looks up, for a query, the answers of all pairs that ask it."""
+        """A function from a query to the answers of all pairs with that query."""
         order = np.argsort(self.query, kind="stable")
         queries = self.query[order]
 
@@ -95,7 +95,7 @@ def _passing(
         answer = int(known.answer[pair])
         if answer in right or known.item[pair] == item or answer in taken:
             continue
-        taken.add(answer)  # a second copy of it would be no second negative, and takes no rank either
+        taken.add(answer)  # copies of one answer count once, as negatives and in the ranks
         rank += 1
         if rank > guards.ranks[1]:
             return

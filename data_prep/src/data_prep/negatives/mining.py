@@ -1,115 +1,102 @@
-"""Text pairs to triplets: embed, search, guard, write."""
+"""Mines hard negatives: from text pairs to triplets."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import UserError, needs
-from ..execute import Execution, Job
-from ..execute.unit import Output
-from ..shaping.minhash import near_duplicates, signatures
-from ..shaping.passes import (
-    Record,
-    Survey,
-    decision,
-    load,
-    open_alike,
-    pieces_of,
-    sample_at,
-    samples_of,
-    save,
-    two_passes,
-    with_decisions,
-    write,
-)
-from ..shaping.stored import Stored, arrays_of
-from ..shards import Dataset
-from .guards import Guards, Known, choose
-from .search import EXACT_UP_TO, build_index, search
+from data_prep.curation import passes
+from data_prep.curation.minhash import near_duplicates, signatures
+from data_prep.curation.signature_store import SignatureStore, arrays_of
+from data_prep.errors import UserError, needs
+from data_prep.execute import Execution, Job, Output, Target
+from data_prep.negatives.guards import Guards, Known, choose
+from data_prep.negatives.search import EXACT_UP_TO, build_index, search
+from data_prep.shards import Dataset
+from data_prep.shards.format import JsonObject
 
-_SPARE = 50  # neighbours beyond the last rank, for those that turn out to be answers
+_SPARE = 50  # neighbours beyond the last rank, to replace those that are answers
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """How texts are embedded.
+
+    model: a directory of a text tower, or of a model of ours with its `text/`. query_task, target_task: `task` of
+    `TextTower.encode` for either side. dim: search by the first `dim` dims (Matryoshka), which takes less memory.
+    """
+
+    model: str
+    query_task: str | None = None
+    target_task: str | None = None
+    dim: int | None = None
 
 
 def mine_negatives(
     directories: Sequence[str],
+    target: Target,
+    embedding: Embedding,
     *,
-    out: str,
-    name: str,
-    model: str,
     guards: Guards | None = None,
-    query_task: str | None = None,
-    target_task: str | None = None,
-    dim: int | None = None,
     similarity: float = 0.8,
     exact_up_to: int = EXACT_UP_TO,
-    samples_per_shard: int = 1000,
     execution: Execution | None = None,
-) -> dict[str, Any] | None:
-    """Write text pairs as triplets with hard negatives, OUT/text-triplets/NAME.
+) -> JsonObject | None:
+    """Write text pairs to `target` as triplets with hard negatives.
 
-    A pair's first query is embedded, and its first target in other words; the negatives of a query are targets of other
-    pairs, with all their alternatives. A pair for which too few pass the guards is dropped.
+    Of a pair the first query is embedded, and the first target that differs from it. The negatives of a query are
+    targets of other pairs, with all their alternatives. A pair with too few negatives is dropped.
 
     Args:
-        model: a directory of a text tower, or of a model of ours with its `text/`.
-        query_task, target_task: `task` of `TextTower.encode` for either side.
-        dim: search by the first `dim` dims (Matryoshka): less memory.
-        similarity: of texts that count as the same query or the same answer, estimated Jaccard.
-        exact_up_to: so many pairs are searched exactly, more by inverted lists.
+        similarity: texts with this estimated Jaccard similarity or more count as the same query or answer.
+        exact_up_to: up to so many pairs the search is exact; for more it uses inverted lists.
 
     Raises:
         UserError: no text pairs, no such model, or a library is not installed.
     """
     guards = guards or Guards()
-    datasets = open_alike(directories)
+    datasets = passes.open_alike(directories)
     if datasets[0].kind != "text-pairs":
         raise UserError(f"{datasets[0].directory} holds {datasets[0].kind}; expected text-pairs")
-    pieces = pieces_of(datasets)
-    embedding = {
-        "model": str(_text_folder(Path(model)).resolve()),
-        "query_task": query_task,
-        "target_task": target_task,
-        "dim": dim,
-    }
-    survey = Survey(out, name, f"{__name__}:embed", pieces, embedding)
-    settings = {"count": guards.count, "ranks": list(guards.ranks), "margin": guards.margin, "similarity": similarity}
+    pieces = passes.pieces_of(datasets)
+    encoding = {**asdict(embedding), "model": str(_text_folder(Path(embedding.model)).resolve())}
+    survey = passes.Survey(target, f"{__name__}:embed", pieces, encoding)
     job = Job(
         title="negatives",
-        name=name,
-        out=out,
+        target=target,
         work=f"{__name__}:compose",
-        pieces=with_decisions(survey, pieces),
+        pieces=passes.with_decisions(survey, pieces),
         options={
-            **embedding,
-            **settings,
+            **encoding,
+            **asdict(guards),
+            "similarity": similarity,
             "exact_up_to": exact_up_to,
             "datasets": [str(dataset.directory.resolve()) for dataset in datasets],
         },
-        samples_per_shard=samples_per_shard,
         tokenizer_sha256=datasets[0].manifest["tokenizer_sha256"],
     )
-    return two_passes(
+    return passes.two_passes(
         survey, job, lambda done: _decide(done, guards, similarity, exact_up_to), execution or Execution()
     )
 
 
-def embed(piece: dict[str, Any], options: dict[str, Any], output: Output) -> None:
-    """The survey: unit embeddings of query and target, and what tells whether two pairs ask or answer the same."""
+def embed(piece: JsonObject, options: JsonObject, output: Output) -> None:
+    """The survey: unit embeddings and MinHash signatures of query and target, and the item."""
     queries, targets, items = [], [], []
-    for sample in samples_of(piece):
+    for sample in passes.samples_of(piece):
         output.came_in()
         if not sample.content["query"] or not sample.content["target"]:
             raise UserError(
                 f"{piece['dataset']}: sample {sample.row.key!r} has no query or no target; it is no text pair"
             )
         queries.append(sample.content["query"][0]["text"])
-        targets.append(_other_words(sample.content["target"], queries[-1]))
+        targets.append(_different_text(sample.content["target"], queries[-1]))
         item = f"{sample.content.get('source')}:{sample.content.get('item', sample.row.key)}"
         items.append(int.from_bytes(hashlib.sha256(item.encode("utf-8", "replace")).digest()[:8], "big"))
     tower = _tower(options["model"])
@@ -120,34 +107,34 @@ def embed(piece: dict[str, Any], options: dict[str, Any], output: Output) -> Non
         except ValueError as error:
             raise UserError(f"{options['model']}: {error}") from error
         sides |= {side: rows.astype(np.float16), **arrays_of(side, signatures(texts))}
-    save(Path(piece["survey"]), items=np.array(items, np.uint64), **sides)
+    passes.save(Path(piece["survey"]), items=np.array(items, np.uint64), **sides)
 
 
-def compose(piece: dict[str, Any], options: dict[str, Any], output: Output) -> None:
+def compose(piece: JsonObject, options: JsonObject, output: Output) -> None:
     """The rewriting pass: each pair with the targets that were chosen for it."""
     corpus = _corpus(tuple(options["datasets"]))
-    for sample, chosen in zip(samples_of(piece), decision(piece).tolist(), strict=True):
+    for sample, chosen in zip(passes.samples_of(piece), passes.decision(piece).tolist(), strict=True):
         output.came_in()
         if chosen[0] < 0:
             output.drop(f"fewer than {options['count']} negatives passed the guards", sample.row.key)
             continue
         sample.content["negatives"] = [corpus.target(pair) for pair in chosen]
-        write(output, piece, sample, kind="text-triplets", tokens=None)
+        passes.write(output, piece, sample, kind="text-triplets", tokens=None)
 
 
-def _decide(survey: Survey, guards: Guards, similarity: float, exact_up_to: int) -> Iterator[np.ndarray]:
+def _decide(survey: passes.Survey, guards: Guards, similarity: float, exact_up_to: int) -> Iterator[np.ndarray]:
     files = survey.files()
     known = Known(
         query=_groups(files, "query", similarity),
         answer=_groups(files, "target", similarity),
-        item=np.unique(np.concatenate([load(file, "items")["items"] for file in files]), return_inverse=True)[1],
+        item=np.unique(np.concatenate([passes.load(file, "items")["items"] for file in files]), return_inverse=True)[1],
     )
     index = build_index(
-        lambda: (load(file, "target")["target"] for file in files), len(known.query), exact_up_to=exact_up_to
+        lambda: (passes.load(file, "target")["target"] for file in files), len(known.query), exact_up_to=exact_up_to
     )
     answers_of, first = known.answers_of(), 0
     for file in files:
-        part = load(file, "query", "target")
+        part = passes.load(file, "query", "target")
         scores, neighbours = search(index, part["query"], guards.ranks[1] + _SPARE)
         positives = (part["query"].astype(np.float32) * part["target"].astype(np.float32)).sum(axis=1)
         yield choose(neighbours, scores, positives, first, known, answers_of, guards)
@@ -155,28 +142,32 @@ def _decide(survey: Survey, guards: Guards, similarity: float, exact_up_to: int)
 
 
 def _groups(files: Sequence[Path], side: str, similarity: float) -> np.ndarray:
-    with Stored(files, side) as stored:
+    with SignatureStore(files, side) as stored:
         return near_duplicates(stored, similarity=similarity)
 
 
 class _Corpus:
-    """The targets of all pairs, by number, as the survey numbered them."""
+    """The targets of all pairs, by the numbers of the survey."""
 
     def __init__(self, directories: Sequence[str]) -> None:
         self._datasets = [Dataset.open(directory) for directory in directories]
         self._begins = np.cumsum([0, *(len(dataset) for dataset in self._datasets)])
 
-    def target(self, pair: int) -> list[Record]:
+    def target(self, pair: int) -> list[passes.TextDict]:
         number = int(np.searchsorted(self._begins, pair, "right")) - 1
-        return sample_at(self._datasets[number], pair - int(self._begins[number])).content["target"]
+        texts: list[passes.TextDict] = passes.sample_at(
+            self._datasets[number], pair - int(self._begins[number])
+        ).content["target"]
+        return texts
 
 
 _corpus = functools.lru_cache(1)(_Corpus)
 
 
-def _other_words(alternatives: Sequence[Record], query: str) -> str:
-    """The first alternative that does not repeat the query, as names in many languages do; else the first."""
-    return next((text["text"] for text in alternatives if text["text"] != query), alternatives[0]["text"])
+def _different_text(alternatives: Sequence[passes.TextDict], query: str) -> str:
+    """The first alternative that differs from the query (names are equal in many languages); else the first."""
+    texts: list[str] = [text["text"] for text in alternatives]
+    return next((text for text in texts if text != query), texts[0])
 
 
 def _text_folder(model: Path) -> Path:

@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import needs
+from data_prep.errors import needs
 
 EXACT_UP_TO = 200_000
-_PROBED = 64  # lists looked at for each query; of 4·√N
+_PROBED = 64  # lists searched for each query, of 4·√N
 _TRAINED_ON = 64  # vectors a list
 
 
 def build_index(
     parts: Callable[[], Iterable[np.ndarray]], count: int, *, exact_up_to: int = EXACT_UP_TO, seed: int = 0
 ) -> Any:
-    """A faiss index over `count` vectors that `parts()` gives, `[n, D]` each: exact, or inverted lists if many.
+    """A faiss index over the `count` vectors of `parts()`, `[n, D]` each: exact, or inverted lists for many.
 
-    Inverted lists are trained on vectors drawn with `seed`, for which `parts` is called a second time.
+    Inverted lists are trained on a sample drawn with `seed`, for which `parts` is called once more.
     """
     faiss = needs("faiss", extra="negatives", what="mining negatives")
     width = next(iter(parts())).shape[1]
@@ -40,7 +40,8 @@ def build_index(
 
 def search(index: Any, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """(scores, numbers) of the `k` nearest of each query, `[Q, k]`, nearest first; number -1 where there is none."""
-    return index.search(_floats(queries), min(k, index.ntotal))
+    scores, numbers = index.search(_floats(queries), min(k, index.ntotal))
+    return scores, numbers
 
 
 def _floats(vectors: np.ndarray) -> np.ndarray:

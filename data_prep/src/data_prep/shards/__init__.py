@@ -10,10 +10,10 @@ The index makes every sample addressable by number, so a sampler can be arithmet
 needs the standard library alone.
 """
 
-from .dataset import Dataset, Row
-from .format import KINDS, MANIFEST, SCHEMA, ShardError, ShardUnavailable, index_name
-from .lock import InUse, alone
-from .writer import DatasetWriter, ShardWriter, write_manifest
+from data_prep.shards.dataset import Dataset, Row
+from data_prep.shards.format import KINDS, MANIFEST, SCHEMA, ShardError, ShardUnavailable, index_name
+from data_prep.shards.lock import InUse, alone
+from data_prep.shards.writer import DatasetWriter, ShardWriter, write_manifest
 
 __all__ = [
     "KINDS",

@@ -15,20 +15,20 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from .format import MANIFEST, SCHEMA, ShardError, ShardUnavailable, check_kind, index_name
+from data_prep.shards.format import MANIFEST, SCHEMA, JsonObject, ShardError, ShardUnavailable, check_kind, index_name
 
-# Indexes and open files of so many shards are kept; more would run into the usual limit of 1,024 open files.
+# Shards whose index and file stay open; the usual limit of a process is 1,024 open files.
 _SHARDS_KEPT = 128
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a sidecar: where a sample lies and what is known of it without reading it."""
+    """One line of a sidecar: where a sample is and what is known without reading it."""
 
     key: str
     members: dict[str, tuple[int, int]]  # extension -> offset and size of the data in the tar, in bytes
     languages: tuple[str, ...]
-    tokens: int | None  # of its longest text; None if nobody counted
+    tokens: int | None  # of its longest text; None if not counted
     sha256: str  # of the members' bytes, in order
     shard: str  # name of the tar
 
@@ -36,7 +36,7 @@ class Row:
 class Dataset:
     """A data set on the disk, opened by `Dataset.open(directory)`.
 
-    One that lies elsewhere derives from this class and gives `open_file` of its own.
+    A data set elsewhere (object storage) subclasses this and overrides `open_file`.
 
     Args:
         directory: its folder.
@@ -98,12 +98,12 @@ class Dataset:
         number, place = self._locate(index)
         shard = self._shard(number)
         row = shard.rows[place]
-        tar = self._tar(shard)  # held here, it stays open
+        tar = self._tar(shard)  # this reference keeps it open
         digest = hashlib.sha256()
         members = {}
         for extension, (offset, size) in row.members.items():
             try:
-                # The file's own position is not used, so threads do not disturb one another.
+                # pread does not use the file's position, so threads do not disturb one another.
                 data = os.pread(tar.fileno(), size, offset)
             except OSError as error:
                 raise ShardError(f"{shard.path}: sample {row.key!r} cannot be read ({error.strerror})") from error
@@ -134,7 +134,7 @@ class Dataset:
         """A tar or sidecar, opened for reading without a buffer.
 
         Raises:
-            OSError, ShardUnavailable: it cannot be had.
+            OSError, ShardUnavailable: it cannot be opened.
         """
         return (self.directory / name).open("rb", buffering=0)
 
@@ -156,7 +156,7 @@ class Dataset:
             path = self.directory / entry["name"]
             shard = self._open_shards[number] = _Shard(path, self._rows(path, entry["samples"]))
             if len(self._open_shards) > _SHARDS_KEPT:
-                self._open_shards.popitem(last=False)  # closed when the last thread that reads from it lets go
+                self._open_shards.popitem(last=False)  # closed once no thread reads from it
             return shard
 
     def _rows(self, tar: Path, samples: int) -> list[Row]:
@@ -187,7 +187,7 @@ class Dataset:
 
 
 class _Shard:
-    """A parsed sidecar, and its tar once something was read from it."""
+    """A parsed sidecar, and its tar once it is open."""
 
     def __init__(self, path: Path, rows: list[Row]) -> None:
         self.path, self.rows = path, rows
@@ -219,9 +219,9 @@ def _read_manifest(directory: Path) -> bytes:
     )
 
 
-def _parse_manifest(path: Path, raw: bytes) -> dict[str, Any]:
+def _parse_manifest(path: Path, raw: bytes) -> JsonObject:
     try:
-        manifest = json.loads(raw)
+        manifest: JsonObject = json.loads(raw)
         schema = manifest["schema"]
         if schema != SCHEMA:
             raise ShardError(f"{path}: schema {schema!r}, expected {SCHEMA!r}; build the data set again")

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 SCHEMA = "trilith-shards/1"
-KINDS = ("text-pairs", "text-triplets", "image-short", "image-long")
 MANIFEST = "manifest.json"
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # of the member that is a sample's image; we write no jpeg
+
+JsonObject = dict[str, Any]
+"""A parsed JSON object, or one to be written; values from outside are checked where they are used."""
+
+# Each kind of data set, with the lists of texts that the .json of its samples must have.
+KINDS = {
+    "text-pairs": ("query", "target"),
+    "text-triplets": ("query", "target", "negatives"),
+    "image-short": ("captions",),
+    "image-long": ("captions",),
+}
+
+# The extensions that a sample's image may have, with their media types. We never write "jpeg".
+IMAGE_TYPES = {"jpg": "image/jpeg", "jpeg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
 
 # webdataset splits a member's name at its first dot; a plain tar header holds names of 100 bytes at most.
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")
@@ -50,8 +63,8 @@ def check_sample(kind: str, key: str, extensions: Iterable[str]) -> None:
         if found != ["json"]:
             raise ShardError(f"sample {key!r} of {kind} has the members {found}; expected json alone")
         return
-    images = [extension for extension in found if extension in IMAGE_EXTENSIONS]
+    images = [extension for extension in found if extension in IMAGE_TYPES]
     captions = [extension for extension in found if extension in ("json", "txt")]
     if len(images) != 1 or not captions or len(images) + len(captions) != len(found):
-        expected = f"one of {', '.join(IMAGE_EXTENSIONS)} and json or txt"
+        expected = f"one of {', '.join(IMAGE_TYPES)} and json or txt"
         raise ShardError(f"sample {key!r} of {kind} has the members {found}; expected {expected}")

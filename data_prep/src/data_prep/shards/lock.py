@@ -1,4 +1,4 @@
-"""One process at a time where two would spoil each other's work."""
+"""A lock file, for work that one process at a time may do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from .format import ShardError
+from data_prep.shards.format import ShardError
 
 _HELD = (errno.EACCES, errno.EAGAIN)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -25,17 +25,17 @@ class InUse(ShardError):
 
 @contextlib.contextmanager
 def alone(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
-    """Holds the lock file `path`, which is gone afterwards. The lock itself goes with the process that holds it,
-    however that ends; a file that a killed process leaves holds nobody up.
+    """Hold the lock file `path`, which is removed afterwards. The system releases the lock when the process ends,
+    however it ends, so a file left by a killed process blocks nobody.
 
-    It is the system's record lock (fcntl, POSIX): other machines that share the folder see it, too, and processes that
-    this one forks do not inherit it, so none that outlives this one keeps it. Threads of one process do not exclude
-    each other. Where a file system has no locks this is said, and the work goes on.
+    It is a record lock (fcntl, POSIX): machines that share the folder see it, and forked children, which may outlive
+    this process, do not inherit it. Threads of one process do not exclude each other. On a file system without locks
+    a warning is printed and the work goes on.
 
     Args:
-        path: made with the folders above it.
-        what: that is in use, for the message ("the run's folder runs/a").
-        wait: for the process that holds it, instead of raising.
+        path: created, with its parent folders.
+        what: is in use, for the message ("the run's folder runs/a").
+        wait: until the lock is free, instead of raising.
 
     Raises:
         InUse: another process holds it.
@@ -46,7 +46,9 @@ def alone(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
         yield
     finally:
         if file is not None:
-            path.unlink(missing_ok=True)  # while it is held: whoever waits for it looks whether it is still this file
+            path.unlink(
+                missing_ok=True
+            )  # before the release: a waiting process checks that the file is still there (`_is`)
             file.close()
 
 
@@ -76,8 +78,8 @@ def _acquire(path: Path, what: str, wait: bool) -> IO[str] | None:
             return None
         if _is(path, file):
             break
-        file.close()  # whoever held it has removed it
-    with contextlib.suppress(OSError):  # a full disk holds nobody up
+        file.close()  # the previous holder removed it
+    with contextlib.suppress(OSError):  # the note is not needed: a full disk must not stop the work
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         file.flush()

@@ -1,4 +1,4 @@
-"""Writing a data set: the same samples always give the same bytes, and it appears whole or not at all."""
+"""Writing a data set: the same samples give the same bytes, and it appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,13 +7,21 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from .files import TarFile, refused, sync_directory, write_file
-from .format import MANIFEST, SCHEMA, ShardError, check_kind, check_sample, index_name, shard_name
-from .lock import alone
+from data_prep.shards.files import TarFile, refused, sync_directory, write_file, writing
+from data_prep.shards.format import (
+    MANIFEST,
+    SCHEMA,
+    JsonObject,
+    ShardError,
+    check_kind,
+    check_sample,
+    index_name,
+    shard_name,
+)
+from data_prep.shards.lock import alone
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
@@ -29,10 +37,8 @@ class ShardWriter:
         self.path = Path(path)
         self._kind = kind
         self._rows: dict[str, str] = {}
-        try:
+        with writing(self.path):
             self._tar = TarFile(self.path)
-        except OSError as error:
-            raise refused(self.path, error) from error
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -42,48 +48,50 @@ class ShardWriter:
         check_sample(self._kind, key, members)
         if key in self._rows:
             raise ShardError(f"sample key {key!r} comes twice in {self.path}; keys name samples and must differ")
-        try:
+        with writing(self.path):
             places = {extension: self._tar.add(f"{key}.{extension}", data) for extension, data in members.items()}
-        except OSError as error:
-            raise refused(self.path, error) from error
-        digest = hashlib.sha256()
-        for data in members.values():
-            digest.update(data)
-        row = {
-            "key": key,
-            "members": places,
-            "languages": list(languages),
-            "tokens": tokens,
-            "sha256": digest.hexdigest(),
-        }
-        self._rows[key] = _encode(row)
+        self._rows[key] = sidecar_row(key, places, members.values(), languages, tokens)
 
-    def finish(self) -> dict[str, Any]:
-        """Put both files on the disk; gives the shard's entry in the manifest."""
+    def finish(self) -> JsonObject:
+        """Flush and rename both files; returns the shard's entry in the manifest."""
         index = "".join(row + "\n" for row in self._rows.values()).encode("utf-8", "replace")  # as in the .json
-        try:
+        with writing(self.path):
             size, digest = self._tar.finish()
             write_file(self.path.with_name(index_name(self.path.name)), index)
-        except OSError as error:
-            raise refused(self.path, error) from error
-        return {
-            "name": self.path.name,
-            "samples": len(self._rows),
-            "bytes": size,
-            "sha256": digest,
-            "index_bytes": len(index),
-            "index_sha256": hashlib.sha256(index).hexdigest(),
-        }
+        return manifest_entry(self.path.name, len(self._rows), size, digest, index)
 
     def abandon(self) -> None:
-        """Leave nothing behind; without effect after `finish`."""
+        """Remove the unfinished files; no effect after `finish`."""
         self._tar.abandon()
 
 
+def sidecar_row(
+    key: str, places: Mapping[str, Sequence[int]], data: Iterable[bytes], languages: Sequence[str], tokens: int | None
+) -> str:
+    """A line of a sidecar: offset and size of each member, and the hash of the members' `data` in this order."""
+    digest = hashlib.sha256()
+    for part in data:
+        digest.update(part)
+    row = {"key": key, "members": places, "languages": list(languages), "tokens": tokens, "sha256": digest.hexdigest()}
+    return _encode(row)
+
+
+def manifest_entry(name: str, samples: int, size: int, sha256: str, index: bytes) -> JsonObject:
+    """A shard's entry in the manifest: size and hash of its tar, and those of its sidecar `index`."""
+    return {
+        "name": name,
+        "samples": samples,
+        "bytes": size,
+        "sha256": sha256,
+        "index_bytes": len(index),
+        "index_sha256": hashlib.sha256(index).hexdigest(),
+    }
+
+
 def write_manifest(
-    directory: Path, *, kind: str, source: str, shards: Sequence[dict[str, Any]], tokenizer_sha256: str | None = None
+    directory: Path, *, kind: str, source: str, shards: Sequence[JsonObject], tokenizer_sha256: str | None = None
 ) -> None:
-    """Make a data set of the shards in `directory`, by the entries that `ShardWriter.finish` gave, in their order."""
+    """Write the manifest of the shards in `directory`: the entries that `ShardWriter.finish` returned, in order."""
     manifest = {
         "schema": SCHEMA,
         "kind": check_kind(kind),
@@ -92,11 +100,9 @@ def write_manifest(
         "shards": list(shards),
         "tokenizer_sha256": tokenizer_sha256,
     }
-    try:
+    with writing(directory / MANIFEST):
         write_file(directory / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
         sync_directory(directory)
-    except OSError as error:
-        raise refused(directory / MANIFEST, error) from error
 
 
 class DatasetWriter:
@@ -137,7 +143,7 @@ class DatasetWriter:
         self._partial = self.directory.with_name(self.directory.name + ".partial")
         self._held = contextlib.ExitStack()
         self._keys: set[str] = set()
-        self._finished: list[dict[str, Any]] = []
+        self._finished: list[JsonObject] = []
         self._shard: ShardWriter | None = None
 
     def __enter__(self) -> DatasetWriter:
@@ -146,7 +152,7 @@ class DatasetWriter:
         try:
             lock = self.directory.with_name(f".{self.directory.name}.lock")
             self._held.enter_context(alone(lock, f"{self.directory} is being written: it"))
-            if self.directory.exists():  # by a writer that has just ended
+            if self.directory.exists():  # a writer has just finished it
                 self._held.close()
                 raise ShardError(f"{self.directory}: exists already; remove it or write somewhere else")
             if self._partial.exists():
@@ -182,7 +188,7 @@ class DatasetWriter:
         finally:
             if self._shard is not None:
                 self._shard.abandon()
-            shutil.rmtree(self._partial, ignore_errors=True)  # after the rename there is nothing there
+            shutil.rmtree(self._partial, ignore_errors=True)  # gone already if it was renamed
             self._held.close()
 
     def _finish_shard(self, shard: ShardWriter) -> None:
@@ -201,8 +207,6 @@ class DatasetWriter:
             shards=self._finished,
             tokenizer_sha256=self._tokenizer_sha256,
         )
-        try:
+        with writing(self.directory):
             self._partial.rename(self.directory)
             sync_directory(self.directory.parent)
-        except OSError as error:
-            raise refused(self.directory, error) from error

@@ -1,22 +1,23 @@
-"""Importers: what others publish, turned into records that become samples. One module a family of sources.
+"""Importers: published data to records, which become samples. One module for each family of sources.
 
-`SOURCES` is the list, in the order in which `data-prep import --help` shows it; `EVALSETS` that of `data-prep evalset`.
+`SOURCES` lists them in the order of `data-prep import --help`; `EVALSETS` lists those of `data-prep evalset`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from .captions import ArxivCap, Karpathy, ShareGpt4v
-from .evalsets import Coco, Flickr30k, Xm3600, Xtd10
-from .folder import Folder
-from .img2dataset import DataComp, Img2dataset
-from .pdf import PdfFolder, TatDqa
-from .questions import ArxivQa, DocVqa, InfographicsVqa, SciGraphQa
-from .records import Source
-from .texts import Texts
-from .vidore import Vidore, VidoreBenchmark
-from .wit import Wit
+from data_prep.shards.format import JsonObject
+from data_prep.sources.captions import ArxivCap, Karpathy, ShareGpt4v
+from data_prep.sources.evalsets import Coco, Flickr30k, Xm3600, Xtd10
+from data_prep.sources.folder import Folder
+from data_prep.sources.img2dataset import DataComp, Img2dataset
+from data_prep.sources.pdf import PdfFolder, TatDqa
+from data_prep.sources.questions import ArxivQa, DocVqa, InfographicsVqa, SciGraphQa
+from data_prep.sources.records import Source
+from data_prep.sources.texts import Texts
+from data_prep.sources.vidore import Vidore, VidoreBenchmark
+from data_prep.sources.wit import Wit
 
 SOURCES: dict[str, type[Any]] = {
     "images": Folder,
@@ -45,10 +46,11 @@ EVALSETS: dict[str, type[Any]] = {
 }
 
 
-def source_of(options: dict[str, Any]) -> Source:
-    """The source that a unit's options name."""
+def source_of(options: JsonObject) -> Source:
+    """The source that a unit's options describe."""
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in options["values"].items()}
-    return (EVALSETS if options["evalset"] else SOURCES)[options["source"]](**values)
+    source: Source = (EVALSETS if options["evalset"] else SOURCES)[options["source"]](**values)
+    return source
 
 
 __all__ = ["EVALSETS", "SOURCES", "Source", "source_of"]

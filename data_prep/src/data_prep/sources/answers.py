@@ -1,4 +1,4 @@
-"""Questions and answers about an image as its captions: the query and the answer, one after the other."""
+"""Questions and answers about an image as its captions: the question followed by the answer."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-from ..samples import Text
-from .records import Dropped, Found, ImageRecord
+from data_prep.samples import Text
+from data_prep.sources.folder import inside
+from data_prep.sources.records import Dropped, Found, ImageRecord
 
 _OPTION = re.compile(r"\s*\(?([A-Za-z])(?:[).:]\s*|$)")  # "B", "(B)", "B) text", "B. text"
 
 Question = tuple[str, str | None, Text | Dropped]  # where, name of the image, caption
 
 
-def answer_text(value: Any) -> str:
+def answer_text(value: object) -> str:
     """An answer as text: a string, a number, or a list of either; "" if there is none."""
     if isinstance(value, list):
         return ", ".join(filter(None, map(answer_text, value)))
@@ -28,8 +28,8 @@ def answer_text(value: Any) -> str:
     return value.strip() if isinstance(value, str) else str(value) if isinstance(value, int | float) else ""
 
 
-def listed(value: Any) -> Any:
-    """A list that somebody stored as the text of a Python list ("['A', 'B']"); other values stay what they are."""
+def listed(value: object) -> object:
+    """Parse a list that is stored as the text of a Python list ("['A', 'B']"); other values are returned unchanged."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             found = ast.literal_eval(value.strip())
@@ -39,8 +39,8 @@ def listed(value: Any) -> Any:
     return value
 
 
-def chosen(label: Any, options: Any) -> Any:
-    """The text of the option that an answer's letter names ("B", "(b)", "B) 3.5"); the label itself if it is none."""
+def chosen(label: object, options: object) -> object:
+    """The text of the option that a letter stands for ("B", "(b)", "B) 3.5"); other labels are returned unchanged."""
     match = _OPTION.match(label) if isinstance(label, str) else None
     if match is None or not isinstance(options, list):
         return label
@@ -50,7 +50,7 @@ def chosen(label: Any, options: Any) -> Any:
     return re.sub(r"^\s*\(?[A-Za-z][).:]\s*", "", options[place]) or options[place]
 
 
-def question_caption(question: Any, answer: str, *, where: str, origin: str, language: str = "en") -> Text | Dropped:
+def question_caption(question: object, answer: str, *, where: str, origin: str, language: str = "en") -> Text | Dropped:
     """The caption for a question and its answer."""
     if not isinstance(question, str) or not question.strip():
         return Dropped("no question", where)
@@ -60,9 +60,7 @@ def question_caption(question: Any, answer: str, *, where: str, origin: str, lan
 
 
 def by_image(questions: Iterable[Question], folder: Path) -> Iterator[Found]:
-    """One record for questions in a row that are about one image in `folder`; each is one of its captions."""
-    from .folder import inside
-
+    """One record for consecutive questions about one image in `folder`; each is one of its captions."""
     for name, group in groupby(questions, key=lambda question: question[1]):
         captions: list[Text] = []
         first = ""
@@ -82,5 +80,5 @@ def by_image(questions: Iterable[Question], folder: Path) -> Iterator[Found]:
 
 
 def unique(captions: Sequence[Text]) -> list[Text]:
-    """Captions without repetitions, in their order."""
+    """Captions without duplicates, in order."""
     return list(dict.fromkeys(captions))

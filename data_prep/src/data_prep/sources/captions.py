@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from ..image_rule import ImageRule
-from ..samples import Text
-from .folder import inside
-from .json_lists import list_pieces, read_list
-from .parquet import image_bytes, parquet_pieces, read_parquet
-from .questions import DOCUMENTS
-from .records import Dropped, Found, ImageRecord, argument, from_rows, option
-from .texts import files_in
+from data_prep.image_rule import ImageRule
+from data_prep.samples import Text
+from data_prep.shards.format import JsonObject
+from data_prep.sources.folder import inside
+from data_prep.sources.json_lists import list_pieces, read_list
+from data_prep.sources.parquet import image_bytes, parquet_pieces, read_parquet
+from data_prep.sources.questions import DOCUMENTS
+from data_prep.sources.records import Dropped, Found, ImageRecord, argument, from_rows, option
+from data_prep.sources.texts import files_in
 
 _ELEMENTS = 1000
 
@@ -32,15 +33,15 @@ class ShareGpt4v:
     images: str = argument("folder from which the image names start")
     origin: str = option("synthetic:sharegpt4v", "where the captions came from")
 
-    def pieces(self) -> Iterator[dict[str, Any]]:
+    def pieces(self) -> Iterator[JsonObject]:
         """A thousand images each."""
         yield from list_pieces(self.conversations, _ELEMENTS)
 
-    def read(self, piece: dict[str, Any]) -> Iterator[Found]:
+    def read(self, piece: JsonObject) -> Iterator[Found]:
         """A record a conversation."""
         return from_rows(read_list(piece), self._record)
 
-    def _record(self, where: str, fields: dict[str, Any]) -> Iterator[Found]:
+    def _record(self, where: str, fields: JsonObject) -> Iterator[Found]:
         name, turns = fields.get("image"), fields.get("conversations")
         if not isinstance(name, str) or not name:
             yield Dropped("conversation without an image", where)
@@ -72,15 +73,15 @@ class Karpathy:
     images: str = argument("folder of the images (COCO: the one that holds train2014 and val2014)")
     splits: str = option("train,restval", "splits to take, with commas")
 
-    def pieces(self) -> Iterator[dict[str, Any]]:
+    def pieces(self) -> Iterator[JsonObject]:
         """A thousand images each."""
         yield from list_pieces(self.dataset, _ELEMENTS, key="images")
 
-    def read(self, piece: dict[str, Any]) -> Iterator[Found]:
+    def read(self, piece: JsonObject) -> Iterator[Found]:
         """A record an image of the splits."""
         return from_rows(read_list(piece), self._record)
 
-    def _record(self, where: str, fields: dict[str, Any]) -> Iterator[Found]:
+    def _record(self, where: str, fields: JsonObject) -> Iterator[Found]:
         splits = self.splits.split(",")
         if fields.get("split") not in splits:
             yield Dropped("of another split", where)
@@ -114,15 +115,15 @@ class ArxivCap:
 
     files: tuple[str, ...] = argument("parquet files, or folders of them")
 
-    def pieces(self) -> Iterator[dict[str, Any]]:
+    def pieces(self) -> Iterator[JsonObject]:
         """Some papers each."""
         yield from parquet_pieces(files_in(self.files, (".parquet",)), 100, columns=("caption_images",))
 
-    def read(self, piece: dict[str, Any]) -> Iterator[Found]:
+    def read(self, piece: JsonObject) -> Iterator[Found]:
         """A record for each image of each figure."""
         return from_rows(read_parquet(piece, ("caption_images",)), self._record)
 
-    def _record(self, paper: str, fields: dict[str, Any]) -> Iterator[Found]:
+    def _record(self, paper: str, fields: JsonObject) -> Iterator[Found]:
         for figure_number, figure in enumerate(fields.get("caption_images") or [], 1):
             for part_number, part in enumerate((figure or {}).get("cil_pairs") or [], 1):
                 where = f"{paper}, figure {figure_number}, part {part_number}"

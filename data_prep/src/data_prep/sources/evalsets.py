@@ -1,7 +1,7 @@
-"""Evaluation sets of photos with captions, as pools that the evaluator reads: Crossmodal-3600, XTD10, Flickr30k, COCO.
+"""Evaluation sets of captioned photos, as pools for the evaluator: Crossmodal-3600, XTD10, Flickr30k, COCO.
 
-Every caption is kept, in the order of the source. Those that the published figures rest on have the role "name", which
-the evaluator asks for: all five of Flickr30k and COCO; of Crossmodal-3600 the first in each language, as in LAION's
+Every caption is kept, in the order of the source. Those that published figures use have the role "name", which the
+evaluator reads: all five of Flickr30k and COCO; of Crossmodal-3600 the first in each language, as in LAION's
 loader.
 """
 
@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..errors import UserError
-from ..image_rule import ImageRule
-from ..samples import Text
-from .files import stamp
-from .folder import inside
-from .records import Dropped, Found, ImageRecord, argument
+from data_prep.errors import UserError
+from data_prep.image_rule import ImageRule
+from data_prep.samples import Text
+from data_prep.shards.format import JsonObject
+from data_prep.sources.file_stat import file_stat
+from data_prep.sources.folder import inside
+from data_prep.sources.records import Dropped, Found, ImageRecord, argument
 
 _IMAGES = 500
 _XTD_CODES = {"jp": "ja"}  # as its files are called
@@ -29,7 +30,7 @@ Photo = tuple[str, list[Text]]  # file name below the folder of images, captions
 
 @dataclass(frozen=True)
 class _Photos(ABC):
-    """What these sets share: a small list of captions, which every piece reads whole, and a folder of images."""
+    """Base class: a small list of captions, which every piece reads whole, and a folder of images."""
 
     image: ClassVar[ImageRule | None] = ImageRule(512, kernel="bicubic")
 
@@ -38,9 +39,9 @@ class _Photos(ABC):
 
     @abstractmethod
     def photos(self) -> list[Photo]:
-        """All images of the set. OSError, ValueError, KeyError or TypeError if the list is not of the set's form."""
+        """All images of the set. OSError, ValueError, KeyError or TypeError if the list has another format."""
 
-    def pieces(self) -> Iterator[dict[str, Any]]:
+    def pieces(self) -> Iterator[JsonObject]:
         """Some hundred images each."""
         if not Path(self.images).is_dir():
             raise UserError(f"{self.images}: no such folder")
@@ -49,11 +50,11 @@ class _Photos(ABC):
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.captions}: not the captions of this set ({error!r})") from error
         captions = Path(self.captions)
-        stamps = [stamp(path) for path in (sorted(captions.glob("*.txt")) if captions.is_dir() else [captions])]
+        stamps = [file_stat(path) for path in (sorted(captions.glob("*.txt")) if captions.is_dir() else [captions])]
         for first in range(0, count, _IMAGES):
             yield {"first": first, "end": min(first + _IMAGES, count), "stamps": stamps}
 
-    def read(self, piece: dict[str, Any]) -> Iterator[Found]:
+    def read(self, piece: JsonObject) -> Iterator[Found]:
         """A record an image."""
         for name, captions in self.photos()[piece["first"] : piece["end"]]:
             path = inside(Path(self.images), name)

@@ -1,4 +1,4 @@
-"""A folder of images and a table of captions: what most people come with."""
+"""A folder of images and a table of captions, the usual form of private data."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..errors import UserError
-from ..image_rule import ImageRule
-from ..samples import Text
-from .records import Dropped, Found, ImageRecord, argument, from_rows, option, pick
-from .tables import is_json_lines, read_table, table_columns, table_pieces
+from data_prep.errors import UserError
+from data_prep.image_rule import ImageRule
+from data_prep.samples import Text
+from data_prep.shards.format import JsonObject
+from data_prep.sources.records import Dropped, Found, ImageRecord, argument, from_rows, option, pick
+from data_prep.sources.tables import is_json_lines, read_table, table_columns, table_pieces
 
 _ROWS = 500
 _IMAGE = ("image", "file", "file_name", "filename", "filepath", "path", "image_path")
@@ -26,8 +27,8 @@ _LANGUAGE = ("language", "lang", "locale")
 class Folder:
     """a folder of images with a CSV, TSV or JSONL table of captions
 
-    The columns are found by their usual names, or named by options. A row is a sample; a caption may be a list (JSONL)
-    of alternatives. An image that is in no row is left alone.
+    Columns are found by their usual names, or named by options. A row is a sample; a caption may be a list (JSONL) of
+    alternatives. Images without a row are ignored.
     """
 
     image: ClassVar[ImageRule | None] = ImageRule()
@@ -45,7 +46,7 @@ class Folder:
     held_out: float = option(0.0, "share of the images for OUT/validation, the rest going to OUT/train (default: none)")
     split: str = option("", "with --held-out: one of the two (default: both)", choices=("train", "validation"))
 
-    def pieces(self) -> Iterator[dict[str, Any]]:
+    def pieces(self) -> Iterator[JsonObject]:
         """Some hundred rows each."""
         if not Path(self.folder).is_dir():
             raise UserError(f"{self.folder}: no such folder")
@@ -69,11 +70,11 @@ class Folder:
                 )
         yield from table_pieces(table, _ROWS, delimiter=self.delimiter, charset=self.charset)
 
-    def read(self, piece: dict[str, Any]) -> Iterator[Found]:
+    def read(self, piece: JsonObject) -> Iterator[Found]:
         """A record a row."""
         return from_rows(read_table(piece), self._record)
 
-    def _record(self, where: str, values: dict[str, Any]) -> Iterator[Found]:
+    def _record(self, where: str, values: JsonObject) -> Iterator[Found]:
         name = pick(values, self.image_column, _IMAGE)
         if not isinstance(name, str) or not name:
             yield Dropped("no file name", where)
@@ -103,9 +104,9 @@ class Folder:
 
 
 def _side(path: Path, held_out: float) -> str:
-    """The split of an image, by its bytes: one picture is on one side, in however many rows and under what names.
+    """The split of an image, by its bytes: one picture is in one split, whatever its rows and names.
 
-    What cannot be read is for the importer to say, once: it is of train.
+    An unreadable file is assigned to train, so that its import reports it once.
     """
     try:
         with path.open("rb") as file:
@@ -118,9 +119,9 @@ def _side(path: Path, held_out: float) -> str:
 def inside(folder: Path, name: str) -> Path | None:
     """The file of that name in a folder, or None if the name leads out of it.
 
-    A ".." is taken back before any link is followed; links that the user put into the folder are followed.
+    ".." is resolved before links; links inside the folder are followed.
     """
-    root = os.path.abspath(folder)  # "." and ".." say nothing of where a name leads
+    root = os.path.abspath(folder)  # "." and ".." resolved, for the comparison of prefixes
     path = os.path.normpath(os.path.join(root, name))
     return Path(path) if path.startswith(os.path.join(root, "")) and "\0" not in name else None
 

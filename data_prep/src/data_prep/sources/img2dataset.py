@@ -1,4 +1,4 @@
-"""Folders that img2dataset wrote, and the subsets of them that DataComp and DFN publish as lists of uids."""
+"""Folders written by img2dataset, and subsets of them that DataComp and DFN publish as lists of uids."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..errors import UserError
-from ..image_rule import ImageRule
-from ..samples import Text
-from ..shards.format import IMAGE_EXTENSIONS
-from .files import stamp
-from .records import Dropped, Found, ImageRecord, argument, option
-from .tars import TarSample, tar_samples
+from data_prep.errors import UserError
+from data_prep.image_rule import ImageRule
+from data_prep.samples import Text
+from data_prep.shards.format import IMAGE_TYPES, JsonObject
+from data_prep.sources.file_stat import file_stat
+from data_prep.sources.records import Dropped, Found, ImageRecord, argument, option
+from data_prep.sources.tars import TarSample, tar_samples
 
 _FAILED = ("failed_to_download", "failed_to_resize")
 
@@ -25,8 +25,8 @@ _FAILED = ("failed_to_download", "failed_to_resize")
 class Img2dataset:
     """a folder of shards that img2dataset wrote (output format webdataset)
 
-    Numbers may have gaps; a shard without its _stats.json was not finished and is left out. The identity of an image
-    is the sha256 of what was downloaded (compute_hash sha256), so that one picture under two addresses is one item.
+    Numbers may have gaps; a shard without its _stats.json was not finished and is skipped. The identity of an image
+    is the sha256 of the download (compute_hash sha256), so that one picture at two URLs is one item.
     """
 
     image: ClassVar[ImageRule | None] = ImageRule(384, "square")
@@ -36,11 +36,11 @@ class Img2dataset:
     language_column: str = option("language", "field of the .json that holds the language")
     origin: str = option("human", "where the captions came from")
 
-    def pieces(self) -> Iterator[dict[str, Any]]:
+    def pieces(self) -> Iterator[JsonObject]:
         """A shard each."""
         yield from shard_pieces(self.folder)
 
-    def read(self, piece: dict[str, Any]) -> Iterator[Found]:
+    def read(self, piece: JsonObject) -> Iterator[Found]:
         """A record for each image of the shard."""
         for found in read_shard(piece):
             if isinstance(found, Dropped):
@@ -50,7 +50,7 @@ class Img2dataset:
             text = fields.get("caption")
             if text is None and "txt" in sample.members:
                 text = sample.read("txt").decode("utf-8", errors="replace")
-            if not self.wants(fields):
+            if not self.selects(fields):
                 yield Dropped("uid not in the list", where)
             elif not isinstance(text, str) or not text.strip():
                 yield Dropped("no caption", where)
@@ -59,8 +59,8 @@ class Img2dataset:
                 language = found_language if isinstance(found_language, str) else self.language
                 yield image_record(where, sample, fields, short=[Text(text.strip(), language, "name", self.origin)])
 
-    def wants(self, fields: dict[str, Any]) -> bool:
-        """Whether an image belongs to the selection, by its metadata."""
+    def selects(self, fields: JsonObject) -> bool:
+        """Whether an image is selected, by its metadata."""
         return True
 
 
@@ -68,31 +68,31 @@ class Img2dataset:
 class DataComp(Img2dataset):
     """a subset of DataComp, CommonPool or DFN: downloaded shards and a .npy list of uids
 
-    The list is a sorted numpy array of two unsigned 64-bit halves of a uid. What is not in it is left out.
+    The list is a sorted numpy array of uids, each as two unsigned 64-bit halves. Other images are left out.
     """
 
     uids: str = option("", "the .npy file (dtype u8,u8); without it everything is taken")
 
-    def pieces(self) -> Iterator[dict[str, Any]]:
+    def pieces(self) -> Iterator[JsonObject]:
         """A shard each."""
         if self.uids:
             _check_sorted(self.uids)
         yield from super().pieces()
 
-    def wants(self, fields: dict[str, Any]) -> bool:
+    def selects(self, fields: JsonObject) -> bool:
         """Whether the uid is in the list."""
         return not self.uids or _is_listed(self.uids, fields.get("uid"))
 
 
 @cache
 def _uids(path: str) -> Any:
-    """The list of uids, mapped and not loaded."""
+    """The list of uids, memory-mapped."""
     import numpy as np
 
     try:
         uids = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        # numpy's own words advise to unpickle the file
+        # numpy's own message advises to unpickle the file
         raise UserError(f"{path}: not a .npy file that can be read; expected one list of uids, dtype u8,u8") from error
     if uids.dtype != np.dtype("u8,u8") or uids.ndim != 1:
         raise UserError(f"{path}: an array of {uids.dtype}; expected one list of uids, dtype u8,u8")
@@ -108,7 +108,7 @@ def _check_sorted(path: str) -> None:
 
 
 def _is_listed(path: str, uid: Any) -> bool:
-    """Whether a uid (32 hexadecimal digits) is in the list, found by halving."""
+    """Whether a uid (32 hexadecimal digits) is in the list, by binary search."""
     try:
         wanted = int(uid[:16], 16), int(uid[16:32], 16)
     except (TypeError, ValueError):
@@ -123,19 +123,19 @@ def _is_listed(path: str, uid: Any) -> bool:
     return len(uid) == 32 and place < len(uids) and at(place) == wanted
 
 
-def shard_pieces(folder: str) -> Iterator[dict[str, Any]]:
+def shard_pieces(folder: str) -> Iterator[JsonObject]:
     """The shards of a folder that img2dataset wrote. UserError if there are none."""
     tars = sorted(Path(folder).glob("*.tar"))
     if not tars:
         raise UserError(f"{folder}: holds no .tar; expected img2dataset's NNNNN.tar (output_format webdataset)")
     for tar in tars:
         stats = tar.with_name(f"{tar.stem}_stats.json")
-        finished = {"stats": str(stats), "stats_stamp": stamp(stats)} if stats.exists() else {"stats": None}
-        yield {"file": str(tar), **stamp(tar), **finished}
+        finished = {"stats": str(stats), "stats_stamp": file_stat(stats)} if stats.exists() else {"stats": None}
+        yield {"file": str(tar), **file_stat(tar), **finished}
 
 
-def read_shard(piece: dict[str, Any]) -> Iterator[Dropped | tuple[str, TarSample, dict[str, Any]]]:
-    """(where, members, metadata) of each image that a shard holds, and what img2dataset itself left out."""
+def read_shard(piece: JsonObject) -> Iterator[Dropped | tuple[str, TarSample, JsonObject]]:
+    """(where, members, metadata) of each image of a shard, and what img2dataset itself left out."""
     path = Path(piece["file"])
     if piece["stats"] is None:
         yield Dropped("shard without _stats.json: not finished", path.name)
@@ -153,7 +153,7 @@ def read_shard(piece: dict[str, Any]) -> Iterator[Dropped | tuple[str, TarSample
             yield sample
             continue
         where = f"{path.name}: {sample.name}"
-        if not any(extension in sample.members for extension in IMAGE_EXTENSIONS):
+        if not any(extension in sample.members for extension in IMAGE_TYPES):
             yield Dropped("no image", where)
             continue
         fields: Any = {}
@@ -171,10 +171,10 @@ def read_shard(piece: dict[str, Any]) -> Iterator[Dropped | tuple[str, TarSample
 
 
 def image_record(
-    where: str, sample: TarSample, fields: dict[str, Any], *, short: Sequence[Text] = (), long: Sequence[Text] = ()
+    where: str, sample: TarSample, fields: JsonObject, *, short: Sequence[Text] = (), long: Sequence[Text] = ()
 ) -> ImageRecord:
-    """The record of an image, identified by the hash of what was downloaded, or else by its key."""
-    extension = next(extension for extension in IMAGE_EXTENSIONS if extension in sample.members)
+    """The record of an image, identified by the hash of the download, or else by its key."""
+    extension = next(extension for extension in IMAGE_TYPES if extension in sample.members)
     digest = fields.get("sha256")
     item = digest if isinstance(digest, str) and digest else sample.name
     return ImageRecord(where, item, sample.read(extension), short, long)

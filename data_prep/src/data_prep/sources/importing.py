@@ -1,4 +1,4 @@
-"""The work of an import: records to samples."""
+"""Importing: runs a source as a job and turns its records into samples."""
 
 from __future__ import annotations
 
@@ -6,35 +6,32 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from ..execute import Execution, Job, Output, run_job
-from ..image_rule import ImageRule
-from ..images import ImageRefused, Stored, store_image
-from ..samples import captions_json, languages_of, texts_json
-from . import source_of
-from .records import Dropped, ImageRecord, Noted, Source, TextRecord
+from data_prep.execute import Execution, Job, Output, Target, run_job
+from data_prep.image_rule import ImageRule
+from data_prep.images import ImageRefused, StoredImage, store_image
+from data_prep.samples import captions_json, languages_of, texts_json
+from data_prep.shards.format import JsonObject
+from data_prep.sources import source_of
+from data_prep.sources.records import Dropped, ImageRecord, Noted, Source, TextRecord
 
-_MAX_BYTES = 256 * 2**20  # of an image file; what is larger is no photograph and no page
+_MAX_BYTES = 256 * 2**20  # of an image file; no photograph or page is larger
 
 
 def import_source(
-    name: str,
     source: Source,
-    out: str,
+    target: Target,
     *,
     title: str,
     evalset: bool = False,
     image: ImageRule | None = None,
-    samples_per_shard: int = 1000,
     execution: Execution | None = None,
-    say: Callable[[str], None] = print,
-) -> dict[str, Any] | None:
-    """Import a source into the data sets `out`/KIND/`name`; gives the receipt, None if array tasks are not all done.
+    log: Callable[[str], None] = print,
+) -> JsonObject | None:
+    """Import a source; returns the receipt, None if other array tasks have units left.
 
     Args:
-        source: an importer with its values; title: its name in `SOURCES`, or with `evalset` in
-            `EVALSETS`.
+        source: an importer with its values; title: its name in `SOURCES`, or with `evalset` in `EVALSETS`.
         image: how images are stored, instead of the source's own rule.
 
     Raises:
@@ -42,8 +39,7 @@ def import_source(
     """
     job = Job(
         title=f"{'evalset' if evalset else 'import'} {title}",
-        name=name,
-        out=out,
+        target=target,
         work="data_prep.sources.importing:import_piece",
         pieces=list(source.pieces()),
         options={
@@ -51,14 +47,13 @@ def import_source(
             "evalset": evalset,
             "values": json.loads(json.dumps(asdict(source))),  # type: ignore[call-overload]
             "image": asdict(image or source.image) if source.image else None,
-            "name": name,
+            "name": target.name,
         },
-        samples_per_shard=samples_per_shard,
     )
-    return run_job(job, execution, say=say)
+    return run_job(job, execution, log=log)
 
 
-def import_piece(piece: dict[str, Any], options: dict[str, Any], output: Output) -> None:
+def import_piece(piece: JsonObject, options: JsonObject, output: Output) -> None:
     """The work of one unit: everything that the source finds in the piece."""
     source = source_of(options)
     rule = ImageRule(**options["image"]) if options["image"] else None
@@ -99,7 +94,7 @@ def _write_image(record: ImageRecord, rule: ImageRule, name: str, output: Output
             output.write(kind, {stored.extension: stored.data, "json": content}, languages=languages_of(captions))
 
 
-def _stored(image: bytes | Path, rule: ImageRule) -> Stored:
+def _stored(image: bytes | Path, rule: ImageRule) -> StoredImage:
     if isinstance(image, bytes) and len(image) > _MAX_BYTES:
         raise ImageRefused("image file too large")
     if isinstance(image, Path):

@@ -1,20 +1,19 @@
-"""Sidecars for tars of others, so that they can be read by number without being copied or changed."""
+"""Sidecars for existing tars, so that samples can be read by number without copying or changing the tars."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..execute import Execution, Job, Output, run_job
-from ..samples import text_parts
-from ..shards.format import IMAGE_EXTENSIONS
-from .files import stamp
-from .records import Dropped
-from .tars import TarSample, tar_samples
+from data_prep.errors import UserError
+from data_prep.execute import Execution, Job, Output, Target, run_job
+from data_prep.shards.format import IMAGE_TYPES, KINDS, JsonObject
+from data_prep.shards.writer import sidecar_row
+from data_prep.sources.file_stat import file_stat
+from data_prep.sources.records import Dropped
+from data_prep.sources.tars import TarSample, tar_samples
 
 
 def index_shards(
@@ -24,15 +23,15 @@ def index_shards(
     name: str,
     kind: str,
     execution: Execution | None = None,
-    say: Callable[[str], None] = print,
-) -> dict[str, Any] | None:
-    """Make the data set `out`/`kind`/`name` of links to tars and sidecars for them; gives the receipt.
+    log: Callable[[str], None] = print,
+) -> JsonObject | None:
+    """Make the data set `out`/`kind`/`name` of links to tars and sidecars for them; returns the receipt.
 
     Args:
         shards: uncompressed webdataset tars, or folders of them.
 
     Raises:
-        UserError, ShardError: there are no tars, nothing in them can be used, or the disk refuses.
+        UserError, ShardError: there are no tars or no usable samples in them, or the disk refuses.
     """
     tars: list[Path] = []
     for path in map(Path, shards):
@@ -43,16 +42,15 @@ def index_shards(
         raise UserError(f"{', '.join(shards)}: no .tar there (packed ones must be unpacked: they have no offsets)")
     job = Job(
         title="index",
-        name=name,
-        out=out,
+        target=Target(out, name),
         work="data_prep.sources.indexing:index_tar",
-        pieces=[{"file": str(tar.resolve()), **stamp(tar)} for tar in tars],
+        pieces=[{"file": str(tar.resolve()), **file_stat(tar)} for tar in tars],
         options={"kind": kind},
     )
-    return run_job(job, execution, say=say)
+    return run_job(job, execution, log=log)
 
 
-def index_tar(piece: dict[str, Any], options: dict[str, Any], output: Output) -> None:
+def index_tar(piece: JsonObject, options: JsonObject, output: Output) -> None:
     """The work of one unit: the sidecar of one tar."""
     path, kind = Path(piece["file"]), options["kind"]
     rows: list[str] = []
@@ -66,41 +64,33 @@ def index_tar(piece: dict[str, Any], options: dict[str, Any], output: Output) ->
         found = _members(sample, kind)
         if isinstance(found, str):
             output.drop(found, where)
-        elif any("\ud800" <= sign <= "\udfff" for sign in sample.name):  # as tarfile gives bytes that are no UTF-8
+        elif any(
+            "\ud800" <= sign <= "\udfff" for sign in sample.name
+        ):  # surrogates: tarfile's form of bytes that are not UTF-8
             output.drop("name that is not UTF-8", where)
         elif sample.name in keys:
             output.drop("second sample of one name", where)
         else:
             keys.add(sample.name)
             members, languages = found
-            digest = hashlib.sha256()
-            for extension in members:
-                digest.update(sample.read(extension))
-            row = {
-                "key": sample.name,
-                "members": members,
-                "languages": languages,
-                "tokens": None,
-                "sha256": digest.hexdigest(),
-            }
-            rows.append(json.dumps(row, ensure_ascii=False, separators=(",", ":")))
+            rows.append(sidecar_row(sample.name, members, map(sample.read, members), languages, None))
     if rows:
         output.adopt(kind, path, "".join(row + "\n" for row in rows).encode("utf-8", "replace"), len(rows))
 
 
 def _members(sample: TarSample, kind: str) -> tuple[dict[str, tuple[int, int]], list[str]] | str:
-    """The members that a trainer needs, and the languages; or the reason why there is nothing for it.
+    """The members that a trainer needs, and the languages; or the reason to drop the sample.
 
-    img2dataset's .json holds metadata, not captions: its .txt is taken then.
+    img2dataset's .json holds metadata instead of captions; then the .txt is used.
     """
     content = _content(sample)
-    parts = text_parts(kind)
+    parts = KINDS[kind]
     usable = isinstance(content, dict) and all(isinstance(content.get(part), list) and content[part] for part in parts)
     if kind.startswith("text"):
         if not usable:
             return f"no .json with {' and '.join(parts)}"
         return {"json": sample.members["json"]}, _languages(content, parts)
-    image = next((extension for extension in IMAGE_EXTENSIONS if extension in sample.members), None)
+    image = next((extension for extension in IMAGE_TYPES if extension in sample.members), None)
     if image is None:
         return "no image"
     if usable:
@@ -119,7 +109,7 @@ def _content(sample: TarSample) -> Any:
         return None
 
 
-def _languages(content: dict[str, Any], parts: tuple[str, ...]) -> list[str]:
+def _languages(content: JsonObject, parts: tuple[str, ...]) -> list[str]:
     texts = [text for part in parts for text in content[part]]
     texts += [inner for text in texts if isinstance(text, list) for inner in text]
     return sorted({str(text.get("language", "und")) for text in texts if isinstance(text, dict)})

@@ -6,14 +6,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, needs
-from .files import stamp
-from .records import Dropped
+from data_prep.errors import UserError, needs
+from data_prep.shards.format import JsonObject
+from data_prep.sources.file_stat import file_stat
+from data_prep.sources.records import Dropped
 
 _BATCH = 16  # rows in memory at a time: each may hold an image
 
 
-def parquet_pieces(paths: Sequence[Path], rows: int, *, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+def parquet_pieces(paths: Sequence[Path], rows: int, *, columns: Sequence[str]) -> Iterator[JsonObject]:
     """Row groups of the files, some of them together if they are small.
 
     Raises:
@@ -29,7 +30,7 @@ def parquet_pieces(paths: Sequence[Path], rows: int, *, columns: Sequence[str]) 
             groups.append(number)
             count += metadata.row_group(number).num_rows
             if count >= rows or number == metadata.num_row_groups - 1:
-                yield {"file": str(path), **stamp(path), "groups": groups, "row": first}
+                yield {"file": str(path), **file_stat(path), "groups": groups, "row": first}
                 first, count, groups = first + count, 0, []
 
 
@@ -47,7 +48,7 @@ def _read_footer(path: Path) -> tuple[Any, list[str]]:
         raise UserError(f"{path}: not a parquet file that can be read ({error})") from error
 
 
-def read_parquet(piece: dict[str, Any], columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]] | Dropped]:
+def read_parquet(piece: JsonObject, columns: Sequence[str]) -> Iterator[tuple[str, JsonObject] | Dropped]:
     """The rows of a piece, with those of `columns` that the file has."""
     parquet = needs("pyarrow.parquet", extra="parquet", what="reading parquet")
     path = Path(piece["file"])
@@ -63,7 +64,7 @@ def read_parquet(piece: dict[str, Any], columns: Sequence[str]) -> Iterator[tupl
         yield Dropped("rest of a parquet piece that is damaged", f"{path.name} after row {number} ({error})"[:200])
 
 
-def image_bytes(value: Any) -> bytes | None:
+def image_bytes(value: object) -> bytes | None:
     """An image column's bytes: plain, or in the struct {bytes, path} of the datasets library."""
     if isinstance(value, dict):
         value = value.get("bytes")

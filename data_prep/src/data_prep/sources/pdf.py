@@ -1,4 +1,4 @@
-"""PDF files: pages as images, their text layer as captions; and TAT-DQA, which asks questions about such pages."""
+"""PDF files: pages as images with their text layer as captions; and TAT-DQA, questions about such pages."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from ..errors import UserError, needs
-from ..image_rule import ImageRule
-from ..samples import Text
-from .answers import answer_text, question_caption, unique
-from .files import stamp
-from .json_lists import list_pieces, read_list
-from .records import Dropped, Found, ImageRecord, Noted, argument, from_rows, option
-from .texts import files_in
+from data_prep.errors import UserError, needs
+from data_prep.image_rule import ImageRule
+from data_prep.samples import Text
+from data_prep.shards.format import JsonObject
+from data_prep.sources.answers import answer_text, question_caption, unique
+from data_prep.sources.file_stat import file_stat
+from data_prep.sources.json_lists import list_pieces, read_list
+from data_prep.sources.records import Dropped, Found, ImageRecord, Noted, argument, from_rows, option
+from data_prep.sources.texts import files_in
 
 PAGES = ImageRule(1024, encoding="png", kernel="bicubic")
 _BYTES = 32 * 2**20  # of PDF files in a piece
 _FILES = 64
 _DOCUMENTS = 100
-_RENDERED = 4096  # pixels of a page's longest side at most, whatever its box says
+_RENDERED = 4096  # pixels of a page's longest side at most, whatever its page box
 
 
 @dataclass(frozen=True)
@@ -38,21 +39,21 @@ class PdfFolder:
     max_pages: int = option(1000, "pages of a file at most")
     side: int = option(PAGES.size, "pixels of a page's shortest side when it is drawn")
 
-    def pieces(self) -> Iterator[dict[str, Any]]:
+    def pieces(self) -> Iterator[JsonObject]:
         """Some files each."""
         needs("pypdfium2", extra="pdf", what="reading PDF")
         files: list[str] = []
-        stamps: list[dict[str, Any]] = []
+        stamps: list[JsonObject] = []
         for path in files_in(self.folder, (".pdf", ".PDF")):
             files.append(str(path))
-            stamps.append(stamp(path))
+            stamps.append(file_stat(path))
             if len(files) == _FILES or sum(one["bytes"] for one in stamps) > _BYTES:
                 yield {"files": files, "stamps": stamps}
                 files, stamps = [], []
         if files:
             yield {"files": files, "stamps": stamps}
 
-    def read(self, piece: dict[str, Any]) -> Iterator[Found]:
+    def read(self, piece: JsonObject) -> Iterator[Found]:
         """A record a page."""
         for name in piece["files"]:
             path = Path(name)
@@ -79,8 +80,8 @@ class PdfFolder:
 class TatDqa:
     """TAT-DQA: its JSON of questions and the folder of PDF files
 
-    The image is the page on which the answer stands (by the blocks of UID.json, if that file is beside the PDF), else
-    the first page; questions about one page are captions of one sample. A number's scale ("million") follows it.
+    The image is the page that holds the answer (by the blocks of UID.json, if that file is beside the PDF), else the
+    first page; questions about one page are captions of one sample. A number's scale ("million") follows it.
     """
 
     image: ClassVar[ImageRule | None] = PAGES
@@ -89,18 +90,18 @@ class TatDqa:
     documents: str = argument("folder of UID.pdf (and UID.json)")
     side: int = option(PAGES.size, "pixels of a page's shortest side when it is drawn")
 
-    def pieces(self) -> Iterator[dict[str, Any]]:
+    def pieces(self) -> Iterator[JsonObject]:
         """Some documents each."""
         needs("pypdfium2", extra="pdf", what="reading PDF")
         if not Path(self.documents).is_dir():
             raise UserError(f"{self.documents}: no such folder")
         yield from list_pieces(self.questions, _DOCUMENTS)
 
-    def read(self, piece: dict[str, Any]) -> Iterator[Found]:
+    def read(self, piece: JsonObject) -> Iterator[Found]:
         """A record for each page that is asked about."""
         return from_rows(read_list(piece), self._record)
 
-    def _record(self, where: str, fields: dict[str, Any]) -> Iterator[Found]:
+    def _record(self, where: str, fields: JsonObject) -> Iterator[Found]:
         doc, questions = fields.get("doc"), fields.get("questions")
         uid = doc.get("uid") if isinstance(doc, dict) else None
         if not isinstance(uid, str) or not uid.isalnum() or not isinstance(questions, list):
@@ -108,7 +109,7 @@ class TatDqa:
             return
         yield from self._document(where, uid, questions)
 
-    def _document(self, where: str, uid: str, questions: list[Any]) -> Iterator[Found]:
+    def _document(self, where: str, uid: str, questions: list[object]) -> Iterator[Found]:
         blocks = _pages_of_blocks(Path(self.documents) / f"{uid}.json")
         captions: dict[int, list[Text]] = {}
         for question in questions:
@@ -161,7 +162,7 @@ class _Pdf:
     def page(self, number: int, side: int) -> tuple[bytes, str] | None:
         """A page as a PNG whose shortest side has at least `side` pixels, and its text; None if it cannot be drawn."""
         pdfium = needs("pypdfium2", extra="pdf", what="reading PDF")
-        from ..images import encode_image
+        from data_prep.images import encode_image
 
         try:
             page = self._document[number]
@@ -183,7 +184,7 @@ def _pages_of_blocks(path: Path) -> dict[str, int]:
         return {}
 
 
-def _page_of(mapping: Any, blocks: dict[str, int]) -> int:
+def _page_of(mapping: object, blocks: dict[str, int]) -> int:
     """The page of the first block that an answer was taken from."""
     names = [name for part in mapping if isinstance(part, dict) for name in part] if isinstance(mapping, list) else []
     return next((blocks[name] for name in names if name in blocks), 0)

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from ..image_rule import ImageRule
-from ..samples import Text
-from .answers import Question, answer_text, by_image, chosen, question_caption, unique
-from .folder import inside
-from .json_lists import list_pieces, read_list
-from .records import Dropped, Found, ImageRecord, Row, argument, from_rows, objects, option
-from .tables import line_pieces, read_lines
+from data_prep.image_rule import ImageRule
+from data_prep.samples import Text
+from data_prep.shards.format import JsonObject
+from data_prep.sources.answers import Question, answer_text, by_image, chosen, question_caption, unique
+from data_prep.sources.folder import inside
+from data_prep.sources.json_lists import list_pieces, read_list
+from data_prep.sources.records import Dropped, Found, ImageRecord, Row, argument, from_rows, objects, option
+from data_prep.sources.tables import line_pieces, read_lines
 
 DOCUMENTS = ImageRule(768, kernel="bicubic")
 _ELEMENTS = 2000
@@ -32,11 +33,11 @@ class DocVqa:
     questions: str = argument("the set's JSON (data: [{questionId, question, image, answers, …}])")
     images: str = argument("folder from which the image names start")
 
-    def pieces(self) -> Iterator[dict[str, Any]]:
+    def pieces(self) -> Iterator[JsonObject]:
         """Some thousand questions each."""
         yield from list_pieces(self.questions, _ELEMENTS, key="data")
 
-    def read(self, piece: dict[str, Any]) -> Iterator[Found]:
+    def read(self, piece: JsonObject) -> Iterator[Found]:
         """A record for each image."""
         yield from by_image((self._question(row) for row in objects(read_list(piece))), Path(self.images))
 
@@ -74,11 +75,11 @@ class ArxivQa:
     images: str = argument("folder from which the image names start")
     origin: str = option("synthetic:gpt-4v", "where questions and answers came from")
 
-    def pieces(self) -> Iterator[dict[str, Any]]:
+    def pieces(self) -> Iterator[JsonObject]:
         """Some megabytes of lines."""
         yield from line_pieces(self.questions)
 
-    def read(self, piece: dict[str, Any]) -> Iterator[Found]:
+    def read(self, piece: JsonObject) -> Iterator[Found]:
         """A record for each figure."""
         yield from by_image((self._question(row) for row in objects(read_lines(piece))), Path(self.images))
 
@@ -105,18 +106,18 @@ class SciGraphQa:
     images: str = argument("folder from which the image names start")
     origin: str = option("synthetic:palm-2", "where questions and answers came from")
 
-    def pieces(self) -> Iterator[dict[str, Any]]:
+    def pieces(self) -> Iterator[JsonObject]:
         """Some thousand figures each."""
         if self.questions.endswith(".json"):
             yield from ({**piece, "list": True} for piece in list_pieces(self.questions, _ELEMENTS))
         else:
             yield from line_pieces(self.questions)
 
-    def read(self, piece: dict[str, Any]) -> Iterator[Found]:
+    def read(self, piece: JsonObject) -> Iterator[Found]:
         """A record for each figure."""
         return from_rows(read_list(piece) if piece.get("list") else read_lines(piece), self._record)
 
-    def _record(self, where: str, fields: dict[str, Any]) -> Iterator[Found]:
+    def _record(self, where: str, fields: JsonObject) -> Iterator[Found]:
         name, caption, pairs = (fields.get(field) for field in ("image_file", "caption", "q_a_pairs"))
         path = inside(Path(self.images), name) if isinstance(name, str) and name else None
         if path is None:

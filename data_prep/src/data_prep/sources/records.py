@@ -1,4 +1,4 @@
-"""What every importer gives: images with captions, texts that belong together, or what it had to leave out and why."""
+"""What importers yield: images with captions, related texts, and what they left out and why."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from ..image_rule import ImageRule
-from ..samples import Text
+from data_prep.image_rule import ImageRule
+from data_prep.samples import Text
+from data_prep.shards.format import JsonObject
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +17,7 @@ class ImageRecord:
     """An image with captions. `item` is its identity: equal ones are never each other's negatives.
 
     image: the file's bytes, or its path. short, long: captions; each list that is not empty gives a sample of its kind.
-    where: for the receipt, should the image turn out broken.
+    where: for the receipt, in case the image is broken.
     """
 
     where: str
@@ -38,7 +39,7 @@ class TextRecord:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """`count` things left out for one of a few reasons; `where` names the (first) one."""
+    """`count` records left out, for one of a few fixed reasons; `where` names the first."""
 
     reason: str
     where: str
@@ -47,20 +48,18 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class Noted:
-    """A count that the receipt shall show besides."""
+    """A further count for the receipt."""
 
     name: str
     count: int = 1
 
 
 Found = ImageRecord | TextRecord | Dropped | Noted
-Row = tuple[str, Any]  # where it stands ("captions.csv, line 17"), what it holds
+Row = tuple[str, Any]  # place ("captions.csv, line 17") and content
 
 
-def from_rows(
-    rows: Iterable[Row | Dropped], record: Callable[[str, dict[str, Any]], Iterator[Found]]
-) -> Iterator[Found]:
-    """What `record` makes of each row (where it stands, its fields); what was dropped, and rows that are no objects."""
+def from_rows(rows: Iterable[Row | Dropped], record: Callable[[str, JsonObject], Iterator[Found]]) -> Iterator[Found]:
+    """The records that `record` makes of each row (place, fields); rows that are no JSON objects are dropped."""
     for row in objects(rows):
         if isinstance(row, Dropped):
             yield row
@@ -68,8 +67,8 @@ def from_rows(
             yield from record(*row)
 
 
-def objects(rows: Iterable[Row | Dropped]) -> Iterator[tuple[str, dict[str, Any]] | Dropped]:
-    """Rows that are JSON objects; the others dropped."""
+def objects(rows: Iterable[Row | Dropped]) -> Iterator[tuple[str, JsonObject] | Dropped]:
+    """Rows that are JSON objects; others become `Dropped`."""
     for row in rows:
         if isinstance(row, Dropped) or isinstance(row[1], dict):
             yield row
@@ -77,30 +76,30 @@ def objects(rows: Iterable[Row | Dropped]) -> Iterator[tuple[str, dict[str, Any]
             yield Dropped("not a JSON object", row[0])
 
 
-def pick(values: dict[str, Any], named: str, usual: Sequence[str]) -> Any:
-    """The value of the column that the user named, else of the first of the usual ones; None if there is none."""
+def pick(values: JsonObject, named: str, usual: Sequence[str]) -> Any:
+    """The value of the column that the user named, else of the first usual one; None if there is none."""
     return values.get(named) if named else next((values[name] for name in usual if name in values), None)
 
 
 class Source(Protocol):
     """An importer: a frozen dataclass of plain values (they go into the receipt), made from the command line."""
 
-    image: ClassVar[ImageRule | None]  # how images are stored if the user says nothing; None if there are none
+    image: ClassVar[ImageRule | None]  # the default for images; None if the source has none
 
-    def pieces(self) -> Iterator[dict[str, Any]]:
-        """Cut the input into units of work. UserError if it is not there or not of this form."""
+    def pieces(self) -> Iterator[JsonObject]:
+        """Cut the input into units of work. UserError if it is missing or of another format."""
         ...
 
-    def read(self, piece: dict[str, Any]) -> Iterator[Found]:
-        """All that a piece holds, one after another. UserError only for what makes going on senseless."""
+    def read(self, piece: JsonObject) -> Iterator[Found]:
+        """Yield all records of a piece. UserError only if it makes no sense to continue."""
         ...
 
 
 def argument(explanation: str) -> Any:
-    """A field of a source that the command line asks for."""
+    """A field of a source that is a positional argument of the command."""
     return field(metadata={"help": explanation})
 
 
 def option(default: Any, explanation: str, *, choices: tuple[str, ...] | None = None) -> Any:
-    """A field of a source that the command line takes as --name."""
+    """A field of a source that is an option --name of the command."""
     return field(default=default, metadata={"help": explanation, "choices": choices})

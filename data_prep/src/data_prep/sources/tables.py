@@ -1,7 +1,7 @@
-"""Tables of others, read piece by piece: CSV, TSV and JSON lines.
+"""CSV, TSV and JSON lines, read piece by piece.
 
-A piece is a range of bytes that holds whole rows, so that rows are read by many processes and memory does not grow
-with the file. What is packed with gzip cannot be entered in the middle and is one piece.
+A piece is a range of bytes that holds whole rows, so that many processes can read a file and memory does not grow with
+it. A gzip file cannot be read from the middle, so it is one piece.
 """
 
 from __future__ import annotations
@@ -15,33 +15,32 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from ..errors import UserError
-from .files import stamp
-from .records import Dropped, Row, objects
+from data_prep.errors import UserError
+from data_prep.shards.format import JsonObject
+from data_prep.sources.file_stat import file_stat
+from data_prep.sources.records import Dropped, Row, objects
 
 _LINES = 16 * 2**20  # bytes of JSON lines in a piece
-_FIELD = 16 * 2**20  # characters in a line or a field; more is no table
-_MARKS = (",", ";", "\t", "|")  # what parts columns, where nobody says it
-_EVEN_ROWS = 20  # that are looked at where the first line leaves two of them possible
-_QUOTED = 1000  # lines in a row of a table; more are other rows, after a quote that nobody closed
+_FIELD = 16 * 2**20  # characters in a line or field at most
+_MARKS = (",", ";", "\t", "|")  # delimiters that are tried if none is given
+_EVEN_ROWS = 20  # rows that decide if the first line allows several delimiters
+_QUOTED = 1000  # lines of one row at most; more means an unclosed quote
 _OPEN = f"quote that nobody closed, or over {_QUOTED} lines of text in quotes"
 
 csv.field_size_limit(_FIELD)
 
 
-def table_pieces(
-    path: str | Path, rows: int, *, delimiter: str = "", charset: str = "utf-8"
-) -> Iterator[dict[str, Any]]:
-    """Pieces of `rows` rows of a table (columns parted by `delimiter`, or by what the first line shows) or of a JSON
-    lines file, gzip or not.
+def table_pieces(path: str | Path, rows: int, *, delimiter: str = "", charset: str = "utf-8") -> Iterator[JsonObject]:
+    """Pieces of `rows` rows of a table (the delimiter is guessed if it is not given) or of a JSON lines file, gzip or
+    not.
 
     Raises:
         UserError: the file cannot be read, is empty, or is UTF-16.
     """
     path = Path(path)
-    stamped = stamped_file(path)
+    stamped = checked_file_stat(path)
     if is_json_lines(path):
         for piece in line_pieces(path):
             yield {**piece, "format": "jsonl"}
@@ -66,10 +65,10 @@ def table_columns(path: str | Path, delimiter: str = "", charset: str = "utf-8")
 
     Raises:
         UserError: the file cannot be read or unpacked, its first line is broken, `delimiter` is not one character or
-            `charset` no name of one, or the first line can be parted in two ways.
+            `charset` is unknown, or the delimiter is ambiguous.
     """
     path = Path(path)
-    stamped_file(path)
+    checked_file_stat(path)
     try:
         codecs.lookup(charset)
     except LookupError as error:
@@ -85,10 +84,10 @@ def table_columns(path: str | Path, delimiter: str = "", charset: str = "utf-8")
     return columns
 
 
-def line_pieces(path: str | Path) -> Iterator[dict[str, Any]]:
+def line_pieces(path: str | Path) -> Iterator[JsonObject]:
     """Pieces of whole lines, of some megabytes."""
     path = Path(path)
-    stamped = stamped_file(path)
+    stamped = checked_file_stat(path)
     if path.suffix == ".gz":
         yield {"file": str(path), **stamped, "start": 0, "end": None}
         return
@@ -102,7 +101,7 @@ def line_pieces(path: str | Path) -> Iterator[dict[str, Any]]:
             start = end
 
 
-def read_table(piece: dict[str, Any]) -> Iterator[Row | Dropped]:
+def read_table(piece: JsonObject) -> Iterator[Row | Dropped]:
     """The rows of a piece of `table_pieces`, each a dict of its columns."""
     if piece["format"] == "jsonl":
         yield from objects(read_lines(piece))
@@ -128,7 +127,7 @@ def read_table(piece: dict[str, Any]) -> Iterator[Row | Dropped]:
             yield _cut(path, error)
 
 
-def read_lines(piece: dict[str, Any]) -> Iterator[Row | Dropped]:
+def read_lines(piece: JsonObject) -> Iterator[Row | Dropped]:
     """The JSON values of a piece of `line_pieces`."""
     path = Path(piece["file"])
     with open_bytes(path) as file:
@@ -168,13 +167,13 @@ def open_bytes(path: Path) -> IO[bytes]:
 
 
 def is_json_lines(path: Path) -> bool:
-    """Whether the name says so: .jsonl, .ndjson, also .gz."""
+    """Whether the name ends in .jsonl or .ndjson, also with .gz."""
     return path.name.lower().removesuffix(".gz").endswith((".jsonl", ".ndjson"))
 
 
 def _delimiter(path: Path, given: str, charset: str) -> str:
-    """What the user gave, with \\t for a tab, or what parts the first line: Excel writes semicolons where the comma is
-    in the numbers. UserError if it is not one character, or if two would do and the rows do not tell which.
+    """The given delimiter, with \\t for a tab, or the one that the first line shows (Excel writes semicolons where
+    numbers have a decimal comma). UserError if it is not one character, or if the rows do not tell which of two it is.
     """
     if given:
         mark = "\t" if given == "\\t" else given
@@ -186,7 +185,7 @@ def _delimiter(path: Path, given: str, charset: str) -> str:
     by_name = "\t" if path.name.lower().removesuffix(".gz").endswith((".tsv", ".txt")) else ","
     if not parting or (by_name == "\t" and by_name in parting):
         return by_name
-    if len(parting) > 1:  # a caption's comma in the first line, say: all rows have as many columns by the right one
+    if len(parting) > 1:  # such as a comma in a caption: by the right one all rows have as many columns
         parting = [mark for mark in parting if len({len(row) for row in rows[mark]}) == 1] or parting
     if len(parting) > 1:
         raise UserError(f"{path}: its columns may be parted by {' or '.join(map(repr, parting))}; say --delimiter")
@@ -194,7 +193,7 @@ def _delimiter(path: Path, given: str, charset: str) -> str:
 
 
 def _first_rows(path: Path, delimiter: str, charset: str) -> list[list[str]]:
-    """The first rows by a delimiter, less those that are broken."""
+    """The first rows by a delimiter, without broken ones."""
     with open_bytes(path) as file:
         found = islice(_rows(_Lines(file, charset), delimiter), 1 + _EVEN_ROWS)
         return [row for row in found if row and not isinstance(row, str)]
@@ -209,7 +208,7 @@ def _cut(path: Path, error: Exception) -> Dropped:
 
 
 def _line(file: IO[bytes]) -> tuple[bytes | None, int]:
-    """The next line and how many bytes it takes; None for one that is too long, which is passed over, not kept."""
+    """The next line and its length in bytes; None for a line that is too long, which is skipped."""
     line = file.readline(_FIELD)
     length = len(line)
     if length < _FIELD or line.endswith(b"\n"):
@@ -222,11 +221,11 @@ def _line(file: IO[bytes]) -> tuple[bytes | None, int]:
 
 
 def _rows(lines: _Lines, delimiter: str) -> Iterator[list[str] | str]:
-    """The values of each row, or what is wrong with it. A quote that nobody closed costs its own line alone.
+    """The values of each row, or its fault. An unclosed quote costs its own line only.
 
-    Such a quote takes the lines after it into its text, up to the next quote, which closes it. Unless a delimiter or
-    the end of the line follows there, or if nothing closes it, or if there are tabs in what it took of a table of tabs,
-    then the lines are given back and read as rows.
+    Such a quote swallows the following lines up to the next quote. The row counts as broken if neither a delimiter nor
+    the end of the line follows that quote, if there is no such quote, or if a tab-separated table has tabs in the
+    swallowed lines; then the lines are given back and read as rows.
     """
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
@@ -246,7 +245,7 @@ def _rows(lines: _Lines, delimiter: str) -> Iterator[list[str] | str]:
 
 
 def _row_of(line: str, delimiter: str) -> list[str] | str:
-    """The values of a line alone, with quotes inside quotes as they are; or what is wrong with it."""
+    """The values of a single line, with quotes inside quotes kept; or its fault."""
     alone = csv.reader([line, ""], delimiter=delimiter)
     try:
         values = next(alone)
@@ -257,7 +256,7 @@ def _row_of(line: str, delimiter: str) -> list[str] | str:
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """A line as text, the bytes that it takes in the file, and what is wrong with it."""
+    """A line as text, its length in bytes, and its fault if it has one."""
 
     text: str
     length: int
@@ -265,9 +264,9 @@ class _Line:
 
 
 class _Lines:
-    """Lines of a binary file, of which those of the present row can be given back.
+    """Lines of a binary file; those of the current row can be given back.
 
-    row: the lines since it was last emptied. end: the byte behind the last line. number: lines before the next one.
+    row: the lines since it was last emptied. end: the byte after the last line. number: lines before the next one.
     """
 
     def __init__(self, file: IO[bytes], charset: str, start: int = 0, stop: int | None = None, number: int = 0) -> None:
@@ -294,7 +293,7 @@ class _Lines:
         return line.text
 
     def give_back(self) -> None:
-        """All but the first line of the row come again."""
+        """Return all but the first line of the row to the input."""
         again = self.row[1:]
         self._given_back += reversed(again)
         self.end -= sum(line.length for line in again)
@@ -319,10 +318,10 @@ class _Lines:
             return _Line(line.decode("utf-8", errors="replace"), length, fault)
 
 
-def stamped_file(path: Path) -> dict[str, Any]:
-    """What `stamp` gives. UserError if there is nothing to read."""
+def checked_file_stat(path: Path) -> JsonObject:
+    """What `file_stat` gives. UserError if there is nothing to read."""
     try:
-        stamped = stamp(path)
+        stamped = file_stat(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     if path.is_dir() or not stamped["bytes"]:

@@ -1,4 +1,4 @@
-"""Webdataset tars of others: samples with the places of their members, whatever state the file is in."""
+"""Existing webdataset tars: samples with the offsets of their members, also from damaged files."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from ..errors import UserError
-from .records import Dropped
+from data_prep.errors import UserError
+from data_prep.sources.records import Dropped
 
 CUT = "rest of a tar that is cut short or damaged"
 
 
 @dataclass(frozen=True)
 class TarSample:
-    """Members in a row that share a name up to its first dot; by extension, (offset, size) of the data."""
+    """Consecutive members that share a name up to its first dot; by extension, (offset, size) of the data."""
 
     name: str
     members: dict[str, tuple[int, int]]
@@ -32,8 +32,8 @@ class TarSample:
 def tar_samples(path: Path) -> Iterator[TarSample | Dropped]:
     """The samples of an uncompressed tar, in order.
 
-    What comes before a damaged place is given; the rest of the file is one `Dropped`. Nothing is unpacked, and nothing
-    is ever unpickled. UserError if the file cannot be opened.
+    What precedes a damaged place is yielded; the rest of the file is one `Dropped`. Nothing is unpacked or unpickled.
+    UserError if the file cannot be opened.
     """
     try:
         file = path.open("rb")
@@ -61,12 +61,12 @@ def tar_samples(path: Path) -> Iterator[TarSample | Dropped]:
 
 
 def _members(path: Path, file: IO[bytes]) -> Iterator[tarfile.TarInfo | Dropped]:
-    """The regular files of a tar; what follows a damaged place is a `Dropped`, at the end."""
+    """The regular files of a tar; what follows a damaged place is one `Dropped` at the end."""
     size = os.fstat(file.fileno()).st_size
     try:
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - it borrows the file
         while (member := tar.next()) is not None:
-            tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+            tar.members = []  # type: ignore[attr-defined]  # or it would keep them all in memory
             if member.isdir():
                 continue
             if not member.isfile():
@@ -77,7 +77,7 @@ def _members(path: Path, file: IO[bytes]) -> Iterator[tarfile.TarInfo | Dropped]
                 break
             else:
                 yield member
-        # tarfile takes a broken header for the end of the archive; the end is a block of zeros.
+        # tarfile mistakes a broken header for the end of the archive; the real end is a block of zeros.
         whole = member is None and os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) == bytes(tarfile.BLOCKSIZE)
     except (tarfile.TarError, ValueError, OverflowError):
         whole = False

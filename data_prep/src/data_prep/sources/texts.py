@@ -1,4 +1,4 @@
-"""Text pairs and triplets: JSON lines in every form that public collections use, tables and parquet files."""
+"""Text pairs and triplets: JSON lines in the usual forms, tables and parquet files."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..errors import UserError
-from ..image_rule import ImageRule
-from ..samples import Text
-from .parquet import parquet_columns, parquet_pieces, read_parquet
-from .records import Dropped, Found, Noted, Row, TextRecord, argument, option, pick
-from .tables import line_pieces, read_lines, read_table, table_columns, table_pieces
+from data_prep.errors import UserError
+from data_prep.image_rule import ImageRule
+from data_prep.samples import Text
+from data_prep.shards.format import JsonObject
+from data_prep.sources.parquet import parquet_columns, parquet_pieces, read_parquet
+from data_prep.sources.records import Dropped, Found, Noted, Row, TextRecord, argument, option, pick
+from data_prep.sources.tables import line_pieces, read_lines, read_table, table_columns, table_pieces
 
 _ROWS = 20_000
 _TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
@@ -29,8 +30,8 @@ class Texts:
 
     A JSON line is [query, target], [query, target, negative, …], {"set": [texts that say the same]}, or an object with
     the columns of a table: query, target, and the negatives in one list or in a column each, found by their usual names
-    or named by options. With enough negatives a line becomes a triplet; with fewer it becomes a pair, and the receipt
-    says how many did.
+    or named by options. With enough negatives a line becomes a triplet; with fewer a pair, which the
+    receipt counts.
     """
 
     image: ClassVar[ImageRule | None] = None
@@ -45,7 +46,7 @@ class Texts:
     delimiter: str = option("", "of a table's columns, one character or \\t (default: what parts the first line)")
     charset: str = option("utf-8", "character set of a CSV or TSV; Excel's plain CSV is often cp1252")
 
-    def pieces(self) -> Iterator[dict[str, Any]]:
+    def pieces(self) -> Iterator[JsonObject]:
         """Some megabytes of lines or some thousand rows; a packed file is one piece."""
         languages = self.language.split(",")
         if len(languages) > 2 or not all(languages):
@@ -61,7 +62,7 @@ class Texts:
             else:
                 yield from line_pieces(path)
 
-    def read(self, piece: dict[str, Any]) -> Iterator[Found]:
+    def read(self, piece: JsonObject) -> Iterator[Found]:
         """A record a line."""
         first, _, second = self.language.partition(",")
         for row in _rows(piece):
@@ -88,7 +89,7 @@ class Texts:
             )
 
     def _parts(self, value: Any) -> tuple[list[str], list[str], list[str]] | None:
-        """Query, targets and negatives of a line; None if it has none of the forms."""
+        """Query, targets and negatives of a line; None if it has another form."""
         if isinstance(value, list) and len(value) >= 2:
             parts = value[:1], value[1:2], value[2:]
         elif isinstance(value, dict) and isinstance(value.get("set"), list):
@@ -128,7 +129,7 @@ class Texts:
 
 
 def files_in(paths: tuple[str, ...], endings: tuple[str, ...]) -> list[Path]:
-    """The files named, and those of such names in the folders named, sorted. UserError if there are none."""
+    """The given files, and files with these endings in the given folders, sorted. UserError if there are none."""
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
@@ -143,7 +144,7 @@ def files_in(paths: tuple[str, ...], endings: tuple[str, ...]) -> list[Path]:
     return found
 
 
-def _rows(piece: dict[str, Any]) -> Iterator[Row | Dropped]:
+def _rows(piece: JsonObject) -> Iterator[Row | Dropped]:
     if piece.get("format") == "parquet":
         return read_parquet(piece, piece["columns"])
     return read_table(piece) if piece.get("format") == "table" else read_lines(piece)

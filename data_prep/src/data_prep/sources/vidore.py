@@ -1,4 +1,4 @@
-"""ViDoRe: the training set, and its benchmarks in BEIR's form of corpus, queries and relevance."""
+"""ViDoRe: the training set, and its benchmarks in BEIR's format (corpus, queries, qrels)."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from ..errors import UserError
-from ..image_rule import ImageRule
-from ..samples import Text
-from .answers import answer_text, chosen, listed, question_caption
-from .parquet import image_bytes, parquet_pieces, read_parquet
-from .questions import DOCUMENTS
-from .records import Dropped, Found, ImageRecord, argument, from_rows, option
-from .texts import files_in
+from data_prep.errors import UserError
+from data_prep.image_rule import ImageRule
+from data_prep.samples import Text
+from data_prep.shards.format import JsonObject
+from data_prep.sources.answers import answer_text, chosen, listed, question_caption
+from data_prep.sources.parquet import image_bytes, parquet_pieces, read_parquet
+from data_prep.sources.questions import DOCUMENTS
+from data_prep.sources.records import Dropped, Found, ImageRecord, argument, from_rows, option
+from data_prep.sources.texts import files_in
 
 _COLUMNS = ("query", "image", "image_filename", "options", "answer", "page", "model", "prompt", "source")
 _ROWS = 500
@@ -34,15 +35,15 @@ class Vidore:
     files: tuple[str, ...] = argument("parquet files, or folders of them")
     language: str = option("en", "language of the queries")
 
-    def pieces(self) -> Iterator[dict[str, Any]]:
+    def pieces(self) -> Iterator[JsonObject]:
         """Some hundred rows each."""
         yield from parquet_pieces(files_in(self.files, (".parquet",)), _ROWS, columns=("query", "image"))
 
-    def read(self, piece: dict[str, Any]) -> Iterator[Found]:
+    def read(self, piece: JsonObject) -> Iterator[Found]:
         """A record a row."""
         return from_rows(read_parquet(piece, _COLUMNS), self._record)
 
-    def _record(self, where: str, fields: dict[str, Any]) -> Iterator[Found]:
+    def _record(self, where: str, fields: JsonObject) -> Iterator[Found]:
         image, query = image_bytes(fields.get("image")), fields.get("query")
         if image is None:
             yield Dropped("no image", where)
@@ -69,8 +70,8 @@ class Vidore:
 class VidoreBenchmark:
     """a ViDoRe benchmark in BEIR's form: corpus, queries and qrels as parquet
 
-    A page is a sample; the queries for which it is relevant are its captions. A page that no query asks for stays as a
-    candidate, with its number as a text of the role "key", which nothing evaluates.
+    A page is a sample; the queries for which it is relevant are its captions. A page without queries stays as a
+    candidate, with its number as a text of the role "key", which is not evaluated.
     """
 
     image: ClassVar[ImageRule | None] = ImageRule(1024, kernel="bicubic")
@@ -78,17 +79,17 @@ class VidoreBenchmark:
     folder: str = argument("folder with parquet files of corpus, queries and qrels, by folder or file name")
     language: str = option("en", "language of the queries, where they do not say it")
 
-    def pieces(self) -> Iterator[dict[str, Any]]:
+    def pieces(self) -> Iterator[JsonObject]:
         """Some hundred pages each."""
         _parts(self.folder, "qrels")
         _parts(self.folder, "queries")
         yield from parquet_pieces(_parts(self.folder, "corpus"), _ROWS, columns=("corpus-id", "image"))
 
-    def read(self, piece: dict[str, Any]) -> Iterator[Found]:
+    def read(self, piece: JsonObject) -> Iterator[Found]:
         """A record a page."""
         return from_rows(read_parquet(piece, ("corpus-id", "image")), self._record)
 
-    def _record(self, where: str, fields: dict[str, Any]) -> Iterator[Found]:
+    def _record(self, where: str, fields: JsonObject) -> Iterator[Found]:
         relevant = _relevant(self.folder, self.language)
         number, image = fields.get("corpus-id"), image_bytes(fields.get("image"))
         if number is None or image is None:
@@ -128,7 +129,7 @@ def _relevant(folder: str, language: str) -> dict[str, list[Text]]:
     return relevant
 
 
-def _all(folder: str, part: str, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def _all(folder: str, part: str, columns: tuple[str, ...]) -> Iterator[JsonObject]:
     for piece in parquet_pieces(_parts(folder, part), 10**9, columns=columns[:2]):
         for row in read_parquet(piece, columns):
             if isinstance(row, Dropped):

@@ -1,21 +1,22 @@
-"""WIT, the Wikipedia image-text set: its TSV with images of one's own, or an img2dataset download of it."""
+"""WIT, the Wikipedia image-text set: its TSV with a folder of images, or an img2dataset download of it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 from urllib.parse import unquote, urlsplit
 
-from ..errors import UserError
-from ..image_rule import ImageRule
-from ..samples import Text
-from .folder import inside
-from .img2dataset import image_record, read_shard, shard_pieces
-from .records import Dropped, Found, ImageRecord, argument, from_rows, option
-from .tables import read_table, table_columns, table_pieces
-from .texts import files_in
+from data_prep.errors import UserError
+from data_prep.image_rule import ImageRule
+from data_prep.samples import Text
+from data_prep.shards.format import JsonObject
+from data_prep.sources.folder import inside
+from data_prep.sources.img2dataset import image_record, read_shard, shard_pieces
+from data_prep.sources.records import Dropped, Found, ImageRecord, argument, from_rows, option
+from data_prep.sources.tables import read_table, table_columns, table_pieces
+from data_prep.sources.texts import files_in
 
 COLUMNS = tuple(
     "language page_url image_url page_title section_title hierarchical_section_title caption_reference_description "  # noqa: SIM905
@@ -34,7 +35,7 @@ class Wit:
     """WIT: its TSV with a folder of images, or an img2dataset download that kept its columns
 
     The short caption is the reference description; the long one is caption, page title, section title, page
-    description and section description, in this order. The TSV holds addresses alone. Either fetch them with
+    description and section description, in this order. The TSV holds URLs only. Either fetch them with
     `img2dataset --input_format tsv --url_col image_url --caption_col caption_reference_description
     --save_additional_columns '["language", "page_title", "section_title", "context_page_description",
     "context_section_description"]'` and name the folder, or give the files by --images. img2dataset calls the column of
@@ -46,7 +47,7 @@ class Wit:
     paths: tuple[str, ...] = argument("TSV files (also .gz) or folders of them; or one img2dataset folder")
     images: str = option("", "folder of the images, each named as the last part of its address")
 
-    def pieces(self) -> Iterator[dict[str, Any]]:
+    def pieces(self) -> Iterator[JsonObject]:
         """Rows of a table, or a downloaded shard."""
         if len(self.paths) == 1 and any(Path(self.paths[0]).glob("*_stats.json")):
             yield from shard_pieces(self.paths[0])
@@ -62,7 +63,7 @@ class Wit:
                 )
             yield from table_pieces(path, _ROWS)
 
-    def read(self, piece: dict[str, Any]) -> Iterator[Found]:
+    def read(self, piece: JsonObject) -> Iterator[Found]:
         """A record a row: one image in one language."""
         if "stats" in piece:
             for found in read_shard(piece):
@@ -79,7 +80,7 @@ class Wit:
         else:
             yield from from_rows(read_table(piece), self._record)
 
-    def _record(self, where: str, values: dict[str, Any]) -> Iterator[Found]:
+    def _record(self, where: str, values: JsonObject) -> Iterator[Found]:
         url = values.get("image_url") or ""
         name = unquote(urlsplit(url).path.rpartition("/")[2])
         path = inside(Path(self.images), name) if name else None
@@ -92,7 +93,7 @@ class Wit:
             yield ImageRecord(where, url, path, short, long)
 
 
-def _captions(values: dict[str, Any]) -> tuple[list[Text], list[Text]]:
+def _captions(values: JsonObject) -> tuple[list[Text], list[Text]]:
     """Short and long caption of a row, each at most one."""
     language = values.get("language")
     language = _CODES.get(language, language) if isinstance(language, str) and language else "und"

@@ -1,20 +1,19 @@
-"""`data-prep captions`: long captions by a vision model, with a ledger that never pays twice."""
+"""`data-prep captions`: long captions by a vision model, with a ledger, so that nothing is paid for twice."""
 
 from __future__ import annotations
 
-import argparse
+from data_prep.commands import Subcommands
+from data_prep.commands.captions import batch, export, plan, run, status
 
-from . import batch, export, plan, run, status
 
-
-def add(commands: argparse._SubParsersAction) -> None:
+def add(commands: Subcommands) -> None:
     """Register the command and its steps."""
     parser = commands.add_parser(
         "captions",
         help="make long captions in thirty languages with a vision model",
         description="Asks an OpenAI-compatible service (OpenAI's own, or vLLM on your machines) to describe images. "
-        "Everything asked and answered stands in LEDGER, one SQLite file: kill any of these commands whenever you like "
-        "and start it again, nothing is paid for twice.",
+        "Requests and answers are stored in LEDGER, one SQLite file: these commands can be killed and started again at "
+        "any time, and nothing is paid for twice.",
     )
     steps = parser.add_subparsers(required=True, metavar="STEP")
     for step in (plan, run, status, export, batch):

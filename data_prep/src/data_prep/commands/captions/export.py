@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 
+from data_prep.commands import Subcommands
 
-def add(steps: argparse._SubParsersAction) -> None:
+
+def add(steps: Subcommands) -> None:
     """Register the step."""
     export = steps.add_parser("export", help="write accepted captions as a data set of images with long captions")
     export.add_argument("ledger", metavar="LEDGER")
@@ -19,13 +21,13 @@ def add(steps: argparse._SubParsersAction) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from ...captions.duplicates import reject_duplicates
-    from ...captions.export import export
-    from ...captions.ledger import Ledger
-    from ...execute.progress import Progress
-    from ...shaping.tokens import TokenCounter
+    from data_prep.captions.duplicates import reject_duplicates
+    from data_prep.captions.export import export
+    from data_prep.captions.ledger import RequestLedger
+    from data_prep.curation.tokens import TokenCounter
+    from data_prep.execute.progress import Progress
 
-    ledger = Ledger(options.ledger)
+    ledger = RequestLedger(options.ledger)
     with ledger.exclusive():
         reject_duplicates(ledger)
         (images,) = ledger.db.execute("SELECT count(DISTINCT image) FROM request WHERE state = 'accepted'").fetchone()

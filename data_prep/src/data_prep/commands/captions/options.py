@@ -1,4 +1,4 @@
-"""What several steps ask for: the service, its prices, what a caption has to be like."""
+"""Options of several steps: the service, its prices, the limits of a caption."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ...captions.judge import Limits
-    from ...captions.money import Prices
-    from ...captions.service import Service
+    from data_prep.captions.pricing import Prices
+    from data_prep.captions.run import RunSettings
+    from data_prep.captions.service import Service
 
 
 def add_service(parser: argparse.ArgumentParser) -> None:
-    """Which service is asked, and with which key."""
+    """Add the options for the service and its key."""
     parser.add_argument("--url", help="base URL of the service, with /v1 (default: OPENAI_BASE_URL, else OpenAI's)")
     parser.add_argument(
         "--key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable with the key (default: %(default)s)"
@@ -23,19 +23,19 @@ def add_service(parser: argparse.ArgumentParser) -> None:
 
 def service_of(options: argparse.Namespace) -> Service:
     """The service that the user named. UserError if there is no key for it."""
-    from ...captions.service import Service
+    from data_prep.captions.service import Service
 
     return Service(options.url, key_variable=options.key_env, timeout=options.timeout)
 
 
-def add_money(parser: argparse.ArgumentParser) -> None:
-    """What tokens cost, and how much may be spent."""
+def add_pricing(parser: argparse.ArgumentParser) -> None:
+    """Add the options for prices and budget."""
     parser.add_argument("--price-in", type=float, metavar="X", help="price of a million tokens sent")
     parser.add_argument("--price-out", type=float, metavar="X", help="price of a million tokens answered")
     parser.add_argument(
         "--batch-factor", type=float, default=0.5, metavar="X", help="a batch's share of it (default: 0.5)"
     )
-    parser.add_argument("--budget", type=float, metavar="X", help="what this ledger may cost in all; stops before it")
+    parser.add_argument("--budget", type=float, metavar="X", help="the cost of this ledger at most; stops before it")
     parser.add_argument(
         "--image-tokens", type=int, metavar="N", help="tokens of an image, if the model's rule is known"
     )
@@ -43,8 +43,8 @@ def add_money(parser: argparse.ArgumentParser) -> None:
 
 def prices_of(options: argparse.Namespace) -> Prices | None:
     """The prices that the user gave, if any. UserError if one of the two is missing."""
-    from ...captions.money import Prices
-    from ...errors import UserError
+    from data_prep.captions.pricing import Prices
+    from data_prep.errors import UserError
 
     if (options.price_in is None) != (options.price_out is None):
         raise UserError("--price-in and --price-out belong together; give both")
@@ -54,16 +54,25 @@ def prices_of(options: argparse.Namespace) -> Prices | None:
 
 
 def add_checks(parser: argparse.ArgumentParser) -> None:
-    """How long a caption may be."""
+    """Add the options for the length of a caption."""
     parser.add_argument("--shortest", type=int, default=200, metavar="N", help="characters of a caption (default: 200)")
     parser.add_argument("--longest", type=int, default=6000, metavar="N", help="(default: 6000)")
 
 
-def limits_of(options: argparse.Namespace) -> Limits:
-    """What a caption has to be like."""
-    from ...captions.judge import Limits
+def settings_of(options: argparse.Namespace) -> RunSettings:
+    """The user's settings. UserError if they contradict each other."""
+    from data_prep.captions.judge import Limits
+    from data_prep.captions.run import RunSettings
 
-    return Limits(options.shortest, options.longest)
+    own = vars(options)
+    return RunSettings(
+        limit=own.get("limit"),
+        tries=own.get("tries", RunSettings.tries),
+        budget=options.budget if "limit" in own else None,  # `collect` sends nothing
+        prices=prices_of(options),
+        image_tokens=options.image_tokens,
+        limits=Limits(options.shortest, options.longest) if "shortest" in own else Limits(),
+    )
 
 
 def show_rejected(rejected: Mapping[str, int], duplicates: int) -> None:

@@ -1,31 +1,31 @@
-"""`data-prep captions plan` and `unplan`: what is to be asked for."""
+"""`data-prep captions plan` and `unplan`: add requests to the ledger, and remove them."""
 
 from __future__ import annotations
 
 import argparse
 
+from data_prep.commands import Subcommands
 
-def add(steps: argparse._SubParsersAction) -> None:
+
+def add(steps: Subcommands) -> None:
     """Register both steps."""
     plan = steps.add_parser(
         "plan",
-        help="say which images are to be described, and how",
+        help="plan which images to describe, and how",
         description="Adds a request to LEDGER for each image of SHARDS and each language; what is there stays.",
     )
-    plan.add_argument("ledger", metavar="LEDGER", help="SQLite file; made if there is none")
+    plan.add_argument("ledger", metavar="LEDGER", help="SQLite file; created if there is none")
     plan.add_argument(
         "shards", metavar="SHARDS", nargs="+", help="data sets of images, as `data-prep import` writes them"
     )
-    plan.add_argument("--model", required=True, help="as the service calls it")
+    plan.add_argument("--model", required=True, help="its name at the service")
     plan.add_argument(
         "--languages", nargs="+", default=["all"], metavar="XX", help="codes, or all (default: all thirty)"
     )
     plan.add_argument("--prompt-version", default="v1", metavar="V", help="folder of prompts (default: v1)")
     plan.add_argument("--prompts", metavar="DIR", help="folder V/XX.txt of prompts of your own")
     plan.add_argument("--max-tokens", type=int, default=1024, help="longest answer (default: 1024)")
-    plan.add_argument(
-        "--detail", choices=("low", "high", "auto"), help="how closely the model looks (default: not said)"
-    )
+    plan.add_argument("--detail", choices=("low", "high", "auto"), help="of the image (default: not sent)")
     plan.add_argument(
         "--body", default="{}", metavar="JSON", help="""more fields of the request: '{"temperature": 0.2}'"""
     )
@@ -35,9 +35,9 @@ def add(steps: argparse._SubParsersAction) -> None:
 
     unplan = steps.add_parser(
         "unplan",
-        help="take back what is planned and was never asked for",
-        description="Takes requests that never left out of LEDGER, all of them or those that the options choose. What "
-        "was asked for even once stays as it is, whatever became of it.",
+        help="remove planned requests that were never sent",
+        description="Removes requests that were never sent from LEDGER, all of them or those that the options select. "
+        "Requests that were sent even once stay as they are.",
     )
     unplan.add_argument("ledger", metavar="LEDGER")
     unplan.add_argument("shards", metavar="SHARDS", nargs="*", help="of images in these data sets (default: all)")
@@ -51,12 +51,12 @@ def _plan(options: argparse.Namespace) -> int:
     import json
     from pathlib import Path
 
-    from ...captions.ledger import Ledger
-    from ...captions.plan import Plan, plan
-    from ...captions.texts import PROMPTS, check_languages
-    from ...errors import UserError
-    from ...execute.progress import Progress
-    from ...shards import Dataset
+    from data_prep.captions.ledger import RequestLedger
+    from data_prep.captions.plan import Plan, plan
+    from data_prep.captions.texts import PROMPTS, check_languages
+    from data_prep.errors import UserError
+    from data_prep.execute.progress import Progress
+    from data_prep.shards import Dataset
 
     try:
         body = json.loads(options.body)
@@ -76,7 +76,7 @@ def _plan(options: argparse.Namespace) -> int:
     )
     prompts = Path(options.prompts) if options.prompts else PROMPTS
     progress = Progress(max(1, sum(len(Dataset.open(directory)) for directory in options.shards)))
-    ledger = Ledger(options.ledger, create=True)
+    ledger = RequestLedger(options.ledger, create=True)
     done = plan(ledger, options.shards, wanted, prompts=prompts, tick=lambda: progress.add(1))
     progress.finish()
     print(f"{done.images} different images ({done.twice} more occurred again)")
@@ -87,10 +87,10 @@ def _plan(options: argparse.Namespace) -> int:
 def _unplan(options: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from ...captions.ledger import Ledger
-    from ...captions.texts import check_languages
+    from data_prep.captions.ledger import RequestLedger
+    from data_prep.captions.texts import check_languages
 
-    ledger = Ledger(options.ledger)
+    ledger = RequestLedger(options.ledger)
     with ledger.exclusive():
         taken, asked = ledger.unplan(
             datasets=[str(Path(directory).resolve()) for directory in options.shards],
@@ -98,7 +98,7 @@ def _unplan(options: argparse.Namespace) -> int:
             model=options.model,
             prompt_version=options.prompt_version,
         )
-    print(f"{taken} requests taken out of the plan")
+    print(f"{taken} requests removed from the plan")
     if asked:
-        print(f"{asked} stay planned: they were asked for before, and not answered or planned again")
+        print(f"{asked} stay planned: they were sent before")
     return 0

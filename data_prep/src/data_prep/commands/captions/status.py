@@ -1,24 +1,26 @@
-"""`data-prep captions status`: what stands in the ledger."""
+"""`data-prep captions status`: the state of the ledger."""
 
 from __future__ import annotations
 
 import argparse
 from typing import TYPE_CHECKING
 
+from data_prep.commands import Subcommands
+
 if TYPE_CHECKING:
-    from ...captions.ledger import Ledger
+    from data_prep.captions.ledger import RequestLedger
 
 
-def add(steps: argparse._SubParsersAction) -> None:
+def add(steps: Subcommands) -> None:
     """Register the step."""
-    status = steps.add_parser("status", help="what was asked, answered, rejected, lost, spent")
+    status = steps.add_parser("status", help="show what was sent, answered, rejected, lost, spent")
     status.add_argument("ledger", metavar="LEDGER")
     status.add_argument("--all", action="store_true", help="list every request that was perhaps paid, not twenty")
     status.set_defaults(run=_status)
 
 
-def show_spent(ledger: Ledger) -> None:
-    """Print what the ledger has cost so far, and what that leaves out."""
+def show_spent(ledger: RequestLedger) -> None:
+    """Print the cost of the ledger so far, and what is not in it."""
     print(f"spent, at most: {ledger.spent():.4f}")
     (unpriced,) = ledger.db.execute("SELECT count(*) FROM attempt WHERE cost IS NULL").fetchone()
     if unpriced:
@@ -30,9 +32,9 @@ def show_spent(ledger: Ledger) -> None:
 def _status(options: argparse.Namespace) -> int:
     import datetime
 
-    from ...captions.ledger import Ledger
+    from data_prep.captions.ledger import RequestLedger
 
-    ledger = Ledger(options.ledger)
+    ledger = RequestLedger(options.ledger)
     columns = ("planned", "sent", "received", "accepted", "rejected")
     table: dict[str, dict[str, int]] = {}
     for language, state, count in ledger.db.execute("SELECT language, state, count(*) FROM request GROUP BY 1, 2"):

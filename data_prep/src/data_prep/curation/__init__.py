@@ -1,0 +1,1 @@
+"""Curation: filters, deduplicates, splits and relabels data sets, and measures mixes of them."""

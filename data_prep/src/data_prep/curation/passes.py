@@ -1,0 +1,251 @@
+"""Passes over data sets: one where each sample is judged by itself, two where samples are compared.
+
+A pass is a job of `execute`. To compare samples, a survey comes first: each unit writes an array file with what the
+decision needs, and the rewriting pass reads the decisions on its own samples. The survey is in OUT/NAME.survey-HASH, is
+resumed like any job, and is removed when the data set is published.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.errors import UserError
+from data_prep.execute import Execution, Job, Spec, Target, run_job
+from data_prep.execute.engines import run_units
+from data_prep.execute.progress import Progress
+from data_prep.execute.unit import Output, read_receipt
+from data_prep.samples import compact_json
+from data_prep.shards import KINDS, Dataset, Row
+from data_prep.shards.files import replacing
+from data_prep.shards.format import IMAGE_TYPES, JsonObject
+
+TextDict = JsonObject  # a TEXT of the shard format
+
+
+@dataclass
+class Sample:
+    """One sample: `content` is its JSON, or is made from the .txt where there is no JSON of the shard format."""
+
+    kind: str
+    row: Row
+    members: dict[str, bytes]
+    content: JsonObject
+
+    @property
+    def texts(self) -> list[list[TextDict]]:
+        """Its lists of alternative texts: captions, or query, target and negatives; the lists of `content`."""
+        if "captions" in self.content:
+            return [self.content["captions"]]
+        return [self.content["query"], self.content["target"], *self.content.get("negatives", [])]
+
+    @property
+    def image(self) -> bytes:
+        """The bytes of its image file."""
+        return next(self.members[name] for name in IMAGE_TYPES if name in self.members)
+
+    def changed_members(self) -> dict[str, bytes]:
+        """Its members, with `content` as the JSON."""
+        kept = {name: data for name, data in self.members.items() if name not in ("json", "txt")}
+        return {**kept, "json": compact_json(self.content)}
+
+    def languages(self) -> list[str]:
+        """The languages that occur in `content`."""
+        return sorted({text["language"] for texts in self.texts for text in texts})
+
+
+def open_alike(directories: Sequence[str]) -> list[Dataset]:
+    """Open data sets of one kind. UserError if the kinds differ, or if one is named twice."""
+    found = [Dataset.open(directory) for directory in directories]
+    kinds = sorted({dataset.kind for dataset in found})
+    if len(kinds) != 1:
+        raise UserError(f"data sets of {' and '.join(kinds)}; expected one kind, run the command once for each")
+    places = [dataset.directory.resolve() for dataset in found]
+    if len(set(places)) != len(places):
+        raise UserError("a data set is named twice; name each once")
+    return found
+
+
+def pieces_of(datasets: Sequence[Dataset]) -> list[JsonObject]:
+    """A piece for each shard. Samples keep their keys if they all come from one data set."""
+    pieces = []
+    for dataset in datasets:
+        first = 0
+        for count in dataset.shard_sizes:
+            pieces.append(
+                {
+                    "dataset": str(dataset.directory.resolve()),
+                    "fingerprint": dataset.fingerprint,
+                    "first": first,
+                    "count": count,
+                    "keep_keys": len(datasets) == 1,
+                }
+            )
+            first += count
+    return pieces
+
+
+def samples_of(piece: JsonObject) -> Iterator[Sample]:
+    """The samples of a piece.
+
+    Raises:
+        UserError: the data set changed since the job began, or a sample's JSON is not of the shard format.
+    """
+    dataset = Dataset.open(piece["dataset"])
+    if dataset.fingerprint != piece["fingerprint"]:
+        raise UserError(f"{dataset.directory} changed while it was worked on; run the command again")
+    for number in range(piece["first"], piece["first"] + piece["count"]):
+        yield sample_at(dataset, number)
+
+
+def sample_at(dataset: Dataset, number: int) -> Sample:
+    """One sample. UserError if its JSON is not of the shard format."""
+    row, members = dataset.row(number), dataset.read(number)
+    return Sample(dataset.kind, row, members, _content(dataset, row, members))
+
+
+def write(output: Output, piece: JsonObject, sample: Sample, *, kind: str | None = None, tokens: int | None) -> None:
+    """Write a sample with changed content; `tokens` of its longest text, None if unknown."""
+    key = sample.row.key if piece["keep_keys"] else None
+    output.write(kind or sample.kind, sample.changed_members(), languages=sample.languages(), tokens=tokens, key=key)
+
+
+def copy(output: Output, piece: JsonObject, sample: Sample) -> None:
+    """Write a sample unchanged."""
+    key = sample.row.key if piece["keep_keys"] else None
+    output.write(sample.kind, sample.members, languages=sample.row.languages, tokens=sample.row.tokens, key=key)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The first of two passes.
+
+    work: "module:function", called as function(piece, options, output), with the path `piece["survey"]` for its arrays.
+    """
+
+    target: Target
+    work: str
+    pieces: Sequence[JsonObject]
+    options: JsonObject
+
+    @property
+    def folder(self) -> Path:
+        """The folder of this survey; other input or options have another."""
+        identity = json.dumps([self.work, list(self.pieces), self.options], sort_keys=True)
+        return Path(self.target.out) / f"{self.target.name}.survey-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+    def files(self) -> list[Path]:
+        """The array file of each piece."""
+        return [self.folder / f"{number:05d}.npz" for number in range(len(self.pieces))]
+
+    def run(self, execution: Execution, log: Callable[[str], None]) -> bool:
+        """Do the rest of this task's share; False if other array tasks have pieces left."""
+        specs = [
+            Spec(self.work, str(self.folder), number, {**piece, "survey": str(file)}, self.options)
+            for number, (piece, file) in enumerate(zip(self.pieces, self.files(), strict=True))
+        ]
+        first, step = execution.task
+        own = specs[first::step]
+        left = [spec for spec in own if not _surveyed(spec)]
+        log(f"{self.folder}: surveying, {len(own) - len(left)} of {len(own)} units are done")
+        progress = Progress(max(1, len(left)))
+        for receipt in run_units(left, engine=execution.engine, workers=execution.workers or os.cpu_count() or 1):
+            progress.add(receipt.came_in)
+        progress.finish()
+        return all(_surveyed(spec) for spec in specs)
+
+
+def two_passes(
+    survey: Survey,
+    job: Job,
+    decide: Callable[[Survey], Iterable[np.ndarray]],
+    execution: Execution,
+    log: Callable[[str], None] = print,
+) -> JsonObject | None:
+    """Survey, decide on all samples, and rewrite; returns the receipt, None if other array tasks have units left.
+
+    `decide` yields an array for each piece of the job, whose work reads it with `decision`.
+    """
+    if not any((job.target.folder(kind) / "receipt.json").exists() for kind in KINDS):
+        if not survey.run(execution, log):
+            log("other array tasks have units left; when all are done, run the array again to continue")
+            return None
+        log(f"{survey.folder}: deciding, over all samples")
+        progress = Progress(len(job.pieces))
+        for piece, values in zip(job.pieces, decide(survey), strict=True):
+            save(Path(piece["decided"]), values=values)
+            progress.add(len(values))
+        progress.finish()
+    receipt = run_job(job, execution, log=log)
+    if receipt is not None:
+        for folder in Path(job.target.out).glob(f"{job.target.name}.survey-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+    return receipt
+
+
+def with_decisions(survey: Survey, pieces: Sequence[JsonObject]) -> list[JsonObject]:
+    """The pieces of the rewriting pass: each with the path of its decision."""
+    return [
+        {**piece, "decided": str(survey.folder / f"decided-{number:05d}.npz")} for number, piece in enumerate(pieces)
+    ]
+
+
+def decision(piece: JsonObject) -> np.ndarray:
+    """The decisions on the samples of a piece."""
+    return load(Path(piece["decided"]))["values"]
+
+
+def save(path: Path, **arrays: np.ndarray) -> None:
+    """Write arrays whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with replacing(path) as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free some space and run again") from error
+
+
+def load(path: Path, *names: str) -> dict[str, np.ndarray]:
+    """What `save` wrote: the arrays of these names, without a name all of them."""
+    with np.load(path) as arrays:
+        return {name: arrays[name] for name in names or arrays.files}
+
+
+def _surveyed(spec: Spec) -> bool:
+    return read_receipt(spec) is not None and Path(spec.piece["survey"]).exists()
+
+
+def _content(dataset: Dataset, row: Row, members: dict[str, bytes]) -> JsonObject:
+    where = f"{dataset.directory / row.shard}: sample {row.key!r}"
+    content: Any = None
+    if "json" in members:
+        try:
+            content = json.loads(members["json"])
+        except ValueError as error:
+            raise UserError(
+                f"{where} has a .json that is none ({error}); `data-prep validate` finds all of them"
+            ) from error
+    if dataset.kind.startswith("image") and not any(name in members for name in IMAGE_TYPES):
+        raise UserError(f"{where} has no image ({', '.join(IMAGE_TYPES)}); import the data set again")
+    wanted = KINDS[dataset.kind][:2]  # of triplets, too, query and target suffice here
+    if isinstance(content, dict) and all(isinstance(content.get(name), list) for name in wanted):
+        return content
+    if "txt" in members:  # shards of another format: their .json is not kept
+        language = row.languages[0] if len(row.languages) == 1 else "und"
+        role = "long" if dataset.kind == "image-long" else "name"
+        text = {
+            "text": members["txt"].decode("utf-8", "replace"),
+            "language": language,
+            "origin": "human",
+            "role": role,
+        }
+        return {"captions": [text], "source": dataset.source, "item": row.key}
+    raise UserError(f"{where} has no {' and '.join(wanted)} in its .json, and no .txt; import the data set again")

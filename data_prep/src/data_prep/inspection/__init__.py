@@ -1,0 +1,1 @@
+"""Inspection: validates data sets and shows what is in them."""

@@ -1,0 +1,179 @@
+"""Validates data sets: manifest, checksums, hashes, keys, texts, and whether images can be decoded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import tarfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+from data_prep.shards import Dataset, Row, ShardError
+from data_prep.shards.format import IMAGE_TYPES, KINDS, check_kind, index_name
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A fault: in which data set, where in it, what."""
+
+    dataset: str
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.dataset}{f', {self.where}' if self.where else ''}: {self.what}"
+
+
+def validate(
+    directory: Path, *, workers: int = 1, decode: bool = True, tick: Callable[[int], None] = lambda samples: None
+) -> Iterator[Problem]:
+    """Check one data set, shard by shard; yields the faults.
+
+    Args:
+        decode: also decode every image.
+        tick: called with the number of samples of each shard that was checked.
+    """
+    _opened.cache_clear()  # the folder may hold another data set by now
+    try:
+        dataset = _opened(directory)
+        check_kind(dataset.kind)
+    except ShardError as error:
+        yield Problem(str(directory), "", str(error))
+        return
+    keys: set[int] = set()  # 64-bit hashes of the keys, to save memory
+    check = partial(_check_shard, directory, decode)
+    if workers == 1 or len(dataset.shard_sizes) == 1:
+        results: Any = map(check, range(len(dataset.shard_sizes)))
+        pool = None
+    else:
+        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+        results = pool.map(check, range(len(dataset.shard_sizes)))
+    try:
+        for samples, (problems, hashes) in zip(dataset.shard_sizes, results, strict=True):
+            tick(samples)
+            yield from problems
+            for place, key in enumerate(hashes):
+                if key in keys:
+                    yield Problem(str(directory), f"sample {place} of a shard", "its key occurs twice in the data set")
+                keys.add(key)
+    finally:
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
+
+
+def _check_shard(directory: Path, decode: bool, number: int) -> tuple[list[Problem], list[int]]:
+    """The faults of one shard, and a hash of each key."""
+    dataset = _opened(directory)
+    first = sum(dataset.shard_sizes[:number])
+    problems: list[Problem] = []
+    keys: list[int] = []
+    entry = dataset.manifest["shards"][number]
+    tar = directory / entry["name"]
+    for path, sha256 in ((tar, entry["sha256"]), (directory / index_name(tar.name), entry["index_sha256"])):
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                what = "checksum differs from the manifest's: damaged; build the data set again"
+                return [Problem(str(directory), path.name, what)], []
+    places = _places(tar)
+    for index in range(first, first + dataset.shard_sizes[number]):
+        try:
+            row = dataset.row(index)
+        except ShardError as error:
+            return [Problem(str(directory), tar.name, str(error))], []
+        keys.append(int.from_bytes(_digest(row.key)))
+        where = f"{tar.name}, sample {row.key!r}"
+        problems += [
+            Problem(str(directory), where, what) for what in _check_sample(dataset, index, row, places, decode)
+        ]
+    return problems, keys
+
+
+@lru_cache(maxsize=1)
+def _opened(directory: Path) -> Dataset:
+    """A data set, opened once a process, since opening checks every shard."""
+    return Dataset.open(directory)
+
+
+def _check_sample(
+    dataset: Dataset, index: int, row: Row, places: dict[str, tuple[int, int]], decode: bool
+) -> Iterator[str]:
+    for extension, place in row.members.items():
+        if places.get(f"{row.key}.{extension}") != place:
+            yield f"the tar has no member {row.key}.{extension} where the sidecar says"
+    try:
+        members = dataset.read(index)
+    except ShardError as error:
+        yield str(error)
+        return
+    images = [extension for extension in members if extension in IMAGE_TYPES]
+    if dataset.kind.startswith("image") != (len(images) == 1):
+        yield f"has {len(images)} images, which does not fit {dataset.kind}"
+    if "json" in members:
+        yield from _check_texts(members["json"], dataset.kind, row)
+    elif not members.get("txt", b"").strip():
+        yield "has no text"
+    if decode:
+        for extension in images:
+            if (what := _undecodable(members[extension])) is not None:
+                yield f"its .{extension} cannot be decoded ({what})"
+
+
+def _check_texts(raw: bytes, kind: str, row: Row) -> Iterator[str]:
+    try:
+        content = json.loads(raw)
+    except ValueError as error:
+        yield f"its .json is not JSON ({error})"
+        return
+    languages: set[str] = set()
+    for part in KINDS[kind]:
+        groups = content.get(part) if isinstance(content, dict) else None
+        if not isinstance(groups, list) or not groups:
+            yield f"its .json has no {part}"
+            continue
+        for texts in groups if part == "negatives" else [groups]:
+            for text in texts if isinstance(texts, list) else [None]:
+                if not isinstance(text, dict) or not all(
+                    isinstance(text.get(field), str) and text[field] for field in ("text", "language", "origin", "role")
+                ):
+                    yield f"a text of its {part} lacks text, language, origin or role"
+                    break
+                languages.add(text["language"])
+    if languages and set(row.languages) != languages:
+        yield f"its texts are in {sorted(languages)}, the sidecar says {sorted(row.languages)}"
+
+
+def _undecodable(data: bytes) -> str | None:
+    import io
+
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
+            image.load()
+    except Exception as error:  # Pillow's readers raise all kinds of exceptions
+        return str(error) or type(error).__name__
+    return None
+
+
+def _places(tar: Path) -> dict[str, tuple[int, int]]:
+    """Name → offset and size of each member, from the tar itself; extensions in lower case, as in sidecars."""
+    places: dict[str, tuple[int, int]] = {}
+    try:
+        with tarfile.open(tar, mode="r:") as file:
+            for member in file:
+                folder, slash, base = member.name.rpartition("/")
+                stem, dot, extension = base.partition(".")
+                name = f"{folder}{slash}{stem}{dot}{extension.lower()}"
+                places.setdefault(name, (member.offset_data, member.size))  # of equal names the first is the sample's
+    except (tarfile.TarError, OSError):
+        return {}
+    return places
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.blake2b(key.encode(), digest_size=8).digest()

@@ -1,1 +1,0 @@
-"""Looking at data sets: whether they are sound, and what is in them."""

@@ -1,1 +1,0 @@
-"""Shaping: what is taken out of data, held apart or put together before a model sees it."""
