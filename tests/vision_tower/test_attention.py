@@ -40,6 +40,20 @@ def test_packed_attention_equals_each_image_by_itself(random, class_only):
         torch.testing.assert_close(out[i : i + 1] if class_only else out[start:stop], expected)
 
 
+@pytest.mark.parametrize(("tokens", "dtype", "fused"), [
+    (PLAIN_ATTENTION_TOKENS, torch.bfloat16, False),
+    (PLAIN_ATTENTION_TOKENS, torch.float16, False),
+    (PLAIN_ATTENTION_TOKENS + 1, torch.bfloat16, True),
+    (8, torch.float32, True),
+])  # fmt: skip
+def test_on_a_cpu_short_sequences_in_16_bits_alone_take_plain_products(random, monkeypatch, tokens, dtype, fused):
+    calls, kernel = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(a) or kernel(*a, **k))
+    q, k, v = (torch.randn(1, tokens, 2, 8, generator=random).to(dtype) for _ in range(3))
+    torch.testing.assert_close(attend(q, k, v).double(), dense(q, k, v), rtol=0, atol=0.03)
+    assert bool(calls) == fused
+
+
 def test_a_layout_knows_its_runs_of_equal_length():
     layout = ByLength((3, 5, 5, 9), CPU)
     assert layout.groups == [
@@ -50,17 +64,6 @@ def test_a_layout_knows_its_runs_of_equal_length():
     assert layout.cu_seqlens.tolist() == [0, 3, 8, 13, 22]
     assert layout.class_rows.tolist() == [0, 3, 8, 13]
     assert layout.max_seqlen == 9
-
-
-@pytest.mark.parametrize(("tokens", "heads", "fused"), [(512, 1, False), (513, 2, True), (3, 520, False)])
-def test_short_sequences_in_16_bits_on_a_cpu_take_plain_products(random, monkeypatch, tokens, heads, fused):
-    """The limit counts tokens, not heads: layouts have the two on different sides of it."""
-    assert PLAIN_ATTENTION_TOKENS == 512
-    calls, kernel = [], F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args: calls.append(args) or kernel(*args))
-    q, k, v = (torch.randn(1, tokens, heads, 4, generator=random).bfloat16() for _ in range(3))
-    torch.testing.assert_close(attend(q[:, :1], k, v).double(), dense(q[:, :1], k, v), rtol=0, atol=0.03)
-    assert bool(calls) == fused
 
 
 class BlockDiagonal:
