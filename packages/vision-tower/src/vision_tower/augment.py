@@ -31,9 +31,8 @@ def augment(
 ) -> Tensor:
     """Random resized crop of `image`, uint8 `[3, h, w]` on the CPU, to uint8 `[3, R, R]` (or `[3, H, W]` for a pair).
 
-    The area is a share of the largest crop of its shape that fits, so a banner's crop is as random as a square's;
-    torchvision's RandomResizedCrop falls back to the centre there. For square images and narrow ratios the two are
-    nearly the same.
+    The area is a share of the largest crop of its shape that fits, so a banner's crop is as random as a square's, where
+    torchvision's RandomResizedCrop falls back to the centre. For squares and narrow ratios the two are nearly the same.
 
     Pillow resizes (bicubic with antialiasing), as in inference: the pixels are those of training on PIL images, on
     every processor. PyTorch's uint8 kernel takes a quarter of the time, but is at times two levels off, and 30 at hard

@@ -37,7 +37,7 @@ def write_weights(weights: Mapping[str, Tensor], file: Path) -> None:
     on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     file.touch()  # safetensors makes files that only their owner may read: this one gets the umask's mode
     mode = file.stat().st_mode
-    save_file(on_host, file, metadata={"format": "pt"})
+    save_file(on_host, file, {"format": "pt"})
     file.chmod(mode)
 
 
