@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -16,6 +17,9 @@ from torch import Tensor
 # training step takes half the time, at 577 attention alone 0.5 to 0.8 of it, at 1297 more. (One thread, AVX512-bf16.
 # In float32 the two are equal, and the fused kernel needs less memory.)
 PLAIN_ATTENTION_TOKENS = 512
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries, keys and values `[N, H, T, D]` -> `[N, H, T, D]`; of queries there may be fewer."""
 
 _PACKAGES = {"xformers": "xformers.ops", "flash": "flash_attn"}
 _INSTALL = {"xformers": "pip install xformers", "flash": "pip install flash-attn"}
@@ -102,12 +106,12 @@ def _block_diagonal(queries: list[int], keys: list[int], device: torch.device) -
     return BlockDiagonalMask.from_seqlens(queries, keys, device=device)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa", layout: Layout | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, backend: str | Attend = "sdpa", layout: Layout | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v within each image.
 
     q        `[N, S, H, D]`, where S is T, or 1 for the class token alone; packed `[T, H, D]` or `[N, H, D]`
     k, v     `[N, T, H, D]`; packed `[T, H, D]`, T then being all images' tokens
-    backend  from `resolve_backend`
+    backend  from `resolve_backend`, or what computes attention in its place
     layout   where each image lies, if the tokens are packed
 
     Returns the shape of q.
@@ -117,25 +121,27 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa", layout: Layou
     if layout is not None:
         return _attend_packed(q, k, v, backend, layout)
     if backend == "xformers":
-        return import_module(_PACKAGES[backend]).memory_efficient_attention(q, k, v)
+        return import_module(_PACKAGES["xformers"]).memory_efficient_attention(q, k, v)
     if backend == "flash":
-        return import_module(_PACKAGES[backend]).flash_attn_func(q, k, v)
+        return import_module(_PACKAGES["flash"]).flash_attn_func(q, k, v)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if callable(backend):
+        return backend(q, k, v).transpose(1, 2)
     if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and k.shape[2] <= PLAIN_ATTENTION_TOKENS:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         return (scores.softmax(dim=-1).to(v.dtype) @ v).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def _attend_packed(q: Tensor, k: Tensor, v: Tensor, backend: str, layout: Layout) -> Tensor:
+def _attend_packed(q: Tensor, k: Tensor, v: Tensor, backend: str | Attend, layout: Layout) -> Tensor:
     class_only = len(q) != len(k)
     if backend == "xformers":
         bias = layout.xformers_bias(class_only)
-        return import_module(_PACKAGES[backend]).memory_efficient_attention(q[None], k[None], v[None], bias)[0]
+        return import_module(_PACKAGES["xformers"]).memory_efficient_attention(q[None], k[None], v[None], bias)[0]
     kernel: Any = None
     if backend == "flash":
-        kernel = import_module(_PACKAGES[backend]).flash_attn_varlen_func
-    elif q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        kernel = import_module(_PACKAGES["flash"]).flash_attn_varlen_func
+    elif backend == "sdpa" and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn as kernel
     if kernel is not None:
         q_ends = torch.arange(len(layout.ends), dtype=torch.int32, device=q.device) if class_only else layout.ends
@@ -146,5 +152,5 @@ def _attend_packed(q: Tensor, k: Tensor, v: Tensor, backend: str, layout: Layout
         n = images.stop - images.start
         queries = q[images, None] if class_only else q[tokens].unflatten(0, (n, length))
         keys, values = k[tokens].unflatten(0, (n, length)), v[tokens].unflatten(0, (n, length))
-        out.append(attend(queries, keys, values).flatten(0, 1))
+        out.append(attend(queries, keys, values, backend).flatten(0, 1))
     return torch.cat(out)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .attention import Layout, attend
+from .attention import Attend, Layout, attend
 from .config import VisionTowerConfig
 from .rotary import rotate
 
@@ -45,7 +45,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(
-        self, x: Tensor, rotary: Tensor, backend: str, layout: Layout | None = None, class_only: bool = False
+        self, x: Tensor, rotary: Tensor, backend: str | Attend, layout: Layout | None = None, class_only: bool = False
     ) -> Tensor:
         """See `Block.forward`; returns what is to be added to the tokens."""
         heads = (self.heads, -1)
@@ -105,13 +105,13 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config)
 
     def forward(
-        self, x: Tensor, rotary: Tensor, backend: str, layout: Layout | None = None, class_only: bool = False
+        self, x: Tensor, rotary: Tensor, backend: str | Attend, layout: Layout | None = None, class_only: bool = False
     ) -> Tensor:
         """One layer.
 
         x           tokens `[N, T, width]`, or packed `[T, width]` with a layout
         rotary      `[N or 1, T, 1, head_dim / 2, 2]`, packed `[T, 1, head_dim / 2, 2]` (`rotary_table`)
-        backend     from `resolve_backend`
+        backend     as `attend` takes it
         class_only  return the class tokens alone, `[N, 1, width]` or packed `[N, width]`
         """
         attended = self.attn(_lowered(self.norm1(x)), rotary, backend, layout, class_only)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import Layout, resolve_backend
+from .attention import Attend, Layout, resolve_backend
 from .blocks import Block, initialize
 from .config import Resolution, VisionTowerConfig, as_pair, grid_of
 from .packed import PackedPatches
@@ -66,18 +66,21 @@ class VisionTower(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         initialize(self.blocks)
 
-    def forward(self, images: Tensor | PackedPatches, *, keep: Tensor | None = None) -> Tensor:
+    def forward(
+        self, images: Tensor | PackedPatches, *, keep: Tensor | None = None, attend: Attend | None = None
+    ) -> Tensor:
         """Embeds normalised images.
 
         images  `[N, 3, H, W]` floating point, of exactly the resolution that is set, after `normalize`; or N images
                 of any grids as `PackedPatches`
         keep    `[N, K]` int64, the patches that stay under patch dropout (`patch_keep_indices`); None keeps all.
                 Packed images have `PackedPatches.drop` instead
+        attend  computes attention, in place of what `config.attention` and the device choose
 
         Returns float32 `[N, width]`, pooled and not L2-normalised, under autocast too (float64 from a float64 tower).
         Raises ValueError for images of another size or kind, or attention that this device does not have.
         """
-        backend = resolve_backend(self.config.attention, self.pos_embed.device)
+        backend = attend or resolve_backend(self.config.attention, self.pos_embed.device)
         layout = restore = None
         if isinstance(images, PackedPatches):
             x, rotary, layout, restore = self._embed_packed(images, keep)
