@@ -1,5 +1,6 @@
 """Whatever computes attention, it is asked for by one name and gives one answer."""
 
+import functools
 import importlib.machinery
 import itertools
 import logging
@@ -150,7 +151,7 @@ def test_many_short_texts_attend_as_few_do(pack):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         parts = zip(*(x.split(texts_at_once * length) for x in leaves), strict=True)
         layout = ByLength.of(pack([length] * texts_at_once))
-        out = torch.cat([attention._sdpa(*part, layout) for part in parts])
+        out = torch.cat([attention.sdpa(*part, layout) for part in parts])
         out.backward(wanted)
         return out, *(x.grad for x in leaves)
 
@@ -165,6 +166,20 @@ def test_a_whole_tower_runs_through_a_variable_length_kernel(make_tower, pack, m
     monkeypatch.setattr(attention, "_obstacle", lambda name, *_: None if name == "varlen" else "absent")
     choose_backend.cache_clear()
     torch.testing.assert_close(tower(packed), expected)
+
+
+def test_a_caller_may_bring_what_computes_attention(make_tower, pack, monkeypatch):
+    tower, packed = make_tower(), pack(LENGTHS)
+    expected, blocks = tower(packed), []
+
+    def kernel(*qkv):
+        blocks.append(qkv[0].shape)
+        return attention._plain(*qkv)
+
+    monkeypatch.setattr(tower, "_backend", None)  # nobody asks the device
+    own = tower(packed, attend=functools.partial(attention.sdpa, kernel=kernel))
+    torch.testing.assert_close(own, expected)
+    assert len(blocks) == tower.config.layers * len(set(LENGTHS))
 
 
 def test_torchs_own_varlen_attn_takes_our_call():

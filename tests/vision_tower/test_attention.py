@@ -144,6 +144,20 @@ def test_a_library_is_taken_only_where_it_can_be_had(monkeypatch, fake_libraries
             choose_backend(name, GPU)
 
 
+def test_a_caller_may_bring_what_computes_attention(make_tower, config, images):
+    tower = make_tower(config)
+    packed = PackedPatches.from_images(list(images), config.patch)
+    expected, asked = (tower(images), tower(packed)), []
+
+    def kernel(q, k, v):
+        asked.append(q.shape)
+        return dense(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2).to(q.dtype)
+
+    for given, wanted in zip((images, packed), expected, strict=True):
+        torch.testing.assert_close(tower(given, attend=kernel), wanted)
+    assert len(asked) == 2 * config.layers
+
+
 def test_flash_attention_in_32_bits_is_refused(fake_libraries):
     q = torch.zeros(1, 2, 1, 8)
     with pytest.raises(ValueError, match=r"16 bits and got torch\.float32"):

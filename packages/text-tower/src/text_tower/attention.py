@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -21,6 +22,9 @@ from text_tower.packed import ByLength
 from text_tower.positions import Rotary
 
 log = logging.getLogger(__name__)
+
+Attend = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
+"""Queries, keys and values `[T, heads, d]`, and the layout -> `[T, heads, d]`."""
 
 AUTO = ("flash-attn", "varlen", "sdpa")  # xformers only when it is asked for
 EAGER = ("sdpa", "xformers")  # not compiled: each batch's lengths would need their own graph
@@ -37,13 +41,16 @@ class Attention:
     Args:
         layout: the batch.
         positions: its position scheme.
-        backend: what `choose_backend` returned.
+        backend: from `choose_backend`, or a function that computes attention instead.
         compiled: whether a compiled block calls it.
     """
 
-    def __init__(self, layout: ByLength, positions: Rotary, backend: str, compiled: bool = False):
+    def __init__(self, layout: ByLength, positions: Rotary, backend: str | Attend, compiled: bool = False):
         self.layout, self.positions = layout, positions
-        self.attend = _outside_of_graphs(backend) if compiled and backend in EAGER else _ATTEND[backend]
+        if callable(backend):
+            self.attend = backend
+        else:
+            self.attend = _outside_of_graphs(backend) if compiled and backend in EAGER else _ATTEND[backend]
         # xformers has its own description of the batch, which all blocks share.
         self.plan: Any = _block_diagonal(layout) if backend == "xformers" else layout
 
@@ -104,14 +111,15 @@ def _obstacle(name: str, device: str, dtype: torch.dtype, head_dim: int) -> str 
     return None
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: ByLength) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, layout: ByLength, kernel: Callable[..., Tensor] | None = None) -> Tensor:
+    """Attention of one length at a time, by `kernel` on `[n, heads, L, d]`; None is PyTorch's."""
     out = []
     for block in zip(*map(layout.blocks, (q, k, v)), strict=True):
         texts, length, heads, _ = block[0].shape
         many_short = length <= PLAIN_LENGTH_AT_MOST and texts * heads >= PLAIN_TEXTS_TIMES_HEADS_FROM
-        attend = _plain if many_short and q.device.type == "cpu" else F.scaled_dot_product_attention
+        chosen = _plain if many_short and q.device.type == "cpu" else F.scaled_dot_product_attention
         heads_first = (x.transpose(1, 2) for x in block)
-        out.append(attend(*heads_first).transpose(1, 2).flatten(0, 1))
+        out.append((kernel or chosen)(*heads_first).transpose(1, 2).flatten(0, 1))
     return torch.cat(out)
 
 
@@ -155,4 +163,4 @@ def _outside_of_graphs(backend: str) -> Any:
     return cast(Any, torch.compiler).disable(_ATTEND[backend])
 
 
-_ATTEND = {"sdpa": _sdpa, "varlen": _varlen, "flash-attn": _flash_attn, "xformers": _xformers}
+_ATTEND: dict[str, Attend] = {"sdpa": sdpa, "varlen": _varlen, "flash-attn": _flash_attn, "xformers": _xformers}

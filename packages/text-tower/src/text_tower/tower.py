@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from text_tower import pretrained
-from text_tower.attention import Attention, choose_backend
+from text_tower.attention import Attend, Attention, choose_backend
 from text_tower.blocks import Embeddings, Encoder
 from text_tower.config import NO_ADAPTER, TextTowerConfig
 from text_tower.dropout import KeyedDropout
@@ -48,6 +48,7 @@ class TextTower(nn.Module):
         adapter: str | None = None,
         sample_seeds: Tensor | None = None,
         training: bool | None = None,
+        attend: Attend | None = None,
     ) -> Tensor:
         """Embeds N texts.
 
@@ -57,6 +58,7 @@ class TextTower(nn.Module):
             sample_seeds: int64 `[N]`, needed in training with dropout: a sample's mask is a function of its seed, so it
                 is the same on any rank, in any batch, and when the pass is repeated.
             training: compute as in that mode; None for the tower's own.
+            attend: computes attention, instead of what `config.attention` and the device choose.
 
         Returns:
             `[N, width]`: the mean over each text's tokens, float32 under autocast and for bfloat16 weights too, not
@@ -66,7 +68,8 @@ class TextTower(nn.Module):
             ValueError: an unknown adapter, a sequence longer than `config.max_length`, ids outside the vocabulary
                 (checked on a CPU), dropout without seeds, or an attention backend that cannot run here.
         """
-        h, layout = self._states(packed, adapter, sample_seeds, self.training if training is None else training)
+        training = self.training if training is None else training
+        h, layout = self._states(packed, adapter, sample_seeds, training, attend)
         return layout.mean(h)
 
     def token_states(
@@ -77,7 +80,12 @@ class TextTower(nn.Module):
         return layout.as_given(h)
 
     def _states(
-        self, packed: PackedTokens, adapter: str | None, sample_seeds: Tensor | None, training: bool
+        self,
+        packed: PackedTokens,
+        adapter: str | None,
+        sample_seeds: Tensor | None,
+        training: bool,
+        attend: Attend | None = None,
     ) -> tuple[Tensor, ByLength]:
         """Token states `[T, width]`, at least float32, in the order of the layout."""
         config = self.config
@@ -91,7 +99,8 @@ class TextTower(nn.Module):
         layout = ByLength.of(packed)
         dropout = self._dropout(sample_seeds, len(packed), layout) if training and config.dropout else None
         positions = Rotary(layout.positions, config.head_dim, config.rope_theta)
-        attention = Attention(layout, positions, self._backend(packed.ids.device.type), config.compile)
+        backend = attend or self._backend(packed.ids.device.type)
+        attention = Attention(layout, positions, backend, config.compile)
 
         h = self.emb_ln(self.embeddings(packed.ids[layout.tokens], k))
         if dropout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -15,6 +16,9 @@ from vision_tower.packed import ByLength
 # training step takes half the time, at 577 attention alone 0.5 to 0.8 of it, at 1297 more. (One thread, AVX512-bf16.
 # In float32 the two are equal, and the fused kernel needs less memory.)
 PLAIN_ATTENTION_TOKENS = 512
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries, keys and values `[N, H, T, D]` -> `[N, H, T, D]`; there may be fewer queries."""
 
 _HALF = (torch.bfloat16, torch.float16)
 _PACKAGES = {"xformers": "xformers.ops", "flash-attn": "flash_attn"}
@@ -55,13 +59,13 @@ def _installed(name: str) -> bool:
     return True
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa", layout: ByLength | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, backend: str | Attend = "sdpa", layout: ByLength | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v within each image.
 
     Args:
         q: `[N, S, H, D]`, S being T, or 1 for the class token alone; packed `[T, H, D]` or `[N, H, D]`.
         k, v: `[N, T, H, D]`; packed `[T, H, D]`, T then being the tokens of all images.
-        backend: from `choose_backend`.
+        backend: from `choose_backend`, or a function that computes attention instead.
         layout: of packed tokens.
 
     Returns:
@@ -74,21 +78,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa", layout: ByLen
         raise ValueError(f"flash attention works in 16 bits and got {q.dtype}; use torch.autocast, or attention='sdpa'")
     if layout is not None:
         return _attend_packed(q, k, v, backend, layout)
-    if backend != "sdpa":
+    if isinstance(backend, str) and backend != "sdpa":
         library: Any = import_module(_PACKAGES[backend])
         kernel = library.memory_efficient_attention if backend == "xformers" else library.flash_attn_func
         attended: Tensor = kernel(q, k, v)
         return attended
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if callable(backend):
+        return backend(q, k, v).transpose(1, 2)
     if q.device.type == "cpu" and q.dtype in _HALF and k.shape[2] <= PLAIN_ATTENTION_TOKENS:
         scores: Tensor = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         return (scores.softmax(dim=-1).to(v.dtype) @ v).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def _attend_packed(q: Tensor, k: Tensor, v: Tensor, backend: str, layout: ByLength) -> Tensor:
+def _attend_packed(q: Tensor, k: Tensor, v: Tensor, backend: str | Attend, layout: ByLength) -> Tensor:
     class_only = len(q) != len(k)
-    library: Any = import_module(_PACKAGES[backend]) if backend in _PACKAGES else None
+    library: Any = import_module(_PACKAGES[backend]) if isinstance(backend, str) and backend in _PACKAGES else None
     out: Tensor
     if backend == "xformers":
         bias = layout.class_mask if class_only else layout.self_mask
@@ -97,7 +103,7 @@ def _attend_packed(q: Tensor, k: Tensor, v: Tensor, backend: str, layout: ByLeng
     kernel: Any = None
     if backend == "flash-attn":
         kernel = library.flash_attn_varlen_func
-    elif q.is_cuda and q.dtype in _HALF:
+    elif backend == "sdpa" and q.is_cuda and q.dtype in _HALF:
         from torch.nn.attention.varlen import varlen_attn as kernel
     if kernel is not None:
         cu, longest = layout.cu_seqlens, layout.max_seqlen
@@ -110,5 +116,5 @@ def _attend_packed(q: Tensor, k: Tensor, v: Tensor, backend: str, layout: ByLeng
         n = images.stop - images.start
         queries = q[images, None] if class_only else torch.unflatten(q[tokens], 0, (n, length))
         keys, values = (torch.unflatten(x[tokens], 0, (n, length)) for x in (k, v))
-        parts.append(attend(queries, keys, values).flatten(0, 1))
+        parts.append(attend(queries, keys, values, backend).flatten(0, 1))
     return torch.cat(parts)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from vision_tower.attention import attend
+from vision_tower.attention import Attend, attend
 from vision_tower.config import VisionTowerConfig
 from vision_tower.packed import ByLength
 from vision_tower.positions import rotate
@@ -68,7 +68,7 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(
-        self, x: Tensor, rotary: Tensor, backend: str, layout: ByLength | None = None, class_only: bool = False
+        self, x: Tensor, rotary: Tensor, backend: str | Attend, layout: ByLength | None = None, class_only: bool = False
     ) -> Tensor:
         """Arguments as for `Block.forward`; returns what is added to the tokens."""
         heads = (self.heads, -1)
@@ -130,14 +130,14 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config)
 
     def forward(
-        self, x: Tensor, rotary: Tensor, backend: str, layout: ByLength | None = None, class_only: bool = False
+        self, x: Tensor, rotary: Tensor, backend: str | Attend, layout: ByLength | None = None, class_only: bool = False
     ) -> Tensor:
         """One layer.
 
         Args:
             x: tokens `[N, T, width]`, or packed `[T, width]` with a layout.
             rotary: `[N or 1, T, 1, head_dim / 2, 2]`, packed `[T, 1, head_dim / 2, 2]` (`rotary_table`).
-            backend: from `choose_backend`.
+            backend: as for `attend`.
             layout: of packed tokens.
             class_only: return the class tokens alone, `[N, 1, width]` or packed `[N, width]`.
         """

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vision_tower import pretrained
-from vision_tower.attention import choose_backend
+from vision_tower.attention import Attend, choose_backend
 from vision_tower.blocks import Block, PatchEmbed, initialize
 from vision_tower.config import Resolution, VisionTowerConfig, as_pair, grid_of
 from vision_tower.encode import encode as _encode
@@ -45,7 +45,9 @@ class VisionTower(nn.Module):
         initialize(self.blocks)
         self.configure()
 
-    def forward(self, images: Tensor | PackedPatches, *, keep: Tensor | None = None) -> Tensor:
+    def forward(
+        self, images: Tensor | PackedPatches, *, keep: Tensor | None = None, attend: Attend | None = None
+    ) -> Tensor:
         """Embeds N normalised images.
 
         Args:
@@ -53,6 +55,7 @@ class VisionTower(nn.Module):
                 of any grids as `PackedPatches`.
             keep: int64 `[N, K]`, the patches that stay under patch dropout (`patch_keep_indices`); None for all. Packed
                 images have `PackedPatches.drop` instead.
+            attend: computes attention, instead of what `config.attention` and the device choose.
 
         Returns:
             `[N, width]`: the class token after the final norm, not L2-normalised, float32 under autocast and for
@@ -62,7 +65,7 @@ class VisionTower(nn.Module):
             ValueError: images of another size or kind, or an attention backend that cannot run on this device.
             ImportError: an attention backend that is not installed.
         """
-        backend = choose_backend(self.config.attention, self.pos_embed.device)
+        backend = attend or choose_backend(self.config.attention, self.pos_embed.device)
         layout = restore = None
         if isinstance(images, PackedPatches):
             x, rotary, layout, restore = self._embed_packed(images, keep)
