@@ -24,7 +24,7 @@ from vision_tower import VisionTower, VisionTowerConfig, resample_position_table
 def make_model(seed=0, resolution=24):
     torch.manual_seed(seed)
     text = TextTowerConfig(vocab_size=50, width=16, layers=1, heads=2, mlp_width=32)
-    vision = VisionTowerConfig(resolution=resolution, patch=8, width=16, layers=1, heads=2, hidden=24)
+    vision = VisionTowerConfig(resolution=resolution, patch=8, width=16, layers=1, heads=2, mlp_width=24)
     return DualEncoder(TextTower(text), VisionTower(vision))
 
 

@@ -16,7 +16,7 @@ from vision_tower import VisionTower, VisionTowerConfig
 def make_model(width=16, text_width=16, **options):
     torch.manual_seed(0)
     text = TextTowerConfig(vocab_size=50, width=text_width, layers=1, heads=2, mlp_width=32)
-    vision = VisionTowerConfig(resolution=16, patch=8, width=width, layers=1, heads=2, hidden=24)
+    vision = VisionTowerConfig(resolution=16, patch=8, width=width, layers=1, heads=2, mlp_width=24)
     return DualEncoder(TextTower(text), VisionTower(vision), **options)
 
 

@@ -27,7 +27,7 @@ class PlainEngine:
         text = TextTowerConfig(
             vocab_size=50, width=32, layers=2, heads=2, mlp_width=64, dropout=0.1, lora_rank=2, adapters=adapters
         )
-        vision = VisionTowerConfig(resolution=24, patch=8, width=32, layers=2, heads=2, hidden=48)
+        vision = VisionTowerConfig(resolution=24, patch=8, width=32, layers=2, heads=2, mlp_width=48)
         model = DualEncoder(TextTower(text), VisionTower(vision), temperature=temperature).to(dtype).train()
         for name, parameter in model.named_parameters():
             if "lora" in name:

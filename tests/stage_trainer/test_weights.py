@@ -19,7 +19,7 @@ TEXT = {
     "max_length": 96, "dropout": 0.3, "lora_rank": 2, "lora_alpha": 5.0, "adapters": ("retrieval.query", "separation"),
     "instructions": {"retrieval.query": "find: "},
 }  # fmt: skip
-VISION = {"resolution": 24, "patch": 8, "width": 32, "layers": 1, "heads": 2, "hidden": 40, "reference_grid": 3,
+VISION = {"resolution": 24, "patch": 8, "width": 32, "layers": 1, "heads": 2, "mlp_width": 40, "reference_grid": 3,
           "rope_theta": 300.0, "layer_norm_eps": 1e-4}  # fmt: skip
 THEIRS = ("rope_theta", "layer_norm_eps", "pad_id", "lora_rank", "lora_alpha", "adapters", "instructions", "heads",
           "max_length")  # fmt: skip

@@ -1,5 +1,6 @@
 """Whatever computes attention, it is asked for by one name and gives one answer."""
 
+import functools
 import importlib.machinery
 import itertools
 import logging
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from text_tower import attention
-from text_tower.attention import Attention, choose
+from text_tower.attention import Attention, choose_backend
 from text_tower.packed import ByLength
 from text_tower.positions import Rotary
 
@@ -19,9 +20,9 @@ LENGTHS = [7, 1, 30, 7, 3]
 
 @pytest.fixture(autouse=True)
 def _forget():
-    choose.cache_clear()
+    choose_backend.cache_clear()
     yield
-    choose.cache_clear()
+    choose_backend.cache_clear()
 
 
 @pytest.fixture
@@ -32,22 +33,22 @@ def gpu(monkeypatch):
 
 
 def test_auto_takes_the_fastest_that_fits(gpu, monkeypatch):
-    assert choose("auto", "cuda", torch.bfloat16, 64) == "flash-attn"
-    assert choose("auto", "cuda", torch.float32, 64) == "sdpa"
-    assert choose("auto", "cuda", torch.bfloat16, 12) == "sdpa"
-    assert choose("auto", "cpu", torch.bfloat16, 64) == "sdpa"
-    choose.cache_clear()
+    assert choose_backend("auto", "cuda", torch.bfloat16, 64) == "flash-attn"
+    assert choose_backend("auto", "cuda", torch.float32, 64) == "sdpa"
+    assert choose_backend("auto", "cuda", torch.bfloat16, 12) == "sdpa"
+    assert choose_backend("auto", "cpu", torch.bfloat16, 64) == "sdpa"
+    choose_backend.cache_clear()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert choose("auto", "cuda", torch.bfloat16, 64) == "varlen"
-    choose.cache_clear()
+    assert choose_backend("auto", "cuda", torch.bfloat16, 64) == "varlen"
+    choose_backend.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert choose("auto", "cuda", torch.float16, 64) == "sdpa"
+    assert choose_backend("auto", "cuda", torch.float16, 64) == "sdpa"
 
 
 def test_any_backend_can_be_forced(gpu):
     for name in ("flash-attn", "varlen", "xformers", "sdpa"):
-        assert choose(name, "cuda", torch.bfloat16, 64) == name
-    assert choose("xformers", "cuda", torch.float32, 12) == "xformers"
+        assert choose_backend(name, "cuda", torch.bfloat16, 64) == name
+    assert choose_backend("xformers", "cuda", torch.float32, 12) == "xformers"
 
 
 @pytest.mark.parametrize(
@@ -66,9 +67,9 @@ def test_a_forced_backend_that_cannot_run_says_why(make_tower, pack, name, reaso
 
 def test_kernels_refuse_what_they_cannot_compute_by_name(gpu):
     with pytest.raises(ValueError, match=r"needs bfloat16 or float16, found torch.float32 \(run under torch.autocast"):
-        choose("varlen", "cuda", torch.float32, 64)
+        choose_backend("varlen", "cuda", torch.float32, 64)
     with pytest.raises(ValueError, match="heads of 8, 16, … or 256 channels, found 12"):
-        choose("flash-attn", "cuda", torch.bfloat16, 12)
+        choose_backend("flash-attn", "cuda", torch.bfloat16, 12)
 
 
 def test_the_choice_is_logged_once(make_tower, pack, caplog):
@@ -150,7 +151,7 @@ def test_many_short_texts_attend_as_few_do(pack):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         parts = zip(*(x.split(texts_at_once * length) for x in leaves), strict=True)
         layout = ByLength.of(pack([length] * texts_at_once))
-        out = torch.cat([attention._sdpa(*part, layout) for part in parts])
+        out = torch.cat([attention.sdpa(*part, layout) for part in parts])
         out.backward(wanted)
         return out, *(x.grad for x in leaves)
 
@@ -163,8 +164,22 @@ def test_a_whole_tower_runs_through_a_variable_length_kernel(make_tower, pack, m
     tower, packed = make_tower(), pack(LENGTHS)
     expected = tower(packed)
     monkeypatch.setattr(attention, "_obstacle", lambda name, *_: None if name == "varlen" else "absent")
-    choose.cache_clear()
+    choose_backend.cache_clear()
     torch.testing.assert_close(tower(packed), expected)
+
+
+def test_a_caller_may_bring_what_computes_attention(make_tower, pack, monkeypatch):
+    tower, packed = make_tower(), pack(LENGTHS)
+    expected, blocks = tower(packed), []
+
+    def kernel(*qkv):
+        blocks.append(qkv[0].shape)
+        return attention._plain(*qkv)
+
+    monkeypatch.setattr(tower, "_backend", None)  # nobody asks the device
+    own = tower(packed, attend=functools.partial(attention.sdpa, kernel=kernel))
+    torch.testing.assert_close(own, expected)
+    assert len(blocks) == tower.config.layers * len(set(LENGTHS))
 
 
 def test_torchs_own_varlen_attn_takes_our_call():

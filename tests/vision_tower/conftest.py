@@ -1,5 +1,6 @@
 """Small towers, the timm models that they are held against, and images of every awkward kind."""
 
+import functools
 import io
 import json
 import struct
@@ -138,3 +139,12 @@ def write_timm(tmp_path, small_timm) -> Callable[..., Path]:
         return tmp_path
 
     return write
+
+
+@pytest.fixture
+def compile_with(monkeypatch) -> Callable[..., None]:
+    def choose(**options: Any) -> None:
+        """What torch.compile is called with from now on, for blocks that compile by default."""
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, **options))
+
+    return choose

@@ -1,6 +1,7 @@
 """Every attention library is handed the same problem, packed or not, and says so where it cannot be had."""
 
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from types import ModuleType
 
@@ -8,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from vision_tower import PackedPatches, VisionTower, VisionTowerConfig, patch_keep_indices
-from vision_tower.attention import PLAIN_ATTENTION_TOKENS, Layout, attend, resolve_backend
+from vision_tower.attention import PLAIN_ATTENTION_TOKENS, attend, choose_backend
 from vision_tower.config import as_pair
-from vision_tower.rotary import rotary_table, rotate
+from vision_tower.packed import ByLength
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -28,11 +29,11 @@ def dense(q, k, v):
 
 @pytest.mark.parametrize("class_only", [False, True])
 def test_packed_attention_equals_each_image_by_itself(random, class_only):
-    layout = Layout((3, 5, 5, 9), CPU)
+    layout = ByLength((3, 5, 5, 9), CPU)
     q, k, v = (torch.randn(22, 2, 8, generator=random, dtype=torch.float64) for _ in range(3))
     rows = q[layout.class_rows] if class_only else q
     out = attend(rows, k, v, "sdpa", layout)
-    ends = layout.ends.tolist()
+    ends = layout.cu_seqlens.tolist()
     for i, (start, stop) in enumerate(pairwise(ends)):
         own = q[start : start + 1] if class_only else q[start:stop]
         expected = dense(own[None], k[None, start:stop], v[None, start:stop])[0]
@@ -53,26 +54,16 @@ def test_on_a_cpu_short_sequences_in_16_bits_alone_take_plain_products(random, m
     assert bool(calls) == fused
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_rotation_is_the_same_compiled_or_not(random, monkeypatch, dtype):
-    """The compiled branch has no complex numbers; run here as it stands, without a compiler."""
-    x = torch.randn(2, 7, 3, 8, generator=random).to(dtype)
-    table = rotary_table((2, 3), 8, reference=None, theta=100.0)[:, None]
-    expected = rotate(x, table)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    torch.testing.assert_close(rotate(x, table), expected)
-
-
 def test_a_layout_knows_its_runs_of_equal_length():
-    layout = Layout((3, 5, 5, 9), CPU)
+    layout = ByLength((3, 5, 5, 9), CPU)
     assert layout.groups == [
         (slice(0, 1), slice(0, 3), 3),
         (slice(1, 3), slice(3, 13), 5),
         (slice(3, 4), slice(13, 22), 9),
     ]
-    assert layout.ends.tolist() == [0, 3, 8, 13, 22]
+    assert layout.cu_seqlens.tolist() == [0, 3, 8, 13, 22]
     assert layout.class_rows.tolist() == [0, 3, 8, 13]
-    assert layout.longest == 9
+    assert layout.max_seqlen == 9
 
 
 class BlockDiagonal:
@@ -125,13 +116,13 @@ def fake_libraries(monkeypatch):
     module("flash_attn", flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func)
 
 
-@pytest.mark.parametrize("backend", ["xformers", "flash"])
+@pytest.mark.parametrize("backend", ["xformers", "flash-attn"])
 @pytest.mark.parametrize("class_only", [False, True])
 def test_other_libraries_get_what_they_document(random, fake_libraries, backend, class_only):
     q, k, v = (torch.randn(2, 7, 2, 8, generator=random).bfloat16() for _ in range(3))
     first = q[:, :1] if class_only else q
     torch.testing.assert_close(attend(first, k, v, backend), attend(first, k, v), rtol=0, atol=0.03)
-    layout = Layout((3, 5, 5, 9), CPU)
+    layout = ByLength((3, 5, 5, 9), CPU)
     q, k, v = (torch.randn(22, 2, 8, generator=random).bfloat16() for _ in range(3))
     rows = q[layout.class_rows] if class_only else q
     expected = attend(rows, k, v, "sdpa", layout)
@@ -139,24 +130,38 @@ def test_other_libraries_get_what_they_document(random, fake_libraries, backend,
 
 
 def test_a_library_is_taken_only_where_it_can_be_had(monkeypatch, fake_libraries):
-    assert resolve_backend("sdpa", CPU) == resolve_backend("auto", CPU) == resolve_backend("sdpa", GPU) == "sdpa"
-    assert resolve_backend("xformers", GPU) == resolve_backend("auto", GPU) == "xformers"
-    assert resolve_backend("flash", GPU) == "flash"
-    for name in ("xformers", "flash"):
+    assert choose_backend("sdpa", CPU) == choose_backend("auto", CPU) == choose_backend("sdpa", GPU) == "sdpa"
+    assert choose_backend("xformers", GPU) == choose_backend("auto", GPU) == "xformers"
+    assert choose_backend("flash-attn", GPU) == "flash-attn"
+    for name in ("xformers", "flash-attn"):
         with pytest.raises(ValueError, match=rf"'{name}', which runs on GPUs, and the tower is on the cpu.*'sdpa'"):
-            resolve_backend(name, CPU)
+            choose_backend(name, CPU)
     for module in ("xformers.ops", "flash_attn"):
         monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
-    assert resolve_backend("auto", GPU) == "sdpa"
-    for name, package in (("xformers", "pip install xformers"), ("flash", "pip install flash-attn")):
+    assert choose_backend("auto", GPU) == "sdpa"
+    for name, package in (("xformers", "pip install xformers"), ("flash-attn", "pip install flash-attn")):
         with pytest.raises(ImportError, match=rf"'{name}'.*cannot be imported; {package}"):
-            resolve_backend(name, GPU)
+            choose_backend(name, GPU)
+
+
+def test_a_caller_may_bring_what_computes_attention(make_tower, config, images):
+    tower = make_tower(config)
+    packed = PackedPatches.from_images(list(images), config.patch)
+    expected, asked = (tower(images), tower(packed)), []
+
+    def kernel(q, k, v):
+        asked.append(q.shape)
+        return dense(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2).to(q.dtype)
+
+    for given, wanted in zip((images, packed), expected, strict=True):
+        torch.testing.assert_close(tower(given, attend=kernel), wanted)
+    assert len(asked) == 2 * config.layers
 
 
 def test_flash_attention_in_32_bits_is_refused(fake_libraries):
     q = torch.zeros(1, 2, 1, 8)
     with pytest.raises(ValueError, match=r"16 bits and got torch\.float32"):
-        attend(q, q, q, "flash")
+        attend(q, q, q, "flash-attn")
 
 
 def test_a_tower_that_was_told_to_use_a_gpu_library_says_so_on_a_cpu(config, images, fake_libraries, tmp_path):
@@ -168,7 +173,7 @@ def test_a_tower_that_was_told_to_use_a_gpu_library_says_so_on_a_cpu(config, ima
     assert VisionTower.from_pretrained(tmp_path, attention="auto").config.attention == "auto"
 
 
-def test_compiled_blocks_have_no_graph_break_and_the_same_numbers(make_tower, config, images):
+def test_compiled_blocks_have_no_graph_break_and_the_same_numbers(make_tower, config, images, compile_with):
     """Through the tracer and a backend that runs the graph as it is; Inductor's own code is a matter of `full`."""
     tower = make_tower(config)
     keep = torch.arange(20).repeat(len(images), 1)
@@ -177,7 +182,8 @@ def test_compiled_blocks_have_no_graph_break_and_the_same_numbers(make_tower, co
     gradients = [parameter.grad.clone() for parameter in tower.parameters()]
     tower.zero_grad()
     names = list(tower.state_dict())
-    tower.compile_blocks(backend="aot_eager", fullgraph=True)
+    compile_with(backend="aot_eager", fullgraph=True)
+    tower.configure(compile=True)
     assert list(tower.state_dict()) == names
     found = [tower(images), tower(images, keep=keep)]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
@@ -186,9 +192,10 @@ def test_compiled_blocks_have_no_graph_break_and_the_same_numbers(make_tower, co
         torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=1e-5 * gradient.abs().max().item())
 
 
-def test_a_course_of_training_stays_compiled(make_tower, config):
+def test_a_course_of_training_stays_compiled(make_tower, config, compile_with):
     """Patch dropout, gradient caching's chunks with a smaller last one, evaluation, other resolutions."""
-    tower, compiled = make_tower(config), make_tower(config).compile_blocks(backend="eager", fullgraph=True)
+    compile_with(backend="eager", fullgraph=True)
+    tower, compiled = make_tower(config), make_tower(replace(config, compile=True))
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         for resolution in (48, 72, (40, 64)):
             patches = tower.set_resolution(resolution).config.num_patches
@@ -200,8 +207,9 @@ def test_a_course_of_training_stays_compiled(make_tower, config):
                     torch.testing.assert_close(compiled(images, keep=keep), tower(images, keep=keep))
 
 
-def test_compiled_blocks_take_packed_images(make_tower, config):
-    tower, compiled = make_tower(config), make_tower(config).compile_blocks(backend="eager")
+def test_compiled_blocks_take_packed_images(make_tower, config, compile_with):
+    compile_with(backend="eager")
+    tower, compiled = make_tower(config), make_tower(replace(config, compile=True))
     for sizes in (((48, 48), (16, 40)), ((24, 24), (24, 24), (56, 8))):
         packed = PackedPatches.from_images([torch.randn(3, *size) for size in sizes], config.patch)
         torch.testing.assert_close(compiled(packed), tower(packed))
@@ -215,7 +223,8 @@ def test_inductors_blocks_have_the_same_numbers(make_tower, config, images, chec
     expected.square().sum().backward()
     gradients = [parameter.grad.clone() for parameter in tower.parameters()]
     tower.zero_grad()
-    found = tower.compile_blocks()(images)
+    tower.configure(compile=True)
+    found = tower(images)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     found.square().sum().backward()
     for parameter, gradient in zip(tower.parameters(), gradients, strict=True):

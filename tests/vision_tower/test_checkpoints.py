@@ -47,7 +47,7 @@ def eva_names(tower: VisionTower, prefix: str = "", rotary: int | None = None) -
 @pytest.fixture
 def wide(make_tower) -> VisionTower:
     """Two heads of 64, as EVA's heads are, and the usual reference grid."""
-    return make_tower(VisionTowerConfig(resolution=48, patch=8, width=128, layers=2, heads=2, hidden=100))
+    return make_tower(VisionTowerConfig(resolution=48, patch=8, width=128, layers=2, heads=2, mlp_width=100))
 
 
 def same(loaded: VisionTower, tower: VisionTower) -> None:
@@ -99,7 +99,9 @@ def test_an_eva_clip_file_equals_timms_own_reading_in_output_and_gradients(make_
 @pytest.mark.parametrize("wrapper", ["model", "module", "state_dict", None])
 def test_a_mim_file_gives_the_same_tower(make_tower, tmp_path, wrapper):
     """Trainer's wrapping, a mask token and a prediction head; no norm inside attention."""
-    config = VisionTowerConfig(resolution=48, patch=8, width=128, layers=2, heads=2, hidden=100, attention_norm=False)
+    config = VisionTowerConfig(
+        resolution=48, patch=8, width=128, layers=2, heads=2, mlp_width=100, attention_norm=False
+    )
     tower = make_tower(config)
     weights = eva_names(tower, rotary=16)
     weights |= {
@@ -114,7 +116,7 @@ def test_a_mim_file_gives_the_same_tower(make_tower, tmp_path, wrapper):
 
 def test_a_mim_tower_that_averages_patches_gives_its_norm_to_the_class_token(make_tower, tmp_path):
     tower = make_tower(
-        VisionTowerConfig(resolution=48, patch=8, width=128, layers=2, heads=2, hidden=100, attention_norm=False)
+        VisionTowerConfig(resolution=48, patch=8, width=128, layers=2, heads=2, mlp_width=100, attention_norm=False)
     )
     weights = {key.replace("norm.", "fc_norm.") if key.startswith("norm.") else key: value
                for key, value in eva_names(tower).items()}  # fmt: skip
@@ -169,7 +171,7 @@ def jina_directory(tower: VisionTower, path, pixels: int, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_jina_clip_v2s_image_half_comes_out_of_its_whole_file_with_its_licence(make_tower, tmp_path, kind):
-    tower = make_tower(VisionTowerConfig(resolution=50, patch=8, width=128, layers=2, heads=2, hidden=100))
+    tower = make_tower(VisionTowerConfig(resolution=50, patch=8, width=128, layers=2, heads=2, mlp_width=100))
     jina_directory(tower, tmp_path / "jina-clip-v2", 50, kind)
     with pytest.warns(UserWarning, match="CC-BY-NC-4.0"):
         loaded = VisionTower.from_pretrained(tmp_path / "jina-clip-v2")
@@ -185,7 +187,7 @@ def test_jina_clip_v2s_image_half_comes_out_of_its_whole_file_with_its_licence(m
 @pytest.mark.parametrize(("grid", "pretrained"), [(6, 16), (6, 6), (24, 16), (4, 16), (2, 16), (78, 16), (16, 24)])
 def test_evas_rotary_table_tells_heads_and_reference_grid(make_tower, tmp_path, grid, pretrained, dtype):
     config = VisionTowerConfig(
-        resolution=grid * 8, patch=8, width=64, layers=1, heads=2, hidden=80, reference_grid=pretrained
+        resolution=grid * 8, patch=8, width=64, layers=1, heads=2, mlp_width=80, reference_grid=pretrained
     )
     tower = make_tower(config)
     weights = eva_names(tower, "visual.", rotary=pretrained)
@@ -193,7 +195,7 @@ def test_evas_rotary_table_tells_heads_and_reference_grid(make_tower, tmp_path, 
     loaded = VisionTower.from_pretrained(tmp_path / "eva.pt")
     assert loaded.config == config
     # and the table itself is ours
-    from vision_tower.rotary import rotary_table
+    from vision_tower.positions import rotary_table
 
     table = rotary_table((grid, grid), 32, reference=pretrained, theta=10_000.0)[1:]
     angles = eva_rotary(grid, pretrained, 32)

@@ -49,7 +49,7 @@ def write_jina(tmp_path, make_tower) -> Callable[..., Path]:
 
 def test_a_jina_directory_as_published_is_followed(write_jina):
     config = VisionTower.from_pretrained(write_jina()).config
-    assert config == VisionTowerConfig(resolution=32, patch=8, width=32, layers=2, heads=2, hidden=85)
+    assert config == VisionTowerConfig(resolution=32, patch=8, width=32, layers=2, heads=2, mlp_width=85)
     for unscaled in ({"intp_freq": False, "pt_hw_seq_len": 4}, {"intp_freq": ..., "pt_hw_seq_len": 4}):
         assert VisionTower.from_pretrained(write_jina(unscaled)).config.reference_grid is None
 
@@ -64,7 +64,7 @@ FAST = {
 
 def test_what_later_versions_add_to_a_jina_directory_has_no_bearing_on_it(write_jina):
     written = write_jina({"drop_path_rate": 0.1, "later": None}, {**FAST, "do_pad": False}, later=None)
-    expected = VisionTowerConfig(resolution=32, patch=8, width=32, layers=2, heads=2, hidden=85)
+    expected = VisionTowerConfig(resolution=32, patch=8, width=32, layers=2, heads=2, mlp_width=85)
     assert VisionTower.from_pretrained(written).config == expected
 
 
@@ -186,7 +186,7 @@ def write_open_clip(tmp_path, monkeypatch, make_tower, small_timm) -> Callable[.
     )
 
     def write(vision: dict[str, Any] | None = None, preprocess: dict[str, Any] | None = None, **model: Any) -> Path:
-        tower = make_tower(VisionTowerConfig(resolution=32, patch=8, width=32, layers=2, heads=2, hidden=85))
+        tower = make_tower(VisionTowerConfig(resolution=32, patch=8, width=32, layers=2, heads=2, mlp_width=85))
         weights = {f"visual.trunk.{key}": value for key, value in tower.state_dict().items()}
         weights |= {"visual.trunk.head.weight": torch.zeros(16, 32), "visual.trunk.head.bias": torch.zeros(16)}
         save_file(weights, tmp_path / "open_clip_model.safetensors")
@@ -212,7 +212,7 @@ def test_an_open_clip_directorys_preprocessing_gives_open_clips_pixels(write_ope
     options = {"mean": IMAGENET["mean"], "std": IMAGENET["std"], "interpolation": "bilinear", "resize_mode": "squash"}
     expected = image_transform(32, is_train=False, **options)(noise_image)
     torch.testing.assert_close(tower.normalize(tower.preprocess(noise_image)), expected, rtol=1e-5, atol=1e-5)
-    assert tower.config.hidden == 85
+    assert tower.config.mlp_width == 85
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ class Ours:
         with device:
             self.model = DualEncoder(TextTower(self.text), VisionTower(self.vision))
         if compiled:
-            self.model.vision.compile_blocks()
+            self.model.vision.configure(compile=True)
         self.dims = tuple(text.width >> i for i in range(5))
         self.engine = Engine(self.model, self.dims, "bf16" if device.type == "cuda" else "fp32", device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)

@@ -19,7 +19,7 @@ import time
 
 import torch
 from common import SHAPES, batch, log_normal_lengths, pair, run_ours, run_theirs, write
-from text_tower.attention import choose
+from text_tower.attention import choose_backend
 
 # Dense bfloat16 peak in FLOP/s, from the vendor's data sheets; matched by the beginning of the device's name.
 PEAKS = {"NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100": 312e12, "NVIDIA L4": 121e12}
@@ -97,7 +97,8 @@ def main() -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     shape = {"width": config.width, "layers": config.layers, "heads": config.heads, "dtype": str(dtype)}
     write(
-        options.name, {"shape": shape, "attention": choose("auto", device, dtype, config.head_dim), "lengths": results}
+        options.name,
+        {"shape": shape, "attention": choose_backend("auto", device, dtype, config.head_dim), "lengths": results},
     )
 
 

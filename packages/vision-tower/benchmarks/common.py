@@ -50,7 +50,7 @@ def flops_per_image(config: VisionTowerConfig) -> float:
     """Floating-point operations of one image forward and backward, all patches kept: a multiply-add is two, backward
     costs twice the forward pass, norms and activations are not counted."""
     tokens, width = 1 + config.num_patches, config.width
-    products = 4 * width**2 + 3 * width * config.mlp_hidden
+    products = 4 * width**2 + 3 * width * config.mlp_width
     attention = 2 * tokens * width
     embedding = config.num_patches * width * 3 * config.patch**2
     return 3 * 2 * (config.layers * tokens * (products + attention) + embedding)

@@ -13,7 +13,7 @@ from typing import Any
 import common
 import torch
 from vision_tower import PackedPatches, VisionTower, VisionTowerConfig, patch_keep_indices
-from vision_tower.attention import resolve_backend
+from vision_tower.attention import choose_backend
 
 # Dense bfloat16, operations a second, by the makers' data sheets.
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
@@ -34,15 +34,15 @@ def training_step(network: Any, images: Any, device: str, **options: Any) -> Cal
     return step
 
 
-def with_attention(tower: VisionTower, name: str) -> VisionTower:
+def configured(tower: VisionTower, **settings: Any) -> VisionTower:
     other = copy.deepcopy(tower)
-    other.config = replace(tower.config, attention=name)
+    other.configure(**settings)
     return other
 
 
 def available(name: str, device: str) -> bool:
     try:
-        resolve_backend(name, torch.device(device))
+        choose_backend(name, torch.device(device))
     except (ImportError, ValueError) as reason:
         print(f"without {name}: {reason}")
         return False
@@ -61,7 +61,7 @@ def main() -> None:
         parser.error("PyTorch finds no GPU; `--device cpu --small` shows that this runs")
     config = VisionTowerConfig.eva02_large()
     if arguments.small:
-        config, batch, repeats = replace(config, layers=2, width=128, heads=2, hidden=340, resolution=56), 4, 1
+        config, batch, repeats = replace(config, layers=2, width=128, heads=2, mlp_width=340, resolution=56), 4, 1
     torch.set_float32_matmul_precision("high")
     tower, model = common.pair(config, device)
     side = config.grid[0] * config.patch
@@ -72,11 +72,9 @@ def main() -> None:
         "timm eager": training_step(model, images, device),
         "timm compiled": training_step(torch.compile(copy.deepcopy(model)), images, device),
         "ours eager": training_step(tower, images, device),
-        "ours compiled": training_step(copy.deepcopy(tower).compile_blocks(), images, device),
+        "ours compiled": training_step(configured(tower, compile=True), images, device),
         "ours eager, patch dropout 0.5": training_step(tower, images, device, keep=keep),
-        "ours compiled, patch dropout 0.5": training_step(
-            copy.deepcopy(tower).compile_blocks(), images, device, keep=keep
-        ),
+        "ours compiled, patch dropout 0.5": training_step(configured(tower, compile=True), images, device, keep=keep),
     }
     # Pages of one size in patches, half upright and half lying: packed, beside squares of the same number of patches.
     rows, columns = config.grid[0] * 2, config.grid[1] // 2
@@ -85,11 +83,11 @@ def main() -> None:
     contenders["ours eager, packed pages"] = training_step(
         tower, PackedPatches.from_images(pages, config.patch), device
     )
-    for name in ("xformers", "flash"):
+    for name in ("xformers", "flash-attn"):
         if available(name, device):
-            other = with_attention(tower, name)
+            other = configured(tower, attention=name)
             contenders[f"ours eager, {name}"] = training_step(other, images, device)
-            contenders[f"ours compiled, {name}"] = training_step(copy.deepcopy(other).compile_blocks(), images, device)
+            contenders[f"ours compiled, {name}"] = training_step(configured(other, compile=True), images, device)
 
     seconds = common.rounds(contenders, repeats, device)
     work, peak = batch * common.flops_per_image(config), peak_of(device)

@@ -11,7 +11,7 @@ from vision_tower import VisionTower, VisionTowerConfig, patch_keep_indices
 
 LENGTHS = (3, 17, 9, 17, 40, 1)
 TEXT = {"vocab_size": 50, "width": 32, "layers": 3, "heads": 2, "mlp_width": 80}
-VISION = {"resolution": 45, "patch": 8, "width": 32, "layers": 3, "heads": 2, "hidden": 52}
+VISION = {"resolution": 45, "patch": 8, "width": 32, "layers": 3, "heads": 2, "mlp_width": 52}
 
 
 def counted(module, forward) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What a loss is computed from, and the checks that can be made on one process without waiting for a GPU."""
+"""The input of a loss, and the checks of it that need neither other ranks nor a GPU."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -22,23 +22,26 @@ class Batch(NamedTuple):
     sample_weights: Tensor | None  # [B]
 
 
-def problem_with_call(
-    batch: Batch,
-    temperature: float | Tensor,
-    bias: float | Tensor,
-    dims: Sequence[int] | None,
-    weights: Sequence[float] | None,
-    margin: float | None,
-) -> str | None:
-    """The first thing wrong with the arguments of a loss, in words, or None. Never raises: a rank that fails before it
-    has heard of the others leaves them waiting."""
+class Options(NamedTuple):
+    """What a loss is told beside its batch; `matryoshka_info_nce` describes each."""
+
+    temperature: float | Tensor
+    bias: float | Tensor
+    dims: Sequence[int] | None
+    weights: Sequence[float] | None
+    margin: float | None
+
+
+def problem_with_call(batch: Batch, options: Options) -> str | None:
+    """The first thing wrong with the arguments of a loss, in words, or None. It never raises: a rank that fails before
+    the exchange with the others leaves them waiting."""
     try:
         return (
             problem_with_batch(batch)
-            or problem_with_dims(dims, weights, width=batch.queries.shape[1])
-            or problem_with_scalar("temperature", temperature, above=0.0)
-            or problem_with_scalar("bias", bias)
-            or problem_with_margin(margin)
+            or problem_with_dims(options.dims, options.weights, width=batch.queries.shape[1])
+            or problem_with_scalar("temperature", options.temperature, above=0.0)
+            or problem_with_scalar("bias", options.bias)
+            or problem_with_margin(options.margin)
         )
     except Exception as error:  # such as a list where a tensor belongs
         return f"the arguments cannot be read ({type(error).__name__}: {error}); see the documentation for their types"
@@ -101,8 +104,8 @@ def problem_with_dims(dims: Sequence[int] | None, weights: Sequence[float] | Non
 
 
 def _is_row(values: Any) -> bool:
-    """Whether values can be counted and read again and again, in order: a list, a tuple or an array of one dimension.
-    A dict from dims to weights would be read as its keys, a set in no order, and bytes as numbers."""
+    """Whether values are a list, a tuple or an array of one dimension. A dict from dims to weights would be read as its
+    keys, a set in no order, and bytes as numbers."""
     if isinstance(values, str | bytes | bytearray | memoryview | Mapping | Set) or not isinstance(values, Iterable):
         return False
     return hasattr(values, "__len__") and getattr(values, "ndim", 1) == 1
@@ -111,12 +114,12 @@ def _is_row(values: Any) -> bool:
 def _is_finite(weight: Any) -> bool:
     try:
         return not isinstance(weight, str | bytes | bytearray) and math.isfinite(weight)
-    except (TypeError, ValueError, RuntimeError, OverflowError):  # what torch and numpy make of it, too
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # torch's and numpy's errors too
         return False
 
 
 def whole(value: Any) -> int | None:
-    """The integer that a value is, numpy's and a tensor's too, or None; True and False are none."""
+    """`value` as an int (numpy's and tensors' integers too), or None for anything else, True and False included."""
     try:
         number = index(value)
     except TypeError:
@@ -125,8 +128,8 @@ def whole(value: Any) -> int | None:
 
 
 def problem_with_scalar(name: str, value: float | Tensor, above: float = -math.inf) -> str | None:
-    """What is wrong with a temperature or a bias, or None. Of a tensor that is not on the CPU, only the shape is
-    checked: looking at its value would make the host wait for the GPU."""
+    """What is wrong with a temperature or a bias, or None. A tensor outside the CPU is checked by its shape only: its
+    value would make the host wait for the GPU."""
     if isinstance(value, Tensor):
         if value.shape not in ((), (1,)):
             return f"{name} has shape {list(value.shape)}; expected a number, or a tensor of shape [] or [1]"

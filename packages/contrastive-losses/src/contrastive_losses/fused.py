@@ -1,13 +1,12 @@
-"""A loss over pairs as one differentiable function whose memory is O(B·D): the strip's sums forward, its gradients
-backward, and vectors of O(B) numbers in float64 between them.
+"""A loss over pairs as one differentiable function with O(B·D) memory: the strip's sums in the forward pass, its
+gradients in the backward pass, and vectors of O(B) float64 numbers between them.
 
 With o_i the sum of exp(logit) over the negatives of row i, relative to its positive, InfoNCE is log1p(o_i) and its
-derivative by the positive's logit is -o_i / (1 + o_i). Both stay exact where o_i is tiny and a cross entropy would
-subtract two nearly equal numbers.
+derivative by the positive's logit is -o_i / (1 + o_i). Both stay exact if o_i is tiny, where a cross entropy subtracts
+two nearly equal numbers.
 """
 
 import math
-from collections.abc import Sequence
 from importlib.util import find_spec
 from operator import index
 from types import ModuleType
@@ -18,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from contrastive_losses import torch_tiles
-from contrastive_losses.batch import SMALLEST_NORM, Batch, problem_with_call
+from contrastive_losses.batch import SMALLEST_NORM, Batch, Options, problem_with_call
 from contrastive_losses.ranks import Group, Ranks, agree
 from contrastive_losses.stats import LossStats, stats_of, weighted_sums
 from contrastive_losses.strip import LOG2E, Needs, Strip, logit_dtype
 
 
 def tiles_for(strip: Strip) -> ModuleType:
-    """The module that computes this strip: the one place where devices are told apart."""
+    """The module that computes this strip: the only choice by device."""
     if strip.queries.is_cuda and find_spec("triton") is not None:
         from contrastive_losses import triton_tiles
         from contrastive_losses.triton_check import kernels_are_right
@@ -43,7 +42,7 @@ _NOT_TRANSFORMED = (
 
 
 class Settings(NamedTuple):
-    """What a loss is, apart from its tensors."""
+    """A loss without its tensors."""
 
     link: Literal["exp", "sigmoid"]
     dims: tuple[int, ...]  # [P] ascending, distinct
@@ -52,24 +51,29 @@ class Settings(NamedTuple):
     stats: bool
 
 
+class Call(NamedTuple):
+    """A call of the loss: what of it has no gradient."""
+
+    batch: Batch
+    settings: Settings
+    ranks: Ranks
+
+
 def pair_loss(
     link: Literal["exp", "sigmoid"],
     batch: Batch,
+    options: Options,
     *,
-    temperature: float | Tensor,
-    bias: float | Tensor = 0.0,
-    dims: Sequence[int] | None,
-    weights: Sequence[float] | None,
-    margin: float | None,
     group: Group | None,
     return_stats: bool,
-    shared: tuple = (),
+    shared: tuple[Any, ...] = (),
 ) -> Tensor | tuple[Tensor, LossStats]:
-    """Checks, agrees with the other ranks, and computes. `matryoshka_info_nce` describes the arguments; `shared` is
-    what else must be equal on all ranks."""
+    """Checks, agrees with the other ranks, and computes. `matryoshka_info_nce` describes the arguments; `shared` must
+    be equal on all ranks too."""
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(_NOT_TRANSFORMED)
-    problem = problem_with_call(batch, temperature, bias, dims, weights, margin)
+    temperature, bias, dims, weights, margin = options
+    problem = problem_with_call(batch, options)
     if problem is None:
         dims = tuple(batch.queries.shape[-1:]) if dims is None else tuple(map(index, dims))
         weights = (1.0,) * len(dims) if weights is None else tuple(float(weight) for weight in weights)
@@ -86,10 +90,13 @@ def pair_loss(
     sums = [sum(weight for each, weight in zip(dims, weights, strict=True) if each == dim) for dim in distinct]
     settings = Settings(link, distinct, tuple(sums), margin, return_stats)
     scale, bias = _scalar(temperature, queries.device).reciprocal(), _scalar(bias, queries.device)
-    # A rank whose own inputs need no gradient has to take part in the backward pass of those that do.
+    # A rank whose inputs need no gradient must take part in the backward pass of the others.
     anchor = torch.zeros((), device=queries.device, requires_grad=ranks.any_needs_gradient)
     with torch.autocast(queries.device.type, enabled=False):
-        loss, stats = _PairLoss.apply(queries, targets, negatives, scale, bias, anchor, batch, settings, ranks)
+        applied: tuple[Tensor, Tensor] = _PairLoss.apply(
+            queries, targets, negatives, scale, bias, anchor, Call(batch, settings, ranks)
+        )
+    loss, stats = applied
     if not return_stats:
         return loss
     return loss, stats_of(stats, dims, [distinct.index(dim) for dim in dims], loss.dtype)
@@ -112,10 +119,9 @@ class _PairLoss(torch.autograd.Function):
         scale: Tensor,
         bias: Tensor,
         anchor: Tensor,
-        batch: Batch,
-        settings: Settings,
-        ranks: Ranks,
+        call: Call,
     ) -> tuple[Tensor, Tensor]:
+        batch, settings, ranks = call
         strip, rounding = _strip(queries, targets, negatives, scale, bias, batch, settings, ranks)
         own, dtype = slice(ranks.first, ranks.first + ranks.own), logit_dtype(strip)
         sample_weights = _normalised_weights(batch.sample_weights, ranks, strip.positive)
@@ -137,8 +143,8 @@ class _PairLoss(torch.autograd.Function):
             result = torch.cat([result, stats.flatten()])
         loss, zeros, stats = ranks.sum(result).tensor_split((1, 1 + len(strip.dims)))
         loss, stats = loss[0].to(dtype), stats.view(-1, len(strip.dims))
-        # The derivatives by all logits of a prefix add up to 0, so the one by the scale may be taken of cosines less
-        # any number, which in a collapsed batch leaves small terms. Tiles cannot do that with a zero prefix.
+        # The derivatives by all logits of a prefix add up to 0, so for the derivative by the scale any number may be
+        # subtracted from the cosines, which leaves small terms in a collapsed batch. Tiles cannot with a zero prefix.
         reference = torch.zeros_like(zeros)
         if strip.link == "exp":
             reference = strip.positive.mean(1).masked_fill(zeros > 0, 0.0)
@@ -156,7 +162,7 @@ class _PairLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True; the graph would lack this loss without a word
+        if torch.is_grad_enabled():  # create_graph=True; the graph would silently lack this loss
             raise RuntimeError("no gradients of gradients here; the forms in contrastive_losses.plain have them")
         *tensors, rounding, reference, weights, row, column = ctx.saved_tensors
         strip, ranks = Strip(*ctx.fixed, *tensors), ctx.ranks
@@ -187,8 +193,8 @@ class _PairLoss(torch.autograd.Function):
             raw_positive = of_positive * strip.scale * strip.query_inverse_norm[:, own] * strip.target_inverse_norm
             queries, targets, negatives = strip.queries[own], strip.targets, strip.negatives
             of_queries, of_targets, of_negatives = given[:3]
-            # What the products lack: the positive first, which in a collapsed batch cancels most of them, so that what
-            # follows is rounded at its own size; then the norms, since moving along a prefix changes no cosine of it.
+            # What the products lack: first the positive, which in a collapsed batch cancels most of them, so that the
+            # rest is rounded at its own size; then the norms, since a move along a prefix does not change its cosines.
             if of_queries is not None:
                 of_queries = ranks.scatter_sum(of_queries)
                 along = -row_moment * strip.query_inverse_norm[:, own].square()
@@ -204,7 +210,7 @@ class _PairLoss(torch.autograd.Function):
                 along = -given.negative_moment * strip.negative_inverse_norm.square()
                 _add_rows(of_negatives, negatives, along, strip.dims)
                 of_negatives = of_negatives.mul_(ranks.world_size).to(negatives.dtype).view(ctx.negatives_shape)
-        return of_queries, of_targets, of_negatives, of_scale, of_bias, None, None, None, None
+        return of_queries, of_targets, of_negatives, of_scale, of_bias, None, None
 
 
 def _strip(
@@ -217,7 +223,7 @@ def _strip(
     settings: Settings,
     ranks: Ranks,
 ) -> tuple[Strip, Tensor]:
-    """The strip of this rank, with what it needs from the batch, and the `rounding` of `_positive_logits`."""
+    """This rank's strip and the `rounding` of `_positive_logits`."""
     dims = settings.dims
     flat = targets[:0] if negatives is None else negatives.flatten(0, 1)
     query_inverse_norm, target_inverse_norm, negative_inverse_norm = (
@@ -252,13 +258,13 @@ def _rounding(factors: Tensor, strip: Strip) -> Tensor:
 
 
 def _positive_logits(strip: Strip, rounding: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits of the pairs, for their rows `[P, B]` and for their columns `[P, n]`: exact but for an error that they
-    should share with the negatives.
+    """The logits of the pairs, for their rows `[P, B]` and for their columns `[P, n]`: exact except for an error that
+    they should share with the negatives.
 
-    Tiles multiply by rounded factors, which moves all logits of a row, and of a column, by the same share. Where the
-    negatives are as close as the positive only the difference counts, so the positive has to move along; where they
-    are far below, it must not. So it moves as far as a negative that counts, whose logit is the log sum less the
-    logarithm of the number of negatives: exactly so if they are all alike, and within that logarithm in any case.
+    Tiles multiply by rounded factors, which scales all logits of a row, and of a column, alike. If the negatives are as
+    close as the positive, only the difference counts, and the positive must move with them; if they are far below, it
+    must not. So it moves as a typical negative does, whose logit is the log sum minus the logarithm of the number of
+    negatives: exactly so if all are equal, and within that logarithm in any case.
     """
     logit = strip.scale * strip.positive
     own = slice(strip.first, strip.first + len(strip.targets))
@@ -283,7 +289,7 @@ def _blocks(dims: tuple[int, ...]) -> list[slice]:
 
 
 def _row_panels(rows: Tensor) -> list[slice]:
-    """Few rows at a time on a CPU, so that copies to another dtype stay small beside the embeddings."""
+    """Few rows at a time on a CPU, so that copies in another dtype are small beside the embeddings."""
     step = 512 if rows.device.type == "cpu" else 8192
     return [slice(start, start + step) for start in range(0, len(rows), step)]
 

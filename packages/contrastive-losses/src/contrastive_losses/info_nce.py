@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from contrastive_losses.batch import Batch
+from contrastive_losses.batch import Batch, Options
 from contrastive_losses.fused import pair_loss
 from contrastive_losses.ranks import Group
 from contrastive_losses.stats import LossStats
@@ -39,8 +39,8 @@ def matryoshka_info_nce(
         queries: `[B, D]`, unnormalised: every prefix is normalised here. A prefix no longer than 1e-12 counts as the
             zero vector: its cosine with everything is 0 and so is its gradient.
         targets: `[B, D]`, row i the positive of query i.
-        temperature: above 0; a number, or a tensor of shape `[]` or `[1]` with or without gradient. The value of a
-            tensor is checked on the CPU only, because looking at it elsewhere would make the host wait.
+        temperature: above 0; a number, or a tensor of shape `[]` or `[1]` with or without gradient. A tensor's value
+            is checked on the CPU only: on other devices the host would wait.
         negatives: `[B, K, D]`, K hard negatives for each query.
         dims: prefix lengths between 1 and D, in any order, each counted as often as it stands there. None is `(D,)`.
         weights: one factor for each of `dims`, in the same order. None is 1 for each.
@@ -76,10 +76,7 @@ def matryoshka_info_nce(
     return pair_loss(
         "exp",
         Batch(queries, targets, negatives, query_ids, target_ids, sample_weights),
-        temperature=temperature,
-        dims=dims,
-        weights=weights,
-        margin=false_negative_margin,
+        Options(temperature, 0.0, dims, weights, false_negative_margin),
         group=group,
         return_stats=return_stats,
     )

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from operator import index
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,8 @@ class _WithTemperature(nn.Module):
             moved = fn(tensor)
             return tensor.to(moved.device) if moved.dtype.itemsize < 4 else moved
 
-        return super()._apply(at_least_float32, recurse)
+        applied: Self = cast(Any, super())._apply(at_least_float32, recurse)
+        return applied
 
     def extra_repr(self) -> str:
         margin = "" if self.false_negative_margin is None else f", false_negative_margin={self.false_negative_margin}"

@@ -1,7 +1,6 @@
-"""The losses in the plain form: what the fused ones compute, one prefix and one matrix at a time.
+"""The losses in plain PyTorch: what the fused ones compute, one prefix and one matrix at a time.
 
-Read this to know what a loss is; call `matryoshka_info_nce` or `matryoshka_sigmoid` to train with
-it. The tests hold the two together.
+Read this to learn what a loss is; train with `matryoshka_info_nce` or `matryoshka_sigmoid`. Tests compare the two.
 """
 
 from collections.abc import Sequence
@@ -48,7 +47,7 @@ def plain_info_nce(
             from_columns = same | (cosine[:, :size] > own + false_negative_margin)
         logits, positive = cosine / temperature, own / temperature
         # -log(exp(p) / (exp(p) + sum of exp(negatives))) = softplus(logsumexp(negatives) - p). Unlike a cross entropy
-        # over all columns, this does not subtract two nearly equal numbers when the batch is almost solved.
+        # over all columns, this subtracts no nearly equal numbers when the batch is almost solved.
         query_to_target = logits.masked_fill(from_rows, MASKED).logsumexp(1) - positive
         target_to_query = logits[:, :size].masked_fill(from_columns, MASKED).logsumexp(0) - positive
         losses = F.softplus(query_to_target, threshold=50) + F.softplus(target_to_query, threshold=50)
@@ -93,14 +92,15 @@ def plain_sigmoid(
 
 
 def _unit_rows(rows: Tensor) -> Tensor:
-    """Rows divided by their length; zero rows stay zero and get a zero gradient, not one of 1 / eps."""
+    """Rows divided by their length; zero rows stay zero, and their gradient is 0 rather than 1 / eps."""
     norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     is_zero = norms <= SMALLEST_NORM
-    return (rows / norms.masked_fill(is_zero, 1.0)).masked_fill(is_zero, 0.0)
+    unit: Tensor = rows / norms.masked_fill(is_zero, 1.0)
+    return unit.masked_fill(is_zero, 0.0)
 
 
 def _same_pair_or_id(size: int, query_ids: Tensor | None, target_ids: Tensor | None, device: torch.device) -> Tensor:
-    """`[B, B]` bool: the pairs (i, j) that are no negatives of each other, the diagonal of positives among them."""
+    """`[B, B]` bool: the pairs (i, j) that are not negatives of each other, the positives on the diagonal included."""
     same = torch.eye(size, dtype=torch.bool, device=device)
     for ids in (query_ids, target_ids):
         if ids is not None:

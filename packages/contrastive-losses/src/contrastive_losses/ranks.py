@@ -1,12 +1,12 @@
-"""One loss over several ranks: agree on the shapes, then exchange as little as the strip of each rank needs.
+"""One loss over several ranks: agree on the shapes, then exchange as little as each rank's strip needs.
 
-Each rank holds its own targets and hard negatives and sees the queries of all ranks: hard negatives, most of the data
-where there are any, never travel. Sums down a column are then complete on the rank that owns it; sums over a row are
-added up over ranks, as is the gradient of the queries on its way back to their owners.
+Each rank has its own targets and hard negatives and the queries of all ranks: hard negatives, if there are any most of
+the data, are not exchanged. Sums over a column are then complete on the rank that owns it; sums over a row are added up
+over ranks, and so are the gradients of the queries, which return to their owners.
 
-Input gradients come out W times the derivative of the loss, W being the number of ranks. That makes the *mean* over
-ranks of a parameter's gradients, which is what DDP and DeepSpeed take, the gradient of one process that holds the whole
-batch. A temperature gets its full derivative on each rank; the mean of W equal numbers is right as it is.
+Input gradients are W times the derivative of the loss, W being the number of ranks. The *mean* over ranks of a
+parameter's gradients, which DDP and DeepSpeed take, is then the gradient of one process with the whole batch. A
+temperature gets its full derivative on each rank; the mean of W equal numbers is correct.
 """
 
 import zlib
@@ -20,9 +20,9 @@ from contrastive_losses.batch import Batch
 
 Group = Any  # a torch.distributed.ProcessGroup; builds of torch without distributed lack the name
 
-# What each rank tells the others before anything else is exchanged. First what may differ between ranks …
+# What each rank sends first. What may differ between ranks …
 OWN = ("unusable input", "rows", "queries need a gradient", "temperature or bias needs one", "anything needs one")
-# … then what must not.
+# … and what must not.
 COMMON = (
     "the width D",
     "the number of hard negatives K (-1: none given)",
@@ -42,8 +42,8 @@ class Ranks:
     Attributes:
         counts: rows of each rank.
         first: the number of this rank's first row in the whole batch.
-        queries_need_gradient, scalars_need_gradient, any_needs_gradient: whether that is so on any rank. If it is, all
-            of them have to exchange gradients in the backward pass.
+        queries_need_gradient, scalars_need_gradient, any_needs_gradient: whether so on any rank; then all ranks take
+            part in the exchange of gradients.
     """
 
     def __init__(self, group: Group | None, told: list[list[int]], rank: int) -> None:
@@ -68,7 +68,9 @@ class Ranks:
         dist.all_gather_into_tensor(gathered, padded.contiguous(), group=self.group)
         if min(self.counts) == longest:
             return gathered
-        return torch.cat([piece[:count] for piece, count in zip(gathered.split(longest), self.counts, strict=True)])
+        return torch.cat(
+            [piece[:count] for piece, count in zip(torch.split(gathered, longest), self.counts, strict=True)]
+        )
 
     def scatter_sum(self, rows: Tensor) -> Tensor:
         """[B, …] on each rank -> [b, …]: this rank's rows, added up over ranks."""
@@ -76,7 +78,7 @@ class Ranks:
             return rows
         longest = max(self.counts)
         if min(self.counts) < longest:
-            rows = torch.cat([_resized(piece, longest) for piece in rows.split(self.counts)])
+            rows = torch.cat([_resized(piece, longest) for piece in torch.split(rows, self.counts)])
         own = rows.new_empty(longest, *rows.shape[1:])
         dist.reduce_scatter_tensor(own, rows, group=self.group)
         return own[: self.own]
@@ -107,16 +109,19 @@ def _resized(rows: Tensor, length: int) -> Tensor:
 
 
 def agree(
-    batch: Batch, scalars: list[Tensor], problem: str | None, settings: tuple, stats: bool, group: Group | None
+    batch: Batch,
+    scalars: list[Tensor],
+    problem: str | None,
+    settings: tuple[Any, ...],
+    stats: bool,
+    group: Group | None,
 ) -> Ranks:
-    """The ranks of `group`, once all of them have found their input usable and the same in everything but rows.
-
-    `problem` is what this rank found wrong with its own input, if anything. With a group it is raised only after every
-    rank has heard of it, because a rank that leaves early would leave the others waiting. That exchange is the only
-    point of a loss at which the host waits for the device.
+    """The ranks of `group`, after all of them found their input usable and equal in everything but rows.
 
     Args:
         scalars: those of temperature and bias that are tensors.
+        problem: what is wrong with this rank's input, if anything. It is raised after the exchange, because the others
+            would wait for a rank that leaves early. (Nowhere else in a loss does the host wait for the device.)
         settings: must be equal on all ranks.
 
     Raises:
@@ -133,11 +138,7 @@ def agree(
     if rank < 0:
         raise ValueError("this process is not a member of `group`; call the loss only on the ranks that are")
     mine = [1] + [0] * (len(OWN + COMMON) - 1) if problem is not None else _description(batch, scalars, settings, stats)
-    message = torch.tensor(mine, dtype=torch.int64, device=_message_device(group))
-    messages = [torch.empty_like(message) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(messages, message, group=group)
-    told = torch.stack(messages).tolist()
-
+    told = _exchanged(mine, group)
     if problem is not None:
         raise ValueError(problem)
     unusable = [rank for rank, row in enumerate(told) if row[0]]
@@ -158,20 +159,29 @@ def agree(
 
 
 def refuse(problem: str, group: Group | None) -> NoReturn:
-    """Raises ValueError for a problem found before there is a batch, on every rank of the group: the others are in, or
-    will come to, `agree`."""
+    """Raises ValueError for a problem found before there is a batch, on every rank of the group: the others are, or
+    will be, in `agree`."""
     nothing: Any = (None,) * len(Batch._fields)
     agree(Batch(*nothing), [], problem, (), False, group)
     raise AssertionError("agree raises where there is a problem")
 
 
+def _exchanged(numbers: list[int], group: Group) -> list[list[int]]:
+    """Every rank's numbers, in rank order."""
+    message = torch.tensor(numbers, dtype=torch.int64, device=_message_device(group))
+    messages = [torch.empty_like(message) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(messages, message, group=group)
+    told: list[list[int]] = torch.stack(messages).tolist()
+    return told
+
+
 def _message_device(group: Group) -> torch.device:
-    """Where the group can talk whatever a rank was given: on the CPU, but for a group that has NCCL alone."""
+    """The device of the group's messages, whatever its inputs are on: the CPU, unless the group has NCCL only."""
     backend = dist.get_backend(group)
     return torch.device("cuda" if "nccl" in backend and "gloo" not in backend else "cpu")
 
 
-def _description(batch: Batch, scalars: list[Tensor], settings: tuple, stats: bool) -> list[int]:
+def _description(batch: Batch, scalars: list[Tensor], settings: tuple[Any, ...], stats: bool) -> list[int]:
     """The numbers of OWN and COMMON, in their order."""
     grad = torch.is_grad_enabled()
     scalars_need = grad and any(scalar.requires_grad for scalar in scalars)

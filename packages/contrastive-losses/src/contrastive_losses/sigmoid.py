@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from contrastive_losses.batch import Batch
+from contrastive_losses.batch import Batch, Options
 from contrastive_losses.fused import pair_loss
 from contrastive_losses.ranks import Group
 from contrastive_losses.stats import LossStats
@@ -47,11 +47,7 @@ def matryoshka_sigmoid(
     return pair_loss(
         "sigmoid",
         Batch(queries, targets, negatives, query_ids, target_ids, sample_weights),
-        temperature=temperature,
-        bias=bias,
-        dims=dims,
-        weights=weights,
-        margin=false_negative_margin,
+        Options(temperature, bias, dims, weights, false_negative_margin),
         group=group,
         return_stats=return_stats,
     )

@@ -1,4 +1,4 @@
-"""How well a batch is told apart: numbers that fall out of the tiles of the loss."""
+"""Accuracies and cosines of a batch, from the tiles of its loss."""
 
 from dataclasses import dataclass
 
@@ -11,11 +11,11 @@ TIE = {torch.float32: 1e-6, torch.float64: 1e-13}
 
 @dataclass(frozen=True)
 class LossStats:
-    """How well the whole batch is told apart, for each dim.
+    """How well the whole batch is separated, for each dim.
 
-    Detached tensors of shape `[len(dims)]` on the device of the loss, the same on every rank, computed without making
-    the host wait for it. Means over the batch are weighted by `sample_weights`, like the loss. Pairs that ids or a
-    margin exclude are no negatives here either.
+    Detached tensors of shape `[len(dims)]` on the device of the loss, the same on every rank; the host does not wait
+    for them. Means over the batch are weighted by `sample_weights`, like the loss. Pairs that ids or a margin exclude
+    are not negatives here either.
     """
 
     dims: tuple[int, ...]

@@ -1,8 +1,8 @@
-"""One rank's part of the loss, and what has to be computed of it: the seam between the loss and what runs its tiles.
+"""One rank's part of the loss, and the contract between the loss and the modules that compute its tiles.
 
 A *strip* is every query of the whole batch against the columns that this rank holds, its own targets and its own hard
-negatives, for all Matryoshka prefixes at once. All that costs B x B work is done by two functions of one module, which
-must never keep anything of the size of the strip:
+negatives, for all Matryoshka prefixes at once. All B x B work is done by two functions of one module, which never keep
+anything of the size of the strip:
 
     strip_sums(strip, *, maxima: bool) -> Sums
     strip_gradients(strip, row_weight, row_log_sum, column_weight, column_log_sum, reference, needs) -> Gradients
@@ -26,8 +26,8 @@ A hard negative is hidden by the margin's row rule alone; it takes part in no co
 `strip_sums`. For link "exp": the natural logarithm of the sum of exp(l) over each row (targets and hard negatives) and
 down each target column; -inf where nothing counts. For link "sigmoid": the sums of softplus(l + bias) over each row,
 and zeros for the columns. Logits are float32 at least, whatever the embeddings are; sums are combined across tiles in
-float64. It has to be right at every scale: one shift common to all rows is not enough where a row's cosines are all
-near -1. A nan in the embeddings must come out as nan.
+float64. It must be correct at every scale: one shift for all rows is not enough if a row's cosines are all near -1. A
+nan in the embeddings must give nan.
 
 `strip_gradients` computes the same logits again, hides the same ones, and takes for the derivative by l[p, i, j]
 
@@ -79,7 +79,7 @@ def logit_dtype(strip: Strip) -> torch.dtype:
 
 
 class Factors(NamedTuple):
-    """What a raw product is multiplied by to be a logit, for its row and for its column, in the dtype of logits."""
+    """The factors that make a raw product a logit, for its row and for its column, in the dtype of logits."""
 
     query: Tensor  # [P, B] unit * scale * inverse norm
     target: Tensor  # [P, n] inverse norm

@@ -5,13 +5,13 @@ one product of the full width. Both directions take their sums from the same til
 again; the derivative by block k of a row is the sum of H over all prefixes that contain block k, times block k of the
 other side, so suffix sums over the prefixes make it one product of the full width for each side.
 
-Exponentials are powers of 2, which a CPU takes twice as fast as those of e. There are two ways to take them. *Shared*:
-one power 2^(x - shift), x = l * log2(e), serves rows and columns. It is good while nothing that matters overflows or
-underflows; the range of float32 is wide enough at every scale up to 100 unless all cosines of a row, its positive's
-too, lie below some negative bound (-0.1 at scale 100, -0.5 at 50). *Separate*: powers relative to the maximum of each
-row and of each column, good everywhere. On the CPU the sums themselves tell whether the shared way was good. Elsewhere
-looking at them would make the host wait, so the separate way is always taken there, and also with a margin, which hides
-different logits in the two directions.
+Exponentials are powers of 2, which a CPU computes twice as fast as those of e, in one of two ways. *Shared*: one power
+2^(x - shift), x = l * log2(e), serves rows and columns. It is valid while nothing that matters overflows or underflows;
+the range of float32 suffices at every scale up to 100 unless all cosines of a row, its positive's included, lie below
+some negative bound (-0.1 at scale 100, -0.5 at 50). *Separate*: powers relative to the maximum of each row and of each
+column, always valid. On the CPU the sums themselves show whether the shared way was valid. On other devices the host
+would have to wait for them, so these always take the separate way; so does a margin, which hides different logits in
+the two directions.
 """
 
 import math
@@ -24,13 +24,13 @@ from torch import Tensor
 
 from contrastive_losses.strip import LOG2E, Gradients, Needs, Strip, Sums, factors, logit_dtype, split_exponent
 
-LONGEST_SUM = 128  # terms of a product that a CPU adds up at a time
+LONGEST_SUM = 128  # terms of a product that a CPU adds at a time
 CPU_TILE = (512, 512)  # the tile of all prefixes, 6 MiB in float32 for six, stays in the last-level cache
 OTHER_TILE = (2048, 4096)  # large enough that launching kernels takes less time than running them
 
 
 class _Window(NamedTuple):
-    """Where one shared power of 2 is good in some dtype, in powers of 2."""
+    """The range in which one shared power of 2 is valid in some dtype, in powers of 2."""
 
     top: float  # x - shift stays below this: a tile's sum of such powers is still finite
     bottom: float  # each row and column must hold something above shift - bottom, which is far above what underflows
@@ -53,17 +53,17 @@ def strip_sums(strip: Strip, *, maxima: bool) -> Sums:
 
 
 def _shared_shift(strip: Strip) -> float | None:
-    """The shift of a shared power of 2 that may be good for this strip, or None."""
+    """The shift of a shared power of 2 that may be valid for this strip, or None."""
     if strip.link != "exp" or strip.margin is not None or strip.queries.device.type != "cpu":
         return None
     top, _, limit = _WINDOWS[logit_dtype(strip)]
     largest = float(strip.scale) * LOG2E
     if largest > limit:
         return None
-    # The larger, the finer are logits less the shift rounded. 50 below the least positive, all rows and columns are in
-    # the window, and of a negative nothing is lost above 2^-170 of its positive. Whole numbers are exact in float32.
+    # The larger the shift, the less rounding. At 50 below the least positive, all rows and columns are in the window,
+    # and no negative above 2^-170 of its positive is lost. Whole numbers are exact in float32.
     least = float((strip.scale * LOG2E * strip.positive).min().sub(50.0).floor())
-    return max(0.0, float(math.ceil(largest - top)), least)  # in this order, which passes over a nan
+    return max(0.0, float(math.ceil(largest - top)), least)  # in this order, which ignores a nan
 
 
 def _is_within_window(strip: Strip, shift: float, *log_sums: Tensor) -> bool:
@@ -94,7 +94,7 @@ class _Tiles:
     def view(self, buffer: Tensor) -> Tensor:
         """The front of a `buffer` in the shape of the present tile, `[…, r, c]` and contiguous in its last two dims."""
         height, width = self.row_panel.shape[0], self.column_panel.shape[0]
-        return buffer[..., : height * width].unflatten(-1, (height, width))
+        return torch.unflatten(buffer[..., : height * width], -1, (height, width))
 
     def __iter__(self) -> Iterator[tuple[slice, slice, bool]]:
         """Rows, columns, and whether the columns are targets (else hard negatives), of one tile after the other."""
@@ -146,13 +146,13 @@ class _Tiles:
                 equal = ids[self.rows, None] == ids[own]
                 same = equal if same is None else same.logical_or_(equal)
         if same is not None and self.device.type == "cpu" and not same.any():
-            return None  # most tiles; elsewhere looking would make the host wait
+            return None  # most tiles; on other devices the host would wait
         return same
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, longest: int) -> None:
-    """total += left @ right, in place. A product adds up its terms one by one, and a long sum has more error than a few
-    short ones: on the CPU no more than `longest` terms are added up at a time, a number that costs hardly any speed."""
+    """total += left @ right, in place. A long sum has more error than a few short ones: on the CPU at most `longest`
+    terms are added at a time, which costs hardly any speed."""
     count = -(-left.shape[1] // longest) if total.device.type == "cpu" else 1
     for some, others in zip(left.chunk(count, 1), right.chunk(count, 0), strict=True):
         total.addmm_(some, others)
@@ -234,17 +234,12 @@ def strip_gradients(
     of_targets, of_negatives = product(needs.targets, strip.targets), product(needs.negatives, strip.negatives)
     norms = (strip.query_inverse_norm, strip.target_inverse_norm, strip.negative_inverse_norm)
     row_moment, target_moment, negative_moment = (torch.zeros_like(each) for each in norms)
-    lengths = [torch.where(each == 0, 0.0, each.reciprocal()) for each in norms]
-    lengths[0].mul_(reference[:, None])  # two of them make the raw product of a cosine that equals the reference
-    row_length, target_length, negative_length = (each.to(tiles.dtype) for each in lengths)
+    row_length, target_length, negative_length = _lengths(norms, reference, tiles.dtype)
     centred = torch.zeros_like(strip.scale)
+    sides = (of_negatives, negative_moment, negative_length), (of_targets, target_moment, target_length)
 
     for rows, columns, are_targets in tiles:
-        of_columns, column_moment, column_length = (
-            (of_targets, target_moment, target_length)
-            if are_targets
-            else (of_negatives, negative_moment, negative_length)
-        )
+        of_columns, column_moment, column_length = sides[are_targets]
         h = tiles.view(h_buffer)
         for p in range(len(strip.dims)):
             derivative.of_products(p, tiles.logits(p), out=h[p])
@@ -266,8 +261,16 @@ def strip_gradients(
     return Gradients(of_queries, of_targets, of_negatives, *moments, centred, derivative.total)
 
 
+def _lengths(inverse_norms: tuple[Tensor, ...], reference: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Lengths of the rows; one of a query times one of a column is the raw product of a cosine that equals the
+    reference."""
+    lengths = [torch.where(each == 0, 0.0, each.reciprocal()) for each in inverse_norms]
+    lengths[0].mul_(reference[:, None])
+    return [each.to(dtype) for each in lengths]
+
+
 class _Derivative:
-    """H of a tile from its logits. The weights, the factors and what the log sums leave are folded into few vectors."""
+    """H of a tile from its logits; weights, factors and the rest of the log sums are combined into few vectors."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
-"""A trial of the Triton kernels on the GPU at hand, before anything is left to them.
+"""A check of the Triton kernels on the present GPU, before they are used.
 
-A compiler or driver that gets them wrong would show in nothing but a worse model, so the first loss on a device
-computes a small strip both ways. That takes milliseconds beside the compilation that is due then anyway.
+A compiler or driver that miscompiles them would show only in a worse model, so the first loss on a device computes a
+small strip both ways: milliseconds, beside the compilation that it needs anyway.
 """
 
 import functools
@@ -20,7 +20,7 @@ TOLERANCE = 0.02
 
 @functools.cache
 def kernels_are_right(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels give what `torch_tiles` gives for such embeddings on this device. Said aloud if not."""
+    """Whether the kernels agree with `torch_tiles` for such embeddings on this device; if not, it warns."""
     strip = _trial(device, dtype)
     sums, gradients = _results(triton_tiles, strip)
     right_sums, right_gradients = _results(torch_tiles, strip)
@@ -38,7 +38,7 @@ def kernels_are_right(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _trial(device: torch.device, dtype: torch.dtype) -> Strip:
-    """Several tiles each way, none of them full, two prefixes between chunks, ids that hide, hard negatives."""
+    """Several tiles each way, none of them full, two prefixes that end within chunks, equal ids, hard negatives."""
     generator = torch.Generator().manual_seed(0)
     rows, first, own, hard, dims = 200, 30, 150, 140, (40, 100)
 

@@ -12,6 +12,9 @@ Vectors over rows or columns are [P, whole tiles], padded with anything finite. 
 [tiles across, P, whole tiles].
 """
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# Triton compiles these functions from their source and takes no types of Python's.
+
 import triton
 import triton.language as tl
 

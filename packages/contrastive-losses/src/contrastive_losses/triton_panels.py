@@ -126,7 +126,7 @@ class Panel:
             (None, None) if each is None else (each[0][self.rows.start :], each[1][self.columns.start :])
             for each in ids
         )
-        with torch.cuda.device_of(panels.queries):
+        with torch.cuda.device(panels.queries.get_device()):  # -1, no device, in Triton's interpreter
             kernel[self.grid](
                 panels.queries[self.rows],
                 panels.queries.stride(0),

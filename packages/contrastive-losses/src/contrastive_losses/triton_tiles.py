@@ -1,12 +1,12 @@
 """The strip for CUDA: panels of rows and columns, one kernel launch for each. `strip` has the definitions,
 `triton_kernels` what happens within a tile.
 
-Forward, a kernel leaves for each tile the sums of its rows and of its columns, relative to a power of 2 of their own
-where a common one would lose something, which makes them right at every scale. They are combined in float64, in a fixed
+In the forward pass a kernel writes for each tile the sums of its rows and of its columns, relative to their own power
+of 2 if a common one would lose digits, so they are correct at every scale. They are combined in float64, in a fixed
 order.
 
-Backward, a kernel leaves the suffix sums of H of a panel, in bfloat16 where the embeddings have 16 bits, else in
-float32; ordinary matrix products do the rest. The host waits for nothing.
+In the backward pass a kernel writes the suffix sums of H of a panel, in bfloat16 if the embeddings have 16 bits, else
+in float32; ordinary matrix products do the rest. The host never waits.
 """
 
 import torch
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from contrastive_losses import triton_kernels
 from contrastive_losses.strip import LOG2E, Gradients, Needs, Strip, Sums, logit_dtype, split_exponent
-from contrastive_losses.triton_panels import Panels
+from contrastive_losses.triton_panels import Panel, Panels
 
 SHARED_TOP = 110.0  # x - shift stays below this, so that no sum over a tile overflows in float32
-PARTIAL_BYTES = 64 * 2**20  # memory that a launch takes, whatever the batch: for partial sums …
+PARTIAL_BYTES = 64 * 2**20  # memory of one launch, whatever the batch: for partial sums …
 DERIVATIVE_BYTES = 512 * 2**20  # … and for H, where larger matrix products run nearer to the peak
 
 
@@ -63,7 +63,7 @@ def _combined(part: Tensor, base: Tensor) -> Tensor:
     tiles, prefixes, count = part.shape
     result = part.new_empty(prefixes, count, dtype=torch.float64)
     block = 64  # divides every tile
-    with torch.cuda.device_of(part):
+    with torch.cuda.device(part.get_device()):
         triton_kernels.combine_kernel[(prefixes * count // block,)](
             part, base, tiles, prefixes * count, result, BLOCK_TILES=32, BLOCK=block, enable_fp_fusion=True
         )
@@ -81,28 +81,22 @@ def strip_gradients(
 ) -> Gradients:
     """See `strip`."""
     panels = Panels(strip)
-    row_shift, row_rest = split_exponent(row_log_sum * LOG2E, torch.float32)
-    column_shift, column_rest = split_exponent(column_log_sum * LOG2E, torch.float32)
-    row_vectors = panels.vector(row_weight * row_rest / LOG2E), panels.vector(row_shift)
-    column_vectors = panels.vector(column_weight * column_rest / LOG2E), panels.vector(column_shift)
+    row_vectors = _vectors(panels, row_weight, row_log_sum)
+    column_vectors = _vectors(panels, column_weight, column_log_sum)
     reference = (LOG2E * strip.scale * reference).float()
     centred = torch.zeros_like(strip.scale)
     norms = (strip.query_inverse_norm, strip.target_inverse_norm, strip.negative_inverse_norm)
-    row_moment, target_moment, negative_moment = (torch.zeros_like(norm) for norm in norms)
+    row_moment, target_moment, negative_moment = map(torch.zeros_like, norms)
     of_queries, of_targets, of_negatives = (
         torch.zeros(rows.shape, dtype=torch.float32, device=rows.device) if wanted else None
         for rows, wanted in zip((strip.queries, strip.targets, strip.negatives), needs[:3], strict=True)
     )
+    sides = (of_negatives, negative_moment), (of_targets, target_moment)
     dtype = torch.float32 if panels.dtype == torch.float32 else torch.bfloat16  # float16 could not hold the smallest H
     for panel in panels.walk(DERIVATIVE_BYTES // (dtype.itemsize * len(strip.dims))):
-        columns_of, of_columns, column_moment = (
-            (strip.targets, of_targets, target_moment)
-            if panel.of_targets
-            else (strip.negatives, of_negatives, negative_moment)
-        )
-        h = None
-        if of_queries is not None or of_columns is not None:
-            h = row_weight.new_empty(len(strip.dims), panel.padded_height, panel.padded_width, dtype=dtype)
+        of_columns, column_moment = sides[panel.of_targets]
+        shape = len(strip.dims), panel.padded_height, panel.padded_width
+        h = row_weight.new_empty(shape, dtype=dtype) if of_queries is not None or of_columns is not None else None
         row_moments, column_moments = panel.row_partials(), panel.column_partials()
         row_centred = panel.row_partials() if needs.scale else None
         panel.launch(
@@ -119,26 +113,36 @@ def strip_gradients(
         column_moment[:, panel.columns] += column_moments.sum(0, dtype=torch.float64)[:, : panel.width]
         if row_centred is not None:
             centred += row_centred[:, :, : panel.height].sum(dtype=torch.float64)
-        if h is None:
-            continue
-        queries, columns = strip.queries[panel.rows].to(dtype), columns_of[panel.columns].to(dtype)
-        for p, (low, high) in enumerate(zip((0, *strip.dims), strip.dims, strict=False)):
-            of_block = h[p, : panel.height, : panel.width]
-            if of_queries is not None:
-                _add_product(of_queries[panel.rows, low:high], of_block, columns[:, low:high])
-            if of_columns is not None:
-                _add_product(of_columns[panel.columns, low:high], of_block.T, queries[:, low:high])
-
-    products = of_queries, of_targets, of_negatives
-    for gradient, inverse_norm in zip(products, norms, strict=True):
-        if gradient is not None:  # the kernels' SMALLEST_FACTOR leaves almost nothing in a zero row; it must be nothing
+        if h is not None:
+            _add_products(strip, panel, h, of_queries, of_columns)
+    for gradient, inverse_norm in zip((of_queries, of_targets, of_negatives), norms, strict=True):
+        if gradient is not None:  # the kernels' SMALLEST_FACTOR leaves tiny values in zero rows, which must be 0
             gradient.masked_fill_((inverse_norm[-1] == 0)[:, None], 0.0)
-    return Gradients(*products, row_moment, target_moment, negative_moment, centred, torch.zeros_like(strip.scale))
+    moments = row_moment, target_moment, negative_moment
+    return Gradients(of_queries, of_targets, of_negatives, *moments, centred, torch.zeros_like(strip.scale))
+
+
+def _vectors(panels: Panels, weight: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights and log sums as the kernels take them, see `split_exponent`."""
+    shift, rest = split_exponent(log_sum * LOG2E, torch.float32)
+    return panels.vector(weight * rest / LOG2E), panels.vector(shift)
+
+
+def _add_products(strip: Strip, panel: Panel, h: Tensor, of_queries: Tensor | None, of_columns: Tensor | None) -> None:
+    """Adds a panel's H times the embeddings of the other side, block by block."""
+    columns_of = strip.targets if panel.of_targets else strip.negatives
+    queries, columns = strip.queries[panel.rows].to(h.dtype), columns_of[panel.columns].to(h.dtype)
+    for p, (low, high) in enumerate(zip((0, *strip.dims), strip.dims, strict=False)):
+        of_block = h[p, : panel.height, : panel.width]
+        if of_queries is not None:
+            _add_product(of_queries[panel.rows, low:high], of_block, columns[:, low:high])
+        if of_columns is not None:
+            _add_product(of_columns[panel.columns, low:high], of_block.T, queries[:, low:high])
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right, summed in float32."""
     if left.is_cuda and left.dtype != torch.float32:
         total.add_(torch.mm(left, right, out_dtype=torch.float32))
-    else:  # 16 bits come here from Triton's interpreter alone
+    else:  # 16 bits get here only from Triton's interpreter
         total.addmm_(left.float(), right.float())

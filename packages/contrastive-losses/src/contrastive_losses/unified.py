@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from contrastive_losses.batch import Batch, problem_with_batch
+from contrastive_losses.batch import Batch, Options, problem_with_batch
 from contrastive_losses.fused import pair_loss
 from contrastive_losses.module import InfoNCE
 from contrastive_losses.ranks import Group, refuse
@@ -67,9 +67,13 @@ def unified_info_nce(
     # Ids that one rank is given and another makes would meet.
     made = (image_ids is None, text_ids is None)
     return pair_loss(
-        "exp", Batch(first, second, None, ids, None, None), temperature=temperature, dims=dims, weights=weights,
-        margin=false_negative_margin, group=group, return_stats=return_stats, shared=made,
-    )  # fmt: skip
+        "exp",
+        Batch(first, second, None, ids, None, None),
+        Options(temperature, 0.0, dims, weights, false_negative_margin),
+        group=group,
+        return_stats=return_stats,
+        shared=made,
+    )
 
 
 class UnifiedInfoNCE(InfoNCE):

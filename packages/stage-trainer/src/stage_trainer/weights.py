@@ -24,11 +24,11 @@ from stage_trainer.recipe.tower_rules import build_config
 
 RECIPES_OWN = {
     "text": ("dropout", "checkpointing", "attention", "compile", "max_length"),
-    "vision": ("checkpointing", "attention", "resolution"),
+    "vision": ("checkpointing", "attention", "compile", "resolution"),
 }
 """What a recipe decides about a tower, whatever its weights say."""
 _AS_THE_WEIGHTS = ("max_length", "resolution")  # of these, where the recipe is silent
-_FIXED = ("vocab_size", "width", "layers", "heads", "mlp_width", "patch", "mlp_ratio", "hidden", "attention_norm")
+_FIXED = ("vocab_size", "width", "layers", "heads", "mlp_width", "patch", "mlp_ratio", "attention_norm")
 _ADAPTERS = ("adapters", "lora_rank", "lora_alpha")
 
 
@@ -139,7 +139,7 @@ def _says(name: str, value: Any, given: Any) -> Any:
 
 
 def _held(name: str, given: Any) -> Any:
-    return given.mlp_hidden if name in ("mlp_ratio", "hidden") else getattr(given, name)
+    return given.mlp_width if name == "mlp_ratio" else getattr(given, name)
 
 
 def reading_options(config: Any, given: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """A packed rotary XLM-RoBERTa encoder for text embeddings.
 
-What needs torch is imported at first use: a recipe's configuration is checked without.
+What needs torch is imported at first use: checking a recipe does not.
 """
 
 from importlib import import_module

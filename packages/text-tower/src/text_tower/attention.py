@@ -1,6 +1,6 @@
-"""Attention over a packed batch: one call, whatever computes it.
+"""Attention over a packed batch: one call, whatever library computes it.
 
-Sequences lie sorted by length (`ByLength`). The variable-length kernels (PyTorch's `varlen_attn`, flash-attn, xformers)
+Sequences are sorted by length (`ByLength`). The variable-length kernels (PyTorch's `varlen_attn`, flash-attn, xformers)
 take all of them at once. PyTorch's scaled_dot_product_attention takes those of one length at once, which form a plain
 `[n, heads, L, d]` block; so no backend needs padding or a mask.
 """
@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +23,13 @@ from text_tower.positions import Rotary
 
 log = logging.getLogger(__name__)
 
-AUTO = ("flash-attn", "varlen", "sdpa")  # xformers only when it is asked for
-EAGER = ("sdpa", "xformers")  # not compiled: the lengths in a batch would make a graph of its own for each batch
+Attend = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
+"""Queries, keys and values `[T, heads, d]`, and the layout -> `[T, heads, d]`."""
 
-# Of many short texts of one length, plain products are faster than PyTorch's fused CPU kernel, forward and backward:
+AUTO = ("flash-attn", "varlen", "sdpa")  # xformers only when it is asked for
+EAGER = ("sdpa", "xformers")  # not compiled: each batch's lengths would need their own graph
+
+# For many short texts of one length, plain products are faster than PyTorch's fused CPU kernel, forward and backward:
 # 256 texts of 8 tokens with 4 heads take 0.6 of its time, 128 of 16 tokens 0.75. Longer or fewer texts are slower.
 PLAIN_LENGTH_AT_MOST = 16
 PLAIN_TEXTS_TIMES_HEADS_FROM = 256
@@ -37,14 +41,17 @@ class Attention:
     Args:
         layout: the batch.
         positions: its position scheme.
-        backend: what `choose` returned.
+        backend: from `choose_backend`, or a function that computes attention instead.
         compiled: whether a compiled block calls it.
     """
 
-    def __init__(self, layout: ByLength, positions: Rotary, backend: str, compiled: bool = False):
+    def __init__(self, layout: ByLength, positions: Rotary, backend: str | Attend, compiled: bool = False):
         self.layout, self.positions = layout, positions
-        self.attend = _outside_of_graphs(backend) if compiled and backend in EAGER else _ATTEND[backend]
-        # xformers wants its own picture of the batch; every block shares it.
+        if callable(backend):
+            self.attend = backend
+        else:
+            self.attend = _outside_of_graphs(backend) if compiled and backend in EAGER else _ATTEND[backend]
+        # xformers has its own description of the batch, which all blocks share.
         self.plan: Any = _block_diagonal(layout) if backend == "xformers" else layout
 
     def __call__(self, qkv: Tensor) -> Tensor:
@@ -52,16 +59,15 @@ class Attention:
         dtype = qkv.dtype
         with torch.autocast(qkv.device.type, enabled=False):
             if qkv.device.type == "cpu" and dtype == torch.bfloat16:
-                # At every length measured (5 to 256 tokens) a CPU's bfloat16 attention lost to float32 on the same
-                # numbers.
+                # At every length measured (5 to 256 tokens) a CPU's attention was slower in bfloat16 than in float32.
                 qkv = qkv.float()
-            qk, v = qkv.split([2, 1], dim=1)
+            qk, v = torch.split(qkv, [2, 1], dim=1)
             q, k = self.positions(qk).unbind(1)
             return self.attend(q, k, v.squeeze(1), self.plan).to(dtype)
 
 
 @functools.cache
-def choose(wanted: str, device: str, dtype: torch.dtype, head_dim: int) -> str:
+def choose_backend(wanted: str, device: str, dtype: torch.dtype, head_dim: int) -> str:
     """The backend for queries of this kind, logged when it is first chosen.
 
     Args:
@@ -86,7 +92,7 @@ def choose(wanted: str, device: str, dtype: torch.dtype, head_dim: int) -> str:
 
 
 def _obstacle(name: str, device: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why a backend cannot run, and what would help; None if it can."""
+    """Why a backend cannot run and what would help; None if it can."""
     if name == "sdpa":
         return None
     package = {"flash-attn": "flash_attn", "xformers": "xformers"}.get(name)
@@ -105,14 +111,15 @@ def _obstacle(name: str, device: str, dtype: torch.dtype, head_dim: int) -> str 
     return None
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: ByLength) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, layout: ByLength, kernel: Callable[..., Tensor] | None = None) -> Tensor:
+    """Attention of one length at a time, by `kernel` on `[n, heads, L, d]`; None is PyTorch's."""
     out = []
     for block in zip(*map(layout.blocks, (q, k, v)), strict=True):
         texts, length, heads, _ = block[0].shape
         many_short = length <= PLAIN_LENGTH_AT_MOST and texts * heads >= PLAIN_TEXTS_TIMES_HEADS_FROM
-        attend = _plain if many_short and q.device.type == "cpu" else F.scaled_dot_product_attention
+        chosen = _plain if many_short and q.device.type == "cpu" else F.scaled_dot_product_attention
         heads_first = (x.transpose(1, 2) for x in block)
-        out.append(attend(*heads_first).transpose(1, 2).flatten(0, 1))
+        out.append((kernel or chosen)(*heads_first).transpose(1, 2).flatten(0, 1))
     return torch.cat(out)
 
 
@@ -124,7 +131,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: ByLength) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    # After these seven the signature changed (is_causal gave way to keywords); full attention needs no more of it.
+    # Versions differ in the arguments after these seven (is_causal became keywords); full attention needs none of them.
     cu, longest = layout.cu_seqlens, layout.max_seqlen
     return varlen_attn(q, k, v, cu, cu, longest, longest)  # type: ignore[return-value]
 
@@ -133,13 +140,15 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor, layout: ByLength) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
     cu, longest = layout.cu_seqlens, layout.max_seqlen
-    return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest)
+    out: Tensor = flash_attn_varlen_func(q, k, v, cu, cu, longest, longest)
+    return out
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, block_diagonal: Any) -> Tensor:
     from xformers.ops import memory_efficient_attention
 
-    return memory_efficient_attention(q[None], k[None], v[None], attn_bias=block_diagonal)[0]
+    out: Tensor = memory_efficient_attention(q[None], k[None], v[None], attn_bias=block_diagonal)[0]
+    return out
 
 
 def _block_diagonal(layout: ByLength) -> Any:
@@ -151,7 +160,7 @@ def _block_diagonal(layout: ByLength) -> Any:
 @functools.cache
 def _outside_of_graphs(backend: str) -> Any:
     """The backend for compiled blocks. Not a decorator: `torch.compiler.disable` takes seconds to import."""
-    return torch.compiler.disable(_ATTEND[backend])
+    return cast(Any, torch.compiler).disable(_ATTEND[backend])
 
 
-_ATTEND = {"sdpa": _sdpa, "varlen": _varlen, "flash-attn": _flash_attn, "xformers": _xformers}
+_ATTEND: dict[str, Attend] = {"sdpa": sdpa, "varlen": _varlen, "flash-attn": _flash_attn, "xformers": _xformers}

@@ -1,4 +1,4 @@
-"""What a text tower is made of."""
+"""Configuration of a text tower; errors name the field."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NO_ADAPTER = "none"  # as an adapter's name: the weights alone
 
 
 def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
-    """`value` as an int; numpy's integers are whole numbers too.
+    """`value` as an int (numpy's integers too).
 
     Raises:
         ValueError: another kind of value, or one out of range; the message names it.
@@ -34,32 +34,32 @@ def whole_number(name: str, value: Any, least: int, most: int | None = None) -> 
 
 @dataclass(frozen=True)
 class TextTowerConfig:
-    """Shape and habits of a tower. The defaults are Jina-XLM-RoBERTa (arXiv 2409.10173) without adapters.
+    """Shape and settings of a tower. The defaults are Jina-XLM-RoBERTa (arXiv 2409.10173) without adapters.
 
     Args:
         vocab_size: rows of the word table.
         width: channels of a token and of an embedding.
         layers: number of blocks.
-        heads: attention heads; `width / heads` must be even, because rotary positions turn pairs of channels.
+        heads: attention heads; `width / heads` is even, because rotary positions turn pairs of channels.
         mlp_width: hidden channels of the MLP.
         rope_theta: base of the rotary frequencies. It belongs to the weights: never change it by length.
         max_length: longest sequence accepted, in tokens.
         layer_norm_eps: of every LayerNorm.
-        pad_id: written to config.json for other libraries; the tower itself never sees a padding token.
-        dropout: hidden dropout while training, keyed by sample (see `TextTower.forward`).
+        pad_id: written to config.json for other libraries; the tower has no padding tokens.
+        dropout: hidden dropout in training, keyed by sample (see `TextTower.forward`).
         lora_rank: rank of each adapter; 0 if and only if there are no `adapters`.
         lora_alpha: adapters are scaled by `lora_alpha / lora_rank`.
         adapters: names of the LoRA adapters; the first one is the default. jina-clip-v2 has one that is always on:
             `adapters=("retrieval.query",), lora_rank=4, lora_alpha=4.0`.
-        instructions: task name -> text that `encode(task=…)` puts before every text.
-        truncate_dim: dims that `encode` keeps where it is not told; None for all.
+        instructions: task name -> text that `encode(task=…)` prepends to every text.
+        truncate_dim: dims that `encode` keeps by default; None for all.
         checkpointing: recompute each block in the backward pass instead of keeping its activations.
-        attention: what computes attention, one of `BACKENDS`; "auto" takes the fastest that fits.
-            A habit of the machine like `compile`, so neither is written to a model's directory.
+        attention: one of `BACKENDS`; "auto" takes the fastest that can run. Like `compile` a setting of the machine:
+            neither is written to a model's directory.
         compile: run each block through `torch.compile`, once for all lengths.
 
     Raises:
-        ValueError: a value that cannot be; the message names the field.
+        ValueError: an impossible value; the message names the field.
     """
 
     vocab_size: int = 250002
@@ -133,5 +133,5 @@ class TextTowerConfig:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """What `encode(task=…)` knows: the adapters and whatever has an instruction."""
+        """The tasks of `encode(task=…)`: the adapters and the names of instructions."""
         return tuple(dict.fromkeys([*self.adapters, *self.instructions]))

@@ -1,4 +1,4 @@
-"""The tower's configuration as config.json files tell it, those of transformers and those of jina's remote code."""
+"""config.json to the tower's configuration and back, in the forms of transformers and of jina's remote code."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ _UNUSED_POSITIONS = 2  # max_position_embeddings counts two positions that XLM-R
 
 
 def from_json(stored: dict[str, Any], weights: Mapping[str, Tensor], layout: Layout, file: Path) -> TextTowerConfig:
-    """The configuration in `stored`, the content of `file`; `weights` and `layout` tell what it leaves unsaid.
+    """The configuration in `stored`, the content of `file`; `weights` and `layout` complete it.
 
     Raises:
-        ValueError: another kind of model, or one that this tower cannot be.
+        ValueError: another kind of model, or settings that this tower does not have.
     """
     kind = stored.get("model_type")
     if kind not in ("jina_embeddings_v3", "xlm-roberta", "jina_clip"):
         raise ValueError(f"{file} has model_type {kind!r}; expected 'jina_embeddings_v3', 'xlm-roberta' or 'jina_clip'")
-    # Jina's remote code calls itself XLM-RoBERTa too, but for its positions.
+    # Jina's remote code has XLM-RoBERTa's model_type too, with other positions.
     rotary = kind != "xlm-roberta" or stored.get("position_embedding_type") == "rotary"
     if (kind == "jina_clip") != layout.is_half or rotary != (layout.kind != "xlm-r"):
         raise ValueError(f"{file} says {kind!r}, but the weights are named as in {layout}; expected them to agree")
@@ -70,7 +70,7 @@ def ours_of(stored: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """What `to_json` put under OUR_KEY, or nothing.
 
     Raises:
-        ValueError: something else than an object.
+        ValueError: no object.
     """
     ours = stored.get(OUR_KEY, {})
     if not isinstance(ours, dict):
@@ -94,8 +94,8 @@ def _config(values: dict[str, Any], file: Path) -> TextTowerConfig:
 
 
 def _rope_theta(stored: dict[str, Any], file: Path) -> float:
-    """The rotary base as transformers 5 reads it: `rope_scaling`, the older name, goes before `rope_parameters`, and
-    what neither has is looked for at top level."""
+    """The rotary base as transformers 5 reads it: `rope_scaling`, the older name, before `rope_parameters`, and the top
+    level if neither has it."""
     rope = stored.get("rope_scaling") or stored.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"{file} has rope_parameters {rope!r}; expected a mapping")
@@ -106,11 +106,12 @@ def _rope_theta(stored: dict[str, Any], file: Path) -> float:
             raise ValueError(f"{file} has {key} {found!r}; this tower knows {expected!r} only")
     if unknown := sorted(rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}):
         raise ValueError(f"{file} has {unknown} among its rotary settings; this tower knows rope_theta only")
-    return rope.get("rope_theta", stored.get("rope_theta", 20000.0))
+    theta: float = rope.get("rope_theta", stored.get("rope_theta", 20000.0))
+    return theta
 
 
 def _from_clip(stored: dict[str, Any], weights: Mapping[str, Tensor], layout: Layout, file: Path) -> TextTowerConfig:
-    """jina-clip-v2's config.json leaves the text half's shape to another repository: the weights tell it."""
+    """From jina-clip-v2, whose config.json leaves the text half's shape to another repository: the weights give it."""
     text = stored.get("text_config")
     if not isinstance(text, dict):
         raise ValueError(f"{file} has no text_config; expected jina-clip-v2's config.json")
@@ -188,7 +189,7 @@ def to_json(config: TextTowerConfig, dtype: str, architecture: str = "JinaEmbedd
 
 
 def to_remote_json(config: TextTowerConfig, dtype: str) -> dict[str, Any]:
-    """config.json for jina's remote code, which fetches itself from the hub when transformers is told to trust it."""
+    """config.json for jina's remote code, which transformers fetches from the hub with `trust_remote_code`."""
     code = "jinaai/xlm-roberta-flash-implementation--"
     model = "modeling_lora.XLMRobertaLoRA" if config.adapters else "modeling_xlm_roberta.XLMRobertaModel"
     adapters = {
@@ -198,7 +199,7 @@ def to_remote_json(config: TextTowerConfig, dtype: str) -> dict[str, Any]:
         "lora_dropout_p": 0.0,
         "lora_main_params_trainable": False,
         "lora_rank": config.lora_rank,
-        # Theirs wants exactly one instruction for each adapter.
+        # It requires exactly one instruction for each adapter.
         "task_instructions": {name: config.instructions.get(name, "") for name in config.adapters},
     }
     return {

@@ -1,6 +1,6 @@
-"""Every key of a config.json that we know: honoured, harmless, or refused unless it says what this tower does anyway.
+"""The known keys of a config.json: applied, without influence, or allowed only with the value that this tower has.
 
-A key that stands in none of the tables is refused by name: what it changes, nobody here knows.
+A key in none of the tables is refused by name: its influence is unknown.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# What `config_json` makes fields of `TextTowerConfig` of.
+# Keys that `config_json` turns into fields of `TextTowerConfig`.
 _SHAPE = frozenset([
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
     "layer_norm_eps", "pad_token_id", "max_position_embeddings", "model_type", "truncate_dim",
@@ -22,7 +22,7 @@ _ADAPTERS = frozenset([
     "lora_adaptations", "lora_rank", "lora_alpha", "rotary_emb_base",
 ])  # fmt: skip
 
-# What embeddings do not depend on: where a file is from, how it is stored, training, heads, generation, bookkeeping.
+# Keys without influence on embeddings: origin, storage, training, heads, generation, bookkeeping.
 _HARMLESS = frozenset([
     "_name_or_path", "name_or_path", "_commit_hash", "architectures", "transformers_version", "torch_dtype",
     "dtype", "auto_map", "tokenizer_class", "finetuning_task", "task_specific_params", "hidden_dropout_prob",
@@ -40,13 +40,13 @@ _HARMLESS = frozenset([
     "begin_suppress_tokens", "prefix", "tf_legacy_loss", "tie_encoder_decoder", "use_bfloat16",
     "export_model_type",
 ])  # fmt: skip
-# Of jina's remote code: which kernels run, training of adapters, and which prefixes were trained to stand alone.
+# Of jina's remote code: kernels, training of adapters, Matryoshka prefixes.
 _HARMLESS_REMOTE = frozenset([
     "use_flash_attn", "fused_mlp", "fused_bias_fc", "fused_dropout_add_ln", "use_xentropy", "use_reentrant",
     "mlp_checkpoint_lvl", "lora_dropout_p", "lora_main_params_trainable", "load_trained_adapters",
     "matryoshka_dimensions",
 ])  # fmt: skip
-# Read only as what this tower does anyway; null says nothing.
+# Allowed only with these values, or null.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("gelu",),
     "type_vocab_size": (1,),
@@ -85,14 +85,14 @@ _HARMLESS_CLIP_TEXT = frozenset([
 
 
 def check_keys_of(stored: Mapping[str, Any], kind: str, file: Path) -> None:
-    """That a config.json says nothing that a tower would pass over.
+    """That a config.json says nothing that a tower would ignore.
 
     Args:
-        stored: what it says; of jina-clip also `text_config` and its `hf_model_config_kwargs`.
+        stored: its content; of jina-clip `text_config` and its `hf_model_config_kwargs` too.
         kind: "native" (transformers' jina_embeddings_v3), "xlm-r", "remote-code" or "jina_clip".
 
     Raises:
-        ValueError: a key that we do not know, or a value that this tower cannot be; all are named.
+        ValueError: an unknown key, or a value that this tower does not have; all are named.
     """
     known = _SHAPE | _HARMLESS
     if kind == "native":

@@ -1,7 +1,7 @@
-"""Dropout that belongs to the sample: the same sample has the same mask on any rank, in any batch, when replayed.
+"""Dropout keyed by sample: a sample has the same mask on any rank, in any batch, and when a pass is repeated.
 
-An element's fate is a counter-based hash of (sample seed, site, position, channel): no random state exists, so gradient
-caching and activation checkpointing can repeat a forward pass exactly, and N processes drop what one would.
+Each element's mask is a counter-based hash of (sample seed, site, position, channel). There is no random state, so
+gradient caching and activation checkpointing repeat a forward pass exactly, and N processes drop what one would.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class KeyedDropout:
 
     Args:
         p: share that is dropped, below 1.
-        seeds: int64 `[T]`, the seed of the sample that each token is of.
+        seeds: int64 `[T]`, the seed of each token's sample.
         positions: int64 `[T]`, each token's position in its sample.
     """
 
@@ -26,12 +26,12 @@ class KeyedDropout:
         self.keys = token_keys(seeds, positions)
 
     def at(self, site: int) -> SiteDropout:
-        """The dropout of one place of use; `site` numbers them."""
+        """The dropout of one site in the network, by number."""
         return SiteDropout(self.p, (mix64(self.keys + site) >> 32).to(torch.int32))
 
 
 class SiteDropout:
-    """`KeyedDropout` at one place; `tokens` is int32 `[T]`, each token's key there."""
+    """`KeyedDropout` at one site; `tokens` is int32 `[T]`, each token's key there."""
 
     def __init__(self, p: float, tokens: Tensor):
         self.p, self.tokens = p, tokens

@@ -1,4 +1,4 @@
-"""Weight files, read without running anything in them, and directories that appear whole or not at all."""
+"""JSON and weight files, read without running code in them, and directories that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -103,9 +103,9 @@ def write_weights(weights: Mapping[str, Tensor], file: Path) -> None:
     from safetensors.torch import save_file
 
     on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    file.touch()  # as the umask wants a new file; safetensors puts one in its place that its owner alone may read
+    file.touch()  # safetensors makes files that only their owner may read: this one gets the umask's mode
     mode = file.stat().st_mode
-    save_file(on_host, file, {"format": "pt"})  # transformers refuses a file without this word
+    save_file(on_host, file, {"format": "pt"})  # transformers refuses a file without this
     file.chmod(mode)
 
 
@@ -129,19 +129,34 @@ def check_keys(expected: Mapping[str, list[int]], weights: Mapping[str, Tensor],
 
 @contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill that takes its name only once it is complete.
+    """Yields an empty directory to fill; what the body wrote is on disk before anything at `path` changes.
 
-    Raises:
-        FileExistsError: `path` exists and is not empty.
+    A new or empty `path` then appears in one step. Otherwise each file replaces its namesake; others stay.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path} exists and is not empty; choose another path, or remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)
     building = path.with_name(f".{path.name}.{os.getpid()}.partial")
     building.mkdir()
     try:
         yield building
-        building.replace(path)
+        for written in [*building.rglob("*"), building]:
+            sync(written)
+        if path.is_dir() and any(path.iterdir()):
+            for written in building.iterdir():
+                written.replace(path / written.name)
+            building.rmdir()
+            sync(path)
+        else:
+            building.replace(path)
+        sync(path.parent)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
+
+
+def sync(path: Path) -> None:
+    """Flushes a file, or a directory's list of names, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

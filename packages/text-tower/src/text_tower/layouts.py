@@ -1,7 +1,7 @@
-"""How other libraries name the tower's weights: for each layout, the names that ours has there.
+"""Layouts of weight files: for each of our names the names in another library.
 
-Ours are those of `TextTower.state_dict()`, which are transformers' own on disk. A layout only renames, except that
-XLM-RoBERTa keeps queries, keys and values apart.
+Ours are those of `TextTower.state_dict()`, which are transformers' on disk. A layout only renames, except that
+XLM-RoBERTa stores queries, keys and values separately.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Layout:
 
     Attributes:
         kind: "transformers", "remote-code" (jina's own, adapters as parametrizations) or "xlm-r".
-        prefix: what stands before every name, such as `roberta.`.
+        prefix: of every name, such as `roberta.`.
     """
 
     kind: str
@@ -39,7 +39,7 @@ class Layout:
 
     @classmethod
     def of(cls, keys: Collection[str]) -> Layout:
-        """The layout that a file's keys look most like."""
+        """The layout that a file's keys resemble most."""
         marks = (_WORD_TABLE, "encoder.layer")
         prefix = next((key[: key.index(mark)] for mark in marks for key in keys if mark in key), "")
         if any(".parametrizations." in key for key in keys):
@@ -60,11 +60,11 @@ class Layout:
         return self.prefix.startswith("text_model.")
 
     def names(self, ours: str, every_name: Collection[str]) -> list[str]:
-        """Their names for one of ours; several stand for parts to be laid one below the other.
+        """Their names for one of ours; several are parts to be concatenated along dimension 0.
 
         Args:
             ours: a name of `TextTower.state_dict()`.
-            every_name: all of them, which tell the modules that have adapters.
+            every_name: all of our names, which show the modules that have adapters.
         """
         module, _, leaf = ours.rpartition(".")
         if self.kind == "remote-code" and f"{module}.lora_A" in every_name and leaf != "bias":
@@ -86,7 +86,7 @@ class Layout:
         return theirs
 
     def without_the_rest(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights less what no text tower has: heads, poolers, absolute positions, an image half."""
+        """The weights without heads, poolers, absolute positions and an image half."""
         heads = ("lm_head.", "classifier.", "qa_outputs.", f"{self.prefix}pooler.")
         positions = ("position_embeddings.", "position_ids") if self.kind == "xlm-r" else ("position_ids",)
         others = (*heads, *(f"{self.prefix}embeddings.{name}" for name in positions))
@@ -95,12 +95,12 @@ class Layout:
         return {name: tensor for name, tensor in weights.items() if not name.startswith(others)}
 
     def to_ours(self, names: Collection[str], weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weights that passed the check, under our names, as float32 copies; `weights` is emptied on the way."""
+        """Checked weights under our names, as float32 copies; `weights` is emptied."""
         result = {}
         for ours in names:
             parts = [weights.pop(name) for name in self.names(ours, names)]
             tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-            result[ours] = tensor.to(torch.float32, copy=True)  # what safetensors gives may be a map of the file
+            result[ours] = tensor.to(torch.float32, copy=True)  # safetensors' tensors may be mapped from the file
         return result
 
     def from_ours(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,12 +1,11 @@
 """A Linear and an Embedding that carry low-rank adapters (LoRA, arXiv 2106.09685) beside their weight.
 
 `weight` keeps its plain name, so a tower without adapters has exactly the parameters of the published layout. Each
-adapter has parameters of its own, `lora_A_k` and `lora_B_k`: one that takes no part in a step has no gradient, and
-neither momentum nor weight decay moves it. Adapter k adds `scale · B A` to a Linear's weight and `scale · A B` to a
-table; adapter None adds nothing. The product is never formed in a forward pass; for a table of 250,002 rows it would be
-as large as the table.
+adapter has its own parameters, `lora_A_k` and `lora_B_k`: one that takes no part in a step has no gradient, and neither
+momentum nor weight decay changes it. Adapter k adds `scale · B A` to a Linear's weight and `scale · A B` to a table;
+adapter None adds nothing. The forward pass never forms the product, which is as large as the weight.
 
-On disk the adapters of a module are stacked, `lora_A` and `lora_B`, as jina's layout has them: see `stacked`.
+On disk the adapters of a module are stacked, `lora_A` and `lora_B`, as in jina's layout: see `stacked`.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ _OWN = re.compile(r"(.+\.lora_[AB])_(\d+)")
 
 
 class _Adapted(nn.Module):
-    """What both kinds of module share; `weight` is theirs."""
+    """Base of both modules, which have `weight`."""
 
     weight: Tensor
     adapters: int
 
     def _add_adapters(self, a: tuple[int, int], b: tuple[int, int]) -> None:
-        # Parameters of this very module, not of a list inside it: ZeRO 3 gathers a module's own before its forward.
+        # Parameters of the module itself, not of a list in it: ZeRO 3 gathers a module's own before its forward.
         for k in range(self.adapters):
             self.register_parameter(f"lora_A_{k}", nn.Parameter(torch.empty(a)))
             self.register_parameter(f"lora_B_{k}", nn.Parameter(torch.empty(b)))
@@ -41,7 +40,7 @@ class _Adapted(nn.Module):
         return getattr(self, f"lora_A_{k}"), getattr(self, f"lora_B_{k}")
 
     def reset_adapter(self, k: int) -> None:
-        """A uniform (Kaiming), B zero: a fresh adapter changes nothing."""
+        """A uniform (Kaiming), B zero: a new adapter changes nothing."""
         a, b = self.adapter(k)
         nn.init.uniform_(a, -1 / math.sqrt(a.shape[1]), 1 / math.sqrt(a.shape[1]))
         nn.init.zeros_(b)
@@ -126,7 +125,7 @@ def adapter_number(parameter_name: str) -> int | None:
 
 
 def stacked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A tower's state dict as files have it: a module's adapters in one `lora_A` and one `lora_B`, on dimension 0."""
+    """A tower's state dict as on disk: a module's adapters in one `lora_A` and one `lora_B`, on dimension 0."""
     result: dict[str, Tensor] = {}
     halves: dict[str, list[Tensor]] = {}
     for name, tensor in state.items():
@@ -138,7 +137,7 @@ def stacked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def unstacked(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `stacked` gave, as a tower's state dict."""
+    """The inverse of `stacked`."""
     result: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         if is_adapter(name):
@@ -150,7 +149,7 @@ def unstacked(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def add_fresh_adapters(model: nn.Module) -> None:
-    """Gives adapters that still are on the meta device memory and their initial values."""
+    """Gives adapters that are still on the meta device memory and initial values."""
     for module in model.modules():
         if isinstance(module, _Adapted):
             module._renew_adapters()

@@ -1,4 +1,4 @@
-"""Masked-language-model training: what turns XLM-RoBERTa's weights into a model with rotary positions."""
+"""Masked-language-model training, which XLM-RoBERTa's weights need to work with rotary positions."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from text_tower.files import check_keys
 from text_tower.lora import INIT_STD
 from text_tower.masking import MaskedTokens
 from text_tower.norm import LayerNorm
+from text_tower.pretrained import load_with_head, save_with_head
 from text_tower.tower import TextTower
 
 MAX_LOGITS = 2**27  # at once: half a gigabyte of float32
@@ -23,7 +24,7 @@ MAX_LOGITS = 2**27  # at once: half a gigabyte of float32
 class MaskedLoss(NamedTuple):
     """A batch's loss: 0-d float32 sum of cross entropies in nats, and over how many tokens.
 
-    Ranks hide different numbers of tokens: a global mean is the sum of totals ÷ the sum of tokens, not a mean of means.
+    Ranks mask different numbers of tokens: the global mean is the sum of totals over the sum of tokens.
     """
 
     total: Tensor
@@ -31,7 +32,7 @@ class MaskedLoss(NamedTuple):
 
     @property
     def mean(self) -> Tensor:
-        """The mean over tokens; 0 where nothing was hidden."""
+        """The mean over tokens; 0 if nothing was masked."""
         return self.total / max(1, self.tokens)
 
 
@@ -49,7 +50,7 @@ class LMHead(nn.Module):
     def forward(self, h: Tensor, labels: Tensor, table: Tensor) -> Tensor:
         """Sum of cross entropies, 0-d float32, of predicting `labels` `[M]` from states `h` `[M, width]`.
 
-        The `[M, vocab]` logits never exist as a whole if they are many: the backward pass makes each part again.
+        If the `[M, vocab]` logits are many, they never exist all at once: the backward pass recomputes each part.
         """
         h = self.layer_norm(F.gelu(self.dense(h)))
         rows = max(1, MAX_LOGITS // len(self.bias))
@@ -57,16 +58,16 @@ class LMHead(nn.Module):
             return _cross_entropy(h, table, self.bias, labels)
         parts = [
             checkpoint(_cross_entropy, some, table, self.bias, wanted, use_reentrant=False, preserve_rng_state=False)
-            for some, wanted in zip(h.split(rows), labels.split(rows), strict=True)
+            for some, wanted in zip(torch.split(h, rows), torch.split(labels, rows), strict=True)
         ]
         return torch.stack(parts).sum()
 
 
 class MaskedLM(nn.Module):
-    """A tower with a head that predicts hidden tokens; the head's projection is the tower's word table.
+    """A tower with a head that predicts masked tokens; the head's projection is the tower's word table.
 
     Args:
-        tower: a tower without adapters. Add adapters afterwards, on reading what was trained:
+        tower: a tower without adapters. Add adapters afterwards, when reading the trained weights:
             `TextTower.from_pretrained(path, adapters=…)`.
 
     Raises:
@@ -84,7 +85,7 @@ class MaskedLM(nn.Module):
         self.lm_head = LMHead(tower.config)
 
     def forward(self, masked: MaskedTokens, *, sample_seeds: Tensor | None = None) -> MaskedLoss:
-        """The loss of predicting what was hidden.
+        """The loss of predicting what was masked.
 
         Args:
             masked: from `WholeWordMasking`, on the tower's device.
@@ -106,16 +107,14 @@ class MaskedLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **overrides: Any) -> MaskedLM:
-        """Reads tower and head from any directory that `TextTower.from_pretrained` reads; a head that lacks is new.
+        """Reads tower and head from any directory that `TextTower.from_pretrained` reads; without one the head is new.
 
-        There is no warning about XLM-RoBERTa's positions here: this is the training that such weights need.
+        It does not warn about XLM-RoBERTa's positions: this is the training that such weights need.
 
         Raises:
             FileNotFoundError, ValueError: as `TextTower.from_pretrained`; also a head that does not fit.
         """
-        from text_tower.pretrained import load
-
-        tower, layout, head = load(Path(path), None, overrides)
+        tower, layout, head = load_with_head(TextTower, Path(path), None, overrides)
         with torch.device("cpu"):
             model = cls(tower)
         model.lm_head.to(torch.float32)
@@ -140,9 +139,8 @@ class MaskedLM(nn.Module):
         Raises:
             FileExistsError: `path` exists and is not empty.
         """
-        from text_tower.pretrained import write
-
-        write(self.tower, path, head={f"lm_head.{n}": t for n, t in self.lm_head.state_dict().items()})
+        head = {f"lm_head.{n}": t for n, t in self.lm_head.state_dict().items()}
+        save_with_head(self.tower, path, "transformers", head)
 
 
 def _cross_entropy(h: Tensor, table: Tensor, bias: Tensor, labels: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Whole-word masking of packed texts, a function of each sample's seed alone.
 
-Which words are hidden, and what stands in their place, is a hash of (seed, position): the same on any rank, in any
-batch, and when repeated; another seed, such as that of another epoch, hides other words.
+The masked words and their replacements are a hash of (seed, position): the same on any rank, in any batch, and when
+repeated; another seed, such as another epoch's, masks other words.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from text_tower.tokenizer import EOS, UNK, Tokenizer
 # Blocks of scripts that put no spaces between words: Thai, Lao, Myanmar, Khmer, kana and Han.
 _UNSPACED = ((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x30FF), (0x31F0, 0x31FF),
              (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))  # fmt: skip
-_SALT = 0x6D61736B6564  # so that dropout, keyed by the same seeds, is another function of them
+_SALT = 0x6D61736B6564  # dropout has the same seeds and must be independent of masking
 
 
 @dataclass(frozen=True, eq=False)
 class MaskedTokens:
-    """Texts with words hidden in them, and what was hidden.
+    """Texts with masked words, and the original tokens.
 
     Attributes:
-        packed: the texts as the tower sees them.
-        places: int64 `[M]`, the hidden tokens among `packed.ids`, rising.
-        labels: int64 `[M]`, what stood there.
+        packed: the masked texts.
+        places: int64 `[M]`, indexes into `packed.ids` of the tokens to predict, ascending.
+        labels: int64 `[M]`, their original ids.
     """
 
     packed: PackedTokens
@@ -42,16 +42,16 @@ class MaskedTokens:
 
 
 class WholeWordMasking:
-    """Hides whole words, as BERT's second edition and XLM-RoBERTa's shares have it (arXiv 1810.04805, 1911.02116).
+    """Masks whole words, as BERT's later version, with XLM-RoBERTa's shares (arXiv 1810.04805, 1911.02116).
 
     A word is a piece that begins with `▁` and the pieces up to the next such piece. In scripts without spaces between
-    words, where that would be a whole sentence, every piece of the sentencepiece model is a word. Each word is chosen
-    with probability `share`, and every text gives at least one. Of the tokens of chosen words 80 % become `<mask>`,
-    10 % a random token, and 10 % stay; all are to be predicted. Special tokens and `<unk>` are never chosen.
+    words, where that would be a whole sentence, every piece is a word. Each word is chosen with probability `share`, at
+    least one in every text. Of the tokens of chosen words 80 % become `<mask>`, 10 % a random token, and 10 % stay;
+    all are predicted. Special tokens and `<unk>` are never chosen.
 
     Args:
-        tokenizer: whose pieces tell words apart.
-        share: of the words that are hidden.
+        tokenizer: its pieces give the words.
+        share: of words that are masked.
 
     Raises:
         ValueError: a share that is not between 0 and 1, or a tokenizer without `<mask>`.
@@ -64,7 +64,7 @@ class WholeWordMasking:
         self.begins_word = torch.tensor([_begins_word(p) for p in tokenizer.pieces()], device="cpu")
 
     def __call__(self, packed: PackedTokens, sample_seeds: Tensor) -> MaskedTokens:
-        """Hides words of N texts, on the CPU.
+        """Masks words of N texts, on the CPU.
 
         Args:
             packed: the texts, special tokens included.
@@ -79,7 +79,7 @@ class WholeWordMasking:
         rows = torch.arange(len(lengths), device="cpu").repeat_interleave(lengths)
         positions = index - (lengths.cumsum(0) - lengths)[rows]
         special = ids <= EOS
-        begins = self.begins_word[ids] | special | special.roll(1)  # the first token may lack its ▁
+        begins = self.begins_word[ids] | special | special.roll(1)  # the first token may lack ▁
         keys = token_keys(sample_seeds[rows] ^ _SALT, positions)
 
         word_keys = keys[torch.where(begins, index, 0).cummax(0).values]
@@ -100,7 +100,7 @@ class WholeWordMasking:
 
 
 def _uniform(keys: Tensor) -> Tensor:
-    """Int64 hashes as float64 in [0, 1); growing with the hash."""
+    """Int64 hashes as float64 in [0, 1), monotonic."""
     return (keys >> 11).double() / 2**53 + 0.5
 
 

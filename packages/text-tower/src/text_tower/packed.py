@@ -1,4 +1,4 @@
-"""Texts of different lengths laid end to end, so that no padding token is ever computed."""
+"""Texts of different lengths laid end to end, so that no padding token is computed."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_Batch = TypeVar("_Batch")
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +28,7 @@ class PackedTokens:
     Raises:
         ValueError: tensors that do not fit together, or an empty sequence (which has no mean).
 
-    Tensors given on an accelerator are read back once to be checked; build on the CPU and use `.to(device)` instead.
+    Tensors on an accelerator are read back once to be checked; build on the CPU and use `.to(device)` instead.
     """
 
     ids: Tensor
@@ -54,7 +56,7 @@ class PackedTokens:
                 )
         if max(lengths) != self.max_seqlen:
             raise ValueError(f"max_seqlen is {self.max_seqlen}, but the longest sequence has {max(lengths)} tokens")
-        # Kept on the host: the tower plans its work from the lengths, and must not wait for the device to learn them.
+        # Kept on the host: the tower plans its work from the lengths and must not wait for the device.
         object.__setattr__(self, "lengths", tuple(lengths))
 
     lengths: tuple[int, ...] = ()  # of each sequence; filled in by the checks above
@@ -79,7 +81,7 @@ class PackedTokens:
         return len(self.lengths)
 
     def by_length(self) -> tuple[PackedTokens, Tensor]:
-        """The sequences from the shortest to the longest, and int64 `[N]`, which one comes where."""
+        """The sequences from the shortest to the longest, and int64 `[N]`, their indexes in this batch."""
         layout = ByLength.of(self)
         return PackedTokens(self.ids[layout.tokens], layout.cu_seqlens, self.max_seqlen), layout.order
 
@@ -90,15 +92,15 @@ class PackedTokens:
 
 @dataclass(frozen=True, eq=False)
 class ByLength:
-    """A packed batch rearranged so that sequences of one length lie together: every group is a plain `[n, L]` block.
+    """A packed batch sorted by length: sequences of one length form a plain `[n, L]` block.
 
     Attributes:
-        groups: (L, n) by rising L: n sequences of L tokens.
+        groups: (L, n) by ascending L: n sequences of L tokens.
         tokens: int64 `[T]`, where each token was in the batch as given.
         positions: int64 `[T]`, each token's position in its sequence.
         rows: int64 `[T]`, each token's sequence in the batch as given.
         counts: int64 `[N]`, the length of each sequence in the batch as given.
-        order: int64 `[N]`, which sequence of the batch as given comes where.
+        order: int64 `[N]`, the sequences' indexes in the batch as given.
         cu_seqlens: int32 `[N + 1]`, where each sequence starts in this order, then T.
         max_seqlen: length of the longest sequence.
     """
@@ -130,7 +132,7 @@ class ByLength:
 
     def mean(self, x: Tensor) -> Tensor:
         """`[T, C]` in this order -> the mean over each sequence, `[N, C]` in the order as given."""
-        if x.is_cuda:  # index_add would add in an order of chance there; this waits for nothing and is repeatable
+        if x.is_cuda:  # index_add is not deterministic there; this is, and does not make the host wait
             lengths = self.counts[self.order]
             means = torch.segment_reduce(x, "mean", lengths=lengths, axis=0, unsafe=True)
             return torch.empty_like(means).index_copy(0, self.order, means)
@@ -143,11 +145,11 @@ class ByLength:
 
     def blocks(self, x: Tensor) -> list[Tensor]:
         """`[T, …]` in this order -> for each group a view `[n, L, …]`."""
-        parts = x.split([length * count for length, count in self.groups])
-        return [part.unflatten(0, (n, length)) for part, (length, n) in zip(parts, self.groups, strict=True)]
+        parts = torch.split(x, [length * count for length, count in self.groups])
+        return [torch.unflatten(part, 0, (n, length)) for part, (length, n) in zip(parts, self.groups, strict=True)]
 
 
-def on_device(batch: Any, device: torch.device | str, non_blocking: bool = True) -> Any:
+def on_device(batch: _Batch, device: torch.device | str, non_blocking: bool = True) -> _Batch:
     """A copy of a frozen dataclass with its tensors moved, without the checks that would read them back."""
     moved = copy.copy(batch)
     for name, value in vars(batch).items():

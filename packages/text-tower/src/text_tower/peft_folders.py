@@ -1,7 +1,7 @@
 """Adapters in PEFT's folders: adapter_config.json and adapter_model.safetensors, one folder an adapter.
 
 PEFT names modules as transformers' `JinaEmbeddingsV3Model` does, where queries, keys and values are three Linears, and
-keeps a table's adapter transposed: `lora_embedding_A` `[rank, rows]`, `lora_embedding_B` `[width, rank]`.
+stores a table's adapter transposed: `lora_embedding_A` `[rank, rows]`, `lora_embedding_B` `[width, rank]`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -20,15 +20,14 @@ from text_tower.files import read_json, read_weights, write_json, write_weights
 TARGETS = ["word_embeddings", "token_type_embeddings", "q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 _TABLES = ("embeddings.word_embeddings", "embeddings.token_type_embeddings")
 
-# What becomes of each field of an adapter_config.json. These shape the adapter, and are honoured:
+# Fields of adapter_config.json that shape the adapter, and are applied:
 _HONOURED = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
-# These bear on nothing that is read: they tell where the adapter is from, which modules have one (the weights tell that
-# too), or how PEFT itself trained it.
+# Fields without influence: the adapter's origin, its modules (the weights show them), how PEFT trained it.
 _HARMLESS = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
              "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout",
              "eva_config", "megatron_core", "qalora_group_size", "runtime_config"}  # fmt: skip
-# These change what an adapter computes, or what it is added to: only such values are read as make plain LoRA of it.
-# PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA and the like train A and B beside base weights that they have changed.
+# Fields that change what an adapter computes, or its base weights: only the values of plain LoRA are accepted. PiSSA,
+# OLoRA, CorDA, LoftQ, LoRA-GA and the like train A and B with changed base weights.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
     "bias": ("none", None),
@@ -47,7 +46,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 
 
 class Adapter(NamedTuple):
-    """One adapter: {our module: (A, B)} as we keep them (see text_tower.lora), and its scale."""
+    """One adapter: {our module: (A, B)} as in text_tower.lora, and its scale."""
 
     modules: dict[str, tuple[Tensor, Tensor]]
     scale: float
@@ -95,20 +94,40 @@ def write_adapter(modules: Mapping[str, tuple[Tensor, Tensor]], rank: int, alpha
 def read_adapter(folder: Path, shapes: Mapping[str, list[int]]) -> Adapter:
     """Reads one folder.
 
-    Adapters that PEFT trained apart for queries, keys and values become one of three times the rank: exact, because
-    the parts of B that would mix them are zero.
+    PEFT's separate adapters for queries, keys and values become one of three times the rank: exact, because the parts
+    of B that would mix them are zero.
 
     Args:
         shapes: {our module: shape of its weight}, of every module that can have an adapter.
 
     Raises:
         FileNotFoundError: no such folder or file.
-        ValueError: no LoRA, a variant of it or a field that this tower does not know, or keys that do not fit (all are
-            named).
+        ValueError: no plain LoRA, an unknown field, or keys that do not fit (all are named).
     """
     config = read_json(folder / "adapter_config.json")
     _check_config(config, folder / "adapter_config.json")
     standard = _scale(config, config["r"], config["lora_alpha"])
+    found = _halves(folder, config, standard, shapes)
+    modules = {
+        name: (ab["A"].T, ab["B"].T) if name in _TABLES else (ab["A"], ab["B"])
+        for name, ab in found.items() if ":" not in name
+    }  # fmt: skip
+    for name in sorted({name.partition(":")[0] for name in found if ":" in name}):
+        modules[name] = _fused([found.get(f"{name}:{part}") for part in "qkv"], shapes[name])
+    wrong = [
+        f"{name} A {list(a.shape)}, B {list(b.shape)} for a weight {shapes[name]}"
+        for name, (a, b) in modules.items()
+        if _shape(name, a, b) != shapes[name]
+    ]
+    if wrong:
+        raise ValueError(f"the adapter in {folder} has {len(wrong)} mis-shaped modules: {'; '.join(wrong)}")
+    return Adapter(modules, standard)
+
+
+def _halves(
+    folder: Path, config: Mapping[str, Any], standard: float, shapes: Mapping[str, list[int]]
+) -> dict[str, dict[str, Tensor]]:
+    """{our module: {"A": …, "B": …}} of a folder's weights; B brings scales to the standard one."""
     found: dict[str, dict[str, Tensor]] = {}
     unexpected = []
     for key, tensor in read_weights(folder, "adapter_model", "adapter_model").items():
@@ -135,24 +154,11 @@ def read_adapter(folder: Path, shapes: Mapping[str, list[int]]) -> Adapter:
         raise ValueError(
             "\n".join([f"the adapter in {folder} (it looks like PEFT's) does not fit this tower:", *lines])
         )
-    modules = {
-        name: (ab["A"].T, ab["B"].T) if name in _TABLES else (ab["A"], ab["B"])
-        for name, ab in found.items() if ":" not in name
-    }  # fmt: skip
-    for name in sorted({name.partition(":")[0] for name in found if ":" in name}):
-        modules[name] = _fused([found.get(f"{name}:{part}") for part in "qkv"], shapes[name])
-    wrong = [
-        f"{name} A {list(a.shape)}, B {list(b.shape)} for a weight {shapes[name]}"
-        for name, (a, b) in modules.items()
-        if _shape(name, a, b) != shapes[name]
-    ]
-    if wrong:
-        raise ValueError(f"the adapter in {folder} has {len(wrong)} mis-shaped modules: {'; '.join(wrong)}")
-    return Adapter(modules, standard)
+    return found
 
 
 def _check_config(config: Mapping[str, Any], file: Path) -> None:
-    """That every field of an adapter_config.json is one of which we know what it does, and means plain LoRA."""
+    """That every field of an adapter_config.json is known and means plain LoRA."""
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{file} is of an adapter of type {config.get('peft_type')!r}; expected 'LORA'")
     if missing := sorted({"r", "lora_alpha"} - config.keys()):
@@ -196,12 +202,12 @@ def _check_pattern(field: str, patterns: Any, of: str, file: Path) -> None:
 
 
 def _of_end(pattern: str) -> str:
-    """The expression that a pattern is in PEFT, for the end of a name."""
+    """PEFT's regular expression for a pattern, which matches the end of a name."""
     return rf"(.*\.)?({pattern})$"
 
 
 def _of_pattern(config: Mapping[str, Any], field: str, module: str, otherwise: Any) -> Any:
-    """A module's rank or alpha: of the first pattern that matches the end of its name, as PEFT has it."""
+    """A module's rank or alpha: of the first pattern that matches the end of its name, as in PEFT."""
     patterns = config.get(field) or {}
     return next((v for k, v in patterns.items() if re.match(_of_end(k), module)), otherwise)
 
@@ -213,8 +219,8 @@ def _scale(config: Mapping[str, Any], rank: int, alpha: float) -> float:
 def stack(adapters: list[Adapter], shapes: Mapping[str, list[int]]) -> tuple[dict[str, Tensor], int, float]:
     """(our tensors `<module>.lora_A` and `.lora_B`, rank, alpha) of several adapters.
 
-    A tower has one rank and one scale: smaller ranks are filled up with zeros, other scales go into B, and what an
-    adapter leaves alone gets zeros.
+    A tower has one rank and one scale: smaller ranks are padded with zeros, other scales are multiplied into B, and
+    modules that an adapter lacks get zeros.
     """
     rank = max(_rank(name, a) for adapter in adapters for name, (a, _) in adapter.modules.items())
     scale = adapters[0].scale
@@ -254,7 +260,7 @@ def _fused(parts: list[Any], shape: list[int]) -> tuple[Tensor, Tensor]:
         return a, torch.cat([part["B"] if part else _zeros(third, len(a)) for part in parts])
     empty = {"A": _zeros(0, shape[1]), "B": _zeros(third, 0)}
     filled = [part or empty for part in parts]
-    return torch.cat([part["A"] for part in filled]), torch.block_diag(*(part["B"] for part in filled))
+    return torch.cat([part["A"] for part in filled]), cast(Any, torch.block_diag)(*(part["B"] for part in filled))
 
 
 def _rank(name: str, a: Tensor) -> int:

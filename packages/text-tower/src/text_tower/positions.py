@@ -1,8 +1,8 @@
-"""How a token learns its place: the one seam between the tower and a position scheme.
+"""Rotary positions: the only interface between the tower and a position scheme.
 
-A scheme is made once for each batch and handed to attention with it; blocks never see it. It turns queries and keys
-(`__call__`). A scheme that biases scores instead, such as ALiBi, would return them as they are and give its slopes to
-the backends in `text_tower.attention`, all of which take slopes or a bias.
+A scheme is built once for each batch and given to attention; blocks do not see it. It turns queries and keys
+(`__call__`). A scheme that biases scores, such as ALiBi, would return them unchanged and give its slopes to the
+backends in `text_tower.attention`, all of which take slopes or a bias.
 """
 
 from __future__ import annotations
@@ -30,6 +30,6 @@ class Rotary:
     def __call__(self, qk: Tensor) -> Tensor:
         """Queries and keys `[T, 2, heads, d]`, turned, in their own dtype."""
         a, b = qk.chunk(2, dim=-1)
-        # A pass over the tokens less than a * cos - b * sin takes.
+        # One pass over the tokens less than a * cos - b * sin.
         turned = torch.addcmul(a * self.cos, b, self.sin, value=-1), torch.addcmul(b * self.cos, a, self.sin)
         return torch.cat(turned, dim=-1).to(qk.dtype)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,18 +34,27 @@ from text_tower.lora import (
 )
 from text_tower.tokenizer import Tokenizer
 from text_tower.tokenizer_files import CONFIG_FILE
-from text_tower.tower import TextTower
+
+if TYPE_CHECKING:
+    from text_tower.tower import TextTower
 
 UNMERGED = "unmerged"  # .safetensors: base weights and adapters apart
 LAYOUTS = ("transformers", "peft", "remote-code")
 OVERRIDES = ("rope_theta", "max_length", "layer_norm_eps", "pad_id", "attention", "compile", *config_json.OURS)
 
 
-def read(path: str | Path, *, peft: str | Path | Mapping[str, str | Path] | None = None, **overrides: Any) -> TextTower:
-    """Loads a tower, in float32 on the CPU, with its tokenizer if the directory holds one.
+def load(
+    cls: type[TextTower],
+    /,
+    path: str | Path,
+    *,
+    peft: str | Path | Mapping[str, str | Path] | None = None,
+    **overrides: Any,
+) -> TextTower:
+    """Reads a tower, on the CPU in float32, with its tokenizer if the directory holds one.
 
-    Understands what `save_pretrained` wrote, transformers' own `jina_embeddings_v3` directories, XLM-RoBERTa ones,
-    jina's remote-code layout with its parametrizations, and jina-clip-v2, whose text half it takes.
+    It reads directories that `save_pretrained` wrote, transformers' own `jina_embeddings_v3`, XLM-RoBERTa's, jina's
+    remote-code layout with its parametrizations, and jina-clip-v2, of which it takes the text half.
 
     Args:
         path: directory with config.json and model.safetensors (or pytorch_model.bin, read with `weights_only=True`).
@@ -53,8 +62,8 @@ def read(path: str | Path, *, peft: str | Path | Mapping[str, str | Path] | None
             folder, whose own name is the adapter's.
         overrides: fields of `TextTowerConfig` that are not the shape of the base weights: dropout, checkpointing,
             attention, compile, instructions, truncate_dim, max_length, layer_norm_eps, pad_id, lora_rank, lora_alpha,
-            adapters (which of the directory's are taken; fresh ones for a directory that has none), and rope_theta for
-            XLM-RoBERTa weights, which know none.
+            adapters (some of the directory's, or new ones for a directory that has none), and rope_theta for
+            XLM-RoBERTa weights, which have none.
 
     Raises:
         FileNotFoundError: no such directory or file.
@@ -63,20 +72,23 @@ def read(path: str | Path, *, peft: str | Path | Mapping[str, str | Path] | None
     path = Path(path)
     if unknown := set(overrides) - set(OVERRIDES):
         raise ValueError(f"{sorted(unknown)} cannot be set for weights that exist; what can: {list(OVERRIDES)}")
-    tower, layout, _ = load(path, peft, overrides)
+    tower, layout, _ = load_with_head(cls, path, peft, overrides)
     if layout.kind == "xlm-r":
         warnings.warn(
             f"{path} holds XLM-RoBERTa weights, which were trained with absolute positions; with rotary ones they are "
             "a damaged model until they get masked-language-model training (text_tower.MaskedLM)",
-            stacklevel=3,
+            stacklevel=2,
         )
     return tower
 
 
-def load(
-    path: Path, peft: str | Path | Mapping[str, str | Path] | None, overrides: dict[str, Any]
+def load_with_head(
+    cls: type[TextTower],
+    path: Path,
+    peft: str | Path | Mapping[str, str | Path] | None,
+    overrides: dict[str, Any],
 ) -> tuple[TextTower, Layout, dict[str, Tensor]]:
-    """(the tower, the layout it was in, the file's masked-language-model head: `lm_head.…`, empty if it has none)."""
+    """The tower, the layout of its file, and the file's masked-language-model head (`lm_head.…`; empty without one)."""
     found = _Found.of(path, read_weights)
     path, stored, weights, layout, config = found.path, found.stored, found.weights, found.layout, found.config
     peft = {Path(peft).name: peft} if isinstance(peft, str | Path) else peft or {}
@@ -96,36 +108,36 @@ def load(
     in_file = bool(config.adapters) and not folders
     adapters: dict[str, Tensor] = {}
     if folders:
-        adapters, config = _from_folders(folders, config)
-    shapes = {name: list(tensor.shape) for name, tensor in stacked(_empty(config).state_dict()).items()}
+        adapters, config = _from_folders(cls, folders, config)
+    shapes = {name: list(tensor.shape) for name, tensor in stacked(_empty(cls, config).state_dict()).items()}
     expected = {name: shape for name, shape in shapes.items() if in_file or not is_adapter(name)}
     check_keys(layout.expected(expected), weights, f"{path} (it looks like {layout})")
     state = unstacked(layout.to_ours(expected, weights) | adapters)
     wanted = _overridden(config, overrides, path)
     state = _with_adapters_of(wanted, config, state)
-    tower = _empty(wanted)
-    # Adapters that are neither in the file nor in folders are made new.
+    tower = _empty(cls, wanted)
+    # Adapters that are neither in the file nor in folders are new.
     tower.load_state_dict(state, assign=True, strict=set(wanted.adapters) <= set(config.adapters))
     add_fresh_adapters(tower)
     if str(stored.get("_name_or_path", "")).startswith("jinaai/"):
         warnings.warn(
-            f"{stored['_name_or_path']} is published under CC-BY-NC-4.0: not for commercial use", stacklevel=4
+            f"{stored['_name_or_path']} is published under CC-BY-NC-4.0: not for commercial use", stacklevel=3
         )
     tower.tokenizer = found.tokenizer
     return tower, layout, head
 
 
 def read_config(path: str | Path) -> tuple[TextTowerConfig, frozenset[str]]:
-    """The configuration of the tower in a directory, its weights unread, and the fields of it that the weights do not
-    settle: rotary positions of XLM-RoBERTa's, which were trained without. It raises as `read` does."""
+    """The configuration of the tower in a directory, without reading its weights, and the fields that the weights leave
+    open: `rope_theta` for XLM-RoBERTa's, which were trained without rotary positions. Errors as `load`."""
     found = _Found.of(Path(path), read_shapes)
     return found.config, frozenset({"rope_theta"} if found.layout.kind == "xlm-r" else ())
 
 
 @dataclass(frozen=True)
 class _Found:
-    """A directory before its weights become a tower: `path` is where the transformer itself is, `unmerged` whether
-    weights and adapters are apart in a file of their own, and `config` what all its files say together."""
+    """The content of a directory: `path` is where the transformer itself is, `unmerged` whether a separate file has
+    weights and adapters apart, and `config` what all its files say together."""
 
     path: Path
     stored: dict[str, Any]
@@ -155,13 +167,13 @@ class _Found:
         return cls(path, stored, weights, unmerged, layout, config, tokenizer)
 
 
-def _empty(config: TextTowerConfig) -> TextTower:
+def _empty(cls: type[TextTower], config: TextTowerConfig) -> TextTower:
     with torch.device("meta"):
-        return TextTower(config)
+        return cls(config)
 
 
 def _overridden(config: TextTowerConfig, overrides: Mapping[str, Any], path: Path) -> TextTowerConfig:
-    """With other settings; of adapters that are left out the instructions go, too."""
+    """With other settings; the instructions of adapters that are left out go too."""
     if config.adapters and "adapters" in overrides:
         chosen = tuple(overrides["adapters"])
         if strangers := [name for name in chosen if name not in config.adapters]:
@@ -211,9 +223,11 @@ def _with_what_else_is_said(
     )
 
 
-def _from_folders(folders: Mapping[str, Path], config: TextTowerConfig) -> tuple[dict[str, Tensor], TextTowerConfig]:
-    """Adapters out of PEFT's folders, and the configuration of a tower that has them."""
-    plain = _empty(replace(config, adapters=(), lora_rank=0))
+def _from_folders(
+    cls: type[TextTower], folders: Mapping[str, Path], config: TextTowerConfig
+) -> tuple[dict[str, Tensor], TextTowerConfig]:
+    """Adapters from PEFT's folders, and the configuration of a tower that has them."""
+    plain = _empty(cls, replace(config, adapters=(), lora_rank=0))
     shapes = {
         name.removesuffix(".weight"): list(p.shape)
         for name, p in plain.named_parameters()
@@ -222,32 +236,24 @@ def _from_folders(folders: Mapping[str, Path], config: TextTowerConfig) -> tuple
     adapters = [peft_folders.read_adapter(folder, shapes) for folder in folders.values()]
     weights, rank, alpha = peft_folders.stack(adapters, shapes)
     if (tuple(folders), rank) == (config.adapters, config.lora_rank):
-        return weights, config  # our own folders: what config.json says of alpha has not been through a division
+        return weights, config  # our own folders: config.json has the exact alpha, without a division
     return weights, replace(config, adapters=tuple(folders), lora_rank=rank, lora_alpha=alpha)
 
 
-def write(
-    tower: TextTower,
-    path: str | Path,
-    *,
-    merge: bool = False,
-    layout: str = "transformers",
-    head: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Writes a directory that `TextTower.from_pretrained` reads, and others too.
+def save(tower: TextTower, path: str | Path, *, merge: bool = False, layout: str = "transformers") -> None:
+    """Writes a directory that `TextTower.from_pretrained` and others read.
 
     Args:
         path: a directory that does not exist yet, or is empty. It appears whole or not at all.
-        merge: add the default adapter (the first) into the weights for good; the result is a tower without adapters.
-        layout: how adapters are kept, and for whom.
+        merge: add the default adapter (the first) to the weights for good: what is written has no adapters.
+        layout: how adapters are stored, and for whom.
 
             - "transformers": model.safetensors is what `AutoModel.from_pretrained` loads without remote code, with the
-              default adapter added, so that it gives the same embeddings. If there are adapters, weights and adapters
-              also go, apart and exact, into unmerged.safetensors, from which our own reader goes on training.
+              default adapter added, so that embeddings are the same. If there are adapters, weights and adapters are
+              also stored apart and exactly in unmerged.safetensors, from which our own reader continues training.
             - "peft": model.safetensors is what `AutoModel.from_pretrained` loads, without adapters; each adapter is a
               PEFT folder named after it, for `load_adapter`.
             - "remote-code": jina's own layout, adapters as parametrizations.
-        head: a masked-language-model head's weights, to stand beside the tower's as transformers has them.
 
     Raises:
         FileExistsError: `path` exists and is not empty.
@@ -255,11 +261,16 @@ def write(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}; expected one of {list(LAYOUTS)}")
-    if merge:
-        tower = tower.merged()
-    config, state = tower.config, stacked(tower.state_dict())
+    save_with_head(tower.merged() if merge else tower, path, layout, {})
+
+
+def save_with_head(tower: TextTower, path: str | Path, layout: str, head: Mapping[str, Tensor]) -> None:
+    """Writes a tower and, if `head` is not empty, a masked-language-model head under transformers' names."""
+    config, state, target = tower.config, stacked(tower.state_dict()), Path(path)
     dtype = str(next(tower.parameters()).dtype).removeprefix("torch.")
-    with whole_directory(Path(path)) as directory:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists and is not empty; choose another path, or remove it first")
+    with whole_directory(target) as directory:
         if layout == "remote-code":
             write_json(config_json.to_remote_json(config, dtype), directory / "config.json")
             weights = Layout("remote-code", "roberta.").from_ours(state)

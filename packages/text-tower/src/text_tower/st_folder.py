@@ -1,4 +1,4 @@
-"""What a sentence-transformers directory says beside its transformer: pooling, further modules, prompts, lengths."""
+"""A sentence-transformers directory beside its transformer: pooling, further modules, prompts, lengths."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _HARMLESS_MODEL = frozenset({"__version__", "model_type", "similarity_fn_name"})
 
 
 class Said(NamedTuple):
-    """What such a directory says.
+    """The settings of such a directory.
 
     Attributes:
         transformer: the directory of the transformer itself.
-        max_length: most tokens of a text; None if it says nothing.
+        max_length: most tokens of a text; None if not set.
         instructions: {prompt name: prompt}.
-        truncate_dim: dims that `encode` keeps where nothing else is asked; None for all.
-        is_one: whether the directory is one of sentence-transformers' at all.
+        truncate_dim: dims that `encode` keeps by default; None for all.
+        is_one: whether the directory is sentence-transformers' at all.
     """
 
     transformer: Path
@@ -46,7 +46,7 @@ def read(path: Path) -> Said:
     """Reads modules.json and what it names.
 
     Raises:
-        FileNotFoundError: a file that modules.json names is not there.
+        FileNotFoundError: a file that modules.json names is missing.
         ValueError: modules or settings with which embeddings are not the mean over tokens that this tower computes.
     """
     if not (path / "modules.json").is_file():
@@ -55,7 +55,7 @@ def read(path: Path) -> Said:
     if not isinstance(modules, list) or not all(isinstance(m, dict) and "type" in m for m in modules):
         raise ValueError(f"{path / 'modules.json'} holds no list of modules; expected sentence-transformers'")
     kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
-    # Jina's own Transformer pools by itself, where no Pooling follows.
+    # Jina's own Transformer pools by itself if no Pooling follows.
     custom = bool(modules) and modules[0]["type"] == "custom_st.Transformer"
     expected = ["Transformer"] if custom and "Pooling" not in kinds else ["Transformer", "Pooling"]
     rest = kinds[len(expected) :]
@@ -89,7 +89,7 @@ def _check_pooling(file: Path) -> None:
 
 
 def _transformer(directory: Path) -> int | None:
-    """max_seq_length of the first settings that are there and not empty, if it is among them."""
+    """max_seq_length in the first settings file that is not empty."""
     files = [file for name in _TRANSFORMER_FILES if (file := directory / name).is_file()]
     file, config = next(((file, config) for file in files if (config := read_json(file))), (directory, {}))
     for key, value in config.items():

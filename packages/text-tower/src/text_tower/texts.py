@@ -11,8 +11,8 @@ def listed(texts: Iterable[Any], what: str = "texts") -> list[str]:
     pandas Series, or an iterator.
 
     Raises:
-        ValueError: a bare string, bytes, a mapping, a set, a table or another thing whose parts are not texts in an
-            order; or an entry that is no string, named with its index.
+        ValueError: a bare string, bytes, a mapping, a set, a table or anything else that is no sequence of texts; or an
+            entry that is no string (its index is named).
     """
     kind = type(texts).__name__
     if isinstance(texts, str):
@@ -31,4 +31,4 @@ def listed(texts: Iterable[Any], what: str = "texts") -> list[str]:
     for i, text in enumerate(entries):
         if not isinstance(text, str):
             raise ValueError(f"{what}[{i}] is {text!r}, a {type(text).__name__}; expected a string")
-    return [str(text) for text in entries]  # numpy's strings are strings of their own kind
+    return [str(text) for text in entries]  # numpy's strings are a subclass

@@ -19,13 +19,12 @@ class Tokenizer:
 
     Sentencepiece's own ids are shifted as XLM-RoBERTa does: `<s>`=0 `<pad>`=1 `</s>`=2 `<unk>`=3, piece i from 3 on is
     i + 1, and `<mask>` comes last, before any added token. As in transformers, a special or added token that is spelled
-    out in a text becomes that token. Picklable, so it may travel to worker processes; threads may share it.
+    out in a text becomes that token. It can be pickled for worker processes; threads may share it.
 
     Attributes:
         vocab_size: number of ids, `<mask>` and added tokens included.
-        model_max_length: most tokens of a text, as the files have it; None if they do not say. `__call__` takes no
-            notice of it.
-        sha256: of the file's bytes, and of settings beside it; two tokenizers with the same value give the same ids.
+        model_max_length: most tokens of a text according to the files, None if not set; `__call__` ignores it.
+        sha256: of the file's bytes and of settings beside it; tokenizers with the same value give the same ids.
     """
 
     def __init__(self, files: Mapping[str, bytes], name: str = "the tokenizer"):
@@ -40,7 +39,7 @@ class Tokenizer:
     def from_file(cls, path: str | Path) -> Tokenizer:
         """Reads a sentencepiece `.model`, a `tokenizer.json`, or a directory; settings beside the file are read too.
 
-        In a directory with both the `tokenizer.json` decides, as in transformers.
+        In a directory with both, `tokenizer.json` decides, as in transformers.
 
         Raises:
             FileNotFoundError: there is none.
@@ -62,22 +61,21 @@ class Tokenizer:
         """Ids of each text, `<s> … </s>`.
 
         Args:
-            texts: a list of strings, or anything that `text_tower.encode` takes; lone surrogates, which are no
-                characters, become U+FFFD.
+            texts: a list of strings, or anything that `TextTower.encode` takes; lone surrogates become U+FFFD.
             max_length: keep at most this many ids of a text, `</s>` among them; at least 2.
 
         Raises:
             ValueError: an entry that is no string (named by its index), or a max_length below 2.
         """
         keep = None if max_length is None else whole_number("max_length", max_length, 2) - 2  # for <s> and </s>
-        # One at a time: a batch would start threads, and worker processes already share the cores among them.
+        # One at a time: a batch would start threads, and worker processes already use all cores.
         return [
             [BOS, *self._encoder.encode(_characters(text), add_special_tokens=False).ids[:keep], EOS]
             for text in listed(texts)
         ]
 
     def pieces(self) -> list[str]:
-        """What each id stands for; `▁` begins a word that follows a space."""
+        """The piece of each id; `▁` begins a word after a space."""
         pieces = [""] * self.vocab_size
         for piece, i in self._encoder.get_vocab(with_added_tokens=True).items():
             pieces[i] = piece
@@ -93,10 +91,10 @@ class Tokenizer:
         mask = self._encoder.token_to_id("<mask>")
         if mask is None:
             raise ValueError(f"{self._name} has no <mask>; expected XLM-RoBERTa's special tokens")
-        return mask
+        return int(mask)
 
     def save(self, directory: str | Path) -> Path:
-        """Writes the files, byte for byte, under their usual names, and returns the path of the one that decides."""
+        """Writes the files byte for byte under their usual names; returns the path of the vocabulary's."""
         for name, content in self._files.items():
             (Path(directory) / name).write_bytes(content)
         return Path(directory) / next(iter(self._files))

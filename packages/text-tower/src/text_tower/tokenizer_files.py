@@ -1,8 +1,8 @@
 """A directory's tokenizer files, and the tokenizer that transformers' AutoTokenizer makes of them.
 
-`tokenizer.json` goes before `sentencepiece.bpe.model`; either way transformers takes vocabulary and normalizer out of
-it and puts XLM-RoBERTa's own splitting into words around them, unless `tokenizer_config.json` names no class but the
-general one. Added tokens come from `tokenizer_config.json`, or else from older files beside it.
+`tokenizer.json` has priority over `sentencepiece.bpe.model`. From either, transformers takes vocabulary and normalizer
+and adds XLM-RoBERTa's own splitting into words, unless `tokenizer_config.json` names the general class only. Added
+tokens come from `tokenizer_config.json`, or else from older files beside it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _REBUILT = ("XLMRobertaTokenizer", "XLMRobertaTokenizerFast")
 _AS_IT_IS = ("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend")
 _HONOURED = frozenset({*_NAMED, *_EXTRA, "tokenizer_class", "added_tokens_decoder", "add_prefix_space",
                        "split_special_tokens", "model_max_length", "truncation_side"})  # fmt: skip
-# Of what stands in a tokenizer_config.json, the ids of a text do not depend on these under transformers 5.
+# Keys of tokenizer_config.json without influence on ids under transformers 5.
 _HARMLESS = frozenset([
     "name_or_path", "is_local", "local_files_only", "backend", "unk_id", "vocab_file", "tokenizer_file",
     "special_tokens_map_file", "clean_up_tokenization_spaces", "padding_side", "pad_to_multiple_of",
@@ -37,8 +37,8 @@ _HARMLESS = frozenset([
 
 
 class Built(NamedTuple):
-    """A `tokenizers.Tokenizer`, its most tokens of a text as its files say (None: they do not), and whether anything
-    but the vocabulary's own file bears on its ids."""
+    """A `tokenizers.Tokenizer`, the most tokens of a text according to its files (None if not set), and whether any
+    file but the vocabulary's influences its ids."""
 
     encoder: Any
     model_max_length: int | None
@@ -46,8 +46,8 @@ class Built(NamedTuple):
 
 
 def read(path: Path) -> tuple[dict[str, bytes], Path] | None:
-    """({usual name: content}, the file that decides) of a directory's tokenizer, or of a file and the settings beside
-    it; the content that decides comes first. None if a directory holds none.
+    """({usual name: content}, the vocabulary's file) of a directory's tokenizer, or of a file and the settings beside
+    it; the vocabulary comes first. None if a directory has none.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -77,10 +77,10 @@ def _find(directory: Path) -> Path | None:
 
 
 def build(files: Mapping[str, bytes], name: str) -> Built:
-    """The tokenizer that transformers makes of such files.
+    """The tokenizer that transformers builds from such files.
 
     Raises:
-        ValueError: files of another kind, special tokens that are not XLM-RoBERTa's, or settings that we do not know.
+        ValueError: files of another kind, special tokens that are not XLM-RoBERTa's, or unknown settings.
     """
     config = _json(files, CONFIG_FILE, name)
     _check(config, name)
@@ -103,7 +103,7 @@ def build(files: Mapping[str, bytes], name: str) -> Built:
     if encoder.encode("a").ids != [BOS, *plain, EOS]:
         raise ValueError(f"{name} puts {encoder.encode('a').tokens} around a text; expected <s> and </s>")
     length = config.get("model_max_length") or 0
-    said = isinstance(length, int | float) and 2 <= length < 1e9  # beyond, it is transformers' way to say nothing
+    said = isinstance(length, int | float) and 2 <= length < 1e9  # larger values are transformers' "not set"
     plain = not config.get("split_special_tokens") and config.get("add_prefix_space", True) and kind in _REBUILT
     configured = not plain or set(map(repr, tokens)) != set(map(repr, of_the_file))
     return Built(encoder, int(length) if said else None, configured)
@@ -134,7 +134,7 @@ def _check(config: Mapping[str, Any], name: str) -> None:
 
 
 def _from_sentencepiece(content: bytes, config: Mapping[str, Any], name: str) -> tuple[Any, list[Any]]:
-    """The tokenizer of a sentencepiece model, and the tokens that the model itself keeps apart."""
+    """The tokenizer of a sentencepiece model, and the model's own control and user-defined tokens."""
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2 as pb
     from tokenizers import AddedToken
@@ -216,7 +216,7 @@ def _added_tokens(
             if key not in (*_NAMED, *_EXTRA):
                 raise ValueError(f"{name}: {SPECIAL_FILE} names {key!r}, which XLM-RoBERTa does not have")
             if key == "additional_special_tokens" and stored is None:
-                continue  # transformers puts the sentencepiece model's own in their place
+                continue  # transformers replaces them by the sentencepiece model's own
             config[key] = value
         specials = {_content(config.get(key)) for key in _NAMED} | {_content(t) for t in _extra(config, name) or []}
         for token, i in _json(files, ADDED_FILE, name).items():
@@ -257,9 +257,10 @@ def _extra(config: Mapping[str, Any], name: str) -> list[Any] | None:
     key = next((key for key in _EXTRA if config.get(key)), None)
     if key is None:
         return [] if config.get(_EXTRA[0]) is not None else None
-    if not isinstance(config[key], list):
-        raise ValueError(f"{name}: {key} is {config[key]!r}; expected a list of tokens")
-    return config[key]
+    tokens = config[key]
+    if not isinstance(tokens, list):
+        raise ValueError(f"{name}: {key} is {tokens!r}; expected a list of tokens")
+    return tokens
 
 
 def _token(token: Any) -> Any:

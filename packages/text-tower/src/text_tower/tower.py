@@ -3,100 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from text_tower.attention import Attention, choose
+from text_tower import pretrained
+from text_tower.attention import Attend, Attention, choose_backend
+from text_tower.blocks import Embeddings, Encoder
 from text_tower.config import NO_ADAPTER, TextTowerConfig
-from text_tower.dropout import KeyedDropout, SiteDropout
+from text_tower.dropout import KeyedDropout
+from text_tower.encode import encode as _encode
 from text_tower.lora import AdaptedEmbedding, AdaptedLinear, adapter_number, is_adapter
 from text_tower.norm import LayerNorm
 from text_tower.packed import ByLength, PackedTokens
 from text_tower.positions import Rotary
 from text_tower.tokenizer import Tokenizer
-
-# Module names below are those of the published layout on disk, so that a state dict is a checkpoint without renaming.
-
-
-class Embeddings(nn.Module):
-    """Word plus token type; there is one type."""
-
-    def __init__(self, config: TextTowerConfig):
-        super().__init__()
-        self.word_embeddings = _embedding(config, config.vocab_size)
-        self.token_type_embeddings = _embedding(config, 1)
-
-    def forward(self, ids: Tensor, adapter: int | None) -> Tensor:
-        return self.word_embeddings(ids, adapter) + self.token_type_embeddings(ids.new_zeros(1), adapter)
-
-
-class Mixer(nn.Module):
-    """Self-attention with one projection for queries, keys and values."""
-
-    def __init__(self, config: TextTowerConfig):
-        super().__init__()
-        self.heads = config.heads
-        self.Wqkv = _linear(config, config.width, 3 * config.width)
-        self.out_proj = _linear(config, config.width, config.width)
-
-    def forward(self, h: Tensor, attention: Attention, adapter: int | None) -> Tensor:
-        qkv = self.Wqkv(h, adapter).view(len(h), 3, self.heads, -1)
-        return self.out_proj(attention(qkv).flatten(1), adapter)
-
-
-class MLP(nn.Module):
-    def __init__(self, config: TextTowerConfig):
-        super().__init__()
-        self.fc1 = _linear(config, config.width, config.mlp_width)
-        self.fc2 = _linear(config, config.mlp_width, config.width)
-
-    def forward(self, h: Tensor, adapter: int | None) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(h, adapter)), adapter)
-
-
-class Block(nn.Module):
-    """Post-norm: h = LN(h + attention(h)); h = LN(h + mlp(h))."""
-
-    def __init__(self, config: TextTowerConfig):
-        super().__init__()
-        self.mixer = Mixer(config)
-        self.norm1 = LayerNorm(config.width, eps=config.layer_norm_eps)
-        self.mlp = MLP(config)
-        self.norm2 = LayerNorm(config.width, eps=config.layer_norm_eps)
-
-    def forward(
-        self, h: Tensor, attention: Attention, adapter: int | None, dropouts: tuple[SiteDropout, SiteDropout] | None
-    ) -> Tensor:
-        a = self.mixer(h, attention, adapter)
-        h = self.norm1(h + (dropouts[0](a) if dropouts else a))
-        m = self.mlp(h, adapter)
-        return self.norm2(h + (dropouts[1](m) if dropouts else m))
-
-
-class Encoder(nn.Module):
-    def __init__(self, config: TextTowerConfig):
-        super().__init__()
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-
-    def forward(
-        self, h: Tensor, attention: Attention, adapter: int | None, dropout: KeyedDropout | None, checkpointing: bool
-    ) -> Tensor:
-        for i, block in enumerate(self.layers):
-            dropouts = (dropout.at(2 * i + 1), dropout.at(2 * i + 2)) if dropout else None
-            if checkpointing:
-                # Dropout is a function of its keys, so there is no random state to keep.
-                h = checkpoint(block, h, attention, adapter, dropouts, use_reentrant=False, preserve_rng_state=False)
-            else:
-                h = block(h, attention, adapter, dropouts)
-        return h
 
 
 class TextTower(nn.Module):
@@ -125,15 +48,17 @@ class TextTower(nn.Module):
         adapter: str | None = None,
         sample_seeds: Tensor | None = None,
         training: bool | None = None,
+        attend: Attend | None = None,
     ) -> Tensor:
         """Embeds N texts.
 
         Args:
             packed: N sequences, T tokens in all, on the tower's device.
             adapter: name of the adapter; None for the first, if there is one; "none" for the bare weights.
-            sample_seeds: int64 `[N]`, needed while training with dropout: a sample's mask is a function of its seed, so
-                it is the same on any rank, in any batch, and when the pass is repeated.
+            sample_seeds: int64 `[N]`, needed in training with dropout: a sample's mask is a function of its seed, so it
+                is the same on any rank, in any batch, and when the pass is repeated.
             training: compute as in that mode; None for the tower's own.
+            attend: computes attention, instead of what `config.attention` and the device choose.
 
         Returns:
             `[N, width]`: the mean over each text's tokens, float32 under autocast and for bfloat16 weights too, not
@@ -143,18 +68,24 @@ class TextTower(nn.Module):
             ValueError: an unknown adapter, a sequence longer than `config.max_length`, ids outside the vocabulary
                 (checked on a CPU), dropout without seeds, or an attention backend that cannot run here.
         """
-        h, layout = self._encode(packed, adapter, sample_seeds, self.training if training is None else training)
+        training = self.training if training is None else training
+        h, layout = self._states(packed, adapter, sample_seeds, training, attend)
         return layout.mean(h)
 
     def token_states(
         self, packed: PackedTokens, *, adapter: str | None = None, sample_seeds: Tensor | None = None
     ) -> Tensor:
-        """What `forward` takes the mean of: `[T, width]`, float32, in the order of `packed.ids`. Arguments as there."""
-        h, layout = self._encode(packed, adapter, sample_seeds, self.training)
+        """What `forward` averages: float32 `[T, width]`, in the order of `packed.ids`. Arguments as for `forward`."""
+        h, layout = self._states(packed, adapter, sample_seeds, self.training)
         return layout.as_given(h)
 
-    def _encode(
-        self, packed: PackedTokens, adapter: str | None, sample_seeds: Tensor | None, training: bool
+    def _states(
+        self,
+        packed: PackedTokens,
+        adapter: str | None,
+        sample_seeds: Tensor | None,
+        training: bool,
+        attend: Attend | None = None,
     ) -> tuple[Tensor, ByLength]:
         """Token states `[T, width]`, at least float32, in the order of the layout."""
         config = self.config
@@ -168,7 +99,8 @@ class TextTower(nn.Module):
         layout = ByLength.of(packed)
         dropout = self._dropout(sample_seeds, len(packed), layout) if training and config.dropout else None
         positions = Rotary(layout.positions, config.head_dim, config.rope_theta)
-        attention = Attention(layout, positions, self._backend(packed.ids.device.type), config.compile)
+        backend = attend or self._backend(packed.ids.device.type)
+        attention = Attention(layout, positions, backend, config.compile)
 
         h = self.emb_ln(self.embeddings(packed.ids[layout.tokens], k))
         if dropout:
@@ -177,37 +109,17 @@ class TextTower(nn.Module):
         h = self.encoder(h, attention, k, dropout, checkpointing)
         return h.to(torch.promote_types(h.dtype, torch.float32)), layout
 
-    def encode(self, texts: Iterable[str], **options: Any) -> np.ndarray:
-        """See `text_tower.encode.encode`, whose options these are."""
-        from text_tower.encode import encode
-
-        return encode(self, texts, **options)
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path, **overrides: Any) -> TextTower:
-        """See `text_tower.pretrained.read`."""
-        from text_tower.pretrained import read
-
-        return read(path, **overrides)
-
-    def save_pretrained(self, path: str | Path, *, merge: bool = False, layout: str = "transformers") -> None:
-        """See `text_tower.pretrained.write`."""
-        from text_tower.pretrained import write
-
-        write(self, path, merge=merge, layout=layout)
-
-    def save_adapter(self, folder: str | Path, name: str | None = None) -> None:
-        """See `text_tower.pretrained.save_adapter`."""
-        from text_tower.pretrained import save_adapter
-
-        save_adapter(self, folder, name)
+    encode = _encode
+    from_pretrained = classmethod(pretrained.load)
+    save_pretrained = pretrained.save
+    save_adapter = pretrained.save_adapter
 
     def configure(self, **changes: Any) -> None:
         """Changes settings that no weight depends on: attention, compile, checkpointing, dropout, instructions,
         truncate_dim.
 
         Raises:
-            ValueError: another field of the configuration, or a value that cannot be.
+            ValueError: another field of the configuration, or an impossible value.
         """
         settings = {"attention", "compile", "checkpointing", "dropout", "instructions", "truncate_dim"}
         if unknown := set(changes) - settings:
@@ -219,10 +131,9 @@ class TextTower(nn.Module):
                 block.compile(dynamic=True)
 
     def merged(self, adapter: str | None = None) -> TextTower:
-        """A tower without adapters, for inference: this one's weights with one adapter (None: the first) in them.
+        """A tower without adapters, for inference: a copy of the weights with one adapter (None: the first) added.
 
-        It shares no memory with this one and costs no more than plain weights; its embeddings are the same, but for
-        rounding.
+        Its embeddings are the same up to rounding.
         """
         with torch.device("meta"):
             tower = TextTower(replace(self.config, lora_rank=0, adapters=()), self.tokenizer)
@@ -232,7 +143,7 @@ class TextTower(nn.Module):
         return tower.train(self.training)
 
     def merged_state_dict(self, adapter: str | None = None) -> dict[str, Tensor]:
-        """Plain weights under their published names, with one adapter (None: the first) added into them; not copies."""
+        """Weights under their published names, with one adapter (None: the first) added to them; not copies."""
         k = self._adapter_index(adapter)
         with torch.no_grad():
             plain = {n: p.detach() for n, p in self.named_parameters() if not is_adapter(n)}
@@ -242,8 +153,8 @@ class TextTower(nn.Module):
         return plain
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy computes as the original does: what was compiled does not travel, so it is compiled anew."""
-        super().__setstate__(state)
+        """A copy computes as the original does: compiled code is not copied, so the copy compiles its own."""
+        cast(Any, super()).__setstate__(state)
         self.configure()
 
     @property
@@ -299,7 +210,7 @@ class TextTower(nn.Module):
         # Autocast decides the dtype of the queries; LayerNorm, whose output it leaves in float32, does not.
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else self.emb_ln.weight.dtype
-        return choose(self.config.attention, device, dtype, self.config.head_dim)
+        return choose_backend(self.config.attention, device, dtype, self.config.head_dim)
 
     def _adapter_index(self, name: str | None) -> int | None:
         if name is None:
@@ -311,7 +222,7 @@ class TextTower(nn.Module):
         return self.config.adapters.index(name)
 
     def _check_ids(self, ids: Tensor) -> None:
-        if ids.device.type == "cpu":  # elsewhere the look-up itself refuses, and asking would make the host wait
+        if ids.device.type == "cpu":  # elsewhere the lookup itself fails, and a check would make the host wait
             low, high = map(int, ids.aminmax())
             if low < 0 or high >= self.config.vocab_size:
                 raise ValueError(
@@ -325,15 +236,3 @@ class TextTower(nn.Module):
         if seeds.shape != (n,) or seeds.dtype != torch.int64:
             raise ValueError(f"sample_seeds is {seeds.dtype} {list(seeds.shape)}; expected torch.int64 [{n}]")
         return KeyedDropout(self.config.dropout, seeds.to(layout.rows.device)[layout.rows], layout.positions)
-
-
-def _linear(config: TextTowerConfig, inputs: int, outputs: int) -> AdaptedLinear:
-    return AdaptedLinear(inputs, outputs, *_adapters(config))
-
-
-def _embedding(config: TextTowerConfig, rows: int) -> AdaptedEmbedding:
-    return AdaptedEmbedding(rows, config.width, *_adapters(config))
-
-
-def _adapters(config: TextTowerConfig) -> Iterator[Any]:
-    return iter((len(config.adapters), config.lora_rank, config.lora_alpha / max(1, config.lora_rank)))

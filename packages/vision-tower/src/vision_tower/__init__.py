@@ -1,21 +1,21 @@
-"""EVA02 image towers with 2D rotary positions at any resolution, and the pixels that they read.
+"""EVA02 image towers with 2D rotary positions at any resolution, and their preprocessing.
 
-What needs torch, and timm with it, is imported at first use: a recipe is checked, and an image file read, without.
+What needs torch is imported at first use: checking a recipe or reading an image file does not.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .augment import augment
-from .config import VisionTowerConfig
-from .errors import ImageError, WeightsError
-from .preprocess import load_image, normalize, preprocess, preprocess_native
+from vision_tower.augment import augment
+from vision_tower.config import VisionTowerConfig
+from vision_tower.errors import ImageError, WeightsError
+from vision_tower.preprocess import load_image, normalize, preprocess, preprocess_native
 
 if TYPE_CHECKING:
-    from .packed import PackedPatches
-    from .patches import patch_keep_indices, resample_optimizer_state, resample_position_table
-    from .simclr import simclr_view
-    from .tower import VisionTower
+    from vision_tower.packed import PackedPatches
+    from vision_tower.patches import patch_keep_indices, resample_optimizer_state, resample_position_table
+    from vision_tower.simclr import simclr_view
+    from vision_tower.tower import VisionTower
 
 __all__ = [
     "ImageError",
@@ -47,5 +47,5 @@ _HOME = {
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,46 +1,54 @@
-"""Attention within each image: one function, `attend`, and the libraries that it can be left to."""
+"""Attention within each image: one function, `attend`, whatever library computes it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
 from importlib import import_module
-from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vision_tower.packed import ByLength
+
 # Up to here plain products in 16 bits beat PyTorch's fused CPU kernel, forward and backward: at 37 tokens a whole
 # training step takes half the time, at 577 attention alone 0.5 to 0.8 of it, at 1297 more. (One thread, AVX512-bf16.
 # In float32 the two are equal, and the fused kernel needs less memory.)
 PLAIN_ATTENTION_TOKENS = 512
 
-_PACKAGES = {"xformers": "xformers.ops", "flash": "flash_attn"}
-_INSTALL = {"xformers": "pip install xformers", "flash": "pip install flash-attn"}
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries, keys and values `[N, H, T, D]` -> `[N, H, T, D]`; there may be fewer queries."""
+
+_HALF = (torch.bfloat16, torch.float16)
+_PACKAGES = {"xformers": "xformers.ops", "flash-attn": "flash_attn"}
 
 
-def resolve_backend(name: str, device: torch.device) -> str:
-    """What `VisionTowerConfig.attention` means on a device: "sdpa", "xformers" or "flash".
+def choose_backend(wanted: str, device: torch.device) -> str:
+    """The backend for a tower on this device: "sdpa", "xformers" or "flash-attn".
 
-    "auto" is xFormers where it is installed and the device is a GPU, and PyTorch's own attention otherwise. Raises
-    ImportError for a library that is not installed, ValueError for a device that it does not run on.
+    Args:
+        wanted: one of `BACKENDS`; "auto" takes xFormers if it is installed and the device is a GPU, else SDPA.
+        device: where the tower is.
+
+    Raises:
+        ImportError: the wanted package is not installed.
+        ValueError: it does not run on this device.
     """
-    if name == "auto":
+    if wanted == "auto":
         return "xformers" if device.type == "cuda" and _installed("xformers") else "sdpa"
-    if name in _PACKAGES:
-        if not _installed(name):
+    if wanted in _PACKAGES:
+        if not _installed(wanted):
             raise ImportError(
-                f"attention is {name!r}, but {_PACKAGES[name].split('.')[0]} cannot be imported; {_INSTALL[name]}, or "
-                "set attention='sdpa', which is PyTorch's own"
+                f"attention is {wanted!r}, but {_PACKAGES[wanted].split('.')[0]} cannot be imported; pip install "
+                f"{wanted}, or set attention='sdpa', which is PyTorch's own"
             )
         if device.type != "cuda":
             raise ValueError(
-                f"attention is {name!r}, which runs on GPUs, and the tower is on the {device.type}; "
+                f"attention is {wanted!r}, which runs on GPUs, and the tower is on the {device.type}; "
                 "set attention='sdpa', or 'auto' to choose by device"
             )
-    return name
+    return wanted
 
 
 def _installed(name: str) -> bool:
@@ -51,100 +59,62 @@ def _installed(name: str) -> bool:
     return True
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where the images of a packed batch lie in its tokens: one after another, sorted by length, class token first.
-
-    lengths  tokens of each image, its class token among them
-    device   of the tokens
-    """
-
-    lengths: tuple[int, ...]
-    device: torch.device
-
-    @property
-    def longest(self) -> int:
-        return self.lengths[-1]
-
-    @cached_property
-    def ends(self) -> Tensor:
-        """Cumulative lengths from 0, int32 `[N + 1]`."""
-        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=self.device)
-
-    @cached_property
-    def class_rows(self) -> Tensor:
-        """Each image's first token, int64 `[N]`."""
-        return self.ends[:-1].long()
-
-    @cached_property
-    def groups(self) -> list[tuple[slice, slice, int]]:
-        """(images, tokens, length) of each run of images of one length."""
-        counts = [(length, len(list(run))) for length, run in groupby(self.lengths)]
-        images = pairwise(accumulate((n for _, n in counts), initial=0))
-        tokens = pairwise(accumulate((n * length for length, n in counts), initial=0))
-        return [(slice(*i), slice(*t), length) for i, t, (length, _) in zip(images, tokens, counts, strict=True)]
-
-    def xformers_bias(self, class_only: bool) -> Any:
-        return self._class_bias if class_only else self._self_bias
-
-    @cached_property
-    def _self_bias(self) -> Any:
-        return _block_diagonal(list(self.lengths), list(self.lengths), self.device)
-
-    @cached_property
-    def _class_bias(self) -> Any:
-        return _block_diagonal([1] * len(self.lengths), list(self.lengths), self.device)
-
-
-def _block_diagonal(queries: list[int], keys: list[int], device: torch.device) -> Any:
-    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
-
-    return BlockDiagonalMask.from_seqlens(queries, keys, device=device)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa", layout: Layout | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, backend: str | Attend = "sdpa", layout: ByLength | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v within each image.
 
-    q        `[N, S, H, D]`, where S is T, or 1 for the class token alone; packed `[T, H, D]` or `[N, H, D]`
-    k, v     `[N, T, H, D]`; packed `[T, H, D]`, T then being all images' tokens
-    backend  from `resolve_backend`
-    layout   where each image lies, if the tokens are packed
+    Args:
+        q: `[N, S, H, D]`, S being T, or 1 for the class token alone; packed `[T, H, D]` or `[N, H, D]`.
+        k, v: `[N, T, H, D]`; packed `[T, H, D]`, T then being the tokens of all images.
+        backend: from `choose_backend`, or a function that computes attention instead.
+        layout: of packed tokens.
 
-    Returns the shape of q.
+    Returns:
+        The shape of q.
+
+    Raises:
+        ValueError: flash-attn and a dtype of more than 16 bits.
     """
-    if backend == "flash" and q.dtype not in (torch.bfloat16, torch.float16):
+    if backend == "flash-attn" and q.dtype not in _HALF:
         raise ValueError(f"flash attention works in 16 bits and got {q.dtype}; use torch.autocast, or attention='sdpa'")
     if layout is not None:
         return _attend_packed(q, k, v, backend, layout)
-    if backend == "xformers":
-        return import_module(_PACKAGES[backend]).memory_efficient_attention(q, k, v)
-    if backend == "flash":
-        return import_module(_PACKAGES[backend]).flash_attn_func(q, k, v)
+    if isinstance(backend, str) and backend != "sdpa":
+        library: Any = import_module(_PACKAGES[backend])
+        kernel = library.memory_efficient_attention if backend == "xformers" else library.flash_attn_func
+        attended: Tensor = kernel(q, k, v)
+        return attended
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and k.shape[2] <= PLAIN_ATTENTION_TOKENS:
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if callable(backend):
+        return backend(q, k, v).transpose(1, 2)
+    if q.device.type == "cpu" and q.dtype in _HALF and k.shape[2] <= PLAIN_ATTENTION_TOKENS:
+        scores: Tensor = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         return (scores.softmax(dim=-1).to(v.dtype) @ v).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def _attend_packed(q: Tensor, k: Tensor, v: Tensor, backend: str, layout: Layout) -> Tensor:
+def _attend_packed(q: Tensor, k: Tensor, v: Tensor, backend: str | Attend, layout: ByLength) -> Tensor:
     class_only = len(q) != len(k)
+    library: Any = import_module(_PACKAGES[backend]) if isinstance(backend, str) and backend in _PACKAGES else None
+    out: Tensor
     if backend == "xformers":
-        bias = layout.xformers_bias(class_only)
-        return import_module(_PACKAGES[backend]).memory_efficient_attention(q[None], k[None], v[None], bias)[0]
+        bias = layout.class_mask if class_only else layout.self_mask
+        out = library.memory_efficient_attention(q[None], k[None], v[None], bias)[0]
+        return out
     kernel: Any = None
-    if backend == "flash":
-        kernel = import_module(_PACKAGES[backend]).flash_attn_varlen_func
-    elif q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+    if backend == "flash-attn":
+        kernel = library.flash_attn_varlen_func
+    elif backend == "sdpa" and q.is_cuda and q.dtype in _HALF:
         from torch.nn.attention.varlen import varlen_attn as kernel
     if kernel is not None:
-        q_ends = torch.arange(len(layout.ends), dtype=torch.int32, device=q.device) if class_only else layout.ends
-        return kernel(q, k, v, q_ends, layout.ends, 1 if class_only else layout.longest, layout.longest)
+        cu, longest = layout.cu_seqlens, layout.max_seqlen
+        of_queries = torch.arange(len(cu), dtype=torch.int32, device=q.device) if class_only else cu
+        out = kernel(q, k, v, of_queries, cu, 1 if class_only else longest, longest)
+        return out
     # Images of one length form a plain batch: exact, without padding or a mask.
-    out = []
+    parts = []
     for images, tokens, length in layout.groups:
         n = images.stop - images.start
-        queries = q[images, None] if class_only else q[tokens].unflatten(0, (n, length))
-        keys, values = k[tokens].unflatten(0, (n, length)), v[tokens].unflatten(0, (n, length))
-        out.append(attend(queries, keys, values).flatten(0, 1))
-    return torch.cat(out)
+        queries = q[images, None] if class_only else torch.unflatten(q[tokens], 0, (n, length))
+        keys, values = (torch.unflatten(x[tokens], 0, (n, length)) for x in (k, v))
+        parts.append(attend(queries, keys, values, backend).flatten(0, 1))
+    return torch.cat(parts)

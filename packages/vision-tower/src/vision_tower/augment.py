@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from .config import Resolution, as_pair
-from .preprocess import picture_of, pixels_of
+from vision_tower.config import Resolution, as_pair
+from vision_tower.preprocess import picture_of, pixels_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,31 +31,32 @@ def augment(
 ) -> Tensor:
     """Random resized crop of `image`, uint8 `[3, h, w]` on the CPU, to uint8 `[3, R, R]` (or `[3, H, W]` for a pair).
 
-    seed   any integer; the same seed gives the same pixels, whatever else was drawn before
-    scale  share of the area that the crop keeps, of the largest crop of its shape that fits in the image
-    ratio  width over height of the crop, as a factor on that of the resolution; log-uniform
-    flip   mirror every second image; off, since captions speak of left and right and images hold letters
-    color  strength c of colour jitter: brightness, contrast and saturation each by a factor from 1 - c to 1 + c
+    The area is a share of the largest crop of its shape that fits, so a banner's crop is as random as a square's, where
+    torchvision's RandomResizedCrop falls back to the centre. For squares and narrow ratios the two are nearly the same.
 
-    Drawing the area as a share of what fits makes a banner as random as a square, where torchvision's
-    RandomResizedCrop falls back to the centre; for square images and narrow ratios the two are nearly the same.
+    Pillow resizes (bicubic with antialiasing), as in inference: the pixels are those of training on PIL images, on
+    every processor. PyTorch's uint8 kernel takes a quarter of the time, but is at times two levels off, and 30 at hard
+    edges of crops for which Pillow (from 13) starts with the columns.
 
-    Pillow resizes (bicubic with antialiasing), as for inference: the pixels are those of training on PIL images, on
-    every processor. PyTorch's uint8 kernel takes a quarter of the time, but is now and then two levels off, and by 30
-    at hard edges of crops for which Pillow (from 13) begins with the columns. Raises ValueError for another kind of
-    image or ranges that make no sense.
+    Args:
+        image: the pixels.
+        seed: any integer; the result depends on nothing else.
+        resolution: pixels, one number or (height, width).
+        scale: range of the area, as a share of the largest crop of its shape that fits in the image.
+        ratio: range of the crop's width over height, relative to that of the resolution; log-uniform.
+        flip: mirror half of the images; off by default, since captions speak of left and right, and images hold text.
+        color: strength c of colour jitter: brightness, contrast and saturation each by a factor from 1 - c to 1 + c.
+
+    Raises:
+        ValueError: another kind of image, or a range out of bounds.
     """
     import torch
 
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
         raise ValueError(f"image is {image.dtype} {list(image.shape)}; expected uint8 [3, h, w]")
-    if not 0 < scale[0] <= scale[1] <= 1:
-        raise ValueError(f"scale is {scale}; expected 0 < low <= high <= 1")
-    if not 0 < ratio[0] <= ratio[1]:
-        raise ValueError(f"ratio is {ratio}; expected 0 < low <= high")
     if not 0 <= color < 1:
         raise ValueError(f"color is {color}; expected 0 <= color < 1")
-    draw = random.Random(index(seed) & 0xFFFFFFFFFFFFFFFF)  # as the bare integer, -1 and 1 would be one seed
+    draw = random.Random(index(seed) & 0xFFFFFFFFFFFFFFFF)  # Random takes -1 and 1 for the same seed
     height, width = as_pair(resolution)
     top, left, rows, columns = _crop(draw, image.shape[1:], width / height, scale, ratio)
     mirrored = flip and draw.random() < 0.5
@@ -66,7 +67,7 @@ def augment(
         pixels = pixels.flip(-1)
     if not color:
         return pixels
-    draw = random.Random(f"color {index(seed)}")  # another stream: how much the crop draws depends on the image's size
+    draw = random.Random(f"color {index(seed)}")  # a second stream: how many numbers the crop draws depends on its size
     return jitter(pixels, *(draw.uniform(1 - color, 1 + color) for _ in range(3)))
 
 
@@ -74,6 +75,10 @@ def _crop(
     draw: random.Random, size: tuple[int, ...], aspect: float, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[int, int, int, int]:
     """(top, left, rows, columns) of a random crop that lies inside the image."""
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError(f"scale is {scale}; expected 0 < low <= high <= 1")
+    if not 0 < ratio[0] <= ratio[1]:
+        raise ValueError(f"ratio is {ratio}; expected 0 < low <= high")
     height, width = size
     side = math.sqrt(draw.uniform(*scale))
     shape = aspect * math.exp(draw.uniform(math.log(ratio[0]), math.log(ratio[1])))
@@ -83,8 +88,8 @@ def _crop(
 
 
 def jitter(pixels: Tensor, brightness: float, contrast: float, saturation: float) -> Tensor:
-    """Brightness, then contrast about the image's mean grey, then saturation about each pixel's grey: together one
-    affine map of the colours, so one small product and one rounding."""
+    """Brightness, then contrast about the image's mean grey, then saturation about each pixel's grey: one affine map of
+    the colours, so one small product and one rounding."""
     import torch
 
     values, luma = pixels.flatten(1).float(), torch.tensor(LUMA, dtype=torch.float32, device="cpu")

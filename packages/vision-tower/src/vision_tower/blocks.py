@@ -1,19 +1,18 @@
-"""EVA02's transformer block: pre-norm, rotary attention and SwiGLU, each with a LayerNorm before its last product.
+"""EVA02's layers: pre-norm blocks of rotary attention and SwiGLU, each with a LayerNorm before its last product.
 
 Parameter names are those of timm's `eva02_*` models. What differs is for speed and memory (`benchmarks/cpu.py` and
 `benchmarks/memory.py` measure the whole):
 
-- the class token has a row in the rotary table (a rotation by zero), so nothing is cut off and put together again, and
-  the rotation is one complex product (rotary.py);
+- the class token has a row in the rotary table (a rotation by zero), so the tokens are never split and joined again,
+  and the rotation is one complex product (positions.py);
 - short sequences in 16 bits on a CPU take two plain matrix products instead of a fused kernel (attention.py);
-- the last block computes the class token alone, the only one that is read after it (B/16: 5 % of a step on a CPU);
+- the last block computes the class token alone, the only one read after it (B/16: 5 % of a step on a CPU);
 - under autocast the normalised tokens are cast once, not once for each product that reads them;
-- SwiGLU's gate keeps only its inputs for the backward pass, a tensor of the hidden size less in every layer.
+- SwiGLU's gate keeps only its inputs for the backward pass, one tensor of the MLP's width less in every layer.
 
-Tried on a CPU and left out, because the whole step took the same time: the residual stream, and LayerNorm's gradient to
-it, added in place; one product for queries, keys and values (186.0 and 185.4 ms for 1576 tokens of 768, and a parent
-that reaches for its children's weights finds nothing there under ZeRO-3, which gathers a module's weights when the
-module is called).
+Tried on a CPU and left out, because the whole step took the same time: adding in place to the residual stream and to
+its gradient; one product for queries, keys and values (186.0 and 185.4 ms for 1576 tokens of 768; it would also read
+its children's weights, which ZeRO-3 gathers only when the child itself is called).
 """
 
 from __future__ import annotations
@@ -26,12 +25,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .attention import Layout, attend
-from .config import VisionTowerConfig
-from .rotary import rotate
+from vision_tower.attention import Attend, attend
+from vision_tower.config import VisionTowerConfig
+from vision_tower.packed import ByLength
+from vision_tower.positions import rotate
 
 
-class Attention(nn.Module):
+class PatchProjection(nn.Conv2d):
+    """A convolution's weights under its name, applied to patches `[..., 3 * patch * patch]` that are already cut out.
+
+    This product takes 0.9 of the convolution's time in float32 and 0.4 in bfloat16 (forward and backward, one thread
+    of an AVX2 processor), and dropped patches are never computed.
+    """
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
+class PatchEmbed(nn.Module):
+    """timm's name for the one projection in it."""
+
+    def __init__(self, patch: int, width: int) -> None:
+        super().__init__()
+        self.proj = PatchProjection(3, width, patch, patch)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        x: Tensor = self.proj(patches)
+        return x
+
+
+class SelfAttention(nn.Module):
     """Self-attention with rotary positions; queries and values have a bias, keys have none (it would cancel)."""
 
     def __init__(self, config: VisionTowerConfig) -> None:
@@ -45,20 +68,21 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(
-        self, x: Tensor, rotary: Tensor, backend: str, layout: Layout | None = None, class_only: bool = False
+        self, x: Tensor, rotary: Tensor, backend: str | Attend, layout: ByLength | None = None, class_only: bool = False
     ) -> Tensor:
-        """See `Block.forward`; returns what is to be added to the tokens."""
+        """Arguments as for `Block.forward`; returns what is added to the tokens."""
         heads = (self.heads, -1)
-        q = self.q_proj(class_tokens(x, layout) if class_only else x).unflatten(-1, heads)
-        k = rotate(self.k_proj(x).unflatten(-1, heads), rotary)
-        v = self.v_proj(x).unflatten(-1, heads)
-        if not class_only:  # the class token is turned by zero
+        q = torch.unflatten(self.q_proj(class_tokens(x, layout) if class_only else x), -1, heads)
+        k = rotate(torch.unflatten(self.k_proj(x), -1, heads), rotary)
+        v = torch.unflatten(self.v_proj(x), -1, heads)
+        if not class_only:  # a class token turns by zero
             q = rotate(q, rotary)
-        return self.proj(self.norm(attend(q, k, v, backend, layout).flatten(-2)))
+        out: Tensor = self.proj(self.norm(attend(q, k, v, backend, layout).flatten(-2)))
+        return out
 
 
 class Gate(torch.autograd.Function):
-    """`silu(gate) * value`, both `[..., hidden]`; the backward pass computes silu again. No second derivative."""
+    """`silu(gate) * value`, both `[..., mlp_width]`; the backward pass computes silu again. No second derivative."""
 
     generate_vmap_rule = True
 
@@ -82,16 +106,17 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: VisionTowerConfig) -> None:
         super().__init__()
-        self.fc1_g = nn.Linear(config.width, config.mlp_hidden)
-        self.fc1_x = nn.Linear(config.width, config.mlp_hidden)
-        self.norm = nn.LayerNorm(config.mlp_hidden, eps=config.layer_norm_eps)
-        self.fc2 = nn.Linear(config.mlp_hidden, config.width)
+        self.fc1_g = nn.Linear(config.width, config.mlp_width)
+        self.fc1_x = nn.Linear(config.width, config.mlp_width)
+        self.norm = nn.LayerNorm(config.mlp_width, eps=config.layer_norm_eps)
+        self.fc2 = nn.Linear(config.mlp_width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.fc1_g(x), self.fc1_x(x)
-        # torch.compile decides by itself what to fuse and to keep, so it is handed the plain expression.
+        # torch.compile decides what to fuse and what to keep, so it gets the plain expression.
         gated = F.silu(gate) * value if torch.compiler.is_compiling() else Gate.apply(gate, value)
-        return self.fc2(self.norm(gated))
+        out: Tensor = self.fc2(self.norm(gated))
+        return out
 
 
 class Block(nn.Module):
@@ -100,32 +125,35 @@ class Block(nn.Module):
     def __init__(self, config: VisionTowerConfig) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
-        self.attn = Attention(config)
+        self.attn = SelfAttention(config)
         self.norm2 = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.mlp = SwiGLU(config)
 
     def forward(
-        self, x: Tensor, rotary: Tensor, backend: str, layout: Layout | None = None, class_only: bool = False
+        self, x: Tensor, rotary: Tensor, backend: str | Attend, layout: ByLength | None = None, class_only: bool = False
     ) -> Tensor:
         """One layer.
 
-        x           tokens `[N, T, width]`, or packed `[T, width]` with a layout
-        rotary      `[N or 1, T, 1, head_dim / 2, 2]`, packed `[T, 1, head_dim / 2, 2]` (`rotary_table`)
-        backend     from `resolve_backend`
-        class_only  return the class tokens alone, `[N, 1, width]` or packed `[N, width]`
+        Args:
+            x: tokens `[N, T, width]`, or packed `[T, width]` with a layout.
+            rotary: `[N or 1, T, 1, head_dim / 2, 2]`, packed `[T, 1, head_dim / 2, 2]` (`rotary_table`).
+            backend: as for `attend`.
+            layout: of packed tokens.
+            class_only: return the class tokens alone, `[N, 1, width]` or packed `[N, width]`.
         """
         attended = self.attn(_lowered(self.norm1(x)), rotary, backend, layout, class_only)
         x = (class_tokens(x, layout) if class_only else x) + attended
-        return x + self.mlp(_lowered(self.norm2(x)))
+        out: Tensor = x + self.mlp(_lowered(self.norm2(x)))
+        return out
 
 
-def class_tokens(x: Tensor, layout: Layout | None) -> Tensor:
+def class_tokens(x: Tensor, layout: ByLength | None) -> Tensor:
     """The class tokens of `[N, T, C]` as `[N, 1, C]`, or of packed `[T, C]` as `[N, C]`."""
     return x[:, :1] if layout is None else x.index_select(0, layout.class_rows)
 
 
 def _lowered(x: Tensor) -> Tensor:
-    """x in autocast's precision, where autocast is on."""
+    """x in autocast's dtype, if autocast is on."""
     device = x.device.type
     if x.dtype == torch.float32 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))
@@ -133,8 +161,8 @@ def _lowered(x: Tensor) -> Tensor:
 
 
 def initialize(blocks: Iterable[Any]) -> None:
-    """EVA's start: weights from a normal distribution of std 0.02, biases 0, and what writes to the residual stream
-    divided by sqrt(2 * depth of its block)."""
+    """EVA's initialization: weights normal with std 0.02, biases 0, and the two projections that write to the residual
+    stream divided by sqrt(2 * depth of the block)."""
     for depth, block in enumerate(blocks, start=1):
         for module in block.modules():
             if isinstance(module, nn.Linear):

@@ -1,6 +1,6 @@
-"""Weights that other projects wrote: EVA-CLIP, open_clip, timm and jina-clip-v2 files, told apart by their keys.
+"""Weights of other projects: EVA-CLIP, open_clip, timm and jina-clip-v2 files, told apart by their keys.
 
-Only tensors are ever read: safetensors, or `torch.load(weights_only=True)`, which refuses whatever could run code.
+Only tensors are read: safetensors, or `torch.load(weights_only=True)`, which refuses anything that could run code.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .config import Resolution, VisionTowerConfig, grid_of
-from .errors import WeightsError
+from vision_tower.config import Resolution, VisionTowerConfig, grid_of
+from vision_tower.errors import WeightsError
 
-# Every layout has this tensor once; what stands before its name is the prefix of the image half.
+# Every layout has this tensor once, with the prefix of the image half before its name.
 _PATCH = "patch_embed.proj.weight"
 
-# EVA's names in timm's words. Whole components of a key, so that no pattern meets another's work.
+# EVA's names and timm's: whole components of a key, so that no pattern matches another's result.
 _RENAMED = {
     "attn.inner_attn_ln": "attn.norm",
     "mlp.ffn_ln": "mlp.norm",
@@ -35,7 +35,7 @@ _RENAMED = {
 }
 _RENAME = re.compile(r"(?<=\.)(" + "|".join(map(re.escape, _RENAMED)) + r")(?=\.|$)")
 
-# What a bare encoder has no use for: heads of CLIP, classification and masked-image training.
+# Not part of an encoder: heads of CLIP, classification and masked-image training.
 _DROPPED = re.compile(r"(head|lm_head)\..*|mask_token|.*\brope\b.*")
 
 JINA_LICENCE = (
@@ -45,10 +45,12 @@ JINA_LICENCE = (
 
 
 def read_image_half(path: Path) -> dict[str, Tensor]:
-    """The image tower's tensors of a file, without their prefix and otherwise as they stand there.
+    """The image tower's tensors of a file, without their prefix and otherwise unchanged.
 
-    A whole model's text half is never read from a safetensors file, and only mapped into memory from a `.pt`. Raises
-    WeightsError, which names the file, for one that is broken, unsafe, or holds no image tower.
+    A whole model's text half is never read from a safetensors file, and only mapped into memory from a `.pt`.
+
+    Raises:
+        WeightsError: a file that is broken, unsafe, or holds no image tower; the message names it.
     """
     if path.suffix == ".safetensors":
         try:
@@ -64,7 +66,7 @@ def read_image_half(path: Path) -> dict[str, Tensor]:
         prefix = _prefix(keys, path)
         found = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
     if prefix.endswith("vision_model.") and any("text_model.transformer." in key for key in keys):
-        warnings.warn(f"{path}: {JINA_LICENCE}", stacklevel=4)  # who called from_pretrained
+        warnings.warn(f"{path}: {JINA_LICENCE}", stacklevel=3)  # the caller of from_pretrained
     return found
 
 
@@ -104,10 +106,13 @@ def _prefix(keys: list[str], path: Path) -> str:
 
 
 def to_timm_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Under timm's names, without what an encoder has no use for.
+    """The weights under timm's names, without heads.
 
     A tower of masked-image training or classification that averages patches has its final norm as `fc_norm`; here it
-    becomes the class token's `norm`. Raises WeightsError for one with both norms.
+    becomes the class token's `norm`.
+
+    Raises:
+        WeightsError: weights with both norms.
     """
     if {"norm.weight", "fc_norm.weight"} <= weights.keys():
         raise WeightsError("there are two final norms, norm and fc_norm, and a VisionTower has one")
@@ -129,13 +134,17 @@ def to_timm_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def infer_config(
     raw: Mapping[str, Tensor], source: str, *, resolution: Resolution | None = None, **stated: Any
 ) -> VisionTowerConfig:
-    """The shape that weights from `read_image_half` have.
+    """The shape of weights from `read_image_half`.
 
-    resolution  the input's size, taken if the position table has its grid; otherwise the table's is inferred, as a
-                square
-    stated      other settings that the caller knows better. Without them heads are of 64 dimensions, as in all of
-                EVA's B and L, and rotary positions are rescaled to 16, unless EVA's own rotary table is in the file and
-                says otherwise
+    Args:
+        raw: the weights.
+        source: where they are from, for messages.
+        resolution: the input's size, used if the position table has its grid; otherwise a square is inferred.
+        stated: settings that the caller knows. By default heads have 64 channels, as in all of EVA's B and L, and
+            rotary positions are rescaled to 16, unless the file has EVA's own rotary table and that says otherwise.
+
+    Raises:
+        WeightsError: weights of another kind of tower.
     """
     weights = to_timm_names(raw)
     try:
@@ -158,7 +167,7 @@ def infer_config(
         "patch": patch,
         "layers": 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks.")),
         "heads": max(1, width // 64),
-        "hidden": hidden,
+        "mlp_width": hidden,
         "attention_norm": "blocks.0.attn.norm.weight" in weights,
         **_rotary_of(raw, width, source, stated),
         **stated,
@@ -167,8 +176,8 @@ def infer_config(
 
 
 def _rotary_of(raw: Mapping[str, Tensor], width: int, source: str, stated: Mapping[str, Any]) -> dict[str, Any]:
-    """Heads and reference grid from EVA's table of cosines `[n * n, head_dim]`, if the file has one: the grid whose
-    first row is nearest to the table's, of which the second half turns with the column, each frequency twice."""
+    """Heads and reference grid from EVA's table of cosines `[n * n, head_dim]`, if the file has one: the reference with
+    the nearest first row. The second half of a row turns with the column, each frequency twice."""
     table = raw.get("rope.freqs_cos")
     if table is None or table.ndim != 2 or len(table) < 4 or table.shape[1] < 4:
         return {}

@@ -1,18 +1,20 @@
-"""The shape of an EVA02 vision tower, as one frozen dataclass whose errors name the field."""
+"""Configuration of an EVA02 vision tower; errors name the field."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from numbers import Real
 from operator import index
 from typing import Any
 
 Resolution = int | tuple[int, int]
 
-ATTENTION = ("sdpa", "xformers", "flash", "auto")
+BACKENDS = ("auto", "flash-attn", "xformers", "sdpa")  # "auto", then what it may be; see vision_tower.attention
 CROP_MODES = ("center", "squash", "border")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")  # Pillow's
+
+PREPROCESSING = ("mean", "std", "crop_pct", "crop_mode", "interpolation")  # fields that `preprocess` and timm share
 
 # CLIP's (Radford et al., arXiv 2103.00020), for RGB in 0 … 1; EVA-CLIP and jina-clip-v2 keep them.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -20,7 +22,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def whole(value: Any) -> int | None:
-    """The integer that a value is, numpy's and a tensor's too, or None; True and False are none."""
+    """`value` as an int (numpy's and tensors' integers too), or None for anything else, True and False included."""
     try:
         number = index(value)
     except TypeError:
@@ -38,7 +40,7 @@ def as_pair(resolution: Resolution, name: str = "resolution") -> tuple[int, int]
 
 
 def grid_of(resolution: Resolution, patch: int) -> tuple[int, int]:
-    """Patches `(rows, columns)` of an image. Trailing pixels that fill no patch are dropped: 384 gives 27 by 14."""
+    """Patches `(rows, columns)` of an image; trailing pixels that fill no patch are dropped: 384 holds 27 of 14."""
     height, width = as_pair(resolution)
     if height < patch or width < patch:
         raise ValueError(
@@ -49,12 +51,12 @@ def grid_of(resolution: Resolution, patch: int) -> tuple[int, int]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a real number, numpy's too; True and False are none."""
+    """Whether `value` is a real number (numpy's too) and not True or False."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_crop(crop_pct: float, crop_mode: str, interpolation: str) -> None:
-    """Raises ValueError for what `preprocess` cannot do."""
+    """Raises ValueError for settings that `preprocess` does not know."""
     if not is_number(crop_pct) or not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct is {crop_pct!r}; expected 0 < crop_pct <= 1")
     for name, value, known in (
@@ -67,27 +69,32 @@ def check_crop(crop_pct: float, crop_mode: str, interpolation: str) -> None:
 
 @dataclass(frozen=True)
 class VisionTowerConfig:
-    """Shape of a tower, and what its images went through; the defaults are EVA02-L/14 of EVA-CLIP at 224 pixels,
+    """Shape of a tower and preprocessing of its images. The defaults are EVA02-L/14 of EVA-CLIP at 224 pixels,
     303,317,952 parameters.
 
-    resolution        pixels, one number or (height, width); `VisionTower.set_resolution` changes it later
-    patch             pixels along a patch's side
-    width             embedding dimensions; every head has width / heads of them, a multiple of 4
-    layers, heads     depth, and attention heads in each layer
-    mlp_ratio         SwiGLU's hidden size is floor(width * mlp_ratio), unless
-    hidden            states it outright (2730 for L/14 either way)
-    reference_grid    the grid to which rotary positions are rescaled (EVA's `pt_hw_seq_len` with `intp_freq`);
-                      None leaves them at 0, 1, 2, …
-    rope_theta        base of the rotary frequencies
-    attention_norm    LayerNorm before attention's output projection: in EVA-CLIP's EVA02, absent from the MIM models
-    layer_norm_eps    epsilon of every LayerNorm
-    mean, std         of each channel of RGB in 0 … 1, with which the weights were trained; CLIP's
-    crop_pct, crop_mode, interpolation
-                      how an image comes to its size before the tower (`preprocess`), in timm's words
-    checkpointing     recompute the blocks in the backward pass: less memory, about a third more time
-    attention         "sdpa" is PyTorch's own; "xformers" and "flash" (the flash-attn package) need a GPU and say so
-                      where they cannot be had; "auto" is xFormers where it is installed and the tower is on a GPU. No
-                      matter of the weights: it is not saved with them
+    Args:
+        resolution: pixels, one number or (height, width); `VisionTower.set_resolution` changes it later.
+        patch: side of a patch, in pixels.
+        width: channels of a token and of an embedding; each head has width / heads of them, a multiple of 4.
+        layers: number of blocks.
+        heads: attention heads of each block.
+        mlp_ratio: sets `mlp_width` to floor(width * mlp_ratio) where that is None.
+        mlp_width: hidden channels of SwiGLU. It is always a number afterwards: 2730 for L/14.
+        reference_grid: grid to which rotary positions are rescaled (EVA's `pt_hw_seq_len` with `intp_freq`); None
+            leaves them at 0, 1, 2, …
+        rope_theta: base of the rotary frequencies.
+        attention_norm: LayerNorm before attention's output projection; EVA-CLIP's EVA02 has it, MIM models do not.
+        layer_norm_eps: of every LayerNorm.
+        mean, std: of each RGB channel in 0 … 1, as the weights were trained; CLIP's by default.
+        crop_pct, crop_mode, interpolation: how an image is brought to its size (`preprocess`), in timm's terms.
+        checkpointing: recompute the blocks in the backward pass: less memory, about a third more time.
+        attention: one of `BACKENDS`. "sdpa" is PyTorch's; "xformers" and "flash-attn" need a GPU and the package;
+            "auto" is xFormers where it is installed and the tower is on a GPU. Like `compile` a setting of the
+            machine: neither is written to a model's directory.
+        compile: run each block through `torch.compile`.
+
+    Raises:
+        ValueError: an impossible value; the message names the field.
     """
 
     resolution: Resolution = 224
@@ -96,7 +103,7 @@ class VisionTowerConfig:
     layers: int = 24
     heads: int = 16
     mlp_ratio: float = 2.6667
-    hidden: int | None = None
+    mlp_width: int = None  # type: ignore[assignment]  # None becomes a number in __post_init__
     reference_grid: int | None = 16
     rope_theta: float = 10_000.0
     attention_norm: bool = True
@@ -108,11 +115,12 @@ class VisionTowerConfig:
     interpolation: str = "bicubic"
     checkpointing: bool = False
     attention: str = "sdpa"
+    compile: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("patch", "width", "layers", "heads", "hidden", "reference_grid"):
+        for name in ("patch", "width", "layers", "heads", "mlp_width", "reference_grid"):
             value = getattr(self, name)
-            if value is None and name in ("hidden", "reference_grid"):
+            if value is None and name in ("mlp_width", "reference_grid"):
                 continue
             if (number := whole(value)) is None or number < 1:
                 raise ValueError(f"{name} is {value!r}; expected a positive integer")
@@ -133,11 +141,11 @@ class VisionTowerConfig:
             if not is_number(value) or not 0 < value < float("inf"):
                 raise ValueError(f"{name} is {value!r}; expected a positive number")
             object.__setattr__(self, name, float(value))
-        for name in ("attention_norm", "checkpointing"):
+        for name in ("attention_norm", "checkpointing", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected true or false")
-        if self.attention not in ATTENTION:
-            raise ValueError(f"attention is {self.attention!r}; expected one of {', '.join(ATTENTION)}")
+        if self.attention not in BACKENDS:
+            raise ValueError(f"attention is {self.attention!r}; expected one of {', '.join(BACKENDS)}")
         grid_of(self.resolution, self.patch)
         height, width = as_pair(self.resolution)
         pair = isinstance(self.resolution, tuple | list)  # a list, as JSON and YAML give it
@@ -147,7 +155,9 @@ class VisionTowerConfig:
                 f"width {self.width} over heads {self.heads} gives {self.width / self.heads:g} dimensions a head; "
                 "2D rotary positions need a multiple of 4"
             )
-        if self.mlp_hidden < 1:
+        if self.mlp_width is None:
+            object.__setattr__(self, "mlp_width", int(self.width * self.mlp_ratio))
+        if self.mlp_width < 1:
             raise ValueError(f"mlp_ratio {self.mlp_ratio} of width {self.width} leaves no hidden unit; raise it")
 
     @classmethod
@@ -162,11 +172,17 @@ class VisionTowerConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VisionTowerConfig:
-        """From plain values, as JSON and YAML give them; an unknown key is an error that lists the known ones."""
+        """From plain values, such as JSON's and YAML's; the error for an unknown key lists the known ones."""
         known = [field.name for field in fields(cls)]
         if unknown := sorted(set(values) - set(known)):
             raise ValueError(f"unknown vision tower setting {', '.join(unknown)}; known are {', '.join(known)}")
         return cls(**values)
+
+    def changed(self, values: Mapping[str, Any]) -> VisionTowerConfig:
+        """With other settings; errors as `from_dict`."""
+        if "mlp_ratio" in values:
+            values = {"mlp_width": None, **values}
+        return self.from_dict({**asdict(self), **values})
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -182,13 +198,11 @@ class VisionTowerConfig:
     def head_dim(self) -> int:
         return self.width // self.heads
 
-    @property
-    def mlp_hidden(self) -> int:
-        return self.hidden if self.hidden is not None else int(self.width * self.mlp_ratio)
-
     def timm_arguments(self) -> dict[str, Any]:
-        """Keyword arguments with which timm's `eva02_large_patch14_clip_224` takes this shape and these weights.
-        (timm takes no `layer_norm_eps`; its own is 1e-6, as ours is by default.)"""
+        """Keyword arguments for timm's `eva02_large_patch14_clip_224` that give this shape and fit these weights.
+
+        timm takes no `layer_norm_eps`: its own is 1e-6, our default.
+        """
         reference = self.grid if self.reference_grid is None else (self.reference_grid, self.reference_grid)
         return {
             "num_classes": 0,
@@ -198,8 +212,8 @@ class VisionTowerConfig:
             "depth": self.layers,
             "num_heads": self.heads,
             # timm rounds width * ratio down; the half keeps a ratio of two integers from landing one below.
-            "mlp_ratio": (self.mlp_hidden + 0.5) / self.width,
+            "mlp_ratio": (self.mlp_width + 0.5) / self.width,
             "scale_attn_inner": self.attention_norm,
-            "ref_feat_shape": reference,  # not None, which timm.create_model would take for "the entry's own"
+            "ref_feat_shape": reference,  # not None: timm.create_model would then take the entry's own
             "rope_temperature": self.rope_theta,
         }

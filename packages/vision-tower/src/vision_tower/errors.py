@@ -1,4 +1,4 @@
-"""Errors that are the input's fault, so that a caller can catch them and go on."""
+"""Errors of the input, which a caller may catch to go on."""
 
 
 class ImageError(ValueError):
@@ -6,4 +6,4 @@ class ImageError(ValueError):
 
 
 class WeightsError(ValueError):
-    """Weights that do not fit the tower which their configuration describes. The message names the keys."""
+    """Weights that do not fit the tower that their configuration describes. The message names the keys."""

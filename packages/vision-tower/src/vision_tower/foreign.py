@@ -1,11 +1,10 @@
-"""What other projects' JSON files say of an image tower: jina-clip's, open_clip's, and image processors'.
+"""Other projects' JSON files about an image tower: jina-clip's, open_clip's, and image processors'.
 
-Each key is followed, or known to have no bearing on the numbers, or refused by name.
+Each key is applied, or known to have no influence on the output, or refused by name.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -14,12 +13,13 @@ from typing import Any
 
 import torch
 
-from .timm_models import config_of
+from vision_tower.files import read_json
+from vision_tower.timm_models import config_of
 
 PROCESSOR_NAME = "preprocessor_config.json"
 OPEN_CLIP_NAME = "open_clip_config.json"
 
-# What transformers writes into every configuration, or wrote until its version 5.
+# Keys that transformers writes into every configuration, or wrote until its version 5.
 _OF_TRANSFORMERS = """
 architectures auto_map model_type transformers_version torch_dtype dtype _name_or_path id2label label2id
 _attn_implementation_autoset output_attentions output_hidden_states return_dict torchscript use_bfloat16
@@ -32,13 +32,13 @@ remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_sup
 finetuning_task tokenizer_class bos_token_id pad_token_id eos_token_id sep_token_id problem_type
 decoder_start_token_id task_specific_params transformers.js_config initializer_factor initializer_range
 """
-# Of the text half, of training, or of how the same numbers are computed.
+# About the text half, training, or how the same numbers are computed.
 _JINA_HARMLESS = """
 vision_config text_config projection_dim matryoshka_dimensions logit_scale_init_value use_text_flash_attn
 use_vision_xformers
 """
 _JINA_VISION_HARMLESS = "patch_dropout drop_path_rate fused_layer_norm x_attention"
-# What an EVA02 tower is and a file may say otherwise.
+# Properties of every EVA02 tower that a file may contradict.
 _JINA_VISION_FIXED: dict[str, tuple[Any, ...]] = {
     "rope_embeddings": (True,),
     "naive_swiglu": (True,),
@@ -47,19 +47,19 @@ _JINA_VISION_FIXED: dict[str, tuple[Any, ...]] = {
     "ls_init_value": (None, 0, 0.0),
     "proj_type": (None,),
 }
-# What the remote code has where a vision_config does not say it.
+# The remote code's defaults.
 _JINA_VISION_DEFAULTS = dict.fromkeys(("rope_embeddings", "naive_swiglu", "subln", "intp_freq"), False)
 _CROP_MODES = {"shortest": "center", "squash": "squash"}
 _KERNELS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by Pillow's numbers
 _PROCESSOR_HARMLESS = {"auto_map", "image_processor_type", "processor_class", "feature_extractor_type"}
 _PROCESSOR_HARMLESS |= {"do_convert_rgb", "use_fast", "_valid_processor_keys"}
-# Of fast image processors: where and in what order of axes they compute.
+# Of fast image processors: their device and order of axes.
 _PROCESSOR_HARMLESS |= {"data_format", "default_to_square", "device", "disable_grouping", "input_data_format"}
 _PROCESSOR_HARMLESS |= {"return_tensors", "size_divisor", "pad_size"}
 
 
 def _check(found: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]], known: set[str], where: str) -> None:
-    """Raises ValueError where a key of `fixed` has another value than one of those, and for a key that is not known."""
+    """Raises ValueError if a key of `fixed` has none of its values, and for an unknown key."""
     for key, allowed in fixed.items():
         if key in found and not any(type(found[key]) is type(value) and found[key] == value for value in allowed):
             raise ValueError(f"{where} has {key} {found[key]!r}, and a VisionTower is made for {allowed[0]!r}")
@@ -74,26 +74,20 @@ def _object(values: Mapping[str, Any], key: str, source: Path) -> Mapping[str, A
     return found
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); restore it or save the tower again") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} does not describe a vision tower; expected an object")
-    return values
-
-
 def jina_settings(values: Mapping[str, Any], source: Path) -> dict[str, Any]:
-    """What a jina-clip config.json says of its image tower. A width, depth or patch that is not the weights' comes to
-    light when they are put in."""
+    """The image tower's settings in a jina-clip config.json. (A wrong width, depth or patch shows when the weights are
+    loaded.)
+
+    Raises:
+        ValueError: a value that no tower has, or an unknown key; the message names it.
+    """
     vision = _object(values, "vision_config", source)
     if values.get("vision_config") is not None:
         said = {key: value for key, value in vision.items() if value is not None or key not in _JINA_VISION_DEFAULTS}
         vision = _JINA_VISION_DEFAULTS | said
     top = {"add_projections": (False, None), "truncate_dim": (None,)}
     _check(values, top, set((_OF_TRANSFORMERS + _JINA_HARMLESS).split()), str(source))
-    # The image's size is what the position table cannot tell where pixels are left over: 512 is 36 patches of 14.
+    # The position table does not tell the image's size if pixels are left over: 512 is 36 patches of 14.
     names = {"width": "width", "layers": "layers", "patch_size": "patch", "image_size": "resolution"}
     read = {*names, "head_width", "embed_dim", "intp_freq", "pt_hw_seq_len", "subln", "mlp_ratio"}
     known = set((_OF_TRANSFORMERS + _JINA_VISION_HARMLESS).split()) | read
@@ -114,7 +108,7 @@ def jina_settings(values: Mapping[str, Any], source: Path) -> dict[str, Any]:
             raise ValueError(f"{source}: width {vision['width']} is no multiple of head_width {vision['head_width']}")
     if "intp_freq" in vision:
         found["reference_grid"] = vision.get("pt_hw_seq_len", 16) if vision["intp_freq"] else None
-    # Unscaled positions are those of a table that was made for one grid.
+    # Positions that are not rescaled fit one grid only.
     patches = vision.get("image_size", 224) // vision.get("patch_size", 16)
     reference = vision.get("pt_hw_seq_len", 16)
     if vision.get("intp_freq") is False and reference != patches:
@@ -125,12 +119,16 @@ def jina_settings(values: Mapping[str, Any], source: Path) -> dict[str, Any]:
     if "subln" in vision:
         found["attention_norm"] = vision["subln"]
     if "width" in vision and "mlp_ratio" in vision:
-        found["hidden"] = int(vision["width"] * vision["mlp_ratio"])
+        found["mlp_width"] = int(vision["width"] * vision["mlp_ratio"])
     return found
 
 
 def open_clip_settings(values: Mapping[str, Any], source: Path, *, num_classes: int | None) -> dict[str, Any]:
-    """What an open_clip_config.json says of an image tower that is timm's, its preprocessing included."""
+    """Shape and preprocessing in an open_clip_config.json whose image tower is timm's.
+
+    Raises:
+        ValueError: another kind of tower, or an unknown key.
+    """
     import timm
 
     model, vision = _object(values, "model_cfg", source), {}
@@ -160,9 +158,12 @@ def open_clip_settings(values: Mapping[str, Any], source: Path, *, num_classes: 
 
 
 def processor_settings(directory: Path, *, crop_mode: str | None) -> dict[str, Any]:
-    """What a preprocessor_config.json says, jina-clip's or one of a CLIPImageProcessor; {} if there is none.
+    """Sizes and normalisation in a preprocessor_config.json, jina-clip's or CLIPImageProcessor's; {} if there is none.
 
-    Sizes and the normalisation are followed. (A CLIPImageProcessor's own resizing rounds here and there otherwise.)
+    (CLIPImageProcessor's own resizing may round differently in places.)
+
+    Raises:
+        ValueError: a step that a tower does not do, or an unknown key.
     """
     path = directory / PROCESSOR_NAME
     if not path.is_file():
@@ -198,7 +199,7 @@ def processor_settings(directory: Path, *, crop_mode: str | None) -> dict[str, A
 
 
 def _crop_pct(target: int, whole: int) -> float:
-    """The share of which `preprocess` makes `whole` again, rounding down."""
+    """The share from which `preprocess`, rounding down, computes `whole`."""
     share = target / whole
     return share if math.floor(target / share) == whole else math.nextafter(share, 0)
 
@@ -209,7 +210,7 @@ def _said(value: Any) -> Any:
 
 
 def _preprocessing(values: Mapping[str, Any], where: str, *, crop_mode: str | None) -> dict[str, Any]:
-    """From open_clip's words, which are jina-clip's too. crop_mode is what the caller states against resize_mode."""
+    """From open_clip's terms, which jina-clip shares; `crop_mode` is the caller's, instead of resize_mode."""
     read = {"size", "mean", "std", "interpolation", "resize_mode", "fill_color"}
     _check(values, {"mode": ("RGB",)}, read, where)
     found = {key: values[key] for key in ("mean", "std", "interpolation") if values.get(key) is not None}

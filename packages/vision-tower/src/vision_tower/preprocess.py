@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import ExifTags, Image
 
-from .config import MEAN, STD, Resolution, as_pair, check_crop
-from .errors import ImageError
+from vision_tower.config import MEAN, STD, Resolution, as_pair, check_crop
+from vision_tower.errors import ImageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 # Where Pillow itself refuses to open an image.
 MAX_PIXELS = 178_956_970
 
-# Of what would be larger than this when it is resized, the centre alone is computed: a 1 x 20,000 strip would grow to a
-# billion pixels, of which 224 x 224 are kept.
+# If resizing would give more pixels than this, only the centre is computed: a 1 x 20,000 strip would grow to a billion
+# pixels, of which 224 x 224 are kept.
 MAX_RESIZED = 2**24
 
 _UPRIGHT = {
@@ -39,15 +39,18 @@ _UPRIGHT = {
 def load_image(source: Any, *, max_pixels: int = MAX_PIXELS, name: str | None = None) -> Image.Image:
     """An upright RGB image from a path, encoded bytes, a PIL image, an array or a tensor.
 
-    Arrays are uint8 or uint16 `[H, W]`, or uint8 `[H, W, 1 | 3 | 4]`; tensors uint8 `[3, H, W]`. EXIF orientation is
-    applied, transparency laid over white, 16-bit grey scaled to 8 bits, palette and CMYK converted, and of an animation
-    the first frame taken (of a PIL image the one that it stands at). Grey of 32 bits (mode "I") does not say how many
-    of them it uses: values up to 255 are taken as 8 bits, larger ones as 16.
+    EXIF orientation is applied, transparency composed over white, 16-bit grey scaled to 8 bits, palette and CMYK
+    converted; of an animation the first frame is taken (of a PIL image its current one). Grey of 32 bits (mode "I")
+    does not say how many of them it uses: values up to 255 count as 8 bits, larger ones as 16.
 
-    max_pixels  larger images are refused from their header, before anything is decoded
-    name        what errors call the image, where it is not a path
+    Args:
+        source: arrays are uint8 or uint16 `[H, W]`, or uint8 `[H, W, 1 | 3 | 4]`; tensors uint8 `[3, H, W]`.
+        max_pixels: larger images are refused from their header, before anything is decoded.
+        name: the image's name in messages, if it is not a path.
 
-    Raises ImageError, which names the image, for whatever cannot be used; FileNotFoundError for a missing file.
+    Raises:
+        ImageError: an image that cannot be used; the message names it.
+        FileNotFoundError: no such file.
     """
     label = name or _label(source)
     try:
@@ -75,7 +78,7 @@ def _label(source: Any) -> str:
 
 
 def _is_tensor(source: Any) -> bool:
-    """Whether it is a tensor; without torch, which takes seconds to import, nothing is."""
+    """Whether `source` is a tensor, without importing torch, which takes seconds: if it is not loaded, nothing is."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(source, torch.Tensor)
 
@@ -107,7 +110,7 @@ def _open(source: Any, label: str) -> AbstractContextManager[Image.Image]:
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     image.load()
-    # ImageOps.exif_transpose writes the other tags anew, too, and fails where one of them is damaged.
+    # ImageOps.exif_transpose also rewrites the other tags, and fails if one of them is damaged.
     turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     if turn is not None:
         image = image.transpose(turn)
@@ -115,7 +118,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image).astype(np.float64)
         if values.min() < 0 or values.max() > 65535:
             raise ImageError(f"grey values from {values.min():g} to {values.max():g}, and 16 bits hold 0 to 65535")
-        # I;16 is of 16 bits, and so is what Pillow reads from a PGM, which it scales up to them. 32 bits say nothing.
+        # I;16 has 16 bits, and so has a PGM, which Pillow scales up to them. Mode I does not say.
         of_8_bits = image.mode == "I" and image.format != "PPM" and values.max() <= 255
         grey = (values if of_8_bits else values / 257).round().astype(np.uint8)
         grey[values == image.info.get("transparency")] = 255
@@ -127,7 +130,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
     upright = image.convert("RGB")
-    upright.info = {}  # or whoever reads the orientation again would turn it again
+    upright.info = {}  # the orientation must not be applied again
     return upright
 
 
@@ -142,31 +145,26 @@ def preprocess(
 ) -> Tensor:
     """uint8 `[3, H, W]` for inference, from anything that `load_image` takes.
 
-    crop_pct       the resolution is this share of the size to which the image is brought; then the centre is cut out
-    crop_mode      "center" brings the shortest edge to that size (an (H, W) resolution is covered by the smallest
-                   resize that fills it), "squash" both edges, "border" the longest, with a border around the rest
-    interpolation  one of Pillow's, antialiased
-    fill           colour of a border, RGB in 0 … 1; timm's is the mean
-
     Pillow resizes, tensors too, so the pixels are those of torchvision's and timm's transforms to the last level. (The
-    strips that `MAX_RESIZED` speaks of may be resized in the other direction first: up to 30 levels at hard edges.)
+    strips beyond `MAX_RESIZED` may be resized in the other direction first: up to 30 levels at hard edges.)
+
+    Args:
+        image: see `load_image`.
+        resolution: pixels, one number or (height, width).
+        crop_pct: the image is resized to resolution / crop_pct; then the centre is cut out.
+        crop_mode: "center" resizes the shortest edge to that size (for (H, W), by the smallest factor that covers
+            both), "squash" both edges, "border" the longest, with a border around the rest.
+        interpolation: one of Pillow's, antialiased.
+        fill: colour of a border, RGB in 0 … 1; timm's is the mean.
+
+    Raises:
+        ImageError, FileNotFoundError: as `load_image`.
+        ValueError: settings out of range.
     """
     check_crop(crop_pct, crop_mode, interpolation)
-    crop_pct = float(crop_pct)  # numpy's may be of fewer bits
     height, width = as_pair(resolution)
     picture = load_image(image)
-    columns, rows = picture.size
-    scaled_height, scaled_width = (math.floor(side / crop_pct) for side in (height, width))
-    if crop_mode == "squash":
-        size = (scaled_width, scaled_height)
-    elif crop_mode == "center" and scaled_height == scaled_width:  # torchvision's Resize, which rounds down
-        short = min(columns, rows)
-        size = (scaled_width * columns // short, scaled_height * rows // short)
-    else:  # timm's ResizeKeepRatio
-        ratios = rows / scaled_height, columns / scaled_width
-        ratio = max(ratios) if crop_mode == "border" else min(ratios)
-        # At least a pixel: a long strip within a border would vanish, and timm fails.
-        size = (max(1, round(columns / ratio)), max(1, round(rows / ratio)))
+    size = _resized(picture.size, (height, width), float(crop_pct), crop_mode)  # numpy's numbers may have fewer bits
     resample = Image.Resampling[interpolation.upper()]
     # A border is added, its odd pixel to the right and below, before the centre is cut out.
     border = [max(0, side - found) for side, found in zip((width, height), size, strict=True)]
@@ -176,8 +174,8 @@ def preprocess(
     )
     right, bottom = left + width, top + height
     if size[0] * size[1] > MAX_RESIZED and not any(border):
-        x, y = columns / size[0], rows / size[1]
-        box = (left * x, top * y, min(columns, right * x), min(rows, bottom * y))
+        x, y = picture.width / size[0], picture.height / size[1]
+        box = (left * x, top * y, min(picture.width, right * x), min(picture.height, bottom * y))
         return pixels_of(picture.resize((width, height), resample, box))
     resized = picture if picture.size == size else picture.resize(size, resample)
     if not any(border):
@@ -187,19 +185,38 @@ def preprocess(
     return pixels_of(canvas)
 
 
-def preprocess_native(image: Any, *, patch: int, max_patches: int, interpolation: str = "bicubic") -> Tensor:
-    """uint8 `[3, rows * patch, columns * patch]` for packing: the whole image in its own shape, nothing cut off.
+def _resized(size: tuple[int, int], target: tuple[int, int], crop_pct: float, crop_mode: str) -> tuple[int, int]:
+    """The size (width, height) to which an image of `size` is resized; `target` is (height, width)."""
+    columns, rows = size
+    height, width = (math.floor(side / crop_pct) for side in target)
+    if crop_mode == "squash":
+        return width, height
+    if crop_mode == "center" and height == width:  # torchvision's Resize, which rounds down
+        short = min(columns, rows)
+        return width * columns // short, width * rows // short
+    # timm's ResizeKeepRatio
+    ratios = rows / height, columns / width
+    ratio = max(ratios) if crop_mode == "border" else min(ratios)
+    # At least one pixel: a long strip within a border would vanish, and timm fails.
+    return max(1, round(columns / ratio)), max(1, round(rows / ratio))
 
-    The image is scaled to the area of max_patches, and rows and columns are the whole patches of that (Pix2Struct,
-    arXiv 2210.03347), at least one each; it is stretched by less than one patch to fill them, a strip of more than
-    max_patches to one by more.
+
+def preprocess_native(image: Any, *, patch: int, max_patches: int, interpolation: str = "bicubic") -> Tensor:
+    """uint8 `[3, rows * patch, columns * patch]` for packing: the whole image in its own shape.
+
+    The image is scaled to the area of `max_patches` and then stretched to whole patches (Pix2Struct, arXiv 2210.03347),
+    at least one row and one column: by less than one patch, unless the image is narrower than 1 : max_patches.
+
+    Raises:
+        ImageError, FileNotFoundError: as `load_image`.
+        ValueError: a number below 1, or an unknown interpolation.
     """
     if patch < 1 or max_patches < 1:
         raise ValueError(f"patch is {patch} and max_patches {max_patches}; expected at least 1")
     check_crop(1.0, "center", interpolation)
     picture = load_image(image)
     width, height = picture.size
-    # The roots rounded down, in whole numbers: a float would lose a row where the root is one.
+    # Square roots in integers, rounded down: floating point could lose a row if the root is whole.
     rows = min(max_patches, max(1, math.isqrt(max_patches * height // width)))
     columns = min(max_patches // rows, max(1, math.isqrt(max_patches * width // height)))
     return pixels_of(picture.resize((columns * patch, rows * patch), Image.Resampling[interpolation.upper()]))
@@ -218,15 +235,18 @@ def pixels_of(picture: Image.Image) -> Tensor:
 
 
 def normalize(images: Tensor, mean: tuple[float, float, float] = MEAN, std: tuple[float, float, float] = STD) -> Tensor:
-    """float32 of the same shape, `(x / 255 - mean) / std`, from uint8 `[N, 3, H, W]` or `[3, H, W]`, on its device.
+    """`(x / 255 - mean) / std` in float32, from uint8 `[N, 3, H, W]` or `[3, H, W]`, on its device.
 
-    Mean and std are CLIP's by default; `VisionTower.normalize` has those of its weights.
+    Mean and std are CLIP's by default; `VisionTower.normalize` uses those of its weights.
+
+    Raises:
+        ValueError: another dtype or shape.
     """
     import torch
 
     if images.dtype != torch.uint8 or images.ndim not in (3, 4) or images.shape[-3] != 3:
         raise ValueError(f"images are {images.dtype} {list(images.shape)}; expected uint8 [N, 3, H, W] or [3, H, W]")
-    # The dtype is said, because torch.set_default_dtype may have made another one the default.
+    # The dtype is explicit because torch.set_default_dtype may have changed the default.
     of_channels = (torch.tensor(values, dtype=torch.float32, device=images.device) for values in (mean, std))
     mean_, std_ = (values[:, None, None] for values in of_channels)
     return images.float().mul_(1 / (255 * std_)).sub_(mean_ / std_)

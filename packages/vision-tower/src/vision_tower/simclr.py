@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .augment import LUMA, augment, jitter
-from .config import Resolution
+from vision_tower.augment import LUMA, augment, jitter
+from vision_tower.config import Resolution
 
 
 def simclr_view(
@@ -24,20 +24,30 @@ def simclr_view(
     flip: bool = True,
     blur: bool = True,
 ) -> Tensor:
-    """One of the two views of an image that SimCLR holds against each other (arXiv 2002.05709, appendix A): draw two
-    with two seeds. uint8 `[3, h, w]` on the CPU to uint8 `[3, H, W]`.
+    """One of the two views of an image that SimCLR contrasts (arXiv 2002.05709, appendix A): draw two with two seeds.
 
-    Random resized crop of 8 to 100 % of the area, mirrored in one case of two; with probability 0.8 brightness,
-    contrast and saturation each by up to 80 % and hue by up to 0.2 of the circle, all times `strength` (1 for
-    photographs, 0.5 for small images); grey in one case of five; with `blur`, in one case of two, a Gaussian of sigma
-    0.1 to 2 over a tenth of the image's height. `flip=False` keeps letters readable.
+    A random resized crop of 8 to 100 % of the area, mirrored with probability 0.5; with probability 0.8 brightness,
+    contrast and saturation each by up to 80 % and hue by up to 0.2 of the circle; grey with probability 0.2; a Gaussian
+    blur with probability 0.5, of sigma 0.1 to 2 over a tenth of the image's height.
 
-    Raises ValueError for another kind of image or a strength that is not within 0 … 1.
+    Args:
+        image: uint8 `[3, h, w]` on the CPU.
+        seed: any integer; the result depends on nothing else.
+        resolution: pixels, one number or (height, width).
+        strength: factor of all changes of colour: 1 for photographs, 0.5 for small images.
+        scale, ratio, flip: as for `augment`; `flip=False` keeps text readable.
+        blur: whether some views are blurred.
+
+    Returns:
+        uint8 `[3, H, W]`.
+
+    Raises:
+        ValueError: another kind of image, or a strength outside 0 … 1.
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength is {strength}; expected 0 <= strength <= 1")
     pixels = augment(image, seed, resolution, scale=scale, ratio=ratio, flip=flip)
-    draw = random.Random(f"simclr {index(seed)}")  # another stream than the crop's
+    draw = random.Random(f"simclr {index(seed)}")  # not the crop's stream
     if draw.random() < 0.8:
         change = 0.8 * strength
         pixels = jitter(pixels, *(draw.uniform(1 - change, 1 + change) for _ in range(3)))
@@ -52,14 +62,14 @@ def simclr_view(
 
 
 def turn_hue(pixels: Tensor, turn: float) -> Tensor:
-    """uint8 `[3, H, W]` with its hue turned by a share of the circle, saturation and value (HSV) as they are."""
+    """uint8 `[3, H, W]` with its hue turned by a share of the circle; saturation and value (HSV) stay."""
     rgb = pixels.float()
     value, low = rgb.amax(0), rgb.amin(0)
     chroma = value - low
     r, g, b = rgb
     safe = torch.where(chroma == 0, 1, chroma)
     hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    # The three channels are one function of the hue, shifted by a third of the circle each.
+    # The three channels are one function of the hue, each shifted by a third of the circle.
     shifts = torch.tensor([5.0, 3.0, 1.0], dtype=torch.float32, device="cpu")[:, None, None]
     k = (hue + 6 * turn + shifts) % 6
     turned = value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
@@ -67,7 +77,7 @@ def turn_hue(pixels: Tensor, turn: float) -> Tensor:
 
 
 def gaussian_blur(pixels: Tensor, sigma: float) -> Tensor:
-    """uint8 `[3, H, W]` under a Gaussian that reaches over a tenth of the height, mirrored at the edges."""
+    """uint8 `[3, H, W]` blurred by a Gaussian over a tenth of the height, mirrored at the edges."""
     reach = max(1, min(round(pixels.shape[1] * 0.1) // 2, pixels.shape[1] - 1, pixels.shape[2] - 1))
     steps = torch.arange(-reach, reach + 1, dtype=torch.float32, device="cpu")
     weights = torch.exp(-0.5 * (steps / sigma) ** 2)

@@ -1,28 +1,27 @@
-"""What a timm model is: its shape as a VisionTowerConfig, or what sets it apart from every VisionTower, by name."""
+"""A timm model's shape as a VisionTowerConfig, or an error that names how it differs from every VisionTower."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .config import VisionTowerConfig
+from vision_tower.config import PREPROCESSING, VisionTowerConfig
 
 TIMM_ENTRY = "eva02_large_patch14_clip_224"
 
-# What says nothing of the numbers that come out: how a model was trained, and names of classes.
+# Attributes without influence on the output: training, and checks of sizes.
 _OF_TRAINING = {"head_init_scale", "training"}
 _SIZE_CHECKS = {"dynamic_img_size", "strict_img_size", "output_fmt", "feat_shape", "flatten"}
-# Checked by themselves, with words of their own.
+# Checked one by one, with their own messages.
 _CHECKED = {"global_pool", "num_classes", "ref_feat_shape"}
 _HEAD = ("head", "head_drop", "norm", "fc_norm", "patch_drop")
 
-# Of a config.json: what timm writes, and what transformers adds when it wraps a timm model.
+# Keys of config.json: timm's, and those that transformers adds when it wraps a timm model.
 _DIRECTORY_KEYS = {
     *("architecture", "num_classes", "num_features", "global_pool", "model_args", "pretrained_cfg"),
     *("label_names", "label_descriptions", "labels", "id2label", "label2id", "num_labels", "problem_type"),
@@ -35,21 +34,47 @@ _DIRECTORY_KEYS = {
 def directory_config(
     values: Mapping[str, Any], source: Path, *, num_classes: int | None, global_pool: str | None
 ) -> VisionTowerConfig:
-    """The shape and preprocessing of a timm directory: timm reads its config.json and makes the model, without weights.
+    """The shape and preprocessing of a timm directory: timm reads its config.json and builds a model without weights.
 
-    Raises ValueError, which names `source`, for all that timm would follow and a tower would not.
+    Raises:
+        ValueError: it names `source` and whatever timm would apply and a tower would not.
     """
     import timm
-    from timm.data import resolve_data_config
-    from timm.models.eva import Eva
 
     name, arguments = values["architecture"], values.get("model_args") or {}
+    _check_directory(values, arguments, source)
+    try:
+        with torch.device("meta"):
+            model: Any = timm.create_model(f"local-dir:{source.parent}")
+    except Exception as error:  # timm raises many kinds for arguments that are not its own
+        raise ValueError(f"{source}: timm cannot make {name!r} with its model_args ({error}); correct them") from error
+    try:
+        for key in ("num_classes", "num_features", "global_pool"):
+            found = getattr(model, key, None)
+            if values.get(key, found) not in (found, None):
+                raise ValueError(f"{key} is {values[key]!r}, and its model_args make a model of {found!r}; correct one")
+        config = config_of(model, name, arguments, num_classes=num_classes, global_pool=global_pool)
+        stated = (values.get("pretrained_cfg") or {}).get("input_size")
+        size = [3, *model.patch_embed.img_size]
+        if stated is not None and list(stated) != size:
+            raise ValueError(
+                f"pretrained_cfg's input_size is {list(stated)}, and the model takes {size}; correct input_size or "
+                "model_args' img_size, and give resolution= to change it after loading"
+            )
+        return config.changed(preprocessing_of(model))
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _check_directory(values: Mapping[str, Any], arguments: Any, source: Path) -> None:
+    """That config.json has only keys and model_args that are known here."""
+    from timm.models.eva import Eva
+
     if not isinstance(arguments, Mapping):
         raise ValueError(f"{source}: model_args is a {type(arguments).__name__}; expected an object")
-    # timm.create_model has arguments of its own, of files among them, which are not for a directory to set.
-    if unknown := sorted(
-        set(arguments) - set(inspect.signature(Eva).parameters) | set(arguments) & {"device", "dtype"}
-    ):
+    # timm.create_model has its own arguments, files among them, which a directory must not set.
+    own = set(inspect.signature(Eva).parameters) - {"device", "dtype"}
+    if unknown := sorted(set(arguments) - own):
         raise ValueError(
             f"{source}: timm's Eva models do not take {', '.join(unknown)} of its model_args; correct or remove them"
         )
@@ -61,33 +86,19 @@ def directory_config(
         raise ValueError(
             f"{source}: do_pooling is {values['do_pooling']!r}, and a VisionTower gives the class token alone"
         )
-    try:
-        with torch.device("meta"):
-            model = timm.create_model(f"local-dir:{source.parent}")
-    except Exception as error:  # whatever a model of timm's makes of arguments that are not its own
-        raise ValueError(f"{source}: timm cannot make {name!r} with its model_args ({error}); correct them") from error
-    try:
-        for key in ("num_classes", "num_features", "global_pool"):
-            found = getattr(model, key, None)
-            if values.get(key, found) not in (found, None):
-                raise ValueError(f"{key} is {values[key]!r}, and its model_args make a model of {found!r}; correct one")
-        config = config_of(model, name, arguments, num_classes=num_classes, global_pool=global_pool)
-        stated = (values.get("pretrained_cfg") or {}).get("input_size")
-        size = [3, *model.patch_embed.img_size]  # type: ignore[misc, union-attr]
-        if stated is not None and list(stated) != size:
-            raise ValueError(
-                f"pretrained_cfg's input_size is {list(stated)}, and the model takes {size}; correct input_size or "
-                "model_args' img_size, and give resolution= to change it after loading"
-            )
-        data = resolve_data_config({}, model=model)
-        keys = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
-        return VisionTowerConfig.from_dict({**asdict(config), **{key: data[key] for key in keys}})
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+
+
+def preprocessing_of(model: Any) -> dict[str, Any]:
+    """The preprocessing that timm's own data configuration has for a model, under the names of our fields."""
+    from timm import data
+
+    timms: Any = data
+    found = timms.resolve_data_config({}, model=model)
+    return {name: found[name] for name in PREPROCESSING}
 
 
 def check_stated(num_classes: Any, global_pool: Any) -> None:
-    """Raises ValueError for what nobody can have of a VisionTower, whatever its weights are read from."""
+    """Raises ValueError for options that no VisionTower can fulfil, whatever its weights are read from."""
     for option, value, allowed in (("num_classes", num_classes, 0), ("global_pool", global_pool, "token")):
         if value not in (None, allowed) or isinstance(value, bool):
             raise ValueError(f"{option} is {value!r}; a VisionTower can only have {allowed!r}")
@@ -96,44 +107,20 @@ def check_stated(num_classes: Any, global_pool: Any) -> None:
 def config_of(
     model: Any, name: str, arguments: Mapping[str, Any], *, num_classes: int | None, global_pool: str | None
 ) -> VisionTowerConfig:
-    """The shape of a timm model; preprocessing is left at the default.
+    """The shape of a timm model; preprocessing stays at the default.
 
-    arguments    those that it was made with, for the error
-    num_classes  0 takes a model with a head without it
-    global_pool  "token" takes the class token of a model that reads something else
+    Args:
+        model: timm's.
+        name, arguments: those that it was built with, for messages.
+        num_classes: 0 takes a model with a head without it.
+        global_pool: "token" takes the class token of a model that pools otherwise.
 
-    Raises ValueError, with both values, for what no VisionTower does.
+    Raises:
+        ValueError: a property that no VisionTower has; the message has both values.
     """
-    from timm.models.eva import Eva, EvaBlock
-
     check_stated(num_classes, global_pool)
     given = f" (made with {', '.join(f'{key}={value!r}' for key, value in arguments.items())})" if arguments else ""
-    block: Any = model.blocks[0] if isinstance(model, Eva) else None
-    if not isinstance(block, EvaBlock) or getattr(block.attn, "q_proj", None) is None or model.rope is None:
-        raise ValueError(
-            f"timm's {name}{given} is no EVA02 model with separate q, k, v and a normed SwiGLU; use one of "
-            "eva02_base_patch16_clip_224, eva02_large_patch14_clip_224, eva02_large_patch14_clip_336, "
-            "eva02_base_patch14_*, eva02_large_patch14_*"
-        )
-    reference = getattr(model.rope, "ref_feat_shape", None)
-    if (reference and reference[0] != reference[1]) or len(set(model.patch_embed.patch_size)) > 1:
-        raise ValueError(
-            f"timm's {name} has a reference grid of {reference} and patches of {model.patch_embed.patch_size}; a "
-            "VisionTower's are square"
-        )
-    height, width = model.patch_embed.img_size
-    config = VisionTowerConfig(
-        resolution=height if height == width else (height, width),
-        patch=model.patch_embed.patch_size[0],
-        width=model.embed_dim,
-        layers=len(model.blocks),
-        heads=block.attn.num_heads,
-        hidden=block.mlp.fc2.in_features,
-        reference_grid=reference[0] if reference else None,
-        rope_theta=float(model.rope.temperature),
-        attention_norm=not isinstance(block.attn.norm, nn.Identity),
-        layer_norm_eps=block.norm1.eps,
-    )
+    config = _shape_of(model, name, given)
     if apart := _apart(model, config):
         raise ValueError(f"timm's {name}{given} is not what a VisionTower is: {'; '.join(apart[:5])}")
     if model.global_pool != "token" and global_pool != "token":
@@ -149,8 +136,39 @@ def config_of(
     return config
 
 
+def _shape_of(model: Any, name: str, given: str) -> VisionTowerConfig:
+    from timm.models.eva import Eva, EvaBlock
+
+    block: Any = model.blocks[0] if isinstance(model, Eva) else None
+    if not isinstance(block, EvaBlock) or getattr(block.attn, "q_proj", None) is None or model.rope is None:
+        raise ValueError(
+            f"timm's {name}{given} is no EVA02 model with separate q, k, v and a normed SwiGLU; use one of "
+            "eva02_base_patch16_clip_224, eva02_large_patch14_clip_224, eva02_large_patch14_clip_336, "
+            "eva02_base_patch14_*, eva02_large_patch14_*"
+        )
+    reference = getattr(model.rope, "ref_feat_shape", None)
+    if (reference and reference[0] != reference[1]) or len(set(model.patch_embed.patch_size)) > 1:
+        raise ValueError(
+            f"timm's {name} has a reference grid of {reference} and patches of {model.patch_embed.patch_size}; a "
+            "VisionTower's are square"
+        )
+    height, width = model.patch_embed.img_size
+    return VisionTowerConfig(
+        resolution=height if height == width else (height, width),
+        patch=model.patch_embed.patch_size[0],
+        width=model.embed_dim,
+        layers=len(model.blocks),
+        heads=block.attn.num_heads,
+        mlp_width=block.mlp.fc2.in_features,
+        reference_grid=reference[0] if reference else None,
+        rope_theta=float(model.rope.temperature),
+        attention_norm=not isinstance(block.attn.norm, nn.Identity),
+        layer_norm_eps=block.norm1.eps,
+    )
+
+
 def _apart(model: nn.Module, config: VisionTowerConfig) -> list[str]:
-    """In what a model differs from the one that timm makes of our arguments: modules, their settings, and shapes."""
+    """How a model differs from the one that timm builds with our arguments: modules, their settings, and shapes."""
     import timm
 
     with torch.device("meta"):
@@ -168,7 +186,7 @@ def _apart(model: nn.Module, config: VisionTowerConfig) -> list[str]:
 
 
 def _facts(model: nn.Module) -> dict[str, Any]:
-    """Of each module its type and what it is set to; of each parameter its shape."""
+    """Type and settings of each module, shape of each parameter."""
     facts: dict[str, Any] = {}
     for path, module in model.named_modules():
         kind = type(module).__name__

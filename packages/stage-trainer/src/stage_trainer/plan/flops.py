@@ -141,7 +141,7 @@ def text_flops(config: TextTowerConfig, shape: StepShape, trainable: str = "all"
 
 def vision_flops(config: VisionTowerConfig, shape: StepShape, trainable: str = "all") -> Flops:
     """The vision tower over the patches that patch dropout leaves; its last block computes the class token alone."""
-    width, hidden, patches = config.width, config.mlp_hidden, shape.kept_patches
+    width, hidden, patches = config.width, config.mlp_width, shape.kept_patches
     tokens = patches + 1
 
     def block(queries: int) -> int:

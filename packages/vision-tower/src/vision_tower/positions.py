@@ -1,8 +1,8 @@
-"""2D rotary positions on patch tokens, as EVA02 has them (RoFormer, arXiv 2104.09864; EVA-02, arXiv 2303.11331).
+"""2D rotary positions on patch tokens, as in EVA02 (RoFormer, arXiv 2104.09864; EVA-02, arXiv 2303.11331).
 
-Half of a head's dimensions turn with the row, half with the column. Neighbouring dimensions form a pair (interleaved),
-a pair is a complex number, and so a rotation is one complex product: on a CPU, forward and backward, three to four
-times as fast as timm's "x * cos + rot(x) * sin", and always in float32.
+Half of a head's channels turn with the row, half with the column. Neighbouring channels form a pair (interleaved). A
+pair is a complex number and a rotation one complex product: on a CPU, forward and backward, three to four times as fast
+as timm's "x * cos + rot(x) * sin", and always in float32.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 def rotary_table(
     grid: tuple[int, int], head_dim: int, *, reference: int | None, theta: float, device: torch.device | None = None
 ) -> Tensor:
-    """Cosines and sines, float32 `[1 + rows * columns, head_dim / 2, 2]`; row 0, the class token's, turns by nothing.
+    """Cosines and sines, float32 `[1 + rows * columns, head_dim / 2, 2]`; row 0, the class token's, is no rotation.
 
     Pair i of an axis turns by `position * theta^(-4i / head_dim)`. Positions 0 … n-1 are multiplied by `reference / n`
-    (EVA's `intp_freq`), so that every resolution spans the angles of the grid that was trained first.
+    (EVA's `intp_freq`), so that every resolution spans the angles of the grid of the first training.
     """
     rows, columns = (torch.arange(n, dtype=torch.float32, device=device) * ((reference or n) / n) for n in grid)
     frequencies = theta ** (-torch.arange(0, head_dim, 4, dtype=torch.float32, device=device) / head_dim)
@@ -33,9 +33,9 @@ def rotary_table(
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turns queries or keys `x [..., heads, head_dim]` by `table [..., 1, head_dim / 2, 2]`; dtype of x."""
-    # Complex numbers of 16 bits do not exist: the product is taken in float32 whatever autocast says.
-    wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
+    """Turns queries or keys `x` `[..., heads, head_dim]` by `table` `[..., 1, head_dim / 2, 2]`, in the dtype of x."""
+    # There are no complex numbers of 16 bits: the product is taken in float32 even under autocast.
+    wide = torch.unflatten(x.to(torch.promote_types(x.dtype, torch.float32)), -1, (-1, 2))
     if torch.compiler.is_compiling():  # Inductor fuses the real form and generates no code for complex numbers
         (a, b), (cos, sin) = wide.unbind(-1), table.unbind(-1)
         turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)

@@ -71,6 +71,35 @@ def test_saving_again_replaces_the_tower_and_nothing_else(tower, tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_what_is_saved_is_on_disk_before_it_appears(tower, tmp_path, monkeypatch):
+    flushed, there = [], []
+
+    def fsync(handle):
+        flushed.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
+        there.append((tmp_path / "tower").exists())
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    tower.save_pretrained(tmp_path / "tower")
+    assert sorted(flushed[:2]) == ["config.json", "model.safetensors"]
+    assert flushed[2:] == [f".tower.{os.getpid()}.partial", tmp_path.name]
+    assert there == [False, False, False, True]
+
+
+def test_a_directory_that_calls_the_width_of_the_mlp_hidden_is_read(make_tower, config, images, tmp_path):
+    """As earlier versions wrote it: null for a tower whose mlp_ratio says it."""
+    tower = make_tower(replace(config, mlp_width=100))
+    tower.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text())
+    width = values.pop("mlp_width")
+    file.write_text(json.dumps({**values, "hidden": width}))
+    loaded = VisionTower.from_pretrained(tmp_path)
+    assert loaded.config == tower.config
+    assert torch.equal(loaded(images), tower(images))
+    file.write_text(json.dumps({**values, "hidden": None, "mlp_ratio": 100.5 / 64}))
+    assert VisionTower.from_pretrained(tmp_path).config.mlp_width == 100
+
+
 def test_a_failed_save_leaves_the_old_tower_and_no_litter(tower, tmp_path, monkeypatch):
     path = tmp_path / "tower"
     tower.save_pretrained(path)
