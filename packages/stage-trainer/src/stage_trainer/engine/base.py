@@ -45,6 +45,7 @@ class BaseEngine(ABC):
         self._of_frozen: dict[str, Tensor] = {}
         # Gradients are averaged in `backwards`, once it is known which parameters have none.
         deepspeed_private.reduce_on_request(self._engine)
+        self._prepare()
 
     def train(self, mode: bool = True) -> None:
         self._engine.train(mode)
@@ -97,6 +98,10 @@ class BaseEngine(ABC):
             found = found.to(self.device)
             torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
         return {name for name, there in zip(self.parameters, found.tolist(), strict=True) if not there}
+
+    @abstractmethod
+    def _prepare(self) -> None:
+        """What a kind of engine adds, once DeepSpeed has the objective and the optimizer."""
 
     @abstractmethod
     def _states(self) -> Iterator[tuple[str, Tensor]]:

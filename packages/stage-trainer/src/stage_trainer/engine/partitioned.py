@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stage_trainer.engine import deepspeed_private
 from stage_trainer.engine.base import BaseEngine
-from stage_trainer.engine.protocol import Objective
 from stage_trainer.errors import UserError
 from stage_trainer.optimizer.update_norms import UpdateNorms
 
@@ -22,10 +20,16 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class PartitionedEngine(BaseEngine):
     """ZeRO 1 and 2, with AdamW."""
 
-    def __init__(self, objective: Objective, optimizer: torch.optim.Optimizer, config: Mapping[str, Any]):
-        super().__init__(objective, optimizer, config)
+    def _prepare(self) -> None:
         self._unused: set[str] = set()
-        self._create_states()
+        # AdamW's first step would make its state; parameters without a gradient in it, or with a state to load, would
+        # have none.
+        for _, partition in self._partitions():
+            self.optimizer.state[partition] = {
+                "step": torch.zeros((), device=partition.device),  # fused AdamW wants it there
+                **{key: torch.zeros_like(partition) for key in MOMENTS},
+            }
+        deepspeed_private.link_states(self._engine)
 
     @contextmanager
     def backwards(self) -> Iterator[Callable[[Tensor, bool], None]]:
@@ -101,16 +105,6 @@ class PartitionedEngine(BaseEngine):
                 if f"{name}|{key}" in saved:
                     self._set(parameter, saved[f"{name}|{key}"].to(self.device), key)
 
-    def _create_states(self) -> None:
-        """Makes AdamW's state, which its first step would make: parameters without a gradient in that step, or with a
-        state to load, would have none."""
-        for _, partition in self._partitions():
-            self.optimizer.state[partition] = {
-                "step": torch.zeros((), device=partition.device),  # fused AdamW wants it there
-                **{key: torch.zeros_like(partition) for key in MOMENTS},
-            }
-        deepspeed_private.link_states(self._engine)
-
     def _partitions(self) -> Iterator[tuple[list[str], Tensor]]:
         """(names of parameters, this rank's part of them in one tensor), for each tensor that AdamW updates."""
         for group in self.optimizer.param_groups:
@@ -130,8 +124,8 @@ class PartitionedEngine(BaseEngine):
 class Zero3Engine(PartitionedEngine):
     """ZeRO 3: a parameter is whole only while a module uses it, so all ranks have to make the same forward passes."""
 
-    def __init__(self, objective: Objective, optimizer: torch.optim.Optimizer, config: Mapping[str, Any]):
-        super().__init__(objective, optimizer, config)
+    def _prepare(self) -> None:
+        super()._prepare()
         self.update_norms = UpdateNorms({})
 
     def forward_passes(self, own: int) -> int:

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stage_trainer.engine import deepspeed_private
 from stage_trainer.engine.base import BaseEngine
-from stage_trainer.engine.protocol import Objective
 from stage_trainer.optimizer.groups import named_states
 
 
 class PlainEngine(BaseEngine):
     """ZeRO 0."""
 
-    def __init__(self, objective: Objective, optimizer: torch.optim.Optimizer, config: Mapping[str, Any]):
-        super().__init__(objective, optimizer, config)
+    def _prepare(self) -> None:
         self._norms: dict[str, float] = {}
         self._not_finite: list[str] = []
 
