@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from stage_trainer.engine import _without_weights
+from stage_trainer.engine.base import without_weights
 from stage_trainer.errors import UserError
 from stage_trainer.files import free_name, whole_directory, write_whole
 from stage_trainer.model import DualEncoder
@@ -167,7 +167,7 @@ class Training:
 
     def __init__(self):
         self.model = make_model()
-        self.shell = _without_weights(self.model)
+        self.shell = without_weights(self.model)
         self.moment = torch.zeros(1)
 
     def optimizer_state(self):

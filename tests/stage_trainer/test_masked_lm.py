@@ -13,7 +13,6 @@ from stage_trainer.build import build_model, empty_model
 from stage_trainer.data.masked import HELD_OUT, MaskedBatches, held_out
 from stage_trainer.errors import UserError
 from stage_trainer.masked_lm import HiddenWords, MaskedBatch, forward_backward, held_out_losses
-from stage_trainer.optim import parameter_groups
 from stage_trainer.recipe.read import load
 from text_tower import MaskedLM, MaskedTokens, PackedTokens, TextTower, TextTowerConfig
 
@@ -220,7 +219,7 @@ class PlainEngine:
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.passes = passes
 
-    def predict(self, batch):
+    def forward(self, batch):
         return self.objective(batch)
 
     def forward_passes(self, mine):
@@ -310,7 +309,7 @@ def test_held_out_loss_is_by_language_and_over_all_tokens():
 def test_each_parameter_is_in_one_group_and_muon_takes_the_matrices_of_blocks(recipes):
     recipe = load(recipes / "masked-lm.yaml", ["layer_decay.text=0.5"], 1).recipe
     model = empty_model(recipe, 1)
-    groups = parameter_groups(model, recipe.stage(1), recipe.optimizer)
+    groups = list(HiddenWords(model, "fp32").parameter_groups(recipe.stage(1), recipe.optimizer))
     names = [name for group in groups for name in group["names"]]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
     muon = {name for group in groups if group["muon"] for name in group["names"]}

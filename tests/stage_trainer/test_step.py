@@ -35,9 +35,9 @@ class PlainEngine:
         self.objective = MultiTask(model, Loss(kind, dims=(32, 16)), "fp32")
         self.passes = 0
 
-    def embed(self, part, patch_dropout):
+    def forward(self, part, **options):
         self.passes += 1
-        return self.objective(part, patch_dropout=patch_dropout)
+        return self.objective(part, **options)
 
     def forward_passes(self, mine):
         return mine
@@ -53,6 +53,19 @@ class PlainEngine:
 
     def gradients(self):
         return {n: p.grad for n, p in self.objective.model.named_parameters() if p.grad is not None}
+
+
+def deepspeed_engine(objective, recipe, saved=None):
+    """The engine of a recipe's first stage, in training."""
+    from stage_trainer.engine import make_engine
+
+    stage = recipe.stage(1)
+    objective.set_trainable(stage)
+    groups = objective.parameter_groups(stage, recipe.optimizer, saved)
+    settings = {"precision": recipe.precision, "deepspeed": stage.deepspeed}
+    engine = make_engine(objective, groups, recipe.optimizer, **settings, saved=saved)
+    engine.train()
+    return engine
 
 
 def make_batch(images=7, pairs=6, negatives=3, seed=0, rows=slice(None), views=0) -> Batch:
@@ -125,7 +138,7 @@ def test_a_unified_batch_is_one_info_nce_over_all_pairs_and_views(cache):
     batch = make_batch(negatives=0, views=2)
     losses, gradients, _ = step(batch, cache, kind="unified")
     engine = PlainEngine("unified")
-    embedded = engine.embed(batch, 0.5)
+    embedded = engine.forward(batch, patch_dropout=0.5)
     images, first, second = embedded.images.split(7)
     captions, queries, targets = embedded.texts.split([7, 6, 6])
     ids = torch.cat([batch.image_ids, 100 + batch.text_ids, batch.image_ids])
@@ -154,7 +167,7 @@ def info_nce(queries, targets, negatives, ids, temperature, dims):
 
 
 def expected_losses(engine, batch, scales):
-    embedded = engine.embed(batch, 0.0)
+    embedded = engine.forward(batch)
     captions, queries, targets, negatives = embedded.texts.split([7, 6, 6, 18])
     image, text = torch.exp(-scales)
     none, dims = captions[:0], (32, 16)

@@ -77,7 +77,7 @@ def check(ours: Ours, theirs: OpenClip, batch: Batch) -> None:
     """Both compute the same loss; ours is the sum of both directions, open_clip's their mean."""
     with torch.no_grad():
         found = theirs.loss(**theirs.model.train()(*for_open_clip(batch)))
-        embedded = ours.engine.embed(batch, 0.0)
+        embedded = ours.engine.forward(batch)
         losses = ours.engine.objective.losses(embedded, batch, tasks=("image_text",))
     torch.testing.assert_close(losses["image_text"][0], 2 * found, rtol=1e-5, atol=0)
 

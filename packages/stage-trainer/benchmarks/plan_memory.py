@@ -62,8 +62,8 @@ class Engine:
     def __init__(self, model: DualEncoder, dims: tuple[int, ...], precision: str, device: torch.device):
         self.objective, self.device = MultiTask(model.to(device).train(), Loss(dims=dims), precision), device
 
-    def embed(self, part: Any, patch_dropout: float) -> Any:
-        return self.objective(part.to(self.device), patch_dropout=patch_dropout)
+    def forward(self, part: Any, **options: Any) -> Any:
+        return self.objective(part.to(self.device), **options)
 
     def forward_passes(self, mine: int) -> int:
         return mine

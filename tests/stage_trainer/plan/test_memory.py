@@ -27,8 +27,8 @@ class PlainEngine:
         self.model = DualEncoder(TextTower(text), VisionTower(vision)).train()
         self.objective = MultiTask(self.model, Loss(dims=(64, 32)), precision)
 
-    def embed(self, part, patch_dropout):
-        return self.objective(part, patch_dropout=patch_dropout)
+    def forward(self, part, **options):
+        return self.objective(part, **options)
 
     def forward_passes(self, mine):
         return mine

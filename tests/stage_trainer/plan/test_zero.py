@@ -24,7 +24,7 @@ def one_rank(rank: int, folder: str) -> None:
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
     import torch
-    from stage_trainer.engine import Engine
+    from stage_trainer.engine import make_engine
     from stage_trainer.model import DualEncoder
     from stage_trainer.objective import Batch, MultiTask
     from stage_trainer.plan.devices import Device
@@ -58,8 +58,11 @@ def one_rank(rank: int, folder: str) -> None:
         before = live_bytes()
         objective = MultiTask(DualEncoder(TextTower(text), VisionTower(vision)), stage.loss, "fp32")
         numbers = [p.numel() for p in objective.model.parameters()]
-        engine = Engine(objective, recipe, stage)
-        engine.engine.train()
+        objective.set_trainable(stage)
+        groups = objective.parameter_groups(stage, recipe.optimizer)
+        under = {"precision": recipe.precision, "deepspeed": stage.deepspeed}
+        engine = make_engine(objective, groups, recipe.optimizer, **under)
+        engine.train()
         batch = Batch(
             images=torch.zeros(8, 3, 48, 48, dtype=torch.uint8),
             image_seeds=torch.arange(8),
@@ -90,7 +93,7 @@ def one_rank(rank: int, folder: str) -> None:
         cpu = Device("cpu", 0, 1.0, None, 1.0, None, kind="cpu")
         whole = estimate(model, Sizes(8, 24, 20, 8, 0, 2), Setting(None, False, False, zero), cpu)
         results[zero] = kept, sum(planned.values()), kept + peak_of(profiler), whole.total
-        engine.engine.destroy()
+        engine.close()
         del engine, objective, batch, step, profiler
         gc.collect()
     Path(folder, f"{rank}.json").write_text(json.dumps(results))

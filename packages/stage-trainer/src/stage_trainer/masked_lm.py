@@ -6,16 +6,17 @@ sum over a sum, not a mean of means; the gradients, too, are those of one proces
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from text_tower import MaskedLM, MaskedTokens
 from text_tower.masked_lm import MaskedLoss
-from torch import Tensor, nn
+from torch import Tensor
 
+from stage_trainer.engine import Engine, Objective
+from stage_trainer.optimizer.groups import ParameterGroups
+from stage_trainer.recipe import Optimizer as OptimizerConfig
 from stage_trainer.recipe import Stage
 from stage_trainer.step import packed_chunks
 
@@ -46,7 +47,7 @@ class MaskedBatch:
             yield MaskedBatch(MaskedTokens(packed, places[inside] - span.start, labels[inside]), self.seeds[rows])
 
 
-class HiddenWords(nn.Module):
+class HiddenWords(Objective):
     """Predicts the hidden words of a batch, for DeepSpeed to run.
 
     Args:
@@ -54,13 +55,27 @@ class HiddenWords(nn.Module):
         precision: `bf16` computes in bfloat16 (torch.autocast); parameters and the loss stay float32.
     """
 
+    model: MaskedLM
+
     def __init__(self, model: MaskedLM, precision: str):
         super().__init__()
         self.model, self.precision = model, precision
-        self.logit_scales: dict[str, nn.Parameter] = {}
 
     def set_trainable(self, stage: Stage) -> None:
         self.model.requires_grad_(True)
+
+    def parameter_groups(
+        self, stage: Stage, config: OptimizerConfig, saved: Mapping[str, Tensor] | None = None
+    ) -> ParameterGroups:
+        groups = ParameterGroups(config, saved)
+        groups.add_tower("text", self.model, prefix="", lr=stage.lr.text, layer_decay=stage.layer_decay.text)
+        return groups
+
+    def after_step(self, engine: Engine) -> None:
+        """There is no temperature to limit."""
+
+    def temperatures(self, engine: Engine) -> dict[str, float]:
+        return {}
 
     def forward(self, batch: MaskedBatch) -> MaskedLoss:
         with torch.autocast(batch.seeds.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
@@ -71,25 +86,7 @@ class HiddenWords(nn.Module):
         return {f"perplexity/{task}": loss.exp().item() for task, (loss, _) in losses.items()}
 
 
-class MaskedEngine(Protocol):
-    """What a step needs of an engine."""
-
-    world: int
-
-    def predict(self, batch: MaskedBatch) -> MaskedLoss:
-        """The objective's forward pass, on the engine's device."""
-
-    def backwards(self) -> AbstractContextManager[Callable[[Tensor, bool], None]]:
-        """Yields backward(loss, last); gradients of all calls add up, and are then averaged over ranks."""
-
-    def forward_passes(self, mine: int) -> int:
-        """How many forward passes this rank shall run, if its own part of the batch takes `mine`."""
-
-    def sum_over_ranks(self, numbers: Tensor) -> Tensor:
-        """float64, on the engine's device."""
-
-
-def forward_backward(engine: MaskedEngine, batch: MaskedBatch, tokens: int = 0) -> MaskedLosses:
+def forward_backward(engine: Engine, batch: MaskedBatch, tokens: int = 0) -> MaskedLosses:
     """Leaves the gradients of the loss over the global batch on the parameters; returns that loss.
 
     Args:
@@ -105,7 +102,7 @@ def forward_backward(engine: MaskedEngine, batch: MaskedBatch, tokens: int = 0) 
     sums = []
     with engine.backwards() as backward:
         for number, chunk in enumerate(chunks):
-            total = engine.predict(chunk).total * (number < own)
+            total = engine.forward(chunk).total * (number < own)
             # The world's size makes good that gradients are averaged over ranks: those of a sum are wanted.
             backward(total * (engine.world / hidden).to(total.dtype), number == len(chunks) - 1)
             sums.append(total.detach())
@@ -114,14 +111,14 @@ def forward_backward(engine: MaskedEngine, batch: MaskedBatch, tokens: int = 0) 
 
 @torch.no_grad()
 def held_out_losses(
-    engine: MaskedEngine, batches: dict[str, MaskedBatch], *, rank: int, world: int, tokens: int = 0
+    engine: Engine, batches: dict[str, MaskedBatch], *, rank: int, world: int, tokens: int = 0
 ) -> dict[str, float]:
     """Nats a hidden token by language, and over all of them as "all"; with `world` > 1 each rank does a part."""
     sums = torch.zeros(2, len(batches), dtype=torch.float64)
     for number, batch in enumerate(batches.values()):
         if number % world == rank:
             for chunk in batch.chunks(tokens):
-                total, hidden = engine.predict(chunk)
+                total, hidden = engine.forward(chunk)
                 sums[:, number] += torch.tensor([total.item(), hidden], dtype=torch.float64)
     if world > 1:
         sums = engine.sum_over_ranks(sums).cpu()

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +14,11 @@ from text_tower import PackedTokens
 from torch import Tensor, nn
 from vision_tower import patch_keep_indices
 
+from stage_trainer.engine import Engine, Objective
 from stage_trainer.model import DualEncoder
+from stage_trainer.optimizer.groups import ParameterGroups
 from stage_trainer.recipe import Loss, Stage
+from stage_trainer.recipe import Optimizer as OptimizerConfig
 
 Losses = dict[str, tuple[Tensor, LossStats]]
 """Loss and statistics by task, or of all in one ("unified")."""
@@ -74,7 +79,7 @@ class Embedded:
     scales: dict[str, Tensor]
 
 
-class MultiTask(nn.Module):
+class MultiTask(Objective):
     """Embeds images and texts, and gives each task's loss over what was embedded.
 
     The two are apart, because gradient caching embeds in parts and takes one loss over all of them.
@@ -84,6 +89,8 @@ class MultiTask(nn.Module):
         loss: dims and the temperatures' floor.
         precision: `bf16` computes the towers in bfloat16 (torch.autocast); parameters and losses stay float32.
     """
+
+    model: DualEncoder
 
     def __init__(self, model: DualEncoder, loss: Loss, precision: str):
         super().__init__()
@@ -103,6 +110,29 @@ class MultiTask(nn.Module):
         for task, scale in self.logit_scales.items():
             used = task == "image_text" if self.loss.kind == "unified" else bool(getattr(stage.batch, task))
             scale.requires_grad_(used)
+
+    def parameter_groups(
+        self, stage: Stage, config: OptimizerConfig, saved: Mapping[str, Tensor] | None = None
+    ) -> ParameterGroups:
+        """Of the towers, and of the temperatures of both tasks."""
+        groups, model, lr, decay = ParameterGroups(config, saved), self.model, stage.lr, stage.layer_decay
+        groups.add_tower("image", model.vision, prefix="vision.", lr=lr.image, layer_decay=decay.image)
+        groups.add_tower("text", model.text, prefix="text.", lr=lr.text, layer_decay=decay.text)
+        # A unified loss has one temperature for both tasks, which does not wait for images.
+        waits = self.loss.kind != "unified"
+        groups.add_temperature("logit_scale", model.logit_scale, tower="image", lr=lr.image, waits=waits)
+        groups.add_temperature("text_logit_scale", model.text_logit_scale, tower="text", lr=lr.text)
+        return groups
+
+    def after_step(self, engine: Engine) -> None:
+        """Keeps the temperatures that train from falling below their floor, which limits their logarithms."""
+        for scale in self.logit_scales.values():
+            if scale.requires_grad:
+                engine.clamp_(scale, max=-math.log(self.loss.min_temperature))
+
+    def temperatures(self, engine: Engine) -> dict[str, float]:
+        """Of each task; every rank has to call."""
+        return {task: math.exp(-engine.whole(scale).item()) for task, scale in self.logit_scales.items()}
 
     def forward(self, part: Part, *, patch_dropout: float = 0.0) -> Embedded:
         scales = {task: scale() for task, scale in self.scales.items()}

@@ -11,35 +11,20 @@ its batch, and chunks would not see one another's.)
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from text_tower import PackedTokens
 from torch import Tensor
 
+from stage_trainer.engine import Engine
 from stage_trainer.objective import Batch, Embedded, Losses, MultiTask, Part
 from stage_trainer.recipe import GradientCache
 
 
-class StepEngine(Protocol):
-    """What a step needs of an engine."""
-
-    objective: MultiTask
-
-    def embed(self, part: Part, patch_dropout: float) -> Embedded:
-        """The objective's forward pass, on the engine's device."""
-
-    def backwards(self) -> AbstractContextManager[Callable[[Tensor, bool], None]]:
-        """Yields backward(loss, last); the gradients of all calls add up."""
-
-    def forward_passes(self, mine: int) -> int:
-        """How many forward passes this rank shall run, if its own part of the batch takes `mine`."""
-
-
 def forward_backward(
-    engine: StepEngine,
+    engine: Engine,
     batch: Batch,
     *,
     tasks: tuple[str, ...],
@@ -57,9 +42,9 @@ def forward_backward(
         group: the ranks whose parts make the global batch.
         cache: sizes of the chunks for gradient caching; None: no caching.
     """
-    objective = engine.objective
+    objective: MultiTask = engine.objective
     if cache is None:
-        losses = objective.losses(engine.embed(batch, patch_dropout), batch, tasks=tasks, group=group)
+        losses = objective.losses(engine.forward(batch, patch_dropout=patch_dropout), batch, tasks=tasks, group=group)
         with engine.backwards() as backward:
             backward(_total(losses), True)
         return losses
@@ -75,7 +60,7 @@ def forward_backward(
     texts += texts[:1] * (engine.forward_passes(len(texts)) - len(texts))
     parts = [*images, *texts]
     with torch.no_grad():
-        first = [engine.embed(part, patch_dropout) for part in parts]
+        first = [engine.forward(part, patch_dropout=patch_dropout) for part in parts]
     image_sizes, text_sizes = [len(e.images) for e in first], [len(e.texts) for e in first]
     own_images, order = 0 if batch.images is None else len(batch.images), order.to(first[0].texts.device)
     sorted_texts = torch.cat([e.texts for e in first])[: len(order)]
@@ -93,7 +78,7 @@ def forward_backward(
     del whole, of_images, of_texts
     with engine.backwards() as backward:
         for number, part in enumerate(parts):
-            embedded = engine.embed(part, patch_dropout)
+            embedded = engine.forward(part, patch_dropout=patch_dropout)
             surrogate = (embedded.images * of_image_chunks[number]).sum()
             surrogate = surrogate + (embedded.texts * of_text_chunks[number]).sum()
             if number == 0:  # the temperatures count once, whatever the number of chunks

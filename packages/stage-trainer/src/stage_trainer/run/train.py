@@ -16,12 +16,12 @@ from stage_trainer.data.batches import StageBatches
 from stage_trainer.data.keyed import key
 from stage_trainer.data.ledger import Ledger
 from stage_trainer.data.masked import MaskedBatches
-from stage_trainer.engine import Engine
+from stage_trainer.engine import Engine, make_engine
 from stage_trainer.errors import Stopped, UserError
 from stage_trainer.masked_lm import HiddenWords
 from stage_trainer.model import DualEncoder
 from stage_trainer.objective import MultiTask
-from stage_trainer.optim import schedule, set_rates
+from stage_trainer.optimizer.schedule import schedule, set_rates
 from stage_trainer.plan.auto import choose, planned_and_measured
 from stage_trainer.plan.devices import peak_flops
 from stage_trainer.plan.flops import StepShape, kept_patches, step_flops
@@ -106,7 +106,15 @@ def _train(recipe: Recipe, number: int, rank: int, world: int, device: torch.dev
             cache, planned = choice.cache, choice.planned
             if rank == 0:
                 print(choice.line, flush=True)
-        engine = Engine(objective, recipe, stage, optimizer)
+        objective.set_trainable(stage)
+        engine = make_engine(
+            objective,
+            objective.parameter_groups(stage, recipe.optimizer, optimizer),
+            recipe.optimizer,
+            precision=recipe.precision,
+            deepspeed=stage.deepspeed,
+            saved=optimizer,
+        )
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         with worker_deaths_explained(recipe.workers):
@@ -139,7 +147,7 @@ def run(
     ledger = Ledger(directory / "corrupt.jsonl", recipe.max_corrupt, rank == 0)
     health = Health(recipe.max_skipped, state["skipped"])
     began, before, samples = time.perf_counter(), state["seconds"], 0
-    peak = peak_flops(engine.engine.device, recipe.precision)
+    peak = peak_flops(engine.device, recipe.precision)
     sinks = open_sinks(recipe.sinks, directory, state["settings"]) if rank == 0 else ()
     with (
         Heartbeat(rank, world),
@@ -173,7 +181,7 @@ def run(
             towers = ("text", "image") if "image_text" in tasks else ("text",)
             rate = schedule(step, stage.steps, stage.warmup_steps, stage.min_lr_ratio)
             set_rates(engine.optimizer, rate, towers)
-            engine.engine.train()
+            engine.train()
             losses: dict[str, Any]
             if stage.masked:
                 losses = masked_lm.forward_backward(engine, batch, cache.tokens if cache else 0)
@@ -181,8 +189,9 @@ def run(
                 dropout = stage.patch_dropout_at(step)
                 losses = forward_backward(engine, batch, tasks=tasks, patch_dropout=dropout, group=group, cache=cache)
             if looked_at := monitor.wants(step):
-                engine.movement.before()
+                engine.update_norms.before()
             applied = engine.step()
+            engine.objective.after_step(engine)
             if problem := health.stepped(step, applied, engine.diagnosis):
                 monitor.say(problem)
             done = step + 1
@@ -265,13 +274,13 @@ def model_operations(engine: Engine, stage: Stage, batch: Any, step: int, tokens
 
 def scalars(engine: Engine, health: Health, ledger: Ledger) -> dict[str, float]:
     """What TensorBoard shows beside the losses: temperatures, the rates of each tower, norms, what went wrong."""
-    values = {f"temperature/{task}": value for task, value in engine.temperatures().items()}
+    values = {f"temperature/{task}": value for task, value in engine.objective.temperatures(engine).items()}
     for group in engine.optimizer.param_groups:
         kind = "muon" if group["muon"] else "adamw"
         name = f"learning_rate_{kind}/{group['tower']}"
         values[name] = max(values.get(name, 0.0), group["lr"])
     values |= {f"gradient_norm/{tower}": norm for tower, norm in engine.gradient_norms().items()}
-    values |= engine.movement.after()
+    values |= engine.update_norms.after()
     return {**values, "trouble/skipped_steps": health.skipped, "trouble/corrupt_samples": ledger.count}
 
 

@@ -72,7 +72,7 @@ def _embeddings(recipe: Recipe, stage: Stage, engine: Engine) -> Validation:
 
     def validate(monitor: Monitor, step: int, rank: int, world: int) -> dict[str, float]:
         model.eval()
-        share = (rank, world) if engine.zero < 3 else (0, 1)  # under ZeRO 3 all ranks must run the same forward passes
+        share = engine.forward_share()
         values: dict[str, float] = {}
         embedded = [retrieval.embed(model, pool, rank=share[0], world=share[1]) for pool in images.values()]
         for (name, pool), vectors in zip(images.items(), embedded, strict=True):
@@ -185,8 +185,8 @@ def _masked_lm(recipe: Recipe, stage: Stage, engine: Engine, tokenizer: Tokenize
     measures[over_all] = Measure(higher_is_better=False, headline=True)
 
     def validate(monitor: Monitor, step: int, rank: int, world: int) -> dict[str, float]:
-        engine.engine.eval()
-        share = (rank, world) if engine.zero < 3 else (0, 1)  # as above
+        engine.train(False)
+        share = engine.forward_share()
         losses = held_out_losses(engine, batches, rank=share[0], world=share[1], tokens=tokens)
         values = from_rank_0({f"validation_loss_masked_lm/{name}": loss for name, loss in losses.items()})
         for name, value in values.items():
