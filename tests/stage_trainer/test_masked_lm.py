@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from data_prep.shards import Dataset, DatasetWriter
+from stage_trainer.batch import MaskedBatch
 from stage_trainer.build import build_model, empty_model
 from stage_trainer.data.masked import HELD_OUT, MaskedBatches, held_out
 from stage_trainer.errors import UserError
-from stage_trainer.masked_lm import HiddenWords, MaskedBatch, forward_backward, held_out_losses
+from stage_trainer.masked_lm import HiddenWords, forward_backward, held_out_losses
 from stage_trainer.optim import parameter_groups
 from stage_trainer.recipe.read import load
 from text_tower import MaskedLM, MaskedTokens, PackedTokens, TextTower, TextTowerConfig

@@ -1,8 +1,9 @@
 """The objective hands the towers what their weights were trained on."""
 
 import torch
+from stage_trainer.batch import Part
 from stage_trainer.model import DualEncoder
-from stage_trainer.objective import MultiTask, Part
+from stage_trainer.objective import MultiTask
 from stage_trainer.recipe import Loss
 from text_tower import TextTower, TextTowerConfig
 from torchvision.transforms import v2

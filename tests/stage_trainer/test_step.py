@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from contrastive_losses import matryoshka_info_nce
+from stage_trainer.batch import Batch, image_chunks, packed_chunks, text_chunks
 from stage_trainer.model import DualEncoder
-from stage_trainer.objective import Batch, MultiTask
+from stage_trainer.objective import MultiTask
 from stage_trainer.recipe import GradientCache, Loss
-from stage_trainer.step import forward_backward, image_chunks, packed_chunks, text_chunks
+from stage_trainer.step import forward_backward
 from text_tower import PackedTokens, TextTower, TextTowerConfig
 from torch.nn.functional import cross_entropy, normalize
 from vision_tower import VisionTower, VisionTowerConfig

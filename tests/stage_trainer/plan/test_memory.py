@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from stage_trainer.batch import Batch
 from stage_trainer.model import DualEncoder
-from stage_trainer.objective import Batch, MultiTask
+from stage_trainer.objective import MultiTask
 from stage_trainer.plan.devices import Device
 from stage_trainer.plan.memory import Model, Setting, Sizes, estimate, loss_bytes, resting_parts, update_parts
 from stage_trainer.recipe import GradientCache, Loss, Trainable

@@ -15,11 +15,12 @@ import torch
 from text_tower.masked_lm import MaskedLoss
 from torch import Tensor, nn
 
+from stage_trainer.batch import Embedded, MaskedBatch, Part
 from stage_trainer.build import Model
 from stage_trainer.errors import UserError
-from stage_trainer.masked_lm import HiddenWords, MaskedBatch
+from stage_trainer.masked_lm import HiddenWords
 from stage_trainer.movement import Movement
-from stage_trainer.objective import Embedded, MultiTask, Part
+from stage_trainer.objective import MultiTask
 from stage_trainer.optim import build_optimizer, named_states, parameter_groups
 from stage_trainer.recipe import Recipe, Stage
 

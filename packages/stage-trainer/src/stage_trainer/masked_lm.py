@@ -6,44 +6,20 @@ sum over a sum, not a mean of means; the gradients, too, are those of one proces
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from text_tower import MaskedLM, MaskedTokens
+from text_tower import MaskedLM
 from text_tower.masked_lm import MaskedLoss
 from torch import Tensor, nn
 
+from stage_trainer.batch import MaskedBatch
 from stage_trainer.recipe import Stage
-from stage_trainer.step import packed_chunks
 
 MaskedLosses = dict[str, tuple[Tensor, Tensor]]
 """{"masked_lm": (loss in nats a hidden token, hidden tokens)}, both 0-d, over all ranks."""
-
-
-@dataclass(frozen=True)
-class MaskedBatch:
-    """One rank's part of a global batch of N texts with hidden words, or a chunk of it.
-
-    Attributes:
-        masked: the texts, and what was hidden in them.
-        seeds: `[N]` int64, for dropout.
-    """
-
-    masked: MaskedTokens
-    seeds: Tensor
-
-    def to(self, device: torch.device) -> MaskedBatch:
-        return MaskedBatch(self.masked.to(device, non_blocking=True), self.seeds.to(device, non_blocking=True))
-
-    def chunks(self, tokens: int) -> Iterator[MaskedBatch]:
-        """Consecutive texts with at most `tokens` tokens (0: all in one); a longer text is a chunk of its own."""
-        places, labels = self.masked.places, self.masked.labels
-        for rows, span, packed in packed_chunks(self.masked.packed, tokens):
-            inside = (places >= span.start) & (places < span.stop)
-            yield MaskedBatch(MaskedTokens(packed, places[inside] - span.start, labels[inside]), self.seeds[rows])
 
 
 class HiddenWords(nn.Module):

@@ -3,75 +3,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from contrastive_losses import LossStats, matryoshka_info_nce, unified_info_nce
-from text_tower import PackedTokens
 from torch import Tensor, nn
 from vision_tower import patch_keep_indices
 
+from stage_trainer.batch import Batch, Embedded, Part
 from stage_trainer.model import DualEncoder
 from stage_trainer.recipe import Loss, Stage
 
 Losses = dict[str, tuple[Tensor, LossStats]]
 """Loss and statistics by task, or of all in one ("unified")."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """Images and texts to embed in one forward pass.
-
-    Attributes:
-        images: uint8 `[I, 3, R, R]`, already augmented, or None.
-        image_seeds: `[I]` int64, the seed of each image's patch dropout.
-        texts: in one packed sequence, or None.
-        text_seeds: int64, one for each text, for dropout.
-    """
-
-    images: Tensor | None
-    image_seeds: Tensor
-    texts: PackedTokens | None
-    text_seeds: Tensor
-
-    def to(self, device: torch.device) -> Part:
-        return Part(
-            None if self.images is None else self.images.to(device, non_blocking=True),
-            self.image_seeds.to(device, non_blocking=True),
-            None if self.texts is None else self.texts.to(device, non_blocking=True),
-            self.text_seeds.to(device, non_blocking=True),
-        )
-
-
-@dataclass(frozen=True)
-class Batch(Part):
-    """One rank's part of a global batch: I image-caption pairs and P text pairs with K hard negatives each.
-
-    Its images are the I of the captions and, in a unified batch with views, twice as many more: a view of each, then
-    another. Its texts are I captions, P queries, P targets and P·K hard negatives, in this order.
-
-    Attributes:
-        image_ids: `[I]` int64, equal for samples that show the same item.
-        pairs: P.
-        negatives: K.
-        text_ids: `[P]` int64, equal for pairs about the same item.
-    """
-
-    image_ids: Tensor
-    pairs: int
-    negatives: int
-    text_ids: Tensor
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """What a part became: images `[I, D]` and texts `[N, D]`, float32, and `scales`, ln(1 / temperature) by task, `[1]`
-    each: apart, so that the one of a task that rests gets no gradient, rather than zeros."""
-
-    images: Tensor
-    texts: Tensor
-    scales: dict[str, Tensor]
 
 
 class MultiTask(nn.Module):

@@ -11,15 +11,15 @@ its batch, and chunks would not see one another's.)
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
-from text_tower import PackedTokens
 from torch import Tensor
 
-from stage_trainer.objective import Batch, Embedded, Losses, MultiTask, Part
+from stage_trainer.batch import Batch, Embedded, Part, image_chunks, text_chunks
+from stage_trainer.objective import Losses, MultiTask
 from stage_trainer.recipe import GradientCache
 
 
@@ -101,38 +101,6 @@ def forward_backward(
             if surrogate.requires_grad:  # not so of what goes through a frozen tower
                 backward(surrogate, number == len(parts) - 1)
     return losses
-
-
-def image_chunks(batch: Batch, size: int) -> Iterator[Part]:
-    """Parts of at most `size` images (0: all in one)."""
-    count = 0 if batch.images is None else len(batch.images)
-    no_seeds = batch.text_seeds[:0]
-    for start in range(0, count, size or max(1, count)):
-        rows = slice(start, start + (size or count))
-        assert batch.images is not None
-        yield Part(batch.images[rows], batch.image_seeds[rows], None, no_seeds)
-
-
-def text_chunks(batch: Batch, tokens: int) -> Iterator[Part]:
-    """Parts of consecutive texts with at most `tokens` tokens (0: all in one); a longer text is a part of its own."""
-    if batch.texts is None:
-        return
-    for rows, _, packed in packed_chunks(batch.texts, tokens):
-        yield Part(None, batch.image_seeds[:0], packed, batch.text_seeds[rows])
-
-
-def packed_chunks(texts: PackedTokens, tokens: int) -> Iterator[tuple[slice, slice, PackedTokens]]:
-    """(which texts, which of all their tokens, these packed) of each part of `texts`."""
-    lengths, bounds = texts.lengths, texts.cu_seqlens
-    start = 0
-    while start < len(lengths):
-        stop, held = start + 1, lengths[start]
-        while stop < len(lengths) and (not tokens or held + lengths[stop] <= tokens):
-            held, stop = held + lengths[stop], stop + 1
-        first = int(bounds[start])
-        ids, cu_seqlens = texts.ids[first : first + held], bounds[start : stop + 1] - first
-        yield slice(start, stop), slice(first, first + held), PackedTokens(ids, cu_seqlens, max(lengths[start:stop]))
-        start = stop
 
 
 def _total(losses: Losses) -> Tensor:

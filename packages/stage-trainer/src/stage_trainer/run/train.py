@@ -13,9 +13,9 @@ import torch
 from stage_trainer import masked_lm
 from stage_trainer.build import check_configs, load_tokenizer
 from stage_trainer.data.batches import StageBatches
-from stage_trainer.data.keyed import key
 from stage_trainer.data.ledger import Ledger
 from stage_trainer.data.masked import MaskedBatches
+from stage_trainer.data.stateless_rng import key
 from stage_trainer.engine import Engine
 from stage_trainer.errors import Stopped, UserError
 from stage_trainer.masked_lm import HiddenWords
