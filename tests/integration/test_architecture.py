@@ -25,6 +25,7 @@ FLOORS = (
     "engine",
     "evaluation",
     "plan",
+    "checkpoint",
     "run",
     "dry_run",
     "cli",

@@ -81,7 +81,7 @@ MOMENTS = """
 import dataclasses, os, signal, sys
 import stage_trainer.run.train as train
 from stage_trainer.cli import main
-from stage_trainer.run import checkpoint
+from stage_trainer.checkpoint import save as checkpoint
 
 def ask():
     os.kill(os.getpid(), signal.SIGTERM)

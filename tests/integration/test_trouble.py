@@ -184,7 +184,7 @@ def test_ranks_that_end_in_order_are_not_missed(port):
 def test_steps_go_on_while_a_checkpoint_is_written(launch_tampered, tmp_path):
     body = """
     if step == 0:
-        from stage_trainer.run import checkpoint
+        from stage_trainer.checkpoint import save as checkpoint
         write = checkpoint.write
         def slow(*a):
             time.sleep(3)

@@ -228,7 +228,7 @@ def _model_directory(path: Path) -> tuple[Path, Path | None]:
     if not path.exists():
         raise UserError(f"there is no {path}; expected {_MODEL}")
     _say("loading PyTorch …")
-    from stage_trainer.run.checkpoint import Saved, all_saved, path_of, read_best
+    from stage_trainer.checkpoint.load import Saved, all_saved, path_of, read_best
 
     if (path / "config.json").exists():
         model, saved = path, None

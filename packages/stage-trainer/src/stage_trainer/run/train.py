@@ -12,6 +12,11 @@ import torch
 
 from stage_trainer import masked_lm
 from stage_trainer.build import check_configs, load_tokenizer
+from stage_trainer.checkpoint.broadcast import from_rank_0
+from stage_trainer.checkpoint.load import all_saved, path_of
+from stage_trainer.checkpoint.resume import move_aside, set_resolution, settings, starting_point
+from stage_trainer.checkpoint.save import Saver
+from stage_trainer.checkpoint.state import RunState
 from stage_trainer.data.batches import StageBatches
 from stage_trainer.data.ledger import Ledger
 from stage_trainer.data.masked import MaskedBatches
@@ -27,17 +32,14 @@ from stage_trainer.plan.devices import peak_flops
 from stage_trainer.plan.flops import StepShape, kept_patches, step_flops
 from stage_trainer.recipe import GradientCache, Recipe, Stage
 from stage_trainer.recipe.rules import check_ranks
-from stage_trainer.run import checkpoint
 from stage_trainer.run.control import Control
 from stage_trainer.run.environment import keep_freed_memory, native_precision, peak_memory, quiet, set_threads, versions
+from stage_trainer.run.evaluation import better, check_best
 from stage_trainer.run.health import Health
 from stage_trainer.run.loader import batches, worker_deaths_explained
 from stage_trainer.run.monitor import Monitor, open_sinks
-from stage_trainer.run.rank_0 import from_rank_0
 from stage_trainer.run.rendezvous import initialize_distributed
 from stage_trainer.run.report import next_steps
-from stage_trainer.run.saver import Saver, better, check_best
-from stage_trainer.run.start import move_aside, settings, starting_point
 from stage_trainer.run.text_counts import TextCounts
 from stage_trainer.run.together import Heartbeat, one_reason
 from stage_trainer.run.validation import validation
@@ -83,19 +85,20 @@ def _train(recipe: Recipe, number: int, rank: int, world: int, device: torch.dev
         move_aside(directory)
     if world > 1:
         torch.distributed.barrier()
-    state: dict[str, Any] = {"settings": settings(recipe, number), "data": data.fingerprint, "versions": versions()}
+    state = RunState(settings(recipe, number), data.fingerprint, versions())
 
     step = -1
     while step < stage.steps:
         # A change of resolution is a checkpoint and a start from it: one way for both, and nothing to patch in place.
-        former, (model, optimizer, step) = step, starting_point(recipe, number, state, tokenizer)
+        former, (model, optimizer) = step, starting_point(recipe, number, state, tokenizer)
+        step = state.step
         if step == stage.steps:
             break
         if rank == 0 and former < 0 < step:
-            print(f"going on from step {step} of {stage.steps} ({checkpoint.path_of(directory, step)})", flush=True)
+            print(f"going on from step {step} of {stage.steps} ({path_of(directory, step)})", flush=True)
         objective: MultiTask | HiddenWords
         if isinstance(model, DualEncoder):
-            checkpoint.set_resolution(model, stage.resolution_at(step), optimizer)
+            set_resolution(model, stage.resolution_at(step), optimizer)
             objective = MultiTask(model.to(device), stage.loss, recipe.precision)
             until = min([start for start, _ in stage.resolution if start > step] + [stage.steps])
         else:
@@ -114,7 +117,7 @@ def _train(recipe: Recipe, number: int, rank: int, world: int, device: torch.dev
         if rank == 0 and planned and (line := planned_and_measured(planned, device)):
             print(line, flush=True)
     if rank == 0:
-        print(f"stage {number} of {recipe.name} is complete: {checkpoint.all_saved(directory)[-1].path}")
+        print(f"stage {number} of {recipe.name} is complete: {all_saved(directory)[-1].path}")
         print(next_steps(recipe, number), flush=True)
 
 
@@ -124,7 +127,7 @@ def run(
     number: int,
     engine: Engine,
     data: StageBatches | MaskedBatches,
-    state: dict[str, Any],
+    state: RunState,
     start: int,
     stop: int,
     cache: GradientCache | None,
@@ -137,10 +140,10 @@ def run(
     validate = validation(recipe, stage, engine, data.tokenizer)
     check_best(recipe.checkpoint.best, validate.measures if validate else None)
     ledger = Ledger(directory / "corrupt.jsonl", recipe.max_corrupt, rank == 0)
-    health = Health(recipe.max_skipped, state["skipped"])
-    began, before, samples = time.perf_counter(), state["seconds"], 0
+    health = Health(recipe.max_skipped, state.skipped)
+    began, before, samples = time.perf_counter(), state.seconds, 0
     peak = peak_flops(engine.engine.device, recipe.precision)
-    sinks = open_sinks(recipe.sinks, directory, state["settings"]) if rank == 0 else ()
+    sinks = open_sinks(recipe.sinks, directory, state.settings) if rank == 0 else ()
     with (
         Heartbeat(rank, world),
         Control() as control,
@@ -155,16 +158,16 @@ def run(
             sinks=sinks,
             peak=peak and peak * world,
             max_tokens=None if stage.masked else stage.max_tokens,  # of a text with hidden words a part is meant
-            texts=TextCounts(state["texts_drawn"], state["texts_cut"]),
+            texts=TextCounts(state.texts_drawn, state.texts_cut),
         ) as monitor,
         contextlib.closing(batches(data, start, stop, recipe.workers)) as loader,
     ):
         sources = list(data.fingerprint)
-        if validate and state["unmeasured"]:
+        if validate and state.unmeasured:
             measured = validate(monitor, start, rank, world)
             if best := better(measured, validate.measures, recipe.checkpoint.best, state):
                 saver.note_best(start, best)
-            state["unmeasured"] = False
+            state.unmeasured = False
         for step in range(start, stop):
             began_waiting = time.perf_counter()
             batch, drawn = next(loader)
@@ -206,21 +209,22 @@ def run(
             best = None
             due = validate and (done % recipe.evaluation.every == 0 or done == stage.steps)
             # An evaluation may take longer than whoever asks for an end will wait: what is due is then made up for.
-            state["unmeasured"] = bool(due and asked and done < stage.steps)
-            if validate and due and not state["unmeasured"]:
+            state.unmeasured = bool(due and asked and done < stage.steps)
+            if validate and due and not state.unmeasured:
                 measured = validate(monitor, done, rank, world)
                 best = better(measured, validate.measures, recipe.checkpoint.best, state)
                 if done == stage.steps:
                     shown = [name for name in measured if validate.measures[name].headline]
-                    monitor.outcome(state["settings"], [*shown, *(f"loss/{task}" for task in losses)])
+                    monitor.outcome(state.settings, [*shown, *(f"loss/{task}" for task in losses)])
                 (asked,) = control.agree(control.asked)
             if done == stop or asked or best or (recipe.checkpoint.every and done % recipe.checkpoint.every == 0):
                 _check_parameters(engine, step, directory)
-                state["seconds"] = before + time.perf_counter() - began
-                state["peak_memory_bytes"] = max(peak_memory(), state["peak_memory_bytes"])
-                state["skipped"] = health.skipped
-                state["texts_drawn"], state["texts_cut"] = dict(monitor.texts.drawn), dict(monitor.texts.cut)
-                saver.save(done, engine, state, best)
+                state.seconds = before + time.perf_counter() - began
+                state.peak_memory_bytes = max(peak_memory(), state.peak_memory_bytes)
+                state.skipped = health.skipped
+                state.texts_drawn, state.texts_cut = dict(monitor.texts.drawn), dict(monitor.texts.cut)
+                state.step = done
+                saver.save(engine, state, best)
             if ledger.count and (asked or done == stop):
                 monitor.say(
                     f"{ledger.count:,} samples could not be read, and others took their places: {ledger.path} has each"

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from text_tower import Tokenizer
 
+from stage_trainer.checkpoint.broadcast import from_rank_0
 from stage_trainer.data.batches import open_data_set
 from stage_trainer.data.masked import held_out
 from stage_trainer.data.remote_data import place
@@ -20,7 +21,6 @@ from stage_trainer.masked_lm import held_out_losses
 from stage_trainer.measure import Measure
 from stage_trainer.recipe import Recipe, Stage
 from stage_trainer.run.monitor import Monitor, joined
-from stage_trainer.run.rank_0 import from_rank_0
 
 
 @dataclass(frozen=True)

@@ -5,69 +5,68 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from text_tower import Tokenizer
 from torch import Tensor
+from vision_tower import resample_optimizer_state
 
 from stage_trainer.build import Model, build_model, load_model, with_text_weights
+from stage_trainer.checkpoint.load import Saved, compatible, latest_valid
+from stage_trainer.checkpoint.state import RunState
 from stage_trainer.errors import UserError
 from stage_trainer.files import free_name
+from stage_trainer.model import DualEncoder
 from stage_trainer.recipe import BatchSizes, Rates, Recipe, Stage, StageData
 from stage_trainer.recipe import Model as ModelOfRecipe
 from stage_trainer.recipe.read import flatten, to_dict
-from stage_trainer.run import checkpoint
 
-SO_FAR: dict[str, Any] = {
-    "seconds": 0.0, "peak_memory_bytes": 0, "skipped": 0, "best": None, "unmeasured": False, "texts_drawn": {},
-    "texts_cut": {},
-}  # fmt: skip
-"""What a stage counts over all its processes (texts by source), and whether it owes an evaluation; part of a
-checkpoint's state."""
 _STAGE = Stage(steps=0, max_tokens=0, batch=BatchSizes(), lr=Rates(), data=StageData())
 _DEFAULTS = Recipe(name="", output="", corpus="", model=ModelOfRecipe(text={}, tokenizer=""), stages=(_STAGE,))
 
 
 def starting_point(
-    recipe: Recipe, number: int, state: dict[str, Any], tokenizer: Any
-) -> tuple[Model, dict[str, Tensor] | None, int]:
-    """(model, optimizer state, step): of this stage's newest checkpoint, the stage before, or new.
+    recipe: Recipe, number: int, state: RunState, tokenizer: Tokenizer
+) -> tuple[Model, dict[str, Tensor] | None]:
+    """(model, optimizer state) of this stage's newest checkpoint, of the stage before, or new.
 
     Args:
-        state: settings and data of this process; takes what the checkpoint counted (`SO_FAR`) and the model that the
-            stage grew from.
+        state: takes over what the checkpoint holds, and notes which model the stage grew from.
 
     Raises:
         UserError: the stage before is not finished, or this one was begun with other settings or data.
     """
-    state.update(SO_FAR)
-    directory = recipe.stage_directory(number)
-    saved = checkpoint.newest_sound(directory)
-    before = checkpoint.newest_sound(recipe.stage_directory(number - 1)) if number > 1 else None
+    saved = latest_valid(recipe.stage_directory(number))
+    before = latest_valid(recipe.stage_directory(number - 1)) if number > 1 else None
     finished = before if before and before.step >= recipe.stage(number - 1).steps else None
     grown_from = f"the model of stage {number - 1}"
     if finished:
-        state["data"][grown_from] = finished.model_digest()
+        state.data[grown_from] = finished.model_digest()
     if saved:
         former = saved.state()
         if not finished:  # it may be gone once the next stage has begun
-            state["data"] |= {k: v for k, v in former.get("data", {}).items() if k == grown_from}
+            state.data |= {k: v for k, v in former.get("data", {}).items() if k == grown_from}
         # A setting that the release which began the run did not know yet is at its default.
-        defaults = {k: v for k, v in settings(_DEFAULTS, 1).items() if k in state["settings"]}
+        defaults = {k: v for k, v in settings(_DEFAULTS, 1).items() if k in state.settings}
         former["settings"] = {**defaults, **former.get("settings", {})}
-        checkpoint.compatible(former, state, directory)
-        state.update({name: former.get(name, value) for name, value in SO_FAR.items()})
-        return load_model(recipe, number, saved.model), saved.optimizer(), saved.step
+        compatible(former, state, recipe.stage_directory(number))
+        state.load_state_dict(former)
+        return load_model(recipe, number, saved.model), saved.optimizer()
     if number == 1:
-        return build_model(recipe, number, tokenizer), None, 0
+        return build_model(recipe, number, tokenizer), None
     if not finished:
-        needed = recipe.stage(number - 1).steps
-        reached = f"stopped at step {before.step} of {needed}" if before else "has not run"
-        raise UserError(
-            f"stage {number} starts from stage {number - 1}, which {reached} ({recipe.stage_directory(number - 1)}); "
-            f"run it first: bash launch/stage{number - 1}.sh"
-        )
+        raise _not_finished(recipe, number - 1, before)
     if recipe.stage(number - 1).masked and not recipe.stage(number).masked:
-        return build_model(with_text_weights(recipe, finished.model), number, tokenizer), None, 0
+        return build_model(with_text_weights(recipe, finished.model), number, tokenizer), None
     carried = finished.optimizer() if recipe.stage(number).carry_optimizer else None
-    return load_model(recipe, number, finished.model), carried, 0
+    return load_model(recipe, number, finished.model), carried
+
+
+def _not_finished(recipe: Recipe, number: int, reached: Saved | None) -> UserError:
+    needed = recipe.stage(number).steps
+    so_far = f"stopped at step {reached.step} of {needed}" if reached else "has not run"
+    return UserError(
+        f"stage {number + 1} starts from stage {number}, which {so_far} ({recipe.stage_directory(number)}); "
+        f"run it first: bash launch/stage{number}.sh"
+    )
 
 
 def settings(recipe: Recipe, number: int) -> dict[str, Any]:
@@ -88,10 +87,11 @@ def move_aside(directory: Path) -> None:
         print(f"the former run now stands in {aside}", flush=True)
 
 
-def summary(directory: Path) -> dict[str, Any]:
-    """Seconds, peak memory and versions of a finished stage, from its last checkpoint."""
-    saved = checkpoint.all_saved(directory)
-    if not saved:
-        raise UserError(f"{directory} holds no checkpoint; run that stage first")
-    state = saved[-1].state()
-    return {k: state[k] for k in ("step", "seconds", "peak_memory_bytes", "versions")}
+def set_resolution(model: DualEncoder, pixels: int, optimizer: dict[str, Tensor] | None = None) -> None:
+    """Changes the vision tower's resolution, and resamples the moments of its position table with it."""
+    old, prefix = model.vision.config.grid, "vision.pos_embed|"
+    model.vision.set_resolution(pixels)
+    if optimizer:
+        moments = {name.removeprefix(prefix): v for name, v in optimizer.items() if name.startswith(prefix)}
+        moments = resample_optimizer_state(moments, old, model.vision.config.grid)
+        optimizer.update({prefix + name: value for name, value in moments.items()})
