@@ -21,13 +21,14 @@ FLOORS = (
     "model",
     "data",
     "weights build",
-    "optim muon movement objective masked_lm step",
+    "optimizer",
     "engine",
     "evaluation",
     "plan",
+    "tasks",
     "checkpoint",
     "run",
-    "dry_run",
+    "trainer dry_run",
     "cli",
 )
 """The trainer's modules, from the ground up. A floor imports from itself and from those below."""
@@ -60,8 +61,8 @@ def modules_of(name: str) -> dict[str, set[str]]:
             if isinstance(node, ast.Import):
                 found[module] |= {alias.name for alias in node.names} & found.keys()
             elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == name:
-                found[module].add(node.module)
-                found[module] |= {f"{node.module}.{alias.name}" for alias in node.names} & found.keys()
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                found[module] |= {full if full in found else node.module for full in names}
     return found
 
 

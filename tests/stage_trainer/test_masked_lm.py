@@ -11,11 +11,12 @@ import torch.distributed as dist
 from data_prep.shards import Dataset, DatasetWriter
 from stage_trainer.batch import MaskedBatch
 from stage_trainer.build import build_model, empty_model
-from stage_trainer.data.masked import HELD_OUT, MaskedBatches, held_out
+from stage_trainer.data.masked import HELD_OUT, held_out
 from stage_trainer.errors import UserError
 from stage_trainer.masked_lm import HiddenWords, forward_backward, held_out_losses
 from stage_trainer.optim import parameter_groups
 from stage_trainer.recipe.read import load
+from stage_trainer.tasks import make_task
 from text_tower import MaskedLM, MaskedTokens, PackedTokens, TextTower, TextTowerConfig
 
 SIZES = {"en": 90, "de": 30, "ka": 3}
@@ -64,7 +65,7 @@ def batches(tmp_path, recipes):
     def execute(*overrides, rank=0, world=1, data="[text-pairs/a, text-pairs/b]"):
         here = [f"corpus={tmp_path}", f"data={{masked_lm: {data}}}", "batch.masked_lm=9", *overrides]
         recipe = load(recipes / "masked-lm.yaml", here, 1).recipe
-        return MaskedBatches(recipe, recipe.stage(1), 1, Letters(), rank, world)
+        return make_task(recipe, 1).make_batches(Letters(), rank, world)
 
     return execute
 
@@ -111,7 +112,7 @@ def test_a_url_gives_the_batches_and_the_held_out_texts_of_its_folder(corpus, wr
     for settings in ((f"corpus={tmp_path}",), elsewhere):
         settings = [*settings, "data={masked_lm: [text-pairs/a, text-pairs/b]}"]  # of b there is no validation split
         recipe = load(recipes / "masked-lm.yaml", settings, 1).recipe
-        found.append(held_out(recipe, recipe.stage(1), Letters()))
+        found.append(held_out(recipe.data_config, recipe.stage(1), Letters()))
     assert [list(batches) for batches in found] == [["de"], ["de"]]
     assert torch.equal(found[0]["de"].masked.packed.ids, found[1]["de"].masked.packed.ids)
 
@@ -204,7 +205,7 @@ def test_held_out_texts_are_those_of_the_validation_split_whatever_the_seed(writ
     for seed in (0, 1):
         here = [f"corpus={tmp_path}", "data={masked_lm: [text-pairs/a]}", f"seed={seed}"]
         recipe = load(recipes / "masked-lm.yaml", here, 1).recipe
-        found.append(held_out(recipe, recipe.stage(1), Letters()))
+        found.append(held_out(recipe.data_config, recipe.stage(1), Letters()))
     assert list(found[0]) == ["de", "en"]
     assert all(len(batch.seeds) == HELD_OUT == len(set(given(batch))) for batch in found[0].values())
     for language, batch in found[0].items():

@@ -7,7 +7,7 @@ from stage_trainer.errors import UserError
 from stage_trainer.evaluation import retrieval, text_retrieval
 from stage_trainer.measure import OF_PAIRS, Measure
 from stage_trainer.run.evaluation import better, check_best
-from stage_trainer.run.validation import _lookup, _pair_title, _recall, of_images, of_pairs
+from stage_trainer.tasks.pools import _lookup, _pair_title, _recall, of_images, of_pairs
 
 LOSS = "validation_loss_masked_lm/all"
 

@@ -26,6 +26,7 @@ from stage_trainer.recipe.read import load
 from stage_trainer.run.environment import keep_freed_memory, quiet
 from stage_trainer.run.rendezvous import initialize_distributed
 from stage_trainer.step import forward_backward
+from stage_trainer.tasks import make_task
 from text_tower import PackedTokens
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
@@ -62,7 +63,7 @@ def start() -> None:
 
 def data_of(recipe: Recipe) -> StageBatches:
     """The batches of stage 1."""
-    return StageBatches(recipe, recipe.stage(1), 1, load_tokenizer(recipe), 0, 1)
+    return make_task(recipe, 1).make_batches(load_tokenizer(recipe), 0, 1)
 
 
 def first_batches(recipe: Recipe, count: int) -> list[Batch]:

@@ -182,7 +182,7 @@ def _train(arguments: argparse.Namespace) -> None:
     with leave_when_asked(rank), hold_folder(loaded.recipe, rank) as refusal:
         if rank == 0:
             print("loading PyTorch …", flush=True)
-        from stage_trainer.run.train import train
+        from stage_trainer.trainer import train
 
         train(loaded.recipe, arguments.stage, start_over=arguments.start_over, refusal=refusal)
 

@@ -6,34 +6,32 @@ from pathlib import Path
 from typing import Any
 
 from text_tower import Tokenizer
-from torch import Tensor
-from vision_tower import resample_optimizer_state
+from torch import Tensor, nn
 
-from stage_trainer.build import Model, build_model, load_model, with_text_weights
 from stage_trainer.checkpoint.load import Saved, compatible, latest_valid
 from stage_trainer.checkpoint.state import RunState
 from stage_trainer.errors import UserError
 from stage_trainer.files import free_name
-from stage_trainer.model import DualEncoder
 from stage_trainer.recipe import BatchSizes, Rates, Recipe, Stage, StageData
 from stage_trainer.recipe import Model as ModelOfRecipe
 from stage_trainer.recipe.read import flatten, to_dict
+from stage_trainer.tasks import Task
 
 _STAGE = Stage(steps=0, max_tokens=0, batch=BatchSizes(), lr=Rates(), data=StageData())
 _DEFAULTS = Recipe(name="", output="", corpus="", model=ModelOfRecipe(text={}, tokenizer=""), stages=(_STAGE,))
 
 
-def starting_point(
-    recipe: Recipe, number: int, state: RunState, tokenizer: Tokenizer
-) -> tuple[Model, dict[str, Tensor] | None]:
+def starting_point(task: Task, state: RunState, tokenizer: Tokenizer) -> tuple[nn.Module, dict[str, Tensor] | None]:
     """(model, optimizer state) of this stage's newest checkpoint, of the stage before, or new.
 
     Args:
+        task: of the stage.
         state: takes over what the checkpoint holds, and notes which model the stage grew from.
 
     Raises:
         UserError: the stage before is not finished, or this one was begun with other settings or data.
     """
+    recipe, number = task.recipe, task.number
     saved = latest_valid(recipe.stage_directory(number))
     before = latest_valid(recipe.stage_directory(number - 1)) if number > 1 else None
     finished = before if before and before.step >= recipe.stage(number - 1).steps else None
@@ -49,15 +47,13 @@ def starting_point(
         former["settings"] = {**defaults, **former.get("settings", {})}
         compatible(former, state, recipe.stage_directory(number))
         state.load_state_dict(former)
-        return load_model(recipe, number, saved.model), saved.optimizer()
+        return task.load_model(saved.model), saved.optimizer()
     if number == 1:
-        return build_model(recipe, number, tokenizer), None
+        return task.build_model(tokenizer), None
     if not finished:
         raise _not_finished(recipe, number - 1, before)
-    if recipe.stage(number - 1).masked and not recipe.stage(number).masked:
-        return build_model(with_text_weights(recipe, finished.model), number, tokenizer), None
-    carried = finished.optimizer() if recipe.stage(number).carry_optimizer else None
-    return load_model(recipe, number, finished.model), carried
+    carried = finished.optimizer() if task.stage.carry_optimizer else None
+    return task.load_former_model(finished.model, tokenizer), carried
 
 
 def _not_finished(recipe: Recipe, number: int, reached: Saved | None) -> UserError:
@@ -85,13 +81,3 @@ def move_aside(directory: Path) -> None:
     if directory.exists():
         aside = directory.rename(free_name(directory, "old"))
         print(f"the former run now stands in {aside}", flush=True)
-
-
-def set_resolution(model: DualEncoder, pixels: int, optimizer: dict[str, Tensor] | None = None) -> None:
-    """Changes the vision tower's resolution, and resamples the moments of its position table with it."""
-    old, prefix = model.vision.config.grid, "vision.pos_embed|"
-    model.vision.set_resolution(pixels)
-    if optimizer:
-        moments = {name.removeprefix(prefix): v for name, v in optimizer.items() if name.startswith(prefix)}
-        moments = resample_optimizer_state(moments, old, model.vision.config.grid)
-        optimizer.update({prefix + name: value for name, value in moments.items()})

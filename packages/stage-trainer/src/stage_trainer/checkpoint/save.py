@@ -7,18 +7,27 @@ import shutil
 import threading
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from stage_trainer.build import Model
 from stage_trainer.checkpoint.broadcast import from_rank_0
 from stage_trainer.checkpoint.load import BEST, Saved, all_saved, path_of, read_best, sha256
 from stage_trainer.checkpoint.state import Best, RunState
 from stage_trainer.engine import Engine
 from stage_trainer.errors import UserError
 from stage_trainer.files import free_name, save_tensors, whole_directory, write_whole
+
+
+class Model(Protocol):
+    """What a checkpoint holds."""
+
+    def load_state_dict(self, state_dict: dict[str, Tensor], *, assign: bool) -> object: ...
+
+    def to_empty(self, *, device: str) -> object: ...
+
+    def save_pretrained(self, path: Path) -> None: ...
 
 
 class Saver:
@@ -59,7 +68,7 @@ class Saver:
                 optimizer[name] = value.detach().to("cpu", copy=True).contiguous()
         weights = engine.copy_of_weights()
         if self.rank == 0:
-            arguments = (engine.shell, weights, optimizer, state.state_dict(), best)
+            arguments = (cast(Model, engine.shell), weights, optimizer, state.state_dict(), best)
             self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
             self._thread.start()
 

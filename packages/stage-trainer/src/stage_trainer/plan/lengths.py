@@ -97,7 +97,7 @@ def _tokenizer(recipe: Recipe) -> Tokenizer | None:
 def _counted(recipe: Recipe, source: Source, max_tokens: int, tokenizer: Tokenizer | None) -> Counted | None:
     """By the recipe's tokenizer on a sample of the texts, or by what the sidecars say of each sample's longest text, if
     that tokenizer is not here; None for data that are not here, or were not counted."""
-    where = place(recipe, "train", source.path)
+    where = place(recipe.data_config, "train", source.path)
     if not isinstance(where, Path):
         return None
     try:

@@ -177,6 +177,16 @@ class Stage:
         return bool(self.batch.masked_lm)
 
     @property
+    def task(self) -> str:
+        """The name of what the stage does (`tasks.TASKS`)."""
+        return "masked_lm" if self.masked else "contrastive"
+
+    def batch_at(self, step: int) -> dict[str, int]:
+        """The global batch of a step: {kind: how many}, each kind from its `task_start` on."""
+        sizes = {"image_text": self.batch.image_text, "text": self.batch.text, "masked_lm": self.batch.masked_lm}
+        return {kind: size for kind, size in sizes.items() if size and step >= getattr(self.task_start, kind, 0)}
+
+    @property
     def chunks(self) -> GradientCache | None:
         """The sizes of `gradient_cache`; None for none, and for an `auto` that nobody has settled yet."""
         return self.gradient_cache if isinstance(self.gradient_cache, GradientCache) else None
@@ -290,6 +300,15 @@ class Remote:
     allow_pipe: bool = False
 
 
+@dataclass(frozen=True)
+class DataConfig:
+    """Where a recipe's data are (`corpus`), how they are read, and how much each process keeps decoded."""
+
+    corpus: str
+    remote: Remote
+    cache_megabytes: int
+
+
 @dataclass(frozen=True, config=_STRICT)
 class Recipe:
     """A whole training, from the start to the last stage.
@@ -320,6 +339,10 @@ class Recipe:
     optimizer: Optimizer = field(default_factory=Optimizer)
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+
+    @property
+    def data_config(self) -> DataConfig:
+        return DataConfig(self.corpus, self.remote, self.cache_megabytes)
 
     def stage(self, number: int) -> Stage:
         """The stage of that number, counted from 1."""

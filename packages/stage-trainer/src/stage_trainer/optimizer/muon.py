@@ -1,7 +1,7 @@
-"""Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon) in a precision of one's choice.
+"""Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon) in bfloat16 or float32.
 
-The update of `torch.optim.Muon`, which orthogonalises in bfloat16 whatever the gradients are: rounding there turns a
-difference of 1e-7 between one process and two into one of 1e-5 within a few steps, so float32 runs need float32 here.
+The update is that of `torch.optim.Muon`, which always orthogonalises in bfloat16: rounding there turns a difference of
+1e-7 between one process and two into one of 1e-5 within a few steps, so float32 runs need float32 here.
 """
 
 from __future__ import annotations
@@ -12,21 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stage_trainer.optimizer.groups import ParamGroup
+
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _STEPS = 5
 _EPS = 1e-7
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised: every weight matrix moves by a matrix whose singular values are all about one.
+    """Momentum, orthogonalised: the update of each weight matrix has singular values that are all about one.
 
     Args:
         params: matrices `[out, in]`, or groups of them.
-        lr: the step's size, times sqrt(max(1, out / in)).
-        momentum: of the gradient's running mean, used with Nesterov's look-ahead.
+        lr: scales the update, times sqrt(max(1, out / in)).
+        momentum: of the running mean of gradients; with Nesterov's look-ahead.
         weight_decay: decoupled, as in AdamW.
         dtype: of the orthogonalisation.
-        group: ranks that hold the same matrices and gradients; each orthogonalises a part of them. None: no others.
+        group: ranks that hold the same matrices and gradients, to share the work. None: this process alone.
     """
 
     def __init__(
@@ -62,8 +64,8 @@ class Muon(torch.optim.Optimizer):
             out, into = parameter.shape
             parameter.add_(update.to(parameter.dtype), alpha=-group["lr"] * max(1, out / into) ** 0.5)
 
-    def _updates(self, moved: list[tuple[dict[str, Any], Tensor]]) -> list[Tensor]:
-        """The orthogonalised matrices of all ranks: the same bits, whoever computed them."""
+    def _updates(self, moved: list[tuple[ParamGroup, Tensor]]) -> list[Tensor]:
+        """The orthogonalised matrices, gathered from all ranks: the same bits whichever rank computed them."""
 
         def update(group: dict[str, Any], parameter: Tensor) -> Tensor:
             momentum = self.state[parameter]["momentum_buffer"]
@@ -82,14 +84,36 @@ class Muon(torch.optim.Optimizer):
         torch.distributed.all_gather(gathered, mine, group=self.group)
         updates = [mine] * len(moved)
         for part, size, flat in zip(parts, sizes, gathered, strict=True):
-            shapes = [moved[i][1].shape for i in part]
-            for i, shape, piece in zip(part, shapes, flat[:size].split([s.numel() for s in shapes]), strict=True):
-                updates[i] = piece.view(shape)
+            for i, piece in zip(part, torch.split(flat[:size], [moved[i][1].numel() for i in part]), strict=True):
+                updates[i] = piece.view(moved[i][1].shape)
         return updates
 
 
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon on the groups marked `muon` and torch's AdamW on the others, as one optimizer: DeepSpeed takes only one."""
+
+    def __init__(self, groups: list[ParamGroup], muon: dict[str, Any], adamw: dict[str, Any]):
+        matrices = [group for group in groups if group["muon"]]
+        rest = [group for group in groups if not group["muon"]]
+        self._parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            self._parts.append(Muon(matrices, **muon))
+        if rest:
+            self._parts.append(torch.optim.AdamW(rest, **adamw))
+        super().__init__([group for part in self._parts for group in part.param_groups], {})
+        # The parts read the group dictionaries and keep the state that are seen from outside.
+        self.param_groups = [group for part in self._parts for group in part.param_groups]
+        for part in self._parts:
+            part.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for part in self._parts:
+            part.step()
+
+
 def share(shapes: list[torch.Size], ranks: int) -> list[list[int]]:
-    """Which matrices each rank orthogonalises: the dearest first, each to whoever has the least work."""
+    """Which matrices each rank orthogonalises: the largest first, each to the rank with the least work so far."""
     costs = [min(shape) ** 2 * (2 * max(shape) + min(shape)) for shape in shapes]
     parts: list[list[int]] = [[] for _ in range(ranks)]
     for i in sorted(range(len(shapes)), key=lambda i: (-costs[i], i)):

@@ -1,45 +1,46 @@
-"""How large the parameters of each tower are, and how far a step moves them."""
+"""How large the parameters of each tower are, and how large a step's update is."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 SAMPLE = 65_536
-"""Values looked at of each parameter: enough for norms to about one percent, and small beside any model."""
+"""Values read of each parameter: enough for norms to about one percent, and small beside any model."""
 
 
-class Movement:
+class UpdateNorms:
     """L2 norms of a tower's parameters and of one step's update, estimated from evenly spaced values of each parameter.
 
     Args:
-        towers: {tower: its trainable parameters}; whole ones, so not under ZeRO 3.
+        towers: {tower: its trainable parameters}, whole ones: none under ZeRO 3, which partitions them.
     """
 
-    def __init__(self, towers: dict[str, list[nn.Parameter]]):
+    def __init__(self, towers: Mapping[str, Sequence[nn.Parameter]]):
         self.towers = towers
         self._before: dict[str, list[Tensor]] = {}
 
     @torch.no_grad()
     def before(self) -> None:
-        """To be called before the step that is looked at."""
+        """Call before the step that is measured."""
         self._before = {tower: [_values(p).clone() for p in ps] for tower, ps in self.towers.items()}
 
     @torch.no_grad()
     def after(self) -> dict[str, float]:
-        """{"parameter_norm/TOWER", "update_norm/TOWER"}, after it."""
+        """{"parameter_norm/TOWER", "update_norm/TOWER"}; call after the step."""
         norms: dict[str, float] = {}
         for tower, parameters in self.towers.items():
-            size = moved = 0.0
+            size = update = 0.0
             for parameter, before in zip(parameters, self._before[tower], strict=True):
                 now, weight = _values(parameter), parameter.numel() / len(before)
                 size += weight * float(now.square().sum())
-                moved += weight * float((now - before).square().sum())
-            norms |= {f"parameter_norm/{tower}": math.sqrt(size), f"update_norm/{tower}": math.sqrt(moved)}
+                update += weight * float((now - before).square().sum())
+            norms |= {f"parameter_norm/{tower}": math.sqrt(size), f"update_norm/{tower}": math.sqrt(update)}
         return norms
 
 
 def _values(parameter: nn.Parameter) -> Tensor:
-    return parameter.detach().flatten()[:: parameter.numel() // SAMPLE | 1]  # odd: even ones would keep to some columns
+    return parameter.detach().flatten()[:: parameter.numel() // SAMPLE | 1]  # an even step would miss some columns
