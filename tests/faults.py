@@ -70,7 +70,7 @@ ROOMS = {
         ),
         OF_TRAINER,
     ),
-    "optimizer": Room(tuple(f"{TRAINER}/{name}.py" for name in ("optim", "muon", "engine", "movement")), OF_TRAINER),
+    "optimizer": Room((f"{TRAINER}/optimizer/*.py", f"{TRAINER}/engine/*.py"), OF_TRAINER),
     "checkpoint": Room((f"{TRAINER}/files.py", f"{TRAINER}/checkpoint/*.py"), OF_TRAINER),
     "curation": Room(
         (f"{DATA}/shaping/*.py", f"{DATA}/negatives/*.py"), ("tests/data_prep/shaping", "tests/data_prep/negatives")

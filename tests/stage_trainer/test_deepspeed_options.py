@@ -1,8 +1,12 @@
 """DeepSpeed's options in a recipe, against the installed DeepSpeed."""
 
 import re
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import deepspeed
 from stage_trainer.recipe.read import load
@@ -80,10 +84,10 @@ def test_an_option_that_would_not_do_what_it_says_is_refused_by_name(recipes, op
 )
 def test_an_option_that_deepspeed_honours_is_read_and_deepspeed_reads_it(recipes, options):
     from deepspeed.runtime.config import DeepSpeedConfig
-    from stage_trainer.engine import deepspeed_config
+    from stage_trainer.engine.make import deepspeed_config
 
     recipe = read(recipes, options)
-    config = deepspeed_config(recipe, recipe.stages[0])
+    config = deepspeed_config(recipe.stages[0].deepspeed, recipe.optimizer.gradient_clipping)
     assert DeepSpeedConfig(config).gradient_clipping == recipe.optimizer.gradient_clipping
     assert {**config, **recipe.stages[0].deepspeed} == config
 
@@ -165,3 +169,15 @@ def test_the_keys_of_plain_blocks_are_deepspeeds():
         if name.startswith("FLOPS_PROFILER_") and not name.endswith(("_DEFAULT", "_FORMAT"))
     }  # fmt: skip
     assert deepspeed.names_of(deepspeed.FlopsProfiler) == of_profiler
+
+
+def test_deepspeed_is_bounded_to_the_versions_that_its_private_names_were_tried_on():
+    """In the package's requirements and in the docstring alike."""
+    from stage_trainer.engine import deepspeed_private
+
+    package = tomllib.loads((Path(__file__).parents[2] / "packages/stage-trainer/pyproject.toml").read_text())
+    (wanted,) = (r for r in map(Requirement, package["project"]["dependencies"]) if r.name == "deepspeed")
+    assert version("deepspeed") in wanted.specifier
+    bounds = {s.operator: s.version for s in wanted.specifier}
+    said = f"pyproject.toml asks for {bounds['>=']} or later, below {bounds['<']};"
+    assert said in " ".join(deepspeed_private.__doc__.split())

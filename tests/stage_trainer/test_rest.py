@@ -102,13 +102,12 @@ def an_engine():
 def torch_alone(recipe_of) -> tuple[list, list, int]:
     """(weights before the first step and after each, counts of steps after each part, how often a temperature met its
     floor), of one process without DeepSpeed."""
-    from stage_trainer.optim import parameter_groups
-    from stage_trainer.step import forward_backward
+    from stage_trainer.tasks.contrastive import forward_backward
 
     engine = an_engine()
     model = engine.objective.model
     recipe = recipe_of(WAY[-1][0], 0)
-    groups = parameter_groups(model, recipe.stage(1), recipe.optimizer)
+    groups = list(engine.objective.parameter_groups(recipe.stage(1), recipe.optimizer))
     options = {"betas": recipe.optimizer.betas, "eps": recipe.optimizer.eps}
     one_each = [{"params": [p], "lr": g["lr"], "weight_decay": g["weight_decay"]} for g in groups for p in g["params"]]
     optimizer = torch.optim.AdamW(one_each, **options)
@@ -117,7 +116,7 @@ def torch_alone(recipe_of) -> tuple[list, list, int]:
         engine.objective.set_trainable(recipe_of(trainable, 0).stage(1))
         for tasks in steps:
             if tasks != LOST:
-                forward_backward(engine, a_batch(tasks), tasks=tasks, patch_dropout=0.5)
+                forward_backward(engine, a_batch(tasks), pairs=tasks, patch_dropout=0.5)
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 with torch.no_grad():
@@ -134,11 +133,11 @@ def torch_alone(recipe_of) -> tuple[list, list, int]:
 def under_deepspeed(recipe_of, first: int, rank: int) -> tuple[list, list, list]:
     """Weights and counts of two ranks, and the temperatures after each step: a part under ZeRO `first`, the next under
     the stage after that, and so on."""
-    from stage_trainer.engine import Engine
-    from stage_trainer.objective import MultiTask
-    from stage_trainer.optim import set_rates
+    from stage_trainer.optimizer.schedule import set_rates
     from stage_trainer.recipe import GradientCache
-    from stage_trainer.step import forward_backward
+    from stage_trainer.tasks.contrastive import forward_backward
+    from stage_trainer.tasks.contrastive_objective import ContrastiveObjective
+    from test_step import deepspeed_engine
 
     model = an_engine().objective.model
     weights, counts, temperatures, state = [copy_of(model.state_dict())], [], [], None
@@ -149,8 +148,7 @@ def under_deepspeed(recipe_of, first: int, rank: int) -> tuple[list, list, list]
         box = [weights[-1]]  # rank 0 alone has the weights
         torch.distributed.broadcast_object_list(box)
         fresh.load_state_dict(box[0])
-        engine = Engine(MultiTask(fresh, recipe.stage(1).loss, "fp32"), recipe, recipe.stage(1), state)
-        engine.engine.train()
+        engine = deepspeed_engine(ContrastiveObjective(fresh, recipe.stage(1).loss, "fp32"), recipe, state)
         losses = engine.objective.losses
         for tasks in steps:
             if tasks == LOST:
@@ -161,14 +159,15 @@ def under_deepspeed(recipe_of, first: int, rank: int) -> tuple[list, list, list]
             set_rates(engine.optimizer, 1.0, ("text", "image") if "image_text" in moving else ("text",))
             group = torch.distributed.group.WORLD
             cache = GradientCache(2, 9) if len(weights) % 2 else None
-            forward_backward(engine, a_batch(moving, rows), tasks=moving, patch_dropout=0.5, group=group, cache=cache)
+            forward_backward(engine, a_batch(moving, rows), pairs=moving, patch_dropout=0.5, group=group, cache=cache)
             assert engine.step() == (tasks != LOST)
+            engine.objective.after_step(engine)
             engine.objective.losses = losses
             weights.append(copy_of(engine.copy_of_weights()))
-            temperatures.append(engine.temperatures())
+            temperatures.append(engine.objective.temperatures(engine))
         state = {name: value.clone() for name, value in engine.optimizer_state()}
         counts.append({n.removesuffix("|step"): float(v) for n, v in state.items() if n.endswith("|step")})
-        engine.engine.destroy()
+        engine.close()
     return weights, counts, temperatures
 
 

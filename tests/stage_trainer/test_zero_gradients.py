@@ -52,7 +52,7 @@ def test_norms_are_those_of_the_whole_batchs_gradients(found, zero, kind):
 @pytest.mark.parametrize("zero", ZERO)
 def test_the_size_of_the_towers_is_known_but_under_zero_3(found, zero, kind):
     """At a rate of 0 nothing moves."""
-    movement, weights = found[zero, kind, "movement"]
+    measured, weights = found[zero, kind, "update norms"]
     norms = {"image": [], "text": []}
     for name, value in weights.items():
         norms["image" if name.startswith(("vision.", "logit_scale")) else "text"].append(value.flatten())
@@ -61,7 +61,7 @@ def test_the_size_of_the_towers_is_known_but_under_zero_3(found, zero, kind):
     if kind == "unified":  # its one temperature is the images'
         of_text = weights["text_logit_scale"].item()
         expected["parameter_norm/text"] = (expected["parameter_norm/text"] ** 2 - of_text**2) ** 0.5
-    assert movement == ({} if zero == 3 else pytest.approx(expected, rel=1e-4))
+    assert measured == ({} if zero == 3 else pytest.approx(expected, rel=1e-4))
 
 
 @pytest.mark.parametrize("zero", ZERO)
@@ -74,15 +74,14 @@ def test_ranks_add_up_numbers_and_make_as_many_passes_where_each_gathers_weights
 def one_rank(rank: int, folder: str) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
     from deepspeed.utils import safe_get_full_grad
-    from stage_trainer.engine import Engine
-    from stage_trainer.objective import MultiTask
-    from stage_trainer.optim import set_rates
+    from stage_trainer.optimizer.schedule import set_rates
     from stage_trainer.recipe import GradientCache
     from stage_trainer.recipe.read import load
     from stage_trainer.run.environment import quiet
     from stage_trainer.run.rendezvous import initialize_distributed
-    from stage_trainer.step import forward_backward
-    from test_step import BOTH, OF_KIND, PlainEngine, make_batch
+    from stage_trainer.tasks.contrastive import forward_backward
+    from stage_trainer.tasks.contrastive_objective import ContrastiveObjective
+    from test_step import BOTH, OF_KIND, PlainEngine, deepspeed_engine, make_batch
 
     quiet()
     torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
@@ -90,7 +89,7 @@ def one_rank(rank: int, folder: str) -> None:
     drawn = Path(__file__).parents[2] / "launch/recipes/drawn.yaml"
     found = {}
     for kind in KINDS:
-        options = {"tasks": BOTH, "patch_dropout": 0.5}
+        options = {"pairs": BOTH, "patch_dropout": 0.5}
         plain = PlainEngine(kind, torch.float32)
         # The plain engine averages over ranks, if there are any: here both run the same whole batch.
         forward_backward(plain, make_batch(**OF_KIND[kind]), **options)
@@ -100,25 +99,26 @@ def one_rank(rank: int, folder: str) -> None:
             under = f"deepspeed={{zero_optimization: {{stage: {zero}{whole}}}}}"
             settings = ["optimizer.name=adamw", "optimizer.gradient_clipping=0", under]
             recipe = load(drawn, [*settings, f"loss={{kind: {kind}, dims: [32, 16]}}"], 1).recipe
-            objective = MultiTask(PlainEngine(kind, torch.float32).objective.model, recipe.stage(1).loss, "fp32")
-            engine = Engine(objective, recipe, recipe.stage(1))
-            engine.engine.train()
+            objective = ContrastiveObjective(
+                PlainEngine(kind, torch.float32).objective.model, recipe.stage(1).loss, "fp32"
+            )
+            engine = deepspeed_engine(objective, recipe)
             batch = make_batch(rows=slice(0, 3) if rank == 0 else slice(3, None), **OF_KIND[kind])
             group = torch.distributed.group.WORLD
             for _ in range(2):  # the second step would show what the first one left behind
                 forward_backward(engine, batch, group=group, cache=GradientCache(2, 9), **options)
                 gradients = {n: safe_get_full_grad(p) for n, p in engine.parameters.items()}
                 set_rates(engine.optimizer, 0.0, ("image", "text"))
-                engine.movement.before()
+                engine.update_norms.before()
                 engine.step()
-            found[zero, kind, "movement"] = engine.movement.after(), engine.copy_of_weights()
+            found[zero, kind, "update norms"] = engine.update_norms.after(), engine.copy_of_weights()
             found[zero, kind, "norms"] = engine.gradient_norms()
             mine = engine.sum_over_ranks(torch.tensor([rank + 0.25, -1.0])), engine.forward_passes(3 + rank)
             both = [None, None]
             torch.distributed.all_gather_object(both, mine)
             found[zero, kind, "ranks"] = both
             found[zero, kind] = {n: (g.clone(), expected[n]) for n, g in gradients.items() if g is not None}
-            engine.engine.destroy()
+            engine.close()
     if rank == 0:
         torch.save(found, Path(folder) / "found.pt")
     torch.distributed.destroy_process_group()

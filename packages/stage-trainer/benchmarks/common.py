@@ -16,17 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stage_trainer.batch import Batch
 from stage_trainer.build import build_model, load_tokenizer
 from stage_trainer.data.batches import StageBatches
-from stage_trainer.engine import Engine
+from stage_trainer.engine import make_engine
 from stage_trainer.model import DualEncoder
-from stage_trainer.objective import Batch, MultiTask
 from stage_trainer.recipe import GradientCache, Recipe
 from stage_trainer.recipe.read import load
 from stage_trainer.run.environment import keep_freed_memory, quiet
 from stage_trainer.run.rendezvous import initialize_distributed
-from stage_trainer.step import forward_backward
 from stage_trainer.tasks import make_task
+from stage_trainer.tasks.contrastive import forward_backward
+from stage_trainer.tasks.contrastive_objective import ContrastiveObjective
 from text_tower import PackedTokens
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
@@ -96,15 +97,24 @@ class Ours:
         self.stage, self.cache = recipe.stage(1), cache
         self.model = model = model_of(recipe)
         self.tasks = tuple(t for t in ("image_text", "text") if getattr(self.stage.batch, t))
-        self.engine = Engine(MultiTask(model, self.stage.loss, recipe.precision), recipe, self.stage)
-        self.engine.engine.train()
+        objective = ContrastiveObjective(model, self.stage.loss, recipe.precision)
+        objective.set_trainable(self.stage)
+        self.engine = make_engine(
+            objective,
+            objective.parameter_groups(self.stage, recipe.optimizer),
+            recipe.optimizer,
+            precision=recipe.precision,
+            deepspeed=self.stage.deepspeed,
+        )
+        self.engine.train()
 
     def step(self, batch: Batch, *, patch_dropout: float = 0.0, tasks: tuple[str, ...] | None = None) -> float:
         """The sum of the losses, before the update."""
         losses = forward_backward(
-            self.engine, batch, tasks=tasks or self.tasks, patch_dropout=patch_dropout, cache=self.cache
+            self.engine, batch, pairs=tasks or self.tasks, patch_dropout=patch_dropout, cache=self.cache
         )
         assert self.engine.step()
+        self.engine.objective.after_step(self.engine)
         return sum(loss.item() for loss, _ in losses.values())
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from stage_trainer.batch import Batch
 from stage_trainer.model import DualEncoder
-from stage_trainer.objective import MultiTask
 from stage_trainer.plan.devices import Device
 from stage_trainer.plan.memory import Model, Setting, Sizes, estimate, loss_bytes, resting_parts, update_parts
 from stage_trainer.recipe import GradientCache, Loss, Trainable
-from stage_trainer.step import forward_backward
+from stage_trainer.tasks.contrastive import forward_backward
+from stage_trainer.tasks.contrastive_objective import ContrastiveObjective
 from text_tower import PackedTokens, TextTower, TextTowerConfig
 from vision_tower import VisionTower, VisionTowerConfig
 
@@ -26,10 +26,10 @@ class PlainEngine:
 
     def __init__(self, text: TextTowerConfig, vision: VisionTowerConfig, precision: str):
         self.model = DualEncoder(TextTower(text), VisionTower(vision)).train()
-        self.objective = MultiTask(self.model, Loss(dims=(64, 32)), precision)
+        self.objective = ContrastiveObjective(self.model, Loss(dims=(64, 32)), precision)
 
-    def embed(self, part, patch_dropout):
-        return self.objective(part, patch_dropout=patch_dropout)
+    def forward(self, part, **options):
+        return self.objective(part, **options)
 
     def forward_passes(self, mine):
         return mine
@@ -79,7 +79,7 @@ def test_a_step_takes_what_the_profiler_measures(
 
     def run():
         engine.model.zero_grad()
-        forward_backward(engine, batch, tasks=("image_text", "text"), patch_dropout=dropout, cache=cache)
+        forward_backward(engine, batch, pairs=("image_text", "text"), patch_dropout=dropout, cache=cache)
         engine.model.zero_grad()
 
     sizes = Sizes(images, images + pairs * (2 + negatives), LENGTH, pairs, negatives, 1)

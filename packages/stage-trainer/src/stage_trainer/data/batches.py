@@ -17,12 +17,13 @@ from torch.utils.data import Dataset as TorchDataset
 from vision_tower import ImageError, augment, simclr_view
 
 from stage_trainer.batch import Batch
+from stage_trainer.data.config import DataConfig
 from stage_trainer.data.remote_data import RemotePlace, check_room, look_ahead, open_place, place
 from stage_trainer.data.sampler import Draw, SourceOrder, TaskSampler, slice_of
 from stage_trainer.data.samples import IMAGE_TYPES, SampleCache
 from stage_trainer.data.stateless_rng import key
 from stage_trainer.errors import UserError
-from stage_trainer.recipe import DataConfig, Source, Stage
+from stage_trainer.recipe import Source, Stage
 
 REPLACEMENTS = 16
 """So many samples in a row may be corrupt before a source is given up."""

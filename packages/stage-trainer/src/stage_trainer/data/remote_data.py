@@ -21,11 +21,12 @@ from typing import IO, Any
 
 from data_prep.shards import MANIFEST, Dataset, ShardError, ShardUnavailable, index_name
 
+from stage_trainer.data.config import DataConfig
 from stage_trainer.data.remote import FULL, Address, Failure, check, fetch, is_remote
 from stage_trainer.data.sampler import TaskSampler
 from stage_trainer.data.shard_cache import Room, locked, part_name, try_lock
 from stage_trainer.errors import UserError
-from stage_trainer.recipe import DataConfig, Remote
+from stage_trainer.recipe import Remote
 
 
 def place(data: DataConfig, split: str, path: str) -> Path | RemotePlace:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.shards import Dataset, ShardError
-from text_tower.lora import is_adapter
 from torch import nn
 from vision_tower import VisionTowerConfig
 
 from stage_trainer.build import check_configs, empty_model, tower_configs
 from stage_trainer.errors import UserError
 from stage_trainer.model import DualEncoder
+from stage_trainer.optimizer.groups import is_muon_matrix
 from stage_trainer.plan.devices import GIB, Device
 from stage_trainer.plan.flops import Flops, StepShape, kept_patches, step_flops
 from stage_trainer.plan.lengths import Lengths, text_lengths
@@ -195,14 +195,9 @@ def model_of(recipe: Recipe, number: int, segment: Segment, precision: str) -> M
         weights=_numbers(empty.parameters()),
         learning=_numbers(learning),
         largest=max((p.numel() for p in learning), default=0),
-        matrices=_numbers(p for n, p in empty.named_parameters() if p.requires_grad and _is_matrix(n, p)),
+        matrices=_numbers(p for n, p in empty.named_parameters() if p.requires_grad and is_muon_matrix(n, p)),
         deepspeed=tuple(sorted(given.items())),
     )
-
-
-def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether Muon trains it (`optim.parameter_groups`)."""
-    return parameter.ndim == 2 and "embeddings" not in name and not is_adapter(name)
 
 
 def _numbers(parameters: Iterator[nn.Parameter] | list[nn.Parameter]) -> int:

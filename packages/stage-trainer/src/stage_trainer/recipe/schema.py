@@ -300,15 +300,6 @@ class Remote:
     allow_pipe: bool = False
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """Where a recipe's data are (`corpus`), how they are read, and how much each process keeps decoded."""
-
-    corpus: str
-    remote: Remote
-    cache_megabytes: int
-
-
 @dataclass(frozen=True, config=_STRICT)
 class Recipe:
     """A whole training, from the start to the last stage.
@@ -339,10 +330,6 @@ class Recipe:
     optimizer: Optimizer = field(default_factory=Optimizer)
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
-
-    @property
-    def data_config(self) -> DataConfig:
-        return DataConfig(self.corpus, self.remote, self.cache_megabytes)
 
     def stage(self, number: int) -> Stage:
         """The stage of that number, counted from 1."""

@@ -89,7 +89,7 @@ class ContrastiveTask(Task):
         return ContrastiveObjective(model, self.stage.loss, self.recipe.precision)
 
     def make_batches(self, tokenizer: Tokenizer, rank: int, world: int) -> StageBatches:
-        return StageBatches(self.recipe.data_config, self.stage, self.seed, tokenizer, rank, world)
+        return StageBatches(self.data, self.stage, self.seed, tokenizer, rank, world)
 
     def towers_at(self, step: int) -> tuple[str, ...]:
         return ("text", "image") if "image_text" in self.stage.batch_at(step) else ("text",)
@@ -123,7 +123,7 @@ class ContrastiveTask(Task):
         return step_flops(text, vision, shape, trainable=stage.trainable, dims=stage.loss.dims).model
 
     def make_validation(self, engine: Engine, tokenizer: Tokenizer) -> Validation:
-        pools = PoolValidation(self.recipe.data_config, self.recipe.evaluation.pools, engine)
+        pools = PoolValidation(self.data, self.recipe.evaluation.pools, engine)
         return Validation(pools.measures, pools.run)
 
     def title(self, step: int) -> str:

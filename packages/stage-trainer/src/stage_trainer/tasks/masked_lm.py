@@ -71,7 +71,7 @@ class MaskedLMTask(Task):
         return MaskedLMObjective(model, self.recipe.precision)
 
     def make_batches(self, tokenizer: Tokenizer, rank: int, world: int) -> MaskedBatches:
-        return MaskedBatches(self.recipe.data_config, self.stage, self.seed, tokenizer, rank, world)
+        return MaskedBatches(self.data, self.stage, self.seed, tokenizer, rank, world)
 
     def forward_backward(self, engine: Engine, batch: MaskedBatch, step: int) -> Losses:
         return forward_backward(engine, batch, self.chunks.tokens if self.chunks else 0)
@@ -84,7 +84,7 @@ class MaskedLMTask(Task):
 
     def make_validation(self, engine: Engine, tokenizer: Tokenizer) -> Validation | None:
         """The loss on hidden words of the validation split, by language and over all; None if there is no such data."""
-        if not (batches := held_out(self.recipe.data_config, self.stage, tokenizer)):
+        if not (batches := held_out(self.data, self.stage, tokenizer)):
             return None
         over_all = "validation_loss_masked_lm/all"
         measures = {f"validation_loss_masked_lm/{name}": Measure(higher_is_better=False) for name in batches}

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from stage_trainer.data.batches import open_data_set
+from stage_trainer.data.config import DataConfig
 from stage_trainer.data.remote_data import place
 from stage_trainer.engine import Engine
 from stage_trainer.evaluation import picture, retrieval, text_retrieval
 from stage_trainer.measure import Measure
 from stage_trainer.model import DualEncoder
-from stage_trainer.recipe import DataConfig
 from stage_trainer.tasks.task import Measured
 
 

@@ -13,6 +13,7 @@ from PIL.Image import Image
 from text_tower import Tokenizer
 from torch import Tensor, nn
 
+from stage_trainer.data.config import DataConfig
 from stage_trainer.data.stateless_rng import key
 from stage_trainer.engine import Engine, Objective, make_engine
 from stage_trainer.measure import Measure
@@ -114,7 +115,7 @@ class Task(ABC):
 
     def __init__(self, recipe: Recipe, number: int):
         self.recipe, self.number, self.stage = recipe, number, recipe.stage(number)
-        self.seed = key(recipe.seed, number)
+        self.seed, self.data = key(recipe.seed, number), DataConfig.of(recipe)
         self.chunks = self.stage.chunks
 
     @abstractmethod

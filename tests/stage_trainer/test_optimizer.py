@@ -8,9 +8,12 @@ import pytest
 import torch
 from stage_trainer.build import tower_configs
 from stage_trainer.model import DualEncoder
-from stage_trainer.muon import Muon, orthogonalise
-from stage_trainer.optim import build_optimizer, named_states, parameter_groups, schedule, set_rates
+from stage_trainer.optimizer.build import build_optimizer
+from stage_trainer.optimizer.groups import let_rest, named_states
+from stage_trainer.optimizer.muon import Muon, orthogonalise
+from stage_trainer.optimizer.schedule import schedule, set_rates
 from stage_trainer.recipe.read import load
+from stage_trainer.tasks.contrastive_objective import ContrastiveObjective
 from text_tower import TextTower
 from vision_tower import VisionTower
 
@@ -24,6 +27,10 @@ def parts(recipes):
         return recipe, recipe.stage(stage), DualEncoder(TextTower(text), VisionTower(vision))
 
     return build
+
+
+def parameter_groups(model, stage, config, saved=None):
+    return list(ContrastiveObjective(model, stage.loss, "fp32").parameter_groups(stage, config, saved))
 
 
 def test_every_trainable_parameter_is_in_one_group(parts):
@@ -94,7 +101,14 @@ def test_a_tower_that_waited_takes_the_steps_of_a_fresh_adamw(parts, betas, zero
     for wait in (None, 0, 1, 50):
         torch.manual_seed(0)
         parameter = torch.nn.Parameter(torch.randn(100, dtype=torch.float64))
-        group = {"params": [parameter], "lr": 1e-3, "peak_lr": 1e-3, "weight_decay": 0.1, "tower": "image"}
+        group = {
+            "params": [parameter],
+            "lr": 1e-3,
+            "peak_lr": 1e-3,
+            "weight_decay": 0.1,
+            "tower": "image",
+            "waits": True,
+        }
         if wait is None:
             optimizer = torch.optim.AdamW([parameter], 1e-3, betas, config.eps, 0.1)
         else:
@@ -154,7 +168,9 @@ def test_a_group_holds_what_takes_part_together_and_was_moved_as_often(parts):
         "layer_decay={image: 1, text: 1}",
     )
     steps = {"vision.cls_token": 3.0, "vision.norm.bias": 3.0, "text.emb_ln.bias": 5.0}
-    groups = parameter_groups(model, stage, recipe.optimizer, steps)
+    groups = parameter_groups(
+        model, stage, recipe.optimizer, {f"{name}|step": torch.tensor(count) for name, count in steps.items()}
+    )
     for group in groups:
         assert len({steps.get(name, 0.0) for name in group["names"]}) == 1
         assert len({name.split(".")[0] for name in group["names"]}) == 1
@@ -210,7 +226,7 @@ def test_the_joint_optimizer_steps_as_its_parts_would(parts):
 def test_ranks_that_share_the_work_of_muon_end_in_the_bits_of_one(tmp_path):
     worker = f"""
 import sys, torch, torch.distributed as dist
-from stage_trainer.muon import Muon
+from stage_trainer.optimizer.muon import Muon
 rank, world = int(sys.argv[1]), int(sys.argv[2])
 dist.init_process_group("gloo", init_method="file://{tmp_path}/store" + sys.argv[2], rank=rank, world_size=world)
 torch.manual_seed(0)
@@ -270,3 +286,14 @@ def test_muon_has_torchs_defaults():
     ours, theirs = (inspect.signature(muon).parameters for muon in (Muon, torch.optim.Muon))
     for name in ("lr", "momentum", "weight_decay"):
         assert ours[name].default == theirs[name].default
+
+
+def test_nothing_rests_until_it_is_told_to():
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = let_rest(torch.optim.SGD([parameter], lr=0.5))
+    parameter.grad = torch.ones(2)
+    optimizer.step()
+    assert parameter.tolist() == [0.5, 0.5]
+    optimizer.param_groups[0]["rests"] = True
+    optimizer.step()
+    assert parameter.tolist() == [0.5, 0.5]

@@ -1,8 +1,8 @@
-"""How far a step moves a tower: against norms over all values."""
+"""Sizes of parameters and updates: against norms over all values."""
 
 import pytest
 import torch
-from stage_trainer.movement import SAMPLE, Movement
+from stage_trainer.optimizer.update_norms import SAMPLE, UpdateNorms
 from torch import nn
 
 
@@ -13,12 +13,12 @@ def test_norms_of_small_parameters_are_exact():
         "image": [nn.Parameter(torch.randn(11))],
     }
     before = {tower: [p.detach().clone() for p in ps] for tower, ps in towers.items()}
-    movement = Movement(towers)
-    movement.before()
+    norms = UpdateNorms(towers)
+    norms.before()
     with torch.no_grad():
         for parameter in towers["text"]:
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    found = movement.after()
+    found = norms.after()
     for tower, parameters in towers.items():
         now, then = (torch.cat([p.detach().flatten() for p in ps]) for ps in (parameters, before[tower]))
         assert found[f"parameter_norm/{tower}"] == pytest.approx(now.norm().item(), rel=1e-5)
@@ -32,10 +32,10 @@ def test_norms_of_large_parameters_are_right_to_two_percent(shape):
     torch.manual_seed(0)
     columns = 1 + 9 * (torch.arange(shape[-1]) % 2)
     parameter = nn.Parameter(torch.randn(shape) * columns)
-    movement = Movement({"text": [parameter]})
-    movement.before()
+    norms = UpdateNorms({"text": [parameter]})
+    norms.before()
     with torch.no_grad():
         parameter.add_(0.01 * columns)
-    found = movement.after()
+    found = norms.after()
     assert found["parameter_norm/text"] == pytest.approx(parameter.detach().norm().item(), rel=0.02)
     assert found["update_norm/text"] == pytest.approx((0.01 * columns.expand(shape)).norm().item(), rel=0.02)
