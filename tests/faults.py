@@ -54,13 +54,13 @@ ROOMS = {
     "losses": Room((f"{LOSSES}/*.py",), ("tests/contrastive_losses",)),
     "text tower": Room((f"{TEXT}/*.py",), ("tests/text_tower",)),
     "vision tower": Room((f"{VISION}/*.py",), ("tests/vision_tower",)),
-    "step": Room(tuple(f"{TRAINER}/{name}.py" for name in ("step", "objective", "model")), OF_TRAINER),
+    "step": Room(tuple(f"{TRAINER}/{name}.py" for name in ("batch", "step", "objective", "model")), OF_TRAINER),
     "sampler": Room(
         tuple(
             f"{TRAINER}/{name}.py"
             for name in (
                 "data/sampler",
-                "data/keyed",
+                "data/stateless_rng",
                 "data/batches",
                 "data/samples",
                 "data/ledger",
@@ -71,7 +71,7 @@ ROOMS = {
         OF_TRAINER,
     ),
     "optimizer": Room((f"{TRAINER}/optimizer/*.py", f"{TRAINER}/engine/*.py"), OF_TRAINER),
-    "checkpoint": Room((f"{TRAINER}/files.py", f"{TRAINER}/run/checkpoint.py", f"{TRAINER}/run/saver.py"), OF_TRAINER),
+    "checkpoint": Room((f"{TRAINER}/files.py", f"{TRAINER}/checkpoint/*.py"), OF_TRAINER),
     "curation": Room(
         (f"{DATA}/groups.py", f"{DATA}/curation/*.py", f"{DATA}/negatives/*.py"),
         ("tests/data_prep/curation", "tests/data_prep/negatives"),

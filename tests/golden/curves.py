@@ -93,7 +93,7 @@ def machine() -> dict[str, str]:
 def train(names: list[str], corpus: Path, folder: Path) -> dict[str, dict[str, list[float]]]:
     """The curves, by name and tag, as rank 0 sees them. PyTorch and DeepSpeed are imported once; ranks are forked."""
     import deepspeed  # noqa: F401
-    import stage_trainer.run.train  # noqa: F401
+    import stage_trainer.trainer  # noqa: F401
 
     found = {}
     for number, name in enumerate(names):

@@ -1,6 +1,7 @@
 """Who imports whom: the arrows of the house, read from the code."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,24 @@ SOURCES = {
     "stage_trainer": ROOT / "packages/stage-trainer/src/stage_trainer",
     "data_prep": ROOT / "data_prep/src/data_prep",
 }
+FLOORS = (
+    "errors files measure",
+    "recipe data.remote",
+    "batch data.stateless_rng",
+    "model",
+    "data",
+    "weights build",
+    "optimizer",
+    "engine",
+    "evaluation",
+    "plan",
+    "tasks",
+    "checkpoint",
+    "run",
+    "trainer dry_run",
+    "cli",
+)
+"""The trainer's modules, from the ground up. A floor imports from itself and from those below."""
 MODELS = {"contrastive_losses", "text_tower", "vision_tower"}
 
 
@@ -29,6 +48,43 @@ def imports(folder: Path, *, top_level_only: bool = False):
 
 def siblings(name: str, **options):
     return [(f, m) for f, m in imports(SOURCES[name], **options) if m.split(".")[0] in set(SOURCES) - {name}]
+
+
+def modules_of(name: str) -> dict[str, set[str]]:
+    """{module of a package: the modules of that package that it imports anywhere}."""
+    folder = SOURCES[name]
+    names = {file: ".".join([name, *file.relative_to(folder).with_suffix("").parts]) for file in folder.rglob("*.py")}
+    names = {file: module.removesuffix(".__init__") for file, module in names.items()}
+    found: dict[str, set[str]] = {module: set() for module in names.values()}
+    for file, module in names.items():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                found[module] |= {alias.name for alias in node.names} & found.keys()
+            elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == name:
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                found[module] |= {full if full in found else node.module for full in names}
+    return found
+
+
+def floor_of(module: str) -> int:
+    """The floor of the longest name that the module begins with."""
+    inside = module.removeprefix("stage_trainer.") + "."
+    names = {name: number for number, floor in enumerate(FLOORS) for name in floor.split()}
+    fitting = [name for name in names if inside.startswith(f"{name}.")]
+    assert fitting, f"{module} has no floor; add it to FLOORS"
+    return names[max(fitting, key=len)]
+
+
+def test_no_import_of_the_trainer_runs_up():
+    modules = {m: of for m, of in modules_of("stage_trainer").items() if m != "stage_trainer"}
+    upward = [(m, i) for m, of in modules.items() for i in of - {"stage_trainer"} if floor_of(i) > floor_of(m)]
+    assert upward == []
+
+
+def test_no_imports_of_the_trainer_go_in_a_circle():
+    modules = modules_of("stage_trainer")
+    del modules["stage_trainer"]  # it imports the model when asked for it
+    graphlib.TopologicalSorter({m: of - {"stage_trainer"} for m, of in modules.items()}).prepare()
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))

@@ -12,8 +12,8 @@ import torch
 from data_prep.cli import main as data_prep
 from PIL import Image
 from stage_trainer import DualEncoder
+from stage_trainer.checkpoint.save import write
 from stage_trainer.files import write_whole
-from stage_trainer.run import checkpoint
 from text_tower import MaskedLM, TextTower, TextTowerConfig, Tokenizer
 from vision_tower import VisionTower, VisionTowerConfig
 
@@ -60,7 +60,7 @@ def test_a_model_follows_the_umask(model, mask, tmp_path):
 
 def test_a_checkpoint_follows_the_umask(model, mask, tmp_path):
     (tmp_path / "out").mkdir()
-    checkpoint.write(tmp_path / "out", 3, model, {"text.x|step": torch.zeros(1)}, {"step": 3})
+    write(tmp_path / "out", model, {"text.x|step": torch.zeros(1)}, {"step": 3})
     write_whole(tmp_path / "out/report.json", "{}\n")
     assert surprises(tmp_path / "out", mask) == {}
 

@@ -7,8 +7,8 @@ import shlex
 import pytest
 from stage_trainer.build import load_tokenizer
 from stage_trainer.cli import main
-from stage_trainer.data.batches import StageBatches
 from stage_trainer.recipe.read import load
+from stage_trainer.tasks import make_task
 
 OPTIONS = (
     "steps=4", "max_tokens=40", "data.image_text=[{path: image-long/drawn}]", "resolution=[[0, 32]]", "log_every=1",
@@ -23,7 +23,7 @@ def test_a_run_says_what_it_cuts_and_the_commands_it_ends_with_work(
     done = train(1, *OPTIONS, ranks=2)
     here = [*OPTIONS, f"corpus={drawn_corpus}", f"model.tokenizer={drawn_corpus}/tokenizer.model"]
     recipe = load(train.recipe, here, 1).recipe
-    batches = StageBatches(recipe, recipe.stage(1), 1, load_tokenizer(recipe), 0, 1)
+    batches = make_task(recipe, 1).make_batches(load_tokenizer(recipe), 0, 1)
     sources = list(batches.fingerprint)
     each = [batches[step][1].of_sources(sources) for step in range(4)]
     place = sources.index("image-long/drawn")

@@ -79,9 +79,10 @@ def test_a_worker_that_is_killed_is_one_message_and_a_killed_run_leaves_none(sta
 
 MOMENTS = """
 import dataclasses, os, signal, sys
-import stage_trainer.run.train as train
+from stage_trainer import trainer
+from stage_trainer.checkpoint import save as checkpoint
 from stage_trainer.cli import main
-from stage_trainer.run import checkpoint
+from stage_trainer.tasks.contrastive import ContrastiveTask
 
 def ask():
     os.kill(os.getpid(), signal.SIGTERM)
@@ -104,34 +105,34 @@ class First:
         return next(self.items)
 
 def evaluation(*arguments):
-    validate = real(*arguments)
-    def asked(*arguments):
+    validation = real(*arguments)
+    def asked(last):
         ask()
-        return validate.run(*arguments)
-    return dataclasses.replace(validate, run=asked)
+        return validation.run(last)
+    return dataclasses.replace(validation, run=asked)
 
 words = ["train", "--stage", "1", *sys.argv[1:]]
-batches, real = train.batches, train.validation
+batches, real = trainer.batches, ContrastiveTask.make_validation
 def say(moment, code):
     print("AT", moment, code, flush=True)
 
-train.batches = lambda *a: First(batches(*a))
+trainer.batches = lambda *a: First(batches(*a))
 say("batch", main([*words, "output=batch"]))
-train.batches = batches
+trainer.batches = batches
 back = before(checkpoint, "write")
 say("save", main([*words, "output=save"]))
 back()
-train.validation = evaluation
+ContrastiveTask.make_validation = evaluation
 say("evaluation", main([*words, "output=evaluation"]))
-train.validation = real
-back = before(train, "forward_backward", 2)
+ContrastiveTask.make_validation = real
+back = before(ContrastiveTask, "forward_backward", 2)
 say("owed", main([*words, "output=owed"]))
 back()
 back = before(checkpoint, "write")
 say("change", main([*words, "output=change", "resolution=[[0, 32], [2, 48]]"]))
 back()
 say("resolution", None)
-back = before(train, "starting_point", 2)
+back = before(trainer, "starting_point", 2)
 main([*words, "output=resolution", "resolution=[[0, 32], [2, 48]]"])
 """
 

@@ -14,16 +14,16 @@ QUICK = ("steps=8", "warmup_steps=2", "evaluation.every=0", "log_every=1", "reso
 
 PRELUDE = """
 import os, sys, time
-import stage_trainer.run.train as train
 from stage_trainer.cli import launch
+from stage_trainer.tasks.contrastive import ContrastiveTask
 rank = int(os.environ.get("RANK", 0))
 steps = iter(range(10**6))
-forward_backward = train.forward_backward
-def tampered(*arguments, **options):
+forward_backward = ContrastiveTask.forward_backward
+def tampered(*arguments):
     step = next(steps)
     {body}
-    return forward_backward(*arguments, **options)
-train.forward_backward = tampered
+    return forward_backward(*arguments)
+ContrastiveTask.forward_backward = tampered
 launch(stage=1)
 """
 
@@ -55,11 +55,11 @@ def ended(process: subprocess.Popen) -> tuple[int, str]:
 
 NAN_AT_3 = """
     if step == 3:
-        losses = arguments[0].objective.losses
+        losses = arguments[1].objective.losses
         def lost(*a, **o):
-            arguments[0].objective.losses = losses
+            arguments[1].objective.losses = losses
             return {task: (loss * float("nan"), stats) for task, (loss, stats) in losses(*a, **o).items()}
-        arguments[0].objective.losses = lost
+        arguments[1].objective.losses = lost
 """
 
 
@@ -121,7 +121,7 @@ def test_a_rank_that_is_killed_takes_the_other_down(launch_tampered):
 
 HEARTBEAT = """
 import sys, time, torch, torch.distributed as dist
-from stage_trainer.run.together import Heartbeat
+from stage_trainer.run.watchdog import Heartbeat
 rank, port = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=3)
 with Heartbeat(rank, 3, silence=3.0, interval=0.3):
@@ -184,14 +184,14 @@ def test_ranks_that_end_in_order_are_not_missed(port):
 def test_steps_go_on_while_a_checkpoint_is_written(launch_tampered, tmp_path):
     body = """
     if step == 0:
-        from stage_trainer.run import checkpoint
+        from stage_trainer.checkpoint import save as checkpoint
         write = checkpoint.write
         def slow(*a):
             time.sleep(3)
-            print("written after", train.now, flush=True)
+            print("written after", ContrastiveTask.now, flush=True)
             write(*a)
         checkpoint.write = slow
-    train.now = step
+    ContrastiveTask.now = step
 """
     code, output = ended(launch_tampered(body, "checkpoint={every: 2, keep: 9}", ranks=1))
     assert code == 0, output

@@ -1,5 +1,6 @@
 """Checkpoints in one process: what is written, verified, found again, kept. Whole runs: tests/integration."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -10,13 +11,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from stage_trainer.checkpoint import save as checkpoint
+from stage_trainer.checkpoint.load import all_saved, compatible, latest_valid
+from stage_trainer.checkpoint.save import Saver
+from stage_trainer.checkpoint.state import Best, RunState
 from stage_trainer.engine.base import without_weights
 from stage_trainer.errors import UserError
 from stage_trainer.files import free_name, whole_directory, write_whole
 from stage_trainer.model import DualEncoder
-from stage_trainer.run import checkpoint
-from stage_trainer.run.checkpoint import all_saved, compatible, newest_sound, set_resolution
-from stage_trainer.run.saver import Saver
+from stage_trainer.tasks.contrastive import set_resolution
 from text_tower import TextTower, TextTowerConfig
 from vision_tower import VisionTower, VisionTowerConfig, resample_position_table
 
@@ -40,7 +43,7 @@ def alone():
 def write(tmp_path):
     def execute(step, seed=0, folder="stage1", **state):
         optimizer = {"logit_scale|exp_avg": torch.tensor([float(step)])}
-        checkpoint.write(tmp_path / folder, step, make_model(seed), optimizer, {"step": step, **state})
+        checkpoint.write(tmp_path / folder, make_model(seed), optimizer, {"step": step, **state})
         return tmp_path / folder / f"step-{step:07d}"
 
     return execute
@@ -90,20 +93,20 @@ def test_checkpoints_are_found_oldest_first_and_other_folders_are_none(write, tm
     assert [saved.step for saved in all_saved(tmp_path / "stage1")] == [3, 20, 100]
 
 
-def test_the_newest_sound_one_is_taken_and_damaged_ones_are_said(alone, write, tmp_path, capsys):
-    assert newest_sound(tmp_path / "stage1") is None
+def test_the_latest_valid_one_is_taken_and_damaged_ones_are_said(alone, write, tmp_path, capsys):
+    assert latest_valid(tmp_path / "stage1") is None
     paths = [write(step) for step in (1, 2, 3)]
-    assert newest_sound(tmp_path / "stage1").step == 3
+    assert latest_valid(tmp_path / "stage1").step == 3
     assert capsys.readouterr().out == ""
     for path in paths[1:]:
         other_bytes(path / "optimizer.safetensors")
-    assert newest_sound(tmp_path / "stage1").step == 1
+    assert latest_valid(tmp_path / "stage1").step == 1
     said = capsys.readouterr().out
     for path in paths[1:]:
         assert f"{path} is damaged: optimizer.safetensors is not what was written; going on from step 1" in said
     other_bytes(paths[0] / "optimizer.safetensors")
     with pytest.raises(UserError, match=r"step-0000003 is damaged.*step-0000001 is damaged.*move them away"):
-        newest_sound(tmp_path / "stage1")
+        latest_valid(tmp_path / "stage1")
     assert all(path.is_dir() for path in paths), "what is damaged is left to be looked at"
 
 
@@ -148,8 +151,8 @@ def test_moments_follow_the_position_table_to_another_resolution():
 
 def test_settings_and_data_that_differ_are_named_and_the_same_ones_pass(tmp_path):
     saved = {"settings": {"a": [1, 2], "b": 1, "gone": 0}, "data": {"x": "1", "y": "2"}}
-    compatible(saved, {"settings": {"a": (1, 2), "b": 1, "gone": 0}, "data": {"x": "1", "y": "2"}}, tmp_path)
-    now = {"settings": {"a": (1, 3), "b": 1, "new": None}, "data": {"x": "1", "y": "3", "z": "4"}}
+    compatible(saved, RunState({"a": (1, 2), "b": 1, "gone": 0}, {"x": "1", "y": "2"}, {}), tmp_path)
+    now = RunState({"a": (1, 3), "b": 1, "new": None}, {"x": "1", "y": "3", "z": "4"}, {})
     with pytest.raises(UserError) as caught:
         compatible(saved, now, tmp_path)
     said = str(caught.value)
@@ -160,6 +163,22 @@ def test_settings_and_data_that_differ_are_named_and_the_same_ones_pass(tmp_path
         assert words in said
     assert "b was" not in said
     assert "x was" not in said
+
+
+def test_run_state_comes_back_as_it_was_written_but_for_what_this_process_is():
+    saved = RunState(
+        {"a": (1, 2)}, {"x": "1"}, {"torch": "old"}, 3.5, 7, 2, Best(metric="m", value=1.0), True, {"s": 3}
+    )
+    written = json.loads(json.dumps(saved.state_dict()))
+    back = RunState({"a": (1, 2)}, {"x": "1"}, {"torch": "new"})
+    back.load_state_dict(written)
+    assert back == dataclasses.replace(saved, versions={"torch": "new"})
+    back.load_state_dict({"step": 4})  # of an earlier release
+    assert back == RunState({"a": (1, 2)}, {"x": "1"}, {"torch": "new"}, step=4)
+
+
+def state_at(step, **counted):
+    return RunState({}, {}, {}, step=step, **counted)
 
 
 class Training:
@@ -191,7 +210,7 @@ def test_the_newest_and_the_best_stay(alone, tmp_path, keep):
     engine = Training()
     with Saver(tmp_path, keep) as saver:
         for step in range(1, 7):
-            saver.save(step, engine, {}, {"metric": "recall", "value": step} if step in (1, 2) else None)
+            saver.save(engine, state_at(step), {"metric": "recall", "value": step} if step in (1, 2) else None)
             saver.finish()
             assert steps_of(tmp_path) == sorted(
                 {*([2] if step > 1 else [1]), *range(max(1, step + 1 - keep), step + 1)}
@@ -204,7 +223,7 @@ def test_the_best_one_makes_room_for_a_better_one(alone, tmp_path):
     engine = Training()
     with Saver(tmp_path, 1) as saver:
         for step in (1, 2, 3, 4, 5):
-            saver.save(step, engine, {}, {"metric": "recall", "value": step} if step in (1, 3) else None)
+            saver.save(engine, state_at(step), {"metric": "recall", "value": step} if step in (1, 3) else None)
     assert steps_of(tmp_path) == [3, 5]
     assert json.loads((tmp_path / "best.json").read_text()) == {"metric": "recall", "value": 3, "step": 3}
 
@@ -214,7 +233,7 @@ def test_checkpoints_of_later_steps_are_not_counted_nor_removed(alone, tmp_path)
     engine = Training()
     with Saver(tmp_path, 1) as saver:
         for step in (2, 8, 9, 3):
-            saver.save(step, engine, {})
+            saver.save(engine, state_at(step))
     assert steps_of(tmp_path) == [3, 9]
 
 
@@ -228,14 +247,14 @@ def test_what_is_saved_is_the_model_at_that_step_however_long_writing_takes(alon
     monkeypatch.setattr(checkpoint, "write", slow)
     with Saver(tmp_path, 2) as saver:
         engine.go_on(5)
-        saver.save(5, engine, {"seen": 1})
+        saver.save(engine, state_at(5, skipped=1))
         engine.go_on(6)
         assert steps_of(tmp_path) == []
         let_go.set()
     (saved,) = all_saved(tmp_path)
     assert DualEncoder.from_pretrained(saved.model).logit_scale.item() == 5
     assert saved.optimizer()["logit_scale|exp_avg"].item() == 5
-    assert {name: saved.state()[name] for name in ("step", "seen")} == {"step": 5, "seen": 1}
+    assert {name: saved.state()[name] for name in ("step", "skipped")} == {"step": 5, "skipped": 1}
     assert all(parameter.is_meta for parameter in engine.shell.parameters()), "the copy's memory is free again"
 
 
@@ -254,13 +273,13 @@ def test_what_could_not_be_written_is_said_once_and_later_ones_are_written(alone
 
     with monkeypatch.context() as broken:
         broken.setattr(checkpoint, "write", fails)
-        saver.save(1, engine, {})
+        saver.save(engine, state_at(1))
         saver._thread.join()
     assert saver.failed
     with pytest.raises(UserError, match=words):
         saver.finish()
     assert not saver.failed
-    saver.save(2, engine, {})
+    saver.save(engine, state_at(2))
     saver.finish()
     assert steps_of(tmp_path) == [2]
 
@@ -273,21 +292,21 @@ def test_leaving_by_an_exception_waits_and_does_not_hide_it(alone, tmp_path, mon
 
     def fall_over():
         with Saver(tmp_path, 2) as saver:
-            saver.save(1, Training(), {})
+            saver.save(Training(), state_at(1))
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fall_over()
     assert not any(thread.name == "checkpoint" for thread in threading.enumerate())
     with pytest.raises(UserError, match="disk is full"), Saver(tmp_path, 2) as saver:
-        saver.save(1, Training(), {})
+        saver.save(Training(), state_at(1))
 
 
 def test_a_torn_best_json_keeps_nothing_and_stops_nothing(alone, tmp_path):
     (tmp_path / "best.json").write_text("{")
     with Saver(tmp_path, 1) as saver:
         for step in (1, 2):
-            saver.save(step, Training(), {})
+            saver.save(Training(), state_at(step))
     assert steps_of(tmp_path) == [2]
 
 

@@ -5,10 +5,11 @@ from collections import Counter
 
 import pytest
 from data_prep.shards import DatasetWriter
-from stage_trainer.data.batches import StageBatches, shortened
+from stage_trainer.data.batches import shortened
 from stage_trainer.plan.lengths import text_lengths
 from stage_trainer.recipe.read import load
 from stage_trainer.run.text_counts import TextCounts
+from stage_trainer.tasks import make_task
 
 LONG = "six words are in this text"
 SHORT = "two words"
@@ -56,7 +57,7 @@ def test_cut_texts_of_all_ranks_are_counted_by_source(recipe, world):
     read = recipe()
     counts = Counter()
     for rank in range(world):
-        batches = StageBatches(read, read.stage(1), 1, words_as_tokens, rank, world)
+        batches = make_task(read, 1).make_batches(words_as_tokens, rank, world)
         batch, drawn = batches[0]
         sources = list(batches.fingerprint)
         counts.update(dict(enumerate(drawn.of_sources(sources))))
@@ -68,7 +69,7 @@ def test_cut_texts_of_all_ranks_are_counted_by_source(recipe, world):
 
 def test_a_text_of_just_max_tokens_is_not_cut(recipe):
     read = recipe("max_tokens=8")
-    batches = StageBatches(read, read.stage(1), 1, words_as_tokens, 0, 1)
+    batches = make_task(read, 1).make_batches(words_as_tokens, 0, 1)
     assert batches[0][1].of_sources(["image-short/made", "text-triplets/made"])[2:] == [0, 8]
 
 

@@ -5,13 +5,14 @@ import pytest
 import torch
 from data_prep.shards import Dataset, DatasetWriter
 from PIL import Image
-from stage_trainer.data.batches import REPLACEMENTS, Corrupt, StageBatches, _replacement, enumerate_within
-from stage_trainer.data.ledger import Ledger
+from stage_trainer.data.batches import REPLACEMENTS, Corrupt, _replacement, enumerate_within
 from stage_trainer.data.samples import SampleCache
 from stage_trainer.errors import UserError
 from stage_trainer.evaluation.retrieval import Pool
 from stage_trainer.recipe.read import load
+from stage_trainer.run.ledger import Ledger
 from stage_trainer.run.loader import batches
+from stage_trainer.tasks import make_task
 
 
 def text(words):
@@ -53,7 +54,7 @@ def stage(tmp_path, recipes):
         def tokenizer(texts, max_length):
             return [[0, len(words), 2] for words in texts]
 
-        return StageBatches(recipe, recipe.stage(1), 1, tokenizer, rank, world)
+        return make_task(recipe, 1).make_batches(tokenizer, rank, world)
 
     return execute
 

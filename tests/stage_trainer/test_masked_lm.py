@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from data_prep.shards import Dataset, DatasetWriter
-from stage_trainer.build import build_model, empty_model
-from stage_trainer.data.masked import HELD_OUT, MaskedBatches, held_out
+from stage_trainer.batch import MaskedBatch
+from stage_trainer.data.config import DataConfig
+from stage_trainer.data.masked import HELD_OUT, held_out
 from stage_trainer.errors import UserError
-from stage_trainer.masked_lm import HiddenWords, MaskedBatch, forward_backward, held_out_losses
 from stage_trainer.recipe.read import load
+from stage_trainer.tasks import make_task
+from stage_trainer.tasks.masked_lm import MaskedLMObjective, forward_backward, held_out_losses
 from text_tower import MaskedLM, MaskedTokens, PackedTokens, TextTower, TextTowerConfig
 
 SIZES = {"en": 90, "de": 30, "ka": 3}
@@ -62,7 +64,7 @@ def batches(tmp_path, recipes):
     def execute(*overrides, rank=0, world=1, data="[text-pairs/a, text-pairs/b]"):
         here = [f"corpus={tmp_path}", f"data={{masked_lm: {data}}}", "batch.masked_lm=9", *overrides]
         recipe = load(recipes / "masked-lm.yaml", here, 1).recipe
-        return MaskedBatches(recipe, recipe.stage(1), 1, Letters(), rank, world)
+        return make_task(recipe, 1).make_batches(Letters(), rank, world)
 
     return execute
 
@@ -109,7 +111,7 @@ def test_a_url_gives_the_batches_and_the_held_out_texts_of_its_folder(corpus, wr
     for settings in ((f"corpus={tmp_path}",), elsewhere):
         settings = [*settings, "data={masked_lm: [text-pairs/a, text-pairs/b]}"]  # of b there is no validation split
         recipe = load(recipes / "masked-lm.yaml", settings, 1).recipe
-        found.append(held_out(recipe, recipe.stage(1), Letters()))
+        found.append(held_out(DataConfig.of(recipe), recipe.stage(1), Letters()))
     assert [list(batches) for batches in found] == [["de"], ["de"]]
     assert torch.equal(found[0]["de"].masked.packed.ids, found[1]["de"].masked.packed.ids)
 
@@ -202,7 +204,7 @@ def test_held_out_texts_are_those_of_the_validation_split_whatever_the_seed(writ
     for seed in (0, 1):
         here = [f"corpus={tmp_path}", "data={masked_lm: [text-pairs/a]}", f"seed={seed}"]
         recipe = load(recipes / "masked-lm.yaml", here, 1).recipe
-        found.append(held_out(recipe, recipe.stage(1), Letters()))
+        found.append(held_out(DataConfig.of(recipe), recipe.stage(1), Letters()))
     assert list(found[0]) == ["de", "en"]
     assert all(len(batch.seeds) == HELD_OUT == len(set(given(batch))) for batch in found[0].values())
     for language, batch in found[0].items():
@@ -215,7 +217,7 @@ class PlainEngine:
     def __init__(self, passes=None):
         torch.manual_seed(0)
         config = TextTowerConfig(vocab_size=50, width=32, layers=2, heads=2, mlp_width=64, dropout=0.1)
-        self.objective = HiddenWords(MaskedLM(TextTower(config)).double().train(), "fp32")
+        self.objective = MaskedLMObjective(MaskedLM(TextTower(config)).double().train(), "fp32")
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.passes = passes
 
@@ -224,6 +226,9 @@ class PlainEngine:
 
     def forward_passes(self, mine):
         return self.passes or mine
+
+    def forward_share(self):
+        return 0, 1
 
     def sum_over_ranks(self, numbers):
         total = numbers.double().clone()
@@ -296,7 +301,7 @@ def test_held_out_loss_is_by_language_and_over_all_tokens():
     engine = PlainEngine()
     engine.objective.eval()
     parts = {"de": make_batch(slice(0, 3)), "en": make_batch(slice(3, 7))}
-    losses = held_out_losses(engine, parts, rank=0, world=1, tokens=9)
+    losses = held_out_losses(engine, parts, tokens=9)
     assert losses == pytest.approx(
         {
             "all": engine.objective(make_batch()).mean.item(),
@@ -308,8 +313,8 @@ def test_held_out_loss_is_by_language_and_over_all_tokens():
 
 def test_each_parameter_is_in_one_group_and_muon_takes_the_matrices_of_blocks(recipes):
     recipe = load(recipes / "masked-lm.yaml", ["layer_decay.text=0.5"], 1).recipe
-    model = empty_model(recipe, 1)
-    groups = list(HiddenWords(model, "fp32").parameter_groups(recipe.stage(1), recipe.optimizer))
+    model = make_task(recipe, 1).empty_model()
+    groups = list(MaskedLMObjective(model, "fp32").parameter_groups(recipe.stage(1), recipe.optimizer))
     names = [name for group in groups for name in group["names"]]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
     muon = {name for group in groups if group["muon"] for name in group["names"]}
@@ -332,7 +337,7 @@ def test_training_starts_from_xlm_robertas_weights_and_head(tmp_path, recipes):
     theirs.save_pretrained(tmp_path / "xlm-r")
     ours = "model.text={vocab_size: 50, width: 32, layers: 2, heads: 2, mlp_width: 64, rope_theta: 20000, dropout: 0.1}"
     recipe = load(recipes / "masked-lm.yaml", [ours, f"model.text_weights={tmp_path / 'xlm-r'}"]).recipe
-    model = build_model(recipe, 1)
+    model = make_task(recipe, 1).build_model()
     assert (model.tower.config.rope_theta, model.tower.config.dropout) == (20000, 0.1)
     fc1, first = model.tower.encoder.layers[1].mlp.fc1, theirs.roberta.encoder.layer[1].intermediate.dense
     assert torch.equal(fc1.weight, first.weight)
@@ -349,7 +354,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path, recipes):
         stated = "model.text={}" if name == "adapted" else "model.text={width: 128}"
         recipe = load(recipes / "masked-lm.yaml", [f"model.text_weights={tmp_path / name}", stated]).recipe
         with pytest.raises(UserError, match=message):
-            build_model(recipe, 1)
+            make_task(recipe, 1).build_model()
 
 
 def one_rank(rank: int, folder: str) -> None:

@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+from stage_trainer.checkpoint.state import RunState
 from stage_trainer.errors import UserError
 from stage_trainer.evaluation import retrieval, text_retrieval
 from stage_trainer.measure import OF_PAIRS, Measure
-from stage_trainer.run.saver import better, check_best
-from stage_trainer.run.validation import _lookup, _pair_title, _recall, of_images, of_pairs
+from stage_trainer.run.evaluation import better, check_best
+from stage_trainer.tasks.pools import _lookup, _pair_title, _recall, of_images, of_pairs
 
 LOSS = "validation_loss_masked_lm/all"
 
@@ -17,21 +18,21 @@ LOSS = "validation_loss_masked_lm/all"
      ("modality_gap_of_mine", True), (LOSS, False), ("modality_gap/drawn", False), ("perplexity/all", False)],
 )  # fmt: skip
 def test_what_is_better_is_what_the_measure_says_whatever_its_name(name, higher_is_better):
-    measures, state = {name: Measure(higher_is_better=higher_is_better)}, {"best": None}
+    measures, state = {name: Measure(higher_is_better=higher_is_better)}, RunState({}, {}, {})
     found = [better({name: value}, measures, name, state) is not None for value in (0.5, 0.6, 0.4, 0.4, float("nan"))]
     assert found == ([True, True, False, False, False] if higher_is_better else [True, False, True, False, False])
-    assert state["best"]["value"] == (0.6 if higher_is_better else 0.4)
+    assert state.best["value"] == (0.6 if higher_is_better else 0.4)
 
 
 def test_without_a_measure_that_counts_nothing_is_the_best():
-    state = {"best": None}
+    state = RunState({}, {}, {})
     assert better({"a": 0.1}, {"a": Measure()}, None, state) is None
-    assert state == {"best": None}
+    assert state.best is None
 
 
 def test_the_best_by_another_measure_does_not_hold():
     measures = {"a": Measure(), LOSS: Measure(higher_is_better=False)}
-    state = {"best": {"metric": LOSS, "value": 7.0}}
+    state = RunState({}, {}, {}, best={"metric": LOSS, "value": 7.0})
     assert better({"a": 0.1, LOSS: 8.0}, measures, "a", state) == {"metric": "a", "value": 0.1}
 
 

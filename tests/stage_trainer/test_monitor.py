@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from stage_trainer.run.monitor import Monitor
+from stage_trainer.run.monitor import Monitor, Shown
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
 
@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_multiplexer import EventMultiple
 def test_every_point_is_seen_whatever_the_clock_said_at_each_start(tmp_path, monkeypatch, clock):
     for number, now in enumerate(clock):
         monkeypatch.setattr(time, "time", lambda now=now: float(now))
-        monitor = Monitor(tmp_path, title="", start=2 * number, steps=100, every=1, active=True)
+        monitor = Monitor(tmp_path, Shown(title="", start=2 * number, steps=100, every=1), active=True)
         with monitor:
             for step in range(2 * number, 2 * number + 3):  # the last one is lost: no checkpoint holds it
                 monitor.scalar("loss", number + step / 10, step)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from stage_trainer.build import tower_configs
 from stage_trainer.model import DualEncoder
-from stage_trainer.objective import MultiTask
 from stage_trainer.optimizer.build import build_optimizer
 from stage_trainer.optimizer.groups import let_rest, named_states
 from stage_trainer.optimizer.muon import Muon, orthogonalise
 from stage_trainer.optimizer.schedule import schedule, set_rates
 from stage_trainer.recipe.read import load
+from stage_trainer.tasks.contrastive_objective import ContrastiveObjective
 from text_tower import TextTower
 from vision_tower import VisionTower
 
@@ -30,7 +30,7 @@ def parts(recipes):
 
 
 def parameter_groups(model, stage, config, saved=None):
-    return list(MultiTask(model, stage.loss, "fp32").parameter_groups(stage, config, saved))
+    return list(ContrastiveObjective(model, stage.loss, "fp32").parameter_groups(stage, config, saved))
 
 
 def test_every_trainable_parameter_is_in_one_group(parts):

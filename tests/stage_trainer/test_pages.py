@@ -4,13 +4,14 @@ import re
 
 import pytest
 import torch
-from stage_trainer.run.monitor import Monitor, in_words, joined
-from stage_trainer.run.pages import MASKED_PAGE, PAGE
+from stage_trainer.run.monitor import Monitor, Shown, in_words, joined
 from stage_trainer.run.text_counts import TextCounts
+from stage_trainer.tasks import TASKS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
+PAGE, MASKED_PAGE = TASKS["contrastive"].charts, TASKS["masked_lm"].charts
 SETTINGS = {
     "model.text.width": 64, "optimizer.name": "muon", "precision": "fp32", "seed": 0, "stage.steps": 8,
     "stage.batch.image_text": 48, "stage.batch.masked_lm": 0, "stage.lr.image": 1e-3, "stage.lr.text": 2e-3,
@@ -25,15 +26,15 @@ TAGS = (
 
 @pytest.fixture
 def events(tmp_path):
-    """What a run of eight steps left behind; options are the monitor's."""
+    """What a run of eight steps left behind."""
 
-    def run(start=0, **options):
-        given = {"title": "stage 1", "start": start, "steps": 8, "every": 2, "active": True, "max_tokens": 8, **options}
-        with Monitor(tmp_path, **given) as monitor:
+    def run(start=0, charts=PAGE, max_tokens=8, texts=None):
+        stage = Shown(title="stage 1", start=start, steps=8, every=2, charts=charts, max_tokens=max_tokens)
+        with Monitor(tmp_path, stage, active=True, texts=texts) as monitor:
             for step in range(start, 8):
                 monitor.count(4, 40, 1000, 0.0)
                 monitor.texts.count(["image-long/mine"], [4, 3])
-                if monitor.wants(step):
+                if monitor.should_log(step):
                     monitor.log(step, {"text": (torch.tensor(1.0), None)}, {"temperature/text": 0.07})
                 monitor.advance()
             monitor.scalar("validation_recall_at_5_mine/text to image", 0.25, 7)
@@ -63,7 +64,7 @@ def test_a_page_shows_losses_recall_temperatures_rates_and_speed_first(events):
 
 
 def test_hidden_words_have_a_page_of_their_own(events):
-    charts = page(events(max_tokens=None))
+    charts = page(events(charts=MASKED_PAGE, max_tokens=None))
     assert next(iter(charts)) == next(iter(MASKED_PAGE["what matters"]))
     assert "share of the texts that max_tokens cuts" not in charts
 

@@ -102,7 +102,7 @@ def an_engine():
 def torch_alone(recipe_of) -> tuple[list, list, int]:
     """(weights before the first step and after each, counts of steps after each part, how often a temperature met its
     floor), of one process without DeepSpeed."""
-    from stage_trainer.step import forward_backward
+    from stage_trainer.tasks.contrastive import forward_backward
 
     engine = an_engine()
     model = engine.objective.model
@@ -116,7 +116,7 @@ def torch_alone(recipe_of) -> tuple[list, list, int]:
         engine.objective.set_trainable(recipe_of(trainable, 0).stage(1))
         for tasks in steps:
             if tasks != LOST:
-                forward_backward(engine, a_batch(tasks), tasks=tasks, patch_dropout=0.5)
+                forward_backward(engine, a_batch(tasks), pairs=tasks, patch_dropout=0.5)
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 with torch.no_grad():
@@ -133,10 +133,10 @@ def torch_alone(recipe_of) -> tuple[list, list, int]:
 def under_deepspeed(recipe_of, first: int, rank: int) -> tuple[list, list, list]:
     """Weights and counts of two ranks, and the temperatures after each step: a part under ZeRO `first`, the next under
     the stage after that, and so on."""
-    from stage_trainer.objective import MultiTask
     from stage_trainer.optimizer.schedule import set_rates
     from stage_trainer.recipe import GradientCache
-    from stage_trainer.step import forward_backward
+    from stage_trainer.tasks.contrastive import forward_backward
+    from stage_trainer.tasks.contrastive_objective import ContrastiveObjective
     from test_step import deepspeed_engine
 
     model = an_engine().objective.model
@@ -148,7 +148,7 @@ def under_deepspeed(recipe_of, first: int, rank: int) -> tuple[list, list, list]
         box = [weights[-1]]  # rank 0 alone has the weights
         torch.distributed.broadcast_object_list(box)
         fresh.load_state_dict(box[0])
-        engine = deepspeed_engine(MultiTask(fresh, recipe.stage(1).loss, "fp32"), recipe, state)
+        engine = deepspeed_engine(ContrastiveObjective(fresh, recipe.stage(1).loss, "fp32"), recipe, state)
         losses = engine.objective.losses
         for tasks in steps:
             if tasks == LOST:
@@ -159,7 +159,7 @@ def under_deepspeed(recipe_of, first: int, rank: int) -> tuple[list, list, list]
             set_rates(engine.optimizer, 1.0, ("text", "image") if "image_text" in moving else ("text",))
             group = torch.distributed.group.WORLD
             cache = GradientCache(2, 9) if len(weights) % 2 else None
-            forward_backward(engine, a_batch(moving, rows), tasks=moving, patch_dropout=0.5, group=group, cache=cache)
+            forward_backward(engine, a_batch(moving, rows), pairs=moving, patch_dropout=0.5, group=group, cache=cache)
             assert engine.step() == (tasks != LOST)
             engine.objective.after_step(engine)
             engine.objective.losses = losses

@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from contrastive_losses import matryoshka_info_nce
+from stage_trainer.batch import Batch, image_chunks, packed_chunks, text_chunks
 from stage_trainer.model import DualEncoder
-from stage_trainer.objective import Batch, MultiTask
 from stage_trainer.recipe import GradientCache, Loss
-from stage_trainer.step import forward_backward, image_chunks, packed_chunks, text_chunks
+from stage_trainer.tasks.contrastive import forward_backward
+from stage_trainer.tasks.contrastive_objective import ContrastiveObjective
 from text_tower import PackedTokens, TextTower, TextTowerConfig
 from torch.nn.functional import cross_entropy, normalize
 from vision_tower import VisionTower, VisionTowerConfig
@@ -32,7 +33,7 @@ class PlainEngine:
         for name, parameter in model.named_parameters():
             if "lora" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
-        self.objective = MultiTask(model, Loss(kind, dims=(32, 16)), "fp32")
+        self.objective = ContrastiveObjective(model, Loss(kind, dims=(32, 16)), "fp32")
         self.passes = 0
 
     def forward(self, part, **options):
@@ -91,9 +92,9 @@ def make_batch(images=7, pairs=6, negatives=3, seed=0, rows=slice(None), views=0
     )
 
 
-def step(batch, cache=None, group=None, tasks=BOTH, kind="multi_task"):
+def step(batch, cache=None, group=None, pairs=BOTH, kind="multi_task"):
     engine = PlainEngine(kind)
-    losses = forward_backward(engine, batch, tasks=tasks, patch_dropout=0.5, group=group, cache=cache)
+    losses = forward_backward(engine, batch, pairs=pairs, patch_dropout=0.5, group=group, cache=cache)
     return {t: loss.item() for t, (loss, _) in losses.items()}, engine.gradients(), engine.passes
 
 
@@ -114,8 +115,8 @@ def test_caching_gives_the_gradients_of_one_big_batch(cache, negatives):
 
 def test_no_patch_is_dropped_unasked():
     engine, other = PlainEngine(), PlainEngine()
-    forward_backward(engine, make_batch(), tasks=BOTH)
-    forward_backward(other, make_batch(), tasks=BOTH, patch_dropout=0.0)
+    forward_backward(engine, make_batch(), pairs=BOTH)
+    forward_backward(other, make_batch(), pairs=BOTH, patch_dropout=0.0)
     torch.testing.assert_close(engine.gradients(), other.gradients(), rtol=0, atol=0)
     _, dropped, _ = step(make_batch())
     assert not torch.equal(dropped["vision.pos_embed"], engine.gradients()["vision.pos_embed"])
@@ -126,8 +127,8 @@ def test_caching_serves_a_task_alone(task):
     batch = make_batch(pairs=0, negatives=0) if task == "image_text" else make_batch(images=0)
     if task == "text":
         batch = Batch(**{**vars(batch), "images": None})
-    _, gradients, _ = step(batch, tasks=(task,))
-    _, cached, _ = step(batch, GradientCache(2, 10), tasks=(task,))
+    _, gradients, _ = step(batch, pairs=(task,))
+    _, cached, _ = step(batch, GradientCache(2, 10), pairs=(task,))
     for name, gradient in gradients.items():
         torch.testing.assert_close(cached[name], gradient, rtol=1e-10, atol=1e-12, msg=name)
 
@@ -189,7 +190,7 @@ def test_each_task_has_the_loss_and_the_gradient_of_its_own_temperature(tasks, c
     scales.requires_grad_()
     expected = expected_losses(engine, batch, scales)
     (by_scale,) = torch.autograd.grad(sum(expected[task] for task in tasks), scales)
-    losses = forward_backward(engine, batch, tasks=tasks, cache=cache)
+    losses = forward_backward(engine, batch, pairs=tasks, cache=cache)
     assert {task: loss.item() for task, (loss, _) in losses.items()} == {
         task: pytest.approx(expected[task].item(), rel=1e-9) for task in tasks
     }
@@ -245,8 +246,8 @@ def test_chunks_of_one_kind_carry_nothing_of_the_other():
 def test_a_batch_that_is_one_chunk_is_a_batch(task):
     batch = make_batch(pairs=0, negatives=0) if task == "image_text" else make_batch(images=0)
     batch = Batch(**{**vars(batch), "images": None}) if task == "text" else batch
-    _, gradients, _ = step(batch, tasks=(task,))
-    _, cached, passes = step(batch, GradientCache(0, 0), tasks=(task,))
+    _, gradients, _ = step(batch, pairs=(task,))
+    _, cached, passes = step(batch, GradientCache(0, 0), pairs=(task,))
     assert passes == (4 if task == "image_text" else 2)
     torch.testing.assert_close(cached, gradients, rtol=1e-10, atol=1e-12)
 
@@ -262,7 +263,7 @@ def test_passes_for_other_ranks_sake_change_no_gradient_and_the_last_is_marked(m
         yield lambda loss, last: (marks.append(last), loss.backward())
 
     engine.forward_passes, engine.backwards = lambda mine: mine + more, backwards
-    forward_backward(engine, batch, tasks=BOTH, patch_dropout=0.5, cache=GradientCache(2, 10))
+    forward_backward(engine, batch, pairs=BOTH, patch_dropout=0.5, cache=GradientCache(2, 10))
     own = len(list(image_chunks(batch, 2))) + len(list(text_chunks(batch_by_length(batch), 10)))
     assert engine.passes == 2 * (own + 2 * more)
     assert marks == [False] * (own + 2 * more - 1) + [True]

@@ -11,6 +11,7 @@ from stage_trainer.build import build_model, check_configs, load_model, load_tok
 from stage_trainer.dry_run import dry_run
 from stage_trainer.errors import UserError
 from stage_trainer.recipe.read import load
+from stage_trainer.tasks import make_task
 from text_tower import TextTower, TextTowerConfig, Tokenizer
 from vision_tower import VisionTower, VisionTowerConfig
 
@@ -258,7 +259,7 @@ def test_a_masked_stage_does_not_judge_the_stages_after_it(ours, recipe_from):
     masked = dataclasses.replace(
         pairs, batch=dataclasses.replace(pairs.batch, masked_lm=8, image_text=0), trainable=type(pairs.trainable)()
     )
-    check_configs(dataclasses.replace(recipe, stages=(masked, pairs)), 1)
+    make_task(dataclasses.replace(recipe, stages=(masked, pairs)), 1).check_configs()
 
 
 def test_the_shape_of_timms_towers_is_known_without_their_weights(recipe_from):

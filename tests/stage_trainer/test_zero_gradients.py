@@ -74,13 +74,13 @@ def test_ranks_add_up_numbers_and_make_as_many_passes_where_each_gathers_weights
 def one_rank(rank: int, folder: str) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
     from deepspeed.utils import safe_get_full_grad
-    from stage_trainer.objective import MultiTask
     from stage_trainer.optimizer.schedule import set_rates
     from stage_trainer.recipe import GradientCache
     from stage_trainer.recipe.read import load
     from stage_trainer.run.environment import quiet
     from stage_trainer.run.rendezvous import initialize_distributed
-    from stage_trainer.step import forward_backward
+    from stage_trainer.tasks.contrastive import forward_backward
+    from stage_trainer.tasks.contrastive_objective import ContrastiveObjective
     from test_step import BOTH, OF_KIND, PlainEngine, deepspeed_engine, make_batch
 
     quiet()
@@ -89,7 +89,7 @@ def one_rank(rank: int, folder: str) -> None:
     drawn = Path(__file__).parents[2] / "launch/recipes/drawn.yaml"
     found = {}
     for kind in KINDS:
-        options = {"tasks": BOTH, "patch_dropout": 0.5}
+        options = {"pairs": BOTH, "patch_dropout": 0.5}
         plain = PlainEngine(kind, torch.float32)
         # The plain engine averages over ranks, if there are any: here both run the same whole batch.
         forward_backward(plain, make_batch(**OF_KIND[kind]), **options)
@@ -99,7 +99,9 @@ def one_rank(rank: int, folder: str) -> None:
             under = f"deepspeed={{zero_optimization: {{stage: {zero}{whole}}}}}"
             settings = ["optimizer.name=adamw", "optimizer.gradient_clipping=0", under]
             recipe = load(drawn, [*settings, f"loss={{kind: {kind}, dims: [32, 16]}}"], 1).recipe
-            objective = MultiTask(PlainEngine(kind, torch.float32).objective.model, recipe.stage(1).loss, "fp32")
+            objective = ContrastiveObjective(
+                PlainEngine(kind, torch.float32).objective.model, recipe.stage(1).loss, "fp32"
+            )
             engine = deepspeed_engine(objective, recipe)
             batch = make_batch(rows=slice(0, 3) if rank == 0 else slice(3, None), **OF_KIND[kind])
             group = torch.distributed.group.WORLD

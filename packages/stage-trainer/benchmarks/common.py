@@ -16,16 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stage_trainer.batch import Batch
 from stage_trainer.build import build_model, load_tokenizer
 from stage_trainer.data.batches import StageBatches
 from stage_trainer.engine import make_engine
 from stage_trainer.model import DualEncoder
-from stage_trainer.objective import Batch, MultiTask
 from stage_trainer.recipe import GradientCache, Recipe
 from stage_trainer.recipe.read import load
 from stage_trainer.run.environment import keep_freed_memory, quiet
 from stage_trainer.run.rendezvous import initialize_distributed
-from stage_trainer.step import forward_backward
+from stage_trainer.tasks import make_task
+from stage_trainer.tasks.contrastive import forward_backward
+from stage_trainer.tasks.contrastive_objective import ContrastiveObjective
 from text_tower import PackedTokens
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
@@ -62,7 +64,7 @@ def start() -> None:
 
 def data_of(recipe: Recipe) -> StageBatches:
     """The batches of stage 1."""
-    return StageBatches(recipe, recipe.stage(1), 1, load_tokenizer(recipe), 0, 1)
+    return make_task(recipe, 1).make_batches(load_tokenizer(recipe), 0, 1)
 
 
 def first_batches(recipe: Recipe, count: int) -> list[Batch]:
@@ -95,7 +97,7 @@ class Ours:
         self.stage, self.cache = recipe.stage(1), cache
         self.model = model = model_of(recipe)
         self.tasks = tuple(t for t in ("image_text", "text") if getattr(self.stage.batch, t))
-        objective = MultiTask(model, self.stage.loss, recipe.precision)
+        objective = ContrastiveObjective(model, self.stage.loss, recipe.precision)
         objective.set_trainable(self.stage)
         self.engine = make_engine(
             objective,
@@ -109,7 +111,7 @@ class Ours:
     def step(self, batch: Batch, *, patch_dropout: float = 0.0, tasks: tuple[str, ...] | None = None) -> float:
         """The sum of the losses, before the update."""
         losses = forward_backward(
-            self.engine, batch, tasks=tasks or self.tasks, patch_dropout=patch_dropout, cache=self.cache
+            self.engine, batch, pairs=tasks or self.tasks, patch_dropout=patch_dropout, cache=self.cache
         )
         assert self.engine.step()
         self.engine.objective.after_step(self.engine)

@@ -25,12 +25,12 @@ from typing import Any
 
 import torch
 from plan_memory import LARGE, SMALL, Engine, a_batch
+from stage_trainer.batch import Batch
 from stage_trainer.model import DualEncoder
-from stage_trainer.objective import Batch
 from stage_trainer.plan.devices import peak_flops
 from stage_trainer.plan.flops import StepShape, step_flops
 from stage_trainer.recipe import GradientCache
-from stage_trainer.step import forward_backward
+from stage_trainer.tasks.contrastive import forward_backward
 from text_tower import TextTower
 from vision_tower import VisionTower
 
@@ -52,7 +52,7 @@ class Ours:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
 
     def step(self, batch: Batch, tasks: tuple[str, ...], cache: GradientCache | None = None) -> None:
-        forward_backward(self.engine, batch, tasks=tasks, patch_dropout=DROPOUT, cache=cache)
+        forward_backward(self.engine, batch, pairs=tasks, patch_dropout=DROPOUT, cache=cache)
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -19,7 +19,7 @@ import common
 import torch
 from common import Ours, of_one_length, tokens, with_padding
 from peers import OpenClip, adamw, for_open_clip
-from stage_trainer.objective import Batch
+from stage_trainer.batch import Batch
 
 
 def main() -> None:
@@ -78,7 +78,7 @@ def check(ours: Ours, theirs: OpenClip, batch: Batch) -> None:
     with torch.no_grad():
         found = theirs.loss(**theirs.model.train()(*for_open_clip(batch)))
         embedded = ours.engine.forward(batch)
-        losses = ours.engine.objective.losses(embedded, batch, tasks=("image_text",))
+        losses = ours.engine.objective.losses(embedded, batch, pairs=("image_text",))
     torch.testing.assert_close(losses["image_text"][0], 2 * found, rtol=1e-5, atol=0)
 
 

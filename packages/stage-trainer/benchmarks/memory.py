@@ -23,7 +23,7 @@ from typing import Any
 import common
 import torch
 from plan_memory import peak_above
-from stage_trainer.objective import Batch
+from stage_trainer.batch import Batch
 from stage_trainer.recipe import GradientCache, Recipe
 from text_tower import PackedTokens
 

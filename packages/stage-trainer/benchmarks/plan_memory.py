@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stage_trainer.batch import Batch
 from stage_trainer.model import DualEncoder
-from stage_trainer.objective import Batch, MultiTask
 from stage_trainer.plan.devices import DEVICES, Device, present
 from stage_trainer.plan.memory import Model, Setting, Sizes, estimate
 from stage_trainer.recipe import GradientCache, Loss, Trainable
-from stage_trainer.step import forward_backward
+from stage_trainer.tasks.contrastive import forward_backward
+from stage_trainer.tasks.contrastive_objective import ContrastiveObjective
 from text_tower import PackedTokens, TextTower, TextTowerConfig
 from torch.profiler import ProfilerActivity, profile
 from vision_tower import VisionTower, VisionTowerConfig
@@ -60,7 +61,7 @@ class Engine:
     """A step with torch alone."""
 
     def __init__(self, model: DualEncoder, dims: tuple[int, ...], precision: str, device: torch.device):
-        self.objective, self.device = MultiTask(model.to(device).train(), Loss(dims=dims), precision), device
+        self.objective, self.device = ContrastiveObjective(model.to(device).train(), Loss(dims=dims), precision), device
 
     def forward(self, part: Any, **options: Any) -> Any:
         return self.objective(part.to(self.device), **options)
@@ -109,7 +110,7 @@ def compare(
     batch = a_batch(images, pairs, length, vision.resolution)  # type: ignore[arg-type]
 
     def step() -> None:
-        forward_backward(engine, batch, tasks=("image_text", "text"), patch_dropout=dropout, cache=cache)
+        forward_backward(engine, batch, pairs=("image_text", "text"), patch_dropout=dropout, cache=cache)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -33,9 +33,9 @@ import common
 import peers
 import torch
 from common import Ours
+from stage_trainer.batch import Batch
 from stage_trainer.evaluation import retrieval, text_retrieval
 from stage_trainer.model import DualEncoder
-from stage_trainer.objective import Batch
 from stage_trainer.optimizer.schedule import schedule, set_rates
 from stage_trainer.recipe import Recipe, Stage
 
@@ -131,7 +131,7 @@ def ours(
     clock = Clock(options.seconds, stage)
     for step in clock.steps_left():
         batch, _ = data[step]
-        tasks = data.tasks_at(step)
+        tasks = tuple(stage.batch_at(step))
         set_rates(trainer.engine.optimizer, clock.rate(), ("text", "image") if "image_text" in tasks else ("text",))
         trainer.step(batch, patch_dropout=stage.patch_dropout_at(step), tasks=tasks)
     return {"steps": clock.steps, "seconds": clock.share * clock.seconds, **measure(options, trainer.model, recipe)}

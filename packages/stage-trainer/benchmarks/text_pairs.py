@@ -19,7 +19,7 @@ import common
 import torch
 from common import Ours, of_one_length, tokens, with_padding
 from peers import SentenceTransformers, adamw, for_sentence_transformers
-from stage_trainer.objective import Batch
+from stage_trainer.batch import Batch
 from stage_trainer.recipe import GradientCache, Recipe
 
 

@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from stage_trainer.batch import Batch
 from stage_trainer.model import DualEncoder
-from stage_trainer.objective import Batch, MultiTask
 from stage_trainer.plan.devices import Device
 from stage_trainer.plan.memory import Model, Setting, Sizes, estimate, loss_bytes, resting_parts, update_parts
 from stage_trainer.recipe import GradientCache, Loss, Trainable
-from stage_trainer.step import forward_backward
+from stage_trainer.tasks.contrastive import forward_backward
+from stage_trainer.tasks.contrastive_objective import ContrastiveObjective
 from text_tower import PackedTokens, TextTower, TextTowerConfig
 from vision_tower import VisionTower, VisionTowerConfig
 
@@ -25,7 +26,7 @@ class PlainEngine:
 
     def __init__(self, text: TextTowerConfig, vision: VisionTowerConfig, precision: str):
         self.model = DualEncoder(TextTower(text), VisionTower(vision)).train()
-        self.objective = MultiTask(self.model, Loss(dims=(64, 32)), precision)
+        self.objective = ContrastiveObjective(self.model, Loss(dims=(64, 32)), precision)
 
     def forward(self, part, **options):
         return self.objective(part, **options)
@@ -78,7 +79,7 @@ def test_a_step_takes_what_the_profiler_measures(
 
     def run():
         engine.model.zero_grad()
-        forward_backward(engine, batch, tasks=("image_text", "text"), patch_dropout=dropout, cache=cache)
+        forward_backward(engine, batch, pairs=("image_text", "text"), patch_dropout=dropout, cache=cache)
         engine.model.zero_grad()
 
     sizes = Sizes(images, images + pairs * (2 + negatives), LENGTH, pairs, negatives, 1)

@@ -24,16 +24,17 @@ def one_rank(rank: int, folder: str) -> None:
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
     import torch
+    from stage_trainer.batch import Batch
     from stage_trainer.engine import make_engine
     from stage_trainer.model import DualEncoder
-    from stage_trainer.objective import Batch, MultiTask
     from stage_trainer.plan.devices import Device
     from stage_trainer.plan.memory import Model, Setting, Sizes, estimate, resting_parts
     from stage_trainer.recipe import Trainable
     from stage_trainer.recipe.read import load
     from stage_trainer.run.environment import quiet
     from stage_trainer.run.rendezvous import initialize_distributed
-    from stage_trainer.step import forward_backward
+    from stage_trainer.tasks.contrastive import forward_backward
+    from stage_trainer.tasks.contrastive_objective import ContrastiveObjective
     from text_tower import PackedTokens, TextTower, TextTowerConfig
     from torch.profiler import ProfilerActivity, profile
     from vision_tower import VisionTower, VisionTowerConfig
@@ -56,7 +57,7 @@ def one_rank(rank: int, folder: str) -> None:
         stage = recipe.stage(1)
         torch.manual_seed(0)
         before = live_bytes()
-        objective = MultiTask(DualEncoder(TextTower(text), VisionTower(vision)), stage.loss, "fp32")
+        objective = ContrastiveObjective(DualEncoder(TextTower(text), VisionTower(vision)), stage.loss, "fp32")
         numbers = [p.numel() for p in objective.model.parameters()]
         objective.set_trainable(stage)
         groups = objective.parameter_groups(stage, recipe.optimizer)
@@ -75,7 +76,7 @@ def one_rank(rank: int, folder: str) -> None:
         )
 
         def step(engine=engine, batch=batch) -> None:
-            forward_backward(engine, batch, tasks=("image_text", "text"), group=torch.distributed.group.WORLD)
+            forward_backward(engine, batch, pairs=("image_text", "text"), group=torch.distributed.group.WORLD)
             engine.step()
 
         step()

@@ -8,13 +8,14 @@ import pytest
 import torch
 from data_prep.shards import Dataset
 from PIL import Image
-from stage_trainer.data.batches import StageBatches, _replacement
+from stage_trainer.data.batches import _replacement
 from stage_trainer.data.remote_data import RemotePlace, place
 from stage_trainer.data.sampler import SourceOrder
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import Recipe
 from stage_trainer.recipe.read import flatten, load
 from stage_trainer.run.loader import batches
+from stage_trainer.tasks import make_task
 
 
 class Numbers:
@@ -38,7 +39,7 @@ def recipe(tmp_path, recipes):
 
 
 def steps(recipe, rank=0, world=1, workers=0, stop=8):
-    made = StageBatches(recipe, recipe.stage(1), 1, Numbers(), rank, world)
+    made = make_task(recipe, 1).make_batches(Numbers(), rank, world)
     return list(batches(made, 0, stop, workers))
 
 
@@ -65,7 +66,7 @@ def test_two_ranks_of_two_workers_download_each_shard_once_and_read_the_same(dat
 
 
 def test_the_sampler_fetches_its_next_window_while_it_reads_this_one(data, server, recipe, wait_for):
-    made = StageBatches(recipe(server.url, batch=2), recipe(server.url, batch=2).stage(1), 1, Numbers(), 0, 1)
+    made = make_task(recipe(server.url, batch=2), 1).make_batches(Numbers(), 0, 1)
     made[0]
     order = made.text_sampler.orders[0].shards(0, len(made.text_sources[0]))
     wait_for(lambda: len(list(made.text_sources[0].directory.glob("*.tar"))) >= 8)

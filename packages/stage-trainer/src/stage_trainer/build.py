@@ -1,18 +1,15 @@
-"""A stage's model: the towers from their configurations, with weights to start from where the recipe names them.
-
-A stage of masked-language-model training has the text tower with a head for its model, any other one both towers.
-"""
+"""Models from a recipe: the towers from their configurations, with weights to start from where it names them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from text_tower import MaskedLM, TextTower, TextTowerConfig, Tokenizer
+from text_tower import TextTower, TextTowerConfig, Tokenizer
 from vision_tower import VisionTower, VisionTowerConfig
 
 from stage_trainer import weights
@@ -20,36 +17,33 @@ from stage_trainer.data.remote import is_remote
 from stage_trainer.errors import UserError
 from stage_trainer.model import DualEncoder
 from stage_trainer.recipe import Model as ModelOfRecipe
-from stage_trainer.recipe import Recipe
+from stage_trainer.recipe import Recipe, Stage
 from stage_trainer.recipe.tower_rules import build_config, check_towers
-
-Model = DualEncoder | MaskedLM
 
 
 def check_configs(recipe: Recipe, number: int, fetch: bool = False) -> None:
-    """Finds what the recipe asks of its weights that they do not have, before anything is allocated.
+    """Finds what the recipe asks of its weights that they do not have, in a stage of two towers, before anything is
+    allocated.
 
     Args:
-        fetch: weights that are not on this machine; else only the recipe's own words are held against each other.
+        fetch: weights that are not on this machine; else only the recipe's own words are compared.
 
     Raises:
         UserError: names the key.
     """
-    stages = recipe.stages
-    if recipe.stage(number).masked:  # the stages before are such, too; those after get adapters and an image tower
-        text, vision, stages = masked_lm_config(recipe, fetch), None, stages[:number]
-    else:
-        text, config = tower_configs(recipe, number, fetch)
-        vision = {name: value for name, value in dataclasses.asdict(config).items() if name != "resolution"}
-    settled = ModelOfRecipe(text=dataclasses.asdict(text), tokenizer=recipe.model.tokenizer, vision=vision)
+    check_settled(recipe, recipe.stages, *tower_configs(recipe, number, fetch), fetch)
+
+
+def check_settled(
+    recipe: Recipe, stages: Sequence[Stage], text: TextTowerConfig, vision: VisionTowerConfig | None, fetch: bool
+) -> None:
+    """Checks stages against the towers as their weights and the recipe have them."""
+    shown = None
+    if vision is not None:
+        shown = {name: value for name, value in dataclasses.asdict(vision).items() if name != "resolution"}
+    settled = ModelOfRecipe(text=dataclasses.asdict(text), tokenizer=recipe.model.tokenizer, vision=shown)
     if fetch or not weights.absent(recipe.model):
-        check_towers(dataclasses.replace(recipe, model=settled, stages=stages), recipe.name)
-
-
-def masked_lm_config(recipe: Recipe, fetch: bool = False) -> TextTowerConfig:
-    """The text tower's configuration in a stage of masked-language-model training: adapters come later."""
-    plain = {k: v for k, v in recipe.model.text.items() if k not in ("adapters", "lora_rank", "lora_alpha")}
-    return _tower_config(dataclasses.replace(recipe.model, text=plain), "text", fetch)
+        check_towers(dataclasses.replace(recipe, model=settled, stages=tuple(stages)), recipe.name)
 
 
 def tower_configs(recipe: Recipe, number: int, fetch: bool = False) -> tuple[TextTowerConfig, VisionTowerConfig]:
@@ -58,15 +52,16 @@ def tower_configs(recipe: Recipe, number: int, fetch: bool = False) -> tuple[Tex
     Weights that the recipe starts from say what belongs to them (see `stage_trainer.weights`). Where they are not on
     this machine, and `fetch` does not bring them, the recipe and the towers' defaults stand for them.
     """
-    text = _tower_config(recipe.model, "text", fetch)
-    vision = _tower_config(recipe.model, "vision", fetch, resolution=recipe.stage(number).resolution[0][1])
+    text = tower_config(recipe.model, "text", fetch)
+    vision = tower_config(recipe.model, "vision", fetch, resolution=recipe.stage(number).resolution[0][1])
     return text, vision
 
 
-def _tower_config(model: ModelOfRecipe, tower: str, fetch: bool, **more: Any) -> Any:
+def tower_config(model: ModelOfRecipe, tower: str, fetch: bool, **more: Any) -> Any:
+    """The configuration of a tower ("text", "vision") by its weights and the recipe; `more` overrules the recipe."""
     of_tower: dict[str, Any] = {tower: {**(getattr(model, tower) or {}), **more}}
     model = dataclasses.replace(model, **of_tower)
-    with _named_weights(model, tower):
+    with named_weights(model, tower):
         path = weights.tower_weights(model, tower, fetch)
         if path is None:
             cls = TextTowerConfig if tower == "text" else VisionTowerConfig
@@ -75,7 +70,7 @@ def _tower_config(model: ModelOfRecipe, tower: str, fetch: bool, **more: Any) ->
 
 
 @contextmanager
-def _named_weights(model: ModelOfRecipe, tower: str) -> Iterator[None]:
+def named_weights(model: ModelOfRecipe, tower: str) -> Iterator[None]:
     """Errors of the towers and of the hub, in their own words on what is missing or damaged, under the key's name."""
     key = f"{tower}_weights" if getattr(model, f"{tower}_weights") else "weights"
     try:
@@ -86,44 +81,17 @@ def _named_weights(model: ModelOfRecipe, tower: str) -> Iterator[None]:
         raise UserError(f"model.{key}: {error}") from error
 
 
-def build_model(recipe: Recipe, number: int, tokenizer: Tokenizer | None = None) -> Model:
-    """A new model for the first stage that trains.
+def build_model(recipe: Recipe, number: int, tokenizer: Tokenizer | None = None) -> DualEncoder:
+    """A new model of two towers for the first stage that trains it.
 
     Raises:
         UserError: a configuration that does not hold, a tokenizer of another vocabulary, weights that do not fit.
     """
-    model = _build_masked_lm(recipe) if recipe.stage(number).masked else _build_dual_encoder(recipe, number)
-    text = model.tower if isinstance(model, MaskedLM) else model.text
-    if tokenizer is not None:
-        if tokenizer.vocab_size != text.config.vocab_size:
-            raise UserError(
-                f"the tokenizer {recipe.model.tokenizer or 'of the weights'} has {tokenizer.vocab_size} tokens, "
-                f"model.text.vocab_size is {text.config.vocab_size}; "
-                + (
-                    "take the tokenizer that the weights were trained with"
-                    if recipe.model.text_weights or recipe.model.weights
-                    else f"set model.text.vocab_size={tokenizer.vocab_size}"
-                )
-            )
-        text.tokenizer = tokenizer
-    return model
-
-
-def _build_masked_lm(recipe: Recipe) -> MaskedLM:
-    config = masked_lm_config(recipe, fetch=True)
-    with _named_weights(recipe.model, "text"):
-        path = weights.tower_weights(recipe.model, "text", fetch=True)
-        if path is None:
-            return MaskedLM(TextTower(config))
-        return MaskedLM.from_pretrained(path, **weights.reading_options(config, weights.given(path, "text")[0]))
-
-
-def _build_dual_encoder(recipe: Recipe, number: int) -> DualEncoder:
     text_config, vision_config = tower_configs(recipe, number, fetch=True)
-    with _named_weights(recipe.model, "text"):
+    with named_weights(recipe.model, "text"):
         path = weights.tower_weights(recipe.model, "text", fetch=True)
         text = _read_text(path, text_config) if path else TextTower(text_config)
-    with _named_weights(recipe.model, "vision"):
+    with named_weights(recipe.model, "vision"):
         path = weights.tower_weights(recipe.model, "vision", fetch=True)
         vision = _read_vision(path, vision_config) if path else VisionTower(vision_config)
     model = DualEncoder(text, vision, matryoshka_dims=recipe.stage(number).loss.dims)
@@ -132,7 +100,27 @@ def _build_dual_encoder(recipe: Recipe, number: int) -> DualEncoder:
             (model.logit_scale, model.text_logit_scale), weights.log_scales(recipe), strict=True
         ):
             parameter.fill_(scale)
+    with_tokenizer(text, tokenizer, recipe.model)
     return model
+
+
+def with_tokenizer(tower: TextTower, tokenizer: Tokenizer | None, model: ModelOfRecipe) -> None:
+    """Gives a new text tower its tokenizer, if there is one.
+
+    Raises:
+        UserError: it is of another vocabulary.
+    """
+    if tokenizer is None:
+        return
+    if tokenizer.vocab_size != tower.config.vocab_size:
+        hint = f"set model.text.vocab_size={tokenizer.vocab_size}"
+        if model.text_weights or model.weights:
+            hint = "take the tokenizer that the weights were trained with"
+        raise UserError(
+            f"the tokenizer {model.tokenizer or 'of the weights'} has {tokenizer.vocab_size} tokens, "
+            f"model.text.vocab_size is {tower.config.vocab_size}; {hint}"
+        )
+    tower.tokenizer = tokenizer
 
 
 def _read_text(path: str, config: TextTowerConfig) -> TextTower:
@@ -151,14 +139,12 @@ def _read_vision(path: str, config: VisionTowerConfig) -> VisionTower:
     return tower
 
 
-def load_model(recipe: Recipe, number: int, path: Path) -> Model:
+def load_model(recipe: Recipe, number: int, path: Path) -> DualEncoder:
     """A checkpoint's model, with the recipe's settings that have no bearing on its weights (dropout, checkpointing, …).
 
     Raises:
         UserError: a directory that holds no model, or one of another shape than the recipe's.
     """
-    if recipe.stage(number).masked:
-        return _build_masked_lm(with_text_weights(recipe, path))
     options = {}
     for tower in ("text", "vision"):
         try:
@@ -177,11 +163,8 @@ def with_text_weights(recipe: Recipe, path: Path) -> Recipe:
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, text_weights=str(path)))
 
 
-def empty_model(recipe: Recipe, number: int) -> Model:
-    """The model of a stage at its last resolution, on the meta device: every shape and no memory."""
-    if recipe.stage(number).masked:
-        with torch.device("meta"):
-            return MaskedLM(TextTower(masked_lm_config(recipe)))
+def empty_model(recipe: Recipe, number: int) -> DualEncoder:
+    """A stage's model of two towers at its last resolution, on the meta device: every shape and no memory."""
     text_config, vision_config = tower_configs(recipe, number)
     with torch.device("meta"):
         model = DualEncoder(TextTower(text_config), VisionTower(vision_config))
@@ -193,7 +176,7 @@ def load_tokenizer(recipe: Recipe) -> Tokenizer:
     """The recipe's tokenizer, or that of the weights that it starts from."""
     path = recipe.model.tokenizer
     if path is None:
-        with _named_weights(recipe.model, "text"):
+        with named_weights(recipe.model, "text"):
             path = weights.tower_weights(recipe.model, "text", fetch=True)
         if path is None or (tokenizer := Tokenizer.in_directory(path)) is None:
             raise UserError(f"model.tokenizer is left out, and the weights in {path} have no tokenizer; name one")

@@ -182,7 +182,7 @@ def _train(arguments: argparse.Namespace) -> None:
     with leave_when_asked(rank), hold_folder(loaded.recipe, rank) as refusal:
         if rank == 0:
             print("loading PyTorch …", flush=True)
-        from stage_trainer.run.train import train
+        from stage_trainer.trainer import train
 
         train(loaded.recipe, arguments.stage, start_over=arguments.start_over, refusal=refusal)
 
@@ -228,7 +228,7 @@ def _model_directory(path: Path) -> tuple[Path, Path | None]:
     if not path.exists():
         raise UserError(f"there is no {path}; expected {_MODEL}")
     _say("loading PyTorch …")
-    from stage_trainer.run.checkpoint import Saved, all_saved, path_of, read_best
+    from stage_trainer.checkpoint.load import Saved, all_saved, path_of, read_best
 
     if (path / "config.json").exists():
         model, saved = path, None

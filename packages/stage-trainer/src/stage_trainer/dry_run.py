@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from text_tower import MaskedLM
-from torch import nn
-
-from stage_trainer.build import Model, check_configs, empty_model
-from stage_trainer.recipe import Stage
 from stage_trainer.recipe.read import Loaded, flatten
+from stage_trainer.tasks import make_task
 from stage_trainer.weights import absent
 
 
@@ -17,12 +13,13 @@ def dry_run(loaded: Loaded, number: int) -> str:
     """The text that `stage-trainer train --dry-run` prints."""
     recipe = loaded.recipe
     stage = recipe.stage(number)
-    check_configs(recipe, number)
+    task = make_task(recipe, number)
+    task.check_configs()
     lines = [
         f"{recipe.name}, stage {number} of {len(recipe.stages)}: {stage.steps:,} steps",
         "",
         "parameters",
-        *[f"  {count:>15,}  {what}" for count, what in _parameters(empty_model(recipe, number), stage)],
+        *[f"  {count:>15,}  {what}" for count, what in task.parameter_counts(task.empty_model())],
         *[
             f"  ({name} is not on this machine: its sizes are the recipe's, or else the towers' defaults)"
             for name in absent(recipe.model)
@@ -41,21 +38,6 @@ def dry_run(loaded: Loaded, number: int) -> str:
         shown = path.removeprefix(f"stages.{number}.")
         lines.append(f"  {origin:<12}{shown:<34} {_plain(value)}".rstrip())
     return "\n".join(lines)
-
-
-def _parameters(model: Model, stage: Stage) -> list[tuple[int, str]]:
-    def count(module: nn.Module) -> int:
-        return sum(p.numel() for p in module.parameters())
-
-    if isinstance(model, MaskedLM):
-        head = "head, without the word table that it shares with the text tower"
-        return [(count(model.tower), "text"), (count(model.lm_head), head), (count(model), "together")]
-    grid = " × ".join(map(str, model.vision.config.grid))
-    return [
-        (count(model.text), "text with adapter" if model.text.config.adapters else "text"),
-        (count(model.vision), f"vision at {stage.resolution[-1][1]} px, a grid of {grid} patches"),
-        (count(model.text) + count(model.vision), "together, without the two temperatures"),
-    ]
 
 
 def _origin(path: str, loaded: Loaded) -> str:

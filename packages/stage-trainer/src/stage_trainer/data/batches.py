@@ -16,13 +16,14 @@ from text_tower import PackedTokens, Tokenizer
 from torch.utils.data import Dataset as TorchDataset
 from vision_tower import ImageError, augment, simclr_view
 
-from stage_trainer.data.keyed import key
+from stage_trainer.batch import Batch
+from stage_trainer.data.config import DataConfig
 from stage_trainer.data.remote_data import RemotePlace, check_room, look_ahead, open_place, place
 from stage_trainer.data.sampler import Draw, SourceOrder, TaskSampler, slice_of
 from stage_trainer.data.samples import IMAGE_TYPES, SampleCache
+from stage_trainer.data.stateless_rng import key
 from stage_trainer.errors import UserError
-from stage_trainer.objective import Batch
-from stage_trainer.recipe import Recipe, Source, Stage
+from stage_trainer.recipe import Source, Stage
 
 REPLACEMENTS = 16
 """So many samples in a row may be corrupt before a source is given up."""
@@ -62,22 +63,54 @@ class Drawn:
         return [*(drawn[source] for source in sources), *(self.cut[source] for source in sources)]
 
 
+@dataclass
+class _Samples:
+    """Of each sample its seed, the key of what it shows, and its source."""
+
+    seeds: list[int] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+
+    def add(self, data: Dataset, seed: int, content: dict[str, Any]) -> None:
+        self.seeds.append(seed)
+        self.ids.append(key(content["item"]))
+        self.sources.append(_name(data))
+
+
+@dataclass
+class _Images(_Samples):
+    """Captioned images; `views` are those of a unified loss, (pixels, seed) of all images for each."""
+
+    pixels: list[torch.Tensor] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    views: list[list[tuple[torch.Tensor, int]]] = field(default_factory=list)
+
+
+@dataclass
+class _Pairs(_Samples):
+    """Pairs of texts, and the hard negatives of all of them in a row."""
+
+    queries: list[str] = field(default_factory=list)
+    targets: list[str] = field(default_factory=list)
+    negatives: list[str] = field(default_factory=list)
+
+
 class StageBatches(TorchDataset):
     """The batches of a stage for one rank; item n is (Batch, Drawn).
 
-    Every item is a function of (recipe, n, rank, world) alone, so any worker may make it, at any time, again. A sample
+    Every item is a function of these arguments and n alone, so any worker may make it, at any time, again. A sample
     that cannot be read or is of no use is replaced by another of its source, always the same one.
 
     Raises:
         UserError: a data set that is missing or damaged, of a wrong kind, or smaller than one batch.
     """
 
-    def __init__(self, recipe: Recipe, stage: Stage, number: int, tokenizer: Tokenizer, rank: int, world: int):
-        self.stage, self.seed, self.rank, self.world = stage, key(recipe.seed, number), rank, world
+    def __init__(self, data: DataConfig, stage: Stage, seed: int, tokenizer: Tokenizer, rank: int, world: int):
+        self.stage, self.seed, self.rank, self.world = stage, seed, rank, world
         self.tokenizer = tokenizer
-        self.cache = SampleCache(recipe.cache_megabytes)
-        self.image_sources = [_open(recipe, s, stage.batch.image_text, ("image-",)) for s in stage.data.image_text]
-        self.text_sources = [_open(recipe, s, stage.batch.text, ("text-",)) for s in stage.data.text]
+        self.cache = SampleCache(data.cache_megabytes)
+        self.image_sources = [_open(data, s, stage.batch.image_text, ("image-",)) for s in stage.data.image_text]
+        self.text_sources = [_open(data, s, stage.batch.text, ("text-",)) for s in stage.data.text]
         if len({source.kind for source in self.text_sources}) > 1:
             raise UserError("data.text mixes pairs and triplets; a stage takes one kind, because their losses differ")
         self.hard_negatives = self._hard_negatives()
@@ -89,7 +122,7 @@ class StageBatches(TorchDataset):
             raise UserError("batch.text is 1, and a pair alone has nothing to be told from; raise it, or name triplets")
         self.image_sampler = self._sampler(stage.data.image_text, self.image_sources, stage.batch.image_text, False)
         self.text_sampler = self._sampler(stage.data.text, self.text_sources, stage.batch.text, True)
-        check_room(recipe.remote, [(self.image_sources, self.image_sampler), (self.text_sources, self.text_sampler)])
+        check_room(data.remote, [(self.image_sources, self.image_sampler), (self.text_sources, self.text_sampler)])
 
     def _sampler(self, sources: tuple[Source, ...], sets: list[Dataset], batch: int, one: bool) -> TaskSampler | None:
         if not batch:
@@ -116,60 +149,52 @@ class StageBatches(TorchDataset):
     def __len__(self) -> int:
         return self.stage.steps
 
-    def tasks_at(self, step: int) -> tuple[str, ...]:
-        """The tasks that take part in a step."""
-        takes = {"image_text": self.image_sampler, "text": self.text_sampler}
-        return tuple(t for t, s in takes.items() if s is not None and step >= getattr(self.stage.task_start, t))
-
     def __getitem__(self, step: int) -> tuple[Batch, Drawn]:
-        drawn = Drawn()
-        tasks = self.tasks_at(step)
-        images, captions, image_seeds, image_ids = [], [], [], []
-        caption_sources, pair_sources = [], []
-        views: list[list[tuple[torch.Tensor, int]]] = [[] for _ in range(self.stage.loss.views)]
-        if "image_text" in tasks:
-            start = self.stage.task_start.image_text
-            for draw in self._draws(self.image_sampler, self.image_sources, step - start):
-                data = self.image_sources[draw.source]
-                pixels, content = self._sample(data, draw.index, drawn)
-                seed = self._seed(data, draw)
-                assert pixels is not None  # _check saw to it
-                images.append(self._augmented(pixels, seed, step))
-                for number, of_all in enumerate(views):
-                    of_all.append(self._view(pixels, key(seed, "view", number), step))
-                captions.append(self._choose(content["captions"], seed, data, drawn)["text"])
-                caption_sources.append(_name(data))
-                image_seeds.append(seed)
-                image_ids.append(key(content["item"]))
-        queries, targets, negatives, text_seeds, text_ids = [], [], [], [], []
-        if "text" in tasks:
-            start = self.stage.task_start.text
-            for draw in self._draws(self.text_sampler, self.text_sources, step - start):
-                data = self.text_sources[draw.source]
-                _, content = self._sample(data, draw.index, drawn)
-                seed = self._seed(data, draw)
-                query, target, hard = self._texts(content, seed, draw.source, drawn)
-                queries.append(query)
-                targets.append(target)
-                negatives += hard
-                pair_sources.append(_name(data))
-                text_seeds.append(seed)
-                text_ids.append(key(content["item"]))
-        for view, seed in chain.from_iterable(views):
-            images.append(view)
-            image_seeds.append(seed)
-        texts = self.tokenizer([*captions, *queries, *targets, *negatives], max_length=None)
-        of_negatives = [name for name in pair_sources for _ in range(self.hard_negatives)]
-        sources = [*caption_sources, *pair_sources, *pair_sources, *of_negatives]
+        drawn, kinds = Drawn(), self.stage.batch_at(step)
+        images = self._images(step, drawn) if "image_text" in kinds else _Images()
+        pairs = self._pairs(step, drawn) if "text" in kinds else _Pairs()
+        given = [*images.captions, *pairs.queries, *pairs.targets, *pairs.negatives]
+        texts = self.tokenizer(given, max_length=None)
+        of_negatives = [name for name in pairs.sources for _ in range(self.hard_negatives)]
+        sources = [*images.sources, *pairs.sources, *pairs.sources, *of_negatives]
         drawn.cut.update(n for n, ids in zip(sources, texts, strict=True) if len(ids) > self.stage.max_tokens)
-        texts = [shortened(ids, self.stage.max_tokens) for ids in texts]
-        batch = self._pack(images, texts, image_seeds, image_ids, text_seeds, text_ids)
+        batch = self._pack(images, pairs, [shortened(ids, self.stage.max_tokens) for ids in texts])
         drawn.count_tokens(batch.texts)
         return batch, drawn
 
+    def _images(self, step: int, drawn: Drawn) -> _Images:
+        """This rank's captioned images of a step."""
+        found = _Images(views=[[] for _ in range(self.stage.loss.views)])
+        start = self.stage.task_start.image_text
+        for draw in self._draws(self.image_sampler, self.image_sources, step - start):
+            data = self.image_sources[draw.source]
+            pixels, content = self._sample(data, draw.index, drawn)
+            seed = self._seed(data, draw)
+            assert pixels is not None  # _check saw to it
+            found.pixels.append(self._augmented(pixels, seed, step))
+            for number, of_all in enumerate(found.views):
+                of_all.append(self._view(pixels, key(seed, "view", number), step))
+            found.captions.append(self._choose(content["captions"], seed, data, drawn)["text"])
+            found.add(data, seed, content)
+        return found
+
+    def _pairs(self, step: int, drawn: Drawn) -> _Pairs:
+        """This rank's text pairs of a step."""
+        found, start = _Pairs(), self.stage.task_start.text
+        for draw in self._draws(self.text_sampler, self.text_sources, step - start):
+            data = self.text_sources[draw.source]
+            _, content = self._sample(data, draw.index, drawn)
+            seed = self._seed(data, draw)
+            query, target, hard = self._texts(content, seed, draw.source, drawn)
+            found.queries.append(query)
+            found.targets.append(target)
+            found.negatives += hard
+            found.add(data, seed, content)
+        return found
+
     def _draws(self, sampler: TaskSampler | None, sources: list[Dataset], number: int) -> list[Draw]:
         """This rank's part of a task's batch; what the next ones need is fetched from now on."""
-        assert sampler is not None  # tasks_at saw to it
+        assert sampler is not None  # batch_at saw to it
         draws = slice_of(sampler.batch_at(number), self.rank, self.world)
         look_ahead(sources, sampler)
         return draws
@@ -233,20 +258,21 @@ class StageBatches(TorchDataset):
         drawn.texts[f"{_name(data)}/{text['language']}"] += 1
         return text
 
-    def _pack(self, images, texts, image_seeds, image_ids, text_seeds, text_ids) -> Batch:
-        per_negative = [s for s in text_seeds for _ in range(self.hard_negatives)]
-        of_captions = image_seeds[: len(image_ids)]  # views come after
-        sections = {"caption": of_captions, "query": text_seeds, "target": text_seeds, "negative": per_negative}
+    def _pack(self, images: _Images, pairs: _Pairs, texts: list[list[int]]) -> Batch:
+        per_negative = [s for s in pairs.seeds for _ in range(self.hard_negatives)]
+        sections = {"caption": images.seeds, "query": pairs.seeds, "target": pairs.seeds, "negative": per_negative}
         seeds = [key(seed, name, i) for name, part in sections.items() for i, seed in enumerate_within(part)]
+        views = list(chain.from_iterable(images.views))
+        pixels = [*images.pixels, *(view for view, _ in views)]
         return Batch(
-            images=torch.stack(images) if images else None,
-            image_seeds=torch.tensor(image_seeds, dtype=torch.int64),
-            image_ids=torch.tensor(image_ids, dtype=torch.int64),
+            images=torch.stack(pixels) if pixels else None,
+            image_seeds=torch.tensor([*images.seeds, *(seed for _, seed in views)], dtype=torch.int64),
+            image_ids=torch.tensor(images.ids, dtype=torch.int64),
             texts=PackedTokens.from_lists(texts) if texts else None,
             text_seeds=torch.tensor(seeds, dtype=torch.int64),
-            pairs=len(text_ids),
+            pairs=len(pairs.ids),
             negatives=self.hard_negatives,
-            text_ids=torch.tensor(text_ids, dtype=torch.int64),
+            text_ids=torch.tensor(pairs.ids, dtype=torch.int64),
         )
 
 
@@ -302,8 +328,8 @@ def open_data_set(directory: Path | RemotePlace, kinds: tuple[str, ...]) -> Data
     return data
 
 
-def _open(recipe: Recipe, source: Source, batch: int, kinds: tuple[str, ...]) -> Dataset:
-    data = open_data_set(place(recipe, "train", source.path), kinds)
+def _open(config: DataConfig, source: Source, batch: int, kinds: tuple[str, ...]) -> Dataset:
+    data = open_data_set(place(config, "train", source.path), kinds)
     if len(data) < batch:
         raise UserError(
             f"{data.directory} has {len(data)} samples, too few for one batch of {batch}; "

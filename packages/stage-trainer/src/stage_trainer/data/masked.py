@@ -12,15 +12,16 @@ from data_prep.shards import Dataset, ShardError
 from text_tower import PackedTokens, Tokenizer, WholeWordMasking
 from torch.utils.data import Dataset as TorchDataset
 
+from stage_trainer.batch import MaskedBatch
 from stage_trainer.data.batches import REPLACEMENTS, Corrupt, Drawn, another, open_data_set
-from stage_trainer.data.keyed import key, permutation
+from stage_trainer.data.config import DataConfig
 from stage_trainer.data.remote import is_remote
 from stage_trainer.data.remote_data import fetch_sidecars, place
 from stage_trainer.data.sampler import SourceOrder, TaskSampler, slice_of
 from stage_trainer.data.samples import SampleCache
+from stage_trainer.data.stateless_rng import key, permutation
 from stage_trainer.errors import UserError
-from stage_trainer.masked_lm import MaskedBatch
-from stage_trainer.recipe import Recipe, Stage
+from stage_trainer.recipe import Stage
 
 HELD_OUT = 64
 """Texts of each language over which the held-out loss is taken."""
@@ -36,10 +37,10 @@ class Texts:
         UserError: a data set that is missing, damaged or not of texts; a tokenizer without `<mask>`.
     """
 
-    def __init__(self, recipe: Recipe, stage: Stage, split: str, paths: Iterable[str], tokenizer: Tokenizer):
+    def __init__(self, data: DataConfig, stage: Stage, split: str, paths: Iterable[str], tokenizer: Tokenizer):
         self.tokenizer, self.max_tokens = tokenizer, stage.max_tokens
-        self.cache = SampleCache(recipe.cache_megabytes)
-        self.data_sets = [open_data_set(place(recipe, split, path), ("text-",)) for path in paths]
+        self.cache = SampleCache(data.cache_megabytes)
+        self.data_sets = [open_data_set(place(data, split, path), ("text-",)) for path in paths]
         self._first = np.cumsum([0, *map(len, self.data_sets)])
         try:
             self._hide = WholeWordMasking(tokenizer, stage.masking.share)
@@ -85,7 +86,7 @@ class Texts:
 
 
 class MaskedBatches(TorchDataset):
-    """The batches of a stage for one rank; item n is (MaskedBatch, Drawn), by (recipe, n, rank, world) alone.
+    """The batches of a stage for one rank; item n is (MaskedBatch, Drawn), a function of these arguments and n alone.
 
     Languages take turns in proportion to their number of samples to the power of `masking.language_exponent`. Each goes
     through its samples in an order that is new in every epoch; of a language with fewer samples than a batch has texts,
@@ -95,10 +96,10 @@ class MaskedBatches(TorchDataset):
         UserError: as `Texts`; also data without a single text.
     """
 
-    def __init__(self, recipe: Recipe, stage: Stage, number: int, tokenizer: Tokenizer, rank: int, world: int):
-        self.stage, self.seed, self.rank, self.world = stage, key(recipe.seed, number), rank, world
+    def __init__(self, data: DataConfig, stage: Stage, seed: int, tokenizer: Tokenizer, rank: int, world: int):
+        self.stage, self.seed, self.rank, self.world = stage, seed, rank, world
         self.tokenizer = tokenizer
-        self.texts = Texts(recipe, stage, "train", stage.data.masked_lm, tokenizer)
+        self.texts = Texts(data, stage, "train", stage.data.masked_lm, tokenizer)
         self.languages = list(self.texts.samples)
         if not self.languages:
             raise UserError(f"data.masked_lm, {list(stage.data.masked_lm)}, holds no text; name other data sets")
@@ -114,10 +115,6 @@ class MaskedBatches(TorchDataset):
     def __len__(self) -> int:
         return self.stage.steps
 
-    def tasks_at(self, step: int) -> tuple[str, ...]:
-        """The tasks that take part in a step."""
-        return ("masked_lm",)
-
     def __getitem__(self, step: int) -> tuple[MaskedBatch, Drawn]:
         draws = self.sampler.batch_at(step)
         language = self.languages[draws[0].source]
@@ -127,15 +124,15 @@ class MaskedBatches(TorchDataset):
         return self.texts.batch(language, [draw.index for draw in mine], seeds, drawn), drawn
 
 
-def held_out(recipe: Recipe, stage: Stage, tokenizer: Tokenizer) -> dict[str, MaskedBatch]:
+def held_out(data: DataConfig, stage: Stage, tokenizer: Tokenizer) -> dict[str, MaskedBatch]:
     """Up to `HELD_OUT` texts of each language, from what the validation split has of the stage's data; always the same.
 
     Raises:
         UserError: damaged data.
     """
     below = [p for p in stage.data.masked_lm if not is_remote(p)]  # a URL has no splits
-    paths = [p for p in below if place(recipe, "validation", p).is_dir()]
-    texts = Texts(recipe, stage, "validation", paths, tokenizer)
+    paths = [p for p in below if place(data, "validation", p).is_dir()]
+    texts = Texts(data, stage, "validation", paths, tokenizer)
     drawn, batches = Drawn(), {}
     for language, samples in texts.samples.items():
         numbers = permutation(len(samples), key("held out", language))[:HELD_OUT].tolist()

@@ -21,14 +21,15 @@ from typing import IO, Any
 
 from data_prep.shards import MANIFEST, Dataset, ShardError, ShardUnavailable, index_name
 
+from stage_trainer.data.config import DataConfig
 from stage_trainer.data.remote import FULL, Address, Failure, check, fetch, is_remote
 from stage_trainer.data.sampler import TaskSampler
 from stage_trainer.data.shard_cache import Room, locked, part_name, try_lock
 from stage_trainer.errors import UserError
-from stage_trainer.recipe import Recipe, Remote
+from stage_trainer.recipe import Remote
 
 
-def place(recipe: Recipe, split: str, path: str) -> Path | RemotePlace:
+def place(data: DataConfig, split: str, path: str) -> Path | RemotePlace:
     """Where a data set of a recipe lies: below the split of its corpus, unless its path says more.
 
     Raises:
@@ -36,12 +37,12 @@ def place(recipe: Recipe, split: str, path: str) -> Path | RemotePlace:
     """
     if is_remote(path):
         address = Address(path)
-    elif is_remote(recipe.corpus) and not os.path.isabs(path):
-        address = Address(recipe.corpus, f"{split}/{path}")
+    elif is_remote(data.corpus) and not os.path.isabs(path):
+        address = Address(data.corpus, f"{split}/{path}")
     else:
-        return Path(recipe.corpus) / split / path
-    check(address.base, recipe.remote)
-    return RemotePlace(address, recipe.remote)
+        return Path(data.corpus) / split / path
+    check(address.base, data.remote)
+    return RemotePlace(address, data.remote)
 
 
 class RemotePlace:

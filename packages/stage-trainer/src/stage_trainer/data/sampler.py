@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stage_trainer.data.keyed import key, permutation
+from stage_trainer.data.stateless_rng import key, permutation
 
 WINDOW = 4
 """Shards whose samples are shuffled together."""

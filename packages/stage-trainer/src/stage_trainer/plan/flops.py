@@ -15,7 +15,7 @@ from text_tower import TextTowerConfig
 from text_tower.masked_lm import MAX_LOGITS
 from vision_tower import VisionTowerConfig
 
-from stage_trainer.objective import Batch
+from stage_trainer.batch import Batch
 from stage_trainer.recipe import Trainable
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from data_prep.shards import Dataset, ShardError
 from text_tower import Tokenizer
 
+from stage_trainer.data.config import DataConfig
 from stage_trainer.data.remote_data import place
 from stage_trainer.data.samples import texts_of
 from stage_trainer.recipe import Recipe, Source, Stage
@@ -97,7 +98,7 @@ def _tokenizer(recipe: Recipe) -> Tokenizer | None:
 def _counted(recipe: Recipe, source: Source, max_tokens: int, tokenizer: Tokenizer | None) -> Counted | None:
     """By the recipe's tokenizer on a sample of the texts, or by what the sidecars say of each sample's longest text, if
     that tokenizer is not here; None for data that are not here, or were not counted."""
-    where = place(recipe, "train", source.path)
+    where = place(DataConfig.of(recipe), "train", source.path)
     if not isinstance(where, Path):
         return None
     try:

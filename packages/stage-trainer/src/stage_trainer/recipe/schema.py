@@ -177,6 +177,16 @@ class Stage:
         return bool(self.batch.masked_lm)
 
     @property
+    def task(self) -> str:
+        """The name of what the stage does (`tasks.TASKS`)."""
+        return "masked_lm" if self.masked else "contrastive"
+
+    def batch_at(self, step: int) -> dict[str, int]:
+        """The global batch of a step: {kind: how many}, each kind from its `task_start` on."""
+        sizes = {"image_text": self.batch.image_text, "text": self.batch.text, "masked_lm": self.batch.masked_lm}
+        return {kind: size for kind, size in sizes.items() if size and step >= getattr(self.task_start, kind, 0)}
+
+    @property
     def chunks(self) -> GradientCache | None:
         """The sizes of `gradient_cache`; None for none, and for an `auto` that nobody has settled yet."""
         return self.gradient_cache if isinstance(self.gradient_cache, GradientCache) else None

@@ -126,7 +126,7 @@ def _check_rates(stage: Stage, here: str) -> None:
         )
 
 
-# By the rate at which they train; see `objective.MultiTask.parameter_groups` and `set_trainable`.
+# By the rate at which they train; see `ContrastiveObjective.parameter_groups` and `set_trainable`.
 def _learning_towers(stage: Stage) -> dict[str, str]:
     found = {}
     if stage.trainable.image != "none" and stage.batch.image_text:

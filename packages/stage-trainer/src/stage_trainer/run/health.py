@@ -6,9 +6,11 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Callable
 from statistics import median
-from typing import Any
 
+from stage_trainer.checkpoint.state import RunState
 from stage_trainer.errors import UserError
+from stage_trainer.run.hooks import Hook, Step
+from stage_trainer.tasks.task import Losses
 
 SPIKE = 2.0
 """A loss this many times the median of the last ones is a jump."""
@@ -18,42 +20,46 @@ ALIKE = 0.99
 """Mean cosine of the hardest negatives above which, with hardly a pair told apart, the embeddings have collapsed."""
 
 
-class Health:
-    """Keeps count of skipped steps and warns of what usually ends badly.
+class Health(Hook):
+    """Counts skipped steps and warns of what usually ends badly.
 
     Args:
         limit: so many steps skipped one after another end the run.
-        skipped: steps skipped before, by this stage's earlier processes.
+        state: counts the skipped steps.
+        say: shows a line.
     """
 
-    def __init__(self, limit: int, skipped: int = 0):
-        self.limit, self.skipped = limit, skipped
+    def __init__(self, limit: int, state: RunState, say: Callable[[str], None]):
+        self.limit, self.state, self.say = limit, state, say
         self._in_a_row = 0
         self._losses: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=WINDOW))
         self._warned: set[str] = set()
 
-    def stepped(self, step: int, applied: bool, diagnosis: Callable[[], str]) -> str | None:
-        """Takes note of a step and of whether the model was updated; returns what to say about it.
+    def after_step(self, step: Step) -> None:
+        if not step.applied:
+            self._skipped(step)
+            return
+        self._in_a_row = 0
+        if step.scalars is not None:
+            step.scalars["trouble/skipped_steps"] = self.state.skipped
+            for warning in self.warnings(step.losses):
+                self.say(f"step {step.number}: {warning}")
 
-        Raises:
-            UserError: the limit is reached; every rank finds the same.
-        """
-        if applied:
-            self._in_a_row = 0
-            return None
-        self.skipped += 1
+    def _skipped(self, step: Step) -> None:
+        self.state.skipped += 1
         self._in_a_row += 1
         if self._in_a_row >= self.limit:
             raise UserError(
-                f"{self._in_a_row} steps in a row had a loss or gradient that is not finite, the last one step {step}; "
-                f"the model stands as before them. {diagnosis()} Lower the learning rate, lengthen warmup_steps, or "
-                "try precision: fp32, and start again from the last checkpoint (max_skipped is the limit)"
+                f"{self._in_a_row} steps in a row had a loss or gradient that is not finite, the last one step "
+                f"{step.number}; the model stands as before them. {step.diagnosis} Lower the learning rate, lengthen "
+                "warmup_steps, or try precision: fp32, and start again from the last checkpoint (max_skipped is the "
+                "limit)"
             )
-        return f"step {step} is skipped: a gradient is not finite. {diagnosis()}"
+        self.say(f"step {step.number} is skipped: a gradient is not finite. {step.diagnosis}")
 
-    def logged(self, losses: dict[str, tuple[Any, Any]]) -> list[str]:
-        """Takes note of a logged step's losses by task, with their `LossStats` if they have them; returns warnings,
-        each kind once until it is over."""
+    def warnings(self, losses: Losses) -> list[str]:
+        """Notes the losses of a logged step, with their `LossStats` if they have them; returns warnings, each kind once
+        until it is over."""
         warnings = []
         for task, (loss, stats) in losses.items():
             value, former = loss.item(), self._losses[task]

@@ -19,11 +19,12 @@ from torch.utils.data import Dataset as TorchDataset
 from stage_trainer.data.batches import Drawn
 from stage_trainer.errors import UserError
 from stage_trainer.run.stop import SIGNALS
+from stage_trainer.tasks.task import Batches
 
 _DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([^.]+)|exited)")
 
 
-def batches(data: TorchDataset, start: int, stop: int, workers: int) -> Generator[tuple[Any, Drawn], None, None]:
+def batches(data: Batches, start: int, stop: int, workers: int) -> Generator[tuple[Any, Drawn], None, None]:
     """Batches `start` to `stop` - 1, made ahead by worker processes if there are any.
 
     What asks the run to stop often reaches the workers, too (a terminal's Ctrl-C, a scheduler's signal): they ignore
@@ -127,7 +128,7 @@ def _signals_held() -> Iterator[None]:
 class _FailuresAsItems(TorchDataset):
     """Errors that name bad data, handed over whole: a loader's worker would bury them in a traceback."""
 
-    def __init__(self, data: TorchDataset):
+    def __init__(self, data: Batches):
         self.data = data
 
     def __getitem__(self, step: int) -> Any:

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -17,8 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stage_trainer.errors import UserError
-from stage_trainer.run.pages import charts, compared
+from stage_trainer.run.hooks import Hook, Step
+from stage_trainer.run.hparams import compared
 from stage_trainer.run.text_counts import TextCounts
+from stage_trainer.tasks.task import Charts, Losses, Measured
 
 _QUIET = 15.0
 """Seconds between two lines of progress where there is no terminal to keep one line up to date."""
@@ -52,48 +55,66 @@ def open_sinks(names: Sequence[str], directory: Path, settings: dict[str, Any]) 
     return sinks
 
 
-class Monitor:
+@dataclass(frozen=True)
+class Shown:
+    """What a monitor is told of a stage.
+
+    Attributes:
+        title: of the line of progress.
+        start: the first step of this process; what a former process logged at or after it is hidden.
+        steps: of the stage.
+        every: steps between two entries.
+        charts: TensorBoard's Custom Scalars page.
+        sources: of texts, as `Drawn.of_sources` counts them.
+        max_tokens: of a text, beyond which its end is cut off; None: this stage cuts nothing off.
+        peak: operations a second that all ranks' devices can do at most, if that is known.
+    """
+
+    title: str
+    start: int
+    steps: int
+    every: int
+    charts: Charts = field(default_factory=dict)
+    sources: Sequence[str] = ()
+    max_tokens: int | None = None
+    peak: float | None = None
+
+
+class Monitor(Hook):
     """Writes scalars to `directory` and shows progress; on ranks other than 0 it does nothing.
 
     Args:
         directory: TensorBoard's folder of this stage.
-        start: the first step of this process; what a former process logged at or after it is hidden.
-        steps: of the stage.
-        every: steps between two entries.
+        active: whether this is rank 0.
         sinks: where scalars go beside TensorBoard; closed with the monitor.
-        peak: operations a second that all ranks' devices can do at most, if that is known.
-        max_tokens: of a text, beyond which its end is cut off; None: this stage cuts nothing off.
         texts: those of the stage's earlier processes; takes those of this one.
     """
 
     def __init__(
         self,
         directory: Path,
+        stage: Shown,
         *,
-        title: str,
-        start: int,
-        steps: int,
-        every: int,
         active: bool,
         sinks: Sequence[Sink] = (),
-        peak: float | None = None,
-        max_tokens: int | None = None,
         texts: TextCounts | None = None,
     ):
-        self.every, self.active, self.steps, self.sinks, self.peak = every, active, steps, sinks, peak
-        self.max_tokens, self.texts = max_tokens, texts or TextCounts({}, {})
+        self.stage, self.active, self.sinks, self.texts = stage, active, sinks, texts or TextCounts({}, {})
         self._samples, self._tokens, self._operations, self._wait = 0, 0, 0, 0.0
-        self.title, self.start = title, start
         if active:
             from torch.utils.tensorboard import SummaryWriter
 
             _keep_order(directory)
-            self.writer = SummaryWriter(str(directory), purge_step=start)
-            self.writer.add_custom_scalars(charts(masked=max_tokens is None))
+            self.writer = SummaryWriter(str(directory), purge_step=stage.start)
+            page = {
+                section: {title: ["Multiline", tags] for title, tags in of.items()}
+                for section, of in stage.charts.items()
+            }
+            self.writer.add_custom_scalars(page)
             self.bar = tqdm(
-                total=steps,
-                initial=start,
-                desc=title,
+                total=stage.steps,
+                initial=stage.start,
+                desc=stage.title,
                 unit="step",
                 dynamic_ncols=True,
                 mininterval=1,
@@ -102,20 +123,38 @@ class Monitor:
             self._began, self._shown = time.monotonic(), -_QUIET
         self._since = time.perf_counter()
 
-    def wants(self, step: int) -> bool:
+    def after_step(self, step: Step) -> None:
+        self.count(step.samples, step.totals.tokens, step.operations, step.waited)
+        self.texts.count(self.stage.sources, step.totals.texts)
+        if step.scalars is not None:
+            self.log(step.number, step.losses, step.scalars)
+        self.advance()
+
+    def measured(self, found: Measured, values: Mapping[str, float], done: int) -> None:
+        """Enters what was measured after `done` steps; `values` are those of all ranks."""
+        for name, value in values.items():
+            self.scalar(name, value, done - 1)
+        if found.shown:
+            self.say(joined(f"step {done}:", found.shown))
+        if found.picture:
+            self.image("nearest images", found.picture, done - 1)
+        if found.vectors is not None:
+            self.embeddings(found.vectors, found.labels, done - 1)
+
+    def should_log(self, step: int) -> bool:
         """Whether this step is logged: every `every` steps, the first and the last."""
-        return step % self.every == 0 or step == self.steps - 1
+        return step % self.stage.every == 0 or step == self.stage.steps - 1
 
     def count(self, samples: int, tokens: int, operations: int, waited: float) -> None:
-        """Takes note of a step: samples, text tokens and model operations of all ranks, seconds spent waiting for
+        """Counts a step: samples, text tokens and model operations of all ranks, seconds spent waiting for
         data."""
         self._samples += samples
         self._tokens += tokens
         self._operations += operations
         self._wait += waited
 
-    def log(self, step: int, losses: dict[str, tuple[Tensor, Any]], scalars: dict[str, float]) -> None:
-        """Enters a step: the losses by task, further scalars, speed since the last entry."""
+    def log(self, step: int, losses: Losses, scalars: dict[str, float]) -> None:
+        """Enters a step: the losses by name, further scalars, speed since the last entry."""
         if not self.active:
             return
         seconds = time.perf_counter() - self._since
@@ -128,15 +167,16 @@ class Monitor:
             "speed/model_tflops_per_second": self._operations / max(seconds, 1e-9) / 1e12,
             "speed/data_wait_share": self._wait / max(seconds, 1e-9),
         }
-        if self.peak:  # model FLOPs utilisation: nothing that is computed twice counts (arXiv 2204.02311, appendix B)
-            scalars["speed/mfu"] = self._operations / max(seconds, 1e-9) / self.peak
-        scalars |= self.texts.shares(cut=self.max_tokens is not None)
+        # Model FLOPs utilisation: nothing that is computed twice counts (arXiv 2204.02311, appendix B).
+        if self.stage.peak:
+            scalars["speed/mfu"] = self._operations / max(seconds, 1e-9) / self.stage.peak
+        scalars |= self.texts.shares(cut=self.stage.max_tokens is not None)
         for name, value in scalars.items():
             self.scalar(name, value, step)
         shown = ", ".join(f"{task} {loss.item():.3f}" for task, (loss, _) in losses.items())
         self._progress(step + 1, f"loss {shown}; {speed:.0f} samples/s")
-        if self.max_tokens is not None:
-            for line in self.texts.news(self.max_tokens, last=step == self.steps - 1):
+        if self.stage.max_tokens is not None:
+            for line in self.texts.news(self.stage.max_tokens, last=step == self.stage.steps - 1):
                 self.say(line)
         self._samples, self._tokens, self._operations, self._wait = 0, 0, 0, 0.0
         self._since = time.perf_counter()
@@ -146,8 +186,8 @@ class Monitor:
             self.bar.set_postfix_str(shown, refresh=False)
         elif (now := time.monotonic()) - self._shown >= _QUIET:
             self._shown = now
-            left = (now - self._began) / (done - self.start) * (self.steps - done)
-            line = f"{self.title}: step {done} of {self.steps}, {shown}, {in_words(left)} left"
+            left = (now - self._began) / (done - self.stage.start) * (self.stage.steps - done)
+            line = f"{self.stage.title}: step {done} of {self.stage.steps}, {shown}, {in_words(left)} left"
             print(line, file=sys.stderr, flush=True)
 
     def scalar(self, name: str, value: float, step: int) -> None:
@@ -181,9 +221,6 @@ class Monitor:
     def say(self, text: str) -> None:
         if self.active:
             self.bar.write(text)
-
-    def __enter__(self) -> Monitor:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from stage_trainer.checkpoint.load import all_saved, summary
 from stage_trainer.errors import UserError
 from stage_trainer.evaluation import text_retrieval
 from stage_trainer.evaluation.held_out import HeldOut, find
@@ -15,7 +16,6 @@ from stage_trainer.evaluation.retrieval import DIRECTIONS, Pool, cut_texts, embe
 from stage_trainer.files import write_whole
 from stage_trainer.model import DualEncoder
 from stage_trainer.recipe import Recipe
-from stage_trainer.run.checkpoint import all_saved
 from stage_trainer.run.environment import versions
 from stage_trainer.run.monitor import joined
 
@@ -157,7 +157,6 @@ def write_report(recipe: Recipe) -> tuple[Path, str]:
     Raises:
         UserError: no stage of the run has been evaluated; names the commands that do it.
     """
-    from stage_trainer.run.start import summary
 
     run = Path(recipe.output)
     stages: dict[str, dict[str, Any]] = {}

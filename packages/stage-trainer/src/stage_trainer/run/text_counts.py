@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 
 class TextCounts:
-    """Texts drawn in a stage, by source (kind/source), and how many of them lost their end to `max_tokens`."""
+    """Texts drawn in a stage, by source (kind/source), and how many of them lost their end to `max_tokens`.
+
+    Args:
+        drawn, cut: the counts so far, which are updated.
+    """
 
     ENOUGH = 256
     """Texts of a source whose share is worth saying."""
 
-    def __init__(self, drawn: Mapping[str, int], cut: Mapping[str, int]):
-        self.drawn, self.cut = Counter(drawn), Counter(cut)
+    def __init__(self, drawn: dict[str, int], cut: dict[str, int]):
+        self.drawn, self.cut = drawn, cut
         self._told = {source for source in self.cut if self.cut[source] and self.drawn[source] >= self.ENOUGH}
 
     def count(self, sources: Sequence[str], counts: Sequence[int]) -> None:
-        """Takes note of a step, `counts` being what `Drawn.of_sources` says, over all ranks."""
+        """Adds a step, `counts` being what `Drawn.of_sources` says, over all ranks."""
         half = len(sources)
-        self.drawn.update(dict(zip(sources, counts[:half], strict=True)))
-        self.cut.update(dict(zip(sources, counts[half:], strict=True)))
+        for of_kind, new in ((self.drawn, counts[:half]), (self.cut, counts[half:])):
+            for source, count in zip(sources, new, strict=True):
+                of_kind[source] = of_kind.get(source, 0) + count
 
     def shares(self, cut: bool) -> dict[str, float]:
         """For TensorBoard: how often each source is drawn, and, if asked, what share of its texts is `cut`."""

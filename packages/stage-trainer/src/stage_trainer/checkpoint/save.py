@@ -1,26 +1,33 @@
-"""Writes checkpoints while training goes on: a step waits for a copy in main memory, not for the disk."""
+"""Writing checkpoints while training goes on: a step waits for a copy in main memory, not for the disk."""
 
 from __future__ import annotations
 
-import difflib
 import json
-import math
 import shutil
 import threading
-from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
+from torch import Tensor
 
-from stage_trainer.build import Model
+from stage_trainer.checkpoint.broadcast import from_rank_0
+from stage_trainer.checkpoint.load import BEST, Saved, all_saved, path_of, read_best, sha256
+from stage_trainer.checkpoint.state import Best, RunState
 from stage_trainer.engine import Engine
 from stage_trainer.errors import UserError
-from stage_trainer.files import write_whole
-from stage_trainer.measure import Measure
-from stage_trainer.run import checkpoint
-from stage_trainer.run.rank_0 import from_rank_0
+from stage_trainer.files import free_name, save_tensors, whole_directory, write_whole
+
+
+class Model(Protocol):
+    """What a checkpoint holds."""
+
+    def load_state_dict(self, state_dict: dict[str, Tensor], *, assign: bool) -> object: ...
+
+    def to_empty(self, *, device: str) -> object: ...
+
+    def save_pretrained(self, path: Path) -> None: ...
 
 
 class Saver:
@@ -44,32 +51,31 @@ class Saver:
         """Whether this process could not write; `finish` says why, on all ranks."""
         return self._problem is not None
 
-    def save(self, step: int, engine: Engine, state: dict[str, Any], best: dict[str, Any] | None = None) -> None:
-        """Copies the model and the optimizer's state of `step`, and returns while they are written.
+    def save(self, engine: Engine, state: RunState, best: Best | None = None) -> None:
+        """Copies the model, the optimizer's state and the run's, and returns while they are written.
 
         Args:
-            step: steps done.
-            engine, state: what to save.
-            best: what makes this checkpoint the best so far ({"metric", "value"}); it stays until one is better.
+            engine, state: what to save, after `state.step` steps.
+            best: what makes this checkpoint the best so far; it stays until one is better.
 
         Raises:
             UserError: the checkpoint before this one could not be written.
         """
         self.finish()
-        optimizer = {}
+        optimizer: dict[str, Tensor] = {}
         for name, value in engine.optimizer_state():  # under ZeRO every rank has to take part in gathering
             if self.rank == 0:
                 optimizer[name] = value.detach().to("cpu", copy=True).contiguous()
         weights = engine.copy_of_weights()
         if self.rank == 0:
-            arguments = (step, engine.shell, weights, optimizer, {**state, "step": step}, best)
+            arguments = (cast(Model, engine.shell), weights, optimizer, state.state_dict(), best)
             self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
             self._thread.start()
 
-    def note_best(self, step: int, best: dict[str, Any]) -> None:
+    def note_best(self, step: int, best: Best) -> None:
         """Enters that the checkpoint of `step` is the best; it stays until one is better."""
         if self.rank == 0:
-            write_whole(self.directory / checkpoint.BEST, json.dumps({**best, "step": step}) + "\n")
+            write_whole(self.directory / BEST, json.dumps({**best, "step": step}) + "\n")
 
     def finish(self) -> None:
         """Waits until what was saved is on disk.
@@ -85,15 +91,21 @@ class Saver:
             raise problem
 
     def _write(
-        self, step: int, model: Model, weights: Any, optimizer: Any, state: dict[str, Any], best: dict[str, Any] | None
+        self,
+        model: Model,
+        weights: dict[str, Tensor],
+        optimizer: dict[str, Tensor],
+        state: dict[str, Any],
+        best: Best | None,
     ) -> None:
+        step = state["step"]
         try:
             model.load_state_dict(weights, assign=True)
-            checkpoint.write(self.directory, step, model, optimizer, state)
+            write(self.directory, model, optimizer, state)
             if best:
                 self.note_best(step, best)
-            kept = {checkpoint.read_best(self.directory).get("step")}
-            for old in [s for s in checkpoint.all_saved(self.directory) if s.step <= step][: -self.keep]:
+            kept = {read_best(self.directory).get("step")}
+            for old in [s for s in all_saved(self.directory) if s.step <= step][: -self.keep]:
                 if old.step not in kept:
                     shutil.rmtree(old.path)
         except UserError as error:
@@ -117,40 +129,21 @@ class Saver:
             self._thread.join()
 
 
-def check_best(metric: str | None, measures: Mapping[str, Measure] | None) -> None:
-    """Finds before the first step whether `checkpoint.best` names something that will be measured.
-
-    Raises:
-        UserError: it does not; the message has the nearest names that do.
-    """
-    if metric is None or (measures and metric in measures):
-        return
-    near = difflib.get_close_matches(metric, measures or (), n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"what is: {', '.join(sorted(measures or ()))}"
-    raise UserError(
-        f"checkpoint.best is {metric!r}, which nothing measures; "
-        + (hint if measures else "there are no held-out data for this stage, so leave it out")
-    )
-
-
-def better(
-    values: Mapping[str, float], measures: Mapping[str, Measure], metric: str | None, state: dict[str, Any]
-) -> dict[str, Any] | None:
-    """What makes this the best model so far by `metric`, entered in `state`; or None.
+def write(directory: Path, model: Model, optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Writes a checkpoint of a stage, whole or not at all.
 
     Args:
-        values, measures: what was measured, and what it means, by name.
-        metric: the name that counts; None: nothing does.
-        state: its "best" is the best so far ({"metric", "value"}), or None.
+        state: `RunState.state_dict()`.
+
+    Raises:
+        UserError: the disk took no more.
     """
-    if metric is None:
-        return None
-    value, former = values[metric], state["best"]
-    if not math.isfinite(value):
-        return None
-    if former and former["metric"] == metric:  # of another name, it is of an earlier recipe and tells nothing
-        gain = value - former["value"]
-        if (gain if measures[metric].higher_is_better else -gain) <= 0:
-            return None
-    state["best"] = {"metric": metric, "value": value}
-    return state["best"]
+    step = state["step"]
+    target = path_of(directory, step)
+    if target.exists():  # damaged, or the run would have gone on from it; but where a file system has no locks …
+        target.rename(free_name(target, "damaged" if Saved(target, step).damage() else "other"))
+    with whole_directory(target) as path:
+        save_tensors(optimizer, path / "optimizer.safetensors")
+        model.save_pretrained(path / "model")
+        files = {p.relative_to(path).as_posix(): sha256(p) for p in sorted(path.rglob("*")) if p.is_file()}
+        (path / "state.json").write_text(json.dumps({**state, "files": files}, indent=2) + "\n")

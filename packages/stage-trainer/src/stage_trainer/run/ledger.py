@@ -4,28 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
 
 from stage_trainer.data.batches import Corrupt
-from stage_trainer.errors import UserError
+from stage_trainer.errors import Stopped, UserError
+from stage_trainer.run.hooks import Hook, Step
 
 ALWAYS_ALLOWED = 10
 """So few corrupt samples stop no run, however short it has been so far."""
 
 
-class Ledger:
+class Ledger(Hook):
     """Appends to a JSON lines file: step, shard, key and reason of each sample that was replaced.
 
     Args:
         path: the file; kept and continued when a run goes on.
         limit: share of the samples drawn by this process's run that may be corrupt.
         active: whether this rank writes; all of them count.
+        say: shows a line at the end, if there were any.
     """
 
-    def __init__(self, path: Path, limit: float, active: bool):
-        self.path, self.limit, self.active = path, limit, active
-        self.count = 0
+    def __init__(self, path: Path, limit: float, active: bool, say: Callable[[str], None] = print):
+        self.path, self.limit, self.active, self.say = path, limit, active, say
+        self.count = self._drawn = 0
+
+    def after_step(self, step: Step) -> None:
+        self._drawn += step.samples
+        if step.totals.corrupt:
+            self.enter(step.totals.corrupt, step.number, self._drawn)
+        if step.scalars is not None:
+            step.scalars["trouble/corrupt_samples"] = self.count
 
     def enter(self, corrupt: Sequence[Corrupt], step: int, drawn: int) -> None:
         """Enters the corrupt samples of a step, `drawn` being the samples drawn so far, by all ranks.
@@ -43,3 +53,9 @@ class Ledger:
                 f"{self.count} of {drawn} samples drawn were corrupt, more than max_corrupt={self.limit:g} allows; "
                 f"{self.path} lists them, the last one because: {corrupt[-1].reason}"
             )
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.count and (kind is None or issubclass(kind, Stopped)):
+            self.say(f"{self.count:,} samples could not be read, and others took their places: {self.path} has each")

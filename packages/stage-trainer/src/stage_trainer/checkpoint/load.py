@@ -1,16 +1,11 @@
-"""Checkpoints: `step-NNNNNNN/{model/, optimizer.safetensors, state.json}`, whole or absent.
-
-`model/` is a directory that the model itself writes and reads (`DualEncoder`, `MaskedLM`), so a checkpoint can be
-evaluated and taken out as it is. Optimizer state stands by parameter name. state.json holds the step, the recipe's
-settings, the data's fingerprints and the hash of every file, by which a checkpoint is verified before a run goes on
-from it.
-"""
+"""Finding, verifying and reading checkpoints."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +13,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from vision_tower import resample_optimizer_state
 
-from stage_trainer.build import Model
+from stage_trainer.checkpoint.broadcast import copy_to_other_machines, from_rank_0
+from stage_trainer.checkpoint.state import RunState
 from stage_trainer.errors import UserError
-from stage_trainer.files import free_name, save_tensors, whole_directory
-from stage_trainer.model import DualEncoder
-from stage_trainer.run.rank_0 import copy_to_other_machines, from_rank_0
 
 BEST = "best.json"
 _NAME = re.compile(r"step-(\d{7})")
@@ -59,7 +51,7 @@ class Saved:
             for name, digest in ((n, d) for n, d in written.items() if n.startswith(part)):
                 if not (self.path / name).is_file():
                     return f"{name} is missing"
-                if _sha256(self.path / name) != digest:
+                if sha256(self.path / name) != digest:
                     return f"{name} is not what was written"
         except (UserError, OSError, KeyError) as error:
             return str(error)
@@ -81,11 +73,11 @@ def all_saved(directory: Path) -> list[Saved]:
     return [Saved(path, step) for step, path in sorted(found)]
 
 
-def newest_sound(directory: Path) -> Saved | None:
-    """The newest checkpoint of a stage that is as it was written; all ranks call it, rank 0 reads, and machines that do
-    not share its run folder get a copy.
+def latest_valid(directory: Path) -> Saved | None:
+    """The newest checkpoint of a stage that is as it was written. Every rank calls it; rank 0 reads, and machines that
+    do not share its run folder get a copy.
 
-    A damaged one is passed over, which is said aloud, and left for somebody to look at.
+    A damaged one is passed over with a message, and stays where it is.
 
     Raises:
         UserError: there are checkpoints, and all are damaged.
@@ -130,46 +122,18 @@ def read_best(directory: Path) -> dict[str, Any]:
         return {}
 
 
-def write(directory: Path, step: int, model: Model, optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Writes the checkpoint of `step`, whole or not at all.
-
-    Raises:
-        UserError: the disk took no more.
-    """
-    target = path_of(directory, step)
-    if target.exists():  # damaged, or the run would have gone on from it; but where a file system has no locks …
-        target.rename(free_name(target, "damaged" if Saved(target, step).damage() else "other"))
-    with whole_directory(target) as path:
-        save_tensors(optimizer, path / "optimizer.safetensors")
-        model.save_pretrained(path / "model")
-        files = {p.relative_to(path).as_posix(): _sha256(p) for p in sorted(path.rglob("*")) if p.is_file()}
-        (path / "state.json").write_text(json.dumps({**state, "files": files}, indent=2) + "\n")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def set_resolution(model: DualEncoder, pixels: int, optimizer: dict[str, Tensor] | None = None) -> None:
-    """Changes the vision tower's resolution, and resamples the moments of its position table with it."""
-    old, prefix = model.vision.config.grid, "vision.pos_embed|"
-    model.vision.set_resolution(pixels)
-    if optimizer:
-        moments = {name.removeprefix(prefix): v for name, v in optimizer.items() if name.startswith(prefix)}
-        moments = resample_optimizer_state(moments, old, model.vision.config.grid)
-        optimizer.update({prefix + name: value for name, value in moments.items()})
-
-
-def compatible(saved: dict[str, Any], now: dict[str, Any], where: Path) -> None:
+def compatible(saved: Mapping[str, Any], now: RunState, where: Path) -> None:
     """Refuses to go on with other settings or data than a run was started with.
+
+    Args:
+        saved: what state.json holds.
 
     Raises:
         UserError: names every difference.
     """
     differences = []
     for part in ("settings", "data"):
-        before, after = saved.get(part, {}), json.loads(json.dumps(now[part]))
+        before, after = saved.get(part, {}), json.loads(json.dumps(getattr(now, part)))
         differences += [
             f"{name} was {before.get(name, 'absent')!r} and is now {after.get(name, 'absent')!r}"
             for name in sorted(set(before) | set(after))
@@ -180,3 +144,20 @@ def compatible(saved: dict[str, Any], now: dict[str, Any], where: Path) -> None:
             f"{where} was started otherwise: {'; '.join(differences)}. Use the former settings, another output=…, or "
             "--start-over, which moves the old run aside"
         )
+
+
+def summary(directory: Path) -> dict[str, Any]:
+    """Steps, seconds, peak memory and versions of a finished stage, from its last checkpoint.
+
+    Raises:
+        UserError: the stage has none.
+    """
+    if not (saved := all_saved(directory)):
+        raise UserError(f"{directory} holds no checkpoint; run that stage first")
+    state = saved[-1].state()
+    return {k: state[k] for k in ("step", "seconds", "peak_memory_bytes", "versions")}
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Randomness as a function of keys: the same draw on any rank, in any worker, at any restart.
+"""Random numbers as a function of keys: the same on any rank, in any worker, after any restart.
 
 Nothing here holds state, and nothing depends on a library's random stream, which may change between versions.
 """
@@ -17,7 +17,7 @@ def key(*parts: object) -> int:
 
 
 def permutation(n: int, seed: int) -> np.ndarray:
-    """A permutation of range(n), int64 `[n]`: the order of keyed splitmix64 hashes."""
+    """A permutation of range(n), int64 `[n]`: the order of splitmix64 hashes."""
     with np.errstate(over="ignore"):
         x = np.arange(n, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,4 +1,4 @@
-"""What rank 0 has, for the others: a value; a checkpoint, where machines do not share the run's folder."""
+"""From rank 0 to the other ranks: a value; a checkpoint, where machines do not share the run's folder."""
 
 from __future__ import annotations
 

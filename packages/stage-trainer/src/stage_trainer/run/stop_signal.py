@@ -15,7 +15,7 @@ import torch
 from stage_trainer.run.stop import launcher_is_gone, when_asked
 
 
-class Control:
+class StopSignal:
     """Between `with` and its end, SIGTERM, SIGINT (Ctrl-C) and SIGHUP ask for an end after the running step; a second
     SIGINT interrupts at once."""
 
@@ -31,6 +31,10 @@ class Control:
         """Whether this process was asked to stop, or its launcher is gone: `deepspeed` itself ends at once when it is
         signalled, and leaves the ranks to themselves."""
         return self._asked or launcher_is_gone()
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop; every rank has to call."""
+        return bool(self.agree(self.asked)[0])
 
     def agree(self, *numbers: int) -> list[int]:
         """The sums over all ranks; every rank has to call."""
@@ -53,7 +57,7 @@ class Control:
             raise KeyboardInterrupt
         self._asked = True
 
-    def __enter__(self) -> Control:
+    def __enter__(self) -> StopSignal:
         self._until_end.enter_context(when_asked(self._ask))
         return self
 

@@ -1,0 +1,120 @@
+"""What travels from the data to the towers and from there to the loss, and how it is cut into chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from text_tower import MaskedTokens, PackedTokens
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """Images and texts to embed in one forward pass.
+
+    Attributes:
+        images: uint8 `[I, 3, R, R]`, already augmented, or None.
+        image_seeds: `[I]` int64, the seed of each image's patch dropout.
+        texts: in one packed sequence, or None.
+        text_seeds: int64, one for each text, for dropout.
+    """
+
+    images: Tensor | None
+    image_seeds: Tensor
+    texts: PackedTokens | None
+    text_seeds: Tensor
+
+    def to(self, device: torch.device) -> Part:
+        return Part(
+            None if self.images is None else self.images.to(device, non_blocking=True),
+            self.image_seeds.to(device, non_blocking=True),
+            None if self.texts is None else self.texts.to(device, non_blocking=True),
+            self.text_seeds.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True)
+class Batch(Part):
+    """One rank's part of a global batch: I image-caption pairs and P text pairs with K hard negatives each.
+
+    Its images are the I of the captions and, in a unified batch with views, twice as many more: a view of each, then
+    another. Its texts are I captions, P queries, P targets and P·K hard negatives, in this order.
+
+    Attributes:
+        image_ids: `[I]` int64, equal for samples that show the same item.
+        pairs: P.
+        negatives: K.
+        text_ids: `[P]` int64, equal for pairs about the same item.
+    """
+
+    image_ids: Tensor
+    pairs: int
+    negatives: int
+    text_ids: Tensor
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What a part became: images `[I, D]` and texts `[N, D]`, float32, and `scales`, ln(1 / temperature) by task, `[1]`
+    each: apart, so that the one of a task that rests gets no gradient, rather than zeros."""
+
+    images: Tensor
+    texts: Tensor
+    scales: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class MaskedBatch:
+    """One rank's part of a global batch of N texts with hidden words, or a chunk of it.
+
+    Attributes:
+        masked: the texts, and what was hidden in them.
+        seeds: `[N]` int64, for dropout.
+    """
+
+    masked: MaskedTokens
+    seeds: Tensor
+
+    def to(self, device: torch.device) -> MaskedBatch:
+        return MaskedBatch(self.masked.to(device, non_blocking=True), self.seeds.to(device, non_blocking=True))
+
+    def chunks(self, tokens: int) -> Iterator[MaskedBatch]:
+        """Consecutive texts with at most `tokens` tokens (0: all in one); a longer text is a chunk of its own."""
+        places, labels = self.masked.places, self.masked.labels
+        for rows, span, packed in packed_chunks(self.masked.packed, tokens):
+            inside = (places >= span.start) & (places < span.stop)
+            yield MaskedBatch(MaskedTokens(packed, places[inside] - span.start, labels[inside]), self.seeds[rows])
+
+
+def image_chunks(batch: Batch, size: int) -> Iterator[Part]:
+    """Parts of at most `size` images (0: all in one)."""
+    count = 0 if batch.images is None else len(batch.images)
+    no_seeds = batch.text_seeds[:0]
+    for start in range(0, count, size or max(1, count)):
+        rows = slice(start, start + (size or count))
+        assert batch.images is not None
+        yield Part(batch.images[rows], batch.image_seeds[rows], None, no_seeds)
+
+
+def text_chunks(batch: Batch, tokens: int) -> Iterator[Part]:
+    """Parts of consecutive texts with at most `tokens` tokens (0: all in one); a longer text is a part of its own."""
+    if batch.texts is None:
+        return
+    for rows, _, packed in packed_chunks(batch.texts, tokens):
+        yield Part(None, batch.image_seeds[:0], packed, batch.text_seeds[rows])
+
+
+def packed_chunks(texts: PackedTokens, tokens: int) -> Iterator[tuple[slice, slice, PackedTokens]]:
+    """(which texts, which of all their tokens, these packed) of each part of `texts`."""
+    lengths, bounds = texts.lengths, texts.cu_seqlens
+    start = 0
+    while start < len(lengths):
+        stop, held = start + 1, lengths[start]
+        while stop < len(lengths) and (not tokens or held + lengths[stop] <= tokens):
+            held, stop = held + lengths[stop], stop + 1
+        first = int(bounds[start])
+        ids, cu_seqlens = texts.ids[first : first + held], bounds[start : stop + 1] - first
+        yield slice(start, stop), slice(first, first + held), PackedTokens(ids, cu_seqlens, max(lengths[start:stop]))
+        start = stop

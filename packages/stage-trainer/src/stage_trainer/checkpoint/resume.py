@@ -1,0 +1,83 @@
+"""Where a stage starts: from its own last checkpoint, from the end of the stage before, or from new weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from text_tower import Tokenizer
+from torch import Tensor, nn
+
+from stage_trainer.checkpoint.load import Saved, compatible, latest_valid
+from stage_trainer.checkpoint.state import RunState
+from stage_trainer.errors import UserError
+from stage_trainer.files import free_name
+from stage_trainer.recipe import BatchSizes, Rates, Recipe, Stage, StageData
+from stage_trainer.recipe import Model as ModelOfRecipe
+from stage_trainer.recipe.read import flatten, to_dict
+from stage_trainer.tasks import Task
+
+_STAGE = Stage(steps=0, max_tokens=0, batch=BatchSizes(), lr=Rates(), data=StageData())
+_DEFAULTS = Recipe(name="", output="", corpus="", model=ModelOfRecipe(text={}, tokenizer=""), stages=(_STAGE,))
+
+
+def starting_point(task: Task, state: RunState, tokenizer: Tokenizer) -> tuple[nn.Module, dict[str, Tensor] | None]:
+    """(model, optimizer state) of this stage's newest checkpoint, of the stage before, or new.
+
+    Args:
+        task: of the stage.
+        state: takes over what the checkpoint holds, and notes which model the stage grew from.
+
+    Raises:
+        UserError: the stage before is not finished, or this one was begun with other settings or data.
+    """
+    recipe, number = task.recipe, task.number
+    saved = latest_valid(recipe.stage_directory(number))
+    before = latest_valid(recipe.stage_directory(number - 1)) if number > 1 else None
+    finished = before if before and before.step >= recipe.stage(number - 1).steps else None
+    grown_from = f"the model of stage {number - 1}"
+    if finished:
+        state.data[grown_from] = finished.model_digest()
+    if saved:
+        former = saved.state()
+        if not finished:  # it may be gone once the next stage has begun
+            state.data |= {k: v for k, v in former.get("data", {}).items() if k == grown_from}
+        # A setting that the release which began the run did not know yet is at its default.
+        defaults = {k: v for k, v in settings(_DEFAULTS, 1).items() if k in state.settings}
+        former["settings"] = {**defaults, **former.get("settings", {})}
+        compatible(former, state, recipe.stage_directory(number))
+        state.load_state_dict(former)
+        return task.load_model(saved.model), saved.optimizer()
+    if number == 1:
+        return task.build_model(tokenizer), None
+    if not finished:
+        raise _not_finished(recipe, number - 1, before)
+    carried = finished.optimizer() if task.stage.carry_optimizer else None
+    return task.load_former_model(finished.model, tokenizer), carried
+
+
+def _not_finished(recipe: Recipe, number: int, reached: Saved | None) -> UserError:
+    needed = recipe.stage(number).steps
+    so_far = f"stopped at step {reached.step} of {needed}" if reached else "has not run"
+    return UserError(
+        f"stage {number + 1} starts from stage {number}, which {so_far} ({recipe.stage_directory(number)}); "
+        f"run it first: bash launch/stage{number}.sh"
+    )
+
+
+def settings(recipe: Recipe, number: int) -> dict[str, Any]:
+    """What must not change between two runs of a stage: all that bears on its numbers."""
+    how = ("deepspeed", "gradient_cache")  # what they change is rounding
+    stage = {k: v for k, v in to_dict(recipe)["stages"][number - 1].items() if k not in how}
+    tree = {k: v for k, v in to_dict(recipe).items() if k in ("model", "optimizer", "seed", "precision")}
+    # A folder may be moved, also to a URL; what is in it has a fingerprint of its own.
+    del tree["model"]["tokenizer"]
+    for source in (*stage["data"]["image_text"], *stage["data"]["text"]):
+        source["path"] = "/".join(source["path"].partition("?")[0].rstrip("/").split("/")[-2:])
+    return flatten({**tree, "stage": stage})
+
+
+def move_aside(directory: Path) -> None:
+    if directory.exists():
+        aside = directory.rename(free_name(directory, "old"))
+        print(f"the former run now stands in {aside}", flush=True)

@@ -1,0 +1,20 @@
+"""The part of a recipe that data are read by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stage_trainer.recipe import Recipe, Remote
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where data are (`corpus`), how they are read, and how much each process keeps decoded."""
+
+    corpus: str
+    remote: Remote
+    cache_megabytes: int
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> DataConfig:
+        return cls(recipe.corpus, recipe.remote, recipe.cache_megabytes)

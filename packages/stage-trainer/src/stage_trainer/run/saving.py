@@ -1,0 +1,72 @@
+"""When a checkpoint is written, and how a run ends that was asked to."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from stage_trainer.checkpoint.save import Saver
+from stage_trainer.checkpoint.state import RunState
+from stage_trainer.engine import Engine
+from stage_trainer.errors import Stopped, UserError
+from stage_trainer.run.environment import peak_memory
+from stage_trainer.run.hooks import Hook, Step
+from stage_trainer.run.stop_signal import StopSignal
+
+
+class Saving(Hook):
+    """Saves every `every` steps (0: never), after the last step before `stop`, and the best model; ends a run that is
+    asked to stop, saved.
+
+    Args:
+        state: entered into every checkpoint; counts the seconds.
+        stop: the step before which this part of the stage ends.
+        steps: of the stage.
+    """
+
+    def __init__(
+        self,
+        saver: Saver,
+        engine: Engine,
+        state: RunState,
+        stop_signal: StopSignal,
+        *,
+        every: int,
+        stop: int,
+        steps: int,
+    ):
+        self.saver, self.engine, self.state, self.stop_signal = saver, engine, state, stop_signal
+        self.every, self.stop, self.steps = every, stop, steps
+        self._began, self._seconds = time.perf_counter(), state.seconds
+
+    def after_step(self, step: Step) -> None:
+        if step.done == self.stop or step.asked or step.best or (self.every and step.done % self.every == 0):
+            self._save(step)
+        if step.asked and step.done < self.steps:
+            self.saver.finish()
+            raise self._stopped(step.done)
+
+    def after_last_step(self) -> None:
+        self.saver.finish()  # signals are still caught: an end that is asked for meanwhile counts
+        if self.stop_signal.agreed() and self.stop < self.steps:
+            raise self._stopped(self.stop)
+
+    def _save(self, step: Step) -> None:
+        self._check_parameters(step.number)
+        self.state.step = step.done
+        self.state.seconds = self._seconds + time.perf_counter() - self._began
+        self.state.peak_memory_bytes = max(peak_memory(), self.state.peak_memory_bytes)
+        self.saver.save(self.engine, self.state, step.best)
+
+    def _check_parameters(self, step: int) -> None:
+        """Stops before a model that is lost is written over one that is not."""
+        lost = [name for name, p in self.engine.parameters.items() if not torch.isfinite(p.detach()).all()]
+        if lost:
+            raise UserError(
+                f"after step {step} {len(lost)} parameters are not finite ({lost[0]}, …); lower the learning rate or "
+                f"lengthen warmup_steps. Checkpoints in {self.saver.directory} are from before"
+            )
+
+    def _stopped(self, done: int) -> Stopped:
+        return Stopped(f"stopped after step {done} of {self.steps}, as asked; the same command goes on from there")

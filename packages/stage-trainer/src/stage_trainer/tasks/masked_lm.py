@@ -1,0 +1,192 @@
+"""Masked-language-model training of the text tower alone.
+
+The loss is the mean cross entropy over the hidden tokens of all ranks. Ranks hide different numbers of them, so it is a
+sum over a sum, not a mean of means; the gradients, too, are those of one process, however the batch is cut up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from text_tower import MaskedLM, TextTower, TextTowerConfig, Tokenizer
+from text_tower.masked_lm import MaskedLoss
+from torch import Tensor, nn
+
+from stage_trainer import weights
+from stage_trainer.batch import MaskedBatch
+from stage_trainer.build import check_settled, named_weights, tower_config, with_text_weights, with_tokenizer
+from stage_trainer.data.masked import MaskedBatches, held_out
+from stage_trainer.engine import Engine
+from stage_trainer.measure import Measure
+from stage_trainer.optimizer.groups import ParameterGroups
+from stage_trainer.plan.flops import StepShape, step_flops
+from stage_trainer.recipe import Optimizer as OptimizerConfig
+from stage_trainer.recipe import Recipe, Stage
+from stage_trainer.tasks.task import HEALTH_CHARTS, Charts, Losses, Measured, Task, TrainedObjective, Validation
+
+
+class MaskedLMTask(Task):
+    charts: ClassVar[Charts] = {
+        "what matters": {
+            "loss on hidden words": ["^loss/"],
+            "held out: loss on hidden words, all languages": ["^validation_loss_masked_lm/all$"],
+            "learning rate": ["^learning_rate_"],
+            "text tokens a second": ["^speed/text_tokens_per_second$"],
+        },
+        "is it well": {"held out: loss on hidden words by language": ["^validation_loss_masked_lm/"], **HEALTH_CHARTS},
+    }
+    cuts_texts = False  # of a long text a window is drawn
+
+    def check_configs(self, fetch: bool = False) -> None:
+        # The stages before are of this task, too; those after get adapters and an image tower.
+        config = masked_lm_config(self.recipe, fetch)
+        check_settled(self.recipe, self.recipe.stages[: self.number], config, None, fetch)
+
+    def build_model(self, tokenizer: Tokenizer | None = None) -> MaskedLM:
+        model = _build(self.recipe)
+        with_tokenizer(model.tower, tokenizer, self.recipe.model)
+        return model
+
+    def load_model(self, path: Path) -> MaskedLM:
+        return _build(with_text_weights(self.recipe, path))
+
+    def empty_model(self) -> MaskedLM:
+        with torch.device("meta"):
+            return MaskedLM(TextTower(masked_lm_config(self.recipe)))
+
+    def parameter_counts(self, model: nn.Module) -> list[tuple[int, str]]:
+        assert isinstance(model, MaskedLM)
+        parts = [
+            (model.tower, "text"),
+            (model.lm_head, "head, without the word table that it shares with the text tower"),
+            (model, "together"),
+        ]
+        return [(sum(p.numel() for p in module.parameters()), what) for module, what in parts]
+
+    def make_objective(self, model: MaskedLM) -> MaskedLMObjective:
+        return MaskedLMObjective(model, self.recipe.precision)
+
+    def make_batches(self, tokenizer: Tokenizer, rank: int, world: int) -> MaskedBatches:
+        return MaskedBatches(self.data, self.stage, self.seed, tokenizer, rank, world)
+
+    def forward_backward(self, engine: Engine, batch: MaskedBatch, step: int) -> Losses:
+        return forward_backward(engine, batch, self.chunks.tokens if self.chunks else 0)
+
+    def operations(self, engine: Engine, batch: MaskedBatch, step: int, tokens: int, squared_tokens: int) -> int:
+        hidden = round(self.stage.masking.share * tokens)  # the expected number; counting would wait for the device
+        texts = self.stage.batch.masked_lm
+        shape = StepShape(texts=texts, tokens=tokens, squared_tokens=squared_tokens, hidden=hidden)
+        return step_flops(engine.objective.model.tower.config, None, shape).model
+
+    def make_validation(self, engine: Engine, tokenizer: Tokenizer) -> Validation | None:
+        """The loss on hidden words of the validation split, by language and over all; None if there is no such data."""
+        if not (batches := held_out(self.data, self.stage, tokenizer)):
+            return None
+        over_all = "validation_loss_masked_lm/all"
+        measures = {f"validation_loss_masked_lm/{name}": Measure(higher_is_better=False) for name in batches}
+        measures[over_all] = Measure(higher_is_better=False, headline=True)
+
+        def run(last: bool) -> Measured:
+            engine.train(False)
+            losses = held_out_losses(engine, batches, tokens=self.chunks.tokens if self.chunks else 0)
+            values = {f"validation_loss_masked_lm/{name}": loss for name, loss in losses.items()}
+            return Measured(values, [f"{values[over_all]:.3f} nats a hidden token of held-out texts"])
+
+        return Validation(measures, run)
+
+    def title(self, step: int) -> str:
+        return "hidden words"
+
+
+class MaskedLMObjective(TrainedObjective):
+    """Predicts the hidden words of a batch.
+
+    Args:
+        model: the tower with its head.
+        precision: `bf16` computes in bfloat16 (torch.autocast); parameters and the loss stay float32.
+    """
+
+    model: MaskedLM
+
+    def __init__(self, model: MaskedLM, precision: str):
+        super().__init__()
+        self.model, self.precision = model, precision
+
+    def set_trainable(self, stage: Stage) -> None:
+        self.model.requires_grad_(True)
+
+    def parameter_groups(
+        self, stage: Stage, config: OptimizerConfig, saved: Mapping[str, Tensor] | None = None
+    ) -> ParameterGroups:
+        groups = ParameterGroups(config, saved)
+        groups.add_tower("text", self.model, prefix="", lr=stage.lr.text, layer_decay=stage.layer_decay.text)
+        return groups
+
+    def forward(self, batch: MaskedBatch) -> MaskedLoss:
+        with torch.autocast(batch.seeds.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.model(batch.masked, sample_seeds=batch.seeds)
+
+    def figures(self, engine: Engine, losses: Losses) -> dict[str, float]:
+        return {f"perplexity/{name}": loss.exp().item() for name, (loss, _) in losses.items()}
+
+
+def forward_backward(engine: Engine, batch: MaskedBatch, tokens: int = 0) -> Losses:
+    """Leaves the gradients of the loss over the global batch on the parameters; returns {"masked_lm": (loss in nats a
+    hidden token, hidden tokens)}, both 0-d, over all ranks.
+
+    Args:
+        engine: runs a `MaskedLMObjective`.
+        batch: this rank's part, on the host.
+        tokens: most tokens of one forward and backward pass (0: all at once).
+    """
+    chunks = list(batch.chunks(tokens))
+    own = len(chunks)
+    # What is beyond a rank's own chunks is run for the other ranks' sake, and weighs nothing.
+    chunks += chunks[:1] * (engine.forward_passes(own) - own)
+    hidden = engine.sum_over_ranks(torch.tensor(len(batch.masked.labels))).clamp(min=1)
+    sums = []
+    with engine.backwards() as backward:
+        for number, chunk in enumerate(chunks):
+            total = engine.forward(chunk).total * (number < own)
+            # Times the world's size, because gradients are averaged over ranks: those of a sum are wanted.
+            backward(total * (engine.world / hidden).to(total.dtype), number == len(chunks) - 1)
+            sums.append(total.detach())
+    return {"masked_lm": (engine.sum_over_ranks(torch.stack(sums).sum()) / hidden, hidden)}
+
+
+@torch.no_grad()
+def held_out_losses(engine: Engine, batches: Mapping[str, MaskedBatch], *, tokens: int = 0) -> dict[str, float]:
+    """Nats a hidden token by language, and over all of them as "all"; every rank has to call, and does a share."""
+    share, shares = engine.forward_share()
+    sums = torch.zeros(2, len(batches), dtype=torch.float64)
+    for number, batch in enumerate(batches.values()):
+        if number % shares == share:
+            for chunk in batch.chunks(tokens):
+                total, hidden = engine.forward(chunk)
+                sums[:, number] += torch.tensor([total.item(), hidden], dtype=torch.float64)
+    if shares > 1:
+        sums = engine.sum_over_ranks(sums).cpu()
+    totals, counts = sums
+    by_language = (totals / counts.clamp(min=1)).tolist()
+    return {**dict(zip(batches, by_language, strict=True)), "all": float(totals.sum() / counts.sum())}
+
+
+def masked_lm_config(recipe: Recipe, fetch: bool = False) -> TextTowerConfig:
+    """The text tower's configuration in a stage of this task: adapters come later."""
+    plain = {k: v for k, v in recipe.model.text.items() if k not in ("adapters", "lora_rank", "lora_alpha")}
+    config: TextTowerConfig = tower_config(dataclasses.replace(recipe.model, text=plain), "text", fetch)
+    return config
+
+
+def _build(recipe: Recipe) -> MaskedLM:
+    config = masked_lm_config(recipe, fetch=True)
+    with named_weights(recipe.model, "text"):
+        path = weights.tower_weights(recipe.model, "text", fetch=True)
+        if path is None:
+            return MaskedLM(TextTower(config))
+        options: dict[str, Any] = weights.reading_options(config, weights.given(path, "text")[0])
+        return MaskedLM.from_pretrained(path, **options)

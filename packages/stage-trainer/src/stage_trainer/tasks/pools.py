@@ -1,0 +1,154 @@
+"""Held-out figures of embeddings while a stage trains: recall, nDCG, correlation and the gap between modalities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from stage_trainer.data.batches import open_data_set
+from stage_trainer.data.config import DataConfig
+from stage_trainer.data.remote_data import place
+from stage_trainer.engine import Engine
+from stage_trainer.evaluation import picture, retrieval, text_retrieval
+from stage_trainer.measure import Measure
+from stage_trainer.model import DualEncoder
+from stage_trainer.tasks.task import Measured
+
+
+class PoolValidation:
+    """Every pool by its kind: recall@5 and the gap between modalities of captioned images, nDCG@5 of pages that answer
+    queries, nDCG@10 of text pairs.
+
+    Args:
+        data: where they are.
+        paths: of the pools.
+
+    Attributes:
+        measures: by name in TensorBoard.
+
+    Raises:
+        UserError: held-out data that are missing or damaged.
+    """
+
+    def __init__(self, data: DataConfig, paths: Sequence[str], engine: Engine):
+        self.engine, self.fonts = engine, Path(data.corpus)
+        self.images: dict[str, retrieval.Pool] = {}
+        self.pairs: dict[str, text_retrieval.PairPool] = {}
+        for path in paths:
+            directory = place(data, "validation", path)
+            found = open_data_set(directory, ("image-", "text-"))
+            of_kind: dict[str, Any] = self.images if found.kind.startswith("image-") else self.pairs
+            names = (found.source, f"{found.source}-{found.kind}", path)
+            name = next(name for name in names if name not in of_kind)
+            open_pool = retrieval.Pool.open if of_kind is self.images else text_retrieval.PairPool.open
+            of_kind[name] = open_pool(directory)
+        model = engine.objective.model
+        self.dims = model.matryoshka_dims or (model.text.config.width,)
+        self.measures: dict[str, Measure] = {}
+        for name, pool in self.images.items():
+            self.measures |= of_images(name, pool, self.dims, model.text.config.width)
+        for name, pair_pool in self.pairs.items():
+            self.measures |= of_pairs(name, pair_pool)
+
+    def run(self, last: bool) -> Measured:
+        """Measures; what was found is on rank 0. After the `last` step of a stage with vectors for the projector."""
+        model: DualEncoder = self.engine.objective.model
+        model.eval()
+        share, shares = self.engine.forward_share()
+        main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        values: dict[str, float] = {}
+        embedded = [retrieval.embed(model, pool, rank=share, world=shares) for pool in self.images.values()]
+        for (name, pool), vectors in zip(self.images.items(), embedded, strict=True):
+            if main:
+                values |= _recall(name, pool, vectors, self.dims)
+        for pair_name, pair_pool in self.pairs.items():
+            texts = pair_pool.texts()
+            of_texts = retrieval.embed_texts(model, texts, rank=share, world=shares)
+            if main:
+                found = text_retrieval.measure(pair_pool, _lookup(texts, of_texts))
+                values |= {_pair_title(pair_name, what): value for what, value in found.items()}
+        headlines = [name for name in values if self.measures[name].headline]
+        shown = [f"{name.removeprefix('validation_')} {values[name]:.3f}" for name in headlines]
+        if not (main and self.images):
+            return Measured(values, shown)
+        fonts, pools = picture.fonts_of(self.fonts), list(self.images.values())
+        drawn = picture.draw(picture.own_rows(pools, embedded, fonts), fonts)
+        return Measured(values, shown, drawn, *(_snapshot(pools[0], embedded[0]) if last else ()))
+
+
+def of_images(name: str, pool: retrieval.Pool, dims: Sequence[int], width: int) -> dict[str, Measure]:
+    """What `_recall` measures of a pool of captioned images."""
+    languages: dict[str, list[str]] = {d: list(pool.texts) for d in ("text→image", "image→text")}
+    if "en" in pool.texts and (others := [language for language in pool.texts if language != "en"]):
+        languages["text→English text"] = others
+    kinds = [("recall", languages)]
+    if pool.documents:
+        kinds.append(("ndcg", {"text→image": list(pool.texts)}))
+    found: dict[str, Measure] = {}
+    for measure, by_direction in kinds:
+        for direction, of in by_direction.items():
+            title = _title(measure, name, direction)
+            found[title] = Measure(headline=True)
+            found |= {f"{title}/{language}": Measure() for language in of}
+            found |= {f"{title}/{dim} dims": Measure() for dim in dims if dim != width}
+    return {**found, f"modality_gap/{name}": Measure(higher_is_better=False)}
+
+
+def of_pairs(name: str, pool: text_retrieval.PairPool) -> dict[str, Measure]:
+    """What is measured of a pool of text pairs."""
+    found = {_pair_title(name, f"ndcg_at_10/{language}"): Measure() for language in pool.queries}
+    if pool.queries:
+        found[_pair_title(name, "ndcg_at_10/mean")] = Measure(headline=True)
+    if pool.scores:
+        found[_pair_title(name, "spearman")] = Measure(headline=True)
+    return found
+
+
+def _title(measure: str, pool: str, direction: str) -> str:
+    return f"validation_{measure}_at_5_{pool}/{direction.replace('→', ' to ')}"
+
+
+def _pair_title(pool: str, what: str) -> str:
+    measure, _, language = what.partition("/")
+    return f"validation_{measure}_{pool}/{language or 'all'}"
+
+
+def _recall(name: str, pool: retrieval.Pool, embedded: retrieval.Embedded, dims: Sequence[int]) -> dict[str, float]:
+    """Recall@5 (of pages nDCG@5, too) by direction, mean over languages at the full width, and by language and dim; the
+    modality gap."""
+    dims = sorted({*dims, embedded.images.shape[1]}, reverse=True)
+    measures = {"recall": retrieval.score(pool, embedded, dims)[0]}
+    if pool.documents:
+        measures["ndcg"] = retrieval.ndcg(pool, embedded, dims)
+    values = {}
+    for measure, by_direction in measures.items():
+        for direction, by_dim in by_direction.items():
+            title = _title(measure, name, direction)
+            for number, (dim, by_language) in enumerate(by_dim.items()):
+                if number == 0:
+                    values[title] = by_language["mean"]
+                    values |= {f"{title}/{language}": v for language, v in by_language.items() if language != "mean"}
+                else:
+                    values[f"{title}/{dim} dims"] = by_language["mean"]
+    # The distance between the means of both modalities on the unit sphere (Liang et al., 2022, arXiv 2203.02053).
+    means = [retrieval.unit(x).mean(axis=0) for x in (embedded.images, embedded.texts)]
+    values[f"modality_gap/{name}"] = float(np.linalg.norm(means[0] - means[1]))
+    return values
+
+
+def _lookup(texts: list[str], vectors: np.ndarray) -> Callable[[Sequence[str]], np.ndarray]:
+    row, unit = {text: i for i, text in enumerate(texts)}, retrieval.unit(vectors)
+    return lambda wanted: unit[[row[text] for text in wanted]]
+
+
+def _snapshot(pool: retrieval.Pool, embedded: retrieval.Embedded) -> tuple[torch.Tensor, list[tuple[str, str]]]:
+    """A pool's images, each with a caption in English (or the first language): unit vectors `[N, D]` and labels."""
+    entries = list(dict(pool.texts.get("en") or next(iter(pool.texts.values()))).items())
+    images = [embedded.images[number] for number, _ in entries]
+    texts = [embedded.texts[embedded.row[text]] for _, text in entries]
+    labels = [(text, kind) for kind in ("image", "text") for _, text in entries]
+    return torch.from_numpy(retrieval.unit(np.stack([*images, *texts]))), labels

@@ -1,0 +1,221 @@
+"""What a task is: all in which one way to train a stage differs from another."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from PIL.Image import Image
+from text_tower import Tokenizer
+from torch import Tensor, nn
+
+from stage_trainer.data.config import DataConfig
+from stage_trainer.data.stateless_rng import key
+from stage_trainer.engine import Engine, Objective, make_engine
+from stage_trainer.measure import Measure
+from stage_trainer.optimizer.groups import ParameterGroups
+from stage_trainer.plan.auto import Choice
+from stage_trainer.recipe import Optimizer as OptimizerConfig
+from stage_trainer.recipe import Recipe, Stage
+
+Losses = dict[str, tuple[Tensor, Any]]
+"""{name: (loss, 0-d, over all ranks; what the task knows beside it)}."""
+Charts = dict[str, dict[str, list[str]]]
+"""TensorBoard's Custom Scalars page: sections, their charts, and which tags each shows."""
+
+HEALTH_CHARTS = {
+    "size of the gradients": ["^gradient_norm/"],
+    "size of an update": ["^update_norm/"],
+    "share of the time spent waiting for data": ["^speed/data_wait_share$"],
+    "skipped steps, samples that could not be read": ["^trouble/"],
+}
+"""Charts that every task has."""
+
+
+class Batches(Protocol):
+    """A stage's batches for one rank; item n is (batch, `data.batches.Drawn`), a function of n alone."""
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """{data set: hash of its manifest}."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, step: int) -> tuple[Any, Any]: ...
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a validation found. Ranks other than 0 may leave it empty.
+
+    Attributes:
+        values: by name in TensorBoard.
+        shown: what a person reads on the screen.
+        picture: for TensorBoard.
+        vectors, labels: `[N, D]` for TensorBoard's projector, each with a name and a kind.
+    """
+
+    values: dict[str, float]
+    shown: Sequence[str] = ()
+    picture: Image | None = None
+    vectors: Tensor | None = None
+    labels: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a stage measures on held-out data.
+
+    Attributes:
+        measures: by name in TensorBoard, known before the first step.
+        run: measures; every rank has to call. Takes whether the stage ends here.
+    """
+
+    measures: dict[str, Measure]
+    run: Callable[[bool], Measured]
+
+
+class TrainedObjective(Objective):
+    """A module for the engine to run, and what of it trains."""
+
+    def set_trainable(self, stage: Stage) -> None:
+        """Freezes what the stage does not train."""
+        raise NotImplementedError
+
+    def parameter_groups(
+        self, stage: Stage, config: OptimizerConfig, saved: Mapping[str, Tensor] | None = None
+    ) -> ParameterGroups:
+        """The trainable parameters; `saved` is the optimizer state to continue with."""
+        raise NotImplementedError
+
+    def after_step(self, engine: Engine) -> None:
+        """Keeps parameters within their limits; every rank has to call."""
+
+    def figures(self, engine: Engine, losses: Losses) -> dict[str, float]:
+        """What a monitor shows beside the losses of a step; every rank has to call."""
+        return {}
+
+
+class Task(ABC):
+    """One way to train a stage. The recipe is taken apart here: what a task makes is given its own part of it.
+
+    Attributes:
+        charts: TensorBoard's page for this task.
+        cuts_texts: whether texts beyond `max_tokens` lose their ends, which a run then reports.
+        seed: of everything that is drawn in the stage.
+        chunks: sizes of the chunks of a forward pass; None: all at once.
+    """
+
+    charts: ClassVar[Charts]
+    cuts_texts: ClassVar[bool] = True
+
+    def __init__(self, recipe: Recipe, number: int):
+        self.recipe, self.number, self.stage = recipe, number, recipe.stage(number)
+        self.seed, self.data = key(recipe.seed, number), DataConfig.of(recipe)
+        self.chunks = self.stage.chunks
+
+    @abstractmethod
+    def check_configs(self, fetch: bool = False) -> None:
+        """Finds what the recipe asks of its weights that they do not have, before anything is allocated.
+
+        Args:
+            fetch: weights that are not on this machine; else only the recipe's own words are compared.
+
+        Raises:
+            UserError: names the key.
+        """
+
+    @abstractmethod
+    def build_model(self, tokenizer: Tokenizer | None = None) -> nn.Module:
+        """A new model, with the weights that the recipe starts from; it has `save_pretrained(path)`.
+
+        Raises:
+            UserError: a configuration that does not hold, a tokenizer of another vocabulary, weights that do not fit.
+        """
+
+    @abstractmethod
+    def load_model(self, path: Path) -> nn.Module:
+        """A checkpoint's model, with the recipe's settings that do not bear on its weights (dropout, checkpointing, …).
+
+        Raises:
+            UserError: a directory that holds no model, or one of another shape than the recipe's.
+        """
+
+    def load_former_model(self, path: Path, tokenizer: Tokenizer) -> nn.Module:
+        """The model that this stage starts from: that of the last checkpoint of the stage before, of whatever task."""
+        return self.load_model(path)
+
+    @abstractmethod
+    def empty_model(self) -> nn.Module:
+        """The model at the stage's end, on the meta device: every shape and no memory."""
+
+    @abstractmethod
+    def parameter_counts(self, model: nn.Module) -> list[tuple[int, str]]:
+        """(how many, of what) for `train --dry-run`."""
+
+    def set_up_segment(self, model: nn.Module, step: int, optimizer: dict[str, Tensor] | None) -> int:
+        """Readies a model, and the optimizer state that belongs to it, for the steps from `step`; returns the step
+        before which that has to happen again."""
+        return self.stage.steps
+
+    def choose_chunks(self, start: int, stop: int, device: torch.device) -> Choice | None:
+        """Settles `chunks` for these steps by the memory that is there; every rank has to call. None: as written."""
+        return None
+
+    @abstractmethod
+    def make_objective(self, model: Any) -> TrainedObjective:
+        """What the engine runs."""
+
+    def make_engine(self, model: nn.Module, optimizer: dict[str, Tensor] | None) -> Engine:
+        """An engine for the model, with the optimizer state to continue with."""
+        objective, recipe = self.make_objective(model), self.recipe
+        objective.set_trainable(self.stage)
+        return make_engine(
+            objective,
+            objective.parameter_groups(self.stage, recipe.optimizer, optimizer),
+            recipe.optimizer,
+            precision=recipe.precision,
+            deepspeed=self.stage.deepspeed,
+            saved=optimizer,
+        )
+
+    @abstractmethod
+    def make_batches(self, tokenizer: Tokenizer, rank: int, world: int) -> Batches:
+        """The stage's batches for one rank.
+
+        Raises:
+            UserError: data that are missing, damaged or of a wrong kind.
+        """
+
+    def towers_at(self, step: int) -> tuple[str, ...]:
+        """The towers that take part in a step ("text", "image"); the others rest."""
+        return ("text",)
+
+    @abstractmethod
+    def forward_backward(self, engine: Engine, batch: Any, step: int) -> Losses:
+        """Leaves the gradients of the loss over the global batch on the parameters; returns the losses."""
+
+    @abstractmethod
+    def operations(self, engine: Engine, batch: Any, step: int, tokens: int, squared_tokens: int) -> int:
+        """Floating-point operations of the model in a step, over all ranks, for MFU.
+
+        Args:
+            batch: this rank's part, for what is alike in all parts.
+            tokens, squared_tokens: of all ranks' texts, the sums of the lengths and of their squares.
+        """
+
+    @abstractmethod
+    def make_validation(self, engine: Engine, tokenizer: Tokenizer) -> Validation | None:
+        """What is measured while the stage trains; None if there is nothing to measure.
+
+        Raises:
+            UserError: held-out data that are missing or damaged.
+        """
+
+    def title(self, step: int) -> str:
+        """What this is, in a word or two, from `step` on."""
+        return self.stage.task

@@ -1,0 +1,243 @@
+"""The trainer: a stage, from its start or its last checkpoint to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stage_trainer.build import load_tokenizer
+from stage_trainer.checkpoint.broadcast import from_rank_0
+from stage_trainer.checkpoint.load import all_saved, path_of
+from stage_trainer.checkpoint.resume import move_aside, settings, starting_point
+from stage_trainer.checkpoint.save import Saver
+from stage_trainer.checkpoint.state import RunState
+from stage_trainer.data.batches import Drawn
+from stage_trainer.errors import UserError
+from stage_trainer.optimizer.schedule import schedule, set_rates
+from stage_trainer.plan.auto import planned_and_measured
+from stage_trainer.plan.devices import peak_flops
+from stage_trainer.recipe import Recipe
+from stage_trainer.recipe.rules import check_ranks
+from stage_trainer.run.environment import keep_freed_memory, native_precision, quiet, set_threads, versions
+from stage_trainer.run.evaluation import Evaluation
+from stage_trainer.run.health import Health
+from stage_trainer.run.hooks import Hook, Step, Totals
+from stage_trainer.run.ledger import Ledger
+from stage_trainer.run.loader import batches, worker_deaths_explained
+from stage_trainer.run.monitor import Monitor, Shown, open_sinks
+from stage_trainer.run.rendezvous import initialize_distributed
+from stage_trainer.run.report import next_steps
+from stage_trainer.run.saving import Saving
+from stage_trainer.run.stop_signal import StopSignal
+from stage_trainer.run.text_counts import TextCounts
+from stage_trainer.run.watchdog import Heartbeat, one_reason
+from stage_trainer.tasks import make_task
+from stage_trainer.tasks.task import Losses
+
+
+def train(recipe: Recipe, number: int, *, start_over: bool = False, refusal: UserError | None = None) -> None:
+    """Trains stage `number` (from 1) of a recipe; every rank has to call.
+
+    Args:
+        start_over: moves what the stage has aside, and begins anew.
+        refusal: why rank 0 may not begin, for the ranks of other machines to hear of it.
+
+    Raises:
+        UserError: a stage whose predecessor has not run, data or settings that do not fit, a full disk, losses that are
+            no longer finite. Checkpoints written before stay.
+        Stopped: the run was asked to stop, and has saved.
+    """
+    quiet()
+    rank, world, device = initialize_distributed(recipe.output)
+    set_threads(world)
+    if device.type == "cpu":
+        keep_freed_memory()
+    with one_reason(Path(recipe.output), rank, world):
+        if refusal := from_rank_0(refusal):
+            raise refusal
+        trainer = Trainer(recipe, number, rank, world, device, start_over=start_over)
+        while trainer.resume():
+            with trainer.segment() as (data, hooks):
+                for step_number in range(trainer.start, trainer.stop):
+                    step = trainer.train_step(step_number, data)
+                    for hook in hooks:
+                        hook.after_step(step)
+        if rank == 0:
+            print(f"stage {number} of {recipe.name} is complete: {all_saved(trainer.directory)[-1].path}")
+            print(next_steps(recipe, number), flush=True)
+
+
+class Trainer:
+    """A stage on this rank, in segments: a change of resolution is a checkpoint and a start from it, so that there is
+    one way for both, and nothing to change in place."""
+
+    def __init__(
+        self, recipe: Recipe, number: int, rank: int, world: int, device: torch.device, *, start_over: bool = False
+    ):
+        self.rank, self.world, self.device = rank, world, device
+        if recipe.precision == "auto":
+            recipe = dataclasses.replace(recipe, precision=native_precision(device))
+            self.say(f"precision: auto is {recipe.precision} here")
+        self.recipe, self.number = recipe, number
+        self.stage, self.directory = recipe.stage(number), recipe.stage_directory(number)
+        check_ranks(recipe, number, world, recipe.name)
+        self.task = make_task(recipe, number)
+        torch.manual_seed(self.task.seed)
+        self.task.check_configs(fetch=True)
+        self.tokenizer = load_tokenizer(recipe)
+        self.data = self.task.make_batches(self.tokenizer, rank, world)
+        if start_over and rank == 0:
+            move_aside(self.directory)
+        if world > 1:
+            torch.distributed.barrier()
+        self.state = RunState(settings(recipe, number), self.data.fingerprint, versions())
+        self.started = False
+
+    def resume(self) -> bool:
+        """Readies the next segment, from the newest checkpoint or from what the stage starts from; returns False when
+        the stage is complete."""
+        if self.state.step == self.stage.steps:
+            return False
+        model, optimizer = starting_point(self.task, self.state, self.tokenizer)
+        self.start = self.state.step
+        if self.start == self.stage.steps:
+            return False
+        if self.start and not self.started:
+            where = path_of(self.directory, self.start)
+            self.say(f"going on from step {self.start} of {self.stage.steps} ({where})")
+        self.stop = self.task.set_up_segment(model, self.start, optimizer)
+        model.to(self.device)
+        self.choice = self.task.choose_chunks(self.start, self.stop, self.device)
+        if self.choice:
+            self.say(self.choice.line)
+        self.engine = self.task.make_engine(model, optimizer)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.started = True
+        return True
+
+    @contextlib.contextmanager
+    def segment(self) -> Iterator[tuple[Iterator[tuple[Any, Drawn]], list[Hook]]]:
+        """Gives the data of the steps from `start` to `stop`, and what runs after each of them."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(worker_deaths_explained(self.recipe.workers))
+            hooks = self._enter_hooks(stack)
+            data = batches(self.data, self.start, self.stop, self.recipe.workers)
+            stack.enter_context(contextlib.closing(data))
+            for hook in hooks:
+                hook.before_first_step(self.start)
+            yield data, hooks
+            for hook in hooks:
+                hook.after_last_step()
+        if self.choice and (line := planned_and_measured(self.choice.planned, self.device)):
+            self.say(line)
+
+    def train_step(self, number: int, data: Iterator[tuple[Any, Drawn]]) -> Step:
+        """One forward and backward pass over a global batch, and one update."""
+        engine, task, stage = self.engine, self.task, self.stage
+        began = time.perf_counter()
+        batch, drawn = next(data)
+        waited = time.perf_counter() - began
+        rate = schedule(number, stage.steps, stage.warmup_steps, stage.min_lr_ratio)
+        set_rates(engine.optimizer, rate, task.towers_at(number))
+        engine.train()
+        losses = task.forward_backward(engine, batch, number)
+        if logged := self.monitor.should_log(number):
+            engine.update_norms.before()
+        applied = engine.step()
+        engine.objective.after_step(engine)
+        totals = self._totals(drawn)
+        return Step(
+            number,
+            losses,
+            applied,
+            diagnosis="" if applied else engine.diagnosis(),
+            scalars=self._scalars(losses) if logged and applied else None,
+            samples=sum(stage.batch_at(number).values()),
+            operations=task.operations(engine, batch, number, totals.tokens, totals.squared_tokens),
+            waited=waited,
+            totals=totals,
+            asked=totals.asked,
+        )
+
+    def say(self, text: str) -> None:
+        """Prints on rank 0."""
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def _enter_hooks(self, stack: contextlib.ExitStack) -> list[Hook]:
+        """What runs after each step, in this order; all of it ends with the stack."""
+        recipe, stage, state, task = self.recipe, self.stage, self.state, self.task
+        validation = task.make_validation(self.engine, self.tokenizer) if recipe.evaluation.every else None
+        stack.enter_context(Heartbeat(self.rank, self.world))
+        self.stop_signal = stack.enter_context(StopSignal())
+        self.saver = stack.enter_context(Saver(self.directory, recipe.checkpoint.keep))
+        self.monitor = stack.enter_context(self._make_monitor())
+        say, best = self.monitor.say, recipe.checkpoint.best
+        hooks = [
+            Health(recipe.max_skipped, state, say),
+            Ledger(self.directory / "corrupt.jsonl", recipe.max_corrupt, self.rank == 0, say),
+            self.monitor,
+            Evaluation(validation, recipe.evaluation.every, best, state, self.monitor, self.saver, self.stop_signal),
+            Saving(
+                self.saver,
+                self.engine,
+                state,
+                self.stop_signal,
+                every=recipe.checkpoint.every,
+                stop=self.stop,
+                steps=stage.steps,
+            ),
+        ]
+        for hook in hooks:
+            if hook is not self.monitor:
+                stack.enter_context(hook)
+        return hooks
+
+    def _make_monitor(self) -> Monitor:
+        recipe, stage, state = self.recipe, self.stage, self.state
+        peak = peak_flops(self.engine.device, recipe.precision)
+        shown = Shown(
+            title=f"stage {self.number}, {self.task.title(self.start)}",
+            start=self.start,
+            steps=stage.steps,
+            every=recipe.log_every,
+            charts=self.task.charts,
+            sources=list(self.data.fingerprint),
+            max_tokens=stage.max_tokens if self.task.cuts_texts else None,
+            peak=peak and peak * self.world,
+        )
+        sinks = open_sinks(recipe.sinks, self.directory, state.settings) if self.rank == 0 else ()
+        texts = TextCounts(state.texts_drawn, state.texts_cut)
+        return Monitor(self.directory, shown, active=self.rank == 0, sinks=sinks, texts=texts)
+
+    def _totals(self, drawn: Drawn) -> Totals:
+        """Sums over ranks, which also agree here on how the run goes on.
+
+        Raises:
+            UserError: rank 0 could not write the last checkpoint.
+        """
+        asked, unsaved, corrupt, tokens, squared_tokens, *texts = self.stop_signal.agree(
+            self.stop_signal.asked, self.saver.failed, len(drawn.corrupt), drawn.tokens, drawn.squared_tokens,
+            *drawn.of_sources(list(self.data.fingerprint)),
+        )  # fmt: skip
+        if unsaved:
+            self.saver.finish()
+        replaced = self.stop_signal.gather(drawn.corrupt) if corrupt else []
+        return Totals(bool(asked), tokens, squared_tokens, texts, replaced)
+
+    def _scalars(self, losses: Losses) -> dict[str, float]:
+        """What is shown beside the losses: the task's figures, the rates of each tower, norms."""
+        engine = self.engine
+        values = engine.objective.figures(engine, losses)
+        for group in engine.optimizer.param_groups:
+            name = f"learning_rate_{'muon' if group['muon'] else 'adamw'}/{group['tower']}"
+            values[name] = max(values.get(name, 0.0), group["lr"])
+        values |= {f"gradient_norm/{tower}": norm for tower, norm in engine.gradient_norms().items()}
+        return {**values, **engine.update_norms.after()}
