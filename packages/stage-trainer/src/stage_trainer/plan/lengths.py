@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,7 @@ def _parts(content: dict[str, Any], tokenizer: Tokenizer) -> list[list[int]]:
     return [[len(ids) for ids in tokenizer([text["text"] for text in part])] for part in alternatives]
 
 
-def _expected(samples: Iterable[list[list[int]]], what: Any) -> float:
+def _expected(samples: Iterable[list[list[int]]], what: Callable[[int], float]) -> float:
     """The mean of something of a text's tokens over the texts that steps take."""
     parts = [part for sample in samples for part in sample]
     return sum(sum(map(what, part)) / len(part) for part in parts) / len(parts)
