@@ -24,7 +24,7 @@ from stage_trainer.objective import MultiTask
 from stage_trainer.optim import schedule, set_rates
 from stage_trainer.plan.auto import choose, planned_and_measured
 from stage_trainer.plan.devices import peak_flops
-from stage_trainer.plan.flops import StepShape, kept_patches, step_flops
+from stage_trainer.plan.flops import StepShape, kept_patches, masked_lm_flops, step_flops
 from stage_trainer.recipe import GradientCache, Recipe, Stage
 from stage_trainer.recipe.rules import check_ranks
 from stage_trainer.run import checkpoint
@@ -246,8 +246,8 @@ def model_operations(engine: Engine, stage: Stage, batch: Any, step: int, tokens
     model, sizes = engine.objective.model, stage.batch
     if stage.masked:
         hidden = round(stage.masking.share * tokens)  # as many as are expected; counting them would wait for the device
-        shape = StepShape(texts=sizes.masked_lm, tokens=tokens, squared_tokens=squared_tokens, hidden=hidden)
-        return step_flops(model.tower.config, None, shape).model
+        shape = StepShape(texts=sizes.masked_lm, tokens=tokens, squared_tokens=squared_tokens)
+        return masked_lm_flops(model.tower.config, shape, hidden).model
     images, pairs = sizes.image_text if len(batch.image_ids) else 0, sizes.text if batch.pairs else 0
     shape = StepShape(
         images=images * (1 + stage.loss.views),
