@@ -72,7 +72,7 @@ class Engine:
 
     @contextlib.contextmanager
     def backwards(self) -> Iterator[Callable[[torch.Tensor, bool], None]]:
-        yield lambda loss, last: loss.backward()  # type: ignore[no-untyped-call]
+        yield lambda loss, last: loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def a_batch(images: int, pairs: int, length: int, resolution: int) -> Batch:

@@ -146,7 +146,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
         self.device = device
         self.live = self.peak = self.gradients = self.gradients_at_peak = 0
         self._seen: set[int] = set()
