@@ -40,8 +40,10 @@ LARGE = (
     TextTowerConfig(lora_rank=4, lora_alpha=4.0, adapters=("retrieval.query",)),
     VisionTowerConfig.eva02_large(224),
 )
-# (images, text pairs, tokens of a text, patch dropout, checkpointing, images and texts of a chunk or None)
-CASES: dict[str, list[tuple[int, int, int, float, bool, tuple[int, int] | None]]] = {
+Case = tuple[int, int, int, float, bool, tuple[int, int] | None]
+"""Images, text pairs, tokens of a text, patch dropout, checkpointing, images and texts of a chunk."""
+
+CASES: dict[str, list[Case]] = {
     "small": [
         (64, 64, 24, 0.0, False, None),
         (64, 64, 24, 0.5, True, None),
@@ -71,7 +73,7 @@ class Engine:
 
     @contextlib.contextmanager
     def backwards(self) -> Iterator[Callable[[torch.Tensor, bool], None]]:
-        yield lambda loss, last: loss.backward()
+        yield lambda loss, last: loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def a_batch(images: int, pairs: int, length: int, resolution: int) -> Batch:
@@ -89,10 +91,10 @@ def a_batch(images: int, pairs: int, length: int, resolution: int) -> Batch:
 
 
 def compare(
-    towers: tuple[TextTowerConfig, VisionTowerConfig], case: tuple, precision: str, device: torch.device
-) -> dict:
+    towers: tuple[TextTowerConfig, VisionTowerConfig], case: Case, precision: str, device: torch.device
+) -> dict[str, Any]:
     images, pairs, length, dropout, checkpointing, chunk = case
-    text, vision = (replace(tower, checkpointing=checkpointing) for tower in towers)
+    text, vision = replace(towers[0], checkpointing=checkpointing), replace(towers[1], checkpointing=checkpointing)
     cache = None if chunk is None else GradientCache(images=chunk[0], tokens=chunk[1] * length)
     dims = tuple(text.width >> i for i in range(4))
     sizes = Sizes(images, images + 2 * pairs, length, pairs, 0, 1)

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from stage_trainer.plan.flops import StepShape, kept_patches, loss_flops, step_flops, text_flops, vision_flops
+from stage_trainer.plan.flops import (
+    StepShape,
+    kept_patches,
+    loss_flops,
+    masked_lm_flops,
+    step_flops,
+    text_flops,
+    vision_flops,
+)
 from stage_trainer.recipe import Trainable
 from text_tower import PackedTokens, TextTower, TextTowerConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -99,6 +107,5 @@ def test_hidden_words_cost_the_head_and_the_word_table():
         PackedTokens.from_lists([[7] * n for n in LENGTHS]), torch.arange(0, 80, 7), torch.zeros(12).long()
     )
     forward, backward = counted(model, lambda: model(masked).total)
-    shape = texts() + StepShape(hidden=12)
-    ours = step_flops(config, None, shape)
+    ours = masked_lm_flops(config, texts(), 12)
     assert (ours.forward, ours.backward) == (forward, backward)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from stage_trainer.plan.devices import DEVICES, Device
-from stage_trainer.plan.trace import trace_images, trace_texts
+from stage_trainer.plan.trace import Target, trace_images, trace_texts
 from text_tower import PackedTokens, TextTower, TextTowerConfig
 from vision_tower import VisionTower, VisionTowerConfig, normalize, patch_keep_indices
 
@@ -41,7 +41,7 @@ def test_a_pass_of_images_takes_what_the_profiler_measures(profiled_peak, config
         out.sum().backward()
         tower.zero_grad()
 
-    assert peak_of(trace_images(config, images, dropout, CPU, precision, True, False)) == pytest.approx(
+    assert peak_of(trace_images(config, images, dropout, Target.of(CPU, precision), True, False)) == pytest.approx(
         profiled_peak(run), rel=0.05
     )
 
@@ -65,7 +65,7 @@ def test_a_pass_of_texts_takes_what_the_profiler_measures(profiled_peak, config,
         out.sum().backward()
         tower.zero_grad()
 
-    assert peak_of(trace_texts(config, texts, 24, CPU, precision, "all", False)) == pytest.approx(
+    assert peak_of(trace_texts(config, texts, 24, Target.of(CPU, precision), "all", False)) == pytest.approx(
         profiled_peak(run), rel=0.05
     )
 
@@ -74,10 +74,10 @@ def test_a_pass_of_texts_takes_what_the_profiler_measures(profiled_peak, config,
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_depth_is_extended_exactly(monkeypatch, device, checkpointing):
     config = replace(VISION, layers=7, checkpointing=checkpointing)
-    precision = "bf16" if device.bf16 else "fp32"
-    extended = trace_images(config, 8, 0.25, device, precision, True, False)
+    target = Target.of(device, "bf16" if device.bf16 else "fp32")
+    extended = trace_images(config, 8, 0.25, target, True, False)
     monkeypatch.setattr("stage_trainer.plan.trace.DEPTH", 7)
-    walked = trace_images.__wrapped__(config, 8, 0.25, device, precision, True, False)
+    walked = trace_images.__wrapped__(config, 8, 0.25, target, True, False)
     assert (extended.forward, extended.held, extended.gradients) == (walked.forward, walked.held, walked.gradients)
     assert peak_of(extended) == pytest.approx(peak_of(walked), rel=0.01)
 
@@ -85,24 +85,26 @@ def test_depth_is_extended_exactly(monkeypatch, device, checkpointing):
 def test_a_gpu_is_planned_with_its_own_ways():
     """Where there is no GPU, too: its kernels keep no scores, and LayerNorm works in float32 there."""
     long = replace(VISION, resolution=160)
-    gpu, cpu = (trace_images(long, 4, 0.0, d, "bf16", True, False).held for d in (DEVICES["h100-80gb"], CPU))
+    gpu, cpu = (trace_images(long, 4, 0.0, Target.of(d, "bf16"), True, False).held for d in (DEVICES["h100-80gb"], CPU))
     scores = long.layers * 4 * long.heads * (long.num_patches + 1) ** 2 * 2
     assert cpu > gpu + scores / 2
-    text = [trace_texts(TEXT, 20, 24, d, "bf16", "all", False).held for d in (DEVICES["h100-80gb"], CPU)]
+    text = [trace_texts(TEXT, 20, 24, Target.of(d, "bf16"), "all", False).held for d in (DEVICES["h100-80gb"], CPU)]
     assert text[0] < text[1]  # a CPU's attention takes bfloat16 queries in float32
 
 
 def test_what_does_not_learn_keeps_nothing():
-    frozen = trace_images(VISION, 8, 0.0, CPU, "fp32", False, False)
+    frozen = trace_images(VISION, 8, 0.0, Target.of(CPU, "fp32"), False, False)
     assert frozen.backward == ()
     assert frozen.gradients == 0
     assert frozen.held == 8 * VISION.width * 4
     adapters = replace(TEXT, lora_rank=4, adapters=("a",))
-    some, everything = (trace_texts(adapters, 20, 24, CPU, "fp32", what, False) for what in ("adapters", "all"))
+    some, everything = (
+        trace_texts(adapters, 20, 24, Target.of(CPU, "fp32"), what, False) for what in ("adapters", "all")
+    )
     assert some.gradients < everything.gradients / 5
 
 
 def test_gradients_that_are_there_are_added_to_one_by_one():
-    fresh, again = (trace_texts(TEXT, 8, 24, CPU, "fp32", "all", a) for a in (False, True))
+    fresh, again = (trace_texts(TEXT, 8, 24, Target.of(CPU, "fp32"), "all", a) for a in (False, True))
     assert all(gradients == 0 for _, gradients in again.backward)
     assert again.gradients == fresh.gradients == sum(4 * p.numel() for p in TextTower(TEXT).parameters())

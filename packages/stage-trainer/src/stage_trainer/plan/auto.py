@@ -1,4 +1,4 @@
-"""`gradient_cache: auto`: at once if that fits into the memory that is there, else in the largest chunks that do."""
+"""`gradient_cache: auto`: no caching if the batch fits into memory at once, else the largest chunks that fit."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from stage_trainer.recipe import GradientCache, Recipe
 
 @dataclass(frozen=True)
 class Choice:
-    """What `gradient_cache` comes to from one step to another, the peak that is planned, in bytes on a rank, and one
-    line that says so."""
+    """`gradient_cache` for a range of steps (None: no caching), the planned peak of a rank in bytes, and a line for the
+    log."""
 
     cache: GradientCache | None
     planned: int
@@ -66,8 +66,8 @@ def choose(recipe: Recipe, number: int, start: int, stop: int, device: torch.dev
 
 
 def planned_and_measured(planned: int, device: torch.device) -> str | None:
-    """One line that sets the planned peak beside the allocator's, to be printed when a run ends; None on a CPU, whose
-    allocator keeps no account. Call `torch.cuda.reset_peak_memory_stats` where the run begins."""
+    """A line for the end of a run with the planned peak and the allocator's; None on a CPU, whose allocator does not
+    track its peak. Call `torch.cuda.reset_peak_memory_stats` where the run begins."""
     if device.type != "cuda":
         return None
     measured = torch.cuda.max_memory_allocated(device)

@@ -27,7 +27,7 @@ class Device:
     Attributes:
         name: as `--gpu` takes it.
         memory: bytes.
-        bf16, fp16, fp32: peak operations a second of matrix products; None where it has none, or none are known.
+        bf16, fp16, fp32: peak operations a second of matrix products; None where unsupported or unknown.
         bandwidth: of its memory, bytes a second.
         capability: CUDA's compute capability; (0, 0) for others.
         torch_names: what `torch.cuda.get_device_name` calls it.
@@ -93,7 +93,7 @@ DEVICES = {device.name: device for device in _GPUS}
 
 
 def device(name: str, *, memory: str | None = None, peak: float | None = None) -> Device:
-    """A device of the table, or "cpu", with own figures over it.
+    """A device of the table, or "cpu", with the given figures in place of the table's.
 
     Args:
         name: as in the table.
@@ -147,7 +147,7 @@ def present(where: torch.device) -> Device | None:
 
 
 def free_memory(where: torch.device) -> int:
-    """Bytes that this process may have: of a GPU what is free and what the allocator holds, used or not; of a CPU the
+    """Bytes that this process may use: on a GPU what is free and what its allocator has reserved; on a CPU the
     machine's available memory, or the rest of the control group's limit if that is less."""
     if where.type == "cuda":
         free, _ = torch.cuda.mem_get_info(where)

@@ -53,7 +53,6 @@ class StepShape:
         pairs: P, text pairs.
         negatives: K, hard negatives of each text pair.
         unified: pairs of a unified loss; 0 for a loss for each task.
-        hidden: hidden tokens, in masked-language-model training.
     """
 
     images: int = 0
@@ -64,7 +63,6 @@ class StepShape:
     pairs: int = 0
     negatives: int = 0
     unified: int = 0
-    hidden: int = 0
 
     def __add__(self, other: StepShape) -> StepShape:
         """Of two ranks' parts the whole."""
@@ -94,17 +92,17 @@ def kept_patches(vision: VisionTowerConfig, patch_dropout: float) -> int:
 
 def step_flops(
     text: TextTowerConfig,
-    vision: VisionTowerConfig | None,
+    vision: VisionTowerConfig,
     shape: StepShape,
     *,
     trainable: Trainable | None = None,
     dims: tuple[int, ...] = (),
     cached: bool = False,
 ) -> Flops:
-    """A step over the global batch. Arithmetic only: cheap enough for every step.
+    """A contrastive step over the global batch. Arithmetic only: cheap enough for every step.
 
     Args:
-        text, vision: the towers, `checkpointing` included; no vision for masked-language-model training.
+        text, vision: the towers, `checkpointing` included.
         shape: of the global batch, over all ranks.
         trainable: what has gradients (None: everything).
         dims: Matryoshka prefixes of the loss; one product of the widest serves all of them.
@@ -112,14 +110,19 @@ def step_flops(
     """
     trainable = trainable or Trainable()
     towers = text_flops(text, shape, trainable.text)
-    if vision is not None and shape.images:
+    if shape.images:
         towers += vision_flops(vision, shape, trainable.image)
     if cached:
         towers += Flops(recomputed=towers.forward)
-    if shape.hidden:
-        return towers + _head_flops(text, shape.hidden)
     learns = "all" in (trainable.image, trainable.text) or trainable.text == "adapters"
     return towers + loss_flops(shape, max(dims, default=text.width), learns)
+
+
+def masked_lm_flops(text: TextTowerConfig, shape: StepShape, hidden: int) -> Flops:
+    """A step of masked-language-model training over the global batch, of which `hidden` tokens are to be told."""
+    dense, table = 2 * hidden * text.width**2, 2 * hidden * text.width * text.vocab_size
+    chunked = hidden > max(1, MAX_LOGITS // text.vocab_size)  # then the backward pass makes the logits again
+    return text_flops(text, shape) + Flops(dense + table, 2 * (dense + table), table if chunked else 0)
 
 
 def text_flops(config: TextTowerConfig, shape: StepShape, trainable: str = "all") -> Flops:
@@ -167,9 +170,3 @@ def loss_flops(shape: StepShape, dim: int, learns: bool = True) -> Flops:
     logits = shape.unified**2 or shape.images**2 + shape.pairs**2 * (1 + shape.negatives)
     forward = 2 * logits * dim
     return Flops(forward, 2 * forward, forward) if learns else Flops(forward)
-
-
-def _head_flops(config: TextTowerConfig, hidden: int) -> Flops:
-    dense, table = 2 * hidden * config.width**2, 2 * hidden * config.width * config.vocab_size
-    chunked = hidden > max(1, MAX_LOGITS // config.vocab_size)  # then the backward pass makes the logits again
-    return Flops(dense + table, 2 * (dense + table), table if chunked else 0)

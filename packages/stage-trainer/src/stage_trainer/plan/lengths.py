@@ -1,8 +1,8 @@
-"""How long a stage's texts are, and what share `max_tokens` cuts: told, counted, by the sidecars, or assumed."""
+"""Mean length of a stage's texts and the share that `max_tokens` cuts: given, counted, from sidecars, or assumed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ SAMPLES, SHARDS = 256, 8
 
 @dataclass(frozen=True)
 class Counted:
-    """Of a data set: mean tokens of a text after cutting, the share of texts that are cut, and where that is from."""
+    """Of a data set: mean tokens of a text after cutting, the share of texts that are cut, and how that was found."""
 
     source: Source
     mean: float
@@ -32,7 +32,7 @@ class Counted:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Mean tokens of a text, where that is from, and what is to be said of texts that are cut, line by line."""
+    """Mean tokens of a text for each task, how they were found, and lines of output about texts that are cut."""
 
     captions: float
     texts: float
@@ -41,7 +41,7 @@ class Lengths:
 
 
 def text_lengths(recipe: Recipe, stage: Stage, mean_tokens: float | None) -> Lengths:
-    """What a text is taken to have: as told, as counted on the data where they are, or half of `max_tokens`."""
+    """Mean tokens: `mean_tokens` if given, else counted on the data where they are, else half of `max_tokens`."""
     tokenizer = _tokenizer(recipe)
     found: dict[str, list[Counted | None]] = {}
     for task in ("image_text", "text"):
@@ -96,8 +96,8 @@ def _tokenizer(recipe: Recipe) -> Tokenizer | None:
 
 
 def _counted(recipe: Recipe, source: Source, max_tokens: int, tokenizer: Tokenizer | None) -> Counted | None:
-    """By the recipe's tokenizer on a sample of the texts, or by what the sidecars say of each sample's longest text, if
-    that tokenizer is not here; None for data that are not here, or were not counted."""
+    """Counted with the recipe's tokenizer on a sample of the texts; without the tokenizer, from the sidecars' length of
+    each sample's longest text. None for data that are missing or were not counted."""
     where = place(DataConfig.of(recipe), "train", source.path)
     if not isinstance(where, Path):
         return None
@@ -140,7 +140,7 @@ def _parts(content: dict[str, Any], tokenizer: Tokenizer) -> list[list[int]]:
     return [[len(ids) for ids in tokenizer([text["text"] for text in part])] for part in alternatives]
 
 
-def _expected(samples: Iterable[list[list[int]]], what: Any) -> float:
+def _expected(samples: Iterable[list[list[int]]], what: Callable[[int], float]) -> float:
     """The mean of something of a text's tokens over the texts that steps take."""
     parts = [part for sample in samples for part in sample]
     return sum(sum(map(what, part)) / len(part) for part in parts) / len(parts)

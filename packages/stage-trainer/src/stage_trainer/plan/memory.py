@@ -16,7 +16,7 @@ from text_tower import TextTowerConfig
 from vision_tower import VisionTowerConfig
 
 from stage_trainer.plan.devices import Device
-from stage_trainer.plan.trace import Pass, trace_images, trace_texts
+from stage_trainer.plan.trace import Pass, Target, trace_images, trace_texts
 from stage_trainer.recipe import GradientCache, Trainable
 
 PARTS = (
@@ -192,16 +192,10 @@ def _passes(
     nothing = Pass(0, 0, (), 0)
     vision = replace(model.vision, checkpointing=setting.checkpointing_image)
     text = replace(model.text, checkpointing=setting.checkpointing_text)
-    learns = model.trainable.image == "all"
-    # Walks are remembered: those for two devices whose kernels are the same are one.
-    device = Device("", 0, None, None, None, None, device.capability, kind=device.kind)
+    target, learns = Target.of(device, model.precision), model.trainable.image == "all"
     return (
-        trace_images(vision, images, model.patch_dropout, device, model.precision, learns, again[0])
-        if images
-        else nothing,
-        trace_texts(text, texts, sizes.length, device, model.precision, model.trainable.text, again[1])
-        if texts
-        else nothing,
+        trace_images(vision, images, model.patch_dropout, target, learns, again[0]) if images else nothing,
+        trace_texts(text, texts, sizes.length, target, model.trainable.text, again[1]) if texts else nothing,
     )
 
 

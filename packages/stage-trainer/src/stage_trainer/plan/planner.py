@@ -118,10 +118,10 @@ def plan_stage(
 
     Args:
         mean_tokens: of a text; None: counted on the data, or half of `max_tokens`.
-        say: is told what is under way.
+        say: called with a line of progress before each slow part.
 
     Raises:
-        UserError: a stage of masked-language-model training, which is not planned; a model that cannot be.
+        UserError: a stage of masked-language-model training, or a model configuration that is not valid.
     """
     stage = recipe.stage(number)
     if stage.masked:
@@ -154,7 +154,7 @@ def plan_stage(
 
 
 def segments(stage: Stage) -> list[Segment]:
-    """The stage cut where its resolution, its patch dropout or its tasks change."""
+    """The stage, split where its resolution, patch dropout or tasks change."""
     tasks = [task for task in ("image_text", "text") if getattr(stage.batch, task)]
     starts = {0, *(start for start, _ in (*stage.resolution, *stage.patch_dropout))}
     starts |= {getattr(stage.task_start, task) for task in tasks}
@@ -295,8 +295,7 @@ def shape_of(stage: Stage, segment: Segment, sizes: Sizes, vision: VisionTowerCo
 
 
 def hard_negatives(recipe: Recipe, stage: Stage) -> int:
-    """K of the stage's triplets, as the first sample has it; where the data is not there to be asked, its folder's name
-    has to do."""
+    """K of the stage's triplets, read from the first sample; guessed from the folder's name if the data is missing."""
     import json
 
     if not stage.data.text:

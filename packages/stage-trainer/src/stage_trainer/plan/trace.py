@@ -1,38 +1,42 @@
-"""What one pass through a tower takes in memory, by walking the real modules with fake tensors.
+"""What one pass through a tower takes in memory, by running the real modules on fake tensors.
 
-Fake tensors have shapes and no data, so L/14 at any batch is walked in a second on a laptop. A dispatch mode sees every
-tensor that an operation makes and hears when its memory is let go: live bytes, and their peak. Code that asks a tensor
-for its device hears the device that is planned for, so the towers take that device's ways (`_Pretence`).
+Fake tensors have shapes and no data, so a pass of L/14 at any batch takes a second on a laptop. They lie on the device
+that is planned for, "cuda" without a GPU too, so the towers and autocast do what they do there. Three things would ask
+the CUDA driver and are told instead: which attention kernel runs (`attend`), that autocast is on (`switch_autocast`),
+and the backward pass (`run_backward`).
 
-Blocks are alike: a tower of four is walked, and what deeper ones add is known from it.
+Blocks are alike: a tower of four is run, and what deeper ones add is known from it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import sys
+import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
-import torch.nn.attention.varlen  # makes its operations known
-import torch.nn.functional as F
 from text_tower import PackedTokens, TextTower, TextTowerConfig
+from text_tower.attention import Attend, sdpa
+from text_tower.packed import ByLength
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from vision_tower import VisionTower, VisionTowerConfig, patch_keep_indices
 
+from stage_trainer.plan.backward import run_backward
 from stage_trainer.plan.devices import Device
 
 DEPTH = 4
-"""Blocks that are walked: in a vision tower the last one is of another kind, and two in a row give the difference."""
+"""Blocks that are run: in a vision tower the last one is of another kind, and two in a row give the difference."""
+
+HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,87 @@ class Pass:
     gradients: int
 
 
+@dataclass(frozen=True)
+class Target:
+    """What of a device decides which kernels run: passes for two devices that agree in it are one.
+
+    Attributes:
+        cuda: a GPU, or else a CPU.
+        flash: whether PyTorch's variable-length attention runs there.
+        bf16: whether autocast computes in bfloat16.
+    """
+
+    cuda: bool
+    flash: bool
+    bf16: bool
+
+    @classmethod
+    def of(cls, device: Device, precision: str) -> Target:
+        """That of a device that computes in "bf16" or "fp32"."""
+        bf16 = precision == "bf16"
+        return cls(device.kind == "cuda", bf16 and device.capability >= (8, 0), bf16)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", 0) if self.cuda else HOST
+
+    def attend_images(self) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+        """The kernel that PyTorch chooses there; None where the tower's own choice is right. xFormers' and flash-attn's
+        kernels keep what PyTorch's keep."""
+        if not self.cuda:
+            return None
+        return _flash if self.bf16 else _efficient
+
+    def attend_texts(self) -> Attend | None:
+        """Likewise, for packed texts."""
+        if not self.cuda:
+            return None
+        return _flash_varlen if self.flash else partial(sdpa, kernel=self.attend_images())
+
+    def switch_autocast(self) -> None:
+        """torch.autocast switches itself off for "cuda" where there is no GPU."""
+        torch.set_autocast_enabled(self.device.type, self.bf16)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+    return out
+
+
+def _efficient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[0]
+    return out
+
+
+def _flash_varlen(q: Tensor, k: Tensor, v: Tensor, layout: ByLength) -> Tensor:
+    cu, longest = layout.cu_seqlens, layout.max_seqlen
+    out: Tensor = torch.ops.aten._flash_attention_forward(q, k, v, cu, cu, longest, longest, 0.0, False, False)[0]
+    return out
+
+
+def _flash_backward_workspace(grad: Tensor, query: Tensor, *_: object) -> int:
+    """flash-attn 2 sums the queries' gradients in float32 and keeps a number for each row, out of sight of dispatch."""
+    rows = query.numel() // query.shape[-1]
+    return 4 * rows * (32 * math.ceil(query.shape[-1] / 32) + 1)
+
+
+_WORKSPACES: dict[object, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_backward.default: _flash_backward_workspace,
+    torch.ops.aten._flash_attention_backward.default: _flash_backward_workspace,
+}
+
+Stretch = tuple[int, int, int]
+"""Of a part of a pass: most bytes at any moment, gradients of weights among them, bytes at its end."""
+
+
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make, until they are freed; fake or real.
+    """Counts the bytes of all storages that operations make on a device, until they are freed.
+
+    To be entered inside a FakeTensorMode: what is made on a GPU or from fake tensors is fake. All else is real, so that
+    the towers can plan their indexes on the host.
+
+    torch.distributed._tools.mem_tracker.MemTracker, of 950 lines, finds the same peak on a CPU, to the byte. It needs
+    PyTorch's autograd engine, though, which GPUs that are not here rule out (`backward`), and knows no workspaces.
 
     Attributes:
         live: bytes now, above what was there before.
@@ -62,15 +145,19 @@ class LiveBytes(TorchDispatchMode):
         gradients: bytes among them that `gradient` was told of.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
+        self.device = device
         self.live = self.peak = self.gradients = self.gradients_at_peak = 0
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        is_fake = kwargs.get("device") not in (None, HOST) or any(isinstance(x, FakeTensor) for x in tree_leaves(args))
+        with nullcontext() if is_fake else unset_fake_temporarily():
+            result = func(*args, **kwargs)
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.device == self.device:
                 self._enter(tensor.untyped_storage())
         if workspace := _WORKSPACES.get(func):
             self._reach(self.live + workspace(*args))
@@ -80,8 +167,8 @@ class LiveBytes(TorchDispatchMode):
         """These were there before: they do not count."""
         self._seen.update(tensor.untyped_storage()._cdata for tensor in tensors)
 
-    def mark(self) -> tuple[int, int, int]:
-        """(peak, gradients at it, live now) since the last mark; the next stretch begins."""
+    def mark(self) -> Stretch:
+        """What was since the last mark; the next stretch begins."""
         ended = self.peak, self.gradients_at_peak, self.live
         self.peak, self.gradients_at_peak = self.live, self.gradients
         return ended
@@ -106,201 +193,125 @@ class LiveBytes(TorchDispatchMode):
             self.peak, self.gradients_at_peak = size, self.gradients
 
 
-def _flash_backward_workspace(grad: Tensor, query: Tensor, *_: Any) -> int:
-    """flash-attn 2 sums the queries' gradients in float32 and keeps a number for each row, out of sight of dispatch."""
-    rows = query.numel() // query.shape[-1]
-    return 4 * rows * (32 * math.ceil(query.shape[-1] / 32) + 1)
-
-
-_WORKSPACES: dict[Any, Callable[..., int]] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_backward.default: _flash_backward_workspace,
-    torch.ops.torch_attn._varlen_attn_backward.default: _flash_backward_workspace,
-}
-
-
-_fakes: Any = FakeTensor
-# A device whose autocast can be switched on where it is absent; the towers only ask whether it is a CPU.
-_ELSEWHERE = torch.device("xpu", 0)
-
-
-class _Pretence(TorchFunctionMode):
-    """Fake tensors live on the CPU; whoever asks them hears of another device, and gets what CUDA would do there: its
-    attention kernel, and LayerNorm in float32 under autocast, which a CPU leaves in bfloat16.
-
-    (Fakes that really are CUDA tensors have no backward pass on a machine without a GPU.)
-    """
-
-    def __init__(self, bf16: bool):
-        super().__init__()
-        self.bf16, self.active = bf16, False
-
-    def __enter__(self) -> _Pretence:
-        self.active = True
-        # A fake tensor answers for itself, without asking function modes; torch has to be told the truth.
-        truth = self._truth = _fakes.device
-        _fakes.device = property(lambda fake: _ELSEWHERE if _a_tower_asks() else truth.fget(fake))
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self.active = False
-        _fakes.device = self._truth
-        super().__exit__(*error)
-
-    def keep_up(self, block: nn.Module) -> None:
-        """Keeps it up where the block is recomputed, too: torch calls backward with all function modes suspended."""
-        forward = block.forward
-
-        def pretending(*args: Any) -> Any:
-            if self.active:
-                return forward(*args)
-            with self, torch.autocast(_ELSEWHERE.type, torch.bfloat16, enabled=self.bf16):
-                return forward(*args)
-
-        block.forward = pretending
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.Tensor.device.__get__:
-            return _ELSEWHERE
-        if func is torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
-            return True
-        args = tuple(torch.device("cpu") if isinstance(a, torch.device) else a for a in args)
-        if kwargs.get("device") is not None:
-            kwargs["device"] = torch.device("cpu")
-        if func is F.scaled_dot_product_attention:
-            if self.bf16:
-                return torch.ops.aten._scaled_dot_product_flash_attention(*args)[0]
-            return torch.ops.aten._scaled_dot_product_efficient_attention(*args, None, True)[0]
-        if func is F.layer_norm and self.bf16:
-            args = tuple(a.float() if isinstance(a, Tensor) else a for a in args)
-        return func(*args, **kwargs)
-
-
-def _a_tower_asks() -> bool:
-    caller = sys._getframe(2).f_globals["__name__"]
-    return caller.partition(".")[0] in ("text_tower", "vision_tower")
-
-
-@contextlib.contextmanager
-def _autocast(precision: str) -> Iterator[None]:
-    on = precision == "bf16"
-    with torch.autocast("cpu", torch.bfloat16, enabled=on), torch.autocast(_ELSEWHERE.type, torch.bfloat16, enabled=on):
-        yield
-
-
 @cache
 def trace_images(
-    config: VisionTowerConfig, images: int, patch_dropout: float, device: Device, precision: str, learns: bool,
-    again: bool,
-) -> Pass:  # fmt: skip
+    config: VisionTowerConfig, images: int, patch_dropout: float, target: Target, learns: bool, again: bool
+) -> Pass:
     """A pass of so many images.
 
     Args:
         config: the tower, at the resolution that is set.
         images: of one forward pass.
         patch_dropout: share of the patches that images lose.
-        device, precision: what computes, "bf16" or "fp32".
+        target: what computes.
         learns: whether the tower is trained.
         again: whether gradients of the weights are there already, and added to.
     """
-    # xFormers' and flash-attn's kernels keep what PyTorch's keep.
-    shallow = replace(config, layers=min(config.layers, DEPTH), attention="sdpa")
-    fake, tower = _fake(lambda: VisionTower(shallow))
+    with torch.device("meta"):
+        tower = VisionTower(replace(config, layers=min(config.layers, DEPTH), attention="sdpa"))
     tower.set_trainable("all" if learns else "none")
-    with fake:
-        sides = config.resolution if isinstance(config.resolution, tuple) else (config.resolution,) * 2
-        pixels = torch.empty(images, 3, *sides, dtype=torch.uint8)
-        seeds = torch.empty(images, dtype=torch.int64)
+    sides = config.resolution if isinstance(config.resolution, tuple) else (config.resolution,) * 2
 
-    def forward() -> Tensor:
-        keep = patch_keep_indices(seeds, config.num_patches, patch_dropout) if patch_dropout else None
-        return tower(tower.normalize(pixels), keep=keep)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        tower.to_empty(device=target.device)
+        pixels = torch.empty(images, 3, *sides, dtype=torch.uint8, device=target.device)
+        seeds = torch.empty(images, dtype=torch.int64, device=target.device)
 
-    return _walk(tower, tower.blocks, forward, (pixels, seeds), config.layers, device, precision, again)
+        def forward() -> Tensor:
+            keep = patch_keep_indices(seeds, config.num_patches, patch_dropout) if patch_dropout else None
+            return tower.forward(tower.normalize(pixels), keep=keep, attend=target.attend_images())
+
+        found = _run(tower, tower.blocks, forward, (pixels, seeds), target, again)
+    return _deeper(found, tower.blocks, config.layers, again)
 
 
 @cache
-def trace_texts(
-    config: TextTowerConfig, texts: int, length: int, device: Device, precision: str, trainable: str, again: bool
-) -> Pass:
+def trace_texts(config: TextTowerConfig, texts: int, length: int, target: Target, trainable: str, again: bool) -> Pass:
     """A pass of so many texts of `length` tokens; only their product matters, and the embeddings. The rest as
     `trace_images`, with `trainable` as in a recipe."""
-    shallow = replace(config, layers=min(config.layers, DEPTH), attention="auto", compile=False)
-    fake, tower = _fake(lambda: TextTower(shallow).train())
+    with torch.device("meta"):
+        tower = TextTower(replace(config, layers=min(config.layers, DEPTH), attention="sdpa", compile=False))
     tower.set_trainable(trainable)
     packed = PackedTokens.from_lists([[0] * length] * texts)
-    with fake:
-        seeds = torch.empty(texts, dtype=torch.int64)
 
-    variable = precision == "bf16" and device.capability >= (8, 0)
-    # The tower itself would ask a GPU that is not here.
-    tower._backend = lambda _: "varlen" if variable else "sdpa"
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        tower.to_empty(device=target.device)
+        if target.cuda:
+            packed = packed.to(target.device)
+        seeds = torch.empty(texts, dtype=torch.int64, device=target.device)
 
-    def forward() -> Tensor:
-        return tower(packed, sample_seeds=seeds)
+        def forward() -> Tensor:
+            return tower.forward(packed, sample_seeds=seeds, attend=target.attend_texts())
 
-    inputs = packed.ids, packed.cu_seqlens, seeds
-    return _walk(tower, tower.encoder.layers, forward, inputs, config.layers, device, precision, again)
-
-
-def _fake(build: Callable[[], Any]) -> tuple[FakeTensorMode, Any]:
-    with torch.device("meta"):
-        tower = build()
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake:
-        return fake, tower.to_empty(device="cpu")
+        found = _run(tower, tower.encoder.layers, forward, (packed.ids, packed.cu_seqlens, seeds), target, again)
+    return _deeper(found, tower.encoder.layers, config.layers, again)
 
 
-def _walk(
+@dataclass(frozen=True)
+class _Stretches:
+    """A pass in parts: of the forward pass what comes before the blocks, then one for each; of the backward pass, which
+    takes them the other way round, likewise."""
+
+    forward: list[Stretch]
+    backward: list[Stretch]
+    gradients: int  # bytes of those of all weights that learn
+
+
+def _run(
     tower: nn.Module,
     blocks: nn.ModuleList,
     forward: Callable[[], Tensor],
     inputs: tuple[Tensor, ...],
-    layers: int,
-    device: Device,
-    precision: str,
+    target: Target,
     again: bool,
-) -> Pass:
-    """Walks a tower of `len(blocks)` blocks and tells what one of `layers` takes."""
+) -> _Stretches:
+    """One forward and backward pass; `inputs` do not count."""
     learning = [p for p in tower.parameters() if p.requires_grad]
-    depth, live = len(blocks), LiveBytes()
+    live = LiveBytes(target.device)
     live.know(*tower.parameters(), *inputs)
     if again:
         for parameter in learning:
             parameter.grad = torch.empty_like(parameter)
-        live.know(*(p.grad for p in learning if p.grad is not None))
-    there: list[tuple[int, int, int]] = []  # a stretch before the blocks, then one for each
-    back: list[tuple[int, int, int]] = []  # the other way round, the one that ends before the blocks last
+            live.know(parameter.grad)
+    there: list[Stretch] = []
+    back: list[Stretch] = []
+    borders: set[int] = set()  # nodes of the graph that made the blocks' inputs
 
     def before_block(_: nn.Module, args: tuple[Any, ...]) -> None:
-        if len(there) < depth:  # recomputation comes here too
+        target.switch_autocast()  # activation checkpointing has just entered torch.autocast
+        if len(there) < len(blocks):  # recomputation comes here too
             there.append(live.mark())
-            if args[0].requires_grad:
-                args[0].register_hook(lambda _: back.append(live.mark()))
+            if args[0].grad_fn is not None:
+                borders.add(args[0].grad_fn._sequence_nr())
 
-    handles = [block.register_forward_pre_hook(before_block) for block in blocks]
-    if not again:
-        handles += [p.register_post_accumulate_grad_hook(live.gradient) for p in learning]
-    pretence = _Pretence(precision == "bf16") if device.kind == "cuda" else None
-    if pretence:
-        for block in blocks:
-            pretence.keep_up(block)
-    with live:
-        with pretence or contextlib.nullcontext(), _autocast(precision):
+    def before_node(node: Node) -> None:
+        if node._sequence_nr() in borders:
+            back.append(live.mark())
+
+    for block in blocks:
+        block.register_forward_pre_hook(before_block)
+    with live, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "CUDA is not available", UserWarning)
+        with torch.autocast(target.device.type, torch.bfloat16, enabled=target.bf16):
+            target.switch_autocast()
             out = forward()
         there.append(live.mark())
         if learning:
-            out.backward(torch.empty_like(out))
+            gradient, graph, out = torch.empty_like(out), [get_gradient_edge(out).node], out.detach()
+            run_backward(graph, gradient, before=before_node, learned=None if again else live.gradient)
             back.append(live.mark())
-    for handle in handles:
-        handle.remove()
+    return _Stretches(there, back, sum(4 * p.numel() for p in learning))
 
+
+def _deeper(found: _Stretches, blocks: nn.ModuleList, layers: int, again: bool) -> Pass:
+    """The pass of a tower of `layers` blocks, of which `len(blocks)` were run."""
+    there, back, depth = found.forward, found.backward, len(blocks)
     more, top = layers - depth, min(2, depth)
     of_weights = sum(4 * p.numel() for p in blocks[0].parameters() if p.requires_grad)
     added = 0 if again else of_weights  # gradients that a block's backward pass leaves
     # What a block leaves in the forward pass (autocast's copies of the weights live until its end), and for backward.
     passed = there[2][2] - there[1][2] if more else 0
-    held = back[1][2] - back[2][2] + added if more and learning else 0
+    held = back[1][2] - back[2][2] + added if more and back else 0
     moments = [
         (peak + more * (held if i < top else added), gradients + more * (0 if i < top else added))
         for i, (peak, gradients, _) in enumerate(back)
@@ -309,5 +320,5 @@ def _walk(
         forward=max(peak + (more * passed if i > depth - top else 0) for i, (peak, _, _) in enumerate(there)),
         held=there[-1][2] + more * held,
         backward=tuple(moments),
-        gradients=sum(4 * p.numel() for p in learning) + more * of_weights,
+        gradients=found.gradients + more * of_weights,
     )

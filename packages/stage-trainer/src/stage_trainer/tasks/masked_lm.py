@@ -23,7 +23,7 @@ from stage_trainer.data.masked import MaskedBatches, held_out
 from stage_trainer.engine import Engine
 from stage_trainer.measure import Measure
 from stage_trainer.optimizer.groups import ParameterGroups
-from stage_trainer.plan.flops import StepShape, step_flops
+from stage_trainer.plan.flops import StepShape, masked_lm_flops
 from stage_trainer.recipe import Optimizer as OptimizerConfig
 from stage_trainer.recipe import Recipe, Stage
 from stage_trainer.tasks.task import HEALTH_CHARTS, Charts, Losses, Measured, Task, TrainedObjective, Validation
@@ -78,9 +78,8 @@ class MaskedLMTask(Task):
 
     def operations(self, engine: Engine, batch: MaskedBatch, step: int, tokens: int, squared_tokens: int) -> int:
         hidden = round(self.stage.masking.share * tokens)  # the expected number; counting would wait for the device
-        texts = self.stage.batch.masked_lm
-        shape = StepShape(texts=texts, tokens=tokens, squared_tokens=squared_tokens, hidden=hidden)
-        return step_flops(engine.objective.model.tower.config, None, shape).model
+        shape = StepShape(texts=self.stage.batch.masked_lm, tokens=tokens, squared_tokens=squared_tokens)
+        return masked_lm_flops(engine.objective.model.tower.config, shape, hidden).model
 
     def make_validation(self, engine: Engine, tokenizer: Tokenizer) -> Validation | None:
         """The loss on hidden words of the validation split, by language and over all; None if there is no such data."""
