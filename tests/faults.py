@@ -54,13 +54,13 @@ ROOMS = {
     "losses": Room((f"{LOSSES}/*.py",), ("tests/contrastive_losses",)),
     "text tower": Room((f"{TEXT}/*.py",), ("tests/text_tower",)),
     "vision tower": Room((f"{VISION}/*.py",), ("tests/vision_tower",)),
-    "step": Room(tuple(f"{TRAINER}/{name}.py" for name in ("step", "objective", "model")), OF_TRAINER),
+    "step": Room(tuple(f"{TRAINER}/{name}.py" for name in ("step", "objective", "dual_encoder")), OF_TRAINER),
     "sampler": Room(
         tuple(
             f"{TRAINER}/{name}.py"
             for name in (
                 "data/sampler",
-                "data/keyed",
+                "data/stateless_rng",
                 "data/batches",
                 "data/samples",
                 "data/ledger",

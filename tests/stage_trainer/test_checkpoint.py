@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.engine import _without_weights
 from stage_trainer.errors import UserError
 from stage_trainer.files import free_name, whole_directory, write_whole
-from stage_trainer.model import DualEncoder
 from stage_trainer.run import checkpoint
 from stage_trainer.run.checkpoint import all_saved, compatible, newest_sound, set_resolution
 from stage_trainer.run.saver import Saver

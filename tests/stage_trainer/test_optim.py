@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from stage_trainer.build import tower_configs
-from stage_trainer.model import DualEncoder
+from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.muon import Muon, orthogonalise
 from stage_trainer.optim import build_optimizer, named_states, parameter_groups, schedule, set_rates
 from stage_trainer.recipe.read import load

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from stage_trainer.data.keyed import key, permutation
 from stage_trainer.data.sampler import SourceOrder, TaskSampler, slice_of
+from stage_trainer.data.stateless_rng import key, permutation
 
 
 def sampler(rates=(0.7, 0.2, 0.1), batch=8, one_source=False):

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from contrastive_losses import matryoshka_info_nce
-from stage_trainer.model import DualEncoder
+from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.objective import Batch, MultiTask
-from stage_trainer.recipe import GradientCache, Loss
+from stage_trainer.recipe import GradientCache, LossConfig
 from stage_trainer.step import forward_backward, image_chunks, packed_chunks, text_chunks
 from text_tower import PackedTokens, TextTower, TextTowerConfig
 from torch.nn.functional import cross_entropy, normalize
@@ -32,7 +32,7 @@ class PlainEngine:
         for name, parameter in model.named_parameters():
             if "lora" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
-        self.objective = MultiTask(model, Loss(kind, dims=(32, 16)), "fp32")
+        self.objective = MultiTask(model, LossConfig(kind, dims=(32, 16)), "fp32")
         self.passes = 0
 
     def embed(self, part, patch_dropout):

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from stage_trainer.build import build_model, load_tokenizer
 from stage_trainer.data.batches import StageBatches
+from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.engine import Engine
-from stage_trainer.model import DualEncoder
 from stage_trainer.objective import Batch, MultiTask
 from stage_trainer.recipe import GradientCache, Recipe
 from stage_trainer.recipe.read import load

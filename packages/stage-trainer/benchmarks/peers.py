@@ -22,7 +22,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules.transformer import Transformer
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.modules import Pooling
-from stage_trainer.model import DualEncoder
+from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.objective import Batch
 from text_tower import TextTower
 from timm.optim import create_optimizer_v2

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stage_trainer.model import DualEncoder
+from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.objective import Batch, MultiTask
 from stage_trainer.plan.devices import DEVICES, Device, present
 from stage_trainer.plan.memory import Model, Setting, Sizes, estimate
-from stage_trainer.recipe import GradientCache, Loss, Trainable
+from stage_trainer.recipe import GradientCache, LossConfig, Trainable
 from stage_trainer.step import forward_backward
 from text_tower import PackedTokens, TextTower, TextTowerConfig
 from torch.profiler import ProfilerActivity, profile
@@ -60,7 +60,7 @@ class Engine:
     """A step with torch alone."""
 
     def __init__(self, model: DualEncoder, dims: tuple[int, ...], precision: str, device: torch.device):
-        self.objective, self.device = MultiTask(model.to(device).train(), Loss(dims=dims), precision), device
+        self.objective, self.device = MultiTask(model.to(device).train(), LossConfig(dims=dims), precision), device
 
     def embed(self, part: Any, patch_dropout: float) -> Any:
         return self.objective(part.to(self.device), patch_dropout=patch_dropout)

@@ -33,8 +33,8 @@ import common
 import peers
 import torch
 from common import Ours
+from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.evaluation import retrieval, text_retrieval
-from stage_trainer.model import DualEncoder
 from stage_trainer.objective import Batch
 from stage_trainer.optim import schedule, set_rates
 from stage_trainer.recipe import Recipe, Stage

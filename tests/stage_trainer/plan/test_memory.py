@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from stage_trainer.model import DualEncoder
+from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.objective import Batch, MultiTask
 from stage_trainer.plan.devices import Device
 from stage_trainer.plan.memory import Model, Setting, Sizes, estimate, loss_bytes, resting_parts, update_parts
-from stage_trainer.recipe import GradientCache, Loss, Trainable
+from stage_trainer.recipe import GradientCache, LossConfig, Trainable
 from stage_trainer.step import forward_backward
 from text_tower import PackedTokens, TextTower, TextTowerConfig
 from vision_tower import VisionTower, VisionTowerConfig
@@ -25,7 +25,7 @@ class PlainEngine:
 
     def __init__(self, text: TextTowerConfig, vision: VisionTowerConfig, precision: str):
         self.model = DualEncoder(TextTower(text), VisionTower(vision)).train()
-        self.objective = MultiTask(self.model, Loss(dims=(64, 32)), precision)
+        self.objective = MultiTask(self.model, LossConfig(dims=(64, 32)), precision)
 
     def embed(self, part, patch_dropout):
         return self.objective(part, patch_dropout=patch_dropout)

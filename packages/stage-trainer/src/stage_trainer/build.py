@@ -16,11 +16,10 @@ from text_tower import MaskedLM, TextTower, TextTowerConfig, Tokenizer
 from vision_tower import VisionTower, VisionTowerConfig
 
 from stage_trainer import weights
-from stage_trainer.data.remote import is_remote
+from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.errors import UserError
-from stage_trainer.model import DualEncoder
-from stage_trainer.recipe import Model as ModelOfRecipe
-from stage_trainer.recipe import Recipe
+from stage_trainer.recipe import ModelConfig, Recipe
+from stage_trainer.recipe.address import is_remote
 from stage_trainer.recipe.tower_rules import build_config, check_towers
 
 Model = DualEncoder | MaskedLM
@@ -41,7 +40,7 @@ def check_configs(recipe: Recipe, number: int, fetch: bool = False) -> None:
     else:
         text, config = tower_configs(recipe, number, fetch)
         vision = {name: value for name, value in dataclasses.asdict(config).items() if name != "resolution"}
-    settled = ModelOfRecipe(text=dataclasses.asdict(text), tokenizer=recipe.model.tokenizer, vision=vision)
+    settled = ModelConfig(text=dataclasses.asdict(text), tokenizer=recipe.model.tokenizer, vision=vision)
     if fetch or not weights.absent(recipe.model):
         check_towers(dataclasses.replace(recipe, model=settled, stages=stages), recipe.name)
 
@@ -63,7 +62,7 @@ def tower_configs(recipe: Recipe, number: int, fetch: bool = False) -> tuple[Tex
     return text, vision
 
 
-def _tower_config(model: ModelOfRecipe, tower: str, fetch: bool, **more: Any) -> Any:
+def _tower_config(model: ModelConfig, tower: str, fetch: bool, **more: Any) -> Any:
     of_tower: dict[str, Any] = {tower: {**(getattr(model, tower) or {}), **more}}
     model = dataclasses.replace(model, **of_tower)
     with _named_weights(model, tower):
@@ -75,7 +74,7 @@ def _tower_config(model: ModelOfRecipe, tower: str, fetch: bool, **more: Any) ->
 
 
 @contextmanager
-def _named_weights(model: ModelOfRecipe, tower: str) -> Iterator[None]:
+def _named_weights(model: ModelConfig, tower: str) -> Iterator[None]:
     """Errors of the towers and of the hub, in their own words on what is missing or damaged, under the key's name."""
     key = f"{tower}_weights" if getattr(model, f"{tower}_weights") else "weights"
     try:

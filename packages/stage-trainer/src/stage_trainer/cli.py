@@ -269,7 +269,7 @@ def _export(arguments: argparse.Namespace) -> None:
     if arguments.out.exists():
         raise UserError(f"{arguments.out} exists already; name another place or move it away")
     model, _ = _model_directory(arguments.checkpoint)
-    from stage_trainer.model import DualEncoder
+    from stage_trainer.dual_encoder import DualEncoder
 
     DualEncoder.from_pretrained(model).save_pretrained(arguments.out)
     print(

@@ -12,8 +12,8 @@ from text_tower import PackedTokens
 from torch import Tensor, nn
 from vision_tower import patch_keep_indices
 
-from stage_trainer.model import DualEncoder
-from stage_trainer.recipe import Loss, Stage
+from stage_trainer.dual_encoder import DualEncoder
+from stage_trainer.recipe import LossConfig, Stage
 
 Losses = dict[str, tuple[Tensor, LossStats]]
 """Loss and statistics by task, or of all in one ("unified")."""
@@ -85,7 +85,7 @@ class MultiTask(nn.Module):
         precision: `bf16` computes the towers in bfloat16 (torch.autocast); parameters and losses stay float32.
     """
 
-    def __init__(self, model: DualEncoder, loss: Loss, precision: str):
+    def __init__(self, model: DualEncoder, loss: LossConfig, precision: str):
         super().__init__()
         self.model, self.loss, self.precision = model, loss, precision
         self.scales = nn.ModuleDict({task: Scale(parameter) for task, parameter in self.logit_scales.items()})

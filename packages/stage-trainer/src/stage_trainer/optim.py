@@ -11,10 +11,9 @@ from text_tower import MaskedLM
 from text_tower.lora import is_adapter
 from torch import Tensor, nn
 
-from stage_trainer.model import DualEncoder
+from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.muon import Muon
-from stage_trainer.recipe import Optimizer as OptimizerConfig
-from stage_trainer.recipe import Stage
+from stage_trainer.recipe import OptimizerConfig, Stage
 
 
 def parameter_groups(

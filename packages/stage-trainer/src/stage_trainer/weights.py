@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from stage_trainer.dual_encoder import FORMAT
 from stage_trainer.errors import UserError
-from stage_trainer.model import FORMAT
-from stage_trainer.recipe import Model, Recipe
+from stage_trainer.recipe import ModelConfig, Recipe
 from stage_trainer.recipe.schema import NEW_TEMPERATURE
 from stage_trainer.recipe.tower_rules import build_config
 
@@ -41,7 +41,7 @@ def local(weights: str) -> str:
     return snapshot_download(weights)
 
 
-def tower_weights(model: Model, tower: str, fetch: bool) -> str | None:
+def tower_weights(model: ModelConfig, tower: str, fetch: bool) -> str | None:
     """Where a tower's weights are: a directory, a file, or timm's name. None if the recipe names none, or if they would
     have to be fetched first and shall not be."""
     named = model.text_weights if tower == "text" else model.vision_weights
@@ -54,7 +54,7 @@ def tower_weights(model: Model, tower: str, fetch: bool) -> str | None:
     return str(whole / tower if _is_ours(whole) else whole)
 
 
-def absent(model: Model) -> list[str]:
+def absent(model: ModelConfig) -> list[str]:
     """Weights that the recipe names and this machine does not have; the recipe and defaults stand for their sizes."""
     named = [model.text_weights or model.weights, model.vision_weights or model.weights]
     return list(dict.fromkeys(w for w in named if w and not Path(w).exists() and not _is_timms(w)))
@@ -87,7 +87,7 @@ def _given_vision(path: str, files: tuple[tuple[str, int], ...]) -> Any:
         return VisionTower.from_timm(path.removeprefix("timm/"), pretrained=False).config
 
 
-def decided(model: Model, tower: str, given: Any, unsettled: frozenset[str], holder: str) -> Any:
+def decided(model: ModelConfig, tower: str, given: Any, unsettled: frozenset[str], holder: str) -> Any:
     """A tower's configuration, from its weights' own and the recipe.
 
     Args:
@@ -149,7 +149,7 @@ def reading_options(config: Any, given: Any) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names if name in changed}
 
 
-def whole_model(model: Model) -> Path | None:
+def whole_model(model: ModelConfig) -> Path | None:
     """The directory of the whole model that both towers are from, if it is one."""
     if model.text_weights and model.text_weights == model.vision_weights:
         return Path(local(model.text_weights))

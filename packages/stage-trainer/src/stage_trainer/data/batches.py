@@ -16,10 +16,10 @@ from text_tower import PackedTokens, Tokenizer
 from torch.utils.data import Dataset as TorchDataset
 from vision_tower import ImageError, augment, simclr_view
 
-from stage_trainer.data.keyed import key
 from stage_trainer.data.remote_data import RemotePlace, check_room, look_ahead, open_place, place
 from stage_trainer.data.sampler import Draw, SourceOrder, TaskSampler, slice_of
 from stage_trainer.data.samples import IMAGE_TYPES, SampleCache
+from stage_trainer.data.stateless_rng import key
 from stage_trainer.errors import UserError
 from stage_trainer.objective import Batch
 from stage_trainer.recipe import Recipe, Source, Stage

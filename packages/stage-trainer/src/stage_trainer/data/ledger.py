@@ -1,4 +1,4 @@
-"""The ledger of corrupt samples: which were replaced, when and why, and when there are too many."""
+"""The ledger of corrupt samples: which were replaced, when and why; it stops a run that has too many."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from stage_trainer.data.batches import Corrupt
 from stage_trainer.errors import UserError
 
 ALWAYS_ALLOWED = 10
-"""So few corrupt samples stop no run, however short it has been so far."""
+"""Up to this many corrupt samples never stop a run, however few samples it has drawn so far."""
 
 
 class Ledger:
     """Appends to a JSON lines file: step, shard, key and reason of each sample that was replaced.
 
     Args:
-        path: the file; kept and continued when a run goes on.
-        limit: share of the samples drawn by this process's run that may be corrupt.
-        active: whether this rank writes; all of them count.
+        path: the file; a resumed run appends to it.
+        limit: the share of the samples drawn since this start of the run that may be corrupt.
+        active: whether this rank writes; all ranks count.
     """
 
     def __init__(self, path: Path, limit: float, active: bool):
@@ -28,10 +28,10 @@ class Ledger:
         self.count = 0
 
     def enter(self, corrupt: Sequence[Corrupt], step: int, drawn: int) -> None:
-        """Enters the corrupt samples of a step, `drawn` being the samples drawn so far, by all ranks.
+        """Enters the corrupt samples of a step; `drawn` is the number of samples drawn so far by all ranks.
 
         Raises:
-            UserError: too many, on every rank.
+            UserError: there are too many; raised on every rank.
         """
         self.count += len(corrupt)
         if self.active and corrupt:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from data_prep.shards import MANIFEST, Dataset, ShardError
 
-from stage_trainer.data.remote import is_remote
 from stage_trainer.errors import UserError
+from stage_trainer.recipe.address import is_remote
 
 SPLITS = ("test", "validation")
 """Of a corpus: the first that is there is measured, the other is not."""

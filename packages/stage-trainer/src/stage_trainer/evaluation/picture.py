@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from stage_trainer.data.keyed import key
+from stage_trainer.data.stateless_rng import key
+from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.errors import UserError
 from stage_trainer.evaluation.held_out import find
 from stage_trainer.evaluation.retrieval import Embedded, Pool, embed, unit
-from stage_trainer.model import DualEncoder
 
 SHOWN_LANGUAGES = ("en", "de", "fr", "es", "pl", "ru", "el", "ar", "vi", "ka", "ja", "zh", "ko", "hi", "th")
 ROWS = 12

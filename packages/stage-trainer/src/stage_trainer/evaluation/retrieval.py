@@ -15,9 +15,9 @@ from data_prep.shards import Dataset, ShardError
 
 from stage_trainer.data.remote_data import RemotePlace, open_place
 from stage_trainer.data.samples import image_of, texts_of
+from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.errors import UserError
 from stage_trainer.evaluation.text_retrieval import ndcg_at_k
-from stage_trainer.model import DualEncoder
 
 K = 5
 MAX_TOKENS = 512  # of a text, where the tower takes more: the default of jina-clip-v2 as published

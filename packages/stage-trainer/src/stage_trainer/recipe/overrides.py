@@ -12,13 +12,13 @@ from vision_tower.config import VisionTowerConfig
 
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import deepspeed
-from stage_trainer.recipe.schema import Model, Recipe, Stage
+from stage_trainer.recipe.schema import ModelConfig, Recipe, Stage
 from stage_trainer.recipe.tower_rules import fields_of
 from stage_trainer.recipe.yaml_text import Ours, parse
 
 _FREE = {
-    (Model, "text"): TextTowerConfig,
-    (Model, "vision"): VisionTowerConfig,
+    (ModelConfig, "text"): TextTowerConfig,
+    (ModelConfig, "vision"): VisionTowerConfig,
     (Stage, "deepspeed"): deepspeed.Options,
 }
 """What describes a mapping that the schema leaves open."""

@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from stage_trainer.data.remote import Address, is_remote
 from stage_trainer.errors import UserError
+from stage_trainer.recipe.address import Address, is_remote
 from stage_trainer.recipe.overrides import apply, known_at, short
 from stage_trainer.recipe.rules import check
 from stage_trainer.recipe.schema import GradientCache, Recipe

@@ -13,7 +13,7 @@ from stage_trainer.errors import UserError
 from stage_trainer.measure import OF_HIDDEN_WORDS, OF_PAIRS
 from stage_trainer.recipe import deepspeed
 from stage_trainer.recipe.ranges import OF_RECIPE, OF_STAGE, check_leaves, check_ranges
-from stage_trainer.recipe.schema import Model, Recipe
+from stage_trainer.recipe.schema import ModelConfig, Recipe
 from stage_trainer.recipe.stage_rules import check_stage
 from stage_trainer.recipe.tower_rules import check_towers
 
@@ -92,7 +92,7 @@ def _check_evaluation(recipe: Recipe, numbers: Sequence[int], where: str) -> Non
         )
 
 
-def _check_model(model: Model, where: str) -> None:
+def _check_model(model: ModelConfig, where: str) -> None:
     """Where the model is from."""
     text, vision = model.text_weights or model.weights, model.vision_weights or model.weights
     if model.tokenizer is None and not text:

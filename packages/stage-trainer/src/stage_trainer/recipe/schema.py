@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict
 from pydantic.dataclasses import dataclass
@@ -84,7 +84,7 @@ class Source:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class StageData:
+class DataConfig:
     """The data sets of each task; those of `masked_lm` (text pairs or triplets, as single texts) have no rates: how
     often a language is drawn follows from how many texts it has."""
 
@@ -94,7 +94,7 @@ class StageData:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Loss:
+class LossConfig:
     """Matryoshka InfoNCE, summed over `dims`. `multi_task`: a loss and a temperature for each task (paper, sections 3.3
     and 3.4). `unified`: one for the pairs of both tasks in one batch, and for two strongly augmented views of each
     image unless `image_views` is false (section 5.2; `contrastive_losses.unified_info_nce`)."""
@@ -115,7 +115,7 @@ class Loss:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Masking:
+class MaskingConfig:
     """Masked-language-model training: the `share` of the words that are hidden, and languages drawn in proportion to
     their number of texts to the power of `language_exponent` (both as in XLM-R, arXiv 1911.02116)."""
 
@@ -124,7 +124,7 @@ class Masking:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Augmentation:
+class AugmentationConfig:
     """Random resized crop of training images: share of the area kept, aspect ratios, flips, colour jitter."""
 
     scale: tuple[Float, Float] = (0.9, 1.0)
@@ -156,16 +156,16 @@ class Stage:
     max_tokens: Int
     batch: BatchSizes
     lr: Rates
-    data: StageData
+    data: DataConfig
     resolution: tuple[tuple[Int, Int], ...] = ()
-    loss: Loss = field(default_factory=Loss)
-    masking: Masking = field(default_factory=Masking)
+    loss: LossConfig = field(default_factory=LossConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
     layer_decay: PerTower = field(default_factory=PerTower)
     warmup_steps: Int = 0
     min_lr_ratio: Float = 0.0
     patch_dropout: tuple[tuple[Int, Float], ...] = ((0, 0.0),)
     task_start: PerTask = field(default_factory=PerTask)
-    augmentation: Augmentation = field(default_factory=Augmentation)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     trainable: Trainable = field(default_factory=Trainable)
     carry_optimizer: bool = False
     gradient_cache: GradientCache | Literal["auto"] | None = None
@@ -189,7 +189,7 @@ class Stage:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Optimizer:
+class OptimizerConfig:
     """`adamw` as in the paper, or `muon`: Muon on the weight matrices of the blocks, AdamW on everything else.
 
     Muon's rate is the stage's rate times `muon_lr_scale`, that of the word embeddings times `embedding_lr_scale`.
@@ -219,7 +219,7 @@ class Override:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Model:
+class ModelConfig:
     """Fields of `TextTowerConfig` and `VisionTowerConfig`; weights to start from; the tokenizer's file.
 
     A recipe whose stages are all masked-language-model training needs no `vision`.
@@ -247,7 +247,7 @@ class Model:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Evaluation:
+class EvaluationConfig:
     """What is measured on validation pools every `every` steps (0: never): recall@5 on data sets of captioned images
     (of pages that answer queries nDCG@5, too), nDCG@10 on text pairs, Spearman's correlation where these have a
     "score". A stage of masked-language-model training measures its loss on the validation split of its own data
@@ -258,7 +258,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Checkpoint:
+class CheckpointConfig:
     """A checkpoint every `every` steps (0: only at the end and at a change of resolution); the newest `keep` stay.
 
     `best` names something that is measured in training, as TensorBoard shows it ("validation_recall_at_5_emoji/text to
@@ -271,7 +271,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Remote:
+class RemoteConfig:
     """How data under URLs is read: a `corpus` or `path` that is https://…, s3://…, gs://…, hf://… or what else fsspec
     opens.
 
@@ -305,21 +305,21 @@ class Recipe:
     name: str
     output: str
     corpus: str
-    model: Model
+    model: ModelConfig
     stages: tuple[Stage, ...]
     paper: str | None = None
     seed: Int = 0
     precision: Literal["bf16", "fp32", "auto"] = "bf16"
     workers: Int = 0
     cache_megabytes: Int = 0
-    remote: Remote = field(default_factory=Remote)
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
     max_corrupt: Float = 0.01
     max_skipped: Int = 5
     log_every: Int = 10
     sinks: tuple[str, ...] = ()
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    evaluation: Evaluation = field(default_factory=Evaluation)
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def stage(self, number: int) -> Stage:
         """The stage of that number, counted from 1."""
@@ -331,7 +331,10 @@ class Recipe:
         return Path(self.output) / f"stage{number}"
 
 
-def at_step(schedule: tuple[tuple[int, Any], ...], step: int) -> Any:
+_T = TypeVar("_T")
+
+
+def at_step(schedule: tuple[tuple[int, _T], ...], step: int) -> _T:
     """The value of a [[from_step, value], …] schedule at `step`."""
     value = schedule[0][1]
     for start, candidate in schedule:

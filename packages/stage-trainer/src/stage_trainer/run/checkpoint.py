@@ -21,9 +21,9 @@ from torch import Tensor
 from vision_tower import resample_optimizer_state
 
 from stage_trainer.build import Model
+from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.errors import UserError
 from stage_trainer.files import free_name, save_tensors, whole_directory
-from stage_trainer.model import DualEncoder
 from stage_trainer.run.rank_0 import copy_to_other_machines, from_rank_0
 
 BEST = "best.json"

@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.errors import UserError
 from stage_trainer.evaluation import text_retrieval
 from stage_trainer.evaluation.held_out import HeldOut, find
 from stage_trainer.evaluation.retrieval import DIRECTIONS, Pool, cut_texts, embed, embed_texts, ndcg, score, unit
 from stage_trainer.files import write_whole
-from stage_trainer.model import DualEncoder
 from stage_trainer.recipe import Recipe
 from stage_trainer.run.checkpoint import all_saved
 from stage_trainer.run.environment import versions

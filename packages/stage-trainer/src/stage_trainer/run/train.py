@@ -13,13 +13,13 @@ import torch
 from stage_trainer import masked_lm
 from stage_trainer.build import check_configs, load_tokenizer
 from stage_trainer.data.batches import StageBatches
-from stage_trainer.data.keyed import key
 from stage_trainer.data.ledger import Ledger
 from stage_trainer.data.masked import MaskedBatches
+from stage_trainer.data.stateless_rng import key
+from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.engine import Engine
 from stage_trainer.errors import Stopped, UserError
 from stage_trainer.masked_lm import HiddenWords
-from stage_trainer.model import DualEncoder
 from stage_trainer.objective import MultiTask
 from stage_trainer.optim import schedule, set_rates
 from stage_trainer.plan.auto import choose, planned_and_measured
