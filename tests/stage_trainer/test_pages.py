@@ -4,7 +4,8 @@ import re
 
 import pytest
 import torch
-from stage_trainer.run.monitor import Monitor, in_words, joined
+from stage_trainer.evaluation.tables import joined
+from stage_trainer.run.monitor import Monitor, in_words
 from stage_trainer.run.pages import MASKED_PAGE, PAGE
 from stage_trainer.run.text_counts import TextCounts
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -8,7 +8,7 @@ import pytest
 import torch
 from stage_trainer import DualEncoder, weights
 from stage_trainer.build import build_model, check_configs, load_model, load_tokenizer, tower_configs
-from stage_trainer.dry_run import dry_run
+from stage_trainer.commands.dry_run import dry_run
 from stage_trainer.errors import UserError
 from stage_trainer.recipe.read import load
 from text_tower import TextTower, TextTowerConfig, Tokenizer

@@ -14,7 +14,8 @@ from stage_trainer.data.stateless_rng import key
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.errors import UserError
 from stage_trainer.evaluation.held_out import find
-from stage_trainer.evaluation.retrieval import Embedded, Pool, embed, unit
+from stage_trainer.evaluation.retrieval import EmbeddedPool, Pool, embed
+from stage_trainer.metrics.retrieval import unit
 
 SHOWN_LANGUAGES = ("en", "de", "fr", "es", "pl", "ru", "el", "ar", "vi", "ka", "ja", "zh", "ko", "hi", "th")
 ROWS = 12
@@ -100,7 +101,7 @@ def _given(model: DualEncoder, pools: list[Pool], queries: Sequence[str]) -> lis
     return [(query, "", [(images[i], False) for i in row]) for query, row in zip(queries, nearest, strict=True)]
 
 
-def own_rows(pools: list[Pool], embedded: list[Embedded], fonts: list[Path]) -> list[Found]:
+def own_rows(pools: list[Pool], embedded: list[EmbeddedPool], fonts: list[Path]) -> list[Found]:
     """Captions of held-out images, pool by turns, one in each language before a second in any; picked by a hash, not by
     how well they do."""
     rows: list[Found] = []

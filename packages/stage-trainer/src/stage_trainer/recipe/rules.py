@@ -10,12 +10,21 @@ import dataclasses
 from collections.abc import Sequence
 
 from stage_trainer.errors import UserError
-from stage_trainer.measure import OF_HIDDEN_WORDS, OF_PAIRS
 from stage_trainer.recipe import deepspeed
 from stage_trainer.recipe.ranges import OF_RECIPE, OF_STAGE, check_leaves, check_ranges
 from stage_trainer.recipe.schema import ModelConfig, Recipe
 from stage_trainer.recipe.stage_rules import check_stage
 from stage_trainer.recipe.tower_rules import check_towers
+
+EMBEDDING_METRICS = (
+    "validation_recall_at_5_",
+    "validation_ndcg_at_5_",
+    "validation_ndcg_at_10_",
+    "validation_spearman_",
+    "modality_gap/",
+)
+MASKED_LM_METRICS = ("validation_loss_masked_lm/",)
+"""How the names of all metrics begin that a stage of either kind measures; the rest of a name depends on the data."""
 
 
 def check(recipe: Recipe, where: str, *, stage: int | None = None, ranks: int = 1) -> None:
@@ -84,7 +93,7 @@ def _check_evaluation(recipe: Recipe, numbers: Sequence[int], where: str) -> Non
                 f"{where}: checkpoint.best is {best!r}, but stage {number} measures nothing: evaluation.pools is "
                 "empty; name held-out data sets there, or leave checkpoint.best out"
             )
-    begins = {b for n in numbers for b in (OF_HIDDEN_WORDS if recipe.stage(n).masked else OF_PAIRS)}
+    begins = {b for n in numbers for b in (MASKED_LM_METRICS if recipe.stage(n).masked else EMBEDDING_METRICS)}
     if not best.startswith(tuple(begins)):
         raise UserError(
             f"{where}: checkpoint.best is {best!r}, which is not measured on held-out data; what is begins with "

@@ -205,17 +205,6 @@ def _terminal() -> bool:
         return False
 
 
-def joined(head: str, parts: Sequence[str], width: int = 120) -> str:
-    """`head part, part, …` on lines of at most `width` columns that end between two parts."""
-    lines = [head]
-    for number, part in enumerate(parts):
-        part += "," if number < len(parts) - 1 else ""
-        if len(lines[-1]) + 1 + len(part) > width and number:
-            lines.append(" ")
-        lines[-1] += f" {part}"
-    return "\n".join(lines)
-
-
 def in_words(seconds: float) -> str:
     """A duration, roughly: "40 s", "12 min", "3.5 h", "2.1 days"."""
     for unit, size, most in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48)):

@@ -18,7 +18,7 @@ from stage_trainer.build import Model
 from stage_trainer.engine import Engine
 from stage_trainer.errors import UserError
 from stage_trainer.files import write_whole
-from stage_trainer.measure import Measure
+from stage_trainer.metrics.measure import Measure
 from stage_trainer.run import checkpoint
 from stage_trainer.run.rank_0 import from_rank_0
 

@@ -85,12 +85,3 @@ def move_aside(directory: Path) -> None:
     if directory.exists():
         aside = directory.rename(free_name(directory, "old"))
         print(f"the former run now stands in {aside}", flush=True)
-
-
-def summary(directory: Path) -> dict[str, Any]:
-    """Seconds, peak memory and versions of a finished stage, from its last checkpoint."""
-    saved = checkpoint.all_saved(directory)
-    if not saved:
-        raise UserError(f"{directory} holds no checkpoint; run that stage first")
-    state = saved[-1].state()
-    return {k: state[k] for k in ("step", "seconds", "peak_memory_bytes", "versions")}

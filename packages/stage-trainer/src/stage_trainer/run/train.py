@@ -33,9 +33,9 @@ from stage_trainer.run.environment import keep_freed_memory, native_precision, p
 from stage_trainer.run.health import Health
 from stage_trainer.run.loader import batches, worker_deaths_explained
 from stage_trainer.run.monitor import Monitor, open_sinks
+from stage_trainer.run.next_steps import next_steps
 from stage_trainer.run.rank_0 import from_rank_0
 from stage_trainer.run.rendezvous import initialize_distributed
-from stage_trainer.run.report import next_steps
 from stage_trainer.run.saver import Saver, better, check_best
 from stage_trainer.run.start import move_aside, settings, starting_point
 from stage_trainer.run.text_counts import TextCounts
