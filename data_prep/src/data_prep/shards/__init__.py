@@ -11,6 +11,7 @@ needs the standard library alone.
 """
 
 from .dataset import Dataset, Row
+from .files import sync_directory, write_file
 from .format import KINDS, MANIFEST, SCHEMA, ShardError, ShardUnavailable, index_name
 from .lock import InUse, alone
 from .writer import DatasetWriter, ShardWriter, write_manifest
@@ -28,5 +29,7 @@ __all__ = [
     "ShardWriter",
     "alone",
     "index_name",
+    "sync_directory",
+    "write_file",
     "write_manifest",
 ]

@@ -128,7 +128,7 @@ def _build_dual_encoder(recipe: Recipe, number: int) -> DualEncoder:
     model = DualEncoder(text, vision, matryoshka_dims=recipe.stage(number).loss.dims)
     with torch.no_grad():
         for parameter, scale in zip(
-            (model.logit_scale, model.text_logit_scale), weights.log_scales(recipe), strict=True
+            (model.logit_scale, model.text_logit_scale), weights.log_scales(recipe.model), strict=True
         ):
             parameter.fill_(scale)
     return model

@@ -1,4 +1,4 @@
-"""A recipe: its schema, what it cannot mean, and reading it from a file. Nothing here needs torch."""
+"""Recipes: their schema, the rules for them, and reading them from a file. Nothing here imports torch."""
 
 from stage_trainer.recipe.schema import (
     AugmentationConfig,

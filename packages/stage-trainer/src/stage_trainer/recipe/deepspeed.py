@@ -1,8 +1,8 @@
 """DeepSpeed's options: those that a recipe may set, and why it may not set the others.
 
-DeepSpeed ignores a key that it does not know, takes some that this trainer has no use for, and ends in a traceback on
-values that cannot be. Every key is written down here, so that a recipe is checked without importing DeepSpeed, which
-takes seconds; a test holds the list against the installed one (0.19.8; https://www.deepspeed.ai/docs/config-json/).
+DeepSpeed ignores unknown keys, accepts some that have no effect in this trainer, and answers invalid values with a
+traceback. Every key is listed here, so that a recipe is checked without importing DeepSpeed, which takes seconds; a
+test compares the list with the installed version (0.19.8; https://www.deepspeed.ai/docs/config-json/).
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class ZeroOptimization(_Block):
     model_persistence_threshold: _Count = Field(default=0, alias="stage3_model_persistence_threshold")
     max_live_parameters: _Count = Field(default=0, alias="stage3_max_live_parameters")
     max_reuse_distance: _Count = Field(default=0, alias="stage3_max_reuse_distance")
-    # Checkpoints hold whole weights whatever this says: it asks for what is done.
+    # Accepted without effect: checkpoints hold whole weights anyway.
     gather_16bit_weights_on_model_save: StrictBool = Field(
         default=False, alias="stage3_gather_16bit_weights_on_model_save"
     )
@@ -131,7 +131,7 @@ class Timers(_Block):
 
 
 class Options(_Block):
-    """What a stage's `deepspeed` may hold. Defaults are DeepSpeed's and stand there; only types are checked here."""
+    """What a stage's `deepspeed` may hold. The defaults are DeepSpeed's own, not these; only types are checked here."""
 
     zero_optimization: ZeroOptimization = Field(default_factory=ZeroOptimization)
     zero_force_ds_cpu_optimizer: StrictBool = True
@@ -239,15 +239,15 @@ _ZERO_3 = {
     "zero_quantized_nontrainable_weights",
     "zero_quantized_weights",
 }
-"""What other ZeRO stages pass over, beside the keys that begin with "stage3_"."""
+"""Keys that only ZeRO 3 uses, in addition to those that begin with "stage3_"."""
 
 
 def check(options: dict[str, Any], here: str, *, muon: bool) -> None:
-    """Finds what is wrong with a stage's `deepspeed`.
+    """Checks a stage's `deepspeed`.
 
     Raises:
-        UserError: an option that is the trainer's, one that DeepSpeed does not know (with the nearest that it does), a
-            value that cannot be, options that contradict one another.
+        UserError: an option that the trainer sets, one that DeepSpeed does not know (with the nearest that it does), an
+            invalid value, or options that contradict each other.
     """
     _check_names(options, Options, "", here)
     try:
@@ -333,12 +333,12 @@ def _check_zero(found: Options, here: str, muon: bool) -> None:
 
 
 def names_of(block: type[BaseModel]) -> set[str]:
-    """The names under which a block's options may be written, aliases too."""
+    """The names of a block's options, with aliases."""
     return {name for key, field in block.model_fields.items() for name in (key, field.alias) if name}
 
 
 def block_of(block: type[BaseModel], key: str) -> type[BaseModel] | None:
-    """The block that an option holds, if it holds one."""
+    """The block that is an option's value, if it is one."""
     field = block.model_fields.get(key)
     options = getattr(field.annotation, "__args__", (field.annotation,)) if field else ()
     return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)

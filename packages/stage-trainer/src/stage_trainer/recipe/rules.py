@@ -1,7 +1,7 @@
-"""What a recipe cannot mean: every rule that its types do not state, checked when it is read, before torch is there.
+"""The rules for a recipe that its types do not state, checked when it is read, before torch is imported.
 
 By subject: numbers and texts (`ranges`), the towers (`tower_rules`), a stage (`stage_rules`), DeepSpeed's options
-(`deepspeed`); what is about the recipe as a whole stands here.
+(`deepspeed`), and here what concerns the recipe as a whole.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ MASKED_LM_METRICS = ("validation_loss_masked_lm/",)
 
 
 def check(recipe: Recipe, where: str, *, stage: int | None = None, ranks: int = 1) -> None:
-    """Every rule.
+    """Checks every rule.
 
     Args:
         where: the recipe's name in messages.
-        stage: the one that is to run, from 1; None: any may.
+        stage: the stage that is to run, from 1; None: any may.
         ranks: processes that share a batch.
 
     Raises:
-        UserError: the first thing that cannot be meant: what was found, what was expected, what to do.
+        UserError: the first violation: what was found, what was expected, what to do.
     """
     check_leaves(dataclasses.asdict(recipe), where)
     check_ranges(recipe, OF_RECIPE, where)
@@ -59,11 +59,7 @@ def check(recipe: Recipe, where: str, *, stage: int | None = None, ranks: int = 
 
 
 def check_ranks(recipe: Recipe, number: int, ranks: int, where: str) -> None:
-    """Every rank needs a sample of each task.
-
-    Raises:
-        UserError: there are fewer.
-    """
+    """UserError unless every rank gets at least one sample of each task."""
     for task, size in dataclasses.asdict(recipe.stage(number).batch).items():
         if 0 < size < ranks:
             raise UserError(
@@ -102,7 +98,7 @@ def _check_evaluation(recipe: Recipe, numbers: Sequence[int], where: str) -> Non
 
 
 def _check_model(model: ModelConfig, where: str) -> None:
-    """Where the model is from."""
+    """The model's sources."""
     text, vision = model.text_weights or model.weights, model.vision_weights or model.weights
     if model.tokenizer is None and not text:
         raise UserError(f"{where}: 'model.tokenizer' is missing; add it, or weights that have one")

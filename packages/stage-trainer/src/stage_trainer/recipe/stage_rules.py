@@ -1,4 +1,4 @@
-"""What a stage cannot mean."""
+"""Rules for one stage."""
 
 from __future__ import annotations
 
@@ -7,11 +7,7 @@ from stage_trainer.recipe.schema import NEW_TEMPERATURE, GradientCache, Recipe, 
 
 
 def check_stage(recipe: Recipe, number: int, here: str) -> None:
-    """Rules for one stage, whose numbers are in their ranges.
-
-    Raises:
-        UserError: names what cannot be meant.
-    """
+    """UserError if the stage, whose numbers are in their ranges, violates a rule."""
     stage = recipe.stage(number)
     if stage.masked:
         _check_masked_lm(recipe, number, here)
@@ -30,7 +26,7 @@ def check_stage(recipe: Recipe, number: int, here: str) -> None:
 
 
 def _check_pairs(recipe: Recipe, stage: Stage, here: str) -> None:
-    """A stage that learns from pairs."""
+    """A stage that trains on pairs."""
     model = recipe.model
     if model.vision is None and not (model.weights or model.vision_weights):
         raise UserError(

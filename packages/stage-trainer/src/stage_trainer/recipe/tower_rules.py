@@ -1,6 +1,6 @@
-"""What a recipe cannot mean by its towers: their configurations, and what stages ask of them.
+"""Rules for the towers: their configurations, and what stages require of them.
 
-Where weights are named, they decide what the recipe does not state, so only what it states can be wrong here.
+If the recipe names weights, these determine what it does not state, so only what it states is checked.
 """
 
 from __future__ import annotations
@@ -17,11 +17,7 @@ from stage_trainer.recipe.schema import Recipe
 
 
 def check_towers(recipe: Recipe, where: str) -> None:
-    """Rules for both towers.
-
-    Raises:
-        UserError: names what cannot be meant.
-    """
+    """UserError if the recipe violates a rule for the towers."""
     model, pairs = recipe.model, [stage for stage in recipe.stages if not stage.masked]
     weights = model.text_weights or model.weights
     text = _Stated(TextTowerConfig, model.text | model.override.text, weights, f"{where}: model.text")
@@ -69,12 +65,12 @@ class _Stated:
         self.config = build_config(cls, _completed(values) if weights else values, where)
 
     def value(self, name: str) -> Any:
-        """None where it is for the weights to say."""
+        """None if the weights determine it."""
         return None if self.weights and name not in self.stated else getattr(self.config, name)
 
 
 def _completed(values: dict[str, Any]) -> dict[str, Any]:
-    """With stand-ins for what the weights say of settings that a configuration holds against each other."""
+    """`values` with placeholders for the weights' values of settings that a configuration checks against others."""
     missing: dict[str, Any] = {}
     if "width" in values:
         missing["heads"] = 1
@@ -88,7 +84,7 @@ def _completed(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_config(cls: type, values: dict[str, Any], where: str) -> Any:
-    """A tower's frozen config dataclass from a recipe's mapping, with the recipe's manner of error."""
+    """A tower's frozen config dataclass from a recipe's mapping; UserError if it is invalid."""
     known = fields_of(cls)
     if unknown := sorted(str(key) for key in set(values) - set(known)):
         raise UserError("; ".join(unknown_key(f"{where}.{key}", key, known) for key in unknown))
