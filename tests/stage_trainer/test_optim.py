@@ -9,7 +9,7 @@ import torch
 from stage_trainer.build import tower_configs
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.muon import Muon, orthogonalise
-from stage_trainer.optim import build_optimizer, named_states, parameter_groups, schedule, set_rates
+from stage_trainer.optim import build_optimizer, let_rest, named_states, parameter_groups, schedule, set_rates
 from stage_trainer.recipe.read import load
 from text_tower import TextTower
 from vision_tower import VisionTower
@@ -270,3 +270,14 @@ def test_muon_has_torchs_defaults():
     ours, theirs = (inspect.signature(muon).parameters for muon in (Muon, torch.optim.Muon))
     for name in ("lr", "momentum", "weight_decay"):
         assert ours[name].default == theirs[name].default
+
+
+def test_nothing_rests_until_it_is_told_to():
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = let_rest(torch.optim.SGD([parameter], lr=0.5))
+    parameter.grad = torch.ones(2)
+    optimizer.step()
+    assert parameter.tolist() == [0.5, 0.5]
+    optimizer.param_groups[0]["rests"] = True
+    optimizer.step()
+    assert parameter.tolist() == [0.5, 0.5]

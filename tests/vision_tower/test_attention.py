@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from vision_tower import PackedPatches, VisionTower, VisionTowerConfig, patch_keep_indices
-from vision_tower.attention import Layout, attend, resolve_backend
+from vision_tower.attention import PLAIN_ATTENTION_TOKENS, Layout, attend, resolve_backend
 from vision_tower.config import as_pair
+from vision_tower.rotary import rotary_table, rotate
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -36,6 +37,30 @@ def test_packed_attention_equals_each_image_by_itself(random, class_only):
         own = q[start : start + 1] if class_only else q[start:stop]
         expected = dense(own[None], k[None, start:stop], v[None, start:stop])[0]
         torch.testing.assert_close(out[i : i + 1] if class_only else out[start:stop], expected)
+
+
+@pytest.mark.parametrize(("tokens", "dtype", "fused"), [
+    (PLAIN_ATTENTION_TOKENS, torch.bfloat16, False),
+    (PLAIN_ATTENTION_TOKENS, torch.float16, False),
+    (PLAIN_ATTENTION_TOKENS + 1, torch.bfloat16, True),
+    (8, torch.float32, True),
+])  # fmt: skip
+def test_on_a_cpu_short_sequences_in_16_bits_alone_take_plain_products(random, monkeypatch, tokens, dtype, fused):
+    calls, kernel = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(a) or kernel(*a, **k))
+    q, k, v = (torch.randn(1, tokens, 2, 8, generator=random).to(dtype) for _ in range(3))
+    torch.testing.assert_close(attend(q, k, v).double(), dense(q, k, v), rtol=0, atol=0.03)
+    assert bool(calls) == fused
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rotation_is_the_same_compiled_or_not(random, monkeypatch, dtype):
+    """The compiled branch has no complex numbers; run here as it stands, without a compiler."""
+    x = torch.randn(2, 7, 3, 8, generator=random).to(dtype)
+    table = rotary_table((2, 3), 8, reference=None, theta=100.0)[:, None]
+    expected = rotate(x, table)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(rotate(x, table), expected)
 
 
 def test_a_layout_knows_its_runs_of_equal_length():

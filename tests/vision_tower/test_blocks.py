@@ -51,3 +51,11 @@ def test_gradients_of_each_sample():
     each = [gradients(*pair) for pair in zip(gate, value, strict=True)]
     for place in range(2):
         torch.testing.assert_close(ours[place], torch.stack([one[place] for one in each]))
+
+
+def test_a_second_derivative_is_refused():
+    """It would be wrong without a word: the backward pass is computed in place."""
+    gate = torch.randn(3, 24, requires_grad=True)
+    (first,) = torch.autograd.grad(Gate.apply(gate, torch.ones(3, 24)).pow(2).sum(), gate, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad(first.sum(), gate)
