@@ -81,7 +81,7 @@ def test_a_shard_that_stays_broken_is_named_once_and_costs_the_others_nothing(
 def test_a_server_that_is_gone_ends_the_run_and_costs_no_samples(server, opened, waits, name):
     there = opened()
     server.faults = {name: [503] for name in ("manifest.json", name)}
-    with pytest.raises(UserError, match=rf"{name}: 503 .* manifest.json beside it cannot be had either \(503 .*\)"):
+    with pytest.raises(UserError, match=rf"{name}: 503 .* manifest.json beside it cannot be fetched either \(503 .*\)"):
         there.read(0)
     server.faults = {}
     assert there.read(0)

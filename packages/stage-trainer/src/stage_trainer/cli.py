@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"stage-trainer: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
-        print("stage-trainer: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("stage-trainer: stopped; the same command resumes from the last checkpoint", file=sys.stderr)
         return 130
     return 0
 

@@ -121,7 +121,7 @@ def decided(model: ModelConfig, tower: str, given: Any, unsettled: frozenset[str
         if name in own or not hasattr(given, name):  # unknown names are refused below, with the nearest right one
             values[name] = value
         elif name not in override and (says := _says(name, value, given)) != (held := _held(name, given)):
-            way = f"state it under model.override.{tower} to have it otherwise" if name not in _FIXED else "name others"
+            way = f"state it under model.override.{tower} to use another value" if name not in _FIXED else "name others"
             raise UserError(
                 f"model.{tower}.{name} is {_plain(says)}, but {holder} {_plain(held)}; it belongs to the weights: "
                 f"leave it out, or {way}"

@@ -15,7 +15,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="what fits, how long training takes and what it costs, before it runs",
         description="Plans a recipe's stages for given devices: which settings fit, memory by part, operations, "
         "samples a second, days and money, and how many texts max_tokens cuts. It needs neither a GPU nor the data; "
-        "of data that are here a sample is counted. It takes about a minute for each stage of a large model.",
+        "of data on this machine a sample is counted. It takes about a minute for each stage of a large model.",
     )
     add_recipe(p)
     p.add_argument("--stage", type=int, help="this stage alone (default: all)")

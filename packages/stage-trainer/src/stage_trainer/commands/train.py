@@ -11,11 +11,11 @@ from stage_trainer.errors import UserError
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    p = commands.add_parser("train", help="train a stage, or go on with it where it stopped")
+    p = commands.add_parser("train", help="train a stage, or resume it where it stopped")
     add_recipe(p)
     p.add_argument("--stage", type=int, required=True, help="the stage's number, from 1")
     p.add_argument("--dry-run", action="store_true", help="print parameters and settings; train nothing")
-    p.add_argument("--start-over", action="store_true", help="move what this stage has aside and start it anew")
+    p.add_argument("--start-over", action="store_true", help="move what this stage has aside and start it again")
     p.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     add_settings(p, help="overrides, such as batch.text=64 or optimizer.name=adamw")
     p.set_defaults(run=run)

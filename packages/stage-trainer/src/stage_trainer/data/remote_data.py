@@ -300,13 +300,13 @@ class RemoteDataset(Dataset):
             now = manifest_of(self.address, self.settings)
         except Failure as also:
             raise UserError(
-                f"{here}; {MANIFEST} beside it cannot be had either ({also}). "
-                "Once it can, the same command goes on from the last checkpoint"
+                f"{here}; {MANIFEST} beside it cannot be fetched either ({also}). "
+                "Once it can, the same command resumes from the last checkpoint"
             ) from also
         if now != self._raw:
             raise UserError(
-                f"{here}; {MANIFEST} beside it is another than when the run began: the data set was replaced. "
-                "Put the former one back, or begin anew with this one"
+                f"{here}; {MANIFEST} beside it is not the one with which the run began: the data set was replaced. "
+                "Restore the former one, or start over with this one"
             )
         return f"{here}; put the file that {MANIFEST} lists there"
 

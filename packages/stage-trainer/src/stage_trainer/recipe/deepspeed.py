@@ -220,7 +220,7 @@ REFUSED = {
     "zero_optimization.elastic_checkpoint": _OWN_CHECKPOINTS,
     "zero_optimization.pipeline_loading_checkpoint": _OWN_CHECKPOINTS,
     "zero_optimization.legacy_stage1": _REMOVED,
-    "zero_optimization.zenflow": "replaces the optimizer, which is the recipe's to say; take it out",
+    "zero_optimization.zenflow": "replaces the optimizer, which the recipe sets; take it out",
     "zero_optimization.save_muon_momentum_buffer_in_memory": "is for DeepSpeed's own Muon; take it out",
     "zero_optimization.mics_shard_size": _REMOVED,
     "zero_optimization.mics_hierarchical_params_gather": _REMOVED,
@@ -316,7 +316,7 @@ def _check_zero(found: Options, here: str, muon: bool) -> None:
                 "raise that, or take it out"
             )
         if block.device == "nvme" and not block.nvme_path:
-            raise UserError(f"{here}: deepspeed.zero_optimization.{name} is on nvme and gives no nvme_path; add it")
+            raise UserError(f"{here}: deepspeed.zero_optimization.{name} is on nvme without nvme_path; add it")
     offload = zero.offload_optimizer
     if offload is None or offload.device == "none":
         return
@@ -327,7 +327,7 @@ def _check_zero(found: Options, here: str, muon: bool) -> None:
         )
     if found.zero_force_ds_cpu_optimizer:
         raise UserError(
-            f"{here}: deepspeed.zero_optimization.offload_optimizer wants DeepSpeed's own Adam unless "
+            f"{here}: deepspeed.zero_optimization.offload_optimizer requires DeepSpeed's own Adam unless "
             "deepspeed.zero_force_ds_cpu_optimizer is false; set that: the optimizer is the recipe's"
         )
 

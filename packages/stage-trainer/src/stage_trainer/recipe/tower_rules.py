@@ -25,7 +25,7 @@ def check_towers(recipe: Recipe, where: str) -> None:
     if model.vision is not None or weights:
         stated = (model.vision or {}) | model.override.vision
         if "resolution" in stated:
-            raise UserError(f"{where}: model.vision.resolution is a stage's to say: 'resolution' there; take it out")
+            raise UserError(f"{where}: model.vision.resolution is set by each stage's 'resolution'; take it out")
         vision = _Stated(VisionTowerConfig, stated, weights, f"{where}: model.vision")
     widths = [tower.value("width") for tower in (text, vision) if tower]
     if pairs and None not in widths and len(set(widths)) > 1:

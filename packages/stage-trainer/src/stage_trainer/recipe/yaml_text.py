@@ -105,6 +105,6 @@ def _check_keys(node: yaml.MappingNode) -> None:
             continue
         if (key.tag, key.value) in seen:
             raise yaml.constructor.ConstructorError(
-                "in a mapping", node.start_mark, f"the key {key.value!r} stands there twice", key.start_mark
+                "in a mapping", node.start_mark, f"the key {key.value!r} appears twice", key.start_mark
             )
         seen.add((key.tag, key.value))
