@@ -4,7 +4,6 @@ from stage_trainer.recipe.schema import (
     AugmentationConfig,
     BatchSizes,
     CheckpointConfig,
-    DataConfig,
     EvaluationConfig,
     GradientCache,
     LossConfig,
@@ -19,6 +18,7 @@ from stage_trainer.recipe.schema import (
     RemoteConfig,
     Source,
     Stage,
+    StageData,
     Trainable,
     at_step,
 )
@@ -27,7 +27,6 @@ __all__ = [
     "AugmentationConfig",
     "BatchSizes",
     "CheckpointConfig",
-    "DataConfig",
     "EvaluationConfig",
     "GradientCache",
     "LossConfig",
@@ -42,6 +41,7 @@ __all__ = [
     "RemoteConfig",
     "Source",
     "Stage",
+    "StageData",
     "Trainable",
     "at_step",
 ]

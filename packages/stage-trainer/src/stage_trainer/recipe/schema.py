@@ -84,7 +84,7 @@ class Source:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class DataConfig:
+class StageData:
     """The data sets of each task. Those of `masked_lm` (text pairs or triplets, as single texts) have no rates: how
     often a language is drawn depends on its number of texts."""
 
@@ -156,7 +156,7 @@ class Stage:
     max_tokens: Int
     batch: BatchSizes
     lr: Rates
-    data: DataConfig
+    data: StageData
     resolution: tuple[tuple[Int, Int], ...] = ()
     loss: LossConfig = field(default_factory=LossConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)

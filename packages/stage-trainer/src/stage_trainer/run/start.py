@@ -10,7 +10,7 @@ from torch import Tensor
 from stage_trainer.build import Model, build_model, load_model, with_text_weights
 from stage_trainer.errors import UserError
 from stage_trainer.files import free_name
-from stage_trainer.recipe import BatchSizes, DataConfig, ModelConfig, Rates, Recipe, Stage
+from stage_trainer.recipe import BatchSizes, ModelConfig, Rates, Recipe, Stage, StageData
 from stage_trainer.recipe.read import flatten, to_dict
 from stage_trainer.run import checkpoint
 
@@ -20,7 +20,7 @@ SO_FAR: dict[str, Any] = {
 }  # fmt: skip
 """What a stage counts over all its processes (texts by source), and whether it owes an evaluation; part of a
 checkpoint's state."""
-_STAGE = Stage(steps=0, max_tokens=0, batch=BatchSizes(), lr=Rates(), data=DataConfig())
+_STAGE = Stage(steps=0, max_tokens=0, batch=BatchSizes(), lr=Rates(), data=StageData())
 _DEFAULTS = Recipe(name="", output="", corpus="", model=ModelConfig(text={}, tokenizer=""), stages=(_STAGE,))
 
 
