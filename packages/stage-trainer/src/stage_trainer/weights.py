@@ -99,7 +99,7 @@ def decided(model: ModelConfig, tower: str, given: Any, unsettled: frozenset[str
         UserError: the recipe contradicts the weights without overriding them.
     """
     stated: Mapping[str, Any] = getattr(model, tower) or {}
-    override: Mapping[str, Any] = getattr(model.override, tower)
+    override: Mapping[str, object] = getattr(model.override, tower)
     own = {*RECIPES_OWN[tower], *unsettled}
     for name in set(override) & set(_FIXED):
         raise UserError(
@@ -131,14 +131,14 @@ def decided(model: ModelConfig, tower: str, given: Any, unsettled: frozenset[str
     return build_config(type(given), {**values, **override}, f"model.{tower}")
 
 
-def _says(name: str, value: Any, given: Any) -> Any:
+def _says(name: str, value: object, given: Any) -> object:
     """What a recipe states, for comparison with `_held`."""
     if name == "mlp_ratio" and isinstance(value, int | float):  # a ratio states a width
         return int(given.width * value)
     return tuple(value) if isinstance(value, list) else value
 
 
-def _held(name: str, given: Any) -> Any:
+def _held(name: str, given: Any) -> object:
     return given.mlp_hidden if name in ("mlp_ratio", "hidden") else getattr(given, name)
 
 
@@ -211,7 +211,7 @@ def _is_ours(folder: Path) -> bool:
         return False
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return str(list(value)) if isinstance(value, tuple) else repr(value) if isinstance(value, str) else str(value)

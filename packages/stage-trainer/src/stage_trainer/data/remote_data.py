@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
 from data_prep.shards import MANIFEST, Dataset, ShardError, ShardUnavailable, index_name
 
@@ -169,7 +168,7 @@ class RemoteDataset(Dataset):
         self._held: dict[str, FileIO] = {}
         self._verified: set[int] = set()
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return RemoteDataset, (self.address, self.settings, self._raw, self.since)
 
     def bytes_of(self, shards: Sequence[int]) -> int:

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.errors import UserError
 from stage_trainer.evaluation import text_retrieval
 from stage_trainer.evaluation.held_out import HeldOut, find
 from stage_trainer.evaluation.retrieval import Pool, cut_texts, embed, embed_texts, ndcg, score
-from stage_trainer.evaluation.tables import joined
+from stage_trainer.evaluation.tables import Figures, Pools, joined
 
 
-def evaluate(model_directory: str | Path, data: str | Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Evaluates a model on every data set at `data`: {pool: {"kind", "folder", figures}}.
-
-    The figures of an image pool are the number of images, that of texts by language, recall_at_5 by direction, dim and
-    language, and chance by direction and language; of pages also ndcg_at_5. Those of a pool of text pairs are the
-    number of targets, ndcg_at_10 by dim and language, and spearman by dim where pairs have scores.
+def evaluate(model_directory: str | Path, data: str | Path, say: Callable[[str], None]) -> Pools:
+    """Evaluates a model on every data set at `data`.
 
     Args:
         say: called with messages on the progress, and on what is not measured.
@@ -31,7 +26,7 @@ def evaluate(model_directory: str | Path, data: str | Path, say: Callable[[str],
     model = DualEncoder.from_pretrained(model_directory)
     dims = sorted({*(model.matryoshka_dims or ()), model.text.config.width}, reverse=True)
     say(joined(f"measuring on {found.where}:", [f"{s.kind}/{s.directory.name}" for s in found.sets]))
-    figures: dict[str, Any] = {}
+    figures: Pools = {}
     for held_out in found.sets:
         measured = _of_images(model, held_out, dims, say) if held_out.images else _of_texts(model, held_out, dims, say)
         if measured:
@@ -41,7 +36,7 @@ def evaluate(model_directory: str | Path, data: str | Path, say: Callable[[str],
     return figures
 
 
-def _of_images(model: DualEncoder, held_out: HeldOut, dims: list[int], say: Callable[[str], None]) -> dict[str, Any]:
+def _of_images(model: DualEncoder, held_out: HeldOut, dims: list[int], say: Callable[[str], None]) -> Figures:
     pool = Pool.open(held_out.directory)
     say(f"{held_out.name}: {len(pool.images):,} images, {len(pool.all_texts()):,} texts …")
     _say_cut(model, pool.all_texts(), held_out.name, say)
@@ -56,7 +51,7 @@ def _of_images(model: DualEncoder, held_out: HeldOut, dims: list[int], say: Call
     }
 
 
-def _of_texts(model: DualEncoder, held_out: HeldOut, dims: list[int], say: Callable[[str], None]) -> dict[str, Any]:
+def _of_texts(model: DualEncoder, held_out: HeldOut, dims: list[int], say: Callable[[str], None]) -> Figures:
     pool = text_retrieval.PairPool.open(held_out.directory)
     if not pool.queries:
         say(f"{held_out.name} is not measured: it has no pair of two texts that differ")
@@ -65,7 +60,7 @@ def _of_texts(model: DualEncoder, held_out: HeldOut, dims: list[int], say: Calla
     say(f"{held_out.name}: {len(texts):,} texts …")
     _say_cut(model, texts, held_out.name, say)
     vectors = embed_texts(model, texts)
-    figures: dict[str, Any] = {"targets": len(pool.targets), "ndcg_at_10": {}}
+    figures: Figures = {"targets": len(pool.targets), "ndcg_at_10": {}}
     for dim in dims:
         measured = text_retrieval.measure(pool, text_retrieval.lookup(texts, vectors[:, :dim]))
         if "spearman" in measured:

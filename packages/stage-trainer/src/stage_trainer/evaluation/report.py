@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import Any
 
 from stage_trainer.errors import UserError
-from stage_trainer.evaluation.tables import stages_table
+from stage_trainer.evaluation.tables import Pools, stages_table
 from stage_trainer.files import write_whole
 from stage_trainer.recipe import Recipe
 from stage_trainer.run.checkpoint import all_saved
@@ -26,8 +25,8 @@ def write_report(recipe: Recipe, versions: dict[str, str]) -> tuple[Path, str]:
         UserError: no stage of the run has been evaluated; names the commands that do it.
     """
     run = Path(recipe.output)
-    stages: dict[str, dict[str, Any]] = {}
-    parts: dict[str, Any] = {}
+    stages: dict[str, Pools] = {}
+    parts: dict[str, object] = {}
     notes = []
     numbers = sorted(int(p.name[5:]) for p in run.glob("stage*") if p.name[5:].isdigit())  # not what was moved aside
     for number in numbers:
@@ -56,9 +55,9 @@ def write_report(recipe: Recipe, versions: dict[str, str]) -> tuple[Path, str]:
     return target, "\n".join([stages_table(stages), *(["", *notes] if notes else [])])
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Pools:
     try:
-        pools: dict[str, Any] = json.loads(path.read_text())
+        pools: Pools = json.loads(path.read_text())
         if not stages_table({"": pools}):
             raise ValueError("it is empty")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -122,7 +121,7 @@ def _of_all_ranks(part: np.ndarray, rank: int, world: int) -> np.ndarray:
     """Rows that were dealt to the ranks in turn, gathered in their original order."""
     if world == 1:
         return part
-    gathered: list[Any] = [None] * world
+    gathered: list[np.ndarray] = [part] * world
     torch.distributed.all_gather_object(gathered, part)
     whole = np.empty((sum(map(len, gathered)), part.shape[1]), np.float32)
     for r, rows in enumerate(gathered):

@@ -3,26 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal, TypedDict
 
-from stage_trainer.evaluation.retrieval import DIRECTIONS
+from stage_trainer.evaluation.retrieval import DIRECTIONS, Scores
 
 
-def table(pools: dict[str, Any]) -> str:
+class Figures(TypedDict, total=False):
+    """What a model reaches on one pool: the content of evaluation.json and report.json.
+
+    Attributes:
+        kind, folder: of the data set.
+        checkpoint: the evaluated one, if the model is a checkpoint's.
+        images: their number.
+        texts: their number, by language.
+        recall_at_5, ndcg_at_5: direction → dim → language; nDCG only of pages that answer queries.
+        chance: the recall of a random guess, direction → language.
+        targets: the number of texts that queries look for, in a pool of text pairs.
+        ndcg_at_10: dim → language.
+        spearman: by dim, if pairs have scores.
+    """
+
+    kind: str
+    folder: str
+    checkpoint: str
+    images: int
+    texts: dict[str, int]
+    recall_at_5: Scores
+    ndcg_at_5: Scores
+    chance: dict[str, dict[str, float]]
+    targets: int
+    ndcg_at_10: dict[str, dict[str, float]]
+    spearman: dict[str, float]
+
+
+Pools = dict[str, Figures]
+"""Figures by the pool's name."""
+
+
+def table(pools: Pools) -> str:
     """The table of one model: rows are pools and directions, columns Matryoshka dims; means over languages."""
     return stages_table({"": pools})
 
 
-def stages_table(stages: dict[str, dict[str, Any]]) -> str:
+def stages_table(stages: dict[str, Pools]) -> str:
     """The table of a run's stages, {stage: what `evaluate` returned}; all figures in percent, means over languages.
 
     Of images recall@5 (of pages also nDCG@5) by pool, direction, stage and dim, with the level of a random guess; of
     texts nDCG@10 by pool, stage and dim, with Spearman's correlation at the full width.
     """
-    pools: dict[str, Any] = {}
+    pools: Pools = {}
     for of_stage in stages.values():
         pools |= of_stage
-    measures = [*(("recall_at_5", d) for d in DIRECTIONS), ("ndcg_at_5", DIRECTIONS[0])]
+    measures: list[tuple[Literal["recall_at_5", "ndcg_at_5"], str]] = [("recall_at_5", d) for d in DIRECTIONS]
+    measures.append(("ndcg_at_5", DIRECTIONS[0]))
     dims = sorted({int(dim) for figures in pools.values() for dim in _by_dim(figures)}, reverse=True)
     of_images: list[list[str]] = []
     of_texts: list[list[str]] = []
@@ -51,20 +84,19 @@ def stages_table(stages: dict[str, dict[str, Any]]) -> str:
     return "\n\n".join(_align([header, *rows], words) for rows, header, words in parts if rows)
 
 
-def _having(stages: dict[str, dict[str, Any]], pool: str) -> list[tuple[str, dict[str, Any]]]:
+def _having(stages: dict[str, Pools], pool: str) -> list[tuple[str, Figures]]:
     return [(stage, pools[pool]) for stage, pools in stages.items() if pool in pools]
 
 
-def _by_dim(figures: dict[str, Any]) -> dict[str, Any]:
-    by_dim: dict[str, Any] = figures.get("ndcg_at_10") or next(iter(figures["recall_at_5"].values()))
-    return by_dim
+def _by_dim(figures: Figures) -> dict[str, dict[str, float]]:
+    return figures.get("ndcg_at_10") or next(iter(figures["recall_at_5"].values()))
 
 
 def _cells(by_dim: dict[str, dict[str, float]], dims: list[int]) -> list[str]:
     return [f"{100 * by_dim[str(d)]['mean']:.1f}" if str(d) in by_dim else "" for d in dims]
 
 
-def languages_table(pools: dict[str, Any], direction: str) -> str:
+def languages_table(pools: Pools, direction: str) -> str:
     """By language at the full width: recall@5 of images in one direction, nDCG@10 of texts; in percent."""
     rows = [["pool", "language", "figure", "%"]]
     for pool, figures in pools.items():

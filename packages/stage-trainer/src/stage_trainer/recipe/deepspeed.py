@@ -8,14 +8,14 @@ test compares the list with the installed version (0.19.8; https://www.deepspeed
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError
 
 from stage_trainer.errors import UserError
 
 
-def _number(value: Any) -> Any:
+def _number(value: object) -> object:
     if isinstance(value, bool | str):
         raise ValueError("a number is expected")
     return value
@@ -242,7 +242,7 @@ _ZERO_3 = {
 """Keys that only ZeRO 3 uses, in addition to those that begin with "stage3_"."""
 
 
-def check(options: dict[str, Any], here: str, *, muon: bool) -> None:
+def check(options: dict[str, object], here: str, *, muon: bool) -> None:
     """Checks a stage's `deepspeed`.
 
     Raises:
@@ -260,7 +260,7 @@ def check(options: dict[str, Any], here: str, *, muon: bool) -> None:
     _check_zero(found, here, muon)
 
 
-def _check_names(options: dict[Any, Any], block: type[BaseModel], prefix: str, here: str) -> None:
+def _check_names(options: dict[str, object], block: type[BaseModel], prefix: str, here: str) -> None:
     known = names_of(block)
     refused = {k.removeprefix(prefix) for k in REFUSED if k.startswith(prefix) and "." not in k.removeprefix(prefix)}
     for key, value in options.items():

@@ -120,7 +120,7 @@ def known_at(location: Sequence[Any]) -> list[str]:
     return _fields(place)
 
 
-def short(value: Any) -> str:
+def short(value: object) -> str:
     """The `repr` of a value, shortened if it is long."""
     shown = repr(value)
     return shown if len(shown) <= 100 else f"{shown[:100]} …"

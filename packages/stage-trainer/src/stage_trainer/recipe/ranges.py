@@ -97,7 +97,7 @@ def check_ranges(holder: Recipe | Stage, ranges: Mapping[str, Range], here: str)
             raise UserError(f"{here}: {path} is {found}; expected {each}{expected}")
 
 
-def check_leaves(recipe: dict[str, Any], where: str) -> None:
+def check_leaves(recipe: object, where: str) -> None:
     """UserError for a number that is not finite or too large, an empty text, or a NUL, which no path can hold."""
     for path, value in _leaves(recipe):
         if isinstance(value, float) and not math.isfinite(value):
@@ -110,7 +110,7 @@ def check_leaves(recipe: dict[str, Any], where: str) -> None:
             raise UserError(f"{where}: {path} is empty; write what is meant, or leave it out")
 
 
-def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(tree: object, path: str = "") -> Iterator[tuple[str, object]]:
     """(dotted path, value) of all that is neither a mapping nor a list; stages are counted from 1."""
     if isinstance(tree, dict):
         for key, value in tree.items():

@@ -78,7 +78,7 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     return dataclasses.asdict(recipe)
 
 
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(tree: object, prefix: str = "") -> dict[str, Any]:
     """{"batch": {"text": 4}} → {"batch.text": 4}; sequences are leaves unless they hold mappings.
 
     For checkpoints and screens: credentials are removed from addresses.
@@ -92,13 +92,13 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key, value in parts for k, v in flatten(value, f"{prefix}.{key}" if prefix else key).items()}
 
 
-def _shown(value: Any) -> Any:
+def _shown(value: object) -> object:
     if isinstance(value, list | tuple):
         return type(value)(map(_shown, value))
     return str(Address(value)) if isinstance(value, str) and is_remote(value) else value
 
 
-def _strip_marks(tree: Any, path: str, ours: set[str]) -> Any:
+def _strip_marks(tree: object, path: str, ours: set[str]) -> Any:
     if isinstance(tree, Ours):
         ours.add(path)
         return _strip_marks(tree.value, path, ours)
@@ -126,7 +126,7 @@ def _explain(error: ValidationError, file: str, overridden: dict[str, str]) -> s
     return "; ".join(f"{source}: {'; '.join(told)}" for source, told in faults.items())
 
 
-def _sentence(fault: Any, location: list[Any]) -> str:
+def _sentence(fault: Any, location: list[str | int]) -> str:
     """Stages are counted from 1, as everywhere in messages."""
     shown = [
         str(p + 1) if i and location[i - 1] == "stages" and isinstance(p, int) else str(p)

@@ -18,7 +18,7 @@ from stage_trainer.errors import UserError
 _STRICT = ConfigDict(extra="forbid", strict=False)
 
 
-def _no_bool(value: Any) -> Any:
+def _no_bool(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError("a number is expected here, and true or false is none")
     return value
@@ -213,8 +213,8 @@ NEW_TEMPERATURE = 0.07
 class Override:
     """What replaces the weights' own values: fields of a tower, and the initial value of both temperatures."""
 
-    text: dict[str, Any] = field(default_factory=dict)
-    vision: dict[str, Any] = field(default_factory=dict)
+    text: dict[str, object] = field(default_factory=dict)
+    vision: dict[str, object] = field(default_factory=dict)
     temperature: Float | None = None
 
 
@@ -236,9 +236,9 @@ class ModelConfig:
     `temperature` is the initial value of both temperatures of a new model (None: `NEW_TEMPERATURE`).
     """
 
-    text: dict[str, Any] = field(default_factory=dict)
+    text: dict[str, object] = field(default_factory=dict)
     tokenizer: str | None = None
-    vision: dict[str, Any] | None = None
+    vision: dict[str, object] | None = None
     weights: str | None = None
     text_weights: str | None = None
     vision_weights: str | None = None

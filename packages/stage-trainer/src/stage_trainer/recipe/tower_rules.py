@@ -60,7 +60,7 @@ def check_towers(recipe: Recipe, where: str) -> None:
 class _Stated:
     """A tower's configuration as far as the recipe states it."""
 
-    def __init__(self, cls: type, values: dict[str, Any], weights: str | None, where: str):
+    def __init__(self, cls: type, values: dict[str, object], weights: str | None, where: str):
         self.stated, self.weights = set(values), weights
         self.config = build_config(cls, _completed(values) if weights else values, where)
 
@@ -69,9 +69,9 @@ class _Stated:
         return None if self.weights and name not in self.stated else getattr(self.config, name)
 
 
-def _completed(values: dict[str, Any]) -> dict[str, Any]:
+def _completed(values: dict[str, object]) -> dict[str, object]:
     """`values` with placeholders for the weights' values of settings that a configuration checks against others."""
-    missing: dict[str, Any] = {}
+    missing: dict[str, object] = {}
     if "width" in values:
         missing["heads"] = 1
     elif isinstance(heads := values.get("heads"), int):
@@ -83,7 +83,7 @@ def _completed(values: dict[str, Any]) -> dict[str, Any]:
     return {**missing, **values}
 
 
-def build_config(cls: type, values: dict[str, Any], where: str) -> Any:
+def build_config(cls: type, values: dict[str, object], where: str) -> Any:
     """A tower's frozen config dataclass from a recipe's mapping; UserError if it is invalid."""
     known = fields_of(cls)
     if unknown := sorted(str(key) for key in set(values) - set(known)):

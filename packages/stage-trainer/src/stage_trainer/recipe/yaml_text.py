@@ -16,7 +16,7 @@ _LARGEST = 100_000
 class Ours:
     """A value with the tag `!ours`."""
 
-    def __init__(self, value: Any):
+    def __init__(self, value: object):
         self.value = value
 
 
