@@ -15,20 +15,21 @@ SOURCES = {
     "data_prep": ROOT / "data_prep/src/data_prep",
 }
 FLOORS = (
-    "errors files measure",
-    "recipe data.remote",
+    "errors files metrics",
+    "recipe data.download",
     "batch data.stateless_rng",
-    "model",
+    "dual_encoder",
     "data",
     "weights build",
     "optimizer",
     "engine",
-    "evaluation",
+    "evaluation.held_out evaluation.retrieval evaluation.text_retrieval evaluation.picture evaluation.tables",
     "plan",
     "tasks",
     "checkpoint",
+    "evaluation",
     "run",
-    "trainer dry_run",
+    "trainer commands",
     "cli",
 )
 """The trainer's modules, from the ground up. A floor imports from itself and from those below."""

@@ -15,10 +15,10 @@ from stage_trainer.checkpoint import save as checkpoint
 from stage_trainer.checkpoint.load import all_saved, compatible, latest_valid
 from stage_trainer.checkpoint.save import Saver
 from stage_trainer.checkpoint.state import Best, RunState
+from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.engine.base import without_weights
 from stage_trainer.errors import UserError
 from stage_trainer.files import free_name, whole_directory, write_whole
-from stage_trainer.model import DualEncoder
 from stage_trainer.tasks.contrastive import set_resolution
 from text_tower import TextTower, TextTowerConfig
 from vision_tower import VisionTower, VisionTowerConfig, resample_position_table

@@ -55,7 +55,7 @@ def read(recipes, options, *more):
         ("{zero_optimization: {stage: 1, stage3_prefetch_bucket_size: 1}}", "is of ZeRO 3, and its stage is 1"),
         ("{zero_optimization: {stage: 0, offload_optimizer: {device: cpu}}}", "offload_optimizer is set, and stage 0"),
         ("{zero_optimization: {stage: 3, offload_param: {device: disk}}}", "offload_param.device is 'disk'"),
-        ("{zero_optimization: {stage: 3, offload_param: {device: nvme}}}", "gives no nvme_path"),
+        ("{zero_optimization: {stage: 3, offload_param: {device: nvme}}}", "without nvme_path"),
         ("{zero_optimization: {stage: 2, offload_optimizer: {device: cpu}}}", "zero_force_ds_cpu_optimizer is false"),
         ("{zero_optimization: {stage: 2, offload_optimizer: {device: cpu, ratio: 0.5}}}", "ratio is 0.5"),
         ("{zero_optimization: {stage: 2, zero_quantized_gradients: true}}", "is of ZeRO 3, and its stage is 2"),

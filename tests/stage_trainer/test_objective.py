@@ -2,8 +2,8 @@
 
 import torch
 from stage_trainer.batch import Part
-from stage_trainer.model import DualEncoder
-from stage_trainer.recipe import Loss
+from stage_trainer.dual_encoder import DualEncoder
+from stage_trainer.recipe import LossConfig
 from stage_trainer.tasks.contrastive_objective import ContrastiveObjective
 from text_tower import TextTower, TextTowerConfig
 from torchvision.transforms import v2
@@ -17,6 +17,6 @@ def test_images_are_normalised_with_the_towers_own_mean_and_std():
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     seeds = torch.arange(2)
     with torch.no_grad():
-        found = ContrastiveObjective(model, Loss(dims=(16,)), "fp32")(Part(images, seeds, None, seeds[:0])).images
+        found = ContrastiveObjective(model, LossConfig(dims=(16,)), "fp32")(Part(images, seeds, None, seeds[:0])).images
         expected = vision(v2.functional.normalize(images.float() / 255, **statistics))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

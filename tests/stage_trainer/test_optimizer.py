@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from stage_trainer.build import tower_configs
-from stage_trainer.model import DualEncoder
+from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.optimizer.build import build_optimizer
 from stage_trainer.optimizer.groups import let_rest, named_states
 from stage_trainer.optimizer.muon import Muon, orthogonalise

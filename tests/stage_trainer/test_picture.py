@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 from stage_trainer.evaluation.picture import GAP, LEFT, LINES, TILE, TOP, _wrap, draw, fonts_of, own_rows
-from stage_trainer.evaluation.retrieval import Embedded, Pool
+from stage_trainer.evaluation.retrieval import EmbeddedPool, Pool
 
 CAPTIONS = {
     "German": "Donaudampfschifffahrtselektrizitätenhauptbetriebswerkbauunterbeamtengesellschaft " * 3,
@@ -63,7 +63,9 @@ def test_own_rows_take_every_language_in_turn_and_say_the_rank_of_the_right_imag
     pools = [Pool("one", images, texts), Pool("two", images, texts)]
     vectors = np.eye(10, dtype=np.float32)
     names = pools[0].all_texts()
-    embedded = Embedded(vectors, vectors[[int(name.split()[1]) for name in names]], {t: i for i, t in enumerate(names)})
+    embedded = EmbeddedPool(
+        vectors, vectors[[int(name.split()[1]) for name in names]], {t: i for i, t in enumerate(names)}
+    )
     rows = own_rows(pools, [embedded, embedded], [])
     assert len(rows) == 12
     assert {row[0].split()[0] for row in rows} == {"en", "sw"}

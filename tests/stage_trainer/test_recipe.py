@@ -203,7 +203,7 @@ def test_a_recipe_is_frozen(recipes):
         ("1" * 5000, "not valid YAML: a value that cannot be read"),
         ("1" * 400, "seed is a number of .* bits; expected at most"),
         ("&a [*a]", "an anchor that holds itself"),
-        ("0\nseed: 1", "the key 'seed' stands there twice"),
+        ("0\nseed: 1", "the key 'seed' appears twice"),
         ("[" * 3000, "nested too deeply"),
         ("0\n1: 2", "Keys should be strings"),
         ("&a [1,1,1,1,1,1,1,1,1,1]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b,*b]\n"

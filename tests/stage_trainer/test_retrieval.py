@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 import pytrec_eval
-from stage_trainer.evaluation.retrieval import Embedded, Pool, chance_at_k, ndcg, recall_at_k, score
-from stage_trainer.run.report import table
+from stage_trainer.evaluation.retrieval import EmbeddedPool, Pool, ndcg, score
+from stage_trainer.evaluation.tables import table
+from stage_trainer.metrics.retrieval import chance_at_k, recall_at_k
 
 
 def test_recall_counts_queries_with_a_hit_among_the_nearest():
@@ -41,7 +42,7 @@ def test_a_text_that_two_images_share_is_right_for_both():
     row = {t: i for i, t in enumerate(names)}
     texts[row["duck"]] = images[1] * 3
     texts[row["Ente"]] = texts[row["duck"]] * 0.5
-    recalls, chances = score(pool, Embedded(images, texts, row), [8, 4])
+    recalls, chances = score(pool, EmbeddedPool(images, texts, row), [8, 4])
     assert recalls["text→English text"]["8"]["de"] == 1.0
     assert recalls["text→image"]["8"]["de"] == 1.0
     assert set(recalls["text→image"]) == {"8", "4"}
@@ -57,7 +58,7 @@ def test_pages_are_ranked_as_pytrec_eval_ranks_them():
     names = pool.all_texts()
     images, texts = rng.normal(size=(15, 8)), rng.normal(size=(len(names), 8))
     row = {text: i for i, text in enumerate(names)}
-    found = ndcg(pool, Embedded(images, texts, row), [8, 4])["text→image"]
+    found = ndcg(pool, EmbeddedPool(images, texts, row), [8, 4])["text→image"]
     for dim in (8, 4):
         for language, entries in asked.items():
             relevance: dict[str, dict[str, int]] = {}
@@ -72,7 +73,7 @@ def test_pages_are_ranked_as_pytrec_eval_ranks_them():
             expected = np.mean([each["ndcg_cut_5"] for each in theirs.values()])
             assert found[str(dim)][language] == pytest.approx(expected, rel=1e-6)
         assert found[str(dim)]["mean"] == pytest.approx((found[str(dim)]["en"] + found[str(dim)]["fr"]) / 2)
-    recalls, chances = score(pool, Embedded(images, texts, row), [8, 4])
+    recalls, chances = score(pool, EmbeddedPool(images, texts, row), [8, 4])
     chance = {direction: of["chance"] for direction, of in chances.items() if of}
     shown = {"images": 15, "recall_at_5": recalls, "chance": chance, "ndcg_at_5": {"text→image": found}}
     assert f"text→image, nDCG@5  {100 * found['8']['mean']:6.1f}" in table({"p": shown})
@@ -80,7 +81,7 @@ def test_pages_are_ranked_as_pytrec_eval_ranks_them():
 
 def test_all_captions_of_an_image_are_queries_and_any_of_them_is_right_for_it(monkeypatch):
     # So that there are several parts, one of them cut.
-    monkeypatch.setattr("stage_trainer.evaluation.retrieval._QUERIES", 7)
+    monkeypatch.setattr("stage_trainer.metrics.retrieval._QUERIES", 7)
     rng = np.random.default_rng(3)
     images = rng.normal(size=(40, 6)).astype(np.float32)
     captions = [(number, f"caption {k} of {number}") for number in range(40) for k in range(number % 5 + 1)]
@@ -90,7 +91,7 @@ def test_all_captions_of_an_image_are_queries_and_any_of_them_is_right_for_it(mo
     pool = Pool("p", [b""] * 40, {"en": captions})
     names = pool.all_texts()
     row = {text: i for i, text in enumerate(names)}
-    recalls, _ = score(pool, Embedded(images, np.stack([vectors[text] for text in names]), row), [6])
+    recalls, _ = score(pool, EmbeddedPool(images, np.stack([vectors[text] for text in names]), row), [6])
 
     def cosine(one, two):
         return (

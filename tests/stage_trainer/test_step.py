@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from contrastive_losses import matryoshka_info_nce
 from stage_trainer.batch import Batch, image_chunks, packed_chunks, text_chunks
-from stage_trainer.model import DualEncoder
-from stage_trainer.recipe import GradientCache, Loss
+from stage_trainer.dual_encoder import DualEncoder
+from stage_trainer.recipe import GradientCache, LossConfig
 from stage_trainer.tasks.contrastive import forward_backward
 from stage_trainer.tasks.contrastive_objective import ContrastiveObjective
 from text_tower import PackedTokens, TextTower, TextTowerConfig
@@ -33,7 +33,7 @@ class PlainEngine:
         for name, parameter in model.named_parameters():
             if "lora" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
-        self.objective = ContrastiveObjective(model, Loss(kind, dims=(32, 16)), "fp32")
+        self.objective = ContrastiveObjective(model, LossConfig(kind, dims=(32, 16)), "fp32")
         self.passes = 0
 
     def forward(self, part, **options):

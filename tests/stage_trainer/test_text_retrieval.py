@@ -5,7 +5,9 @@ import pytest
 import pytrec_eval
 from data_prep.shards import DatasetWriter
 from scipy import stats
-from stage_trainer.evaluation.text_retrieval import PairPool, measure, ndcg_at_k, spearman
+from stage_trainer.evaluation.text_retrieval import PairPool, measure
+from stage_trainer.metrics.retrieval import ndcg_at_k
+from stage_trainer.metrics.sts import spearman
 
 
 def text(words, language):

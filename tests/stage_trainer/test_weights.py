@@ -8,7 +8,7 @@ import pytest
 import torch
 from stage_trainer import DualEncoder, weights
 from stage_trainer.build import build_model, check_configs, load_model, load_tokenizer, tower_configs
-from stage_trainer.dry_run import dry_run
+from stage_trainer.commands.dry_run import dry_run
 from stage_trainer.errors import UserError
 from stage_trainer.recipe.read import load
 from stage_trainer.tasks import make_task
@@ -274,4 +274,4 @@ def test_both_towers_of_one_hub_name_bring_its_temperature(ours, recipe_from, mo
     """The name is no folder; what is fetched for it is."""
     monkeypatch.setattr(weights, "local", lambda name: str(ours))
     recipe = recipe_from("model.text_weights=some/hub-name", "model.vision_weights=some/hub-name", "model.weights=null")
-    assert weights.log_scales(recipe) == pytest.approx((math.log(1 / 0.05), math.log(1 / 0.2)))
+    assert weights.log_scales(recipe.model) == pytest.approx((math.log(1 / 0.05), math.log(1 / 0.2)))

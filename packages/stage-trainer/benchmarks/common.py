@@ -19,8 +19,8 @@ import torch
 from stage_trainer.batch import Batch
 from stage_trainer.build import build_model, load_tokenizer
 from stage_trainer.data.batches import StageBatches
+from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.engine import make_engine
-from stage_trainer.model import DualEncoder
 from stage_trainer.recipe import GradientCache, Recipe
 from stage_trainer.recipe.read import load
 from stage_trainer.run.environment import keep_freed_memory, quiet

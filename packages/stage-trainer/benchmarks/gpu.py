@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from plan_memory import LARGE, SMALL, Engine, a_batch
 from stage_trainer.batch import Batch
-from stage_trainer.model import DualEncoder
+from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.plan.devices import peak_flops
 from stage_trainer.plan.flops import StepShape, step_flops
 from stage_trainer.recipe import GradientCache

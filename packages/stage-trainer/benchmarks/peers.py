@@ -23,7 +23,7 @@ from sentence_transformers.base.modules.transformer import Transformer
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.modules import Pooling
 from stage_trainer.batch import Batch
-from stage_trainer.model import DualEncoder
+from stage_trainer.dual_encoder import DualEncoder
 from text_tower import TextTower
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn

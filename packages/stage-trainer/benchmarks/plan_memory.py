@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 from stage_trainer.batch import Batch
-from stage_trainer.model import DualEncoder
+from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.plan.devices import DEVICES, Device, present
 from stage_trainer.plan.memory import Model, Setting, Sizes, estimate
-from stage_trainer.recipe import GradientCache, Loss, Trainable
+from stage_trainer.recipe import GradientCache, LossConfig, Trainable
 from stage_trainer.tasks.contrastive import forward_backward
 from stage_trainer.tasks.contrastive_objective import ContrastiveObjective
 from text_tower import PackedTokens, TextTower, TextTowerConfig
@@ -63,7 +63,10 @@ class Engine:
     """A step with torch alone."""
 
     def __init__(self, model: DualEncoder, dims: tuple[int, ...], precision: str, device: torch.device):
-        self.objective, self.device = ContrastiveObjective(model.to(device).train(), Loss(dims=dims), precision), device
+        self.objective, self.device = (
+            ContrastiveObjective(model.to(device).train(), LossConfig(dims=dims), precision),
+            device,
+        )
 
     def forward(self, part: Any, **options: Any) -> Any:
         return self.objective(part.to(self.device), **options)

@@ -34,8 +34,8 @@ import peers
 import torch
 from common import Ours
 from stage_trainer.batch import Batch
+from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.evaluation import retrieval, text_retrieval
-from stage_trainer.model import DualEncoder
 from stage_trainer.optimizer.schedule import schedule, set_rates
 from stage_trainer.recipe import Recipe, Stage
 

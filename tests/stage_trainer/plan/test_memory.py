@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from stage_trainer.batch import Batch
-from stage_trainer.model import DualEncoder
+from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.plan.devices import Device
 from stage_trainer.plan.memory import Model, Setting, Sizes, estimate, loss_bytes, resting_parts, update_parts
-from stage_trainer.recipe import GradientCache, Loss, Trainable
+from stage_trainer.recipe import GradientCache, LossConfig, Trainable
 from stage_trainer.tasks.contrastive import forward_backward
 from stage_trainer.tasks.contrastive_objective import ContrastiveObjective
 from text_tower import PackedTokens, TextTower, TextTowerConfig
@@ -26,7 +26,7 @@ class PlainEngine:
 
     def __init__(self, text: TextTowerConfig, vision: VisionTowerConfig, precision: str):
         self.model = DualEncoder(TextTower(text), VisionTower(vision)).train()
-        self.objective = ContrastiveObjective(self.model, Loss(dims=(64, 32)), precision)
+        self.objective = ContrastiveObjective(self.model, LossConfig(dims=(64, 32)), precision)
 
     def forward(self, part, **options):
         return self.objective(part, **options)

@@ -25,8 +25,8 @@ def one_rank(rank: int, folder: str) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
     import torch
     from stage_trainer.batch import Batch
+    from stage_trainer.dual_encoder import DualEncoder
     from stage_trainer.engine import make_engine
-    from stage_trainer.model import DualEncoder
     from stage_trainer.plan.devices import Device
     from stage_trainer.plan.memory import Model, Setting, Sizes, estimate, resting_parts
     from stage_trainer.recipe import Trainable

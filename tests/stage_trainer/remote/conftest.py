@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from data_prep.shards import DatasetWriter
-from stage_trainer.data import remote
-from stage_trainer.data.remote import Address
+from stage_trainer.data import download
 from stage_trainer.data.remote_data import RemotePlace
-from stage_trainer.recipe import Remote
+from stage_trainer.recipe import RemoteConfig
+from stage_trainer.recipe.address import Address
 
 SAMPLES, PER_SHARD, BYTES = 20, 2, 40_000  # ten shards of two samples
 
@@ -134,7 +134,7 @@ def server(data, serve, tmp_path) -> Server:
 def waits(monkeypatch):
     """The seconds that would have been slept between attempts."""
     slept = []
-    monkeypatch.setattr(remote.time, "sleep", slept.append)
+    monkeypatch.setattr(download.time, "sleep", slept.append)
     return slept
 
 
@@ -144,7 +144,7 @@ def opened(server, tmp_path):
 
     def execute(base=None, **settings):
         options = {"cache": str(tmp_path / "cache"), "timeout": 5, "retries": 4, **settings}
-        return RemotePlace(Address(base or server.url, "train/text-pairs/made"), Remote(**options)).open()
+        return RemotePlace(Address(base or server.url, "train/text-pairs/made"), RemoteConfig(**options)).open()
 
     return execute
 

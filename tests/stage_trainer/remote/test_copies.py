@@ -129,13 +129,13 @@ def test_what_comes_next_is_fetched_before_it_is_asked_for_and_kept(server, open
     wait_for(lambda: len(list(one.directory.glob("*.tar"))) == 3)
     assert sorted(p.name for p in one.directory.glob("*.tar")) == ["00002.tar", "00005.tar", "00007.tar"]
     assert server.requests["00001.tar"] == 0
-    assert one._room.clear()  # takes the sidecars, which are read in whole, and no tar that will be read
+    assert one._cache.clear()  # takes the sidecars, which are read in whole, and no tar that will be read
     assert len(list(one.directory.glob("*.tar"))) == 3
     asked = server.requests["00007.tar"]
     one.read(7 * PER_SHARD)
     assert server.requests["00007.tar"] == asked == 1
     one.expect([5])
-    wait_for(lambda: one._room.clear() or len(list(one.directory.glob("*.tar"))) == 1)
+    wait_for(lambda: one._cache.clear() or len(list(one.directory.glob("*.tar"))) == 1)
     one = None
     wait_for(lambda: (other.expect([1]), other.expect([8]), server.requests["00008.tar"])[2])  # the next one leads
 
@@ -143,7 +143,7 @@ def test_what_comes_next_is_fetched_before_it_is_asked_for_and_kept(server, open
 def test_fetching_ahead_goes_no_further_than_there_is_room(server, opened, wait_for):
     there = opened(gigabytes=room_for(opened(), 3), downloads=1)
     there.expect(list(range(10)))
-    wait_for(lambda: not there._ahead._wanted)
+    wait_for(lambda: not there._prefetcher._wanted)
     wait_for(lambda: len(list(there.directory.glob("*.tar"))) == 3)
     assert sorted(p.name for p in there.directory.glob("*.tar")) == [f"{n:05d}.tar" for n in range(3)]
 

@@ -6,9 +6,9 @@ import time
 
 import pytest
 from data_prep.shards import Dataset, ShardError, ShardUnavailable
-from stage_trainer.data import remote
-from stage_trainer.data.remote import Address
+from stage_trainer.data import download
 from stage_trainer.errors import UserError
+from stage_trainer.recipe.address import Address, without_credentials
 
 
 def test_what_is_read_from_a_url_is_what_lies_in_the_folder(data, server, opened, everything, leftovers):
@@ -42,14 +42,14 @@ def test_what_passes_is_tried_again(data, server, opened, waits, fault, least_wa
     assert (server.requests["00003.tar"], server.requests["00004.index.jsonl"]) == (2, 3)
     assert len(waits) == 4
     assert min(waits[1:]) >= least_wait
-    assert max(waits) <= remote.LONGEST_WAIT
+    assert max(waits) <= download.LONGEST_WAIT
     assert leftovers() == []
 
 
 def test_a_date_in_retry_after_is_understood(monkeypatch):
-    monkeypatch.setattr(remote.time, "time", lambda: 1445412480.0)  # RFC 9110's own example of a date
-    assert remote._retry_after("Wed, 21 Oct 2015 07:28:30 GMT") == 30
-    assert remote._retry_after("Wed, 21 Oct 2015 07:27:30 GMT") == 0
+    monkeypatch.setattr(download.time, "time", lambda: 1445412480.0)  # RFC 9110's own example of a date
+    assert download._retry_after("Wed, 21 Oct 2015 07:28:30 GMT") == 30
+    assert download._retry_after("Wed, 21 Oct 2015 07:27:30 GMT") == 0
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_a_shard_that_stays_broken_is_named_once_and_costs_the_others_nothing(
 def test_a_server_that_is_gone_ends_the_run_and_costs_no_samples(server, opened, waits, name):
     there = opened()
     server.faults = {name: [503] for name in ("manifest.json", name)}
-    with pytest.raises(UserError, match=rf"{name}: 503 .* manifest.json beside it cannot be had either \(503 .*\)"):
+    with pytest.raises(UserError, match=rf"{name}: 503 .* manifest.json beside it cannot be fetched either \(503 .*\)"):
         there.read(0)
     server.faults = {}
     assert there.read(0)
@@ -143,8 +143,8 @@ def test_a_redirection_is_followed_and_takes_no_password_along(data, server, ser
     ],
 )
 def test_addresses_in_others_messages_lose_their_credentials(text, shown):
-    assert remote.without_credentials(text) == shown
-    assert remote.without_credentials('bucket "me:pw@b"', "s3://me:pw@b/c") == 'bucket "b"'
+    assert without_credentials(text) == shown
+    assert without_credentials('bucket "me:pw@b"', "s3://me:pw@b/c") == 'bucket "b"'
 
 
 @pytest.mark.parametrize(

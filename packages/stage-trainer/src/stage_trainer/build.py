@@ -13,11 +13,10 @@ from text_tower import TextTower, TextTowerConfig, Tokenizer
 from vision_tower import VisionTower, VisionTowerConfig
 
 from stage_trainer import weights
-from stage_trainer.data.remote import is_remote
+from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.errors import UserError
-from stage_trainer.model import DualEncoder
-from stage_trainer.recipe import Model as ModelOfRecipe
-from stage_trainer.recipe import Recipe, Stage
+from stage_trainer.recipe import ModelConfig, Recipe, Stage
+from stage_trainer.recipe.address import is_remote
 from stage_trainer.recipe.tower_rules import build_config, check_towers
 
 
@@ -41,7 +40,7 @@ def check_settled(
     shown = None
     if vision is not None:
         shown = {name: value for name, value in dataclasses.asdict(vision).items() if name != "resolution"}
-    settled = ModelOfRecipe(text=dataclasses.asdict(text), tokenizer=recipe.model.tokenizer, vision=shown)
+    settled = ModelConfig(text=dataclasses.asdict(text), tokenizer=recipe.model.tokenizer, vision=shown)
     if fetch or not weights.absent(recipe.model):
         check_towers(dataclasses.replace(recipe, model=settled, stages=tuple(stages)), recipe.name)
 
@@ -57,7 +56,7 @@ def tower_configs(recipe: Recipe, number: int, fetch: bool = False) -> tuple[Tex
     return text, vision
 
 
-def tower_config(model: ModelOfRecipe, tower: str, fetch: bool, **more: Any) -> Any:
+def tower_config(model: ModelConfig, tower: str, fetch: bool, **more: Any) -> Any:
     """The configuration of a tower ("text", "vision") by its weights and the recipe; `more` overrules the recipe."""
     of_tower: dict[str, Any] = {tower: {**(getattr(model, tower) or {}), **more}}
     model = dataclasses.replace(model, **of_tower)
@@ -70,7 +69,7 @@ def tower_config(model: ModelOfRecipe, tower: str, fetch: bool, **more: Any) -> 
 
 
 @contextmanager
-def named_weights(model: ModelOfRecipe, tower: str) -> Iterator[None]:
+def named_weights(model: ModelConfig, tower: str) -> Iterator[None]:
     """Errors of the towers and of the hub, in their own words on what is missing or damaged, under the key's name."""
     key = f"{tower}_weights" if getattr(model, f"{tower}_weights") else "weights"
     try:
@@ -97,14 +96,14 @@ def build_model(recipe: Recipe, number: int, tokenizer: Tokenizer | None = None)
     model = DualEncoder(text, vision, matryoshka_dims=recipe.stage(number).loss.dims)
     with torch.no_grad():
         for parameter, scale in zip(
-            (model.logit_scale, model.text_logit_scale), weights.log_scales(recipe), strict=True
+            (model.logit_scale, model.text_logit_scale), weights.log_scales(recipe.model), strict=True
         ):
             parameter.fill_(scale)
     with_tokenizer(text, tokenizer, recipe.model)
     return model
 
 
-def with_tokenizer(tower: TextTower, tokenizer: Tokenizer | None, model: ModelOfRecipe) -> None:
+def with_tokenizer(tower: TextTower, tokenizer: Tokenizer | None, model: ModelConfig) -> None:
     """Gives a new text tower its tokenizer, if there is one.
 
     Raises:

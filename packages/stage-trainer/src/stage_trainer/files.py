@@ -1,4 +1,4 @@
-"""Directories and files that exist whole or not at all."""
+"""Directories and files that appear complete or not at all, even after a power cut."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.shards import InUse, alone
+from data_prep.shards import InUse, alone, sync_directory, write_file
 from safetensors import SafetensorError
 
 from stage_trainer.errors import UserError
@@ -20,13 +20,12 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def whole_directory(target: str | Path) -> Iterator[Path]:
-    """Yields an empty temporary directory beside `target`; renames it to `target` once the body has ended well.
+    """Yields an empty temporary directory beside `target`, and renames it to `target` if the body does not raise.
 
-    What the body wrote is flushed to disk before the rename, so that a power cut leaves the whole directory or none.
+    Its content is flushed to disk before the rename, so that a power cut leaves the complete directory or none.
 
     Raises:
-        UserError: `target` exists, another process is writing it, or the disk took no more (nothing is left behind,
-            nothing else was touched).
+        UserError: `target` exists, another process is writing it, or it cannot be written (nothing is left behind).
     """
     target = Path(target)
     if target.exists():
@@ -34,7 +33,7 @@ def whole_directory(target: str | Path) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.partial")
     try:
         with alone(target.with_name(f".{target.name}.lock"), f"{target} is being written: it"):
-            if target.exists():  # meanwhile
+            if target.exists():  # another process was faster
                 raise UserError(f"{target} exists already; name another place or move it away")
             shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
             temporary.mkdir(parents=True)
@@ -42,7 +41,7 @@ def whole_directory(target: str | Path) -> Iterator[Path]:
             for path in [*temporary.rglob("*"), temporary]:
                 _fsync(path)
             temporary.rename(target)
-            _fsync(target.parent)
+            sync_directory(target.parent)
     except InUse:
         raise
     except (OSError, SafetensorError) as error:
@@ -55,25 +54,21 @@ def whole_directory(target: str | Path) -> Iterator[Path]:
 
 
 def write_whole(target: str | Path, text: str) -> None:
-    """Writes a text file; what stood there before stays until the new one is whole.
+    """Writes a text file; the former one stays until the new one is complete and on the disk.
 
     Raises:
-        UserError: the disk took no more, or the place cannot be written.
+        UserError: it cannot be written.
     """
     target = Path(target)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")  # another process has its own
     try:
-        temporary.write_text(text, encoding="utf-8")
-        _fsync(temporary)
-        temporary.replace(target)
-        _fsync(target.parent)
+        write_file(target, text.encode())
+        sync_directory(target.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"could not write {target}: {error.strerror}; free some space or name another place") from error
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Writes a safetensors file that whoever the umask allows can read; safetensors' own are for the owner alone."""
+    """Writes a safetensors file with the umask's permissions; by itself safetensors lets only the owner read it."""
     from safetensors.torch import save_file
 
     path.touch()
@@ -83,7 +78,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def free_name(path: Path, word: str) -> Path:
-    """A name beside `path` that nothing has: `NAME.WORD-1`, or the next number."""
+    """An unused name beside `path`: `NAME.WORD-1`, or with the next free number."""
     number = 1
     while (free := path.with_name(f"{path.name}.{word}-{number}")).exists():
         number += 1

@@ -31,8 +31,8 @@ from stage_trainer.run.hooks import Hook, Step, Totals
 from stage_trainer.run.ledger import Ledger
 from stage_trainer.run.loader import batches, worker_deaths_explained
 from stage_trainer.run.monitor import Monitor, Shown, open_sinks
+from stage_trainer.run.next_steps import next_steps
 from stage_trainer.run.rendezvous import initialize_distributed
-from stage_trainer.run.report import next_steps
 from stage_trainer.run.saving import Saving
 from stage_trainer.run.stop_signal import StopSignal
 from stage_trainer.run.text_counts import TextCounts

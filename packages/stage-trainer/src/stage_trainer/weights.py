@@ -1,7 +1,7 @@
-"""Weights to start from: where they are, what they say about themselves, and what a recipe may still decide.
+"""Weights to start from: where they are, which configuration they bring, and what a recipe may still decide.
 
 What belongs to weights (shapes, rotary base, epsilons, adapters, instructions, temperatures) comes from them. A recipe
-may leave it out or say the same; to have it otherwise, it says so under `model.override`.
+may leave it out or state the same; anything else it must state under `model.override`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from stage_trainer.dual_encoder import FORMAT
 from stage_trainer.errors import UserError
-from stage_trainer.model import FORMAT
-from stage_trainer.recipe import Model, Recipe
+from stage_trainer.recipe import ModelConfig
 from stage_trainer.recipe.schema import NEW_TEMPERATURE
 from stage_trainer.recipe.tower_rules import build_config
 
@@ -26,14 +26,14 @@ RECIPES_OWN = {
     "text": ("dropout", "checkpointing", "attention", "compile", "max_length"),
     "vision": ("checkpointing", "attention", "compile", "resolution"),
 }
-"""What a recipe decides about a tower, whatever its weights say."""
-_AS_THE_WEIGHTS = ("max_length", "resolution")  # of these, where the recipe is silent
+"""What the recipe decides about a tower, not its weights."""
+_FROM_WEIGHTS_BY_DEFAULT = ("max_length", "resolution")  # those of them that a recipe may leave to the weights
 _FIXED = ("vocab_size", "width", "layers", "heads", "mlp_width", "patch", "mlp_ratio", "attention_norm")
 _ADAPTERS = ("adapters", "lora_rank", "lora_alpha")
 
 
 def local(weights: str) -> str:
-    """The directory or file itself, or the directory of a repository of the Hugging Face hub, fetched."""
+    """A local directory or file itself, or else the downloaded directory of a Hugging Face hub repository."""
     if Path(weights).exists():
         return weights
     from huggingface_hub import snapshot_download
@@ -41,9 +41,9 @@ def local(weights: str) -> str:
     return snapshot_download(weights)
 
 
-def tower_weights(model: Model, tower: str, fetch: bool) -> str | None:
-    """Where a tower's weights are: a directory, a file, or timm's name. None if the recipe names none, or if they would
-    have to be fetched first and shall not be."""
+def tower_weights(model: ModelConfig, tower: str, fetch: bool) -> str | None:
+    """Where a tower's weights are: a directory, a file, or a timm name. None if the recipe names none, or if they would
+    have to be downloaded and `fetch` is false."""
     named = model.text_weights if tower == "text" else model.vision_weights
     weights = named or model.weights
     if weights is None or not (fetch or Path(weights).exists() or _is_timms(weights)):
@@ -54,20 +54,20 @@ def tower_weights(model: Model, tower: str, fetch: bool) -> str | None:
     return str(whole / tower if _is_ours(whole) else whole)
 
 
-def absent(model: Model) -> list[str]:
-    """Weights that the recipe names and this machine does not have; the recipe and defaults stand for their sizes."""
+def absent(model: ModelConfig) -> list[str]:
+    """Weights that the recipe names but this machine does not have; sizes then come from the recipe and defaults."""
     named = [model.text_weights or model.weights, model.vision_weights or model.weights]
     return list(dict.fromkeys(w for w in named if w and not Path(w).exists() and not _is_timms(w)))
 
 
 def _is_timms(weights: str) -> bool:
-    """Whether timm makes a tower of that name, whose shape is then known without its weights."""
+    """Whether it is a timm name, whose tower's shape is known without its weights."""
     return weights.startswith("timm/")
 
 
 def given(path: str, tower: str) -> tuple[Any, frozenset[str]]:
-    """The configuration that a tower's weights bring, and the fields that they leave to the recipe; `path` of an image
-    tower may be one of timm's names."""
+    """(the configuration that a tower's weights bring, the fields that they leave to the recipe); for an image tower
+    `path` may be a timm name."""
     if tower == "text":
         from text_tower.pretrained import read_config
 
@@ -77,7 +77,7 @@ def given(path: str, tower: str) -> tuple[Any, frozenset[str]]:
     return _given_vision(path, tuple(sorted((file.name, file.stat().st_mtime_ns) for file in files))), frozenset()
 
 
-@functools.cache  # which is told when a file changes: weights are read to know their shape
+@functools.cache  # since it reads the weights; `files` tells the cache when one changes
 def _given_vision(path: str, files: tuple[tuple[str, int], ...]) -> Any:
     from vision_tower import VisionTower
 
@@ -87,19 +87,19 @@ def _given_vision(path: str, files: tuple[tuple[str, int], ...]) -> Any:
         return VisionTower.from_timm(path.removeprefix("timm/"), pretrained=False).config
 
 
-def decided(model: Model, tower: str, given: Any, unsettled: frozenset[str], holder: str) -> Any:
-    """A tower's configuration, from its weights' own and the recipe.
+def decided(model: ModelConfig, tower: str, given: Any, unsettled: frozenset[str], holder: str) -> Any:
+    """A tower's configuration, from that of its weights and the recipe.
 
     Args:
-        given: the weights' own.
+        given: the weights' configuration.
         unsettled: fields that these weights leave to the recipe.
-        holder: who says what `given` does, for messages: "the weights in … say".
+        holder: where `given` is from, for messages: "the weights in … say".
 
     Raises:
-        UserError: the recipe states otherwise what belongs to the weights, without overriding it.
+        UserError: the recipe contradicts the weights without overriding them.
     """
     stated: Mapping[str, Any] = getattr(model, tower) or {}
-    override: Mapping[str, Any] = getattr(model.override, tower)
+    override: Mapping[str, object] = getattr(model.override, tower)
     own = {*RECIPES_OWN[tower], *unsettled}
     for name in set(override) & set(_FIXED):
         raise UserError(
@@ -109,19 +109,19 @@ def decided(model: Model, tower: str, given: Any, unsettled: frozenset[str], hol
     if tower == "text":
         own |= {*_ADAPTERS} if not given.adapters else set()
         chosen = tuple(stated.get("adapters") or ())
-        if chosen and set(chosen) <= set(given.adapters):  # taking some of those that there are contradicts nothing
+        if chosen and set(chosen) <= set(given.adapters):  # a subset contradicts nothing
             own |= {"adapters"}
             left_out = set(given.adapters) - set(chosen)
             kept = {task: text for task, text in given.instructions.items() if task not in left_out}
             given = dataclasses.replace(given, instructions=kept)
         own |= {name for name in ("instructions", "truncate_dim") if not getattr(given, name)}
     silent = {f.name: f.default for f in dataclasses.fields(given) if f.name in RECIPES_OWN[tower]}
-    values = dataclasses.asdict(given) | {k: v for k, v in silent.items() if k not in _AS_THE_WEIGHTS}
+    values = dataclasses.asdict(given) | {k: v for k, v in silent.items() if k not in _FROM_WEIGHTS_BY_DEFAULT}
     for name, value in stated.items():
-        if name in own or not hasattr(given, name):  # the second kind is refused below, with the nearest right name
+        if name in own or not hasattr(given, name):  # unknown names are refused below, with the nearest right one
             values[name] = value
         elif name not in override and (says := _says(name, value, given)) != (held := _held(name, given)):
-            way = f"state it under model.override.{tower} to have it otherwise" if name not in _FIXED else "name others"
+            way = f"state it under model.override.{tower} to use another value" if name not in _FIXED else "name others"
             raise UserError(
                 f"model.{tower}.{name} is {_plain(says)}, but {holder} {_plain(held)}; it belongs to the weights: "
                 f"leave it out, or {way}"
@@ -131,26 +131,26 @@ def decided(model: Model, tower: str, given: Any, unsettled: frozenset[str], hol
     return build_config(type(given), {**values, **override}, f"model.{tower}")
 
 
-def _says(name: str, value: Any, given: Any) -> Any:
-    """What a recipe states, to compare with `_held`."""
-    if name == "mlp_ratio" and isinstance(value, int | float):  # a ratio is one way to say a width
+def _says(name: str, value: object, given: Any) -> object:
+    """What a recipe states, for comparison with `_held`."""
+    if name == "mlp_ratio" and isinstance(value, int | float):  # a ratio states a width
         return int(given.width * value)
     return tuple(value) if isinstance(value, list) else value
 
 
-def _held(name: str, given: Any) -> Any:
+def _held(name: str, given: Any) -> object:
     return given.mlp_width if name == "mlp_ratio" else getattr(given, name)
 
 
 def reading_options(config: Any, given: Any) -> dict[str, Any]:
-    """What `from_pretrained` is told, so that a tower comes out with `config`."""
+    """Options of `from_pretrained` with which a tower gets the configuration `config`."""
     names = [f.name for f in dataclasses.fields(config)]
     changed = {name for name in names if getattr(config, name) != getattr(given, name)} - {"resolution"}
     return {name: getattr(config, name) for name in names if name in changed}
 
 
-def whole_model(model: Model) -> Path | None:
-    """The directory of the whole model that both towers are from, if it is one."""
+def whole_model(model: ModelConfig) -> Path | None:
+    """The directory of the model that both towers are from, if they are from the same."""
     if model.text_weights and model.text_weights == model.vision_weights:
         return Path(local(model.text_weights))
     if model.text_weights or model.vision_weights:
@@ -162,15 +162,14 @@ def whole_model(model: Model) -> Path | None:
     return Path(local(model.weights)) if model.weights else None
 
 
-def log_scales(recipe: Recipe) -> tuple[float, float]:
-    """Where ln(1 / temperature) starts, of the image-text task and of the text task.
+def log_scales(model: ModelConfig) -> tuple[float, float]:
+    """The initial ln(1 / temperature) of the image-text task and of the text task.
 
-    A whole model's own; jina-clip-v2 has one of them, from which both start.
+    Those of the whole model that both towers are from, if there is one; jina-clip-v2 has only one, which is used twice.
 
     Raises:
-        UserError: the recipe states another temperature than the weights have, without overriding it.
+        UserError: the recipe contradicts the weights' temperature without overriding it.
     """
-    model = recipe.model
     whole = whole_model(model)
     held = _held_scales(whole) if whole else None
     if model.override.temperature is not None or held is None:
@@ -207,12 +206,12 @@ def _held_scales(whole: Path) -> tuple[float, float] | None:
 
 def _is_ours(folder: Path) -> bool:
     try:
-        return json.loads((folder / "config.json").read_text()).get("format") == FORMAT
+        return bool(json.loads((folder / "config.json").read_text()).get("format") == FORMAT)
     except (OSError, ValueError, AttributeError):
         return False
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return str(list(value)) if isinstance(value, tuple) else repr(value) if isinstance(value, str) else str(value)

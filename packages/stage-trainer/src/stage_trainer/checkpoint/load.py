@@ -146,18 +146,6 @@ def compatible(saved: Mapping[str, Any], now: RunState, where: Path) -> None:
         )
 
 
-def summary(directory: Path) -> dict[str, Any]:
-    """Steps, seconds, peak memory and versions of a finished stage, from its last checkpoint.
-
-    Raises:
-        UserError: the stage has none.
-    """
-    if not (saved := all_saved(directory)):
-        raise UserError(f"{directory} holds no checkpoint; run that stage first")
-    state = saved[-1].state()
-    return {k: state[k] for k in ("step", "seconds", "peak_memory_bytes", "versions")}
-
-
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,13 +12,12 @@ from stage_trainer.checkpoint.load import Saved, compatible, latest_valid
 from stage_trainer.checkpoint.state import RunState
 from stage_trainer.errors import UserError
 from stage_trainer.files import free_name
-from stage_trainer.recipe import BatchSizes, Rates, Recipe, Stage, StageData
-from stage_trainer.recipe import Model as ModelOfRecipe
+from stage_trainer.recipe import BatchSizes, ModelConfig, Rates, Recipe, Stage, StageData
 from stage_trainer.recipe.read import flatten, to_dict
 from stage_trainer.tasks import Task
 
 _STAGE = Stage(steps=0, max_tokens=0, batch=BatchSizes(), lr=Rates(), data=StageData())
-_DEFAULTS = Recipe(name="", output="", corpus="", model=ModelOfRecipe(text={}, tokenizer=""), stages=(_STAGE,))
+_DEFAULTS = Recipe(name="", output="", corpus="", model=ModelConfig(text={}, tokenizer=""), stages=(_STAGE,))
 
 
 def starting_point(task: Task, state: RunState, tokenizer: Tokenizer) -> tuple[nn.Module, dict[str, Tensor] | None]:

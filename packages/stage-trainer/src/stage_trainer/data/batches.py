@@ -119,7 +119,7 @@ class StageBatches(TorchDataset):
                 "a unified loss has no place for the hard negatives of triplets; name text pairs in data.text"
             )
         if stage.batch.text == 1 and not self.hard_negatives and stage.loss.kind == "multi_task":
-            raise UserError("batch.text is 1, and a pair alone has nothing to be told from; raise it, or name triplets")
+            raise UserError("batch.text is 1, and a single pair has no negatives; raise it, or name triplets")
         self.image_sampler = self._sampler(stage.data.image_text, self.image_sources, stage.batch.image_text, False)
         self.text_sampler = self._sampler(stage.data.text, self.text_sources, stage.batch.text, True)
         check_room(data.remote, [(self.image_sources, self.image_sampler), (self.text_sources, self.text_sampler)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stage_trainer.recipe import Recipe, Remote
+from stage_trainer.recipe import Recipe, RemoteConfig
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,7 @@ class DataConfig:
     """Where data are (`corpus`), how they are read, and how much each process keeps decoded."""
 
     corpus: str
-    remote: Remote
+    remote: RemoteConfig
     cache_megabytes: int
 
     @classmethod

@@ -15,13 +15,13 @@ from torch.utils.data import Dataset as TorchDataset
 from stage_trainer.batch import MaskedBatch
 from stage_trainer.data.batches import REPLACEMENTS, Corrupt, Drawn, another, open_data_set
 from stage_trainer.data.config import DataConfig
-from stage_trainer.data.remote import is_remote
 from stage_trainer.data.remote_data import fetch_sidecars, place
 from stage_trainer.data.sampler import SourceOrder, TaskSampler, slice_of
 from stage_trainer.data.samples import SampleCache
 from stage_trainer.data.stateless_rng import key, permutation
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import Stage
+from stage_trainer.recipe.address import is_remote
 
 HELD_OUT = 64
 """Texts of each language over which the held-out loss is taken."""

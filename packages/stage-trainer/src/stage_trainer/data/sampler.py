@@ -1,8 +1,8 @@
-"""Which samples make global batch *n*: arithmetic on (seed, n), the same on every rank, whatever the world size.
+"""Which samples make global batch *n*: a function of (seed, n), the same on every rank and for every world size.
 
-A source is an endless stream: epoch after epoch of a keyed permutation (shards permuted, then samples within windows of
-some shards, so that reading stays local). A batch of the text task comes from one source; a batch of images mixes its
-sources by their rates.
+A source is an endless stream. Each epoch is a permutation of it: shards are permuted, then samples within windows of a
+few shards, so that reads stay local. A text batch comes from one source; an image batch mixes its sources by their
+rates.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WINDOW = 4
 
 @dataclass(frozen=True)
 class Draw:
-    """One sample of a batch: `source` indexes the task's sources, `index` the source's samples."""
+    """One sample of a batch: sample `index` of the task's source number `source`."""
 
     source: int
     index: int
@@ -32,7 +32,7 @@ class SourceOrder:
 
     Args:
         shard_sizes: samples of each shard.
-        seed: any integer; another seed, another order.
+        seed: any integer; it determines the order.
     """
 
     def __init__(self, shard_sizes: Sequence[int], seed: int):
@@ -49,8 +49,8 @@ class SourceOrder:
         return epoch, int(self._order(epoch, number, self._of(epoch)[0][number])[offset])
 
     def shards(self, start: int, stop: int) -> list[int]:
-        """The shards that are read from position `start` to `stop`, and those of the window after that: window by
-        window, in the order of the stream, each once."""
+        """The shards that are read from position `start` to `stop`, and those of the window after it, each once, in
+        the order in which the stream reads their windows."""
         found: dict[int, None] = {}
         position = start
         while True:
@@ -62,7 +62,7 @@ class SourceOrder:
             position += int(self.shard_sizes[window].sum()) - offset
 
     def _window(self, position: int) -> tuple[int, int, int]:
-        """(epoch, number of the window in it, place in the window) of a position."""
+        """(epoch, number of the window in it, offset in the window) of a position."""
         epoch, offset = divmod(position, self.samples)
         _, ends = self._of(epoch)
         number = int(np.searchsorted(ends, offset, side="right"))
@@ -74,7 +74,7 @@ class SourceOrder:
             shards = permutation(len(self.shard_sizes), key(self.seed, "shards", epoch))
             windows = [shards[i : i + WINDOW] for i in range(0, len(shards), WINDOW)]
             ends = np.cumsum([self.shard_sizes[w].sum() for w in windows])
-            near = {e: w for e, w in self._windows.items() if abs(e - epoch) == 1}  # one looks ahead to the next
+            near = {e: w for e, w in self._windows.items() if abs(e - epoch) == 1}  # reads cross epochs
             self._windows = {**near, epoch: (windows, ends)}
         return self._windows[epoch]
 
@@ -92,7 +92,7 @@ class TaskSampler:
         orders: one per source.
         rates: how often each source is drawn, relative to the others.
         batch: global batch size.
-        one_source: every batch from a single source (text), or each a mixture (images).
+        one_source: whether a batch comes from a single source (text) or mixes them (images).
     """
 
     def __init__(self, orders: Sequence[SourceOrder], rates: Sequence[float], batch: int, *, one_source: bool):
@@ -102,7 +102,7 @@ class TaskSampler:
         self._next = 0
 
     def batch_at(self, n: int) -> list[Draw]:
-        """The draws of global batch `n`; calls in rising order cost one batch, others a replay of the cursors."""
+        """The draws of global batch `n`. Calls with rising `n` cost one batch each, others replay the cursors."""
         if n < self._next:
             self._cursors, self._next = [0] * len(self.orders), 0
         while self._next < n:
@@ -117,14 +117,14 @@ class TaskSampler:
         return draws
 
     def shards_ahead(self) -> list[list[int]]:
-        """For each source, the shards that the batch asked for last is read from and those that come next, in order."""
+        """For each source the shards of the last requested batch and the next ones, in reading order."""
         return [
             order.shards(start, cursor + self.batch)
             for order, start, cursor in zip(self.orders, self._starts, self._cursors, strict=True)
         ]
 
     def _advance(self) -> list[int]:
-        """Moves past one batch; its count per source. Whoever lags its share most comes next, ties to the first."""
+        """Moves past one batch; returns its count per source. The source furthest behind its share comes first."""
         total = (self._next + 1) * self.batch
         due = [share * total - cursor for share, cursor in zip(self.shares, self._cursors, strict=True)]
         counts = [0] * len(due)
@@ -142,6 +142,6 @@ class TaskSampler:
 
 
 def slice_of(draws: list[Draw], rank: int, world: int) -> list[Draw]:
-    """A rank's part of a global batch: every `world`-th draw, so that each rank gets its share of each source and none
-    waits for the one with the long texts; sizes differ by one at most."""
+    """A rank's part of a global batch: every `world`-th draw, so that each rank gets its share of every source and of
+    the long texts. Sizes differ by at most one."""
     return draws[rank::world]

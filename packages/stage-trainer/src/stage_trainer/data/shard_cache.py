@@ -1,9 +1,8 @@
-"""The folder of a machine that holds copies of files from elsewhere: who writes in it, and what goes when it is full.
+"""The folder with local copies of remote files: which process writes in it, and what is evicted when it is full.
 
-A copy is named for where it came from, CACHE/https/HOST/PATH@FINGERPRINT/00000.tar. All processes of a machine share
-the folder, and nobody keeps a list of what is in it: a lock of the system (flock) on `.NAME.lock` is held by whoever
-fetches a file, one on the file itself by everyone who reads it. Locks end with the process that holds them, however it
-ends.
+A copy is named after its source, CACHE/https/HOST/PATH@FINGERPRINT/00000.tar. All processes of a machine share the
+folder, and there is no list of its content. The process that fetches a file holds an flock on `.NAME.lock`, and every
+process that reads it one on the file itself. The system releases these locks however a process ends.
 """
 
 from __future__ import annotations
@@ -18,43 +17,43 @@ from typing import IO
 
 from stage_trainer.errors import UserError
 
-_FOLDER = re.compile(r".*@[0-9a-f]{16}")  # of a data set; nothing outside of such folders is ever removed
+_FOLDER = re.compile(r".*@[0-9a-f]{16}")  # of a data set; nothing outside such folders is ever removed
 _COPY = re.compile(r"[^.].*\.(tar|index\.jsonl)")
 _PART = re.compile(r"\.(?P<name>.+)-(?P<size>\d+)\.part")
 
 
 def part_name(name: str, size: int) -> str:
-    """What a file of so many bytes is called while it is being fetched; it counts as what it will be."""
+    """A file's name while it is fetched. It states the final size, which counts against the limit from the start."""
     return f".{name}-{size}.part"
 
 
-class Room:
-    """What the folder for copies may hold.
+class CacheFolder:
+    """The folder for copies, with a limit.
 
     Args:
         cache: the folder.
-        gigabytes: of its files, together; None for no limit.
+        gigabytes: limit of all its files together; None for no limit.
     """
 
     def __init__(self, cache: Path, gigabytes: float | None):
         self.cache, self.limit = cache, None if gigabytes is None else gigabytes * 1e9
 
     def reserve(self, part: Path, size: int) -> bool:
-        """Makes the empty `part`, which counts as `size` bytes from now on, and room for it, by removing what was not
-        read for the longest and what nobody reads. False if that was not enough; `part` is there all the same."""
-        with self._alone():
+        """Creates the empty `part`, which counts as `size` bytes from now on, and makes space for it by evicting the
+        least recently read files that no process has open. False if that was not enough; `part` is created anyway."""
+        with self._locked():
             fits = self.limit is None or self._clear(self.limit - size)
             part.touch()
             return fits
 
     def clear(self) -> bool:
-        """Removes all that nobody reads; whether there was any."""
-        with self._alone():
+        """Removes all files that no process has open; whether there were any."""
+        with self._locked():
             before = sum(size for _, size, _ in self._copies())
             self._clear(0)
             return sum(size for _, size, _ in self._copies()) < before
 
-    def _alone(self) -> contextlib.AbstractContextManager[None]:
+    def _locked(self) -> contextlib.AbstractContextManager[None]:
         return locked(self.cache / ".lock")
 
     def _clear(self, limit: float) -> bool:
@@ -68,7 +67,7 @@ class Room:
         return used <= limit
 
     def _copies(self) -> Iterator[tuple[float, int, Path]]:
-        """(when last read, bytes, path) of each copy that is here or on its way."""
+        """(time of the last read, bytes, path) of each copy that is complete or being fetched."""
         for folder, _, names in os.walk(self.cache):
             if not _FOLDER.fullmatch(os.path.basename(folder)):
                 continue
@@ -83,7 +82,7 @@ class Room:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds a lock file alone; it is gone afterwards."""
+    """Holds an exclusive lock on a file, which is removed afterwards."""
     while True:
         try:
             file = path.open("wb")
@@ -91,7 +90,7 @@ def locked(path: Path) -> Iterator[None]:
             raise UserError(f"{path}: cannot be written ({error.strerror}); name another remote.cache") from error
         with file:
             _lock(file, path, fcntl.LOCK_EX)
-            if not _is(path, file):  # whoever held it has removed it
+            if not _is(path, file):  # its former holder has removed it
                 continue
             try:
                 yield
@@ -127,10 +126,10 @@ def _lock(file: IO[bytes], path: Path, how: int) -> None:
 
 
 def _remove_unused(path: Path) -> bool:
-    """Removes a copy that no process reads, or what a killed one left half fetched."""
+    """Removes a copy that no process reads, or a partial file that a killed one left."""
     part = _PART.fullmatch(path.name)
     guard = path.with_name(f".{part['name']}.lock") if part else path
-    with contextlib.suppress(OSError):  # in use, gone meanwhile, or another user's
+    with contextlib.suppress(OSError):  # in use, already removed, or another user's
         if part and not guard.exists():
             path.unlink()
             return True
@@ -142,7 +141,7 @@ def _remove_unused(path: Path) -> bool:
 
 
 def _is(path: Path, file: IO[bytes]) -> bool:
-    """Whether an open file is still the one of that name."""
+    """Whether `path` still names this open file."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:

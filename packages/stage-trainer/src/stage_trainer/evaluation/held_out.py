@@ -1,4 +1,4 @@
-"""Which data sets a path stands for when a model is measured: those of a corpus, of a folder, or the one itself."""
+"""Which data sets a path means for evaluation: those of a corpus, those of a folder, or the path itself."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 
 from data_prep.shards import MANIFEST, Dataset, ShardError
 
-from stage_trainer.data.remote import is_remote
 from stage_trainer.errors import UserError
+from stage_trainer.recipe.address import is_remote
 
 SPLITS = ("test", "validation")
-"""Of a corpus: the first that is there is measured, the other is not."""
+"""Of a corpus only the first of these that exists is evaluated."""
 _ORDER = ("image-short", "image-long", "text-pairs", "text-triplets")
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A held-out data set: its folder, its kind, and a name that no other of those found with it has."""
+    """A held-out data set: its folder, its kind, and a name that is unique among those found with it."""
 
     directory: Path
     kind: str
@@ -31,7 +31,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Found:
-    """What a path stands for; `where` says it for people: "the test split of runs/corpus"."""
+    """What a path means; `where` describes it in messages: "the test split of runs/corpus"."""
 
     where: str
     sets: tuple[HeldOut, ...]

@@ -1,4 +1,4 @@
-"""search.png: some queries in several languages and the images that a model finds for them."""
+"""search.png: queries in several languages, and the images that a model finds for them."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from stage_trainer.data.stateless_rng import key
+from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.errors import UserError
 from stage_trainer.evaluation.held_out import find
-from stage_trainer.evaluation.retrieval import Embedded, Pool, embed, unit
-from stage_trainer.model import DualEncoder
+from stage_trainer.evaluation.retrieval import EmbeddedPool, Pool, embed
+from stage_trainer.metrics.retrieval import unit
 
 SHOWN_LANGUAGES = ("en", "de", "fr", "es", "pl", "ru", "el", "ar", "vi", "ka", "ja", "zh", "ko", "hi", "th")
 ROWS = 12
 TILE, GAP, LEFT, COLUMNS = 96, 10, 340, 6
 TOP, LINE, LINES = 64, 25, 3
-"""Above the first row; from one line of a query to the next, and how many a row has room for."""
+"""Space above the first row; line height of queries, and how many lines fit into a row."""
 SIZE, SMALL = 20, 13
-"""Of letters, in pixels: queries and remarks."""
+"""Font sizes of queries and notes, in pixels."""
 RIGHT, INK, PALE = (24, 128, 56), (30, 30, 34), (120, 120, 128)
 
-Found = tuple[str, str, list[tuple[bytes, bool]]]
-"""A query, a note on it, and the images found: (file, whether it is the right one)."""
+Row = tuple[str, str, list[tuple[bytes, bool]]]
+"""(query, note on it, images found as (file, whether it is the right one))."""
 
 
 def draw_search(
@@ -35,17 +36,17 @@ def draw_search(
     """Draws one row for each query: the text at the left, the nearest images of all pools at the right.
 
     Without `queries`, twelve captions of held-out images are taken, in as many languages as there are; the image that
-    each belongs to is framed. `say` is told what is searched, and which letters no font has.
+    each belongs to is framed. `say` is called with what is searched, and which letters no font has.
 
     Raises:
-        UserError: no images to search, a model or data that cannot be read, or a picture that cannot be written.
+        UserError: there are no images to search, the model or the data cannot be read, or the picture not written.
     """
     if blank := [query for query in queries if not query.strip()]:
         raise UserError(f"a query is {blank[0]!r}; give some words, or no query at all")
     found = find(data)
     searched = [held_out for held_out in found.sets if held_out.images]
     short = [held_out for held_out in searched if held_out.kind == "image-short"]
-    if short and not queries:  # long captions are mostly of the same images, and have no room here
+    if short and not queries:  # long captions are mostly of the same images, and do not fit here
         searched = short
     if not searched:
         kinds = ", ".join(sorted({held_out.kind for held_out in found.sets}))
@@ -55,7 +56,7 @@ def draw_search(
     count = len({image for pool in pools for image in pool.images})
     say(f"searching {count:,} images of {found.where}: {', '.join(f'{s.kind}/{s.directory.name}' for s in searched)}")
     fonts = fonts_of(Path(data))
-    rows = _given(model, pools, queries) if queries else own_rows(pools, [embed(model, pool) for pool in pools], fonts)
+    rows = _rows(model, pools, queries) if queries else own_rows(pools, [embed(model, pool) for pool in pools], fonts)
     if unknown := sorted({letter for query, _, _ in rows for letter in _missing(_pick(fonts, query, SIZE), query)}):
         say(f"no font here has {' '.join(unknown[:8])}, drawn as boxes; put one that does into {Path(data) / 'fonts'}")
     canvas = draw(rows, fonts, framed=not queries)
@@ -65,12 +66,12 @@ def draw_search(
         raise UserError(f"could not write the picture {out}: {error}; name another file that ends in .png") from error
 
 
-def draw(rows: Sequence[Found], fonts: list[Path], *, framed: bool = True) -> Image.Image:
-    """One row for each query: the text at the left, the images found at the right, nearest first. A text that is longer
-    than its place ends in "…".
+def draw(rows: Sequence[Row], fonts: list[Path], *, framed: bool = True) -> Image.Image:
+    """Draws one row for each query: its text at the left, the images found at the right, nearest first. A text that
+    does not fit ends in "…".
 
     Args:
-        framed: the image that a query was taken from has a frame, and the heading says so.
+        framed: whether the image that a query was taken from has a frame, which the heading explains.
     """
     canvas = Image.new("RGB", (LEFT + COLUMNS * (TILE + GAP) + GAP, TOP + len(rows) * (TILE + GAP)), "white")
     pen = ImageDraw.Draw(canvas)
@@ -92,28 +93,28 @@ def draw(rows: Sequence[Found], fonts: list[Path], *, framed: bool = True) -> Im
     return canvas
 
 
-def _given(model: DualEncoder, pools: list[Pool], queries: Sequence[str]) -> list[Found]:
-    # An image with a short and a long caption stands in two data sets, and is one.
+def _rows(model: DualEncoder, pools: list[Pool], queries: Sequence[str]) -> list[Row]:
+    # An image with a short and a long caption is in two data sets, but is shown once.
     images = list(dict.fromkeys(image for pool in pools for image in pool.images))
     vectors = model.encode_image(images)
     nearest = np.argsort(-(model.encode_text(list(queries)) @ vectors.T), axis=1)[:, :COLUMNS]
     return [(query, "", [(images[i], False) for i in row]) for query, row in zip(queries, nearest, strict=True)]
 
 
-def own_rows(pools: list[Pool], embedded: list[Embedded], fonts: list[Path]) -> list[Found]:
-    """Captions of held-out images, pool by turns, one in each language before a second in any; picked by a hash, not by
-    how well they do."""
-    rows: list[Found] = []
+def own_rows(pools: list[Pool], embedded: list[EmbeddedPool], fonts: list[Path]) -> list[Row]:
+    """Captions of held-out images as queries, alternating between pools, one in each language before a second in any;
+    chosen by a hash, not by their results."""
+    rows: list[Row] = []
     shown: set[tuple[int, int]] = set()
     here = {language for pool in pools for language in pool.texts}
     languages = [language for language in SHOWN_LANGUAGES if language in here] + sorted(here - {*SHOWN_LANGUAGES})
     for turn in range(ROWS * len(pools)):
         language = languages[turn % len(languages)]
-        which = (turn + turn // len(languages)) % len(pools)  # so that each language comes to each pool
+        which = (turn + turn // len(languages)) % len(pools)  # so that each language meets each pool
         pool, vectors = pools[which], embedded[which]
         entries = [e for e in pool.texts.get(language, []) if (which, e[0]) not in shown]
         entries.sort(key=lambda entry: key("shown", entry))
-        few = entries[:50]  # where no font has a script's letters, more would not help
+        few = entries[:50]  # if no font has a script's letters, more entries do not help
         chosen = next((entry for entry in few if not _missing(_pick(fonts, entry[1], SIZE), entry[1])), None)
         if chosen is None or len(rows) == ROWS:
             continue
@@ -128,7 +129,7 @@ def own_rows(pools: list[Pool], embedded: list[Embedded], fonts: list[Path]) -> 
 
 
 def fonts_of(data: Path) -> list[Path]:
-    """The corpus's own fonts, then the system's; Pillow's built-in one covers Latin where there are none."""
+    """The corpus's fonts, then the system's; without any, Pillow's built-in one covers Latin."""
     folders = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "/System/Library/Fonts")
     system = [path for folder in folders for path in Path(folder).expanduser().rglob("*.[to]t[fc]")]
     found = sorted((data / "fonts").glob("*.[to]t[fc]"))
@@ -137,7 +138,7 @@ def fonts_of(data: Path) -> list[Path]:
 
 
 def _pick(fonts: list[Path], text: str, size: int) -> ImageFont.FreeTypeFont:
-    """The first font that has every letter of `text`, or else the one that lacks fewest of them."""
+    """The first font that has every letter of `text`, or else the one that lacks the fewest."""
     best, fewest = _load(None, size), len(text) + 1
     for path in [*fonts, None]:
         font = _load(path, size)
@@ -151,7 +152,7 @@ def _pick(fonts: list[Path], text: str, size: int) -> ImageFont.FreeTypeFont:
 
 @lru_cache(maxsize=512)
 def _load(path: Path | None, size: int) -> ImageFont.FreeTypeFont | None:
-    """None for a file that is no font, which is somebody else's trouble."""
+    """None for a file that is not a font."""
     try:
         font = ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
     except OSError:
@@ -161,7 +162,7 @@ def _load(path: Path | None, size: int) -> ImageFont.FreeTypeFont | None:
 
 
 def _missing(font: ImageFont.FreeTypeFont, text: str) -> list[str]:
-    """The letters that a font would draw as boxes."""
+    """The letters that a font lacks, and would draw as boxes."""
     return [letter for letter in sorted(set(text)) if letter.isprintable() and not _has(font, letter)]
 
 
@@ -179,18 +180,18 @@ def _write(
     width: int,
     lines: int,
 ) -> None:
-    """Writes into a box of so many pixels and lines, from the side where the script begins."""
+    """Writes into a box of so many pixels and lines, from the side at which the script begins."""
     wrapped = _wrap(text, font, width, lines)
-    to_left = _to_left(text)
+    to_left = _right_to_left(text)
     for number, line in enumerate(wrapped):
-        # Ink may begin before the pen's place, or end after the advance (in italics, say).
+        # Ink may begin before the pen position or end after the advance, as in italics.
         left, _, right, _ = font.getbbox(line)
         x = corner[0] + width - right if to_left else corner[0] - min(0, left)
         pen.text((x, corner[1] + LINE * number), line, color, font)
 
 
-def _to_left(text: str) -> bool:
-    """Whether a text runs from right to left: its first letter of a strong direction does (UAX 9, P2)."""
+def _right_to_left(text: str) -> bool:
+    """Whether a text runs from right to left, by its first letter with a strong direction (UAX 9, P2)."""
     import unicodedata
 
     strong = (unicodedata.bidirectional(letter) for letter in text)
@@ -198,7 +199,7 @@ def _to_left(text: str) -> bool:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
-    """At most `lines` lines of at most `width` pixels: broken at spaces, else within a word; the rest is "…"."""
+    """At most `lines` lines of at most `width` pixels, broken at spaces or else within a word; the rest becomes "…"."""
     rest = " ".join(text.split())
     wrapped: list[str] = []
     while rest and len(wrapped) < lines:
@@ -216,7 +217,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> li
 
 
 def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int, end: str = "") -> int:
-    """How many of a text's letters fit, with `end` after them, marks staying with their letter; at least one."""
+    """How many of a text's letters fit together with `end`, at least one; combining marks stay with their letter."""
     import unicodedata
 
     low, high = 1, len(text)

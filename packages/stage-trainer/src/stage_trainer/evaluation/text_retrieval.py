@@ -1,4 +1,4 @@
-"""Held-out text pairs: nDCG@10 of finding each query's target, and Spearman's correlation where pairs have scores."""
+"""Evaluation on text pairs: nDCG@10 of retrieving each query's target, Spearman's correlation with people's scores."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from data_prep.shards import Dataset, ShardError
 from stage_trainer.data.remote_data import RemotePlace, open_place
 from stage_trainer.data.samples import texts_of
 from stage_trainer.errors import UserError
-
-K = 10
+from stage_trainer.metrics.retrieval import ndcg_at_k, unit
+from stage_trainer.metrics.sts import spearman
 
 
 @dataclass(frozen=True)
 class PairPool:
-    """Pairs of texts: `queries[language]` is [(target number, query), …], one of each language of each pair.
+    """Text pairs: `queries[language]` is [(target number, query), …], one for each language of each pair.
 
-    A pair's target is its first English text, or its first at all, that is not the query itself. Equal targets are
-    one. `scores` are those that people gave the pairs, [(query, target number, score), …].
+    A pair's target is its first English text that is not the query itself, or else its first text that is not. Equal
+    targets count once. `scores` are people's scores of the pairs, [(query, target number, score), …].
     """
 
     name: str
@@ -31,10 +31,10 @@ class PairPool:
 
     @classmethod
     def open(cls, directory: str | Path | RemotePlace) -> PairPool:
-        """Reads a data set of text pairs or triplets, whose negatives are left out.
+        """Reads a data set of text pairs, or of triplets, whose negatives are ignored.
 
         Raises:
-            UserError: a data set that is missing or damaged.
+            UserError: the data set is missing or damaged.
         """
         try:
             return cls._read(open_place(directory))
@@ -67,7 +67,7 @@ class PairPool:
 
 
 def measure(pool: PairPool, vectors: Callable[[Sequence[str]], np.ndarray]) -> dict[str, float]:
-    """{"ndcg_at_10/LANGUAGE", "ndcg_at_10/mean", "spearman"}, the languages being those of the queries.
+    """{"ndcg_at_10/LANGUAGE", "ndcg_at_10/mean", "spearman"}, by the queries' language.
 
     Args:
         vectors: unit vectors `[N, D]` of N texts.
@@ -81,8 +81,8 @@ def measure(pool: PairPool, vectors: Callable[[Sequence[str]], np.ndarray]) -> d
         gains = []
         for text, scores in zip(relevant, vectors(list(relevant)) @ targets.T, strict=True):
             if text in place and place[text] not in relevant[text]:
-                scores[place[text]] = -np.inf  # a query does not look for itself
-            gains.append(ndcg_at_k(scores, relevant[text]))
+                scores[place[text]] = -np.inf  # a query does not retrieve itself
+            gains.append(ndcg_at_k(scores, relevant[text], k=10))
         found[f"ndcg_at_10/{language}"] = float(np.mean(gains))
     if found:
         found["ndcg_at_10/mean"] = float(np.mean(list(found.values())))
@@ -93,20 +93,7 @@ def measure(pool: PairPool, vectors: Callable[[Sequence[str]], np.ndarray]) -> d
     return found
 
 
-def ndcg_at_k(scores: np.ndarray, relevant: set[int], k: int = K) -> float:
-    """Of one query: scores `[C]` of the candidates, and which of them are relevant, all alike."""
-    top = np.argsort(-scores, kind="stable")[:k]
-    gain = sum(1 / np.log2(place + 2) for place, candidate in enumerate(top) if int(candidate) in relevant)
-    return float(gain / sum(1 / np.log2(place + 2) for place in range(min(k, len(relevant)))))
-
-
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's rank correlation, ties at their mean rank; nan where one side is constant."""
-    if np.ptp(a) == 0 or np.ptp(b) == 0:
-        return float("nan")
-    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[places]
+def lookup(texts: Sequence[str], vectors: np.ndarray) -> Callable[[Sequence[str]], np.ndarray]:
+    """What `measure` calls: the unit vectors of some of `texts`, whose embeddings `[N, D]` are `vectors`."""
+    row, units = {text: i for i, text in enumerate(texts)}, unit(vectors)
+    return lambda wanted: units[[row[text] for text in wanted]]

@@ -9,7 +9,7 @@ import torch
 
 from stage_trainer.optimizer.groups import ParamGroup, let_rest
 from stage_trainer.optimizer.muon import MuonWithAdamW
-from stage_trainer.recipe import Optimizer as OptimizerConfig
+from stage_trainer.recipe import OptimizerConfig
 
 
 def build_optimizer(groups: Iterable[ParamGroup], config: OptimizerConfig, precision: str) -> torch.optim.Optimizer:

@@ -9,7 +9,7 @@ import torch
 from text_tower.lora import is_adapter
 from torch import Tensor, nn
 
-from stage_trainer.recipe import Optimizer as OptimizerConfig
+from stage_trainer.recipe import OptimizerConfig
 
 ParamGroup = dict[str, Any]
 """A group of torch's. Beside torch's keys: `names` of its `params`, their `tower`, `peak_lr`, whether `muon` updates

@@ -1,21 +1,21 @@
 """DeepSpeed's options: those that a recipe may set, and why it may not set the others.
 
-DeepSpeed ignores a key that it does not know, takes some that this trainer has no use for, and ends in a traceback on
-values that cannot be. Every key is written down here, so that a recipe is checked without importing DeepSpeed, which
-takes seconds; a test holds the list against the installed one (0.19.8; https://www.deepspeed.ai/docs/config-json/).
+DeepSpeed ignores unknown keys, accepts some that have no effect in this trainer, and answers invalid values with a
+traceback. Every key is listed here, so that a recipe is checked without importing DeepSpeed, which takes seconds; a
+test compares the list with the installed version (0.19.8; https://www.deepspeed.ai/docs/config-json/).
 """
 
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError
 
 from stage_trainer.errors import UserError
 
 
-def _number(value: Any) -> Any:
+def _number(value: object) -> object:
     if isinstance(value, bool | str):
         raise ValueError("a number is expected")
     return value
@@ -74,7 +74,7 @@ class ZeroOptimization(_Block):
     model_persistence_threshold: _Count = Field(default=0, alias="stage3_model_persistence_threshold")
     max_live_parameters: _Count = Field(default=0, alias="stage3_max_live_parameters")
     max_reuse_distance: _Count = Field(default=0, alias="stage3_max_reuse_distance")
-    # Checkpoints hold whole weights whatever this says: it asks for what is done.
+    # Accepted without effect: checkpoints hold whole weights anyway.
     gather_16bit_weights_on_model_save: StrictBool = Field(
         default=False, alias="stage3_gather_16bit_weights_on_model_save"
     )
@@ -131,7 +131,7 @@ class Timers(_Block):
 
 
 class Options(_Block):
-    """What a stage's `deepspeed` may hold. Defaults are DeepSpeed's and stand there; only types are checked here."""
+    """What a stage's `deepspeed` may hold. The defaults are DeepSpeed's own, not these; only types are checked here."""
 
     zero_optimization: ZeroOptimization = Field(default_factory=ZeroOptimization)
     zero_force_ds_cpu_optimizer: StrictBool = True
@@ -220,7 +220,7 @@ REFUSED = {
     "zero_optimization.elastic_checkpoint": _OWN_CHECKPOINTS,
     "zero_optimization.pipeline_loading_checkpoint": _OWN_CHECKPOINTS,
     "zero_optimization.legacy_stage1": _REMOVED,
-    "zero_optimization.zenflow": "replaces the optimizer, which is the recipe's to say; take it out",
+    "zero_optimization.zenflow": "replaces the optimizer, which the recipe sets; take it out",
     "zero_optimization.save_muon_momentum_buffer_in_memory": "is for DeepSpeed's own Muon; take it out",
     "zero_optimization.mics_shard_size": _REMOVED,
     "zero_optimization.mics_hierarchical_params_gather": _REMOVED,
@@ -239,15 +239,15 @@ _ZERO_3 = {
     "zero_quantized_nontrainable_weights",
     "zero_quantized_weights",
 }
-"""What other ZeRO stages pass over, beside the keys that begin with "stage3_"."""
+"""Keys that only ZeRO 3 uses, in addition to those that begin with "stage3_"."""
 
 
-def check(options: dict[str, Any], here: str, *, muon: bool) -> None:
-    """Finds what is wrong with a stage's `deepspeed`.
+def check(options: dict[str, object], here: str, *, muon: bool) -> None:
+    """Checks a stage's `deepspeed`.
 
     Raises:
-        UserError: an option that is the trainer's, one that DeepSpeed does not know (with the nearest that it does), a
-            value that cannot be, options that contradict one another.
+        UserError: an option that the trainer sets, one that DeepSpeed does not know (with the nearest that it does), an
+            invalid value, or options that contradict each other.
     """
     _check_names(options, Options, "", here)
     try:
@@ -260,7 +260,7 @@ def check(options: dict[str, Any], here: str, *, muon: bool) -> None:
     _check_zero(found, here, muon)
 
 
-def _check_names(options: dict[Any, Any], block: type[BaseModel], prefix: str, here: str) -> None:
+def _check_names(options: dict[str, object], block: type[BaseModel], prefix: str, here: str) -> None:
     known = names_of(block)
     refused = {k.removeprefix(prefix) for k in REFUSED if k.startswith(prefix) and "." not in k.removeprefix(prefix)}
     for key, value in options.items():
@@ -316,7 +316,7 @@ def _check_zero(found: Options, here: str, muon: bool) -> None:
                 "raise that, or take it out"
             )
         if block.device == "nvme" and not block.nvme_path:
-            raise UserError(f"{here}: deepspeed.zero_optimization.{name} is on nvme and gives no nvme_path; add it")
+            raise UserError(f"{here}: deepspeed.zero_optimization.{name} is on nvme without nvme_path; add it")
     offload = zero.offload_optimizer
     if offload is None or offload.device == "none":
         return
@@ -327,18 +327,18 @@ def _check_zero(found: Options, here: str, muon: bool) -> None:
         )
     if found.zero_force_ds_cpu_optimizer:
         raise UserError(
-            f"{here}: deepspeed.zero_optimization.offload_optimizer wants DeepSpeed's own Adam unless "
+            f"{here}: deepspeed.zero_optimization.offload_optimizer requires DeepSpeed's own Adam unless "
             "deepspeed.zero_force_ds_cpu_optimizer is false; set that: the optimizer is the recipe's"
         )
 
 
 def names_of(block: type[BaseModel]) -> set[str]:
-    """The names under which a block's options may be written, aliases too."""
+    """The names of a block's options, with aliases."""
     return {name for key, field in block.model_fields.items() for name in (key, field.alias) if name}
 
 
 def block_of(block: type[BaseModel], key: str) -> type[BaseModel] | None:
-    """The block that an option holds, if it holds one."""
+    """The block that is an option's value, if it is one."""
     field = block.model_fields.get(key)
     options = getattr(field.annotation, "__args__", (field.annotation,)) if field else ()
     return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)

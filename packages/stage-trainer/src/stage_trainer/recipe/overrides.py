@@ -1,4 +1,4 @@
-"""Overrides of a recipe, `key=value`: where they go, and what was meant where they go nowhere."""
+"""Overrides of a recipe, `key=value`: sets them, and suggests the nearest key for an unknown one."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from vision_tower.config import VisionTowerConfig
 
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import deepspeed
-from stage_trainer.recipe.schema import Model, Recipe, Stage
+from stage_trainer.recipe.schema import ModelConfig, Recipe, Stage
 from stage_trainer.recipe.tower_rules import fields_of
 from stage_trainer.recipe.yaml_text import Ours, parse
 
 _FREE = {
-    (Model, "text"): TextTowerConfig,
-    (Model, "vision"): VisionTowerConfig,
+    (ModelConfig, "text"): TextTowerConfig,
+    (ModelConfig, "vision"): VisionTowerConfig,
     (Stage, "deepspeed"): deepspeed.Options,
 }
-"""What describes a mapping that the schema leaves open."""
+"""The schema of mappings that the recipe's own schema leaves open."""
 
 
 def apply(tree: dict[str, Any], item: str, stage: int | None) -> str:
@@ -29,10 +29,10 @@ def apply(tree: dict[str, Any], item: str, stage: int | None) -> str:
 
     Args:
         item: `key=value`, see `read.load`.
-        stage: the stage, from 1, that bare stage keys mean.
+        stage: the stage, from 1, to which bare stage keys refer.
 
     Raises:
-        UserError: no key=value, a key that the recipe does not have (with the nearest that it has), no YAML.
+        UserError: not key=value, an unknown key (with the nearest right one), or a value that is not YAML.
     """
     key, equals, text = item.partition("=")
     if not equals or not key:
@@ -102,7 +102,7 @@ def _unknown(item: str, before: list[str], part: str, known: Sequence[str]) -> s
 
 
 def _deeper(part: str) -> list[str]:
-    """Places one level down, where a key of that name stands."""
+    """Places one level down that have a key of that name."""
     return [
         f"{name}.{part}"
         for cls in (Recipe, Stage)
@@ -112,7 +112,7 @@ def _deeper(part: str) -> list[str]:
 
 
 def known_at(location: Sequence[Any]) -> list[str]:
-    """The keys that a mapping at a place of the recipe can have; none where anything goes."""
+    """The keys that the mapping at a place of the recipe can have; empty if any key is allowed."""
     place: Any = Recipe
     for part in location:
         if not isinstance(part, int) and not str(part).isdecimal():
@@ -120,8 +120,8 @@ def known_at(location: Sequence[Any]) -> list[str]:
     return _fields(place)
 
 
-def short(value: Any) -> str:
-    """As it was typed, or the beginning of that."""
+def short(value: object) -> str:
+    """The `repr` of a value, shortened if it is long."""
     shown = repr(value)
     return shown if len(shown) <= 100 else f"{shown[:100]} …"
 
@@ -131,7 +131,7 @@ def _fields(place: Any) -> list[str]:
 
 
 def _inside(place: Any, key: str) -> Any:
-    """What describes the value under a key: a dataclass, DeepSpeed's options (which `deepspeed.check` checks), None."""
+    """The schema of the value under a key: a dataclass, DeepSpeed's options (see `deepspeed.check`), or None."""
     if (place, key) in _FREE:
         return _FREE[place, key]
     if not dataclasses.is_dataclass(place):

@@ -1,4 +1,4 @@
-"""What numbers of a recipe can mean, by their place in it."""
+"""Ranges of the recipe's numbers, by their key."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stage_trainer.errors import UserError
 from stage_trainer.recipe.schema import Recipe, Stage
 
 LARGEST = 2**53
-"""Whole numbers up to here are exact wherever they go: in TensorBoard, in JSON, as a float."""
+"""Integers up to here are exact everywhere: in TensorBoard, in JSON, as a float."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ OF_RECIPE = {
 
 OF_STAGE = {
     "steps": ONE_OR_MORE,
-    "max_tokens": Range(3),  # the marks at both ends, and something between them
+    "max_tokens": Range(3),  # the special tokens at both ends, and one between them
     "batch.image_text": ZERO_OR_MORE,
     "batch.text": ZERO_OR_MORE,
     "batch.masked_lm": ZERO_OR_MORE,
@@ -88,11 +88,7 @@ OF_STAGE = {
 
 
 def check_ranges(holder: Recipe | Stage, ranges: Mapping[str, Range], here: str) -> None:
-    """Numbers that are out of their range; each one of several counts, and a missing one does not.
-
-    Raises:
-        UserError: names the first.
-    """
+    """UserError for the first number out of its range; of a list every number is checked, None is not."""
     for path, expected in ranges.items():
         value: Any = reduce(getattr, path.split("."), holder)
         several = isinstance(value, tuple)
@@ -101,12 +97,8 @@ def check_ranges(holder: Recipe | Stage, ranges: Mapping[str, Range], here: str)
             raise UserError(f"{here}: {path} is {found}; expected {each}{expected}")
 
 
-def check_leaves(recipe: dict[str, Any], where: str) -> None:
-    """What no number and no text of a recipe can be.
-
-    Raises:
-        UserError: a number that is not finite or too large, an empty text, a NUL, which no path can hold.
-    """
+def check_leaves(recipe: object, where: str) -> None:
+    """UserError for a number that is not finite or too large, an empty text, or a NUL, which no path can hold."""
     for path, value in _leaves(recipe):
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{where}: {path} is {value}; expected a finite number")
@@ -118,7 +110,7 @@ def check_leaves(recipe: dict[str, Any], where: str) -> None:
             raise UserError(f"{where}: {path} is empty; write what is meant, or leave it out")
 
 
-def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(tree: object, path: str = "") -> Iterator[tuple[str, object]]:
     """(dotted path, value) of all that is neither a mapping nor a list; stages are counted from 1."""
     if isinstance(tree, dict):
         for key, value in tree.items():

@@ -1,4 +1,4 @@
-"""Reading a recipe's file, with overrides; every mistake is one sentence that names the key and the remedy."""
+"""Reads a recipe's file, with overrides; every mistake is one sentence that names the key and the remedy."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from stage_trainer.data.remote import Address, is_remote
 from stage_trainer.errors import UserError
+from stage_trainer.recipe.address import Address, is_remote
 from stage_trainer.recipe.overrides import apply, known_at, short
 from stage_trainer.recipe.rules import check
 from stage_trainer.recipe.schema import GradientCache, Recipe
@@ -21,7 +21,7 @@ from stage_trainer.recipe.yaml_text import Ours, parse
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A recipe, the dotted paths of the values that its file tags `!ours`, and of all that it states at all."""
+    """A recipe, the dotted paths of the values that its file tags `!ours`, and those of all values that it states."""
 
     recipe: Recipe
     ours: frozenset[str]
@@ -29,18 +29,18 @@ class Loaded:
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), stage: int | None = None, *, ranks: int = 1) -> Loaded:
-    """Reads and checks a recipe. Nothing here imports torch, so that a mistake is told at once.
+    """Reads and checks a recipe, without importing torch, so that a mistake is reported at once.
 
     Args:
         path: the YAML file.
         overrides: `key=value` strings; the key is a dotted path (`optimizer.name`, `stages.1.steps`), or, with `stage`
             given, one of a stage's own fields (`steps`, `batch.text`); the value is YAML.
-        stage: the stage, from 1, that is to run, and that bare stage keys of `overrides` mean.
-        ranks: processes that are to share a batch.
+        stage: the stage to run, from 1; bare stage keys of `overrides` refer to it.
+        ranks: processes that will share a batch.
 
     Raises:
-        UserError: a file that is missing or no YAML, an unknown key (with the nearest right one), a wrong type, or what
-            cannot be meant (`recipe.rules`).
+        UserError: the file is missing or not YAML, a key is unknown (with the nearest right one), a type is wrong, or a
+            rule is violated (`recipe.rules`).
     """
     tree = parse(_text(Path(path)), str(path))
     if not isinstance(tree, dict):
@@ -78,10 +78,10 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     return dataclasses.asdict(recipe)
 
 
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(tree: object, prefix: str = "") -> dict[str, Any]:
     """{"batch": {"text": 4}} → {"batch.text": 4}; sequences are leaves unless they hold mappings.
 
-    It is for checkpoints and screens: addresses lose their credentials.
+    For checkpoints and screens: credentials are removed from addresses.
     """
     if isinstance(tree, dict) and tree:
         parts = [(str(k), v) for k, v in tree.items()]
@@ -92,13 +92,13 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key, value in parts for k, v in flatten(value, f"{prefix}.{key}" if prefix else key).items()}
 
 
-def _shown(value: Any) -> Any:
+def _shown(value: object) -> object:
     if isinstance(value, list | tuple):
         return type(value)(map(_shown, value))
     return str(Address(value)) if isinstance(value, str) and is_remote(value) else value
 
 
-def _strip_marks(tree: Any, path: str, ours: set[str]) -> Any:
+def _strip_marks(tree: object, path: str, ours: set[str]) -> Any:
     if isinstance(tree, Ours):
         ours.add(path)
         return _strip_marks(tree.value, path, ours)
@@ -110,11 +110,11 @@ def _strip_marks(tree: Any, path: str, ours: set[str]) -> Any:
 
 
 def _explain(error: ValidationError, file: str, overridden: dict[str, str]) -> str:
-    """What is wrong, each fault with the file or the override that it is from."""
+    """All faults, each with the file or the override that it is from."""
     faults: dict[str, list[str]] = {}
     for fault in error.errors():
         if fault["type"] == "literal_error" and isinstance(fault["input"], dict):
-            continue  # of "a mapping or the word auto" a mapping was meant, and what is wrong with it is another fault
+            continue  # of "a mapping or the word auto" the mapping was meant, whose own fault is another one
         location = [p for p in fault["loc"] if p != GradientCache.__name__ and not str(p).startswith("literal[")]
         place = ".".join(map(str, location))
         source = next(
@@ -126,8 +126,8 @@ def _explain(error: ValidationError, file: str, overridden: dict[str, str]) -> s
     return "; ".join(f"{source}: {'; '.join(told)}" for source, told in faults.items())
 
 
-def _sentence(fault: Any, location: list[Any]) -> str:
-    """Stages are counted from 1, as everywhere that a person sees them."""
+def _sentence(fault: Any, location: list[str | int]) -> str:
+    """Stages are counted from 1, as everywhere in messages."""
     shown = [
         str(p + 1) if i and location[i - 1] == "stages" and isinstance(p, int) else str(p)
         for i, p in enumerate(location)
@@ -138,5 +138,5 @@ def _sentence(fault: Any, location: list[Any]) -> str:
     if fault["type"] in ("missing", "missing_argument"):
         return f"{path!r} is missing; add it"
     expected = fault["msg"].removeprefix("Value error, ").replace("tuple", "list")
-    expected = re.sub(r"dictionary( or an? instance of \w+)?", "mapping", expected)  # in the words of YAML
+    expected = re.sub(r"dictionary( or an? instance of \w+)?", "mapping", expected)  # YAML's terms
     return f"{path!r}: {expected}; found {short(fault['input'])}"

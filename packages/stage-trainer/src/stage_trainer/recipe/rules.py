@@ -1,7 +1,7 @@
-"""What a recipe cannot mean: every rule that its types do not state, checked when it is read, before torch is there.
+"""The rules for a recipe that its types do not state, checked when it is read, before torch is imported.
 
 By subject: numbers and texts (`ranges`), the towers (`tower_rules`), a stage (`stage_rules`), DeepSpeed's options
-(`deepspeed`); what is about the recipe as a whole stands here.
+(`deepspeed`), and here what concerns the recipe as a whole.
 """
 
 from __future__ import annotations
@@ -10,24 +10,33 @@ import dataclasses
 from collections.abc import Sequence
 
 from stage_trainer.errors import UserError
-from stage_trainer.measure import OF_HIDDEN_WORDS, OF_PAIRS
 from stage_trainer.recipe import deepspeed
 from stage_trainer.recipe.ranges import OF_RECIPE, OF_STAGE, check_leaves, check_ranges
-from stage_trainer.recipe.schema import Model, Recipe
+from stage_trainer.recipe.schema import ModelConfig, Recipe
 from stage_trainer.recipe.stage_rules import check_stage
 from stage_trainer.recipe.tower_rules import check_towers
 
+EMBEDDING_METRICS = (
+    "validation_recall_at_5_",
+    "validation_ndcg_at_5_",
+    "validation_ndcg_at_10_",
+    "validation_spearman_",
+    "modality_gap/",
+)
+MASKED_LM_METRICS = ("validation_loss_masked_lm/",)
+"""How the names of all metrics begin that a stage of either kind measures; the rest of a name depends on the data."""
+
 
 def check(recipe: Recipe, where: str, *, stage: int | None = None, ranks: int = 1) -> None:
-    """Every rule.
+    """Checks every rule.
 
     Args:
         where: the recipe's name in messages.
-        stage: the one that is to run, from 1; None: any may.
+        stage: the stage that is to run, from 1; None: any may.
         ranks: processes that share a batch.
 
     Raises:
-        UserError: the first thing that cannot be meant: what was found, what was expected, what to do.
+        UserError: the first violation: what was found, what was expected, what to do.
     """
     check_leaves(dataclasses.asdict(recipe), where)
     check_ranges(recipe, OF_RECIPE, where)
@@ -50,11 +59,7 @@ def check(recipe: Recipe, where: str, *, stage: int | None = None, ranks: int = 
 
 
 def check_ranks(recipe: Recipe, number: int, ranks: int, where: str) -> None:
-    """Every rank needs a sample of each task.
-
-    Raises:
-        UserError: there are fewer.
-    """
+    """UserError unless every rank gets at least one sample of each task."""
     for task, size in dataclasses.asdict(recipe.stage(number).batch).items():
         if 0 < size < ranks:
             raise UserError(
@@ -84,7 +89,7 @@ def _check_evaluation(recipe: Recipe, numbers: Sequence[int], where: str) -> Non
                 f"{where}: checkpoint.best is {best!r}, but stage {number} measures nothing: evaluation.pools is "
                 "empty; name held-out data sets there, or leave checkpoint.best out"
             )
-    begins = {b for n in numbers for b in (OF_HIDDEN_WORDS if recipe.stage(n).masked else OF_PAIRS)}
+    begins = {b for n in numbers for b in (MASKED_LM_METRICS if recipe.stage(n).masked else EMBEDDING_METRICS)}
     if not best.startswith(tuple(begins)):
         raise UserError(
             f"{where}: checkpoint.best is {best!r}, which is not measured on held-out data; what is begins with "
@@ -92,8 +97,8 @@ def _check_evaluation(recipe: Recipe, numbers: Sequence[int], where: str) -> Non
         )
 
 
-def _check_model(model: Model, where: str) -> None:
-    """Where the model is from."""
+def _check_model(model: ModelConfig, where: str) -> None:
+    """The model's sources."""
     text, vision = model.text_weights or model.weights, model.vision_weights or model.weights
     if model.tokenizer is None and not text:
         raise UserError(f"{where}: 'model.tokenizer' is missing; add it, or weights that have one")

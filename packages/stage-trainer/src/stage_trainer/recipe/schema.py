@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict
 from pydantic.dataclasses import dataclass
@@ -18,20 +18,20 @@ from stage_trainer.errors import UserError
 _STRICT = ConfigDict(extra="forbid", strict=False)
 
 
-def _no_truth(value: Any) -> Any:
+def _no_bool(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError("a number is expected here, and true or false is none")
     return value
 
 
-Int = Annotated[int, BeforeValidator(_no_truth)]
-Float = Annotated[float, BeforeValidator(_no_truth)]
-"""Numbers of YAML. A `true` would otherwise pass for 1; 1e5 passes for 100000 where whole numbers are expected."""
+Int = Annotated[int, BeforeValidator(_no_bool)]
+Float = Annotated[float, BeforeValidator(_no_bool)]
+"""Numbers of YAML. `true` is refused, which pydantic would take for 1; 1e5 is accepted as an integer."""
 
 
 @dataclass(frozen=True, config=_STRICT)
 class PerTask:
-    """The step from which a task takes part, or the global batch sizes."""
+    """One number for each task: the step from which it takes part, or the global batch size."""
 
     image_text: Int = 0
     text: Int = 0
@@ -39,7 +39,7 @@ class PerTask:
 
 @dataclass(frozen=True, config=_STRICT)
 class BatchSizes(PerTask):
-    """Global batch sizes: of pairs, or, in a stage of masked-language-model training, of texts and nothing else."""
+    """Global batch sizes, in pairs; in a stage of masked-language-model training only `masked_lm`, in texts."""
 
     masked_lm: Int = 0
 
@@ -55,7 +55,7 @@ class PerTower:
 @dataclass(frozen=True, config=_STRICT)
 class Rates:
     """Peak learning rates. The image tower and the temperature of the image-text loss train at `image`, the text tower
-    and the temperature of the text loss at `text`. None: left out, which is for where nothing trains at it."""
+    and the temperature of the text loss at `text`. May be left out (None) only if nothing trains at it."""
 
     image: Float | None = None
     text: Float | None = None
@@ -63,7 +63,7 @@ class Rates:
 
 @dataclass(frozen=True, config=_STRICT)
 class Trainable:
-    """Which parameters train: `all`, `none`, or for the text tower the LoRA `adapters` alone."""
+    """Which parameters train: `all`, `none`, or of the text tower only the LoRA `adapters`."""
 
     image: Literal["all", "none"] = "all"
     text: Literal["all", "adapters", "none"] = "all"
@@ -74,8 +74,8 @@ class Source:
     """A data set (a directory with a manifest, below the corpus, or a URL) and how often it is drawn, relative to the
     others of its task.
 
-    Of texts that say the same in several languages one is drawn; `target_language` names the one that targets of text
-    pairs shall have where there is a choice (English as the pivot of thirty languages, say).
+    Where a sample has its text in several languages one is drawn; `target_language` names the language to prefer for
+    the targets of text pairs (English as the pivot of thirty languages, for example).
     """
 
     path: str
@@ -85,8 +85,8 @@ class Source:
 
 @dataclass(frozen=True, config=_STRICT)
 class StageData:
-    """The data sets of each task; those of `masked_lm` (text pairs or triplets, as single texts) have no rates: how
-    often a language is drawn follows from how many texts it has."""
+    """The data sets of each task. Those of `masked_lm` (text pairs or triplets, as single texts) have no rates: how
+    often a language is drawn depends on its number of texts."""
 
     image_text: tuple[Source, ...] = ()
     text: tuple[Source, ...] = ()
@@ -94,7 +94,7 @@ class StageData:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Loss:
+class LossConfig:
     """Matryoshka InfoNCE, summed over `dims`. `multi_task`: a loss and a temperature for each task (paper, sections 3.3
     and 3.4). `unified`: one for the pairs of both tasks in one batch, and for two strongly augmented views of each
     image unless `image_views` is false (section 5.2; `contrastive_losses.unified_info_nce`)."""
@@ -106,26 +106,26 @@ class Loss:
 
     @property
     def views(self) -> int:
-        """Augmented views of each image, beside the one that its caption is for."""
+        """Augmented views of each image, in addition to the one that goes with its caption."""
         return 2 if self.kind == "unified" and self.image_views else 0
 
     def unified_pairs(self, captions: int, pairs: int) -> int:
-        """Pairs of a unified loss, of so many captioned images and text pairs; 0 where each task has its own loss."""
+        """Pairs of a unified loss over so many captioned images and text pairs; 0 if each task has its own loss."""
         return captions * (1 + self.views // 2) + pairs if self.kind == "unified" else 0
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Masking:
-    """Masked-language-model training: the `share` of the words that are hidden, and languages drawn in proportion to
-    their number of texts to the power of `language_exponent` (both as in XLM-R, arXiv 1911.02116)."""
+class MaskingConfig:
+    """Masked-language-model training: the `share` of words that are masked; languages are drawn in proportion to their
+    number of texts to the power of `language_exponent` (both as in XLM-R, arXiv 1911.02116)."""
 
     share: Float = 0.15
     language_exponent: Float = 0.3
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Augmentation:
-    """Random resized crop of training images: share of the area kept, aspect ratios, flips, colour jitter."""
+class AugmentationConfig:
+    """Random resized crops of training images: share of the area kept, aspect ratios, flips, colour jitter."""
 
     scale: tuple[Float, Float] = (0.9, 1.0)
     ratio: tuple[Float, Float] = (0.75, 1.3333)
@@ -136,8 +136,8 @@ class Augmentation:
 @dataclass(frozen=True, config=_STRICT)
 class GradientCache:
     """Chunks of a rank's part of a batch, for gradient caching: images and text tokens in one forward pass (0: all).
-    Masked-language-model training needs no cache: its chunks' gradients are added up. In place of sizes, `auto` settles
-    them, or on none, by the memory that a run finds (`plan.auto`)."""
+    Masked-language-model training needs no cache: its chunks' gradients are added up. `auto` instead of sizes chooses
+    them, or no chunks, by the memory that is free when the run starts (`plan.auto`)."""
 
     images: Int = 0
     tokens: Int = 0
@@ -145,11 +145,11 @@ class GradientCache:
 
 @dataclass(frozen=True, config=_STRICT)
 class Stage:
-    """One stage. `resolution` and `patch_dropout` are lists of [from_step, value]. It starts from the model that the
-    stage before left, and with `carry_optimizer` from its optimizer's moments, too, by parameter name.
+    """One stage. `resolution` and `patch_dropout` are lists of [from_step, value]. It starts from the previous stage's
+    model, and with `carry_optimizer` also from its optimizer's moments, by parameter name.
 
-    A stage with `batch.masked_lm` trains the text tower alone, to predict hidden words; nothing that is about images,
-    pairs or embeddings bears on it, and it needs no `resolution` and no `loss`.
+    A stage with `batch.masked_lm` trains only the text tower, to predict masked words. Fields for images, pairs or
+    embeddings do not apply to it, and it needs no `resolution` and no `loss`.
     """
 
     steps: Int
@@ -158,14 +158,14 @@ class Stage:
     lr: Rates
     data: StageData
     resolution: tuple[tuple[Int, Int], ...] = ()
-    loss: Loss = field(default_factory=Loss)
-    masking: Masking = field(default_factory=Masking)
+    loss: LossConfig = field(default_factory=LossConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
     layer_decay: PerTower = field(default_factory=PerTower)
     warmup_steps: Int = 0
     min_lr_ratio: Float = 0.0
     patch_dropout: tuple[tuple[Int, Float], ...] = ((0, 0.0),)
     task_start: PerTask = field(default_factory=PerTask)
-    augmentation: Augmentation = field(default_factory=Augmentation)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     trainable: Trainable = field(default_factory=Trainable)
     carry_optimizer: bool = False
     gradient_cache: GradientCache | Literal["auto"] | None = None
@@ -188,7 +188,7 @@ class Stage:
 
     @property
     def chunks(self) -> GradientCache | None:
-        """The sizes of `gradient_cache`; None for none, and for an `auto` that nobody has settled yet."""
+        """The sizes of `gradient_cache`; None for none, and for an `auto` that has not been resolved yet."""
         return self.gradient_cache if isinstance(self.gradient_cache, GradientCache) else None
 
     def resolution_at(self, step: int) -> int:
@@ -199,7 +199,7 @@ class Stage:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Optimizer:
+class OptimizerConfig:
     """`adamw` as in the paper, or `muon`: Muon on the weight matrices of the blocks, AdamW on everything else.
 
     Muon's rate is the stage's rate times `muon_lr_scale`, that of the word embeddings times `embedding_lr_scale`.
@@ -216,39 +216,39 @@ class Optimizer:
 
 
 NEW_TEMPERATURE = 0.07
-"""As CLIP's (arXiv 2103.00020)."""
+"""CLIP's (arXiv 2103.00020)."""
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Override:
-    """What shall be other than the weights have it: fields of a tower, and where both temperatures start."""
+    """What replaces the weights' own values: fields of a tower, and the initial value of both temperatures."""
 
-    text: dict[str, Any] = field(default_factory=dict)
-    vision: dict[str, Any] = field(default_factory=dict)
+    text: dict[str, object] = field(default_factory=dict)
+    vision: dict[str, object] = field(default_factory=dict)
     temperature: Float | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Model:
+class ModelConfig:
     """Fields of `TextTowerConfig` and `VisionTowerConfig`; weights to start from; the tokenizer's file.
 
     A recipe whose stages are all masked-language-model training needs no `vision`.
 
     `weights` is a whole model: a directory that `export` wrote or a checkpoint's `model/`, or one of jina-clip-v2;
-    `text_weights` and `vision_weights` are towers, directories or hub names that their `from_pretrained` (or timm)
-    read, and go before it. Without any the towers start from random weights.
+    `text_weights` and `vision_weights` are single towers, directories or hub names that their `from_pretrained` (or
+    timm) reads, and take precedence. Without any of them the towers start from random weights.
 
     Weights bring what belongs to them: shapes, rotary base, epsilons, adapters with their rank and alpha, instructions,
-    and a whole model's temperatures and, where `tokenizer` is left out, its tokenizer. `text` and `vision` then need
-    not say it, and may not say otherwise, but under `override`. Dropout, lengths, checkpointing, attention and
-    compilation are the recipe's (`max_length`, where it is left out, the weights').
+    and a whole model's temperatures and, if `tokenizer` is left out, its tokenizer. `text` and `vision` need not state
+    these, and may state other values only under `override`. Dropout, lengths, checkpointing, attention and compilation
+    are the recipe's (`max_length`, if it is left out, the weights').
 
-    `temperature` is where both temperatures of a new model start (None: `NEW_TEMPERATURE`).
+    `temperature` is the initial value of both temperatures of a new model (None: `NEW_TEMPERATURE`).
     """
 
-    text: dict[str, Any] = field(default_factory=dict)
+    text: dict[str, object] = field(default_factory=dict)
     tokenizer: str | None = None
-    vision: dict[str, Any] | None = None
+    vision: dict[str, object] | None = None
     weights: str | None = None
     text_weights: str | None = None
     vision_weights: str | None = None
@@ -257,22 +257,21 @@ class Model:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Evaluation:
-    """What is measured on validation pools every `every` steps (0: never): recall@5 on data sets of captioned images
-    (of pages that answer queries nDCG@5, too), nDCG@10 on text pairs, Spearman's correlation where these have a
-    "score". A stage of masked-language-model training measures its loss on the validation split of its own data
-    instead."""
+class EvaluationConfig:
+    """Validation every `every` steps (0: never): recall@5 on data sets of captioned images (also nDCG@5 on pages that
+    answer queries), nDCG@10 on text pairs, Spearman's correlation where these have a "score". A stage of
+    masked-language-model training measures its loss on the validation split of its own data instead."""
 
     every: Int = 0
     pools: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Checkpoint:
+class CheckpointConfig:
     """A checkpoint every `every` steps (0: only at the end and at a change of resolution); the newest `keep` stay.
 
-    `best` names something that is measured in training, as TensorBoard shows it ("validation_recall_at_5_emoji/text to
-    image"): whenever that is better than before, a checkpoint is written, and the best one stays too.
+    `best` names a validation metric by its TensorBoard tag ("validation_recall_at_5_emoji/text to image"): whenever it
+    improves, a checkpoint is written, and the best one is kept as well.
     """
 
     every: Int = 0
@@ -281,15 +280,15 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Remote:
-    """How data under URLs is read: a `corpus` or `path` that is https://…, s3://…, gs://…, hf://… or what else fsspec
-    opens.
+class RemoteConfig:
+    """How data under URLs is read: a `corpus` or `path` that is https://…, s3://…, gs://…, hf://… or any other URL that
+    fsspec opens.
 
-    Shards are fetched whole into the folder `cache`, which all processes of a machine share, and other runs may; of
-    its files, beyond `gigabytes` (none: no limit), those that were not read for the longest go. `downloads` at once are
-    fetched before they are needed. A server that is silent for `timeout` seconds, or fails in a way that may pass, is
-    asked `retries` times more. `pipe:COMMAND` is a shell command that prints the file for which its {name} stands: only
-    with `allow_pipe`.
+    Whole shards are fetched into the folder `cache`, which all processes of a machine share, also those of other runs.
+    Beyond `gigabytes` (None: no limit) the least recently read files are evicted. Up to `downloads` files are
+    prefetched at once. If a server is silent for `timeout` seconds or fails in a way that may be temporary, the request
+    is repeated up to `retries` times. `pipe:COMMAND` is a shell command that prints the file whose name replaces its
+    {name}; it needs `allow_pipe`.
     """
 
     cache: str = "~/.cache/trilith"
@@ -304,32 +303,31 @@ class Remote:
 class Recipe:
     """A whole training, from the start to the last stage.
 
-    `precision` is what the towers compute in; `auto` is bf16 where the machine multiplies in bfloat16 and fp32 where it
-    would have to emulate that, which is up to ten times slower than fp32. Of the samples drawn, up to the share
-    `max_corrupt` may be unreadable or of no use; they are replaced and entered in `corrupt.jsonl`. A step whose
-    gradient is not finite is skipped; `max_skipped` in a row end the run. `sinks` take the scalars beside TensorBoard
-    ("module:callable", see `stage_trainer.run.monitor.Sink`). Each process keeps `cache_megabytes` of decoded samples
-    in main memory.
+    `precision` is that of the towers' computation; `auto` is bf16 if the machine multiplies in bfloat16, and else fp32,
+    since emulated bf16 is up to ten times slower. Up to the share `max_corrupt` of the samples drawn may be unreadable
+    or unusable; they are replaced and entered in `corrupt.jsonl`. A step whose gradient is not finite is skipped;
+    `max_skipped` in a row end the run. `sinks` receive the scalars in addition to TensorBoard ("module:callable", see
+    `stage_trainer.run.monitor.Sink`). Each process keeps `cache_megabytes` of decoded samples in main memory.
     """
 
     name: str
     output: str
     corpus: str
-    model: Model
+    model: ModelConfig
     stages: tuple[Stage, ...]
     paper: str | None = None
     seed: Int = 0
     precision: Literal["bf16", "fp32", "auto"] = "bf16"
     workers: Int = 0
     cache_megabytes: Int = 0
-    remote: Remote = field(default_factory=Remote)
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
     max_corrupt: Float = 0.01
     max_skipped: Int = 5
     log_every: Int = 10
     sinks: tuple[str, ...] = ()
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    evaluation: Evaluation = field(default_factory=Evaluation)
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def stage(self, number: int) -> Stage:
         """The stage of that number, counted from 1."""
@@ -341,7 +339,10 @@ class Recipe:
         return Path(self.output) / f"stage{number}"
 
 
-def at_step(schedule: tuple[tuple[int, Any], ...], step: int) -> Any:
+_T = TypeVar("_T")
+
+
+def at_step(schedule: tuple[tuple[int, _T], ...], step: int) -> _T:
     """The value of a [[from_step, value], …] schedule at `step`."""
     value = schedule[0][1]
     for start, candidate in schedule:

@@ -1,4 +1,4 @@
-"""What a stage cannot mean."""
+"""Rules for one stage."""
 
 from __future__ import annotations
 
@@ -7,11 +7,7 @@ from stage_trainer.recipe.schema import NEW_TEMPERATURE, GradientCache, Recipe, 
 
 
 def check_stage(recipe: Recipe, number: int, here: str) -> None:
-    """Rules for one stage, whose numbers are in their ranges.
-
-    Raises:
-        UserError: names what cannot be meant.
-    """
+    """UserError if the stage, whose numbers are in their ranges, violates a rule."""
     stage = recipe.stage(number)
     if stage.masked:
         _check_masked_lm(recipe, number, here)
@@ -24,13 +20,13 @@ def check_stage(recipe: Recipe, number: int, here: str) -> None:
     _check_gradient_cache(stage, here)
     if stage.carry_optimizer and (number == 1 or recipe.stage(number - 1).masked != stage.masked):
         raise UserError(
-            f"{here}: 'carry_optimizer' goes on with the moments of a stage of the same kind before, and there is "
+            f"{here}: 'carry_optimizer' continues with the moments of a previous stage of the same kind, and there is "
             "none; leave it out"
         )
 
 
 def _check_pairs(recipe: Recipe, stage: Stage, here: str) -> None:
-    """A stage that learns from pairs."""
+    """A stage that trains on pairs."""
     model = recipe.model
     if model.vision is None and not (model.weights or model.vision_weights):
         raise UserError(
@@ -53,8 +49,8 @@ def _check_pairs(recipe: Recipe, stage: Stage, here: str) -> None:
     dims = stage.loss.dims
     if not dims or len(set(dims)) < len(dims):
         raise UserError(
-            f"{here}: loss.dims is {list(dims)}; expected the prefixes of an embedding that shall stand alone, each "
-            "once, such as [1024, 512, 256]"
+            f"{here}: loss.dims is {list(dims)}; expected the prefixes of an embedding that are to be used alone, "
+            "each once, such as [1024, 512, 256]"
         )
     temperature = model.override.temperature or model.temperature
     if temperature is None and not (model.weights or (model.text_weights and model.vision_weights)):
@@ -75,7 +71,7 @@ def _check_schedule(stage: Stage, name: str, here: str) -> None:
     if starts[-1] >= stage.steps:
         raise UserError(
             f"{here}: {name!r} changes at step {starts[-1]}, but the stage ends after {stage.steps} steps "
-            f"(0 to {stage.steps - 1}); take that change out, or let it come sooner"
+            f"(0 to {stage.steps - 1}); remove that change, or move it to an earlier step"
         )
 
 
@@ -86,7 +82,7 @@ def _check_tasks(stage: Stage, here: str) -> None:
         if start >= stage.steps:
             raise UserError(
                 f"{here}: task_start.{task} is {start}, but the stage ends after {stage.steps} steps; "
-                f"let it come sooner, or set batch.{task} to 0"
+                f"lower it, or set batch.{task} to 0"
             )
     if (first := min(starts.values())) > 0:
         raise UserError(f"{here}: no task takes part before step {first}; let one of {', '.join(starts)} start at 0")
@@ -96,7 +92,7 @@ def _check_tasks(stage: Stage, here: str) -> None:
         if any(starts.values()):
             raise UserError(f"{here}: a unified loss is over both tasks in every step; leave 'task_start' out")
     if stage.batch.image_text == 1 and stage.loss.kind == "multi_task":
-        raise UserError(f"{here}: batch.image_text is 1, and a pair alone has nothing to be told from; raise it")
+        raise UserError(f"{here}: batch.image_text is 1, and a single pair has no negatives; raise it")
 
 
 def _check_rates(stage: Stage, here: str) -> None:
@@ -149,7 +145,7 @@ def _check_gradient_cache(stage: Stage, here: str) -> None:
     cache = stage.gradient_cache
     if cache == "auto" and stage.masked:
         raise UserError(
-            f"{here}: 'gradient_cache: auto' is for stages of pairs; masked-language-model training is told the "
+            f"{here}: 'gradient_cache: auto' is for stages of pairs; masked-language-model training needs the "
             "tokens of one pass, such as {tokens: 16384}, or nothing"
         )
     if isinstance(cache, GradientCache) and (cache.images < 0 or cache.tokens < 0 or not cache.images + cache.tokens):

@@ -1,6 +1,6 @@
-"""What a recipe cannot mean by its towers: their configurations, and what stages ask of them.
+"""Rules for the towers: their configurations, and what stages require of them.
 
-Where weights are named, they decide what the recipe does not state, so only what it states can be wrong here.
+If the recipe names weights, these determine what it does not state, so only what it states is checked.
 """
 
 from __future__ import annotations
@@ -17,11 +17,7 @@ from stage_trainer.recipe.schema import Recipe
 
 
 def check_towers(recipe: Recipe, where: str) -> None:
-    """Rules for both towers.
-
-    Raises:
-        UserError: names what cannot be meant.
-    """
+    """UserError if the recipe violates a rule for the towers."""
     model, pairs = recipe.model, [stage for stage in recipe.stages if not stage.masked]
     weights = model.text_weights or model.weights
     text = _Stated(TextTowerConfig, model.text | model.override.text, weights, f"{where}: model.text")
@@ -29,7 +25,7 @@ def check_towers(recipe: Recipe, where: str) -> None:
     if model.vision is not None or weights:
         stated = (model.vision or {}) | model.override.vision
         if "resolution" in stated:
-            raise UserError(f"{where}: model.vision.resolution is a stage's to say: 'resolution' there; take it out")
+            raise UserError(f"{where}: model.vision.resolution is set by each stage's 'resolution'; take it out")
         vision = _Stated(VisionTowerConfig, stated, weights, f"{where}: model.vision")
     widths = [tower.value("width") for tower in (text, vision) if tower]
     if pairs and None not in widths and len(set(widths)) > 1:
@@ -64,18 +60,18 @@ def check_towers(recipe: Recipe, where: str) -> None:
 class _Stated:
     """A tower's configuration as far as the recipe states it."""
 
-    def __init__(self, cls: type, values: dict[str, Any], weights: str | None, where: str):
+    def __init__(self, cls: type, values: dict[str, object], weights: str | None, where: str):
         self.stated, self.weights = set(values), weights
         self.config = build_config(cls, _completed(values) if weights else values, where)
 
     def value(self, name: str) -> Any:
-        """None where it is for the weights to say."""
+        """None if the weights determine it."""
         return None if self.weights and name not in self.stated else getattr(self.config, name)
 
 
-def _completed(values: dict[str, Any]) -> dict[str, Any]:
-    """With stand-ins for what the weights say of settings that a configuration holds against each other."""
-    missing: dict[str, Any] = {}
+def _completed(values: dict[str, object]) -> dict[str, object]:
+    """`values` with placeholders for the weights' values of settings that a configuration checks against others."""
+    missing: dict[str, object] = {}
     if "width" in values:
         missing["heads"] = 1
     elif isinstance(heads := values.get("heads"), int):
@@ -87,8 +83,8 @@ def _completed(values: dict[str, Any]) -> dict[str, Any]:
     return {**missing, **values}
 
 
-def build_config(cls: type, values: dict[str, Any], where: str) -> Any:
-    """A tower's frozen config dataclass from a recipe's mapping, with the recipe's manner of error."""
+def build_config(cls: type, values: dict[str, object], where: str) -> Any:
+    """A tower's frozen config dataclass from a recipe's mapping; UserError if it is invalid."""
     known = fields_of(cls)
     if unknown := sorted(str(key) for key in set(values) - set(known)):
         raise UserError("; ".join(unknown_key(f"{where}.{key}", key, known) for key in unknown))

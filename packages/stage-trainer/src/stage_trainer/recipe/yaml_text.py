@@ -1,4 +1,4 @@
-"""A recipe's YAML: safe, with numbers and dates as people write them, and nothing that is silently dropped."""
+"""Parses a recipe's YAML: safely, with numbers and dates as people write them, and without dropping anything."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import yaml
 from stage_trainer.errors import UserError
 
 _LARGEST = 100_000
-"""Values of a recipe, with what anchors repeat."""
+"""The most values of a recipe, counting what anchors repeat."""
 
 
 class Ours:
     """A value with the tag `!ours`."""
 
-    def __init__(self, value: Any):
+    def __init__(self, value: object):
         self.value = value
 
 
 def parse(text: str, what: str) -> Any:
-    """The value of a YAML text; what is tagged `!ours` in it is an `Ours`.
+    """The value of a YAML text; a value tagged `!ours` becomes an `Ours`.
 
     Args:
         what: the text's name in messages.
 
     Raises:
-        UserError: it is no YAML, has a key twice, an anchor that holds itself, or a value that nothing can hold.
+        UserError: it is not YAML, has a key twice, an anchor that contains itself, or a value that cannot be read.
     """
     try:
         loader = _Loader(text)
@@ -61,8 +61,9 @@ class _Loader(yaml.SafeLoader):
 
 def _construct_ours(loader: yaml.SafeLoader, node: yaml.Node) -> Ours:
     if isinstance(node, yaml.ScalarNode):
-        plain = yaml.ScalarNode(loader.resolve(yaml.ScalarNode, node.value, (True, False)), node.value)
-        return Ours(loader.construct_object(plain))
+        resolve: Any = loader.resolve  # untyped in types-PyYAML
+        tag = resolve(yaml.ScalarNode, node.value, (True, False))
+        return Ours(loader.construct_object(yaml.ScalarNode(tag, node.value)))
     if isinstance(node, yaml.MappingNode):
         return Ours(loader.construct_mapping(node, deep=True))
     assert isinstance(node, yaml.SequenceNode)
@@ -80,7 +81,7 @@ _Loader.add_implicit_resolver(
 
 
 def _size(node: yaml.Node, sizes: dict[int, int], inside: set[int]) -> int:
-    """Values below a node, those of an anchor as often as they are meant."""
+    """Values below a node; an anchor's count as often as they are used."""
     if id(node) in inside:
         raise yaml.constructor.ConstructorError(None, None, "an anchor that holds itself", node.start_mark)
     if id(node) not in sizes:
@@ -97,13 +98,13 @@ def _size(node: yaml.Node, sizes: dict[int, int], inside: set[int]) -> int:
 
 
 def _check_keys(node: yaml.MappingNode) -> None:
-    """YAML's own loader takes the last of two equal keys."""
+    """Refuses equal keys, of which PyYAML would silently take the last."""
     seen = set()
     for key, _ in node.value:
         if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
             continue
         if (key.tag, key.value) in seen:
             raise yaml.constructor.ConstructorError(
-                "in a mapping", node.start_mark, f"the key {key.value!r} stands there twice", key.start_mark
+                "in a mapping", node.start_mark, f"the key {key.value!r} appears twice", key.start_mark
             )
         seen.add((key.tag, key.value))

@@ -10,7 +10,7 @@ from stage_trainer.checkpoint.broadcast import from_rank_0
 from stage_trainer.checkpoint.save import Saver
 from stage_trainer.checkpoint.state import Best, RunState
 from stage_trainer.errors import UserError
-from stage_trainer.measure import Measure
+from stage_trainer.metrics.measure import Measure
 from stage_trainer.run.hooks import Hook, Step
 from stage_trainer.run.monitor import Monitor
 from stage_trainer.run.stop_signal import StopSignal

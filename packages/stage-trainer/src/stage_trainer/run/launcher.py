@@ -1,8 +1,8 @@
 """Runs the `deepspeed` command for launch/stageN.sh: `python -m stage_trainer.run.launcher OPTIONS SCRIPT ARGUMENTS`.
 
-DeepSpeed's own processes do not wait for a checkpoint when a run is asked to stop: `deepspeed` ends at once, and
-launch.py kills the ranks after thirty seconds. Here they do not hear of it: the ranks alone do, and their exit code is
-the whole command's.
+When a run is asked to stop, DeepSpeed's own processes do not wait for its checkpoint: `deepspeed` ends at once, and
+its launch.py kills the ranks after thirty seconds. Here signals reach only the ranks, and their exit code is that of
+the whole command.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
 
 def main(options: Sequence[str] | None = None) -> int:
-    """Runs `deepspeed` with these options, and gives its exit code."""
-    # Its lines of log say nothing that the ranks do not say; who wants them adds --log_level info.
+    """Runs `deepspeed` with these options and returns its exit code."""
+    # Its log repeats what the ranks say; --log_level info shows it.
     words = ["deepspeed", "--log_level", "critical", *(sys.argv[1:] if options is None else options)]
-    if _through_ssh(words):  # then `deepspeed` is the one to tell the other machines
+    if _through_ssh(words):  # then `deepspeed` itself has to signal the other machines
         os.execvp(words[0], words)
-    if not any(map(os.path.exists, _GPU_DRIVERS)):  # DeepSpeed would warn of it in every process
+    if not any(map(os.path.exists, _GPU_DRIVERS)):  # DeepSpeed would warn in every process
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     print("starting DeepSpeed's launcher …", flush=True)
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # children inherit it; the ranks take it back
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # children inherit it; the ranks unblock
     try:
-        child = subprocess.Popen(words, process_group=0)  # of its own, so that Ctrl-C reaches the ranks once, from here
+        child = subprocess.Popen(words, process_group=0)  # its own group: Ctrl-C reaches the ranks once, from here
     except FileNotFoundError:
         print("stage-trainer: there is no deepspeed command; bash launch/environment.sh makes .venv", file=sys.stderr)
         return 2
@@ -59,10 +59,10 @@ def main(options: Sequence[str] | None = None) -> int:
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = child.wait(timeout=1)
-            if code > 192:  # launch.py's, for a rank that a signal ended
+            if code > 192:  # set by launch.py for a rank that a signal ended
                 print(f"a rank was ended by signal {256 - code}, perhaps for want of memory", file=sys.stderr)
             return code if code >= 0 else 128 - code
-        if asked:  # again, for ranks that were not there yet
+        if asked:  # again, for ranks that had not started yet
             tell(signal.SIGTERM)
 
 

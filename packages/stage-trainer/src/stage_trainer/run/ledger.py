@@ -1,4 +1,4 @@
-"""The ledger of corrupt samples: which were replaced, when and why, and when there are too many."""
+"""The ledger of corrupt samples: which were replaced, when and why; it stops a run that has too many."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stage_trainer.errors import Stopped, UserError
 from stage_trainer.run.hooks import Hook, Step
 
 ALWAYS_ALLOWED = 10
-"""So few corrupt samples stop no run, however short it has been so far."""
+"""Up to this many corrupt samples never stop a run, however few samples it has drawn so far."""
 
 
 class Ledger(Hook):
@@ -38,10 +38,10 @@ class Ledger(Hook):
             step.scalars["trouble/corrupt_samples"] = self.count
 
     def enter(self, corrupt: Sequence[Corrupt], step: int, drawn: int) -> None:
-        """Enters the corrupt samples of a step, `drawn` being the samples drawn so far, by all ranks.
+        """Enters the corrupt samples of a step; `drawn` is the number of samples drawn so far by all ranks.
 
         Raises:
-            UserError: too many, on every rank.
+            UserError: there are too many; raised on every rank.
         """
         self.count += len(corrupt)
         if self.active and corrupt:

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stage_trainer.errors import UserError
+from stage_trainer.evaluation.tables import joined
 from stage_trainer.run.hooks import Hook, Step
 from stage_trainer.run.hparams import compared
 from stage_trainer.run.text_counts import TextCounts
@@ -240,17 +241,6 @@ def _terminal() -> bool:
         return min(os.get_terminal_size(sys.stderr.fileno())) > 0
     except (OSError, ValueError):
         return False
-
-
-def joined(head: str, parts: Sequence[str], width: int = 120) -> str:
-    """`head part, part, …` on lines of at most `width` columns that end between two parts."""
-    lines = [head]
-    for number, part in enumerate(parts):
-        part += "," if number < len(parts) - 1 else ""
-        if len(lines[-1]) + 1 + len(part) > width and number:
-            lines.append(" ")
-        lines[-1] += f" {part}"
-    return "\n".join(lines)
 
 
 def in_words(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""How the ranks of a run find one another; two runs on one machine do not meet."""
+"""How the ranks of a run find each other, without meeting another run on the same machine."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+# torch.distributed exports these names too, but not in a way that type checkers accept.
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
+
 from stage_trainer.errors import UserError
+from stage_trainer.files import write_whole
 
 _DEFAULT_PORT = "29500"
-"""Of DeepSpeed's launcher: nobody asked for it."""
+"""DeepSpeed's launcher sets it where the user names none."""
 
 
 def initialize_distributed(run: str = "") -> tuple[int, int, torch.device]:
@@ -23,10 +27,10 @@ def initialize_distributed(run: str = "") -> tuple[int, int, torch.device]:
     Under DeepSpeed's launcher on one machine the ranks meet at a free port, unless --master_port names one.
 
     Args:
-        run: the run's folder, and its name among the keys by which ranks find each other.
+        run: the run's folder, which also prefixes the keys by which ranks find each other.
 
     Raises:
-        UserError: the port that was asked for is taken; a launcher that did not say where rank 0 is.
+        UserError: the requested port is taken; the launcher did not say where rank 0 is.
     """
     import deepspeed
     from deepspeed.constants import default_pg_timeout
@@ -53,35 +57,33 @@ def initialize_distributed(run: str = "") -> tuple[int, int, torch.device]:
     return rank, world, device
 
 
-def _store(rank: int, world: int, run: str, timeout: datetime.timedelta) -> dist.Store:
-    """Where the ranks leave one another their addresses. Its keys bear the run's name: whoever comes to the port of
-    another run by mistake leaves that one alone."""
+def _store(rank: int, world: int, run: str, timeout: datetime.timedelta) -> Store:
+    """Where the ranks exchange their addresses. The run's name prefixes its keys: ranks that reach the port of another
+    run by mistake do not disturb it."""
     if world == 1:
-        return dist.HashStore()
+        return HashStore()
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if not address or not port:
         raise UserError(
             f"WORLD_SIZE is {world}, and MASTER_ADDR and MASTER_PORT do not say where rank 0 is; set them, or start "
             "the ranks with deepspeed or torchrun"
         )
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own process holds the store
-        store = dist.TCPStore(address, int(port), world, is_master=False, timeout=timeout)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own process serves the store
+        store = TCPStore(address, int(port), world, is_master=False, timeout=timeout)
     elif (meeting := _meeting_point(run)) is not None:
         store = _meet(meeting, rank, world, 0 if port == _DEFAULT_PORT else int(port), timeout)
     else:
         store = _serve(address, int(port), world, timeout) if rank == 0 else _join(address, int(port), world, timeout)
-    return dist.PrefixStore(f"trilith {run}", store)
+    return PrefixStore(f"trilith {run}", store)
 
 
-def _meet(meeting: Path, rank: int, world: int, port: int, timeout: datetime.timedelta) -> dist.TCPStore:
-    """On one machine: rank 0 says in a file at which port it is. The others do not go to a port before it has that, or
-    they might find another run there."""
+def _meet(meeting: Path, rank: int, world: int, port: int, timeout: datetime.timedelta) -> TCPStore:
+    """On one machine: rank 0 writes its port to a file, and the others wait for that: at a port of their own choice
+    they might find another run."""
     if rank == 0:
         store = _serve("127.0.0.1", port, world, timeout)
-        fresh = meeting.with_name(f"{meeting.name}.partial")
-        fresh.write_text(str(store.port))
-        fresh.rename(meeting)
-        while store.add("here", 0) < world - 1:  # in Python, where signals are heard
+        write_whole(meeting, str(store.port))
+        while store.add("here", 0) < world - 1:  # in Python, where signals are handled
             time.sleep(0.02)
         meeting.unlink()
         return store
@@ -96,8 +98,8 @@ def _meet(meeting: Path, rank: int, world: int, port: int, timeout: datetime.tim
 
 
 def _meeting_point(run: str) -> Path | None:
-    """A file that the ranks of one launcher on one machine share, and no other run ever; None if they do not all stand
-    on one machine, or the system does not tell launchers apart."""
+    """A file that only the ranks of this launcher share; None if they are not all on one machine, or if the system does
+    not tell launchers apart."""
     if not run or os.environ.get("CROSS_SIZE") != "1":
         return None
     try:
@@ -105,12 +107,12 @@ def _meeting_point(run: str) -> Path | None:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return None
-    return Path(run) / f".port-{boot}-{os.getppid()}-{began}"  # process numbers alone come again
+    return Path(run) / f".port-{boot}-{os.getppid()}-{began}"  # process numbers are reused
 
 
-def _serve(address: str, port: int, world: int, timeout: datetime.timedelta) -> dist.TCPStore:
+def _serve(address: str, port: int, world: int, timeout: datetime.timedelta) -> TCPStore:
     try:
-        return dist.TCPStore(address, port, world, is_master=True, wait_for_workers=False, timeout=timeout)
+        return TCPStore(address, port, world, is_master=True, wait_for_workers=False, timeout=timeout)
     except dist.DistNetworkError as error:
         if f"code: -{errno.EADDRINUSE}" not in str(error):
             raise
@@ -120,5 +122,5 @@ def _serve(address: str, port: int, world: int, timeout: datetime.timedelta) -> 
         ) from error
 
 
-def _join(address: str, port: int, world: int, timeout: datetime.timedelta) -> dist.TCPStore:
-    return dist.TCPStore(address, port, world, is_master=False, wait_for_workers=False, timeout=timeout)
+def _join(address: str, port: int, world: int, timeout: datetime.timedelta) -> TCPStore:
+    return TCPStore(address, port, world, is_master=False, wait_for_workers=False, timeout=timeout)

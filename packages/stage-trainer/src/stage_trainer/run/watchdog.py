@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from stage_trainer.errors import Stopped, speaks_for_itself
+from stage_trainer.errors import Stopped, is_user_error
 from stage_trainer.run.notes import first_to_say, note_of
 from stage_trainer.run.stop import NOTHING_LOST, leave_when_asked
 
@@ -60,7 +60,7 @@ def one_reason(folder: Path, rank: int, world: int) -> Iterator[None]:
                 "want of memory, or its machine is gone. The same command goes on from the last checkpoint",
             )
             _leave(1)
-        if speaks_for_itself(error):
+        if is_user_error(error):
             _say_once(folder, f"stage-trainer: {error}")
             _leave(2)
         _say_once(folder, f"{type(error).__name__}: {error}", f"rank {rank} failed:\n{traceback.format_exc()}")

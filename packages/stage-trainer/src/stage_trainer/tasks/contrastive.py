@@ -14,8 +14,8 @@ from vision_tower import resample_optimizer_state
 from stage_trainer.batch import Batch
 from stage_trainer.build import build_model, check_configs, empty_model, load_model, with_text_weights
 from stage_trainer.data.batches import StageBatches
+from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.engine import Engine
-from stage_trainer.model import DualEncoder
 from stage_trainer.plan.auto import Choice, choose
 from stage_trainer.plan.flops import StepShape, kept_patches, step_flops
 from stage_trainer.recipe import GradientCache

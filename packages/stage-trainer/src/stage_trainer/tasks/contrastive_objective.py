@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from vision_tower import patch_keep_indices
 
 from stage_trainer.batch import Batch, Embedded, Part
+from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.engine import Engine
-from stage_trainer.model import DualEncoder
 from stage_trainer.optimizer.groups import ParameterGroups
-from stage_trainer.recipe import Loss as LossConfig
-from stage_trainer.recipe import Optimizer as OptimizerConfig
-from stage_trainer.recipe import Stage
+from stage_trainer.recipe import LossConfig, OptimizerConfig, Stage
 from stage_trainer.tasks.task import Losses, TrainedObjective
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ import torch
 from stage_trainer.data.batches import open_data_set
 from stage_trainer.data.config import DataConfig
 from stage_trainer.data.remote_data import place
+from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.engine import Engine
 from stage_trainer.evaluation import picture, retrieval, text_retrieval
-from stage_trainer.measure import Measure
-from stage_trainer.model import DualEncoder
+from stage_trainer.metrics.measure import Measure
+from stage_trainer.metrics.modality_gap import modality_gap
+from stage_trainer.metrics.retrieval import unit
 from stage_trainer.tasks.task import Measured
 
 
@@ -69,7 +71,7 @@ class PoolValidation:
             texts = pair_pool.texts()
             of_texts = retrieval.embed_texts(model, texts, rank=share, world=shares)
             if main:
-                found = text_retrieval.measure(pair_pool, _lookup(texts, of_texts))
+                found = text_retrieval.measure(pair_pool, text_retrieval.lookup(texts, of_texts))
                 values |= {_pair_title(pair_name, what): value for what, value in found.items()}
         headlines = [name for name in values if self.measures[name].headline]
         shown = [f"{name.removeprefix('validation_')} {values[name]:.3f}" for name in headlines]
@@ -117,7 +119,7 @@ def _pair_title(pool: str, what: str) -> str:
     return f"validation_{measure}_{pool}/{language or 'all'}"
 
 
-def _recall(name: str, pool: retrieval.Pool, embedded: retrieval.Embedded, dims: Sequence[int]) -> dict[str, float]:
+def _recall(name: str, pool: retrieval.Pool, embedded: retrieval.EmbeddedPool, dims: Sequence[int]) -> dict[str, float]:
     """Recall@5 (of pages nDCG@5, too) by direction, mean over languages at the full width, and by language and dim; the
     modality gap."""
     dims = sorted({*dims, embedded.images.shape[1]}, reverse=True)
@@ -134,21 +136,14 @@ def _recall(name: str, pool: retrieval.Pool, embedded: retrieval.Embedded, dims:
                     values |= {f"{title}/{language}": v for language, v in by_language.items() if language != "mean"}
                 else:
                     values[f"{title}/{dim} dims"] = by_language["mean"]
-    # The distance between the means of both modalities on the unit sphere (Liang et al., 2022, arXiv 2203.02053).
-    means = [retrieval.unit(x).mean(axis=0) for x in (embedded.images, embedded.texts)]
-    values[f"modality_gap/{name}"] = float(np.linalg.norm(means[0] - means[1]))
+    values[f"modality_gap/{name}"] = modality_gap(embedded.images, embedded.texts)
     return values
 
 
-def _lookup(texts: list[str], vectors: np.ndarray) -> Callable[[Sequence[str]], np.ndarray]:
-    row, unit = {text: i for i, text in enumerate(texts)}, retrieval.unit(vectors)
-    return lambda wanted: unit[[row[text] for text in wanted]]
-
-
-def _snapshot(pool: retrieval.Pool, embedded: retrieval.Embedded) -> tuple[torch.Tensor, list[tuple[str, str]]]:
+def _snapshot(pool: retrieval.Pool, embedded: retrieval.EmbeddedPool) -> tuple[torch.Tensor, list[tuple[str, str]]]:
     """A pool's images, each with a caption in English (or the first language): unit vectors `[N, D]` and labels."""
     entries = list(dict(pool.texts.get("en") or next(iter(pool.texts.values()))).items())
     images = [embedded.images[number] for number, _ in entries]
     texts = [embedded.texts[embedded.row[text]] for _, text in entries]
     labels = [(text, kind) for kind in ("image", "text") for _, text in entries]
-    return torch.from_numpy(retrieval.unit(np.stack([*images, *texts]))), labels
+    return torch.from_numpy(unit(np.stack([*images, *texts]))), labels

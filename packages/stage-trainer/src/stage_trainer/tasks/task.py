@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from stage_trainer.data.config import DataConfig
 from stage_trainer.data.stateless_rng import key
 from stage_trainer.engine import Engine, Objective, make_engine
-from stage_trainer.measure import Measure
+from stage_trainer.metrics.measure import Measure
 from stage_trainer.optimizer.groups import ParameterGroups
 from stage_trainer.plan.auto import Choice
-from stage_trainer.recipe import Optimizer as OptimizerConfig
-from stage_trainer.recipe import Recipe, Stage
+from stage_trainer.recipe import OptimizerConfig, Recipe, Stage
 
 Losses = dict[str, tuple[Tensor, Any]]
 """{name: (loss, 0-d, over all ranks; what the task knows beside it)}."""

@@ -1,4 +1,4 @@
-"""What a stage would be, without doing it: the full model on the meta device, its settings and where they come from."""
+"""`train --dry-run`: a stage's parameters, on the meta device, and its settings with their origin."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def dry_run(loaded: Loaded, number: int) -> str:
 
 
 def _origin(path: str, loaded: Loaded) -> str:
-    """A value is the paper's if the recipe states it without `!ours`, on itself and on all that contains it."""
+    """A value is the paper's if the recipe states it without `!ours` on it or on anything that contains it."""
     parts = path.split(".")
     ours = any(".".join(parts[: i + 1]) in loaded.ours for i in range(len(parts)))
     inside = any(mark.startswith(path + ".") for mark in loaded.ours)

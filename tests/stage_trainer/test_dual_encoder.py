@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.errors import UserError
-from stage_trainer.model import DualEncoder
 from text_tower import TextTower, TextTowerConfig
 from vision_tower import VisionTower, VisionTowerConfig
 

@@ -1,4 +1,4 @@
-"""The model that comes out: two towers, one space, a temperature for each task."""
+"""The model that training produces: two towers, one space, a temperature for each task."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class DualEncoder(nn.Module):
     Args:
         text: encodes text, `[N, D]`.
         vision: encodes images, `[N, D]`.
-        temperature: where both temperatures start (paper: learnable, one for each task).
-        matryoshka_dims: the prefixes that were trained to stand alone; None if none were.
+        temperature: the initial value of both temperatures (paper: learnable, one for each task).
+        matryoshka_dims: the prefixes that were trained to be used alone; None if none were.
 
     Attributes:
         logit_scale: ln(1 / temperature) of the image-text task, shape [1], float32; the published `logit_scale`.
@@ -64,7 +64,7 @@ class DualEncoder(nn.Module):
         return self.vision.encode(images, **options)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Writes `config.json`, `text/` and `vision/`, each tower in its own loadable form; whole or not at all.
+        """Writes `config.json`, `text/` and `vision/`, each tower in its own loadable form; completely or not at all.
 
         Raises:
             UserError: `path` exists, or the disk is full.
@@ -118,7 +118,7 @@ class DualEncoder(nn.Module):
                 TextTower.from_pretrained(path / "text", **(text or {})),
                 VisionTower.from_pretrained(path / "vision", **(vision or {})),
             )
-        except (ValueError, OSError) as error:  # the towers' own words on what is missing or damaged
+        except (ValueError, OSError) as error:  # the towers say what is missing or damaged
             raise UserError(f"cannot load {path}: {error}") from error
         model = cls(*towers, matryoshka_dims=config["matryoshka_dimensions"])
         with torch.no_grad():

@@ -1,0 +1,62 @@
+"""What several subcommands share: arguments, messages, and finding the model that a path means."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from stage_trainer.errors import UserError
+
+MODEL = "an exported model, a checkpoint, or a stage's folder with checkpoints"
+DATA = "a corpus (its test split is used, or else its validation split), a folder of data sets, or one data set"
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", default="launch/recipes/laptop.yaml", help="a YAML file (default: %(default)s)")
+
+
+def add_settings(parser: argparse.ArgumentParser, help: str = "overrides, as for train") -> None:
+    parser.add_argument("settings", nargs="*", metavar="key=value", help=help)
+
+
+def say(line: str) -> None:
+    """Shows progress, on stderr; stdout is for results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def check_can_write(path: Path) -> None:
+    """UserError if there is no folder for the output, before the work rather than after it."""
+    if not path.parent.is_dir():
+        raise UserError(f"there is no folder {path.parent} for {path.name}; make it, or name another place")
+
+
+def find_model(path: Path) -> tuple[Path, Path | None]:
+    """(the model's directory, the checkpoint that it is in): an exported model, that of a checkpoint, or that of a
+    stage's newest checkpoint.
+
+    Raises:
+        UserError: there is no model at `path`, or its checkpoint is damaged.
+    """
+    if not path.exists():
+        raise UserError(f"there is no {path}; expected {MODEL}")
+    say("loading PyTorch …")
+    from stage_trainer.checkpoint.load import Saved, all_saved, path_of, read_best
+
+    if (path / "config.json").exists():
+        return path, None
+    if (path / "state.json").exists():
+        saved = Saved(path, 0)
+    elif in_stage := all_saved(path):
+        saved = in_stage[-1]
+        best = read_best(path)
+        other = path_of(path, best["step"]) if best else saved.path
+        hint = f"; the best by {best['metric']} is {other}" if best and other != saved.path else ""
+        say(f"taking {saved.path}, the newest{hint}")
+    else:
+        trained = [directory for directory in sorted(path.glob("stage*")) if all_saved(directory)]
+        hint = f"; its stages are {', '.join(map(str, trained))}: name one" if trained else ""
+        raise UserError(f"{path} holds no model; expected {MODEL}{hint}")
+    if damage := saved.damage("model/"):
+        raise UserError(f"{saved.path} is damaged: {damage}; name another checkpoint of {saved.path.parent}")
+    return saved.model, saved.path

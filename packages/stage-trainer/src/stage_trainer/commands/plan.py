@@ -1,0 +1,73 @@
+"""`stage-trainer plan`: memory, time and money of a recipe, before it runs."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from stage_trainer.commands.common import add_recipe, add_settings, say
+from stage_trainer.errors import UserError
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    p = commands.add_parser(
+        "plan",
+        help="what fits, how long training takes and what it costs, before it runs",
+        description="Plans a recipe's stages for given devices: which settings fit, memory by part, operations, "
+        "samples a second, days and money, and how many texts max_tokens cuts. It needs neither a GPU nor the data; "
+        "of data on this machine a sample is counted. It takes about a minute for each stage of a large model.",
+    )
+    add_recipe(p)
+    p.add_argument("--stage", type=int, help="this stage alone (default: all)")
+    p.add_argument("--gpus", type=int, default=1, help="how many devices, in data parallel (default: %(default)s)")
+    p.add_argument("--gpu", default="h100-80gb", help="which, such as a100-40gb, or cpu (default: %(default)s)")
+    p.add_argument("--memory", help="of one device, over what the table says, such as 24GiB")
+    p.add_argument(
+        "--peak", type=float, help="most dense operations a second of one device, over what the table says, as 165e12"
+    )
+    p.add_argument(
+        "--utilisation",
+        type=float,
+        default=0.4,
+        help="share of that peak which training reaches (default: %(default)s)",
+    )
+    p.add_argument("--price", type=float, help="of one device for one hour, in any currency")
+    p.add_argument("--mean-tokens", type=float, help="of a text (default: counted on the data, or half of max_tokens)")
+    add_settings(p)
+    p.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from stage_trainer.recipe.read import load
+
+    _check(arguments)
+    recipe = load(arguments.recipe, arguments.settings, arguments.stage, ranks=arguments.gpus).recipe
+    say("loading PyTorch …")  # only now, so that mistakes are reported at once
+    from stage_trainer.plan.devices import device
+    from stage_trainer.plan.planner import Cluster, plan_stage
+    from stage_trainer.plan.table import heading, stage_table
+    from stage_trainer.weights import absent
+
+    found = device(arguments.gpu, memory=arguments.memory, peak=arguments.peak)
+    cluster = Cluster(found, arguments.gpus, arguments.utilisation, arguments.price)
+    print(heading(recipe, cluster), flush=True)
+    for name in absent(recipe.model):
+        say(f"{name} is not on this machine: its sizes are the recipe's, or else the towers' defaults")
+    for number, stage in enumerate(recipe.stages, 1):
+        if arguments.stage == number or (arguments.stage is None and not stage.masked):
+            planned = plan_stage(recipe, number, cluster, mean_tokens=arguments.mean_tokens, say=say)
+            print("\n" + stage_table(planned, cluster), flush=True)
+        elif arguments.stage is None:
+            print(f"\nstage {number} is masked-language-model training, which is not planned", flush=True)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.gpus < 1 or not 0 < arguments.utilisation <= 1:
+        raise UserError(
+            f"--gpus is {arguments.gpus} and --utilisation {arguments.utilisation:g}; expected at least 1, and a share "
+            "above 0 and up to 1"
+        )
+    for name in ("peak", "price", "mean_tokens"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} is {value:g}; expected a number above 0")

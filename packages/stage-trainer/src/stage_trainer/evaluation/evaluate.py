@@ -1,0 +1,75 @@
+"""Evaluates a model on held-out data sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from stage_trainer.dual_encoder import DualEncoder
+from stage_trainer.errors import UserError
+from stage_trainer.evaluation import text_retrieval
+from stage_trainer.evaluation.held_out import HeldOut, find
+from stage_trainer.evaluation.retrieval import Pool, cut_texts, embed, embed_texts, ndcg, score
+from stage_trainer.evaluation.tables import Figures, Pools, joined
+
+
+def evaluate(model_directory: str | Path, data: str | Path, say: Callable[[str], None]) -> Pools:
+    """Evaluates a model on every data set at `data`.
+
+    Args:
+        say: called with messages on the progress, and on what is not measured.
+
+    Raises:
+        UserError: there is nothing to measure, or the model or the data cannot be read.
+    """
+    found = find(data)
+    model = DualEncoder.from_pretrained(model_directory)
+    dims = sorted({*(model.matryoshka_dims or ()), model.text.config.width}, reverse=True)
+    say(joined(f"measuring on {found.where}:", [f"{s.kind}/{s.directory.name}" for s in found.sets]))
+    figures: Pools = {}
+    for held_out in found.sets:
+        measured = _of_images(model, held_out, dims, say) if held_out.images else _of_texts(model, held_out, dims, say)
+        if measured:
+            figures[held_out.name] = {"kind": held_out.kind, "folder": str(held_out.directory), **measured}
+    if not figures:
+        raise UserError(f"{data} has nothing to measure; give a folder with images and captions, or with text pairs")
+    return figures
+
+
+def _of_images(model: DualEncoder, held_out: HeldOut, dims: list[int], say: Callable[[str], None]) -> Figures:
+    pool = Pool.open(held_out.directory)
+    say(f"{held_out.name}: {len(pool.images):,} images, {len(pool.all_texts()):,} texts …")
+    _say_cut(model, pool.all_texts(), held_out.name, say)
+    embedded = embed(model, pool)
+    recalls, chances = score(pool, embedded, dims)
+    return {
+        "images": len(pool.images),
+        "texts": {language: len(entries) for language, entries in pool.texts.items()},
+        "recall_at_5": {d: v for d, v in recalls.items() if v},
+        "chance": {d: v["chance"] for d, v in chances.items() if v},
+        **({"ndcg_at_5": ndcg(pool, embedded, dims)} if pool.documents else {}),
+    }
+
+
+def _of_texts(model: DualEncoder, held_out: HeldOut, dims: list[int], say: Callable[[str], None]) -> Figures:
+    pool = text_retrieval.PairPool.open(held_out.directory)
+    if not pool.queries:
+        say(f"{held_out.name} is not measured: it has no pair of two texts that differ")
+        return {}
+    texts = pool.texts()
+    say(f"{held_out.name}: {len(texts):,} texts …")
+    _say_cut(model, texts, held_out.name, say)
+    vectors = embed_texts(model, texts)
+    figures: Figures = {"targets": len(pool.targets), "ndcg_at_10": {}}
+    for dim in dims:
+        measured = text_retrieval.measure(pool, text_retrieval.lookup(texts, vectors[:, :dim]))
+        if "spearman" in measured:
+            figures.setdefault("spearman", {})[str(dim)] = measured.pop("spearman")
+        figures["ndcg_at_10"][str(dim)] = {name.removeprefix("ndcg_at_10/"): v for name, v in measured.items()}
+    return figures
+
+
+def _say_cut(model: DualEncoder, texts: Sequence[str], name: str, say: Callable[[str], None]) -> None:
+    cut, longest = cut_texts(model, texts)
+    if cut:
+        say(f"{name}: {cut:,} of its {len(texts):,} texts are longer than {longest} tokens; their ends are cut off")

@@ -1,0 +1,129 @@
+"""Tables of figures, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypedDict
+
+from stage_trainer.evaluation.retrieval import DIRECTIONS, Scores
+
+
+class Figures(TypedDict, total=False):
+    """What a model reaches on one pool: the content of evaluation.json and report.json.
+
+    Attributes:
+        kind, folder: of the data set.
+        checkpoint: the evaluated one, if the model is a checkpoint's.
+        images: their number.
+        texts: their number, by language.
+        recall_at_5, ndcg_at_5: direction → dim → language; nDCG only of pages that answer queries.
+        chance: the recall of a random guess, direction → language.
+        targets: the number of texts that queries look for, in a pool of text pairs.
+        ndcg_at_10: dim → language.
+        spearman: by dim, if pairs have scores.
+    """
+
+    kind: str
+    folder: str
+    checkpoint: str
+    images: int
+    texts: dict[str, int]
+    recall_at_5: Scores
+    ndcg_at_5: Scores
+    chance: dict[str, dict[str, float]]
+    targets: int
+    ndcg_at_10: dict[str, dict[str, float]]
+    spearman: dict[str, float]
+
+
+Pools = dict[str, Figures]
+"""Figures by the pool's name."""
+
+
+def table(pools: Pools) -> str:
+    """The table of one model: rows are pools and directions, columns Matryoshka dims; means over languages."""
+    return stages_table({"": pools})
+
+
+def stages_table(stages: dict[str, Pools]) -> str:
+    """The table of a run's stages, {stage: what `evaluate` returned}; all figures in percent, means over languages.
+
+    Of images recall@5 (of pages also nDCG@5) by pool, direction, stage and dim, with the level of a random guess; of
+    texts nDCG@10 by pool, stage and dim, with Spearman's correlation at the full width.
+    """
+    pools: Pools = {}
+    for of_stage in stages.values():
+        pools |= of_stage
+    measures: list[tuple[Literal["recall_at_5", "ndcg_at_5"], str]] = [("recall_at_5", d) for d in DIRECTIONS]
+    measures.append(("ndcg_at_5", DIRECTIONS[0]))
+    dims = sorted({int(dim) for figures in pools.values() for dim in _by_dim(figures)}, reverse=True)
+    of_images: list[list[str]] = []
+    of_texts: list[list[str]] = []
+    for pool, its in pools.items():
+        for measure, direction in measures:
+            for stage, figures in _having(stages, pool):
+                if values := figures.get(measure, {}).get(direction):
+                    ranked = measure == "ndcg_at_5"
+                    chance = "" if ranked else f"{100 * figures['chance'][direction]['mean']:.1f}"
+                    what = f"{direction}, nDCG@5" if ranked else direction
+                    of_images.append([f"{pool} ({its['images']:,} images)", what, stage, *_cells(values, dims), chance])
+        for stage, figures in _having(stages, pool):
+            if values := figures.get("ndcg_at_10"):
+                scores = figures.get("spearman", {})
+                score = f"{100 * next(iter(scores.values())):.1f}" if scores else ""
+                of_texts.append([f"{pool} ({its['targets']:,} targets)", stage, *_cells(values, dims), score])
+    columns = [f"{dim} dims" for dim in dims]
+    parts = [
+        (of_images, ["pool", "recall@5, %", "after", *columns, "blind guess"], 3),
+        (of_texts, ["text pairs, nDCG@10, %", "after", *columns, "Spearman"], 2),
+    ]
+    if list(stages) == [""]:
+        parts = [
+            ([[*r[: n - 1], *r[n:]] for r in rows], [*header[: n - 1], *header[n:]], n - 1) for rows, header, n in parts
+        ]
+    return "\n\n".join(_align([header, *rows], words) for rows, header, words in parts if rows)
+
+
+def _having(stages: dict[str, Pools], pool: str) -> list[tuple[str, Figures]]:
+    return [(stage, pools[pool]) for stage, pools in stages.items() if pool in pools]
+
+
+def _by_dim(figures: Figures) -> dict[str, dict[str, float]]:
+    return figures.get("ndcg_at_10") or next(iter(figures["recall_at_5"].values()))
+
+
+def _cells(by_dim: dict[str, dict[str, float]], dims: list[int]) -> list[str]:
+    return [f"{100 * by_dim[str(d)]['mean']:.1f}" if str(d) in by_dim else "" for d in dims]
+
+
+def languages_table(pools: Pools, direction: str) -> str:
+    """By language at the full width: recall@5 of images in one direction, nDCG@10 of texts; in percent."""
+    rows = [["pool", "language", "figure", "%"]]
+    for pool, figures in pools.items():
+        texts = "ndcg_at_10" in figures
+        by_dim = figures["ndcg_at_10"] if texts else figures["recall_at_5"].get(direction, {})
+        for language, value in next(iter(by_dim.values()), {}).items():
+            rows.append([pool, language, "nDCG@10" if texts else f"{direction}, recall@5", f"{100 * value:.1f}"])
+    return _align(rows, 3)
+
+
+def _align(rows: Sequence[Sequence[str]], words: int) -> str:
+    """Pads columns to equal width: the first `words` aligned to the left, the others, numbers, to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [c.ljust(w) if i < words else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join(lines)
+
+
+def joined(head: str, parts: Sequence[str], width: int = 120) -> str:
+    """`head part, part, …`, wrapped between parts to lines of at most `width` columns."""
+    lines = [head]
+    for number, part in enumerate(parts):
+        part += "," if number < len(parts) - 1 else ""
+        if len(lines[-1]) + 1 + len(part) > width and number:
+            lines.append(" ")
+        lines[-1] += f" {part}"
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Metrics: numbers from embeddings. Nothing here reads files or knows of models."""

@@ -1,0 +1,34 @@
+"""`stage-trainer --help` answers at once."""
+
+import resource
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {"torch", "numpy", "yaml", "pydantic", "PIL", "deepspeed", "timm", "transformers", "data_prep"}
+COMMANDS = ("train", "plan", "export", "evaluate", "report", "search")
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=" ".join)
+def test_help_loads_no_library(command):
+    script = (
+        "import sys; from stage_trainer.cli import main\n"
+        f"try: main({[*command, '--help']!r})\nexcept SystemExit: pass\n"
+        f"sys.exit(f'loaded {{found}}' if (found := {HEAVY!r} & set(sys.modules)) else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"usage: stage-trainer {' '.join(command)}" in done.stdout
+
+
+def test_help_takes_less_than_a_fifth_of_a_second():
+    """Of the processor, so that other processes of the machine do not count."""
+
+    def seconds():
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "stage_trainer.cli", "--help"], stdout=subprocess.DEVNULL, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(seconds() for _ in range(3)) < 0.2
