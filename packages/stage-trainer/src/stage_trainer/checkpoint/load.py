@@ -35,11 +35,12 @@ class Saved:
 
     def state(self) -> dict[str, Any]:
         try:
-            return json.loads((self.path / "state.json").read_text())
+            state: dict[str, Any] = json.loads((self.path / "state.json").read_text())
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{self.path} has no readable state.json ({error}); move that checkpoint away and start again"
             ) from error
+        return state
 
     def optimizer(self) -> dict[str, Tensor]:
         return load_file(self.path / "optimizer.safetensors")
@@ -117,9 +118,10 @@ def path_of(directory: Path, step: int) -> Path:
 def read_best(directory: Path) -> dict[str, Any]:
     """{"metric", "value", "step"} of a stage's best checkpoint; empty if none is kept for being the best."""
     try:
-        return json.loads((directory / BEST).read_text())
+        best: dict[str, Any] = json.loads((directory / BEST).read_text())
     except (OSError, ValueError):
         return {}
+    return best
 
 
 def compatible(saved: Mapping[str, Any], now: RunState, where: Path) -> None:

@@ -95,7 +95,7 @@ class _Pairs(_Samples):
     negatives: list[str] = field(default_factory=list)
 
 
-class StageBatches(TorchDataset):
+class StageBatches(TorchDataset[tuple[Batch, Drawn]]):
     """The batches of a stage for one rank; item n is (Batch, Drawn).
 
     Every item is a function of these arguments and n alone, so any worker may make it, at any time, again. A sample

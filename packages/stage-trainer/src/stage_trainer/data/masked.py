@@ -85,7 +85,7 @@ class Texts:
         )
 
 
-class MaskedBatches(TorchDataset):
+class MaskedBatches(TorchDataset[tuple[MaskedBatch, Drawn]]):
     """The batches of a stage for one rank; item n is (MaskedBatch, Drawn), a function of these arguments and n alone.
 
     Languages take turns in proportion to their number of samples to the power of `masking.language_exponent`. Each goes

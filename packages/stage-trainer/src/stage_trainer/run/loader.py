@@ -125,7 +125,7 @@ def _signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
-class _FailuresAsItems(TorchDataset):
+class _FailuresAsItems(TorchDataset[Any]):
     """Errors that name bad data, handed over whole: a loader's worker would bury them in a traceback."""
 
     def __init__(self, data: Batches):

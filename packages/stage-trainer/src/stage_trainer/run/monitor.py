@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -210,8 +210,9 @@ class Monitor(Hook):
         """The settings beside what they led to, for TensorBoard's HPARAMS page; `metrics` are scalars entered before,
         whose last value it shows."""
         if self.active:
-            from torch.utils.tensorboard.summary import hparams
+            from torch.utils.tensorboard import summary
 
+            hparams: Callable[..., Any] = summary.hparams  # untyped
             for part in hparams(compared(settings), dict.fromkeys(metrics, 0.0)):
                 self.writer.file_writer.add_summary(part)  # type: ignore[attr-defined]
 

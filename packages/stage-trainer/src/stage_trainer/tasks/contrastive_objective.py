@@ -90,7 +90,7 @@ class ContrastiveObjective(TrainedObjective):
         """
         device, count = embedded.images.device, len(batch.image_ids)
         sizes = [count, batch.pairs, batch.pairs, batch.pairs * batch.negatives]
-        captions, queries, targets, negatives = embedded.texts.split(sizes)
+        captions, queries, targets, negatives = torch.split(embedded.texts, sizes)
         image_ids, text_ids = batch.image_ids.to(device), batch.text_ids.to(device)
         temperatures = {name: torch.exp(-scale) for name, scale in embedded.scales.items()}
         if self.loss.kind == "unified":

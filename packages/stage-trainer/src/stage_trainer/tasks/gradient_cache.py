@@ -110,4 +110,4 @@ def _gradients(loss: Tensor, embedded: Embedded) -> tuple[Tensor, Tensor, dict[s
 def _split(rows: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
     """Cut into pieces of `sizes`, with zero rows where there are not enough."""
     missing = sum(sizes) - len(rows)
-    return (torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows).split(sizes)
+    return torch.split(torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows, sizes)

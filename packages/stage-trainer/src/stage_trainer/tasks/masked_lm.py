@@ -126,7 +126,8 @@ class MaskedLMObjective(TrainedObjective):
 
     def forward(self, batch: MaskedBatch) -> MaskedLoss:
         with torch.autocast(batch.seeds.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return self.model(batch.masked, sample_seeds=batch.seeds)
+            loss: MaskedLoss = self.model(batch.masked, sample_seeds=batch.seeds)
+        return loss
 
     def figures(self, engine: Engine, losses: Losses) -> dict[str, float]:
         return {f"perplexity/{name}": loss.exp().item() for name, (loss, _) in losses.items()}
