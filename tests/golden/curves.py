@@ -20,6 +20,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,10 +92,11 @@ def machine() -> dict[str, str]:
 
 
 def train(names: list[str], corpus: Path, folder: Path) -> dict[str, dict[str, list[float]]]:
-    """The curves, by name and tag, as rank 0 sees them. PyTorch and DeepSpeed are imported once; ranks are forked."""
-    import deepspeed  # noqa: F401
-    import stage_trainer.trainer  # noqa: F401
+    """The curves, by name and tag, as rank 0 sees them. Libraries are imported once, ranks are forked.
 
+    None of our own modules is imported here: their names differ between commits."""
+    for library in ("deepspeed", "timm", "torch.utils.tensorboard"):
+        import_module(library)
     found = {}
     for number, name in enumerate(names):
         curve, output = CURVES[name], folder / str(number)
