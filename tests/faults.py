@@ -65,6 +65,7 @@ ROOMS = {
                 "data/samples",
                 "data/masked",
                 "run/ledger",
+                "run/ledger",
                 "run/loader",
             )
         ),
