@@ -54,7 +54,7 @@ ROOMS = {
     "losses": Room((f"{LOSSES}/*.py",), ("tests/contrastive_losses",)),
     "text tower": Room((f"{TEXT}/*.py",), ("tests/text_tower",)),
     "vision tower": Room((f"{VISION}/*.py",), ("tests/vision_tower",)),
-    "step": Room(tuple(f"{TRAINER}/{name}.py" for name in ("batch", "model", "tasks/*")), OF_TRAINER),
+    "step": Room(tuple(f"{TRAINER}/{name}.py" for name in ("batch", "dual_encoder", "tasks/*")), OF_TRAINER),
     "sampler": Room(
         tuple(
             f"{TRAINER}/{name}.py"
@@ -64,7 +64,6 @@ ROOMS = {
                 "data/batches",
                 "data/samples",
                 "data/masked",
-                "run/ledger",
                 "run/ledger",
                 "run/loader",
             )
