@@ -6,7 +6,7 @@ The classes below are the whole schema. A value that the paper does not give is 
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -183,8 +183,7 @@ class Stage:
 
     def batch_at(self, step: int) -> dict[str, int]:
         """The global batch of a step: {kind: how many}, each kind from its `task_start` on."""
-        sizes = {"image_text": self.batch.image_text, "text": self.batch.text, "masked_lm": self.batch.masked_lm}
-        return {kind: size for kind, size in sizes.items() if size and step >= getattr(self.task_start, kind, 0)}
+        return {k: size for k, size in asdict(self.batch).items() if size and step >= getattr(self.task_start, k, 0)}
 
     @property
     def chunks(self) -> GradientCache | None:

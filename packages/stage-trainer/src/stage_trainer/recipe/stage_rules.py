@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from stage_trainer.errors import UserError
 from stage_trainer.recipe.schema import NEW_TEMPERATURE, GradientCache, Recipe, Stage
 
@@ -13,12 +15,12 @@ def check_stage(recipe: Recipe, number: int, here: str) -> None:
         _check_masked_lm(recipe, number, here)
     else:
         _check_pairs(recipe, stage, here)
-    for task in ("image_text", "text", "masked_lm"):
-        if (size := getattr(stage.batch, task)) and not getattr(stage.data, task):
+    for task, size in asdict(stage.batch).items():
+        if size and not getattr(stage.data, task):
             raise UserError(f"{here}: batch.{task} is {size} but data.{task} names no data; add sources or set it to 0")
     _check_rates(stage, here)
     _check_gradient_cache(stage, here)
-    if stage.carry_optimizer and (number == 1 or recipe.stage(number - 1).masked != stage.masked):
+    if stage.carry_optimizer and (number == 1 or recipe.stage(number - 1).task != stage.task):
         raise UserError(
             f"{here}: 'carry_optimizer' continues with the moments of a previous stage of the same kind, and there is "
             "none; leave it out"
