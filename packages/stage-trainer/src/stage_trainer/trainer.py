@@ -45,8 +45,8 @@ def train(recipe: Recipe, number: int, *, start_over: bool = False, refusal: Use
     """Trains stage `number` (from 1) of a recipe; every rank has to call.
 
     Args:
-        start_over: moves what the stage has aside, and begins anew.
-        refusal: why rank 0 may not begin, for the ranks of other machines to hear of it.
+        start_over: moves the stage's folder aside, and starts it again.
+        refusal: why rank 0 may not start, to be passed on to ranks of other machines.
 
     Raises:
         UserError: a stage whose predecessor has not run, data or settings that do not fit, a full disk, losses that are
@@ -100,7 +100,7 @@ class Trainer:
         self.started = False
 
     def resume(self) -> bool:
-        """Readies the next segment, from the newest checkpoint or from what the stage starts from; returns False when
+        """Prepares the next segment, from the newest checkpoint or from what the stage starts from; returns False when
         the stage is complete."""
         if self.state.step == self.stage.steps:
             return False
@@ -218,7 +218,7 @@ class Trainer:
         return Monitor(self.directory, shown, active=self.rank == 0, sinks=sinks, texts=texts)
 
     def _totals(self, drawn: Drawn) -> Totals:
-        """Sums over ranks, which also agree here on how the run goes on.
+        """Sums over ranks, and whether any of them was asked to stop.
 
         Raises:
             UserError: rank 0 could not write the last checkpoint.

@@ -1,4 +1,4 @@
-"""From rank 0 to the other ranks: a value; a checkpoint, where machines do not share the run's folder."""
+"""Rank 0 sends to the other ranks: a value, or a checkpoint where machines do not share the run's folder."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def from_rank_0(value: Any) -> Any:
 def copy_to_other_machines(checkpoint: Path) -> None:
     """Sends rank 0's checkpoint to every machine that lacks it, or has another one under its name; all ranks call it.
 
-    The first rank of each machine (LOCAL_RANK 0) looks and receives. With a shared folder nothing is sent.
+    The first rank of each machine (LOCAL_RANK 0) checks and receives. With a shared folder nothing is sent.
 
     Raises:
-        UserError: a machine's disk took no more.
+        UserError: a machine's disk is full.
     """
     if dist.get_world_size() == 1:
         return
@@ -51,7 +51,7 @@ def copy_to_other_machines(checkpoint: Path) -> None:
 
 
 def _send(file: Path, size: int, receive: bool) -> None:
-    """One file, piece by piece, from rank 0 to all; those who want it write it."""
+    """One file, piece by piece, from rank 0 to all ranks; those with `receive` write it."""
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     with contextlib.ExitStack() as opened:
         source = opened.enter_context(file.open("rb")) if dist.get_rank() == 0 else None

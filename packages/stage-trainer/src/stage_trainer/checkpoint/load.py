@@ -78,7 +78,7 @@ def latest_valid(directory: Path) -> Saved | None:
     """The newest checkpoint of a stage that is as it was written. Every rank calls it; rank 0 reads, and machines that
     do not share its run folder get a copy.
 
-    A damaged one is passed over with a message, and stays where it is.
+    A damaged one is skipped with a message, and kept.
 
     Raises:
         UserError: there are checkpoints, and all are damaged.
@@ -98,8 +98,8 @@ def latest_valid(directory: Path) -> Saved | None:
             print(f"{line}; going on from step {found.step} instead", flush=True)  # type: ignore[union-attr]
         if damages and found:
             print(
-                "(damaged checkpoints stay, for you to look at, and can be deleted; when the run comes to the step of "
-                "one again, that one gets a name that ends in .damaged-1)",
+                "(damaged checkpoints are kept and can be deleted; when the run reaches the step of one again, it is "
+                "renamed to end in .damaged-1)",
                 flush=True,
             )
     found, problem = from_rank_0((found, problem))
@@ -111,12 +111,12 @@ def latest_valid(directory: Path) -> Saved | None:
 
 
 def path_of(directory: Path, step: int) -> Path:
-    """Where a stage's checkpoint of a step stands."""
+    """The path of a stage's checkpoint at a step."""
     return directory / f"step-{step:07d}"
 
 
 def read_best(directory: Path) -> dict[str, Any]:
-    """{"metric", "value", "step"} of a stage's best checkpoint; empty if none is kept for being the best."""
+    """{"metric", "value", "step"} of a stage's best checkpoint; empty if there is none."""
     try:
         best: dict[str, Any] = json.loads((directory / BEST).read_text())
     except (OSError, ValueError):
@@ -143,8 +143,8 @@ def compatible(saved: Mapping[str, Any], now: RunState, where: Path) -> None:
         ]
     if differences:
         raise UserError(
-            f"{where} was started otherwise: {'; '.join(differences)}. Use the former settings, another output=…, or "
-            "--start-over, which moves the old run aside"
+            f"{where} was started with other settings or data: {'; '.join(differences)}. Use the former "
+            "settings, another output=…, or --start-over, which moves the old run aside"
         )
 
 

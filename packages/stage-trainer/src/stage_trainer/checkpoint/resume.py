@@ -25,7 +25,7 @@ def starting_point(task: Task, state: RunState, tokenizer: Tokenizer) -> tuple[n
 
     Args:
         task: of the stage.
-        state: takes over what the checkpoint holds, and notes which model the stage grew from.
+        state: gets what the checkpoint holds, and records which model the stage started from.
 
     Raises:
         UserError: the stage before is not finished, or this one was begun with other settings or data.
@@ -41,7 +41,7 @@ def starting_point(task: Task, state: RunState, tokenizer: Tokenizer) -> tuple[n
         former = saved.state()
         if not finished:  # it may be gone once the next stage has begun
             state.data |= {k: v for k, v in former.get("data", {}).items() if k == grown_from}
-        # A setting that the release which began the run did not know yet is at its default.
+        # A setting that is newer than the release that started the run has its default.
         defaults = {k: v for k, v in settings(_DEFAULTS, 1).items() if k in state.settings}
         former["settings"] = {**defaults, **former.get("settings", {})}
         compatible(former, state, recipe.stage_directory(number))
@@ -65,7 +65,7 @@ def _not_finished(recipe: Recipe, number: int, reached: Saved | None) -> UserErr
 
 
 def settings(recipe: Recipe, number: int) -> dict[str, Any]:
-    """What must not change between two runs of a stage: all that bears on its numbers."""
+    """What must not change between two runs of a stage: everything that affects its numbers."""
     how = ("deepspeed", "gradient_cache")  # what they change is rounding
     stage = {k: v for k, v in to_dict(recipe)["stages"][number - 1].items() if k not in how}
     tree = {k: v for k, v in to_dict(recipe).items() if k in ("model", "optimizer", "seed", "precision")}
@@ -79,4 +79,4 @@ def settings(recipe: Recipe, number: int) -> dict[str, Any]:
 def move_aside(directory: Path) -> None:
     if directory.exists():
         aside = directory.rename(free_name(directory, "old"))
-        print(f"the former run now stands in {aside}", flush=True)
+        print(f"the former run is now in {aside}", flush=True)

@@ -20,8 +20,8 @@ from stage_trainer.errors import UserError
 from stage_trainer.files import free_name, save_tensors, whole_directory, write_whole
 
 
-class Model(Protocol):
-    """What a checkpoint holds."""
+class Saveable(Protocol):
+    """A model that a checkpoint can hold."""
 
     def load_state_dict(self, state_dict: dict[str, Tensor], *, assign: bool) -> object: ...
 
@@ -37,7 +37,7 @@ class Saver:
 
     Args:
         directory: of the stage.
-        keep: so many of the newest stay.
+        keep: how many of the newest are kept.
     """
 
     def __init__(self, directory: Path, keep: int):
@@ -68,12 +68,12 @@ class Saver:
                 optimizer[name] = value.detach().to("cpu", copy=True).contiguous()
         weights = engine.copy_of_weights()
         if self.rank == 0:
-            arguments = (cast(Model, engine.shell), weights, optimizer, state.state_dict(), best)
+            arguments = (cast(Saveable, engine.shell), weights, optimizer, state.state_dict(), best)
             self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
             self._thread.start()
 
     def note_best(self, step: int, best: Best) -> None:
-        """Enters that the checkpoint of `step` is the best; it stays until one is better."""
+        """Records that the checkpoint of `step` is the best; it stays until one is better."""
         if self.rank == 0:
             write_whole(self.directory / BEST, json.dumps({**best, "step": step}) + "\n")
 
@@ -92,7 +92,7 @@ class Saver:
 
     def _write(
         self,
-        model: Model,
+        model: Saveable,
         weights: dict[str, Tensor],
         optimizer: dict[str, Tensor],
         state: dict[str, Any],
@@ -110,7 +110,7 @@ class Saver:
                     shutil.rmtree(old.path)
         except UserError as error:
             self._problem = error
-        except Exception as error:  # in a thread, nobody else would hear of it
+        except Exception as error:  # it would be lost with the thread
             self._problem = UserError(
                 f"could not write a checkpoint to {self.directory}: {type(error).__name__}: {error}"
             )
@@ -125,22 +125,22 @@ class Saver:
     ) -> None:
         if kind is None:
             self.finish()
-        elif self._thread is not None:  # another rank may be gone, so this one asks nobody
+        elif self._thread is not None:  # another rank may be gone: no collective call
             self._thread.join()
 
 
-def write(directory: Path, model: Model, optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
+def write(directory: Path, model: Saveable, optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Writes a checkpoint of a stage, whole or not at all.
 
     Args:
         state: `RunState.state_dict()`.
 
     Raises:
-        UserError: the disk took no more.
+        UserError: the disk is full.
     """
     step = state["step"]
     target = path_of(directory, step)
-    if target.exists():  # damaged, or the run would have gone on from it; but where a file system has no locks …
+    if target.exists():  # damaged, else it would have been resumed; another run's, if there are no locks
         target.rename(free_name(target, "damaged" if Saved(target, step).damage() else "other"))
     with whole_directory(target) as path:
         save_tensors(optimizer, path / "optimizer.safetensors")

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 
 class Best(TypedDict):
-    """The best value so far of the measure that decides (`checkpoint.best`)."""
+    """The best value so far of the metric `checkpoint.best`."""
 
     metric: str
     value: float
@@ -17,17 +17,17 @@ class Best(TypedDict):
 
 @dataclass
 class RunState:
-    """What a stage's run is, and what it has counted over all its processes.
+    """The settings of a stage's run, and what it has counted over all its processes.
 
     Attributes:
-        settings: those that bear on the numbers, flat; a run goes on only with the same ones.
+        settings: those that affect the numbers, flat; a run resumes only with the same ones.
         data: {data set: hash of its manifest}, and the hash of the model that the stage started from.
         versions: of Python, the machine and the libraries of this process.
         seconds: spent in steps.
-        peak_memory_bytes: the most main memory of all ranks' processes together.
+        peak_memory_bytes: peak main memory, summed over the ranks' processes.
         skipped: steps whose gradient was not finite.
-        best: the best value so far of the measure that decides.
-        unmeasured: whether the evaluation after the last step is still owed.
+        best: the best value so far of `checkpoint.best`.
+        unmeasured: whether the evaluation after the last step was postponed.
         texts_drawn, texts_cut: texts by source, and how many of them were cut to `max_tokens`.
         step: steps done.
     """
@@ -49,8 +49,8 @@ class RunState:
         return dataclasses.asdict(self)
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Takes over what was counted. Settings, data and versions stay this process's; a count that an earlier release
-        did not write is at its default."""
+        """Restores the counts. Settings, data and versions stay this process's; a count that an earlier release did not
+        write has its default."""
         fresh = RunState(self.settings, self.data, self.versions)
         for name, default in vars(fresh).items():
             if name not in ("settings", "data", "versions"):

@@ -30,7 +30,7 @@ class BaseEngine(ABC):
     def __init__(self, objective: Objective, optimizer: torch.optim.Optimizer, config: Mapping[str, Any]):
         import deepspeed
 
-        self.shell = without_weights(objective.model)  # before DeepSpeed hangs its hooks on the modules
+        self.shell = without_weights(objective.model)  # before DeepSpeed adds its hooks to the modules
         self.objective: Any = objective
         self.optimizer = optimizer
         self.parameters: dict[str, nn.Parameter] = {}

@@ -1,6 +1,6 @@
 """Every name of DeepSpeed's that its documentation (https://deepspeed.readthedocs.io) does not promise.
 
-Tried on 0.19.8. pyproject.toml asks for 0.19.8 or later, below 0.20; with another version run
+Tested with 0.19.8. pyproject.toml requires 0.19.8 or later, below 0.20; with another version run
 `pytest -m "full or not full" tests/stage_trainer/test_rest.py tests/stage_trainer/test_zero_gradients.py` first.
 """
 
@@ -49,7 +49,7 @@ def gradient_norm(engine: DeepSpeedEngine) -> float | None:
 
 
 def link_states(engine: DeepSpeedEngine) -> None:
-    """Lets `deepspeed.utils.safe_get_full_optimizer_state` and its like find state that was not made by a step, under
+    """Lets `deepspeed.utils.safe_get_full_optimizer_state` and the like find state that no step made, under
     ZeRO 1 and 2; under 3 they find it anyway."""
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
         engine.optimizer._lazy_init_hp_params_optimizer_state()

@@ -1,4 +1,4 @@
-"""From a recipe's parts to an engine: here, and nowhere else, the ZeRO stage decides."""
+"""Makes an engine from parts of a recipe: the only place that looks at the ZeRO stage."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def deepspeed_config(options: Mapping[str, Any], gradient_clipping: float) -> di
     return {
         "steps_per_print": 10**9,
         **options,
-        # Batches are made by the sampler; DeepSpeed only wants these numbers to agree with one another.
+        # Batches are made by the sampler; DeepSpeed only requires these numbers to be consistent.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         # DeepSpeed clips at 1.0 by default.

@@ -26,7 +26,7 @@ class PartitionedEngine(BaseEngine):
         # have none.
         for _, partition in self._partitions():
             self.optimizer.state[partition] = {
-                "step": torch.zeros((), device=partition.device),  # fused AdamW wants it there
+                "step": torch.zeros((), device=partition.device),  # fused AdamW needs it there
                 **{key: torch.zeros_like(partition) for key in MOMENTS},
             }
         deepspeed_private.link_states(self._engine)
@@ -54,9 +54,9 @@ class PartitionedEngine(BaseEngine):
             elif 0 < len(without) < len(group["names"]):
                 others = [name for name in group["names"] if name not in self._unused]
                 raise UserError(
-                    f"{without[0]} has no part in this step and {others[0]} has, but ZeRO moves both as one; expected "
-                    "all parameters of a group to take part together. Set zero_optimization.stage to 0, or freeze "
-                    "what does not take part"
+                    f"{without[0]} has no gradient in this step and {others[0]} has, but ZeRO updates both as one; "
+                    "expected all parameters of a group to take part together. Set zero_optimization.stage to 0, or "
+                    "freeze what does not take part"
                 )
         for group in resting:
             group["rests"] = True

@@ -56,7 +56,7 @@ class Engine(Protocol):
         """Moves a part of a batch to the device and returns the objective's output for it, given `options`."""
 
     def forward_passes(self, own: int) -> int:
-        """How many forward passes this rank shall run in a step, if its own part of the batch takes `own`: under ZeRO 3
+        """How many forward passes this rank must run in a step, if its own part of the batch takes `own`: under ZeRO 3
         as many as any rank, because each pass gathers the weights from all ranks."""
 
     def forward_share(self) -> tuple[int, int]:
@@ -100,8 +100,8 @@ class Engine(Protocol):
         """
 
     def load_optimizer_state(self, saved: dict[str, Tensor]) -> None:
-        """Restores what `optimizer_state` gave, for every parameter that `saved` knows; what belongs to frozen ones is
-        kept for the stage that trains them.
+        """Restores what `optimizer_state` gave, for every parameter in `saved`; state of frozen ones is kept for the
+        stage that trains them.
 
         Raises:
             ValueError: parameters of one group made different numbers of steps; groups that are made with `saved` keep
@@ -112,4 +112,4 @@ class Engine(Protocol):
         """A copy of the model's state dict in main memory on rank 0, empty elsewhere; every rank has to call."""
 
     def close(self) -> None:
-        """Removes DeepSpeed's hooks and frees its buffers; the engine is of no use afterwards."""
+        """Removes DeepSpeed's hooks and frees its buffers; the engine cannot be used afterwards."""

@@ -1,1 +1,1 @@
-"""A run from its start to its end: the loop, its ranks, checkpoints, health, held-out figures, what is written down."""
+"""What surrounds the trainer's loop: hooks after each step, and watchdog, signals, launcher and rendezvous."""

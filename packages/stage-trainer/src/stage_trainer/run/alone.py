@@ -1,4 +1,4 @@
-"""One run at a time in a folder. Imports nothing heavy, so that a second one hears of it at once."""
+"""One run at a time in a folder. Imports nothing heavy, so that a second one is refused at once."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from stage_trainer.recipe import Recipe
 
 @contextlib.contextmanager
 def hold_folder(recipe: Recipe, rank: int) -> Iterator[UserError | None]:
-    """Rank 0 holds the run's folder (`output`) until the end. Gives why it may not, where ranks on other machines have
-    to hear of that first; else None.
+    """Rank 0 locks the run's folder (`output`) until the end. Yields the reason why it cannot, if ranks on other
+    machines have to be told first; else None.
 
     Raises:
-        UserError: another run is under way in the folder, or it cannot be written.
+        UserError: another run uses the folder, or it cannot be written.
     """
     folder = Path(recipe.output)
     with contextlib.ExitStack() as held:
@@ -31,14 +31,14 @@ def hold_folder(recipe: Recipe, rank: int) -> Iterator[UserError | None]:
             refusal = UserError(f"{error} (output=…){_without_ranks()}")
         except OSError as error:
             refusal = UserError(f"{folder} cannot be written ({error.strerror}); name another place (output=…)")
-        # Of one machine the launcher ends the others.
+        # On one machine the launcher ends the other ranks.
         if refusal and int(os.environ.get("WORLD_SIZE", 1)) == int(os.environ.get("LOCAL_SIZE", 1)):
             raise refusal
         yield refusal
 
 
 def _without_ranks() -> str:
-    """What else may be the matter: a launcher that started several processes and told them nothing of one another."""
+    """Another possible cause: a launcher that started several processes and did not tell them their ranks."""
     tasks = os.environ.get("SLURM_NTASKS", "1")
     if tasks == "1" or "RANK" in os.environ:
         return ""

@@ -1,4 +1,4 @@
-"""What surrounds a run: threads, noise, memory and versions."""
+"""The environment of a run: threads, log output, memory and versions."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def keep_freed_memory() -> None:
 
 
 def native_precision(device: torch.device) -> Literal["bf16", "fp32"]:
-    """bf16 if the device itself multiplies in bfloat16, else fp32, as for a CPU that this torch knows nothing of."""
+    """bf16 if the device itself multiplies in bfloat16, else fp32, also on a CPU that this torch does not know."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
@@ -50,7 +50,7 @@ def native_precision(device: torch.device) -> Literal["bf16", "fp32"]:
 
 
 def peak_memory() -> int:
-    """Bytes of main memory that the ranks' processes have held at most, summed over ranks."""
+    """Peak main memory of the ranks' processes in bytes, summed over ranks."""
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     mine = kib if sys.platform == "darwin" else kib * 1024
     total = torch.tensor([float(mine)], device="cuda" if torch.cuda.is_available() else "cpu")
@@ -60,7 +60,7 @@ def peak_memory() -> int:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, the machine and the libraries that bear on the numbers."""
+    """Of Python, the machine and the libraries that affect the numbers."""
     names = ("torch", "deepspeed", "timm", "transformers", "sentencepiece", "trilith-stage-trainer")
     found = {}
     for name in names:

@@ -20,13 +20,13 @@ from stage_trainer.tasks.task import Validation
 class Evaluation(Hook):
     """Measures on held-out data every `every` steps and after the last one.
 
-    An evaluation may take longer than whoever asks for an end will wait: one that is due then is made up for when the
-    run goes on.
+    An evaluation may take longer than a scheduler waits after it asks a run to stop: one that is due then is postponed
+    until the run resumes.
 
     Args:
         validation: what is measured; None: nothing.
-        metric: the measure that decides which checkpoint is the best (`checkpoint.best`).
-        state: knows the best so far, and whether an evaluation is owed.
+        metric: decides which checkpoint is the best (`checkpoint.best`).
+        state: has the best value so far, and whether an evaluation was postponed.
 
     Raises:
         UserError: nothing measures `metric`.
@@ -76,10 +76,10 @@ class Evaluation(Hook):
 
 
 def check_best(metric: str | None, measures: Mapping[str, Measure] | None) -> None:
-    """Finds before the first step whether `checkpoint.best` names something that will be measured.
+    """Checks before the first step that `checkpoint.best` names something that will be measured.
 
     Raises:
-        UserError: it does not; the message has the nearest names that do.
+        UserError: it does not; the message names the closest ones.
     """
     if metric is None or (measures and metric in measures):
         return
@@ -94,19 +94,19 @@ def check_best(metric: str | None, measures: Mapping[str, Measure] | None) -> No
 def better(
     values: Mapping[str, float], measures: Mapping[str, Measure], metric: str | None, state: RunState
 ) -> Best | None:
-    """What makes this the best model so far by `metric`, entered in `state`; or None.
+    """The new best value of `metric`, which is also set in `state`; None if this model is not the best so far.
 
     Args:
-        values, measures: what was measured, and what it means, by name.
-        metric: the name that counts; None: nothing does.
-        state: knows the best so far.
+        values, measures: the figures and their meaning, by name.
+        metric: the name of the figure to compare; None: no comparison.
+        state: has the best value so far.
     """
     if metric is None:
         return None
     value, former = values[metric], state.best
     if not math.isfinite(value):
         return None
-    if former and former["metric"] == metric:  # of another name, it is of an earlier recipe and tells nothing
+    if former and former["metric"] == metric:  # another metric is that of an earlier recipe
         gain = value - former["value"]
         if (gain if measures[metric].higher_is_better else -gain) <= 0:
             return None

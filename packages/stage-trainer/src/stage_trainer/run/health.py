@@ -1,4 +1,4 @@
-"""Whether a run is well: steps that had to be skipped, losses that jump, embeddings that are all alike."""
+"""The health of a run: skipped steps, jumps of the loss, collapsed embeddings."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from stage_trainer.tasks.task import Losses
 SPIKE = 2.0
 """A loss this many times the median of the last ones is a jump."""
 WINDOW = 20
-"""Logged losses that make that median; fewer than half of them say nothing."""
+"""Logged losses of which that is the median; with fewer than half of them nothing is reported."""
 ALIKE = 0.99
 """Mean cosine of the hardest negatives above which, with hardly a pair told apart, the embeddings have collapsed."""
 
 
 class Health(Hook):
-    """Counts skipped steps and warns of what usually ends badly.
+    """Counts skipped steps, and warns of signs that training fails.
 
     Args:
-        limit: so many steps skipped one after another end the run.
+        limit: this many skipped steps in a row end the run.
         state: counts the skipped steps.
         say: shows a line.
     """
@@ -51,9 +51,9 @@ class Health(Hook):
         if self._in_a_row >= self.limit:
             raise UserError(
                 f"{self._in_a_row} steps in a row had a loss or gradient that is not finite, the last one step "
-                f"{step.number}; the model stands as before them. {step.diagnosis} Lower the learning rate, lengthen "
-                "warmup_steps, or try precision: fp32, and start again from the last checkpoint (max_skipped is the "
-                "limit)"
+                f"{step.number}; the model is as it was before them. {step.diagnosis} Lower the learning rate, "
+                "lengthen warmup_steps, or try precision: fp32, and start again from the last checkpoint "
+                "(max_skipped is the limit)"
             )
         self.say(f"step {step.number} is skipped: a gradient is not finite. {step.diagnosis}")
 
@@ -78,8 +78,8 @@ class Health(Hook):
                 if self._begins(f"{task} collapses", alike):
                     warnings.append(
                         f"the embeddings of {task} are nearly all alike: the hardest negatives' mean cosine is "
-                        f"{float(hardest[0]):.4f} and {told_apart:.1%} of the queries find their target; a rate that "
-                        "is too high is the usual reason"
+                        f"{float(hardest[0]):.4f} and {told_apart:.1%} of the queries find their target; usually the "
+                        "learning rate is too high"
                     )
         return warnings
 

@@ -14,7 +14,7 @@ from stage_trainer.tasks.task import Losses
 
 @dataclass(frozen=True)
 class Totals:
-    """What the ranks' parts of a step come to together.
+    """Sums over the ranks' parts of a step.
 
     Attributes:
         asked: whether a rank has been asked to stop.
@@ -32,7 +32,7 @@ class Totals:
 
 @dataclass
 class Step:
-    """What is known after a step.
+    """What a hook is told of a step.
 
     Attributes:
         number: from 0.
@@ -67,7 +67,7 @@ class Step:
 
 
 class Hook:
-    """Something that runs after every step. Hooks run in a fixed order; a later one sees what earlier ones noted in the
+    """Something that runs after every step. Hooks run in a fixed order; a later one sees what earlier ones set in the
     step. All calls are made on every rank."""
 
     def before_first_step(self, step: int) -> None:
@@ -78,7 +78,7 @@ class Hook:
 
         Raises:
             UserError: the run ends here.
-            Stopped: the same, because it was asked to.
+            Stopped: the run ends here, because it was asked to.
         """
 
     def after_last_step(self) -> None:
@@ -90,4 +90,4 @@ class Hook:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Called in any case, in the opposite order."""
+        """Called in any case, in reverse order."""

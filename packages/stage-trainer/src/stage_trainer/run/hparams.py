@@ -10,11 +10,11 @@ _COMPARED = (
     "stage.resolution", "stage.patch_dropout", "stage.layer_decay.", "stage.loss.kind", "stage.loss.dims",
     "stage.trainable.", "optimizer.name", "optimizer.weight_decay", "model.temperature", "precision", "seed",
 )  # fmt: skip
-"""Settings on TensorBoard's HPARAMS page, by their beginnings: all sixty, by the alphabet, would hide these."""
+"""Settings on TensorBoard's HPARAMS page, by prefix: among all sixty, in alphabetical order, these would be lost."""
 
 
 def compared(settings: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
-    """Of a run's settings those of the page HPARAMS, as it takes them."""
+    """The settings for the HPARAMS page, as types that it accepts."""
     return {
         name.removeprefix("stage."): value if isinstance(value, str | int | float | bool) else str(value)
         for name, value in settings.items()

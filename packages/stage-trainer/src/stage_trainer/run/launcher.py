@@ -60,7 +60,7 @@ def main(options: Sequence[str] | None = None) -> int:
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = child.wait(timeout=1)
             if code > 192:  # set by launch.py for a rank that a signal ended
-                print(f"a rank was ended by signal {256 - code}, perhaps for want of memory", file=sys.stderr)
+                print(f"a rank was ended by signal {256 - code}, perhaps out of memory", file=sys.stderr)
             return code if code >= 0 else 128 - code
         if asked:  # again, for ranks that had not started yet
             tell(signal.SIGTERM)

@@ -58,4 +58,4 @@ class Ledger(Hook):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.count and (kind is None or issubclass(kind, Stopped)):
-            self.say(f"{self.count:,} samples could not be read, and others took their places: {self.path} has each")
+            self.say(f"{self.count:,} samples could not be read and were replaced by others; {self.path} lists them")

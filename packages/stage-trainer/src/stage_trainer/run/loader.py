@@ -1,4 +1,4 @@
-"""Batches made ahead, by processes that leave only when this one says so."""
+"""Prefetches batches in worker processes, which end only when this process ends them."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed 
 
 
 def batches(data: Batches, start: int, stop: int, workers: int) -> Generator[tuple[Any, Drawn], None, None]:
-    """Batches `start` to `stop` - 1, made ahead by worker processes if there are any.
+    """Batches `start` to `stop` - 1, prefetched by worker processes if there are any.
 
-    What asks the run to stop often reaches the workers, too (a terminal's Ctrl-C, a scheduler's signal): they ignore
-    it, for the step under way and the checkpoint after it may still need them. They end with this process, or when the
-    iterator is closed, which is not to be left to the garbage collector.
+    A signal that asks the run to stop often reaches the workers, too (a terminal's Ctrl-C, a scheduler's signal): they
+    ignore it, since the current step and the checkpoint after it may still need them. They end with this process, or
+    when the iterator is closed, which must not be left to the garbage collector.
 
     Raises:
-        UserError: a source of which hardly a sample can be read.
+        UserError: hardly any sample of a source can be read.
     """
     loader = DataLoader(
         _FailuresAsItems(data),
@@ -43,7 +43,7 @@ def batches(data: Batches, start: int, stop: int, workers: int) -> Generator[tup
         worker_init_fn=_begin_worker if workers else None,
     )
     before = set(multiprocessing.active_children())
-    with _signals_held() if workers else contextlib.nullcontext():  # a worker has them held, until it ignores them
+    with _signals_held() if workers else contextlib.nullcontext():  # workers inherit the block, until they ignore them
         items = iter(loader)
     processes = set(multiprocessing.active_children()) - before
     try:
@@ -51,7 +51,7 @@ def batches(data: Batches, start: int, stop: int, workers: int) -> Generator[tup
             if isinstance(item, Exception):
                 raise UserError(str(item)) from item
             yield item
-    except (ConnectionError, EOFError, FileNotFoundError) as error:  # a worker died that was handing one over
+    except (ConnectionError, EOFError, FileNotFoundError) as error:  # a worker died while it sent a batch
         for process in processes:
             process.join(1)
             if code := process.exitcode:
@@ -59,7 +59,7 @@ def batches(data: Batches, start: int, stop: int, workers: int) -> Generator[tup
                 raise RuntimeError(f"DataLoader worker (pid {process.pid}) {how}") from error
         raise
     finally:
-        del items  # the loader asks its workers to leave, and gives them some seconds
+        del items  # the loader asks its workers to end, and waits some seconds
         for process in processes:
             if process.is_alive():
                 # Python waits for its children when it ends. torch raises when it hears that this one is dead.
@@ -70,7 +70,7 @@ def batches(data: Batches, start: int, stop: int, workers: int) -> Generator[tup
 
 @contextlib.contextmanager
 def worker_deaths_explained(workers: int) -> Iterator[None]:
-    """Says what may have killed a worker. torch raises that wherever this process happens to be.
+    """Explains what may have killed a worker. torch raises that error at any point in this process.
 
     Raises:
         UserError: a worker is dead, or ran out of memory.
@@ -93,12 +93,12 @@ def worker_deaths_explained(workers: int) -> Iterator[None]:
         elif by == "Bus error":
             reason = "ran out of shared memory (/dev/shm; of a container, --shm-size or --ipc=host)"
         else:
-            reason = f"ended by itself ({by or 'no signal'}), perhaps for want of memory"
+            reason = f"ended by itself ({by or 'no signal'}), perhaps out of memory"
         raise UserError(f"a process that loads data (number {number}) {reason}; {lower}") from error
 
 
 def _with_causes(error: BaseException | None) -> Iterator[str]:
-    """The texts of an error and of those that it came from; the signal is named by the first of them alone."""
+    """The texts of an error and of its causes; only the first cause names the signal."""
     while error is not None:
         yield str(error)
         error = error.__cause__ or error.__context__
@@ -108,7 +108,7 @@ def _begin_worker(number: int) -> None:
     for asking in SIGNALS:
         signal.signal(asking, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    if sys.platform == "linux":  # at once with its parent, however that ends; elsewhere it looks every five seconds
+    if sys.platform == "linux":  # end at once with the parent; elsewhere a worker checks every five seconds
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
         parent = multiprocessing.parent_process()
@@ -126,7 +126,7 @@ def _signals_held() -> Iterator[None]:
 
 
 class _FailuresAsItems(TorchDataset[Any]):
-    """Errors that name bad data, handed over whole: a loader's worker would bury them in a traceback."""
+    """Returns errors that name bad data as items: raised in a worker, they would be buried in a traceback."""
 
     def __init__(self, data: Batches):
         self.data = data

@@ -1,4 +1,4 @@
-"""What a person sees of a run: TensorBoard's pages and one line with the time left."""
+"""What a run shows: TensorBoard's pages, and a line of progress with the time left."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from stage_trainer.run.text_counts import TextCounts
 from stage_trainer.tasks.task import Charts, Losses, Measured
 
 _QUIET = 15.0
-"""Seconds between two lines of progress where there is no terminal to keep one line up to date."""
+"""Seconds between two lines of progress where there is no terminal for a progress bar."""
 
 
 class Sink(Protocol):
-    """Where else scalars go: Weights & Biases, MLflow, a file of one's own."""
+    """Where scalars go besides TensorBoard: Weights & Biases, MLflow, a file of your own."""
 
     def scalar(self, name: str, value: float, step: int) -> None: ...
 
@@ -49,7 +49,7 @@ def open_sinks(names: Sequence[str], directory: Path, settings: dict[str, Any]) 
             make = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError, ValueError) as error:
             raise UserError(
-                f"sinks: {name!r} cannot be had ({error}); expected module:callable, such as my_wandb:Sink, where "
+                f"sinks: {name!r} cannot be imported ({error}); expected module:callable, such as my_wandb:Sink, where "
                 "Python can import it, taking (directory, settings) and having scalar(name, value, step) and close()"
             ) from error
         sinks.append(make(directory, settings))
@@ -58,17 +58,17 @@ def open_sinks(names: Sequence[str], directory: Path, settings: dict[str, Any]) 
 
 @dataclass(frozen=True)
 class Shown:
-    """What a monitor is told of a stage.
+    """What a monitor needs to know about a stage.
 
     Attributes:
         title: of the line of progress.
-        start: the first step of this process; what a former process logged at or after it is hidden.
+        start: the first step of this process; what an earlier process logged from there on is hidden.
         steps: of the stage.
         every: steps between two entries.
         charts: TensorBoard's Custom Scalars page.
         sources: of texts, as `Drawn.of_sources` counts them.
-        max_tokens: of a text, beyond which its end is cut off; None: this stage cuts nothing off.
-        peak: operations a second that all ranks' devices can do at most, if that is known.
+        max_tokens: of a text; longer ones are cut. None: this stage cuts no texts.
+        peak: operations a second of all ranks' devices, at most, if that is known.
     """
 
     title: str
@@ -87,8 +87,8 @@ class Monitor(Hook):
     Args:
         directory: TensorBoard's folder of this stage.
         active: whether this is rank 0.
-        sinks: where scalars go beside TensorBoard; closed with the monitor.
-        texts: those of the stage's earlier processes; takes those of this one.
+        sinks: where scalars go besides TensorBoard; closed with the monitor.
+        texts: the counts of the stage's earlier processes, which are continued.
     """
 
     def __init__(
@@ -228,7 +228,7 @@ class Monitor(Hook):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.active:
-            self.bar.leave = kind is None  # the reason of a failure shall be the last thing on the screen
+            self.bar.leave = kind is None  # so that the reason for a failure is the last line
             self.bar.close()
             self.writer.close()
             for sink in self.sinks:
@@ -253,9 +253,9 @@ def in_words(seconds: float) -> str:
 
 
 def _keep_order(directory: Path) -> None:
-    """Sees to it that the event files that are there come before the next one. TensorBoard reads them in the order of
-    their names, which begin with the clock's seconds, and each takes back what it was told of the steps that it begins
-    with: once the clock was set back, an older file would take back what the newer one says."""
+    """Renames the existing event files if they would not sort before the next one. TensorBoard reads files in the order
+    of their names, which begin with the time in seconds, and each file overrides earlier ones from its first step on:
+    if the clock was set back, an older file would override the newer one."""
     files = sorted(directory.glob("*tfevents*"))
     if not files or files[-1].name < f"events.out.tfevents.{int(time.time()):010d}":
         return

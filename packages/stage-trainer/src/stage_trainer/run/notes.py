@@ -1,4 +1,4 @@
-"""What the ranks of one machine leave each other in the run's folder, so that one of them says it for all."""
+"""Notes that the ranks of one machine leave in the run's folder, so that only one of them prints a message."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from pathlib import Path
 
 
 def first_to_say(folder: Path, text: str) -> bool:
-    """Leaves a note; False if somebody has said the same."""
+    """Leaves a note that `text` is printed; False if another rank has left it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         note_of(folder, text).touch(exist_ok=False)
     except FileExistsError:
         return False
-    except OSError:  # a full disk is no reason to keep quiet
+    except OSError:  # on a full disk print it rather twice than not at all
         return True
     return True
 
 
 def note_of(folder: Path, text: str) -> Path:
-    """The file that says that `text` was said."""
+    """The file whose existence means that `text` was printed."""
     return folder / f".failure-{hashlib.sha256(text.encode()).hexdigest()[:16]}"

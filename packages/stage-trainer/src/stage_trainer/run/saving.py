@@ -1,4 +1,4 @@
-"""When a checkpoint is written, and how a run ends that was asked to."""
+"""When checkpoints are written, and how a run that was asked to stop ends."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from stage_trainer.run.stop_signal import StopSignal
 
 
 class Saving(Hook):
-    """Saves every `every` steps (0: never), after the last step before `stop`, and the best model; ends a run that is
-    asked to stop, saved.
+    """Saves every `every` steps (0: never), after the last step before `stop`, and the best model; saves and
+    ends a run that is asked to stop.
 
     Args:
-        state: entered into every checkpoint; counts the seconds.
+        state: saved in every checkpoint; its seconds are counted here.
         stop: the step before which this part of the stage ends.
         steps: of the stage.
     """
@@ -48,7 +48,7 @@ class Saving(Hook):
             raise self._stopped(step.done)
 
     def after_last_step(self) -> None:
-        self.saver.finish()  # signals are still caught: an end that is asked for meanwhile counts
+        self.saver.finish()  # signals are still caught: a stop that is requested meanwhile counts
         if self.stop_signal.agreed() and self.stop < self.steps:
             raise self._stopped(self.stop)
 
@@ -60,7 +60,7 @@ class Saving(Hook):
         self.saver.save(self.engine, self.state, step.best)
 
     def _check_parameters(self, step: int) -> None:
-        """Stops before a model that is lost is written over one that is not."""
+        """Stops before a model with parameters that are not finite takes the place of a good one."""
         lost = [name for name, p in self.engine.parameters.items() if not torch.isfinite(p.detach()).all()]
         if lost:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM, SIGINT (Ctrl-C), SIGHUP. Imports nothing heavy, so that it stands before all else."""
+"""Signals that ask to stop: SIGTERM, SIGINT (Ctrl-C), SIGHUP. Imports nothing heavy, to be set up before all else."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def when_asked(handler: Handler) -> Iterator[None]:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         yield
-    except (Stopped, SystemExit):  # on its way out: whoever asks again must not change the exit code
+    except (Stopped, SystemExit):  # already ending: a second signal must not change the exit code
         former = dict.fromkeys(former, signal.SIG_IGN)
         raise
     finally:
@@ -39,18 +39,18 @@ def when_asked(handler: Handler) -> Iterator[None]:
 
 
 def leave_when_asked(rank: int, folder: Path | None = None) -> contextlib.AbstractContextManager[None]:
-    """For times in which nothing would be lost, such as imports and the loading of a model: the process ends at once,
-    with exit code 75. Nothing is raised, for libraries swallow exceptions while they are imported.
+    """For phases in which nothing would be lost, such as imports and the loading of a model: the process ends at once,
+    with exit code 75. Nothing is raised, since libraries swallow exceptions while they are imported.
 
     Args:
-        rank: without a folder, rank 0 alone says it.
-        folder: where the ranks of a machine leave each other notes; the first one says it.
+        rank: without a folder, only rank 0 prints the message.
+        folder: where the ranks of a machine leave notes; the first one prints the message.
     """
 
     def leave(number: int, frame: FrameType | None) -> None:
         with contextlib.suppress(Exception):
             if first_to_say(folder, NOTHING_LOST) if folder else rank == 0:
-                os.write(2, f"{NOTHING_LOST}\n".encode())  # print() may be under way just now
+                os.write(2, f"{NOTHING_LOST}\n".encode())  # print() may be running just now
             sys.stdout.flush()
         os._exit(Stopped.EXIT_CODE)
 

@@ -1,4 +1,4 @@
-"""What the ranks tell one another after each step: shall we stop, were there corrupt samples.
+"""What the ranks exchange after each step: whether to stop, and which samples were corrupt.
 
 Over gloo, on the host: on GPUs a collective of NCCL's would make every rank wait for its device.
 """
@@ -29,7 +29,7 @@ class StopSignal:
     @property
     def asked(self) -> bool:
         """Whether this process was asked to stop, or its launcher is gone: `deepspeed` itself ends at once when it is
-        signalled, and leaves the ranks to themselves."""
+        signalled, and leaves the ranks running."""
         return self._asked or launcher_is_gone()
 
     def agreed(self) -> bool:

@@ -13,14 +13,14 @@ class TextCounts:
     """
 
     ENOUGH = 256
-    """Texts of a source whose share is worth saying."""
+    """Texts of a source that have to be seen before its share is reported."""
 
     def __init__(self, drawn: dict[str, int], cut: dict[str, int]):
         self.drawn, self.cut = drawn, cut
         self._told = {source for source in self.cut if self.cut[source] and self.drawn[source] >= self.ENOUGH}
 
     def count(self, sources: Sequence[str], counts: Sequence[int]) -> None:
-        """Adds a step, `counts` being what `Drawn.of_sources` says, over all ranks."""
+        """Adds a step; `counts` are those of `Drawn.of_sources`, summed over ranks."""
         half = len(sources)
         for of_kind, new in ((self.drawn, counts[:half]), (self.cut, counts[half:])):
             for source, count in zip(sources, new, strict=True):
@@ -34,7 +34,7 @@ class TextCounts:
         return seen | {f"texts_cut/{source}": self.cut[source] / count for source, count in drawn.items() if cut}
 
     def news(self, max_tokens: int, last: bool) -> list[str]:
-        """What is to be said of cut texts: of each source once in a stage, when enough of it, or all, has been seen."""
+        """Messages about cut texts: one for each source in a stage, once enough of its texts, or all, were seen."""
         lines = []
         for source, seen in self.drawn.items():
             if self.cut[source] and source not in self._told and (last or seen >= self.ENOUGH):

@@ -1,7 +1,7 @@
-"""When one rank fails, all end soon, and the reason is the last thing on the screen.
+"""When one rank fails, all end soon, and the reason is the last line on the screen.
 
 A launcher ends the ranks of its own machine; the heartbeat does it for several machines, and for a rank that hangs.
-Ranks that fail only because another one did keep quiet, so that its traceback is not buried under theirs.
+Ranks that fail only because another one did print nothing, so that its traceback is not buried under theirs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from stage_trainer.run.notes import first_to_say, note_of
 from stage_trainer.run.stop import NOTHING_LOST, leave_when_asked
 
 SILENCE = 40.0
-"""Seconds without a sign of life after which a rank is given up."""
+"""Seconds without a sign of life after which a rank counts as dead."""
 INTERVAL = 4.0
 """Seconds between two signs of life."""
 _LOST = ("connection closed by peer", "connection reset", "broken pipe", "socket closed", "connection refused")
@@ -31,7 +31,7 @@ _LOST = ("connection closed by peer", "connection reset", "broken pipe", "socket
 
 @contextlib.contextmanager
 def one_reason(folder: Path, rank: int, world: int) -> Iterator[None]:
-    """Lets the first rank that fails speak, and ends the others without a word.
+    """Lets the first rank that fails print its error, and ends the others silently.
 
     Args:
         folder: where ranks of one machine leave each other a note; every rank enters before the first collective call.
@@ -56,8 +56,8 @@ def one_reason(folder: Path, rank: int, world: int) -> Iterator[None]:
         if lost:
             _say_once(
                 folder,
-                "stage-trainer: the connection to a rank is lost, and it left no reason: it was killed, perhaps for "
-                "want of memory, or its machine is gone. The same command goes on from the last checkpoint",
+                "stage-trainer: the connection to a rank is lost, and it left no reason: it was killed, perhaps out of "
+                "memory, or its machine is gone. The same command goes on from the last checkpoint",
             )
             _leave(1)
         if is_user_error(error):
@@ -107,7 +107,7 @@ class Heartbeat:
         count, last = 0, time.monotonic()
         while not self._ended.wait(self.interval):
             now, count = time.monotonic(), count + 1
-            if now - last > 3 * self.interval:  # this process itself was stopped or starved, as others may have been
+            if now - last > 3 * self.interval:  # this process itself was suspended, as others may have been
                 heard = {}
             last = now
             try:
@@ -126,7 +126,7 @@ class Heartbeat:
             self._last_round = time.monotonic()
 
     def _watch(self) -> None:
-        """Gives up when the store itself, in rank 0's process, answers no more."""
+        """Gives up when the store itself, in rank 0's process, no longer answers."""
         last = time.monotonic()
         while not self._ended.wait(self.interval):
             now = time.monotonic()
@@ -143,7 +143,7 @@ class Heartbeat:
 
 
 def _say_once(folder: Path, text: str, whole: str | None = None) -> None:
-    """Shows a text (or all that it stands for) unless another rank of this machine has."""
+    """Prints a text (or the whole text that it stands for) unless another rank of this machine has."""
     if first_to_say(folder, text):
         print(whole or text, file=sys.stderr, flush=True)
 

@@ -23,7 +23,7 @@ from stage_trainer.tasks.task import Losses, TrainedObjective
 class ContrastiveObjective(TrainedObjective):
     """Embeds images and texts, and gives the losses over what was embedded.
 
-    The two are apart, because gradient caching embeds in parts and takes one loss over all of them.
+    These are two steps, because gradient caching embeds in parts and computes one loss over all of them.
 
     Args:
         model: the towers and temperatures.
@@ -55,7 +55,7 @@ class ContrastiveObjective(TrainedObjective):
     def parameter_groups(
         self, stage: Stage, config: OptimizerConfig, saved: Mapping[str, Tensor] | None = None
     ) -> ParameterGroups:
-        """Of the towers, and of both temperatures."""
+        """The groups of both towers and both temperatures."""
         groups, model, lr, decay = ParameterGroups(config, saved), self.model, stage.lr, stage.layer_decay
         groups.add_tower("image", model.vision, prefix="vision.", lr=lr.image, layer_decay=decay.image)
         groups.add_tower("text", model.text, prefix="text.", lr=lr.text, layer_decay=decay.text)
@@ -121,7 +121,7 @@ class ContrastiveObjective(TrainedObjective):
                 engine.clamp_(scale, max=-math.log(self.loss.min_temperature))
 
     def temperatures(self, engine: Engine) -> dict[str, float]:
-        """Of each loss; every rank has to call."""
+        """The temperature of each loss; every rank has to call."""
         return {name: math.exp(-engine.whole(scale).item()) for name, scale in self.logit_scales.items()}
 
     def figures(self, engine: Engine, losses: Losses) -> dict[str, float]:

@@ -4,8 +4,8 @@ The batch is embedded in chunks without keeping anything for the backward pass, 
 gradients, and each chunk is embedded again, now to send its part of the gradient into the towers. Dropout and patch
 dropout are functions of each sample's seed, so the second pass repeats the first.
 
-(Plain accumulation, a loss for each chunk, would be something else: the negatives of a contrastive loss are those of
-its batch, and chunks would not see one another's.)
+(Plain accumulation, with a loss for each chunk, would compute another loss: the negatives of a contrastive loss are
+those of its batch, and chunks would not see one another's.)
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def backward_through_chunks(
         chunks: the most images and tokens of one forward pass.
         options: of the objective's forward pass.
     """
-    # Texts of like length together: the text tower computes a chunk in as many calls as it has lengths.
+    # Texts of similar length together: the text tower computes a chunk in as many calls as it has lengths.
     sorted_batch, order = _by_length(batch)
     parts = _parts(engine, sorted_batch, chunks)
     with torch.no_grad():
@@ -60,7 +60,7 @@ def backward_through_chunks(
             surrogate = surrogate + (embedded.texts * of_text_chunks[number]).sum()
             if number == 0:  # the temperatures count once, whatever the number of chunks
                 surrogate = surrogate + sum((embedded.scales[name] * g).sum() for name, g in of_scales.items())
-            if surrogate.requires_grad:  # not so of what goes through a frozen tower
+            if surrogate.requires_grad:  # not if the chunk went through a frozen tower
                 backward(surrogate, number == len(parts) - 1)
     return losses
 
@@ -71,7 +71,7 @@ def total(losses: Losses) -> Tensor:
 
 
 def _by_length(batch: Batch) -> tuple[Batch, Tensor]:
-    """The batch with its texts sorted by length, and where each of them stood."""
+    """The batch with its texts sorted by length, and the position that each had before."""
     if batch.texts is None:
         return batch, batch.text_seeds[:0]
     packed, order = batch.texts.by_length()
@@ -79,7 +79,7 @@ def _by_length(batch: Batch) -> tuple[Batch, Tensor]:
 
 
 def _parts(engine: Engine, batch: Batch, chunks: GradientCache) -> list[Part]:
-    """The chunks; some of them again, with their results to be dropped, where other ranks have more."""
+    """The chunks; where other ranks have more, some are repeated, and their results dropped."""
     images, texts = list(image_chunks(batch, chunks.images)), list(text_chunks(batch, chunks.tokens))
     images += images[:1] * (engine.forward_passes(len(images)) - len(images))
     texts += texts[:1] * (engine.forward_passes(len(texts)) - len(texts))
@@ -87,7 +87,7 @@ def _parts(engine: Engine, batch: Batch, chunks: GradientCache) -> list[Part]:
 
 
 def _whole(parts: list[Embedded], images: int, order: Tensor) -> Embedded:
-    """What the parts became together, in the batch's order, as leaves of a graph."""
+    """The embeddings of all parts, in the batch's order, as leaves of a graph."""
     texts = torch.cat([e.texts for e in parts])[: len(order)]
     return Embedded(
         torch.cat([e.images for e in parts])[:images].requires_grad_(),

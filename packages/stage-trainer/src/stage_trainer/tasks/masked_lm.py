@@ -1,7 +1,7 @@
 """Masked-language-model training of the text tower alone.
 
 The loss is the mean cross entropy over the hidden tokens of all ranks. Ranks hide different numbers of them, so it is a
-sum over a sum, not a mean of means; the gradients, too, are those of one process, however the batch is cut up.
+sum over a sum, not a mean of means; the gradients, too, are those of one process, however the batch is divided.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class MaskedLMTask(Task):
         },
         "is it well": {"held out: loss on hidden words by language": ["^validation_loss_masked_lm/"], **HEALTH_CHARTS},
     }
-    cuts_texts = False  # of a long text a window is drawn
+    cuts_texts = False  # a window is drawn from a long text
 
     def check_configs(self, fetch: bool = False) -> None:
         # The stages before are of this task, too; those after get adapters and an image tower.
@@ -144,14 +144,14 @@ def forward_backward(engine: Engine, batch: MaskedBatch, tokens: int = 0) -> Los
     """
     chunks = list(batch.chunks(tokens))
     own = len(chunks)
-    # What is beyond a rank's own chunks is run for the other ranks' sake, and weighs nothing.
+    # Under ZeRO 3 all ranks run the same number of passes; those beyond a rank's own chunks have weight 0.
     chunks += chunks[:1] * (engine.forward_passes(own) - own)
     hidden = engine.sum_over_ranks(torch.tensor(len(batch.masked.labels))).clamp(min=1)
     sums = []
     with engine.backwards() as backward:
         for number, chunk in enumerate(chunks):
             total = engine.forward(chunk).total * (number < own)
-            # Times the world's size, because gradients are averaged over ranks: those of a sum are wanted.
+            # Gradients are averaged over ranks, and a sum is needed: hence the factor world size.
             backward(total * (engine.world / hidden).to(total.dtype), number == len(chunks) - 1)
             sums.append(total.detach())
     return {"masked_lm": (engine.sum_over_ranks(torch.stack(sums).sum()) / hidden, hidden)}

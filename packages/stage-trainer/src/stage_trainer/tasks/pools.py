@@ -1,4 +1,4 @@
-"""Held-out figures of embeddings while a stage trains: recall, nDCG, correlation and the gap between modalities."""
+"""Validation of embeddings while a stage trains: recall, nDCG, correlation and the gap between modalities."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class PoolValidation:
             self.measures |= of_pairs(name, pair_pool)
 
     def run(self, last: bool) -> Measured:
-        """Measures; what was found is on rank 0. After the `last` step of a stage with vectors for the projector."""
+        """Measures every pool; the results are on rank 0, after the `last` step with vectors for the projector."""
         model: DualEncoder = self.engine.objective.model
         model.eval()
         share, shares = self.engine.forward_share()

@@ -1,4 +1,4 @@
-"""What a task is: all in which one way to train a stage differs from another."""
+"""The interface of a task: everything in which one way to train a stage differs from another."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from stage_trainer.plan.auto import Choice
 from stage_trainer.recipe import OptimizerConfig, Recipe, Stage
 
 Losses = dict[str, tuple[Tensor, Any]]
-"""{name: (loss, 0-d, over all ranks; what the task knows beside it)}."""
+"""{name: (loss over all ranks, 0-d; statistics of the task)}."""
 Charts = dict[str, dict[str, list[str]]]
-"""TensorBoard's Custom Scalars page: sections, their charts, and which tags each shows."""
+"""TensorBoard's Custom Scalars page: sections, their charts, and the tags that each shows."""
 
 HEALTH_CHARTS = {
     "size of the gradients": ["^gradient_norm/"],
@@ -53,7 +53,7 @@ class Measured:
 
     Attributes:
         values: by name in TensorBoard.
-        shown: what a person reads on the screen.
+        shown: the figures that are printed.
         picture: for TensorBoard.
         vectors, labels: `[N, D]` for TensorBoard's projector, each with a name and a kind.
     """
@@ -71,7 +71,7 @@ class Validation:
 
     Attributes:
         measures: by name in TensorBoard, known before the first step.
-        run: measures; every rank has to call. Takes whether the stage ends here.
+        run: runs the validation; every rank has to call. Its argument says whether the stage ends here.
     """
 
     measures: dict[str, Measure]
@@ -79,7 +79,7 @@ class Validation:
 
 
 class TrainedObjective(Objective):
-    """A module for the engine to run, and what of it trains."""
+    """A module for the engine to run, and which of its parameters train."""
 
     def set_trainable(self, stage: Stage) -> None:
         """Freezes what the stage does not train."""
@@ -100,13 +100,13 @@ class TrainedObjective(Objective):
 
 
 class Task(ABC):
-    """One way to train a stage. The recipe is taken apart here: what a task makes is given its own part of it.
+    """One way to train a stage. Of the recipe, what a task makes gets only its own part.
 
     Attributes:
         charts: TensorBoard's page for this task.
-        cuts_texts: whether texts beyond `max_tokens` lose their ends, which a run then reports.
-        seed: of everything that is drawn in the stage.
-        chunks: sizes of the chunks of a forward pass; None: all at once.
+        cuts_texts: whether texts longer than `max_tokens` are cut; a run then reports how many.
+        seed: of all random numbers in the stage.
+        chunks: sizes of the chunks of a forward pass; None: no chunks.
     """
 
     charts: ClassVar[Charts]
@@ -119,10 +119,10 @@ class Task(ABC):
 
     @abstractmethod
     def check_configs(self, fetch: bool = False) -> None:
-        """Finds what the recipe asks of its weights that they do not have, before anything is allocated.
+        """Checks that the weights have what the recipe asks of them, before anything is allocated.
 
         Args:
-            fetch: weights that are not on this machine; else only the recipe's own words are compared.
+            fetch: downloads weights that are not on this machine; otherwise the check does without them.
 
         Raises:
             UserError: names the key.
@@ -133,36 +133,36 @@ class Task(ABC):
         """A new model, with the weights that the recipe starts from; it has `save_pretrained(path)`.
 
         Raises:
-            UserError: a configuration that does not hold, a tokenizer of another vocabulary, weights that do not fit.
+            UserError: an invalid configuration, a tokenizer with another vocabulary, weights that do not fit.
         """
 
     @abstractmethod
     def load_model(self, path: Path) -> nn.Module:
-        """A checkpoint's model, with the recipe's settings that do not bear on its weights (dropout, checkpointing, …).
+        """A checkpoint's model, with the recipe's settings that do not affect its weights (dropout, checkpointing, …).
 
         Raises:
             UserError: a directory that holds no model, or one of another shape than the recipe's.
         """
 
     def load_former_model(self, path: Path, tokenizer: Tokenizer) -> nn.Module:
-        """The model that this stage starts from: that of the last checkpoint of the stage before, of whatever task."""
+        """The model that this stage starts from, from the last checkpoint of the stage before, whatever its task."""
         return self.load_model(path)
 
     @abstractmethod
     def empty_model(self) -> nn.Module:
-        """The model at the stage's end, on the meta device: every shape and no memory."""
+        """The model as it is at the end of the stage, on the meta device: shapes without memory."""
 
     @abstractmethod
     def parameter_counts(self, model: nn.Module) -> list[tuple[int, str]]:
-        """(how many, of what) for `train --dry-run`."""
+        """(number, what is counted) for each line of `train --dry-run`."""
 
     def set_up_segment(self, model: nn.Module, step: int, optimizer: dict[str, Tensor] | None) -> int:
-        """Readies a model, and the optimizer state that belongs to it, for the steps from `step`; returns the step
-        before which that has to happen again."""
+        """Prepares a model and its optimizer state for the steps from `step` on; returns the step before which this
+        has to be repeated."""
         return self.stage.steps
 
     def choose_chunks(self, start: int, stop: int, device: torch.device) -> Choice | None:
-        """Settles `chunks` for these steps by the memory that is there; every rank has to call. None: as written."""
+        """Sets `chunks` for these steps to what fits into memory; every rank has to call. None: nothing was chosen."""
         return None
 
     @abstractmethod
@@ -203,7 +203,7 @@ class Task(ABC):
         """Floating-point operations of the model in a step, over all ranks, for MFU.
 
         Args:
-            batch: this rank's part, for what is alike in all parts.
+            batch: this rank's part, for what is the same in all parts.
             tokens, squared_tokens: of all ranks' texts, the sums of the lengths and of their squares.
         """
 
@@ -216,5 +216,5 @@ class Task(ABC):
         """
 
     def title(self, step: int) -> str:
-        """What this is, in a word or two, from `step` on."""
+        """A short name for the line of progress, from `step` on."""
         return self.stage.task
