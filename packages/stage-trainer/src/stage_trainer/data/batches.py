@@ -137,7 +137,7 @@ class StageBatches(TorchDataset[tuple[Batch, Drawn]]):
             return 0
         data = self.text_sources[0]
         for index in range(min(REPLACEMENTS, len(data))):
-            with contextlib.suppress(ShardError):  # whoever draws it enters it in the ledger
+            with contextlib.suppress(ShardError):  # it is entered in the ledger when it is drawn
                 return len(self.cache.sample(data, index)[1]["negatives"])
         raise UserError(f"{data.directory}: none of its first {REPLACEMENTS} triplets can be read")
 
@@ -170,7 +170,7 @@ class StageBatches(TorchDataset[tuple[Batch, Drawn]]):
             data = self.image_sources[draw.source]
             pixels, content = self._sample(data, draw.index, drawn)
             seed = self._seed(data, draw)
-            assert pixels is not None  # _check saw to it
+            assert pixels is not None  # _check guarantees it
             found.pixels.append(self._augmented(pixels, seed, step))
             for number, of_all in enumerate(found.views):
                 of_all.append(self._view(pixels, key(seed, "view", number), step))
@@ -194,7 +194,7 @@ class StageBatches(TorchDataset[tuple[Batch, Drawn]]):
 
     def _draws(self, sampler: TaskSampler | None, sources: list[Dataset], number: int) -> list[Draw]:
         """This rank's part of a task's batch; what the next ones need is fetched from now on."""
-        assert sampler is not None  # batch_at saw to it
+        assert sampler is not None  # batch_at guarantees it
         draws = slice_of(sampler.batch_at(number), self.rank, self.world)
         look_ahead(sources, sampler)
         return draws

@@ -49,7 +49,7 @@ class Prefetcher:
                 if self._ended or (data := reference()) is None:
                     return
                 name = self._wanted.pop(0)
-            with contextlib.suppress(ShardError, UserError):  # whoever reads the file gets the error again
+            with contextlib.suppress(ShardError, UserError):  # reading the file raises the error again
                 data.hold(name)
             del data
 

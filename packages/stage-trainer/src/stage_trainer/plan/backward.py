@@ -30,11 +30,11 @@ def run_backward(
     """Calls every node, from an output's down; leaves get their gradients, or have them added to.
 
     Args:
-        graph: the output's `grad_fn` alone. It is taken out of the list, and the output has to be let go too: whoever
-            holds a node holds all that comes after it.
+        graph: the output's `grad_fn` alone. It is removed from the list, and the caller must drop the output too: a
+            node keeps all that follow it alive.
         gradient: of the output.
-        before: is told of each node when its gradients have come together.
-        learned: is told of each leaf that has got a gradient.
+        before: called with each node once its gradients are complete.
+        learned: called with each leaf that gets a gradient.
     """
     root = graph.pop()
     missing = _edges(root)
