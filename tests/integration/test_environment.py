@@ -34,8 +34,7 @@ def uv_saw(tmp_path):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / path, tmp_path / path)
     for package in ROOT.glob("packages/*"):
-        (tmp_path / "packages" / package.name / "src/x").mkdir(parents=True)
-        (tmp_path / "packages" / package.name / "src/x/x.c").touch()
+        (tmp_path / "packages" / package.name).mkdir(parents=True)
         shutil.copy(package / "pyproject.toml", tmp_path / "packages" / package.name)
     bin = tmp_path / "bin"
     bin.mkdir()
