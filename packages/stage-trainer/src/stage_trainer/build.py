@@ -21,11 +21,11 @@ from stage_trainer.recipe.tower_rules import build_config, check_towers
 
 
 def check_configs(recipe: Recipe, number: int, fetch: bool = False) -> None:
-    """Finds what the recipe asks of its weights that they do not have, in a stage of two towers, before anything is
+    """Checks that the weights have what the recipe asks of them, in a stage of two towers, before anything is
     allocated.
 
     Args:
-        fetch: weights that are not on this machine; else only the recipe's own words are compared.
+        fetch: downloads weights that are not on this machine; otherwise the check does without them.
 
     Raises:
         UserError: names the key.
@@ -84,7 +84,7 @@ def build_model(recipe: Recipe, number: int, tokenizer: Tokenizer | None = None)
     """A new model of two towers for the first stage that trains it.
 
     Raises:
-        UserError: a configuration that does not hold, a tokenizer of another vocabulary, weights that do not fit.
+        UserError: an invalid configuration, a tokenizer with another vocabulary, weights that do not fit.
     """
     text_config, vision_config = tower_configs(recipe, number, fetch=True)
     with named_weights(recipe.model, "text"):
@@ -139,7 +139,7 @@ def _read_vision(path: str, config: VisionTowerConfig) -> VisionTower:
 
 
 def load_model(recipe: Recipe, number: int, path: Path) -> DualEncoder:
-    """A checkpoint's model, with the recipe's settings that have no bearing on its weights (dropout, checkpointing, …).
+    """A checkpoint's model, with the recipe's settings that do not affect its weights (dropout, checkpointing, …).
 
     Raises:
         UserError: a directory that holds no model, or one of another shape than the recipe's.
@@ -163,7 +163,7 @@ def with_text_weights(recipe: Recipe, path: Path) -> Recipe:
 
 
 def empty_model(recipe: Recipe, number: int) -> DualEncoder:
-    """A stage's model of two towers at its last resolution, on the meta device: every shape and no memory."""
+    """A stage's model of two towers at its last resolution, on the meta device: shapes without memory."""
     text_config, vision_config = tower_configs(recipe, number)
     with torch.device("meta"):
         model = DualEncoder(TextTower(text_config), VisionTower(vision_config))
