@@ -1,18 +1,11 @@
 """Recipes: their schema, the rules for them, and reading them from a file. Nothing here imports torch."""
 
 from stage_trainer.recipe.schema import (
-    AugmentationConfig,
     BatchSizes,
-    CheckpointConfig,
-    EvaluationConfig,
     GradientCache,
     LossConfig,
-    MaskingConfig,
     ModelConfig,
     OptimizerConfig,
-    Override,
-    PerTask,
-    PerTower,
     Rates,
     Recipe,
     RemoteConfig,
@@ -24,18 +17,11 @@ from stage_trainer.recipe.schema import (
 )
 
 __all__ = [
-    "AugmentationConfig",
     "BatchSizes",
-    "CheckpointConfig",
-    "EvaluationConfig",
     "GradientCache",
     "LossConfig",
-    "MaskingConfig",
     "ModelConfig",
     "OptimizerConfig",
-    "Override",
-    "PerTask",
-    "PerTower",
     "Rates",
     "Recipe",
     "RemoteConfig",
