@@ -71,7 +71,7 @@ def settings(recipe: Recipe, number: int) -> dict[str, Any]:
     tree = {k: v for k, v in to_dict(recipe).items() if k in ("model", "optimizer", "seed", "precision")}
     # A folder may be moved, also to a URL; what is in it has a fingerprint of its own.
     del tree["model"]["tokenizer"]
-    for source in (*stage["data"]["image_text"], *stage["data"]["text"]):
+    for source in (source for sources in stage["data"].values() for source in sources if isinstance(source, dict)):
         source["path"] = "/".join(source["path"].partition("?")[0].rstrip("/").split("/")[-2:])
     return flatten({**tree, "stage": stage})
 

@@ -22,7 +22,7 @@ from stage_trainer.recipe import GradientCache
 from stage_trainer.tasks.contrastive_objective import ContrastiveObjective
 from stage_trainer.tasks.gradient_cache import backward_through_chunks, total
 from stage_trainer.tasks.pools import PoolValidation
-from stage_trainer.tasks.task import HEALTH_CHARTS, Charts, Losses, Task, Validation
+from stage_trainer.tasks.task import HEALTH_CHARTS, Charts, Losses, Task, TrainedObjective, Validation
 
 
 class ContrastiveTask(Task):
@@ -85,7 +85,7 @@ class ContrastiveTask(Task):
         self.chunks = choice.cache
         return choice
 
-    def make_objective(self, model: DualEncoder) -> ContrastiveObjective:
+    def make_objective(self, model: DualEncoder) -> TrainedObjective:
         return ContrastiveObjective(model, self.stage.loss, self.recipe.precision)
 
     def make_batches(self, tokenizer: Tokenizer, rank: int, world: int) -> StageBatches:
