@@ -102,8 +102,7 @@ class Trainer:
     def resume(self) -> bool:
         """Prepares the next segment, from the newest checkpoint or from what the stage starts from; returns False when
         the stage is complete."""
-        if self.state.step == self.stage.steps:
-            return False
+        # Also after the last step: machines with folders of their own get its checkpoint, which the next stage needs.
         model, optimizer = starting_point(self.task, self.state, self.tokenizer)
         self.start = self.state.step
         if self.start == self.stage.steps:
