@@ -70,7 +70,7 @@ ROOMS = {
         ),
         OF_TRAINER,
     ),
-    "optimizer": Room((f"{TRAINER}/optimizer/*.py", f"{TRAINER}/engine/*.py"), OF_TRAINER),
+    "optimizer": Room((f"{TRAINER}/optim/*.py", f"{TRAINER}/engine/*.py"), OF_TRAINER),
     "checkpoint": Room((f"{TRAINER}/files.py", f"{TRAINER}/checkpoint/*.py"), OF_TRAINER),
     "curation": Room(
         (f"{DATA}/groups.py", f"{DATA}/curation/*.py", f"{DATA}/negatives/*.py"),

@@ -21,7 +21,7 @@ FLOORS = (
     "dual_encoder",
     "data",
     "weights build",
-    "optimizer",
+    "optim",
     "engine",
     "evaluation.held_out evaluation.retrieval evaluation.text_retrieval evaluation.picture evaluation.tables",
     "plan",

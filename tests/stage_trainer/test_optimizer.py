@@ -8,10 +8,10 @@ import pytest
 import torch
 from stage_trainer.build import tower_configs
 from stage_trainer.dual_encoder import DualEncoder
-from stage_trainer.optimizer.build import build_optimizer
-from stage_trainer.optimizer.groups import let_rest, named_states
-from stage_trainer.optimizer.muon import Muon, orthogonalise
-from stage_trainer.optimizer.schedule import schedule, set_rates
+from stage_trainer.optim.build import build_optimizer
+from stage_trainer.optim.groups import let_rest, named_states
+from stage_trainer.optim.muon import Muon, orthogonalise
+from stage_trainer.optim.schedule import schedule, set_rates
 from stage_trainer.recipe.read import load
 from stage_trainer.tasks.contrastive_objective import ContrastiveObjective
 from text_tower import TextTower
@@ -226,7 +226,7 @@ def test_the_joint_optimizer_steps_as_its_parts_would(parts):
 def test_ranks_that_share_the_work_of_muon_end_in_the_bits_of_one(tmp_path):
     worker = f"""
 import sys, torch, torch.distributed as dist
-from stage_trainer.optimizer.muon import Muon
+from stage_trainer.optim.muon import Muon
 rank, world = int(sys.argv[1]), int(sys.argv[2])
 dist.init_process_group("gloo", init_method="file://{tmp_path}/store" + sys.argv[2], rank=rank, world_size=world)
 torch.manual_seed(0)
@@ -286,6 +286,16 @@ def test_muon_has_torchs_defaults():
     ours, theirs = (inspect.signature(muon).parameters for muon in (Muon, torch.optim.Muon))
     for name in ("lr", "momentum", "weight_decay"):
         assert ours[name].default == theirs[name].default
+
+
+def test_an_optimizer_of_ones_own_rests_too():
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([{"params": [parameter], "peak_lr": 0.5, "tower": "image"}], lr=0.5)
+    for towers, value in ((("text",), 1.0), (("image",), 0.5)):
+        set_rates(optimizer, 1.0, towers)
+        parameter.grad = torch.ones(2)
+        optimizer.step()
+        assert parameter.tolist() == [value, value]
 
 
 def test_nothing_rests_until_it_is_told_to():

@@ -133,7 +133,7 @@ def torch_alone(recipe_of) -> tuple[list, list, int]:
 def under_deepspeed(recipe_of, first: int, rank: int) -> tuple[list, list, list]:
     """Weights and counts of two ranks, and the temperatures after each step: a part under ZeRO `first`, the next under
     the stage after that, and so on."""
-    from stage_trainer.optimizer.schedule import set_rates
+    from stage_trainer.optim.schedule import set_rates
     from stage_trainer.recipe import GradientCache
     from stage_trainer.tasks.contrastive import forward_backward
     from stage_trainer.tasks.contrastive_objective import ContrastiveObjective

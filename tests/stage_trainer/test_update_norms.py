@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from stage_trainer.optimizer.update_norms import SAMPLE, UpdateNorms
+from stage_trainer.optim.update_norms import SAMPLE, UpdateNorms
 from torch import nn
 
 

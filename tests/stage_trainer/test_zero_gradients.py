@@ -74,7 +74,7 @@ def test_ranks_add_up_numbers_and_make_as_many_passes_where_each_gathers_weights
 def one_rank(rank: int, folder: str) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
     from deepspeed.utils import safe_get_full_grad
-    from stage_trainer.optimizer.schedule import set_rates
+    from stage_trainer.optim.schedule import set_rates
     from stage_trainer.recipe import GradientCache
     from stage_trainer.recipe.read import load
     from stage_trainer.run.environment import quiet

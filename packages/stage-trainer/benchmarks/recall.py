@@ -36,7 +36,7 @@ from common import Ours
 from stage_trainer.batch import Batch
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.evaluation import retrieval, text_retrieval
-from stage_trainer.optimizer.schedule import schedule, set_rates
+from stage_trainer.optim.schedule import schedule, set_rates
 from stage_trainer.recipe import Recipe, Stage
 
 IMAGES_ALONE = ("batch.text=0", "task_start.image_text=0")

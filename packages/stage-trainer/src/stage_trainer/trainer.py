@@ -19,7 +19,7 @@ from stage_trainer.checkpoint.save import Saver
 from stage_trainer.checkpoint.state import RunState
 from stage_trainer.data.batches import Drawn
 from stage_trainer.errors import UserError
-from stage_trainer.optimizer.schedule import schedule, set_rates
+from stage_trainer.optim.schedule import schedule, set_rates
 from stage_trainer.plan.auto import planned_and_measured
 from stage_trainer.plan.devices import peak_flops
 from stage_trainer.recipe import Recipe

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stage_trainer.engine import deepspeed_private
 from stage_trainer.engine.protocol import Movable, Objective
-from stage_trainer.optimizer.update_norms import UpdateNorms
+from stage_trainer.optim.update_norms import UpdateNorms
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from stage_trainer.engine.partitioned import PartitionedEngine, Zero3Engine
 from stage_trainer.engine.plain import PlainEngine
 from stage_trainer.engine.protocol import Engine, Objective
-from stage_trainer.optimizer.build import build_optimizer
-from stage_trainer.optimizer.groups import ParamGroup
+from stage_trainer.optim.build import build_optimizer
+from stage_trainer.optim.groups import ParamGroup
 from stage_trainer.recipe import OptimizerConfig
 
 KINDS: dict[int, Callable[..., Engine]] = {0: PlainEngine, 1: PartitionedEngine, 2: PartitionedEngine, 3: Zero3Engine}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stage_trainer.engine import deepspeed_private
 from stage_trainer.engine.base import BaseEngine
 from stage_trainer.errors import UserError
-from stage_trainer.optimizer.update_norms import UpdateNorms
+from stage_trainer.optim.update_norms import UpdateNorms
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state, beside its count of steps."""

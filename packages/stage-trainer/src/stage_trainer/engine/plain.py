@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stage_trainer.engine import deepspeed_private
 from stage_trainer.engine.base import BaseEngine
-from stage_trainer.optimizer.groups import named_states
+from stage_trainer.optim.groups import named_states
 
 
 class PlainEngine(BaseEngine):

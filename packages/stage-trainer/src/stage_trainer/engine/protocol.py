@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from stage_trainer.optimizer.update_norms import UpdateNorms
+from stage_trainer.optim.update_norms import UpdateNorms
 
 
 class Objective(nn.Module):

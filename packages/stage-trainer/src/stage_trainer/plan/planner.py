@@ -15,7 +15,7 @@ from vision_tower import VisionTowerConfig
 from stage_trainer.build import check_configs, empty_model, tower_configs
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.errors import UserError
-from stage_trainer.optimizer.groups import is_muon_matrix
+from stage_trainer.optim.groups import is_muon_matrix
 from stage_trainer.plan.devices import GIB, Device
 from stage_trainer.plan.flops import Flops, StepShape, kept_patches, step_flops
 from stage_trainer.plan.lengths import Lengths, text_lengths

@@ -15,7 +15,7 @@ from vision_tower import patch_keep_indices
 from stage_trainer.batch import Batch, Embedded, Part
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.engine import Engine
-from stage_trainer.optimizer.groups import ParameterGroups
+from stage_trainer.optim.groups import ParameterGroups
 from stage_trainer.recipe import LossConfig, OptimizerConfig, Stage
 from stage_trainer.tasks.task import Losses, TrainedObjective
 

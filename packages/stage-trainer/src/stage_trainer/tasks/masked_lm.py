@@ -22,7 +22,7 @@ from stage_trainer.build import check_settled, named_weights, tower_config, with
 from stage_trainer.data.masked import MaskedBatches, held_out
 from stage_trainer.engine import Engine
 from stage_trainer.metrics.measure import Measure
-from stage_trainer.optimizer.groups import ParameterGroups
+from stage_trainer.optim.groups import ParameterGroups
 from stage_trainer.plan.flops import StepShape, masked_lm_flops
 from stage_trainer.recipe import OptimizerConfig, Recipe, Stage
 from stage_trainer.tasks.task import HEALTH_CHARTS, Charts, Losses, Measured, Task, TrainedObjective, Validation

@@ -17,7 +17,7 @@ from stage_trainer.data.config import DataConfig
 from stage_trainer.data.stateless_rng import key
 from stage_trainer.engine import Engine, Objective, make_engine
 from stage_trainer.metrics.measure import Measure
-from stage_trainer.optimizer.groups import ParameterGroups
+from stage_trainer.optim.groups import ParameterGroups
 from stage_trainer.plan.auto import Choice
 from stage_trainer.recipe import OptimizerConfig, Recipe, Stage
 

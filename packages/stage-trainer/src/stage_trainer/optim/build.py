@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from stage_trainer.optimizer.groups import ParamGroup, let_rest
-from stage_trainer.optimizer.muon import MuonWithAdamW
+from stage_trainer.optim.groups import ParamGroup, let_rest
+from stage_trainer.optim.muon import MuonWithAdamW
 from stage_trainer.recipe import OptimizerConfig
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stage_trainer.optimizer.groups import ParamGroup
+from stage_trainer.optim.groups import ParamGroup
 
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _STEPS = 5
