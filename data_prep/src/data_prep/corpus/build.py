@@ -22,7 +22,7 @@ from data_prep.corpus.vocabulary import train_tokenizer
 from data_prep.corpus.writing import training_texts, write_datasets
 from data_prep.errors import UserError
 from data_prep.shards import Dataset, ShardError, alone
-from data_prep.shards.files import sync_directory, write_file
+from data_prep.shards.files import sync, write_file
 from data_prep.shards.format import JsonObject
 
 CORPUS_VERSION = 1
@@ -102,7 +102,7 @@ def _build(
         material = _material(settings, packages, cache, workers, log)
         corpus = _write(partial, settings, material, log)
         partial.rename(out)
-        sync_directory(out.parent)
+        sync(out.parent)
     except OSError as error:
         where = error.filename or partial
         raise UserError(f"{where}: {error.strerror or error}; free some space or fix it and run again") from error

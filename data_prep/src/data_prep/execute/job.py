@@ -18,7 +18,7 @@ from data_prep.execute.engines import ENGINES, run_units
 from data_prep.execute.progress import Progress
 from data_prep.execute.unit import Spec, read_receipt
 from data_prep.shards import KINDS, alone, write_manifest
-from data_prep.shards.files import sync_directory, write_file, writing
+from data_prep.shards.files import sync, write_file, writing
 from data_prep.shards.format import JsonObject
 
 _EXAMPLES = 5  # of what was dropped, per reason
@@ -264,7 +264,7 @@ def _publish(job: Job) -> JsonObject:
             if (job.partial / kind).exists():
                 folder.parent.mkdir(exist_ok=True)
                 (job.partial / kind).rename(folder)
-                sync_directory(folder.parent)
+                sync(folder.parent)
         shutil.rmtree(job.partial)
     return receipt
 

@@ -11,7 +11,7 @@ needs the standard library alone.
 """
 
 from data_prep.shards.dataset import Dataset, Row
-from data_prep.shards.files import sync_directory, write_file
+from data_prep.shards.files import sync, write_file
 from data_prep.shards.format import KINDS, MANIFEST, SCHEMA, ShardError, ShardUnavailable, index_name
 from data_prep.shards.lock import InUse, alone
 from data_prep.shards.writer import DatasetWriter, ShardWriter, write_manifest
@@ -29,7 +29,7 @@ __all__ = [
     "ShardWriter",
     "alone",
     "index_name",
-    "sync_directory",
+    "sync",
     "write_file",
     "write_manifest",
 ]

@@ -109,8 +109,8 @@ def write_file(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def sync_directory(path: Path) -> None:
-    """Flush the names in a directory to the disk, where the system can (Windows cannot open directories)."""
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a directory, to the disk; nothing on Windows, which cannot open directories."""
     if os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)

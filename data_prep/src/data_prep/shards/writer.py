@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from data_prep.shards.files import TarFile, refused, sync_directory, write_file, writing
+from data_prep.shards.files import TarFile, refused, sync, write_file, writing
 from data_prep.shards.format import (
     MANIFEST,
     SCHEMA,
@@ -102,7 +102,7 @@ def write_manifest(
     }
     with writing(directory / MANIFEST):
         write_file(directory / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
-        sync_directory(directory)
+        sync(directory)
 
 
 class DatasetWriter:
@@ -209,4 +209,4 @@ class DatasetWriter:
         )
         with writing(self.directory):
             self._partial.rename(self.directory)
-            sync_directory(self.directory.parent)
+            sync(self.directory.parent)

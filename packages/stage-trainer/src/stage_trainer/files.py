@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.shards import InUse, alone, sync_directory, write_file
+from data_prep.shards import InUse, alone, sync, write_file
 from safetensors import SafetensorError
 
 from stage_trainer.errors import UserError
@@ -39,9 +38,9 @@ def whole_directory(target: str | Path) -> Iterator[Path]:
             temporary.mkdir(parents=True)
             yield temporary
             for path in [*temporary.rglob("*"), temporary]:
-                _fsync(path)
+                sync(path)
             temporary.rename(target)
-            sync_directory(target.parent)
+            sync(target.parent)
     except InUse:
         raise
     except (OSError, SafetensorError) as error:
@@ -62,7 +61,7 @@ def write_whole(target: str | Path, text: str) -> None:
     target = Path(target)
     try:
         write_file(target, text.encode())
-        sync_directory(target.parent)
+        sync(target.parent)
     except OSError as error:
         raise UserError(f"could not write {target}: {error.strerror}; free some space or name another place") from error
 
@@ -83,11 +82,3 @@ def free_name(path: Path, word: str) -> Path:
     while (free := path.with_name(f"{path.name}.{word}-{number}")).exists():
         number += 1
     return free
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -5,9 +5,6 @@ Module names are those of the published layout on disk, so that a state dict is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -104,5 +101,6 @@ def _embedding(config: TextTowerConfig, rows: int) -> AdaptedEmbedding:
     return AdaptedEmbedding(rows, config.width, *_adapters(config))
 
 
-def _adapters(config: TextTowerConfig) -> Iterator[Any]:
-    return iter((len(config.adapters), config.lora_rank, config.lora_alpha / max(1, config.lora_rank)))
+def _adapters(config: TextTowerConfig) -> tuple[int, int, float]:
+    """Number, rank and scale of the adapters."""
+    return len(config.adapters), config.lora_rank, config.lora_alpha / max(1, config.lora_rank)

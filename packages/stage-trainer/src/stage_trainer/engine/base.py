@@ -23,7 +23,7 @@ class BaseEngine(ABC):
 
     Args:
         objective: with its weights loaded.
-        optimizer: over groups of `optimizer.groups`.
+        optimizer: over groups of `optim.groups`.
         config: DeepSpeed's.
     """
 

@@ -31,7 +31,7 @@ def make_engine(
 
     Args:
         objective: with its weights loaded.
-        groups: its trainable parameters (`optimizer.groups`), made with the same `saved`.
+        groups: its trainable parameters (`optim.groups`), made with the same `saved`.
         config: the recipe's optimizer.
         precision: `bf16` or `fp32`, in which Muon computes.
         deepspeed: the stage's own options of DeepSpeed.

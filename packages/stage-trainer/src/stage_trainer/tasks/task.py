@@ -78,18 +78,18 @@ class Validation:
     run: Callable[[bool], Measured]
 
 
-class TrainedObjective(Objective):
+class TrainedObjective(Objective, ABC):
     """A module for the engine to run, and which of its parameters train."""
 
+    @abstractmethod
     def set_trainable(self, stage: Stage) -> None:
         """Freezes what the stage does not train."""
-        raise NotImplementedError
 
+    @abstractmethod
     def parameter_groups(
         self, stage: Stage, config: OptimizerConfig, saved: Mapping[str, Tensor] | None = None
     ) -> ParameterGroups:
         """The trainable parameters; `saved` is the optimizer state to continue with."""
-        raise NotImplementedError
 
     def after_step(self, engine: Engine) -> None:
         """Keeps parameters within their limits; every rank has to call."""
