@@ -1,6 +1,6 @@
 """Every name of DeepSpeed's that its documentation (https://deepspeed.readthedocs.io) does not promise.
 
-Tested with 0.19.8. pyproject.toml requires 0.19.8 or later, below 0.20; with another version run
+Tested with 0.19.8. pyproject.toml asks for 0.19.8 or later, below 0.20; with another version run
 `pytest -m "full or not full" tests/stage_trainer/test_rest.py tests/stage_trainer/test_zero_gradients.py` first.
 """
 
