@@ -99,6 +99,10 @@ class RequestLedger:
             self.db.execute("PRAGMA journal_mode = WAL")
             self.db.execute("PRAGMA synchronous = FULL")  # a commit must survive a power cut: it stands for money
             found = self.db.execute("PRAGMA user_version").fetchone()[0]
+            if not found and not create:  # cut off to nothing: what it held, money among it, is not to be bought again
+                raise UserError(
+                    f"{self.path}: holds no requests, not even tables; restore it from a copy, or plan anew"
+                )
             if not found:
                 self.db.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {SCHEMA}; COMMIT;")
             elif found != SCHEMA:
