@@ -29,6 +29,7 @@ import ctypes
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -177,6 +178,8 @@ def main() -> int:
     (ROOT / "runs/chaos").mkdir(parents=True, exist_ok=True)
     folder = options.folder or Path(tempfile.mkdtemp(prefix=f"seed-{options.seed}-", dir=ROOT / "runs/chaos"))
     os.environ["OMP_NUM_THREADS"] = "1"
+    for number in (signal.SIGINT, signal.SIGTERM):  # in the background, a shell has the first ignored
+        signal.signal(number, signal.default_int_handler)
     chaos = Chaos(folder.resolve(), options.seed, options.patience)
     if options.only:
         side, fault, number = options.only.split("/")

@@ -1,4 +1,7 @@
-"""The faults of tests/chaos.py: what they do to a command of ours, and how its processes are watched."""
+"""The faults of tests/chaos.py, and how the processes of a trial are started and watched.
+
+Each fault begins a trial, disturbs it, and takes itself away; what the command owes then is `Chaos.finish`'s affair.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +37,11 @@ class Lost(Exception):
 
 
 class Late(Exception):
-    """The command ended before the fault."""
+    """There is nothing left to disturb."""
 
 
 class Hung(Exception):
-    """A process has not ended in time."""
+    """A process has not ended."""
 
 
 def below(process: int) -> list[int]:
@@ -113,14 +116,16 @@ class Trial:
         line = ["bash", "-c", f'cd "$0" && {shell} && exec "$@"', str(self.folder), *(words or self.task.words())]
         return started([*enter, *line], self.folder, **self.environment)
 
+    def left(self) -> list[int]:
+        """What was started and lives, but for the holder of the mounts."""
+        return [pid for pid in below(os.getpid()) if not self.mounts or pid != self.mounts.holder.pid]
+
     def wait(self, process: subprocess.Popen) -> int:
         """The exit status, once the command and all that it started have ended."""
-        limit = max(self.patience, 5 * self.lasted)
-        end, holder = time.monotonic() + limit, self.mounts and self.mounts.holder.pid
-        while process.poll() is None or (left := [p for p in below(os.getpid()) if p != holder]):
+        end = time.monotonic() + (limit := max(self.patience, 5 * self.lasted))
+        while process.poll() is None or self.left():
             if time.monotonic() > end:
-                left = [p for p in below(os.getpid()) if p != holder]
-                raise Hung(f"not ended after {limit:.0f} s: {', '.join(command_of(p)[:90] for p in left)}")
+                raise Hung(f"not ended after {limit:.0f} s: {', '.join(command_of(p)[:90] for p in self.left())}")
             time.sleep(0.05)
         return process.returncode
 
@@ -172,13 +177,12 @@ class Trial:
             self.mounts = None
 
     def logs(self) -> list[str]:
-        paths = sorted(self.folder.glob("log-*"), key=lambda path: int(path.name[4:]))
-        return [path.read_text(errors="replace") for path in paths]
+        count = len(list(self.folder.glob("log-*")))
+        return [(self.folder / f"log-{number}").read_text(errors="replace") for number in range(count)]
 
     def close(self) -> None:
         """Ends what is left."""
-        holder = self.mounts and self.mounts.holder.pid
-        while left := [pid for pid in below(os.getpid()) if pid != holder]:
+        while left := self.left():
             for pid in left:
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
@@ -190,15 +194,13 @@ class Trial:
         self.task.end()
 
 
-# --- the faults: each begins a trial, disturbs it, and leaves the fault taken away
-
-
 def kill(trial: Trial) -> None:
     """SIGKILL to the command, to a process below it, or to all; up to three times."""
     trial.begin()
-    for _ in range(trial.draw.randint(1, 3)):
+    for kills in range(trial.draw.randint(1, 3)):
         process = trial.start()
-        trial.moment(process)
+        with contextlib.suppress(*[Late] * bool(kills)):  # after a kill there may be little left to do
+            trial.moment(process)
         trial.signal(process, signal.SIGKILL, trial.draw.choice(("the command", "a child", "everything")))
         trial.wait(process)
 
@@ -226,7 +228,7 @@ def disk(trial: Trial) -> None:
         trial.moment(process)
     status, share = os.statvfs(trial.out), draw.random()
     used, files = (status.f_blocks - status.f_bfree) * status.f_frsize, status.f_files - status.f_ffree
-    size = f"size={used + 4096 + int(share * trial.size)}"
+    size = f"size={used + 4096 + int(share * trial.size * (0.3 if process else 1))}"
     limit = size if draw.random() < 0.8 else f"nr_inodes={files + int(share * 30)}"
     trial.what.append(f"{limit} of {trial.size}")
     with contextlib.suppress(OSError):  # what is there has grown meanwhile
@@ -248,9 +250,8 @@ def shm(trial: Trial) -> None:
 def descriptors(trial: Trial) -> None:
     """A low limit of open files."""
     trial.begin()
-    limit = trial.draw.randint(24, 96)
-    trial.what.append(f"{limit} open files at most")
-    trial.wait(trial.start(shell=f"ulimit -n {limit}"))
+    trial.what.append(f"ulimit -n {trial.draw.randint(24, 96)}")
+    trial.wait(trial.start(shell=trial.what[-1]))
 
 
 def damage(trial: Trial) -> None:
@@ -301,8 +302,7 @@ def swap(trial: Trial) -> None:
             between.rename(b)
 
     exchange()
-    names = " and ".join(f"{path.parent.parent.name}/{path.stem}" for path in (one, other))
-    trial.what.append(f"{names} swapped ({' '.join(suffixes)})")
+    trial.what.append(f"{one.parent.parent.name}/{one.stem} and {other.stem} swapped ({' '.join(suffixes)})")
     aftermath(trial, exchange)
 
 

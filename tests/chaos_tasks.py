@@ -234,6 +234,7 @@ class Import(Task):
 
 class Corpus(Task):
     name = "corpus --drawn"
+    faults = tuple(fault for fault in GENERAL if fault != "damage")  # it begins anew after a kill
 
     def words(self) -> list[str]:
         return [command("data-prep"), "corpus", "out/corpus", "--drawn"]
