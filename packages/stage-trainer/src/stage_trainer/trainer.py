@@ -162,7 +162,6 @@ class Trainer:
             operations=task.operations(engine, batch, number, totals.tokens, totals.squared_tokens),
             waited=waited,
             totals=totals,
-            asked=totals.asked,
         )
 
     def say(self, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from stage_trainer.checkpoint.state import RunState
 from stage_trainer.errors import UserError
 from stage_trainer.files import free_name
 from stage_trainer.recipe import BatchSizes, ModelConfig, Rates, Recipe, Stage, StageData
-from stage_trainer.recipe.read import flatten, to_dict
+from stage_trainer.recipe.read import flatten
 from stage_trainer.tasks import Task
 
 _STAGE = Stage(steps=0, max_tokens=0, batch=BatchSizes(), lr=Rates(), data=StageData())
@@ -66,9 +67,10 @@ def _not_finished(recipe: Recipe, number: int, reached: Saved | None) -> UserErr
 
 def settings(recipe: Recipe, number: int) -> dict[str, Any]:
     """What must not change between two runs of a stage: everything that affects its numbers."""
+    everything = dataclasses.asdict(recipe)
     how = ("deepspeed", "gradient_cache")  # what they change is rounding
-    stage = {k: v for k, v in to_dict(recipe)["stages"][number - 1].items() if k not in how}
-    tree = {k: v for k, v in to_dict(recipe).items() if k in ("model", "optimizer", "seed", "precision")}
+    stage = {k: v for k, v in everything["stages"][number - 1].items() if k not in how}
+    tree = {k: v for k, v in everything.items() if k in ("model", "optimizer", "seed", "precision")}
     # A folder may be moved, also to a URL; what is in it has a fingerprint of its own.
     del tree["model"]["tokenizer"]
     for source in (source for sources in stage["data"].values() for source in sources if isinstance(source, dict)):

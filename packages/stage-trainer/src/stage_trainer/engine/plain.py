@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from stage_trainer.engine import deepspeed_private
-from stage_trainer.engine.base import BaseEngine
+from stage_trainer.engine.base import Engine
 from stage_trainer.optim.groups import named_states
 
 
-class PlainEngine(BaseEngine):
+class PlainEngine(Engine):
     """ZeRO 0."""
 
     def _prepare(self) -> None:
