@@ -20,7 +20,7 @@ from stage_trainer.batch import Batch
 from stage_trainer.data.config import DataConfig
 from stage_trainer.data.remote_data import RemotePlace, check_room, look_ahead, open_place, place
 from stage_trainer.data.sampler import Draw, SourceOrder, TaskSampler, slice_of
-from stage_trainer.data.samples import IMAGE_TYPES, SampleCache
+from stage_trainer.data.samples import IMAGE_TYPES, SampleCache, shard_errors_explained
 from stage_trainer.data.stateless_rng import key
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import Source, Stage
@@ -319,10 +319,8 @@ def open_data_set(directory: Path | RemotePlace, kinds: tuple[str, ...]) -> Data
     Raises:
         UserError: it is missing, damaged or of another kind.
     """
-    try:
+    with shard_errors_explained():
         data = open_place(directory)
-    except (ShardError, FileNotFoundError) as error:
-        raise UserError(str(error)) from error
     if not data.kind.startswith(kinds):
         raise UserError(f"{data.directory} holds {data.kind}, which cannot serve here; expected {kinds[0]}…")
     return data

@@ -13,7 +13,7 @@ from text_tower import Tokenizer
 from stage_trainer.data.config import DataConfig
 from stage_trainer.data.remote_data import place
 from stage_trainer.data.samples import texts_of
-from stage_trainer.recipe import Recipe, Source, Stage
+from stage_trainer.recipe import ModelConfig, Recipe, Source, Stage
 from stage_trainer.weights import tower_weights
 
 SAMPLES, SHARDS = 256, 8
@@ -42,11 +42,11 @@ class Lengths:
 
 def text_lengths(recipe: Recipe, stage: Stage, mean_tokens: float | None) -> Lengths:
     """Mean tokens: `mean_tokens` if given, else counted on the data where they are, else half of `max_tokens`."""
-    tokenizer = _tokenizer(recipe)
+    tokenizer = _tokenizer(recipe.model)
     found: dict[str, list[Counted | None]] = {}
     for task in ("image_text", "text"):
         sources = getattr(stage.data, task) if getattr(stage.batch, task) else ()
-        found[task] = [_counted(recipe, source, stage.max_tokens, tokenizer) for source in sources]
+        found[task] = [_counted(DataConfig.of(recipe), source, stage.max_tokens, tokenizer) for source in sources]
     counted = [each for task in found.values() for each in task if each]
     unknown = sum(each is None for task in found.values() for each in task)
     cut = [
@@ -87,18 +87,18 @@ def _name(source: Source) -> str:
     return "/".join(source.path.partition("?")[0].rstrip("/").split("/")[-2:])
 
 
-def _tokenizer(recipe: Recipe) -> Tokenizer | None:
+def _tokenizer(model: ModelConfig) -> Tokenizer | None:
     try:
-        path = recipe.model.tokenizer or tower_weights(recipe.model, "text", fetch=False)
+        path = model.tokenizer or tower_weights(model, "text", fetch=False)
         return Tokenizer.from_file(path) if path else None
     except (ValueError, OSError):  # a plan needs none; a run says what is wrong with it
         return None
 
 
-def _counted(recipe: Recipe, source: Source, max_tokens: int, tokenizer: Tokenizer | None) -> Counted | None:
+def _counted(config: DataConfig, source: Source, max_tokens: int, tokenizer: Tokenizer | None) -> Counted | None:
     """Counted with the recipe's tokenizer on a sample of the texts; without the tokenizer, from the sidecars' length of
     each sample's longest text. None for data that are missing or were not counted."""
-    where = place(DataConfig.of(recipe), "train", source.path)
+    where = place(config, "train", source.path)
     if not isinstance(where, Path):
         return None
     try:
