@@ -9,7 +9,7 @@ from typing import Any
 from text_tower import Tokenizer
 from torch import Tensor, nn
 
-from stage_trainer.checkpoint.load import Saved, compatible, latest_valid
+from stage_trainer.checkpoint.load import compatible, latest_valid
 from stage_trainer.checkpoint.state import RunState
 from stage_trainer.errors import UserError
 from stage_trainer.files import free_name
@@ -51,18 +51,13 @@ def starting_point(task: Task, state: RunState, tokenizer: Tokenizer) -> tuple[n
     if number == 1:
         return task.build_model(tokenizer), None
     if not finished:
-        raise _not_finished(recipe, number - 1, before)
+        so_far = f"stopped at step {before.step} of {recipe.stage(number - 1).steps}" if before else "has not run"
+        raise UserError(
+            f"stage {number} starts from stage {number - 1}, which {so_far} ({recipe.stage_directory(number - 1)}); "
+            f"run it first: bash launch/stage{number - 1}.sh"
+        )
     carried = finished.optimizer() if task.stage.carry_optimizer else None
     return task.load_former_model(finished.model, tokenizer), carried
-
-
-def _not_finished(recipe: Recipe, number: int, reached: Saved | None) -> UserError:
-    needed = recipe.stage(number).steps
-    so_far = f"stopped at step {reached.step} of {needed}" if reached else "has not run"
-    return UserError(
-        f"stage {number + 1} starts from stage {number}, which {so_far} ({recipe.stage_directory(number)}); "
-        f"run it first: bash launch/stage{number}.sh"
-    )
 
 
 def settings(recipe: Recipe, number: int) -> dict[str, Any]:

@@ -6,11 +6,12 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from stage_trainer.batch import MaskedBatch, Part
 from stage_trainer.engine import deepspeed_private
 from stage_trainer.optim.update_norms import UpdateNorms
 
@@ -25,12 +26,6 @@ class Objective(nn.Module):
     """
 
     model: nn.Module
-
-
-class Movable(Protocol):
-    """A part of a batch, on the host."""
-
-    def to(self, device: torch.device) -> object: ...
 
 
 class Engine(ABC):
@@ -73,7 +68,7 @@ class Engine(ABC):
         """Switches between training and evaluation, as `nn.Module.train`."""
         self._engine.train(mode)
 
-    def forward(self, part: Movable, **options: Any) -> Any:
+    def forward(self, part: Part | MaskedBatch, **options: Any) -> Any:
         """Moves a part of a batch to the device and returns the objective's output for it, given `options`."""
         return self._engine(part.to(self.device), **options)
 

@@ -20,7 +20,7 @@ from stage_trainer.plan.devices import GIB, Device
 from stage_trainer.plan.flops import Flops, StepShape, kept_patches, step_flops
 from stage_trainer.plan.lengths import Lengths, text_lengths
 from stage_trainer.plan.memory import Estimate, Model, Setting, Sizes, estimate
-from stage_trainer.recipe import GradientCache, Recipe, Stage, at_step
+from stage_trainer.recipe import GradientCache, Recipe, Stage
 
 RESERVE = 1.5 * GIB  # CUDA's context and libraries, NCCL's buffers
 FRAGMENTED = 0.05  # of the memory, lost between blocks that the allocator cannot join
@@ -164,7 +164,7 @@ def segments(stage: Stage) -> list[Segment]:
             start,
             stop,
             stage.resolution_at(start),
-            at_step(stage.patch_dropout, start),
+            stage.patch_dropout_at(start),
             tuple(task for task in tasks if getattr(stage.task_start, task) <= start),
         )
         for start, stop in zip(cuts, [*cuts[1:], stage.steps], strict=True)

@@ -31,20 +31,19 @@ class _Block(BaseModel):
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
 
-class OffloadParam(_Block):
+class _Offload(_Block):
     device: Literal["none", "cpu", "nvme"] = "none"
     nvme_path: str | None = None
     buffer_count: _Count = 0
+    pin_memory: StrictBool = True
+
+
+class OffloadParam(_Offload):
     buffer_size: _Count = 0
     max_in_cpu: _Count = 0
-    pin_memory: StrictBool = True
 
 
-class OffloadOptimizer(_Block):
-    device: Literal["none", "cpu", "nvme"] = "none"
-    nvme_path: str | None = None
-    buffer_count: _Count = 0
-    pin_memory: StrictBool = True
+class OffloadOptimizer(_Offload):
     pipeline_read: StrictBool = False
     pipeline_write: StrictBool = False
     fast_init: StrictBool = False
