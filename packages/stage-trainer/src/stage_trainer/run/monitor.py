@@ -17,12 +17,19 @@ from tqdm import tqdm
 from stage_trainer.errors import UserError
 from stage_trainer.evaluation.tables import joined
 from stage_trainer.run.hooks import Hook, Step
-from stage_trainer.run.hparams import compared
 from stage_trainer.run.text_counts import TextCounts
 from stage_trainer.tasks.task import Charts, Losses, Measured
 
 _QUIET = 15.0
 """Seconds between two lines of progress where there is no terminal for a progress bar."""
+
+
+_COMPARED = (
+    "stage.batch.", "stage.lr.", "stage.steps", "stage.warmup_steps", "stage.min_lr_ratio", "stage.max_tokens",
+    "stage.resolution", "stage.patch_dropout", "stage.layer_decay.", "stage.loss.kind", "stage.loss.dims",
+    "stage.trainable.", "optimizer.name", "optimizer.weight_decay", "model.temperature", "precision", "seed",
+)  # fmt: skip
+"""Settings on TensorBoard's HPARAMS page, by prefix: among all sixty, in alphabetical order, these would be lost."""
 
 
 class Sink(Protocol):
@@ -200,8 +207,13 @@ class Monitor(Hook):
         if self.active:
             from torch.utils.tensorboard import summary
 
+            shown = {
+                name.removeprefix("stage."): value if isinstance(value, str | int | float | bool) else str(value)
+                for name, value in settings.items()
+                if name.startswith(_COMPARED) and not (name.startswith("stage.batch.") and not value)
+            }
             hparams: Callable[..., Any] = summary.hparams  # untyped
-            for part in hparams(compared(settings), dict.fromkeys(metrics, 0.0)):
+            for part in hparams(shown, dict.fromkeys(metrics, 0.0)):
                 self.writer.file_writer.add_summary(part)  # type: ignore[attr-defined]
 
     def advance(self) -> None:
