@@ -56,7 +56,8 @@ def stages_table(stages: dict[str, Pools]) -> str:
         pools |= of_stage
     measures: list[tuple[Literal["recall_at_5", "ndcg_at_5"], str]] = [("recall_at_5", d) for d in DIRECTIONS]
     measures.append(("ndcg_at_5", DIRECTIONS[0]))
-    dims = sorted({int(dim) for figures in pools.values() for dim in _by_dim(figures)}, reverse=True)
+    by_dim = (each.get("ndcg_at_10") or next(iter(each["recall_at_5"].values())) for each in pools.values())
+    dims = sorted({int(dim) for found in by_dim for dim in found}, reverse=True)
     of_images: list[list[str]] = []
     of_texts: list[list[str]] = []
     for pool, its in pools.items():
@@ -86,10 +87,6 @@ def stages_table(stages: dict[str, Pools]) -> str:
 def _having(stages: dict[str, Pools], pool: str) -> list[tuple[list[str], Figures]]:
     """([the stage's name, if it has one], figures) of the stages that have a pool."""
     return [([stage] if stage else [], pools[pool]) for stage, pools in stages.items() if pool in pools]
-
-
-def _by_dim(figures: Figures) -> dict[str, dict[str, float]]:
-    return figures.get("ndcg_at_10") or next(iter(figures["recall_at_5"].values()))
 
 
 def _cells(by_dim: dict[str, dict[str, float]], dims: list[int]) -> list[str]:

@@ -65,8 +65,9 @@ def text_lengths(recipe: Recipe, stage: Stage, mean_tokens: float | None) -> Len
     assumed = stage.max_tokens / 2
     captions, texts = (_mean(of_task, assumed) for of_task in found.values())
     if counted:
+        guessed = " (assumed: half of max_tokens)"
         of_task = [(captions, "captions", found["image_text"]), (texts, "texts", found["text"])]
-        said = [f"{mean:.0f} tokens of {what}{_how(of)}" for mean, what, of in of_task if of]
+        said = [f"{mean:.0f} tokens of {what}{'' if any(of) else guessed}" for mean, what, of in of_task if of]
         origin = f"{' and '.join(said)} on average"
     else:
         origin = f"texts of {assumed:g} tokens on average, half of max_tokens (assumed; --mean-tokens says otherwise)"
@@ -77,10 +78,6 @@ def _mean(counted: list[Counted | None], assumed: float) -> float:
     known = [each for each in counted if each]
     weight = sum(each.source.rate for each in known)
     return sum(each.source.rate * each.mean for each in known) / weight if weight else assumed
-
-
-def _how(counted: list[Counted | None]) -> str:
-    return "" if any(counted) else " (assumed: half of max_tokens)"
 
 
 def _name(source: Source) -> str:
