@@ -122,7 +122,7 @@ class _PairLoss(torch.autograd.Function):
         call: Call,
     ) -> tuple[Tensor, Tensor]:
         batch, settings, ranks = call
-        strip, rounding = _strip(queries, targets, negatives, scale, bias, batch, settings, ranks)
+        strip, rounding = _strip(queries, targets, negatives, scale, bias, call)
         own, dtype = slice(ranks.first, ranks.first + ranks.own), logit_dtype(strip)
         sample_weights = _normalised_weights(batch.sample_weights, ranks, strip.positive)
         weights = strip.positive.new_tensor(settings.weights)[:, None] * sample_weights  # [P, B]
@@ -214,16 +214,10 @@ class _PairLoss(torch.autograd.Function):
 
 
 def _strip(
-    queries: Tensor,
-    targets: Tensor,
-    negatives: Tensor | None,
-    scale: Tensor,
-    bias: Tensor,
-    batch: Batch,
-    settings: Settings,
-    ranks: Ranks,
+    queries: Tensor, targets: Tensor, negatives: Tensor | None, scale: Tensor, bias: Tensor, call: Call
 ) -> tuple[Strip, Tensor]:
     """This rank's strip and the `rounding` of `_positive_logits`."""
+    batch, settings, ranks = call
     dims = settings.dims
     flat = targets[:0] if negatives is None else negatives.flatten(0, 1)
     query_inverse_norm, target_inverse_norm, negative_inverse_norm = (

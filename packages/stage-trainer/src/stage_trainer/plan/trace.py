@@ -29,6 +29,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from vision_tower import VisionTower, VisionTowerConfig, patch_keep_indices
+from vision_tower.config import as_pair
 
 from stage_trainer.plan.backward import run_backward
 from stage_trainer.plan.devices import Device
@@ -210,11 +211,10 @@ def trace_images(
     with torch.device("meta"):
         tower = VisionTower(replace(config, layers=min(config.layers, DEPTH), attention="sdpa"))
     tower.set_trainable("all" if learns else "none")
-    sides = config.resolution if isinstance(config.resolution, tuple) else (config.resolution,) * 2
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         tower.to_empty(device=target.device)
-        pixels = torch.empty(images, 3, *sides, dtype=torch.uint8, device=target.device)
+        pixels = torch.empty(images, 3, *as_pair(config.resolution), dtype=torch.uint8, device=target.device)
         seeds = torch.empty(images, dtype=torch.int64, device=target.device)
 
         def forward() -> Tensor:
