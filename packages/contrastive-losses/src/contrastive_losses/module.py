@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from contrastive_losses.batch import problem_with_dims, problem_with_margin, problem_with_scalar
 from contrastive_losses.info_nce import matryoshka_info_nce
-from contrastive_losses.ranks import Group
 from contrastive_losses.sigmoid import matryoshka_sigmoid
 from contrastive_losses.stats import LossStats
 
@@ -20,12 +19,12 @@ class _WithTemperature(nn.Module):
 
     def __init__(
         self,
-        dims: Sequence[int] | None,
-        weights: Sequence[float] | None,
-        temperature: float,
-        learnable: bool,
-        min_temperature: float,
-        false_negative_margin: float | None,
+        dims: Sequence[int] | None = None,
+        weights: Sequence[float] | None = None,
+        temperature: float = 0.07,
+        learnable: bool = True,
+        min_temperature: float = 0.01,
+        false_negative_margin: float | None = None,
     ) -> None:
         super().__init__()
         problem = (
@@ -99,42 +98,12 @@ class InfoNCE(_WithTemperature):
         ValueError: settings that do not fit.
     """
 
-    def __init__(
-        self,
-        dims: Sequence[int] | None = None,
-        weights: Sequence[float] | None = None,
-        temperature: float = 0.07,
-        learnable: bool = True,
-        min_temperature: float = 0.01,
-        false_negative_margin: float | None = None,
-    ) -> None:
-        super().__init__(dims, weights, temperature, learnable, min_temperature, false_negative_margin)
-
     def forward(
-        self,
-        queries: Tensor,
-        targets: Tensor,
-        negatives: Tensor | None = None,
-        *,
-        query_ids: Tensor | None = None,
-        target_ids: Tensor | None = None,
-        sample_weights: Tensor | None = None,
-        group: Group | None = None,
-        return_stats: bool = False,
+        self, queries: Tensor, targets: Tensor, negatives: Tensor | None = None, **options: Any
     ) -> Tensor | tuple[Tensor, LossStats]:
         """queries, targets `[B, D]`, negatives `[B, K, D]`, unnormalised -> 0-d loss, or `(loss, LossStats)`.
-        Every argument is that of `matryoshka_info_nce`."""
-        return matryoshka_info_nce(
-            queries,
-            targets,
-            negatives=negatives,
-            query_ids=query_ids,
-            target_ids=target_ids,
-            sample_weights=sample_weights,
-            group=group,
-            return_stats=return_stats,
-            **self._settings(),
-        )
+        The options (`query_ids`, `group`, …) are those of `matryoshka_info_nce`."""
+        return matryoshka_info_nce(queries, targets, negatives=negatives, **self._settings(), **options)
 
 
 class SigmoidLoss(_WithTemperature):
@@ -162,28 +131,7 @@ class SigmoidLoss(_WithTemperature):
         self.bias = nn.Parameter(torch.tensor([bias], dtype=torch.float32), requires_grad=learnable)
 
     def forward(
-        self,
-        queries: Tensor,
-        targets: Tensor,
-        negatives: Tensor | None = None,
-        *,
-        query_ids: Tensor | None = None,
-        target_ids: Tensor | None = None,
-        sample_weights: Tensor | None = None,
-        group: Group | None = None,
-        return_stats: bool = False,
+        self, queries: Tensor, targets: Tensor, negatives: Tensor | None = None, **options: Any
     ) -> Tensor | tuple[Tensor, LossStats]:
-        """queries, targets `[B, D]`, negatives `[B, K, D]`, unnormalised -> 0-d loss, or `(loss, LossStats)`.
-        Every argument is that of `matryoshka_sigmoid`."""
-        return matryoshka_sigmoid(
-            queries,
-            targets,
-            bias=self.bias,
-            negatives=negatives,
-            query_ids=query_ids,
-            target_ids=target_ids,
-            sample_weights=sample_weights,
-            group=group,
-            return_stats=return_stats,
-            **self._settings(),
-        )
+        """As that of `InfoNCE`; the options are those of `matryoshka_sigmoid`."""
+        return matryoshka_sigmoid(queries, targets, negatives=negatives, bias=self.bias, **self._settings(), **options)
