@@ -11,8 +11,7 @@ from data_prep.errors import UserError
 from data_prep.execute import Execution, Job, Output, Target, run_job
 from data_prep.shards.format import IMAGE_TYPES, KINDS, JsonObject
 from data_prep.shards.writer import sidecar_row
-from data_prep.sources.file_stat import file_stat
-from data_prep.sources.records import Dropped
+from data_prep.sources.records import Dropped, file_stat
 from data_prep.sources.tars import TarSample, tar_samples
 
 

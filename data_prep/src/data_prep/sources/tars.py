@@ -24,7 +24,6 @@ class TarSample:
     file: IO[bytes]
 
     def read(self, extension: str) -> bytes:
-        """The data of a member."""
         offset, size = self.members[extension]
         return os.pread(self.file.fileno(), size, offset)
 
