@@ -10,7 +10,6 @@ from data_prep.commands.import_data import add_source, run_import
 
 
 def add(commands: Subcommands) -> None:
-    """Register the command and its sets."""
     from data_prep.sources import EVALSETS
 
     parser = commands.add_parser(

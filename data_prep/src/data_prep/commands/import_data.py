@@ -7,7 +7,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from data_prep.commands import Subcommands
-from data_prep.commands.execution import add_execution, execution_of, target_of
+from data_prep.commands.execution import add_execution, execution_of, made, target_of
 from data_prep.shards.format import JsonObject
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 
 def add(commands: Subcommands) -> None:
-    """Register the command and its sources."""
     from data_prep.sources import SOURCES
 
     parser = commands.add_parser(
@@ -95,25 +94,17 @@ def add_image_rule(parser: argparse.ArgumentParser, rule: ImageRule) -> None:
     )
 
 
-def image_rule_of(options: argparse.Namespace) -> ImageRule:
-    """The rule for images, by the options. UserError if they make no sense."""
-    from data_prep.image_rule import ImageRule
-
-    names = ("fit", "encoding", "quality", "kernel", "max_pixels")
-    return ImageRule(options.image_size, **{name: getattr(options, name) for name in names})
-
-
 def run_import(options: argparse.Namespace, *, out: str, evalset: bool = False) -> JsonObject | None:
     """Import the source of the command line into `out`; returns the receipt."""
+    from data_prep.image_rule import ImageRule
     from data_prep.sources.importing import import_source
 
-    values = {value.name: getattr(options, value.name) for value in dataclasses.fields(options.source)}
     return import_source(
-        options.source(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}),
+        made(options.source, options),
         target_of(options, out),
         title=options.title,
         evalset=evalset,
-        image=image_rule_of(options) if options.source.image is not None else None,
+        image=made(ImageRule, options, size=options.image_size) if options.source.image is not None else None,
         execution=execution_of(options),
         log=lambda line: print(line, flush=True),
     )

@@ -9,7 +9,6 @@ from data_prep.commands.execution import add_execution, execution_of
 
 
 def add(commands: Subcommands) -> None:
-    """Register the command."""
     parser = commands.add_parser(
         "index",
         help="use existing webdataset tars as they are, with sidecars",

@@ -8,7 +8,6 @@ from data_prep.commands import Subcommands
 
 
 def add(commands: Subcommands) -> None:
-    """Register the command."""
     parser = commands.add_parser(
         "inspect",
         help="an HTML report: counts, lengths, images, duplicates",

@@ -5,21 +5,18 @@ from __future__ import annotations
 import argparse
 
 from data_prep.commands import Subcommands
-from data_prep.commands.execution import add_execution, execution_of, target_of
+from data_prep.commands.execution import add_datasets, execution_of, made, target_of
 
 
 def add(commands: Subcommands) -> None:
-    """Register the command."""
     parser = commands.add_parser(
         "negatives",
         help="text pairs to triplets with hard negatives",
         description="Writes OUT/text-triplets/NAME: each pair of SHARDS with the answers of other pairs that MODEL "
         "finds nearest to its query, except those that are right, or nearly so. Pairs with too few are dropped.",
     )
-    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="data sets of text pairs")
+    add_datasets(parser, shards="data sets of text pairs")
     parser.add_argument("--model", required=True, metavar="DIR", help="a text tower, or a model of ours with its text/")
-    parser.add_argument("--out", required=True, metavar="OUT", help="folder of the data sets, data/train for example")
-    parser.add_argument("--name", required=True, help="name of the data set that comes out")
     parser.add_argument("--count", type=int, default=7, metavar="N", help="negatives for each query (default: 7)")
     parser.add_argument(
         "--ranks",
@@ -41,19 +38,17 @@ def add(commands: Subcommands) -> None:
     parser.add_argument(
         "--exact-up-to", type=int, default=200_000, metavar="N", help="pairs; more: inverted lists (default: 200000)"
     )
-    add_execution(parser)
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
     from data_prep.negatives import Embedding, Guards, mine_negatives
 
-    first, last = options.ranks
     mine_negatives(
         options.shards,
         target_of(options),
-        Embedding(options.model, options.query_task, options.target_task, options.dim),
-        guards=Guards(options.count, (first, last), options.margin),
+        made(Embedding, options),
+        guards=made(Guards, options),
         similarity=options.similarity,
         exact_up_to=options.exact_up_to,
         execution=execution_of(options),

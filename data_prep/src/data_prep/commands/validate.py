@@ -11,7 +11,6 @@ from data_prep.commands import Subcommands
 
 
 def add(commands: Subcommands) -> None:
-    """Register the command."""
     parser = commands.add_parser(
         "validate",
         help="check data sets: manifest, checksums, hashes, keys, texts, images",

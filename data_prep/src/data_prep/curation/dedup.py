@@ -51,6 +51,8 @@ def deduplicate(
         distance: images whose perceptual hashes differ in at most so many bits are near-duplicates.
         near: False: remove exact duplicates only.
     """
+    if not 0 <= distance <= 15 or not 0 < similarity <= 1:
+        raise UserError("--distance is from 0 to 15 bits and --similarity above 0 and up to 1")
     datasets = passes.open_alike(directories)
     tests = passes.open_alike(against) if against else []
     images = datasets[0].kind.startswith("image")

@@ -7,7 +7,6 @@ from data_prep.commands.captions import batch, export, plan, run, status
 
 
 def add(commands: Subcommands) -> None:
-    """Register the command and its steps."""
     parser = commands.add_parser(
         "captions",
         help="make long captions in thirty languages with a vision model",

@@ -5,32 +5,20 @@ from __future__ import annotations
 import argparse
 
 from data_prep.commands import Subcommands
-from data_prep.commands.captions.options import (
-    add_checks,
-    add_pricing,
-    add_service,
-    service_of,
-    settings_of,
-    show_rejected,
-)
+from data_prep.commands.captions.options import add_checks, add_service, service_of, settings_of, show_rejected
 
 
 def add(steps: Subcommands) -> None:
-    """Register both steps."""
     batch = steps.add_parser("batch", help="the Batch API: half the price, answers within a day")
     parts = batch.add_subparsers(required=True, metavar="STEP")
     submit = parts.add_parser("submit", help="send the planned requests as batches")
-    submit.add_argument("ledger", metavar="LEDGER")
     add_service(submit)
-    add_pricing(submit)
     submit.add_argument("--limit", type=int, metavar="N", help="at most N requests")
     submit.add_argument("--requests-per-file", type=int, default=50_000, metavar="N", help="(default: 50000)")
     submit.add_argument("--megabytes-per-file", type=float, default=200, metavar="N", help="(default: 200)")
     submit.set_defaults(run=_submit)
     collect = parts.add_parser("collect", help="collect the answers of batches that have ended")
-    collect.add_argument("ledger", metavar="LEDGER")
     add_service(collect)
-    add_pricing(collect)
     add_checks(collect)
     collect.set_defaults(run=_collect)
 

@@ -8,7 +8,6 @@ from data_prep.commands import Subcommands
 
 
 def add(steps: Subcommands) -> None:
-    """Register the step."""
     export = steps.add_parser("export", help="write accepted captions as a data set of images with long captions")
     export.add_argument("ledger", metavar="LEDGER")
     export.add_argument("out", metavar="OUT", help="folder of the data set; must not exist")

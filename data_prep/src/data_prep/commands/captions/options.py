@@ -13,23 +13,13 @@ if TYPE_CHECKING:
 
 
 def add_service(parser: argparse.ArgumentParser) -> None:
-    """Add the options for the service and its key."""
+    """Add LEDGER and the options for the service, its key, its prices and the budget."""
+    parser.add_argument("ledger", metavar="LEDGER")
     parser.add_argument("--url", help="base URL of the service, with /v1 (default: OPENAI_BASE_URL, else OpenAI's)")
     parser.add_argument(
         "--key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable with the key (default: %(default)s)"
     )
     parser.add_argument("--timeout", type=float, default=180, metavar="SECONDS", help="for an answer (default: 180)")
-
-
-def service_of(options: argparse.Namespace) -> Service:
-    """The service that the user named. UserError if there is no key for it."""
-    from data_prep.captions.service import Service
-
-    return Service(options.url, key_variable=options.key_env, timeout=options.timeout)
-
-
-def add_pricing(parser: argparse.ArgumentParser) -> None:
-    """Add the options for prices and budget."""
     parser.add_argument("--price-in", type=float, metavar="X", help="price of a million tokens sent")
     parser.add_argument("--price-out", type=float, metavar="X", help="price of a million tokens answered")
     parser.add_argument(
@@ -39,6 +29,13 @@ def add_pricing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-tokens", type=int, metavar="N", help="tokens of an image, if the model's rule is known"
     )
+
+
+def service_of(options: argparse.Namespace) -> Service:
+    """The service that the user named. UserError if there is no key for it."""
+    from data_prep.captions.service import Service
+
+    return Service(options.url, key_variable=options.key_env, timeout=options.timeout)
 
 
 def prices_of(options: argparse.Namespace) -> Prices | None:

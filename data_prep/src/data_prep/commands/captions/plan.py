@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 
 from data_prep.commands import Subcommands
+from data_prep.commands.execution import made
 
 
 def add(steps: Subcommands) -> None:
-    """Register both steps."""
     plan = steps.add_parser(
         "plan",
         help="plan which images to describe, and how",
@@ -64,16 +64,7 @@ def _plan(options: argparse.Namespace) -> int:
         raise UserError(f"--body {options.body!r} is not JSON ({error})") from error
     if not isinstance(body, dict):
         raise UserError(f"--body {options.body!r}: expected a JSON object")
-    wanted = Plan(
-        model=options.model,
-        languages=tuple(check_languages(options.languages)),
-        prompt_version=options.prompt_version,
-        max_tokens=options.max_tokens,
-        detail=options.detail,
-        body=body,
-        images=options.images,
-        seed=options.seed,
-    )
+    wanted = made(Plan, options, languages=check_languages(options.languages), body=body)
     prompts = Path(options.prompts) if options.prompts else PROMPTS
     progress = Progress(max(1, sum(len(Dataset.open(directory)) for directory in options.shards)))
     ledger = RequestLedger(options.ledger, create=True)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from data_prep.commands import Subcommands
 from data_prep.commands.captions.options import (
     add_checks,
-    add_pricing,
     add_service,
     prices_of,
     service_of,
@@ -24,16 +23,13 @@ if TYPE_CHECKING:
 
 
 def add(steps: Subcommands) -> None:
-    """Register the step."""
     run = steps.add_parser(
         "run",
         help="send the planned requests",
         description="Sends the planned requests as fast as the service allows and checks the answers. Ctrl-C once: "
         "waits for calls under way; twice: stops at once.",
     )
-    run.add_argument("ledger", metavar="LEDGER")
     add_service(run)
-    add_pricing(run)
     run.add_argument("--dry-run", action="store_true", help="send nothing; estimate the cost of the rest")
     run.add_argument("--limit", type=int, metavar="N", help="send at most N requests")
     run.add_argument("--concurrency", type=int, default=64, metavar="N", help="concurrent calls at most (default: 64)")

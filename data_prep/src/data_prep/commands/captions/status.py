@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 
 def add(steps: Subcommands) -> None:
-    """Register the step."""
     status = steps.add_parser("status", help="show what was sent, answered, rejected, lost, spent")
     status.add_argument("ledger", metavar="LEDGER")
     status.add_argument("--all", action="store_true", help="list every request that was perhaps paid, not twenty")
