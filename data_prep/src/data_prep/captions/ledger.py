@@ -17,7 +17,7 @@ import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from data_prep.errors import UserError
@@ -250,11 +250,8 @@ class RequestLedger:
                 changed = db.execute("UPDATE request SET state = 'sent' WHERE id = ? AND state = 'planned'", (request,))
                 if changed.rowcount != 1:
                     raise RuntimeError(f"request {request} is not planned; it must not be sent")
-                attempts.append(
-                    db.execute(
-                        "INSERT INTO attempt (request, sent_at, cost) VALUES (?, ?, ?)", (request, now, most)
-                    ).lastrowid
-                )
+                entry = "INSERT INTO attempt (request, sent_at, cost) VALUES (?, ?, ?)"
+                attempts.append(db.execute(entry, (request, now, most)).lastrowid)
         return attempts  # type: ignore[return-value]
 
     def received(self, attempt: int, status: int, raw: bytes, *, now: float) -> None:
@@ -336,14 +333,5 @@ class RequestLedger:
 
 
 def _request(row: sqlite3.Row) -> Request:
-    return Request(
-        id=row["id"],
-        image=row["image"],
-        language=row["language"],
-        model=row["model"],
-        prompt_version=row["prompt_version"],
-        options=json.loads(row["options"]),
-        text=row["text"],
-        dataset=row["dataset"],
-        number=row["number"],
-    )
+    values = {field.name: row[field.name] for field in fields(Request)}
+    return Request(**{**values, "options": json.loads(row["options"])})

@@ -101,17 +101,18 @@ def plan(
         db.executemany(
             "INSERT OR IGNORE INTO request (id, image, language, recipe, state) VALUES (?, ?, ?, ?, 'planned')",
             (
-                (_id(image, language, wanted), image, language, number)
+                (
+                    request_id(image, language, wanted.prompt_version, wanted.model, wanted.options),
+                    image,
+                    language,
+                    number,
+                )
                 for image in chosen
                 for language in wanted.languages
             ),
         )
         new = db.execute("SELECT count(*) FROM request").fetchone()[0] - before
     return Planned(images=len(found), twice=twice, new=new, known=len(chosen) * len(wanted.languages) - new)
-
-
-def _id(image: str, language: str, wanted: Plan) -> str:
-    return request_id(image, language, wanted.prompt_version, wanted.model, wanted.options)
 
 
 def _find(datasets: Sequence[Dataset], tick: Callable[[], None]) -> tuple[dict[str, tuple[str, int]], int]:
