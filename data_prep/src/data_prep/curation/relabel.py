@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from data_prep.curation.language_id import MIN_LETTERS, identify, letters
-from data_prep.curation.passes import TextDict, open_alike, pieces_of, samples_of, write
+from data_prep.curation.passes import TextDict, job_on, open_alike, samples_of, write
 from data_prep.errors import UserError
-from data_prep.execute import Execution, Job, Output, Target, run_job
+from data_prep.execute import Execution, Output, Target, run_job
 from data_prep.languages import LANGUAGES
 from data_prep.shards.format import JsonObject
 
@@ -37,15 +37,8 @@ def relabel(
             f"--without {' '.join(strangers)}: expected codes of the thirty languages, {' '.join(LANGUAGES)}"
         )
     datasets = open_alike(directories)
-    job = Job(
-        title="languages",
-        target=target,
-        work=f"{__name__}:check",
-        pieces=pieces_of(datasets),
-        options={"sure": sure, "without": sorted(without)},
-        tokenizer_sha256=datasets[0].manifest["tokenizer_sha256"],
-    )
-    return run_job(job, execution)
+    rules = {"sure": sure, "without": sorted(without)}
+    return run_job(job_on(datasets, target, "languages", f"{__name__}:check", rules), execution)
 
 
 def check(piece: JsonObject, options: JsonObject, output: Output) -> None:

@@ -15,7 +15,7 @@ from data_prep.curation import passes
 from data_prep.curation.minhash import near_duplicates, signatures
 from data_prep.curation.signature_store import SignatureStore, arrays_of
 from data_prep.errors import UserError, needs
-from data_prep.execute import Execution, Job, Output, Target
+from data_prep.execute import Execution, Output, Target
 from data_prep.negatives.guards import Guards, Known, choose
 from data_prep.negatives.search import EXACT_UP_TO, build_index, search
 from data_prep.shards import Dataset
@@ -64,26 +64,17 @@ def mine_negatives(
     datasets = passes.open_alike(directories)
     if datasets[0].kind != "text-pairs":
         raise UserError(f"{datasets[0].directory} holds {datasets[0].kind}; expected text-pairs")
-    pieces = passes.pieces_of(datasets)
     encoding = {**asdict(embedding), "model": str(_text_folder(Path(embedding.model)).resolve())}
-    survey = passes.Survey(target, f"{__name__}:embed", pieces, encoding)
-    job = Job(
-        title="negatives",
-        target=target,
-        work=f"{__name__}:compose",
-        pieces=passes.with_decisions(survey, pieces),
-        options={
-            **encoding,
-            **asdict(guards),
-            "similarity": similarity,
-            "exact_up_to": exact_up_to,
-            "datasets": [str(dataset.directory.resolve()) for dataset in datasets],
-        },
-        tokenizer_sha256=datasets[0].manifest["tokenizer_sha256"],
-    )
-    return passes.two_passes(
-        survey, job, lambda done: _decide(done, guards, similarity, exact_up_to), execution or Execution()
-    )
+    survey = passes.Survey(target, f"{__name__}:embed", passes.pieces_of(datasets), encoding)
+    rules = {
+        **encoding,
+        **asdict(guards),
+        "similarity": similarity,
+        "exact_up_to": exact_up_to,
+        "datasets": [str(dataset.directory.resolve()) for dataset in datasets],
+    }
+    job = passes.job_on(datasets, target, "negatives", f"{__name__}:compose", rules, survey)
+    return passes.two_passes(survey, job, lambda done: _decide(done, guards, similarity, exact_up_to), execution)
 
 
 def embed(piece: JsonObject, options: JsonObject, output: Output) -> None:
