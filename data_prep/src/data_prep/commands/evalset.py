@@ -7,11 +7,10 @@ from pathlib import Path
 
 from data_prep.commands import Subcommands
 from data_prep.commands.import_data import add_source, run_import
+from data_prep.sources import EVALSETS
 
 
 def add(commands: Subcommands) -> None:
-    from data_prep.sources import EVALSETS
-
     parser = commands.add_parser(
         "evalset",
         help="evaluation sets, laid out for `stage-trainer evaluate`",

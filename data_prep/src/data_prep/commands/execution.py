@@ -6,6 +6,8 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from data_prep.errors import UserError
+
 if TYPE_CHECKING:
     from data_prep.execute import Execution, Target
 
@@ -58,7 +60,6 @@ def add_datasets(parser: argparse.ArgumentParser, *, shards: str = "data sets") 
 
 def execution_of(options: argparse.Namespace) -> Execution:
     """How to run the job, by the options. UserError if they make no sense."""
-    from data_prep.errors import UserError
     from data_prep.execute import Execution
 
     task, _, tasks = options.task.partition("/")
@@ -72,7 +73,6 @@ def execution_of(options: argparse.Namespace) -> Execution:
 
 def target_of(options: argparse.Namespace, out: str | None = None) -> Target:
     """Where the user wants the data sets. UserError if a shard would hold nothing."""
-    from data_prep.errors import UserError
     from data_prep.execute import Target
 
     if options.samples_per_shard < 1:

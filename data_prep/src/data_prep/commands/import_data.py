@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data_prep.commands import Subcommands
 from data_prep.commands.execution import add_execution, execution_of, made, target_of
+from data_prep.image_rule import ENCODINGS, FITS, KERNELS, ImageRule
 from data_prep.shards.format import JsonObject
-
-if TYPE_CHECKING:
-    from data_prep.image_rule import ImageRule
+from data_prep.sources import SOURCES
 
 
 def add(commands: Subcommands) -> None:
-    from data_prep.sources import SOURCES
-
     parser = commands.add_parser(
         "import",
         help="public data sets to shards, one importer a source",
@@ -66,8 +63,6 @@ def add_values(parser: argparse.ArgumentParser, source: type[Any]) -> None:
 
 def add_image_rule(parser: argparse.ArgumentParser, rule: ImageRule) -> None:
     """Add options for how images are stored, with the source's rule as the default."""
-    from data_prep.image_rule import ENCODINGS, FITS, KERNELS
-
     group = parser.add_argument_group("images", "How images are stored.")
     group.add_argument("--image-size", type=int, default=rule.size, metavar="PIXELS", help="default: %(default)s")
     group.add_argument(
@@ -96,7 +91,6 @@ def add_image_rule(parser: argparse.ArgumentParser, rule: ImageRule) -> None:
 
 def run_import(options: argparse.Namespace, *, out: str, evalset: bool = False) -> JsonObject | None:
     """Import the source of the command line into `out`; returns the receipt."""
-    from data_prep.image_rule import ImageRule
     from data_prep.sources.importing import import_source
 
     return import_source(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from data_prep.corpus import apt, cldr, emoji, help_texts, package_texts, stamps
 from data_prep.corpus.deb import Package, file_sha256, find_package, find_translations, read_members
-from data_prep.corpus.items import ImageItem, TextItem
+from data_prep.corpus.items import ImageItem, Settings, TextItem
 from data_prep.corpus.render import RenderJob, render_images
 from data_prep.errors import UserError
 from data_prep.languages import LANGUAGES
@@ -34,7 +34,7 @@ class Material:
     fonts: dict[str, bytes] = field(default_factory=dict)
 
 
-def needed_packages(without: frozenset[str]) -> list[str]:
+def needed_packages(without: Collection[str]) -> list[str]:
     """The packages for a corpus without these sources."""
     needed = [apt.FONT, apt.CLDR]
     if "stamps" not in without:
@@ -44,17 +44,9 @@ def needed_packages(without: frozenset[str]) -> list[str]:
     return needed
 
 
-def read_material(
-    directory: Path,
-    *,
-    without: frozenset[str],
-    max_packages: int,
-    image_size: int,
-    seed: int,
-    workers: int,
-    log: Callable[[str], None],
-) -> Material:
+def read_material(directory: Path, settings: Settings, workers: int, log: Callable[[str], None]) -> Material:
     """Read the packages and translations in `directory` and draw the pictures."""
+    without = settings.without
     packages = _find_all(directory, without)
     material = Material(packages=[package.record() for package in packages.values()], held_out=HELD_OUT)
     material.left_out = dict.fromkeys(sorted(without), "asked for (--without)")
@@ -65,7 +57,7 @@ def read_material(
     log(f"read names in {len(locales)} languages ({time.monotonic() - started:.0f} s)")
 
     world = None if "flags" in without else cldr.read_world(files)
-    render = partial(render_images, size=image_size, workers=workers)
+    render = partial(render_images, size=settings.image_size, workers=workers)
     draw_emoji = partial(render, font=_read_font(packages[apt.FONT]))
     found, material.dropped["emoji"] = emoji.emoji_candidates(locales)
     material.images += _emoji_items(found, files, locales, world, draw_emoji, material.dropped["emoji"], log)
@@ -76,7 +68,7 @@ def read_material(
             found_stamps, locales, partial(render, font=None), material.dropped["stamps"], log
         )
     if "packages" not in without:
-        material.texts += _package_items(directory, max_packages, seed, material, log)
+        material.texts += _package_items(directory, settings, material, log)
     if apt.HELP in packages:
         pages, material.dropped["help"] = help_texts.read_help(packages[apt.HELP])
         log(f"read {len(pages)} help pages")
@@ -88,7 +80,7 @@ def read_material(
     return material
 
 
-def _find_all(directory: Path, without: frozenset[str]) -> dict[str, Package]:
+def _find_all(directory: Path, without: Collection[str]) -> dict[str, Package]:
     if not directory.is_dir():
         raise UserError(
             f"{directory}: no such folder; it should hold {', '.join(f'{name}_*.deb' for name in apt.PACKAGES)}"
@@ -163,7 +155,7 @@ def _stamp_items(
 
 
 def _package_items(
-    directory: Path, max_packages: int, seed: int, material: Material, log: Callable[[str], None]
+    directory: Path, settings: Settings, material: Material, log: Callable[[str], None]
 ) -> list[TextItem]:
     started = time.monotonic()
     translations = find_translations(directory)
@@ -174,6 +166,8 @@ def _package_items(
     material.packages += [
         {"name": path.name, "sha256": file_sha256(path)} for paths in translations.values() for path in paths
     ]
-    items, material.dropped["packages"] = package_texts.read_packages(translations, limit=max_packages, seed=seed)
+    items, material.dropped["packages"] = package_texts.read_packages(
+        translations, limit=settings.max_packages, seed=settings.seed
+    )
     log(f"read {len(items)} package descriptions in {len(translations)} languages ({time.monotonic() - started:.0f} s)")
     return items

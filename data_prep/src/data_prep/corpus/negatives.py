@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 
 from data_prep.corpus.items import ImageItem, normalized
 
@@ -37,9 +38,5 @@ def hard_negatives(items: Sequence[ImageItem], family_of: Mapping[str, str]) -> 
 
 
 def _distance(item: ImageItem, other: ImageItem) -> tuple[int, int, str]:
-    shared = 0
-    for one, two in zip(item.group, other.group, strict=False):
-        if one != two:
-            break
-        shared += 1
-    return -shared, abs(item.order - other.order), other.name
+    shared = takewhile(lambda pair: pair[0] == pair[1], zip(item.group, other.group, strict=False))
+    return -len(list(shared)), abs(item.order - other.order), other.name

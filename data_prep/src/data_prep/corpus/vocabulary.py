@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from data_prep.errors import UserError
 
 
-class Tokenizer:
-    """A trained sentencepiece model.
-
-    Attributes:
-        model: the bytes of `tokenizer.model`; sha256: their hash.
-    """
-
-    def __init__(self, model: bytes) -> None:
-        import sentencepiece
-
-        self.model = model
-        self.sha256 = hashlib.sha256(model).hexdigest()
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-
-    def counts(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text, its `<s>` and `</s>` included."""
-        return [len(ids) + 2 for ids in self._processor.encode(list(texts))]
-
-
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
-    """A unigram model of `vocab_size` pieces, the same bytes for the same texts in the same order.
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> bytes:
+    """The file of a unigram model of `vocab_size` pieces, the same bytes for the same texts in the same order.
 
     Ids 0, 1 and 2 are `<unk>`, `<s>` and `</s>` and there is no padding piece, as in XLM-R's file, which the text
     tower's tokenizer expects. Nothing is random, and the number of threads is fixed because float sums depend on it.
@@ -63,4 +43,4 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
         raise UserError(
             f"no tokenizer of {vocab_size} pieces from these texts; change --vocab-size ({error})"
         ) from error
-    return Tokenizer(buffer.getvalue())
+    return buffer.getvalue()

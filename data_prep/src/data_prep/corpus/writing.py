@@ -10,7 +10,7 @@ from typing import TypeVar
 from data_prep.corpus.items import ImageItem, TextItem
 from data_prep.corpus.negatives import hard_negatives
 from data_prep.corpus.split import SPLITS
-from data_prep.corpus.vocabulary import Tokenizer
+from data_prep.curation.tokens import TokenCounter
 from data_prep.samples import Text, captions_json, languages_of, texts_json
 from data_prep.shards import DatasetWriter
 
@@ -30,14 +30,11 @@ def training_texts(images: Sequence[ImageItem], texts: Sequence[TextItem], where
     found: dict[str, None] = {}
     for image in images:
         if where[image.name] == "train":
-            own_long = (
-                image.long if image.long_source != "emoji" else ()
-            )  # an emoji's long captions repeat its name and keywords
+            own_long = image.long if image.long_source != "emoji" else ()  # an emoji's repeat its name and keywords
             found.update(dict.fromkeys(text.text for text in (*image.names, *image.keywords, *own_long)))
     for item in [item for item in texts if where[item.name] == "train"][:_TOKENIZER_ITEMS]:
-        found.update(
-            dict.fromkeys(text.text for text in (*item.query, *item.target) if len(text.text) <= _TOKENIZER_CHARACTERS)
-        )
+        own = [text.text for text in (*item.query, *item.target)]
+        found.update(dict.fromkeys(text for text in own if len(text) <= _TOKENIZER_CHARACTERS))
     return list(found)
 
 
@@ -48,7 +45,7 @@ def write_datasets(
     *,
     where: Mapping[str, str],
     family_of: Mapping[str, str],
-    tokenizer: Tokenizer,
+    tokenizer: TokenCounter,
 ) -> dict[str, dict[str, int]]:
     """Write every data set below `root`; returns split → "kind/source" → samples."""
     counts: dict[str, dict[str, int]] = {}
@@ -83,7 +80,7 @@ def write_datasets(
     return counts
 
 
-def _write(directory: Path, kind: str, source: str, samples: list[Sample], tokenizer: Tokenizer) -> None:
+def _write(directory: Path, kind: str, source: str, samples: list[Sample], tokenizer: TokenCounter) -> None:
     tokens = tokenizer.counts([text.text for _, _, texts in samples for text in texts])
     place = 0
     with DatasetWriter(
