@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 # What `--help` prints, in this order: a heading, and the modules of `data_prep.commands` below it.
 CONTENTS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("public data to shards", ("import_data", "index", "evalset")),
-    ("better data", ("curation", "negatives", "captions")),
-    ("inspecting data", ("inspect", "validate")),
+    ("public data to shards", ("import_data",)),
+    ("better data", ("curation", "captions")),
+    ("inspecting data", ("inspection",)),
     ("a laptop corpus that downloads no data sets", ("corpus",)),
 )
 
