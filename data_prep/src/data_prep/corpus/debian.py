@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from data_prep.corpus import apt, cldr, emoji, help_texts, package_texts, stamps
+from data_prep.corpus import apt, cldr, emoji, stamps, text_items
 from data_prep.corpus.deb import Package, file_sha256, find_package, find_translations, read_members
 from data_prep.corpus.items import ImageItem, Settings, TextItem
 from data_prep.corpus.render import RenderJob, render_images
@@ -70,7 +70,7 @@ def read_material(directory: Path, settings: Settings, workers: int, log: Callab
     if "packages" not in without:
         material.texts += _package_items(directory, settings, material, log)
     if apt.HELP in packages:
-        pages, material.dropped["help"] = help_texts.read_help(packages[apt.HELP])
+        pages, material.dropped["help"] = text_items.read_help(packages[apt.HELP])
         log(f"read {len(pages)} help pages")
         material.texts += pages
     if (letters := find_package(directory, apt.LETTERS)) is not None:
@@ -166,7 +166,7 @@ def _package_items(
     material.packages += [
         {"name": path.name, "sha256": file_sha256(path)} for paths in translations.values() for path in paths
     ]
-    items, material.dropped["packages"] = package_texts.read_packages(
+    items, material.dropped["packages"] = text_items.read_packages(
         translations, limit=settings.max_packages, seed=settings.seed
     )
     log(f"read {len(items)} package descriptions in {len(translations)} languages ({time.monotonic() - started:.0f} s)")

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TypeVar
 
-from data_prep.corpus.items import ImageItem, TextItem
-from data_prep.corpus.negatives import hard_negatives
+from data_prep.corpus.items import ImageItem, TextItem, normalized
 from data_prep.corpus.split import SPLITS
 from data_prep.curation.tokens import TokenCounter
 from data_prep.samples import Text, captions_json, languages_of, texts_json
 from data_prep.shards import DatasetWriter
 
+NEGATIVES = 7  # as many as the paper's triplets have
 _SAMPLES_PER_SHARD = 500
 _TOKENIZER_ITEMS = 2500
 _TOKENIZER_CHARACTERS = 200
@@ -110,3 +111,35 @@ def _triplet(item: ImageItem, others: Sequence[ImageItem]) -> Sample:
 def _shuffled(items: list[_Item]) -> list[_Item]:
     """Shuffled by a hash, so that a sequential reader does not see one subject after another."""
     return sorted(items, key=lambda item: hashlib.sha256(item.name.encode()).digest())
+
+
+def hard_negatives(items: Sequence[ImageItem], family_of: Mapping[str, str]) -> dict[str, list[ImageItem]]:
+    """Seven neighbours for each item: of the same group first, then by their place in the order of the source.
+
+    `items` are those of one source in one split. Neighbours of the same family, or with a name of the item in some
+    language, would be right answers and are skipped; the seven have different English names. Items with fewer than
+    seven are left out of the result.
+    """
+    words = {item.name: {(text.language, normalized(text.text)) for text in item.names} for item in items}
+    chosen: dict[str, list[ImageItem]] = {}
+    for item in items:
+        ranked = sorted(items, key=lambda other: _distance(item, other))
+        found: list[ImageItem] = []
+        captions: set[str] = set()
+        for other in ranked:
+            if family_of[other.name] == family_of[item.name] or words[other.name] & words[item.name]:
+                continue
+            caption = normalized(other.english)
+            if caption in captions:
+                continue
+            captions.add(caption)
+            found.append(other)
+            if len(found) == NEGATIVES:
+                chosen[item.name] = found
+                break
+    return chosen
+
+
+def _distance(item: ImageItem, other: ImageItem) -> tuple[int, int, str]:
+    shared = takewhile(lambda pair: pair[0] == pair[1], zip(item.group, other.group, strict=False))
+    return -len(list(shared)), abs(item.order - other.order), other.name

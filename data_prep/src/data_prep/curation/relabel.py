@@ -47,7 +47,10 @@ def check(piece: JsonObject, options: JsonObject, output: Output) -> None:
         output.came_in()
         taken_out = False
         for texts in sample.texts:
-            judged = [_language_of(text, options["sure"], options["without"]) for text in texts]
+            judged = [_language_of(text, options["sure"]) for text in texts]
+            judged = [
+                (None, "in a language to be left out") if of in options["without"] else (of, why) for of, why in judged
+            ]
             for text, (language, why) in zip(texts, judged, strict=True):
                 if language is None:
                     output.note(f"texts out: {why}")
@@ -64,13 +67,8 @@ def check(piece: JsonObject, options: JsonObject, output: Output) -> None:
             output.drop("no text in a language that is known for sure", f"{piece['dataset']}: {sample.row.key}")
 
 
-def _language_of(text: TextDict, sure: float, without: Sequence[str]) -> tuple[str | None, str]:
+def _language_of(text: TextDict, sure: float) -> tuple[str | None, str]:
     """(its language, "") or (None, why it is removed)."""
-    language, why = _known_language(text, sure)
-    return (None, "in a language to be left out") if language in without else (language, why)
-
-
-def _known_language(text: TextDict, sure: float) -> tuple[str | None, str]:
     said = text["language"]
     if said in LANGUAGES and letters(text["text"]) < MIN_LETTERS:
         return said, ""

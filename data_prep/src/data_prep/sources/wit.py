@@ -69,12 +69,11 @@ class Wit:
                     yield found
                     continue
                 where, sample, fields = found
-                texts = _captions({**fields, _SHORT: fields.get(_SHORT) or fields.get("caption")})
-                yield (
-                    image_record(where, sample, fields, short=texts[0], long=texts[1])
-                    if any(texts)
-                    else Dropped("no caption", where)
-                )
+                short, long = _captions({**fields, _SHORT: fields.get(_SHORT) or fields.get("caption")})
+                if short or long:
+                    yield image_record(where, sample, fields, short=short, long=long)
+                else:
+                    yield Dropped("no caption", where)
         else:
             yield from from_rows(read_table(piece), self._record)
 
