@@ -23,7 +23,7 @@ from data_prep.execute import Execution, Job, Spec, Target, run_job
 from data_prep.execute.engines import run_units
 from data_prep.execute.progress import Progress
 from data_prep.execute.unit import Output, read_receipt
-from data_prep.samples import compact_json
+from data_prep.samples import Text, compact_json
 from data_prep.shards import KINDS, Dataset, Row
 from data_prep.shards.files import replacing
 from data_prep.shards.format import IMAGE_TYPES, JsonObject
@@ -51,15 +51,6 @@ class Sample:
     def image(self) -> bytes:
         """The bytes of its image file."""
         return next(self.members[name] for name in IMAGE_TYPES if name in self.members)
-
-    def changed_members(self) -> dict[str, bytes]:
-        """Its members, with `content` as the JSON."""
-        kept = {name: data for name, data in self.members.items() if name not in ("json", "txt")}
-        return {**kept, "json": compact_json(self.content)}
-
-    def languages(self) -> list[str]:
-        """The languages that occur in `content`."""
-        return sorted({text["language"] for texts in self.texts for text in texts})
 
 
 def open_alike(directories: Sequence[str]) -> list[Dataset]:
@@ -115,7 +106,10 @@ def sample_at(dataset: Dataset, number: int) -> Sample:
 def write(output: Output, piece: JsonObject, sample: Sample, *, kind: str | None = None, tokens: int | None) -> None:
     """Write a sample with changed content; `tokens` of its longest text, None if unknown."""
     key = sample.row.key if piece["keep_keys"] else None
-    output.write(kind or sample.kind, sample.changed_members(), languages=sample.languages(), tokens=tokens, key=key)
+    members = {name: data for name, data in sample.members.items() if name not in ("json", "txt")}
+    members["json"] = compact_json(sample.content)
+    languages = sorted({text["language"] for texts in sample.texts for text in texts})
+    output.write(kind or sample.kind, members, languages=languages, tokens=tokens, key=key)
 
 
 def copy(output: Output, piece: JsonObject, sample: Sample) -> None:
@@ -247,11 +241,6 @@ def _content(dataset: Dataset, row: Row, members: dict[str, bytes]) -> JsonObjec
     if "txt" in members:  # shards of another format: their .json is not kept
         language = row.languages[0] if len(row.languages) == 1 else "und"
         role = "long" if dataset.kind == "image-long" else "name"
-        text = {
-            "text": members["txt"].decode("utf-8", "replace"),
-            "language": language,
-            "origin": "human",
-            "role": role,
-        }
-        return {"captions": [text], "source": dataset.source, "item": row.key}
+        text = Text(members["txt"].decode("utf-8", "replace"), language, role)
+        return {"captions": [text.record()], "source": dataset.source, "item": row.key}
     raise UserError(f"{where} has no {' and '.join(wanted)} in its .json, and no .txt; import the data set again")
