@@ -142,7 +142,6 @@ def _run_import(options: argparse.Namespace, *, out: str, evalset: bool = False)
         evalset=evalset,
         image=made(ImageRule, options, size=options.image_size) if options.source.image is not None else None,
         execution=execution_of(options),
-        log=lambda line: print(line, flush=True),
     )
 
 
@@ -166,7 +165,6 @@ def _index(options: argparse.Namespace) -> int:
         name=options.name,
         kind=options.kind,
         execution=execution_of(options),
-        log=lambda line: print(line, flush=True),
     )
     return 0
 

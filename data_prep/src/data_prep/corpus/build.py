@@ -19,8 +19,7 @@ from data_prep.corpus.debian import Material, needed_packages, read_material
 from data_prep.corpus.drawn import draw_material
 from data_prep.corpus.items import ImageItem, Settings, TextItem
 from data_prep.corpus.split import SPLITS, drop_identical, families, leaks, similar_pairs, split_items
-from data_prep.corpus.vocabulary import train_tokenizer
-from data_prep.corpus.writing import training_texts, write_datasets
+from data_prep.corpus.writing import train_tokenizer, training_texts, write_datasets
 from data_prep.curation.tokens import TokenCounter
 from data_prep.errors import UserError
 from data_prep.shards import Dataset, ShardError, alone
@@ -191,13 +190,16 @@ def _write(root: Path, settings: Settings, material: Material, log: Callable[[st
         f"wrote {sum(sum(counts.values()) for counts in samples.values())} samples ({time.monotonic() - started:.0f} s)"
     )
 
+    languages: dict[str, Counter[str]] = {}  # source → language → named items
+    for item in images:
+        languages.setdefault(item.source, Counter()).update({text.language for text in item.names})
     sizes = Counter(family_of[item.name] for item in images)
     corpus = {
         "version": CORPUS_VERSION,
         "settings": _plain(settings),
         "packages": material.packages,
         "made_with": library_versions(),
-        "languages": _languages(images),
+        "languages": {source: dict(sorted(counts.items())) for source, counts in sorted(languages.items())},
         "items": dict(came_in),
         "families": {"images": len(sizes), "largest": max(sizes.values(), default=0)},
         "dropped": material.dropped,
@@ -208,14 +210,6 @@ def _write(root: Path, settings: Settings, material: Material, log: Callable[[st
     }
     write_file(root / "corpus.json", (json.dumps(corpus, indent=1, ensure_ascii=False) + "\n").encode())
     return corpus
-
-
-def _languages(images: list[ImageItem]) -> dict[str, dict[str, int]]:
-    """source → language → named items."""
-    found: dict[str, Counter[str]] = {}
-    for item in images:
-        found.setdefault(item.source, Counter()).update(sorted({text.language for text in item.names}))
-    return {source: dict(sorted(counts.items())) for source, counts in sorted(found.items())}
 
 
 def library_versions() -> dict[str, str | None]:

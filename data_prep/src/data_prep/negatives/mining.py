@@ -86,8 +86,10 @@ def embed(piece: JsonObject, options: JsonObject, output: Output) -> None:
             raise UserError(
                 f"{piece['dataset']}: sample {sample.row.key!r} has no query or no target; it is no text pair"
             )
-        queries.append(sample.content["query"][0]["text"])
-        targets.append(_different_text(sample.content["target"], queries[-1]))
+        query, alternatives = (sample.content[side] for side in ("query", "target"))
+        queries.append(query[0]["text"])
+        # Names are equal in many languages: the first that differs from the query says more.
+        targets.append(next((text["text"] for text in alternatives if text["text"] != queries[-1]), queries[-1]))
         item = f"{sample.content.get('source')}:{sample.content.get('item', sample.row.key)}"
         items.append(int.from_bytes(hashlib.sha256(item.encode("utf-8", "replace")).digest()[:8], "big"))
     tower = _tower(options["model"])
@@ -146,19 +148,11 @@ class _Corpus:
 
     def target(self, pair: int) -> list[passes.TextDict]:
         number = int(np.searchsorted(self._begins, pair, "right")) - 1
-        texts: list[passes.TextDict] = passes.sample_at(
-            self._datasets[number], pair - int(self._begins[number])
-        ).content["target"]
-        return texts
+        sample = passes.sample_at(self._datasets[number], pair - int(self._begins[number]))
+        return sample.texts[1]
 
 
 _corpus = functools.lru_cache(1)(_Corpus)
-
-
-def _different_text(alternatives: Sequence[passes.TextDict], query: str) -> str:
-    """The first alternative that differs from the query (names are equal in many languages); else the first."""
-    texts: list[str] = [text["text"] for text in alternatives]
-    return next((text for text in texts if text != query), texts[0])
 
 
 def _text_folder(model: Path) -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from data_prep.execute import Execution, Job, Output, Target, run_job
+from data_prep.execute import Execution, Job, Output, Target, run_job, say
 from data_prep.image_rule import ImageRule
 from data_prep.images import ImageRefused, StoredImage, store_image
 from data_prep.samples import captions_json, languages_of, texts_json
@@ -26,7 +26,7 @@ def import_source(
     evalset: bool = False,
     image: ImageRule | None = None,
     execution: Execution | None = None,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = say,
 ) -> JsonObject | None:
     """Import a source; returns the receipt, None if other array tasks have units left.
 

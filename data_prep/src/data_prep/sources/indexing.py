@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ def index_shards(
     name: str,
     kind: str,
     execution: Execution | None = None,
-    log: Callable[[str], None] = print,
 ) -> JsonObject | None:
     """Make the data set `out`/`kind`/`name` of links to tars and sidecars for them; returns the receipt.
 
@@ -46,7 +44,7 @@ def index_shards(
         pieces=[{"file": str(tar.resolve()), **file_stat(tar)} for tar in tars],
         options={"kind": kind},
     )
-    return run_job(job, execution, log=log)
+    return run_job(job, execution)
 
 
 def index_tar(piece: JsonObject, options: JsonObject, output: Output) -> None:

@@ -103,9 +103,6 @@ class TatDqa:
         if not isinstance(uid, str) or not uid.isalnum() or not isinstance(questions, list):
             yield Dropped("no document or no questions", where)
             return
-        yield from self._document(where, uid, questions)
-
-    def _document(self, where: str, uid: str, questions: list[object]) -> Iterator[Found]:
         blocks = _pages_of_blocks(Path(self.documents) / f"{uid}.json")
         captions: dict[int, list[Text]] = {}
         for question in questions:
