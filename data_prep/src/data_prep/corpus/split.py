@@ -21,14 +21,10 @@ _LOOK_ALIKE = 2.0  # mean difference of 255 below which two pictures count as on
 
 def drop_identical(items: Sequence[ImageItem]) -> tuple[list[ImageItem], int]:
     """Items with the same image: keep the first. Returns the kept ones and how many were dropped."""
-    seen: set[bytes] = set()
-    kept = []
+    kept: dict[bytes, ImageItem] = {}
     for item in items:
-        digest = hashlib.sha256(item.png).digest()
-        if digest not in seen:
-            seen.add(digest)
-            kept.append(item)
-    return kept, len(items) - len(kept)
+        kept.setdefault(hashlib.sha256(item.png).digest(), item)
+    return list(kept.values()), len(items) - len(kept)
 
 
 def similar_pairs(items: Sequence[ImageItem]) -> list[tuple[str, str]]:

@@ -163,19 +163,13 @@ def hard_negatives(items: Sequence[ImageItem], family_of: Mapping[str, str]) -> 
     words = {item.name: {(text.language, normalized(text.text)) for text in item.names} for item in items}
     chosen: dict[str, list[ImageItem]] = {}
     for item in items:
-        ranked = sorted(items, key=lambda other: _distance(item, other))
-        found: list[ImageItem] = []
-        captions: set[str] = set()
-        for other in ranked:
+        found: dict[str, ImageItem] = {}  # by the English name
+        for other in sorted(items, key=lambda other: _distance(item, other)):
             if family_of[other.name] == family_of[item.name] or words[other.name] & words[item.name]:
                 continue
-            caption = normalized(other.english)
-            if caption in captions:
-                continue
-            captions.add(caption)
-            found.append(other)
+            found.setdefault(normalized(other.english), other)
             if len(found) == NEGATIVES:
-                chosen[item.name] = found
+                chosen[item.name] = list(found.values())
                 break
     return chosen
 

@@ -137,17 +137,15 @@ def run_job(job: Job, execution: Execution | None = None, *, log: Callable[[str]
 
 
 def _go_on(job: Job, execution: Execution, log: Callable[[str], None]) -> JsonObject | None:
-    if not job.partial.exists():  # another task published while this one waited
-        return _published(job)
-    if not (job.partial / "publish.json").exists():
+    mark = job.partial / "publish.json"
+    if job.partial.exists() and not mark.exists():
         _run(job, execution, log)
-        with _alone(job):
-            if not job.partial.exists():  # another array task published
-                return _published(job)
-            if not _prepare(job):
-                log(f"{job.partial}: this task is done, others have units left; the last one publishes")
-                return None
     with _alone(job):
+        if not job.partial.exists():  # another array task published
+            return _published(job)
+        if not mark.exists() and not _prepare(job):
+            log(f"{job.partial}: this task is done, others have units left; the last one publishes")
+            return None
         receipt = _publish(job)
     for line in table(receipt):
         log(line)
@@ -253,13 +251,8 @@ def _prepare(job: Job) -> bool:
 
 def _publish(job: Job) -> JsonObject:
     """Rename the data sets into place; if it is stopped, the next run continues."""
-    mark = job.partial / "publish.json"
     with writing(job.partial):
-        if not mark.exists():  # another array task published
-            published = _published(job)
-            assert published is not None
-            return published
-        receipt: JsonObject = json.loads(mark.read_bytes())
+        receipt: JsonObject = json.loads((job.partial / "publish.json").read_bytes())
         for kind in receipt["went_out"]:
             folder = job.target.folder(kind)
             if (job.partial / kind).exists():

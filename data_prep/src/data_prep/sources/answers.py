@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -83,9 +83,4 @@ def by_image(
         if path is None:
             yield Dropped("file name outside the folder" if name else "no image name", first, len(captions))
         else:
-            yield ImageRecord(first, str(name), path, long=unique(captions))
-
-
-def unique(captions: Sequence[Text]) -> list[Text]:
-    """Captions without duplicates, in order."""
-    return list(dict.fromkeys(captions))
+            yield ImageRecord(first, str(name), path, long=list(dict.fromkeys(captions)))

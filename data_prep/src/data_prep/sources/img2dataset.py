@@ -152,12 +152,7 @@ def read_shard(piece: JsonObject) -> Iterator[Dropped | tuple[str, TarSample, Js
         if not any(extension in sample.members for extension in IMAGE_TYPES):
             yield Dropped("no image", where)
             continue
-        fields: Any = {}
-        if "json" in sample.members:
-            try:
-                fields = json.loads(sample.read("json"))
-            except (ValueError, RecursionError):
-                fields = None
+        fields = sample.json()
         if not isinstance(fields, dict):
             yield Dropped("metadata that is no JSON object", where)
         elif fields.get("status", "success") != "success":

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.execute import Execution, Job, Output, Target, run_job
@@ -80,7 +78,7 @@ def _members(sample: TarSample, kind: str) -> tuple[dict[str, tuple[int, int]], 
 
     img2dataset's .json holds metadata instead of captions; then the .txt is used.
     """
-    content = _content(sample)
+    content = sample.json()
     parts = KINDS[kind]
     usable = isinstance(content, dict) and all(isinstance(content.get(part), list) and content[part] for part in parts)
     if kind.startswith("text"):
@@ -95,15 +93,6 @@ def _members(sample: TarSample, kind: str) -> tuple[dict[str, tuple[int, int]], 
     if "txt" in sample.members:
         return {image: sample.members[image], "txt": sample.members["txt"]}, ["und"]
     return "no caption (.txt, or .json with captions)"
-
-
-def _content(sample: TarSample) -> Any:
-    if "json" not in sample.members:
-        return None
-    try:
-        return json.loads(sample.read("json"))
-    except (ValueError, RecursionError):
-        return None
 
 
 def _languages(content: JsonObject, parts: tuple[str, ...]) -> list[str]:

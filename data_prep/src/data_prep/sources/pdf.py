@@ -12,7 +12,7 @@ from data_prep.errors import UserError, needs
 from data_prep.image_rule import ImageRule
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
-from data_prep.sources.answers import answer_text, question_caption, unique
+from data_prep.sources.answers import answer_text, question_caption
 from data_prep.sources.json_lists import list_pieces, read_list
 from data_prep.sources.records import Dropped, Found, ImageRecord, Noted, argument, file_stat, from_rows, option
 from data_prep.sources.texts import files_in
@@ -132,7 +132,7 @@ class TatDqa:
                 if page is None:
                     yield Dropped("page that cannot be drawn", where)
                 else:
-                    yield ImageRecord(where, f"{uid}/{number + 1}", page[0], long=unique(texts))
+                    yield ImageRecord(where, f"{uid}/{number + 1}", page[0], long=list(dict.fromkeys(texts)))
 
 
 def _pdfium() -> Any:

@@ -10,7 +10,7 @@ from typing import ClassVar
 from data_prep.image_rule import ImageRule
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
-from data_prep.sources.answers import answer_text, by_image, chosen, question_caption, unique
+from data_prep.sources.answers import answer_text, by_image, chosen, question_caption
 from data_prep.sources.folder import inside
 from data_prep.sources.json_lists import list_pieces, read_list
 from data_prep.sources.records import Dropped, Found, ImageRecord, argument, from_rows, option
@@ -117,6 +117,6 @@ class SciGraphQa:
             if isinstance(found, Text):
                 long.append(found)
         if short or long:
-            yield ImageRecord(where, str(name), path, short, unique(long))
+            yield ImageRecord(where, str(name), path, short, list(dict.fromkeys(long)))
         else:
             yield Dropped("no caption", where)
