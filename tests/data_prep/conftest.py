@@ -5,15 +5,23 @@ from __future__ import annotations
 import io
 import json
 import lzma
+import math
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from data_prep.corpus import Settings, build_corpus
+from data_prep.execute import progress
 from data_prep.shards import Dataset, DatasetWriter
 
 DRAWN = Settings(drawn=150, image_size=32)
+
+
+@pytest.fixture(autouse=True)
+def no_lines_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests count the lines on stderr; on a busy machine a command may take long enough for a line of progress."""
+    monkeypatch.setattr(progress, "LOG_INTERVAL_S", math.inf)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,8 @@ import sys
 import time
 from typing import TextIO
 
+LOG_INTERVAL_S = 30.0  # seconds between two lines where there is no terminal to draw over
+
 
 class Progress:
     """Shows units done of a total, samples written, their rate and the time left."""
@@ -26,7 +28,7 @@ class Progress:
         self._new_units += new
         self._samples += samples if new else 0
         now = time.monotonic()
-        if now - self._shown >= (0.2 if self._terminal else 30):
+        if now - self._shown >= (0.2 if self._terminal else LOG_INTERVAL_S):
             self._shown = now
             self._show(now - self._started)
 
