@@ -90,6 +90,10 @@ class RequestLedger:
         self.path = Path(path)
         if not create and not self.path.exists():
             raise UserError(f"{self.path}: no such ledger; make one with `data-prep captions plan {self.path} SHARDS`")
+        if (
+            not create and not self.path.stat().st_size
+        ):  # SQLite would make a new one of it, and drop the journal beside it
+            raise UserError(f"{self.path}: is empty; restore it from a copy, or what it had bought is bought again")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if create:
@@ -99,10 +103,6 @@ class RequestLedger:
             self.db.execute("PRAGMA journal_mode = WAL")
             self.db.execute("PRAGMA synchronous = FULL")  # a commit must survive a power cut: it stands for money
             found = self.db.execute("PRAGMA user_version").fetchone()[0]
-            if not found and not create:  # cut off to nothing: what it held, money among it, is not to be bought again
-                raise UserError(
-                    f"{self.path}: holds no requests, not even tables; restore it from a copy, or plan anew"
-                )
             if not found:
                 self.db.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {SCHEMA}; COMMIT;")
             elif found != SCHEMA:
