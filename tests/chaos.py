@@ -8,7 +8,7 @@ A trial runs a command of ours (`chaos_tasks.py`) in a folder of its own with a 
 fault away and runs the same command again. What comes out has to be what an undisturbed run gives: weights, optimizer
 and curves bit for bit, published shards byte for byte, every caption paid for once. A trial is
 
-    survived    if that is so, or if the ledger of replaced samples says why it is not
+    survived    if that is so; after damage also if the ledger of replaced samples, or a checksum, says why it is not
     lost        if something else comes out, or if the command fails though the fault is gone
     hung        if the command, or a process that it started, has not ended after --patience seconds
     traceback   if a Python traceback was printed; it counts beside the others

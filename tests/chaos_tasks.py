@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.captions.ledger import RequestLedger
-from data_prep.shards import Dataset, DatasetWriter
+from data_prep.shards import Dataset, DatasetWriter, ShardError
 
 from tests.data_prep.captions.conftest import KEY, Asked, Reply, SeerService, good
 from tests.data_prep.execute.conftest import write_img2dataset
@@ -66,8 +66,7 @@ class Task:
         """Makes the server misbehave; says how."""
         raise NotImplementedError
 
-    def behave(self) -> None:
-        """Ends that."""
+    def behave(self) -> None: ...
 
     def result(self, out: Path, run: Callable[..., int]) -> dict[str, Any]:
         """What is compared, by name, after the last run; `run(*words)` runs another command in the folder. By default,
@@ -80,14 +79,16 @@ class Task:
         return found
 
     def excuse(self, out: Path) -> str:
-        """The entry in the output that explains another result after a damaged input; empty for none."""
+        """What explains another result after damage, or nothing. By default: a checksum finds the damage."""
+        for manifest in out.rglob("manifest.json"):
+            try:
+                Dataset.open(manifest.parent, verify=True)
+            except ShardError as error:
+                return f"found by checksums: {error}"
         return ""
 
     def end(self) -> None:
-        """Ends what `begin` started."""
-
-
-# --- training
+        """Undoes what `begin` did."""
 
 
 class Training(Task):
@@ -213,9 +214,6 @@ def _curves(stage: Path) -> dict[str, dict[int, float]]:
     events.Reload()
     tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(("loss/", "validation"))]
     return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in tags}
-
-
-# --- data preparation
 
 
 class Import(Task):
