@@ -215,6 +215,11 @@ def _with_what_else_is_said(
             f"{said.transformer} says that the instruction of {task!r} is {config.instructions[task]!r} in its "
             f"config.json, and {prompt!r} in config_sentence_transformers.json; make them agree"
         )
+    if said.truncate_dim is not None and said.truncate_dim > config.width:
+        raise ValueError(
+            f"{said.transformer}: in config_sentence_transformers.json truncate_dim is {said.truncate_dim}; "
+            f"expected 1 to {config.width}"
+        )
     return replace(
         config,
         max_length=min(limit for limit in limits if limit is not None),

@@ -17,7 +17,8 @@ from torch import Tensor
 from vision_tower.checkpoints import infer_config, read_image_half, to_timm_names
 from vision_tower.config import PREPROCESSING, Resolution, VisionTowerConfig, as_pair
 from vision_tower.errors import WeightsError
-from vision_tower.files import read_json, whole_directory, write_json, write_weights
+from vision_tower.fields import OBJECT, field, read_json
+from vision_tower.files import whole_directory, write_json, write_weights
 from vision_tower.foreign import (
     OPEN_CLIP_NAME,
     PROCESSOR_NAME,
@@ -228,7 +229,7 @@ def _own_config(values: Mapping[str, Any], source: Path, stated: Mapping[str, An
     ours = {key: value for key, value in renamed.items() if key not in ("model_type", *_FOR_TIMM)}
     try:
         config = VisionTowerConfig.from_dict(ours)
-        for_timm = values.get("pretrained_cfg") or {}
+        for_timm = field(values, "pretrained_cfg", OBJECT, source, {})
         both = {key: for_timm[key] for key in PREPROCESSING if key in for_timm}
         _check_agreement(config, both, stated, source.with_name(f"{CONFIG_NAME}, pretrained_cfg"))
         return config.changed(stated)
@@ -300,6 +301,10 @@ def _with_weights(
                     for key in expected.keys() & weights.keys()
                     if weights[key].shape != expected[key].shape
                 },
+            ),
+            (
+                "not of floating point",
+                {f"{key} {value.dtype}" for key, value in weights.items() if not value.is_floating_point()},
             ),
         )
         if keys
