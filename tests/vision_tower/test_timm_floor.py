@@ -55,7 +55,9 @@ def hostile(folder: Path, mark: Path) -> list[Path]:
         made.append(folder / f"timm{number}")
         tower.save_pretrained(made[-1])
         (made[-1] / "config.json").write_text(json.dumps(values))
-    for number, name in enumerate([f"local-dir:{inner}", "hf-hub:someone/something", "vit_tiny_patch16_224"]):
+    tower.save_pretrained(folder / "elsewhere")
+    others = [f"local-dir:{inner}", f"local-dir:{folder / 'elsewhere'}", "hf-hub:someone/something"]
+    for number, name in enumerate([*others, "vit_tiny_patch16_224"]):
         vision = {"timm_model_name": name, "timm_pool": "token", "timm_model_pretrained": True}
         made.append(folder / f"clip{number}")
         tower.save_pretrained(made[-1])
