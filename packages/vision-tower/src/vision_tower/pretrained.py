@@ -289,23 +289,17 @@ def _with_weights(
     with torch.device("meta"):
         tower = cls(config)
     expected = tower.state_dict()
+    shapes = {key: (list(weights[key].shape), list(expected[key].shape)) for key in expected.keys() & weights.keys()}
+    wrong = {f"{key} {found} where {wanted} is needed" for key, (found, wanted) in shapes.items() if found != wanted}
+    missing, unknown = expected.keys() - weights.keys(), weights.keys() - expected.keys()
+    odd = {f"{key} {value.dtype}" for key, value in weights.items() if not value.is_floating_point()}
     problems = [
-        (f"{kind}: {', '.join(sorted(keys)[:5])}" + (f" and {len(keys) - 5} more" if len(keys) > 5 else ""))
+        f"{kind}: {', '.join(sorted(keys)[:5])}" + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
         for kind, keys in (
-            ("missing", expected.keys() - weights.keys()),
-            ("not known", weights.keys() - expected.keys()),
-            (
-                "of another shape",
-                {
-                    f"{key} {list(weights[key].shape)} where {list(expected[key].shape)} is needed"
-                    for key in expected.keys() & weights.keys()
-                    if weights[key].shape != expected[key].shape
-                },
-            ),
-            (
-                "not of floating point",
-                {f"{key} {value.dtype}" for key, value in weights.items() if not value.is_floating_point()},
-            ),
+            ("missing", missing),
+            ("not known", unknown),
+            ("of another shape", wrong),
+            ("of numbers that are no weights", odd),
         )
         if keys
     ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch
 from data_prep.shards import Dataset, ShardError
 from vision_tower import load_image
 from vision_tower.preprocess import MAX_PIXELS
+
+from stage_trainer.errors import UserError
 
 IMAGE_TYPES = ("png", "jpg", "jpeg", "webp")
 
@@ -46,6 +50,15 @@ def texts_of(data: Dataset, index: int, members: dict[str, bytes]) -> dict[str, 
                 f"{data.directory}: sample {name} has no {part}, which {data.kind} needs; it holds {sorted(content)}"
             )
     return {"item": f"{data.source}/{name}", **content}
+
+
+@contextlib.contextmanager
+def shard_errors_explained() -> Iterator[None]:
+    """UserError, in its own words, where a data set is missing or damaged; also a decorator."""
+    try:
+        yield
+    except (ShardError, FileNotFoundError) as error:
+        raise UserError(str(error)) from error
 
 
 class SampleCache:

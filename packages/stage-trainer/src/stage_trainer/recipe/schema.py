@@ -345,8 +345,4 @@ _T = TypeVar("_T")
 
 def at_step(schedule: tuple[tuple[int, _T], ...], step: int) -> _T:
     """The value of a [[from_step, value], …] schedule at `step`."""
-    value = schedule[0][1]
-    for start, candidate in schedule:
-        if step >= start:
-            value = candidate
-    return value
+    return [value for start, value in schedule if start <= step][-1]
