@@ -144,7 +144,9 @@ def read_config(path: Path) -> StoredConfig:
             "as model.text_weights and model.vision_weights of a recipe"
         )
     scales = [_scale(config.get(key), f"{file}: {key}") for key in ("logit_scale", "text_logit_scale")]
-    dims = config.get("matryoshka_dimensions")
+    if "matryoshka_dimensions" not in config:
+        raise UserError(f"{file} lacks matryoshka_dimensions; expected a list of dims, or null. Export the model again")
+    dims = config["matryoshka_dimensions"]
     if dims is not None and not (isinstance(dims, list) and all(type(n) is int and 0 < n < 2**31 for n in dims)):
         raise UserError(f"{file}: matryoshka_dimensions is {str(dims)[:200]}; expected a list of dims, or null")
     return StoredConfig(scales[0], scales[1], tuple(dims) if dims else None)

@@ -136,7 +136,7 @@ class TextTowerConfig:
             raise ValueError(f"adapters is {self.adapters}; expected every name once")
         if NO_ADAPTER in self.adapters:
             raise ValueError(f"adapters is {self.adapters}; the name {NO_ADAPTER!r} stands for the bare weights")
-        object.__setattr__(self, "lora_rank", whole_number("lora_rank", self.lora_rank, 0))
+        object.__setattr__(self, "lora_rank", whole_number("lora_rank", self.lora_rank, 0, 2**16))
         if bool(self.lora_rank) != bool(self.adapters):
             raise ValueError(
                 f"lora_rank is {self.lora_rank} and adapters is {self.adapters}; "

@@ -93,7 +93,7 @@ def load_with_head(
     path, stored, weights, layout, config = found.path, found.stored, found.weights, found.layout, found.config
     peft = {Path(peft).name: peft} if isinstance(peft, str | Path) else peft or {}
     folders = {name: Path(folder) for name, folder in peft.items()}
-    ours = stored.get(config_json.OUR_KEY, {})
+    ours = config_json.ours_of(stored, path / "config.json")
     head = {name: tensor for name, tensor in weights.items() if name.startswith("lm_head.")}
     weights = layout.without_the_rest(weights)
 
@@ -123,7 +123,10 @@ def load_with_head(
         warnings.warn(
             f"{stored['_name_or_path']} is published under CC-BY-NC-4.0: not for commercial use", stacklevel=3
         )
-    tower.tokenizer = found.tokenizer
+    try:
+        tower.tokenizer = found.tokenizer
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return tower, layout, head
 
 

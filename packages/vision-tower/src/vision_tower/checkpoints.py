@@ -170,7 +170,11 @@ def infer_config(
             raise ValueError("a dimension of 0")
     except (KeyError, ValueError) as error:
         raise WeightsError(f"{source} is no EVA02 tower: {error} is missing or of another shape") from error
-    if resolution is None or math.prod(grid_of(resolution, patch)) != places:
+    try:
+        stated_fits = resolution is not None and math.prod(grid_of(resolution, patch)) == places
+    except ValueError as error:
+        raise WeightsError(f"{source} does not fit the size of images that is stated: {error}") from error
+    if not stated_fits:
         side = math.isqrt(places)
         if side * side != places:
             raise WeightsError(

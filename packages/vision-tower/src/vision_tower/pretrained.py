@@ -185,7 +185,10 @@ def _check_agreement(
     """That two files of one directory do not contradict each other."""
     if not others:
         return
-    ours, theirs = asdict(config), asdict(config.changed(others))
+    try:
+        ours, theirs = asdict(config), asdict(config.changed(others))
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
     for key in others:
         # A crop_pct matters only by the size that it gives with the resolution.
         same = ours[key] == theirs[key] or (
