@@ -139,7 +139,7 @@ def read_config(path: Path) -> StoredConfig:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         found = config.get("format") if isinstance(config, dict) else config
         raise UserError(
-            f"{file} has format {str(found)[:200]!r}; expected {FORMAT!r}, a model of two towers. "
+            f"{file} has format {repr(found)[:200]}; expected {FORMAT!r}, a model of two towers. "
             "One that was published, or the text tower of masked-language-model training, is started from: name it "
             "as model.text_weights and model.vision_weights of a recipe"
         )
