@@ -60,11 +60,20 @@ def write_whole(target: str | Path, text: str) -> None:
         UserError: it cannot be written.
     """
     target = Path(target)
-    try:
+    with writing(target):
         write_file(target, text.encode())
         sync(target.parent)
+
+
+@contextlib.contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turns an OSError inside into a UserError that names `target`."""
+    try:
+        yield
     except OSError as error:
-        raise UserError(f"could not write {target}: {error.strerror}; free some space or name another place") from error
+        raise UserError(
+            f"could not write {target}: {error.strerror or error}; free some space or name another place"
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

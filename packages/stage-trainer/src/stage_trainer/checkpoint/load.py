@@ -173,7 +173,7 @@ def read_best(directory: Path) -> dict[str, Any]:
         return {}
     try:
         best = read_json(path)
-        kinds = {"metric": str, "value": (int, float), "step": int}
+        kinds: dict[str, type | tuple[type, ...]] = {"metric": str, "value": (int, float), "step": int}
         if wrong := [name for name, kind in kinds.items() if not isinstance(best.get(name), kind)]:
             raise ValueError(f"{wrong[0]} is {best.get(wrong[0])!r}")
     except ValueError as error:
