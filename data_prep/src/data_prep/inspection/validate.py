@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import multiprocessing
 import tarfile
@@ -85,7 +86,7 @@ def _check_shard(directory: Path, decode: bool, number: int) -> tuple[list[Probl
             row = dataset.row(index)
         except ShardError as error:
             return [Problem(str(directory), tar.name, str(error))], []
-        keys.append(int.from_bytes(_digest(row.key)))
+        keys.append(int.from_bytes(hashlib.blake2b(row.key.encode(), digest_size=8).digest()))
         where = f"{tar.name}, sample {row.key!r}"
         problems += [
             Problem(str(directory), where, what) for what in _check_sample(dataset, index, row, places, decode)
@@ -148,8 +149,6 @@ def _check_texts(raw: bytes, kind: str, row: Row) -> Iterator[str]:
 
 
 def _undecodable(data: bytes) -> str | None:
-    import io
-
     from PIL import Image
 
     try:
@@ -173,7 +172,3 @@ def _places(tar: Path) -> dict[str, tuple[int, int]]:
     except (tarfile.TarError, OSError):
         return {}
     return places
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.blake2b(key.encode(), digest_size=8).digest()

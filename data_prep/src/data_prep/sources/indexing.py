@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.execute import Execution, Job, Output, Target, run_job
 from data_prep.shards.format import IMAGE_TYPES, KINDS, JsonObject
 from data_prep.shards.writer import sidecar_row
-from data_prep.sources.file_stat import file_stat
-from data_prep.sources.records import Dropped
+from data_prep.sources.records import Dropped, file_stat
 from data_prep.sources.tars import TarSample, tar_samples
 
 
@@ -23,7 +19,6 @@ def index_shards(
     name: str,
     kind: str,
     execution: Execution | None = None,
-    log: Callable[[str], None] = print,
 ) -> JsonObject | None:
     """Make the data set `out`/`kind`/`name` of links to tars and sidecars for them; returns the receipt.
 
@@ -47,7 +42,7 @@ def index_shards(
         pieces=[{"file": str(tar.resolve()), **file_stat(tar)} for tar in tars],
         options={"kind": kind},
     )
-    return run_job(job, execution, log=log)
+    return run_job(job, execution)
 
 
 def index_tar(piece: JsonObject, options: JsonObject, output: Output) -> None:
@@ -83,7 +78,7 @@ def _members(sample: TarSample, kind: str) -> tuple[dict[str, tuple[int, int]], 
 
     img2dataset's .json holds metadata instead of captions; then the .txt is used.
     """
-    content = _content(sample)
+    content = sample.json()
     parts = KINDS[kind]
     usable = isinstance(content, dict) and all(isinstance(content.get(part), list) and content[part] for part in parts)
     if kind.startswith("text"):
@@ -98,15 +93,6 @@ def _members(sample: TarSample, kind: str) -> tuple[dict[str, tuple[int, int]], 
     if "txt" in sample.members:
         return {image: sample.members[image], "txt": sample.members["txt"]}, ["und"]
     return "no caption (.txt, or .json with captions)"
-
-
-def _content(sample: TarSample) -> Any:
-    if "json" not in sample.members:
-        return None
-    try:
-        return json.loads(sample.read("json"))
-    except (ValueError, RecursionError):
-        return None
 
 
 def _languages(content: JsonObject, parts: tuple[str, ...]) -> list[str]:

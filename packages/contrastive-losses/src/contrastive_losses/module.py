@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from contrastive_losses.batch import problem_with_dims, problem_with_margin, problem_with_scalar
 from contrastive_losses.info_nce import matryoshka_info_nce
+from contrastive_losses.ranks import Group
 from contrastive_losses.sigmoid import matryoshka_sigmoid
 from contrastive_losses.stats import LossStats
 
@@ -99,11 +100,30 @@ class InfoNCE(_WithTemperature):
     """
 
     def forward(
-        self, queries: Tensor, targets: Tensor, negatives: Tensor | None = None, **options: Any
+        self,
+        queries: Tensor,
+        targets: Tensor,
+        negatives: Tensor | None = None,
+        *,
+        query_ids: Tensor | None = None,
+        target_ids: Tensor | None = None,
+        sample_weights: Tensor | None = None,
+        group: Group | None = None,
+        return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, LossStats]:
         """queries, targets `[B, D]`, negatives `[B, K, D]`, unnormalised -> 0-d loss, or `(loss, LossStats)`.
-        The options (`query_ids`, `group`, …) are those of `matryoshka_info_nce`."""
-        return matryoshka_info_nce(queries, targets, negatives=negatives, **self._settings(), **options)
+        Every argument is that of `matryoshka_info_nce`."""
+        return matryoshka_info_nce(
+            queries,
+            targets,
+            negatives=negatives,
+            query_ids=query_ids,
+            target_ids=target_ids,
+            sample_weights=sample_weights,
+            group=group,
+            return_stats=return_stats,
+            **self._settings(),
+        )
 
 
 class SigmoidLoss(_WithTemperature):
@@ -131,7 +151,28 @@ class SigmoidLoss(_WithTemperature):
         self.bias = nn.Parameter(torch.tensor([bias], dtype=torch.float32), requires_grad=learnable)
 
     def forward(
-        self, queries: Tensor, targets: Tensor, negatives: Tensor | None = None, **options: Any
+        self,
+        queries: Tensor,
+        targets: Tensor,
+        negatives: Tensor | None = None,
+        *,
+        query_ids: Tensor | None = None,
+        target_ids: Tensor | None = None,
+        sample_weights: Tensor | None = None,
+        group: Group | None = None,
+        return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, LossStats]:
-        """As that of `InfoNCE`; the options are those of `matryoshka_sigmoid`."""
-        return matryoshka_sigmoid(queries, targets, negatives=negatives, bias=self.bias, **self._settings(), **options)
+        """queries, targets `[B, D]`, negatives `[B, K, D]`, unnormalised -> 0-d loss, or `(loss, LossStats)`.
+        Every argument is that of `matryoshka_sigmoid`."""
+        return matryoshka_sigmoid(
+            queries,
+            targets,
+            bias=self.bias,
+            negatives=negatives,
+            query_ids=query_ids,
+            target_ids=target_ids,
+            sample_weights=sample_weights,
+            group=group,
+            return_stats=return_stats,
+            **self._settings(),
+        )
