@@ -91,10 +91,6 @@ def embed(piece: JsonObject, options: JsonObject, output: Output) -> None:
     queries, targets, items = [], [], []
     for sample in passes.samples_of(piece):
         output.came_in()
-        if not sample.content["query"] or not sample.content["target"]:
-            raise UserError(
-                f"{piece['dataset']}: sample {sample.row.key!r} has no query or no target; it is no text pair"
-            )
         queries.append(sample.content["query"][0]["text"])
         targets.append(_different_text(sample.content["target"], queries[-1]))
         item = f"{sample.content.get('source')}:{sample.content.get('item', sample.row.key)}"
