@@ -21,8 +21,7 @@ from typing import Any
 
 import numpy as np
 from common import machine, write
-from data_prep.curation.minhash import near_duplicates, signatures
-from data_prep.curation.normalize import normalize_text
+from data_prep.curation.minhash import near_duplicates, normalize_text, signatures
 from data_prep.curation.passes import save
 from data_prep.curation.phash import pairs_within
 from data_prep.curation.signature_store import SignatureStore, arrays_of

@@ -13,11 +13,10 @@ from data_prep.corpus import Settings, build_corpus, debian
 from data_prep.corpus.cldr import emoji_groups, emoji_order, read_locale, read_world
 from data_prep.corpus.deb import Package, find_package, find_translations, read_members, read_translations
 from data_prep.corpus.emoji import emoji_candidates, emoji_item, flag_territory
-from data_prep.corpus.help_texts import read_page
 from data_prep.corpus.items import normalized
-from data_prep.corpus.package_texts import first_paragraphs, read_packages
 from data_prep.corpus.render import RenderJob, render_images
 from data_prep.corpus.stamps import Stamp, family_path, read_captions, read_stamps, stamp_item
+from data_prep.corpus.text_items import first_paragraphs, read_packages, read_page
 from data_prep.errors import UserError
 from data_prep.languages import LANGUAGES
 from data_prep.samples import clean

@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 from data_prep.corpus.items import ImageItem
-from data_prep.corpus.negatives import hard_negatives
 from data_prep.corpus.render import encode_png
 from data_prep.corpus.split import drop_identical, families, leaks, similar_pairs, split_items
+from data_prep.corpus.writing import hard_negatives
 from data_prep.samples import Text
 from PIL import Image, ImageDraw
 

@@ -26,7 +26,7 @@ def health():
 
 def a_step(number, applied, diagnosis=""):
     totals = Totals(asked=False, tokens=0, squared_tokens=0, texts=(), corrupt=())
-    return Step(number, loss(1.0), applied, diagnosis, None, 1, 1, 0.0, totals, False)
+    return Step(number, loss(1.0), applied, diagnosis, None, 1, 1, 0.0, totals)
 
 
 def test_a_few_skipped_steps_are_counted_and_too_many_in_a_row_end_the_run(health):

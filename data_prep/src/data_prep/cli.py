@@ -7,11 +7,14 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from data_prep.errors import UserError
+from data_prep.shards import ShardError
+
 # What `--help` prints, in this order: a heading, and the modules of `data_prep.commands` below it.
 CONTENTS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("public data to shards", ("import_data", "index", "evalset")),
-    ("better data", ("curation", "negatives", "captions")),
-    ("inspecting data", ("inspect", "validate")),
+    ("public data to shards", ("import_data",)),
+    ("better data", ("curation", "captions")),
+    ("inspecting data", ("inspection",)),
     ("a laptop corpus that downloads no data sets", ("corpus",)),
 )
 
@@ -30,12 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"data-prep: {error.filename}: {error.strerror or error}", file=sys.stderr)
         return 2
-    except ValueError as error:
-        from data_prep.errors import UserError
-        from data_prep.shards import ShardError
-
-        if not isinstance(error, UserError | ShardError):
-            raise
+    except (UserError, ShardError) as error:
         print(f"data-prep: {error}", file=sys.stderr)
         return 2
 

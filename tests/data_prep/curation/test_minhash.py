@@ -7,8 +7,7 @@ import random
 import datasketch
 import numpy as np
 import pytest
-from data_prep.curation.minhash import Signatures, _alike, matches, near_duplicates, signatures
-from data_prep.curation.normalize import normalize_text
+from data_prep.curation.minhash import Signatures, _alike, matches, near_duplicates, normalize_text, signatures
 
 DRAW = random.Random(7)
 WORDS = ["".join(DRAW.choices("abcdefghijklmnopqrstuvwxyz", k=DRAW.randint(2, 9))) for _ in range(4000)]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from data_prep.captions.images import ImageReader
 from data_prep.captions.ledger import Request, RequestLedger
 from data_prep.captions.pricing import Estimate, price_unpriced
-from data_prep.captions.run import RunSettings, judge_waiting, verdict_on
+from data_prep.captions.run import RunSettings, judge_one, judge_waiting
 from data_prep.captions.service import Service, error_message, request_body
 from data_prep.errors import UserError
 
@@ -89,7 +89,7 @@ async def collect(
     """
     found = Collected()
     with ledger.exclusive():
-        judge_waiting(ledger, settings.prices, settings.limits)
+        judge_waiting(ledger, settings)
         for row in ledger.db.execute("SELECT * FROM batch WHERE state IN ('open', 'creating') ORDER BY id").fetchall():
             with _translated_errors(service):
                 remote = await _remote(service, row)
@@ -217,13 +217,7 @@ async def _take(
     tick: Callable[[], None],
 ) -> None:
     """Match an ended batch's answers to requests by `custom_id`; a request without one was not computed."""
-    waiting = dict(
-        ledger.db.execute(
-            "SELECT request.id, max(attempt.id) FROM request JOIN attempt ON attempt.request = request.id "
-            "WHERE batch = ? AND state = 'sent' GROUP BY request.id",
-            (number,),
-        ).fetchall()
-    )
+    waiting = _unanswered(ledger, number)
     languages = dict(ledger.db.execute("SELECT id, language FROM request WHERE batch = ?", (number,)).fetchall())
     for file in (remote.output_file_id, remote.error_file_id):
         if file is None:
@@ -233,7 +227,7 @@ async def _take(
             if not line.strip():
                 continue
             request, status, raw = _answer(line)
-            if request not in languages:
+            if request is None or request not in languages:
                 found.unknown += 1
                 continue
             attempt = waiting.get(request)
@@ -242,9 +236,7 @@ async def _take(
             del waiting[request]
             raw = service.hide(raw)
             ledger.received(attempt, status, raw, now=time.time())
-            verdict = verdict_on(status, raw, languages[request], settings.limits)
-            cost = settings.prices.of(verdict.usage, batch=True) if settings.prices else None
-            ledger.judged(attempt, verdict.caption, verdict.reason, verdict.usage, cost)
+            verdict, _ = judge_one(ledger, settings, attempt, status, raw, languages[request], batch=True)
             found.accepted += verdict.reason is None
             found.rejected.update([verdict.reason] if verdict.reason else [])
             tick()
@@ -257,16 +249,22 @@ async def _take(
     found.ended += 1
 
 
-def _plan_again(ledger: RequestLedger, number: int | None, note: str) -> int:
-    """Plan the unanswered requests of a batch again: they were not computed. Returns how many."""
+def _unanswered(ledger: RequestLedger, number: int | None) -> dict[str, int]:
+    """Request → its last attempt, of the requests of a batch that have no answer."""
     rows = ledger.db.execute(
-        "SELECT max(attempt.id) FROM request JOIN attempt ON attempt.request = request.id "
+        "SELECT request.id, max(attempt.id) FROM request JOIN attempt ON attempt.request = request.id "
         "WHERE batch = ? AND state = 'sent' GROUP BY request.id",
         (number,),
-    ).fetchall()
-    for (attempt,) in rows:
+    )
+    return dict(rows.fetchall())
+
+
+def _plan_again(ledger: RequestLedger, number: int | None, note: str) -> int:
+    """Plan the unanswered requests of a batch again: they were not computed. Returns how many."""
+    attempts = _unanswered(ledger, number).values()
+    for attempt in attempts:
         ledger.not_done(attempt, None, f"batch {note}"[:300], now=time.time())
-    return len(rows)
+    return len(attempts)
 
 
 def _answer(line: bytes) -> tuple[str | None, int | None, bytes]:

@@ -76,9 +76,11 @@ def export(
             extension = next(name for name, data in members.items() if data is image)
             languages = sorted({row["language"] for row in captions})
             item = _item(reader.dataset(directory), number, members)
+            synthesis = [{"request": row["id"], **{name: row[name] for name in _SYNTHESIS}} for row in captions]
+            content = {"captions": list(map(_text, captions)), "source": source, "item": item, "synthesis": synthesis}
             writer.write(
                 sha256[:32],
-                {extension: image, "json": _json(captions, source, item)},
+                {extension: image, "json": compact_json(content)},
                 languages=languages,
                 tokens=max(tokenizer.counts([row["caption"] for row in captions])) if tokenizer else None,
             )
@@ -96,10 +98,5 @@ def _item(dataset: Dataset, number: int, members: dict[str, bytes]) -> str:
     return item if isinstance(item, str) and item else dataset.row(number).key
 
 
-def _json(captions: list[sqlite3.Row], source: str, item: str) -> bytes:
-    texts = [
-        Text(row["caption"], row["language"], "long", f"synthetic:{row['model']}:{row['prompt_version']}").record()
-        for row in captions
-    ]
-    synthesis = [{"request": row["id"], **{name: row[name] for name in _SYNTHESIS}} for row in captions]
-    return compact_json({"captions": texts, "source": source, "item": item, "synthesis": synthesis})
+def _text(row: sqlite3.Row) -> dict[str, str]:
+    return Text(row["caption"], row["language"], "long", f"synthetic:{row['model']}:{row['prompt_version']}").record()

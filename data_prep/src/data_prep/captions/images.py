@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections.abc import Callable
 
 from data_prep.captions.ledger import Request
 from data_prep.errors import UserError
@@ -24,13 +26,7 @@ class ImageReader:
     """
 
     def __init__(self) -> None:
-        self._datasets: dict[str, Dataset] = {}
-
-    def dataset(self, directory: str) -> Dataset:
-        """The data set of a folder. ShardError if it cannot be read."""
-        if directory not in self._datasets:
-            self._datasets[directory] = Dataset.open(directory)
-        return self._datasets[directory]
+        self.dataset: Callable[[str], Dataset] = functools.cache(Dataset.open)
 
     def of(self, request: Request) -> tuple[str, bytes]:
         """(media type, bytes) of the image that a request is about; raises as `members` does."""

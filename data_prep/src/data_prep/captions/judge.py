@@ -19,6 +19,7 @@ import json
 import re
 import unicodedata
 from dataclasses import dataclass
+from typing import Any
 
 from data_prep.captions.ledger import Usage
 from data_prep.captions.texts import refusal_phrases
@@ -55,6 +56,7 @@ class Verdict:
 
 def judge(raw: bytes, language: str, limits: Limits = Limits()) -> Verdict:
     """Judge the bytes of a 200 answer to a request in `language`."""
+    answer: Any = None
     try:
         answer = json.loads(raw)
         choice = answer["choices"][0]
@@ -63,11 +65,11 @@ def judge(raw: bytes, language: str, limits: Limits = Limits()) -> Verdict:
         if not isinstance(text, str | None):
             raise TypeError("content is no text")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        return Verdict(None, "malformed", usage_of(raw))
+        return Verdict(None, "malformed", _usage(answer))
     caption = clean(text or "")
     reason = "refusal" if refusal or finish == "content_filter" else None
     reason = reason or ("truncated" if finish == "length" else None) or fault(caption, language, limits)
-    return Verdict(None if reason else caption, reason, usage_of(raw))
+    return Verdict(None if reason else caption, reason, _usage(answer))
 
 
 def fault(caption: str, language: str, limits: Limits) -> str | None:
@@ -120,12 +122,8 @@ def in_language(text: str, language: str) -> bool:
     return not any(other != language and probability >= _SURE for other, probability in found)
 
 
-def usage_of(raw: bytes) -> Usage:
+def _usage(answer: object) -> Usage:
     """Model, fingerprint and token counts of an answer, where it has them."""
-    try:
-        answer = json.loads(raw)
-    except ValueError:
-        return Usage()
     if not isinstance(answer, dict):
         return Usage()
     usage = answer.get("usage")

@@ -17,7 +17,7 @@ import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from data_prep.errors import UserError
@@ -250,49 +250,45 @@ class RequestLedger:
                 changed = db.execute("UPDATE request SET state = 'sent' WHERE id = ? AND state = 'planned'", (request,))
                 if changed.rowcount != 1:
                     raise RuntimeError(f"request {request} is not planned; it must not be sent")
-                attempts.append(
-                    db.execute(
-                        "INSERT INTO attempt (request, sent_at, cost) VALUES (?, ?, ?)", (request, now, most)
-                    ).lastrowid
-                )
+                entry = "INSERT INTO attempt (request, sent_at, cost) VALUES (?, ?, ?)"
+                attempts.append(db.execute(entry, (request, now, most)).lastrowid)
         return attempts  # type: ignore[return-value]
 
     def received(self, attempt: int, status: int, raw: bytes, *, now: float) -> None:
         """Commit a raw answer. Its cost stays the maximum until `judged` sets it."""
-        with self.transaction() as db:
-            db.execute("UPDATE attempt SET ended_at = ?, status = ?, raw = ? WHERE id = ?", (now, status, raw, attempt))
-            self._move(attempt, "received")
+        self._note(attempt, "received", ended_at=now, status=status, raw=raw)
 
     def judged(self, attempt: int, caption: str | None, reason: str | None, usage: Usage, cost: float | None) -> None:
         """Commit the verdict on an answer: a caption, or the reason of its rejection."""
-        with self.transaction() as db:
-            db.execute(
-                "UPDATE attempt SET model = ?, fingerprint = ?, prompt_tokens = ?, completion_tokens = ?, "
-                "cost = coalesce(?, cost) WHERE id = ?",
-                (usage.model, usage.fingerprint, usage.prompt_tokens, usage.completion_tokens, cost, attempt),
-            )
-            self._move(attempt, "rejected" if reason else "accepted", reason=reason, caption=caption)
+        known = asdict(usage) if cost is None else {**asdict(usage), "cost": cost}
+        self._note(attempt, "rejected" if reason else "accepted", reason, caption, **known)
 
     def not_done(self, attempt: int, status: int | None, note: str, *, now: float) -> None:
         """Commit that nothing was computed, so nothing is due: the request is planned again."""
-        with self.transaction() as db:
-            db.execute(
-                "UPDATE attempt SET ended_at = ?, status = ?, note = ?, cost = 0 WHERE id = ?",
-                (now, status, note, attempt),
-            )
-            self._move(attempt, "planned")
+        self._note(attempt, "planned", ended_at=now, status=status, note=note, cost=0)
 
     def lost(self, attempt: int, note: str, *, now: float) -> None:
         """Commit that the outcome is unknown: the request stays `sent`, its cost stays the maximum."""
-        self.db.execute("UPDATE attempt SET ended_at = ?, note = ? WHERE id = ?", (now, note, attempt))
+        self._note(attempt, None, ended_at=now, note=note)
 
-    def _move(self, attempt: int, state: str, *, reason: str | None = None, caption: str | None = None) -> None:
-        self.db.execute(
-            "UPDATE request SET state = ?, reason = ?, caption = ?, signature = NULL, "
-            "batch = CASE ? WHEN 'planned' THEN NULL ELSE batch END "
-            "WHERE id = (SELECT request FROM attempt WHERE id = ?)",
-            (state, reason, caption, state, attempt),
-        )
+    def priced(self, attempt: int, cost: float) -> None:
+        """Commit the cost of an attempt that was made without prices."""
+        self._note(attempt, None, cost=cost)
+
+    def _note(
+        self, attempt: int, state: str | None, reason: str | None = None, caption: str | None = None, **columns: object
+    ) -> None:
+        """Set columns of an attempt and, unless it is None, the state of its request."""
+        with self.transaction() as db:
+            assigned = ", ".join(f"{name} = ?" for name in columns)
+            db.execute(f"UPDATE attempt SET {assigned} WHERE id = ?", (*columns.values(), attempt))
+            if state is not None:
+                db.execute(
+                    "UPDATE request SET state = ?, reason = ?, caption = ?, signature = NULL, "
+                    "batch = CASE ? WHEN 'planned' THEN NULL ELSE batch END "
+                    "WHERE id = (SELECT request FROM attempt WHERE id = ?)",
+                    (state, reason, caption, state, attempt),
+                )
 
     # --- queries
 
@@ -313,10 +309,6 @@ class RequestLedger:
             "FROM attempt JOIN request ON request.id = attempt.request WHERE cost IS NULL"
         ).fetchall()
 
-    def priced(self, attempt: int, cost: float) -> None:
-        """Commit the cost of an attempt that was made without prices."""
-        self.db.execute("UPDATE attempt SET cost = ? WHERE id = ?", (cost, attempt))
-
     def unjudged(self) -> list[sqlite3.Row]:
         """Answers that were committed but not judged: a run was killed between the two."""
         return self.db.execute(
@@ -336,14 +328,5 @@ class RequestLedger:
 
 
 def _request(row: sqlite3.Row) -> Request:
-    return Request(
-        id=row["id"],
-        image=row["image"],
-        language=row["language"],
-        model=row["model"],
-        prompt_version=row["prompt_version"],
-        options=json.loads(row["options"]),
-        text=row["text"],
-        dataset=row["dataset"],
-        number=row["number"],
-    )
+    values = {field.name: row[field.name] for field in fields(Request)}
+    return Request(**{**values, "options": json.loads(row["options"])})

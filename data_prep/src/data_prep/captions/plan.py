@@ -101,17 +101,18 @@ def plan(
         db.executemany(
             "INSERT OR IGNORE INTO request (id, image, language, recipe, state) VALUES (?, ?, ?, ?, 'planned')",
             (
-                (_id(image, language, wanted), image, language, number)
+                (
+                    request_id(image, language, wanted.prompt_version, wanted.model, wanted.options),
+                    image,
+                    language,
+                    number,
+                )
                 for image in chosen
                 for language in wanted.languages
             ),
         )
         new = db.execute("SELECT count(*) FROM request").fetchone()[0] - before
     return Planned(images=len(found), twice=twice, new=new, known=len(chosen) * len(wanted.languages) - new)
-
-
-def _id(image: str, language: str, wanted: Plan) -> str:
-    return request_id(image, language, wanted.prompt_version, wanted.model, wanted.options)
 
 
 def _find(datasets: Sequence[Dataset], tick: Callable[[], None]) -> tuple[dict[str, tuple[str, int]], int]:
@@ -141,14 +142,10 @@ def _draw(images: list[str], wanted: Plan) -> list[str]:
 
 
 def _note_prompt(ledger: RequestLedger, prompt: Prompt) -> None:
-    known = ledger.db.execute(
-        "SELECT sha256 FROM prompt WHERE version = ? AND language = ?", (prompt.version, prompt.language)
-    ).fetchone()
-    if known is None:
-        ledger.db.execute(
-            "INSERT INTO prompt VALUES (?, ?, ?, ?)", (prompt.version, prompt.language, prompt.sha256, prompt.text)
-        )
-    elif known["sha256"] != prompt.sha256:
+    key = (prompt.version, prompt.language)
+    ledger.db.execute("INSERT OR IGNORE INTO prompt VALUES (?, ?, ?, ?)", (*key, prompt.sha256, prompt.text))
+    (known,) = ledger.db.execute("SELECT sha256 FROM prompt WHERE (version, language) = (?, ?)", key).fetchone()
+    if known != prompt.sha256:
         raise UserError(
             f"prompt {prompt.version}/{prompt.language} is not the text that {ledger.path} was planned with; captions "
             "of two prompts must not share a version: give the new text a new version"

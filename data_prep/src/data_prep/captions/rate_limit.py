@@ -78,20 +78,17 @@ class RateLimiter:
 
     def limited(self, now: float, sent_at: float, headers: Mapping[str, str]) -> None:
         """A request got 429; `sent_at`: when it was sent."""
-        self.under_way -= 1
         if sent_at >= self._shrunk_at:
             self._shrunk_at, self._slow_start = now, False
             self.window = max(1.0, self.window / 2)
-        asked = retry_after(headers, now)
-        self._failed(now) if asked is None else self._pause(now + asked)
+        self.failed(now, headers)
 
     def failed(self, now: float, headers: Mapping[str, str]) -> None:
-        """A request got 5xx or no answer: exponential backoff."""
+        """A request got 5xx or no answer: exponential backoff, unless the service says how long to wait."""
         self.under_way -= 1
-        asked = retry_after(headers, now)
-        self._failed(now) if asked is None else self._pause(now + asked)
-
-    def _failed(self, now: float) -> None:
+        if (asked := retry_after(headers, now)) is not None:
+            self._pause(now + asked)
+            return
         self._failures += 1
         longest = min(_LONGEST_BACKOFF, 2.0 ** min(self._failures, 10) / 2)
         self._pause(now + longest * self._jitter.uniform(0.5, 1.0))

@@ -14,7 +14,7 @@ from data_prep.captions.judge import Limits, Verdict, judge
 from data_prep.captions.ledger import Request, RequestLedger, Usage
 from data_prep.captions.pricing import Estimate, Prices, price_unpriced
 from data_prep.captions.rate_limit import RateLimiter
-from data_prep.captions.service import Answered, Declined, Lost, NotDone, Outcome, Service, Stop, error_message
+from data_prep.captions.service import Answered, Lost, NotDone, Service, Stop, error_message
 from data_prep.errors import UserError
 
 # After so many calls in a row without an answer the service is at fault, not the requests.
@@ -63,21 +63,28 @@ class RunResult:
     stopped: str | None = None  # why the run ended before the work did
 
 
-def judge_waiting(ledger: RequestLedger, prices: Prices | None, limits: Limits) -> Counter[str]:
-    """Judge the answers that a killed run left unjudged; returns counts by outcome. Sends nothing."""
-    outcomes: Counter[str] = Counter()
+def judge_waiting(ledger: RequestLedger, settings: RunSettings) -> None:
+    """Judge the answers that a killed run left unjudged. Sends nothing."""
     for row in ledger.unjudged():
-        verdict = verdict_on(row["status"], row["raw"], row["language"], limits)
         batch = row["batch"] is not None
-        ledger.judged(
-            row["id"],
-            verdict.caption,
-            verdict.reason,
-            verdict.usage,
-            prices.of(verdict.usage, batch=batch) if prices else None,
-        )
-        outcomes[verdict.reason or "accepted"] += 1
-    return outcomes
+        judge_one(ledger, settings, row["id"], row["status"], row["raw"], row["language"], batch=batch)
+
+
+def judge_one(
+    ledger: RequestLedger,
+    settings: RunSettings,
+    attempt: int,
+    status: int,
+    raw: bytes,
+    language: str,
+    *,
+    batch: bool = False,
+) -> tuple[Verdict, float | None]:
+    """Judge an answer, and commit the verdict and the cost, which are returned."""
+    verdict = verdict_on(status, raw, language, settings.limits)
+    cost = settings.prices.of(verdict.usage, batch=batch) if settings.prices else None
+    ledger.judged(attempt, verdict.caption, verdict.reason, verdict.usage, cost)
+    return verdict, cost
 
 
 def verdict_on(status: int, raw: bytes, language: str, limits: Limits) -> Verdict:
@@ -104,28 +111,26 @@ def run(
             no longer the one that was planned, or another run holds the ledger. What was answered before is kept.
     """
     with ledger.exclusive():
-        judge_waiting(ledger, settings.prices, settings.limits)
+        judge_waiting(ledger, settings)
         if settings.prices:
             price_unpriced(ledger, settings.prices, settings.image_tokens)
         return asyncio.run(_Run(ledger, service, limiter, settings, tick, log).drive())
 
 
+@dataclass
 class _Run:
-    def __init__(
-        self,
-        ledger: RequestLedger,
-        service: Service,
-        limiter: RateLimiter,
-        settings: RunSettings,
-        tick: Callable[[RunResult], None],
-        log: Callable[[str], None],
-    ) -> None:
-        self.ledger, self.service, self.limiter, self.settings = ledger, service, limiter, settings
-        self.tick, self.log = tick, log
+    ledger: RequestLedger
+    service: Service
+    limiter: RateLimiter
+    settings: RunSettings
+    tick: Callable[[RunResult], None]
+    log: Callable[[str], None]
+
+    def __post_init__(self) -> None:
         self.result = RunResult()
         self.error: UserError | None = None
-        self.estimate = Estimate(ledger, settings.image_tokens)
-        self.spent = ledger.spent()
+        self.estimate = Estimate(self.ledger, self.settings.image_tokens)
+        self.spent = self.ledger.spent()
         self.queue: deque[Request] = deque()
         self.failures: Counter[str] = Counter()
         self._read_to = 0
@@ -191,26 +196,29 @@ class _Run:
         (attempt,) = self.ledger.sent([(request.id, most)], now=sent_at)
         outcome = await self.service.ask(request, mime, image)
         now = time.time()
-        self._update_limiter(outcome, now, sent_at, tokens)
         match outcome:
-            case Answered(raw) | Declined(_, raw):
-                status = 200 if isinstance(outcome, Answered) else outcome.status
+            case Answered(status, raw, headers):
+                self.limiter.answered(now, headers, tokens)
                 self.ledger.received(attempt, status, raw, now=now)
-                verdict = verdict_on(status, raw, request.language, self.settings.limits)
-                cost = self.settings.prices.of(verdict.usage) if self.settings.prices else None
-                self.ledger.judged(attempt, verdict.caption, verdict.reason, verdict.usage, cost)
+                verdict, cost = judge_one(self.ledger, self.settings, attempt, status, raw, request.language)
                 self.estimate.learn(request.model, verdict.usage)
                 self.spent += (cost - most) if cost is not None and most is not None else 0.0
                 self._count(verdict.reason, raw)
-            case NotDone(status, note):
+            case NotDone(status, note, limited, headers):
+                if limited:
+                    self.limiter.limited(now, sent_at, headers)
+                else:
+                    self.limiter.failed(now, headers)
                 self.ledger.not_done(attempt, status, note, now=now)
                 self.spent -= most or 0.0
                 self._put_back(request, outcome)
             case Stop(status, message):
+                self.limiter.failed(now, {})
                 self.ledger.not_done(attempt, status, message, now=now)
                 self.spent -= most or 0.0
                 self._stop(self.service.stopping_error(status, message))
             case Lost(note):
+                self.limiter.failed(now, {})
                 self.ledger.lost(attempt, note, now=now)
                 self.result.lost += 1
                 self._fails(
@@ -220,17 +228,6 @@ class _Run:
                     f"request had left, which may cost money ({note})",
                 )
         self.tick(self.result)
-
-    def _update_limiter(self, outcome: Outcome, now: float, sent_at: float, tokens: int) -> None:
-        match outcome:
-            case Answered() | Declined():
-                self.limiter.answered(now, outcome.headers, tokens)
-            case NotDone(limited=True):
-                self.limiter.limited(now, sent_at, outcome.headers)
-            case NotDone():
-                self.limiter.failed(now, outcome.headers)
-            case _:
-                self.limiter.failed(now, {})
 
     def _count(self, reason: str | None, raw: bytes) -> None:
         self._in_a_row["lost"] = self._in_a_row["failed"] = 0

@@ -1,7 +1,7 @@
 """The service: an OpenAI-compatible endpoint (OpenAI's own, or vLLM), called without retries.
 
 The `openai` client does the transport, with its retries off: an answer costs money, so the ledger decides what may be
-sent again. Every call ends in one of five outcomes.
+sent again. Every call ends in one of four outcomes.
 """
 
 from __future__ import annotations
@@ -30,15 +30,7 @@ _NEVER_LEFT = {"ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProt
 
 @dataclass(frozen=True)
 class Answered:
-    """A 200 with its raw bytes."""
-
-    raw: bytes
-    headers: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Declined:
-    """A 4xx about this request alone (a content filter, an unreadable image), with its raw bytes."""
+    """A 200, or a 4xx about this request alone (a content filter, an unreadable image), with its raw bytes."""
 
     status: int
     raw: bytes
@@ -70,7 +62,7 @@ class Stop:
     message: str
 
 
-Outcome = Answered | Declined | NotDone | Lost | Stop
+Outcome = Answered | NotDone | Lost | Stop
 
 
 class Service:
@@ -114,7 +106,7 @@ class Service:
             answer = await self.client.chat.completions.with_raw_response.create(
                 model=model, messages=messages, extra_body=body
             )
-            return Answered(self.hide(answer.http_response.content), _lower(answer.headers))
+            return Answered(200, self.hide(answer.http_response.content), answer.headers)
         except openai.APIStatusError as error:
             return self._refused(error)
         except openai.APIConnectionError as error:
@@ -137,7 +129,7 @@ class Service:
         return data.replace(self._key.encode(), b"[API key]") if self._key else data
 
     def _refused(self, error: APIStatusError) -> Outcome:
-        status, headers = error.status_code, _lower(error.response.headers)
+        status, headers = error.status_code, error.response.headers
         raw = self.hide(error.response.content)
         message = error_message(raw)
         if status in (401, 402, 403, 404) or error.code in _STOPPING_CODES or error.type in _STOPPING_CODES:
@@ -146,7 +138,7 @@ class Service:
             return Lost(f"status {status}: {message}")
         if status in (408, 409, 425, 429) or status >= 500:
             return NotDone(status, message, status == 429, headers)
-        return Declined(status, raw, headers)
+        return Answered(status, raw, headers)
 
 
 def request_body(request: Request, mime: str, image: bytes) -> JsonObject:
@@ -172,7 +164,3 @@ def error_message(raw: bytes) -> str:
     except (ValueError, AttributeError):
         message = raw.decode("utf-8", "replace")
     return " ".join(str(message).split())[:300] or "no message"
-
-
-def _lower(headers: Mapping[str, str]) -> dict[str, str]:
-    return {name.lower(): value for name, value in headers.items()}

@@ -1,4 +1,4 @@
-"""The subcommands of `data-prep`: a module each, with `add(commands)`, which loads nothing heavy.
+"""The subcommands of `data-prep`, by topic: modules with `add(commands)`, which load nothing heavy.
 
 `execution` has the options that the long ones share.
 """

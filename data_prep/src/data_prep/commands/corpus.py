@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 
 from data_prep.commands import Subcommands
+from data_prep.commands.execution import made
 
 
 def add(commands: Subcommands) -> None:
-    """Register the command."""
     parser = commands.add_parser(
         "corpus",
         help="build the laptop corpus",
@@ -56,17 +56,9 @@ def add(commands: Subcommands) -> None:
 def _run(options: argparse.Namespace) -> int:
     from data_prep.corpus import Settings, build_corpus
 
-    settings = Settings(
-        drawn=options.drawn,
-        seed=options.seed,
-        image_size=options.image_size,
-        vocab_size=options.vocab_size,
-        max_packages=options.max_packages,
-        without=tuple(sorted(set(options.without))),
-    )
     build_corpus(
         options.out,
-        settings,
+        made(Settings, options, without=sorted(set(options.without))),
         packages=options.packages,
         cache=options.cache,
         workers=options.workers,

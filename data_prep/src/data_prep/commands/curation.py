@@ -1,29 +1,39 @@
-"""`data-prep split-long`, `dedup`, `languages`, `similarity` and `mix`: filter, rewrite and measure data sets."""
+"""`data-prep split-long`, `dedup`, `languages`, `similarity`, `mix` and `negatives`: from data sets to better ones."""
 
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
+import inspect
 
 from data_prep.commands import Subcommands
-from data_prep.commands.execution import add_execution, execution_of, target_of
+from data_prep.commands.execution import add_datasets, execution_of, made, target_of
 
 
 def add(commands: Subcommands) -> None:
-    """Register the commands."""
     _add_split_long(commands)
     _add_dedup(commands)
     _add_languages(commands)
     _add_similarity(commands)
     _add_mix(commands)
+    _add_negatives(commands)
 
 
-def _command(commands: Subcommands, name: str, summary: str, description: str) -> argparse.ArgumentParser:
+def _command(commands: Subcommands, name: str, summary: str, description: str, work: str) -> argparse.ArgumentParser:
+    """A command that calls `work`, "module:function" of `curation`, with the options that are parameters of it."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=description)
-    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="data sets")
-    parser.add_argument("--out", required=True, metavar="OUT", help="folder of the data sets, data/train for example")
-    parser.add_argument("--name", required=True, help="name of the new data set")
-    add_execution(parser)
+    add_datasets(parser)
+    parser.set_defaults(run=functools.partial(_run, work))
     return parser
+
+
+def _run(work: str, options: argparse.Namespace) -> int:
+    module, _, function = work.partition(":")
+    call = getattr(importlib.import_module(f"data_prep.curation.{module}"), function)
+    own = {name: value for name, value in vars(options).items() if name in inspect.signature(call).parameters}
+    call(options.shards, target_of(options), execution=execution_of(options), **own)
+    return 0
 
 
 def _add_split_long(commands: Subcommands) -> None:
@@ -33,6 +43,7 @@ def _add_split_long(commands: Subcommands) -> None:
         "move captions over 256 tokens to the long set",
         "Counts the tokens of captions: images with captions of up to --longest tokens go to OUT/image-short/NAME, "
         "those with longer ones to OUT/image-long/NAME, those with both to both.",
+        "split_long:split_long",
     )
     parser.add_argument(
         "--tokenizer", required=True, metavar="PATH", help="sentencepiece model, tokenizer.json or folder"
@@ -40,20 +51,6 @@ def _add_split_long(commands: Subcommands) -> None:
     parser.add_argument(
         "--longest", type=int, default=256, metavar="N", help="tokens of a short caption (default: 256)"
     )
-    parser.set_defaults(run=_split_long)
-
-
-def _split_long(options: argparse.Namespace) -> int:
-    from data_prep.curation.split_long import split_long
-
-    split_long(
-        options.shards,
-        target_of(options),
-        tokenizer=options.tokenizer,
-        longest=options.longest,
-        execution=execution_of(options),
-    )
-    return 0
 
 
 def _add_dedup(commands: Subcommands) -> None:
@@ -63,6 +60,7 @@ def _add_dedup(commands: Subcommands) -> None:
         "remove duplicates, and samples that evaluation sets hold",
         "Writes SHARDS, all of one kind, without duplicates, of which the first stays: images by their bytes and by "
         "perceptual hash, text pairs and triplets by all their queries and targets and by MinHash.",
+        "dedup:deduplicate",
     )
     parser.add_argument(
         "--against", nargs="+", default=[], metavar="EVAL", help="evaluation sets; their samples are removed"
@@ -78,27 +76,11 @@ def _add_dedup(commands: Subcommands) -> None:
         help="between near-duplicate images, 0 to 15 of 64 (default: 4)",
     )
     parser.add_argument(
-        "--exact", action="store_true", help="exact duplicates only (the hashes of pages of text are all alike)"
+        "--exact",
+        dest="near",
+        action="store_false",
+        help="exact duplicates only (the hashes of pages of text are all alike)",
     )
-    parser.set_defaults(run=_dedup)
-
-
-def _dedup(options: argparse.Namespace) -> int:
-    from data_prep.curation.dedup import deduplicate
-    from data_prep.errors import UserError
-
-    if not 0 <= options.distance <= 15 or not 0 < options.similarity <= 1:
-        raise UserError("--distance is from 0 to 15 bits and --similarity above 0 and up to 1")
-    deduplicate(
-        options.shards,
-        target_of(options),
-        against=options.against,
-        similarity=options.similarity,
-        distance=options.distance,
-        near=not options.exact,
-        execution=execution_of(options),
-    )
-    return 0
 
 
 def _add_languages(commands: Subcommands) -> None:
@@ -107,19 +89,10 @@ def _add_languages(commands: Subcommands) -> None:
         "languages",
         "identify and check the language of every text",
         "Identifies the language of texts without one and drops texts that are clearly in another than their label.",
+        "relabel:relabel",
     )
     parser.add_argument("--sure", type=float, default=0.9, metavar="P", help="probability to act on (default: 0.9)")
     parser.add_argument("--without", nargs="+", default=[], metavar="LANGUAGE", help="leave texts in these out")
-    parser.set_defaults(run=_languages)
-
-
-def _languages(options: argparse.Namespace) -> int:
-    from data_prep.curation.relabel import relabel
-
-    relabel(
-        options.shards, target_of(options), sure=options.sure, without=options.without, execution=execution_of(options)
-    )
-    return 0
 
 
 def _add_similarity(commands: Subcommands) -> None:
@@ -128,25 +101,58 @@ def _add_similarity(commands: Subcommands) -> None:
         "similarity",
         "remove captions that do not fit their image",
         "Scores every caption against its image and keeps those above a threshold, or the best share in each language.",
+        "similarity:filter_by_similarity",
     )
     parser.add_argument("--model", required=True, help="a directory of ours, or open_clip:ARCHITECTURE:WEIGHTS")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--threshold", type=float, metavar="X", help="least cosine similarity")
     which.add_argument("--top", type=float, metavar="SHARE", help="share of the captions of each language that stays")
     parser.add_argument("--dim", type=int, metavar="N", help="compare the first N dims only (models of ours)")
-    parser.set_defaults(run=_similarity)
 
 
-def _similarity(options: argparse.Namespace) -> int:
-    from data_prep.curation.similarity import filter_by_similarity
+def _add_negatives(commands: Subcommands) -> None:
+    parser = commands.add_parser(
+        "negatives",
+        help="text pairs to triplets with hard negatives",
+        description="Writes OUT/text-triplets/NAME: each pair of SHARDS with the answers of other pairs that MODEL "
+        "finds nearest to its query, except those that are right, or nearly so. Pairs with too few are dropped.",
+    )
+    add_datasets(parser, shards="data sets of text pairs")
+    parser.add_argument("--model", required=True, metavar="DIR", help="a text tower, or a model of ours with its text/")
+    parser.add_argument("--count", type=int, default=7, metavar="N", help="negatives for each query (default: 7)")
+    parser.add_argument(
+        "--ranks",
+        nargs=2,
+        type=int,
+        default=[10, 200],
+        metavar=("FROM", "TO"),
+        help="among the neighbours that are no known answers; the first are often right (default: 10 200)",
+    )
+    parser.add_argument(
+        "--margin", type=float, default=0.05, metavar="X", help="below the answer's own similarity (default: 0.05)"
+    )
+    parser.add_argument(
+        "--similarity", type=float, default=0.8, metavar="X", help="of texts that count as the same (default: 0.8)"
+    )
+    parser.add_argument("--query-task", metavar="NAME", help="the tower's task for queries (retrieval.query)")
+    parser.add_argument("--target-task", metavar="NAME", help="the tower's task for answers (retrieval.passage)")
+    parser.add_argument("--dim", type=int, metavar="N", help="search by the first N dims only")
+    parser.add_argument(
+        "--exact-up-to", type=int, default=200_000, metavar="N", help="pairs; more: inverted lists (default: 200000)"
+    )
+    parser.set_defaults(run=_negatives)
 
-    filter_by_similarity(
+
+def _negatives(options: argparse.Namespace) -> int:
+    from data_prep.negatives import Embedding, Guards, mine_negatives
+
+    mine_negatives(
         options.shards,
         target_of(options),
-        model=options.model,
-        threshold=options.threshold,
-        top=options.top,
-        dim=options.dim,
+        made(Embedding, options),
+        guards=made(Guards, options),
+        similarity=options.similarity,
+        exact_up_to=options.exact_up_to,
         execution=execution_of(options),
     )
     return 0

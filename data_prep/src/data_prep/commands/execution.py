@@ -1,12 +1,17 @@
-"""The options of every long command: the engine, the workers, the size of shards."""
+"""What commands share: the options of long ones, and the way from options to the objects that they describe."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+import dataclasses
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from data_prep.errors import UserError
 
 if TYPE_CHECKING:
     from data_prep.execute import Execution, Target
+
+_Described = TypeVar("_Described")
 
 
 def add_execution(parser: argparse.ArgumentParser, *, samples_per_shard: int = 1000, cuts: bool = True) -> None:
@@ -38,9 +43,23 @@ def add_execution(parser: argparse.ArgumentParser, *, samples_per_shard: int = 1
     )
 
 
+def made(described: type[_Described], options: argparse.Namespace, **values: Any) -> _Described:
+    """An instance of a dataclass: its fields are the options of the same names, or `values`."""
+    fields = {field.name for field in dataclasses.fields(described)} - values.keys()  # type: ignore[arg-type]
+    values |= {name: getattr(options, name) for name in fields}
+    return described(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def add_datasets(parser: argparse.ArgumentParser, *, shards: str = "data sets") -> None:
+    """Add SHARDS, --out and --name of a command that makes a data set of others, and the options of long commands."""
+    parser.add_argument("shards", nargs="+", metavar="SHARDS", help=shards)
+    parser.add_argument("--out", required=True, metavar="OUT", help="folder of the data sets, data/train for example")
+    parser.add_argument("--name", required=True, help="name of the new data set")
+    add_execution(parser)
+
+
 def execution_of(options: argparse.Namespace) -> Execution:
     """How to run the job, by the options. UserError if they make no sense."""
-    from data_prep.errors import UserError
     from data_prep.execute import Execution
 
     task, _, tasks = options.task.partition("/")
@@ -54,7 +73,6 @@ def execution_of(options: argparse.Namespace) -> Execution:
 
 def target_of(options: argparse.Namespace, out: str | None = None) -> Target:
     """Where the user wants the data sets. UserError if a shard would hold nothing."""
-    from data_prep.errors import UserError
     from data_prep.execute import Target
 
     if options.samples_per_shard < 1:

@@ -1,23 +1,20 @@
-"""`data-prep import SOURCE`: public data to shards."""
+"""`data-prep import SOURCE`, `index` and `evalset SET`: public data to shards."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from data_prep.commands import Subcommands
-from data_prep.commands.execution import add_execution, execution_of, target_of
+from data_prep.commands.execution import add_execution, execution_of, made, target_of
+from data_prep.image_rule import ENCODINGS, FITS, KERNELS, ImageRule
 from data_prep.shards.format import JsonObject
-
-if TYPE_CHECKING:
-    from data_prep.image_rule import ImageRule
+from data_prep.sources import EVALSETS, SOURCES
 
 
 def add(commands: Subcommands) -> None:
-    """Register the command and its sources."""
-    from data_prep.sources import SOURCES
-
     parser = commands.add_parser(
         "import",
         help="public data sets to shards, one importer a source",
@@ -26,27 +23,68 @@ def add(commands: Subcommands) -> None:
     )
     sources = parser.add_subparsers(required=True, metavar="SOURCE", prog="data-prep import")
     for name, source in SOURCES.items():
-        one = add_source(sources, name, source, out="folder of the data sets, data/train for example")
-        one.set_defaults(run=_run)
+        one = _add_source(sources, name, source, out="folder of the data sets, data/train for example")
+        one.set_defaults(run=_import)
+    _add_index(commands)
+    _add_evalset(commands)
 
 
-def add_source(sources: Subcommands, name: str, source: type[Any], *, out: str) -> argparse.ArgumentParser:
+def _add_index(commands: Subcommands) -> None:
+    parser = commands.add_parser(
+        "index",
+        help="use existing webdataset tars as they are, with sidecars",
+        description="Makes the data set OUT/KIND/NAME of links to webdataset tars and a sidecar for each: where every "
+        "sample lies, and its hash. The tars are neither copied nor changed; they must stay where they are.",
+    )
+    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="uncompressed tars, or folders of them")
+    parser.add_argument("--out", required=True, metavar="OUT", help="folder of the data sets")
+    parser.add_argument("--name", default="indexed", help="name of the data set (default: %(default)s)")
+    parser.add_argument(
+        "--kind",
+        choices=("image-short", "image-long", "text-pairs", "text-triplets"),
+        default="image-short",
+        help="what the tars hold (default: %(default)s)",
+    )
+    add_execution(parser, cuts=False)
+    parser.set_defaults(run=_index)
+
+
+def _add_evalset(commands: Subcommands) -> None:
+    parser = commands.add_parser(
+        "evalset",
+        help="evaluation sets, laid out for `stage-trainer evaluate`",
+        description="Writes OUT/test/image-short/NAME, which `stage-trainer evaluate MODEL OUT` reads. A recipe's "
+        "evaluation.pools, which are measured in training, are those of OUT/validation: --split validation.",
+    )
+    sets = parser.add_subparsers(required=True, metavar="SET", prog="data-prep evalset")
+    for name, source in EVALSETS.items():
+        one = _add_source(sets, name, source, out="folder of the pools")
+        one.add_argument(
+            "--split",
+            choices=("test", "validation"),
+            default="test",
+            help="of OUT: test for `stage-trainer evaluate`, validation for a recipe's pools (default: %(default)s)",
+        )
+        one.set_defaults(run=_evalset)
+
+
+def _add_source(sources: Subcommands, name: str, source: type[Any], *, out: str) -> argparse.ArgumentParser:
     """Register a source as a subcommand, with all its options; `out` explains --out."""
     summary, _, more = (source.__doc__ or "").partition("\n")
     one: argparse.ArgumentParser = sources.add_parser(
         name, help=summary, description=f"{summary}. {' '.join(more.split())}"
     )
-    add_values(one, source)
+    _add_values(one, source)
     one.add_argument("--out", required=True, metavar="OUT", help=out)
     one.add_argument("--name", default=name, help="name of what comes out (default: %(default)s)")
     if source.image is not None:
-        add_image_rule(one, source.image)
+        _add_image_rule(one, source.image)
     add_execution(one, samples_per_shard=1000 if source.image else 10_000)
     one.set_defaults(source=source, title=name)
     return one
 
 
-def add_values(parser: argparse.ArgumentParser, source: type[Any]) -> None:
+def _add_values(parser: argparse.ArgumentParser, source: type[Any]) -> None:
     """Add arguments for the fields of a source: positional ones without a default, the others as --name."""
     for value in dataclasses.fields(source):
         explanation, choices = value.metadata["help"], value.metadata.get("choices")
@@ -65,10 +103,8 @@ def add_values(parser: argparse.ArgumentParser, source: type[Any]) -> None:
         )
 
 
-def add_image_rule(parser: argparse.ArgumentParser, rule: ImageRule) -> None:
+def _add_image_rule(parser: argparse.ArgumentParser, rule: ImageRule) -> None:
     """Add options for how images are stored, with the source's rule as the default."""
-    from data_prep.image_rule import ENCODINGS, FITS, KERNELS
-
     group = parser.add_argument_group("images", "How images are stored.")
     group.add_argument("--image-size", type=int, default=rule.size, metavar="PIXELS", help="default: %(default)s")
     group.add_argument(
@@ -95,36 +131,50 @@ def add_image_rule(parser: argparse.ArgumentParser, rule: ImageRule) -> None:
     )
 
 
-def image_rule_of(options: argparse.Namespace) -> ImageRule:
-    """The rule for images, by the options. UserError if they make no sense."""
-    from data_prep.image_rule import ImageRule
-
-    names = ("fit", "encoding", "quality", "kernel", "max_pixels")
-    return ImageRule(options.image_size, **{name: getattr(options, name) for name in names})
-
-
-def run_import(options: argparse.Namespace, *, out: str, evalset: bool = False) -> JsonObject | None:
+def _run_import(options: argparse.Namespace, *, out: str, evalset: bool = False) -> JsonObject | None:
     """Import the source of the command line into `out`; returns the receipt."""
     from data_prep.sources.importing import import_source
 
-    values = {value.name: getattr(options, value.name) for value in dataclasses.fields(options.source)}
     return import_source(
-        options.source(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}),
+        made(options.source, options),
         target_of(options, out),
         title=options.title,
         evalset=evalset,
-        image=image_rule_of(options) if options.source.image is not None else None,
+        image=made(ImageRule, options, size=options.image_size) if options.source.image is not None else None,
         execution=execution_of(options),
-        log=lambda line: print(line, flush=True),
     )
 
 
-def _run(options: argparse.Namespace) -> int:
+def _import(options: argparse.Namespace) -> int:
     if not getattr(options, "held_out", 0.0):
-        run_import(options, out=options.out)
+        _run_import(options, out=options.out)
         return 0
     for split in [options.split] if options.split else ["train", "validation"]:
         options.split = split
         print(f"{split}:")
-        run_import(options, out=f"{options.out}/{split}")
+        _run_import(options, out=f"{options.out}/{split}")
+    return 0
+
+
+def _index(options: argparse.Namespace) -> int:
+    from data_prep.sources.indexing import index_shards
+
+    index_shards(
+        options.shards,
+        options.out,
+        name=options.name,
+        kind=options.kind,
+        execution=execution_of(options),
+    )
+    return 0
+
+
+def _evalset(options: argparse.Namespace) -> int:
+    root = Path(options.out)
+    receipt = _run_import(options, out=str(root / options.split), evalset=True)
+    if receipt is not None:
+        if receipt["dropped"]:
+            print("not the whole set: figures on it cannot be compared with those of others")
+        pools = root if options.split == "test" else root / options.split / "image-short"
+        print(f"stage-trainer evaluate MODEL {pools}")
     return 0

@@ -10,16 +10,17 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from data_prep.corpus import apt
 from data_prep.corpus.debian import Material, needed_packages, read_material
 from data_prep.corpus.drawn import draw_material
-from data_prep.corpus.items import ImageItem, TextItem
+from data_prep.corpus.items import ImageItem, Settings, TextItem
 from data_prep.corpus.split import SPLITS, drop_identical, families, leaks, similar_pairs, split_items
-from data_prep.corpus.vocabulary import train_tokenizer
-from data_prep.corpus.writing import training_texts, write_datasets
+from data_prep.corpus.writing import train_tokenizer, training_texts, write_datasets
+from data_prep.curation.tokens import TokenCounter
 from data_prep.errors import UserError
 from data_prep.shards import Dataset, ShardError, alone
 from data_prep.shards.files import sync, write_file
@@ -27,24 +28,6 @@ from data_prep.shards.format import JsonObject
 
 CORPUS_VERSION = 1
 """Raised when the same packages and settings give other bytes."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The settings of a corpus; equal settings and packages give equal bytes.
-
-    drawn: number of procedurally drawn pictures, or None for the real corpus from Debian packages.
-    seed: of the split and of every choice; image_size: side of the stored pictures in pixels.
-    vocab_size: pieces of the tokenizer, None for 16384 (384 if drawn); max_packages: package descriptions at most.
-    without: sources left out, of "stamps", "flags", "packages", "help".
-    """
-
-    drawn: int | None = None
-    seed: int = 0
-    image_size: int = 80
-    vocab_size: int | None = None
-    max_packages: int = 25_000
-    without: tuple[str, ...] = ()
 
 
 def build_corpus(
@@ -65,7 +48,7 @@ def build_corpus(
         packages: a folder of .deb files (and Translation-xx lists); without it apt fetches them into `cache`.
         cache: where fetched packages are kept; $XDG_CACHE_HOME/trilith by default.
         workers: threads that draw; the number of cores by default. The bytes do not depend on it.
-        say: called with one line at each step.
+        log: called with one line at each step.
 
     Raises:
         UserError: `out` holds something else, packages are missing, or the disk refuses.
@@ -79,35 +62,28 @@ def build_corpus(
     _check_libraries(settings)
     try:
         with alone(out.with_name(f".{out.name}.lock"), f"{out} is being built: it"):
-            return _build(out, settings, packages, cache, workers or os.cpu_count() or 1, log)
+            read = partial(_material, settings, packages, cache, workers or os.cpu_count() or 1, log)
+            return _build(out, settings, read, log)
     except OSError as error:
         raise UserError(f"{out}: {error.strerror or error}; fix it and run again") from error
 
 
-def _build(
-    out: Path,
-    settings: Settings,
-    packages: str | os.PathLike[str] | None,
-    cache: str | os.PathLike[str] | None,
-    workers: int,
-    log: Callable[[str], None],
-) -> JsonObject:
-    partial = out.with_name(out.name + ".partial")
-    if partial.exists():
-        log(f"{partial}: removing what an interrupted run left")
-        shutil.rmtree(partial)
+def _build(out: Path, settings: Settings, read: Callable[[], Material], log: Callable[[str], None]) -> JsonObject:
+    unfinished = out.with_name(out.name + ".partial")
+    if unfinished.exists():
+        log(f"{unfinished}: removing what an interrupted run left")
+        shutil.rmtree(unfinished)
     started = time.monotonic()
     try:
-        partial.mkdir(parents=True)  # first, so that a folder that cannot be written is reported at once
-        material = _material(settings, packages, cache, workers, log)
-        corpus = _write(partial, settings, material, log)
-        partial.rename(out)
+        unfinished.mkdir(parents=True)  # first, so that a folder that cannot be written is reported at once
+        corpus = _write(unfinished, settings, read(), log)
+        unfinished.rename(out)
         sync(out.parent)
     except OSError as error:
-        where = error.filename or partial
+        where = error.filename or unfinished
         raise UserError(f"{where}: {error.strerror or error}; free some space or fix it and run again") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     for line in receipt(corpus):
         log(line)
     log(f"{out}: done in {time.monotonic() - started:.0f} s")
@@ -178,25 +154,15 @@ def _material(
 ) -> Material:
     if settings.drawn is not None:
         return draw_material(settings.drawn, seed=settings.seed, image_size=settings.image_size)
-    without = frozenset(settings.without)
     if packages is not None:
-        directory = Path(packages)
-    else:
-        directory = apt.fetch(
-            Path(cache) if cache is not None else apt.default_cache(),
-            [*needed_packages(without), apt.LETTERS],
-            translations="packages" not in without,
-            log=log,
-        )
-    return read_material(
-        directory,
-        without=without,
-        max_packages=settings.max_packages,
-        image_size=settings.image_size,
-        seed=settings.seed,
-        workers=workers,
+        return read_material(Path(packages), settings, workers, log)
+    directory = apt.fetch(
+        Path(cache) if cache is not None else apt.default_cache(),
+        [*needed_packages(settings.without), apt.LETTERS],
+        translations="packages" not in settings.without,
         log=log,
     )
+    return read_material(directory, settings, workers, log)
 
 
 def _write(root: Path, settings: Settings, material: Material, log: Callable[[str], None]) -> JsonObject:
@@ -209,8 +175,9 @@ def _write(root: Path, settings: Settings, material: Material, log: Callable[[st
 
     started = time.monotonic()
     texts = training_texts(images, material.texts, where)
-    tokenizer = train_tokenizer(texts, vocab_size=settings.vocab_size or (16384 if settings.drawn is None else 384))
-    write_file(root / "tokenizer.model", tokenizer.model)
+    model = train_tokenizer(texts, vocab_size=settings.vocab_size or (16384 if settings.drawn is None else 384))
+    write_file(root / "tokenizer.model", model)
+    tokenizer = TokenCounter(root / "tokenizer.model")
     log(f"trained the tokenizer on {len(texts)} texts ({time.monotonic() - started:.0f} s)")
 
     for name, font in material.fonts.items():
@@ -223,13 +190,16 @@ def _write(root: Path, settings: Settings, material: Material, log: Callable[[st
         f"wrote {sum(sum(counts.values()) for counts in samples.values())} samples ({time.monotonic() - started:.0f} s)"
     )
 
+    languages: dict[str, Counter[str]] = {}  # source → language → named items
+    for item in images:
+        languages.setdefault(item.source, Counter()).update({text.language for text in item.names})
     sizes = Counter(family_of[item.name] for item in images)
     corpus = {
         "version": CORPUS_VERSION,
         "settings": _plain(settings),
         "packages": material.packages,
         "made_with": library_versions(),
-        "languages": _languages(images),
+        "languages": {source: dict(sorted(counts.items())) for source, counts in sorted(languages.items())},
         "items": dict(came_in),
         "families": {"images": len(sizes), "largest": max(sizes.values(), default=0)},
         "dropped": material.dropped,
@@ -240,14 +210,6 @@ def _write(root: Path, settings: Settings, material: Material, log: Callable[[st
     }
     write_file(root / "corpus.json", (json.dumps(corpus, indent=1, ensure_ascii=False) + "\n").encode())
     return corpus
-
-
-def _languages(images: list[ImageItem]) -> dict[str, dict[str, int]]:
-    """source → language → named items."""
-    found: dict[str, Counter[str]] = {}
-    for item in images:
-        found.setdefault(item.source, Counter()).update(sorted({text.language for text in item.names}))
-    return {source: dict(sorted(counts.items())) for source, counts in sorted(found.items())}
 
 
 def library_versions() -> dict[str, str | None]:
@@ -264,5 +226,5 @@ def library_versions() -> dict[str, str | None]:
 
 
 def _plain(settings: Settings) -> JsonObject:
-    plain: JsonObject = json.loads(json.dumps(asdict(settings)))
-    return plain
+    """As corpus.json has them: a tuple is a list there."""
+    return {**asdict(settings), "without": list(settings.without)}

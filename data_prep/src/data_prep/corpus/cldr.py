@@ -55,22 +55,17 @@ def read_locale(files: dict[str, bytes], language: str) -> Locale:
                 locale.names[element.attrib["cp"]] = text
             else:
                 locale.keywords[element.attrib["cp"]] = tuple(clean(word) for word in text.split("|"))
-    for table, path in (
-        (locale.territories, "localeDisplayNames/territories/territory"),
-        (locale.languages, "localeDisplayNames/languages/language"),
-        (locale.labels, "characterLabels/characterLabel"),
+    for table, path, name in (
+        (locale.territories, "localeDisplayNames/territories/territory", "."),
+        (locale.languages, "localeDisplayNames/languages/language", "."),
+        (locale.labels, "characterLabels/characterLabel", "."),
+        (locale.currencies, "numbers/currencies/currency", "displayName"),
+        (locale.cities, "dates/timeZoneNames/zone", "exemplarCity"),
     ):
         for element in main.iterfind(path):
-            if element.text and element.get("alt") is None and "↑" not in element.text:
-                table[element.attrib["type"]] = clean(element.text)
-    for currency in main.iterfind("numbers/currencies/currency"):
-        name = currency.find("displayName")
-        if name is not None and name.text and "↑" not in name.text:
-            locale.currencies[currency.attrib["type"]] = clean(name.text)
-    for zone in main.iterfind("dates/timeZoneNames/zone"):
-        city = zone.find("exemplarCity")
-        if city is not None and city.text and "↑" not in city.text:
-            locale.cities[zone.attrib["type"]] = clean(city.text)
+            found = element.findtext(name)
+            if found and element.get("alt") is None and "↑" not in found:
+                table[element.attrib["type"]] = clean(found)
     return locale
 
 

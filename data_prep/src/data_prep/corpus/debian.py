@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from data_prep.corpus import apt, cldr, emoji, help_texts, package_texts, stamps
+from data_prep.corpus import apt, cldr, emoji, stamps, text_items
 from data_prep.corpus.deb import Package, file_sha256, find_package, find_translations, read_members
-from data_prep.corpus.items import ImageItem, TextItem
+from data_prep.corpus.items import ImageItem, Settings, TextItem
 from data_prep.corpus.render import RenderJob, render_images
 from data_prep.errors import UserError
 from data_prep.languages import LANGUAGES
 
 Render = Callable[[Sequence[RenderJob]], list[bytes | None]]
+Locales = dict[str, cldr.Locale]
+Log = Callable[[str], None]
 
 # Items in each held-out pool. The project's figures are measured on the image pools.
 HELD_OUT = {"emoji": 240, "stamps": 138, "packages": 300, "help": 24}
@@ -34,7 +36,7 @@ class Material:
     fonts: dict[str, bytes] = field(default_factory=dict)
 
 
-def needed_packages(without: frozenset[str]) -> list[str]:
+def needed_packages(without: Collection[str]) -> list[str]:
     """The packages for a corpus without these sources."""
     needed = [apt.FONT, apt.CLDR]
     if "stamps" not in without:
@@ -44,17 +46,9 @@ def needed_packages(without: frozenset[str]) -> list[str]:
     return needed
 
 
-def read_material(
-    directory: Path,
-    *,
-    without: frozenset[str],
-    max_packages: int,
-    image_size: int,
-    seed: int,
-    workers: int,
-    log: Callable[[str], None],
-) -> Material:
+def read_material(directory: Path, settings: Settings, workers: int, log: Log) -> Material:
     """Read the packages and translations in `directory` and draw the pictures."""
+    without = settings.without
     packages = _find_all(directory, without)
     material = Material(packages=[package.record() for package in packages.values()], held_out=HELD_OUT)
     material.left_out = dict.fromkeys(sorted(without), "asked for (--without)")
@@ -65,20 +59,15 @@ def read_material(
     log(f"read names in {len(locales)} languages ({time.monotonic() - started:.0f} s)")
 
     world = None if "flags" in without else cldr.read_world(files)
-    render = partial(render_images, size=image_size, workers=workers)
-    draw_emoji = partial(render, font=_read_font(packages[apt.FONT]))
-    found, material.dropped["emoji"] = emoji.emoji_candidates(locales)
-    material.images += _emoji_items(found, files, locales, world, draw_emoji, material.dropped["emoji"], log)
+    render = partial(render_images, size=settings.image_size, workers=workers)
+    _add_emoji(material, files, locales, world, partial(render, font=_read_font(packages[apt.FONT])), log)
     if apt.STAMPS in packages:
         log("reading the stamps")
-        found_stamps, material.dropped["stamps"] = stamps.read_stamps(packages[apt.STAMPS])
-        material.images += _stamp_items(
-            found_stamps, locales, partial(render, font=None), material.dropped["stamps"], log
-        )
+        _add_stamps(material, packages[apt.STAMPS], locales, partial(render, font=None), log)
     if "packages" not in without:
-        material.texts += _package_items(directory, max_packages, seed, material, log)
+        _add_packages(material, directory, settings, log)
     if apt.HELP in packages:
-        pages, material.dropped["help"] = help_texts.read_help(packages[apt.HELP])
+        pages, material.dropped["help"] = text_items.read_help(packages[apt.HELP])
         log(f"read {len(pages)} help pages")
         material.texts += pages
     if (letters := find_package(directory, apt.LETTERS)) is not None:
@@ -88,7 +77,7 @@ def read_material(
     return material
 
 
-def _find_all(directory: Path, without: frozenset[str]) -> dict[str, Package]:
+def _find_all(directory: Path, without: Collection[str]) -> dict[str, Package]:
     if not directory.is_dir():
         raise UserError(
             f"{directory}: no such folder; it should hold {', '.join(f'{name}_*.deb' for name in apt.PACKAGES)}"
@@ -116,20 +105,14 @@ def _read_font(package: Package) -> bytes:
     return next(iter(fonts.values()))
 
 
-def _emoji_items(
-    found: list[str],
-    files: dict[str, bytes],
-    locales: dict[str, cldr.Locale],
-    world: cldr.World | None,
-    render: Render,
-    dropped: dict[str, int],
-    log: Callable[[str], None],
-) -> list[ImageItem]:
+def _add_emoji(
+    material: Material, files: dict[str, bytes], locales: Locales, world: cldr.World | None, render: Render, log: Log
+) -> None:
+    found, dropped = emoji.emoji_candidates(locales)
     started = time.monotonic()
     pictures = render([RenderJob("glyph", sign.encode()) for sign in found])
     order, groups = cldr.emoji_order(files), cldr.emoji_groups(files)
     last_group: tuple[str, str] = ("", "")
-    items = []
     drawn = sorted(
         ((sign, png) for sign, png in zip(found, pictures, strict=True) if png is not None),
         key=lambda entry: (order.get(entry[0], len(order)), entry[0]),
@@ -137,19 +120,14 @@ def _emoji_items(
     for place, (sign, png) in enumerate(drawn):
         # labels.txt lacks the newest emoji; they get the group of the one before them in the order.
         last_group = groups.get(sign, last_group)
-        items.append(emoji.emoji_item(sign, png, order=place, group=last_group, locales=locales, world=world))
-    dropped["no picture in the font (punctuation and signs)"] = len(found) - len(drawn)
-    log(f"drew {len(items)} emoji ({time.monotonic() - started:.0f} s)")
-    return items
+        item = emoji.emoji_item(sign, png, order=place, group=last_group, locales=locales, world=world)
+        material.images.append(item)
+    material.dropped["emoji"] = dropped | {"no picture in the font (punctuation and signs)": len(found) - len(drawn)}
+    log(f"drew {len(drawn)} emoji ({time.monotonic() - started:.0f} s)")
 
 
-def _stamp_items(
-    found: list[stamps.Stamp],
-    locales: dict[str, cldr.Locale],
-    render: Render,
-    dropped: dict[str, int],
-    log: Callable[[str], None],
-) -> list[ImageItem]:
+def _add_stamps(material: Material, package: Package, locales: Locales, render: Render, log: Log) -> None:
+    found, dropped = stamps.read_stamps(package)
     started = time.monotonic()
     pictures = render([stamp.job for stamp in found])
     items = [
@@ -157,23 +135,22 @@ def _stamp_items(
         for place, (stamp, png) in enumerate(zip(found, pictures, strict=True))
         if png is not None
     ]
-    dropped["picture unreadable or white"] = len(found) - len(items)
+    material.images += items
+    material.dropped["stamps"] = dropped | {"picture unreadable or white": len(found) - len(items)}
     log(f"drew {len(items)} stamps ({time.monotonic() - started:.0f} s)")
-    return items
 
 
-def _package_items(
-    directory: Path, max_packages: int, seed: int, material: Material, log: Callable[[str], None]
-) -> list[TextItem]:
+def _add_packages(material: Material, directory: Path, settings: Settings, log: Log) -> None:
     started = time.monotonic()
     translations = find_translations(directory)
     if "en" not in translations or len(translations) < 2:
         material.left_out["packages"] = "no Translation-en with another Translation-xx in the folder"
         log(f"{directory}: has no Translation-en with another Translation-xx; continuing WITHOUT package descriptions")
-        return []
+        return
     material.packages += [
         {"name": path.name, "sha256": file_sha256(path)} for paths in translations.values() for path in paths
     ]
-    items, material.dropped["packages"] = package_texts.read_packages(translations, limit=max_packages, seed=seed)
+    limit, seed = settings.max_packages, settings.seed
+    items, material.dropped["packages"] = text_items.read_packages(translations, limit=limit, seed=seed)
+    material.texts += items
     log(f"read {len(items)} package descriptions in {len(translations)} languages ({time.monotonic() - started:.0f} s)")
-    return items

@@ -1,4 +1,4 @@
-"""Items, which all sources produce; an item is in one split as a whole."""
+"""The settings of a corpus, and the items that its sources produce; an item is in one split as a whole."""
 
 from __future__ import annotations
 
@@ -10,6 +10,24 @@ from data_prep.samples import Text
 
 _ARTICLES = re.compile(r"^(a|an|the|some)\s+")
 _NOT_WORDS = re.compile(r"[\W_]+")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a corpus; equal settings and packages give equal bytes.
+
+    drawn: number of procedurally drawn pictures, or None for the real corpus from Debian packages.
+    seed: of the split and of every choice; image_size: side of the stored pictures in pixels.
+    vocab_size: pieces of the tokenizer, None for 16384 (384 if drawn); max_packages: package descriptions at most.
+    without: sources left out, of "stamps", "flags", "packages", "help".
+    """
+
+    drawn: int | None = None
+    seed: int = 0
+    image_size: int = 80
+    vocab_size: int | None = None
+    max_packages: int = 25_000
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,14 +21,10 @@ _LOOK_ALIKE = 2.0  # mean difference of 255 below which two pictures count as on
 
 def drop_identical(items: Sequence[ImageItem]) -> tuple[list[ImageItem], int]:
     """Items with the same image: keep the first. Returns the kept ones and how many were dropped."""
-    seen: set[bytes] = set()
-    kept = []
+    kept: dict[bytes, ImageItem] = {}
     for item in items:
-        digest = hashlib.sha256(item.png).digest()
-        if digest not in seen:
-            seen.add(digest)
-            kept.append(item)
-    return kept, len(items) - len(kept)
+        kept.setdefault(hashlib.sha256(item.png).digest(), item)
+    return list(kept.values()), len(items) - len(kept)
 
 
 def similar_pairs(items: Sequence[ImageItem]) -> list[tuple[str, str]]:
@@ -93,24 +89,19 @@ def leaks(items: Sequence[ImageItem], where: Mapping[str, str]) -> dict[str, dic
 
     Equal English names are impossible by construction; other languages may have one word for two things.
     """
-    trained = {
-        (text.language, normalized(text.text)) for item in items if where[item.name] == "train" for text in item.names
-    }
+    names: dict[str, list[tuple[str, str, str]]] = {split: [] for split in SPLITS}  # item, language, name
+    for item in items:
+        names[where[item.name]] += [(item.name, text.language, normalized(text.text)) for text in item.names]
+    trained = {name[1:] for name in names["train"]}
     report = {}
     for split in SPLITS[1:]:
-        held = [item for item in items if where[item.name] == split]
-        hits = [
-            (item.name, text.language)
-            for item in held
-            for text in item.names
-            if (text.language, normalized(text.text)) in trained
-        ]
+        hits = [name for name in names[split] if name[1:] in trained]
         report[split] = {
-            "items": len({name for name, _ in hits}),
-            "of_items": len(held),
+            "items": len({item for item, *_ in hits}),
+            "of_items": len({item for item, *_ in names[split]}),
             "texts": len(hits),
-            "of_texts": sum(len(item.names) for item in held),
-            "english_texts": sum(language == "en" for _, language in hits),
+            "of_texts": len(names[split]),
+            "english_texts": sum(language == "en" for _, language, _ in hits),
         }
     return report
 

@@ -93,10 +93,8 @@ def stamp_item(stamp: Stamp, png: bytes, *, order: int, locales: dict[str, Local
         caption = stamp.captions[code]
         names.append(Text(caption, code, "name"))
         label = locales[code].labels.get(_FOLDER_LABELS.get(path.parts[0], "")) if code in locales else None
-        if label:
-            long.append(Text(f"{caption} ({label})", code, "long", "human:joined"))
-        else:
-            long.append(Text(caption, code, "long"))
+        joined = Text(f"{caption} ({label})", code, "long", "human:joined")
+        long.append(joined if label else Text(caption, code, "long"))
     return ImageItem(
         name="stamp-" + re.sub(r"[^A-Za-z0-9_-]", "_", stamp.path.replace("/", "--")),
         source="stamps",

@@ -15,7 +15,7 @@ from data_prep.curation.minhash import Signatures, matches, near_duplicates, sig
 from data_prep.curation.phash import UNREADABLE, pairs_within, perceptual_hash
 from data_prep.curation.signature_store import SignatureStore, arrays_of
 from data_prep.errors import UserError
-from data_prep.execute import Execution, Job, Output, Target
+from data_prep.execute import Execution, Output, Target
 from data_prep.groups import join, pairs_of_equals
 from data_prep.shards.format import JsonObject
 
@@ -51,6 +51,8 @@ def deduplicate(
         distance: images whose perceptual hashes differ in at most so many bits are near-duplicates.
         near: False: remove exact duplicates only.
     """
+    if not 0 <= distance <= 15 or not 0 < similarity <= 1:
+        raise UserError("--distance is from 0 to 15 bits and --similarity above 0 and up to 1")
     datasets = passes.open_alike(directories)
     tests = passes.open_alike(against) if against else []
     images = datasets[0].kind.startswith("image")
@@ -58,19 +60,12 @@ def deduplicate(
         raise UserError(
             f"{tests[0].directory} holds {tests[0].kind}; {datasets[0].kind} can only be compared with its kind"
         )
-    pieces = passes.pieces_of(datasets)
-    options = {"images": images, "sides": bool(tests)}
     before = passes.pieces_of(tests)
-    survey = passes.Survey(target, f"{__name__}:sign", [*before, *pieces], options)
+    pieces = [*before, *passes.pieces_of(datasets)]
+    survey = passes.Survey(target, f"{__name__}:sign", pieces, {"images": images, "sides": bool(tests)})
     fingerprints = [test.fingerprint for test in tests]
-    job = Job(
-        title="dedup",
-        target=target,
-        work=f"{__name__}:drop",
-        pieces=passes.with_decisions(survey, pieces),
-        options={"similarity": similarity, "distance": distance, "near": near, "against": fingerprints},
-        tokenizer_sha256=datasets[0].manifest["tokenizer_sha256"],
-    )
+    rules = {"similarity": similarity, "distance": distance, "near": near, "against": fingerprints}
+    job = passes.job_on(datasets, target, "dedup", f"{__name__}:drop", rules, survey)
 
     def decide(survey: passes.Survey) -> list[np.ndarray]:
         files = survey.files()
@@ -78,7 +73,7 @@ def deduplicate(
             return _decide_images(files, len(before), distance if near else -1)
         return _decide_texts(files, len(before), similarity if near else 2.0)
 
-    return passes.two_passes(survey, job, decide, execution or Execution())
+    return passes.two_passes(survey, job, decide, execution)
 
 
 def sign(piece: JsonObject, options: JsonObject, output: Output) -> None:

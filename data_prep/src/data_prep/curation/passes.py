@@ -51,15 +51,6 @@ class Sample:
         """The bytes of its image file."""
         return next(self.members[name] for name in IMAGE_TYPES if name in self.members)
 
-    def changed_members(self) -> dict[str, bytes]:
-        """Its members, with `content` as the JSON."""
-        kept = {name: data for name, data in self.members.items() if name not in ("json", "txt")}
-        return {**kept, "json": compact_json(self.content)}
-
-    def languages(self) -> list[str]:
-        """The languages that occur in `content`."""
-        return sorted({text["language"] for texts in self.texts for text in texts})
-
 
 def open_alike(directories: Sequence[str]) -> list[Dataset]:
     """Open data sets of one kind. UserError if the kinds differ, or if one is named twice."""
@@ -114,7 +105,10 @@ def sample_at(dataset: Dataset, number: int) -> Sample:
 def write(output: Output, piece: JsonObject, sample: Sample, *, kind: str | None = None, tokens: int | None) -> None:
     """Write a sample with changed content; `tokens` of its longest text, None if unknown."""
     key = sample.row.key if piece["keep_keys"] else None
-    output.write(kind or sample.kind, sample.changed_members(), languages=sample.languages(), tokens=tokens, key=key)
+    members = {name: data for name, data in sample.members.items() if name not in ("json", "txt")}
+    members["json"] = compact_json(sample.content)
+    languages = sorted({text["language"] for texts in sample.texts for text in texts})
+    output.write(kind or sample.kind, members, languages=languages, tokens=tokens, key=key)
 
 
 def copy(output: Output, piece: JsonObject, sample: Sample) -> None:
@@ -145,7 +139,7 @@ class Survey:
         """The array file of each piece."""
         return [self.folder / f"{number:05d}.npz" for number in range(len(self.pieces))]
 
-    def run(self, execution: Execution, log: Callable[[str], None]) -> bool:
+    def run(self, execution: Execution) -> bool:
         """Do the rest of this task's share; False if other array tasks have pieces left."""
         specs = [
             Spec(self.work, str(self.folder), number, {**piece, "survey": str(file)}, self.options)
@@ -154,7 +148,7 @@ class Survey:
         first, step = execution.task
         own = specs[first::step]
         left = [spec for spec in own if not _surveyed(spec)]
-        log(f"{self.folder}: surveying, {len(own) - len(left)} of {len(own)} units are done")
+        print(f"{self.folder}: surveying, {len(own) - len(left)} of {len(own)} units are done")
         progress = Progress(max(1, len(left)))
         for receipt in run_units(left, engine=execution.engine, workers=execution.workers or os.cpu_count() or 1):
             progress.add(receipt.came_in)
@@ -162,39 +156,45 @@ class Survey:
         return all(_surveyed(spec) for spec in specs)
 
 
+def job_on(
+    datasets: Sequence[Dataset],
+    target: Target,
+    title: str,
+    work: str,
+    options: JsonObject,
+    survey: Survey | None = None,
+) -> Job:
+    """The job that reads data sets; the pieces of one that follows a survey have the paths of its decisions."""
+    pieces = pieces_of(datasets)
+    if survey is not None:
+        for number, piece in enumerate(pieces):
+            piece["decided"] = str(survey.folder / f"decided-{number:05d}.npz")
+    return Job(title, target, work, pieces, options, datasets[0].manifest["tokenizer_sha256"])
+
+
 def two_passes(
-    survey: Survey,
-    job: Job,
-    decide: Callable[[Survey], Iterable[np.ndarray]],
-    execution: Execution,
-    log: Callable[[str], None] = print,
+    survey: Survey, job: Job, decide: Callable[[Survey], Iterable[np.ndarray]], execution: Execution | None
 ) -> JsonObject | None:
     """Survey, decide on all samples, and rewrite; returns the receipt, None if other array tasks have units left.
 
     `decide` yields an array for each piece of the job, whose work reads it with `decision`.
     """
+    execution = execution or Execution()
     if not any((job.target.folder(kind) / "receipt.json").exists() for kind in KINDS):
-        if not survey.run(execution, log):
-            log("other array tasks have units left; when all are done, run the array again to continue")
+        if not survey.run(execution):
+            print("other array tasks have units left; when all are done, run the array again to continue")
             return None
-        log(f"{survey.folder}: deciding, over all samples")
+        print(f"{survey.folder}: deciding, over all samples")
         progress = Progress(len(job.pieces))
         for piece, values in zip(job.pieces, decide(survey), strict=True):
             save(Path(piece["decided"]), values=values)
             progress.add(len(values))
         progress.finish()
-    receipt = run_job(job, execution, log=log)
+    receipt = run_job(job, execution)
     if receipt is not None:
         for folder in Path(job.target.out).glob(f"{job.target.name}.survey-*"):
             shutil.rmtree(folder, ignore_errors=True)
     return receipt
-
-
-def with_decisions(survey: Survey, pieces: Sequence[JsonObject]) -> list[JsonObject]:
-    """The pieces of the rewriting pass: each with the path of its decision."""
-    return [
-        {**piece, "decided": str(survey.folder / f"decided-{number:05d}.npz")} for number, piece in enumerate(pieces)
-    ]
 
 
 def decision(piece: JsonObject) -> np.ndarray:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from data_prep.curation.language_id import MIN_LETTERS, identify, letters
-from data_prep.curation.passes import TextDict, open_alike, pieces_of, samples_of, write
+from data_prep.curation.passes import TextDict, job_on, open_alike, samples_of, write
 from data_prep.errors import UserError
-from data_prep.execute import Execution, Job, Output, Target, run_job
+from data_prep.execute import Execution, Output, Target, run_job
 from data_prep.languages import LANGUAGES
 from data_prep.shards.format import JsonObject
 
@@ -37,15 +37,8 @@ def relabel(
             f"--without {' '.join(strangers)}: expected codes of the thirty languages, {' '.join(LANGUAGES)}"
         )
     datasets = open_alike(directories)
-    job = Job(
-        title="languages",
-        target=target,
-        work=f"{__name__}:check",
-        pieces=pieces_of(datasets),
-        options={"sure": sure, "without": sorted(without)},
-        tokenizer_sha256=datasets[0].manifest["tokenizer_sha256"],
-    )
-    return run_job(job, execution)
+    rules = {"sure": sure, "without": sorted(without)}
+    return run_job(job_on(datasets, target, "languages", f"{__name__}:check", rules), execution)
 
 
 def check(piece: JsonObject, options: JsonObject, output: Output) -> None:
@@ -54,7 +47,10 @@ def check(piece: JsonObject, options: JsonObject, output: Output) -> None:
         output.came_in()
         taken_out = False
         for texts in sample.texts:
-            judged = [_language_of(text, options["sure"], options["without"]) for text in texts]
+            judged = [_language_of(text, options["sure"]) for text in texts]
+            judged = [
+                (None, "in a language to be left out") if of in options["without"] else (of, why) for of, why in judged
+            ]
             for text, (language, why) in zip(texts, judged, strict=True):
                 if language is None:
                     output.note(f"texts out: {why}")
@@ -71,13 +67,8 @@ def check(piece: JsonObject, options: JsonObject, output: Output) -> None:
             output.drop("no text in a language that is known for sure", f"{piece['dataset']}: {sample.row.key}")
 
 
-def _language_of(text: TextDict, sure: float, without: Sequence[str]) -> tuple[str | None, str]:
+def _language_of(text: TextDict, sure: float) -> tuple[str | None, str]:
     """(its language, "") or (None, why it is removed)."""
-    language, why = _known_language(text, sure)
-    return (None, "in a language to be left out") if language in without else (language, why)
-
-
-def _known_language(text: TextDict, sure: float) -> tuple[str | None, str]:
     said = text["language"]
     if said in LANGUAGES and letters(text["text"]) < MIN_LETTERS:
         return said, ""

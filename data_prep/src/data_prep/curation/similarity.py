@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 from data_prep.curation import passes
 from data_prep.curation.phash import UNREADABLE
 from data_prep.errors import UserError, needs
-from data_prep.execute import Execution, Job, Output, Target
+from data_prep.execute import Execution, Output, Target
 from data_prep.shards.format import JsonObject
 
 Scorer = Callable[[Sequence[Image.Image], Sequence[str]], tuple[np.ndarray, np.ndarray]]
@@ -51,23 +52,16 @@ def filter_by_similarity(
     if not datasets[0].kind.startswith("image"):
         raise UserError(f"{datasets[0].directory} holds {datasets[0].kind}; expected images with captions")
     model = model if model.startswith("open_clip:") else str(Path(model).resolve())
-    pieces = passes.pieces_of(datasets)
     scoring = {"model": model, "dim": dim}
-    survey = passes.Survey(target, f"{__name__}:score", pieces, scoring)
-    job = Job(
-        title="similarity",
-        target=target,
-        work=f"{__name__}:cut",
-        pieces=passes.with_decisions(survey, pieces),
-        options={**scoring, "threshold": threshold, "top": top},
-        tokenizer_sha256=datasets[0].manifest["tokenizer_sha256"],
-    )
+    survey = passes.Survey(target, f"{__name__}:score", passes.pieces_of(datasets), scoring)
+    rules = {**scoring, "threshold": threshold, "top": top}
+    job = passes.job_on(datasets, target, "similarity", f"{__name__}:cut", rules, survey)
 
     def decide(survey: passes.Survey) -> list[np.ndarray]:
         found = [passes.load(file) for file in survey.files()]
         return keep([part["scores"] for part in found], [part["languages"] for part in found], threshold, top)
 
-    return passes.two_passes(survey, job, decide, execution or Execution())
+    return passes.two_passes(survey, job, decide, execution)
 
 
 def keep(
@@ -98,7 +92,8 @@ def score(piece: JsonObject, options: JsonObject, output: Output) -> None:
     scorer = _scorer(options["model"], options["dim"])
     scores: list[np.ndarray] = []
     languages: list[str] = []
-    for batch in _batches(passes.samples_of(piece)):
+    samples = passes.samples_of(piece)
+    while batch := list(itertools.islice(samples, _IMAGES_AT_A_TIME)):
         output.came_in(len(batch))
         texts = [caption["text"] for sample in batch for caption in sample.content["captions"]]
         owners = np.repeat(np.arange(len(batch)), [len(sample.content["captions"]) for sample in batch])
@@ -130,17 +125,6 @@ def cut(piece: JsonObject, options: JsonObject, output: Output) -> None:
             output.drop("no caption fits the image", f"{piece['dataset']}: {sample.row.key}")
 
 
-def _batches(samples: Iterator[passes.Sample]) -> Iterator[list[passes.Sample]]:
-    batch: list[passes.Sample] = []
-    for sample in samples:
-        batch.append(sample)
-        if len(batch) == _IMAGES_AT_A_TIME:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
 def _image(sample: passes.Sample) -> Image.Image | None:
     """Its image; None if it cannot be decoded."""
     try:
@@ -169,11 +153,7 @@ def _dual_encoder(folder: Path, dim: int | None) -> Scorer:
         text, vision = TextTower.from_pretrained(folder / "text"), VisionTower.from_pretrained(folder / "vision")
     except (ValueError, OSError) as error:
         raise UserError(f"cannot load {folder}: {error}") from error
-
-    def both(images: Sequence[Image.Image], texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        return vision.encode(images, truncate_dim=dim), text.encode(texts, truncate_dim=dim)
-
-    return both
+    return lambda images, texts: (vision.encode(images, truncate_dim=dim), text.encode(texts, truncate_dim=dim))
 
 
 def _open_clip(name: str) -> Scorer:

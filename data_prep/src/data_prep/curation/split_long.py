@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
-from data_prep.curation.passes import Sample, TextDict, open_alike, pieces_of, samples_of, write
+from data_prep.curation.passes import open_alike, pieces_of, samples_of, write
 from data_prep.curation.tokens import TokenCounter
 from data_prep.errors import UserError
 from data_prep.execute import Execution, Job, Output, Target, run_job
@@ -57,16 +58,12 @@ def split(piece: JsonObject, options: JsonObject, output: Output) -> None:
             write(
                 output,
                 piece,
-                _with_captions(sample, [captions[place] for place in chosen]),
+                replace(sample, content={**sample.content, "captions": [captions[place] for place in chosen]}),
                 kind=kind,
                 tokens=max(counts[place] for place in chosen),
             )
         if not captions:
             output.drop("no caption", f"{piece['dataset']}: {sample.row.key}")
-
-
-def _with_captions(sample: Sample, captions: list[TextDict]) -> Sample:
-    return Sample(sample.kind, sample.row, sample.members, {**sample.content, "captions": captions})
 
 
 @functools.lru_cache(1)

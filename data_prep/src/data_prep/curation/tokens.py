@@ -34,18 +34,16 @@ class TokenCounter:
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); give a tokenizer") from error
         self.path, self.sha256 = path, hashlib.sha256(data).hexdigest()
-        self._json: Any = None
-        self._pieces: Any = None
+        self._json = path.suffix == ".json"
         try:
-            if path.suffix == ".json":
-                self._json = needs("tokenizers", extra="curation", what="reading tokenizer.json").Tokenizer.from_buffer(
-                    data
-                )
-                self._json.no_truncation()
-                self._json.no_padding()
+            if self._json:
+                tokenizers = needs("tokenizers", extra="curation", what="reading tokenizer.json")
+                self._tokenizer: Any = tokenizers.Tokenizer.from_buffer(data)
+                self._tokenizer.no_truncation()
+                self._tokenizer.no_padding()
             else:
                 sentencepiece = needs("sentencepiece", extra="curation", what="counting tokens")
-                self._pieces = sentencepiece.SentencePieceProcessor(model_proto=data)
+                self._tokenizer = sentencepiece.SentencePieceProcessor(model_proto=data)
         except UserError:
             raise
         except Exception as error:  # the tokenizers library raises a bare Exception
@@ -55,6 +53,6 @@ class TokenCounter:
 
     def counts(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, `<s>` and `</s>` included."""
-        if self._json is not None:
-            return [len(encoding.ids) for encoding in self._json.encode_batch(list(texts))]
-        return [len(ids) + 2 for ids in self._pieces.encode(list(texts))]
+        if self._json:
+            return [len(encoding.ids) for encoding in self._tokenizer.encode_batch(list(texts))]
+        return [len(ids) + 2 for ids in self._tokenizer.encode(list(texts))]

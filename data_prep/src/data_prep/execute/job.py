@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from data_prep.shards import KINDS, alone, write_manifest
 from data_prep.shards.files import sync, write_file, writing
 from data_prep.shards.format import JsonObject
 
+say = functools.partial(print, flush=True)  # a job runs for hours, often into a file
 _EXAMPLES = 5  # of what was dropped, per reason
 
 
@@ -111,7 +113,7 @@ class Execution:
             raise UserError(f"{self.workers} workers: expected at least 1")
 
 
-def run_job(job: Job, execution: Execution | None = None, *, log: Callable[[str], None] = print) -> JsonObject | None:
+def run_job(job: Job, execution: Execution | None = None, *, log: Callable[[str], None] = say) -> JsonObject | None:
     """Do the remaining units of a job and publish its data sets; returns the receipt that is stored beside them.
 
     Returns None if other array tasks have units left: the last of them publishes.
@@ -135,17 +137,15 @@ def run_job(job: Job, execution: Execution | None = None, *, log: Callable[[str]
 
 
 def _go_on(job: Job, execution: Execution, log: Callable[[str], None]) -> JsonObject | None:
-    if not job.partial.exists():  # another task published while this one waited
-        return _published(job)
-    if not (job.partial / "publish.json").exists():
+    mark = job.partial / "publish.json"
+    if job.partial.exists() and not mark.exists():
         _run(job, execution, log)
-        with _alone(job):
-            if not job.partial.exists():  # another array task published
-                return _published(job)
-            if not _prepare(job):
-                log(f"{job.partial}: this task is done, others have units left; the last one publishes")
-                return None
     with _alone(job):
+        if not job.partial.exists():  # another array task published
+            return _published(job)
+        if not mark.exists() and not _prepare(job):
+            log(f"{job.partial}: this task is done, others have units left; the last one publishes")
+            return None
         receipt = _publish(job)
     for line in table(receipt):
         log(line)
@@ -196,13 +196,12 @@ def _begin(job: Job) -> None:
 def _run(job: Job, execution: Execution, log: Callable[[str], None]) -> None:
     first, step = execution.task
     own = job.specs()[first::step]
-    done = [spec for spec in own if read_receipt(spec) is not None]
+    left = [spec for spec in own if read_receipt(spec) is None]
+    done = len(own) - len(left)
     if done:
-        log(f"{job.partial}: going on, {len(done)} of {len(own)} units are done")
-    finished = {spec.number for spec in done}
-    left = [spec for spec in own if spec.number not in finished]
+        log(f"{job.partial}: going on, {done} of {len(own)} units are done")
     progress = Progress(len(own))
-    for _ in done:
+    for _ in range(done):
         progress.add(0, new=False)
     for receipt in run_units(left, engine=execution.engine, workers=execution.workers or os.cpu_count() or 1):
         progress.add(sum(receipt.went_out.values()))
@@ -252,13 +251,8 @@ def _prepare(job: Job) -> bool:
 
 def _publish(job: Job) -> JsonObject:
     """Rename the data sets into place; if it is stopped, the next run continues."""
-    mark = job.partial / "publish.json"
     with writing(job.partial):
-        if not mark.exists():  # another array task published
-            published = _published(job)
-            assert published is not None
-            return published
-        receipt: JsonObject = json.loads(mark.read_bytes())
+        receipt: JsonObject = json.loads((job.partial / "publish.json").read_bytes())
         for kind in receipt["went_out"]:
             folder = job.target.folder(kind)
             if (job.partial / kind).exists():

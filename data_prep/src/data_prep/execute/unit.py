@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from data_prep.shards import ShardError, ShardWriter
 from data_prep.shards.files import temporary, write_file, writing
@@ -133,15 +134,8 @@ class Output:
         """Finish the open shards; returns the receipt."""
         for kind in list(self._open):
             self._finish(kind)
-        return Receipt(
-            self._spec.number,
-            self._came_in,
-            dict(sorted(self._went_out.items())),
-            dict(sorted(self._dropped.items())),
-            dict(sorted(self._examples.items())),
-            dict(sorted(self._notes.items())),
-            dict(sorted(self._shards.items())),
-        )
+        parts: tuple[dict[str, Any], ...] = (self._went_out, self._dropped, self._examples, self._notes, self._shards)
+        return Receipt(self._spec.number, self._came_in, *(dict(sorted(part.items())) for part in parts))
 
     def abandon(self) -> None:
         """Remove the unfinished shards."""

@@ -67,7 +67,7 @@ def _overview(findings: Sequence[Summary]) -> Iterable[str]:
             f"{one.size / 1e6:,.1f} MB",
             str(len(one.by_language)),
             _number(one.sampled),
-            _shares(one.by_origin),
+            ", ".join(f"{name} {n / one.by_origin.total():.0%}" for name, n in one.by_origin.most_common(4)),
         ]
         for one in findings
     ]
@@ -200,11 +200,6 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, texts: Colle
     )
     body = "".join("<tr>" + "".join(cell(n, value) for n, value in enumerate(row)) + "</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _shares(counts: Counter[str]) -> str:
-    total = counts.total()
-    return ", ".join(f"{name} {count / total:.0%}" for name, count in counts.most_common(4))
 
 
 def _number(value: int) -> str:

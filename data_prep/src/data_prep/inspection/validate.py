@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import multiprocessing
 import tarfile
 from collections.abc import Callable, Iterator
@@ -84,7 +85,7 @@ def _check_shard(directory: Path, decode: bool, number: int) -> tuple[list[Probl
             row = dataset.row(index)
         except ShardError as error:
             return [Problem(str(directory), tar.name, str(error))], []
-        keys.append(int.from_bytes(_digest(row.key)))
+        keys.append(int.from_bytes(hashlib.blake2b(row.key.encode(), digest_size=8).digest()))
         where = f"{tar.name}, sample {row.key!r}"
         problems += [
             Problem(str(directory), where, what) for what in _check_sample(dataset, index, row, places, decode)
@@ -136,8 +137,6 @@ def _check_texts(members: dict[str, bytes], kind: str, row: Row) -> Iterator[str
 
 
 def _undecodable(data: bytes) -> str | None:
-    import io
-
     from PIL import Image
 
     try:
@@ -161,7 +160,3 @@ def _places(tar: Path) -> dict[str, tuple[int, int]]:
     except (tarfile.TarError, OSError):
         return {}
     return places
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.blake2b(key.encode(), digest_size=8).digest()

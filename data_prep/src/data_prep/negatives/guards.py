@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,33 +71,19 @@ def choose(
     """
     chosen = np.full((len(neighbours), guards.count), -1, np.int64)
     for row, (near, similar) in enumerate(zip(neighbours.tolist(), scores.tolist(), strict=True)):
-        passed = _passing(first + row, near, similar, float(positives[row]), known, answers_of, guards)
-        found = [pair for _, pair in zip(range(guards.count), passed, strict=False)]
+        query, most = first + row, float(positives[row]) - guards.margin
+        right = answers_of(int(known.query[query])) | {int(known.answer[query])}
+        taken: set[int] = set()
+        found: list[int] = []
+        for pair, score in zip(near, similar, strict=True):
+            if pair < 0 or len(taken) == guards.ranks[1] or len(found) == guards.count:
+                break
+            answer = int(known.answer[pair])
+            if answer in right or known.item[pair] == known.item[query] or answer in taken:
+                continue
+            taken.add(answer)  # copies of one answer count once, as negatives and in the ranks
+            if len(taken) >= guards.ranks[0] and score <= most:
+                found.append(pair)
         if len(found) == guards.count:
             chosen[row] = found
     return chosen
-
-
-def _passing(
-    query: int,
-    near: list[int],
-    similar: list[float],
-    positive: float,
-    known: Known,
-    answers_of: Callable[[int], set[int]],
-    guards: Guards,
-) -> Iterator[int]:
-    right = answers_of(int(known.query[query])) | {int(known.answer[query])}
-    item, taken, rank = known.item[query], set[int](), 0
-    for pair, score in zip(near, similar, strict=True):
-        if pair < 0:
-            return
-        answer = int(known.answer[pair])
-        if answer in right or known.item[pair] == item or answer in taken:
-            continue
-        taken.add(answer)  # copies of one answer count once, as negatives and in the ranks
-        rank += 1
-        if rank > guards.ranks[1]:
-            return
-        if rank >= guards.ranks[0] and score <= positive - guards.margin:
-            yield pair

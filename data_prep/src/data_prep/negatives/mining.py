@@ -15,7 +15,7 @@ from data_prep.curation import passes
 from data_prep.curation.minhash import near_duplicates, signatures
 from data_prep.curation.signature_store import SignatureStore, arrays_of
 from data_prep.errors import UserError, needs
-from data_prep.execute import Execution, Job, Output, Target
+from data_prep.execute import Execution, Output, Target
 from data_prep.negatives.guards import Guards, Known, choose
 from data_prep.negatives.search import EXACT_UP_TO, build_index, search
 from data_prep.shards import Dataset
@@ -64,26 +64,17 @@ def mine_negatives(
     datasets = passes.open_alike(directories)
     if datasets[0].kind != "text-pairs":
         raise UserError(f"{datasets[0].directory} holds {datasets[0].kind}; expected text-pairs")
-    pieces = passes.pieces_of(datasets)
     encoding = {**asdict(embedding), "model": str(_text_folder(Path(embedding.model)).resolve())}
-    survey = passes.Survey(target, f"{__name__}:embed", pieces, encoding)
-    job = Job(
-        title="negatives",
-        target=target,
-        work=f"{__name__}:compose",
-        pieces=passes.with_decisions(survey, pieces),
-        options={
-            **encoding,
-            **asdict(guards),
-            "similarity": similarity,
-            "exact_up_to": exact_up_to,
-            "datasets": [str(dataset.directory.resolve()) for dataset in datasets],
-        },
-        tokenizer_sha256=datasets[0].manifest["tokenizer_sha256"],
-    )
-    return passes.two_passes(
-        survey, job, lambda done: _decide(done, guards, similarity, exact_up_to), execution or Execution()
-    )
+    survey = passes.Survey(target, f"{__name__}:embed", passes.pieces_of(datasets), encoding)
+    rules = {
+        **encoding,
+        **asdict(guards),
+        "similarity": similarity,
+        "exact_up_to": exact_up_to,
+        "datasets": [str(dataset.directory.resolve()) for dataset in datasets],
+    }
+    job = passes.job_on(datasets, target, "negatives", f"{__name__}:compose", rules, survey)
+    return passes.two_passes(survey, job, lambda done: _decide(done, guards, similarity, exact_up_to), execution)
 
 
 def embed(piece: JsonObject, options: JsonObject, output: Output) -> None:
@@ -91,8 +82,10 @@ def embed(piece: JsonObject, options: JsonObject, output: Output) -> None:
     queries, targets, items = [], [], []
     for sample in passes.samples_of(piece):
         output.came_in()
-        queries.append(sample.content["query"][0]["text"])
-        targets.append(_different_text(sample.content["target"], queries[-1]))
+        query, alternatives = (sample.content[side] for side in ("query", "target"))
+        queries.append(query[0]["text"])
+        # Names are equal in many languages: the first that differs from the query says more.
+        targets.append(next((text["text"] for text in alternatives if text["text"] != queries[-1]), queries[-1]))
         item = f"{sample.content.get('source')}:{sample.content.get('item', sample.row.key)}"
         items.append(int.from_bytes(hashlib.sha256(item.encode("utf-8", "replace")).digest()[:8], "big"))
     tower = _tower(options["model"])
@@ -151,19 +144,11 @@ class _Corpus:
 
     def target(self, pair: int) -> list[passes.TextDict]:
         number = int(np.searchsorted(self._begins, pair, "right")) - 1
-        texts: list[passes.TextDict] = passes.sample_at(
-            self._datasets[number], pair - int(self._begins[number])
-        ).content["target"]
-        return texts
+        sample = passes.sample_at(self._datasets[number], pair - int(self._begins[number]))
+        return sample.texts[1]
 
 
 _corpus = functools.lru_cache(1)(_Corpus)
-
-
-def _different_text(alternatives: Sequence[passes.TextDict], query: str) -> str:
-    """The first alternative that differs from the query (names are equal in many languages); else the first."""
-    texts: list[str] = [text["text"] for text in alternatives]
-    return next((text for text in texts if text != query), texts[0])
 
 
 def _text_folder(model: Path) -> Path:

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from data_prep.shards.format import JsonObject
 from data_prep.sources.captions import ArxivCap, Karpathy, ShareGpt4v
 from data_prep.sources.evalsets import Coco, Flickr30k, Xm3600, Xtd10
 from data_prep.sources.folder import Folder
 from data_prep.sources.img2dataset import DataComp, Img2dataset
 from data_prep.sources.pdf import PdfFolder, TatDqa
 from data_prep.sources.questions import ArxivQa, DocVqa, InfographicsVqa, SciGraphQa
-from data_prep.sources.records import Source
 from data_prep.sources.texts import Texts
 from data_prep.sources.vidore import Vidore, VidoreBenchmark
 from data_prep.sources.wit import Wit
@@ -45,12 +43,4 @@ EVALSETS: dict[str, type[Any]] = {
     "vidore": VidoreBenchmark,
 }
 
-
-def source_of(options: JsonObject) -> Source:
-    """The source that a unit's options describe."""
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in options["values"].items()}
-    source: Source = (EVALSETS if options["evalset"] else SOURCES)[options["source"]](**values)
-    return source
-
-
-__all__ = ["EVALSETS", "SOURCES", "Source", "source_of"]
+__all__ = ["EVALSETS", "SOURCES"]

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
 from data_prep.samples import Text
+from data_prep.shards.format import JsonObject
 from data_prep.sources.folder import inside
-from data_prep.sources.records import Dropped, Found, ImageRecord
+from data_prep.sources.records import Dropped, Found, ImageRecord, Row, objects
 
 _OPTION = re.compile(r"\s*\(?([A-Za-z])(?:[).:]\s*|$)")  # "B", "(B)", "B) text", "B. text"
-
-Question = tuple[str, str | None, Text | Dropped]  # where, name of the image, caption
 
 
 def answer_text(value: object) -> str:
@@ -59,9 +58,17 @@ def question_caption(question: object, answer: str, *, where: str, origin: str, 
     return Text(f"{question.strip()} {answer}", language, "long", origin)
 
 
-def by_image(questions: Iterable[Question], folder: Path) -> Iterator[Found]:
-    """One record for consecutive questions about one image in `folder`; each is one of its captions."""
-    for name, group in groupby(questions, key=lambda question: question[1]):
+def by_image(
+    rows: Iterable[Row | Dropped],
+    question: Callable[[str, JsonObject], tuple[object, Text | Dropped]],
+    folder: Path,
+) -> Iterator[Found]:
+    """One record for consecutive rows about one image in `folder`; each is one of its captions.
+
+    `question` gives the image's name and the caption of a row (place, fields).
+    """
+    asked = ((r.where, None, r) if isinstance(r, Dropped) else (r[0], *question(*r)) for r in objects(rows))
+    for name, group in groupby(asked, key=lambda one: one[1] if isinstance(one[1], str) else None):
         captions: list[Text] = []
         first = ""
         for where, _, caption in group:
@@ -76,9 +83,4 @@ def by_image(questions: Iterable[Question], folder: Path) -> Iterator[Found]:
         if path is None:
             yield Dropped("file name outside the folder" if name else "no image name", first, len(captions))
         else:
-            yield ImageRecord(first, str(name), path, long=unique(captions))
-
-
-def unique(captions: Sequence[Text]) -> list[Text]:
-    """Captions without duplicates, in order."""
-    return list(dict.fromkeys(captions))
+            yield ImageRecord(first, str(name), path, long=list(dict.fromkeys(captions)))

@@ -34,11 +34,9 @@ class ShareGpt4v:
     origin: str = option("synthetic:sharegpt4v", "where the captions came from")
 
     def pieces(self) -> Iterator[JsonObject]:
-        """A thousand images each."""
-        yield from list_pieces(self.conversations, _ELEMENTS)
+        return list_pieces(self.conversations, _ELEMENTS)
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
-        """A record a conversation."""
         return from_rows(read_list(piece), self._record)
 
     def _record(self, where: str, fields: JsonObject) -> Iterator[Found]:
@@ -74,11 +72,9 @@ class Karpathy:
     splits: str = option("train,restval", "splits to take, with commas")
 
     def pieces(self) -> Iterator[JsonObject]:
-        """A thousand images each."""
-        yield from list_pieces(self.dataset, _ELEMENTS, key="images")
+        return list_pieces(self.dataset, _ELEMENTS, key="images")
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
-        """A record an image of the splits."""
         return from_rows(read_list(piece), self._record)
 
     def _record(self, where: str, fields: JsonObject) -> Iterator[Found]:
@@ -116,11 +112,9 @@ class ArxivCap:
     files: tuple[str, ...] = argument("parquet files, or folders of them")
 
     def pieces(self) -> Iterator[JsonObject]:
-        """Some papers each."""
         yield from parquet_pieces(files_in(self.files, (".parquet",)), 100, columns=("caption_images",))
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
-        """A record for each image of each figure."""
         return from_rows(read_parquet(piece, ("caption_images",)), self._record)
 
     def _record(self, paper: str, fields: JsonObject) -> Iterator[Found]:

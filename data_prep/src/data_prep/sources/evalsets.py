@@ -18,9 +18,8 @@ from data_prep.errors import UserError
 from data_prep.image_rule import ImageRule
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
-from data_prep.sources.file_stat import file_stat
 from data_prep.sources.folder import inside
-from data_prep.sources.records import Dropped, Found, ImageRecord, argument
+from data_prep.sources.records import Dropped, Found, ImageRecord, argument, file_stat
 
 _IMAGES = 500
 _XTD_CODES = {"jp": "ja"}  # as its files are called
@@ -42,7 +41,6 @@ class _Photos(ABC):
         """All images of the set. OSError, ValueError, KeyError or TypeError if the list has another format."""
 
     def pieces(self) -> Iterator[JsonObject]:
-        """Some hundred images each."""
         if not Path(self.images).is_dir():
             raise UserError(f"{self.images}: no such folder")
         try:
@@ -55,7 +53,6 @@ class _Photos(ABC):
             yield {"first": first, "end": min(first + _IMAGES, count), "stamps": stamps}
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
-        """A record an image."""
         for name, captions in self.photos()[piece["first"] : piece["end"]]:
             path = inside(Path(self.images), name)
             if path is None:
@@ -77,7 +74,6 @@ class Xm3600(_Photos):
     images: str = argument("folder of the images")
 
     def photos(self) -> list[Photo]:
-        """The lines of captions.jsonl."""
         found = []
         for line in filter(None, _lines(Path(self.captions))):
             fields = json.loads(line)
@@ -102,7 +98,6 @@ class Xtd10(_Photos):
     images: str = argument("folder of the images, or the one that holds train2014 and val2014")
 
     def photos(self) -> list[Photo]:
-        """The names, each with a caption a language."""
         folder = Path(self.captions)
         names = _lines(folder / "test_image_names.txt")
         texts: list[list[Text]] = [[] for _ in names]
@@ -128,7 +123,6 @@ class Flickr30k(_Photos):
     images: str = argument("folder of the images")
 
     def photos(self) -> list[Photo]:
-        """The images, each with its captions."""
         found: dict[str, list[Text]] = {}
         for line in _lines(Path(self.captions))[1:]:
             name, comma, text = line.partition(".jpg,")  # captions hold commas and are not quoted
@@ -149,7 +143,6 @@ class Coco(_Photos):
     images: str = argument("folder of the images, or the one that holds val2014")
 
     def photos(self) -> list[Photo]:
-        """The images, each with its captions."""
         content = json.loads(Path(self.captions).read_bytes())
         captions: dict[Any, list[Text]] = {image["id"]: [] for image in content["images"]}
         for annotation in content["annotations"]:

@@ -47,7 +47,6 @@ class Folder:
     split: str = option("", "with --held-out: one of the two (default: both)", choices=("train", "validation"))
 
     def pieces(self) -> Iterator[JsonObject]:
-        """Some hundred rows each."""
         if not Path(self.folder).is_dir():
             raise UserError(f"{self.folder}: no such folder")
         table = Path(self.table) if self.table else _only_table(Path(self.folder))
@@ -71,7 +70,6 @@ class Folder:
         yield from table_pieces(table, _ROWS, delimiter=self.delimiter, charset=self.charset)
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
-        """A record a row."""
         return from_rows(read_table(piece), self._record)
 
     def _record(self, where: str, values: JsonObject) -> Iterator[Found]:

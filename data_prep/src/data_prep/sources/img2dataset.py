@@ -14,8 +14,7 @@ from data_prep.errors import UserError
 from data_prep.image_rule import ImageRule
 from data_prep.samples import Text
 from data_prep.shards.format import IMAGE_TYPES, JsonObject
-from data_prep.sources.file_stat import file_stat
-from data_prep.sources.records import Dropped, Found, ImageRecord, argument, option
+from data_prep.sources.records import Dropped, Found, ImageRecord, argument, file_stat, option
 from data_prep.sources.tars import TarSample, tar_samples
 
 _FAILED = ("failed_to_download", "failed_to_resize")
@@ -37,11 +36,9 @@ class Img2dataset:
     origin: str = option("human", "where the captions came from")
 
     def pieces(self) -> Iterator[JsonObject]:
-        """A shard each."""
         yield from shard_pieces(self.folder)
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
-        """A record for each image of the shard."""
         for found in read_shard(piece):
             if isinstance(found, Dropped):
                 yield found
@@ -74,7 +71,6 @@ class DataComp(Img2dataset):
     uids: str = option("", "the .npy file (dtype u8,u8); without it everything is taken")
 
     def pieces(self) -> Iterator[JsonObject]:
-        """A shard each."""
         if self.uids:
             _check_sorted(self.uids)
         yield from super().pieces()
@@ -156,12 +152,7 @@ def read_shard(piece: JsonObject) -> Iterator[Dropped | tuple[str, TarSample, Js
         if not any(extension in sample.members for extension in IMAGE_TYPES):
             yield Dropped("no image", where)
             continue
-        fields: Any = {}
-        if "json" in sample.members:
-            try:
-                fields = json.loads(sample.read("json"))
-            except (ValueError, RecursionError):
-                fields = None
+        fields = sample.json()
         if not isinstance(fields, dict):
             yield Dropped("metadata that is no JSON object", where)
         elif fields.get("status", "success") != "success":

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from data_prep.execute import Execution, Job, Output, Target, run_job
+from data_prep.execute import Execution, Job, Output, Target, run_job, say
 from data_prep.image_rule import ImageRule
 from data_prep.images import ImageRefused, StoredImage, store_image
 from data_prep.samples import captions_json, languages_of, texts_json
 from data_prep.shards.format import JsonObject
-from data_prep.sources import source_of
+from data_prep.sources import EVALSETS, SOURCES
 from data_prep.sources.records import Dropped, ImageRecord, Noted, Source, TextRecord
 
 _MAX_BYTES = 256 * 2**20  # of an image file; no photograph or page is larger
@@ -26,7 +26,7 @@ def import_source(
     evalset: bool = False,
     image: ImageRule | None = None,
     execution: Execution | None = None,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = say,
 ) -> JsonObject | None:
     """Import a source; returns the receipt, None if other array tasks have units left.
 
@@ -55,7 +55,8 @@ def import_source(
 
 def import_piece(piece: JsonObject, options: JsonObject, output: Output) -> None:
     """The work of one unit: everything that the source finds in the piece."""
-    source = source_of(options)
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in options["values"].items()}
+    source: Source = (EVALSETS if options["evalset"] else SOURCES)[options["source"]](**values)
     rule = ImageRule(**options["image"]) if options["image"] else None
     name = options["name"]
     for found in source.read(piece):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from data_prep.errors import UserError
@@ -10,8 +9,7 @@ from data_prep.execute import Execution, Job, Output, Target, run_job
 from data_prep.shards import Unusable, content_of, texts_in
 from data_prep.shards.format import IMAGE_TYPES, JsonObject
 from data_prep.shards.writer import sidecar_row
-from data_prep.sources.file_stat import file_stat
-from data_prep.sources.records import Dropped
+from data_prep.sources.records import Dropped, file_stat
 from data_prep.sources.tars import TarSample, tar_samples
 
 
@@ -22,7 +20,6 @@ def index_shards(
     name: str,
     kind: str,
     execution: Execution | None = None,
-    log: Callable[[str], None] = print,
 ) -> JsonObject | None:
     """Make the data set `out`/`kind`/`name` of links to tars and sidecars for them; returns the receipt.
 
@@ -46,7 +43,7 @@ def index_shards(
         pieces=[{"file": str(tar.resolve()), **file_stat(tar)} for tar in tars],
         options={"kind": kind},
     )
-    return run_job(job, execution, log=log)
+    return run_job(job, execution)
 
 
 def index_tar(piece: JsonObject, options: JsonObject, output: Output) -> None:

@@ -8,8 +8,7 @@ from typing import Any
 
 from data_prep.errors import UserError, needs
 from data_prep.shards.format import JsonObject
-from data_prep.sources.file_stat import file_stat
-from data_prep.sources.records import Dropped
+from data_prep.sources.records import Dropped, file_stat
 
 _BATCH = 16  # rows in memory at a time: each may hold an image
 

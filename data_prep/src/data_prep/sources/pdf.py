@@ -6,16 +6,15 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from data_prep.errors import UserError, needs
 from data_prep.image_rule import ImageRule
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
-from data_prep.sources.answers import answer_text, question_caption, unique
-from data_prep.sources.file_stat import file_stat
+from data_prep.sources.answers import answer_text, question_caption
 from data_prep.sources.json_lists import list_pieces, read_list
-from data_prep.sources.records import Dropped, Found, ImageRecord, Noted, argument, from_rows, option
+from data_prep.sources.records import Dropped, Found, ImageRecord, Noted, argument, file_stat, from_rows, option
 from data_prep.sources.texts import files_in
 
 PAGES = ImageRule(1024, encoding="png", kernel="bicubic")
@@ -40,8 +39,7 @@ class PdfFolder:
     side: int = option(PAGES.size, "pixels of a page's shortest side when it is drawn")
 
     def pieces(self) -> Iterator[JsonObject]:
-        """Some files each."""
-        needs("pypdfium2", extra="pdf", what="reading PDF")
+        _pdfium()
         files: list[str] = []
         stamps: list[JsonObject] = []
         for path in files_in(self.folder, (".pdf", ".PDF")):
@@ -54,19 +52,19 @@ class PdfFolder:
             yield {"files": files, "stamps": stamps}
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
-        """A record a page."""
         for name in piece["files"]:
             path = Path(name)
             item = next((str(path.relative_to(root)) for root in self.folder if path.is_relative_to(root)), "")
-            with _Pdf(path) as pdf:
-                if pdf.pages is None:
-                    yield Dropped("PDF that cannot be read", path.name)
-                    continue
-                if pdf.pages > self.max_pages:
-                    yield Dropped("page beyond --max-pages", path.name, pdf.pages - self.max_pages)
-                for number in range(min(pdf.pages, self.max_pages)):
+            document = _open(path)
+            if document is None:
+                yield Dropped("PDF that cannot be read", path.name)
+                continue
+            with document:
+                if len(document) > self.max_pages:
+                    yield Dropped("page beyond --max-pages", path.name, len(document) - self.max_pages)
+                for number in range(min(len(document), self.max_pages)):
                     where = f"{path.name}, page {number + 1}"
-                    page = pdf.page(number, self.side)
+                    page = _drawn(document, number, self.side)
                     if page is None:
                         yield Dropped("page that cannot be drawn", where)
                     elif not page[1]:
@@ -91,14 +89,12 @@ class TatDqa:
     side: int = option(PAGES.size, "pixels of a page's shortest side when it is drawn")
 
     def pieces(self) -> Iterator[JsonObject]:
-        """Some documents each."""
-        needs("pypdfium2", extra="pdf", what="reading PDF")
+        _pdfium()
         if not Path(self.documents).is_dir():
             raise UserError(f"{self.documents}: no such folder")
         yield from list_pieces(self.questions, _DOCUMENTS)
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
-        """A record for each page that is asked about."""
         return from_rows(read_list(piece), self._record)
 
     def _record(self, where: str, fields: JsonObject) -> Iterator[Found]:
@@ -107,9 +103,6 @@ class TatDqa:
         if not isinstance(uid, str) or not uid.isalnum() or not isinstance(questions, list):
             yield Dropped("no document or no questions", where)
             return
-        yield from self._document(where, uid, questions)
-
-    def _document(self, where: str, uid: str, questions: list[object]) -> Iterator[Found]:
         blocks = _pages_of_blocks(Path(self.documents) / f"{uid}.json")
         captions: dict[int, list[Text]] = {}
         for question in questions:
@@ -127,52 +120,46 @@ class TatDqa:
                 captions.setdefault(_page_of(question.get("block_mapping"), blocks), []).append(caption)
         if not captions:
             return
-        with _Pdf(Path(self.documents) / f"{uid}.pdf") as pdf:
-            if pdf.pages is None:
-                yield Dropped("PDF that is missing or cannot be read", where)
-                return
-            if pdf.pages > 1 and not blocks:
+        document = _open(Path(self.documents) / f"{uid}.pdf")
+        if document is None:
+            yield Dropped("PDF that is missing or cannot be read", where)
+            return
+        with document:
+            if len(document) > 1 and not blocks:
                 yield Noted("documents of several pages without UID.json, first page taken")
             for number, texts in sorted(captions.items()):
-                page = pdf.page(min(number, pdf.pages - 1), self.side)
+                page = _drawn(document, min(number, len(document) - 1), self.side)
                 if page is None:
                     yield Dropped("page that cannot be drawn", where)
                 else:
-                    yield ImageRecord(where, f"{uid}/{number + 1}", page[0], long=unique(texts))
+                    yield ImageRecord(where, f"{uid}/{number + 1}", page[0], long=list(dict.fromkeys(texts)))
 
 
-class _Pdf:
-    """An open PDF; `pages` is None if it cannot be read."""
+def _pdfium() -> Any:
+    return needs("pypdfium2", extra="pdf", what="reading PDF")
 
-    def __init__(self, path: Path) -> None:
-        pdfium = needs("pypdfium2", extra="pdf", what="reading PDF")
-        try:
-            self._document = pdfium.PdfDocument(path)
-            self.pages: int | None = len(self._document)
-        except (pdfium.PdfiumError, OSError):
-            self._document, self.pages = None, None
 
-    def __enter__(self) -> _Pdf:
-        return self
+def _open(path: Path) -> Any:
+    """The document, a context manager; None if it cannot be read."""
+    try:
+        return _pdfium().PdfDocument(path)
+    except (_pdfium().PdfiumError, OSError):
+        return None
 
-    def __exit__(self, *_: object) -> None:
-        if self._document is not None:
-            self._document.close()
 
-    def page(self, number: int, side: int) -> tuple[bytes, str] | None:
-        """A page as a PNG whose shortest side has at least `side` pixels, and its text; None if it cannot be drawn."""
-        pdfium = needs("pypdfium2", extra="pdf", what="reading PDF")
-        from data_prep.images import encode_image
+def _drawn(document: Any, number: int, side: int) -> tuple[bytes, str] | None:
+    """A page as a PNG whose shortest side has at least `side` pixels, and its text; None if it cannot be drawn."""
+    from data_prep.images import encode_image
 
-        try:
-            page = self._document[number]
-            width, height = page.get_size()
-            scale = min(side / max(min(width, height), 1), _RENDERED / max(width, height, 1))
-            image = page.render(scale=scale).to_pil().convert("RGB")
-            text = page.get_textpage().get_text_bounded()
-        except (pdfium.PdfiumError, ValueError, OSError, MemoryError):
-            return None
-        return encode_image(image, PAGES), " ".join(text.replace("\ufffe", "").replace("\0", "").split())
+    try:
+        page = document[number]
+        width, height = page.get_size()
+        scale = min(side / max(min(width, height), 1), _RENDERED / max(width, height, 1))
+        image = page.render(scale=scale).to_pil().convert("RGB")
+        text = page.get_textpage().get_text_bounded()
+    except (_pdfium().PdfiumError, ValueError, OSError, MemoryError):
+        return None
+    return encode_image(image, PAGES), " ".join(text.replace("\ufffe", "").replace("\0", "").split())
 
 
 def _pages_of_blocks(path: Path) -> dict[str, int]:

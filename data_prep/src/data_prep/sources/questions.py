@@ -10,10 +10,10 @@ from typing import ClassVar
 from data_prep.image_rule import ImageRule
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
-from data_prep.sources.answers import Question, answer_text, by_image, chosen, question_caption, unique
+from data_prep.sources.answers import answer_text, by_image, chosen, question_caption
 from data_prep.sources.folder import inside
 from data_prep.sources.json_lists import list_pieces, read_list
-from data_prep.sources.records import Dropped, Found, ImageRecord, Row, argument, from_rows, objects, option
+from data_prep.sources.records import Dropped, Found, ImageRecord, argument, from_rows, option
 from data_prep.sources.tables import line_pieces, read_lines
 
 DOCUMENTS = ImageRule(768, kernel="bicubic")
@@ -34,22 +34,16 @@ class DocVqa:
     images: str = argument("folder from which the image names start")
 
     def pieces(self) -> Iterator[JsonObject]:
-        """Some thousand questions each."""
         yield from list_pieces(self.questions, _ELEMENTS, key="data")
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
-        """A record for each image."""
-        yield from by_image((self._question(row) for row in objects(read_list(piece))), Path(self.images))
+        yield from by_image(read_list(piece), self._question, Path(self.images))
 
-    def _question(self, row: Row | Dropped) -> Question:
-        if isinstance(row, Dropped):
-            return row.where, None, row
-        where, fields = row
+    def _question(self, where: str, fields: JsonObject) -> tuple[object, Text | Dropped]:
         answers = fields.get("answers")
         answer = answer_text(answers[0]) if isinstance(answers, list) and answers else answer_text(answers)
-        name = fields.get(self.image_field)
         caption = question_caption(fields.get("question"), answer, where=where, origin="human:joined")
-        return where, name if isinstance(name, str) else None, caption
+        return fields.get(self.image_field), caption
 
 
 @dataclass(frozen=True)
@@ -76,21 +70,15 @@ class ArxivQa:
     origin: str = option("synthetic:gpt-4v", "where questions and answers came from")
 
     def pieces(self) -> Iterator[JsonObject]:
-        """Some megabytes of lines."""
         yield from line_pieces(self.questions)
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
-        """A record for each figure."""
-        yield from by_image((self._question(row) for row in objects(read_lines(piece))), Path(self.images))
+        yield from by_image(read_lines(piece), self._question, Path(self.images))
 
-    def _question(self, row: Row | Dropped) -> Question:
-        if isinstance(row, Dropped):
-            return row.where, None, row
-        where, fields = row
+    def _question(self, where: str, fields: JsonObject) -> tuple[object, Text | Dropped]:
         answer = answer_text(chosen(fields.get("label"), fields.get("options")))
-        name = fields.get("image")
         caption = question_caption(fields.get("question"), answer, where=where, origin=self.origin)
-        return where, name if isinstance(name, str) else None, caption
+        return fields.get("image"), caption
 
 
 @dataclass(frozen=True)
@@ -107,14 +95,12 @@ class SciGraphQa:
     origin: str = option("synthetic:palm-2", "where questions and answers came from")
 
     def pieces(self) -> Iterator[JsonObject]:
-        """Some thousand figures each."""
         if self.questions.endswith(".json"):
             yield from ({**piece, "list": True} for piece in list_pieces(self.questions, _ELEMENTS))
         else:
             yield from line_pieces(self.questions)
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
-        """A record for each figure."""
         return from_rows(read_list(piece) if piece.get("list") else read_lines(piece), self._record)
 
     def _record(self, where: str, fields: JsonObject) -> Iterator[Found]:
@@ -131,6 +117,6 @@ class SciGraphQa:
             if isinstance(found, Text):
                 long.append(found)
         if short or long:
-            yield ImageRecord(where, str(name), path, short, unique(long))
+            yield ImageRecord(where, str(name), path, short, list(dict.fromkeys(long)))
         else:
             yield Dropped("no caption", where)

@@ -81,6 +81,12 @@ def pick(values: JsonObject, named: str, usual: Sequence[str]) -> Any:
     return values.get(named) if named else next((values[name] for name in usual if name in values), None)
 
 
+def file_stat(path: Path) -> JsonObject:
+    """Size and modification time (ns), which reveal an edited file without reading it. OSError if it is gone."""
+    status = path.stat()
+    return {"bytes": status.st_size, "modified": status.st_mtime_ns}
+
+
 class Source(Protocol):
     """An importer: a frozen dataclass of plain values (they go into the receipt), made from the command line."""
 

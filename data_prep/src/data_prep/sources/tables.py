@@ -19,8 +19,7 @@ from typing import IO
 
 from data_prep.errors import UserError
 from data_prep.shards.format import JsonObject
-from data_prep.sources.file_stat import file_stat
-from data_prep.sources.records import Dropped, Row, objects
+from data_prep.sources.records import Dropped, Row, file_stat, objects
 
 _LINES = 16 * 2**20  # bytes of JSON lines in a piece
 _FIELD = 16 * 2**20  # characters in a line or field at most

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from data_prep.errors import UserError
 from data_prep.sources.records import Dropped
@@ -24,9 +25,15 @@ class TarSample:
     file: IO[bytes]
 
     def read(self, extension: str) -> bytes:
-        """The data of a member."""
         offset, size = self.members[extension]
         return os.pread(self.file.fileno(), size, offset)
+
+    def json(self) -> Any:
+        """Its parsed .json; {} without one, None if that is no JSON."""
+        try:
+            return json.loads(self.read("json")) if "json" in self.members else {}
+        except (ValueError, RecursionError):
+            return None
 
 
 def tar_samples(path: Path) -> Iterator[TarSample | Dropped]:

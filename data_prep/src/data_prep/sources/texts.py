@@ -47,7 +47,6 @@ class Texts:
     charset: str = option("utf-8", "character set of a CSV or TSV; Excel's plain CSV is often cp1252")
 
     def pieces(self) -> Iterator[JsonObject]:
-        """Some megabytes of lines or some thousand rows; a packed file is one piece."""
         languages = self.language.split(",")
         if len(languages) > 2 or not all(languages):
             raise UserError(f"--language {self.language}: expected one language, or QUERY,TARGET (de,en)")
@@ -63,7 +62,6 @@ class Texts:
                 yield from line_pieces(path)
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
-        """A record a line."""
         first, _, second = self.language.partition(",")
         for row in _rows(piece):
             if isinstance(row, Dropped):

@@ -36,11 +36,9 @@ class Vidore:
     language: str = option("en", "language of the queries")
 
     def pieces(self) -> Iterator[JsonObject]:
-        """Some hundred rows each."""
         yield from parquet_pieces(files_in(self.files, (".parquet",)), _ROWS, columns=("query", "image"))
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
-        """A record a row."""
         return from_rows(read_parquet(piece, _COLUMNS), self._record)
 
     def _record(self, where: str, fields: JsonObject) -> Iterator[Found]:
@@ -80,13 +78,11 @@ class VidoreBenchmark:
     language: str = option("en", "language of the queries, where they do not say it")
 
     def pieces(self) -> Iterator[JsonObject]:
-        """Some hundred pages each."""
         _parts(self.folder, "qrels")
         _parts(self.folder, "queries")
         yield from parquet_pieces(_parts(self.folder, "corpus"), _ROWS, columns=("corpus-id", "image"))
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
-        """A record a page."""
         return from_rows(read_parquet(piece, ("corpus-id", "image")), self._record)
 
     def _record(self, where: str, fields: JsonObject) -> Iterator[Found]:

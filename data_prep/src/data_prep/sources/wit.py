@@ -48,7 +48,6 @@ class Wit:
     images: str = option("", "folder of the images, each named as the last part of its address")
 
     def pieces(self) -> Iterator[JsonObject]:
-        """Rows of a table, or a downloaded shard."""
         if len(self.paths) == 1 and any(Path(self.paths[0]).glob("*_stats.json")):
             yield from shard_pieces(self.paths[0])
             return
@@ -64,19 +63,17 @@ class Wit:
             yield from table_pieces(path, _ROWS)
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
-        """A record a row: one image in one language."""
         if "stats" in piece:
             for found in read_shard(piece):
                 if isinstance(found, Dropped):
                     yield found
                     continue
                 where, sample, fields = found
-                texts = _captions({**fields, _SHORT: fields.get(_SHORT) or fields.get("caption")})
-                yield (
-                    image_record(where, sample, fields, short=texts[0], long=texts[1])
-                    if any(texts)
-                    else Dropped("no caption", where)
-                )
+                short, long = _captions({**fields, _SHORT: fields.get(_SHORT) or fields.get("caption")})
+                if short or long:
+                    yield image_record(where, sample, fields, short=short, long=long)
+                else:
+                    yield Dropped("no caption", where)
         else:
             yield from from_rows(read_table(piece), self._record)
 

@@ -20,7 +20,7 @@ from contrastive_losses import torch_tiles
 from contrastive_losses.batch import SMALLEST_NORM, Batch, Options, problem_with_call
 from contrastive_losses.ranks import Group, Ranks, agree
 from contrastive_losses.stats import LossStats, stats_of, weighted_sums
-from contrastive_losses.strip import LOG2E, Needs, Strip, logit_dtype
+from contrastive_losses.strip import LOG2E, Needs, Strip, blocks, logit_dtype
 
 
 def tiles_for(strip: Strip) -> ModuleType:
@@ -122,7 +122,7 @@ class _PairLoss(torch.autograd.Function):
         call: Call,
     ) -> tuple[Tensor, Tensor]:
         batch, settings, ranks = call
-        strip, rounding = _strip(queries, targets, negatives, scale, bias, batch, settings, ranks)
+        strip, rounding = _strip(queries, targets, negatives, scale, bias, call)
         own, dtype = slice(ranks.first, ranks.first + ranks.own), logit_dtype(strip)
         sample_weights = _normalised_weights(batch.sample_weights, ranks, strip.positive)
         weights = strip.positive.new_tensor(settings.weights)[:, None] * sample_weights  # [P, B]
@@ -214,16 +214,10 @@ class _PairLoss(torch.autograd.Function):
 
 
 def _strip(
-    queries: Tensor,
-    targets: Tensor,
-    negatives: Tensor | None,
-    scale: Tensor,
-    bias: Tensor,
-    batch: Batch,
-    settings: Settings,
-    ranks: Ranks,
+    queries: Tensor, targets: Tensor, negatives: Tensor | None, scale: Tensor, bias: Tensor, call: Call
 ) -> tuple[Strip, Tensor]:
     """This rank's strip and the `rounding` of `_positive_logits`."""
+    batch, settings, ranks = call
     dims = settings.dims
     flat = targets[:0] if negatives is None else negatives.flatten(0, 1)
     query_inverse_norm, target_inverse_norm, negative_inverse_norm = (
@@ -284,10 +278,6 @@ def _normalised_weights(sample_weights: Tensor | None, ranks: Ranks, like: Tenso
     return weights / weights.sum().clamp_min(torch.finfo(torch.float64).tiny)
 
 
-def _blocks(dims: tuple[int, ...]) -> list[slice]:
-    return [slice(low, high) for low, high in zip((0, *dims), dims, strict=False)]
-
-
 def _row_panels(rows: Tensor) -> list[slice]:
     """Few rows at a time on a CPU, so that copies in another dtype are small beside the embeddings."""
     step = 512 if rows.device.type == "cpu" else 8192
@@ -299,7 +289,7 @@ def _prefix_products(left: Tensor, right: Tensor, dims: tuple[int, ...]) -> Tens
     products = left.new_empty(len(dims), len(left), dtype=torch.float64)
     for rows in _row_panels(left):
         product = left[rows].double() * right[rows].double()
-        for p, block in enumerate(_blocks(dims)):
+        for p, block in enumerate(blocks(dims)):
             products[p, rows] = product[:, block].sum(1)
     return products.cumsum_(0)
 
@@ -310,15 +300,11 @@ def _inverse_norms(rows: Tensor, dims: tuple[int, ...]) -> Tensor:
     return torch.where(norms <= SMALLEST_NORM, 0.0, norms.reciprocal())
 
 
-def _suffix_sums(of_prefixes: Tensor) -> Tensor:
-    """`[P, n]` -> for each block of columns the sum over the prefixes that contain it."""
-    return of_prefixes.flip(0).cumsum(0).flip(0)
-
-
 def _add_rows(gradient: Tensor, rows: Tensor, of_prefixes: Tensor, dims: tuple[int, ...]) -> None:
     """gradient[i, :d] += of_prefixes[p, i] * rows[i, :d] for each dim d, in place."""
-    factors = _suffix_sums(of_prefixes).to(gradient.dtype)
+    # For each block of columns the sum over the prefixes that contain it.
+    factors = of_prefixes.flip(0).cumsum(0).flip(0).to(gradient.dtype)
     for panel in _row_panels(rows):
         embeddings = rows[panel].to(gradient.dtype)
-        for factor, block in zip(factors, _blocks(dims), strict=True):
+        for factor, block in zip(factors, blocks(dims), strict=True):
             gradient[panel, block].addcmul_(embeddings[:, block], factor[panel, None])

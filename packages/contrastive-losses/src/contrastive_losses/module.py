@@ -20,12 +20,12 @@ class _WithTemperature(nn.Module):
 
     def __init__(
         self,
-        dims: Sequence[int] | None,
-        weights: Sequence[float] | None,
-        temperature: float,
-        learnable: bool,
-        min_temperature: float,
-        false_negative_margin: float | None,
+        dims: Sequence[int] | None = None,
+        weights: Sequence[float] | None = None,
+        temperature: float = 0.07,
+        learnable: bool = True,
+        min_temperature: float = 0.01,
+        false_negative_margin: float | None = None,
     ) -> None:
         super().__init__()
         problem = (
@@ -98,17 +98,6 @@ class InfoNCE(_WithTemperature):
     Raises:
         ValueError: settings that do not fit.
     """
-
-    def __init__(
-        self,
-        dims: Sequence[int] | None = None,
-        weights: Sequence[float] | None = None,
-        temperature: float = 0.07,
-        learnable: bool = True,
-        min_temperature: float = 0.01,
-        false_negative_margin: float | None = None,
-    ) -> None:
-        super().__init__(dims, weights, temperature, learnable, min_temperature, false_negative_margin)
 
     def forward(
         self,

@@ -167,18 +167,14 @@ def refuse(problem: str, group: Group | None) -> NoReturn:
 
 
 def _exchanged(numbers: list[int], group: Group) -> list[list[int]]:
-    """Every rank's numbers, in rank order."""
-    message = torch.tensor(numbers, dtype=torch.int64, device=_message_device(group))
+    """Every rank's numbers, in rank order; over the CPU, unless the group has NCCL only, whatever the inputs are on."""
+    backend = dist.get_backend(group)
+    device = "cuda" if "nccl" in backend and "gloo" not in backend else "cpu"
+    message = torch.tensor(numbers, dtype=torch.int64, device=device)
     messages = [torch.empty_like(message) for _ in range(dist.get_world_size(group))]
     dist.all_gather(messages, message, group=group)
     told: list[list[int]] = torch.stack(messages).tolist()
     return told
-
-
-def _message_device(group: Group) -> torch.device:
-    """The device of the group's messages, whatever its inputs are on: the CPU, unless the group has NCCL only."""
-    backend = dist.get_backend(group)
-    return torch.device("cuda" if "nccl" in backend and "gloo" not in backend else "cpu")
 
 
 def _description(batch: Batch, scalars: list[Tensor], settings: tuple[Any, ...], stats: bool) -> list[int]:

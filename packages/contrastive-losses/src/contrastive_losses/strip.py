@@ -78,6 +78,11 @@ def logit_dtype(strip: Strip) -> torch.dtype:
     return torch.promote_types(torch.promote_types(dtype, strip.negatives.dtype), torch.float32)
 
 
+def blocks(dims: tuple[int, ...]) -> list[slice]:
+    """The columns that each prefix adds to the one before."""
+    return [slice(low, high) for low, high in zip((0, *dims), dims, strict=False)]
+
+
 class Factors(NamedTuple):
     """The factors that make a raw product a logit, for its row and for its column, in the dtype of logits."""
 

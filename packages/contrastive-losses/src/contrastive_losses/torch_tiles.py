@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from contrastive_losses.strip import LOG2E, Gradients, Needs, Strip, Sums, factors, logit_dtype, split_exponent
+from contrastive_losses.strip import LOG2E, Gradients, Needs, Strip, Sums, blocks, factors, logit_dtype, split_exponent
 
 LONGEST_SUM = 128  # terms of a product that a CPU adds at a time
 CPU_TILE = (512, 512)  # the tile of all prefixes, 6 MiB in float32 for six, stays in the last-level cache
@@ -81,7 +81,7 @@ class _Tiles:
     def __init__(self, strip: Strip, unit: float, offset: Tensor) -> None:
         self.strip, self.unit, self.offset = strip, unit, offset
         self.dtype, self.device = logit_dtype(strip), strip.queries.device
-        self.blocks = [slice(low, high) for low, high in zip((0, *strip.dims), strip.dims, strict=False)]
+        self.blocks = blocks(strip.dims)
         self.row_factor, self.target_factor, self.negative_factor = factors(strip, unit)
         tile = CPU_TILE if self.device.type == "cpu" else OTHER_TILE
         self.height = min(tile[0], len(strip.queries))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from contrastive_losses import triton_kernels
-from contrastive_losses.strip import LOG2E, Gradients, Needs, Strip, Sums, logit_dtype, split_exponent
+from contrastive_losses.strip import LOG2E, Gradients, Needs, Strip, Sums, blocks, logit_dtype, split_exponent
 from contrastive_losses.triton_panels import Panel, Panels
 
 SHARED_TOP = 110.0  # x - shift stays below this, so that no sum over a tile overflows in float32
@@ -132,12 +132,12 @@ def _add_products(strip: Strip, panel: Panel, h: Tensor, of_queries: Tensor | No
     """Adds a panel's H times the embeddings of the other side, block by block."""
     columns_of = strip.targets if panel.of_targets else strip.negatives
     queries, columns = strip.queries[panel.rows].to(h.dtype), columns_of[panel.columns].to(h.dtype)
-    for p, (low, high) in enumerate(zip((0, *strip.dims), strip.dims, strict=False)):
+    for p, block in enumerate(blocks(strip.dims)):
         of_block = h[p, : panel.height, : panel.width]
         if of_queries is not None:
-            _add_product(of_queries[panel.rows, low:high], of_block, columns[:, low:high])
+            _add_product(of_queries[panel.rows, block], of_block, columns[:, block])
         if of_columns is not None:
-            _add_product(of_columns[panel.columns, low:high], of_block.T, queries[:, low:high])
+            _add_product(of_columns[panel.columns, block], of_block.T, queries[:, block])
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

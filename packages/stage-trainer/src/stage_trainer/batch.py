@@ -90,12 +90,12 @@ class MaskedBatch:
 
 def image_chunks(batch: Batch, size: int) -> Iterator[Part]:
     """Parts of at most `size` images (0: all in one)."""
-    count = 0 if batch.images is None else len(batch.images)
-    no_seeds = batch.text_seeds[:0]
-    for start in range(0, count, size or max(1, count)):
-        rows = slice(start, start + (size or count))
-        assert batch.images is not None
-        yield Part(batch.images[rows], batch.image_seeds[rows], None, no_seeds)
+    if batch.images is None:
+        return
+    size = size or len(batch.images)
+    for start in range(0, len(batch.images), size):
+        rows = slice(start, start + size)
+        yield Part(batch.images[rows], batch.image_seeds[rows], None, batch.text_seeds[:0])
 
 
 def text_chunks(batch: Batch, tokens: int) -> Iterator[Part]:

@@ -21,15 +21,7 @@ from stage_trainer.recipe.tower_rules import build_config, check_towers
 
 
 def check_configs(recipe: Recipe, number: int, fetch: bool = False) -> None:
-    """Checks that the weights have what the recipe asks of them, in a stage of two towers, before anything is
-    allocated.
-
-    Args:
-        fetch: downloads weights that are not on this machine; otherwise the check does without them.
-
-    Raises:
-        UserError: names the key.
-    """
+    """`Task.check_configs` of a stage of two towers."""
     check_settled(recipe, recipe.stages, *tower_configs(recipe, number, fetch), fetch)
 
 
@@ -81,11 +73,7 @@ def named_weights(model: ModelConfig, tower: str) -> Iterator[None]:
 
 
 def build_model(recipe: Recipe, number: int, tokenizer: Tokenizer | None = None) -> DualEncoder:
-    """A new model of two towers for the first stage that trains it.
-
-    Raises:
-        UserError: an invalid configuration, a tokenizer with another vocabulary, weights that do not fit.
-    """
+    """`Task.build_model` of the first stage that trains two towers."""
     text_config, vision_config = tower_configs(recipe, number, fetch=True)
     with named_weights(recipe.model, "text"):
         path = weights.tower_weights(recipe.model, "text", fetch=True)
@@ -139,11 +127,7 @@ def _read_vision(path: str, config: VisionTowerConfig) -> VisionTower:
 
 
 def load_model(recipe: Recipe, number: int, path: Path) -> DualEncoder:
-    """A checkpoint's model, with the recipe's settings that do not affect its weights (dropout, checkpointing, …).
-
-    Raises:
-        UserError: a directory that holds no model, or one of another shape than the recipe's.
-    """
+    """`Task.load_model` of a stage of two towers."""
     options = {}
     for tower in ("text", "vision"):
         try:
@@ -155,11 +139,6 @@ def load_model(recipe: Recipe, number: int, path: Path) -> DualEncoder:
     model = DualEncoder.from_pretrained(path, **options)
     model.matryoshka_dims = recipe.stage(number).loss.dims
     return model
-
-
-def with_text_weights(recipe: Recipe, path: Path) -> Recipe:
-    """The recipe with a directory for its `model.text_weights`."""
-    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, text_weights=str(path)))
 
 
 def empty_model(recipe: Recipe, number: int) -> DualEncoder:

@@ -100,7 +100,7 @@ class Trainer:
             self.say(f"precision: auto is {recipe.precision} here")
         self.recipe, self.number = recipe, number
         self.stage, self.directory = recipe.stage(number), recipe.stage_directory(number)
-        check_ranks(recipe, number, world, recipe.name)
+        check_ranks(self.stage, world, f"{recipe.name}: stage {number}")
         self.task = make_task(recipe, number)
         torch.manual_seed(self.task.seed)
         self.task.check_configs(fetch=True)
@@ -191,7 +191,6 @@ class Trainer:
             operations=task.operations(engine, batch, number, totals.tokens, totals.squared_tokens),
             waited=waited,
             totals=totals,
-            asked=totals.asked,
         )
 
     def say(self, text: str) -> None:

@@ -188,20 +188,16 @@ def _held_scales(whole: Path) -> tuple[float, float] | None:
     if _is_ours(whole):
         config = json.loads((whole / "config.json").read_text())
         return float(config["logit_scale"]), float(config["text_logit_scale"])
-    file = whole / "model.safetensors"
-    if file.is_file():
+    scale = None
+    if (file := whole / "model.safetensors").is_file():
         from safetensors import safe_open
 
         with safe_open(file, framework="pt") as content:
             if "logit_scale" in content.keys():  # noqa: SIM118
-                scale = float(content.get_tensor("logit_scale"))
-                return scale, scale
-        return None
-    file = whole / "pytorch_model.bin"
-    if file.is_file():
+                scale = content.get_tensor("logit_scale")
+    elif (file := whole / "pytorch_model.bin").is_file():
         scale = torch.load(file, map_location="cpu", weights_only=True, mmap=True).get("logit_scale")
-        return None if scale is None else (float(scale), float(scale))
-    return None
+    return None if scale is None else (float(scale), float(scale))
 
 
 def _is_ours(folder: Path) -> bool:

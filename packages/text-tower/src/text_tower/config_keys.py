@@ -15,12 +15,8 @@ _SHAPE = frozenset([
     "layer_norm_eps", "pad_token_id", "max_position_embeddings", "model_type", "truncate_dim",
     "task_instructions", "trilith",
 ])  # fmt: skip
-_ROPE = frozenset([
-    "rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor",
-])  # fmt: skip
-_ADAPTERS = frozenset([
-    "lora_adaptations", "lora_rank", "lora_alpha", "rotary_emb_base",
-])  # fmt: skip
+_ROPE = frozenset({"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"})
+_ADAPTERS = frozenset({"lora_adaptations", "lora_rank", "lora_alpha", "rotary_emb_base"})
 
 # Keys without influence on embeddings: origin, storage, training, heads, generation, bookkeeping.
 _HARMLESS = frozenset([
@@ -79,9 +75,7 @@ _ONLY_CLIP_TEXT: dict[str, tuple[Any, ...]] = {
     "proj_bias": (False,),
     "default_instruction_task": (),
 }
-_HARMLESS_CLIP_TEXT = frozenset([
-    "embed_dim", "hf_model_name_or_path", "default_lora_task", "hf_model_config_kwargs",
-])  # fmt: skip
+_HARMLESS_CLIP_TEXT = frozenset({"embed_dim", "hf_model_name_or_path", "default_lora_task", "hf_model_config_kwargs"})
 
 
 def check_keys_of(stored: Mapping[str, Any], kind: str, file: Path) -> None:
@@ -96,37 +90,29 @@ def check_keys_of(stored: Mapping[str, Any], kind: str, file: Path) -> None:
     """
     known = _SHAPE | _HARMLESS
     if kind == "native":
-        head_dim = stored["hidden_size"] // stored["num_attention_heads"] if _whole_heads(stored) else None
-        only = {"position_embedding_type": ("rotary",), "head_dim": (head_dim,), "attention_bias": (True,)}
+        only = {"position_embedding_type": ("rotary",), "head_dim": (_head_dim(stored),), "attention_bias": (True,)}
         _refuse(stored, known | _ROPE | _HARMLESS_REMOTE, {**_ONLY, **only}, file)
     elif kind == "xlm-r":
         _refuse(stored, known, {**_ONLY, "position_embedding_type": ("absolute",)}, file)
     elif kind == "remote-code":
         _refuse(stored, known | _ADAPTERS | _HARMLESS_REMOTE, _remote(stored), file)
     else:
-        _refuse(stored, _HARMLESS | _HARMLESS_CLIP | {"model_type", "pad_token_id"}, {**_ONLY, **_ONLY_CLIP}, file)
-        text = stored["text_config"]
-        _refuse(
-            text,
-            _HARMLESS | _HARMLESS_CLIP_TEXT | {"model_type", "pad_token_id"},
-            {**_ONLY, **_ONLY_CLIP_TEXT},
-            file,
-            "text_config.",
-        )
+        shared, text = _HARMLESS | {"model_type", "pad_token_id"}, stored["text_config"]
+        _refuse(stored, shared | _HARMLESS_CLIP, _ONLY | _ONLY_CLIP, file)
+        _refuse(text, shared | _HARMLESS_CLIP_TEXT, _ONLY | _ONLY_CLIP_TEXT, file, "text_config.")
         options = text.get("hf_model_config_kwargs") or {}
         where = "text_config.hf_model_config_kwargs."
         _refuse(options, known | _ADAPTERS | _HARMLESS_REMOTE, _remote(options), file, where)
 
 
 def _remote(stored: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
-    head_dim = stored["hidden_size"] // stored["num_attention_heads"] if _whole_heads(stored) else None
-    return {
-        **_ONLY, **_ONLY_REMOTE, "position_embedding_type": ("rotary",), "rotary_emb_dim": (head_dim,)
-    }  # fmt: skip
+    only = {"position_embedding_type": ("rotary",), "rotary_emb_dim": (_head_dim(stored),)}
+    return _ONLY | _ONLY_REMOTE | only
 
 
-def _whole_heads(stored: Mapping[str, Any]) -> bool:
-    return all(isinstance(stored.get(key), int) and stored[key] for key in ("hidden_size", "num_attention_heads"))
+def _head_dim(stored: Mapping[str, Any]) -> int | None:
+    width, heads = stored.get("hidden_size"), stored.get("num_attention_heads")
+    return width // heads if isinstance(width, int) and isinstance(heads, int) and width and heads else None
 
 
 def _refuse(

@@ -45,14 +45,6 @@ class _Adapted(nn.Module):
         nn.init.uniform_(a, -1 / math.sqrt(a.shape[1]), 1 / math.sqrt(a.shape[1]))
         nn.init.zeros_(b)
 
-    def _renew_adapters(self) -> None:
-        """Memory and initial values for adapters that are on the meta device."""
-        for k in range(self.adapters):
-            if self.adapter(k)[0].is_meta:
-                for name, half in zip((f"lora_A_{k}", f"lora_B_{k}"), self.adapter(k), strict=True):
-                    setattr(self, name, nn.Parameter(self.weight.new_empty(half.shape)))
-                self.reset_adapter(k)
-
 
 class AdaptedLinear(_Adapted, nn.Linear):
     """`y = x Wᵀ + b + scale · (x Aᵀ) Bᵀ`; an adapter's A is `[rank, in]` and its B `[out, rank]`.
@@ -150,6 +142,9 @@ def unstacked(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def add_fresh_adapters(model: nn.Module) -> None:
     """Gives adapters that are still on the meta device memory and initial values."""
-    for module in model.modules():
-        if isinstance(module, _Adapted):
-            module._renew_adapters()
+    for module in (m for m in model.modules() if isinstance(m, _Adapted)):
+        for k in range(module.adapters):
+            if module.adapter(k)[0].is_meta:
+                for name, half in zip((f"lora_A_{k}", f"lora_B_{k}"), module.adapter(k), strict=True):
+                    setattr(module, name, nn.Parameter(module.weight.new_empty(half.shape)))
+                module.reset_adapter(k)

@@ -222,7 +222,7 @@ def stack(adapters: list[Adapter], shapes: Mapping[str, list[int]]) -> tuple[dic
     A tower has one rank and one scale: smaller ranks are padded with zeros, other scales are multiplied into B, and
     modules that an adapter lacks get zeros.
     """
-    rank = max(_rank(name, a) for adapter in adapters for name, (a, _) in adapter.modules.items())
+    rank = max(a.shape[1 if name in _TABLES else 0] for adapter in adapters for name, (a, _) in adapter.modules.items())
     scale = adapters[0].scale
     weights: dict[str, Tensor] = {}
     for name, (rows, columns) in shapes.items():
@@ -261,10 +261,6 @@ def _fused(parts: list[Any], shape: list[int]) -> tuple[Tensor, Tensor]:
     empty = {"A": _zeros(0, shape[1]), "B": _zeros(third, 0)}
     filled = [part or empty for part in parts]
     return torch.cat([part["A"] for part in filled]), cast(Any, torch.block_diag)(*(part["B"] for part in filled))
-
-
-def _rank(name: str, a: Tensor) -> int:
-    return a.shape[1] if name in _TABLES else a.shape[0]
 
 
 def _shape(name: str, a: Tensor, b: Tensor) -> list[int] | None:

@@ -62,7 +62,7 @@ def encode(
         for batch in _batches(images, batch_size, show_progress):
             pixels = [_pixels(self, image, number, native_aspect) for number, image in enumerate(batch, done)]
             done += len(batch)
-            rows = self(_packed(self, pixels) if native_aspect else _stacked(self, pixels))[:, :dims].float()
+            rows = self(_input(self, pixels, native_aspect))[:, :dims].float()
             results.append((F.normalize(rows, dim=-1) if normalize else rows).cpu().numpy())
     return np.concatenate(results)
 
@@ -114,10 +114,8 @@ def _pixels(tower: VisionTower, image: Any, number: int, native_aspect: bool) ->
         raise ImageError(f"images[{number}]: {error}") from error
 
 
-def _stacked(tower: VisionTower, pixels: list[Tensor]) -> Tensor:
-    return tower.normalize(torch.stack(pixels).to(tower.pos_embed.device))
-
-
-def _packed(tower: VisionTower, pixels: list[Tensor]) -> PackedPatches:
+def _input(tower: VisionTower, pixels: list[Tensor], native_aspect: bool) -> Tensor | PackedPatches:
     device = tower.pos_embed.device
+    if not native_aspect:
+        return tower.normalize(torch.stack(pixels).to(device))
     return PackedPatches.from_images([tower.normalize(image.to(device)) for image in pixels], tower.config.patch)

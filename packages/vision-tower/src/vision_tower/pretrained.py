@@ -288,20 +288,12 @@ def _with_weights(
     with torch.device("meta"):
         tower = cls(config)
     expected = tower.state_dict()
+    shapes = {key: (list(weights[key].shape), list(expected[key].shape)) for key in expected.keys() & weights.keys()}
+    wrong = {f"{key} {found} where {wanted} is needed" for key, (found, wanted) in shapes.items() if found != wanted}
+    missing, unknown = expected.keys() - weights.keys(), weights.keys() - expected.keys()
     problems = [
-        (f"{kind}: {', '.join(sorted(keys)[:5])}" + (f" and {len(keys) - 5} more" if len(keys) > 5 else ""))
-        for kind, keys in (
-            ("missing", expected.keys() - weights.keys()),
-            ("not known", weights.keys() - expected.keys()),
-            (
-                "of another shape",
-                {
-                    f"{key} {list(weights[key].shape)} where {list(expected[key].shape)} is needed"
-                    for key in expected.keys() & weights.keys()
-                    if weights[key].shape != expected[key].shape
-                },
-            ),
-        )
+        f"{kind}: {', '.join(sorted(keys)[:5])}" + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+        for kind, keys in (("missing", missing), ("not known", unknown), ("of another shape", wrong))
         if keys
     ]
     if problems:

@@ -223,14 +223,9 @@ class VisionTower(nn.Module):
         """Depth of every parameter, for layer-wise learning rates: 0 for the patch embedding, class token and position
         table, 1 to `num_layers` for the blocks; the final norm counts as the last block, as in timm's `group_matcher`.
         """
-
-        def depth(name: str) -> int:
-            parts = name.split(".")
-            if parts[0] == "blocks":
-                return 1 + int(parts[1])
-            return self.num_layers if parts[0] == "norm" else 0
-
-        return {name: depth(name) for name, _ in self.named_parameters()}
+        others = dict.fromkeys(("norm.weight", "norm.bias"), self.num_layers)
+        names = [name for name, _ in self.named_parameters()]
+        return {n: 1 + int(n.split(".")[1]) if n.startswith("blocks.") else others.get(n, 0) for n in names}
 
     def set_trainable(self, what: Literal["all", "none"]) -> VisionTower:
         """Chooses what learns: all parameters or none. Returns the tower.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from data_prep.commands import Subcommands
-from data_prep.commands.captions import batch, export, plan, run, status
+from data_prep.commands.captions.ledger import add_export, add_plan, add_status
+from data_prep.commands.captions.sending import add_batch, add_run
 
 
 def add(commands: Subcommands) -> None:
-    """Register the command and its steps."""
     parser = commands.add_parser(
         "captions",
         help="make long captions in thirty languages with a vision model",
@@ -16,5 +16,5 @@ def add(commands: Subcommands) -> None:
         "any time, and nothing is paid for twice.",
     )
     steps = parser.add_subparsers(required=True, metavar="STEP")
-    for step in (plan, run, status, export, batch):
-        step.add(steps)
+    for add_step in (add_plan, add_run, add_status, add_export, add_batch):
+        add_step(steps)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from text_tower import Tokenizer
 from torch import Tensor, nn
 
-from stage_trainer.checkpoint.load import Saved, compatible, latest_valid
+from stage_trainer.checkpoint.load import compatible, latest_valid
 from stage_trainer.checkpoint.state import RunState
 from stage_trainer.errors import UserError
 from stage_trainer.files import free_name
 from stage_trainer.recipe import BatchSizes, ModelConfig, Rates, Recipe, Stage, StageData
-from stage_trainer.recipe.read import flatten, to_dict
+from stage_trainer.recipe.read import flatten
 from stage_trainer.tasks import Task
 
 _STAGE = Stage(steps=0, max_tokens=0, batch=BatchSizes(), lr=Rates(), data=StageData())
@@ -50,25 +51,21 @@ def starting_point(task: Task, state: RunState, tokenizer: Tokenizer) -> tuple[n
     if number == 1:
         return task.build_model(tokenizer), None
     if not finished:
-        raise _not_finished(recipe, number - 1, before)
+        so_far = f"stopped at step {before.step} of {recipe.stage(number - 1).steps}" if before else "has not run"
+        raise UserError(
+            f"stage {number} starts from stage {number - 1}, which {so_far} ({recipe.stage_directory(number - 1)}); "
+            f"run it first: bash launch/stage{number - 1}.sh"
+        )
     carried = finished.optimizer() if task.stage.carry_optimizer else None
     return task.load_former_model(finished.model, tokenizer), carried
 
 
-def _not_finished(recipe: Recipe, number: int, reached: Saved | None) -> UserError:
-    needed = recipe.stage(number).steps
-    so_far = f"stopped at step {reached.step} of {needed}" if reached else "has not run"
-    return UserError(
-        f"stage {number + 1} starts from stage {number}, which {so_far} ({recipe.stage_directory(number)}); "
-        f"run it first: bash launch/stage{number}.sh"
-    )
-
-
 def settings(recipe: Recipe, number: int) -> dict[str, Any]:
     """What must not change between two runs of a stage: everything that affects its numbers."""
+    everything = dataclasses.asdict(recipe)
     how = ("deepspeed", "gradient_cache")  # what they change is rounding
-    stage = {k: v for k, v in to_dict(recipe)["stages"][number - 1].items() if k not in how}
-    tree = {k: v for k, v in to_dict(recipe).items() if k in ("model", "optimizer", "seed", "precision")}
+    stage = {k: v for k, v in everything["stages"][number - 1].items() if k not in how}
+    tree = {k: v for k, v in everything.items() if k in ("model", "optimizer", "seed", "precision")}
     # A folder may be moved, also to a URL; what is in it has a fingerprint of its own.
     del tree["model"]["tokenizer"]
     for source in (source for sources in stage["data"].values() for source in sources if isinstance(source, dict)):

@@ -6,7 +6,6 @@ import json
 import shutil
 import threading
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, cast
 
 import torch
@@ -120,9 +119,7 @@ class Saver:
     def __enter__(self) -> Saver:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.finish()
         elif self._thread is not None:  # another rank may be gone: no collective call

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     found = device(arguments.gpu, memory=arguments.memory, peak=arguments.peak)
     cluster = Cluster(found, arguments.gpus, arguments.utilisation, arguments.price)
-    print(heading(recipe, cluster), flush=True)
+    print(heading(recipe.name, recipe.precision, cluster), flush=True)
     for name in absent(recipe.model):
         say(f"{name} is not on this machine: its sizes are the recipe's, or else the towers' defaults")
     for number, stage in enumerate(recipe.stages, 1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 
 from stage_trainer.commands.common import add_recipe, add_settings
 from stage_trainer.errors import UserError
@@ -41,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     from stage_trainer.run.stop import leave_when_asked
 
     rank = int(os.environ.get("RANK", 0))
-    with leave_when_asked(rank), hold_folder(loaded.recipe, rank) as refusal:
+    with leave_when_asked(rank), hold_folder(Path(loaded.recipe.output), rank) as refusal:
         if rank == 0:
             print("loading PyTorch …", flush=True)
         from stage_trainer.trainer import train

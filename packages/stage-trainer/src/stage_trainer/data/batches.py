@@ -20,7 +20,7 @@ from stage_trainer.batch import Batch
 from stage_trainer.data.config import DataConfig
 from stage_trainer.data.remote_data import RemotePlace, check_room, look_ahead, open_place, place
 from stage_trainer.data.sampler import Draw, SourceOrder, TaskSampler, slice_of
-from stage_trainer.data.samples import SampleCache
+from stage_trainer.data.samples import SampleCache, shard_errors_explained
 from stage_trainer.data.stateless_rng import key
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import Source, Stage
@@ -165,15 +165,16 @@ class StageBatches(TorchDataset[tuple[Batch, Drawn]]):
     def _images(self, step: int, drawn: Drawn) -> _Images:
         """This rank's captioned images of a step."""
         found = _Images(views=[[] for _ in range(self.stage.loss.views)])
-        start = self.stage.task_start.image_text
+        start, size, a = self.stage.task_start.image_text, self.stage.resolution_at(step), self.stage.augmentation
         for draw in self._draws(self.image_sampler, self.image_sources, step - start):
             data = self.image_sources[draw.source]
             pixels, content = self._sample(data, draw.index, drawn)
             seed = self._seed(data, draw)
             assert pixels is not None  # content_of guarantees it
-            found.pixels.append(self._augmented(pixels, seed, step))
+            found.pixels.append(augment(pixels, seed, size, scale=a.scale, ratio=a.ratio, flip=a.flip, color=a.color))
             for number, of_all in enumerate(found.views):
-                of_all.append(self._view(pixels, key(seed, "view", number), step))
+                of_view = key(seed, "view", number)
+                of_all.append((simclr_view(pixels, of_view, size, flip=a.flip), of_view))
             found.captions.append(self._choose(content["captions"], seed, data, drawn)["text"])
             found.add(data, seed, content)
         return found
@@ -226,15 +227,6 @@ class StageBatches(TorchDataset[tuple[Batch, Drawn]]):
 
     def _seed(self, data: Dataset, draw: Draw) -> int:
         return key(self.seed, data.kind, data.source, draw.epoch, draw.index)
-
-    def _augmented(self, pixels: torch.Tensor, seed: int, step: int) -> torch.Tensor:
-        a = self.stage.augmentation
-        size = self.stage.resolution_at(step)
-        return augment(pixels, seed, size, scale=a.scale, ratio=a.ratio, flip=a.flip, color=a.color)
-
-    def _view(self, pixels: torch.Tensor, seed: int, step: int) -> tuple[torch.Tensor, int]:
-        """A view for the image branch of a unified loss, and the seed of its patch dropout."""
-        return simclr_view(pixels, seed, self.stage.resolution_at(step), flip=self.stage.augmentation.flip), seed
 
     def _texts(self, content: dict[str, Any], seed: int, source: int, drawn: Drawn) -> tuple[str, str, list[str]]:
         """A query, its target (other words, in the language that the recipe wants) and its hard negatives."""
@@ -316,10 +308,8 @@ def open_data_set(directory: Path | RemotePlace, kinds: tuple[str, ...]) -> Data
     Raises:
         UserError: it is missing, damaged or of another kind.
     """
-    try:
+    with shard_errors_explained():
         data = open_place(directory)
-    except (ShardError, FileNotFoundError) as error:
-        raise UserError(str(error)) from error
     if not data.kind.startswith(kinds):
         raise UserError(f"{data.directory} holds {data.kind}, which cannot serve here; expected {kinds[0]}…")
     return data

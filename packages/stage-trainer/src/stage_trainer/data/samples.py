@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ import numpy as np
 import torch
 from data_prep.shards import Dataset, ShardError, Unusable, content_of
 from vision_tower import load_image
+
+from stage_trainer.errors import UserError
 
 IMAGE_TYPES = ("png", "jpg", "jpeg", "webp")
 
@@ -31,6 +35,15 @@ def texts_of(data: Dataset, index: int, members: dict[str, bytes]) -> dict[str, 
     except Unusable as error:
         raise ShardError(f"{data.directory}: sample {name}: {error}") from error
     return {"item": f"{data.source}/{name}", **content}
+
+
+@contextlib.contextmanager
+def shard_errors_explained() -> Iterator[None]:
+    """UserError, in its own words, where a data set is missing or damaged; also a decorator."""
+    try:
+        yield
+    except (ShardError, FileNotFoundError) as error:
+        raise UserError(str(error)) from error
 
 
 class SampleCache:

@@ -1,37 +1,54 @@
-"""What the engines of all ZeRO stages share."""
+"""What the trainer and the tasks see of an engine, whatever the ZeRO stage, and what the engines share."""
 
 from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from stage_trainer.batch import MaskedBatch, Part
 from stage_trainer.engine import deepspeed_private
-from stage_trainer.engine.protocol import Movable, Objective
 from stage_trainer.optim.update_norms import UpdateNorms
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
-class BaseEngine(ABC):
-    """See `protocol.Engine`.
+class Objective(nn.Module):
+    """A module for an engine to run: what a task computes from its model.
+
+    Attributes:
+        model: what a checkpoint holds. All parameters are its own.
+    """
+
+    model: nn.Module
+
+
+class Engine(ABC):
+    """An objective and its optimizer, on this rank, under DeepSpeed.
 
     Args:
-        objective: with its weights loaded.
+        objective: what the engine runs, with its weights loaded.
         optimizer: over groups of `optim.groups`.
         config: DeepSpeed's.
+
+    Attributes:
+        device: of the parameters.
+        world: number of ranks.
+        parameters: the trainable ones, by name in the model; under ZeRO 3 partitioned.
+        update_norms: of whole parameters; under ZeRO 3 it measures nothing.
+        shell: a copy of the model on the meta device, to load a checkpoint's weights into.
     """
 
     def __init__(self, objective: Objective, optimizer: torch.optim.Optimizer, config: Mapping[str, Any]):
         import deepspeed
 
         self.shell = without_weights(objective.model)  # before DeepSpeed adds its hooks to the modules
-        self.objective: Any = objective
+        self.objective: Any = objective  # each task knows the type of its own
         self.optimizer = optimizer
         self.parameters: dict[str, nn.Parameter] = {}
         towers: dict[str, list[nn.Parameter]] = {}
@@ -48,41 +65,91 @@ class BaseEngine(ABC):
         self._prepare()
 
     def train(self, mode: bool = True) -> None:
+        """Switches between training and evaluation, as `nn.Module.train`."""
         self._engine.train(mode)
 
-    def forward(self, part: Movable, **options: Any) -> Any:
+    def forward(self, part: Part | MaskedBatch, **options: Any) -> Any:
+        """Moves a part of a batch to the device and returns the objective's output for it, given `options`."""
         return self._engine(part.to(self.device), **options)
 
     def forward_passes(self, own: int) -> int:
+        """How many forward passes this rank must run in a step, if its own part of the batch takes `own`: under ZeRO 3
+        as many as any rank, because each pass gathers the weights from all ranks."""
         return own
 
     def forward_share(self) -> tuple[int, int]:
+        """(i, n): of forward passes outside a step this rank may run the i-th of n shares. Under ZeRO 3 (0, 1), since
+        all ranks have to run the same ones."""
         return torch.distributed.get_rank(), self.world
 
+    @abstractmethod
+    def backwards(self) -> AbstractContextManager[Callable[[Tensor, bool], None]]:
+        """Yields `backward(loss, last)`, to be called once or several times for one step; `last` marks the last one.
+
+        Gradients of all calls add up on each rank; on leaving they are averaged over ranks, once.
+        """
+
+    @abstractmethod
+    def step(self) -> bool:
+        """Updates the parameters, unless a gradient is not finite: then everything stays as it is and the gradients are
+        dropped. Returns whether it updated, the same on every rank.
+
+        Raises:
+            UserError: under ZeRO, a group of which only some parameters have a gradient.
+        """
+
+    def diagnosis(self) -> str:
+        """Where a gradient of the last skipped step was not finite, as a sentence; "" if that is not known."""
+        return ""
+
+    @abstractmethod
+    def gradient_norms(self) -> dict[str, float]:
+        """L2 norms of the last step's gradients before clipping: by tower, or under ZeRO over "all"."""
+
     def sum_over_ranks(self, numbers: Tensor) -> Tensor:
+        """The sum, float64 on the device; every rank has to call."""
         total = numbers.to(self.device, torch.float64, copy=True)
         if self.world > 1:
             torch.distributed.all_reduce(total)
         return total
 
-    def diagnosis(self) -> str:
-        return ""
+    @abstractmethod
+    def whole(self, parameter: nn.Parameter) -> Tensor:
+        """A parameter's full value, float32; every rank has to call."""
+
+    @abstractmethod
+    def clamp_(self, parameter: nn.Parameter, *, max: float) -> None:
+        """Limits a trainable parameter's values from above, in ZeRO's own copy too; every rank has to call."""
 
     def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
+        """("parameter name|key", full tensor) of every optimizer state, frozen parameters' included: with this a run
+        continues with another world size, ZeRO stage or resolution. Every rank has to iterate.
+
+        Parameters that were never updated have none, as in torch.
+        """
         yield from self._of_frozen.items()
         yield from self._states()
 
     def load_optimizer_state(self, saved: dict[str, Tensor]) -> None:
+        """Restores what `optimizer_state` gave, for every parameter in `saved`; state of frozen ones is kept for the
+        stage that trains them.
+
+        Raises:
+            ValueError: parameters of one group made different numbers of steps; groups that are made with `saved` keep
+                them apart.
+        """
         frozen = {name for name, p in self.objective.model.named_parameters() if not p.requires_grad}
         self._of_frozen = {key: value for key, value in saved.items() if key.rpartition("|")[0] in frozen}
         self._load_states(saved)
 
     def copy_of_weights(self) -> dict[str, Tensor]:
+        """A copy of the model's state dict in main memory on rank 0, empty elsewhere; every rank has to call."""
         with self._gathered(self.objective.parameters()):
             state = self.objective.model.state_dict() if torch.distributed.get_rank() == 0 else {}
             return {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
 
     def close(self) -> None:
+        """Removes DeepSpeed's hooks and frees its buffers; the engine cannot be used afterwards."""
         deepspeed_private.destroy(self._engine)
 
     def _gathered(

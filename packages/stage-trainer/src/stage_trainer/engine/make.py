@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from stage_trainer.engine.base import Engine, Objective
 from stage_trainer.engine.partitioned import PartitionedEngine, Zero3Engine
 from stage_trainer.engine.plain import PlainEngine
-from stage_trainer.engine.protocol import Engine, Objective
 from stage_trainer.optim.build import build_optimizer
 from stage_trainer.optim.groups import ParamGroup
 from stage_trainer.recipe import OptimizerConfig

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stage_trainer.engine import deepspeed_private
-from stage_trainer.engine.base import BaseEngine
+from stage_trainer.engine.base import Engine
 from stage_trainer.errors import UserError
 from stage_trainer.optim.update_norms import UpdateNorms
 
@@ -17,7 +17,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state, beside its count of steps."""
 
 
-class PartitionedEngine(BaseEngine):
+class PartitionedEngine(Engine):
     """ZeRO 1 and 2, with AdamW."""
 
     def _prepare(self) -> None:

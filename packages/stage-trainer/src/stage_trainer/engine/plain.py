@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from stage_trainer.engine import deepspeed_private
-from stage_trainer.engine.base import BaseEngine
+from stage_trainer.engine.base import Engine
 from stage_trainer.optim.groups import named_states
 
 
-class PlainEngine(BaseEngine):
+class PlainEngine(Engine):
     """ZeRO 0."""
 
     def _prepare(self) -> None:
@@ -36,12 +36,14 @@ class PlainEngine(BaseEngine):
                 self.parameters[name].grad = None
 
     def step(self) -> bool:
-        self._norms = self._gradient_norms()
+        towers = self.update_norms.towers.items()
+        gradients = {tower: [p.grad for p in of_tower if p.grad is not None] for tower, of_tower in towers}
+        self._norms = {tower: float(nn.utils.get_total_norm(found)) for tower, found in gradients.items() if found}
         if all(math.isfinite(norm) for norm in self._norms.values()):
             self._engine.step()
             return True
-        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-        self._not_finite = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+        trained = self.parameters.items()
+        self._not_finite = [n for n, p in trained if p.grad is not None and not p.grad.isfinite().all()]
         self._engine.zero_grad()
         return False
 
@@ -53,12 +55,6 @@ class PlainEngine(BaseEngine):
 
     def gradient_norms(self) -> dict[str, float]:
         return self._norms
-
-    def _gradient_norms(self) -> dict[str, float]:
-        towers: dict[str, list[Tensor]] = {}
-        for group in self.optimizer.param_groups:
-            towers.setdefault(group["tower"], []).extend(p.grad for p in group["params"] if p.grad is not None)
-        return {tower: float(nn.utils.get_total_norm(gradients)) for tower, gradients in towers.items() if gradients}
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
         return parameter.detach()

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data_prep.shards import Dataset, ShardError
+from data_prep.shards import ShardError
 
 from stage_trainer.data.remote_data import RemotePlace, open_place
-from stage_trainer.data.samples import image_of, texts_of
+from stage_trainer.data.samples import image_of, shard_errors_explained, texts_of
 from stage_trainer.dual_encoder import DualEncoder
-from stage_trainer.errors import UserError
 from stage_trainer.metrics.retrieval import chance_at_k, ndcg_at_k, recall_at_k, unit
 
 K = 5
@@ -38,6 +37,7 @@ class Pool:
     documents: bool = False
 
     @classmethod
+    @shard_errors_explained()
     def open(cls, directory: str | Path | RemotePlace) -> Pool:
         """Reads a data set of images with captions. Captions without a role or with the role "name" or "query" count,
         in a data set of long captions also those with the role "long".
@@ -45,13 +45,7 @@ class Pool:
         Raises:
             UserError: the data set is missing, damaged or has no such captions; a sample has no image or no captions.
         """
-        try:
-            return cls._read(open_place(directory))
-        except (ShardError, FileNotFoundError) as error:
-            raise UserError(str(error)) from error
-
-    @classmethod
-    def _read(cls, data: Dataset) -> Pool:
+        data = open_place(directory)
         images: list[bytes] = []
         texts: dict[str, list[tuple[int, str]]] = {}
         documents = False

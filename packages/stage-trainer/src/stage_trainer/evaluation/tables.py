@@ -56,40 +56,37 @@ def stages_table(stages: dict[str, Pools]) -> str:
         pools |= of_stage
     measures: list[tuple[Literal["recall_at_5", "ndcg_at_5"], str]] = [("recall_at_5", d) for d in DIRECTIONS]
     measures.append(("ndcg_at_5", DIRECTIONS[0]))
-    dims = sorted({int(dim) for figures in pools.values() for dim in _by_dim(figures)}, reverse=True)
+    by_dim = (each.get("ndcg_at_10") or next(iter(each["recall_at_5"].values())) for each in pools.values())
+    dims = sorted({int(dim) for found in by_dim for dim in found}, reverse=True)
     of_images: list[list[str]] = []
     of_texts: list[list[str]] = []
     for pool, its in pools.items():
         for measure, direction in measures:
-            for stage, figures in _having(stages, pool):
+            for label, figures in _having(stages, pool):
                 if values := figures.get(measure, {}).get(direction):
                     ranked = measure == "ndcg_at_5"
                     chance = "" if ranked else f"{100 * figures['chance'][direction]['mean']:.1f}"
                     what = f"{direction}, nDCG@5" if ranked else direction
-                    of_images.append([f"{pool} ({its['images']:,} images)", what, stage, *_cells(values, dims), chance])
-        for stage, figures in _having(stages, pool):
+                    of_images.append(
+                        [f"{pool} ({its['images']:,} images)", what, *label, *_cells(values, dims), chance]
+                    )
+        for label, figures in _having(stages, pool):
             if values := figures.get("ndcg_at_10"):
                 scores = figures.get("spearman", {})
                 score = f"{100 * next(iter(scores.values())):.1f}" if scores else ""
-                of_texts.append([f"{pool} ({its['targets']:,} targets)", stage, *_cells(values, dims), score])
+                of_texts.append([f"{pool} ({its['targets']:,} targets)", *label, *_cells(values, dims), score])
     columns = [f"{dim} dims" for dim in dims]
+    after = [] if list(stages) == [""] else ["after"]
     parts = [
-        (of_images, ["pool", "recall@5, %", "after", *columns, "blind guess"], 3),
-        (of_texts, ["text pairs, nDCG@10, %", "after", *columns, "Spearman"], 2),
+        (of_images, ["pool", "recall@5, %", *after, *columns, "blind guess"], 2 + len(after)),
+        (of_texts, ["text pairs, nDCG@10, %", *after, *columns, "Spearman"], 1 + len(after)),
     ]
-    if list(stages) == [""]:
-        parts = [
-            ([[*r[: n - 1], *r[n:]] for r in rows], [*header[: n - 1], *header[n:]], n - 1) for rows, header, n in parts
-        ]
     return "\n\n".join(_align([header, *rows], words) for rows, header, words in parts if rows)
 
 
-def _having(stages: dict[str, Pools], pool: str) -> list[tuple[str, Figures]]:
-    return [(stage, pools[pool]) for stage, pools in stages.items() if pool in pools]
-
-
-def _by_dim(figures: Figures) -> dict[str, dict[str, float]]:
-    return figures.get("ndcg_at_10") or next(iter(figures["recall_at_5"].values()))
+def _having(stages: dict[str, Pools], pool: str) -> list[tuple[list[str], Figures]]:
+    """([the stage's name, if it has one], figures) of the stages that have a pool."""
+    return [([stage] if stage else [], pools[pool]) for stage, pools in stages.items() if pool in pools]
 
 
 def _cells(by_dim: dict[str, dict[str, float]], dims: list[int]) -> list[str]:

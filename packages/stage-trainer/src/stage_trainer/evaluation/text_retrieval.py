@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from data_prep.shards import Dataset, ShardError
 
 from stage_trainer.data.remote_data import RemotePlace, open_place
-from stage_trainer.data.samples import texts_of
-from stage_trainer.errors import UserError
+from stage_trainer.data.samples import shard_errors_explained, texts_of
 from stage_trainer.metrics.retrieval import ndcg_at_k, unit
 from stage_trainer.metrics.sts import spearman
 
@@ -30,19 +28,14 @@ class PairPool:
     scores: list[tuple[str, int, float]]
 
     @classmethod
+    @shard_errors_explained()
     def open(cls, directory: str | Path | RemotePlace) -> PairPool:
         """Reads a data set of text pairs, or of triplets, whose negatives are ignored.
 
         Raises:
             UserError: the data set is missing or damaged.
         """
-        try:
-            return cls._read(open_place(directory))
-        except (ShardError, FileNotFoundError) as error:
-            raise UserError(str(error)) from error
-
-    @classmethod
-    def _read(cls, data: Dataset) -> PairPool:
+        data = open_place(directory)
         numbers: dict[str, int] = {}
         queries: dict[str, dict[tuple[int, str], None]] = {}
         scores = []

@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from text_tower import MaskedLM, TextTower
 from text_tower.lora import is_adapter
 from torch import Tensor, nn
+from vision_tower import VisionTower
 
 from stage_trainer.recipe import OptimizerConfig
 
+Tower = TextTower | VisionTower | MaskedLM
 ParamGroup = dict[str, Any]
 """A group of torch's. Beside torch's keys: `names` of its `params`, their `tower`, `peak_lr`, whether `muon` updates
 them, whether the group `rests` in this step (`let_rest`), and whether it rests when its tower does (`waits`)."""
-
-
-class Tower(Protocol):
-    """What the groups need to know of a tower."""
-
-    @property
-    def num_layers(self) -> int:
-        """Depth of the top block."""
-
-    def layer_ids(self) -> dict[str, int]:
-        """Depth of each parameter: 0 for embeddings, 1 to `num_layers` for the blocks, bottom to top."""
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
 class ParameterGroups:

@@ -60,7 +60,9 @@ def run_backward(
                 missing[child] -= 1
                 if not missing[child]:
                     del missing[child]
-                    heapq.heappush(ready, (_rank(child), next(turn), child))
+                    # The engine's order: leaves at once, then what was made last.
+                    rank = -math.inf if hasattr(child, "variable") else -child._sequence_nr()
+                    heapq.heappush(ready, (rank, next(turn), child))
 
 
 def _edges(root: Node) -> Counter[Node]:
@@ -74,11 +76,6 @@ def _edges(root: Node) -> Counter[Node]:
                     stack.append(child)
                 found[child] += 1
     return found
-
-
-def _rank(node: Node) -> float:
-    """The engine's order: leaves at once, then what was made last."""
-    return -math.inf if hasattr(node, "variable") else -node._sequence_nr()
 
 
 def _call(node: Node, gradients: Gradients) -> Gradients:

@@ -13,7 +13,7 @@ from text_tower import Tokenizer
 from stage_trainer.data.config import DataConfig
 from stage_trainer.data.remote_data import place
 from stage_trainer.data.samples import texts_of
-from stage_trainer.recipe import Recipe, Source, Stage
+from stage_trainer.recipe import ModelConfig, Recipe, Source, Stage
 from stage_trainer.weights import tower_weights
 
 SAMPLES, SHARDS = 256, 8
@@ -42,11 +42,11 @@ class Lengths:
 
 def text_lengths(recipe: Recipe, stage: Stage, mean_tokens: float | None) -> Lengths:
     """Mean tokens: `mean_tokens` if given, else counted on the data where they are, else half of `max_tokens`."""
-    tokenizer = _tokenizer(recipe)
+    tokenizer = _tokenizer(recipe.model)
     found: dict[str, list[Counted | None]] = {}
     for task in ("image_text", "text"):
         sources = getattr(stage.data, task) if getattr(stage.batch, task) else ()
-        found[task] = [_counted(recipe, source, stage.max_tokens, tokenizer) for source in sources]
+        found[task] = [_counted(DataConfig.of(recipe), source, stage.max_tokens, tokenizer) for source in sources]
     counted = [each for task in found.values() for each in task if each]
     unknown = sum(each is None for task in found.values() for each in task)
     cut = [
@@ -65,8 +65,9 @@ def text_lengths(recipe: Recipe, stage: Stage, mean_tokens: float | None) -> Len
     assumed = stage.max_tokens / 2
     captions, texts = (_mean(of_task, assumed) for of_task in found.values())
     if counted:
+        guessed = " (assumed: half of max_tokens)"
         of_task = [(captions, "captions", found["image_text"]), (texts, "texts", found["text"])]
-        said = [f"{mean:.0f} tokens of {what}{_how(of)}" for mean, what, of in of_task if of]
+        said = [f"{mean:.0f} tokens of {what}{'' if any(of) else guessed}" for mean, what, of in of_task if of]
         origin = f"{' and '.join(said)} on average"
     else:
         origin = f"texts of {assumed:g} tokens on average, half of max_tokens (assumed; --mean-tokens says otherwise)"
@@ -79,26 +80,22 @@ def _mean(counted: list[Counted | None], assumed: float) -> float:
     return sum(each.source.rate * each.mean for each in known) / weight if weight else assumed
 
 
-def _how(counted: list[Counted | None]) -> str:
-    return "" if any(counted) else " (assumed: half of max_tokens)"
-
-
 def _name(source: Source) -> str:
     return "/".join(source.path.partition("?")[0].rstrip("/").split("/")[-2:])
 
 
-def _tokenizer(recipe: Recipe) -> Tokenizer | None:
+def _tokenizer(model: ModelConfig) -> Tokenizer | None:
     try:
-        path = recipe.model.tokenizer or tower_weights(recipe.model, "text", fetch=False)
+        path = model.tokenizer or tower_weights(model, "text", fetch=False)
         return Tokenizer.from_file(path) if path else None
     except (ValueError, OSError):  # a plan needs none; a run says what is wrong with it
         return None
 
 
-def _counted(recipe: Recipe, source: Source, max_tokens: int, tokenizer: Tokenizer | None) -> Counted | None:
+def _counted(config: DataConfig, source: Source, max_tokens: int, tokenizer: Tokenizer | None) -> Counted | None:
     """Counted with the recipe's tokenizer on a sample of the texts; without the tokenizer, from the sidecars' length of
     each sample's longest text. None for data that are missing or were not counted."""
-    where = place(DataConfig.of(recipe), "train", source.path)
+    where = place(config, "train", source.path)
     if not isinstance(where, Path):
         return None
     try:

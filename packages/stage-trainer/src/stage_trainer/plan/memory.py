@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from text_tower import TextTowerConfig
 from vision_tower import VisionTowerConfig
+from vision_tower.config import as_pair
 
 from stage_trainer.plan.devices import Device
 from stage_trainer.plan.trace import Pass, Target, trace_images, trace_texts
@@ -230,8 +231,7 @@ def _embedding_bytes(model: Model, sizes: Sizes) -> int:
 
 def _image_bytes(model: Model, images: int) -> int:
     """uint8 pixels, and a seed for each."""
-    resolution = model.vision.resolution
-    height, width = resolution if isinstance(resolution, tuple) else (resolution, resolution)
+    height, width = as_pair(model.vision.resolution)
     return images * (3 * height * width + 8)
 
 

@@ -21,7 +21,7 @@ from stage_trainer.plan.devices import GIB, Device
 from stage_trainer.plan.flops import Flops, StepShape, kept_patches, step_flops
 from stage_trainer.plan.lengths import Lengths, text_lengths
 from stage_trainer.plan.memory import Estimate, Model, Setting, Sizes, estimate
-from stage_trainer.recipe import GradientCache, Recipe, Stage, at_step
+from stage_trainer.recipe import GradientCache, Recipe, Stage
 
 RESERVE = 1.5 * GIB  # CUDA's context and libraries, NCCL's buffers
 FRAGMENTED = 0.05  # of the memory, lost between blocks that the allocator cannot join
@@ -141,9 +141,10 @@ def plan_stage(
         say(f"{here}: walking through the towers, as the recipe has them …")
         model = model_of(recipe, number, segment, precision)
         sizes = sizes_of(stage, segment, cluster.ranks, lengths, hard_negatives(recipe, stage))
-        written = _option(model, stage, sizes, segment, as_written(stage, model), cluster)
+        shape = shape_of(stage, segment, sizes, model.vision)
+        written = _option(model, shape, sizes, as_written(stage, model), cluster)
         tried: list[Option] = []
-        ways = _cheapest_first(model, stage, sizes, segment, recipe, cluster)
+        ways = _cheapest_first(model, shape, sizes, cluster)
         while not (tried and tried[-1].fits):
             say(f"{here}: trying way {len(tried) + 1} to make it fit …")
             if (option := next(ways, None)) is None:
@@ -165,7 +166,7 @@ def segments(stage: Stage) -> list[Segment]:
             start,
             stop,
             stage.resolution_at(start),
-            at_step(stage.patch_dropout, start),
+            stage.patch_dropout_at(start),
             tuple(task for task in tasks if getattr(stage.task_start, task) <= start),
         )
         for start, stop in zip(cuts, [*cuts[1:], stage.steps], strict=True)
@@ -221,19 +222,17 @@ def as_written(stage: Stage, model: Model) -> Setting:
     return Setting(stage.chunks, model.vision.checkpointing, model.text.checkpointing, zero)
 
 
-def _cheapest_first(
-    model: Model, stage: Stage, sizes: Sizes, segment: Segment, recipe: Recipe, cluster: Cluster
-) -> Iterator[Option]:
+def _cheapest_first(model: Model, shape: StepShape, sizes: Sizes, cluster: Cluster) -> Iterator[Option]:
     """Ways to run up to the first that fits: at once, with checkpointing (a forward pass more), in chunks (likewise),
     both; then the same under ZeRO 1 and 3, which trade memory for traffic between ranks. (ZeRO 2: see `memory`.)"""
-    alone = recipe.optimizer.name == "muon" or cluster.ranks == 1  # Muon needs whole matrices
+    alone = model.optimizer == "muon" or cluster.ranks == 1  # Muon needs whole matrices
     for zero in (0,) if alone else (0, 1, 3):
         for cached in (False, True):
             for checkpointing in (False, True):
                 setting = Setting(None, checkpointing, checkpointing, zero)
                 if cached:
                     setting = with_chunks(model, sizes, setting, cluster.device, cluster.usable)
-                option = _option(model, stage, sizes, segment, setting, cluster)
+                option = _option(model, shape, sizes, setting, cluster)
                 yield option
                 if option.fits:
                     return
@@ -242,7 +241,6 @@ def _cheapest_first(
 def with_chunks(model: Model, sizes: Sizes, base: Setting, device: Device, usable: int) -> Setting:
     """`base` with gradient caching in the largest chunks that fit into `usable` bytes, powers of 2 of images and texts;
     in the smallest that are worth running if none do. Chunks take turns, so each kind is sized by itself."""
-    whole = sizes.images, sizes.texts
 
     def setting(images: int, texts: int) -> Setting:
         return dataclasses.replace(base, cache=GradientCache(images=images, tokens=texts * sizes.length))
@@ -253,7 +251,7 @@ def with_chunks(model: Model, sizes: Sizes, base: Setting, device: Device, usabl
         return estimate(model, sizes, setting(*chunk), device).total
 
     found = [SMALLEST_CHUNK, SMALLEST_CHUNK]
-    for kind, (count, most) in enumerate(zip(whole, LARGEST_CHUNK, strict=True)):
+    for kind, (count, most) in enumerate(zip((sizes.images, sizes.texts), LARGEST_CHUNK, strict=True)):
         sizes_of_chunks = [SMALLEST_CHUNK]
         while sizes_of_chunks[-1] * 2 <= min(count, most):
             sizes_of_chunks.append(sizes_of_chunks[-1] * 2)
@@ -263,19 +261,13 @@ def with_chunks(model: Model, sizes: Sizes, base: Setting, device: Device, usabl
     return setting(*found)
 
 
-def _option(model: Model, stage: Stage, sizes: Sizes, segment: Segment, setting: Setting, cluster: Cluster) -> Option:
+def _option(model: Model, shape: StepShape, sizes: Sizes, setting: Setting, cluster: Cluster) -> Option:
     found = estimate(model, sizes, setting, cluster.device)
     text = dataclasses.replace(model.text, checkpointing=setting.checkpointing_text)
     vision = dataclasses.replace(model.vision, checkpointing=setting.checkpointing_image)
-    return Option(
-        setting,
-        found,
-        found.total <= cluster.usable,
-        step_flops(
-            text, vision, shape_of(stage, segment, sizes, vision),
-            trainable=stage.trainable, dims=stage.loss.dims, cached=setting.cache is not None,
-        ),
-    )  # fmt: skip
+    cached = setting.cache is not None
+    flops = step_flops(text, vision, shape, trainable=model.trainable, dims=model.dims, cached=cached)
+    return Option(setting, found, found.total <= cluster.usable, flops)
 
 
 def shape_of(stage: Stage, segment: Segment, sizes: Sizes, vision: VisionTowerConfig) -> StepShape:

@@ -7,23 +7,23 @@ import textwrap
 from stage_trainer.plan.devices import GIB
 from stage_trainer.plan.memory import Setting
 from stage_trainer.plan.planner import Cluster, Option, SegmentPlan, StagePlan
-from stage_trainer.recipe import Recipe
 
 WIDTH = 120
 
 
-def heading(recipe: Recipe, cluster: Cluster) -> str:
-    """What is planned for, and what is assumed."""
+def heading(name: str, precision: str, cluster: Cluster) -> str:
+    """What is planned for, and what is assumed, for a recipe of that name and precision."""
     device = cluster.device
-    peak = device.peak(device.precision(recipe.precision))
+    computed = device.precision(precision)
+    peak = device.peak(computed)
     lines = [
-        f"{recipe.name} on {cluster.ranks} × {device.name}: {device.memory / GIB:.1f} GiB each, of which "
+        f"{name} on {cluster.ranks} × {device.name}: {device.memory / GIB:.1f} GiB each, of which "
         f"{cluster.usable / GIB:.1f} GiB are planned with (the rest goes to libraries and fragments)",
     ]
     if peak:
         lines.append(
             f"assumed: {cluster.utilisation:.0%} of {peak / 1e12:,.0f} TFLOP/s dense "
-            f"{device.precision(recipe.precision)}, recomputation included; data never waited for"
+            f"{computed}, recomputation included; data never waited for"
         )
     else:
         lines.append("no peak is known for this device, so no times; give one with --peak")

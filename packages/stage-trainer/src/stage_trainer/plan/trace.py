@@ -29,6 +29,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from vision_tower import VisionTower, VisionTowerConfig, patch_keep_indices
+from vision_tower.config import as_pair
 
 from stage_trainer.plan.backward import run_backward
 from stage_trainer.plan.devices import Device
@@ -210,19 +211,17 @@ def trace_images(
     with torch.device("meta"):
         tower = VisionTower(replace(config, layers=min(config.layers, DEPTH), attention="sdpa"))
     tower.set_trainable("all" if learns else "none")
-    sides = config.resolution if isinstance(config.resolution, tuple) else (config.resolution,) * 2
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         tower.to_empty(device=target.device)
-        pixels = torch.empty(images, 3, *sides, dtype=torch.uint8, device=target.device)
+        pixels = torch.empty(images, 3, *as_pair(config.resolution), dtype=torch.uint8, device=target.device)
         seeds = torch.empty(images, dtype=torch.int64, device=target.device)
 
         def forward() -> Tensor:
             keep = patch_keep_indices(seeds, config.num_patches, patch_dropout) if patch_dropout else None
             return tower.forward(tower.normalize(pixels), keep=keep, attend=target.attend_images())
 
-        found = _run(tower, tower.blocks, forward, (pixels, seeds), target, again)
-    return _deeper(found, tower.blocks, config.layers, again)
+        return _run(tower, tower.blocks, config.layers, forward, (pixels, seeds), target, again)
 
 
 @cache
@@ -243,29 +242,20 @@ def trace_texts(config: TextTowerConfig, texts: int, length: int, target: Target
         def forward() -> Tensor:
             return tower.forward(packed, sample_seeds=seeds, attend=target.attend_texts())
 
-        found = _run(tower, tower.encoder.layers, forward, (packed.ids, packed.cu_seqlens, seeds), target, again)
-    return _deeper(found, tower.encoder.layers, config.layers, again)
-
-
-@dataclass(frozen=True)
-class _Stretches:
-    """A pass in parts: of the forward pass what comes before the blocks, then one for each; of the backward pass, which
-    takes them the other way round, likewise."""
-
-    forward: list[Stretch]
-    backward: list[Stretch]
-    gradients: int  # bytes of those of all weights that learn
+        inputs = packed.ids, packed.cu_seqlens, seeds
+        return _run(tower, tower.encoder.layers, config.layers, forward, inputs, target, again)
 
 
 def _run(
     tower: nn.Module,
     blocks: nn.ModuleList,
+    layers: int,
     forward: Callable[[], Tensor],
     inputs: tuple[Tensor, ...],
     target: Target,
     again: bool,
-) -> _Stretches:
-    """One forward and backward pass; `inputs` do not count."""
+) -> Pass:
+    """One forward and backward pass of a tower of `layers` blocks, by its first `blocks`; `inputs` do not count."""
     learning = [p for p in tower.parameters() if p.requires_grad]
     live = LiveBytes(target.device)
     live.know(*tower.parameters(), *inputs)
@@ -300,25 +290,32 @@ def _run(
             gradient, graph, out = torch.empty_like(out), [get_gradient_edge(out).node], out.detach()
             run_backward(graph, gradient, before=before_node, learned=None if again else live.gradient)
             back.append(live.mark())
-    return _Stretches(there, back, sum(4 * p.numel() for p in learning))
+    return _deeper(there, back, sum(4 * p.numel() for p in learning), blocks, layers - len(blocks), again)
 
 
-def _deeper(found: _Stretches, blocks: nn.ModuleList, layers: int, again: bool) -> Pass:
-    """The pass of a tower of `layers` blocks, of which `len(blocks)` were run."""
-    there, back, depth = found.forward, found.backward, len(blocks)
-    more, top = layers - depth, min(2, depth)
+def _deeper(
+    there: list[Stretch], back: list[Stretch], gradients: int, blocks: nn.ModuleList, more: int, again: bool
+) -> Pass:
+    """The pass of a tower of `more` than the `blocks` that were run.
+
+    Args:
+        there: of the forward pass what comes before the blocks, then one for each.
+        back: likewise of the backward pass, which takes them the other way round.
+        gradients: bytes of those of all weights that learn.
+    """
+    depth, top = len(blocks), min(2, len(blocks))
     of_weights = sum(4 * p.numel() for p in blocks[0].parameters() if p.requires_grad)
     added = 0 if again else of_weights  # gradients that a block's backward pass leaves
     # What a block leaves in the forward pass (autocast's copies of the weights live until its end), and for backward.
     passed = there[2][2] - there[1][2] if more else 0
     held = back[1][2] - back[2][2] + added if more and back else 0
     moments = [
-        (peak + more * (held if i < top else added), gradients + more * (0 if i < top else added))
-        for i, (peak, gradients, _) in enumerate(back)
+        (peak + more * (held if i < top else added), of_them + more * (0 if i < top else added))
+        for i, (peak, of_them, _) in enumerate(back)
     ]
     return Pass(
         forward=max(peak + (more * passed if i > depth - top else 0) for i, (peak, _, _) in enumerate(there)),
         held=there[-1][2] + more * held,
         backward=tuple(moments),
-        gradients=found.gradients + more * of_weights,
+        gradients=gradients + more * of_weights,
     )

@@ -31,20 +31,19 @@ class _Block(BaseModel):
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
 
-class OffloadParam(_Block):
+class _Offload(_Block):
     device: Literal["none", "cpu", "nvme"] = "none"
     nvme_path: str | None = None
     buffer_count: _Count = 0
+    pin_memory: StrictBool = True
+
+
+class OffloadParam(_Offload):
     buffer_size: _Count = 0
     max_in_cpu: _Count = 0
-    pin_memory: StrictBool = True
 
 
-class OffloadOptimizer(_Block):
-    device: Literal["none", "cpu", "nvme"] = "none"
-    nvme_path: str | None = None
-    buffer_count: _Count = 0
-    pin_memory: StrictBool = True
+class OffloadOptimizer(_Offload):
     pipeline_read: StrictBool = False
     pipeline_write: StrictBool = False
     fast_init: StrictBool = False
@@ -154,6 +153,7 @@ _PRECISION = "would round the temperatures too; set 'precision: bf16' instead, w
 _MEAN = "is the trainer's: it averages gradients over ranks in float32, which needs no scaling; take it out"
 _LOGS = "is not written to; the trainer logs to TensorBoard, and `sinks` take the scalars elsewhere"
 _OWN_CHECKPOINTS = "is about checkpoints of DeepSpeed's own, which are not written; see `checkpoint` in the recipe"
+_LOADING = "is for DeepSpeed's own data loading; what is drawn is the stage's `data` to say"
 _NO_USE = "does nothing in this trainer; take it out"
 _REMOVED = "was removed from DeepSpeed; take it out"
 
@@ -168,46 +168,23 @@ REFUSED = {
     "optimizer": "would not be used: the optimizer is the recipe's `optimizer`, its rates are the stage's `lr`",
     "scheduler": "would not be used: the rate follows from the stage's lr, warmup_steps and min_lr_ratio",
     "zero_allow_untested_optimizer": "is set by the trainer; take it out",
-    "gradient_allreduce_op": _MEAN,
-    "prescale_gradients": _MEAN,
-    "gradient_predivide_factor": _MEAN,
-    "bf16": _PRECISION,
-    "bfloat16": _PRECISION,
-    "fp16": _PRECISION,
+    **dict.fromkeys(("gradient_allreduce_op", "prescale_gradients", "gradient_predivide_factor"), _MEAN),
+    **dict.fromkeys(("bf16", "bfloat16", "fp16"), _PRECISION),
     "torch_autocast": "is the trainer's; set 'precision: bf16' instead",
     "data_types": "is the trainer's; set 'precision' instead",
     "activation_checkpointing": "has no effect on these towers; set model.text.checkpointing and "
     "model.vision.checkpointing instead",
     "compile": "has no effect here; set model.text.compile instead",
-    "checkpoint": _OWN_CHECKPOINTS,
-    "datastates_ckpt": _OWN_CHECKPOINTS,
-    "tensorboard": _LOGS,
-    "wandb": _LOGS,
-    "csv_monitor": _LOGS,
-    "comet": _LOGS,
-    "data_efficiency": "is for DeepSpeed's own data loading; what is drawn is the stage's `data` to say",
-    "dataloader_drop_last": "is for DeepSpeed's own data loading; what is drawn is the stage's `data` to say",
-    "seq_parallel_communication_data_type": _NO_USE,
-    "disable_allgather": _NO_USE,
-    "vocabulary_size": _NO_USE,
-    "autotuning": _NO_USE,
-    "hybrid_engine": _NO_USE,
-    "pipeline": _NO_USE,
-    "tensor_parallel": _NO_USE,
-    "expert_parallel": _NO_USE,
-    "use_data_before_expert_parallelism": _NO_USE,
-    "weight_quantization": _NO_USE,
+    **dict.fromkeys(("checkpoint", "datastates_ckpt"), _OWN_CHECKPOINTS),
+    **dict.fromkeys(("tensorboard", "wandb", "csv_monitor", "comet"), _LOGS),
+    **dict.fromkeys(("data_efficiency", "dataloader_drop_last"), _LOADING),
+    **dict.fromkeys(("seq_parallel_communication_data_type", "disable_allgather", "vocabulary_size"), _NO_USE),
+    **dict.fromkeys(("autotuning", "hybrid_engine", "weight_quantization"), _NO_USE),
+    **dict.fromkeys(("pipeline", "tensor_parallel", "expert_parallel", "use_data_before_expert_parallelism"), _NO_USE),
     "amp": _REMOVED + " and set 'precision: bf16' instead",
-    "nebula": _REMOVED,
-    "compression_training": _REMOVED,
-    "quantize_training": _REMOVED,
-    "sparse_gradients": _REMOVED,
-    "eigenvalue": _REMOVED,
-    "sparse_attention": _REMOVED,
-    "elasticity": _REMOVED,
-    "graph_harvesting": _REMOVED,
-    "curriculum_learning": _REMOVED,
-    "progressive_layer_drop": _REMOVED,
+    **dict.fromkeys(("nebula", "elasticity", "curriculum_learning", "progressive_layer_drop"), _REMOVED),
+    **dict.fromkeys(("compression_training", "quantize_training", "graph_harvesting", "eigenvalue"), _REMOVED),
+    **dict.fromkeys(("sparse_gradients", "sparse_attention"), _REMOVED),
     "zero_optimization.cpu_offload": "is DeepSpeed's old way; write offload_optimizer: {device: cpu}",
     "zero_optimization.cpu_offload_param": "is DeepSpeed's old way; write offload_param: {device: cpu}",
     "zero_optimization.cpu_offload_use_pin_memory": "is DeepSpeed's old way; write pin_memory under offload_optimizer "

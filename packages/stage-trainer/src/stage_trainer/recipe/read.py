@@ -74,10 +74,6 @@ def _text(path: Path) -> str:
         ) from None
 
 
-def to_dict(recipe: Recipe) -> dict[str, Any]:
-    return dataclasses.asdict(recipe)
-
-
 def flatten(tree: object, prefix: str = "") -> dict[str, Any]:
     """{"batch": {"text": 4}} → {"batch.text": 4}; sequences are leaves unless they hold mappings.
 

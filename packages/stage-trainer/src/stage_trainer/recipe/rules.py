@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import deepspeed
 from stage_trainer.recipe.ranges import OF_RECIPE, OF_STAGE, check_leaves, check_ranges
-from stage_trainer.recipe.schema import ModelConfig, Recipe
+from stage_trainer.recipe.schema import ModelConfig, Recipe, Stage
 from stage_trainer.recipe.stage_rules import check_stage
 from stage_trainer.recipe.tower_rules import check_towers
 
@@ -55,16 +55,14 @@ def check(recipe: Recipe, where: str, *, stage: int | None = None, ranks: int = 
         numbers = range(stage, stage + 1)
     _check_evaluation(recipe, numbers, where)
     for number in numbers:
-        check_ranks(recipe, number, ranks, where)
+        check_ranks(recipe.stage(number), ranks, f"{where}: stage {number}")
 
 
-def check_ranks(recipe: Recipe, number: int, ranks: int, where: str) -> None:
+def check_ranks(stage: Stage, ranks: int, here: str) -> None:
     """UserError unless every rank gets at least one sample of each task."""
-    for task, size in dataclasses.asdict(recipe.stage(number).batch).items():
+    for task, size in dataclasses.asdict(stage.batch).items():
         if 0 < size < ranks:
-            raise UserError(
-                f"{where}: stage {number}: batch.{task} is {size}, fewer than the {ranks} ranks; raise it or use fewer"
-            )
+            raise UserError(f"{here}: batch.{task} is {size}, fewer than the {ranks} ranks; raise it or use fewer")
 
 
 def _check_evaluation(recipe: Recipe, numbers: Sequence[int], where: str) -> None:

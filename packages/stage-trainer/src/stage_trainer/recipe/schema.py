@@ -305,7 +305,8 @@ class Recipe:
     since emulated bf16 is up to ten times slower. Up to the share `max_corrupt` of the samples drawn may be unreadable
     or unusable; they are replaced and entered in `corrupt.jsonl`. A step whose gradient is not finite is skipped;
     `max_skipped` in a row end the run. `sinks` receive the scalars in addition to TensorBoard ("module:callable", see
-    `stage_trainer.run.monitor.Sink`). Each process keeps `cache_megabytes` of decoded samples in main memory.
+    `stage_trainer.run.monitor.Sink`). Each process keeps `cache_megabytes` of decoded samples in main memory. `limits`
+    says how long each part of a run may take.
     """
 
     name: str
@@ -343,8 +344,4 @@ _T = TypeVar("_T")
 
 def at_step(schedule: tuple[tuple[int, _T], ...], step: int) -> _T:
     """The value of a [[from_step, value], …] schedule at `step`."""
-    value = schedule[0][1]
-    for start, candidate in schedule:
-        if step >= start:
-            value = candidate
-    return value
+    return [value for start, value in schedule if start <= step][-1]

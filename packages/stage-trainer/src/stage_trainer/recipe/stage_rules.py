@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from stage_trainer.errors import UserError
-from stage_trainer.recipe.schema import NEW_TEMPERATURE, GradientCache, Recipe, Stage
+from stage_trainer.recipe.schema import NEW_TEMPERATURE, GradientCache, ModelConfig, Recipe, Stage
 
 
 def check_stage(recipe: Recipe, number: int, here: str) -> None:
@@ -14,7 +14,7 @@ def check_stage(recipe: Recipe, number: int, here: str) -> None:
     if stage.masked:
         _check_masked_lm(recipe, number, here)
     else:
-        _check_pairs(recipe, stage, here)
+        _check_pairs(recipe.model, stage, here)
     for task, size in asdict(stage.batch).items():
         if size and not getattr(stage.data, task):
             raise UserError(f"{here}: batch.{task} is {size} but data.{task} names no data; add sources or set it to 0")
@@ -27,9 +27,8 @@ def check_stage(recipe: Recipe, number: int, here: str) -> None:
         )
 
 
-def _check_pairs(recipe: Recipe, stage: Stage, here: str) -> None:
+def _check_pairs(model: ModelConfig, stage: Stage, here: str) -> None:
     """A stage that trains on pairs."""
-    model = recipe.model
     if model.vision is None and not (model.weights or model.vision_weights):
         raise UserError(
             f"{here} trains both towers, and 'model.vision' is missing; add it, or weights that have it "

@@ -10,18 +10,16 @@ from pathlib import Path
 from data_prep.shards import InUse, alone
 
 from stage_trainer.errors import UserError
-from stage_trainer.recipe import Recipe
 
 
 @contextlib.contextmanager
-def hold_folder(recipe: Recipe, rank: int) -> Iterator[UserError | None]:
-    """Rank 0 locks the run's folder (`output`) until the end. Yields the reason why it cannot, if ranks on other
+def hold_folder(folder: Path, rank: int) -> Iterator[UserError | None]:
+    """Rank 0 locks the run's `folder` until the end. Yields the reason why it cannot, if ranks on other
     machines have to be told first; else None.
 
     Raises:
         UserError: another run uses the folder, or it cannot be written.
     """
-    folder = Path(recipe.output)
     with contextlib.ExitStack() as held:
         refusal = None
         try:

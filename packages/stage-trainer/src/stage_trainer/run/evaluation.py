@@ -60,7 +60,7 @@ class Evaluation(Hook):
         if not self.validation or not (last or step.done % self.every == 0):
             self.state.unmeasured = False
             return
-        self.state.unmeasured = step.asked and not last
+        self.state.unmeasured = step.totals.asked and not last
         if self.state.unmeasured:
             return
         values = self._measure(self.validation, step.done)
@@ -68,7 +68,7 @@ class Evaluation(Hook):
         if last:
             shown = [name for name in values if self.validation.measures[name].headline]
             self.monitor.outcome(self.state.settings, [*shown, *(f"loss/{name}" for name in step.losses)])
-        step.asked = self.stop_signal.agreed()
+        step.totals.asked = self.stop_signal.agreed()
 
     def _measure(self, validation: Validation, done: int) -> dict[str, float]:
         found = validation.run(done == self.monitor.stage.steps)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Self
 
 from stage_trainer.checkpoint.state import Best
@@ -12,12 +11,12 @@ from stage_trainer.data.batches import Corrupt
 from stage_trainer.tasks.task import Losses
 
 
-@dataclass(frozen=True)
+@dataclass
 class Totals:
     """Sums over the ranks' parts of a step.
 
     Attributes:
-        asked: whether a rank has been asked to stop.
+        asked: whether the run has been asked to stop.
         tokens, squared_tokens: of texts, the sums of their lengths and of the squares.
         texts: by source, how many were drawn, then how many of them were cut (`Drawn.of_sources`).
         corrupt: samples that were replaced.
@@ -44,7 +43,6 @@ class Step:
         operations: floating-point operations of the model, over all ranks.
         waited: seconds that this rank waited for the batch.
         totals: over all ranks.
-        asked: whether the run has been asked to stop.
         best: what makes this the best model so far, if it is.
     """
 
@@ -57,7 +55,6 @@ class Step:
     operations: int
     waited: float
     totals: Totals
-    asked: bool
     best: Best | None = None
 
     @property
@@ -90,7 +87,5 @@ class Hook:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Called in any case, in reverse order."""

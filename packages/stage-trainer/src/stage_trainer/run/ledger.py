@@ -6,7 +6,6 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 
 from stage_trainer.data.batches import Corrupt
 from stage_trainer.errors import Stopped, UserError
@@ -55,8 +54,6 @@ class Ledger(Hook):
                 f"{self.path} lists them, the last one because: {corrupt[-1].reason}"
             )
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.count and (kind is None or issubclass(kind, Stopped)):
             self.say(f"{self.count:,} samples could not be read and were replaced by others; {self.path} lists them")

@@ -9,23 +9,27 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
-from PIL.Image import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from stage_trainer.errors import UserError
 from stage_trainer.evaluation.tables import joined
 from stage_trainer.run.hooks import Hook, Step
-from stage_trainer.run.hparams import compared
 from stage_trainer.run.text_counts import TextCounts
 from stage_trainer.tasks.task import Charts, Losses, Measured
 
 _QUIET = 15.0
 """Seconds between two lines of progress where there is no terminal for a progress bar."""
+
+
+_COMPARED = (
+    "stage.batch.", "stage.lr.", "stage.steps", "stage.warmup_steps", "stage.min_lr_ratio", "stage.max_tokens",
+    "stage.resolution", "stage.patch_dropout", "stage.layer_decay.", "stage.loss.kind", "stage.loss.dims",
+    "stage.trainable.", "optimizer.name", "optimizer.weight_decay", "model.temperature", "precision", "seed",
+)  # fmt: skip
+"""Settings on TensorBoard's HPARAMS page, by prefix: among all sixty, in alphabetical order, these would be lost."""
 
 
 class Sink(Protocol):
@@ -107,11 +111,10 @@ class Monitor(Hook):
 
             _keep_order(directory)
             self.writer = SummaryWriter(str(directory), purge_step=stage.start)
-            page = {
-                section: {title: ["Multiline", tags] for title, tags in of.items()}
-                for section, of in stage.charts.items()
-            }
-            self.writer.add_custom_scalars(page)
+            pages = stage.charts.items()
+            self.writer.add_custom_scalars(
+                {name: {t: ["Multiline", tags] for t, tags in of.items()} for name, of in pages}
+            )
             self.bar = tqdm(
                 total=stage.steps,
                 initial=stage.start,
@@ -137,18 +140,19 @@ class Monitor(Hook):
             self.scalar(name, value, done - 1)
         if found.shown:
             self.say(joined(f"step {done}:", found.shown))
-        if found.picture:
-            self.image("nearest images", found.picture, done - 1)
-        if found.vectors is not None:
-            self.embeddings(found.vectors, found.labels, done - 1)
+        if self.active and found.picture:
+            self.writer.add_image("nearest images", np.asarray(found.picture), done - 1, dataformats="HWC")
+        if self.active and found.vectors is not None:
+            self.writer.add_embedding(
+                found.vectors, found.labels, global_step=done - 1, metadata_header=["name", "kind"]
+            )
 
     def should_log(self, step: int) -> bool:
         """Whether this step is logged: every `every` steps, the first and the last."""
         return step % self.stage.every == 0 or step == self.stage.steps - 1
 
     def count(self, samples: int, tokens: int, operations: int, waited: float) -> None:
-        """Counts a step: samples, text tokens and model operations of all ranks, seconds spent waiting for
-        data."""
+        """Counts a step: samples, text tokens and model operations of all ranks, seconds of waiting for data."""
         self._samples += samples
         self._tokens += tokens
         self._operations += operations
@@ -158,19 +162,19 @@ class Monitor(Hook):
         """Enters a step: the losses by name, further scalars, speed since the last entry."""
         if not self.active:
             return
-        seconds = time.perf_counter() - self._since
-        speed = self._samples / max(seconds, 1e-9)
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        speed = self._samples / seconds
         scalars = {
             **{f"loss/{task}": loss.item() for task, (loss, _) in losses.items()},
             **scalars,
             "speed/samples_per_second": speed,
-            "speed/text_tokens_per_second": self._tokens / max(seconds, 1e-9),
-            "speed/model_tflops_per_second": self._operations / max(seconds, 1e-9) / 1e12,
-            "speed/data_wait_share": self._wait / max(seconds, 1e-9),
+            "speed/text_tokens_per_second": self._tokens / seconds,
+            "speed/model_tflops_per_second": self._operations / seconds / 1e12,
+            "speed/data_wait_share": self._wait / seconds,
         }
         # Model FLOPs utilisation: nothing that is computed twice counts (arXiv 2204.02311, appendix B).
         if self.stage.peak:
-            scalars["speed/mfu"] = self._operations / max(seconds, 1e-9) / self.stage.peak
+            scalars["speed/mfu"] = self._operations / seconds / self.stage.peak
         scalars |= self.texts.shares(cut=self.stage.max_tokens is not None)
         for name, value in scalars.items():
             self.scalar(name, value, step)
@@ -197,23 +201,19 @@ class Monitor(Hook):
             for sink in self.sinks:
                 sink.scalar(name, value, step)
 
-    def image(self, name: str, picture: Image, step: int) -> None:
-        if self.active:
-            self.writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
-
-    def embeddings(self, vectors: Tensor, labels: list[tuple[str, str]], step: int) -> None:
-        """Vectors `[N, D]` for the projector, each with a name and a kind."""
-        if self.active:
-            self.writer.add_embedding(vectors, metadata=labels, global_step=step, metadata_header=["name", "kind"])
-
     def outcome(self, settings: Mapping[str, Any], metrics: Sequence[str]) -> None:
         """The settings beside what they led to, for TensorBoard's HPARAMS page; `metrics` are scalars entered before,
         whose last value it shows."""
         if self.active:
             from torch.utils.tensorboard import summary
 
+            shown = {
+                name.removeprefix("stage."): value if isinstance(value, str | int | float | bool) else str(value)
+                for name, value in settings.items()
+                if name.startswith(_COMPARED) and not (name.startswith("stage.batch.") and not value)
+            }
             hparams: Callable[..., Any] = summary.hparams  # untyped
-            for part in hparams(compared(settings), dict.fromkeys(metrics, 0.0)):
+            for part in hparams(shown, dict.fromkeys(metrics, 0.0)):
                 self.writer.file_writer.add_summary(part)  # type: ignore[attr-defined]
 
     def advance(self) -> None:
@@ -224,9 +224,7 @@ class Monitor(Hook):
         if self.active:
             self.bar.write(text)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.active:
             self.bar.leave = kind is None  # so that the reason for a failure is the last line
             self.bar.close()

@@ -43,9 +43,9 @@ class Saving(Hook):
         self._began, self._seconds = time.perf_counter(), state.seconds
 
     def after_step(self, step: Step) -> None:
-        if step.done == self.stop or step.asked or step.best or (self.every and step.done % self.every == 0):
+        if step.done == self.stop or step.totals.asked or step.best or (self.every and step.done % self.every == 0):
             self._save(step)
-        if step.asked and step.done < self.steps:
+        if step.totals.asked and step.done < self.steps:
             self.saver.finish()
             raise self._stopped(step.done)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from vision_tower import resample_optimizer_state
 
 from stage_trainer.batch import Batch
-from stage_trainer.build import build_model, check_configs, empty_model, load_model, with_text_weights
+from stage_trainer.build import build_model, check_configs, empty_model, load_model
 from stage_trainer.data.batches import StageBatches
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.engine import Engine
@@ -57,7 +58,8 @@ class ContrastiveTask(Task):
         """Of a stage that trained the text tower alone, that tower's weights, and a new vision tower."""
         if (path / "text").is_dir():
             return self.load_model(path)
-        return build_model(with_text_weights(self.recipe, path), self.number, tokenizer)
+        model = dataclasses.replace(self.recipe.model, text_weights=str(path))
+        return build_model(dataclasses.replace(self.recipe, model=model), self.number, tokenizer)
 
     def empty_model(self) -> DualEncoder:
         return empty_model(self.recipe, self.number)

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from stage_trainer import weights
 from stage_trainer.batch import MaskedBatch
-from stage_trainer.build import check_settled, named_weights, tower_config, with_text_weights, with_tokenizer
+from stage_trainer.build import check_settled, named_weights, tower_config, with_tokenizer
 from stage_trainer.data.masked import MaskedBatches, held_out
 from stage_trainer.engine import Engine
 from stage_trainer.metrics.measure import Measure
 from stage_trainer.optim.groups import ParameterGroups
 from stage_trainer.plan.flops import StepShape, masked_lm_flops
-from stage_trainer.recipe import OptimizerConfig, Recipe, Stage
+from stage_trainer.recipe import ModelConfig, OptimizerConfig, Stage
 from stage_trainer.tasks.task import HEALTH_CHARTS, Charts, Losses, Measured, Task, TrainedObjective, Validation
 
 
@@ -42,20 +42,20 @@ class MaskedLMTask(Task):
 
     def check_configs(self, fetch: bool = False) -> None:
         # The stages before are of this task, too; those after get adapters and an image tower.
-        config = masked_lm_config(self.recipe, fetch)
+        config = masked_lm_config(self.recipe.model, fetch)
         check_settled(self.recipe, self.recipe.stages[: self.number], config, None, fetch)
 
     def build_model(self, tokenizer: Tokenizer | None = None) -> MaskedLM:
-        model = _build(self.recipe)
+        model = _build(self.recipe.model)
         with_tokenizer(model.tower, tokenizer, self.recipe.model)
         return model
 
     def load_model(self, path: Path) -> MaskedLM:
-        return _build(with_text_weights(self.recipe, path))
+        return _build(dataclasses.replace(self.recipe.model, text_weights=str(path)))
 
     def empty_model(self) -> MaskedLM:
         with torch.device("meta"):
-            return MaskedLM(TextTower(masked_lm_config(self.recipe)))
+            return MaskedLM(TextTower(masked_lm_config(self.recipe.model)))
 
     def parameter_counts(self, model: nn.Module) -> list[tuple[int, str]]:
         assert isinstance(model, MaskedLM)
@@ -174,17 +174,17 @@ def held_out_losses(engine: Engine, batches: Mapping[str, MaskedBatch], *, token
     return {**dict(zip(batches, by_language, strict=True)), "all": float(totals.sum() / counts.sum())}
 
 
-def masked_lm_config(recipe: Recipe, fetch: bool = False) -> TextTowerConfig:
+def masked_lm_config(model: ModelConfig, fetch: bool = False) -> TextTowerConfig:
     """The text tower's configuration in a stage of this task: adapters come later."""
-    plain = {k: v for k, v in recipe.model.text.items() if k not in ("adapters", "lora_rank", "lora_alpha")}
-    config: TextTowerConfig = tower_config(dataclasses.replace(recipe.model, text=plain), "text", fetch)
+    plain = {k: v for k, v in model.text.items() if k not in ("adapters", "lora_rank", "lora_alpha")}
+    config: TextTowerConfig = tower_config(dataclasses.replace(model, text=plain), "text", fetch)
     return config
 
 
-def _build(recipe: Recipe) -> MaskedLM:
-    config = masked_lm_config(recipe, fetch=True)
-    with named_weights(recipe.model, "text"):
-        path = weights.tower_weights(recipe.model, "text", fetch=True)
+def _build(model: ModelConfig) -> MaskedLM:
+    config = masked_lm_config(model, fetch=True)
+    with named_weights(model, "text"):
+        path = weights.tower_weights(model, "text", fetch=True)
         if path is None:
             return MaskedLM(TextTower(config))
         options: dict[str, Any] = weights.reading_options(config, weights.given(path, "text")[0])
