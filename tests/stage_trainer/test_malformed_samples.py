@@ -165,7 +165,7 @@ def test_evaluation_and_curation_name_the_first_that_they_meet(made, tmp_path):
         pool = Pool if kind.startswith("image") else PairPool
         if key in usable:
             pool.open(alone)
-            assert sample_at(Dataset.open(alone), 0).languages() == ["en"]
+            assert sample_at(Dataset.open(alone), 0).texts[0][0]["language"] == "en"
         else:
             with pytest.raises(UserError, match=f"sample {key}: "):
                 pool.open(alone)
