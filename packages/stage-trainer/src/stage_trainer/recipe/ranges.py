@@ -43,6 +43,7 @@ OF_RECIPE = {
     "seed": ZERO_OR_MORE,
     "workers": ZERO_OR_MORE,
     "cache_megabytes": ZERO_OR_MORE,
+    "max_pixels": Range(1, 178_956_970),  # Pillow opens no larger ones
     "max_corrupt": SHARE,
     "max_skipped": ONE_OR_MORE,
     "log_every": ONE_OR_MORE,
