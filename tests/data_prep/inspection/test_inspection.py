@@ -155,7 +155,7 @@ def test_a_sound_data_set_passes_with_any_number_of_processes(pictures, capsys):
         (picture()[:70], captions_json(caption(), source="s", item="i"), ["en"], "its .png cannot be decoded"),
         (picture(), b"{cut", ["en"], "its .json is not JSON"),
         (picture(), b'{"captions": []}', ["en"], "its .json has no captions"),
-        (picture(), b'{"captions": [{"text": "x"}]}', ["en"], "lacks text, language, origin or role"),
+        (picture(), b'{"captions": [{"text": "x"}]}', ["en"], "lacks language"),
         (
             picture(),
             captions_json(caption(), source="s", item="i"),

@@ -10,6 +10,7 @@ The index makes every sample addressable by number, so a sampler can be arithmet
 needs the standard library alone.
 """
 
+from data_prep.shards.content import Unusable, content_of, texts_in
 from data_prep.shards.dataset import Dataset, Row
 from data_prep.shards.files import sync, write_file
 from data_prep.shards.format import KINDS, MANIFEST, SCHEMA, ShardError, ShardUnavailable, index_name
@@ -27,9 +28,12 @@ __all__ = [
     "ShardError",
     "ShardUnavailable",
     "ShardWriter",
+    "Unusable",
     "alone",
+    "content_of",
     "index_name",
     "sync",
+    "texts_in",
     "write_file",
     "write_manifest",
 ]

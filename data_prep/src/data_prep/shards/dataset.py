@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import errno
 import hashlib
 import itertools
 import json
@@ -165,6 +166,7 @@ class Dataset:
             with self.open_file(index.name) as file:
                 raw = file.read()
         except OSError as error:
+            _raise_if_the_process_is_short(error)
             raise ShardUnavailable(f"{index}: cannot be read ({error.strerror})") from error
         if (
             hashlib.sha256(raw).hexdigest() != entry["index_sha256"]
@@ -186,6 +188,7 @@ class Dataset:
                 try:
                     shard.tar = self.open_file(shard.path.name)
                 except OSError as error:
+                    _raise_if_the_process_is_short(error)
                     raise ShardUnavailable(f"{shard.path}: cannot be read ({error.strerror})") from error
             return shard.tar
 
@@ -197,6 +200,12 @@ class _Shard:
         self.path, self.rows = path, rows
         self.tar: FileIO | None = None
         self.lock = threading.Lock()
+
+
+def _raise_if_the_process_is_short(error: OSError) -> None:
+    """Raises what is no fault of the data: a process that may open no more files would pass all of them over."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        raise error
 
 
 def _row(line: str, shard: str) -> Row:
