@@ -53,6 +53,8 @@ OF_RECIPE = {
     "remote.gigabytes": ABOVE_ZERO,
     "remote.downloads": ONE_OR_MORE,
     "remote.timeout": ABOVE_ZERO,
+    "remote.deadline": ABOVE_ZERO,
+    "remote.manifest_megabytes": ABOVE_ZERO,
     "remote.retries": ZERO_OR_MORE,
     "optimizer.betas": PART,
     "optimizer.eps": FACTOR,

@@ -284,16 +284,19 @@ class RemoteConfig:
 
     Whole shards are fetched into the folder `cache`, which all processes of a machine share, also those of other runs.
     Beyond `gigabytes` (None: no limit) the least recently read files are evicted. Up to `downloads` files are
-    prefetched at once. If a server is silent for `timeout` seconds or fails in a way that may be temporary, the request
-    is repeated up to `retries` times. `pipe:COMMAND` is a shell command that prints the file whose name replaces its
-    {name}; it needs `allow_pipe`.
+    prefetched at once. If a server is silent for `timeout` seconds, a file is not whole after `deadline` seconds, or a
+    request fails in a way that may be temporary, it is repeated up to `retries` times. A manifest may have up to
+    `manifest_megabytes`. `pipe:COMMAND` is a shell command that prints the file whose name replaces its {name}; it
+    needs `allow_pipe`.
     """
 
     cache: str = "~/.cache/trilith"
     gigabytes: Float | None = None
     downloads: Int = 8
     timeout: Float = 60.0
+    deadline: Float = 3600.0
     retries: Int = 6
+    manifest_megabytes: Float = 128.0
     allow_pipe: bool = False
 
 
