@@ -15,6 +15,7 @@ from data_prep.shards.dataset import Dataset, Row
 from data_prep.shards.files import sync, write_file
 from data_prep.shards.format import KINDS, MANIFEST, SCHEMA, ShardError, ShardUnavailable, index_name
 from data_prep.shards.lock import InUse, alone
+from data_prep.shards.terminal import escaped_output
 from data_prep.shards.writer import DatasetWriter, ShardWriter, write_manifest
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Unusable",
     "alone",
     "content_of",
+    "escaped_output",
     "index_name",
     "sync",
     "texts_in",
