@@ -217,7 +217,9 @@ def _pickles() -> st.SearchStrategy[bytes]:
 
 
 def _valid() -> list[Files]:
-    return [{"loader": variant.partition("/")[0].encode(), **files} for variant, files in whole_folders().items()]
+    """All but open_clip's: its timm names are of large towers, so these small weights do not fit."""
+    folders = {variant: files for variant, files in whole_folders().items() if variant != "headless/open_clip"}
+    return [{"loader": variant.partition("/")[0].encode(), **files} for variant, files in folders.items()]
 
 
 KINDS = [Kind("models", _load, _valid, _cases, megabytes=512)]
