@@ -152,7 +152,7 @@ def pool_chunk(images: Path, names: list[str], tar: Path) -> None:
 
     with tarfile.open(tar, "w") as file:
         for number, name in enumerate(names):
-            with Image.open(images / name) as image:
+            with Image.open(images / name, formats=("JPEG",)) as image:
                 scale = SIDE / min(image.size)
                 target = round(image.width * scale), round(image.height * scale)
                 image.draft("RGB", target)

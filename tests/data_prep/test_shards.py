@@ -148,6 +148,29 @@ def test_a_shard_that_goes_missing_is_unavailable_and_its_samples_still_have_nam
     ]
 
 
+@pytest.mark.parametrize("change", ["swapped", "edited"])
+def test_a_sidecar_that_is_not_the_manifests_is_noticed_where_it_is_read(tmp_path, change):
+    """Shards of equal sizes with each other's names pass the comparison of sizes and the hashes of samples."""
+    directory = tmp_path / "d"
+    with DatasetWriter(directory, kind="text-pairs", source="s", samples_per_shard=1) as writer:
+        for key in "abc":
+            writer.write(key, {"json": b"{}"}, languages=["en"], tokens=None)
+    for end in ("tar", "index.jsonl"):
+        one, other = (directory / f"0000{number}.{end}" for number in (0, 1))
+        one.chmod(0o644)
+        if change == "swapped":
+            content = one.read_bytes()
+            one.unlink()
+            other.rename(one)
+            other.write_bytes(content)
+        elif end == "index.jsonl":
+            one.write_text(one.read_text().replace('"en"', '"de"'))
+    dataset = Dataset.open(directory)
+    with pytest.raises(ShardUnavailable, match=r"00000\.index\.jsonl: checksum differs from the manifest's"):
+        dataset.read(0)
+    assert dataset.read(2) == {"json": b"{}"}
+
+
 def write_texts(directory: Path, keys: list[str], size: int = 2, stop: Exception | None = None) -> None:
     """A data set of text pairs of `size` bytes, with an exception before its end if one is given."""
     with DatasetWriter(directory, kind="text-pairs", source="s") as writer:

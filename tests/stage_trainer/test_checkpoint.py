@@ -15,6 +15,7 @@ from stage_trainer.checkpoint import save as checkpoint
 from stage_trainer.checkpoint.load import all_saved, compatible, latest_valid
 from stage_trainer.checkpoint.save import Saver
 from stage_trainer.checkpoint.state import Best, RunState
+from stage_trainer.commands.common import find_model
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.engine.base import without_weights
 from stage_trainer.errors import UserError
@@ -73,10 +74,19 @@ def other_bytes(path):
         ("model/config.json", os.remove, "model/config.json is missing"),
         ("state.json", lambda path: path.write_text("{"), "no readable state.json"),
         ("state.json", lambda path: path.write_text("{}"), "files"),
+        ("state.json", lambda path: path.write_text("[]"), "expected a mapping, found list"),
+        ("state.json", lambda path: path.write_text("[" * 100_000), "nested too deeply"),
+        ("state.json", lambda path: path.write_text('{"step": "1", "files": {}}'), "it lacks 'step' or 'files'"),
+        (
+            "state.json",
+            lambda path: path.write_bytes(path.read_bytes().replace(b"0.5", b"0.7")),
+            "not what was written",
+        ),
+        ("state.json", os.remove, "no readable state.json"),
     ],
 )
 def test_any_file_that_is_not_as_it_was_written_is_named(write, name, change, words):
-    path = write(1)
+    path = write(1, seconds=0.5)
     change(path / name)
     (saved,) = all_saved(path.parent)
     assert words in saved.damage()
@@ -86,11 +96,82 @@ def test_checkpoints_are_found_oldest_first_and_other_folders_are_none(write, tm
     assert all_saved(tmp_path / "none") == []
     for step in (100, 20, 3):
         write(step)
-    for other in ("step-0000005.damaged-1", ".step-0000006.partial", "step-12", "step-0000007", "xstep-0000008"):
+    write(10_000_000)
+    for other in ("step-0000005.damaged-1", ".step-0000006.partial", "step-12", "xstep-0000008"):
         (tmp_path / "stage1" / other).mkdir()
     for other in ("step-12", "xstep-0000008", "step-0000005.damaged-1"):
         (tmp_path / "stage1" / other / "state.json").write_text("{}")
-    assert [saved.step for saved in all_saved(tmp_path / "stage1")] == [3, 20, 100]
+    assert [saved.step for saved in all_saved(tmp_path / "stage1")] == [3, 20, 100, 10_000_000]
+
+
+def without_hash(path):
+    state = json.loads((path / "state.json").read_text())
+    del state["sha256"]
+    (path / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+
+
+def test_a_checkpoint_of_a_release_that_hashed_no_state_is_read(alone, write):
+    path = write(3, settings={"a": 1})
+    without_hash(path)
+    saved = latest_valid(path.parent)
+    assert (saved.step, saved.state()["settings"]) == (3, {"a": 1})
+
+
+def test_a_checkpoint_without_its_state_is_named_not_passed_over(alone, write, capsys):
+    first, second = write(1), write(2)
+    (second / "state.json").unlink()
+    assert latest_valid(first.parent).step == 1
+    assert f"{second} is damaged: {second} has no readable state.json" in capsys.readouterr().out
+    shutil.rmtree(first)
+    with pytest.raises(UserError, match="step-0000002 has no readable state.json"):
+        latest_valid(first.parent)
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_named_not_taken(alone, write, capsys):
+    first, second = write(1), write(2)
+    renamed = second.rename(second.with_name("step-0000009"))
+    assert latest_valid(first.parent).step == 1
+    said = capsys.readouterr().out
+    assert f"{renamed} is damaged: it is of step 2, so its folder was renamed; name it step-0000002 again" in said
+    shutil.rmtree(first)
+    with pytest.raises(UserError, match="it is of step 2"):
+        latest_valid(first.parent)
+
+
+@pytest.mark.parametrize("name", ["step-2", "step-0000002.copy", "best", "step-2x"])
+def test_a_folder_that_looks_like_a_checkpoint_is_named(alone, write, capsys, name):
+    first, second = write(1), write(2)
+    renamed = second.rename(second.with_name(name))
+    for other in ("step-0000007.damaged-1", ".step-0000008.partial", "samples"):
+        (first.parent / other).mkdir()
+    assert latest_valid(first.parent).step == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{renamed} looks like a checkpoint, but its name is not that of one; it is of step 2: name")
+    shutil.rmtree(first)
+    with pytest.raises(UserError, match="name it step-0000002, or move it away.*--start-over"):
+        latest_valid(first.parent)
+    (renamed / "state.json").unlink()
+    if name.startswith("step-"):
+        with pytest.raises(UserError, match="it has no readable state.json: move it away"):
+            latest_valid(first.parent)
+
+
+def test_what_cannot_be_resumed_counts_for_none_that_are_kept(alone, tmp_path):
+    engine = Training()
+    with Saver(tmp_path, 2) as saver:
+        for step in (1, 2, 3, 4):
+            saver.save(engine, state_at(step))
+            saver.finish()
+            if step == 2:
+                (tmp_path / "step-0000002/state.json").unlink()
+    assert steps_of(tmp_path) == [2, 3, 4]
+    assert [s.step for s in all_saved(tmp_path) if s.damage() is None] == [3, 4]
+
+
+def test_a_checkpoint_of_any_name_is_a_model(write):
+    path = write(4)
+    copy = path.rename(path.parent / "mine")
+    assert find_model(copy) == (copy / "model", copy)
 
 
 def test_the_latest_valid_one_is_taken_and_damaged_ones_are_said(alone, write, tmp_path, capsys):
@@ -302,12 +383,27 @@ def test_leaving_by_an_exception_waits_and_does_not_hide_it(alone, tmp_path, mon
         saver.save(Training(), state_at(1))
 
 
-def test_a_torn_best_json_keeps_nothing_and_stops_nothing(alone, tmp_path):
-    (tmp_path / "best.json").write_text("{")
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "Expecting"),
+        ("[]", "expected a mapping, found list"),
+        ("{}", "metric is None"),
+        ('{"metric": "m", "value": 1, "step": "1"}', "step is '1'"),
+    ],
+)
+def test_a_damaged_best_json_is_said_and_loses_no_checkpoint(alone, tmp_path, capsys, text, words):
     with Saver(tmp_path, 1) as saver:
-        for step in (1, 2):
-            saver.save(Training(), state_at(step))
-    assert steps_of(tmp_path) == [2]
+        for step in (1, 2, 3):
+            saver.save(Training(), state_at(step), {"metric": "m", "value": 1.0} if step == 1 else None)
+            saver.finish()
+            (tmp_path / "best.json").write_text(text)
+    assert steps_of(tmp_path) == [1, 2, 3]
+    said = capsys.readouterr()
+    assert "best.json is damaged (" in said.out
+    assert words in said.out
+    assert find_model(tmp_path)[1] == tmp_path / "step-0000003"
+    assert "best.json is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

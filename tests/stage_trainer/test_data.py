@@ -1,5 +1,7 @@
 import io
 import json
+import struct
+import zlib
 
 import pytest
 import torch
@@ -44,10 +46,11 @@ def write(tmp_path):
 def stage(tmp_path, recipes):
     """The batches of a stage over what `write` wrote, texts being tokenised to their lengths."""
 
-    def execute(task, kind, batch=4, source="{path: %s/made}", rank=0, world=1):
+    def execute(task, kind, batch=4, source="{path: %s/made}", rank=0, world=1, more=()):
         other = "text" if task == "image_text" else "image_text"
         overrides = [
             f"corpus={tmp_path}", f"data={{{task}: [{source % kind}]}}", f"batch={{{task}: {batch}, {other}: 0}}",
+            *more,
         ]  # fmt: skip
         recipe = load(recipes / "drawn.yaml", overrides, 1).recipe
 
@@ -348,3 +351,18 @@ def test_a_target_is_in_other_words_and_in_the_language_that_the_recipe_wants(wr
 def test_the_fingerprint_names_every_data_set(write, stage):
     directory = write("text-pairs", [{"json": {"query": text("q"), "target": text("t")}}] * 4)
     assert stage("text", "text-pairs").fingerprint == {"text-pairs/made": Dataset.open(directory).fingerprint}
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_an_image_larger_than_max_pixels_is_refused_by_its_header_replaced_and_named(write, stage):
+    """The header says 40,000 by 4,000; there are no pixels to decode, so nothing but the header can have been read."""
+    header = png()[:16] + struct.pack(">II", 40_000, 4_000) + png()[24:29]
+    huge = header + struct.pack(">I", zlib.crc32(header[12:])) + png()[33:]
+    write("image-short", [{"png": png(), "txt": b"dot"}] * 5 + [{"png": huge, "txt": b"dot"}])
+    batch, drawn = next(batches(stage("image_text", "image-short", batch=6), 0, 1, 0))
+    (entry,) = drawn.corrupt
+    assert entry.key == "s5"
+    assert "is 40000x4000 pixels, more than the 50,000,000 allowed" in entry.reason
+    assert len(batch.images) == 6
+    _, drawn = next(batches(stage("image_text", "image-short", batch=6, more=["max_pixels=170000000"]), 0, 1, 0))
+    assert "cannot be decoded" in drawn.corrupt[0].reason, "with a higher limit it is read"

@@ -198,8 +198,18 @@ def test_a_recipe_is_frozen(recipes):
     ("value", "message"),
     [
         ("!!python/object/apply:os.getpid []", "not valid YAML"),
-        ("!!timestamp soon", "not valid YAML"),
+        ("!!timestamp soon", "not valid YAML: a recipe has no tag !!timestamp"),
         ("!!int ''", "not valid YAML"),
+        ("!!binary aGVsbG8=", "a recipe has no tag !!binary"),
+        ("0\nsinks: !!set {a, b}", "a recipe has no tag !!set"),
+        ("0\nsinks: !!omap [a: b]", "a recipe has no tag !!omap"),
+        ("0\nsinks: [" + "a, " * 100_000 + "]", "more than 262,144 bytes"),
+        ("0\n" + "".join(f"k{i}: 1\n" for i in range(400)), "; and 350 more"),
+        ('0\nprecision: "\\udc80"', "'precision'"),
+        ("0\n\tworkers: 1", "not valid YAML"),
+        ("0\0", "not valid YAML"),
+        ("true", "true or false is none"),
+        ("[0]", "'seed'"),
         ("1" * 5000, "not valid YAML: a value that cannot be read"),
         ("1" * 400, "seed is a number of .* bits; expected at most"),
         ("&a [*a]", "an anchor that holds itself"),
@@ -228,6 +238,12 @@ def test_keys_below_a_merge_may_come_again(recipe_file):
 
 def test_a_date_is_a_text(recipe_file):
     assert load(recipe_file("name: drawn", "name: 2024-13-45")).recipe.name == "2024-13-45"
+
+
+@pytest.mark.parametrize(("old", "key"), [("name: drawn", "name"), ("corpus: runs/corpus-drawn", "corpus")])
+def test_half_a_surrogate_pair_is_no_text(recipe_file, old, key):
+    with pytest.raises(UserError, match=f"{key} is .*without halves of a surrogate pair"):
+        load(recipe_file(old, f'{key}: "a\\udc80"'))
 
 
 def test_a_file_that_is_not_utf_8_is_one_message(recipe_file):

@@ -133,7 +133,7 @@ def test_other_layouts_and_other_models_are_refused_by_name(saved):
 
 def test_files_that_are_no_utf_8_are_named(saved):
     (saved / "tokenizer.json").write_bytes(b'{"\xff": 1}')
-    with pytest.raises(ValueError, match="tokenizer.json is no tokenizer.json .*utf-8"):
+    with pytest.raises(ValueError, match="tokenizer.json is not UTF-8 .*utf-8"):
         TextTower.from_pretrained(saved)
     (saved / "config.json").write_bytes(b'{"\xff": 1}')
     with pytest.raises(ValueError, match="config.json is not UTF-8"):

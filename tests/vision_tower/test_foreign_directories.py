@@ -180,9 +180,12 @@ def write_open_clip(tmp_path, monkeypatch, make_tower, small_timm) -> Callable[.
     """open_clip names an entry of timm's for the shape: here a small one."""
     import timm
 
-    create, (entry, small) = timm.create_model, small_timm
+    find, (entry, small) = timm.models.model_entrypoint, small_timm
+    made = find(entry)
     monkeypatch.setattr(
-        timm, "create_model", lambda name, **rest: create(name, **({**small, **rest} if name == entry else rest))
+        timm.models,
+        "model_entrypoint",
+        lambda name: (lambda **rest: made(**{**small, **rest})) if name == entry else find(name),
     )
 
     def write(vision: dict[str, Any] | None = None, preprocess: dict[str, Any] | None = None, **model: Any) -> Path:

@@ -44,7 +44,7 @@ def test_a_timm_directory_that_timm_cannot_make_is_named(tower, tmp_path):
     for values, match in (
         ({"architecture": "eva03"}, "timm cannot make 'eva03'.*Unknown model"),
         ({"architecture": "eva02_base_patch14_224", "model_args": {"depht": 2}}, "depht"),
-        ({"model_type": "jina_clip", "vision_config": [1]}, "vision_config is a list"),
+        ({"model_type": "jina_clip", "vision_config": [1]}, r"vision_config is \[1\]; expected an object"),
     ):
         config.write_text(json.dumps(values))
         with pytest.raises(ValueError, match=rf"config\.json: .*{match}"):

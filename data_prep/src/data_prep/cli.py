@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sqlite3
 import sys
 from collections.abc import Sequence
 
@@ -32,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.filename is None:
             raise
         print(f"data-prep: {error.filename}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except sqlite3.DatabaseError as error:  # a damaged page shows only when something reads it
+        print(f"data-prep: {options.ledger} is damaged ({error}); restore it from a copy", file=sys.stderr)
         return 2
     except (UserError, ShardError) as error:
         print(f"data-prep: {error}", file=sys.stderr)

@@ -13,6 +13,7 @@ from PIL import Image
 from data_prep.image_rule import ImageRule
 
 _KEPT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # formats that may be stored unchanged
+STORED = tuple(_KEPT)  # what an image of a shard may be; bytes never choose their decoder
 _READ = [*_KEPT, "GIF", "BMP", "TIFF", "PPM", "AVIF"]  # not those that run programs (EPS) or hold vectors
 _ORIENTATION = 0x0112  # of EXIF
 _UPRIGHT = {

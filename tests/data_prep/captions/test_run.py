@@ -372,3 +372,17 @@ def test_a_disk_that_refuses_stops_the_run_with_one_message(seer, planned, run, 
     error = capsys.readouterr().err
     assert "cannot be written (database or disk is full)" in error
     assert not seer.asked  # nothing leaves that is not written down first
+
+
+@pytest.mark.parametrize("command", ["run", "status", "export"])
+def test_a_ledger_that_was_cut_off_to_nothing_is_no_ledger(seer, planned, run, ledger, capsys, tmp_path, command):
+    planned(2)
+    for path in tmp_path.glob("ledger.sqlite*"):  # with its journal, from which SQLite would restore it
+        path.unlink()
+    (tmp_path / "ledger.sqlite").touch()
+    (tmp_path / "ledger.sqlite-wal").write_bytes(b"what was committed last")
+    out = [str(tmp_path / "out")] if command == "export" else []
+    assert main(["captions", command, ledger, *out, *(["--url", seer.url] if command == "run" else [])]) == 2
+    assert "ledger.sqlite: is empty; restore it from a copy" in capsys.readouterr().err
+    assert (tmp_path / "ledger.sqlite-wal").read_bytes() == b"what was committed last"
+    assert not seer.asked

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
+from pathlib import Path
+
+import pytest
 from data_prep.captions.ledger import RequestLedger
 from data_prep.cli import main
 
@@ -77,3 +81,19 @@ def test_a_ledger_in_use_and_a_language_that_is_none_are_refused(planned, ledger
     assert unplan(ledger, "--languages", "xx") == 2
     assert "unknown language 'xx'" in capsys.readouterr().err
     assert states(ledger) == {"planned": 3}
+
+
+@pytest.mark.parametrize("command", ["status", "unplan", "plan"])
+def test_a_damaged_page_of_the_ledger_is_one_message(make_images, planned, ledger, capsys, command):
+    planned(8)
+    database = sqlite3.connect(ledger)
+    database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    database.close()
+    path = Path(ledger)
+    path.write_bytes(path.read_bytes()[:4096] + b"\xff" * (path.stat().st_size - 4096))
+    capsys.readouterr()
+    more = [str(make_images(2, name="more")), "--model", "seer-2", "--languages", "en"] if command == "plan" else []
+    assert main(["captions", command, ledger, *more]) == 2
+    said = capsys.readouterr().err
+    assert f"data-prep: {ledger} is damaged (" in said
+    assert "restore it from a copy" in said

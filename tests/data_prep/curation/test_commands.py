@@ -405,3 +405,20 @@ def test_the_mix_is_what_a_trainer_would_draw(write_images, write_pairs, capsys)
     run("mix", one, two, "--weights", 1, 3)
     assert [line.split() for line in capsys.readouterr().out.splitlines()[-2:]] == [["87.5%", "en"], ["12.5%", "de"]]
     assert main(["mix", one, two, "--weights", "1"]) == 2
+
+
+def test_a_piece_of_a_survey_whose_arrays_are_gone_is_surveyed_again(tmp_path, monkeypatch):
+    with DatasetWriter(tmp_path / "pairs", kind="text-pairs", source="made", samples_per_shard=2) as writer:
+        for number in range(6):
+            sides = {side: [{"text": f"{side} {number}", "language": "en"}] for side in ("query", "target")}
+            content = json.dumps({**sides, "source": "made", "item": f"item-{number}"}).encode()
+            writer.write(f"k{number}", {"json": content}, languages=["en"], tokens=None)
+    command = ["dedup", str(tmp_path / "pairs"), "--out", str(tmp_path / "out"), "--name", "clean", "--workers", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr("data_prep.curation.passes.run_job", lambda *_: None)
+        assert main(command) == 0
+    (lost,) = (tmp_path / "out").glob("clean.survey-*/00001.npz")
+    lost.unlink()
+    assert main(command) == 0
+    assert len(Dataset.open(tmp_path / "out/text-pairs/clean")) > 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["text-pairs"]

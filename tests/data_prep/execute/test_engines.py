@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -171,6 +172,31 @@ def test_a_worker_that_is_killed_gives_one_message_and_the_rest_stays_done(job, 
     assert {path.name for path in (tmp_path / "out/n.partial/receipts").glob("*.json")} <= {
         f"0000{n}.json" for n in range(4)
     }
+
+
+@pytest.mark.parametrize(
+    "refused", ["multiprocessing.context.SpawnContext.Lock", "multiprocessing.util.spawnv_passfds"]
+)
+@pytest.mark.parametrize("command", ["import", "validate"])
+def test_workers_that_the_system_refuses_to_start_are_one_message(
+    downloads, tmp_path, monkeypatch, capsys, refused, command
+):
+    """/dev/shm is full when their locks are made, or memory and descriptors are short when they start."""
+    words = ["import", "img2dataset", str(downloads), "--out", str(tmp_path / "out"), "--workers"]
+    if command == "validate":
+        assert main([*words, "1"]) == 0
+        words = ["validate", str(tmp_path / "out"), "--workers"]
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(refused, full)
+        assert main([*words, "2"]) == 2
+    error = capsys.readouterr().err
+    assert "worker processes cannot be started (No space left on device)" in error
+    assert "/dev/shm" in error
+    assert main([*words, "2"]) == 0
 
 
 def test_processes_and_array_tasks_give_the_same_bytes(downloads, tmp_path, files):

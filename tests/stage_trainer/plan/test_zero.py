@@ -95,7 +95,7 @@ def one_rank(rank: int, folder: str) -> None:
         whole = estimate(model, Sizes(8, 24, 20, 8, 0, 2), Setting(None, False, False, zero), cpu)
         results[zero] = kept, sum(planned.values()), kept + peak_of(profiler), whole.total
         engine.close()
-        del engine, objective, batch, step, profiler
+        del engine, groups, objective, batch, step, profiler
         gc.collect()
     Path(folder, f"{rank}.json").write_text(json.dumps(results))
 

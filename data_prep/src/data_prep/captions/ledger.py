@@ -90,6 +90,10 @@ class RequestLedger:
         self.path = Path(path)
         if not create and not self.path.exists():
             raise UserError(f"{self.path}: no such ledger; make one with `data-prep captions plan {self.path} SHARDS`")
+        if (
+            not create and not self.path.stat().st_size
+        ):  # SQLite would make a new one of it, and drop the journal beside it
+            raise UserError(f"{self.path}: is empty; restore it from a copy, or what it had bought is bought again")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if create:

@@ -151,7 +151,7 @@ def _size(image: bytes) -> tuple[int, int]:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(image)) as opened:  # the header alone is read
+        with Image.open(io.BytesIO(image), formats=("PNG", "JPEG", "WEBP")) as opened:  # the header alone is read
             return opened.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return 2048, 2048  # the service will refuse it; no image counts more than this

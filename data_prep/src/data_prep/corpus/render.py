@@ -52,7 +52,7 @@ def encode_png(image: Image.Image) -> bytes:
 
 def pixels(png: bytes, size: int) -> np.ndarray:
     """The image at `size` × `size`, `[size, size, 3]` float32 in 0 to 255."""
-    with Image.open(io.BytesIO(png)) as image:
+    with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
         return np.asarray(image.resize((size, size), Image.Resampling.BOX), dtype=np.float32)
 
 
@@ -96,5 +96,7 @@ def _open(job: RenderJob, size: int) -> Image.Image:
         drawing = job.data.decode()
         if "viewBox" not in drawing:
             drawing = _PHYSICAL_SIZE.sub("", drawing, count=2)
-        return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=drawing, width=4 * size)))).convert("RGBA")
-    return Image.open(io.BytesIO(job.data)).convert("RGBA")
+        png = bytes(resvg_py.svg_to_bytes(svg_string=drawing, width=4 * size))
+    else:
+        png = job.data
+    return Image.open(io.BytesIO(png), formats=("PNG",)).convert("RGBA")

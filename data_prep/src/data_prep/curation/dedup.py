@@ -17,6 +17,7 @@ from data_prep.curation.signature_store import SignatureStore, arrays_of
 from data_prep.errors import UserError
 from data_prep.execute import Execution, Output, Target
 from data_prep.groups import join, pairs_of_equals
+from data_prep.images import STORED
 from data_prep.shards.format import JsonObject
 
 KEPT, EXACT, NEAR, TEST, BROKEN = range(5)
@@ -101,7 +102,7 @@ def _sign_images(piece: JsonObject, output: Output) -> None:
         exact.append(_key(sample.image))
         found = None
         try:
-            with Image.open(io.BytesIO(sample.image)) as image:
+            with Image.open(io.BytesIO(sample.image), formats=STORED) as image:
                 found = perceptual_hash(image)
             broken.append(False)
         except UNREADABLE:

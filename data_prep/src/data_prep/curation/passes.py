@@ -149,6 +149,8 @@ class Survey:
         first, step = execution.task
         own = specs[first::step]
         left = [spec for spec in own if not _surveyed(spec)]
+        for spec in left:
+            spec.receipt_path.unlink(missing_ok=True)  # of a piece whose arrays are gone: it would count as done
         print(f"{self.folder}: surveying, {len(own) - len(left)} of {len(own)} units are done")
         progress = Progress(max(1, len(left)))
         for receipt in run_units(left, engine=execution.engine, workers=execution.workers or os.cpu_count() or 1):

@@ -15,6 +15,7 @@ from data_prep.curation import passes
 from data_prep.curation.phash import UNREADABLE
 from data_prep.errors import UserError, needs
 from data_prep.execute import Execution, Output, Target
+from data_prep.images import STORED
 from data_prep.shards.format import JsonObject
 
 Scorer = Callable[[Sequence[Image.Image], Sequence[str]], tuple[np.ndarray, np.ndarray]]
@@ -128,7 +129,7 @@ def cut(piece: JsonObject, options: JsonObject, output: Output) -> None:
 def _image(sample: passes.Sample) -> Image.Image | None:
     """Its image; None if it cannot be decoded."""
     try:
-        return Image.open(io.BytesIO(sample.image)).convert("RGB")
+        return Image.open(io.BytesIO(sample.image), formats=STORED).convert("RGB")
     except UNREADABLE:
         return None
 

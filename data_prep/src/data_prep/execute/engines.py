@@ -8,9 +8,10 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any
 
 from data_prep.errors import UserError, needs
@@ -43,31 +44,59 @@ def run_units(specs: Sequence[Spec], *, engine: str, workers: int) -> Iterator[R
 
 
 def _with_processes(specs: Sequence[Spec], workers: int) -> Iterator[Receipt]:
-    before = set(multiprocessing.active_children())
-    # Spawned, not forked: libraries that the work loads start threads.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
     left = iter(specs)
     running: set[Future[Receipt]] = set()
-    try:
+    with worker_pool(workers) as submit:
         while True:
             while len(running) < _WAITING * workers and (spec := next(left, None)) is not None:
-                running.add(pool.submit(process_shard, spec))
+                running.add(submit(process_shard, spec))
             if not running:
                 break
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 yield future.result()
+
+
+@contextmanager
+def worker_pool(workers: int) -> Iterator[Callable[..., Future[Any]]]:
+    """Processes that end with this one, however it ends; yields the `submit` of an executor.
+
+    Raises:
+        UserError: the system refuses to start them, or one of them died; the others are stopped.
+    """
+    before = set(multiprocessing.active_children())
+    # Spawned, not forked: libraries that the work loads start threads.
+    context = multiprocessing.get_context("spawn")
+    with _refusals_explained():
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
+
+    def submit(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        with _refusals_explained():  # an executor starts its processes when they are needed
+            return pool.submit(function, *arguments)
+
+    try:
+        yield submit
         pool.shutdown()
     except BrokenProcessPool as error:
         raise UserError(
             "a worker process died, as if it was killed (out of memory?); run the same command again, with fewer "
-            "--workers if memory is short: what is done stays done"
+            "--workers if memory is short"
         ) from error
     finally:
         for process in set(multiprocessing.active_children()) - before:
             process.terminate()  # after an error or Ctrl-C; an unfinished unit has no receipt
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _refusals_explained() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"worker processes cannot be started ({error.strerror}): they need some kilobytes of /dev/shm, memory and "
+            "open files (`ulimit -n`); raise what is short, or take --workers 1"
+        ) from error
 
 
 def _begin_worker() -> None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import multiprocessing
 import tarfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
+from data_prep.execute.engines import worker_pool
 from data_prep.shards import Dataset, Row, ShardError
 from data_prep.shards.format import IMAGE_TYPES, KINDS, check_kind, index_name
 
@@ -28,6 +26,10 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.dataset}{f', {self.where}' if self.where else ''}: {self.what}"
+
+
+_Checked = tuple[list[Problem], list[int]]
+"""The faults of a shard, and a hash of each key."""
 
 
 def validate(
@@ -48,26 +50,26 @@ def validate(
         return
     keys: set[int] = set()  # 64-bit hashes of the keys, to save memory
     check = partial(_check_shard, directory, decode)
-    if workers == 1 or len(dataset.shard_sizes) == 1:
-        results: Any = map(check, range(len(dataset.shard_sizes)))
-        pool = None
-    else:
-        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-        results = pool.map(check, range(len(dataset.shard_sizes)))
-    try:
-        for samples, (problems, hashes) in zip(dataset.shard_sizes, results, strict=True):
-            tick(samples)
-            yield from problems
-            for place, key in enumerate(hashes):
-                if key in keys:
-                    yield Problem(str(directory), f"sample {place} of a shard", "its key occurs twice in the data set")
-                keys.add(key)
-    finally:
-        if pool is not None:
-            pool.shutdown(cancel_futures=True)
+    results = _checked(check, len(dataset.shard_sizes), workers)
+    for samples, (problems, hashes) in zip(dataset.shard_sizes, results, strict=True):
+        tick(samples)
+        yield from problems
+        for place, key in enumerate(hashes):
+            if key in keys:
+                yield Problem(str(directory), f"sample {place} of a shard", "its key occurs twice in the data set")
+            keys.add(key)
 
 
-def _check_shard(directory: Path, decode: bool, number: int) -> tuple[list[Problem], list[int]]:
+def _checked(check: Callable[[int], _Checked], shards: int, workers: int) -> Iterator[_Checked]:
+    if workers == 1 or shards == 1:
+        yield from map(check, range(shards))
+        return
+    with worker_pool(workers) as submit:
+        for future in [submit(check, number) for number in range(shards)]:
+            yield future.result()
+
+
+def _check_shard(directory: Path, decode: bool, number: int) -> _Checked:
     """The faults of one shard, and a hash of each key."""
     dataset = _opened(directory)
     first = sum(dataset.shard_sizes[:number])

@@ -154,18 +154,22 @@ class Dataset:
                 return self._open_shards[number]
             entry = self.manifest["shards"][number]
             path = self.directory / entry["name"]
-            shard = self._open_shards[number] = _Shard(path, self._rows(path, entry["samples"]))
+            shard = self._open_shards[number] = _Shard(path, self._rows(path, entry))
             if len(self._open_shards) > _SHARDS_KEPT:
                 self._open_shards.popitem(last=False)  # closed once no thread reads from it
             return shard
 
-    def _rows(self, tar: Path, samples: int) -> list[Row]:
-        index = tar.with_name(index_name(tar.name))
+    def _rows(self, tar: Path, entry: JsonObject) -> list[Row]:
+        index, samples = tar.with_name(index_name(tar.name)), entry["samples"]
         try:
             with self.open_file(index.name) as file:
                 raw = file.read()
         except OSError as error:
             raise ShardUnavailable(f"{index}: cannot be read ({error.strerror})") from error
+        if (
+            hashlib.sha256(raw).hexdigest() != entry["index_sha256"]
+        ):  # or samples would be others, and nobody would know
+            raise ShardUnavailable(f"{index}: checksum differs from the manifest's: damaged; build the data set again")
         try:
             rows = [_row(line, tar.name) for line in raw.decode().splitlines()]
         except (ValueError, KeyError, TypeError) as error:

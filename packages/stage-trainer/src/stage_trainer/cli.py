@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as error:
         print(f"stage-trainer: {error}", file=sys.stderr, flush=True)
         return Stopped.EXIT_CODE
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if not is_user_error(error):
             raise
         print(f"stage-trainer: {error}", file=sys.stderr, flush=True)

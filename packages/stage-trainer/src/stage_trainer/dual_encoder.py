@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -97,22 +97,7 @@ class DualEncoder(nn.Module):
         from vision_tower import VisionTower
 
         path = Path(path)
-        try:
-            config = json.loads((path / "config.json").read_text())
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise UserError(
-                f"{path} holds no model: there is no config.json; expected a directory written by "
-                "`stage-trainer export` or the model/ folder of a checkpoint"
-            ) from error
-        except ValueError as error:
-            raise UserError(f"{path / 'config.json'} is not JSON ({error}); export the model again") from error
-        if not isinstance(config, dict) or config.get("format") != FORMAT:
-            found = config.get("format") if isinstance(config, dict) else config
-            raise UserError(
-                f"{path / 'config.json'} has format {found!r}; expected {FORMAT!r}, a model of two towers. "
-                "One that was published, or the text tower of masked-language-model training, is started from: name it "
-                "as model.text_weights and model.vision_weights of a recipe"
-            )
+        config = read_config(path)
         try:
             towers = (
                 TextTower.from_pretrained(path / "text", **(text or {})),
@@ -120,8 +105,54 @@ class DualEncoder(nn.Module):
             )
         except (ValueError, OSError) as error:  # the towers say what is missing or damaged
             raise UserError(f"cannot load {path}: {error}") from error
-        model = cls(*towers, matryoshka_dims=config["matryoshka_dimensions"])
+        model = cls(*towers, matryoshka_dims=config.dims)
         with torch.no_grad():
-            model.logit_scale.fill_(config["logit_scale"])
-            model.text_logit_scale.fill_(config["text_logit_scale"])
+            model.logit_scale.fill_(config.logit_scale)
+            model.text_logit_scale.fill_(config.text_logit_scale)
         return model
+
+
+class StoredConfig(NamedTuple):
+    """What config.json of a model of two towers says."""
+
+    logit_scale: float
+    text_logit_scale: float
+    dims: tuple[int, ...] | None
+
+
+def read_config(path: Path) -> StoredConfig:
+    """The config.json that `DualEncoder.save_pretrained` wrote.
+
+    Raises:
+        UserError: there is none, it is of another format, or damaged.
+    """
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_bytes().decode())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(
+            f"{path} holds no model: there is no config.json; expected a directory written by "
+            "`stage-trainer export` or the model/ folder of a checkpoint"
+        ) from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{file} is not JSON ({error}); export the model again") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        found = config.get("format") if isinstance(config, dict) else config
+        raise UserError(
+            f"{file} has format {repr(found)[:200]}; expected {FORMAT!r}, a model of two towers. "
+            "One that was published, or the text tower of masked-language-model training, is started from: name it "
+            "as model.text_weights and model.vision_weights of a recipe"
+        )
+    scales = [_scale(config.get(key), f"{file}: {key}") for key in ("logit_scale", "text_logit_scale")]
+    if "matryoshka_dimensions" not in config:
+        raise UserError(f"{file} lacks matryoshka_dimensions; expected a list of dims, or null. Export the model again")
+    dims = config["matryoshka_dimensions"]
+    if dims is not None and not (isinstance(dims, list) and all(type(n) is int and 0 < n < 2**31 for n in dims)):
+        raise UserError(f"{file}: matryoshka_dimensions is {str(dims)[:200]}; expected a list of dims, or null")
+    return StoredConfig(scales[0], scales[1], tuple(dims) if dims else None)
+
+
+def _scale(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 20:
+        raise UserError(f"{where} is {str(value)[:200]!r}; expected ln(1 / temperature), a number from -20 to 20")
+    return float(value)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data_prep.shards import InUse, alone, sync, write_file
 from safetensors import SafetensorError
@@ -59,11 +60,37 @@ def write_whole(target: str | Path, text: str) -> None:
         UserError: it cannot be written.
     """
     target = Path(target)
-    try:
+    with writing(target):
         write_file(target, text.encode())
         sync(target.parent)
+
+
+@contextlib.contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turns an OSError inside into a UserError that names `target`."""
+    try:
+        yield
     except OSError as error:
-        raise UserError(f"could not write {target}: {error.strerror}; free some space or name another place") from error
+        raise UserError(
+            f"could not write {target}: {error.strerror or error}; free some space or name another place"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping that a JSON file holds.
+
+    Raises:
+        ValueError: the file cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"expected a mapping, found {type(found).__name__}")
+    return found
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

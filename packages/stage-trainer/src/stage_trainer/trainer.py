@@ -13,7 +13,7 @@ import torch
 
 from stage_trainer.build import load_tokenizer
 from stage_trainer.checkpoint.broadcast import from_rank_0
-from stage_trainer.checkpoint.load import all_saved, path_of
+from stage_trainer.checkpoint.load import path_of
 from stage_trainer.checkpoint.resume import move_aside, settings, starting_point
 from stage_trainer.checkpoint.save import Saver
 from stage_trainer.checkpoint.state import RunState
@@ -69,7 +69,7 @@ def train(recipe: Recipe, number: int, *, start_over: bool = False, refusal: Use
                     for hook in hooks:
                         hook.after_step(step)
         if rank == 0:
-            print(f"stage {number} of {recipe.name} is complete: {all_saved(trainer.directory)[-1].path}")
+            print(f"stage {number} of {recipe.name} is complete: {path_of(trainer.directory, trainer.start)}")
             print(next_steps(recipe, number), flush=True)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from stage_trainer.dual_encoder import FORMAT
+from stage_trainer.dual_encoder import FORMAT, read_config
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import ModelConfig
 from stage_trainer.recipe.schema import NEW_TEMPERATURE
@@ -186,24 +186,32 @@ def log_scales(model: ModelConfig) -> tuple[float, float]:
 
 def _held_scales(whole: Path) -> tuple[float, float] | None:
     if _is_ours(whole):
-        config = json.loads((whole / "config.json").read_text())
-        return float(config["logit_scale"]), float(config["text_logit_scale"])
-    scale = None
-    if (file := whole / "model.safetensors").is_file():
-        from safetensors import safe_open
+        config = read_config(whole)
+        return config.logit_scale, config.text_logit_scale
+    scale, file = None, whole / "model.safetensors"
+    try:
+        if file.is_file():
+            from safetensors import safe_open
 
-        with safe_open(file, framework="pt") as content:
-            if "logit_scale" in content.keys():  # noqa: SIM118
-                scale = content.get_tensor("logit_scale")
-    elif (file := whole / "pytorch_model.bin").is_file():
-        scale = torch.load(file, map_location="cpu", weights_only=True, mmap=True).get("logit_scale")
-    return None if scale is None else (float(scale), float(scale))
+            with safe_open(file, framework="pt") as content:
+                scale = content.get_tensor("logit_scale") if "logit_scale" in content.keys() else None  # noqa: SIM118
+        elif (file := whole / "pytorch_model.bin").is_file():
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            scale = found.get("logit_scale") if isinstance(found, dict) else None
+        if scale is None:
+            return None
+        number = float(scale)
+    except Exception as error:  # torch and safetensors raise many kinds for a file that is not theirs
+        raise UserError(f"{file} cannot be read for its logit_scale ({error}); copy or download it again") from error
+    if not abs(number) <= 20:
+        raise UserError(f"{file}: logit_scale is {number}; expected ln(1 / temperature), a number from -20 to 20")
+    return number, number
 
 
 def _is_ours(folder: Path) -> bool:
     try:
-        return bool(json.loads((folder / "config.json").read_text()).get("format") == FORMAT)
-    except (OSError, ValueError, AttributeError):
+        return bool(json.loads((folder / "config.json").read_bytes().decode()).get("format") == FORMAT)
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 

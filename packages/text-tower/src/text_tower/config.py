@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any
+from typing import Any, cast
+
+from text_tower.fields import check_name
 
 # "auto", then what it may choose from; see text_tower.attention.
 BACKENDS = ("auto", "flash-attn", "varlen", "xformers", "sdpa")
 NO_ADAPTER = "none"  # as an adapter's name: the weights alone
+
+
+_MOST = {"layers": 1000, "width": 2**20, "mlp_width": 2**24}
+"""Beyond every model that exists; a foreign file's billion blocks would be built before they are refused."""
 
 
 def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
@@ -84,7 +89,11 @@ class TextTowerConfig:
     def __post_init__(self) -> None:
         least_of = {"vocab_size": 4, "width": 2, "layers": 1, "heads": 1, "mlp_width": 1, "max_length": 2, "pad_id": 0}
         for name, least in least_of.items():
-            object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
+            most = _MOST.get(name, 2**31 - 1)
+            number = whole_number(name, getattr(self, name), least)
+            if number > most:
+                raise ValueError(f"{name} is {number}; expected at most {most:,}")
+            object.__setattr__(self, name, number)
         if self.truncate_dim is not None:
             object.__setattr__(self, "truncate_dim", whole_number("truncate_dim", self.truncate_dim, 1, self.width))
         if self.width % (2 * self.heads):
@@ -94,18 +103,23 @@ class TextTowerConfig:
             )
         for name in ("rope_theta", "layer_norm_eps", "lora_alpha"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
+            if isinstance(value, bool) or not isinstance(value, Real) or not 1e-300 < cast(float, value) < 1e300:
                 raise ValueError(f"{name} is {value!r}; expected a number above 0")
             if not isinstance(value, int | float):  # a numpy scalar, which JSON does not know
                 object.__setattr__(self, name, float(value))
         if not 0 <= self.pad_id < self.vocab_size:
             raise ValueError(f"pad_id is {self.pad_id}; expected an id below vocab_size, {self.vocab_size}")
-        if not isinstance(self.dropout, Real) or not 0 <= float(self.dropout) < 1:
+        if not isinstance(self.dropout, Real) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout!r}; expected a share, at least 0 and below 1")
         object.__setattr__(self, "dropout", float(self.dropout))
         if self.attention not in BACKENDS:
             raise ValueError(f"attention is {self.attention!r}; expected one of {list(BACKENDS)}")
+        for name in ("checkpointing", "compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected true or false")
         self._check_adapters()
+        if not isinstance(self.instructions, Mapping):
+            raise ValueError(f"instructions is {self.instructions!r}; expected names of tasks and texts")
         object.__setattr__(self, "instructions", dict(self.instructions))
         for task, instruction in self.instructions.items():
             if not isinstance(task, str) or not isinstance(instruction, str):
@@ -114,12 +128,15 @@ class TextTowerConfig:
     def _check_adapters(self) -> None:
         if isinstance(self.adapters, str):
             raise ValueError(f"adapters is the string {self.adapters!r}; expected a tuple of names")
-        object.__setattr__(self, "adapters", tuple(self.adapters))
+        if not isinstance(self.adapters, tuple | list):
+            raise ValueError(f"adapters is {self.adapters!r}; expected a tuple of names")
+        # Each may become a folder's name, when the tower is saved for PEFT or read from there.
+        object.__setattr__(self, "adapters", tuple(check_name(name, "adapters has") for name in self.adapters))
         if len(set(self.adapters)) < len(self.adapters):
             raise ValueError(f"adapters is {self.adapters}; expected every name once")
         if NO_ADAPTER in self.adapters:
             raise ValueError(f"adapters is {self.adapters}; the name {NO_ADAPTER!r} stands for the bare weights")
-        object.__setattr__(self, "lora_rank", whole_number("lora_rank", self.lora_rank, 0))
+        object.__setattr__(self, "lora_rank", whole_number("lora_rank", self.lora_rank, 0, 2**16))
         if bool(self.lora_rank) != bool(self.adapters):
             raise ValueError(
                 f"lora_rank is {self.lora_rank} and adapters is {self.adapters}; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from text_tower.config import TextTowerConfig
 from text_tower.config_keys import check_keys_of
+from text_tower.fields import COUNT, NUMBER, OBJECT, TEXT_OF_NAME, TEXTS, field
 from text_tower.layouts import Layout
 
 # Our field -> the name in config.json that transformers knows; the other fields stand under OUR_KEY.
@@ -49,7 +51,7 @@ def from_json(stored: dict[str, Any], weights: Mapping[str, Tensor], layout: Lay
         raise ValueError(f"{file} lacks {missing}")
     native = kind == "jina_embeddings_v3"
     check_keys_of(stored, "native" if native else "remote-code" if rotary else "xlm-r", file)
-    values: dict[str, Any] = {ours: stored[theirs] for ours, theirs in COMMON.items()}
+    values: dict[str, Any] = {ours: field(stored, theirs, NUMBER, file) for ours, theirs in COMMON.items()}
     if native:
         values["rope_theta"] = _rope_theta(stored, file)
     elif rotary:
@@ -58,8 +60,8 @@ def from_json(stored: dict[str, Any], weights: Mapping[str, Tensor], layout: Lay
     values["truncate_dim"] = stored.get("truncate_dim")
     if layout.kind == "remote-code":
         values |= _remote_adapters(stored, file)
-    elif stored.get("task_instructions"):
-        values["instructions"] = stored["task_instructions"]
+    else:
+        values["instructions"] = field(stored, "task_instructions", TEXT_OF_NAME, file, {})
     values |= ours_of(stored, file)
     if not set(values) <= (known := {f.name for f in fields(TextTowerConfig)}):
         raise ValueError(f"{file} has unknown keys {sorted(set(values) - known)} under {OUR_KEY!r}")
@@ -72,18 +74,14 @@ def ours_of(stored: Mapping[str, Any], file: Path) -> dict[str, Any]:
     Raises:
         ValueError: no object.
     """
-    ours = stored.get(OUR_KEY, {})
-    if not isinstance(ours, dict):
-        raise ValueError(f"{file} has {OUR_KEY} {ours!r}; expected an object")
+    ours: dict[str, Any] = field(stored, OUR_KEY, OBJECT, file, {})
     return ours
 
 
 def _max_length(stored: Mapping[str, Any], file: Path) -> dict[str, Any]:
     if (key := "max_position_embeddings") not in stored:
         return {}
-    if isinstance(found := stored[key], bool) or not isinstance(found, int):
-        raise ValueError(f"{file} has {key} {found!r}; expected a whole number")
-    return {"max_length": found - _UNUSED_POSITIONS}
+    return {"max_length": field(stored, key, COUNT, file) - _UNUSED_POSITIONS}
 
 
 def _config(values: dict[str, Any], file: Path) -> TextTowerConfig:
@@ -96,9 +94,7 @@ def _config(values: dict[str, Any], file: Path) -> TextTowerConfig:
 def _rope_theta(stored: dict[str, Any], file: Path) -> float:
     """The rotary base as transformers 5 reads it: `rope_scaling`, the older name, before `rope_parameters`, and the top
     level if neither has it."""
-    rope = stored.get("rope_scaling") or stored.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"{file} has rope_parameters {rope!r}; expected a mapping")
+    rope = field(stored, "rope_scaling", OBJECT, file, {}) or field(stored, "rope_parameters", OBJECT, file, {})
     kind = rope.get("rope_type", rope.get("type", "default"))
     part = rope.get("partial_rotary_factor", stored.get("partial_rotary_factor"))
     for key, found, expected in (("rope_type", kind, "default"), ("partial_rotary_factor", part or 1.0, 1.0)):
@@ -106,25 +102,22 @@ def _rope_theta(stored: dict[str, Any], file: Path) -> float:
             raise ValueError(f"{file} has {key} {found!r}; this tower knows {expected!r} only")
     if unknown := sorted(rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}):
         raise ValueError(f"{file} has {unknown} among its rotary settings; this tower knows rope_theta only")
-    theta: float = rope.get("rope_theta", stored.get("rope_theta", 20000.0))
+    theta: float = field(rope, "rope_theta", NUMBER, file, field(stored, "rope_theta", NUMBER, file, 20000.0))
     return theta
 
 
 def _from_clip(stored: dict[str, Any], weights: Mapping[str, Tensor], layout: Layout, file: Path) -> TextTowerConfig:
     """From jina-clip-v2, whose config.json leaves the text half's shape to another repository: the weights give it."""
-    text = stored.get("text_config")
-    if not isinstance(text, dict):
-        raise ValueError(f"{file} has no text_config; expected jina-clip-v2's config.json")
+    text = field(stored, "text_config", OBJECT, file)
     shapes = {name.removeprefix(layout.prefix).replace(".parametrizations.weight.original", ".weight"): list(t.shape)
               for name, t in weights.items()}  # fmt: skip
     word, fc1 = (shapes.get(n) for n in ("embeddings.word_embeddings.weight", "encoder.layers.0.mlp.fc1.weight"))
-    if word is None or fc1 is None:
+    numbers = [match[1] for name in shapes if (match := re.match(r"encoder\.layers\.(\d{1,6})\.", name))]
+    if word is None or fc1 is None or not (len(word) == len(fc1) == 2):
         raise ValueError(
             f"{file.parent} has no {layout.prefix}embeddings.word_embeddings or first block to tell a shape"
         )
-    options = text.get("hf_model_config_kwargs") or {}
-    if not isinstance(options, dict):
-        raise ValueError(f"{file} has text_config.hf_model_config_kwargs {options!r}; expected an object")
+    options = field(text, "hf_model_config_kwargs", OBJECT, f"{file}: text_config", {})
     check_keys_of(stored, "jina_clip", file)
     vocab_size, width = word
     if "rotary_emb_base" not in options and text.get("hf_model_name_or_path") != _V3:
@@ -135,7 +128,7 @@ def _from_clip(stored: dict[str, Any], weights: Mapping[str, Tensor], layout: La
     values: dict[str, Any] = {
         "vocab_size": vocab_size,
         "width": width,
-        "layers": 1 + max(int(n.split(".")[2]) for n in shapes if n.startswith("encoder.layers.")),
+        "layers": 1 + max(map(int, numbers)),
         "heads": max(1, width // 64),  # XLM-RoBERTa's, in every size
         "mlp_width": fc1[0],
     }
@@ -152,24 +145,22 @@ def _from_clip(stored: dict[str, Any], weights: Mapping[str, Tensor], layout: La
         first, default = values["adapters"][0], text.get("default_lora_task")
         if default not in (None, first):
             raise ValueError(f"{file} has default_lora_task {default!r}; the adapter in use is the first, {first!r}")
-    elif options.get("task_instructions"):
-        values["instructions"] = options["task_instructions"]
+    else:
+        values["instructions"] = field(options, "task_instructions", TEXT_OF_NAME, file, {})
     values["rope_theta"] = options.get("rotary_emb_base", 20000.0)  # jina-embeddings-v3's
     values["truncate_dim"] = options.get("truncate_dim")
     return _config(values, file)
 
 
 def _remote_adapters(options: dict[str, Any], file: Path) -> dict[str, Any]:
-    if not options.get("lora_adaptations"):
+    names = field(options, "lora_adaptations", TEXTS, file, [])
+    if not names:
         raise ValueError(f"{file} names no lora_adaptations, but the weights hold adapters; expected their names")
-    names = options["lora_adaptations"]
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{file} has lora_adaptations {names!r}; expected a list of names")
     return {
         "adapters": tuple(names),
         "lora_rank": options.get("lora_rank", 4),
         "lora_alpha": options.get("lora_alpha", 1),
-        "instructions": options.get("task_instructions") or {},
+        "instructions": field(options, "task_instructions", TEXT_OF_NAME, file, {}),
     }
 
 

@@ -13,13 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from text_tower.fields import TEXT_OF_NAME, field, parse, read_bytes, within
+
+_UNREADABLE = (KeyError, RuntimeError, TypeError)  # of safetensors for a dtype that this PyTorch does not have
+
 
 def read_json(file: Path) -> dict[str, Any]:
     """A file's JSON object.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not UTF-8, not JSON, or no object.
+        ValueError: it is not UTF-8, not JSON, no object, or too large.
     """
     content = read_json_value(file)
     if not isinstance(content, dict):
@@ -29,14 +33,9 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def read_json_value(file: Path) -> Any:
     """What a JSON file holds, of any kind; it raises as `read_json` does."""
-    try:
-        return json.loads(file.read_bytes().decode("utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise FileNotFoundError(f"there is no {file}; expected a saved model's directory") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 ({error})") from error
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error})") from error
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no {file}; expected a saved model's directory")
+    return parse(read_bytes(file, 2**24), file)
 
 
 def write_json(content: Mapping[str, Any], file: Path) -> None:
@@ -57,11 +56,12 @@ def read_weights(directory: Path, stem: str = "model", pickle_stem: str = "pytor
             return load(directory / name)
         index = directory / f"{name}.index.json"
         if index.is_file():
-            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-            absent = [shard for shard in shards if not (directory / shard).is_file()]
+            shards = sorted(set(field(read_json(index), "weight_map", TEXT_OF_NAME, index).values()))
+            files = [within(directory, shard, index) for shard in shards]
+            absent = [shard for shard, file in zip(shards, files, strict=True) if not file.is_file()]
             if absent:
                 raise FileNotFoundError(f"{directory} lacks {', '.join(absent)}, which {index.name} names")
-            return {key: tensor for shard in shards for key, tensor in load(directory / shard).items()}
+            return {key: tensor for file in files for key, tensor in load(file).items()}
     raise FileNotFoundError(f"{directory} holds no weights; expected {stem}.safetensors (or {pickle_stem}.bin)")
 
 
@@ -74,7 +74,7 @@ def read_shapes(directory: Path, stem: str = "model", pickle_stem: str = "pytorc
         try:
             with safe_open(file, framework="pt") as content:
                 return {key: torch.empty(content.get_slice(key).get_shape(), device="meta") for key in content.keys()}  # noqa: SIM118
-        except SafetensorError as error:
+        except (SafetensorError, *_UNREADABLE) as error:
             raise ValueError(f"{file} is no safetensors file, or is cut short ({error})") from error
     return {name: tensor.to("meta") for name, tensor in read_weights(directory, stem, pickle_stem).items()}
 
@@ -85,18 +85,30 @@ def _safetensors(file: Path) -> dict[str, Tensor]:
 
     try:
         return load_file(file)
-    except SafetensorError as error:
+    except (SafetensorError, *_UNREADABLE) as error:
         raise ValueError(f"{file} is no safetensors file, or is cut short ({error})") from error
 
 
 def _pickle(file: Path) -> dict[str, Tensor]:
     try:
-        weights = torch.load(file, map_location="cpu", weights_only=True)
+        weights: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises several kinds for a file that is not its own
         raise ValueError(f"{file} is no plain file of tensors, and only those are read ({error})") from error
-    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+    tensors = isinstance(weights, dict) and all(isinstance(tensor, Tensor) for tensor in weights.values())
+    if not tensors or not all(isinstance(name, str) for name in weights):
         raise ValueError(f"{file} holds more than named tensors; expected a state dict")
+    if odd := sorted(name for name, tensor in weights.items() if not _is_whole(tensor)):
+        raise ValueError(
+            f"{file} has {', '.join(odd[:5])} sparse, quantized, or without all their numbers; expected plain tensors"
+        )
     return weights
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether a file has every number of a tensor: a pickle may state any shape over a storage of one number."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def write_weights(weights: Mapping[str, Tensor], file: Path) -> None:
@@ -121,10 +133,16 @@ def check_keys(expected: Mapping[str, list[int]], weights: Mapping[str, Tensor],
         "missing": sorted(expected.keys() - weights.keys()),
         "unexpected": sorted(weights.keys() - expected.keys()),
         "mis-shaped": [f"{n} {found}, expected {want}" for n, (found, want) in sorted(wrong.items())],
+        "not of floating point": sorted(f"{n} {weights[n].dtype}" for n in shared if not is_real(weights[n])),
     }
     if any(problems.values()):
         lines = [f"  {len(names)} {kind}: {'; '.join(names)}" for kind, names in problems.items() if names]
         raise ValueError("\n".join([f"the weights in {where} do not fit its config.json:", *lines]))
+
+
+def is_real(tensor: Tensor) -> bool:
+    """Whether weights may be of its dtype: integers would be read without the scales that they need."""
+    return tensor.is_floating_point()
 
 
 @contextmanager

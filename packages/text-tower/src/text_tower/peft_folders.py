@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from text_tower.files import read_json, read_weights, write_json, write_weights
+from text_tower.fields import shown
+from text_tower.files import is_real, read_json, read_weights, write_json, write_weights
 
 TARGETS = ["word_embeddings", "token_type_embeddings", "q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 _TABLES = ("embeddings.word_embeddings", "embeddings.token_type_embeddings")
@@ -108,19 +109,22 @@ def read_adapter(folder: Path, shapes: Mapping[str, list[int]]) -> Adapter:
     _check_config(config, folder / "adapter_config.json")
     standard = _scale(config, config["r"], config["lora_alpha"])
     found = _halves(folder, config, standard, shapes)
-    modules = {
+    pairs = {
         name: (ab["A"].T, ab["B"].T) if name in _TABLES else (ab["A"], ab["B"])
-        for name, ab in found.items() if ":" not in name
+        for name, ab in found.items()
     }  # fmt: skip
-    for name in sorted({name.partition(":")[0] for name in found if ":" in name}):
-        modules[name] = _fused([found.get(f"{name}:{part}") for part in "qkv"], shapes[name])
-    wrong = [
-        f"{name} A {list(a.shape)}, B {list(b.shape)} for a weight {shapes[name]}"
-        for name, (a, b) in modules.items()
-        if _shape(name, a, b) != shapes[name]
-    ]
+    wrong = []
+    for name, (a, b) in pairs.items():
+        whole, _, part = name.partition(":")
+        rows, columns = shapes[whole]
+        expected = [rows // 3 if part else rows, columns]
+        if _shape(name, a, b) != expected or (part and whole in pairs):
+            wrong.append(f"{name} A {list(a.shape)}, B {list(b.shape)} for a weight {expected}")
     if wrong:
         raise ValueError(f"the adapter in {folder} has {len(wrong)} mis-shaped modules: {'; '.join(wrong)}")
+    modules = {name: pair for name, pair in pairs.items() if ":" not in name}
+    for name in sorted({name.partition(":")[0] for name in found if ":" in name}):
+        modules[name] = _fused([found.get(f"{name}:{part}") for part in "qkv"], shapes[name])
     return Adapter(modules, standard)
 
 
@@ -135,9 +139,12 @@ def _halves(
             r"(?:base_model\.model\.)?(?:roberta\.)?(.+?)\.lora_(?:embedding_)?([AB])(?:\.weight)?", key
         )
         module = _our_module(match[1]) if match else ""
-        if match is None or module.partition(":")[0] not in shapes:
+        if match is None or module.partition(":")[0] not in shapes or match[2] in found.get(module, {}):
             unexpected.append(key)
             continue
+        if tensor.dim() != 2 or not is_real(tensor):
+            found_there = f"{tensor.dtype} {list(tensor.shape)}"
+            raise ValueError(f"{folder}: {key} is {found_there}; expected two dimensions of floating point")
         tensor = tensor.to(torch.float32, copy=True)
         if match[2] == "B":
             theirs = key.removeprefix("base_model.model.").partition(".lora_")[0]
@@ -186,17 +193,23 @@ def _check_config(config: Mapping[str, Any], file: Path) -> None:
 def _check_number(field: str, value: Any, file: Path, of: str | None = None) -> None:
     """That a rank (`r`) is a whole number above 0, or an alpha (`lora_alpha`) a number above 0."""
     kinds, words = (int, "a whole number") if (of or field) == "r" else (int | float, "a number")
-    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
-        raise ValueError(f"{file} has {field} {value!r}; expected {words} above 0")
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 1e-9 <= value <= 1e9:
+        raise ValueError(f"{file} has {field} {shown(value)}; expected {words} above 0")
 
 
 def _check_pattern(field: str, patterns: Any, of: str, file: Path) -> None:
     if patterns is not None and not isinstance(patterns, Mapping):
         raise ValueError(f"{file} has {field} {patterns!r}; expected an object, of patterns of modules' names")
     for pattern, value in (patterns or {}).items():
+        # Others' expressions are matched against every name: one that repeats a repetition would take for ever.
+        if len(pattern) > 200 or len(re.findall(r"[*+{]", pattern)) > 4 or re.search(r"\)\s*[*+{]", pattern):
+            raise ValueError(
+                f"{file} has {field} {shown(pattern)}; expected at most 200 characters, at most four of *, + and {{ "
+                "among them, and none of these after a group: write out the names"
+            )
         try:
             re.compile(_of_end(pattern))
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(f"{file} has {field} {pattern!r}, which is no regular expression ({error})") from error
         _check_number(f"{field} {pattern!r}:", value, file, of)
 

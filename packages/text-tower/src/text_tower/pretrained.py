@@ -93,7 +93,7 @@ def load_with_head(
     path, stored, weights, layout, config = found.path, found.stored, found.weights, found.layout, found.config
     peft = {Path(peft).name: peft} if isinstance(peft, str | Path) else peft or {}
     folders = {name: Path(folder) for name, folder in peft.items()}
-    ours = stored.get(config_json.OUR_KEY, {})
+    ours = config_json.ours_of(stored, path / "config.json")
     head = {name: tensor for name, tensor in weights.items() if name.startswith("lm_head.")}
     weights = layout.without_the_rest(weights)
 
@@ -123,7 +123,10 @@ def load_with_head(
         warnings.warn(
             f"{stored['_name_or_path']} is published under CC-BY-NC-4.0: not for commercial use", stacklevel=3
         )
-    tower.tokenizer = found.tokenizer
+    try:
+        tower.tokenizer = found.tokenizer
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return tower, layout, head
 
 
@@ -214,6 +217,11 @@ def _with_what_else_is_said(
         raise ValueError(
             f"{said.transformer} says that the instruction of {task!r} is {config.instructions[task]!r} in its "
             f"config.json, and {prompt!r} in config_sentence_transformers.json; make them agree"
+        )
+    if said.truncate_dim is not None and said.truncate_dim > config.width:
+        raise ValueError(
+            f"{said.transformer}: in config_sentence_transformers.json truncate_dim is {said.truncate_dim}; "
+            f"expected 1 to {config.width}"
         )
     return replace(
         config,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from text_tower.fields import COUNT, TEXT, TEXT_OF_NAME, field, within
 from text_tower.files import read_json, read_json_value
 
 # In the order in which sentence-transformers looks for them.
@@ -68,8 +69,8 @@ def read(path: Path) -> Said:
         raise ValueError(f"{path / 'modules.json'} names code of its own, {[m['type'] for m in modules]}; expected "
                          "sentence-transformers' modules")  # fmt: skip
     if "Pooling" in kinds:
-        _check_pooling(path / str(modules[1].get("path", "")) / "config.json")
-    transformer = path / str(modules[0].get("path", ""))
+        _check_pooling(within(path, modules[1].get("path", ""), path / "modules.json") / "config.json")
+    transformer = within(path, modules[0].get("path", ""), path / "modules.json")
     instructions, truncate_dim = _model(path / "config_sentence_transformers.json")
     return Said(transformer, _transformer(transformer), instructions, truncate_dim, True)
 
@@ -98,8 +99,8 @@ def _transformer(directory: Path) -> int | None:
         if value not in (None, {}, [], *_ONLY_TRANSFORMER.get(key, ())):
             raise ValueError(f"{file} has {key} {value!r}, with which texts become others than this tower makes of "
                              "them, or which it does not know; if neither, remove it from the file")  # fmt: skip
-    length = config.get("max_seq_length")
-    if length is not None and (not isinstance(length, int) or length < 2):
+    length: int | None = field(config, "max_seq_length", COUNT, file, None)
+    if length is not None and length < 2:
         raise ValueError(f"{file} has max_seq_length {length!r}; expected at least 2")
     return length
 
@@ -113,13 +114,11 @@ def _model(file: Path) -> tuple[dict[str, str], int | None]:
     if unknown := sorted(k for k in config.keys() - known if config[k] not in (None, {}, [])):
         raise ValueError(f"{file} has {', '.join(f'{k} {config[k]!r}' for k in unknown)}, of which this tower does not "
                          "know what it means; if embeddings do not depend on it, remove it from the file")  # fmt: skip
-    prompts = config.get("prompts") or {}
-    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
-        raise ValueError(f"{file} has prompts {prompts!r}; expected names and texts")
-    default = config.get("default_prompt_name")
+    prompts = field(config, "prompts", TEXT_OF_NAME, file, {})
+    default = field(config, "default_prompt_name", TEXT, file, None)
     if default is not None and prompts.get(default, "missing"):
         raise ValueError(
             f"{file} has default_prompt_name {default!r}, a prompt before every text that asks for none; this tower "
             f"puts one only where it is asked for: set it to null, and call encode(task={default!r})"
         )
-    return prompts, config.get("truncate_dim")
+    return prompts, field(config, "truncate_dim", COUNT, file, None)

@@ -8,10 +8,13 @@ tokens come from `tokenizer_config.json`, or else from older files beside it.
 from __future__ import annotations
 
 import base64
-import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from text_tower.fields import Kind, field, parse, read_bytes, shown
 
 BOS, PAD, EOS, UNK = 0, 1, 2, 3
 # The names under which other libraries look for them.
@@ -34,6 +37,21 @@ _HARMLESS = frozenset([
     "trust_remote_code", "auto_map", "_commit_hash", "verbose", "from_slow", "return_token_type_ids",
     "tokenize_chinese_chars", "padding", "truncation",
 ])  # fmt: skip
+
+
+def _is_token(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return isinstance(value, str)
+    flags = {key: flag for key, flag in value.items() if key not in ("content", "id", "__type")}
+    known = flags.keys() <= {"single_word", "lstrip", "rstrip", "normalized", "special"}
+    return isinstance(value.get("content"), str) and known and all(isinstance(flag, bool) for flag in flags.values())
+
+
+_TOKEN = Kind("a token: a text, or an object of its content and flags", _is_token)
+_TOKENS = Kind("a list of tokens", lambda value: isinstance(value, list) and all(map(_is_token, value)))
+_ID = Kind("the token's id, a whole number", lambda value: isinstance(value, int) and 0 <= value < 2**31)
+_LARGEST = 2**27
+"""Bytes of a file; XLM-RoBERTa's tokenizer.json has 17 million."""
 
 
 class Built(NamedTuple):
@@ -60,10 +78,10 @@ def read(path: Path) -> tuple[dict[str, bytes], Path] | None:
         raise FileNotFoundError(f"there is no file {file}; expected a sentencepiece .model or a {JSON_FILE}")
     if file.suffix not in (".model", ".json"):
         raise ValueError(f"{file} ends in {file.suffix!r}; expected a sentencepiece .model or a {JSON_FILE}")
-    files = {JSON_FILE if file.suffix == ".json" else SENTENCEPIECE_FILE: file.read_bytes()}
+    files = {JSON_FILE if file.suffix == ".json" else SENTENCEPIECE_FILE: read_bytes(file, _LARGEST)}
     beside = [CONFIG_FILE, SPECIAL_FILE, ADDED_FILE, *([SENTENCEPIECE_FILE] if path.is_dir() else [])]
     there = [name for name in beside if name not in files and (file.parent / name).is_file()]
-    return files | {name: (file.parent / name).read_bytes() for name in there}, file
+    return files | {name: read_bytes(file.parent / name, _LARGEST) for name in there}, file
 
 
 def _find(directory: Path) -> Path | None:
@@ -82,6 +100,25 @@ def build(files: Mapping[str, bytes], name: str) -> Built:
     Raises:
         ValueError: files of another kind, special tokens that are not XLM-RoBERTa's, or unknown settings.
     """
+    with _tokenizers(f"{name} and the files beside it make no tokenizer"):
+        return _build(files, name)
+
+
+@contextmanager
+def _tokenizers(found: str) -> Iterator[None]:
+    """What tokenizers and Rust below it raise for values that they do not expect (plain Exception, panics), as
+    ValueError; ValueErrors, which are ours, stay."""
+    try:
+        yield
+    except (ValueError, MemoryError):
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ValueError(f"{found} ({error}); restore it, or download it again") from error
+        raise
+
+
+def _build(files: Mapping[str, bytes], name: str) -> Built:
     config = _json(files, CONFIG_FILE, name)
     _check(config, name)
     kind = config.get("tokenizer_class") or _REBUILT[0]
@@ -103,7 +140,9 @@ def build(files: Mapping[str, bytes], name: str) -> Built:
     if encoder.encode("a").ids != [BOS, *plain, EOS]:
         raise ValueError(f"{name} puts {encoder.encode('a').tokens} around a text; expected <s> and </s>")
     length = config.get("model_max_length") or 0
-    said = isinstance(length, int | float) and 2 <= length < 1e9  # larger values are transformers' "not set"
+    if isinstance(length, bool) or not isinstance(length, int | float):
+        raise ValueError(f"{name}: {CONFIG_FILE} has model_max_length {shown(length)}; expected a number")
+    said = 2 <= length < 1e9  # larger values are transformers' "not set"
     plain = not config.get("split_special_tokens") and config.get("add_prefix_space", True) and kind in _REBUILT
     configured = not plain or set(map(repr, tokens)) != set(map(repr, of_the_file))
     return Built(encoder, int(length) if said else None, configured)
@@ -121,7 +160,7 @@ def _check(config: Mapping[str, Any], name: str) -> None:
         if config.get(key) not in (None, True):
             raise ValueError(f"{here} {key} {config[key]!r}; this tower expects <s> … </s>")
     for key, expected in _NAMED.items():
-        if (found := _content(config.get(key, expected))) not in (expected, None):
+        if (found := _content(field(config, key, _TOKEN, f"{name}: {CONFIG_FILE}", None))) not in (expected, None):
             raise ValueError(f"{here} {key} {found!r}; expected {expected!r}, as XLM-RoBERTa")
     unknown = sorted(config.keys() - _HONOURED - _HARMLESS - {"add_bos_token", "add_eos_token"})
     if config.get("fix_mistral_regex") is False:
@@ -164,10 +203,8 @@ def _from_sentencepiece(content: bytes, config: Mapping[str, Any], name: str) ->
 def _from_json(content: bytes, stored: Mapping[str, Any], config: Mapping[str, Any], rebuilt: bool, name: str) -> Any:
     from tokenizers import Tokenizer
 
-    try:
+    with _tokenizers(f"{name} is no tokenizer.json"):
         encoder = Tokenizer.from_str(content.decode())
-    except Exception as error:  # tokenizers raises plain Exception
-        raise ValueError(f"{name} is no tokenizer.json ({error})") from error
     if rebuilt:
         model = stored["model"]
         if model.get("type") != "Unigram":
@@ -188,6 +225,8 @@ def _xlm_roberta(vocabulary: list[tuple[str, float]], charsmap: bytes, config: M
     """A tokenizer as transformers' XLMRobertaTokenizer builds it around a vocabulary."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+    if not all(math.isfinite(score) for _, score in vocabulary):
+        raise ValueError("pieces have scores that are no numbers; expected those of a trained model")
     encoder = Tokenizer(models.Unigram(vocabulary, unk_id=UNK, byte_fallback=False))
     if charsmap:
         encoder.normalizer = normalizers.Precompiled(charsmap)
@@ -217,13 +256,15 @@ def _added_tokens(
                 raise ValueError(f"{name}: {SPECIAL_FILE} names {key!r}, which XLM-RoBERTa does not have")
             if key == "additional_special_tokens" and stored is None:
                 continue  # transformers replaces them by the sentencepiece model's own
-            config[key] = value
+            if value is not None:
+                config[key] = field({key: value}, key, _TOKENS if key in _EXTRA else _TOKEN, f"{name}: {SPECIAL_FILE}")
         specials = {_content(config.get(key)) for key in _NAMED} | {_content(t) for t in _extra(config, name) or []}
-        for token, i in _json(files, ADDED_FILE, name).items():
-            special = token in specials
+        added = _json(files, ADDED_FILE, name)
+        for token in added:
+            special, i = token in specials, field(added, token, _ID, f"{name}: {ADDED_FILE}")
             by_id[i] = AddedToken(token, normalized=not special, special=special)
-        for token in (stored or {}).get("added_tokens", []):
-            by_id[token["id"]] = AddedToken(**{key: value for key, value in token.items() if key != "id"})
+        for token in field(stored or {}, "added_tokens", _TOKENS, name, []):
+            by_id[field(token, "id", _ID, f"{name}: added_tokens")] = _token(token)
     known = {token.content: token for token in by_id.values()}
     tokens = [by_id[i] for i in sorted(by_id)]
     named = [config.get(key, default) for key, default in _NAMED.items()]
@@ -239,27 +280,20 @@ def _added_tokens(
 
 
 def _decoder(stored: Any, where: str) -> dict[int, Any]:
-    from tokenizers import AddedToken
-
     if not isinstance(stored, dict):
-        raise ValueError(f"{where} has added_tokens_decoder {stored!r}; expected an object, of ids and tokens")
-    found = {}
+        raise ValueError(f"{where} has added_tokens_decoder {shown(stored)}; expected an object, of ids and tokens")
     for i, token in stored.items():
-        try:
-            found[int(i)] = AddedToken(**token)
-        except (TypeError, ValueError) as error:
-            found_there = f"{where} has added_tokens_decoder {i!r}: {token!r}"
-            raise ValueError(f"{found_there}; expected an id and a token") from error
-    return found
+        if not (i.isascii() and i.isdecimal() and len(i) < 10) or not isinstance(token, dict) or not _is_token(token):
+            found_there = f"{where} has added_tokens_decoder {i!r}: {shown(token)}"
+            raise ValueError(f"{found_there}; expected an id and a token")
+    return {int(i): _token(token) for i, token in stored.items()}
 
 
 def _extra(config: Mapping[str, Any], name: str) -> list[Any] | None:
     key = next((key for key in _EXTRA if config.get(key)), None)
     if key is None:
         return [] if config.get(_EXTRA[0]) is not None else None
-    tokens = config[key]
-    if not isinstance(tokens, list):
-        raise ValueError(f"{name}: {key} is {tokens!r}; expected a list of tokens")
+    tokens: list[Any] = field(config, key, _TOKENS, name)
     return tokens
 
 
@@ -267,7 +301,7 @@ def _token(token: Any) -> Any:
     from tokenizers import AddedToken
 
     if isinstance(token, dict):
-        options = {key: value for key, value in token.items() if key != "__type"}
+        options = {key: value for key, value in token.items() if key not in ("__type", "id")}
         return AddedToken(**options)
     return token if isinstance(token, AddedToken) else AddedToken(token, special=True, normalized=False)
 
@@ -281,11 +315,7 @@ def _content(token: Any) -> Any:
 def _json(files: Mapping[str, bytes], file: str, name: str) -> dict[str, Any]:
     if file not in files:
         return {}
-    try:
-        content = json.loads(files[file].decode())
-    except ValueError as error:
-        raise ValueError(f"{name} is no {file} ({error})" if file == JSON_FILE else f"{name}: {file} is not JSON "
-                         f"({error})") from error  # fmt: skip
+    content = parse(files[file], name if file == JSON_FILE else f"{name}: {file}")
     if not isinstance(content, dict):
         raise ValueError(f"{name}: {file} holds a {type(content).__name__}; expected a JSON object")
     return content

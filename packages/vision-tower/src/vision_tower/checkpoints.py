@@ -58,7 +58,7 @@ def read_image_half(path: Path) -> dict[str, Tensor]:
                 keys = list(file.keys())
                 prefix = _prefix(keys, path)
                 found = {key.removeprefix(prefix): file.get_tensor(key) for key in keys if key.startswith(prefix)}
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, KeyError, RuntimeError) as error:
             raise WeightsError(f"{path} cannot be read as safetensors ({error}); copy or download it again") from error
     else:
         weights = _unpickle(path)
@@ -85,14 +85,26 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
             f"{path} is not a file of tensors alone ({reason}), and what else it holds could run code. If it is meant "
             "to hold more and you trust it, load it yourself, and save its tensors with safetensors"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # torch raises many kinds for a file that is not its own
         raise WeightsError(f"{path} cannot be read by torch.load ({error}); copy or download it again") from error
     for wrapper in ("model_ema", "model", "module", "state_dict"):  # trainers save more than the weights
         if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
             found = found[wrapper]
     if not isinstance(found, Mapping):
         raise WeightsError(f"{path} holds a {type(found).__name__}; expected a dictionary of tensors")
-    return {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
+    tensors = {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
+    if odd := sorted(key for key, value in tensors.items() if not _is_whole(value)):
+        raise WeightsError(
+            f"{path} has {', '.join(odd[:5])} sparse, quantized, or without all their numbers; expected plain tensors"
+        )
+    return tensors
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether a file has every number of a tensor: a pickle may state any shape over a storage of one number."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _prefix(keys: list[str], path: Path) -> str:
@@ -123,7 +135,8 @@ def to_timm_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         key = _RENAME.sub(lambda found: _RENAMED[found[1]], key)
         if key.startswith("fc_norm."):
             key = key.removeprefix("fc_")
-        if key.endswith("attn.qkv.weight"):  # fused, where attention has no inner norm
+        if key.endswith("attn.qkv.weight") and value.ndim == 2 and value.shape[0] % 3 == 0 < value.shape[0]:
+            # fused, where attention has no inner norm
             for part, rows in zip("qkv", value.chunk(3), strict=True):
                 renamed[key.replace("qkv", f"{part}_proj")] = rows
         else:
@@ -148,12 +161,20 @@ def infer_config(
     """
     weights = to_timm_names(raw)
     try:
-        width, patch = weights[_PATCH].shape[0], weights[_PATCH].shape[-1]
-        places = weights["pos_embed"].shape[1] - 1
-        hidden = weights["blocks.0.mlp.fc2.weight"].shape[1]
-    except (KeyError, IndexError) as error:
+        width, _, _, patch = weights[_PATCH].shape
+        _, places, _ = weights["pos_embed"].shape
+        _, hidden = weights["blocks.0.mlp.fc2.weight"].shape
+        layers = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
+        places -= 1
+        if min(width, patch, places, hidden) < 1:
+            raise ValueError("a dimension of 0")
+    except (KeyError, ValueError) as error:
         raise WeightsError(f"{source} is no EVA02 tower: {error} is missing or of another shape") from error
-    if resolution is None or math.prod(grid_of(resolution, patch)) != places:
+    try:
+        stated_fits = resolution is not None and math.prod(grid_of(resolution, patch)) == places
+    except ValueError as error:
+        raise WeightsError(f"{source} does not fit the size of images that is stated: {error}") from error
+    if not stated_fits:
         side = math.isqrt(places)
         if side * side != places:
             raise WeightsError(
@@ -165,14 +186,17 @@ def infer_config(
         "resolution": resolution,
         "width": width,
         "patch": patch,
-        "layers": 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks.")),
+        "layers": layers,
         "heads": max(1, width // 64),
         "mlp_width": hidden,
         "attention_norm": "blocks.0.attn.norm.weight" in weights,
         **_rotary_of(raw, width, source, stated),
         **stated,
     }
-    return VisionTowerConfig.from_dict(found)
+    try:
+        return VisionTowerConfig.from_dict(found)
+    except ValueError as error:
+        raise WeightsError(f"{source} does not give the shape of a tower: {error}") from error
 
 
 def _rotary_of(raw: Mapping[str, Tensor], width: int, source: str, stated: Mapping[str, Any]) -> dict[str, Any]:

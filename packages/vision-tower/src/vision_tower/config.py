@@ -21,6 +21,9 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+MOST_LAYERS, LARGEST = 1000, 2**24  # beyond every model that exists; a foreign file's billion would be built first
+
+
 def whole(value: Any) -> int | None:
     """`value` as an int (numpy's and tensors' integers too), or None for anything else, True and False included."""
     try:
@@ -33,7 +36,7 @@ def whole(value: Any) -> int | None:
 def as_pair(resolution: Resolution, name: str = "resolution") -> tuple[int, int]:
     """`(height, width)` in pixels, from one positive integer (a square) or a pair of them."""
     sides = resolution if isinstance(resolution, tuple | list) else (resolution, resolution)
-    pair = [side for side in map(whole, sides) if side is not None and side > 0]
+    pair = [side for side in map(whole, sides) if side is not None and 0 < side <= 2**16]
     if len(sides) != 2 or len(pair) != 2:
         raise ValueError(f"{name} is {resolution!r}; expected a positive number of pixels or a (height, width) pair")
     return pair[0], pair[1]
@@ -51,14 +54,15 @@ def grid_of(resolution: Resolution, patch: int) -> tuple[int, int]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is a real number (numpy's too) and not True or False."""
-    return isinstance(value, Real) and not isinstance(value, bool)
+    """Whether `value` is a real number (numpy's too) that a float holds, and not True or False."""
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    return bool(real and -1e300 < value < 1e300)
 
 
 def check_crop(crop_pct: float, crop_mode: str, interpolation: str) -> None:
     """Raises ValueError for settings that `preprocess` does not know."""
-    if not is_number(crop_pct) or not 0 < crop_pct <= 1:
-        raise ValueError(f"crop_pct is {crop_pct!r}; expected 0 < crop_pct <= 1")
+    if not is_number(crop_pct) or not 0.001 <= crop_pct <= 1:
+        raise ValueError(f"crop_pct is {crop_pct!r}; expected 0.001 <= crop_pct <= 1")
     for name, value, known in (
         ("crop_mode", crop_mode, CROP_MODES),
         ("interpolation", interpolation, INTERPOLATIONS),
@@ -124,6 +128,8 @@ class VisionTowerConfig:
                 continue
             if (number := whole(value)) is None or number < 1:
                 raise ValueError(f"{name} is {value!r}; expected a positive integer")
+            if number > (most := MOST_LAYERS if name == "layers" else LARGEST):
+                raise ValueError(f"{name} is {value!r}; expected at most {most:,}")
             object.__setattr__(self, name, number)
         for name in ("mean", "std"):
             numbers = getattr(self, name)
@@ -157,8 +163,11 @@ class VisionTowerConfig:
             )
         if self.mlp_width is None:
             object.__setattr__(self, "mlp_width", int(self.width * self.mlp_ratio))
-        if self.mlp_width < 1:
-            raise ValueError(f"mlp_ratio {self.mlp_ratio} of width {self.width} leaves no hidden unit; raise it")
+        if not 1 <= self.mlp_width <= LARGEST:
+            raise ValueError(
+                f"mlp_ratio {self.mlp_ratio} of width {self.width} gives {self.mlp_width} hidden units; expected 1 to "
+                f"{LARGEST:,}"
+            )
 
     @classmethod
     def eva02_large(cls, resolution: Resolution = 224, **changes: Any) -> VisionTowerConfig:

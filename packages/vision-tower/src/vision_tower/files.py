@@ -14,21 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A file's JSON object.
-
-    Raises:
-        ValueError: the file is not JSON, or holds no object.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); restore it or save the tower again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} does not describe a vision tower; expected an object")
-    return content
-
-
 def write_json(content: Mapping[str, Any], file: Path) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

@@ -11,10 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from vision_tower.files import read_json
-from vision_tower.timm_models import config_of
+from vision_tower.fields import COUNT, FLAG, NUMBER, OBJECT, TEXT, field, read_json, shown
+from vision_tower.timm_models import config_of, meta_model
 
 PROCESSOR_NAME = "preprocessor_config.json"
 OPEN_CLIP_NAME = "open_clip_config.json"
@@ -68,9 +66,7 @@ def _check(found: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]], known
 
 
 def _object(values: Mapping[str, Any], key: str, source: Path) -> Mapping[str, Any]:
-    found = values.get(key) or {}
-    if not isinstance(found, Mapping):
-        raise ValueError(f"{source}: {key} is a {type(found).__name__}; expected an object")
+    found: Mapping[str, Any] = field(values, key, OBJECT, source, {})
     return found
 
 
@@ -94,8 +90,10 @@ def jina_settings(values: Mapping[str, Any], source: Path) -> dict[str, Any]:
     _check(vision, _JINA_VISION_FIXED, known, f"{source}: vision_config")
     for name in (*names, "head_width", "embed_dim", "pt_hw_seq_len"):
         value = vision.get(name, 1)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{source}: vision_config's {name} is {value!r}; expected a positive integer")
+        if not COUNT.fits(value):
+            raise ValueError(f"{source}: vision_config's {name} is {shown(value)}; expected a positive integer")
+    for name, kind in (("intp_freq", FLAG), ("subln", FLAG), ("mlp_ratio", NUMBER)):
+        field(vision, name, kind, f"{source}: vision_config", None)
     found: dict[str, Any] = {ours: vision[theirs] for theirs, ours in names.items() if theirs in vision}
     if vision.get("embed_dim", vision.get("width")) != vision.get("width"):
         raise ValueError(
@@ -118,7 +116,7 @@ def jina_settings(values: Mapping[str, Any], source: Path) -> dict[str, Any]:
         )
     if "subln" in vision:
         found["attention_norm"] = vision["subln"]
-    if "width" in vision and "mlp_ratio" in vision:
+    if "width" in vision and vision.get("mlp_ratio") is not None:
         found["mlp_width"] = int(vision["width"] * vision["mlp_ratio"])
     return found
 
@@ -129,8 +127,6 @@ def open_clip_settings(values: Mapping[str, Any], source: Path, *, num_classes: 
     Raises:
         ValueError: another kind of tower, or an unknown key.
     """
-    import timm
-
     model, vision = _object(values, "model_cfg", source), {}
     if model:
         vision = dict(_object(model, "vision_cfg", source))
@@ -146,12 +142,9 @@ def open_clip_settings(values: Mapping[str, Any], source: Path, *, num_classes: 
     read = {"timm_model_name", "image_size", "timm_model_pretrained", "timm_drop", "timm_drop_path", "patch_dropout"}
     fixed = {"timm_pool": ("token",), "timm_proj": (None, "", "none")}
     _check(vision, fixed, read | {"timm_proj_bias", "output_tokens"}, f"{source}: vision_cfg")
-    head = 0 if vision.get("timm_proj") == "none" else model.get("embed_dim", 0)
-    try:
-        with torch.device("meta"):
-            made = timm.create_model(name, num_classes=head, global_pool="token")
-    except Exception as error:
-        raise ValueError(f"{source}: timm cannot make {name!r} ({error})") from error
+    dims = field(model, "embed_dim", COUNT, f"{source}: model_cfg", 0)
+    head = 0 if vision.get("timm_proj") == "none" else dims
+    made = meta_model(name, {"num_classes": head, "global_pool": "token"}, source)
     found = asdict(config_of(made, name, {}, num_classes=num_classes, global_pool=None))
     stated = {"size": vision.get("image_size"), **_object(values, "preprocess_cfg", source)}
     return {**found, **_preprocessing(stated, f"{source}: preprocess_cfg", crop_mode=None)}
@@ -216,7 +209,7 @@ def _preprocessing(values: Mapping[str, Any], where: str, *, crop_mode: str | No
     found = {key: values[key] for key in ("mean", "std", "interpolation") if values.get(key) is not None}
     if values.get("size") is not None:
         found["resolution"] = _pixels(values["size"], f"{where}: size")
-    mode = values.get("resize_mode") or "shortest"
+    mode = field(values, "resize_mode", TEXT, where, None) or "shortest"
     if mode not in _CROP_MODES and crop_mode is None:
         raise ValueError(
             f"{where} has resize_mode {mode!r} with fill_color {values.get('fill_color', 0)!r}; a VisionTower can "
@@ -230,6 +223,6 @@ def _pixels(size: Any, name: str) -> int | tuple[int, int]:
     if isinstance(size, Mapping):
         size = [size.get("height"), size.get("width")]
     sides = list(size) if isinstance(size, Sequence) and not isinstance(size, str) else [size, size]
-    if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in sides):
+    if len(sides) != 2 or not all(map(COUNT.fits, sides)):
         raise ValueError(f"{name} is {size!r}; expected pixels, or height and width")
     return sides[0] if sides[0] == sides[1] else (sides[0], sides[1])

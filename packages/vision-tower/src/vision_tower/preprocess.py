@@ -10,13 +10,16 @@ from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from vision_tower.config import MEAN, STD, Resolution, as_pair, check_crop
 from vision_tower.errors import ImageError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# What files and bytes may be. Pillow would let them choose among fifty decoders, and that of EPS starts Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 # Where Pillow itself refuses to open an image.
 MAX_PIXELS = 178_956_970
@@ -44,7 +47,8 @@ def load_image(source: Any, *, max_pixels: int = MAX_PIXELS, name: str | None = 
     does not say how many of them it uses: values up to 255 count as 8 bits, larger ones as 16.
 
     Args:
-        source: arrays are uint8 or uint16 `[H, W]`, or uint8 `[H, W, 1 | 3 | 4]`; tensors uint8 `[3, H, W]`.
+        source: files and bytes are of one of `FORMATS`; arrays are uint8 or uint16 `[H, W]`, or uint8
+            `[H, W, 1 | 3 | 4]`; tensors uint8 `[3, H, W]`.
         max_pixels: larger images are refused from their header, before anything is decoded.
         name: the image's name in messages, if it is not a path.
 
@@ -63,6 +67,11 @@ def load_image(source: Any, *, max_pixels: int = MAX_PIXELS, name: str | None = 
             return _upright_rgb(image)
     except (ImageError, FileNotFoundError, MemoryError):
         raise
+    except UnidentifiedImageError as error:
+        known = ", ".join(FORMATS)
+        raise ImageError(
+            f"{label} cannot be decoded as an image: it is broken, or none of {known}; replace or skip it"
+        ) from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{label} is larger than Pillow opens ({error}); shrink it or skip it") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ValueError and more on broken files
@@ -87,9 +96,9 @@ def _open(source: Any, label: str) -> AbstractContextManager[Image.Image]:
     if isinstance(source, Image.Image):
         return nullcontext(source)  # the caller's stays open
     if isinstance(source, str | PathLike):
-        return Image.open(source)
+        return Image.open(source, formats=FORMATS)
     if isinstance(source, bytes | bytearray | memoryview):
-        return Image.open(io.BytesIO(source))
+        return Image.open(io.BytesIO(source), formats=FORMATS)
     if _is_tensor(source):
         import torch
 

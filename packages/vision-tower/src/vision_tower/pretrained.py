@@ -17,7 +17,8 @@ from torch import Tensor
 from vision_tower.checkpoints import infer_config, read_image_half, to_timm_names
 from vision_tower.config import PREPROCESSING, Resolution, VisionTowerConfig, as_pair
 from vision_tower.errors import WeightsError
-from vision_tower.files import read_json, whole_directory, write_json, write_weights
+from vision_tower.fields import OBJECT, field, read_json
+from vision_tower.files import whole_directory, write_json, write_weights
 from vision_tower.foreign import (
     OPEN_CLIP_NAME,
     PROCESSOR_NAME,
@@ -184,7 +185,10 @@ def _check_agreement(
     """That two files of one directory do not contradict each other."""
     if not others:
         return
-    ours, theirs = asdict(config), asdict(config.changed(others))
+    try:
+        ours, theirs = asdict(config), asdict(config.changed(others))
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
     for key in others:
         # A crop_pct matters only by the size that it gives with the resolution.
         same = ours[key] == theirs[key] or (
@@ -228,7 +232,7 @@ def _own_config(values: Mapping[str, Any], source: Path, stated: Mapping[str, An
     ours = {key: value for key, value in renamed.items() if key not in ("model_type", *_FOR_TIMM)}
     try:
         config = VisionTowerConfig.from_dict(ours)
-        for_timm = values.get("pretrained_cfg") or {}
+        for_timm = field(values, "pretrained_cfg", OBJECT, source, {})
         both = {key: for_timm[key] for key in PREPROCESSING if key in for_timm}
         _check_agreement(config, both, stated, source.with_name(f"{CONFIG_NAME}, pretrained_cfg"))
         return config.changed(stated)
@@ -291,9 +295,15 @@ def _with_weights(
     shapes = {key: (list(weights[key].shape), list(expected[key].shape)) for key in expected.keys() & weights.keys()}
     wrong = {f"{key} {found} where {wanted} is needed" for key, (found, wanted) in shapes.items() if found != wanted}
     missing, unknown = expected.keys() - weights.keys(), weights.keys() - expected.keys()
+    odd = {f"{key} {value.dtype}" for key, value in weights.items() if not value.is_floating_point()}
     problems = [
         f"{kind}: {', '.join(sorted(keys)[:5])}" + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-        for kind, keys in (("missing", missing), ("not known", unknown), ("of another shape", wrong))
+        for kind, keys in (
+            ("missing", missing),
+            ("not known", unknown),
+            ("of another shape", wrong),
+            ("of numbers that are no weights", odd),
+        )
         if keys
     ]
     if problems:

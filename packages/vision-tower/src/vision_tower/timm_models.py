@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,38 @@ from typing import Any
 import torch
 from torch import nn
 
-from vision_tower.config import PREPROCESSING, VisionTowerConfig
+from vision_tower.config import MOST_LAYERS, PREPROCESSING, VisionTowerConfig
+from vision_tower.fields import COUNT, FLAG, OBJECT, PLAIN, SIDES, SIZE, TEXT, field
 
 TIMM_ENTRY = "eva02_large_patch14_clip_224"
+
+_USE = (
+    "use one of eva02_base_patch16_clip_224, eva02_large_patch14_clip_224, eva02_large_patch14_clip_336, "
+    "eva02_base_patch14_*, eva02_large_patch14_*"
+)
+
+# The arguments that a directory may give to timm's Eva models. Everything else is refused whatever timm's version makes
+# of it: some name files to read, and timm before 1.0.26 read those as pickles that may run code.
+_ARGUMENTS = """
+img_size patch_size in_chans num_classes global_pool embed_dim depth num_heads qkv_bias qkv_fused qk_norm mlp_ratio
+swiglu_mlp swiglu_align_to scale_mlp scale_attn_inner attn_type drop_rate pos_drop_rate patch_drop_rate
+proj_drop_rate attn_drop_rate drop_path_rate init_values class_token num_reg_tokens no_embed_class use_abs_pos_emb
+use_rot_pos_emb rope_type rope_grid_offset rope_grid_indexing rope_temperature rope_rotate_half rope_shift_coords
+rope_jitter_coords rope_rescale_coords use_post_norm use_pre_transformer_norm use_post_transformer_norm use_fc_norm
+attn_pool_num_heads attn_pool_mlp_ratio dynamic_img_size dynamic_img_pad ref_feat_shape head_init_scale
+"""
+_KINDS = {
+    **dict.fromkeys(("depth", "embed_dim", "num_heads", "in_chans"), COUNT),
+    **dict.fromkeys(("img_size", "patch_size", "ref_feat_shape"), SIDES),
+}
+_LARGEST = 2**14  # of whole numbers, but MOST_LAYERS of depth: timm would build a billion blocks before we refuse them
+# Keys of pretrained_cfg that are handed to timm, and those without influence on a model that is read from a directory.
+_FOR_IMAGES = (*PREPROCESSING, "input_size", "fixed_input_size", "num_classes")
+_OF_PRETRAINED = """
+url file state_dict hf_hub_id hf_hub_filename source architecture tag custom_load test_input_size min_input_size
+test_crop_pct label_offset label_names label_descriptions pool_size test_pool_size first_conv classifier license
+description origin_url paper_name paper_ids notes num_features labels
+"""
 
 # Attributes without influence on the output: training, and checks of sizes.
 _OF_TRAINING = {"head_init_scale", "training"}
@@ -34,27 +62,23 @@ _DIRECTORY_KEYS = {
 def directory_config(
     values: Mapping[str, Any], source: Path, *, num_classes: int | None, global_pool: str | None
 ) -> VisionTowerConfig:
-    """The shape and preprocessing of a timm directory: timm reads its config.json and builds a model without weights.
+    """The shape and preprocessing of a timm directory: timm builds a model without weights from
+    what its config.json has of known arguments; timm itself is not shown the directory.
 
     Raises:
         ValueError: it names `source` and whatever timm would apply and a tower would not.
     """
-    import timm
-
-    name, arguments = values["architecture"], values.get("model_args") or {}
+    name = field(values, "architecture", TEXT, source)
+    arguments = field(values, "model_args", OBJECT, source, {})
     _check_directory(values, arguments, source)
-    try:
-        with torch.device("meta"):
-            model: Any = timm.create_model(f"local-dir:{source.parent}")
-    except Exception as error:  # timm raises many kinds for arguments that are not its own
-        raise ValueError(f"{source}: timm cannot make {name!r} with its model_args ({error}); correct them") from error
+    model = meta_model(name, arguments, source, _pretrained(values, source))
     try:
         for key in ("num_classes", "num_features", "global_pool"):
             found = getattr(model, key, None)
             if values.get(key, found) not in (found, None):
                 raise ValueError(f"{key} is {values[key]!r}, and its model_args make a model of {found!r}; correct one")
         config = config_of(model, name, arguments, num_classes=num_classes, global_pool=global_pool)
-        stated = (values.get("pretrained_cfg") or {}).get("input_size")
+        stated = field(values, "pretrained_cfg", OBJECT, source, {}).get("input_size")
         size = [3, *model.patch_embed.img_size]
         if stated is not None and list(stated) != size:
             raise ValueError(
@@ -66,18 +90,51 @@ def directory_config(
         raise ValueError(f"{source}: {error}") from error
 
 
-def _check_directory(values: Mapping[str, Any], arguments: Any, source: Path) -> None:
-    """That config.json has only keys and model_args that are known here."""
-    from timm.models.eva import Eva
+def meta_model(
+    name: str, arguments: Mapping[str, Any], source: object, pretrained: Mapping[str, Any] | None = None
+) -> Any:
+    """timm's model of a name that a file gives, on the meta device. It is made by timm's function of that name, and not
+    by `create_model`, which takes paths and hub names for names, and reads files.
 
-    if not isinstance(arguments, Mapping):
-        raise ValueError(f"{source}: model_args is a {type(arguments).__name__}; expected an object")
-    # timm.create_model has its own arguments, files among them, which a directory must not set.
-    own = set(inspect.signature(Eva).parameters) - {"device", "dtype"}
-    if unknown := sorted(set(arguments) - own):
+    Raises:
+        ValueError: timm has no Eva model of that name, or it does not take the arguments; it names `source`.
+    """
+    from timm import models
+
+    timms: Any = models
+    if not timms.is_model_in_modules(name, {"eva"}):
+        raise ValueError(f"{source}: timm cannot make {name!r} (Unknown model among its Eva models); {_USE}")
+    try:
+        with torch.device("meta"):
+            return timms.model_entrypoint(name)(pretrained=False, pretrained_cfg=pretrained, **arguments)
+    except Exception as error:  # timm raises many kinds for arguments that are not its own
+        raise ValueError(f"{source}: timm cannot make {name!r} with its model_args ({error}); correct them") from error
+
+
+def _pretrained(values: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """What timm is told of a directory's images. Old directories have these keys at the top."""
+    found = field(values, "pretrained_cfg", OBJECT, source) if "pretrained_cfg" in values else values
+    if unknown := sorted(found.keys() - {*_FOR_IMAGES, *_OF_PRETRAINED.split()}):
+        raise ValueError(f"{source}: pretrained_cfg has {', '.join(unknown)}, not known here; correct or remove them")
+    kinds = {"input_size": SIZE, "fixed_input_size": FLAG}
+    told = {key: field(found, key, kinds.get(key, PLAIN), source, None) for key in _FOR_IMAGES}
+    told = {"source": "local-dir", **{key: value for key, value in told.items() if value is not None}}
+    if values.get("num_classes") is not None:
+        told["num_classes"] = field(values, "num_classes", PLAIN, source)
+    return told
+
+
+def _check_directory(values: Mapping[str, Any], arguments: Mapping[str, Any], source: Path) -> None:
+    """That config.json has only keys and model_args that are known here."""
+    if unknown := sorted(arguments.keys() - set(_ARGUMENTS.split())):
         raise ValueError(
             f"{source}: timm's Eva models do not take {', '.join(unknown)} of its model_args; correct or remove them"
         )
+    for key in arguments:
+        value = field(arguments, key, _KINDS.get(key, PLAIN), f"{source}: model_args", 0)
+        most = MOST_LAYERS if key == "depth" else _LARGEST
+        if any(isinstance(n, int) and abs(n) > most for n in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"{source}: model_args: {key} is {value!r}; expected at most {most:,}")
     if "pretrained_cfg" in values and (
         unknown := sorted(key for key in values.keys() - _DIRECTORY_KEYS if values[key] is not None)
     ):
@@ -141,11 +198,7 @@ def _shape_of(model: Any, name: str, given: str) -> VisionTowerConfig:
 
     block: Any = model.blocks[0] if isinstance(model, Eva) else None
     if not isinstance(block, EvaBlock) or getattr(block.attn, "q_proj", None) is None or model.rope is None:
-        raise ValueError(
-            f"timm's {name}{given} is no EVA02 model with separate q, k, v and a normed SwiGLU; use one of "
-            "eva02_base_patch16_clip_224, eva02_large_patch14_clip_224, eva02_large_patch14_clip_336, "
-            "eva02_base_patch14_*, eva02_large_patch14_*"
-        )
+        raise ValueError(f"timm's {name}{given} is no EVA02 model with separate q, k, v and a normed SwiGLU; {_USE}")
     reference = getattr(model.rope, "ref_feat_shape", None)
     if (reference and reference[0] != reference[1]) or len(set(model.patch_embed.patch_size)) > 1:
         raise ValueError(

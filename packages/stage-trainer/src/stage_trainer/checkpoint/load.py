@@ -17,14 +17,18 @@ from torch import Tensor
 from stage_trainer.checkpoint.broadcast import copy_to_other_machines, from_rank_0
 from stage_trainer.checkpoint.state import RunState
 from stage_trainer.errors import UserError
+from stage_trainer.files import read_json
 
+DIGEST = "sha256"
 BEST = "best.json"
-_NAME = re.compile(r"step-(\d{7})")
+_NAME = re.compile(r"step-(\d{7,})")
+_MOVED = re.compile(r".*\.(damaged|other)-\d+")
+"""What a run has moved aside, and said so."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint on disk."""
+    """A checkpoint on disk; `step` is what its folder's name says."""
 
     path: Path
     step: int
@@ -34,9 +38,18 @@ class Saved:
         return self.path / "model"
 
     def state(self) -> dict[str, Any]:
+        """What state.json holds.
+
+        Raises:
+            UserError: it cannot be read, or is not what was written.
+        """
         try:
-            state: dict[str, Any] = json.loads((self.path / "state.json").read_text())
-        except (OSError, ValueError) as error:
+            state = read_json(self.path / "state.json")
+            if not isinstance(state.get("step"), int) or not isinstance(state.get("files"), dict):
+                raise ValueError("it lacks 'step' or 'files'")
+            if state.pop(DIGEST, None) not in (None, digest_of(state)):  # earlier releases wrote none
+                raise ValueError("it is not what was written")
+        except ValueError as error:
             raise UserError(
                 f"{self.path} has no readable state.json ({error}); move that checkpoint away and start again"
             ) from error
@@ -48,13 +61,17 @@ class Saved:
     def damage(self, part: str = "") -> str | None:
         """What differs from what was written, or None. Reads the whole checkpoint, or the files below `part`."""
         try:
-            written = self.state()["files"]
+            state = self.state()
+            if state["step"] != self.step:
+                right = path_of(self.path.parent, state["step"]).name
+                return f"it is of step {state['step']}, so its folder was renamed; name it {right} again"
+            written = state["files"]
             for name, digest in ((n, d) for n, d in written.items() if n.startswith(part)):
                 if not (self.path / name).is_file():
                     return f"{name} is missing"
                 if sha256(self.path / name) != digest:
                     return f"{name} is not what was written"
-        except (UserError, OSError, KeyError) as error:
+        except (UserError, OSError) as error:
             return str(error)
         return None
 
@@ -64,24 +81,51 @@ class Saved:
         return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
+def digest_of(state: Mapping[str, Any]) -> str:
+    """sha256 of what state.json holds, which stands beside it under `DIGEST`."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def at(path: Path) -> Saved:
+    """The checkpoint in a folder of any name, such as a copy of one.
+
+    Raises:
+        UserError: its state.json cannot be read.
+    """
+    return Saved(path, Saved(path, 0).state()["step"])
+
+
 def all_saved(directory: Path) -> list[Saved]:
-    """The checkpoints of a stage, oldest first."""
+    """The checkpoints of a stage, oldest first, damaged ones among them."""
     if not directory.is_dir():
         return []
-    found = [
-        (int(m[1]), p) for p in directory.iterdir() if (m := _NAME.fullmatch(p.name)) and (p / "state.json").exists()
-    ]
+    found = [(int(m[1]), p) for p in directory.iterdir() if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
     return [Saved(path, step) for step, path in sorted(found)]
+
+
+def misnamed(directory: Path) -> list[str]:
+    """What to say of each folder that looks like a checkpoint and has another name than one."""
+    said = []
+    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+        named = _NAME.fullmatch(path.name) or _MOVED.fullmatch(path.name) or path.name.startswith(".")
+        if named or not path.is_dir() or not (path.name.startswith("step-") or (path / "state.json").exists()):
+            continue
+        try:
+            remedy = f"it is of step {at(path).step}: name it {path_of(directory, at(path).step).name}, or move it away"
+        except UserError:
+            remedy = "it has no readable state.json: move it away"
+        said.append(f"{path} looks like a checkpoint, but its name is not that of one; {remedy}")
+    return said
 
 
 def latest_valid(directory: Path) -> Saved | None:
     """The newest checkpoint of a stage that is as it was written. Every rank calls it; rank 0 reads, and machines that
     do not share its run folder get a copy.
 
-    A damaged one is skipped with a message, and kept.
+    A damaged or renamed one is skipped with a message, and kept.
 
     Raises:
-        UserError: there are checkpoints, and all are damaged.
+        UserError: there are checkpoints, and all are damaged or renamed.
     """
     found: Saved | None = None
     problem: UserError | None = None
@@ -92,9 +136,12 @@ def latest_valid(directory: Path) -> Saved | None:
                 found = saved
                 break
             damages.append(f"the checkpoint {saved.path} is damaged: {damage}")
-        if damages and found is None:
-            problem = UserError(f"{'; '.join(damages)}; move them away and start the stage again")
-        for line in damages if found else ():
+        renamed = misnamed(directory)
+        if found is None and damages:
+            problem = UserError(f"{'; '.join(damages + renamed)}; move them away and start the stage again")
+        elif found is None and renamed:
+            problem = UserError(f"{'; '.join(renamed)}. There is no other checkpoint; --start-over starts again")
+        for line in damages + renamed if found else ():
             print(f"{line}; going on from step {found.step} instead", flush=True)  # type: ignore[union-attr]
         if damages and found:
             print(
@@ -116,11 +163,23 @@ def path_of(directory: Path, step: int) -> Path:
 
 
 def read_best(directory: Path) -> dict[str, Any]:
-    """{"metric", "value", "step"} of a stage's best checkpoint; empty if there is none."""
-    try:
-        best: dict[str, Any] = json.loads((directory / BEST).read_text())
-    except (OSError, ValueError):
+    """{"metric", "value", "step"} of a stage's best checkpoint; empty if there is none.
+
+    Raises:
+        UserError: best.json is damaged.
+    """
+    path = directory / BEST
+    if not path.exists():
         return {}
+    try:
+        best = read_json(path)
+        kinds: dict[str, type | tuple[type, ...]] = {"metric": str, "value": (int, float), "step": int}
+        if wrong := [name for name, kind in kinds.items() if not isinstance(best.get(name), kind)]:
+            raise ValueError(f"{wrong[0]} is {best.get(wrong[0])!r}")
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({error}), so which checkpoint is the best is not known; move it away"
+        ) from error
     return best
 
 

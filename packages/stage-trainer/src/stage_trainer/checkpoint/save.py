@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stage_trainer.checkpoint.broadcast import from_rank_0
-from stage_trainer.checkpoint.load import BEST, Saved, all_saved, path_of, read_best, sha256
+from stage_trainer.checkpoint.load import BEST, DIGEST, Saved, all_saved, digest_of, path_of, read_best, sha256
 from stage_trainer.checkpoint.state import Best, RunState
 from stage_trainer.engine import Engine
 from stage_trainer.errors import UserError
@@ -103,10 +103,7 @@ class Saver:
             write(self.directory, model, optimizer, state)
             if best:
                 self.note_best(step, best)
-            kept = {read_best(self.directory).get("step")}
-            for old in [s for s in all_saved(self.directory) if s.step <= step][: -self.keep]:
-                if old.step not in kept:
-                    shutil.rmtree(old.path)
+            self._drop_old(step)
         except UserError as error:
             self._problem = error
         except Exception as error:  # it would be lost with the thread
@@ -115,6 +112,19 @@ class Saver:
             )
         finally:
             model.to_empty(device="meta")  # the copy's memory is free until the next one
+
+    def _drop_old(self, step: int) -> None:
+        """Removes all up to `step` but the newest and the best. What is not a checkpoint that could be resumed counts
+        for none, and stays."""
+        try:
+            kept = {read_best(self.directory).get("step")}
+        except UserError as error:  # the best one must not be lost by it
+            print(f"{error}; until then no checkpoint is removed", flush=True)
+            return
+        whole = [s for s in all_saved(self.directory) if s.step <= step and s.damage("state.json") is None]
+        for old in whole[: -self.keep]:
+            if old.step not in kept:
+                shutil.rmtree(old.path)
 
     def __enter__(self) -> Saver:
         return self
@@ -143,4 +153,5 @@ def write(directory: Path, model: Saveable, optimizer: dict[str, Tensor], state:
         save_tensors(optimizer, path / "optimizer.safetensors")
         model.save_pretrained(path / "model")
         files = {p.relative_to(path).as_posix(): sha256(p) for p in sorted(path.rglob("*")) if p.is_file()}
-        (path / "state.json").write_text(json.dumps({**state, "files": files}, indent=2) + "\n")
+        whole = json.loads(json.dumps({**state, "files": files}))  # as it is read back
+        (path / "state.json").write_text(json.dumps({**whole, DIGEST: digest_of(whole)}, indent=2) + "\n")

@@ -41,15 +41,19 @@ def find_model(path: Path) -> tuple[Path, Path | None]:
     if not path.exists():
         raise UserError(f"there is no {path}; expected {MODEL}")
     say("loading PyTorch …")
-    from stage_trainer.checkpoint.load import Saved, all_saved, path_of, read_best
+    from stage_trainer.checkpoint.load import all_saved, at, path_of, read_best
 
     if (path / "config.json").exists():
         return path, None
     if (path / "state.json").exists():
-        saved = Saved(path, 0)
+        saved = at(path)
     elif in_stage := all_saved(path):
         saved = in_stage[-1]
-        best = read_best(path)
+        try:
+            best = read_best(path)
+        except UserError as error:  # no reason to refuse the newest
+            best = {}
+            say(str(error))
         other = path_of(path, best["step"]) if best else saved.path
         hint = f"; the best by {best['metric']} is {other}" if best and other != saved.path else ""
         say(f"taking {saved.path}, the newest{hint}")

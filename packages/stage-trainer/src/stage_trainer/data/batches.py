@@ -108,7 +108,7 @@ class StageBatches(TorchDataset[tuple[Batch, Drawn]]):
     def __init__(self, data: DataConfig, stage: Stage, seed: int, tokenizer: Tokenizer, rank: int, world: int):
         self.stage, self.seed, self.rank, self.world = stage, seed, rank, world
         self.tokenizer = tokenizer
-        self.cache = SampleCache(data.cache_megabytes)
+        self.cache = SampleCache(data.cache_megabytes, data.max_pixels)
         self.image_sources = [_open(data, s, stage.batch.image_text, ("image-",)) for s in stage.data.image_text]
         self.text_sources = [_open(data, s, stage.batch.text, ("text-",)) for s in stage.data.text]
         if len({source.kind for source in self.text_sources}) > 1:

@@ -9,12 +9,14 @@ from stage_trainer.recipe import Recipe, RemoteConfig
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where data are (`corpus`), how they are read, and how much each process keeps decoded."""
+    """Where data are (`corpus`), how they are read, how much each process keeps decoded, and the
+    largest image that is decoded at all."""
 
     corpus: str
     remote: RemoteConfig
     cache_megabytes: int
+    max_pixels: int
 
     @classmethod
     def of(cls, recipe: Recipe) -> DataConfig:
-        return cls(recipe.corpus, recipe.remote, recipe.cache_megabytes)
+        return cls(recipe.corpus, recipe.remote, recipe.cache_megabytes, recipe.max_pixels)

@@ -39,7 +39,7 @@ class Texts:
 
     def __init__(self, data: DataConfig, stage: Stage, split: str, paths: Iterable[str], tokenizer: Tokenizer):
         self.tokenizer, self.max_tokens = tokenizer, stage.max_tokens
-        self.cache = SampleCache(data.cache_megabytes)
+        self.cache = SampleCache(data.cache_megabytes, data.max_pixels)
         self.data_sets = [open_data_set(place(data, split, path), ("text-",)) for path in paths]
         self._first = np.cumsum([0, *map(len, self.data_sets)])
         try:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from data_prep.shards import Dataset, ShardError
 from vision_tower import load_image
+from vision_tower.preprocess import MAX_PIXELS
 
 from stage_trainer.errors import UserError
 
@@ -61,14 +62,15 @@ def shard_errors_explained() -> Iterator[None]:
 
 
 class SampleCache:
-    """Decoded samples, kept until `megabytes` are full; what came first stays, so small data sets are decoded once."""
+    """Decoded samples, kept until `megabytes` are full; what came first stays, so small data sets are decoded once.
+    An image of more than `max_pixels` is refused by its header."""
 
-    def __init__(self, megabytes: int):
-        self.left = megabytes * 2**20
+    def __init__(self, megabytes: int, max_pixels: int = MAX_PIXELS):
+        self.left, self.max_pixels = megabytes * 2**20, max_pixels
         self.kept: dict[tuple[Path, int], tuple[torch.Tensor | None, dict[str, Any]]] = {}
 
     def sample(self, data: Dataset, index: int) -> tuple[torch.Tensor | None, dict[str, Any]]:
-        """(uint8 pixels [3, H, W] if there is an image, the texts) of a sample."""
+        """(uint8 pixels [3, H, W] if there is an image, the texts) of a sample; errors as `load_image`, `texts_of`."""
         if (found := self.kept.get((data.directory, index))) is not None:
             return found
         members = data.read(index)
@@ -76,7 +78,8 @@ class SampleCache:
         pixels = None
         if image is not None:
             name = f"{data.directory}, sample {data.row(index).key}"
-            pixels = torch.from_numpy(np.array(load_image(image, name=name))).permute(2, 0, 1)
+            picture = load_image(image, name=name, max_pixels=self.max_pixels)
+            pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         found = pixels, texts_of(data, index, members)
         cost = sum(map(len, members.values())) * 4 + (0 if pixels is None else pixels.numel())
         if cost <= self.left:

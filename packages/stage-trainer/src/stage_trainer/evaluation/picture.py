@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from vision_tower import load_image
 
 from stage_trainer.data.stateless_rng import key
 from stage_trainer.dual_encoder import DualEncoder
@@ -85,7 +85,7 @@ def draw(rows: Sequence[Row], fonts: list[Path], *, framed: bool = True) -> Imag
         _write(pen, (GAP, top + TILE - SMALL - 4), remark, PALE, _pick(fonts, remark, SMALL), room, 1)
         for column, (file, right) in enumerate(found):
             left = LEFT + column * (TILE + GAP)
-            tile = Image.open(io.BytesIO(file)).convert("RGB")
+            tile = load_image(file)
             tile.thumbnail((TILE, TILE))
             canvas.paste(tile, (left + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2))
             if right:

@@ -9,7 +9,7 @@ from pathlib import Path
 from stage_trainer.checkpoint.load import all_saved
 from stage_trainer.errors import UserError
 from stage_trainer.evaluation.tables import Pools, stages_table
-from stage_trainer.files import write_whole
+from stage_trainer.files import read_json, write_whole
 from stage_trainer.recipe import Recipe
 
 EVALUATION = "evaluation.json"
@@ -40,7 +40,7 @@ def write_report(recipe: Recipe, versions: dict[str, str]) -> tuple[Path, str]:
             continue
         stages[directory.name] = _read(path)
         state = saved[-1].state()
-        parts[directory.name] = {k: state[k] for k in ("step", "seconds", "peak_memory_bytes", "versions")}
+        parts[directory.name] = {k: state.get(k) for k in ("step", "seconds", "peak_memory_bytes", "versions")}
         measured = {figures.get("checkpoint", saved[-1].path.name) for figures in stages[directory.name].values()}
         if measured != {saved[-1].path.name}:
             notes.append(f"stage {number} was trained on after {', '.join(sorted(measured))} was evaluated: {again}")
@@ -48,7 +48,10 @@ def write_report(recipe: Recipe, versions: dict[str, str]) -> tuple[Path, str]:
         hint = "\n".join(notes) or "It has no trained stage of two towers; train one: bash launch/stage1.sh --recipe …"
         raise UserError(f"there is nothing to report of {run} yet.\n{hint}")
     if (timings := run / "timings.json").exists():
-        parts["commands"] = json.loads(timings.read_text())
+        try:
+            parts["commands"] = read_json(timings)
+        except ValueError as error:
+            raise UserError(f"{timings} cannot be read ({error}); move it away") from error
     report = {"recipe": recipe.name, "seed": recipe.seed, "versions": versions, "parts": parts, "stages": stages}
     target = run / "report.json"
     write_whole(target, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
@@ -57,7 +60,7 @@ def write_report(recipe: Recipe, versions: dict[str, str]) -> tuple[Path, str]:
 
 def _read(path: Path) -> Pools:
     try:
-        pools: Pools = json.loads(path.read_text())
+        pools: Pools = read_json(path)
         if not stages_table({"": pools}):
             raise ValueError("it is empty")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:

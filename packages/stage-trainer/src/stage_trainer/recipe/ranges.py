@@ -42,6 +42,7 @@ OF_RECIPE = {
     "seed": ZERO_OR_MORE,
     "workers": ZERO_OR_MORE,
     "cache_megabytes": ZERO_OR_MORE,
+    "max_pixels": Range(1, 178_956_970),  # Pillow opens no larger ones
     "max_corrupt": SHARE,
     "max_skipped": ONE_OR_MORE,
     "log_every": ONE_OR_MORE,
@@ -98,7 +99,7 @@ def check_ranges(holder: Recipe | Stage, ranges: Mapping[str, Range], here: str)
 
 
 def check_leaves(recipe: object, where: str) -> None:
-    """UserError for a number that is not finite or too large, an empty text, or a NUL, which no path can hold."""
+    """UserError for a number that is not finite or too large, an empty text, or one that no path can hold."""
     for path, value in _leaves(recipe):
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{where}: {path} is {value}; expected a finite number")
@@ -106,8 +107,18 @@ def check_leaves(recipe: object, where: str) -> None:
             raise UserError(f"{where}: {path} is a number of {value.bit_length()} bits; expected at most {LARGEST:,}")
         if isinstance(value, str) and "\0" in value:
             raise UserError(f"{where}: {path} is {value!r}; expected a text without NUL characters")
+        if isinstance(value, str) and not _is_unicode(value):
+            raise UserError(f"{where}: {path} is {value!r}; expected a text without halves of a surrogate pair")
         if isinstance(value, str) and not value.strip() and ".instructions." not in path:
             raise UserError(f"{where}: {path} is empty; write what is meant, or leave it out")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _leaves(tree: object, path: str = "") -> Iterator[tuple[str, object]]:

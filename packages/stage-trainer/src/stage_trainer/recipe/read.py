@@ -16,7 +16,7 @@ from stage_trainer.recipe.overrides import apply, known_at, short
 from stage_trainer.recipe.rules import check
 from stage_trainer.recipe.schema import GradientCache, Recipe
 from stage_trainer.recipe.tower_rules import unknown_key
-from stage_trainer.recipe.yaml_text import Ours, parse
+from stage_trainer.recipe.yaml_text import LONGEST, Ours, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,11 @@ def load(path: str | Path, overrides: Sequence[str] = (), stage: int | None = No
 
 def _text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        with path.open("rb") as file:
+            content = file.read(LONGEST + 1)
+        if len(content) > LONGEST:
+            raise UserError(f"{path} has more than {LONGEST:,} bytes; a recipe has some thousand")
+        return content.decode("utf-8-sig")
     except FileNotFoundError as error:
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise UserError(
@@ -105,10 +109,14 @@ def _strip_marks(tree: object, path: str, ours: set[str]) -> Any:
     return tree
 
 
+_MOST = 50
+"""Faults that are shown at once."""
+
+
 def _explain(error: ValidationError, file: str, overridden: dict[str, str]) -> str:
     """All faults, each with the file or the override that it is from."""
     faults: dict[str, list[str]] = {}
-    for fault in error.errors():
+    for fault in error.errors()[:_MOST]:
         if fault["type"] == "literal_error" and isinstance(fault["input"], dict):
             continue  # of "a mapping or the word auto" the mapping was meant, whose own fault is another one
         location = [p for p in fault["loc"] if p != GradientCache.__name__ and not str(p).startswith("literal[")]
@@ -119,7 +127,10 @@ def _explain(error: ValidationError, file: str, overridden: dict[str, str]) -> s
         told = faults.setdefault(source, [])
         if (text := _sentence(fault, location)) not in told:
             told.append(text)
-    return "; ".join(f"{source}: {'; '.join(told)}" for source, told in faults.items())
+    more = error.error_count() - _MOST
+    return "; ".join(f"{source}: {'; '.join(told)}" for source, told in faults.items()) + (
+        f"; and {more:,} more" if more > 0 else ""
+    )
 
 
 def _sentence(fault: Any, location: list[str | int]) -> str:

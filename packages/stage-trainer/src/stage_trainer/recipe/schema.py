@@ -304,9 +304,10 @@ class Recipe:
 
     `precision` is that of the towers' computation; `auto` is bf16 if the machine multiplies in bfloat16, and else fp32,
     since emulated bf16 is up to ten times slower. Up to the share `max_corrupt` of the samples drawn may be unreadable
-    or unusable; they are replaced and entered in `corrupt.jsonl`. A step whose gradient is not finite is skipped;
-    `max_skipped` in a row end the run. `sinks` receive the scalars in addition to TensorBoard ("module:callable", see
-    `stage_trainer.run.monitor.Sink`). Each process keeps `cache_megabytes` of decoded samples in main memory.
+    or unusable, an image of more than `max_pixels` among them; they are replaced and entered in `corrupt.jsonl`. A step
+    whose gradient is not finite is skipped; `max_skipped` in a row end the run. `sinks` receive the scalars in addition
+    to TensorBoard ("module:callable", see `stage_trainer.run.monitor.Sink`). Each process keeps `cache_megabytes` of
+    decoded samples in main memory.
     """
 
     name: str
@@ -319,6 +320,7 @@ class Recipe:
     precision: Literal["bf16", "fp32", "auto"] = "bf16"
     workers: Int = 0
     cache_megabytes: Int = 0
+    max_pixels: Int = 50_000_000
     remote: RemoteConfig = field(default_factory=RemoteConfig)
     max_corrupt: Float = 0.01
     max_skipped: Int = 5

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from stage_trainer.data.batches import Corrupt
 from stage_trainer.errors import Stopped, UserError
+from stage_trainer.files import writing
 from stage_trainer.run.hooks import Hook, Step
 
 ALWAYS_ALLOWED = 10
@@ -44,7 +45,7 @@ class Ledger(Hook):
         """
         self.count += len(corrupt)
         if self.active and corrupt:
-            with self.path.open("a", encoding="utf-8") as file:
+            with writing(self.path), self.path.open("a", encoding="utf-8") as file:
                 for entry in corrupt:
                     file.write(json.dumps({"step": step, **dataclasses.asdict(entry)}, ensure_ascii=False) + "\n")
         if self.count > max(ALWAYS_ALLOWED, self.limit * drawn):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +18,7 @@ from tqdm import tqdm
 
 from stage_trainer.errors import UserError
 from stage_trainer.evaluation.tables import joined
+from stage_trainer.files import writing
 from stage_trainer.run.hooks import Hook, Step
 from stage_trainer.run.text_counts import TextCounts
 from stage_trainer.tasks.task import Charts, Losses, Measured
@@ -51,13 +54,35 @@ def open_sinks(names: Sequence[str], directory: Path, settings: dict[str, Any]) 
         module, _, attribute = name.partition(":")
         try:
             make = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise UserError(
-                f"sinks: {name!r} cannot be imported ({error}); expected module:callable, such as my_wandb:Sink, where "
-                "Python can import it, taking (directory, settings) and having scalar(name, value, step) and close()"
-            ) from error
-        sinks.append(make(directory, settings))
+        except Exception as error:  # the module's own code runs here
+            raise UserError(f"sinks: {name!r} cannot be imported ({error}); {_EXPECTED}") from error
+        with _calling(name):
+            sink = make(directory, settings)
+        if not (callable(getattr(sink, "scalar", None)) and callable(getattr(sink, "close", None))):
+            raise UserError(f"sinks: {name!r} made a {type(sink).__name__} without scalar or close; {_EXPECTED}")
+        sinks.append(sink)
     return sinks
+
+
+_EXPECTED = (
+    "expected module:callable, such as my_wandb:Sink, where Python can import it, taking (directory, settings) and "
+    "having scalar(name, value, step) and close()"
+)
+
+
+@contextlib.contextmanager
+def _calling(name: str) -> Iterator[None]:
+    """Turns whatever a sink raises into a UserError that names it and its line."""
+    try:
+        yield
+    except UserError:  # another one's, that is on its way through
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"sinks: {name!r} raised {type(error).__name__}: {error} ({Path(place.filename).name}, line "
+            f"{place.lineno}); {_EXPECTED}, or leave it out of the recipe"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -109,12 +134,14 @@ class Monitor(Hook):
         if active:
             from torch.utils.tensorboard import SummaryWriter
 
-            _keep_order(directory)
-            self.writer = SummaryWriter(str(directory), purge_step=stage.start)
+            self.directory = directory
             pages = stage.charts.items()
-            self.writer.add_custom_scalars(
-                {name: {t: ["Multiline", tags] for t, tags in of.items()} for name, of in pages}
-            )
+            with writing(directory):
+                _keep_order(directory)
+                self.writer = SummaryWriter(str(directory), purge_step=stage.start)
+                self.writer.add_custom_scalars(
+                    {name: {t: ["Multiline", tags] for t, tags in of.items()} for name, of in pages}
+                )
             self.bar = tqdm(
                 total=stage.steps,
                 initial=stage.start,
@@ -141,11 +168,13 @@ class Monitor(Hook):
         if found.shown:
             self.say(joined(f"step {done}:", found.shown))
         if self.active and found.picture:
-            self.writer.add_image("nearest images", np.asarray(found.picture), done - 1, dataformats="HWC")
+            with writing(self.directory):
+                self.writer.add_image("nearest images", np.asarray(found.picture), done - 1, dataformats="HWC")
         if self.active and found.vectors is not None:
-            self.writer.add_embedding(
-                found.vectors, found.labels, global_step=done - 1, metadata_header=["name", "kind"]
-            )
+            with writing(self.directory):
+                self.writer.add_embedding(
+                    found.vectors, found.labels, global_step=done - 1, metadata_header=["name", "kind"]
+                )
 
     def should_log(self, step: int) -> bool:
         """Whether this step is logged: every `every` steps, the first and the last."""
@@ -197,9 +226,11 @@ class Monitor(Hook):
 
     def scalar(self, name: str, value: float, step: int) -> None:
         if self.active:
-            self.writer.add_scalar(name, value, step)
+            with writing(self.directory):  # the event file's own thread hands on what it met
+                self.writer.add_scalar(name, value, step)
             for sink in self.sinks:
-                sink.scalar(name, value, step)
+                with _calling(_name_of(sink)):
+                    sink.scalar(name, value, step)
 
     def outcome(self, settings: Mapping[str, Any], metrics: Sequence[str]) -> None:
         """The settings beside what they led to, for TensorBoard's HPARAMS page; `metrics` are scalars entered before,
@@ -213,8 +244,9 @@ class Monitor(Hook):
                 if name.startswith(_COMPARED) and not (name.startswith("stage.batch.") and not value)
             }
             hparams: Callable[..., Any] = summary.hparams  # untyped
-            for part in hparams(shown, dict.fromkeys(metrics, 0.0)):
-                self.writer.file_writer.add_summary(part)  # type: ignore[attr-defined]
+            with writing(self.directory):
+                for part in hparams(shown, dict.fromkeys(metrics, 0.0)):
+                    self.writer.file_writer.add_summary(part)  # type: ignore[attr-defined]
 
     def advance(self) -> None:
         if self.active:
@@ -225,12 +257,22 @@ class Monitor(Hook):
             self.bar.write(text)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self.active:
-            self.bar.leave = kind is None  # so that the reason for a failure is the last line
-            self.bar.close()
-            self.writer.close()
-            for sink in self.sinks:
-                sink.close()
+        if not self.active:
+            return
+        self.bar.leave = kind is None  # so that the reason for a failure is the last line
+        self.bar.close()
+        with contextlib.ExitStack() as closing:  # each is closed, whatever the others say
+            if kind is not None:  # their complaint must not take the place of the reason
+                closing.enter_context(contextlib.suppress(UserError))
+            for sink in reversed(self.sinks):
+                closing.enter_context(_calling(_name_of(sink)))
+                closing.callback(sink.close)
+            closing.enter_context(writing(self.directory))
+            closing.callback(self.writer.close)
+
+
+def _name_of(sink: Sink) -> str:
+    return f"{type(sink).__module__}:{type(sink).__qualname__}"
 
 
 def _terminal() -> bool:
