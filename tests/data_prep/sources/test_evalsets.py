@@ -122,10 +122,21 @@ def test_what_is_missing_is_said_aloud(tmp_path, images, capsys):
     assert "not the whole set: figures on it cannot be compared" in capsys.readouterr().out
 
 
-def test_another_file_is_refused(tmp_path, images, run):
-    (tmp_path / "x.jsonl").write_text('{"caption": "x"}\n')
+@pytest.mark.parametrize(
+    "line", ['{"caption": "x"}', "[]", "1", '{"image/key": 1, "en": {"caption": [1]}}', "[" * 99_999]
+)
+def test_another_file_is_refused(tmp_path, images, run, line):
+    (tmp_path / "x.jsonl").write_text(f"{line}\n")
     with pytest.raises(UserError, match="not the captions of this set"):
         run("xm3600", evalset=True, captions=tmp_path / "x.jsonl", images=images)
+
+
+@pytest.mark.parametrize("caption", ["null", "1", "[]", "{}"])
+def test_captions_of_coco_that_are_no_text_are_refused(tmp_path, images, run, caption):
+    listed = '{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "caption": %s}]}'
+    (tmp_path / "x.json").write_text(listed % caption)
+    with pytest.raises(UserError, match="not the captions of this set"):
+        run("coco", evalset=True, captions=tmp_path / "x.json", images=images)
 
 
 def test_vidore_is_read_by_the_evaluator_with_pages_that_no_query_asks_for(tmp_path, picture):

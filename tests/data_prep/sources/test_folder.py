@@ -325,6 +325,9 @@ def test_what_excel_writes_by_default_is_read_when_it_is_said(folder, run, tmp_p
         run("images", folder=folder, table=folder / "b.csv")
     with pytest.raises(UserError, match="--charset klingon: no such character set"):
         run("images", folder=folder, table=folder / "a.csv", charset="klingon")
+    for charset in ("utf-16", "hex", "punycode", "undefined", "cp037"):
+        with pytest.raises(UserError, match=f"--charset {charset}: cannot be read line by line"):
+            run("images", folder=folder, table=folder / "a.csv", charset=charset)
 
 
 def test_no_picture_is_on_both_sides_of_a_split(folder, tmp_path, picture):

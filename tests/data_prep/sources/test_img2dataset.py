@@ -92,10 +92,13 @@ def test_a_shard_without_stats_is_not_finished(shard, folder, run):
     (folder / "00001_stats.json").unlink()
     shard(2)
     (folder / "00002_stats.json").write_text("{cut")
+    for number, content in enumerate(('{"failed_to_download": Infinity}', "[" * 99_999), 3):
+        shard(number)
+        (folder / f"0000{number}_stats.json").write_text(content)
     found = run("img2dataset", folder=folder)
     assert found.receipt["went_out"] == {"image-short": 2}
     assert found.dropped == {
-        "shard whose _stats.json cannot be read": 1,
+        "shard whose _stats.json cannot be read": 3,
         "shard without _stats.json: not finished": 1,
     }
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pyarrow
 import pytest
 from data_prep.errors import UserError
+from data_prep.sources.captions import ArxivCap
 from pyarrow import parquet
 
 
@@ -101,6 +103,31 @@ def test_arxivcap_joins_the_captions_of_figure_and_part(tmp_path, run, picture):
     assert [sample.captions for sample in samples] == [["Figure 1: two curves (a) left"], ["Figure 1: two curves"]]
     assert len({sample.content["item"] for sample in samples}) == 2
     assert found.dropped == {"no caption": 1, "no image": 1}
+
+
+@pytest.mark.parametrize(
+    ("figures", "dropped"),
+    [
+        ("figures", {"no list of figures": 1}),
+        ({"caption": "c"}, {"no list of figures": 1}),
+        ([1, 2], {"figure without parts": 2}),
+        ([{"caption": "c", "cil_pairs": "parts"}, None], {"figure without parts": 2}),
+        ([{"caption": "c", "cil_pairs": ["part"]}], {"no image": 1}),
+    ],
+)
+def test_figures_of_another_type_are_counted(tmp_path, figures, dropped):
+    source = ArxivCap((str(write(tmp_path / "a.parquet", [{"caption_images": figures}])),))
+    found = [one for piece in source.pieces() for one in source.read(piece)]
+    assert Counter(one.reason for one in found) == dropped
+
+
+@pytest.mark.parametrize("score", ["1", None, True])
+def test_scores_that_are_no_numbers_are_refused(tmp_path, run, picture, score):
+    write(tmp_path / "corpus.parquet", [{"corpus-id": 1, "image": {"bytes": picture(0), "path": None}}])
+    write(tmp_path / "queries.parquet", [{"query-id": 1, "query": "q"}])
+    write(tmp_path / "qrels.parquet", [{"query-id": 1, "corpus-id": 1, "score": score}])
+    with pytest.raises(UserError, match="expected numbers"):
+        run("vidore", evalset=True, folder=tmp_path)
 
 
 def test_row_groups_become_pieces_and_a_damaged_one_is_counted(tmp_path, run, picture):

@@ -118,11 +118,20 @@ class ArxivCap:
         return from_rows(read_parquet(piece, ("caption_images",)), self._record)
 
     def _record(self, paper: str, fields: JsonObject) -> Iterator[Found]:
-        for figure_number, figure in enumerate(fields.get("caption_images") or [], 1):
-            for part_number, part in enumerate((figure or {}).get("cil_pairs") or [], 1):
+        figures = fields.get("caption_images") or []
+        if not isinstance(figures, list):  # a parquet column may have any type
+            yield Dropped("no list of figures", paper)
+            return
+        for figure_number, figure in enumerate(figures, 1):
+            parts = figure.get("cil_pairs") if isinstance(figure, dict) else None
+            if not isinstance(parts, list):
+                yield Dropped("figure without parts", f"{paper}, figure {figure_number}")
+                continue
+            for part_number, part in enumerate(parts, 1):
                 where = f"{paper}, figure {figure_number}, part {part_number}"
-                image = image_bytes((part or {}).get("image"))
-                own = [figure.get("caption"), (part or {}).get("sub_caption")]
+                part = part if isinstance(part, dict) else {}
+                image = image_bytes(part.get("image"))
+                own = [figure.get("caption"), part.get("sub_caption")]
                 texts = [text.strip() for text in own if isinstance(text, str) and text.strip()]
                 if image is None:
                     yield Dropped("no image", where)

@@ -22,6 +22,7 @@ from data_prep.sources.folder import inside
 from data_prep.sources.records import Dropped, Found, ImageRecord, argument, file_stat
 
 _IMAGES = 500
+_OTHER_FORMAT = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 _XTD_CODES = {"jp": "ja"}  # as its files are called
 
 Photo = tuple[str, list[Text]]  # file name below the folder of images, captions
@@ -38,14 +39,14 @@ class _Photos(ABC):
 
     @abstractmethod
     def photos(self) -> list[Photo]:
-        """All images of the set. OSError, ValueError, KeyError or TypeError if the list has another format."""
+        """All images of the set. One of `_OTHER_FORMAT` if the list has another format."""
 
     def pieces(self) -> Iterator[JsonObject]:
         if not Path(self.images).is_dir():
             raise UserError(f"{self.images}: no such folder")
         try:
             count = len(self.photos())
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except _OTHER_FORMAT as error:
             raise UserError(f"{self.captions}: not the captions of this set ({error!r})") from error
         captions = Path(self.captions)
         stamps = [file_stat(path) for path in (sorted(captions.glob("*.txt")) if captions.is_dir() else [captions])]

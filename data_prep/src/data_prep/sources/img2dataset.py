@@ -141,7 +141,7 @@ def read_shard(piece: JsonObject) -> Iterator[Dropped | tuple[str, TarSample, Js
         for reason in _FAILED:
             if count := int(stats.get(reason, 0)):
                 yield Dropped(f"img2dataset: {reason.replace('_', ' ')}", path.name, count)
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):
         yield Dropped("shard whose _stats.json cannot be read", path.name)
         return
     for sample in tar_samples(path):

@@ -167,7 +167,7 @@ def _pages_of_blocks(path: Path) -> dict[str, int]:
     try:
         pages = json.loads(path.read_bytes())["pages"]
         return {block["uuid"]: number for number, page in enumerate(pages) for block in page["blocks"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 

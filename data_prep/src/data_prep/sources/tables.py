@@ -64,14 +64,11 @@ def table_columns(path: str | Path, delimiter: str = "", charset: str = "utf-8")
 
     Raises:
         UserError: the file cannot be read or unpacked, its first line is broken, `delimiter` is not one character or
-            `charset` is unknown, or the delimiter is ambiguous.
+            `charset` cannot be read line by line, or the delimiter is ambiguous.
     """
     path = Path(path)
     checked_file_stat(path)
-    try:
-        codecs.lookup(charset)
-    except LookupError as error:
-        raise UserError(f"--charset {charset}: no such character set; utf-8 and cp1252 are the usual ones") from error
+    _check_charset(charset)
     try:
         with open_bytes(path) as file:
             columns = next(_rows(_Lines(file, charset), _delimiter(path, delimiter, charset)), [])
@@ -81,6 +78,22 @@ def table_columns(path: str | Path, delimiter: str = "", charset: str = "utf-8")
         advice = "; if Excel wrote it, say --charset cp1252" if columns == _NO_TEXT else ""
         raise UserError(f"{path}: its first line names no columns ({columns}){advice}")
     return columns
+
+
+def _check_charset(charset: str) -> None:
+    """UserError for one that Python does not know, or whose line ends and marks are not those of ASCII (UTF-16): rows
+    are found by them."""
+    try:
+        codecs.lookup(charset)
+    except LookupError as error:
+        raise UserError(f"--charset {charset}: no such character set; utf-8 and cp1252 are the usual ones") from error
+    plain = "".join((*_MARKS, '"\r\n'))
+    try:
+        alike = plain.encode("ascii").decode(charset) == plain
+    except (LookupError, ValueError):  # of those that are no character sets ("hex"), or ask for another form
+        alike = False
+    if not alike:
+        raise UserError(f"--charset {charset}: cannot be read line by line; convert the file (`iconv -t UTF-8`)")
 
 
 def line_pieces(path: str | Path) -> Iterator[JsonObject]:
@@ -312,7 +325,7 @@ class _Lines:
         line = line.replace(b"\0", b"")
         try:
             return _Line(line.decode(self._charset), length)
-        except UnicodeDecodeError:
+        except UnicodeError:  # not all raise UnicodeDecodeError
             fault = _NO_TEXT if self._charset == "utf-8" else f"not in {self._charset}"
             return _Line(line.decode("utf-8", errors="replace"), length, fault)
 

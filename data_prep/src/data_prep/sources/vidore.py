@@ -120,7 +120,10 @@ def _relevant(folder: str, language: str) -> dict[str, list[Text]]:
     relevant: dict[str, list[Text]] = {}
     for fields in _all(folder, "qrels", ("query-id", "corpus-id", "score")):
         query = queries.get(str(fields["query-id"]))
-        if query is not None and (fields.get("score") or 0) > 0:
+        score = fields.get("score")
+        if isinstance(score, bool) or not isinstance(score, int | float):
+            raise UserError(f"{folder}: qrels hold the score {score!r}; expected numbers, above 0 for what is relevant")
+        if query is not None and score > 0:
             relevant.setdefault(str(fields["corpus-id"]), []).append(query)
     return relevant
 
