@@ -128,12 +128,11 @@ def _duplicates(findings: Sequence[Summary]) -> Iterable[str]:
 
 def _dropped(findings: Sequence[Summary]) -> Iterable[str]:
     yield '<h2 id="dropped">Dropped by the import</h2>'
-    rows = []
-    for one in findings:
-        receipt = one.receipt or {}
-        for reason, count in sorted(receipt.get("dropped", {}).items(), key=lambda entry: -entry[1]):
-            where = ", ".join(receipt.get("examples", {}).get(reason, ()))
-            rows.append([one.name, _number(count), f"{reason}", where])
+    rows = [
+        [one.name, _number(count), reason, where]
+        for one in findings
+        for reason, count, where in sorted(one.dropped, key=lambda entry: -entry[1])
+    ]
     if rows:
         yield _table(["data set", "dropped", "reason", "for example"], rows, texts={2, 3})
     else:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+import operator
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_prep.shards import Dataset, content_of, texts_in
-from data_prep.shards.format import IMAGE_TYPES, JsonObject
+from data_prep.shards import Dataset, ShardError, content_of, texts_in
+from data_prep.shards.format import IMAGE_TYPES
 
 _THUMBNAIL = 168  # pixels
 _MOST = 2**26  # pixels of an image for which a thumbnail is made
@@ -51,7 +52,7 @@ class Summary:
     same_images: int = 0
     same_texts: int = 0
     unreadable: list[str] = field(default_factory=list)
-    receipt: JsonObject | None = None
+    dropped: list[tuple[str, int, str]] = field(default_factory=list)  # reason, count, examples
 
 
 def sampled(samples: int, look_at: int) -> range:
@@ -80,10 +81,21 @@ def summarize(directory: Path, *, look_at: int, examples: int, tick: Callable[[]
     )
     _read_sidecars(dataset, found, tick)
     _read_samples(dataset, found, look_at, examples, tick)
-    receipt = directory / "receipt.json"
-    if receipt.exists():
-        found.receipt = json.loads(receipt.read_bytes())
+    found.dropped = _dropped(directory / "receipt.json")
     return found
+
+
+def _dropped(receipt: Path) -> list[tuple[str, int, str]]:
+    """(reason, count, examples) of what the import dropped; nothing without a receipt. ShardError if it is none."""
+    if not receipt.exists():
+        return []
+    try:
+        content = json.loads(receipt.read_bytes())
+        examples = content.get("examples", {})
+        counts = [(reason, operator.index(count)) for reason, count in content.get("dropped", {}).items()]
+        return [(reason, count, ", ".join(examples.get(reason, ()))) for reason, count in counts]
+    except (AttributeError, RecursionError, TypeError, ValueError) as error:
+        raise ShardError(f"{receipt}: not a receipt of an import ({error}); remove it, or import again") from error
 
 
 def _read_sidecars(dataset: Dataset, found: Summary, tick: Callable[[], None]) -> None:

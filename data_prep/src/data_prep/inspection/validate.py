@@ -87,7 +87,7 @@ def _check_shard(directory: Path, decode: bool, number: int) -> _Checked:
             row = dataset.row(index)
         except ShardError as error:
             return [Problem(str(directory), tar.name, str(error))], []
-        keys.append(int.from_bytes(hashlib.blake2b(row.key.encode(), digest_size=8).digest()))
+        keys.append(int.from_bytes(hashlib.blake2b(row.key.encode("utf-8", "surrogatepass"), digest_size=8).digest()))
         where = f"{tar.name}, sample {row.key!r}"
         problems += [
             Problem(str(directory), where, what) for what in _check_sample(dataset, index, row, places, decode)

@@ -173,7 +173,7 @@ class Dataset:
         ):  # or samples would be others, and nobody would know
             raise ShardUnavailable(f"{index}: checksum differs from the manifest's: damaged; build the data set again")
         try:
-            rows = [_row(line, tar.name, entry["bytes"]) for line in raw.decode().splitlines()]
+            rows = [_row(line, tar.name, entry["bytes"]) for line in raw.splitlines()]
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise ShardUnavailable(
                 f"{index}: not a sidecar of {SCHEMA} ({_why(error)}); build the data set again"
@@ -210,7 +210,7 @@ def _raise_if_the_process_is_short(error: OSError) -> None:
         raise error
 
 
-def _row(line: str, shard: str, size: int) -> Row:
+def _row(line: bytes, shard: str, size: int) -> Row:
     """A line of the sidecar of a tar of `size` bytes. KeyError, TypeError, ValueError, RecursionError if it is none."""
     entry = json.loads(line)
     members = {name: (_count(start), _count(length)) for name, (start, length) in entry["members"].items()}

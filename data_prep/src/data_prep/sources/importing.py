@@ -11,6 +11,7 @@ from data_prep.execute import Execution, Job, Output, Target, run_job, say
 from data_prep.image_rule import ImageRule
 from data_prep.images import ImageRefused, StoredImage, store_image
 from data_prep.samples import captions_json, languages_of, texts_json
+from data_prep.shards import Unusable, content_of
 from data_prep.shards.format import JsonObject
 from data_prep.sources import EVALSETS, SOURCES
 from data_prep.sources.records import Dropped, ImageRecord, Noted, Source, TextRecord
@@ -78,7 +79,7 @@ def _write_texts(record: TextRecord, name: str, output: Output) -> None:
     item = f"{name}/{output.next_key(kind)}"
     content = texts_json(record.query, record.target, record.negatives, source=name, item=item)
     languages = languages_of(record.query, record.target, *(record.negatives or ()))
-    output.write(kind, {"json": content}, languages=languages)
+    _write(kind, {"json": content}, languages, record.where, output)
 
 
 def _write_image(record: ImageRecord, rule: ImageRule, name: str, output: Output) -> None:
@@ -92,7 +93,17 @@ def _write_image(record: ImageRecord, rule: ImageRule, name: str, output: Output
     for kind, captions in (("image-short", record.short), ("image-long", record.long)):
         if captions:
             content = captions_json(captions, source=name, item=f"{name}/{record.item}")
-            output.write(kind, {stored.extension: stored.data, "json": content}, languages=languages_of(captions))
+            _write(kind, {stored.extension: stored.data, "json": content}, languages_of(captions), record.where, output)
+
+
+def _write(kind: str, members: dict[str, bytes], languages: list[str], where: str, output: Output) -> None:
+    """Writes a sample, unless those who read it would refuse it."""
+    try:
+        content_of(kind, members)
+    except Unusable as error:
+        output.drop(error.reason, where)
+    else:
+        output.write(kind, members, languages=languages)
 
 
 def _stored(image: bytes | Path, rule: ImageRule) -> StoredImage:
