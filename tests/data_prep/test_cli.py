@@ -70,3 +70,12 @@ def test_every_importer_and_evaluation_set_has_an_example_in_the_readme():
         assert f"data-prep import {source} " in readme
     for evalset in EVALSETS:
         assert f"data-prep evalset {evalset} " in readme
+
+
+def test_control_characters_in_foreign_names_are_escaped(tmp_path, capsys):
+    """A terminal would act on them: title, colours, lines overwritten, in some even keys typed."""
+    name = "a\x1b]0;title\x07\x9b31m\rb"
+    assert main(["validate", str(tmp_path / name)]) == 2
+    error = capsys.readouterr().err
+    assert r"a\x1b]0;title\x07\x9b31m\x0db" in error
+    assert not set(error) & set(map(chr, (*range(10), *range(11, 32), *range(127, 160))))

@@ -133,6 +133,69 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(write_dataset):
         Dataset.open(directory)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.pop("source"), "'source' is missing"),
+        (lambda m: m.update(source=3), "3, expected a text"),
+        (lambda m: m.update(kind=["image-long"]), r"\['image-long'\], expected a text"),
+        (lambda m: m.update(shards=None), "NoneType"),
+        (lambda m: m["shards"][0].update(samples=-1), "-1, expected a whole number from 0"),
+        (lambda m: m["shards"][0].update(samples=True), "True, expected a whole number"),
+        (lambda m: m["shards"][0].update(bytes=2**70), "1180591620717411303424, expected a whole number"),
+        (lambda m: m["shards"][0].update(index_bytes=1e3), "1000.0, expected a whole number"),
+        (lambda m: m["shards"][0].update(name="a\0.tar"), r"'a\\x00.tar', expected a name of printable characters"),
+        (lambda m: m["shards"][0].update(name="\ud800.tar"), r"'\\ud800.tar', expected a name of printable"),
+        (lambda m: m["shards"][0].update(name=".."), "would lie outside of the data set"),
+        (lambda m: m["shards"][0].update(name=""), "expected a name of printable"),
+        (lambda m: m["shards"][1].update(name="00000.tar"), "lists the shard '00000.tar' twice"),
+        (lambda m: m["shards"][0].update(sha256="0" * 63), "expected a sha256 of 64 hex digits"),
+        (lambda m: m.update(samples="7"), "'7', expected a whole number"),
+    ],
+)
+def test_a_manifest_of_other_types_is_one_message(write_dataset, change, message):
+    path = write_dataset() / "manifest.json"
+    manifest = json.loads(path.read_bytes())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ShardError, match=rf"manifest\.json: .*{message}"):
+        Dataset.open(path.parent)
+    path.write_text("[" * 100_000)
+    with pytest.raises(ShardError, match=r"manifest\.json: not a manifest"):
+        Dataset.open(path.parent)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda row: row.update(key=["a"]),
+        lambda row: row.update(members=None),
+        lambda row: row.update(members={"json": [0, 2**62]}),
+        lambda row: row.update(members={"json": [2**70, 1]}),
+        lambda row: row.update(members={"json": [-1, 1]}),
+        lambda row: row.update(members={"json": ["0", 1]}),
+        lambda row: row.update(members={"json": [0]}),
+        lambda row: row.update(languages=["de", None]),
+        lambda row: row.update(languages="de"),
+        lambda row: row.update(tokens="many"),
+        lambda row: row.update(sha256=None),
+        lambda row: row.pop("tokens"),
+    ],
+)
+def test_a_sidecar_of_other_types_is_one_message(write_dataset, change):
+    directory = write_dataset()
+    path, manifest = directory / "00000.index.jsonl", json.loads((directory / "manifest.json").read_bytes())
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    change(rows[1])
+    raw = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.unlink()
+    path.write_bytes(raw)
+    manifest["shards"][0] |= {"index_bytes": len(raw), "index_sha256": hashlib.sha256(raw).hexdigest()}
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ShardUnavailable, match=r"00000\.index\.jsonl: not a sidecar of trilith-shards/1 \(.+\); build"):
+        Dataset.open(directory).row(0)
+
+
 def test_a_shard_that_goes_missing_is_unavailable_and_its_samples_still_have_names(write_dataset):
     directory = write_dataset()
     dataset = Dataset.open(directory)

@@ -54,10 +54,14 @@ def test_a_signal_to_the_process_group_with_workers_saves_and_leaves_no_process(
     assert not [worker for worker in workers if alive(worker)]
 
 
-def test_a_worker_that_is_killed_is_one_message_and_a_killed_run_leaves_none(start, tmp_path):
+def test_a_worker_that_is_killed_is_replaced_then_one_message_and_a_killed_run_leaves_none(start, tmp_path):
     process = start(1, *LONG, BATCH, "workers=2")
     until(lambda: checkpoints(tmp_path), process)
-    first, second = loader_workers(process.pid)
+    before = loader_workers(process.pid)
+    os.kill(before[0], signal.SIGKILL)
+    until(lambda: "the workers are started again, once" in Path(process.stdout.name).read_text(), process)
+    first, second = until(lambda: len(new := set(loader_workers(process.pid)) - {*before}) == 2 and new, process)
+    assert not any(map(alive, before))
     os.kill(first, signal.SIGKILL)
     assert process.wait() == 2
     message = process.stdout.read().splitlines()[-1]

@@ -119,6 +119,17 @@ def test_a_rank_that_is_killed_takes_the_other_down(launch_tampered):
     assert "Traceback" not in output, output
 
 
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_a_rank_that_is_stuck_while_its_heart_beats_ends_the_run_with_one_message(launch_tampered, ranks):
+    code, output = ended(
+        launch_tampered(f"if rank == {ranks - 1} and step == 3: time.sleep(100_000)", "limits.step=15", ranks=ranks)
+    )
+    assert code != 0
+    assert output.count("raise limits.step if it was not") == 1, output
+    assert f"rank {ranks - 1} was in one step for more than 15 seconds" in output
+    assert "Traceback" not in output
+
+
 HEARTBEAT = """
 import sys, time, torch, torch.distributed as dist
 from stage_trainer.run.watchdog import Heartbeat

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from stage_trainer.cli import main
 
 HEAVY = {"torch", "numpy", "yaml", "pydantic", "PIL", "deepspeed", "timm", "transformers", "data_prep"}
 COMMANDS = ("train", "plan", "export", "evaluate", "report", "search")
@@ -32,3 +33,11 @@ def test_help_takes_less_than_a_fifth_of_a_second():
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert min(seconds() for _ in range(3)) < 0.2
+
+
+def test_control_characters_in_foreign_names_are_escaped(tmp_path, capsys):
+    """A terminal would act on them: title, colours, lines overwritten."""
+    assert main(["export", str(tmp_path / "a\x1b]0;title\x07\rb"), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert r"a\x1b]0;title\x07\x0db" in error
+    assert not {"\x1b", "\x07", "\r"} & set(error)

@@ -119,12 +119,12 @@ def test_a_txt_caption_serves_for_training_and_as_a_pool(write, stage):
 @pytest.mark.parametrize(
     ("kind", "content", "message"),
     [
-        ("image-short", {}, "sample s0 has no captions"),
-        ("image-short", {"captions": []}, "sample s0 has no captions"),
+        ("image-short", {}, "sample s0: its .json has no captions"),
+        ("image-short", {"captions": []}, "sample s0: its .json has no captions"),
         ("image-short", b"{", "sample s0: its .json is not JSON"),
-        ("image-short", [1], "sample s0 has no captions"),
-        ("text-pairs", {"query": text("q")}, "sample s0 has no target"),
-        ("text-triplets", {"query": text("q"), "target": text("t")}, "sample s0 has no negatives"),
+        ("image-short", [1], "sample s0: its .json has no captions"),
+        ("text-pairs", {"query": text("q")}, "sample s0: its .json has no target"),
+        ("text-triplets", {"query": text("q"), "target": text("t")}, "sample s0: its .json has no negatives"),
     ],
 )
 def test_texts_that_a_kind_needs_and_a_sample_lacks_are_named(write, kind, content, message):

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from data_prep.errors import UserError
-from data_prep.shards import ShardError
+from data_prep.shards import ShardError, escaped_output
 
 # What `--help` prints, in this order: a heading, and the modules of `data_prep.commands` below it.
 CONTENTS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -23,6 +23,11 @@ CONTENTS: tuple[tuple[str, tuple[str, ...]], ...] = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; exit status 0, or 2 with one line on stderr for an error that the user can fix."""
     options = _parser().parse_args(arguments)
+    with escaped_output():
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         status: int = options.run(options)
         return status

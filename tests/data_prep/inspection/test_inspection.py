@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from data_prep.cli import main
+from data_prep.execute.progress import Progress
 from data_prep.inspection.summary import summarize
 from data_prep.inspection.validate import validate
 from data_prep.samples import Text, captions_json, texts_json
@@ -155,7 +156,7 @@ def test_a_sound_data_set_passes_with_any_number_of_processes(pictures, capsys):
         (picture()[:70], captions_json(caption(), source="s", item="i"), ["en"], "its .png cannot be decoded"),
         (picture(), b"{cut", ["en"], "its .json is not JSON"),
         (picture(), b'{"captions": []}', ["en"], "its .json has no captions"),
-        (picture(), b'{"captions": [{"text": "x"}]}', ["en"], "lacks text, language, origin or role"),
+        (picture(), b'{"captions": [{"text": "x"}]}', ["en"], "lacks language"),
         (
             picture(),
             captions_json(caption(), source="s", item="i"),
@@ -202,6 +203,14 @@ class Terminal(io.StringIO):
         return True
 
 
+def test_a_line_of_progress_is_erased_before_other_output():
+    progress = Progress(1, stream=(shown := Terminal()))
+    progress.add(5)
+    progress.finish()
+    progress.clear()
+    assert re.search(r"\r\[#+\] 100% 1 of 1 units, 5 samples, .*\n\r {60,}\r$", shown.getvalue())
+
+
 def test_validate_and_inspect_say_how_far_they_are(pictures, tmp_path, monkeypatch, capsys):
     pictures([(picture(n), caption()) for n in range(5)], "one")
     pictures([(picture(n), caption()) for n in range(3)], "two")
@@ -209,7 +218,7 @@ def test_validate_and_inspect_say_how_far_they_are(pictures, tmp_path, monkeypat
     monkeypatch.setattr(sys, "stderr", shown := Terminal())
     assert main(["validate", str(tmp_path / "data"), "--workers", "1"]) == 1
     assert "100% 3 of 3 units, 5 samples" in shown.getvalue()
-    assert "\r\x1b[K" in shown.getvalue()
+    assert "\x1b" not in shown.getvalue()
     monkeypatch.setattr(sys, "stderr", shown := Terminal())
     command = ["inspect", str(tmp_path / "data/image-short/one"), "--out", str(tmp_path / "look.html")]
     assert main([*command, "--look-at", "2"]) == 0

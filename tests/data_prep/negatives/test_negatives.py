@@ -176,4 +176,4 @@ def test_a_pair_without_one_of_its_sides_is_named(text_tower, tmp_path, capsys, 
             writer.write(f"k{number}", {"json": json.dumps(fields).encode()}, languages=["en"], tokens=None)
     out = ["--out", str(tmp_path / "out"), "--name", "hard", "--workers", "1"]
     assert main(["negatives", str(tmp_path / "pairs"), "--model", str(text_tower[0]), *out]) == 2
-    assert "sample 'k1' has no query or no target" in capsys.readouterr().err
+    assert f"sample 'k1': its .json has no {empty}, which" in capsys.readouterr().err

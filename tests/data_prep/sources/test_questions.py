@@ -195,3 +195,11 @@ def test_a_json_file_that_is_cut_or_another_is_refused(images, run):
         run("docvqa", questions=path, images=images)
     with pytest.raises(UserError, match="holds no list under 'data'"):
         run("docvqa", questions=write(images / "other.json", {"rows": []}), images=images)
+
+
+def test_a_string_without_an_end_is_read_once(images, run):
+    """As a string it is no match; each of its quotes was then tried again, in quadratic time."""
+    path = images / "q.json"
+    path.write_bytes(b'{"data": [{"question": "' + rb"\"" * 2_000_000)
+    with pytest.raises(UserError, match="q.json: is cut short"):
+        run("docvqa", questions=path, images=images)

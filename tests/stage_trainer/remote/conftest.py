@@ -80,6 +80,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if fault == "silence":
             self.server.released.wait(5)
             return self.connection.close()
+        if fault in ("slow bytes", "slow headers"):
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n" + b"\r\n" * (fault == "slow bytes"))
+            while not self.server.released.wait(0.05):
+                self.wfile.write(b"x")
+            return None
         body = file.read_bytes()
         if fault == "wrong bytes":
             body = body[:100] + bytes([body[100] ^ 1]) + body[101:]

@@ -3,11 +3,14 @@
 import base64
 import pickle
 import time
+import urllib.request
 
+import fsspec
 import pytest
 from data_prep.shards import Dataset, ShardError, ShardUnavailable
 from stage_trainer.data import download
 from stage_trainer.errors import UserError
+from stage_trainer.recipe import RemoteConfig
 from stage_trainer.recipe.address import Address, without_credentials
 
 
@@ -123,7 +126,8 @@ def test_credentials_are_used_and_never_shown(data, server, opened, waits, caplo
     assert not any(word in said for word in ("us%40er", "pass%3Aword", "s3cret", secret))
 
 
-def test_a_redirection_is_followed_and_takes_no_password_along(data, server, serve, opened, tmp_path):
+def test_a_redirection_is_followed_and_takes_no_password_along(data, server, serve, opened, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "_is_local", lambda host: False)  # as for two servers of the internet
     other = serve(tmp_path / "corpus")
     target = f"{other.url}/train/text-pairs/made/00000.tar"
     server.faults = {"00000.tar": [(302, {"Location": target})]}
@@ -131,6 +135,53 @@ def test_a_redirection_is_followed_and_takes_no_password_along(data, server, ser
     assert there.read(0) == Dataset.open(data).read(0)
     assert all("Authorization" in headers for _, headers in server.headers)
     assert [("Authorization" in headers) for _, headers in other.headers] == [False]
+
+
+@pytest.mark.parametrize(
+    "target", ["ftp://{0}/00000.tar", "file:///etc/hostname", "http://{0}/00000.tar", "http://localhost:{1}/"]
+)
+def test_no_redirection_leads_to_files_to_ftp_or_into_this_machine(server, serve, opened, waits, tmp_path, target):
+    other = serve(tmp_path / "corpus")
+    target = target.format(other.url.removeprefix("http://"), other.server_port)
+    server.faults = {"00000.tar": [(302, {"Location": target})]}
+    with pytest.raises(
+        ShardUnavailable, match="redirects to .*, which is not followed|Redirection to url .* is not allowed"
+    ):
+        opened().read(0)
+    assert not other.requests
+
+
+def test_a_redirection_from_https_to_http_is_not_followed():
+    request = urllib.request.Request("https://data.example/a")
+    with pytest.raises(download.Failure, match="redirects to http://data.example/b"):
+        download._Redirects().redirect_request(request, None, 302, "", {}, "http://data.example/b")
+
+
+@pytest.mark.parametrize("fault", ["slow bytes", "slow headers"])
+def test_a_byte_at_a_time_does_not_outlive_the_deadline(server, opened, waits, fault):
+    server.faults = {"00000.tar": [fault]}
+    with pytest.raises(ShardUnavailable, match=r"00000.tar: not whole after remote.deadline=0.5 s"):
+        opened(deadline=0.5, retries=1).read(0)
+    assert server.requests["00000.tar"] == 2
+
+
+def test_a_command_that_never_ends_does_not_outlive_the_deadline(tmp_path):
+    settings = RemoteConfig(deadline=0.3, retries=0, allow_pipe=True)
+    with pytest.raises(download.Failure, match=r"not done after remote.deadline=0.3 s"):
+        download.fetch(Address("pipe:while sleep 0.05; do printf {name}; done"), "x", tmp_path / "x", settings, 10**9)
+
+
+@pytest.mark.parametrize("scheme", ["http", "memory"])
+def test_a_manifest_without_end_fills_no_memory(data, server, opened, waits, scheme):
+    manifest = data / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes() + b" " * 3_000_000)
+    base = server.url
+    if scheme == "memory":
+        base = "memory://corpus"
+        fsspec.filesystem("memory").pipe("/corpus/train/text-pairs/made/manifest.json", manifest.read_bytes())
+    with pytest.raises(UserError, match=r"manifest.json: more than the 2000000 bytes .* remote.manifest_megabytes is"):
+        opened(base, manifest_megabytes=2)
+    assert len(opened(base, manifest_megabytes=4)) == 20
 
 
 @pytest.mark.parametrize(

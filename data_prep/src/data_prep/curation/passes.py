@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -23,8 +22,8 @@ from data_prep.execute import Execution, Job, Spec, Target, run_job
 from data_prep.execute.engines import run_units
 from data_prep.execute.progress import Progress
 from data_prep.execute.unit import Output, read_receipt
-from data_prep.samples import Text, compact_json
-from data_prep.shards import KINDS, Dataset, Row
+from data_prep.samples import compact_json
+from data_prep.shards import KINDS, Dataset, Row, Unusable, content_of
 from data_prep.shards.files import replacing
 from data_prep.shards.format import IMAGE_TYPES, JsonObject
 
@@ -226,23 +225,12 @@ def _surveyed(spec: Spec) -> bool:
 
 
 def _content(dataset: Dataset, row: Row, members: dict[str, bytes]) -> JsonObject:
-    where = f"{dataset.directory / row.shard}: sample {row.key!r}"
-    content: Any = None
-    if "json" in members:
-        try:
-            content = json.loads(members["json"])
-        except ValueError as error:
-            raise UserError(
-                f"{where} has a .json that is none ({error}); `data-prep validate` finds all of them"
-            ) from error
-    if dataset.kind.startswith("image") and not any(name in members for name in IMAGE_TYPES):
-        raise UserError(f"{where} has no image ({', '.join(IMAGE_TYPES)}); import the data set again")
-    wanted = KINDS[dataset.kind][:2]  # of triplets, too, query and target suffice here
-    if isinstance(content, dict) and all(isinstance(content.get(name), list) for name in wanted):
-        return content
-    if "txt" in members:  # shards of another format: their .json is not kept
-        language = row.languages[0] if len(row.languages) == 1 else "und"
-        role = "long" if dataset.kind == "image-long" else "name"
-        text = Text(members["txt"].decode("utf-8", "replace"), language, role)
-        return {"captions": [text.record()], "source": dataset.source, "item": row.key}
-    raise UserError(f"{where} has no {' and '.join(wanted)} in its .json, and no .txt; import the data set again")
+    try:
+        content = content_of(dataset.kind, members, row.languages[0] if len(row.languages) == 1 else "und")
+    except Unusable as error:
+        raise UserError(
+            f"{dataset.directory / row.shard}: sample {row.key!r}: {error}; `data-prep validate` finds all such "
+            "samples, import the data set again without them"
+        ) from error
+    # Of shards of another format, a .txt beside an image.
+    return content if "json" in members else {**content, "source": dataset.source, "item": row.key}

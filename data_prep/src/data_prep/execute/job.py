@@ -125,11 +125,10 @@ def run_job(job: Job, execution: Execution | None = None, *, log: Callable[[str]
     execution = execution or Execution()
     if not job.pieces:
         raise UserError(f"{job.title}: nothing found to work on")
-    finished = _published(job)
-    if finished is not None:
-        log(f"{job.target.out}: {job.target.name} is there already, from the same input and options; nothing to do")
-        return finished
     with writing(job.partial), _alone(job):
+        finished = _published(job, log)  # perhaps a moment ago, by another process
+        if finished is not None:
+            return finished
         _begin(job)
     part = "{}-of-{}".format(*execution.task)
     with alone(job.target.lock(part), f"{job.partial} (task {part})"):
@@ -141,8 +140,8 @@ def _go_on(job: Job, execution: Execution, log: Callable[[str], None]) -> JsonOb
     if job.partial.exists() and not mark.exists():
         _run(job, execution, log)
     with _alone(job):
-        if not job.partial.exists():  # another array task published
-            return _published(job)
+        if not job.partial.exists():  # another process published
+            return _published(job, log)
         if not mark.exists() and not _prepare(job):
             log(f"{job.partial}: this task is done, others have units left; the last one publishes")
             return None
@@ -161,8 +160,8 @@ def table(receipt: JsonObject) -> list[str]:
     return lines
 
 
-def _published(job: Job) -> JsonObject | None:
-    """The receipt of this job if its data sets are there; UserError if the place holds something else."""
+def _published(job: Job, log: Callable[[str], None]) -> JsonObject | None:
+    """The receipt of this job if its data sets are there, and says so; UserError if the place holds something else."""
     found = [folder for folder in map(job.target.folder, KINDS) if folder.exists()]
     if not found or (job.partial / "publish.json").exists():
         return None
@@ -177,6 +176,7 @@ def _published(job: Job) -> JsonObject | None:
                 f"{folder}: exists already, from something else ({_difference(other, job.identity())}); remove it or "
                 f"choose another --name"
             )
+    log(f"{job.target.out}: {job.target.name} is there already, from the same input and options; nothing to do")
     return receipt
 
 

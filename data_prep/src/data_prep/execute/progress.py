@@ -21,6 +21,7 @@ class Progress:
         self._terminal = self._stream.isatty()
         self._started = self._shown = time.monotonic()
         self._units = self._new_units = self._samples = 0
+        self._drawn = 0  # characters of the line on the terminal
 
     def add(self, samples: int, *, new: bool = True) -> None:
         """Count a unit that is done, now (`new`) or in a run before this one."""
@@ -41,7 +42,8 @@ class Progress:
     def clear(self) -> None:
         """Erase the line before other output; the next unit draws it again."""
         if self._terminal:
-            self._stream.write("\r\x1b[K")
+            self._stream.write("\r" + " " * self._drawn)
+            self._stream.write("\r")
             self._stream.flush()
 
     def _show(self, seconds: float) -> None:
@@ -53,7 +55,9 @@ class Progress:
         )
         if self._terminal:
             done = round(20 * share)
-            self._stream.write(f"\r[{'#' * done}{'.' * (20 - done)}] {text}\x1b[K")
+            line = f"[{'#' * done}{'.' * (20 - done)}] {text}"
+            self._stream.write("\r" + line.ljust(self._drawn))
+            self._drawn = len(line)
         else:
             self._stream.write(text + "\n")
         self._stream.flush()

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_prep.shards import Dataset, ShardError
+from data_prep.shards import Dataset, content_of, texts_in
 from data_prep.shards.format import IMAGE_TYPES, JsonObject
 
 _THUMBNAIL = 168  # pixels
@@ -106,10 +106,10 @@ def _read_samples(dataset: Dataset, found: Summary, look_at: int, examples: int,
         key = dataset.row(index).key
         try:
             members = dataset.read(index)
-            own = _texts(members)
+            own = _texts(dataset.kind, members)
             extension = next((name for name in IMAGE_TYPES if name in members), None)
             image = _open(members[extension]) if extension else None
-        except (ShardError, ValueError, KeyError, TypeError, OSError) as error:
+        except (ValueError, OSError) as error:  # ShardError is a ValueError
             found.unreadable.append(f"{key}: {error}")
             continue
         found.sampled += 1
@@ -128,18 +128,16 @@ def _read_samples(dataset: Dataset, found: Summary, look_at: int, examples: int,
     found.same_texts = texts.total() - len(texts)
 
 
-def _texts(members: dict[str, bytes]) -> list[tuple[str, str, str, str]]:
+def _texts(kind: str, members: dict[str, bytes]) -> list[tuple[str, str, str, str]]:
     """(language, role, text, origin) of every text of a sample; those of a pair with their side in the role."""
-    if "json" not in members:
-        return [("und", "caption", members["txt"].decode("utf-8", errors="replace"), "unknown")]
-    content = json.loads(members["json"])
     found = []
-    for part in ("captions", "query", "target"):
-        for text in content.get(part, ()):
-            role = text["role"] if part == "captions" else part
-            found.append((text["language"], role, text["text"], text["origin"]))
-    for number, negative in enumerate(content.get("negatives", ()), 1):
-        found += [(text["language"], f"negative {number}", text["text"], text["origin"]) for text in negative]
+    negatives = 0
+    for part, texts in texts_in(kind, content_of(kind, members)):
+        negatives += part == "negatives"
+        named = f"negative {negatives}" if part == "negatives" else part
+        for text in texts:
+            role = text.get("role", "caption") if part == "captions" else named
+            found.append((text["language"], role, text["text"], text.get("origin", "unknown")))
     return found
 
 

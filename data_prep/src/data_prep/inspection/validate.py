@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from data_prep.execute.engines import worker_pool
-from data_prep.shards import Dataset, Row, ShardError
-from data_prep.shards.format import IMAGE_TYPES, KINDS, check_kind, index_name
+from data_prep.shards import Dataset, Row, ShardError, Unusable, content_of, texts_in
+from data_prep.shards.format import IMAGE_TYPES, check_kind, index_name
 
 
 @dataclass(frozen=True)
@@ -116,37 +115,26 @@ def _check_sample(
     images = [extension for extension in members if extension in IMAGE_TYPES]
     if dataset.kind.startswith("image") != (len(images) == 1):
         yield f"has {len(images)} images, which does not fit {dataset.kind}"
-    if "json" in members:
-        yield from _check_texts(members["json"], dataset.kind, row)
-    elif not members.get("txt", b"").strip():
-        yield "has no text"
+    else:
+        yield from _check_texts(members, dataset.kind, row)
     if decode:
         for extension in images:
             if (what := _undecodable(members[extension])) is not None:
                 yield f"its .{extension} cannot be decoded ({what})"
 
 
-def _check_texts(raw: bytes, kind: str, row: Row) -> Iterator[str]:
+def _check_texts(members: dict[str, bytes], kind: str, row: Row) -> Iterator[str]:
     try:
-        content = json.loads(raw)
-    except ValueError as error:
-        yield f"its .json is not JSON ({error})"
+        content = content_of(kind, members)
+    except Unusable as error:
+        yield str(error)
         return
     languages: set[str] = set()
-    for part in KINDS[kind]:
-        groups = content.get(part) if isinstance(content, dict) else None
-        if not isinstance(groups, list) or not groups:
-            yield f"its .json has no {part}"
-            continue
-        for texts in groups if part == "negatives" else [groups]:
-            for text in texts if isinstance(texts, list) else [None]:
-                if not isinstance(text, dict) or not all(
-                    isinstance(text.get(field), str) and text[field] for field in ("text", "language", "origin", "role")
-                ):
-                    yield f"a text of its {part} lacks text, language, origin or role"
-                    break
-                languages.add(text["language"])
-    if languages and set(row.languages) != languages:
+    for part, texts in texts_in(kind, content):
+        languages.update(text["language"] for text in texts)
+        if "json" in members and not all(text.get(field) for text in texts for field in ("origin", "role")):
+            yield f"a text of its {part} lacks origin or role, which the format has and training does without"
+    if "json" in members and set(row.languages) != languages:
         yield f"its texts are in {sorted(languages)}, the sidecar says {sorted(row.languages)}"
 
 

@@ -82,10 +82,6 @@ def embed(piece: JsonObject, options: JsonObject, output: Output) -> None:
     queries, targets, items = [], [], []
     for sample in passes.samples_of(piece):
         output.came_in()
-        if not sample.content["query"] or not sample.content["target"]:
-            raise UserError(
-                f"{piece['dataset']}: sample {sample.row.key!r} has no query or no target; it is no text pair"
-            )
         query, alternatives = (sample.content[side] for side in ("query", "target"))
         queries.append(query[0]["text"])
         # Names are equal in many languages: the first that differs from the query says more.

@@ -10,10 +10,12 @@ The index makes every sample addressable by number, so a sampler can be arithmet
 needs the standard library alone.
 """
 
+from data_prep.shards.content import Unusable, content_of, texts_in
 from data_prep.shards.dataset import Dataset, Row
 from data_prep.shards.files import sync, write_file
 from data_prep.shards.format import KINDS, MANIFEST, SCHEMA, ShardError, ShardUnavailable, index_name
 from data_prep.shards.lock import InUse, alone
+from data_prep.shards.terminal import escaped_output
 from data_prep.shards.writer import DatasetWriter, ShardWriter, write_manifest
 
 __all__ = [
@@ -27,9 +29,13 @@ __all__ = [
     "ShardError",
     "ShardUnavailable",
     "ShardWriter",
+    "Unusable",
     "alone",
+    "content_of",
+    "escaped_output",
     "index_name",
     "sync",
+    "texts_in",
     "write_file",
     "write_manifest",
 ]

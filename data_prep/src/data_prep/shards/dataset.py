@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import bisect
+import errno
 import hashlib
 import itertools
 import json
-import operator
 import os
+import string
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -165,15 +166,18 @@ class Dataset:
             with self.open_file(index.name) as file:
                 raw = file.read()
         except OSError as error:
+            _raise_if_the_process_is_short(error)
             raise ShardUnavailable(f"{index}: cannot be read ({error.strerror})") from error
         if (
             hashlib.sha256(raw).hexdigest() != entry["index_sha256"]
         ):  # or samples would be others, and nobody would know
             raise ShardUnavailable(f"{index}: checksum differs from the manifest's: damaged; build the data set again")
         try:
-            rows = [_row(line, tar.name) for line in raw.decode().splitlines()]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ShardUnavailable(f"{index}: not a sidecar of {SCHEMA} ({error}); build the data set again") from error
+            rows = [_row(line, tar.name, entry["bytes"]) for line in raw.decode().splitlines()]
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            raise ShardUnavailable(
+                f"{index}: not a sidecar of {SCHEMA} ({_why(error)}); build the data set again"
+            ) from error
         if len(rows) != samples:
             raise ShardUnavailable(
                 f"{index}: has {len(rows)} samples, the manifest says {samples}; build the data set again"
@@ -186,6 +190,7 @@ class Dataset:
                 try:
                     shard.tar = self.open_file(shard.path.name)
                 except OSError as error:
+                    _raise_if_the_process_is_short(error)
                     raise ShardUnavailable(f"{shard.path}: cannot be read ({error.strerror})") from error
             return shard.tar
 
@@ -199,16 +204,62 @@ class _Shard:
         self.lock = threading.Lock()
 
 
-def _row(line: str, shard: str) -> Row:
+def _raise_if_the_process_is_short(error: OSError) -> None:
+    """Raises what is no fault of the data: a process that may open no more files would pass all of them over."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        raise error
+
+
+def _row(line: str, shard: str, size: int) -> Row:
+    """A line of the sidecar of a tar of `size` bytes. KeyError, TypeError, ValueError, RecursionError if it is none."""
     entry = json.loads(line)
+    members = {name: (_count(start), _count(length)) for name, (start, length) in entry["members"].items()}
+    for name, (start, length) in members.items():
+        if start + length > size:
+            raise ValueError(f"member {name} ends at byte {start + length:,} of a tar of {size:,}")
+    if not isinstance(entry["languages"], list):
+        raise TypeError(f"languages are {shown(entry['languages'])}, expected a list")
     return Row(
-        key=entry["key"],
-        members={extension: (offset, size) for extension, (offset, size) in entry["members"].items()},
-        languages=tuple(entry["languages"]),
-        tokens=entry["tokens"],
-        sha256=entry["sha256"],
+        key=_text(entry["key"]),
+        members=members,
+        languages=tuple(map(_text, entry["languages"])),
+        tokens=None if entry["tokens"] is None else _count(entry["tokens"]),
+        sha256=_hash(entry["sha256"]),
         shard=shard,
     )
+
+
+def shown(value: object) -> str:
+    """A foreign value, short enough for a message."""
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _count(value: object) -> int:
+    """A number of samples or bytes, as JSON's readers in other languages can hold it."""
+    if type(value) is not int or not 0 <= value < 1 << 53:
+        raise ValueError(f"{shown(value)}, expected a whole number from 0 to 2^53")
+    return value
+
+
+def _text(value: object) -> str:
+    """A key, an extension, a language: as foreign tars have them, so perhaps not UTF-8."""
+    if not isinstance(value, str):
+        raise TypeError(f"{shown(value)}, expected a text")
+    return value
+
+
+def _name(value: object) -> str:
+    """A name that becomes a path, or is looked up."""
+    if not (name := _text(value)) or not name.isprintable():
+        raise ValueError(f"{shown(name)}, expected a name of printable characters")
+    return name
+
+
+def _hash(value: object) -> str:
+    if not isinstance(value, str) or len(value) != 64 or not set(value) <= set(string.hexdigits):
+        raise ValueError(f"{shown(value)}, expected a sha256 of 64 hex digits")
+    return value
 
 
 def _read_manifest(directory: Path) -> bytes:
@@ -224,28 +275,48 @@ def _read_manifest(directory: Path) -> bytes:
 
 
 def _parse_manifest(path: Path, raw: bytes) -> JsonObject:
+    """The manifest, in which every field that is read later has its type. ShardError if it is none."""
     try:
         manifest: JsonObject = json.loads(raw)
-        schema = manifest["schema"]
-        if schema != SCHEMA:
-            raise ShardError(f"{path}: schema {schema!r}, expected {SCHEMA!r}; build the data set again")
-        check_kind(manifest["kind"])
+        if manifest["schema"] != SCHEMA:
+            raise ShardError(
+                f"{path}: schema {shown(manifest['schema'])}, expected {SCHEMA!r}; build the data set again"
+            )
+        check_kind(_name(manifest["kind"]))
+        _name(manifest["source"])
+        names = set()
         for shard in manifest["shards"]:
-            for field in ("samples", "bytes", "index_bytes"):
-                operator.index(shard[field])
-            for field in ("name", "sha256", "index_sha256"):
-                shard[field]
-            if Path(shard["name"]).name != shard["name"]:
-                raise ShardError(f"{path}: names the shard {shard['name']!r}, which would lie outside of the data set")
-        if manifest["samples"] != sum(shard["samples"] for shard in manifest["shards"]):
+            for field, check in _SHARD_FIELDS.items():
+                check(shard[field])
+            name = shard["name"]
+            if Path(name).name != name or name == "..":
+                raise ShardError(f"{path}: names the shard {name!r}, which would lie outside of the data set")
+            if name in names:
+                raise ShardError(f"{path}: lists the shard {name!r} twice; build the data set again")
+            names.add(name)
+        if _count(manifest["samples"]) != sum(shard["samples"] for shard in manifest["shards"]):
             raise ShardError(
                 f"{path}: its shards do not add up to {manifest['samples']} samples; build the data set again"
             )
     except ShardError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{path}: not a manifest of {SCHEMA} ({error!r}); build the data set again") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ShardError(f"{path}: not a manifest of {SCHEMA} ({_why(error)}); build the data set again") from error
     return manifest
+
+
+_SHARD_FIELDS = {
+    "name": _name,
+    "samples": _count,
+    "bytes": _count,
+    "sha256": _hash,
+    "index_bytes": _count,
+    "index_sha256": _hash,
+}
+
+
+def _why(error: Exception) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
 
 
 def _check_file(path: Path, size: int, sha256: str | None) -> None:

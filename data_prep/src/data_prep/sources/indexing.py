@@ -6,7 +6,8 @@ from pathlib import Path
 
 from data_prep.errors import UserError
 from data_prep.execute import Execution, Job, Output, Target, run_job
-from data_prep.shards.format import IMAGE_TYPES, KINDS, JsonObject
+from data_prep.shards import Unusable, content_of, texts_in
+from data_prep.shards.format import IMAGE_TYPES, JsonObject
 from data_prep.shards.writer import sidecar_row
 from data_prep.sources.records import Dropped, file_stat
 from data_prep.sources.tars import TarSample, tar_samples
@@ -78,24 +79,17 @@ def _members(sample: TarSample, kind: str) -> tuple[dict[str, tuple[int, int]], 
 
     img2dataset's .json holds metadata instead of captions; then the .txt is used.
     """
-    content = sample.json()
-    parts = KINDS[kind]
-    usable = isinstance(content, dict) and all(isinstance(content.get(part), list) and content[part] for part in parts)
-    if kind.startswith("text"):
-        if not usable:
-            return f"no .json with {' and '.join(parts)}"
-        return {"json": sample.members["json"]}, _languages(content, parts)
     image = next((extension for extension in IMAGE_TYPES if extension in sample.members), None)
-    if image is None:
-        return "no image"
-    if usable:
-        return {image: sample.members[image], "json": sample.members["json"]}, _languages(content, parts)
-    if "txt" in sample.members:
-        return {image: sample.members[image], "txt": sample.members["txt"]}, ["und"]
-    return "no caption (.txt, or .json with captions)"
-
-
-def _languages(content: JsonObject, parts: tuple[str, ...]) -> list[str]:
-    texts = [text for part in parts for text in content[part]]
-    texts += [inner for text in texts if isinstance(text, list) for inner in text]
-    return sorted({str(text.get("language", "und")) for text in texts if isinstance(text, dict)})
+    images = [image] if image is not None and kind.startswith("image") else []
+    reasons = []
+    for texts in ("json", "txt"):
+        kept = [*images, *([texts] if texts in sample.members else [])]
+        try:
+            # Whether the image can be decoded is asked by `validate` and the trainer.
+            content = content_of(kind, {name: sample.read(name) if name == texts else b"" for name in kept})
+        except Unusable as error:
+            reasons.append(error.reason)
+            continue
+        languages = {text["language"] for _, group in texts_in(kind, content) for text in group}
+        return {name: sample.members[name] for name in kept}, sorted(languages)
+    return reasons[0] if "json" in sample.members else reasons[-1]

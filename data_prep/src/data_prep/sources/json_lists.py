@@ -19,7 +19,8 @@ from data_prep.shards.format import JsonObject
 from data_prep.sources.records import Dropped, Row
 from data_prep.sources.tables import checked_file_stat
 
-_TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]')
+# A string that never ends reaches to the end of the file; were it no match, each of its quotes would be tried again.
+_TOKENS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]', re.DOTALL)
 
 
 def list_pieces(path: str | Path, elements: int, *, key: str | None = None) -> Iterator[JsonObject]:

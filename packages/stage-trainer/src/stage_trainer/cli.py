@@ -36,6 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         getattr(arguments, free).extend(rest)
+    from data_prep.shards import escaped_output
+
+    with escaped_output():
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     try:
         arguments.run(arguments)
     except Stopped as error:

@@ -29,7 +29,8 @@ from stage_trainer.run.evaluation import Evaluation
 from stage_trainer.run.health import Health
 from stage_trainer.run.hooks import Hook, Step, Totals
 from stage_trainer.run.ledger import Ledger
-from stage_trainer.run.loader import batches, worker_deaths_explained
+from stage_trainer.run.limits import Watch
+from stage_trainer.run.loader import WORKER_STARTS, batches, worker_deaths_explained
 from stage_trainer.run.monitor import Monitor, Shown, open_sinks
 from stage_trainer.run.next_steps import next_steps
 from stage_trainer.run.rendezvous import initialize_distributed
@@ -54,20 +55,24 @@ def train(recipe: Recipe, number: int, *, start_over: bool = False, refusal: Use
         Stopped: the run was asked to stop, and has saved.
     """
     quiet()
-    rank, world, device = initialize_distributed(recipe.output)
-    set_threads(world)
-    if device.type == "cpu":
-        keep_freed_memory()
-    with one_reason(Path(recipe.output), rank, world):
+    with Watch(recipe.limits, Path(recipe.output)) as watch, contextlib.ExitStack() as stack:
+        with watch.phase("start"):
+            rank, world, device = initialize_distributed(recipe.output)
+            set_threads(world)
+            if device.type == "cpu":
+                keep_freed_memory()
+            stack.enter_context(one_reason(Path(recipe.output), rank, world))
         if refusal := from_rank_0(refusal):
             raise refusal
-        trainer = Trainer(recipe, number, rank, world, device, start_over=start_over)
+        with watch.phase("load"):
+            trainer = Trainer(recipe, number, rank, world, device, watch, start_over=start_over)
         while trainer.resume():
             with trainer.segment() as (data, hooks):
                 for step_number in range(trainer.start, trainer.stop):
                     step = trainer.train_step(step_number, data)
                     for hook in hooks:
-                        hook.after_step(step)
+                        with watch.phase(hook.phase):
+                            hook.after_step(step)
         if rank == 0:
             print(f"stage {number} of {recipe.name} is complete: {path_of(trainer.directory, trainer.start)}")
             print(next_steps(recipe, number), flush=True)
@@ -78,9 +83,18 @@ class Trainer:
     one way for both, and nothing to change in place."""
 
     def __init__(
-        self, recipe: Recipe, number: int, rank: int, world: int, device: torch.device, *, start_over: bool = False
+        self,
+        recipe: Recipe,
+        number: int,
+        rank: int,
+        world: int,
+        device: torch.device,
+        watch: Watch,
+        *,
+        start_over: bool = False,
     ):
-        self.rank, self.world, self.device = rank, world, device
+        self.rank, self.world, self.device, self.watch = rank, world, device, watch
+        watch.gpu = device.type == "cuda"
         if recipe.precision == "auto":
             recipe = dataclasses.replace(recipe, precision=native_precision(device))
             self.say(f"precision: auto is {recipe.precision} here")
@@ -102,6 +116,10 @@ class Trainer:
     def resume(self) -> bool:
         """Prepares the next segment, from the newest checkpoint or from what the stage starts from; returns False when
         the stage is complete."""
+        with self.watch.phase("load"):
+            return self._resume()
+
+    def _resume(self) -> bool:
         # Also after the last step: machines with folders of their own get its checkpoint, which the next stage needs.
         model, optimizer = starting_point(self.task, self.state, self.tokenizer)
         self.start = self.state.step
@@ -125,24 +143,35 @@ class Trainer:
     def segment(self) -> Iterator[tuple[Iterator[tuple[Any, Drawn]], list[Hook]]]:
         """Gives the data of the steps from `start` to `stop`, and what runs after each of them."""
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self.watch.phase("save"))  # what the hooks do when they end
             stack.enter_context(worker_deaths_explained(self.recipe.workers))
-            hooks = self._enter_hooks(stack)
-            data = batches(self.data, self.start, self.stop, self.recipe.workers)
+            with self.watch.phase("load"):
+                hooks = self._enter_hooks(stack)
+            data = batches(
+                self.data, self.start, self.stop, self.recipe.workers, limit=self.recipe.limits.batch, say=self.say
+            )
             stack.enter_context(contextlib.closing(data))
             for hook in hooks:
-                hook.before_first_step(self.start)
+                with self.watch.phase(hook.phase):
+                    hook.before_first_step(self.start)
             yield data, hooks
             for hook in hooks:
-                hook.after_last_step()
+                with self.watch.phase(hook.phase):
+                    hook.after_last_step()
         if self.choice and (line := planned_and_measured(self.choice.planned, self.device)):
             self.say(line)
 
     def train_step(self, number: int, data: Iterator[tuple[Any, Drawn]]) -> Step:
         """One forward and backward pass over a global batch, and one update."""
-        engine, task, stage = self.engine, self.task, self.stage
         began = time.perf_counter()
-        batch, drawn = next(data)
+        with self.watch.phase("batch", times=1 + WORKER_STARTS if self.recipe.workers else 1):
+            batch, drawn = next(data)
         waited = time.perf_counter() - began
+        with self.watch.phase("compile" if number == self.start else "step"):
+            return self._update(number, batch, drawn, waited)
+
+    def _update(self, number: int, batch: Any, drawn: Drawn, waited: float) -> Step:
+        engine, task, stage = self.engine, self.task, self.stage
         rate = schedule(number, stage.steps, stage.warmup_steps, stage.min_lr_ratio)
         set_rates(engine.optimizer, rate, task.towers_at(number))
         engine.train()

@@ -20,7 +20,7 @@ from stage_trainer.batch import Batch
 from stage_trainer.data.config import DataConfig
 from stage_trainer.data.remote_data import RemotePlace, check_room, look_ahead, open_place, place
 from stage_trainer.data.sampler import Draw, SourceOrder, TaskSampler, slice_of
-from stage_trainer.data.samples import IMAGE_TYPES, SampleCache, shard_errors_explained
+from stage_trainer.data.samples import SampleCache, shard_errors_explained
 from stage_trainer.data.stateless_rng import key
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import Source, Stage
@@ -170,7 +170,7 @@ class StageBatches(TorchDataset[tuple[Batch, Drawn]]):
             data = self.image_sources[draw.source]
             pixels, content = self._sample(data, draw.index, drawn)
             seed = self._seed(data, draw)
-            assert pixels is not None  # _check guarantees it
+            assert pixels is not None  # content_of guarantees it
             found.pixels.append(augment(pixels, seed, size, scale=a.scale, ratio=a.ratio, flip=a.flip, color=a.color))
             for number, of_all in enumerate(found.views):
                 of_view = key(seed, "view", number)
@@ -205,7 +205,7 @@ class StageBatches(TorchDataset[tuple[Batch, Drawn]]):
         for attempt in range(REPLACEMENTS):
             try:
                 pixels, content = self.cache.sample(data, index)
-                self._check(data, index, pixels, content)
+                self._check(data, index, content)
                 return pixels, content
             except (ShardError, ImageError) as error:
                 shard, name = data.name(index)
@@ -216,16 +216,13 @@ class StageBatches(TorchDataset[tuple[Batch, Drawn]]):
             f"{drawn.corrupt[-1].reason}"
         )
 
-    def _check(self, data: Dataset, index: int, pixels: torch.Tensor | None, content: dict[str, Any]) -> None:
-        """What a sample needs beside the texts of its kind."""
-        name = f"{data.directory}: sample {data.row(index).key}"
-        if data.kind.startswith("image") and pixels is None:
-            raise ShardError(f"{name} has no image among {', '.join(IMAGE_TYPES)}")
+    def _check(self, data: Dataset, index: int, content: dict[str, Any]) -> None:
+        """What a triplet needs in this stage."""
         found = len(content.get("negatives", ()))
         if data.kind == "text-triplets" and found != self.hard_negatives:
             raise ShardError(
-                f"{name} has {found} negatives; the first triplet of {self.text_sources[0].directory} has "
-                f"{self.hard_negatives}, and all triplets of a stage need as many"
+                f"{data.directory}: sample {data.row(index).key} has {found} negatives; the first triplet of "
+                f"{self.text_sources[0].directory} has {self.hard_negatives}, and all triplets of a stage need as many"
             )
 
     def _seed(self, data: Dataset, draw: Draw) -> int:

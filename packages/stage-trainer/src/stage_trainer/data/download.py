@@ -16,19 +16,23 @@ import email.utils
 import errno
 import hashlib
 import http.client
+import ipaddress
 import logging
 import os
 import random
 import select
 import signal
+import socket
 import ssl
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import RemoteConfig
@@ -85,7 +89,7 @@ def fetch(
     """Downloads a file of a data set to `into`, and retries where that may help.
 
     Args:
-        size, sha256: of the file; None if unknown.
+        size, sha256: of the file; None if unknown: then `remote.manifest_megabytes` is the most that may come.
 
     Raises:
         Failure: it cannot be downloaded; `into` may then hold anything.
@@ -93,15 +97,16 @@ def fetch(
         OSError: the disk cannot be written.
     """
     url, attempt = address.of(name), 0
+    most = int(settings.manifest_megabytes * 1e6) if size is None else size
     while True:
         attempt += 1
         try:
             if address.is_pipe:
-                _by_command(url, into, settings.timeout, size)
+                _by_command(url, into, settings, most)
             elif url.startswith(("http://", "https://")):
-                _by_http(url, into, settings.timeout, size)
+                _by_http(url, into, settings, most)
             else:
-                _by_fsspec(url, into)
+                _by_fsspec(url, into, most)
             return _verify(into, size, sha256)
         except Failure as failure:
             limit = min(settings.retries, _RETRIES_OF_WRONG_BYTES) if failure.wrong else settings.retries
@@ -113,28 +118,114 @@ def fetch(
         time.sleep(wait)
 
 
-def _by_http(url: str, into: Path, timeout: float, size: int | None) -> None:
+def _by_http(url: str, into: Path, settings: RemoteConfig, most: int) -> None:
     scheme, _, rest = url.partition("://")
     user, at, _ = rest.partition("/")[0].rpartition("@")
     request = urllib.request.Request(f"{scheme}://{rest.removeprefix(user + at)}", headers={"User-Agent": "trilith"})
     if at:
         credentials = base64.b64encode(urllib.parse.unquote_to_bytes(user)).decode()
         request.add_unredirected_header("Authorization", f"Basic {credentials}")
+    deadline = _Deadline(settings.deadline)
+    opener = urllib.request.build_opener(_Redirects, *_connections_with(deadline))
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as response:
-            _write(into, iter(lambda: response.read1(CHUNK), b""), size)
+        with deadline, opener.open(request, timeout=settings.timeout) as response:
+            _write(into, iter(lambda: response.read1(CHUNK), b""), most)
     except urllib.error.HTTPError as error:
         raise _http_failure(error) from error
-    except (OSError, http.client.HTTPException) as error:
-        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+    except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: read1 from a closed connection
+        reason: object = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(reason, OSError) and reason.errno in FULL:
             raise
         again = not isinstance(reason, ssl.SSLCertVerificationError | http.client.InvalidURL)
-        if isinstance(reason, TimeoutError):
-            reason = f"no answer for {timeout:g} s"
+        if deadline.passed:
+            reason = f"not whole after remote.deadline={settings.deadline:g} s"
+        elif isinstance(reason, TimeoutError):
+            reason = f"no answer for {settings.timeout:g} s"
         elif isinstance(reason, http.client.IncompleteRead):
             reason = "the connection was cut"
         raise Failure(without_credentials(str(reason) or type(reason).__name__, url), again=again) from error
+    if deadline.passed:  # a body without a length ends where its connection does
+        raise Failure(f"not whole after remote.deadline={settings.deadline:g} s", again=True)
+
+
+class _Deadline:
+    """Shuts sockets down after so many seconds: a timeout counts from each byte, of which one may come at a time."""
+
+    def __init__(self, seconds: float):
+        self.passed = False
+        self._sockets: list[socket.socket] = []
+        self._timer = threading.Timer(seconds, self._end)
+        self._timer.daemon = True
+
+    def __enter__(self) -> None:
+        self._timer.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+    def watch(self, connected: socket.socket) -> None:
+        self._sockets.append(connected)
+
+    def _end(self) -> None:
+        self.passed = True
+        for connected in self._sockets:
+            with contextlib.suppress(OSError):  # it is closed
+                connected.shutdown(socket.SHUT_RDWR)
+
+
+def _connections_with(deadline: _Deadline) -> tuple[urllib.request.BaseHandler, urllib.request.BaseHandler]:
+    """Handlers of http and https whose sockets the deadline watches."""
+
+    class Plain(http.client.HTTPConnection):
+        def connect(self) -> None:
+            super().connect()
+            deadline.watch(self.sock)
+
+    class Encrypted(http.client.HTTPSConnection):
+        def connect(self) -> None:
+            super().connect()
+            deadline.watch(self.sock)
+
+    class OfPlain(urllib.request.HTTPHandler):
+        def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+            return self.do_open(Plain, req)
+
+    class OfEncrypted(urllib.request.HTTPSHandler):
+        def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+            return self.do_open(Encrypted, req)
+
+    return OfPlain(), OfEncrypted()
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows no server to what only this machine or its network can reach, and none from https to http."""
+
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: http.client.HTTPMessage,
+        newurl: str,
+    ) -> urllib.request.Request | None:
+        here, there = urllib.parse.urlsplit(req.full_url), urllib.parse.urlsplit(newurl)
+        allowed = ("https",) if here.scheme == "https" else ("http", "https")
+        if there.scheme not in allowed or (there.netloc != here.netloc and _is_local(there.hostname or "")):
+            raise Failure(
+                f"the server redirects to {without_credentials(newurl)}, which is not followed; if that is the place, "
+                "name it in the recipe"
+            )
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _is_local(host: str) -> bool:
+    """Whether a name leads to this machine or to a private network."""
+    try:
+        found = socket.getaddrinfo(host, None)
+    except OSError:
+        return False  # then nothing will connect either
+    return not all(ipaddress.ip_address(str(address[4][0]).partition("%")[0]).is_global for address in found)
 
 
 def _http_failure(error: urllib.error.HTTPError) -> Failure:
@@ -159,17 +250,17 @@ def _retry_after(value: str | None) -> float:
     return 0.0
 
 
-def _by_command(command: str, into: Path, timeout: float, size: int | None) -> None:
+def _by_command(command: str, into: Path, settings: RemoteConfig, most: int) -> None:
     # Its own process group, so that a command that hangs is killed with all its children.
     process = subprocess.Popen(
         command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
     )
     assert process.stdout is not None
     try:
-        _write(into, _chunks_of(process.stdout.fileno(), timeout), size)
-        status = process.wait(timeout)
+        _write(into, _chunks_of(process.stdout.fileno(), settings), most)
+        status = process.wait(settings.timeout)
     except subprocess.TimeoutExpired as error:
-        raise Failure(f"the command did not end for {timeout:g} s", again=True) from error
+        raise Failure(f"the command did not end for {settings.timeout:g} s", again=True) from error
     finally:
         process.stdout.close()
         if process.poll() is None:
@@ -180,18 +271,21 @@ def _by_command(command: str, into: Path, timeout: float, size: int | None) -> N
         raise Failure(f"the command failed ({found})", again=status not in (126, 127))
 
 
-def _chunks_of(descriptor: int, timeout: float) -> Iterator[bytes]:
+def _chunks_of(descriptor: int, settings: RemoteConfig) -> Iterator[bytes]:
     poll = select.poll()  # select.select fails for descriptors above 1,023
     poll.register(descriptor, select.POLLIN)
+    end = time.monotonic() + settings.deadline
     while True:
-        if not poll.poll(timeout * 1000):
-            raise Failure(f"the command was silent for {timeout:g} s", again=True)
+        if not poll.poll(settings.timeout * 1000):
+            raise Failure(f"the command was silent for {settings.timeout:g} s", again=True)
+        if time.monotonic() > end:
+            raise Failure(f"the command was not done after remote.deadline={settings.deadline:g} s", again=True)
         if not (chunk := os.read(descriptor, CHUNK)):
             return
         yield chunk
 
 
-def _by_fsspec(url: str, into: Path) -> None:
+def _by_fsspec(url: str, into: Path, most: int) -> None:
     import fsspec
 
     try:
@@ -200,7 +294,11 @@ def _by_fsspec(url: str, into: Path) -> None:
         shown = without_credentials(url)
         raise UserError(f"{shown} cannot be opened here: {without_credentials(str(error), url)}") from error
     try:
+        if (found := system.size(inside) or 0) > most:
+            raise Failure(_too_many(most, found), again=True, wrong=True)
         system.get_file(inside, str(into))
+    except Failure:
+        raise
     except FileNotFoundError as error:
         raise Failure("there is no such file", missing=True) from error
     except PermissionError as error:
@@ -212,15 +310,22 @@ def _by_fsspec(url: str, into: Path) -> None:
         raise Failure(without_credentials(f"{type(error).__name__}: {error}", url), again=True) from error
 
 
-def _write(into: Path, chunks: Iterable[bytes], size: int | None) -> None:
-    """Writes the chunks, but at most one chunk beyond `size`: a stream may be endless."""
+def _write(into: Path, chunks: Iterable[bytes], most: int) -> None:
+    """Writes the chunks, but at most one chunk beyond `most` bytes: a stream may be endless."""
     written = 0
     with into.open("wb") as file:
         for chunk in chunks:
             file.write(chunk)
             written += len(chunk)
-            if size is not None and written > size:
-                raise Failure(f"more than the {size} bytes came that the manifest says", again=True, wrong=True)
+            if written > most:
+                raise Failure(_too_many(most, written), again=True, wrong=True)
+
+
+def _too_many(most: int, came: int) -> str:
+    return (
+        f"more than the {most} bytes came that are expected ({came} so far); for a manifest "
+        "remote.manifest_megabytes is the limit"
+    )
 
 
 def _verify(path: Path, size: int | None, sha256: str | None) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from data_prep.shards import Dataset, ShardError
+from data_prep.shards import Dataset, ShardError, Unusable, content_of
 from vision_tower import load_image
 from vision_tower.preprocess import MAX_PIXELS
 
@@ -25,30 +24,17 @@ def image_of(members: dict[str, bytes]) -> bytes | None:
 
 
 def texts_of(data: Dataset, index: int, members: dict[str, bytes]) -> dict[str, Any]:
-    """A sample's texts, `captions` of an image or `query` and `target` (and `negatives`), and the `item` that it is of.
-
-    A lone .txt is a caption of unknown language; a sample without `item` is one of its own.
+    """A sample's texts, as `data_prep.shards.content_of` finds them usable, and the `item` that it is of: a sample
+    without `item` is one of its own.
 
     Raises:
-        ShardError: texts that cannot be read, or not those of the data set's kind; names the sample.
+        ShardError: a sample that is not of the data set's kind; names it.
     """
     name = data.row(index).key
-    if "json" in members:
-        try:
-            content = json.loads(members["json"])
-        except ValueError as error:
-            raise ShardError(f"{data.directory}: sample {name}: its .json is not JSON ({error})") from error
-    elif "txt" in members:
-        text = members["txt"].decode("utf-8", errors="replace")
-        content = {"captions": [{"text": text, "language": "und", "origin": "human"}]}
-    else:
-        content = {}
-    needed = {"text-pairs": ("query", "target"), "text-triplets": ("query", "target", "negatives")}
-    for part in needed.get(data.kind, ("captions",)):
-        if not (isinstance(content, dict) and content.get(part)):
-            raise ShardError(
-                f"{data.directory}: sample {name} has no {part}, which {data.kind} needs; it holds {sorted(content)}"
-            )
+    try:
+        content = content_of(data.kind, members)
+    except Unusable as error:
+        raise ShardError(f"{data.directory}: sample {name}: {error}") from error
     return {"item": f"{data.source}/{name}", **content}
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from vision_tower import VisionTowerConfig
 
 from stage_trainer.build import check_configs, empty_model, tower_configs
+from stage_trainer.data.samples import texts_of
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.errors import UserError
 from stage_trainer.optim.groups import is_muon_matrix
@@ -288,13 +289,11 @@ def shape_of(stage: Stage, segment: Segment, sizes: Sizes, vision: VisionTowerCo
 
 def hard_negatives(recipe: Recipe, stage: Stage) -> int:
     """K of the stage's triplets, read from the first sample; guessed from the folder's name if the data is missing."""
-    import json
-
     if not stage.data.text:
         return 0
     path = stage.data.text[0].path
     try:
         data = Dataset.open(Path(recipe.corpus) / "train" / path)
-        return len(json.loads(data.read(0)["json"])["negatives"]) if data.kind == "text-triplets" else 0
-    except (ShardError, OSError, KeyError, ValueError):
+        return len(texts_of(data, 0, data.read(0))["negatives"]) if data.kind == "text-triplets" else 0
+    except (ShardError, OSError, IndexError):
         return TRIPLETS if "text-triplets" in path.split("/") else 0

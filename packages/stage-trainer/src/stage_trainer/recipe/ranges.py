@@ -9,6 +9,7 @@ from functools import reduce
 from typing import Any
 
 from stage_trainer.errors import UserError
+from stage_trainer.recipe.limits import LimitsConfig
 from stage_trainer.recipe.schema import Recipe, Stage
 
 LARGEST = 2**53
@@ -46,11 +47,14 @@ OF_RECIPE = {
     "max_corrupt": SHARE,
     "max_skipped": ONE_OR_MORE,
     "log_every": ONE_OR_MORE,
+    **{f"limits.{phase}": ABOVE_ZERO for phase in LimitsConfig.__dataclass_fields__},
     "model.temperature": ABOVE_ZERO,
     "model.override.temperature": ABOVE_ZERO,
     "remote.gigabytes": ABOVE_ZERO,
     "remote.downloads": ONE_OR_MORE,
     "remote.timeout": ABOVE_ZERO,
+    "remote.deadline": ABOVE_ZERO,
+    "remote.manifest_megabytes": ABOVE_ZERO,
     "remote.retries": ZERO_OR_MORE,
     "optimizer.betas": PART,
     "optimizer.eps": FACTOR,

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, ConfigDict
 from pydantic.dataclasses import dataclass
 
 from stage_trainer.errors import UserError
+from stage_trainer.recipe.limits import LimitsConfig
 
 _STRICT = ConfigDict(extra="forbid", strict=False)
 
@@ -75,8 +76,7 @@ class Source:
     others of its task.
 
     Where a sample has its text in several languages one is drawn; `target_language` names the language to prefer for
-    the targets of text pairs (English as the pivot of thirty languages, for example).
-    """
+    the targets of text pairs (English as the pivot of thirty languages, for example)."""
 
     path: str
     rate: Float = 1.0
@@ -95,9 +95,9 @@ class StageData:
 
 @dataclass(frozen=True, config=_STRICT)
 class LossConfig:
-    """Matryoshka InfoNCE, summed over `dims`. `multi_task`: a loss and a temperature for each task (paper, sections 3.3
-    and 3.4). `unified`: one for the pairs of both tasks in one batch, and for two strongly augmented views of each
-    image unless `image_views` is false (section 5.2; `contrastive_losses.unified_info_nce`)."""
+    """Matryoshka InfoNCE, summed over `dims`. `multi_task`: a loss and a temperature for each task (paper, 3.3, 3.4).
+    `unified`: one for the pairs of both tasks in one batch, and for two strongly augmented views of each image unless
+    `image_views` is false (section 5.2; `contrastive_losses.unified_info_nce`)."""
 
     kind: Literal["multi_task", "unified"] = "multi_task"
     dims: tuple[Int, ...] = ()
@@ -149,8 +149,7 @@ class Stage:
     model, and with `carry_optimizer` also from its optimizer's moments, by parameter name.
 
     A stage with `batch.masked_lm` trains only the text tower, to predict masked words. Fields for images, pairs or
-    embeddings do not apply to it, and it needs no `resolution` and no `loss`.
-    """
+    embeddings do not apply to it, and it needs no `resolution` and no `loss`."""
 
     steps: Int
     max_tokens: Int
@@ -285,16 +284,19 @@ class RemoteConfig:
 
     Whole shards are fetched into the folder `cache`, which all processes of a machine share, also those of other runs.
     Beyond `gigabytes` (None: no limit) the least recently read files are evicted. Up to `downloads` files are
-    prefetched at once. If a server is silent for `timeout` seconds or fails in a way that may be temporary, the request
-    is repeated up to `retries` times. `pipe:COMMAND` is a shell command that prints the file whose name replaces its
-    {name}; it needs `allow_pipe`.
+    prefetched at once. If a server is silent for `timeout` seconds, a file is not whole after `deadline` seconds, or a
+    request fails in a way that may be temporary, it is repeated up to `retries` times. A manifest may have up to
+    `manifest_megabytes`. `pipe:COMMAND` is a shell command that prints the file whose name replaces its {name}; it
+    needs `allow_pipe`.
     """
 
     cache: str = "~/.cache/trilith"
     gigabytes: Float | None = None
     downloads: Int = 8
     timeout: Float = 60.0
+    deadline: Float = 3600.0
     retries: Int = 6
+    manifest_megabytes: Float = 128.0
     allow_pipe: bool = False
 
 
@@ -307,7 +309,7 @@ class Recipe:
     or unusable, an image of more than `max_pixels` among them; they are replaced and entered in `corrupt.jsonl`. A step
     whose gradient is not finite is skipped; `max_skipped` in a row end the run. `sinks` receive the scalars in addition
     to TensorBoard ("module:callable", see `stage_trainer.run.monitor.Sink`). Each process keeps `cache_megabytes` of
-    decoded samples in main memory.
+    decoded samples in main memory. `limits` says how long each part of a run may take.
     """
 
     name: str
@@ -326,6 +328,7 @@ class Recipe:
     max_skipped: Int = 5
     log_every: Int = 10
     sinks: tuple[str, ...] = ()
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

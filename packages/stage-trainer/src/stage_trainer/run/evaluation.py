@@ -32,6 +32,8 @@ class Evaluation(Hook):
         UserError: nothing measures `metric`.
     """
 
+    phase = "evaluate"
+
     def __init__(
         self,
         validation: Validation | None,

@@ -67,6 +67,9 @@ class Hook:
     """Something that runs after every step. Hooks run in a fixed order; a later one sees what earlier ones set in the
     step. All calls are made on every rank."""
 
+    phase = "step"
+    """Which of the recipe's `limits` holds for its calls."""
+
     def before_first_step(self, step: int) -> None:
         """Called when everything is ready for `step`."""
 

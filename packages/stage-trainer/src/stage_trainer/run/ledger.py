@@ -45,7 +45,8 @@ class Ledger(Hook):
         """
         self.count += len(corrupt)
         if self.active and corrupt:
-            with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            # A name of a foreign tar may hold bytes that are not UTF-8.
+            with writing(self.path), self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 for entry in corrupt:
                     file.write(json.dumps({"step": step, **dataclasses.asdict(entry)}, ensure_ascii=False) + "\n")
         if self.count > max(ALWAYS_ALLOWED, self.limit * drawn):

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import math
 import multiprocessing
+import multiprocessing.connection
+import multiprocessing.queues
 import os
 import re
+import resource
+import shutil
 import signal
 import sys
-from collections.abc import Generator, Iterator
+import threading
+import traceback
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from data_prep.shards import ShardError
@@ -22,18 +30,55 @@ from stage_trainer.run.stop import SIGNALS
 from stage_trainer.tasks.task import Batches
 
 _DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([^.]+)|exited)")
+WORKER_STARTS = 2
+"""So often worker processes are started in a row of steps: once, and once more if one dies or is stuck. A batch is a
+function of its number, so the new ones go on where the old ones were."""
+_STUCK = "stuck after"
+_NO_SHARED_MEMORY, _NO_FILES = 101, 102
+"""Exit codes of a worker that cannot hand over a batch; starting it again would not help."""
 
 
-def batches(data: Batches, start: int, stop: int, workers: int) -> Generator[tuple[Any, Drawn], None, None]:
+def batches(
+    data: Batches,
+    start: int,
+    stop: int,
+    workers: int,
+    *,
+    limit: float = math.inf,
+    say: Callable[[str], None] = print,
+) -> Generator[tuple[Any, Drawn], None, None]:
     """Batches `start` to `stop` - 1, prefetched by worker processes if there are any.
 
     A signal that asks the run to stop often reaches the workers, too (a terminal's Ctrl-C, a scheduler's signal): they
     ignore it, since the current step and the checkpoint after it may still need them. They end with this process, or
     when the iterator is closed, which must not be left to the garbage collector.
 
+    Args:
+        limit: seconds after which workers that bring no batch are taken for stuck (`limits.batch`).
+        say: shows a line when workers are started again.
+
     Raises:
-        UserError: hardly any sample of a source can be read.
+        UserError: hardly any sample of a source can be read; shared memory or file descriptors ran out.
+        RuntimeError: a worker died, which `worker_deaths_explained` explains.
     """
+    for starts_left in reversed(range(WORKER_STARTS)):
+        try:
+            for item in _of_one_start(data, start, stop, workers, limit):
+                start += 1
+                yield item
+            return
+        except _WorkersLost as error:
+            if not starts_left:
+                raise RuntimeError(str(error)) from error
+            say(f"{_explained(str(error))}; the workers are started again, once, from step {start}")
+
+
+class _WorkersLost(Exception):
+    """A worker is dead; the text has torch's form."""
+
+
+def _of_one_start(data: Batches, start: int, stop: int, workers: int, limit: float) -> Iterator[tuple[Any, Drawn]]:
+    """Batches from workers that are started once."""
     loader = DataLoader(
         _FailuresAsItems(data),
         batch_size=None,
@@ -42,23 +87,32 @@ def batches(data: Batches, start: int, stop: int, workers: int) -> Generator[tup
         prefetch_factor=4 if workers else None,
         worker_init_fn=_begin_worker if workers else None,
     )
-    before = set(multiprocessing.active_children())
+    before, heard = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
     with _signals_held() if workers else contextlib.nullcontext():  # workers inherit the block, until they ignore them
         items = iter(loader)
     processes = set(multiprocessing.active_children()) - before
+    if processes and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, heard or signal.SIG_DFL)  # torch's handler would raise in the middle of a step
     try:
-        for item in items:
+        while True:
+            with _killed_after(limit, processes), _shortages_explained():
+                item = next(items, None)
+            if item is None:
+                return
             if isinstance(item, Exception):
                 raise UserError(str(item)) from item
             yield item
-    except (ConnectionError, EOFError, FileNotFoundError) as error:  # a worker died while it sent a batch
-        for process in processes:
-            process.join(1)
-            if code := process.exitcode:
-                how = f"is killed by signal: {signal.strsignal(-code)}" if code < 0 else "exited"
-                raise RuntimeError(f"DataLoader worker (pid {process.pid}) {how}") from error
-        raise
+    except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:  # the last: while it sent a batch
+        if (lost := _lost(processes, error)) is None:
+            raise
+        try:
+            raise lost from error
+        finally:
+            del lost  # else the loader would live on in a cycle of references, and new workers would inherit it
     finally:
+        for process in processes:
+            if process.exitcode is None and any(other.exitcode is not None for other in processes):
+                process.kill()  # torch would wait for it
         del items  # the loader asks its workers to end, and waits some seconds
         for process in processes:
             if process.is_alive():
@@ -66,6 +120,52 @@ def batches(data: Batches, start: int, stop: int, workers: int) -> Generator[tup
                 with contextlib.suppress(RuntimeError):
                     process.kill()
                     process.join()
+
+
+@contextlib.contextmanager
+def _killed_after(limit: float, processes: set[Any]) -> Iterator[None]:
+    """Kills workers that are stuck (or stopped): the loader then hears that they are dead."""
+    if not processes or limit == math.inf:
+        yield
+        return
+
+    def kill() -> None:
+        for process in processes:
+            process.stuck = limit
+            process.kill()
+
+    timer = threading.Timer(min(limit, threading.TIMEOUT_MAX), kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _lost(processes: set[Any], error: Exception) -> _WorkersLost | None:
+    """Which worker is dead, in torch's words; None if it is another error.
+
+    Raises:
+        UserError: its end has a cause that does not go away.
+    """
+    if not isinstance(error, RuntimeError) or _DIED.search(str(error)):
+        ended = multiprocessing.connection.wait([process.sentinel for process in processes], timeout=1)
+        for process in processes:
+            process.join(1 if process.sentinel in ended else 0)
+    # The one that died by itself, before those that were killed because of it.
+    for process in sorted(processes, key=lambda process: (process.exitcode == -signal.SIGKILL, process.pid)):
+        if code := process.exitcode:
+            if code == _NO_SHARED_MEMORY:
+                raise UserError(_no_shared_memory()) from error
+            if code == _NO_FILES:
+                raise UserError(_no_files()) from error
+            if limit := getattr(process, "stuck", None):
+                how = f"is killed by signal: {_STUCK} {limit:.0f} seconds"
+            else:
+                how = f"is killed by signal: {signal.strsignal(-code)}" if code < 0 else "exited"
+            return _WorkersLost(f"DataLoader worker (pid {process.pid}) {how}")
+    return None
 
 
 @contextlib.contextmanager
@@ -84,17 +184,27 @@ def worker_deaths_explained(workers: int) -> Iterator[None]:
         )
         if isinstance(error, MemoryError):
             raise UserError(f"the machine has no memory left for the next batch; {lower}") from error
-        deaths = [death for text in _with_causes(error) if (death := _DIED.search(text))]
-        if not deaths:
+        if not (reason := _explained(*_with_causes(error))):
             raise
-        number, by = max(((death[1], death[2]) for death in deaths), key=lambda found: found[1] is not None)
-        if by == "Killed":
-            reason = "was killed, most likely because the machine, or the job's share of it, ran out of memory"
-        elif by == "Bus error":
-            reason = "ran out of shared memory (/dev/shm; of a container, --shm-size or --ipc=host)"
-        else:
-            reason = f"ended by itself ({by or 'no signal'}), perhaps out of memory"
-        raise UserError(f"a process that loads data (number {number}) {reason}; {lower}") from error
+        raise UserError(f"{reason}; {lower}") from error
+
+
+def _explained(*texts: str) -> str | None:
+    """What the best informed of torch's messages on a worker's end means; None if there is none among them."""
+    deaths = [death for text in texts if (death := _DIED.search(text))]
+    if not deaths:
+        return None
+    number, by = max(((death[1], death[2]) for death in deaths), key=lambda found: found[1] is not None)
+    if by == "Killed":
+        reason = "was killed, most likely because the machine, or the job's share of it, ran out of memory"
+    elif by is not None and by.startswith(_STUCK):
+        seconds = by.removeprefix(_STUCK)
+        reason = f"brought no batch in{seconds} and is stuck or stopped; if it only took long, raise limits.batch"
+    elif by == "Bus error":
+        reason = "ran out of shared memory (/dev/shm; of a container, --shm-size or --ipc=host)"
+    else:
+        reason = f"ended by itself ({by or 'no signal'}), perhaps out of memory"
+    return f"a process that loads data (number {number}) {reason}"
 
 
 def _with_causes(error: BaseException | None) -> Iterator[str]:
@@ -104,7 +214,51 @@ def _with_causes(error: BaseException | None) -> Iterator[str]:
         error = error.__cause__ or error.__context__
 
 
+@contextlib.contextmanager
+def _shortages_explained() -> Iterator[None]:
+    """This process, too, opens a file for each tensor that it gets."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if _shortage(error) == _NO_FILES:
+            raise UserError(_no_files()) from error
+        raise
+
+
+def _shortage(error: Exception) -> int | None:
+    text = str(error)
+    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+        return _NO_FILES
+    if "Too many open files" in text or "items of ancdata" in text:  # the latter where they are received
+        return _NO_FILES
+    return _NO_SHARED_MEMORY if "shared memory" in text or "No space left" in text else None
+
+
+def _no_files() -> str:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (
+        f"a process has no file descriptor left for the next batch; it may have {soft:,}: raise that (`ulimit -n "
+        f"{max(65_536, hard)}`), or lower workers"
+    )
+
+
+def _no_shared_memory() -> str:
+    room = shutil.disk_usage("/dev/shm").total / 2**20 if os.path.isdir("/dev/shm") else 0
+    return (
+        f"shared memory (/dev/shm, {room:,.0f} MiB) has no room for the next batch; raise it (of a container, "
+        "--shm-size or --ipc=host), or lower workers or the batch"
+    )
+
+
+def _undelivered(error: Exception, item: Any) -> None:
+    """In a worker's thread, which would print the error and drop the batch, for which the run would wait for ever."""
+    if (code := _shortage(error)) is None:
+        traceback.print_exception(error)
+    os._exit(code or 1)
+
+
 def _begin_worker(number: int) -> None:
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_undelivered)  # type: ignore[attr-defined]
     for asking in SIGNALS:
         signal.signal(asking, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -136,3 +290,7 @@ class _FailuresAsItems(TorchDataset[Any]):
             return self.data[step]
         except (ShardError, UserError) as error:
             return error
+        except OSError as error:
+            if _shortage(error) != _NO_FILES:
+                raise
+            return UserError(_no_files())

@@ -17,6 +17,8 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from stage_trainer.errors import UserError
 from stage_trainer.files import write_whole
 
+LONGEST_WAIT = datetime.timedelta(days=1)
+"""Of a collective call: the recipe's `limits` end a run before."""
 _DEFAULT_PORT = "29500"
 """DeepSpeed's launcher sets it where the user names none."""
 
@@ -48,7 +50,7 @@ def initialize_distributed(run: str = "") -> tuple[int, int, torch.device]:
             store=_store(rank, world, run, default_pg_timeout),
             rank=rank,
             world_size=world,
-            timeout=default_pg_timeout,
+            timeout=LONGEST_WAIT,
             device_id=device if cuda and world > 1 else None,
         )
     # Compiling DeepSpeed's shared-memory op takes a minute and a compiler; gloo does the same work.

@@ -25,6 +25,8 @@ class Saving(Hook):
         steps: of the stage.
     """
 
+    phase = "save"
+
     def __init__(
         self,
         saver: Saver,

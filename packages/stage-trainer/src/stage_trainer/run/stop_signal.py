@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from stage_trainer.run.rendezvous import LONGEST_WAIT
 from stage_trainer.run.stop import launcher_is_gone, when_asked
 
 
@@ -21,7 +22,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         world = torch.distributed.get_world_size()
-        self._group: Any = torch.distributed.new_group(backend="gloo") if world > 1 else None
+        self._group: Any = torch.distributed.new_group(backend="gloo", timeout=LONGEST_WAIT) if world > 1 else None
         self._world = world
         self._asked = False
         self._until_end = contextlib.ExitStack()

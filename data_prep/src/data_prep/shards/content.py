@@ -1,0 +1,127 @@
+"""What makes a sample usable.
+
+`index`, `validate`, `inspect`, the curation passes and the trainer all ask here, so that none of them takes a sample
+that another one stumbles over.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from data_prep.shards.format import IMAGE_TYPES, KINDS, JsonObject, ShardError
+
+
+class Unusable(ShardError):
+    """A sample that cannot serve as one of its kind.
+
+    Attributes:
+        reason: why, in one of a few fixed phrases; the error's text goes on with what was found.
+    """
+
+    def __init__(self, reason: str, found: str = ""):
+        super().__init__(reason + found)
+        self.reason = reason
+
+
+def content_of(kind: str, members: Mapping[str, bytes], language: str = "und") -> JsonObject:
+    """The texts of a sample, as its kind has them: `captions` of an image, or `query` and `target` (and `negatives`).
+
+    Every list of texts has one or more, and every text has a `text` and a `language`. `origin` and `role`, of the
+    sample its `item` and `score`, are as the format has them where they are there at all. A .txt is a caption; it
+    counts where there is no .json of the format, as img2dataset's is none.
+
+    Args:
+        kind: one of `KINDS`.
+        members: the sample's members by extension, as `Dataset.read` returns them.
+        language: of a .txt; it does not say itself.
+
+    Raises:
+        Unusable: the sample is not of its kind.
+    """
+    if kind.startswith("image") and not any(extension in members for extension in IMAGE_TYPES):
+        raise Unusable("no image", f" among {', '.join(IMAGE_TYPES)}")
+    try:
+        return _checked(kind, members)
+    except Unusable:
+        if "txt" not in members or not kind.startswith("image"):
+            raise
+        text, role = members["txt"].decode("utf-8", "replace"), "long" if kind == "image-long" else "name"
+        if not text.strip():
+            raise Unusable("its .txt is empty") from None
+        return {"captions": [{"text": text, "language": language, "origin": "human", "role": role}]}
+
+
+def texts_in(kind: str, content: JsonObject) -> Iterator[tuple[str, list[JsonObject]]]:
+    """(part, alternative texts) of what `content_of` returned; of a triplet each negative is one."""
+    for part in KINDS[kind]:
+        for texts in content[part] if part == "negatives" else [content[part]]:
+            yield part, texts
+
+
+def _checked(kind: str, members: Mapping[str, bytes]) -> JsonObject:
+    parts = KINDS[kind]
+    if "json" not in members:
+        image = kind.startswith("image")
+        raise Unusable("no caption (.txt, or .json with captions)" if image else f"no .json with {' and '.join(parts)}")
+    try:
+        content: Any = json.loads(members["json"])
+    except (ValueError, RecursionError) as error:
+        raise Unusable("its .json is not JSON", f" ({error})") from error
+    for part in parts:
+        texts = content.get(part) if isinstance(content, dict) else None
+        if not isinstance(texts, list) or not texts:
+            raise Unusable(f"its .json has no {part}", f", which {kind} needs as a list; it holds {_seen(content)}")
+        for alternatives in texts if part == "negatives" else [texts]:
+            _check_texts(f"its {part}", alternatives)
+    _check_rest(content)
+    return content  # type: ignore[no-any-return]
+
+
+def _check_texts(part: str, texts: Any) -> None:
+    if not isinstance(texts, list) or not texts:
+        raise Unusable(f"one of {part} is no list of texts", f" but {_seen(texts)}")
+    for text in texts:
+        if not isinstance(text, dict):
+            raise Unusable(f"a text of {part} is no object", f' with "text" and "language" but {_seen(text)}')
+        for field in ("text", "language"):
+            if not isinstance(text.get(field), str) or not text[field].strip():
+                raise Unusable(f"a text of {part} lacks {field}", f", which is {_seen(text.get(field))}")
+        for field in ("text", "language", "origin", "role"):
+            value = text.get(field, "")
+            if not isinstance(value, str):
+                raise Unusable(f"{field} of a text of {part} is no text", f" but {_seen(value)}")
+            if not _encodes(value):
+                raise Unusable(f"{field} of a text of {part} has half a character", " (a lone surrogate)")
+        if "/" in text["language"] or not text["language"].isprintable():  # it becomes a part of names, of scalars too
+            raise Unusable(f"language of a text of {part} is none", f" but {_seen(text['language'])}")
+
+
+def _check_rest(content: JsonObject) -> None:
+    """`item` and `score`; an `item` of null is none."""
+    if content.get("item", "") is None:
+        del content["item"]
+    if not isinstance(content.get("item", ""), str | int):
+        raise Unusable("its item is neither text nor number", f" but {_seen(content['item'])}")
+    score = content.get("score", 0)
+    if not isinstance(score, int | float) or not abs(score) <= sys.float_info.max:
+        raise Unusable("its score is no number", f" but {_seen(score)}")
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _seen(value: Any) -> str:
+    """A foreign value for a message: what it is, briefly, and nothing that a terminal or a file would choke on."""
+    if isinstance(value, dict | list):
+        shown = ascii(sorted(value)) if isinstance(value, dict) else f"a list of {len(value)}"
+    else:
+        shown = ascii(value[:80] if isinstance(value, str) else value)
+    return shown if len(shown) <= 100 else f"{shown[:100]}…"

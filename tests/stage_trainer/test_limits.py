@@ -1,0 +1,148 @@
+"""A run that gets no further ends, and says which limit to raise."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+from stage_trainer.recipe.limits import LimitsConfig
+from stage_trainer.recipe.ranges import OF_RECIPE
+from stage_trainer.run import limits
+from stage_trainer.run.limits import Watch
+
+STUCK = """
+import sys, threading
+from pathlib import Path
+from stage_trainer.recipe.limits import LimitsConfig
+from stage_trainer.run.limits import Watch
+with Watch(LimitsConfig(step=0.5), Path(sys.argv[1]), interval=0.05) as watch:
+    with watch.phase("save"):
+        for _ in range(3):
+            with watch.phase("step"):
+                pass
+        print("steps are done", flush=True)
+    with watch.phase("step"):
+        threading.Event().wait()
+"""
+
+
+def test_a_main_thread_that_is_stuck_ends_its_process_and_names_the_limit(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", STUCK, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 1
+    assert done.stdout == "steps are done\n"
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("stage-trainer: rank 0 was in one step for more than 0.5 seconds")
+    assert "raise limits.step if it was not. The same command goes on from the last checkpoint" in line
+
+
+def test_two_ranks_of_a_machine_say_it_once(tmp_path):
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", STUCK, str(tmp_path)],
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    assert [process.communicate(timeout=300)[1].count("limits.step") for process in ranks] in ([0, 1], [1, 0])
+    assert [process.returncode for process in ranks] == [1, 1]
+
+
+class Clock:
+    """Of `limits`: a thread that waits makes `now` go on, by what `leaps` says or a second."""
+
+    def __init__(self, *leaps):
+        self.now, self.leaps = 0.0, list(leaps)
+
+    def monotonic(self):
+        return self.now
+
+    def wait(self, seconds):
+        if not self.leaps:
+            return True
+        self.now += self.leaps.pop(0)
+        return False
+
+
+def watched(monkeypatch, tmp_path, clock, world="1", waits=False, **seconds):
+    """The phases in which a watch gives up while the main thread stays in its first step."""
+    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.setattr(limits, "time", clock)
+    watch, given_up = Watch(LimitsConfig(**seconds), tmp_path), []
+    watch._ended = clock
+    monkeypatch.setattr(watch, "_waits", lambda: waits)
+    monkeypatch.setattr(watch, "_give_up", lambda name, limit: given_up.append((name, limit, clock.now)))
+    with watch.phase("compile"):
+        watch._watch()
+    return given_up
+
+
+def test_a_phase_has_its_whole_limit_and_not_more(monkeypatch, tmp_path):
+    assert watched(monkeypatch, tmp_path, Clock(*[1] * 10), compile=10) == []
+    assert watched(monkeypatch, tmp_path, Clock(*[1] * 11), compile=10) == [("compile", 10, 11)]
+
+
+def test_what_lasts_is_announced_once_with_its_limit(monkeypatch, tmp_path, capsys):
+    assert watched(monkeypatch, tmp_path, Clock(*[1] * 90), compile=100) == []
+    assert capsys.readouterr().out == "in its first step for 61 seconds now; limits.compile ends it after 100\n"
+
+
+def test_a_process_that_was_suspended_is_not_stuck(monkeypatch, tmp_path):
+    assert watched(monkeypatch, tmp_path, Clock(1, 5000, 1, 1), compile=10) == []
+
+
+@pytest.mark.parametrize(
+    ("world", "waits", "limit"), [("1", True, 10), ("2", False, 10), ("2", True, 10 + 14 + 5 + 10)]
+)
+def test_a_rank_that_waits_for_another_one_grants_it_its_batch_and_its_checkpoint(
+    monkeypatch, tmp_path, world, waits, limit
+):
+    found = watched(monkeypatch, tmp_path, Clock(*[1] * (limit + 1)), world, waits, compile=10, batch=7, save=5)
+    assert found == [("compile", 10, limit + 1)]
+
+
+def test_every_limit_has_a_range():
+    assert {f"limits.{name}" for name in LimitsConfig.__dataclass_fields__} <= set(OF_RECIPE)
+    assert set(limits._DOES) == set(LimitsConfig.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_rank_that_never_comes_or_stops_at_once_ends_the_other(tmp_path, recipes, stopped):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def rank(number):
+        words = [
+            "-m", "stage_trainer.cli", "train", "--recipe", str(recipes / "drawn.yaml"), "--stage", "1",
+            f"output={tmp_path / 'run'}", "limits.start=4",
+        ]  # fmt: skip
+        names = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return subprocess.Popen(
+            [sys.executable, *words],
+            env={**os.environ, **{name: str(value) for name, value in names.items()}},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    other = rank(1) if stopped else None
+    if other:
+        other.send_signal(signal.SIGSTOP)
+    first = rank(0)
+    try:
+        output, _ = first.communicate(timeout=300)
+    finally:
+        if other:
+            other.kill()
+            other.wait()
+    assert first.returncode == 1, output
+    assert "rank 0 was waiting for all ranks to meet for more than 4 seconds" in output
+    assert "raise limits.start" in output.splitlines()[-1]
+    assert "Traceback" not in output
