@@ -1,5 +1,6 @@
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "launch/recipes/drawn.yaml"
+
+# A shell starts what it runs in the background deaf to SIGINT, and its children inherit that; the tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
