@@ -196,6 +196,13 @@ def test_a_sidecar_of_other_types_is_one_message(write_dataset, change):
         Dataset.open(directory).row(0)
 
 
+def test_languages_with_unicodes_line_ends_are_read_as_written(tmp_path):
+    languages = ["a\u2028", "b\x85", "c\x1c"]
+    with DatasetWriter(tmp_path / "data", kind="text-pairs", source="s", samples_per_shard=2) as writer:
+        writer.write("k", {"json": b"{}"}, languages=languages, tokens=None)
+    assert Dataset.open(tmp_path / "data").row(0).languages == tuple(languages)
+
+
 def test_a_shard_that_goes_missing_is_unavailable_and_its_samples_still_have_names(write_dataset):
     directory = write_dataset()
     dataset = Dataset.open(directory)

@@ -263,6 +263,17 @@ def test_the_page_stands_by_itself_and_shows_what_is_there(pictures, tmp_path):
     (directory / "receipt.json").write_text(json.dumps(receipt))
     assert main(["inspect", str(tmp_path / "data"), "--out", str(tmp_path / "page.html")]) == 0
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    for other in (
+        b"",
+        b"[1]",
+        b"\xff",
+        b'{"dropped": 1}',
+        b'{"dropped": {"a": "b"}}',
+        b'{"dropped": {"a": 1}, "examples": {"a": [1]}}',
+        b"[" * 99_999,
+    ):
+        (directory / "receipt.json").write_bytes(other)
+        assert main(["inspect", str(tmp_path / "data"), "--out", str(tmp_path / "other.html")]) == 2
     page = Page(text)
     for shown in ("image-short/photos", "قطة", "ein Hund", "broken image", "17", "a.csv, row 3", "200 × 50: 2"):
         assert shown in page.text

@@ -350,3 +350,17 @@ def test_no_picture_is_on_both_sides_of_a_split(folder, tmp_path, picture):
     assert 0.1 < len(pictures["validation"]) / 120 < 0.5
     for wrong in (["--held-out", "1"], ["--held-out", "-0.1"], ["--split", "train"]):
         assert main([*command, "--out", str(tmp_path / "other"), *wrong]) == 2
+
+
+def test_languages_that_no_sample_may_have_are_counted_instead_of_published(tmp_path, run, picture):
+    (tmp_path / "a.png").write_bytes(picture(0, encoding="PNG"))
+    languages = ["de", "a/b", "e\u2028n", "\x1b[31m", "\ud800", "\x85"]
+    lines = [json.dumps({"image": "a.png", "caption": "c", "language": language}) for language in languages]
+    (tmp_path / "table.jsonl").write_text("\n".join(lines))
+    found = run("images", folder=tmp_path)
+    assert found.receipt["went_out"] == {"image-short": 1}
+    assert found.dropped == {"language that cannot be one (empty, with a slash or control characters)": 5}
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs/a.jsonl").write_text('["ein Hund", "a dog"]\n')
+    with pytest.raises(UserError, match="language that cannot be one"):
+        run("texts", out=tmp_path / "texts", files=[tmp_path / "pairs"], language="d/e")

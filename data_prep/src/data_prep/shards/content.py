@@ -54,6 +54,11 @@ def content_of(kind: str, members: Mapping[str, bytes], language: str = "und") -
         return {"captions": [{"text": text, "language": language, "origin": "human", "role": role}]}
 
 
+def is_language(name: str) -> bool:
+    """Whether a text may stand as a language: it becomes a part of names, of scalars too."""
+    return name.isprintable() and "/" not in name and name.strip() != ""
+
+
 def texts_in(kind: str, content: JsonObject) -> Iterator[tuple[str, list[JsonObject]]]:
     """(part, alternative texts) of what `content_of` returned; of a triplet each negative is one."""
     for part in KINDS[kind]:
@@ -95,7 +100,7 @@ def _check_texts(part: str, texts: Any) -> None:
                 raise Unusable(f"{field} of a text of {part} is no text", f" but {_seen(value)}")
             if not _encodes(value):
                 raise Unusable(f"{field} of a text of {part} has half a character", " (a lone surrogate)")
-        if "/" in text["language"] or not text["language"].isprintable():  # it becomes a part of names, of scalars too
+        if not is_language(text["language"]):
             raise Unusable(f"language of a text of {part} is none", f" but {_seen(text['language'])}")
 
 

@@ -173,6 +173,7 @@ class Dataset:
         ):  # or samples would be others, and nobody would know
             raise ShardUnavailable(f"{index}: checksum differs from the manifest's: damaged; build the data set again")
         try:
+            # Of bytes: a text's `splitlines` also splits at U+0085 and U+2028, inside names.
             rows = [_row(line, tar.name, entry["bytes"]) for line in raw.splitlines()]
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise ShardUnavailable(

@@ -12,6 +12,7 @@ from data_prep.image_rule import ImageRule
 from data_prep.images import ImageRefused, StoredImage, store_image
 from data_prep.samples import captions_json, languages_of, texts_json
 from data_prep.shards import Unusable, content_of
+from data_prep.shards.content import is_language
 from data_prep.shards.format import JsonObject
 from data_prep.sources import EVALSETS, SOURCES
 from data_prep.sources.records import Dropped, ImageRecord, Noted, Source, TextRecord
@@ -99,6 +100,8 @@ def _write_image(record: ImageRecord, rule: ImageRule, name: str, output: Output
 def _write(kind: str, members: dict[str, bytes], languages: list[str], where: str, output: Output) -> None:
     """Writes a sample, unless those who read it would refuse it."""
     try:
+        if not all(map(is_language, languages)):  # before half a character is replaced in the JSON
+            raise Unusable("language that cannot be one (empty, with a slash or control characters)")
         content_of(kind, members)
     except Unusable as error:
         output.drop(error.reason, where)
