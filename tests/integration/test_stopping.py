@@ -120,7 +120,7 @@ batches, real = trainer.batches, ContrastiveTask.make_validation
 def say(moment, code):
     print("AT", moment, code, flush=True)
 
-trainer.batches = lambda *a: First(batches(*a))
+trainer.batches = lambda *a, **k: First(batches(*a, **k))
 say("batch", main([*words, "output=batch"]))
 trainer.batches = batches
 back = before(checkpoint, "write")
