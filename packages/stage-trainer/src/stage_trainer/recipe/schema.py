@@ -285,7 +285,7 @@ class RemoteConfig:
     Whole shards are fetched into the folder `cache`, which all processes of a machine share, also those of other runs.
     Beyond `gigabytes` (None: no limit) the least recently read files are evicted. Up to `downloads` files are
     prefetched at once. If a server is silent for `timeout` seconds, a file is not whole after `deadline` seconds, or a
-    request fails in a way that may pass, it is repeated up to `retries` times. A manifest may have `manifest_megabytes`.
+    request fails in a way that may pass, it is repeated up to `retries` times; manifests: `manifest_megabytes` at most.
     `pipe:COMMAND` is a shell command that prints the file whose name replaces its {name}; it needs `allow_pipe`.
     """
 
