@@ -203,6 +203,8 @@ LARGE: dict[str, tuple[str, Callable[[], Files]]] = {
     lambda: {"manifest.json.answer": b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\na"}),
     "a redirect to a file": ("remote",
     lambda: {"manifest.json.answer": b"HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\n\r\n"}),
+    "a redirect of 10^20 bytes": ("remote",
+    lambda: {"manifest.json.answer": b"HTTP/1.1 302 Found\r\nLocation: /x\r\nContent-Length: %d\r\n\r\n" % (10**20)}),
     "a redirect to ftp": ("remote",
     lambda: {"manifest.json.answer": b"HTTP/1.1 302 Found\r\nLocation: ftp://127.0.0.1:1/x\r\n\r\n"}),
     "a redirect to loopback": ("remote",

@@ -137,6 +137,14 @@ def test_a_redirection_is_followed_and_takes_no_password_along(data, server, ser
     assert [("Authorization" in headers) for _, headers in other.headers] == [False]
 
 
+@pytest.mark.parametrize("size", ["9" * 20, "1000000"])
+def test_the_body_of_a_redirection_is_not_read(data, server, serve, opened, waits, tmp_path, monkeypatch, size):
+    monkeypatch.setattr(download, "_is_local", lambda host: False)
+    target = f"{serve(tmp_path / 'corpus').url}/train/text-pairs/made/00000.tar"
+    server.faults = {"00000.tar": [(302, {"Location": target, "Content-Length": size})]}
+    assert opened(retries=0).read(0) == Dataset.open(data).read(0)
+
+
 @pytest.mark.parametrize(
     "target", ["ftp://{0}/00000.tar", "file:///etc/hostname", "http://{0}/00000.tar", "http://localhost:{1}/"]
 )

@@ -216,7 +216,9 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
                 f"the server redirects to {without_credentials(newurl)}, which is not followed; if that is the place, "
                 "name it in the recipe"
             )
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+        followed = super().redirect_request(req, fp, code, msg, headers, newurl)
+        fp.close()  # or urllib reads its body into memory, however long it is
+        return followed
 
 
 def _is_local(host: str) -> bool:
