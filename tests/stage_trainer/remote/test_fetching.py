@@ -145,6 +145,12 @@ def test_the_body_of_a_redirection_is_not_read(data, server, serve, opened, wait
     assert opened(retries=0).read(0) == Dataset.open(data).read(0)
 
 
+def test_a_redirection_in_a_circle_is_one_message(server, opened, waits):
+    server.faults = {"00000.tar": [(302, {"Location": "00000.tar"})]}
+    with pytest.raises(ShardUnavailable, match="infinite loop"):
+        opened(retries=0).read(0)
+
+
 @pytest.mark.parametrize(
     "target", ["ftp://{0}/00000.tar", "file:///etc/hostname", "http://{0}/00000.tar", "http://localhost:{1}/"]
 )

@@ -231,7 +231,7 @@ def _is_local(host: str) -> bool:
 
 
 def _http_failure(error: urllib.error.HTTPError) -> Failure:
-    with error:  # its connection
+    with contextlib.closing(error):  # its connection, which a redirection has closed already
         reason = f"{error.code} {error.reason}"
         if error.code in (404, 410):
             return Failure(reason, missing=True)
