@@ -52,19 +52,21 @@ def _run(child: Child, names: list[str], seconds: float, seed: int, out: Path) -
             if (verdict := child.call(name, files)).outcome != "accepted":
                 sys.exit(f"valid {name} are not accepted: {verdict.what}\n{verdict.shown}")
     end, turn = time.monotonic() + seconds, 0
-    while time.monotonic() < end:
-        for name in names:
-            if time.monotonic() >= end:
-                break
-            before = set(known[name])
-            hunt(KINDS[name], child, _ROUND, seed * 1_000_003 + turn, known[name], tallies[name])
-            for what in sorted(known[name] - before):
-                files, verdict = tallies[name].smallest[what]
-                path = corpus.save(name, files, verdict, out)
-                written.add(path.name)
-                print(f"{name}: {what}\n  {path}\n{verdict.shown}", flush=True)
-        turn += 1
-    _print(tallies)
+    try:
+        while time.monotonic() < end:
+            for name in names:
+                if time.monotonic() >= end:
+                    break
+                before = set(known[name])
+                hunt(KINDS[name], child, _ROUND, seed * 1_000_003 + turn, known[name], tallies[name])
+                for what in sorted(known[name] - before):
+                    files, verdict = tallies[name].smallest[what]
+                    path = corpus.save(name, files, verdict, out)
+                    written.add(path.name)
+                    print(f"{name}: {what}\n  {path}\n{verdict.shown}", flush=True)
+            turn += 1
+    finally:  # also after Ctrl-C
+        _print(tallies)
     return 1 if written else 0
 
 
