@@ -96,7 +96,8 @@ def all_of(*steps: Callable[[], object]) -> None:
         except Exception as error:
             if not _is_named(error):
                 raise
-            refused.append(error)
+            refused.append(error.with_traceback(None))  # whose frames would hold what was read
+            error.__cause__ = error.__context__ = None
     if refused:
         raise refused[0]
 
