@@ -107,6 +107,10 @@ class RequestLedger:
                 self.db.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {SCHEMA}; COMMIT;")
             elif found != SCHEMA:
                 raise UserError(f"{self.path}: a ledger of schema {found}, expected {SCHEMA}; take another file")
+            # A page that was lost can read as one without rows: a run would have nothing to do, and say so calmly.
+            damage = self.db.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if damage != "ok":
+                raise UserError(f"{self.path} is damaged ({' '.join(damage.split())}); restore it from a copy")
         except (sqlite3.DatabaseError, OSError) as error:
             raise UserError(f"{self.path}: not a ledger, or the disk refuses it ({error})") from error
 
