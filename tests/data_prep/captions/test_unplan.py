@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from data_prep.captions.ledger import RequestLedger
 from data_prep.cli import main
+from data_prep.errors import UserError
 
 from .conftest import Reply, good, states
 
@@ -98,3 +99,24 @@ def test_a_damaged_page_of_the_ledger_is_one_message(make_images, planned, ledge
     said = capsys.readouterr().err
     assert f"data-prep: {ledger} is damaged (" in said
     assert "restore it from a copy" in said
+
+
+def test_a_damaged_ledger_that_is_refused_keeps_its_journal(planned, ledger):
+    planned(8)
+    path = Path(ledger)
+    database = sqlite3.connect(ledger)  # while it is open, what is committed stands in the journal
+    database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    database.execute("UPDATE request SET state = 'sent' WHERE rowid = 1")
+    database.commit()
+    whole, journal = path.read_bytes(), Path(f"{ledger}-wal").read_bytes()
+    assert journal
+    killed = path.with_name("killed.sqlite")
+    for content in (b"", whole[: len(whole) // 2], whole[:4096] + bytes(len(whole) - 4096)):
+        killed.write_bytes(content)
+        Path(f"{killed}-wal").write_bytes(journal)
+        with pytest.raises(UserError, match=r"is damaged|is empty|not a ledger"):
+            RequestLedger(killed)
+        assert Path(f"{killed}-wal").read_bytes() == journal
+    killed.write_bytes(whole)
+    assert states(str(killed)) == {"sent": 1, "planned": 23}
+    database.close()
