@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from data_prep.captions.ledger import RequestLedger
 from data_prep.cli import main
-from data_prep.errors import UserError
 
 from .conftest import Reply, good, states
 
@@ -114,8 +115,10 @@ def test_a_damaged_ledger_that_is_refused_keeps_its_journal(planned, ledger):
     for content in (b"", whole[: len(whole) // 2], whole[:4096] + bytes(len(whole) - 4096)):
         killed.write_bytes(content)
         Path(f"{killed}-wal").write_bytes(journal)
-        with pytest.raises(UserError, match=r"is damaged|is empty|not a ledger"):
-            RequestLedger(killed)
+        # In a process of its own: as it ends, SQLite moves a journal into the ledger and deletes it.
+        status = [sys.executable, "-c", "import data_prep.cli as c; c.main()", "captions", "status", str(killed)]
+        said = subprocess.run(status, capture_output=True, text=True, check=False).stderr
+        assert "restore it from a copy" in said or "not a ledger" in said
         assert Path(f"{killed}-wal").read_bytes() == journal
     killed.write_bytes(whole)
     assert states(str(killed)) == {"sent": 1, "planned": 23}
