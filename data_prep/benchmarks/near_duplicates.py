@@ -3,9 +3,10 @@
     python data_prep/benchmarks/near_duplicates.py --texts 1000000
 
 Texts are of some 100 characters, from a vocabulary with Zipf's distribution; every tenth is another one with one word
-changed. Both look for those alike to 0.8 by their estimate, in one process and one thread, and recall is measured on
-what was planted, by exact Jaccard similarity. Ours keeps signatures on the disk, as `data-prep dedup` does. Seconds are
-those of the processor, so that a busy machine does not blur them. Writes `results/near_duplicates.json`.
+changed. Both look for those alike to 0.8, in one process and one thread: datasketch by its estimate, ours by the exact
+Jaccard similarity of what its estimate finds, with signatures on the disk, as `data-prep dedup` does. Recall is measured
+on what was planted (ours: where the text that it was made from stays). Seconds are those of the processor, so that a
+busy machine does not blur them. Writes `results/near_duplicates.json`.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def jaccard(one: str, two: str) -> float:
 def ours(count: int) -> dict[str, float]:
     signing, files = 0.0, []
     planted: list[tuple[int, int, float]] = []
+    lines: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         for number, (part, origins) in enumerate(texts(count)):
             files.append(Path(folder) / f"{number}.npz")
@@ -71,9 +73,10 @@ def ours(count: int) -> dict[str, float]:
             save(files[-1], **arrays_of("whole", signatures(part)))
             signing += time.process_time() - start
             planted += alike(number * _AT_A_TIME, part, origins)
+            lines += part
         before, start = peak_memory(), time.process_time()
         with SignatureStore(files, "whole") as stored:
-            group = near_duplicates(stored, similarity=SIMILARITY)
+            group = near_duplicates(stored, similarity=SIMILARITY, text_of=lines.__getitem__)
         grouping, after = time.process_time() - start, peak_memory()
     return {
         "texts": count,
@@ -83,7 +86,7 @@ def ours(count: int) -> dict[str, float]:
         "removed": int((group != np.arange(count)).sum()),
         "peak_memory_mib": after / 2**20,
         "grouping_adds_bytes_a_text": (after - before) / count,
-        **recalls([(similar, group[later] == group[origin]) for later, origin, similar in planted]),
+        **recalls([(similar, group[later] != later) for later, origin, similar in planted if group[origin] == origin]),
     }
 
 
@@ -133,7 +136,7 @@ def images(count: int, distance: int = 4) -> dict[str, float]:
     for _ in range(distance):
         hashes[planted] ^= np.uint64(1) << draw.integers(0, 64, len(planted), np.uint64)
     start = time.process_time()
-    pairs = pairs_within(hashes, distance)
+    pairs = pairs_within(np.unique(hashes), distance)
     seconds = time.process_time() - start
     return {"hashes": count, "bits": distance, "seconds": seconds, "pairs": len(pairs), "planted": len(planted)}
 

@@ -1,8 +1,9 @@
-"""Equal hashes to pairs, and pairs to groups (union-find), in some 30 bytes an item."""
+"""Equal hashes to pairs, pairs to groups (union-find), and what falls to an earlier item that is like it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -54,3 +55,40 @@ def first_of_group(count: int, pairs: np.ndarray) -> np.ndarray:
         low, high = sorted((find(one), find(two)))
         first[high] = low
     return np.fromiter((find(item) for item in range(count)), np.int64, count)
+
+
+def fallen(
+    items: np.ndarray, buckets: np.ndarray, alike: Callable[[int, np.ndarray], int]
+) -> Iterator[tuple[int, int]]:
+    """(item, the earlier item that it falls to) of all that do not stay, in order.
+
+    Greedy: an item falls if it is like an earlier one that stays and shares a bucket with it. What has fallen takes
+    nothing with it, so chains of neighbours do not collapse. With n in a bucket that all stay, n²/2 are compared.
+
+    Args:
+        items, buckets: `[M]` int64, an item and a bucket that it is in.
+        alike: called with an item and the items to compare it with, `[S]` ascending; one of them, or -1.
+    """
+    order = np.lexsort((buckets, items))
+    items, buckets = items[order], buckets[order]
+    begins = np.flatnonzero(np.diff(items, prepend=-1))
+    staying: defaultdict[int, list[int]] = defaultdict(list)
+    for begin, end in zip(begins.tolist(), [*begins[1:].tolist(), len(items)], strict=False):
+        item, own = int(items[begin]), buckets[begin:end].tolist()
+        near = sorted(set().union(*(staying[bucket] for bucket in own)))
+        found = alike(item, np.array(near)) if near else -1
+        if found >= 0:
+            yield item, found
+        else:
+            for bucket in own:
+                staying[bucket].append(item)
+
+
+def shared(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(items, buckets), `[M]` int64 each, of all of N items whose hash another one has; buckets count from 0."""
+    order = np.argsort(hashes, kind="stable")
+    hashes = hashes[order]
+    again = np.zeros(len(hashes) + 1, bool)  # as the one before
+    again[1:-1] = hashes[1:] == hashes[:-1]
+    inside = again[:-1] | again[1:]
+    return order[inside], np.cumsum(~again[:-1][inside]) - 1

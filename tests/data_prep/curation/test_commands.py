@@ -130,7 +130,7 @@ def test_how_like_an_evaluation_set_texts_may_be_is_what_similarity_says(write_p
 @pytest.mark.parametrize(("options", "stay"), [((), 1), (("--distance", 0), 2), (("--distance", 15), 1)])
 def test_how_alike_images_may_be_is_what_distance_says(write_images, tmp_path, options, stay):
     one = photo(3)
-    other = Image.blend(one, photo(4), 0.12)
+    other = Image.blend(one, photo(4), 0.05)
     bits = perceptual_hash(one) ^ perceptual_hash(other)
     assert 1 <= bits.bit_count() <= 4
     packed = [encoded(one), encoded(one, compress_level=0), encoded(other)]
@@ -162,14 +162,14 @@ def test_duplicates_across_data_sets_are_found_and_the_bytes_are_the_same_from_a
 
 
 def test_a_stopped_survey_goes_on_where_it_was(write_images, tmp_path, monkeypatch):
-    from data_prep.curation import dedup
+    from data_prep.curation import image_duplicates
 
     shards = write_images("a", [(encoded(photo(seed // 2)), [text("x")]) for seed in range(12)])
     out = tmp_path / "out"
     command = ["dedup", shards, "--out", out, "--name", "n", "--workers", 1]
     run(*command)
     out.rename(tmp_path / "alone")
-    signed, sign = [], dedup.sign
+    signed, sign = [], image_duplicates.sign
 
     def sign_and_stop(piece, options, output):
         signed.append(piece["first"])
@@ -177,7 +177,7 @@ def test_a_stopped_survey_goes_on_where_it_was(write_images, tmp_path, monkeypat
             raise KeyboardInterrupt
         sign(piece, options, output)
 
-    monkeypatch.setattr(dedup, "sign", sign_and_stop)
+    monkeypatch.setattr(image_duplicates, "sign", sign_and_stop)
     assert main([str(part) for part in command]) == 130
     run(*command)
     assert signed == [0, 3, 6, 6, 9]

@@ -8,7 +8,7 @@ from data_prep.curation import minhash
 from data_prep.curation.minhash import PERMUTATIONS, Signatures, near_duplicates, signatures
 from data_prep.curation.passes import save
 from data_prep.curation.signature_store import SignatureStore, arrays_of
-from data_prep.groups import first_of_group, join, pairs_of_equals
+from data_prep.groups import fallen, first_of_group, join, pairs_of_equals, shared
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
@@ -58,22 +58,41 @@ def synthetic(count: int) -> Signatures:
     return Signatures(draw.integers(0, count // 3, (count, minhash.BANDS)).astype(np.uint64), low.astype(np.uint8))
 
 
-def test_near_duplicates_are_the_connected_components_of_all_that_is_alike_in_a_band():
-    found = synthetic(400)
-    pairs = [
+def test_what_falls_is_what_falls_by_brute_force():
+    draw = np.random.default_rng(6)
+    buckets, like = draw.integers(0, 12, (80, 3)), draw.random((80, 80)) < 0.3
+    expected = np.arange(80)
+    for item in range(80):
+        near = [n for n in range(item) if expected[n] == n and set(buckets[n]) & set(buckets[item]) and like[item, n]]
+        expected[item] = near[0] if near else item
+    found = np.arange(80)
+    items = np.repeat(np.arange(80), 3)
+
+    def alike(item, near):
+        assert (np.diff(near) > 0).all()
+        return next((int(n) for n in near if like[item, n]), -1)
+
+    for item, other in fallen(items, buckets.ravel(), alike):
+        found[item] = other
+    assert (found == expected).all()
+    assert (found != np.arange(80)).sum() > 20
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 200])
+def test_buckets_hold_all_whose_hash_another_has(count):
+    hashes = np.random.default_rng(count).integers(0, 120, count).astype(np.uint64)
+    items, buckets = shared(hashes)
+    assert sorted(items.tolist()) == [n for n in range(count) if (hashes == hashes[n]).sum() > 1]
+    together = {
         (one, two)
-        for band in range(minhash.BANDS)
-        for bucket in (np.flatnonzero(found.bands[:, band] == hash_) for hash_ in np.unique(found.bands[:, band]))
-        for place, two in enumerate(bucket)
-        for one in {bucket[0], bucket[max(0, place - 1)]} - {two}
-        if ((found.low[one] == found.low[two]).mean() - 1 / 256) / (1 - 1 / 256) >= 0.6
-    ]
-    assert len(pairs) > 50
-    assert (near_duplicates(found, similarity=0.6) == smallest_connected(400, np.array(pairs))).all()
+        for one, b in zip(items, buckets, strict=True)
+        for two, c in zip(items, buckets, strict=True)
+        if b == c
+    }
+    assert together == {(one, two) for one in items for two in items if hashes[one] == hashes[two]}
 
 
-def test_signatures_on_the_disk_give_the_groups_that_those_in_memory_give(monkeypatch, tmp_path):
-    monkeypatch.setattr(minhash, "_PAIRS", 13)
+def test_signatures_on_the_disk_give_the_groups_that_those_in_memory_give(tmp_path):
     found = synthetic(400)
     files = []
     for number, place in enumerate(([0, 150], [150, 150], [150, 400])):  # one of them of no text

@@ -18,11 +18,12 @@ def reject_duplicates(ledger: RequestLedger, *, similarity: float = 0.8) -> int:
     languages = ledger.db.execute("SELECT DISTINCT language FROM request WHERE state = 'accepted'").fetchall()
     for (language,) in languages:
         rows = ledger.db.execute(
-            "SELECT id, image, signature FROM request WHERE state = 'accepted' AND language = ? ORDER BY rowid",
+            "SELECT id, image, signature, caption FROM request WHERE state = 'accepted' AND language = ? "
+            "ORDER BY rowid",
             (language,),
         ).fetchall()
         signed = Signatures.from_bytes(b"".join(row["signature"] for row in rows))
-        first = near_duplicates(signed, similarity=similarity).tolist()
+        first = near_duplicates(signed, similarity=similarity, text_of=lambda n: rows[n]["caption"]).tolist()  # noqa: B023
         later = [row["id"] for row, n in zip(rows, first, strict=True) if row["image"] != rows[n]["image"]]
         with ledger.transaction() as db:
             db.executemany(

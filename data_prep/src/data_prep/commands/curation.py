@@ -58,8 +58,9 @@ def _add_dedup(commands: Subcommands) -> None:
         commands,
         "dedup",
         "remove duplicates, and samples that evaluation sets hold",
-        "Writes SHARDS, all of one kind, without duplicates, of which the first stays: images by their bytes and by "
-        "perceptual hash, text pairs and triplets by all their queries and targets and by MinHash.",
+        "Writes SHARDS, all of one kind, without duplicates, of which the first stays: images by their bytes, or by "
+        "perceptual hash and colours; text pairs and triplets by all their queries and targets, or by MinHash and "
+        "exact Jaccard similarity. An image that stays takes over the captions of those that go.",
         "dedup:deduplicate",
     )
     parser.add_argument(
@@ -80,6 +81,9 @@ def _add_dedup(commands: Subcommands) -> None:
         dest="near",
         action="store_false",
         help="exact duplicates only (the hashes of pages of text are all alike)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would go, each with what it falls to, and write no data set"
     )
 
 

@@ -6,44 +6,55 @@ take 29 processor seconds here, 5,000 take 3.6 there).
 A text is the set of its runs of five characters, after normalisation; that works for all thirty languages, with spaces
 between words or without. The probability that two texts agree in one of the `PERMUTATIONS` minima is the Jaccard
 similarity of their sets, so the share of minima that agree estimates it. `BANDS` groups of `ROWS` minima find the pairs
-to compare: of pairs with similarity 0.8, 99.8 % share a group; with 0.5, 27 %.
+to compare: of pairs with similarity 0.8, 99.8 % share a group; with 0.5, 27 %. What the estimate leaves open, the texts
+themselves decide.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from typing import Protocol
 
 import numpy as np
 
-from data_prep.groups import join, pairs_of_equals
+from data_prep.groups import fallen, shared
 
 BANDS, ROWS = 20, 6
 PERMUTATIONS = BANDS * ROWS
 _SHINGLE = 5
-_PAIRS = 10_000  # compared at a time
+_SPREAD = 0.1  # by which an estimate may be too low: 2.7 standard deviations at a similarity of 0.8
+_AT_HAND = 5_000  # texts whose runs are kept for the next comparison, some 10 kB each
 _MIX = np.uint64(0x9E3779B97F4A7C15)  # odd: the golden ratio in 64 bits
 
 _VARIATION = range(0xFE00, 0xFE10)  # selectors of a sign's style
 
 
-def _marks() -> str:
-    r"""Vowel signs, points and accents (category M), as ranges; \w excludes them, though words differ by them."""
-    found = [
+# Signs that tell "C#" from "C" and "5 %" from "5", though Unicode has them among the punctuation.
+_TELLING = "#%&@"
+_DECORATION = "|~"  # lines of tables, though symbols of mathematics
+
+
+def _inside() -> str:
+    r"""Ranges of what \w excludes though texts differ by it: vowel signs, points, accents (M), symbols (Sc, Sm, So)."""
+    codes = (
         code
-        for code in range(0x300, 0x20000)
-        if unicodedata.category(chr(code)).startswith("M") and code not in _VARIATION
-    ]
-    runs = (list(run) for _, run in groupby(enumerate(found), key=lambda one: one[1] - one[0]))
-    return "".join(f"{chr(run[0][1])}-{chr(run[-1][1])}" for run in runs)
+        for code in range(0x24, 0x20000)
+        if unicodedata.category(chr(code)) in ("Mn", "Mc", "Me", "Sc", "Sm", "So")
+        and code not in _VARIATION
+        and chr(code) not in _DECORATION
+    )
+    runs = (list(run) for _, run in groupby(enumerate(codes), key=lambda one: one[1] - one[0]))
+    return "".join(rf"\U{run[0][1]:08x}-\U{run[-1][1]:08x}" for run in runs)
 
 
-_BETWEEN_WORDS = re.compile(rf"[^\w{_marks()}]+|_+")
-_BETWEEN_ASCII = re.compile(r"[\W_]+")  # the same for ASCII, at less than half the cost
+_BETWEEN_WORDS = re.compile(rf"[^\w{_inside()}{_TELLING}]+|_+")
+_BETWEEN_ASCII = re.compile(rf"[^a-z0-9$+<=>{_TELLING}]+")  # the same for ASCII, at less than half the cost
 _ARTICLES = re.compile(r"^(a|an|the|some)\s+")
 
 
@@ -125,27 +136,113 @@ def signatures(texts: Sequence[str]) -> Signatures:
     return Signatures(bands, minima.astype(np.uint8))
 
 
-def near_duplicates(found: Signed, *, similarity: float = 0.8) -> np.ndarray:
-    """For each of N texts the number of the first text of its group, `[N]` int64; its own number if it is the first.
+def estimate(low: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The estimated Jaccard similarity of pairs, `[N]`, by the low bytes of their minima, `[N, PERMUTATIONS]`."""
+    share: np.ndarray = (low == other).mean(axis=1)
+    return (share - 1 / 256) / (1 - 1 / 256)  # low bytes agree by chance once in 256
 
-    Two texts are in one group if their estimated Jaccard similarity is at least `similarity`, or if a chain of such
-    pairs joins them. In each group of equal band hashes, every text is compared with the first and with its neighbour.
+
+def near_duplicates(
+    found: Signed,
+    *,
+    similarity: float = 0.8,
+    among: np.ndarray | None = None,
+    text_of: Callable[[int], str] | None = None,
+) -> np.ndarray:
+    """For each of N texts the number of the earlier one that it falls to, `[N]` int64; its own if it stays.
+
+    A text falls to an earlier one that stays if the Jaccard similarity of the two is at least `similarity`. Texts that
+    share a group of minima are compared. What has fallen takes nothing with it: chains of neighbours do not collapse.
+
+    Args:
+        among: `[N]` bool, the texts that are compared; the others stay, and nothing falls to them.
+        text_of: gives the text of a number, for the exact similarity; without it, the estimated one decides.
     """
     first = np.arange(len(found))
-    for band in range(BANDS):
-        for pairs in pairs_of_equals(found.band(band)):
-            open_ = pairs[first[pairs[:, 0]] != first[pairs[:, 1]]]
-            join(first, open_[_alike(found, open_) >= similarity])
+    places = first if among is None else np.flatnonzero(among)
+    members, begin = [], 0
+    for number in range(BANDS):
+        items, buckets = shared(found.band(number)[places])
+        members.append(np.stack([places[items], buckets + begin]))
+        begin += len(items)
+    items, buckets = np.concatenate(members, axis=1)
+    alike = _Comparison(found, found, similarity, text_of, text_of)
+    for item, other in fallen(items, buckets, alike.first):
+        first[item] = other
     return first
 
 
-def _alike(found: Signed, pairs: np.ndarray) -> np.ndarray:
-    """Estimated Jaccard similarity of each pair, `[P]`; low bytes agree by chance once in 256."""
-    share = np.empty(len(pairs))
-    for start in range(0, len(pairs), _PAIRS):
-        low = found.low_of(pairs[start : start + _PAIRS].ravel()).reshape(-1, 2, PERMUTATIONS)
-        share[start : start + _PAIRS] = (low[:, 0] == low[:, 1]).mean(axis=1)
-    return (share - 1 / 256) / (1 - 1 / 256)
+def match(
+    texts: Signed,
+    known: Signatures,
+    *,
+    similarity: float,
+    text_of: Callable[[int], str] | None = None,
+    known_text_of: Callable[[int], str] | None = None,
+) -> np.ndarray:
+    """For each of N texts the number of a known one that it nearly is, `[N]` int64; -1 if there is none.
+
+    All that share a group of minima are compared; by exact similarity if both functions are given.
+    """
+    found = np.full(len(texts), -1)
+    compared = _Comparison(texts, known, similarity, text_of, known_text_of)
+    candidates: defaultdict[int, list[np.ndarray]] = defaultdict(list)
+    for number in range(BANDS):
+        order = np.argsort(known.bands[:, number], kind="stable")
+        there, here = known.bands[order, number], texts.band(number)
+        begins, ends = np.searchsorted(there, here, "left"), np.searchsorted(there, here, "right")
+        for item in np.flatnonzero(ends > begins).tolist():
+            candidates[item].append(order[begins[item] : ends[item]])
+    for item, near in candidates.items():
+        found[item] = compared.first(item, np.unique(np.concatenate(near)))
+    return found
+
+
+def matches(texts: Signatures, known: Signatures, *, similarity: float) -> np.ndarray:
+    """Whether each of N texts is nearly a known one by the estimate, `[N]` bool."""
+    found: np.ndarray = match(texts, known, similarity=similarity) >= 0
+    return found
+
+
+class _Comparison:
+    """Texts against others: by the estimate, and where functions give the texts, by their exact similarity."""
+
+    def __init__(
+        self,
+        texts: Signed,
+        others: Signed,
+        similarity: float,
+        text_of: Callable[[int], str] | None,
+        other_text_of: Callable[[int], str] | None,
+    ) -> None:
+        self._texts, self._others, self._similarity = texts, others, similarity
+        self._runs_of = text_of and lru_cache(_AT_HAND)(lambda number: _runs(text_of(number)))
+        self._other_runs_of = (
+            self._runs_of
+            if other_text_of is text_of
+            else other_text_of and lru_cache(_AT_HAND)(lambda number: _runs(other_text_of(number)))
+        )
+
+    def first(self, text: int, others: np.ndarray) -> int:
+        """One of the `others` that the text is like, the likest by the estimate first; -1 if there is none."""
+        estimates = estimate(self._texts.low_of(np.array([text])), self._others.low_of(others))
+        order = np.argsort(-estimates, kind="stable")
+        exact = self._runs_of is not None and self._other_runs_of is not None
+        least = self._similarity - (_SPREAD if exact else 0)
+        for place in order[: int((estimates >= least).sum())]:
+            other = int(others[place])
+            if not exact:
+                return other
+            one, two = self._runs_of(text), self._other_runs_of(other)  # type: ignore[misc]
+            both = len(one & two)
+            if both >= self._similarity * (len(one) + len(two) - both):
+                return other
+        return -1
+
+
+def _runs(text: str) -> frozenset[int]:
+    """The runs of five characters of a text, by their hashes."""
+    return frozenset(_shingles([text])[0].tolist())
 
 
 def _shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -175,18 +272,3 @@ def _hash_functions() -> list[tuple[np.uint32, np.uint32]]:
     """Factors (odd) and offsets of `PERMUTATIONS` multiplicative hashes, the same in every run."""
     drawn = np.random.Generator(np.random.PCG64(20240229)).integers(0, 2**32, (PERMUTATIONS, 2), np.uint32)
     return [(np.uint32(factor | 1), np.uint32(offset)) for factor, offset in drawn]
-
-
-def matches(texts: Signatures, known: Signatures, *, similarity: float) -> np.ndarray:
-    """Whether each of N texts is a near-duplicate of a known one, `[N]` bool; one text of each bucket is compared."""
-    found = np.zeros(len(texts), bool)
-    if not len(texts) or not len(known):
-        return found
-    for band in range(BANDS):
-        order = np.argsort(known.bands[:, band], kind="stable")
-        there = known.bands[order, band]
-        place = np.minimum(np.searchsorted(there, texts.bands[:, band]), len(there) - 1)
-        candidates = np.flatnonzero(there[place] == texts.bands[:, band])
-        share = (texts.low[candidates] == known.low[order[place[candidates]]]).mean(axis=1)
-        found[candidates[(share - 1 / 256) / (1 - 1 / 256) >= similarity]] = True
-    return found

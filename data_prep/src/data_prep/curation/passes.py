@@ -104,6 +104,27 @@ def sample_at(dataset: Dataset, number: int) -> Sample:
     return Sample(dataset.kind, row, members, _content(dataset, row, members))
 
 
+class Numbered:
+    """The samples of several data sets by one number each, in order."""
+
+    def __init__(self, directories: Sequence[str]) -> None:
+        self._datasets = [Dataset.open(directory) for directory in directories]
+        self._begins = np.cumsum([0, *(len(dataset) for dataset in self._datasets)])
+
+    def _place(self, number: int) -> tuple[Dataset, int]:
+        which = int(np.searchsorted(self._begins, number, "right")) - 1
+        return self._datasets[which], number - int(self._begins[which])
+
+    def sample(self, number: int) -> Sample:
+        """UserError if its JSON is not of the shard format."""
+        return sample_at(*self._place(number))
+
+    def name(self, number: int) -> str:
+        """The sample's data set and key, as receipts name it."""
+        dataset, place = self._place(number)
+        return f"{dataset.directory}: {dataset.row(place).key}"
+
+
 def write(output: Output, piece: JsonObject, sample: Sample, *, kind: str | None = None, tokens: int | None) -> None:
     """Write a sample with changed content; `tokens` of its longest text, None if unknown."""
     key = sample.row.key if piece["keep_keys"] else None
@@ -177,11 +198,11 @@ def job_on(
 
 
 def two_passes(
-    survey: Survey, job: Job, decide: Callable[[Survey], Iterable[np.ndarray]], execution: Execution | None
+    survey: Survey, job: Job, decide: Callable[[Survey], Iterable[dict[str, np.ndarray]]], execution: Execution | None
 ) -> JsonObject | None:
     """Survey, decide on all samples, and rewrite; returns the receipt, None if other array tasks have units left.
 
-    `decide` yields an array for each piece of the job, whose work reads it with `decision`.
+    `decide` yields arrays for each piece of the job, among them `values`; its work reads them with `decision`.
     """
     execution = execution or Execution()
     if not any((job.target.folder(kind) / "receipt.json").exists() for kind in KINDS):
@@ -190,9 +211,9 @@ def two_passes(
             return None
         print(f"{survey.folder}: deciding, over all samples")
         progress = Progress(len(job.pieces))
-        for piece, values in zip(job.pieces, decide(survey), strict=True):
-            save(Path(piece["decided"]), values=values)
-            progress.add(len(values))
+        for piece, arrays in zip(job.pieces, decide(survey), strict=True):
+            save(Path(piece["decided"]), **arrays)
+            progress.add(len(arrays["values"]))
         progress.finish()
     receipt = run_job(job, execution)
     if receipt is not None:
@@ -201,9 +222,9 @@ def two_passes(
     return receipt
 
 
-def decision(piece: JsonObject) -> np.ndarray:
+def decision(piece: JsonObject) -> dict[str, np.ndarray]:
     """The decisions on the samples of a piece."""
-    return load(Path(piece["decided"]))["values"]
+    return load(Path(piece["decided"]))
 
 
 def save(path: Path, **arrays: np.ndarray) -> None:

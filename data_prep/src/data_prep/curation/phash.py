@@ -32,25 +32,38 @@ def perceptual_hash(image: Image.Image) -> int | None:
     return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big")
 
 
-def pairs_within(hashes: np.ndarray, distance: int) -> np.ndarray:
-    """All pairs of hashes that differ in at most `distance` bits, `[P, 2]` int64, the earlier one first.
+def buckets_within(hashes: np.ndarray, distance: int) -> tuple[np.ndarray, np.ndarray]:
+    """(items, buckets), `[M]` int64: two of N hashes `[N]` share a bucket if they differ in at most `distance` bits."""
+    different, which, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+    order = np.argsort(which, kind="stable")  # the items of each different hash, side by side
+    begins = np.cumsum(counts) - counts
+    pairs = pairs_within(different, distance)
+    # A bucket for each hash that several have, and one for each pair of hashes.
+    several = np.flatnonzero(counts > 1)
+    members = np.concatenate([several, pairs.ravel()])
+    buckets = np.concatenate([np.arange(len(several)), len(several) + np.repeat(np.arange(len(pairs)), 2)])
+    sizes = counts[members]
+    inside = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return order[np.repeat(begins[members], sizes) + inside], np.repeat(buckets, sizes)
+
+
+def pairs_within(different: np.ndarray, distance: int) -> np.ndarray:
+    """All pairs of different hashes that differ in at most `distance` bits, `[P, 2]` int64, the earlier one first.
 
     Multi-index hashing (Norouzi 2012): of two such hashes, one of the four quarters differs in at most `distance` // 4
-    bits, so only hashes with such a quarter are compared. Equal hashes are given as pairs with the first of them alone.
+    bits, so only hashes with such a quarter are compared.
 
     Args:
-        hashes: `[N]` uint64. distance: 0 to 15.
+        different: `[N]` uint64, sorted. distance: 0 to 15.
     """
     if not 0 <= distance <= 15:
         raise ValueError(f"distance {distance}: expected 0 to 15; beyond that, a third of all images are alike")
-    different, first, group = np.unique(hashes, return_index=True, return_inverse=True)
-    later = np.flatnonzero(first[group] != np.arange(len(hashes)))
-    found = [np.stack([first[group[later]], later], 1)]
+    found = [np.zeros((0, 2), np.int64)]
     for chunk, mask in itertools.product(range(_CHUNKS), _masks(distance // _CHUNKS)):
         quarter = (different >> np.uint64(_CHUNK_BITS * chunk)).astype(np.uint16)
         for one, two in _equal_pairs(quarter, quarter ^ np.uint16(mask)):
             near = np.bitwise_count(different[one] ^ different[two]) <= distance
-            found.append(np.stack([first[one[near]], first[two[near]]], 1))
+            found.append(np.stack([one[near], two[near]], 1))
     pairs = np.sort(np.concatenate(found).astype(np.int64), axis=1)
     return np.unique(pairs, axis=0)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +40,8 @@ class SignatureStore:
                 self._low.write(low.tobytes())
                 self._count += len(low)
             self._low.flush()
+            shape = (self._count, PERMUTATIONS)  # a file of nothing cannot be mapped
+            self._rows = np.memmap(self._low, np.uint8, "r", shape=shape) if self._count else np.empty(shape, np.uint8)
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror}); free some space and run again") from error
 
@@ -64,5 +65,5 @@ class SignatureStore:
 
     def low_of(self, texts: np.ndarray) -> np.ndarray:
         """The low bytes of the minima of some texts, `[M, PERMUTATIONS]` uint8."""
-        rows = (os.pread(self._low.fileno(), PERMUTATIONS, PERMUTATIONS * text) for text in texts.tolist())
-        return np.frombuffer(b"".join(rows), np.uint8).reshape(-1, PERMUTATIONS)
+        rows: np.ndarray = self._rows[texts]
+        return rows

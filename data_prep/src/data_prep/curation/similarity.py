@@ -58,9 +58,10 @@ def filter_by_similarity(
     rules = {**scoring, "threshold": threshold, "top": top}
     job = passes.job_on(datasets, target, "similarity", f"{__name__}:cut", rules, survey)
 
-    def decide(survey: passes.Survey) -> list[np.ndarray]:
+    def decide(survey: passes.Survey) -> list[dict[str, np.ndarray]]:
         found = [passes.load(file) for file in survey.files()]
-        return keep([part["scores"] for part in found], [part["languages"] for part in found], threshold, top)
+        kept = keep([part["scores"] for part in found], [part["languages"] for part in found], threshold, top)
+        return [{"values": values} for values in kept]
 
     return passes.two_passes(survey, job, decide, execution)
 
@@ -113,7 +114,7 @@ def score(piece: JsonObject, options: JsonObject, output: Output) -> None:
 
 def cut(piece: JsonObject, options: JsonObject, output: Output) -> None:
     """The rewriting pass."""
-    kept = iter(passes.decision(piece).tolist())
+    kept = iter(passes.decision(piece)["values"].tolist())
     for sample in passes.samples_of(piece):
         output.came_in()
         captions = sample.content["captions"]

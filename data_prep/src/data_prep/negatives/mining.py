@@ -102,7 +102,7 @@ def embed(piece: JsonObject, options: JsonObject, output: Output) -> None:
 def compose(piece: JsonObject, options: JsonObject, output: Output) -> None:
     """The rewriting pass: each pair with the targets that were chosen for it."""
     corpus = _corpus(tuple(options["datasets"]))
-    for sample, chosen in zip(passes.samples_of(piece), passes.decision(piece).tolist(), strict=True):
+    for sample, chosen in zip(passes.samples_of(piece), passes.decision(piece)["values"].tolist(), strict=True):
         output.came_in()
         if chosen[0] < 0:
             output.drop(f"fewer than {options['count']} negatives passed the guards", sample.row.key)
@@ -111,7 +111,9 @@ def compose(piece: JsonObject, options: JsonObject, output: Output) -> None:
         passes.write(output, piece, sample, kind="text-triplets", tokens=None)
 
 
-def _decide(survey: passes.Survey, guards: Guards, similarity: float, exact_up_to: int) -> Iterator[np.ndarray]:
+def _decide(
+    survey: passes.Survey, guards: Guards, similarity: float, exact_up_to: int
+) -> Iterator[dict[str, np.ndarray]]:
     files = survey.files()
     known = Known(
         query=_groups(files, "query", similarity),
@@ -126,7 +128,7 @@ def _decide(survey: passes.Survey, guards: Guards, similarity: float, exact_up_t
         part = passes.load(file, "query", "target")
         scores, neighbours = search(index, part["query"], guards.ranks[1] + _SPARE)
         positives = (part["query"].astype(np.float32) * part["target"].astype(np.float32)).sum(axis=1)
-        yield choose(neighbours, scores, positives, first, known, answers_of, guards)
+        yield {"values": choose(neighbours, scores, positives, first, known, answers_of, guards)}
         first += len(positives)
 
 
