@@ -4,9 +4,9 @@
 
 Texts are of some 100 characters, from a vocabulary with Zipf's distribution; every tenth is another one with one word
 changed. Both look for those alike to 0.8, in one process and one thread: datasketch by its estimate, ours by the exact
-Jaccard similarity of what its estimate finds, with signatures on the disk, as `data-prep dedup` does. Recall is measured
-on what was planted (ours: where the text that it was made from stays). Seconds are those of the processor, so that a
-busy machine does not blur them. Writes `results/near_duplicates.json`.
+Jaccard similarity of what its estimate finds, with signatures on the disk, as `data-prep dedup` does. Recall is of what
+was planted (ours: where the text that it was made from stays). Seconds are those of the processor, so that a busy
+machine does not blur them. Writes `results/near_duplicates.json`.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from data_prep.cli import main
+from data_prep.curation import passes
 from data_prep.curation.phash import perceptual_hash
 from data_prep.curation.text_duplicates import TELLING, information
 from data_prep.shards import Dataset
@@ -112,6 +113,25 @@ def test_what_a_text_says_is_counted_in_letters_of_an_alphabet():
     assert information("고양이") == 6
     assert information("ねこ") == 3
     assert information("北京大学的图书馆在") >= TELLING
+
+
+def test_an_array_task_that_is_late_finds_the_result_and_says_so(write_images, tmp_path, capsys, monkeypatch):
+    shards = write_images("a", [(encoded(photo(seed % 3)), [text("x")]) for seed in range(5)])
+    command = [shards, "--out", tmp_path / "out", "--name", "n"]
+    dedup(*command, "--task", "0/3")
+    assert "other array tasks have units left; when all are done, run the array again" in capsys.readouterr().out
+    dedup(*command, "--task", "1/3")
+    real = passes.save
+
+    def publish_first(path, **arrays):  # another task, while this one decides
+        monkeypatch.setattr(passes, "save", real)
+        dedup(*command)
+        real(path, **arrays)
+
+    monkeypatch.setattr(passes, "save", publish_first)
+    dedup(*command, "--task", "2/3")
+    assert "nothing to do" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["image-short"]
 
 
 def test_a_dry_run_shows_what_would_go_and_the_next_run_goes_on_with_its_survey(write_images, tmp_path, capsys):

@@ -46,25 +46,42 @@ def test_what_is_chosen_is_the_hardest_that_breaks_no_rule(guards):
     """Written again, rule by rule and without speed."""
     draw = np.random.default_rng(1)
     count = 120
-    known = Known(draw.integers(0, 60, count), draw.integers(0, 90, count), draw.integers(0, 100, count))
+    asked, texts = draw.integers(0, 60, count), [tuple(draw.integers(0, 90, draw.integers(1, 3))) for _ in range(count)]
+    items = draw.integers(0, 100, count)
+
+    def alike(one, others):  # 10 and 11, 20 and 21, … are nearly the same text
+        return any(one != other and one // 10 == other // 10 and {one % 10, other % 10} == {0, 1} for other in others)
+
+    known = Known(texts, items, lambda pair: set(np.flatnonzero(asked == asked[pair]).tolist()), alike)
     queries, answers = unit(draw.normal(size=(count, 6))), unit(draw.normal(size=(count, 6)))
     answers = unit(answers + queries)
     scores, neighbours = search(build_index(in_parts(answers), count), queries, count)
-    positives = (queries * answers).sum(1)
-    chosen = choose(neighbours, scores, positives, 0, known, known.answers_of(), guards)
     kept = 0
     for query in range(count):
-        right = {known.answer[n] for n in range(count) if known.query[n] == known.query[query]}
-        wrong = []
-        for pair in np.argsort(-(queries[query] @ answers.T), kind="stable"):
-            seen = known.answer[pair] in {known.answer[n] for n in wrong}
-            if known.answer[pair] not in right and known.item[pair] != known.item[query] and not seen:
+        positive = float(queries[query] @ answers[query])
+        found, spare, more = choose(query, neighbours[query].tolist(), scores[query].tolist(), positive, known, guards)
+        right = {text for n in range(count) if asked[n] == asked[query] for text in texts[n]}
+        wrong, seen = [], set()
+        for pair in np.argsort(-(queries[query] @ answers.T), kind="stable").tolist():
+            if items[pair] == items[query] or seen & set(texts[pair]) or set(texts[pair]) <= right:
+                continue
+            seen |= set(texts[pair]) - right
+            if not right & set(texts[pair]):
                 wrong.append(pair)
         window = wrong[guards.ranks[0] - 1 : guards.ranks[1]]
-        allowed = [pair for pair in window if queries[query] @ answers[pair] <= positives[query] - guards.margin]
-        expected = allowed[: guards.count] if len(allowed) >= guards.count else [-1] * guards.count
-        assert chosen[query].tolist() == [int(pair) for pair in expected]
-        kept += expected[0] >= 0
+        allowed = [
+            pair
+            for pair in window
+            if queries[query] @ answers[pair] <= positive - guards.margin
+            and not any(alike(text, right) for text in texts[pair])
+        ]
+        assert [pair for pair, _ in found] == allowed[: guards.count]
+        assert all(places == list(range(len(texts[pair]))) for pair, places in found)
+        for pair, places in spare:
+            assert 0 < len(places) < len(texts[pair])
+            assert not right & {texts[pair][place] for place in places}
+        assert more == (len(found) < guards.count and len(wrong) < guards.ranks[1])
+        kept += len(found) == guards.count
     assert kept > 0
 
 
@@ -177,3 +194,52 @@ def test_a_pair_without_one_of_its_sides_is_named(text_tower, tmp_path, capsys, 
     out = ["--out", str(tmp_path / "out"), "--name", "hard", "--workers", "1"]
     assert main(["negatives", str(tmp_path / "pairs"), "--model", str(text_tower[0]), *out]) == 2
     assert f"sample 'k1': its .json has no {empty}, which" in capsys.readouterr().err
+
+
+def write(folder, rows):
+    with DatasetWriter(folder, kind="text-pairs", source="made", samples_per_shard=100) as writer:
+        for number, (query, answers) in enumerate(rows):
+            sides = [
+                [{"text": text, "language": "en", "origin": "human", "role": "body"} for text in texts]
+                for texts in ([query], answers)
+            ]
+            fields = {"query": sides[0], "target": sides[1], "source": "made", "item": str(number)}
+            writer.write(f"k{number}", {"json": json.dumps(fields).encode()}, languages=["en"], tokens=None)
+    return str(folder)
+
+
+def mined(folder, shards, tmp_path, *options):
+    out = ["--out", str(tmp_path / "out"), "--name", "hard", "--margin", "0", "--workers", "1"]
+    assert main(["negatives", shards, "--model", str(folder), *out, *options]) == 0
+    dataset = Dataset.open(tmp_path / "out/text-triplets/hard")
+    return [json.loads(dataset.read(number)["json"]) for number in range(len(dataset))]
+
+
+def test_a_query_with_more_answers_than_neighbours_still_gets_its_negatives(text_tower, tmp_path):
+    """Its own answers are the nearest; the first search finds nothing else."""
+    draw = np.random.default_rng(0)
+    popular = "red circle and blue star"
+    rows = [(popular, [f"{popular} {' '.join(draw.choice(WORDS, 9))}"]) for _ in range(120)]
+    rows += [(" ".join(draw.choice(WORDS, 8)), [" ".join(draw.choice(WORDS, 14))]) for _ in range(60)]
+    found = mined(text_tower[0], write(tmp_path / "pairs", rows), tmp_path, "--ranks", "1", "20", "--count", "2")
+    own = {answers[0] for query, answers in rows if query == popular}
+    triplets = [sample for sample in found if sample["query"][0]["text"] == popular]
+    assert len(triplets) > 100
+    assert not own & {text["text"] for sample in triplets for texts in sample["negatives"] for text in texts}
+
+
+def test_no_alternative_of_a_negative_is_or_nearly_is_an_answer(text_tower, tmp_path):
+    draw = np.random.default_rng(1)
+    shared = "nobody knows the answer to this question about the old white house on the hill, "
+    shared += "and nobody ever will, say the neighbours"
+    rows = [("what is it", [shared])]
+    for number in range(40):
+        query = " ".join(draw.choice(WORDS, 8))
+        also = shared if number % 2 else shared.replace("old white", "old grey")  # nearly the same
+        rows.append((query, [f"{query} {' '.join(draw.choice(WORDS, 3))}", also]))
+    found = mined(text_tower[0], write(tmp_path / "pairs", rows), tmp_path, "--ranks", "1", "40", "--count", "3")
+    assert len(found) > 20
+    for sample in found:
+        texts = [text["text"] for texts in sample["negatives"] for text in texts]
+        assert len(texts) == 3
+        assert not [text for text in texts if text.startswith("nobody knows")]

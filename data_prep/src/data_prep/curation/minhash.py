@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -159,17 +159,38 @@ def near_duplicates(
         text_of: gives the text of a number, for the exact similarity; without it, the estimated one decides.
     """
     first = np.arange(len(found))
-    places = first if among is None else np.flatnonzero(among)
+    alike = Comparison(found, found, similarity, text_of, text_of)
+    for item, other in fallen(*_buckets(found, among), alike.first):
+        first[item] = other
+    return first
+
+
+def alike_pairs(
+    found: Signed, *, similarity: float, among: np.ndarray, text_of: Callable[[int], str]
+) -> list[tuple[int, int]]:
+    """All pairs (earlier, later) of texts whose Jaccard similarity is at least `similarity`; arguments as above."""
+    pairs: list[tuple[int, int]] = []
+    alike = Comparison(found, found, similarity, text_of, text_of)
+
+    def collect(item: int, near: np.ndarray) -> int:
+        pairs.extend((other, item) for other in alike.all(item, near))
+        return -1
+
+    for _ in fallen(*_buckets(found, among), collect):
+        pass
+    return pairs
+
+
+def _buckets(found: Signed, among: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """(texts, buckets), `[M]` int64 each: all that share a group of minima with another."""
+    places = np.arange(len(found)) if among is None else np.flatnonzero(among)
     members, begin = [], 0
     for number in range(BANDS):
         items, buckets = shared(found.band(number)[places])
         members.append(np.stack([places[items], buckets + begin]))
         begin += len(items)
-    items, buckets = np.concatenate(members, axis=1)
-    alike = _Comparison(found, found, similarity, text_of, text_of)
-    for item, other in fallen(items, buckets, alike.first):
-        first[item] = other
-    return first
+    texts, buckets = np.concatenate(members, axis=1)
+    return texts, buckets
 
 
 def match(
@@ -185,7 +206,7 @@ def match(
     All that share a group of minima are compared; by exact similarity if both functions are given.
     """
     found = np.full(len(texts), -1)
-    compared = _Comparison(texts, known, similarity, text_of, known_text_of)
+    compared = Comparison(texts, known, similarity, text_of, known_text_of)
     candidates: defaultdict[int, list[np.ndarray]] = defaultdict(list)
     for number in range(BANDS):
         order = np.argsort(known.bands[:, number], kind="stable")
@@ -204,7 +225,7 @@ def matches(texts: Signatures, known: Signatures, *, similarity: float) -> np.nd
     return found
 
 
-class _Comparison:
+class Comparison:
     """Texts against others: by the estimate, and where functions give the texts, by their exact similarity."""
 
     def __init__(
@@ -225,6 +246,10 @@ class _Comparison:
 
     def first(self, text: int, others: np.ndarray) -> int:
         """One of the `others` that the text is like, the likest by the estimate first; -1 if there is none."""
+        return next(self.all(text, others), -1)
+
+    def all(self, text: int, others: np.ndarray) -> Iterator[int]:
+        """Those of the `others` that the text is like, the likest by the estimate first."""
         estimates = estimate(self._texts.low_of(np.array([text])), self._others.low_of(others))
         order = np.argsort(-estimates, kind="stable")
         exact = self._runs_of is not None and self._other_runs_of is not None
@@ -232,12 +257,12 @@ class _Comparison:
         for place in order[: int((estimates >= least).sum())]:
             other = int(others[place])
             if not exact:
-                return other
+                yield other
+                continue
             one, two = self._runs_of(text), self._other_runs_of(other)  # type: ignore[misc]
             both = len(one & two)
             if both >= self._similarity * (len(one) + len(two) - both):
-                return other
-        return -1
+                yield other
 
 
 def _runs(text: str) -> frozenset[int]:

@@ -205,21 +205,33 @@ def two_passes(
     `decide` yields arrays for each piece of the job, among them `values`; its work reads them with `decision`.
     """
     execution = execution or Execution()
-    if not any((job.target.folder(kind) / "receipt.json").exists() for kind in KINDS):
+    if not _published(job):
         if not survey.run(execution):
             print("other array tasks have units left; when all are done, run the array again to continue")
             return None
-        print(f"{survey.folder}: deciding, over all samples")
-        progress = Progress(len(job.pieces))
-        for piece, arrays in zip(job.pieces, decide(survey), strict=True):
-            save(Path(piece["decided"]), **arrays)
-            progress.add(len(arrays["values"]))
-        progress.finish()
+        try:
+            _decide(survey, job, decide)
+        except UserError:
+            if not _published(job):  # then another array task was faster, and removed the survey
+                raise
     receipt = run_job(job, execution)
     if receipt is not None:
         for folder in Path(job.target.out).glob(f"{job.target.name}.survey-*"):
             shutil.rmtree(folder, ignore_errors=True)
     return receipt
+
+
+def _published(job: Job) -> bool:
+    return any((job.target.folder(kind) / "receipt.json").exists() for kind in KINDS)
+
+
+def _decide(survey: Survey, job: Job, decide: Callable[[Survey], Iterable[dict[str, np.ndarray]]]) -> None:
+    print(f"{survey.folder}: deciding, over all samples")
+    progress = Progress(len(job.pieces))
+    for piece, arrays in zip(job.pieces, decide(survey), strict=True):
+        save(Path(piece["decided"]), **arrays)
+        progress.add(len(arrays["values"]))
+    progress.finish()
 
 
 def decision(piece: JsonObject) -> dict[str, np.ndarray]:

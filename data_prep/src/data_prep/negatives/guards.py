@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,57 +33,60 @@ class Guards:
 
 @dataclass(frozen=True)
 class Known:
-    """Groups of N pairs, each `[N]` int64: pairs with equal numbers have (nearly) the same query, (nearly) the same
-    answer, or the same item.
+    """What is known of N pairs.
+
+    answers: `[N]`, the texts of each pair's answer, all alternatives, as numbers; equal texts have equal ones.
+    items: `[N]` int64, what each pair is about.
+    pairs_of: from a pair to all pairs that have (nearly) the same query, itself among them.
+    alike: whether a text is nearly one of some others.
     """
 
-    query: np.ndarray
-    answer: np.ndarray
-    item: np.ndarray
+    answers: Sequence[Sequence[int]]
+    items: np.ndarray
+    pairs_of: Callable[[int], set[int]]
+    alike: Callable[[int, Sequence[int]], bool]
 
-    def answers_of(self) -> Callable[[int], set[int]]:
-        """A function from a query to the answers of all pairs with that query."""
-        order = np.argsort(self.query, kind="stable")
-        queries = self.query[order]
 
-        def of(query: int) -> set[int]:
-            begin, end = np.searchsorted(queries, [query, query + 1])
-            return set(self.answer[order[begin:end]].tolist())
-
-        return of
+Negative = tuple[int, list[int]]
+"""A pair, and the places of the alternatives of its answer that are negatives."""
 
 
 def choose(
-    neighbours: np.ndarray,
-    scores: np.ndarray,
-    positives: np.ndarray,
-    first: int,
-    known: Known,
-    answers_of: Callable[[int], set[int]],
-    guards: Guards,
-) -> np.ndarray:
-    """The hardest negatives that pass, `[Q, count]` int64; a row of -1 where there are too few.
+    query: int, near: Sequence[int], scores: Sequence[float], positive: float, known: Known, guards: Guards
+) -> tuple[list[Negative], list[Negative], bool]:
+    """(the hardest negatives of pair `query` that pass, up to `count`; others to fill up with; whether deeper
+    neighbours may give more).
+
+    A candidate passes if none of its answers, any alternative, is (nearly) one of a pair with (nearly) this query.
+    Where some are, the rest may fill up: an alternative that many pairs share ("unknown") says little about them. Exact
+    copies of answers do not count in the ranks.
 
     Args:
-        neighbours, scores: `[Q, k]`, pairs whose answers are nearest to queries `first`, `first` + 1, …, most similar
-            first, and their cosine similarities; -1 where there is none.
-        positives: `[Q]`, the similarity of each query to its own answer.
+        near, scores: `[k]`, the pairs whose answers are nearest to the query, most similar first, and the similarities.
+        positive: the similarity of the query to its own answer.
     """
-    chosen = np.full((len(neighbours), guards.count), -1, np.int64)
-    for row, (near, similar) in enumerate(zip(neighbours.tolist(), scores.tolist(), strict=True)):
-        query, most = first + row, float(positives[row]) - guards.margin
-        right = answers_of(int(known.query[query])) | {int(known.answer[query])}
-        taken: set[int] = set()
-        found: list[int] = []
-        for pair, score in zip(near, similar, strict=True):
-            if pair < 0 or len(taken) == guards.ranks[1] or len(found) == guards.count:
-                break
-            answer = int(known.answer[pair])
-            if answer in right or known.item[pair] == known.item[query] or answer in taken:
-                continue
-            taken.add(answer)  # copies of one answer count once, as negatives and in the ranks
-            if len(taken) >= guards.ranks[0] and score <= most:
-                found.append(pair)
-        if len(found) == guards.count:
-            chosen[row] = found
-    return chosen
+    right = {answer for pair in known.pairs_of(query) for answer in known.answers[pair]}
+    right_ones = sorted(right)
+    taken: set[int] = set()
+    found: list[Negative] = []
+    spare: list[Negative] = []
+    rank = 0
+    for pair, score in zip(near, scores, strict=True):
+        answers = known.answers[pair]
+        if known.items[pair] == known.items[query] or taken.intersection(answers) or right.issuperset(answers):
+            continue
+        taken.update(set(answers) - right)  # copies of one answer count once, as negatives and in the ranks
+        clean = right.isdisjoint(answers)
+        rank += clean
+        if rank > guards.ranks[1]:
+            return found, spare, False
+        if rank + len(spare) + (not clean) < guards.ranks[0] or score > positive - guards.margin:
+            continue
+        wrong = [place for place, one in enumerate(answers) if one not in right and not known.alike(one, right_ones)]
+        if len(wrong) == len(answers):
+            found.append((pair, wrong))
+            if len(found) == guards.count:
+                return found, spare, False
+        elif wrong and len(spare) < guards.count:
+            spare.append((pair, wrong))
+    return found, spare, rank < guards.ranks[1]

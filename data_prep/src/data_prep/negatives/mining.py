@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,16 @@ from typing import Any
 import numpy as np
 
 from data_prep.curation import passes
-from data_prep.curation.minhash import near_duplicates, signatures
+from data_prep.curation.minhash import Comparison, Signed, alike_pairs, normalize_text, signatures
 from data_prep.curation.signature_store import SignatureStore, arrays_of
 from data_prep.errors import UserError, needs
 from data_prep.execute import Execution, Output, Target
 from data_prep.negatives.guards import Guards, Known, choose
 from data_prep.negatives.search import EXACT_UP_TO, build_index, search
-from data_prep.shards import Dataset
 from data_prep.shards.format import JsonObject
 
 _SPARE = 50  # neighbours beyond the last rank, to replace those that are answers
+_FOUND_AT_A_TIME = 10_000_000  # neighbours of all queries of one search
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,11 @@ def mine_negatives(
     """Write text pairs to `target` as triplets with hard negatives.
 
     Of a pair the first query is embedded, and the first target that differs from it. The negatives of a query are
-    targets of other pairs, with all their alternatives. A pair with too few negatives is dropped.
+    targets of other pairs, with all their alternatives, of which none is nearly an answer of a pair with nearly this
+    query. A pair with too few negatives is dropped.
 
     Args:
-        similarity: texts with this estimated Jaccard similarity or more count as the same query or answer.
+        similarity: texts with this Jaccard similarity or more count as the same query or answer.
         exact_up_to: up to so many pairs the search is exact; for more it uses inverted lists.
 
     Raises:
@@ -64,7 +66,7 @@ def mine_negatives(
     datasets = passes.open_alike(directories)
     if datasets[0].kind != "text-pairs":
         raise UserError(f"{datasets[0].directory} holds {datasets[0].kind}; expected text-pairs")
-    encoding = {**asdict(embedding), "model": str(_text_folder(Path(embedding.model)).resolve())}
+    encoding = {"version": 2, **asdict(embedding), "model": str(_text_folder(Path(embedding.model)).resolve())}
     survey = passes.Survey(target, f"{__name__}:embed", passes.pieces_of(datasets), encoding)
     rules = {
         **encoding,
@@ -74,83 +76,164 @@ def mine_negatives(
         "datasets": [str(dataset.directory.resolve()) for dataset in datasets],
     }
     job = passes.job_on(datasets, target, "negatives", f"{__name__}:compose", rules, survey)
-    return passes.two_passes(survey, job, lambda done: _decide(done, guards, similarity, exact_up_to), execution)
+    samples = passes.Numbered(rules["datasets"])
+    return passes.two_passes(
+        survey, job, lambda done: _decide(done, guards, similarity, exact_up_to, samples), execution
+    )
 
 
 def embed(piece: JsonObject, options: JsonObject, output: Output) -> None:
-    """The survey: unit embeddings and MinHash signatures of query and target, and the item."""
+    """The survey: unit embeddings of query and target, the item, and of all texts of either side a signature, a key and
+    the pair that they belong to."""
     queries, targets, items = [], [], []
+    sides: dict[str, list[list[str]]] = {"query": [], "target": []}
     for sample in passes.samples_of(piece):
         output.came_in()
-        query, alternatives = (sample.content[side] for side in ("query", "target"))
-        queries.append(query[0]["text"])
+        for side, own in sides.items():
+            own.append([text["text"] for text in sample.content[side]])
+        queries.append(sides["query"][-1][0])
         # Names are equal in many languages: the first that differs from the query says more.
-        targets.append(next((text["text"] for text in alternatives if text["text"] != queries[-1]), queries[-1]))
-        item = f"{sample.content.get('source')}:{sample.content.get('item', sample.row.key)}"
-        items.append(int.from_bytes(hashlib.sha256(item.encode("utf-8", "replace")).digest()[:8], "big"))
+        targets.append(next((text for text in sides["target"][-1] if text != queries[-1]), queries[-1]))
+        items.append(_key(f"{sample.content.get('source')}:{sample.content.get('item', sample.row.key)}"))
     tower = _tower(options["model"])
-    sides: dict[str, np.ndarray] = {}
-    for side, texts in (("query", queries), ("target", targets)):
+    arrays: dict[str, np.ndarray] = {"items": np.array(items, np.uint64)}
+    for side, texts, task in (("query", queries, "query_task"), ("target", targets, "target_task")):
         try:
-            rows = tower.encode(texts, task=options[f"{side}_task"], truncate_dim=options["dim"])
+            rows = tower.encode(texts, task=options[task], truncate_dim=options["dim"])
         except ValueError as error:
             raise UserError(f"{options['model']}: {error}") from error
-        sides |= {side: rows.astype(np.float16), **arrays_of(side, signatures(texts))}
-    passes.save(Path(piece["survey"]), items=np.array(items, np.uint64), **sides)
+        flat = [text for texts in sides[side] for text in texts]
+        arrays |= {
+            side: rows.astype(np.float16),
+            f"{side}_keys": np.array([_key(normalize_text(text)) for text in flat], np.uint64),
+            f"{side}_counts": np.array([len(texts) for texts in sides[side]], np.int64),
+            **arrays_of(side, signatures(flat)),
+        }
+    passes.save(Path(piece["survey"]), **arrays)
 
 
 def compose(piece: JsonObject, options: JsonObject, output: Output) -> None:
     """The rewriting pass: each pair with the targets that were chosen for it."""
-    corpus = _corpus(tuple(options["datasets"]))
-    for sample, chosen in zip(passes.samples_of(piece), passes.decision(piece)["values"].tolist(), strict=True):
+    corpus = _numbered(tuple(options["datasets"]))
+    decided = passes.decision(piece)
+    rows = zip(passes.samples_of(piece), decided["values"].tolist(), decided["alternatives"].tolist(), strict=True)
+    for sample, chosen, alternatives in rows:
         output.came_in()
         if chosen[0] < 0:
             output.drop(f"fewer than {options['count']} negatives passed the guards", sample.row.key)
             continue
-        sample.content["negatives"] = [corpus.target(pair) for pair in chosen]
+        sample.content["negatives"] = [
+            [text for place, text in enumerate(corpus.sample(pair).texts[1]) if which >> place & 1]
+            for pair, which in zip(chosen, alternatives, strict=True)
+        ]
         passes.write(output, piece, sample, kind="text-triplets", tokens=None)
 
 
 def _decide(
-    survey: passes.Survey, guards: Guards, similarity: float, exact_up_to: int
+    survey: passes.Survey, guards: Guards, similarity: float, exact_up_to: int, samples: passes.Numbered
 ) -> Iterator[dict[str, np.ndarray]]:
     files = survey.files()
-    known = Known(
-        query=_groups(files, "query", similarity),
-        answer=_groups(files, "target", similarity),
-        item=np.unique(np.concatenate([passes.load(file, "items")["items"] for file in files]), return_inverse=True)[1],
-    )
-    index = build_index(
-        lambda: (passes.load(file, "target")["target"] for file in files), len(known.query), exact_up_to=exact_up_to
-    )
-    answers_of, first = known.answers_of(), 0
-    for file in files:
-        part = passes.load(file, "query", "target")
-        scores, neighbours = search(index, part["query"], guards.ranks[1] + _SPARE)
-        positives = (part["query"].astype(np.float32) * part["target"].astype(np.float32)).sum(axis=1)
-        yield {"values": choose(neighbours, scores, positives, first, known, answers_of, guards)}
-        first += len(positives)
+    with SignatureStore(files, "query") as asked, SignatureStore(files, "target") as answered:
+        queries, answers = (_Side(files, side, samples) for side in ("query", "target"))
+        known = Known(
+            answers=answers.by_pair(),
+            items=np.concatenate([passes.load(file, "items")["items"] for file in files]),
+            pairs_of=queries.neighbours(asked, similarity),
+            alike=answers.comparison(answered, similarity),
+        )
+        index = build_index(
+            lambda: (passes.load(file, "target")["target"] for file in files), len(known.items), exact_up_to=exact_up_to
+        )
+        first = 0
+        for file in files:
+            part = passes.load(file, "query", "target")
+            positives = (part["query"].astype(np.float32) * part["target"].astype(np.float32)).sum(axis=1)
+            values, alternatives = _choose(index, part["query"], positives, first, known, guards)
+            yield {"values": values, "alternatives": alternatives}
+            first += len(positives)
 
 
-def _groups(files: Sequence[Path], side: str, similarity: float) -> np.ndarray:
-    with SignatureStore(files, side) as stored:
-        return near_duplicates(stored, similarity=similarity)
+def _choose(
+    index: Any, queries: np.ndarray, positives: np.ndarray, first: int, known: Known, guards: Guards
+) -> tuple[np.ndarray, np.ndarray]:
+    """(the negatives of pairs `first`, `first` + 1, …, `[Q, count]` int64, a row of -1 where there are too few; which
+    of their alternatives, `[Q, count]` uint64, a bit each).
+
+    A query whose own answers fill its neighbours is searched again, with as many as it takes.
+    """
+    chosen = np.full((len(queries), guards.count), -1, np.int64)
+    alternatives = np.zeros(chosen.shape, np.uint64)
+    left, depth = list(range(len(queries))), guards.ranks[1] + _SPARE
+    while left:
+        again, at_a_time = [], max(1, _FOUND_AT_A_TIME // depth)
+        for start in range(0, len(left), at_a_time):
+            rows = left[start : start + at_a_time]
+            scores, neighbours = search(index, queries[rows], depth)
+            for row, near, similar in zip(rows, neighbours, scores, strict=True):
+                there = near >= 0
+                nearest = near[there].tolist(), similar[there].tolist()
+                found, spare, more = choose(first + row, *nearest, float(positives[row]), known, guards)
+                if len(found) < guards.count and more and depth < index.ntotal:
+                    again.append(row)
+                elif len(found) + len(spare) >= guards.count:
+                    found += spare[: guards.count - len(found)]
+                    chosen[row] = [pair for pair, _ in found]
+                    alternatives[row] = [sum(1 << place for place in places if place < 64) for _, places in found]
+        left, depth = again, 4 * depth
+    return chosen, alternatives
 
 
-class _Corpus:
-    """The targets of all pairs, by the numbers of the survey."""
+class _Side:
+    """All texts of one side of the pairs, of which equal ones have one number: that of the first."""
 
-    def __init__(self, directories: Sequence[str]) -> None:
-        self._datasets = [Dataset.open(directory) for directory in directories]
-        self._begins = np.cumsum([0, *(len(dataset) for dataset in self._datasets)])
+    def __init__(self, files: Sequence[Path], side: str, samples: passes.Numbered) -> None:
+        parts = [passes.load(file, f"{side}_keys", f"{side}_counts") for file in files]
+        keys = np.concatenate([part[f"{side}_keys"] for part in parts])
+        self.counts = np.concatenate([part[f"{side}_counts"] for part in parts])
+        self.pair = np.repeat(np.arange(len(self.counts)), self.counts)  # of each text
+        _, first, group = np.unique(keys, return_index=True, return_inverse=True)
+        self.number = first[group]
+        self._side, self._samples = side, samples
+        self._begins = np.cumsum(self.counts) - self.counts
 
-    def target(self, pair: int) -> list[passes.TextDict]:
-        number = int(np.searchsorted(self._begins, pair, "right")) - 1
-        sample = passes.sample_at(self._datasets[number], pair - int(self._begins[number]))
-        return sample.texts[1]
+    def by_pair(self) -> list[list[int]]:
+        """The texts of each pair."""
+        return [part.tolist() for part in np.split(self.number, self._begins[1:])]
+
+    def text(self, number: int) -> str:
+        pair = int(self.pair[number])
+        text: str = self._samples.sample(pair).content[self._side][number - int(self._begins[pair])]["text"]
+        return text
+
+    def neighbours(self, signed: Signed, similarity: float) -> Callable[[int], set[int]]:
+        """From a pair to the pairs one of whose texts is nearly one of its own."""
+        near: defaultdict[int, set[int]] = defaultdict(set)
+        different = self.number == np.arange(len(self.number))
+        for one, other in alike_pairs(signed, similarity=similarity, among=different, text_of=self.text):
+            near[one].add(other)
+            near[other].add(one)
+        order = np.argsort(self.number, kind="stable")
+        sorted_ = self.number[order]
+        texts = self.by_pair()
+
+        def pairs_of(pair: int) -> set[int]:
+            wanted = {number for own in texts[pair] for number in (own, *near.get(own, ()))}
+            places = (np.searchsorted(sorted_, [number, number + 1]) for number in wanted)
+            return {pair for begin, end in places for pair in self.pair[order[begin:end]].tolist()}
+
+        return pairs_of
+
+    def comparison(self, signed: Signed, similarity: float) -> Callable[[int, Sequence[int]], bool]:
+        """Whether a text is nearly one of some others."""
+        compared = Comparison(signed, signed, similarity, self.text, self.text)
+        return lambda number, others: compared.first(number, np.array(others)) >= 0
 
 
-_corpus = functools.lru_cache(1)(_Corpus)
+def _key(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8], "big")
+
+
+_numbered = functools.lru_cache(1)(passes.Numbered)
 
 
 def _text_folder(model: Path) -> Path:
