@@ -1,40 +1,66 @@
-"""Language identification among the thirty languages."""
+"""Language identification among the thirty languages.
+
+Three witnesses: the script, which rules out most; py3langid (naive Bayes over bytes), which is quick; and lingua
+(n-gram models), which is asked where py3langid is not sure, and for Danish, Norwegian and Swedish.
+"""
 
 from __future__ import annotations
 
 import functools
+import unicodedata
+from collections import Counter, defaultdict
 from typing import Any
 
 from data_prep.errors import needs
 from data_prep.languages import LANGUAGES
 
-# py3langid (naive Bayes over bytes) confuses these in short texts; lingua's n-gram models tell them apart.
-_SCANDINAVIAN = ("da", "no", "nn", "sv")
-# Fewer letters are no evidence: one word often exists in several languages.
+_SCANDINAVIAN = ("da", "no", "sv")  # which py3langid confuses
+# Languages of py3langid that share the probability with one of the thirty: its dialects, and Malay with Indonesian.
+_VARIANTS = {"wuu": "zh", "yue": "zh", "ary": "ar", "arz": "ar", "ms": "id", "nn": "no"}
+# By the first word of a character's name in Unicode.
+_SCRIPTS = {
+    "CJK": ("zh",), "HIRAGANA": ("ja",), "KATAKANA": ("ja",), "HANGUL": ("ko",), "THAI": ("th",), "GEORGIAN": ("ka",),
+    "GREEK": ("el",), "BENGALI": ("bn",), "DEVANAGARI": ("hi",), "ARABIC": ("ar", "ur"), "CYRILLIC": ("ru", "uk"),
+}  # fmt: skip
+_LATIN = tuple(code for code in LANGUAGES if not any(code in codes for codes in _SCRIPTS.values()))
+# Fewer letters are no evidence: one word often exists in several languages, and a Japanese name in kanji alone is
+# written like a Chinese one.
 MIN_LETTERS = 12
+_SURE = 0.9  # of py3langid, below which lingua is asked
+_PERHAPS = 0.3  # below which lingua's agreement does not help
+_CLEAR = 0.7  # lingua's confidence that counts as sure
 
 
 def identify(text: str, *, among_all: bool = False) -> tuple[str, float]:
-    """The likeliest language of a text and its probability, as py3langid gives them.
+    """The likeliest of the thirty languages and its probability.
 
-    Where that is Danish, Norwegian or Swedish, lingua decides which of the three, and the probability is py3langid's
-    sum over them. A text of fewer than `MIN_LETTERS` letters is no evidence where several languages share the
-    script.
+    The probability is py3langid's among the languages of the text's script, its variants counted with them; `_SURE` at
+    least if lingua, asked where it is less, finds the same.
 
     Args:
-        among_all: consider all languages of py3langid instead of the thirty; for texts of unknown origin.
+        among_all: for texts of unknown origin: also consider the other languages that py3langid knows. If one of them
+            is likely, or if there are too few letters, the answer is "und" with a probability of 0.
 
     Raises:
         UserError: py3langid or lingua is not installed.
     """
-    ranked = dict(_langid(among_all).rank(text))
-    best = max(ranked, key=ranked.__getitem__)
-    if best not in _SCANDINAVIAN:
-        return best, ranked[best]
-    together = sum(ranked.get(language, 0.0) for language in _SCANDINAVIAN)
-    found = _lingua().detect_language_of(text)
-    code = "nb" if found is None else found.iso_code_639_1.name.lower()
-    return ("no" if code == "nb" else code), together
+    script, count = _script(text)
+    codes = _SCRIPTS.get(script, _LATIN)
+    if among_all and count < (3 if len(codes) == 1 and script != "CJK" else MIN_LETTERS):
+        return "und", 0.0
+    ranked: defaultdict[str, float] = defaultdict(float)
+    for code, share in _langid().rank(text):
+        ranked[_VARIANTS.get(code, code)] += float(share)
+    if among_all and max(share for code, share in ranked.items() if code not in LANGUAGES) > 0.5:
+        return "und", 0.0
+    together = sum(ranked[code] for code in codes)
+    best = max(codes, key=lambda code: ranked[code])
+    probability = ranked[best] / together if together else 1 / len(codes)
+    if best in _SCANDINAVIAN:
+        return _scandinavian(text, sum(ranked[code] for code in _SCANDINAVIAN) / together)
+    if _PERHAPS <= probability < _SURE and _code(_lingua(codes).detect_language_of(text)) == best:
+        return best, _SURE
+    return best, probability
 
 
 def letters(text: str) -> int:
@@ -42,17 +68,35 @@ def letters(text: str) -> int:
     return sum(character.isalpha() for character in text)
 
 
+def _script(text: str) -> tuple[str, int]:
+    """(the script of most letters, how many there are). Where there is some kana, kanji count as Japanese."""
+    counts = Counter(unicodedata.name(one, "?").partition(" ")[0] for one in text if one.isalpha())
+    kana = counts["HIRAGANA"] + counts["KATAKANA"]
+    if kana >= 2 and 10 * kana >= counts["CJK"]:
+        counts["HIRAGANA"] = kana + counts.pop("CJK", 0)
+    return counts.most_common(1)[0] if counts else ("", 0)
+
+
+def _scandinavian(text: str, together: float) -> tuple[str, float]:
+    """lingua's choice, and its confidence times py3langid's that it is one of the three."""
+    values = _lingua(_SCANDINAVIAN).compute_language_confidence_values(text)
+    return _code(values[0].language), together * min(1.0, values[0].value / _CLEAR * _SURE)
+
+
+def _code(language: Any) -> str:
+    """Of a language of lingua, or None."""
+    code: str = language.iso_code_639_1.name.lower() if language else "und"
+    return "no" if code == "nb" else code
+
+
 @functools.cache
-def _langid(among_all: bool) -> Any:
+def _langid() -> Any:
     langid = needs("py3langid.langid", extra="languages", what="telling languages apart")
-    identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
-    if not among_all:
-        identifier.set_languages(LANGUAGES)
-    return identifier
+    return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
 
 
 @functools.cache
-def _lingua() -> Any:
-    lingua = needs("lingua", extra="languages", what="telling Danish, Norwegian and Swedish apart")
-    three = (lingua.Language.DANISH, lingua.Language.BOKMAL, lingua.Language.SWEDISH)
-    return lingua.LanguageDetectorBuilder.from_languages(*three).build()
+def _lingua(codes: tuple[str, ...]) -> Any:
+    lingua = needs("lingua", extra="languages", what="telling languages apart")
+    known = [language for language in lingua.Language.all() if _code(language) in codes]
+    return lingua.LanguageDetectorBuilder.from_languages(*known).build()
