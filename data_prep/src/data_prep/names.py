@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from data_prep.errors import UserError
 
@@ -26,14 +25,3 @@ def check_name(name: str, what: str) -> str:
     if _OURS.fullmatch(name):
         raise UserError(f"{what} {name!r}: unfinished work is called so; take another name")
     return name
-
-
-def check_new_folder(path: Path) -> Path:
-    """`path` itself, if a folder may be made there: written beside it under a similar name, then renamed.
-
-    Raises:
-        UserError: it ends in no name (".", "..", "/").
-    """
-    if path.name in ("", ".."):
-        raise UserError(f"{path}: expected the folder to be made by its own name, {path / 'NAME'} for example")
-    return path

@@ -22,10 +22,9 @@ from data_prep.corpus.split import SPLITS, drop_identical, families, leaks, simi
 from data_prep.corpus.writing import train_tokenizer, training_texts, write_datasets
 from data_prep.curation.tokens import TokenCounter
 from data_prep.errors import UserError
-from data_prep.names import check_new_folder
 from data_prep.shards import Dataset, ShardError, alone
 from data_prep.shards.files import read_object, sync, write_file
-from data_prep.shards.format import JsonObject
+from data_prep.shards.format import JsonObject, check_new_folder
 
 CORPUS_VERSION = 1
 """Raised when the same packages and settings give other bytes."""

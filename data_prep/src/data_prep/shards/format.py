@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 SCHEMA = "trilith-shards/1"
@@ -58,6 +59,15 @@ def shard_name(number: int) -> str:
 def index_name(tar_name: str) -> str:
     """File name of the sidecar that belongs to the tar `tar_name`."""
     return tar_name.removesuffix(".tar") + ".index.jsonl"
+
+
+def check_new_folder(path: Path) -> Path:
+    """`path` itself, or ShardError if it ends in no name (".", "..", "/"): a folder is made under a similar name beside
+    it, then renamed.
+    """
+    if path.name in ("", ".."):
+        raise ShardError(f"{path}: expected the folder to be made by its own name, {path / 'NAME'} for example")
+    return path
 
 
 def check_source(source: str) -> str:

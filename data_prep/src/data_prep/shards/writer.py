@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from data_prep.names import check_new_folder
 from data_prep.shards.files import TarFile, refused, sync, write_file, writing
 from data_prep.shards.format import (
     MANIFEST,
@@ -18,6 +17,7 @@ from data_prep.shards.format import (
     JsonObject,
     ShardError,
     check_kind,
+    check_new_folder,
     check_sample,
     check_source,
     index_name,
@@ -123,9 +123,8 @@ class DatasetWriter:
         tokenizer_sha256: hash of the tokenizer file that counted the tokens, None if nothing was counted.
 
     Raises:
-        UserError: `directory` ends in no name (".").
-        ShardError: the directory exists, `source` is no name, a sample does not fit its kind, a key comes twice, or the
-            disk refuses.
+        ShardError: the directory exists or ends in no name, `source` is none, a sample does not fit its kind, a key
+            comes twice, or the disk refuses.
     """
 
     def __init__(

@@ -44,7 +44,10 @@ class _Photos(ABC):
         if not Path(self.images).is_dir():
             raise UserError(f"{self.images}: no such folder")
         try:
-            count = len(self.photos())
+            photos = self.photos()
+            if odd := [name for name, _ in photos if not isinstance(name, str)]:
+                raise TypeError(f"an image is called {odd[0]!r:.80}")
+            count = len(photos)
         except _OTHER_FORMAT as error:
             raise UserError(f"{self.captions}: not the captions of this set ({error!r})") from error
         captions = Path(self.captions)
@@ -81,7 +84,7 @@ class Xm3600(_Photos):
                 Text(text, language, "further" if number else "name")
                 for language, value in fields.items()
                 if isinstance(value, dict)
-                for number, text in enumerate(filter(None, map(str.strip, value["caption"])))
+                for number, text in enumerate(filter(None, map(str.strip, _listed(value["caption"]))))
             ]
             found.append((f"{fields['image/key']}.jpg", captions))
         return found
@@ -150,6 +153,13 @@ class Coco(_Photos):
         return [
             (_coco_name(Path(self.images), image["file_name"]), captions[image["id"]]) for image in content["images"]
         ]
+
+
+def _listed(captions: Any) -> list[Any]:
+    """The captions themselves; TypeError for a single text, whose letters would be taken for captions."""
+    if not isinstance(captions, list):
+        raise TypeError(f"captions {captions!r:.80} are no list")
+    return captions
 
 
 def _lines(path: Path) -> list[str]:
