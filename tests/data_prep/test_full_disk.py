@@ -13,11 +13,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from data_prep.captions.batch import _files
 from data_prep.cli import main
 from data_prep.execute import Spec, process_shard
-from data_prep.shards import alone, escaped_output
+from data_prep.shards import ShardError, alone, escaped_output
 
 from .conftest import MAKERS, SHOWN, files
 
@@ -65,19 +67,14 @@ def test_a_full_disk_is_one_line_that_names_the_file(place, tmp_path, capsys, co
     assert main(words) == 0  # with room again, it goes on
 
 
-def test_the_requests_of_a_batch_that_do_not_fit_are_one_line_and_none_is_sent(place, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "key")
-    ledger = tmp_path / "ledger"
-    assert main(["captions", "plan", str(ledger), SHOWN, "--model", "m", "--languages", "en"]) == 0
-    capsys.readouterr()
-    size = ledger.stat().st_size
-    with full_after(50):
-        assert ledger.stat().st_size == size
-        assert main(["captions", "batch", "submit", str(ledger), "--url", "http://127.0.0.1:9/v1"]) == 2
-    error = capsys.readouterr().err
-    assert str(ledger) in error
-    assert error.count("\n") == 1
-    assert not list(tmp_path.glob("*.batch.jsonl"))
+@pytest.mark.parametrize("size", [100, 1_000_000])
+def test_the_requests_of_a_batch_that_do_not_fit_name_their_file_and_leave_none(tmp_path, size):
+    """Small ones are refused when the file is closed, large ones while they are written."""
+    request = SimpleNamespace(id="1", model="m")
+    files_of = _files(tmp_path / "ledger", iter([(request, b"x" * size, None)]), 10, 10**7)
+    with full_after(50), pytest.raises(ShardError, match=r"ledger\.batch\.jsonl: cannot be written \(File too large\)"):
+        next(files_of)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_lock_whose_note_does_not_fit_is_held_and_left_all_the_same(tmp_path):
