@@ -43,7 +43,9 @@ class SignatureStore:
             shape = (self._count, PERMUTATIONS)  # a file of nothing cannot be mapped
             self._rows = np.memmap(self._low, np.uint8, "r", shape=shape) if self._count else np.empty(shape, np.uint8)
         except OSError as error:
-            raise UserError(f"{folder}: cannot be written ({error.strerror}); free some space and run again") from error
+            raise UserError(
+                f"{folder}: cannot be written ({error.strerror or error}); free some space and run again"
+            ) from error
 
     def __enter__(self) -> SignatureStore:
         return self
