@@ -63,7 +63,7 @@ def test_killed_twenty_times_the_bytes_are_those_of_an_undisturbed_run(start, fi
 def pairs(tmp_path):
     """Text pairs in forty shards of ten; every fifth nearly repeats the one before, every seventh is the one before."""
     draw = random.Random(3)
-    query = target = ""
+    query = target = "red circle"
     with DatasetWriter(tmp_path / "pairs", kind="text-pairs", source="made", samples_per_shard=10) as writer:
         for number in range(1, 401):
             if number % 5 == 1:
