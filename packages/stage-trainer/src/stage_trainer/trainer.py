@@ -61,6 +61,7 @@ def train(recipe: Recipe, number: int, *, start_over: bool = False, refusal: Use
             set_threads(world)
             if device.type == "cpu":
                 keep_freed_memory()
+            stack.enter_context(Heartbeat(rank, world, Path(recipe.output)))
             stack.enter_context(one_reason(Path(recipe.output), rank, world))
         if refusal := from_rank_0(refusal):
             raise refusal
@@ -202,7 +203,6 @@ class Trainer:
         """What runs after each step, in this order; all of it ends with the stack."""
         recipe, stage, state, task = self.recipe, self.stage, self.state, self.task
         validation = task.make_validation(self.engine, self.tokenizer) if recipe.evaluation.every else None
-        stack.enter_context(Heartbeat(self.rank, self.world))
         self.stop_signal = stack.enter_context(StopSignal())
         self.saver = stack.enter_context(Saver(self.directory, recipe.checkpoint.keep))
         self.monitor = stack.enter_context(self._make_monitor())
