@@ -116,22 +116,22 @@ class Trainer:
 
     def resume(self) -> bool:
         """Prepares the next segment, from the newest checkpoint or from what the stage starts from; returns False when
-        the stage is complete."""
+        the stage is complete. One without steps makes up for an evaluation that was due after the last one."""
         with self.watch.phase("load"):
             return self._resume()
 
     def _resume(self) -> bool:
         # Also after the last step: machines with folders of their own get its checkpoint, which the next stage needs.
         model, optimizer = starting_point(self.task, self.state, self.tokenizer)
-        self.start = self.state.step
-        if self.start == self.stage.steps:
+        self.start, last = self.state.step, self.stage.steps - 1
+        if self.start > last and (self.started or not self.state.unmeasured):
             return False
         if self.start and not self.started:
             where = path_of(self.directory, self.start)
             self.say(f"going on from step {self.start} of {self.stage.steps} ({where})")
         self.stop = self.task.set_up_segment(model, self.start, optimizer)
         model.to(self.device)
-        self.choice = self.task.choose_chunks(self.start, self.stop, self.device)
+        self.choice = self.task.choose_chunks(min(self.start, last), self.stop, self.device)
         if self.choice:
             self.say(self.choice.line)
         self.engine = self.task.make_engine(model, optimizer)

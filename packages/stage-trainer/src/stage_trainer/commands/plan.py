@@ -38,10 +38,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from stage_trainer.evaluation.measures import check_best_of
     from stage_trainer.recipe.read import load
 
     _check(arguments)
     recipe = load(arguments.recipe, arguments.settings, arguments.stage, ranks=arguments.gpus).recipe
+    check_best_of(recipe, [arguments.stage] if arguments.stage else range(1, len(recipe.stages) + 1))
     say("loading PyTorch …")  # only now, so that mistakes are reported at once
     from stage_trainer.plan.devices import device
     from stage_trainer.plan.planner import Cluster, plan_stage

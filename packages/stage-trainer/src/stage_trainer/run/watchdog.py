@@ -103,7 +103,7 @@ class Heartbeat:
     def __enter__(self) -> Heartbeat:
         if self.world > 1:
             self._store: Any = torch.distributed.distributed_c10d._get_default_store().clone()
-            self._store.set(f"alive/{self.rank}", b"0")
+            self._store.set(f"alive/{self.rank}", "0")
             self._last_round = time.monotonic()
             for thread in self._threads:
                 thread.start()
