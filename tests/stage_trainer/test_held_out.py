@@ -1,16 +1,22 @@
 """What `evaluate` and `search` take for held-out data, and what they say where there is none."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 from data_prep.shards import DatasetWriter
+from stage_trainer.data.config import DataConfig
 from stage_trainer.errors import UserError
 from stage_trainer.evaluation.held_out import find
 from stage_trainer.evaluation.measures import check_best_of
 from stage_trainer.evaluation.retrieval import Pool
+from stage_trainer.recipe import RemoteConfig
+from stage_trainer.recipe.ranges import OF_RECIPE
 from stage_trainer.recipe.read import load
+from stage_trainer.tasks.pools import PoolValidation
+from vision_tower.preprocess import MAX_PIXELS
 
 
 @pytest.fixture
@@ -166,3 +172,18 @@ def test_a_best_by_a_language_without_hidden_words_is_refused(recipes, tmp_path,
     check("all")
     with pytest.raises(UserError, match="did you mean 'validation_loss_masked_lm/en'"):
         check("fr")
+
+
+def test_an_image_of_more_pixels_than_the_recipe_allows_is_refused_before_the_first_step(write, tmp_path):
+    """The fixture's has 192."""
+    directory = write("validation/image-short/mine")
+    said = f"{directory}, sample s is 16x12 pixels, more than the 191 allowed; shrink it or raise max_pixels"
+    assert len(Pool.open(directory, 192).images) == 1
+    with pytest.raises(ValueError, match=re.escape(said)):
+        Pool.open(directory, 191)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        PoolValidation(DataConfig(str(tmp_path), RemoteConfig(), 0, 191), ["image-short/mine"], engine=None)
+
+
+def test_the_largest_limit_of_a_recipe_is_what_pillow_opens():
+    assert OF_RECIPE["max_pixels"].high == MAX_PIXELS

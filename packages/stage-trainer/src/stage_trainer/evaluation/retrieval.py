@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from data_prep.shards import ShardError
+from vision_tower.preprocess import check_image
 
 from stage_trainer.data.remote_data import RemotePlace, open_place
 from stage_trainer.data.samples import image_of, shard_errors_explained, texts_of
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.metrics.retrieval import chance_at_k, ndcg_at_k, recall_at_k, unit
+from stage_trainer.recipe.limits import MAX_PIXELS
 
 K = 5
 MAX_TOKENS = 512  # of a text, even if the tower takes more: the default of the published jina-clip-v2
@@ -41,12 +43,13 @@ class Pool:
 
     @classmethod
     @shard_errors_explained()
-    def open(cls, directory: str | Path | RemotePlace) -> Pool:
+    def open(cls, directory: str | Path | RemotePlace, max_pixels: int = MAX_PIXELS) -> Pool:
         """Reads a data set of images with captions. Captions without a role or with the role "name" or "query" count,
         in a data set of long captions also those with the role "long".
 
         Raises:
             UserError: the data set is missing, damaged or has no such captions; a sample has no image or no captions.
+            ImageError: an image that its header shows to be none, or to have more than `max_pixels`.
         """
         data = open_place(directory)
         images: list[bytes] = []
@@ -62,6 +65,7 @@ class Pool:
                     f"{data.directory}: sample {data.row(number).key} has no image and captions to evaluate on; "
                     f"it holds {', '.join(sorted(members))}"
                 )
+            check_image(image, max_pixels=max_pixels, name=f"{data.directory}, sample {data.row(number).key}")
             images.append(image)
             for caption in captions:
                 if (role := caption.get("role", "name")) in counted:

@@ -44,10 +44,12 @@ class PoolValidation:
         for path in paths:
             directory = place(data, "validation", path)
             found = open_data_set(directory, ("image-", "text-"))
-            of_kind: dict[str, Any] = self.images if found.kind.startswith("image-") else self.pairs
-            name = name_beside(of_kind, found.source, found.kind, path)
-            open_pool = retrieval.Pool.open if of_kind is self.images else text_retrieval.PairPool.open
-            of_kind[name] = open_pool(directory)
+            if found.kind.startswith("image-"):
+                name = name_beside(self.images, found.source, found.kind, path)
+                self.images[name] = retrieval.Pool.open(directory, data.max_pixels)
+            else:
+                name = name_beside(self.pairs, found.source, found.kind, path)
+                self.pairs[name] = text_retrieval.PairPool.open(directory)
         model = engine.objective.model
         self.dims = model.matryoshka_dims or (model.text.config.width,)
         self.measures: dict[str, Measure] = {}
