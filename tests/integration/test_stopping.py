@@ -181,7 +181,7 @@ def test_at_every_moment_a_run_saves_and_what_it_owes_is_made_up_for(tmp_path, d
     assert tag not in scalars("owed/stage1")
     assert set(scalars("last/stage1", tag)) == {1}
     assert json.loads((tmp_path / "last/stage1/best.json").read_text())["step"] == 2
-    assert len(re.findall("^stopped after step 2 of 2, as asked|^stage 1 of .* is complete", output, re.M)) == 2
+    assert "stopped after step 2 of 2, as asked; the same command goes on from there" in output
     assert len(list((tmp_path / "last/stage1").glob("*tfevents*"))) == 2, "nothing is made up for twice"
     words = settings[2:]
     done = train(1, *words[2:], output="owed")
@@ -208,6 +208,44 @@ def test_ranks_without_a_launcher_save_whoever_is_signalled(tmp_path, launcher, 
     output = "".join(process.stdout.read() for process in processes)
     assert output.count("as asked; the same command goes on") == 1
     assert "Traceback" not in output
+
+
+IN_EVALUATION = """
+import dataclasses, os, signal, sys
+from stage_trainer.cli import main
+from stage_trainer.evaluation import retrieval
+from stage_trainer.tasks.contrastive import ContrastiveTask
+
+real, retrieval.BATCH = ContrastiveTask.make_validation, 4
+def make_validation(*arguments):
+    validation, batches = real(*arguments), iter(range(1, 10**6))
+    def run(last, before_batch):
+        def counted():
+            if next(batches) == 3 and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGTERM)
+            before_batch()
+        return validation.run(last, counted)
+    return dataclasses.replace(validation, run=run)
+ContrastiveTask.make_validation = make_validation
+sys.exit(main(["train", "--stage", "1", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("zero", [0, 3])
+def test_a_rank_that_is_asked_during_an_evaluation_ends_that_of_all(tmp_path, launcher, zero):
+    settings = (
+        *LONG, "checkpoint.every=0", "evaluation={every: 2, pools: [image-short/drawn]}", "optimizer.name=adamw",
+        f"deepspeed={{zero_optimization: {{stage: {zero}}}}}",
+    )  # fmt: skip
+    words = launcher(ROOT / "launch/stage1.sh", 2, *settings, BATCH)
+    processes = ranks([sys.executable, "-c", IN_EVALUATION, *words[words.index("--recipe") :]], tmp_path)
+    assert [process.wait() for process in processes] == [75, 75]
+    output = "".join(process.stdout.read() for process in processes)
+    assert output.count("stopped after step 2 of 5000, as asked") == 1
+    assert "Traceback" not in output
+    assert checkpoints(tmp_path) == [2]
+    assert json.loads((tmp_path / "run/stage1/step-0000002/state.json").read_text())["unmeasured"] is True
 
 
 @pytest.mark.parametrize(
