@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.shards import InUse, alone, sync, write_file
-from data_prep.shards.files import temporary
 from safetensors import SafetensorError
 
 from stage_trainer.errors import UserError
@@ -77,7 +77,7 @@ def check_can_write(target: Path) -> None:
         missing = [parent for parent in target.parents if not parent.exists()]
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            probe = temporary(target)
+            probe = target.with_name(f"{target.name}.{os.urandom(6).hex()}.tmp")  # as `write_file` names them
             probe.mkdir()
             probe.rmdir()
         finally:
