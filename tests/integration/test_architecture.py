@@ -23,7 +23,8 @@ FLOORS = (
     "weights build",
     "optim",
     "engine",
-    "evaluation.held_out evaluation.retrieval evaluation.text_retrieval evaluation.picture evaluation.tables",
+    "evaluation.measures evaluation.held_out evaluation.retrieval evaluation.text_retrieval evaluation.picture "
+    "evaluation.tables",
     "plan",
     "tasks",
     "checkpoint",

@@ -1,5 +1,6 @@
 """However a run is asked to stop, it saves and leaves with 75; what dies beside it is one message."""
 
+import json
 import os
 import re
 import signal
@@ -86,6 +87,7 @@ import dataclasses, os, signal, sys
 from stage_trainer import trainer
 from stage_trainer.checkpoint import save as checkpoint
 from stage_trainer.cli import main
+from stage_trainer.evaluation import retrieval
 from stage_trainer.tasks.contrastive import ContrastiveTask
 
 def ask():
@@ -109,14 +111,19 @@ class First:
         return next(self.items)
 
 def evaluation(*arguments):
+    "Asks for an end before the third batch of a validation."
     validation = real(*arguments)
-    def asked(last):
-        ask()
-        return validation.run(last)
+    def asked(last, before_batch):
+        batches = iter(range(1, 10**6))
+        def counted():
+            if next(batches) == 3:
+                ask()
+            before_batch()
+        return validation.run(last, counted)
     return dataclasses.replace(validation, run=asked)
 
 words = ["train", "--stage", "1", *sys.argv[1:]]
-batches, real = trainer.batches, ContrastiveTask.make_validation
+batches, real, retrieval.BATCH = trainer.batches, ContrastiveTask.make_validation, 8
 def say(moment, code):
     print("AT", moment, code, flush=True)
 
@@ -128,7 +135,11 @@ say("save", main([*words, "output=save"]))
 back()
 ContrastiveTask.make_validation = evaluation
 say("evaluation", main([*words, "output=evaluation"]))
+say("evaluation", main([*words, "output=evaluation"]))
+say("last", main([*words, "output=last", "steps=2"]))
 ContrastiveTask.make_validation = real
+for _ in range(2):
+    say("last", main([*words, "output=last", "steps=2"]))
 back = before(ContrastiveTask, "forward_backward", 2)
 say("owed", main([*words, "output=owed"]))
 back()
@@ -148,24 +159,30 @@ def test_at_every_moment_a_run_saves_and_what_it_owes_is_made_up_for(tmp_path, d
         "--recipe", str(RECIPE), f"corpus={drawn_corpus}", f"model.tokenizer={drawn_corpus}/tokenizer.model", BATCH,
         "steps=6", "warmup_steps=1", "log_every=1", "resolution=[[0, 32]]", "checkpoint.every=2",
         "evaluation={every: 2, pools: [image-short/drawn]}",
+        "checkpoint.best=validation_recall_at_5_drawn/text to image",
     ]  # fmt: skip
     process = started([sys.executable, str(script), *settings], tmp_path)
     assert process.wait() == 75  # that of the last moment
     output = process.stdout.read()
     assert re.findall(r"AT (\w+) (\w+)", output) == [
-        ("batch", "75"), ("save", "75"), ("evaluation", "75"), ("owed", "75"), ("change", "75"), ("resolution", "None")
+        ("batch", "75"), ("save", "75"), ("evaluation", "75"), ("evaluation", "75"), ("last", "75"), ("last", "0"),
+        ("last", "0"), ("owed", "75"), ("change", "75"), ("resolution", "None"),
     ]  # fmt: skip
     assert output.splitlines()[-1] == "stage-trainer: stopped, as asked, with nothing unsaved; the same command goes on"
     saved = {
         folder: sorted(int(path.name[5:]) for path in (tmp_path / folder / "stage1").glob("step-*"))[-1]
-        for folder in ("batch", "save", "evaluation", "owed", "resolution")
+        for folder in ("batch", "save", "evaluation", "last", "owed", "resolution")
     }
     assert saved["batch"] == 1
     assert saved["save"] in (3, 4)
-    assert (saved["evaluation"], saved["owed"], saved["resolution"]) == (2, 2, 2)
+    assert [saved[folder] for folder in ("evaluation", "last", "owed", "resolution")] == [2] * 4
     tag = "validation_recall_at_5_drawn/text to image"
-    assert set(scalars("evaluation/stage1", tag)) == {1}
+    assert tag not in scalars("evaluation/stage1")
     assert tag not in scalars("owed/stage1")
+    assert set(scalars("last/stage1", tag)) == {1}
+    assert json.loads((tmp_path / "last/stage1/best.json").read_text())["step"] == 2
+    assert "stopped after step 2 of 2, as asked; the same command goes on from there" in output
+    assert len(list((tmp_path / "last/stage1").glob("*tfevents*"))) == 2, "nothing is made up for twice"
     words = settings[2:]
     done = train(1, *words[2:], output="owed")
     assert "going on from step 2 of 6 (owed/stage1/step-0000002)" in done.stdout
@@ -191,6 +208,44 @@ def test_ranks_without_a_launcher_save_whoever_is_signalled(tmp_path, launcher, 
     output = "".join(process.stdout.read() for process in processes)
     assert output.count("as asked; the same command goes on") == 1
     assert "Traceback" not in output
+
+
+IN_EVALUATION = """
+import dataclasses, os, signal, sys
+from stage_trainer.cli import main
+from stage_trainer.evaluation import retrieval
+from stage_trainer.tasks.contrastive import ContrastiveTask
+
+real, retrieval.BATCH = ContrastiveTask.make_validation, 4
+def make_validation(*arguments):
+    validation, batches = real(*arguments), iter(range(1, 10**6))
+    def run(last, before_batch):
+        def counted():
+            if next(batches) == 3 and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGTERM)
+            before_batch()
+        return validation.run(last, counted)
+    return dataclasses.replace(validation, run=run)
+ContrastiveTask.make_validation = make_validation
+sys.exit(main(["train", "--stage", "1", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("zero", [0, 3])
+def test_a_rank_that_is_asked_during_an_evaluation_ends_that_of_all(tmp_path, launcher, zero):
+    settings = (
+        *LONG, "checkpoint.every=0", "evaluation={every: 2, pools: [image-short/drawn]}", "optimizer.name=adamw",
+        f"deepspeed={{zero_optimization: {{stage: {zero}}}}}",
+    )  # fmt: skip
+    words = launcher(ROOT / "launch/stage1.sh", 2, *settings, BATCH)
+    processes = ranks([sys.executable, "-c", IN_EVALUATION, *words[words.index("--recipe") :]], tmp_path)
+    assert [process.wait() for process in processes] == [75, 75]
+    output = "".join(process.stdout.read() for process in processes)
+    assert output.count("stopped after step 2 of 5000, as asked") == 1
+    assert "Traceback" not in output
+    assert checkpoints(tmp_path) == [2]
+    assert json.loads((tmp_path / "run/stage1/step-0000002/state.json").read_text())["unmeasured"] is True
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,22 @@
 """What `evaluate` and `search` take for held-out data, and what they say where there is none."""
 
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 from data_prep.shards import DatasetWriter
+from stage_trainer.data.config import DataConfig
 from stage_trainer.errors import UserError
 from stage_trainer.evaluation.held_out import find
+from stage_trainer.evaluation.measures import check_best_of
 from stage_trainer.evaluation.retrieval import Pool
+from stage_trainer.recipe import RemoteConfig
+from stage_trainer.recipe.ranges import OF_RECIPE
+from stage_trainer.recipe.read import load
+from stage_trainer.tasks.pools import PoolValidation
+from vision_tower.preprocess import MAX_PIXELS
 
 
 @pytest.fixture
@@ -83,3 +93,97 @@ def test_long_captions_count_where_they_are_what_the_data_set_is_of(write):
 def test_a_pool_without_captions_to_measure_is_refused_by_name(write):
     with pytest.raises(UserError, match="captions of the role keywords alone; expected captions of the role name or"):
         Pool.open(write("a/image-short/mine", captions=(("a", "keywords"),)))
+
+
+REFUSALS = """
+import sys
+from stage_trainer.cli import main
+words = ["--recipe", *sys.argv[1:]]
+train = ["train", "--stage", "1"]
+codes = [main([*command, *words]) for command in (["plan"], [*train, "--dry-run"], train)]
+sys.exit(codes != [2, 2, 2] or "torch" in sys.modules)
+"""
+
+
+def refused(recipes, corpus, best, *more):
+    """What `plan`, `train --dry-run` and `train` say, all without PyTorch."""
+    words = [
+        str(recipes / "drawn.yaml"), f"corpus={corpus}", f"output={corpus / 'run'}", f"checkpoint.best={best}", *more
+    ]  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", REFUSALS, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == ""
+    first, second, third = done.stderr.splitlines()
+    assert first == second == third
+    assert not (corpus / "run").exists()
+    return first
+
+
+POOLS = "evaluation={every: 2, pools: [image-short/mine, text-pairs/mine, image-long/mine]}"
+
+
+@pytest.mark.parametrize(
+    ("best", "near"),
+    [
+        ("validation_recall_at_5_main/text to image", "validation_recall_at_5_mine/text to image"),
+        ("validation_recall_at_5_mine/text_to_image", "validation_recall_at_5_mine/text to image"),
+        ("validation_recall_at_5_mine/text to image/de", "validation_recall_at_5_mine/text to image/en"),
+        ("validation_ndcg_at_10_mine", "validation_ndcg_at_10_mine/mean"),
+        ("modality_gap/mine-image-lang", "modality_gap/mine-image-long"),
+    ],
+)
+def test_a_best_that_no_data_set_measures_is_refused_by_every_command(recipes, tmp_path, write, best, near):
+    for kind in ("image-short", "text-pairs", "image-long"):
+        write(f"validation/{kind}/mine", kind)
+    said = refused(recipes, tmp_path, best, POOLS)
+    assert f"checkpoint.best is {best!r}, which nothing measures; did you mean" in said
+    assert repr(near) in said
+
+
+def test_a_best_that_is_measured_or_may_be_is_not_refused(recipes, tmp_path, write):
+    def check(best, pools=POOLS):
+        check_best_of(
+            load(recipes / "drawn.yaml", [f"corpus={tmp_path}", f"checkpoint.best={best}", pools]).recipe, [1]
+        )
+
+    check("validation_recall_at_5_other/text to image")  # the data are not here
+    for kind in ("image-short", "text-pairs", "image-long"):
+        write(f"validation/{kind}/mine", kind)
+    check("validation_recall_at_5_mine/text to image/en")
+    check("validation_ndcg_at_5_mine-image-long/text to image")
+    check("validation_spearman_mine/all")
+    check("validation_recall_at_5_other/text to image", "evaluation={every: 2, pools: ['s3://bucket/other']}")
+    with pytest.raises(UserError, match="nothing measures"):
+        check("validation_recall_at_5_other/text to image")
+
+
+def test_a_best_by_a_language_without_hidden_words_is_refused(recipes, tmp_path, write):
+    def check(best):
+        settings = [f"corpus={tmp_path / 'corpus'}", f"checkpoint.best=validation_loss_masked_lm/{best}"]
+        settings += ["data.masked_lm=[text-pairs/mine]", "evaluation.every=2"]
+        check_best_of(load(recipes / "masked-lm.yaml", settings, 1).recipe, [1])
+
+    check("fr")  # the corpus is not here
+    (tmp_path / "corpus").mkdir()
+    with pytest.raises(UserError, match="there are no held-out data for this stage"):
+        check("en")
+    write("corpus/validation/text-pairs/mine", "text-pairs")
+    check("en")
+    check("all")
+    with pytest.raises(UserError, match="did you mean 'validation_loss_masked_lm/en'"):
+        check("fr")
+
+
+def test_an_image_of_more_pixels_than_the_recipe_allows_is_refused_before_the_first_step(write, tmp_path):
+    """The fixture's has 192."""
+    directory = write("validation/image-short/mine")
+    said = f"{directory}, sample s is 16x12 pixels, more than the 191 allowed; shrink it or raise max_pixels"
+    assert len(Pool.open(directory, 192).images) == 1
+    with pytest.raises(ValueError, match=re.escape(said)):
+        Pool.open(directory, 191)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        PoolValidation(DataConfig(str(tmp_path), RemoteConfig(), 0, 191), ["image-short/mine"], engine=None)
+
+
+def test_the_largest_limit_of_a_recipe_is_what_pillow_opens():
+    assert OF_RECIPE["max_pixels"].high == MAX_PIXELS

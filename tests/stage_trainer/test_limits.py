@@ -112,30 +112,36 @@ def test_every_limit_has_a_range():
     assert set(limits._DOES) == set(LimitsConfig.__dataclass_fields__)
 
 
-@pytest.mark.parametrize("stopped", [False, True])
-def test_a_rank_that_never_comes_or_stops_at_once_ends_the_other(tmp_path, recipes, stopped):
+def train_words(recipes, folder, *settings):
+    return ["train", "--recipe", str(recipes / "drawn.yaml"), "--stage", "1", f"output={folder / 'run'}", *settings]
+
+
+def started_rank(number, port, words, program=("-m", "stage_trainer.cli")):
+    """One of two ranks, without a launcher."""
+    names = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return subprocess.Popen(
+        [sys.executable, *program, *words],
+        env={**os.environ, **{name: str(value) for name, value in names.items()}},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture
+def port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
 
-    def rank(number):
-        words = [
-            "-m", "stage_trainer.cli", "train", "--recipe", str(recipes / "drawn.yaml"), "--stage", "1",
-            f"output={tmp_path / 'run'}", "limits.start=4",
-        ]  # fmt: skip
-        names = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        return subprocess.Popen(
-            [sys.executable, *words],
-            env={**os.environ, **{name: str(value) for name, value in names.items()}},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
 
-    other = rank(1) if stopped else None
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_rank_that_never_comes_or_stops_at_once_ends_the_other(tmp_path, recipes, port, stopped):
+    words = train_words(recipes, tmp_path, "limits.start=4")
+    other = started_rank(1, port, words) if stopped else None
     if other:
         other.send_signal(signal.SIGSTOP)
-    first = rank(0)
+    first = started_rank(0, port, words)
     try:
         output, _ = first.communicate(timeout=300)
     finally:
@@ -146,3 +152,58 @@ def test_a_rank_that_never_comes_or_stops_at_once_ends_the_other(tmp_path, recip
     assert "rank 0 was waiting for all ranks to meet for more than 4 seconds" in output
     assert "raise limits.start" in output.splitlines()[-1]
     assert "Traceback" not in output
+
+
+LOADING = """
+import functools, os, signal, sys, threading
+from stage_trainer import trainer
+from stage_trainer.cli import main
+
+def load_tokenizer(recipe):
+    if os.environ["RANK"] == sys.argv[1]:
+        print("stops", flush=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    threading.Event().wait()  # the other one may take long
+
+trainer.Heartbeat = functools.partial(trainer.Heartbeat, silence=4.0, interval=0.4)
+trainer.load_tokenizer = load_tokenizer
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("stopped", [1, pytest.param(0, marks=pytest.mark.full)])
+def test_a_rank_that_stops_while_it_loads_is_missed_by_one_that_may_load_for_long(tmp_path, recipes, port, stopped):
+    words = [str(stopped), *train_words(recipes, tmp_path, "limits.load=120")]
+    ranks = [started_rank(number, port, words, ("-c", LOADING)) for number in range(2)]
+    left = ranks[1 - stopped]
+    try:
+        output, _ = left.communicate(timeout=300)
+    finally:
+        ranks[stopped].kill()
+    assert "stops\n" in ranks[stopped].communicate()[0]
+    assert left.returncode == 1, output
+    assert f"rank {1 - stopped} ends: rank {stopped} has given no sign of life for 4 seconds" in output
+    assert "limits.load" not in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.full
+def test_a_rank_whose_fellow_was_asked_to_leave_while_it_loads_leaves_like_it(tmp_path, recipes, port):
+    words = ["no rank", *train_words(recipes, tmp_path, "limits.load=120")]
+    ranks = [
+        started_rank(
+            number, port, words, ("-c", LOADING.replace("threading.E", "print('loads', flush=True); threading.E"))
+        )
+        for number in range(2)
+    ]
+    try:
+        for line in ranks[0].stdout:
+            if line == "loads\n":
+                break
+        ranks[0].terminate()
+        outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [75, 75], outputs
+    assert "sign of life" not in outputs[1]

@@ -311,6 +311,16 @@ def test_held_out_loss_is_by_language_and_over_all_tokens():
     )
 
 
+@pytest.mark.parametrize("share", [0, 1])
+def test_a_rank_hears_of_an_end_before_every_batch_that_any_rank_measures(share, monkeypatch):
+    """As often as the others: it is a collective call."""
+    engine, heard = PlainEngine(), []
+    monkeypatch.setattr(engine, "forward_share", lambda: (share, 2))
+    parts = {language: make_batch(slice(n, n + 2)) for n, language in enumerate(("de", "en", "fr"))}
+    held_out_losses(engine, parts, tokens=9, before_batch=lambda: heard.append(1))
+    assert len(heard) == 3
+
+
 def test_each_parameter_is_in_one_group_and_muon_takes_the_matrices_of_blocks(recipes):
     recipe = load(recipes / "masked-lm.yaml", ["layer_decay.text=0.5"], 1).recipe
     model = make_task(recipe, 1).empty_model()

@@ -5,10 +5,11 @@ import pytest
 from stage_trainer.checkpoint.state import RunState
 from stage_trainer.errors import UserError
 from stage_trainer.evaluation import retrieval, text_retrieval
+from stage_trainer.evaluation.measures import check_best, of_images, of_pairs, title_of_pairs
 from stage_trainer.metrics.measure import Measure
 from stage_trainer.recipe.rules import EMBEDDING_METRICS
-from stage_trainer.run.evaluation import better, check_best
-from stage_trainer.tasks.pools import _pair_title, _recall, of_images, of_pairs
+from stage_trainer.run.evaluation import better
+from stage_trainer.tasks.pools import _recall
 
 LOSS = "validation_loss_masked_lm/all"
 
@@ -45,7 +46,7 @@ def test_what_is_measured_of_images_is_what_was_announced(texts, documents):
     names, rng = pool.all_texts(), np.random.default_rng(0)
     vectors = rng.normal(size=(3, 8)).astype(np.float32), rng.normal(size=(len(names), 8)).astype(np.float32)
     embedded = retrieval.EmbeddedPool(*vectors, {text: row for row, text in enumerate(names)})
-    announced = of_images("my/loss", pool, (8, 4), 8)
+    announced = of_images("my/loss", texts, (8, 4), 8, documents=documents)
     assert set(_recall("my/loss", pool, embedded, (8, 4))) == set(announced)
     assert [m.higher_is_better for n, m in announced.items() if not n.startswith("modality_gap/")].count(False) == 0
     assert all(name.startswith(EMBEDDING_METRICS) for name in announced)
@@ -61,8 +62,8 @@ def test_what_is_measured_of_pairs_is_what_was_announced(scored):
     pool = text_retrieval.PairPool("p", ["A", "B"], queries, scores)
     texts = pool.texts()
     lookup = text_retrieval.lookup(texts, np.random.default_rng(0).normal(size=(len(texts), 4)))
-    announced = of_pairs("p", pool)
-    assert {_pair_title("p", what) for what in text_retrieval.measure(pool, lookup)} == set(announced)
+    announced = of_pairs("p", queries, scored=scored)
+    assert {title_of_pairs("p", what) for what in text_retrieval.measure(pool, lookup)} == set(announced)
     assert all(name.startswith(EMBEDDING_METRICS) for name in announced)
     heads = {name for name, measure in announced.items() if measure.headline}
     assert heads == {"validation_ndcg_at_10_p/mean", *(["validation_spearman_p/all"] if scored else [])}

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import pytrec_eval
+from stage_trainer.evaluation import retrieval
 from stage_trainer.evaluation.retrieval import EmbeddedPool, Pool, ndcg, score
 from stage_trainer.evaluation.tables import table
 from stage_trainer.metrics.retrieval import chance_at_k, recall_at_k
@@ -110,3 +111,33 @@ def test_all_captions_of_an_image_are_queries_and_any_of_them_is_right_for_it(mo
     assert 0 < shown < 40
     assert recalls["text→image"]["6"]["en"] == pytest.approx(found / len(captions))
     assert recalls["image→text"]["6"]["en"] == pytest.approx(shown / 40)
+
+
+class Lengths:
+    """A model whose embedding of an item is its length."""
+
+    def encode_text(self, texts, **options):
+        return np.array([[len(text)] for text in texts], np.float32).reshape(-1, 1)
+
+    encode_image = encode_text
+
+
+@pytest.mark.parametrize("images", [0, 1, 4, 5, 9])
+def test_all_ranks_hear_of_an_end_before_every_batch_and_as_often(images, monkeypatch):
+    pool = Pool("p", [b"i" * n for n in range(images)], {"en": [(0, "x" * n) for n in (3, 9, 1, 4, 7)]})
+    monkeypatch.setattr(retrieval, "BATCH", 2)
+    monkeypatch.setattr(retrieval, "_of_all_ranks", lambda part, rank, world: part)
+    counts = []
+    for rank in range(2):
+        heard = []
+        retrieval._embed(Lengths().encode_image, pool.images, rank, 2, lambda heard=heard: heard.append(1))
+        counts.append(len(heard))
+    assert counts == [{0: 1, 1: 1, 4: 1, 5: 2, 9: 3}[images]] * 2
+
+
+def test_texts_are_embedded_in_batches_and_given_in_their_order(monkeypatch):
+    monkeypatch.setattr(retrieval, "BATCH", 2)
+    texts, heard = ["aaa", "a", "aaaaa", "", "aa"], []
+    found = retrieval.embed_texts(Lengths(), texts, before_batch=lambda: heard.append(1))
+    assert found[:, 0].tolist() == [3, 1, 5, 0, 2]
+    assert len(heard) == 3

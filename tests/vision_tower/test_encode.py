@@ -58,6 +58,7 @@ def test_encode_says_what_is_wrong(tower, photo, tmp_path):
     for options in (
         {"truncate_dim": 0}, {"truncate_dim": 65}, {"truncate_dim": True}, {"truncate_dim": 16.0},
         {"batch_size": 0}, {"batch_size": True}, {"batch_size": 2.5},
+        {"max_pixels": 0}, {"max_pixels": float("nan")}, {"max_pixels": photo.width * photo.height - 1},
     ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(options))):
             tower.encode([photo], **options)

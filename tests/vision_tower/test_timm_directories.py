@@ -16,9 +16,14 @@ IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 def timms(directory: Path, image: Image.Image) -> np.ndarray:
     """timm's own pipeline for a directory."""
     import timm
+    from timm.data.transforms import ResizeKeepRatio, str_to_interp_mode
 
     model = timm.create_model(f"local-dir:{directory}", pretrained=True).eval()
-    transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
+    config = timm.data.resolve_data_config({}, model=model)
+    transform = timm.data.create_transform(**config)
+    for step in transform.transforms:
+        if isinstance(step, ResizeKeepRatio):  # timm below 1.0.31 forgets it before a centre crop that is no square
+            step.interpolation = str_to_interp_mode(config["interpolation"])
     with torch.no_grad():
         return model(transform(image)[None]).numpy()
 
@@ -81,7 +86,7 @@ REFUSED_ARGUMENTS = {
     "rope_grid_offset": (0.5, r"grid_offset is 0\.5, and there 0\.0"),
     "rope_grid_indexing": ("xy", "grid_indexing is 'xy', and there 'ij'"),
     "rope_rotate_half": (True, "rotate_half is True, and there False"),
-    "rope_shift_coords": (0.1, r"shift_coords is 0\.1"),
+    "rope_shift_coords": (0.1, r"shift_coords is 0\.1|unexpected keyword argument 'rope_shift_coords'"),
     "ref_feat_shape": ([3, 4], r"reference grid of \(3, 4\)"),
     "dynamic_img_pad": (True, "dynamic_img_pad is True, and there False"),
     "num_reg_tokens": (2, "num_prefix_tokens is 3, and there 1"),
@@ -94,7 +99,7 @@ REFUSED_ARGUMENTS = {
     "qkv_bias": (False, r"q_proj\.bias is None"),
     "scale_mlp": (False, "mlp is 'GluMlp', and there 'SwiGLU'"),
     "swiglu_mlp": (False, "mlp is 'Mlp', and there 'SwiGLU'"),
-    "qk_norm": (True, "k_norm is 'LayerNorm'"),
+    "qk_norm": (True, "k_norm is 'LayerNorm'|unexpected keyword argument 'qk_norm'"),
     "attn_type": ("rope", "attn is 'AttentionRope', and there 'EvaAttention'"),
     "use_post_norm": (True, "use_post_norm=True"),
     "use_pre_transformer_norm": (True, "norm_pre is 'LayerNorm'"),
@@ -120,7 +125,7 @@ def test_a_timm_model_that_is_no_tower_is_refused_with_both_values(name, write_t
     if name in ("global_pool", "num_classes"):
         del values[name]
     config.write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=rf"config\.json: (?s:.*){match}"):
+    with pytest.raises(ValueError, match=rf"config\.json: (?s:.*)(?:{match})"):
         VisionTower.from_pretrained(directory)
 
 
@@ -128,7 +133,7 @@ def test_a_timm_model_that_is_no_tower_is_refused_with_both_values(name, write_t
     ("changes", "match"),
     [
         ({"global_pool": "avg"}, "global_pool is 'avg', and its model_args make a model of 'token'"),
-        ({"num_classes": 7}, "num_classes is 7, and its model_args make a model of 0"),
+        ({"num_classes": 7}, "num_classes is 7, and its model_args make a model of 0|has num_classes 7, the outputs"),
         ({"num_features": 64}, "num_features is 64.*32"),
         ({"do_pooling": False}, "do_pooling is False"),
         ({"normalise_twice": True}, "normalise_twice is not known here"),
@@ -148,7 +153,7 @@ def test_a_timm_model_that_is_no_tower_is_refused_with_both_values(name, write_t
 )
 def test_what_a_timm_directory_says_else_is_refused_by_name(changes, match, write_timm):
     directory = write_timm(**changes)
-    with pytest.raises(ValueError, match=rf"config\.json: (?s:.*){match}"):
+    with pytest.raises(ValueError, match=rf"config\.json: (?s:.*)(?:{match})"):
         VisionTower.from_pretrained(directory)
 
 

@@ -91,22 +91,40 @@ def test_no_file_of_a_directory_runs_code(tmp_path):
     attempt(tmp_path)
 
 
-@pytest.mark.full
-def test_no_file_of_a_directory_runs_code_with_the_oldest_timm(tmp_path):
+@pytest.fixture(scope="module")
+def oldest_timm(tmp_path_factory):
+    """Runs Python with the oldest timm that is allowed."""
     needs = (ROOT / "packages/vision-tower/pyproject.toml").read_text()
     oldest = re.search(r'"timm>=([\d.]+)"', needs)[1]
-    python = tmp_path / "env/bin/python"
+    environment = tmp_path_factory.mktemp("timm") / "env"
+    python = environment / "bin/python"
     uv = Path(sys.executable).with_name("uv")
-    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, tmp_path / "env"], check=True)
+    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, environment], check=True)
     subprocess.run([uv, "pip", "install", "--quiet", "--no-deps", "--python", python, f"timm=={oldest}"], check=True)
     # Its own timm is found first; everything else is that of the environment that runs the tests.
-    script = (
+    first = (
         f"import site; site.addsitedir({sysconfig.get_path('purelib')!r}); import runpy, sys, timm; "
         f"assert timm.__version__ == {oldest!r}, timm.__version__; "
-        f"sys.argv = [{__file__!r}, {str(tmp_path)!r}]; runpy.run_path({__file__!r}, run_name='__main__')"
     )
-    done = subprocess.run([python, "-c", script], env=os.environ, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+
+    def run(script: str) -> None:
+        words = [python, "-c", first + script]
+        done = subprocess.run(words, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-5000:] + done.stderr
+
+    return run
+
+
+@pytest.mark.full
+def test_no_file_of_a_directory_runs_code_with_the_oldest_timm(tmp_path, oldest_timm):
+    oldest_timm(f"sys.argv = [{__file__!r}, {str(tmp_path)!r}]; runpy.run_path({__file__!r}, run_name='__main__')")
+
+
+@pytest.mark.full
+def test_directories_are_read_and_refused_in_the_same_way_with_the_oldest_timm(oldest_timm):
+    """What it lacks is refused in its own words."""
+    tests = str(Path(__file__).with_name("test_timm_directories.py"))
+    oldest_timm(f"import pytest; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', {tests!r}]))")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,6 +64,26 @@ def write_whole(target: str | Path, text: str) -> None:
     with writing(target):
         write_file(target, text.encode())
         sync(target.parent)
+
+
+def check_can_write(target: Path) -> None:
+    """Finds out, before the work rather than after it, whether a file or directory of that name can be written: makes
+    one beside it, under a name as long as the temporary ones, and removes it.
+
+    Raises:
+        UserError: it cannot.
+    """
+    with writing(target):
+        missing = [parent for parent in target.parents if not parent.exists()]
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            probe = target.with_name(f"{target.name}.{os.urandom(6).hex()}.tmp")  # as `write_file` names them
+            probe.mkdir()
+            probe.rmdir()
+        finally:
+            with contextlib.suppress(OSError):
+                for parent in missing:
+                    parent.rmdir()
 
 
 @contextlib.contextmanager

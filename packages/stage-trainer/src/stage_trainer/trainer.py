@@ -61,6 +61,7 @@ def train(recipe: Recipe, number: int, *, start_over: bool = False, refusal: Use
             set_threads(world)
             if device.type == "cpu":
                 keep_freed_memory()
+            stack.enter_context(Heartbeat(rank, world, Path(recipe.output)))
             stack.enter_context(one_reason(Path(recipe.output), rank, world))
             stack.enter_context(shortages_explained())  # before one_reason, which shows anything else as a traceback
         if refusal := from_rank_0(refusal):
@@ -116,22 +117,22 @@ class Trainer:
 
     def resume(self) -> bool:
         """Prepares the next segment, from the newest checkpoint or from what the stage starts from; returns False when
-        the stage is complete."""
+        the stage is complete. One without steps makes up for an evaluation that was due after the last one."""
         with self.watch.phase("load"):
             return self._resume()
 
     def _resume(self) -> bool:
         # Also after the last step: machines with folders of their own get its checkpoint, which the next stage needs.
         model, optimizer = starting_point(self.task, self.state, self.tokenizer)
-        self.start = self.state.step
-        if self.start == self.stage.steps:
+        self.start, last = self.state.step, self.stage.steps - 1
+        if self.start > last and (self.started or not self.state.unmeasured):
             return False
         if self.start and not self.started:
             where = path_of(self.directory, self.start)
             self.say(f"going on from step {self.start} of {self.stage.steps} ({where})")
         self.stop = self.task.set_up_segment(model, self.start, optimizer)
         model.to(self.device)
-        self.choice = self.task.choose_chunks(self.start, self.stop, self.device)
+        self.choice = self.task.choose_chunks(min(self.start, last), self.stop, self.device)
         if self.choice:
             self.say(self.choice.line)
         self.engine = self.task.make_engine(model, optimizer)
@@ -203,7 +204,6 @@ class Trainer:
         """What runs after each step, in this order; all of it ends with the stack."""
         recipe, stage, state, task = self.recipe, self.stage, self.state, self.task
         validation = task.make_validation(self.engine, self.tokenizer) if recipe.evaluation.every else None
-        stack.enter_context(Heartbeat(self.rank, self.world))
         self.stop_signal = stack.enter_context(StopSignal())
         self.saver = stack.enter_context(Saver(self.directory, recipe.checkpoint.keep))
         self.monitor = stack.enter_context(self._make_monitor())

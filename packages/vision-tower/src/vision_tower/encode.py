@@ -15,7 +15,7 @@ from torch import Tensor
 from vision_tower.config import whole
 from vision_tower.errors import ImageError
 from vision_tower.packed import PackedPatches
-from vision_tower.preprocess import preprocess_native
+from vision_tower.preprocess import MAX_PIXELS, preprocess_native
 
 if TYPE_CHECKING:
     from vision_tower.tower import VisionTower
@@ -29,6 +29,7 @@ def encode(
     batch_size: int = 32,
     normalize: bool = True,
     native_aspect: bool = False,
+    max_pixels: int = MAX_PIXELS,
     show_progress: bool = False,
 ) -> np.ndarray:
     """Embeds images: float32 `[N, truncate_dim or width]`, in the order given.
@@ -45,6 +46,7 @@ def encode(
         normalize: scale every row to length 1.
         native_aspect: keep every image's own shape (`preprocess_native`), with at most as many patches as the set
             resolution has: for pages, which lose text when they are cropped to a square.
+        max_pixels: larger images are refused from their header; by default where Pillow itself refuses.
         show_progress: draw a progress bar.
 
     Raises:
@@ -56,11 +58,15 @@ def encode(
     dims = width if truncate_dim is None else whole(truncate_dim)
     if dims is None or not 1 <= dims <= width:
         raise ValueError(f"truncate_dim is {truncate_dim!r}; expected 1 … {width}, this tower's width")
+    if (whole(max_pixels) or 0) < 1:
+        raise ValueError(f"max_pixels is {max_pixels!r}; expected a whole number, at least 1")
     results = [np.empty((0, dims), dtype=np.float32)]
     done = 0
     with torch.inference_mode():
         for batch in _batches(images, batch_size, show_progress):
-            pixels = [_pixels(self, image, number, native_aspect) for number, image in enumerate(batch, done)]
+            pixels = [
+                _pixels(self, image, number, native_aspect, max_pixels) for number, image in enumerate(batch, done)
+            ]
             done += len(batch)
             rows = self(_input(self, pixels, native_aspect))[:, :dims].float()
             results.append((F.normalize(rows, dim=-1) if normalize else rows).cpu().numpy())
@@ -103,13 +109,18 @@ def _in_order(images: Any) -> Iterable[Any]:
     return in_order
 
 
-def _pixels(tower: VisionTower, image: Any, number: int, native_aspect: bool) -> Tensor:
+def _pixels(tower: VisionTower, image: Any, number: int, native_aspect: bool, max_pixels: int) -> Tensor:
     config = tower.config
     try:
         if native_aspect:
-            kernel = config.interpolation
-            return preprocess_native(image, patch=config.patch, max_patches=config.num_patches, interpolation=kernel)
-        return tower.preprocess(image)
+            return preprocess_native(
+                image,
+                patch=config.patch,
+                max_patches=config.num_patches,
+                interpolation=config.interpolation,
+                max_pixels=max_pixels,
+            )
+        return tower.preprocess(image, max_pixels=max_pixels)
     except ImageError as error:
         raise ImageError(f"images[{number}]: {error}") from error
 

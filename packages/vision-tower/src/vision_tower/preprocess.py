@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import math
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,19 @@ def load_image(source: Any, *, max_pixels: int = MAX_PIXELS, name: str | None = 
         ImageError: an image that cannot be used; the message names it.
         FileNotFoundError: no such file.
     """
+    with _opened(source, name, max_pixels) as image:
+        return _upright_rgb(image)
+
+
+def check_image(source: Any, *, max_pixels: int = MAX_PIXELS, name: str | None = None) -> None:
+    """Refuses by its header what `load_image` would refuse, arguments and errors being the same; decodes nothing."""
+    with _opened(source, name, max_pixels):
+        pass
+
+
+@contextmanager
+def _opened(source: Any, name: str | None, max_pixels: int) -> Iterator[Image.Image]:
+    """The image, not decoded yet; what goes wrong with it inside is raised as an ImageError."""
     label = name or _label(source)
     try:
         with _open(source, label) as image:
@@ -64,7 +78,7 @@ def load_image(source: Any, *, max_pixels: int = MAX_PIXELS, name: str | None = 
                     f"{label} is {image.width}x{image.height} pixels, more than the {max_pixels:,} allowed; "
                     "shrink it or raise max_pixels"
                 )
-            return _upright_rgb(image)
+            yield image
     except (ImageError, FileNotFoundError, MemoryError):
         raise
     except UnidentifiedImageError as error:
@@ -151,6 +165,7 @@ def preprocess(
     crop_mode: str = "center",
     interpolation: str = "bicubic",
     fill: tuple[float, float, float] = MEAN,
+    max_pixels: int = MAX_PIXELS,
 ) -> Tensor:
     """uint8 `[3, H, W]` for inference, from anything that `load_image` takes.
 
@@ -165,6 +180,7 @@ def preprocess(
             both), "squash" both edges, "border" the longest, with a border around the rest.
         interpolation: one of Pillow's, antialiased.
         fill: colour of a border, RGB in 0 … 1; timm's is the mean.
+        max_pixels: of the image as it is given, see `load_image`.
 
     Raises:
         ImageError, FileNotFoundError: as `load_image`.
@@ -172,7 +188,7 @@ def preprocess(
     """
     check_crop(crop_pct, crop_mode, interpolation)
     height, width = as_pair(resolution)
-    picture = load_image(image)
+    picture = load_image(image, max_pixels=max_pixels)
     size = _resized(picture.size, (height, width), float(crop_pct), crop_mode)  # numpy's numbers may have fewer bits
     resample = Image.Resampling[interpolation.upper()]
     # A border is added, its odd pixel to the right and below, before the centre is cut out.
@@ -210,7 +226,9 @@ def _resized(size: tuple[int, int], target: tuple[int, int], crop_pct: float, cr
     return max(1, round(columns / ratio)), max(1, round(rows / ratio))
 
 
-def preprocess_native(image: Any, *, patch: int, max_patches: int, interpolation: str = "bicubic") -> Tensor:
+def preprocess_native(
+    image: Any, *, patch: int, max_patches: int, interpolation: str = "bicubic", max_pixels: int = MAX_PIXELS
+) -> Tensor:
     """uint8 `[3, rows * patch, columns * patch]` for packing: the whole image in its own shape.
 
     The image is scaled to the area of `max_patches` and then stretched to whole patches (Pix2Struct, arXiv 2210.03347),
@@ -223,7 +241,7 @@ def preprocess_native(image: Any, *, patch: int, max_patches: int, interpolation
     if patch < 1 or max_patches < 1:
         raise ValueError(f"patch is {patch} and max_patches {max_patches}; expected at least 1")
     check_crop(1.0, "center", interpolation)
-    picture = load_image(image)
+    picture = load_image(image, max_pixels=max_pixels)
     width, height = picture.size
     # Square roots in integers, rounded down: floating point could lose a row if the root is whole.
     rows = min(max_patches, max(1, math.isqrt(max_patches * height // width)))

@@ -19,7 +19,7 @@ from vision_tower.encode import encode as _encode
 from vision_tower.packed import ByLength, PackedPatches
 from vision_tower.patches import patchify, resample_position_table
 from vision_tower.positions import rotary_table
-from vision_tower.preprocess import normalize, preprocess
+from vision_tower.preprocess import MAX_PIXELS, normalize, preprocess
 
 
 class VisionTower(nn.Module):
@@ -198,7 +198,7 @@ class VisionTower(nn.Module):
     from_timm = classmethod(pretrained.from_timm)
     save_pretrained = pretrained.save
 
-    def preprocess(self, image: Any) -> Tensor:
+    def preprocess(self, image: Any, *, max_pixels: int = MAX_PIXELS) -> Tensor:
         """`vision_tower.preprocess` to the set resolution, with the settings of these weights: uint8 `[3, H, W]`."""
         config = self.config
         return preprocess(
@@ -208,6 +208,7 @@ class VisionTower(nn.Module):
             crop_mode=config.crop_mode,
             interpolation=config.interpolation,
             fill=config.mean,
+            max_pixels=max_pixels,
         )
 
     def normalize(self, images: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -75,6 +76,13 @@ class Saver:
         """Records that the checkpoint of `step` is the best; it stays until one is better."""
         if self.rank == 0:
             write_whole(self.directory / BEST, json.dumps({**best, "step": step}) + "\n")
+
+    def note_measured(self, step: int, state: RunState) -> None:
+        """Records in the checkpoint of `step`, from which the run goes on, that the evaluation due there is done."""
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # machines may have folders of their own
+            saved = Saved(path_of(self.directory, step), step)
+            now = {**saved.state(), "best": state.best, "unmeasured": state.unmeasured}
+            write_whole(saved.path / "state.json", _signed(now))
 
     def finish(self) -> None:
         """Waits until what was saved is on disk.
@@ -153,5 +161,10 @@ def write(directory: Path, model: Saveable, optimizer: dict[str, Tensor], state:
         save_tensors(optimizer, path / "optimizer.safetensors")
         model.save_pretrained(path / "model")
         files = {p.relative_to(path).as_posix(): sha256(p) for p in sorted(path.rglob("*")) if p.is_file()}
-        whole = json.loads(json.dumps({**state, "files": files}))  # as it is read back
-        (path / "state.json").write_text(json.dumps({**whole, DIGEST: digest_of(whole)}, indent=2) + "\n")
+        (path / "state.json").write_text(_signed({**state, "files": files}))
+
+
+def _signed(state: dict[str, Any]) -> str:
+    """The content of state.json."""
+    whole = json.loads(json.dumps(state))  # as it is read back
+    return json.dumps({**whole, DIGEST: digest_of(whole)}, indent=2) + "\n"

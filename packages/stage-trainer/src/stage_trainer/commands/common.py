@@ -12,8 +12,16 @@ MODEL = "an exported model, a checkpoint, or a stage's folder with checkpoints"
 DATA = "a corpus (its test split is used, or else its validation split), a folder of data sets, or one data set"
 
 
+def a_path(text: str) -> Path:
+    """The type of an argument: an empty one, as of a variable that is not set, would be the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; name a file or a folder")
+    return Path(text)
+
+
 def add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", default="launch/recipes/laptop.yaml", help="a YAML file (default: %(default)s)")
+    default = "launch/recipes/laptop.yaml"
+    parser.add_argument("--recipe", type=a_path, default=default, help="a YAML file (default: %(default)s)")
 
 
 def add_settings(parser: argparse.ArgumentParser, help: str = "overrides, as for train") -> None:
@@ -25,10 +33,38 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def check_can_write(path: Path) -> None:
-    """UserError if there is no folder for the output, before the work rather than after it."""
-    if not path.parent.is_dir():
-        raise UserError(f"there is no folder {path.parent} for {path.name}; make it, or name another place")
+def check_output(path: Path) -> None:
+    """UserError unless this file can be written, before the work rather than after it. Its folder has to exist."""
+    from stage_trainer.files import check_can_write, writing
+
+    with writing(path):
+        if path.exists() and not path.is_file():
+            kind = "a folder" if path.is_dir() else "no ordinary file"
+            raise UserError(f"{path} is {kind}; name a file to write")
+        if not path.parent.is_dir():
+            raise UserError(f"there is no folder {path.parent} for {path.name}; make it, or name another place")
+    check_can_write(path)
+
+
+def add_max_pixels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-pixels", type=int, metavar="N", help="refuse data with larger images (default: as in a recipe)"
+    )
+
+
+def max_pixels_of(arguments: argparse.Namespace) -> int:
+    """--max-pixels, or a recipe's default.
+
+    Raises:
+        UserError: it is out of the range that a recipe's has.
+    """
+    from stage_trainer.recipe.limits import MAX_PIXELS
+    from stage_trainer.recipe.ranges import OF_RECIPE
+
+    found = arguments.max_pixels
+    if found is not None and found not in OF_RECIPE["max_pixels"]:
+        raise UserError(f"--max-pixels is {found}; expected {OF_RECIPE['max_pixels']}")
+    return MAX_PIXELS if found is None else int(found)
 
 
 def find_model(path: Path) -> tuple[Path, Path | None]:

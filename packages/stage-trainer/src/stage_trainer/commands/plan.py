@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 
 from stage_trainer.commands.common import add_recipe, add_settings, say
 from stage_trainer.errors import UserError
@@ -38,10 +37,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from stage_trainer.evaluation.measures import check_best_of
     from stage_trainer.recipe.read import load
 
     _check(arguments)
     recipe = load(arguments.recipe, arguments.settings, arguments.stage, ranks=arguments.gpus).recipe
+    check_best_of(recipe, [arguments.stage] if arguments.stage else range(1, len(recipe.stages) + 1))
     say("loading PyTorch …")  # only now, so that mistakes are reported at once
     from stage_trainer.plan.devices import device
     from stage_trainer.plan.planner import Cluster, plan_stage
@@ -61,13 +62,17 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"\nstage {number} is masked-language-model training, which is not planned", flush=True)
 
 
+_RANGES = {
+    "gpus": (1, 10**6, "devices, 1 to 1,000,000"),
+    "utilisation": (0.001, 1, "a share, 0.001 to 1"),
+    "peak": (1e9, 1e18, "operations a second, 1e9 to 1e18, such as 165e12"),
+    "price": (1e-6, 1e9, "a price above 0, up to 1e9"),
+    "mean_tokens": (1, 1e9, "tokens of a text, at least 1"),
+}
+
+
 def _check(arguments: argparse.Namespace) -> None:
-    if arguments.gpus < 1 or not 0 < arguments.utilisation <= 1:
-        raise UserError(
-            f"--gpus is {arguments.gpus} and --utilisation {arguments.utilisation:g}; expected at least 1, and a share "
-            "above 0 and up to 1"
-        )
-    for name in ("peak", "price", "mean_tokens"):
+    for name, (low, high, expected) in _RANGES.items():
         value = getattr(arguments, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} is {value:g}; expected a number above 0")
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} is {value:g}; expected {expected}")

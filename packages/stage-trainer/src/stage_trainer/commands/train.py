@@ -23,12 +23,14 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from stage_trainer.evaluation.measures import check_best_of
     from stage_trainer.recipe.read import load
 
     world = os.environ.get("WORLD_SIZE", "")  # set by every launcher
     ranks = int(world) if world.isdecimal() else 1
     try:
         loaded = load(arguments.recipe, arguments.settings, arguments.stage, ranks=ranks)
+        check_best_of(loaded.recipe, [arguments.stage])
     except UserError:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             raise

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from data_prep.shards import Dataset, ShardError, Unusable, content_of
 from vision_tower import load_image
-from vision_tower.preprocess import MAX_PIXELS
 
 from stage_trainer.errors import UserError
+from stage_trainer.recipe.limits import MAX_PIXELS
 
 IMAGE_TYPES = ("png", "jpg", "jpeg", "webp")
 

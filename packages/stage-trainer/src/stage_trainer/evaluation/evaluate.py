@@ -11,13 +11,17 @@ from stage_trainer.evaluation import text_retrieval
 from stage_trainer.evaluation.held_out import HeldOut, find
 from stage_trainer.evaluation.retrieval import Pool, cut_texts, embed, embed_texts, ndcg, score
 from stage_trainer.evaluation.tables import Figures, Pools, joined
+from stage_trainer.recipe.limits import MAX_PIXELS
 
 
-def evaluate(model_directory: str | Path, data: str | Path, say: Callable[[str], None]) -> Pools:
+def evaluate(
+    model_directory: str | Path, data: str | Path, say: Callable[[str], None], *, max_pixels: int = MAX_PIXELS
+) -> Pools:
     """Evaluates a model on every data set at `data`.
 
     Args:
         say: called with messages on the progress, and on what is not measured.
+        max_pixels: data with larger images are refused.
 
     Raises:
         UserError: there is nothing to measure, or the model or the data cannot be read.
@@ -28,7 +32,10 @@ def evaluate(model_directory: str | Path, data: str | Path, say: Callable[[str],
     say(joined(f"measuring on {found.where}:", [f"{s.kind}/{s.directory.name}" for s in found.sets]))
     figures: Pools = {}
     for held_out in found.sets:
-        measured = _of_images(model, held_out, dims, say) if held_out.images else _of_texts(model, held_out, dims, say)
+        if held_out.images:
+            measured = _of_images(model, held_out, Pool.open(held_out.directory, max_pixels), dims, say)
+        else:
+            measured = _of_texts(model, held_out, dims, say)
         if measured:
             figures[held_out.name] = {"kind": held_out.kind, "folder": str(held_out.directory), **measured}
     if not figures:
@@ -36,8 +43,9 @@ def evaluate(model_directory: str | Path, data: str | Path, say: Callable[[str],
     return figures
 
 
-def _of_images(model: DualEncoder, held_out: HeldOut, dims: list[int], say: Callable[[str], None]) -> Figures:
-    pool = Pool.open(held_out.directory)
+def _of_images(
+    model: DualEncoder, held_out: HeldOut, pool: Pool, dims: list[int], say: Callable[[str], None]
+) -> Figures:
     say(f"{held_out.name}: {len(pool.images):,} images, {len(pool.all_texts()):,} texts …")
     _say_cut(model, pool.all_texts(), held_out.name, say)
     embedded = embed(model, pool)

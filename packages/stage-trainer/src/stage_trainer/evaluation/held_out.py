@@ -9,6 +9,7 @@ from pathlib import Path
 from data_prep.shards import MANIFEST, Dataset, ShardError
 
 from stage_trainer.errors import UserError
+from stage_trainer.evaluation.measures import name_beside
 from stage_trainer.recipe.address import is_remote
 
 SPLITS = ("test", "validation")
@@ -76,7 +77,6 @@ def _open(folders: Iterable[Path]) -> tuple[HeldOut, ...]:
     opened.sort(key=lambda entry: (_ORDER.index(entry[1].kind), entry[1].source))
     sets: dict[str, HeldOut] = {}
     for folder, data in opened:
-        free = (name for name in (data.source, f"{data.source}-{data.kind}", str(folder)) if name not in sets)
-        name = next(free)
+        name = name_beside(sets, data.source, data.kind, str(folder))
         sets[name] = HeldOut(folder, data.kind, name)
     return tuple(sets.values())

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+from data_prep.shards import write_file
 from PIL import Image, ImageDraw, ImageFont
 from vision_tower import load_image
 
@@ -15,7 +17,9 @@ from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.errors import UserError
 from stage_trainer.evaluation.held_out import find
 from stage_trainer.evaluation.retrieval import EmbeddedPool, Pool, embed
+from stage_trainer.files import writing
 from stage_trainer.metrics.retrieval import unit
+from stage_trainer.recipe.limits import MAX_PIXELS
 
 SHOWN_LANGUAGES = ("en", "de", "fr", "es", "pl", "ru", "el", "ar", "vi", "ka", "ja", "zh", "ko", "hi", "th")
 ROWS = 12
@@ -31,7 +35,13 @@ Row = tuple[str, str, list[tuple[bytes, bool]]]
 
 
 def draw_search(
-    model_directory: str | Path, data: str | Path, queries: Sequence[str], out: str | Path, say: Callable[[str], None]
+    model_directory: str | Path,
+    data: str | Path,
+    queries: Sequence[str],
+    out: str | Path,
+    say: Callable[[str], None],
+    *,
+    max_pixels: int = MAX_PIXELS,
 ) -> None:
     """Draws one row for each query: the text at the left, the nearest images of all pools at the right.
 
@@ -41,8 +51,6 @@ def draw_search(
     Raises:
         UserError: there are no images to search, the model or the data cannot be read, or the picture not written.
     """
-    if blank := [query for query in queries if not query.strip()]:
-        raise UserError(f"a query is {blank[0]!r}; give some words, or no query at all")
     found = find(data)
     searched = [held_out for held_out in found.sets if held_out.images]
     short = [held_out for held_out in searched if held_out.kind == "image-short"]
@@ -52,18 +60,20 @@ def draw_search(
         kinds = ", ".join(sorted({held_out.kind for held_out in found.sets}))
         raise UserError(f"{data} has no images to search, it holds {kinds}; give a folder with images and captions")
     model = DualEncoder.from_pretrained(model_directory)
-    pools = [Pool.open(held_out.directory) for held_out in searched]
+    pools = [Pool.open(held_out.directory, max_pixels) for held_out in searched]
     count = len({image for pool in pools for image in pool.images})
     say(f"searching {count:,} images of {found.where}: {', '.join(f'{s.kind}/{s.directory.name}' for s in searched)}")
     fonts = fonts_of(Path(data))
     rows = _rows(model, pools, queries) if queries else own_rows(pools, [embed(model, pool) for pool in pools], fonts)
     if unknown := sorted({letter for query, _, _ in rows for letter in _missing(_pick(fonts, query, SIZE), query)}):
         say(f"no font here has {' '.join(unknown[:8])}, drawn as boxes; put one that does into {Path(data) / 'fonts'}")
-    canvas = draw(rows, fonts, framed=not queries)
+    canvas, file = draw(rows, fonts, framed=not queries), BytesIO()
     try:
-        canvas.save(out)
-    except (OSError, ValueError) as error:
-        raise UserError(f"could not write the picture {out}: {error}; name another file that ends in .png") from error
+        canvas.save(file, Image.registered_extensions()[Path(out).suffix.lower()])
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"could not draw the picture {out} ({error}); name another file that ends in .png") from error
+    with writing(Path(out)):
+        write_file(Path(out), file.getvalue())
 
 
 def draw(rows: Sequence[Row], fonts: list[Path], *, framed: bool = True) -> Image.Image:

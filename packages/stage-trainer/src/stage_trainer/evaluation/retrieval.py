@@ -3,21 +3,26 @@ for every language and Matryoshka dim."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from data_prep.shards import ShardError
+from vision_tower.preprocess import check_image
 
 from stage_trainer.data.remote_data import RemotePlace, open_place
 from stage_trainer.data.samples import image_of, shard_errors_explained, texts_of
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.metrics.retrieval import chance_at_k, ndcg_at_k, recall_at_k, unit
+from stage_trainer.recipe.limits import MAX_PIXELS
 
 K = 5
 MAX_TOKENS = 512  # of a text, even if the tower takes more: the default of the published jina-clip-v2
+BATCH = 256  # images or texts
 DIRECTIONS = ("text→image", "image→text", "text→English text")
 
 Scores = dict[str, dict[str, dict[str, float]]]
@@ -38,12 +43,13 @@ class Pool:
 
     @classmethod
     @shard_errors_explained()
-    def open(cls, directory: str | Path | RemotePlace) -> Pool:
+    def open(cls, directory: str | Path | RemotePlace, max_pixels: int = MAX_PIXELS) -> Pool:
         """Reads a data set of images with captions. Captions without a role or with the role "name" or "query" count,
         in a data set of long captions also those with the role "long".
 
         Raises:
             UserError: the data set is missing, damaged or has no such captions; a sample has no image or no captions.
+            ImageError: an image that its header shows to be none, or to have more than `max_pixels`.
         """
         data = open_place(directory)
         images: list[bytes] = []
@@ -59,6 +65,7 @@ class Pool:
                     f"{data.directory}: sample {data.row(number).key} has no image and captions to evaluate on; "
                     f"it holds {', '.join(sorted(members))}"
                 )
+            check_image(image, max_pixels=max_pixels, name=f"{data.directory}, sample {data.row(number).key}")
             images.append(image)
             for caption in captions:
                 if (role := caption.get("role", "name")) in counted:
@@ -86,23 +93,54 @@ class EmbeddedPool:
     row: dict[str, int] = field(repr=False)
 
 
+def nothing() -> None:
+    """What is done before each batch, unless something else is named."""
+
+
 @torch.no_grad()
-def embed(model: DualEncoder, pool: Pool, *, rank: int = 0, world: int = 1) -> EmbeddedPool:
-    """Embeds a pool; with `world` > 1 each rank embeds a part, and every rank gets all of it."""
+def embed(
+    model: DualEncoder, pool: Pool, *, rank: int = 0, world: int = 1, before_batch: Callable[[], None] = nothing
+) -> EmbeddedPool:
+    """Embeds a pool; with `world` > 1 each rank embeds a part, and every rank gets all of it.
+
+    Args:
+        before_batch: called before each batch, on every rank as often.
+    """
     texts = pool.all_texts()
-    images = model.encode_image(pool.images[rank::world], normalize=False, batch_size=256)
     return EmbeddedPool(
-        _of_all_ranks(images, rank, world),
-        embed_texts(model, texts, rank=rank, world=world),
+        _embed(model.encode_image, pool.images, rank, world, before_batch),
+        embed_texts(model, texts, rank=rank, world=world, before_batch=before_batch),
         row={text: i for i, text in enumerate(texts)},
     )
 
 
 @torch.no_grad()
-def embed_texts(model: DualEncoder, texts: Sequence[str], *, rank: int = 0, world: int = 1) -> np.ndarray:
-    """`[N, D]`, not normalised; with `world` > 1 each rank embeds a part, and every rank gets all of it."""
-    part = model.encode_text(texts[rank::world], max_length=MAX_TOKENS, normalize=False, batch_size=256)
-    return _of_all_ranks(part, rank, world)
+def embed_texts(
+    model: DualEncoder,
+    texts: Sequence[str],
+    *,
+    rank: int = 0,
+    world: int = 1,
+    before_batch: Callable[[], None] = nothing,
+) -> np.ndarray:
+    """`[N, D]`, not normalised; arguments as `embed`."""
+    order = sorted(range(len(texts)), key=lambda number: (-len(texts[number]), number))  # batches of like lengths
+    rows = _embed(
+        partial(model.encode_text, max_length=MAX_TOKENS), [texts[n] for n in order], rank, world, before_batch
+    )
+    whole = np.empty_like(rows)
+    whole[order] = rows
+    return whole
+
+
+def _embed(
+    encode: Callable[..., np.ndarray], items: Sequence[Any], rank: int, world: int, before_batch: Callable[[], None]
+) -> np.ndarray:
+    mine, rows = items[rank::world], []
+    for first in range(0, max(1, len(items[::world])), BATCH):  # the first rank has the most
+        before_batch()
+        rows.append(encode(mine[first : first + BATCH], normalize=False, batch_size=BATCH))
+    return _of_all_ranks(np.concatenate(rows), rank, world)
 
 
 def cut_texts(model: DualEncoder, texts: Sequence[str]) -> tuple[int, int]:

@@ -126,9 +126,10 @@ def read_bytes(text: str) -> int:
     """ "24GiB", "80GB", "512 MiB" or a plain number of bytes."""
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": GIB}
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?I?B?)\s*", text, flags=re.IGNORECASE)
-    if match is None or match[2].upper() not in units:
-        raise UserError(f"--memory is {text!r}; expected something like 24GiB or 80GB")
-    return int(float(match[1]) * units[match[2].upper()])
+    found = float(match[1]) * units.get(match[2].upper(), 0) if match else 0.0
+    if not 1 <= found < 2**60:
+        raise UserError(f"--memory is {text[:40]!r}; expected something like 24GiB or 80GB")
+    return int(found)
 
 
 def peak_flops(where: torch.device, precision: str) -> float | None:

@@ -1,8 +1,11 @@
-"""How long each part of a run may take before it counts as stuck."""
+"""How long each part of a run may take before it counts as stuck, and how large an image may be."""
 
 from __future__ import annotations
 
 from pydantic.dataclasses import dataclass
+
+MAX_PIXELS = 50_000_000
+"""Of an image, unless a recipe or an option says otherwise."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, ConfigDict
 from pydantic.dataclasses import dataclass
 
 from stage_trainer.errors import UserError
-from stage_trainer.recipe.limits import LimitsConfig
+from stage_trainer.recipe.limits import MAX_PIXELS, LimitsConfig
 
 _STRICT = ConfigDict(extra="forbid", strict=False)
 
@@ -305,10 +305,10 @@ class Recipe:
 
     `precision` is that of the towers' computation; `auto` is bf16 if the machine multiplies in bfloat16, and else fp32,
     since emulated bf16 is up to ten times slower. Up to the share `max_corrupt` of the samples drawn may be unreadable
-    or unusable, an image of more than `max_pixels` among them; they are replaced and entered in `corrupt.jsonl`. A step
-    whose gradient is not finite is skipped; `max_skipped` in a row end the run. `sinks` receive the scalars in addition
-    to TensorBoard ("module:callable", see `stage_trainer.run.monitor.Sink`). Each process keeps `cache_megabytes` of
-    decoded samples in main memory. `limits` says how long each part of a run may take.
+    or unusable, an image of more than `max_pixels` among them (refused in held-out data); they are replaced and entered
+    in `corrupt.jsonl`. A step whose gradient is not finite is skipped; `max_skipped` in a row end the run. `sinks`
+    receive the scalars in addition to TensorBoard ("module:callable", see `stage_trainer.run.monitor.Sink`). Each
+    process keeps `cache_megabytes` of decoded samples in main memory. `limits`: how long each part of a run may take.
     """
 
     name: str
@@ -321,7 +321,7 @@ class Recipe:
     precision: Literal["bf16", "fp32", "auto"] = "bf16"
     workers: Int = 0
     cache_megabytes: Int = 0
-    max_pixels: Int = 50_000_000
+    max_pixels: Int = MAX_PIXELS
     remote: RemoteConfig = field(default_factory=RemoteConfig)
     max_corrupt: Float = 0.01
     max_skipped: Int = 5

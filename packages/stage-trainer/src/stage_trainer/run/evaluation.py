@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from stage_trainer.checkpoint.broadcast import from_rank_0
 from stage_trainer.checkpoint.save import Saver
 from stage_trainer.checkpoint.state import Best, RunState
-from stage_trainer.errors import UserError
+from stage_trainer.evaluation.measures import check_best
 from stage_trainer.metrics.measure import Measure
 from stage_trainer.run.hooks import Hook, Step
 from stage_trainer.run.monitor import Monitor
+from stage_trainer.run.saving import stopped
 from stage_trainer.run.stop_signal import StopSignal
 from stage_trainer.tasks.task import Validation
+
+
+class _AskedToStop(Exception):
+    """Between two batches of an evaluation."""
 
 
 class Evaluation(Hook):
     """Measures on held-out data every `every` steps and after the last one.
 
-    An evaluation may take longer than a scheduler waits after it asks a run to stop: one that is due then is postponed
-    until the run resumes.
+    An evaluation may take longer than a scheduler waits after it asks a run to stop: one that is due then, or under
+    way, is postponed until the run resumes.
 
     Args:
         validation: what is measured; None: nothing.
@@ -49,48 +53,50 @@ class Evaluation(Hook):
         self.monitor, self.saver, self.stop_signal = monitor, saver, stop_signal
 
     def before_first_step(self, step: int) -> None:
-        if self.validation and self.state.unmeasured:
-            values = self._measure(self.validation, step)
-            if best := better(values, self.validation.measures, self.metric, self.state):
-                self.saver.note_best(step, best)
-            self.state.unmeasured = False
+        """Makes up for an evaluation that was postponed after `step` steps.
+
+        Raises:
+            Stopped: the run was asked to stop once more; the evaluation is still due.
+        """
+        if not self.validation or not self.state.unmeasured:
+            return
+        try:
+            best = self._measure(self.validation, step, ())
+        except _AskedToStop:
+            raise stopped(step, self.monitor.stage.steps) from None
+        if best:
+            self.saver.note_best(step, best)
+        self.state.unmeasured = False
+        self.saver.note_measured(step, self.state)
 
     def after_step(self, step: Step) -> None:
         last = step.done == self.monitor.stage.steps
+        self.state.unmeasured = False
         if not self.validation or not (last or step.done % self.every == 0):
-            self.state.unmeasured = False
             return
-        self.state.unmeasured = step.totals.asked and not last
-        if self.state.unmeasured:
-            return
-        values = self._measure(self.validation, step.done)
-        step.best = better(values, self.validation.measures, self.metric, self.state)
-        if last:
-            shown = [name for name in values if self.validation.measures[name].headline]
-            self.monitor.outcome(self.state.settings, [*shown, *(f"loss/{name}" for name in step.losses)])
-        step.totals.asked = self.stop_signal.agreed()
+        try:
+            if step.totals.asked:
+                raise _AskedToStop
+            step.best = self._measure(self.validation, step.done, step.losses)
+        except _AskedToStop:
+            step.totals.asked = self.state.unmeasured = True
+        else:
+            step.totals.asked = self.stop_signal.agreed()
 
-    def _measure(self, validation: Validation, done: int) -> dict[str, float]:
-        found = validation.run(done == self.monitor.stage.steps)
+    def _measure(self, validation: Validation, done: int, losses: Iterable[str]) -> Best | None:
+        """What makes this the best model so far, if it is."""
+        last = done == self.monitor.stage.steps
+        found = validation.run(last, self._heed)
         values: dict[str, float] = from_rank_0(found.values)
         self.monitor.measured(found, values, done)
-        return values
+        if last:
+            shown = [name for name in values if validation.measures[name].headline]
+            self.monitor.outcome(self.state.settings, [*shown, *(f"loss/{name}" for name in losses)])
+        return better(values, validation.measures, self.metric, self.state)
 
-
-def check_best(metric: str | None, measures: Mapping[str, Measure] | None) -> None:
-    """Checks before the first step that `checkpoint.best` names something that will be measured.
-
-    Raises:
-        UserError: it does not; the message names the closest ones.
-    """
-    if metric is None or (measures and metric in measures):
-        return
-    near = difflib.get_close_matches(metric, measures or (), n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"what is: {', '.join(sorted(measures or ()))}"
-    raise UserError(
-        f"checkpoint.best is {metric!r}, which nothing measures; "
-        + (hint if measures else "there are no held-out data for this stage, so leave it out")
-    )
+    def _heed(self) -> None:
+        if self.stop_signal.agreed():
+            raise _AskedToStop
 
 
 def better(

@@ -31,9 +31,9 @@ _DOES = {
 class Watch:
     """Between `with` and its end, ends this process if its main thread stays in one phase beyond the phase's limit.
 
-    The heartbeat of `run.watchdog` notices a rank that is gone or stopped; this one a rank that is alive and gets no
-    further, and one that never arrived. The first rank of a machine to notice says so, those that wait for another one
-    last.
+    The heartbeat of `run.watchdog` notices a rank that is gone or stopped once they have met; this one a rank that is
+    alive and gets no further, and one that never arrived. The first rank of a machine to notice says so, those that
+    wait for another one last.
 
     Args:
         limits: seconds of each phase.

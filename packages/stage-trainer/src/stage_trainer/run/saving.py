@@ -45,14 +45,14 @@ class Saving(Hook):
     def after_step(self, step: Step) -> None:
         if step.done == self.stop or step.totals.asked or step.best or (self.every and step.done % self.every == 0):
             self._save(step)
-        if step.totals.asked and step.done < self.steps:
+        if step.totals.asked and (step.done < self.steps or self.state.unmeasured):
             self.saver.finish()
-            raise self._stopped(step.done)
+            raise stopped(step.done, self.steps)
 
     def after_last_step(self) -> None:
         self.saver.finish()  # signals are still caught: a stop that is requested meanwhile counts
         if self.stop_signal.agreed() and self.stop < self.steps:
-            raise self._stopped(self.stop)
+            raise stopped(self.stop, self.steps)
 
     def _save(self, step: Step) -> None:
         self._check_parameters(step.number)
@@ -70,5 +70,7 @@ class Saving(Hook):
                 f"lengthen warmup_steps. Checkpoints in {self.saver.directory} are from before"
             )
 
-    def _stopped(self, done: int) -> Stopped:
-        return Stopped(f"stopped after step {done} of {self.steps}, as asked; the same command goes on from there")
+
+def stopped(done: int, steps: int) -> Stopped:
+    """What ends a run that was asked to stop, when a checkpoint of `done` steps is on the disk."""
+    return Stopped(f"stopped after step {done} of {steps}, as asked; the same command goes on from there")

@@ -7,6 +7,7 @@ Ranks that fail only because another one did print nothing, so that its tracebac
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import sys
 import threading
@@ -79,11 +80,23 @@ class Heartbeat:
     """Between `with` and its end, ends this process if a rank has given no sign of life for `silence` seconds.
 
     Rank 0 listens to all, the others to rank 0, through the store by which the ranks found each other. A rank that
-    leaves by an exception is missed like one that is killed.
+    leaves by an exception is missed like one that is killed. The first sign of life is given before `with` is entered:
+    after the ranks' next collective call all are listened to.
+
+    Args:
+        folder: where ranks of one machine leave notes: one that left because it was asked to is no loss.
     """
 
-    def __init__(self, rank: int, world: int, *, silence: float = SILENCE, interval: float = INTERVAL):
-        self.rank, self.world, self.silence, self.interval = rank, world, silence, interval
+    def __init__(
+        self,
+        rank: int,
+        world: int,
+        folder: Path | None = None,
+        *,
+        silence: float = SILENCE,
+        interval: float = INTERVAL,
+    ):
+        self.rank, self.world, self.folder, self.silence, self.interval = rank, world, folder, silence, interval
         self._ended = threading.Event()
         self._last_round = time.monotonic()
         self._threads = [threading.Thread(target=f, name="heartbeat", daemon=True) for f in (self._beat, self._watch)]
@@ -91,6 +104,7 @@ class Heartbeat:
     def __enter__(self) -> Heartbeat:
         if self.world > 1:
             self._store: Any = torch.distributed.distributed_c10d._get_default_store().clone()
+            self._store.set(f"alive/{self.rank}", "0")
             self._last_round = time.monotonic()
             for thread in self._threads:
                 thread.start()
@@ -100,8 +114,12 @@ class Heartbeat:
         self._ended.set()
         if self.world > 1 and kind is None:
             self._threads[0].join()
-            with contextlib.suppress(RuntimeError):  # the store goes with rank 0
+            with contextlib.suppress(RuntimeError):
                 self._store.set(f"alive/{self.rank}", b"done")
+                if self._store.add("done", 1) == self.world:
+                    self._store.set("all done", b"")
+                elif self.rank == 0:  # the store goes with this process, and the others would take it for lost
+                    self._store.wait(["all done"], datetime.timedelta(seconds=self.silence))
 
     def _beat(self) -> None:
         heard: dict[int, tuple[bytes, float]] = {}
@@ -138,6 +156,8 @@ class Heartbeat:
                 self._give_up(f"rank 0 has given no sign of life for {self.silence:.0f} seconds")
 
     def _give_up(self, reason: str) -> None:
+        if self.folder and note_of(self.folder, NOTHING_LOST).exists():
+            _leave(Stopped.EXIT_CODE)
         text = f"rank {self.rank} ends: {reason}. The same command goes on from the last checkpoint"
         print(text, file=sys.stderr, flush=True)
         os._exit(1)

@@ -7,7 +7,7 @@ sum over a sum, not a mean of means; the gradients, too, are those of one proces
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from stage_trainer.batch import MaskedBatch
 from stage_trainer.build import check_settled, named_weights, tower_config, with_tokenizer
 from stage_trainer.data.masked import MaskedBatches, held_out
 from stage_trainer.engine import Engine
-from stage_trainer.metrics.measure import Measure
+from stage_trainer.evaluation.measures import MASKED_LM, of_masked_lm
 from stage_trainer.optim.groups import ParameterGroups
 from stage_trainer.plan.flops import StepShape, masked_lm_flops
 from stage_trainer.recipe import ModelConfig, OptimizerConfig, Stage
@@ -84,17 +84,15 @@ class MaskedLMTask(Task):
         """The loss on hidden words of the validation split, by language and over all; None if there is no such data."""
         if not (batches := held_out(self.data, self.stage, tokenizer)):
             return None
-        over_all = "validation_loss_masked_lm/all"
-        measures = {f"validation_loss_masked_lm/{name}": Measure(higher_is_better=False) for name in batches}
-        measures[over_all] = Measure(higher_is_better=False, headline=True)
 
-        def run(last: bool) -> Measured:
+        def run(last: bool, before_batch: Callable[[], None]) -> Measured:
             engine.train(False)
-            losses = held_out_losses(engine, batches, tokens=self.chunks.tokens if self.chunks else 0)
-            values = {f"validation_loss_masked_lm/{name}": loss for name, loss in losses.items()}
-            return Measured(values, [f"{values[over_all]:.3f} nats a hidden token of held-out texts"])
+            tokens = self.chunks.tokens if self.chunks else 0
+            losses = held_out_losses(engine, batches, tokens=tokens, before_batch=before_batch)
+            values = {f"{MASKED_LM}/{name}": loss for name, loss in losses.items()}
+            return Measured(values, [f"{losses['all']:.3f} nats a hidden token of held-out texts"])
 
-        return Validation(measures, run)
+        return Validation(of_masked_lm(batches), run)
 
     def title(self, step: int) -> str:
         return "hidden words"
@@ -158,11 +156,23 @@ def forward_backward(engine: Engine, batch: MaskedBatch, tokens: int = 0) -> Los
 
 
 @torch.no_grad()
-def held_out_losses(engine: Engine, batches: Mapping[str, MaskedBatch], *, tokens: int = 0) -> dict[str, float]:
-    """Nats a hidden token by language, and over all of them as "all"; every rank has to call, and does a share."""
+def held_out_losses(
+    engine: Engine,
+    batches: Mapping[str, MaskedBatch],
+    *,
+    tokens: int = 0,
+    before_batch: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Nats a hidden token by language, and over all of them as "all"; every rank has to call, and does a share.
+
+    Args:
+        tokens: most of one forward pass (0: all at once).
+        before_batch: called before each of the batches, on every rank for all of them.
+    """
     share, shares = engine.forward_share()
     sums = torch.zeros(2, len(batches), dtype=torch.float64)
     for number, batch in enumerate(batches.values()):
+        before_batch()
         if number % shares == share:
             for chunk in batch.chunks(tokens):
                 total, hidden = engine.forward(chunk)

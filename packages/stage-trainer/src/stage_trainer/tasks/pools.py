@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from stage_trainer.data.remote_data import place
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.engine import Engine
 from stage_trainer.evaluation import picture, retrieval, text_retrieval
+from stage_trainer.evaluation.measures import name_beside, of_images, of_pairs, title_of, title_of_pairs
 from stage_trainer.metrics.measure import Measure
 from stage_trainer.metrics.modality_gap import modality_gap
 from stage_trainer.metrics.retrieval import unit
@@ -43,36 +44,38 @@ class PoolValidation:
         for path in paths:
             directory = place(data, "validation", path)
             found = open_data_set(directory, ("image-", "text-"))
-            of_kind: dict[str, Any] = self.images if found.kind.startswith("image-") else self.pairs
-            names = (found.source, f"{found.source}-{found.kind}", path)
-            name = next(name for name in names if name not in of_kind)
-            open_pool = retrieval.Pool.open if of_kind is self.images else text_retrieval.PairPool.open
-            of_kind[name] = open_pool(directory)
+            if found.kind.startswith("image-"):
+                name = name_beside(self.images, found.source, found.kind, path)
+                self.images[name] = retrieval.Pool.open(directory, data.max_pixels)
+            else:
+                name = name_beside(self.pairs, found.source, found.kind, path)
+                self.pairs[name] = text_retrieval.PairPool.open(directory)
         model = engine.objective.model
         self.dims = model.matryoshka_dims or (model.text.config.width,)
         self.measures: dict[str, Measure] = {}
         for name, pool in self.images.items():
-            self.measures |= of_images(name, pool, self.dims, model.text.config.width)
+            self.measures |= of_images(name, pool.texts, self.dims, model.text.config.width, documents=pool.documents)
         for name, pair_pool in self.pairs.items():
-            self.measures |= of_pairs(name, pair_pool)
+            self.measures |= of_pairs(name, pair_pool.queries, scored=bool(pair_pool.scores))
 
-    def run(self, last: bool) -> Measured:
+    def run(self, last: bool, before_batch: Callable[[], None]) -> Measured:
         """Measures every pool; the results are on rank 0, after the `last` step with vectors for the projector."""
         model: DualEncoder = self.engine.objective.model
         model.eval()
         share, shares = self.engine.forward_share()
+        part: dict[str, Any] = {"rank": share, "world": shares, "before_batch": before_batch}
         main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         values: dict[str, float] = {}
-        embedded = [retrieval.embed(model, pool, rank=share, world=shares) for pool in self.images.values()]
+        embedded = [retrieval.embed(model, pool, **part) for pool in self.images.values()]
         for (name, pool), vectors in zip(self.images.items(), embedded, strict=True):
             if main:
                 values |= _recall(name, pool, vectors, self.dims)
         for pair_name, pair_pool in self.pairs.items():
             texts = pair_pool.texts()
-            of_texts = retrieval.embed_texts(model, texts, rank=share, world=shares)
+            of_texts = retrieval.embed_texts(model, texts, **part)
             if main:
                 found = text_retrieval.measure(pair_pool, text_retrieval.lookup(texts, of_texts))
-                values |= {_pair_title(pair_name, what): value for what, value in found.items()}
+                values |= {title_of_pairs(pair_name, what): value for what, value in found.items()}
         headlines = [name for name in values if self.measures[name].headline]
         shown = [f"{name.removeprefix('validation_')} {values[name]:.3f}" for name in headlines]
         if not (main and self.images):
@@ -80,43 +83,6 @@ class PoolValidation:
         fonts, pools = picture.fonts_of(self.fonts), list(self.images.values())
         drawn = picture.draw(picture.own_rows(pools, embedded, fonts), fonts)
         return Measured(values, shown, drawn, *(_snapshot(pools[0], embedded[0]) if last else ()))
-
-
-def of_images(name: str, pool: retrieval.Pool, dims: Sequence[int], width: int) -> dict[str, Measure]:
-    """What `_recall` measures of a pool of captioned images."""
-    languages: dict[str, list[str]] = {d: list(pool.texts) for d in ("text→image", "image→text")}
-    if "en" in pool.texts and (others := [language for language in pool.texts if language != "en"]):
-        languages["text→English text"] = others
-    kinds = [("recall", languages)]
-    if pool.documents:
-        kinds.append(("ndcg", {"text→image": list(pool.texts)}))
-    found: dict[str, Measure] = {}
-    for measure, by_direction in kinds:
-        for direction, of in by_direction.items():
-            title = _title(measure, name, direction)
-            found[title] = Measure(headline=True)
-            found |= {f"{title}/{language}": Measure() for language in of}
-            found |= {f"{title}/{dim} dims": Measure() for dim in dims if dim != width}
-    return {**found, f"modality_gap/{name}": Measure(higher_is_better=False)}
-
-
-def of_pairs(name: str, pool: text_retrieval.PairPool) -> dict[str, Measure]:
-    """What is measured of a pool of text pairs."""
-    found = {_pair_title(name, f"ndcg_at_10/{language}"): Measure() for language in pool.queries}
-    if pool.queries:
-        found[_pair_title(name, "ndcg_at_10/mean")] = Measure(headline=True)
-    if pool.scores:
-        found[_pair_title(name, "spearman")] = Measure(headline=True)
-    return found
-
-
-def _title(measure: str, pool: str, direction: str) -> str:
-    return f"validation_{measure}_at_5_{pool}/{direction.replace('→', ' to ')}"
-
-
-def _pair_title(pool: str, what: str) -> str:
-    measure, _, language = what.partition("/")
-    return f"validation_{measure}_{pool}/{language or 'all'}"
 
 
 def _recall(name: str, pool: retrieval.Pool, embedded: retrieval.EmbeddedPool, dims: Sequence[int]) -> dict[str, float]:
@@ -129,7 +95,7 @@ def _recall(name: str, pool: retrieval.Pool, embedded: retrieval.EmbeddedPool, d
     values = {}
     for measure, by_direction in measures.items():
         for direction, by_dim in by_direction.items():
-            title = _title(measure, name, direction)
+            title = title_of(measure, name, direction)
             for number, (dim, by_language) in enumerate(by_dim.items()):
                 if number == 0:
                     values[title] = by_language["mean"]

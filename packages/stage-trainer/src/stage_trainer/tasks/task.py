@@ -71,11 +71,12 @@ class Validation:
 
     Attributes:
         measures: by name in TensorBoard, known before the first step.
-        run: runs the validation; every rank has to call. Its argument says whether the stage ends here.
+        run: runs the validation; every rank has to call. Its arguments: whether the stage ends here, and what it calls
+            before each of its batches, on every rank as often; that may raise, to end it.
     """
 
     measures: dict[str, Measure]
-    run: Callable[[bool], Measured]
+    run: Callable[[bool, Callable[[], None]], Measured]
 
 
 class TrainedObjective(Objective, ABC):

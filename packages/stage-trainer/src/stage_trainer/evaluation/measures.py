@@ -1,0 +1,145 @@
+"""The names of what is measured on held-out data, as TensorBoard shows them and `checkpoint.best` takes them.
+
+They depend on the data sets' sources and languages, which manifests and indexes tell. Imports nothing heavy, so that a
+wrong one is refused at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from data_prep.shards import MANIFEST, Dataset, ShardError
+
+from stage_trainer.data.config import DataConfig
+from stage_trainer.data.remote_data import place
+from stage_trainer.errors import UserError
+from stage_trainer.metrics.measure import Measure
+from stage_trainer.recipe import Recipe
+
+MASKED_LM = "validation_loss_masked_lm"
+
+
+def name_beside(taken: Container[str], source: str, kind: str, path: str) -> str:
+    """The name of a data set beside others: its source, or what tells it from one of the same source."""
+    return next(name for name in (source, f"{source}-{kind}", path) if name not in taken)
+
+
+def of_images(
+    name: str, in_languages: Collection[str], dims: Sequence[int], width: int | None, *, documents: bool
+) -> dict[str, Measure]:
+    """What is measured of a pool of captioned images.
+
+    Args:
+        in_languages: of its captions.
+        dims, width: Matryoshka dims, of which the whole width has no name of its own.
+        documents: whether the images are pages, and the captions queries that they answer.
+    """
+    languages: dict[str, Collection[str]] = dict.fromkeys(("text→image", "image→text"), in_languages)
+    if "en" in in_languages and (others := [language for language in in_languages if language != "en"]):
+        languages["text→English text"] = others
+    kinds = [("recall", languages)]
+    if documents:
+        kinds.append(("ndcg", {"text→image": in_languages}))
+    found: dict[str, Measure] = {}
+    for measure, by_direction in kinds:
+        for direction, of in by_direction.items():
+            title = title_of(measure, name, direction)
+            found[title] = Measure(headline=True)
+            found |= {f"{title}/{language}": Measure() for language in of}
+            found |= {f"{title}/{dim} dims": Measure() for dim in dims if dim != width}
+    return {**found, f"modality_gap/{name}": Measure(higher_is_better=False)}
+
+
+def of_pairs(name: str, in_languages: Collection[str], *, scored: bool) -> dict[str, Measure]:
+    """What is measured of a pool of text pairs, by the queries' language; with people's scores, if they have them."""
+    found = {title_of_pairs(name, f"ndcg_at_10/{language}"): Measure() for language in in_languages}
+    if in_languages:
+        found[title_of_pairs(name, "ndcg_at_10/mean")] = Measure(headline=True)
+    if scored:
+        found[title_of_pairs(name, "spearman")] = Measure(headline=True)
+    return found
+
+
+def of_masked_lm(in_languages: Collection[str]) -> dict[str, Measure]:
+    """What is measured of texts with hidden words."""
+    found = {f"{MASKED_LM}/{language}": Measure(higher_is_better=False) for language in in_languages}
+    return {**found, f"{MASKED_LM}/all": Measure(higher_is_better=False, headline=True)}
+
+
+def title_of(measure: str, pool: str, direction: str) -> str:
+    return f"validation_{measure}_at_5_{pool}/{direction.replace('→', ' to ')}"
+
+
+def title_of_pairs(pool: str, what: str) -> str:
+    measure, _, language = what.partition("/")
+    return f"validation_{measure}_{pool}/{language or 'all'}"
+
+
+def check_best(metric: str | None, measures: Mapping[str, Measure] | None) -> None:
+    """Checks before the first step that `checkpoint.best` names something that will be measured.
+
+    Raises:
+        UserError: it does not; the message names the closest ones.
+    """
+    if metric is None or (measures and metric in measures):
+        return
+    near = difflib.get_close_matches(metric, measures or (), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"what is: {', '.join(sorted(measures or ()))}"
+    raise UserError(
+        f"checkpoint.best is {metric!r}, which nothing measures; "
+        + (hint if measures else "there are no held-out data for this stage, so leave it out")
+    )
+
+
+def check_best_of(recipe: Recipe, numbers: Iterable[int]) -> None:
+    """Checks `checkpoint.best` for some stages (from 1), from manifests and indexes alone.
+
+    What also depends on what the samples hold, such as whether captions are queries, is taken for possible here. Of
+    data that are not on this machine nothing is known, and nothing is refused.
+
+    Raises:
+        UserError: no name is measured like that; the message names the closest ones. A data set is damaged.
+    """
+    if recipe.checkpoint.best is None:
+        return
+    found: dict[str, Measure] = {}
+    for number in numbers:
+        try:
+            of_stage = _possible(recipe, number)
+        except (ShardError, FileNotFoundError) as error:
+            raise UserError(str(error)) from error
+        if of_stage is None:
+            return
+        found |= of_stage
+    check_best(recipe.checkpoint.best, found)
+
+
+def _possible(recipe: Recipe, number: int) -> dict[str, Measure] | None:
+    """What a stage may measure; None if that is not known here."""
+    stage, data = recipe.stage(number), DataConfig.of(recipe)
+    wanted = stage.data.masked_lm if stage.masked else recipe.evaluation.pools
+    places = [(path, place(data, "validation", path)) for path in wanted]
+    here = {path: Dataset.open(p) for path, p in places if isinstance(p, Path) and (p / MANIFEST).exists()}
+    if stage.masked:  # data sets may have no validation split
+        languages = {language for opened in here.values() for language in _languages(opened)}
+        return of_masked_lm(languages) if here else ({} if Path(data.corpus).is_dir() else None)
+    if len(here) < len(places):
+        return None
+    names: dict[bool, set[str]] = {True: set(), False: set()}
+    found: dict[str, Measure] = {}
+    for path, opened in here.items():
+        images = opened.kind.startswith("image-")
+        name = name_beside(names[images], opened.source, opened.kind, path)
+        names[images].add(name)
+        languages = _languages(opened)
+        if images:
+            found |= of_images(name, languages, stage.loss.dims, None, documents=True)
+        else:
+            found |= of_pairs(name, languages, scored=True)
+    return found
+
+
+def _languages(data: Dataset) -> set[str]:
+    return {language for number in range(len(data)) for language in data.row(number).languages}

@@ -1,0 +1,122 @@
+"""What an option of a command cannot mean is refused in one line, before anything expensive, and leaves nothing."""
+
+import argparse
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from data_prep.shards import DatasetWriter
+from PIL import Image
+from stage_trainer.cli import main, parser
+from stage_trainer.dual_encoder import DualEncoder
+from stage_trainer.plan import planner
+
+LONG = "n" * 260
+RECIPES = Path(__file__).parents[2] / "launch/recipes"
+PLAN = ["plan", "--recipe", str(RECIPES / "drawn.yaml")]
+TRAIN = ["train", "--recipe", str(RECIPES / "drawn.yaml"), "--stage", "1"]
+REPORT = ["report", "--recipe", str(RECIPES / "drawn.yaml")]
+NUMBERS = ("nan", "inf", "-inf", "-1", "0", "1e400", "", "many")
+PLACES = ("missing/x.png", "file/x.png", "data", "/dev/null", "/proc/x.png", f"{LONG}.png", "")
+"""No folder, a file for a folder, a folder, no ordinary file, where nobody can write, a name that is too long."""
+
+TABLE = [
+    *([*PLAN, f"--{name}={value}"] for value in NUMBERS
+      for name in ("gpus", "utilisation", "peak", "price", "mean-tokens", "memory", "stage")),
+    *([*PLAN, f"--gpu={value}"] for value in ("", "h1000", "h100-80gb\n")),
+    [*PLAN, "--gpus=1000001"], [*PLAN, "--peak=165"], [*PLAN, "--price=1e300"], [*PLAN, "--utilisation=40"],
+    [*PLAN, f"--memory={'9' * 400}TB"], [*PLAN, "--memory=24 GiBs"], [*PLAN, "--memory=0.0GiB"],
+    *([command, *more, f"--recipe={value}"] for command, *more in (["plan"], ["train", "--stage=1"], ["report"])
+      for value in ("", "missing.yaml", "data", "file/recipe.yaml", LONG, "/dev/null", "model/config.json")),
+    *([*command, setting] for command in (PLAN, TRAIN, REPORT)
+      for setting in ("output=", "seed=-1", "max_corrupt=nan", "=", "steps", "no.such.key=1")),
+    *([*TRAIN[:-2], f"--stage={value}"] for value in ("0", "-1", "4", "nan", "", "1.5")),
+    *([*TRAIN, f"output={value}"] for value in ("file", "file/run", "/dev/null", "/proc/run", LONG)),
+    *([*REPORT, f"output={value}"] for value in ("file", "missing", "/dev/null", LONG)),
+    *(["evaluate", "model", "data", f"--json={value}"] for value in PLACES),
+    *(["search", "model", "data", f"--out={value}"] for value in (*PLACES, "x", "x.txt", ".png")),
+    *([command, "model", "data", f"--max-pixels={value}"] for command in ("evaluate", "search")
+      for value in (*NUMBERS, "1e6", "178956971")),
+    *([command, value, "data"] for command in ("evaluate", "search")
+      for value in ("", "missing", "file", "data", LONG)),
+    *([command, "model", value] for command in ("evaluate", "search")
+      for value in ("", "missing", "file", "model", LONG, "s3://bucket/data")),
+    *(["search", "model", "data", query] for query in ("", "  ")),
+    *(["export", value, "out"] for value in ("", "missing", "file", "data", LONG)),
+    *(["export", "model", value] for value in ("", "data", "file", "file/out", "/dev/null", "/proc/out", LONG)),
+    ["evaluate", "stage1", "data"],
+]  # fmt: skip
+SWITCHES = {"--dry-run", "--start-over", "--by-language", "--local_rank", "--local-rank", "-h", "--help"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A data set, a file, something like a model, and a stage in which evaluation.json cannot be written."""
+    folder = tmp_path_factory.mktemp("options")
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "png")
+    captions = json.dumps({"captions": [{"text": "a", "language": "en", "role": "name"}]}).encode()
+    with DatasetWriter(folder / "data", kind="image-short", source="data") as writer:
+        writer.write("s", {"png": picture.getvalue(), "json": captions}, languages=["en"], tokens=None)
+    (folder / "file").write_text("a file")
+    (folder / "model").mkdir()
+    (folder / "model/config.json").write_text("{}")
+    checkpoint = folder / "stage1/step-0000001"
+    (checkpoint / "model").mkdir(parents=True)
+    (checkpoint / "state.json").write_text(json.dumps({"step": 1, "files": {}}))
+    (folder / "stage1/evaluation.json").mkdir()
+    return folder
+
+
+def expensive(*arguments, **options):
+    raise AssertionError("this takes long")
+
+
+def named(words):
+    return " ".join(word.removeprefix(str(RECIPES))[:20] for word in words)
+
+
+@pytest.mark.parametrize("words", TABLE, ids=named)
+def test_what_cannot_be_meant_is_one_line_before_anything_expensive(folder, monkeypatch, capsys, words):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(DualEncoder, "from_pretrained", expensive)
+    monkeypatch.setattr(planner, "plan_stage", expensive)
+    before = sorted(folder.rglob("*"))
+    try:
+        code = main(words)
+    except SystemExit as error:  # argparse's
+        code = error.code
+    said = capsys.readouterr()
+    assert code == 2
+    assert said.out == ""
+    lines = [line for line in said.err.splitlines() if line != "loading PyTorch …" and not line.startswith("taking ")]
+    usage = lines[0].startswith("usage: ")
+    assert lines[-1 if usage else 0].startswith("stage-trainer")
+    assert usage or len(lines) == 1 or words[0] == "report", said.err
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", ["evaluate", "search"])
+def test_max_pixels_is_heeded(folder, monkeypatch, capsys, command):
+    """The picture has 64."""
+    monkeypatch.chdir(folder)
+    text = SimpleNamespace(config=SimpleNamespace(width=8))
+    model = SimpleNamespace(matryoshka_dims=None, text=text)
+    monkeypatch.setattr(DualEncoder, "from_pretrained", lambda path: model)
+    assert main([command, "model", "data", "--max-pixels=63"]) == 2
+    said = "stage-trainer: data, sample s is 8x8 pixels, more than the 63 allowed; shrink it or raise max_pixels"
+    assert capsys.readouterr().err.splitlines()[-1] == said
+    assert not (folder / "search.png").exists()
+
+
+def test_every_option_and_argument_is_in_the_table():
+    (commands,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
+    for command, sub in commands.choices.items():
+        rows = [words for words in TABLE if words[0] == command]
+        for action in sub._actions:
+            if SWITCHES & {*action.option_strings}:
+                continue
+            of_action = [w for w in rows if any(word.startswith(o) for word in w for o in action.option_strings)]
+            assert len(of_action if action.option_strings else rows) > 2, f"{command} {action.dest}"
