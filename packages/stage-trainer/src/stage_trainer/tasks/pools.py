@@ -57,8 +57,13 @@ class PoolValidation:
             self.measures |= of_pairs(name, pair_pool)
 
     def run(self, last: bool) -> Measured:
-        """Measures every pool; the results are on rank 0, after the `last` step with vectors for the projector."""
-        model: DualEncoder = self.engine.objective.model
+        """Measures every pool, in the run's precision; the results are on rank 0, after the `last` step with vectors
+        for the projector."""
+        objective = self.engine.objective
+        with torch.autocast(self.engine.device.type, torch.bfloat16, enabled=objective.precision == "bf16"):
+            return self._measure(objective.model, last)
+
+    def _measure(self, model: DualEncoder, last: bool) -> Measured:
         model.eval()
         share, shares = self.engine.forward_share()
         main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
