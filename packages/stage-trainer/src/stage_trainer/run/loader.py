@@ -100,7 +100,7 @@ def _of_one_start(
         signal.signal(signal.SIGCHLD, heard or signal.SIG_DFL)  # torch's handler would raise in the middle of a step
     try:
         for step in range(start, stop):
-            with _killed_after(limit, processes), _shortages_explained():
+            with _killed_after(limit, processes), shortages_explained():
                 batch = data.joined(step, _received(items, data.pieces(step)))
             yield batch
     except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:  # the last: while it sent a batch
@@ -225,8 +225,11 @@ def _with_causes(error: BaseException | None) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _shortages_explained() -> Iterator[None]:
-    """This process, too, opens a file for each tensor that it gets."""
+def shortages_explained() -> Iterator[None]:
+    """Raises what too few file descriptors make fail as a UserError, whichever library met it.
+
+    Not only workers: this process opens a file for each tensor that it gets, and sockets for each group of ranks.
+    """
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -247,7 +250,7 @@ def _shortage(error: Exception) -> int | None:
 def _no_files() -> str:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return (
-        f"a process has no file descriptor left for the next batch; it may have {soft:,}: raise that (`ulimit -n "
+        f"a process has no file descriptor left; it may have {soft:,}: raise that (`ulimit -n "
         f"{max(65_536, hard)}`), or lower workers"
     )
 
