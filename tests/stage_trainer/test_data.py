@@ -7,8 +7,10 @@ import pytest
 import torch
 from data_prep.shards import Dataset, DatasetWriter
 from PIL import Image
-from stage_trainer.data.batches import REPLACEMENTS, Corrupt, _replacement, enumerate_within
+from stage_trainer.data.batches import REPLACEMENTS, _replacement
+from stage_trainer.data.drawn import Corrupt
 from stage_trainer.data.samples import SampleCache
+from stage_trainer.data.sections import enumerate_within
 from stage_trainer.errors import UserError
 from stage_trainer.evaluation.retrieval import Pool
 from stage_trainer.recipe.read import load

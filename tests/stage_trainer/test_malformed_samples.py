@@ -12,7 +12,7 @@ from data_prep.inspection.summary import summarize
 from data_prep.inspection.validate import validate
 from data_prep.shards import Dataset, DatasetWriter
 from PIL import Image
-from stage_trainer.data.batches import Corrupt
+from stage_trainer.data.drawn import Corrupt
 from stage_trainer.errors import UserError
 from stage_trainer.evaluation.retrieval import Pool
 from stage_trainer.evaluation.text_retrieval import PairPool

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from PIL import Image
-from stage_trainer.data.batches import Corrupt
+from stage_trainer.data.drawn import Corrupt
 from stage_trainer.errors import UserError
 from stage_trainer.run.ledger import Ledger
 from stage_trainer.run.monitor import Monitor, Shown, open_sinks

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from stage_trainer.commands import evaluate, export, plan, report, search, train
 from stage_trainer.errors import Stopped, is_user_error
+from stage_trainer.run.forwarding import unpack
 
 EPILOG = """examples:
   stage-trainer train --recipe launch/recipes/laptop.yaml --stage 1
@@ -74,10 +75,11 @@ def parser() -> argparse.ArgumentParser:
 
 def launch(stage: int) -> None:
     """What launch/stageN.sh runs: `train --stage N` with RECIPE from the environment, unless --recipe is given."""
+    words = unpack(sys.argv[1:])
     arguments = ["train", "--stage", str(stage)]
     if recipe := os.environ.get("RECIPE"):
         arguments += ["--recipe", recipe]
-    sys.exit(main([*arguments, *sys.argv[1:]]))
+    sys.exit(main([*arguments, *words]))
 
 
 if __name__ == "__main__":

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from stage_trainer.build import load_tokenizer
-from stage_trainer.checkpoint.broadcast import from_rank_0
 from stage_trainer.checkpoint.load import path_of
 from stage_trainer.checkpoint.resume import move_aside, settings, starting_point
 from stage_trainer.checkpoint.save import Saver
 from stage_trainer.checkpoint.state import RunState
-from stage_trainer.data.batches import Drawn
+from stage_trainer.data.drawn import Drawn
 from stage_trainer.errors import UserError
 from stage_trainer.optim.schedule import schedule, set_rates
 from stage_trainer.plan.auto import planned_and_measured
 from stage_trainer.plan.devices import peak_flops
-from stage_trainer.recipe import Recipe
+from stage_trainer.recipe import GradientCache, Recipe
+from stage_trainer.recipe.read import flatten
 from stage_trainer.recipe.rules import check_ranks
+from stage_trainer.run.agreement import check_same_data
+from stage_trainer.run.device import uses_gpu
 from stage_trainer.run.environment import keep_freed_memory, native_precision, quiet, set_threads, versions
 from stage_trainer.run.evaluation import Evaluation
 from stage_trainer.run.health import Health
@@ -33,13 +37,17 @@ from stage_trainer.run.limits import Watch
 from stage_trainer.run.loader import WORKER_STARTS, batches, shortages_explained, worker_deaths_explained
 from stage_trainer.run.monitor import Monitor, Shown, open_sinks
 from stage_trainer.run.next_steps import next_steps
-from stage_trainer.run.rendezvous import initialize_distributed
+from stage_trainer.run.rendezvous import initialize_distributed, leave_distributed, let_groups_wait
 from stage_trainer.run.saving import Saving
 from stage_trainer.run.stop_signal import StopSignal
 from stage_trainer.run.text_counts import TextCounts
 from stage_trainer.run.watchdog import Heartbeat, one_reason
 from stage_trainer.tasks import make_task
 from stage_trainer.tasks.task import Losses
+
+_T = TypeVar("_T")
+UNPLANNED_CHUNKS = GradientCache(images=32, tokens=8192)
+"""Of `gradient_cache: auto` where the planner failed: small enough for any GPU that holds the model."""
 
 
 def train(recipe: Recipe, number: int, *, start_over: bool = False, refusal: UserError | None = None) -> None:
@@ -54,30 +62,36 @@ def train(recipe: Recipe, number: int, *, start_over: bool = False, refusal: Use
             no longer finite. Checkpoints written before stay.
         Stopped: the run was asked to stop, and has saved.
     """
-    quiet()
     with Watch(recipe.limits, Path(recipe.output)) as watch, shortages_explained(), contextlib.ExitStack() as stack:
         with watch.phase("start"):
-            rank, world, device = initialize_distributed(recipe.output)
+            rank, world, device = _meet(recipe, number, refusal)
             set_threads(world)
             if device.type == "cpu":
                 keep_freed_memory()
             stack.enter_context(Heartbeat(rank, world, Path(recipe.output)))
             stack.enter_context(one_reason(Path(recipe.output), rank, world))
             stack.enter_context(shortages_explained())  # before one_reason, which shows anything else as a traceback
-        if refusal := from_rank_0(refusal):
-            raise refusal
         with watch.phase("load"):
             trainer = Trainer(recipe, number, rank, world, device, watch, start_over=start_over)
         while trainer.resume():
-            with trainer.segment() as (data, hooks):
-                for step_number in range(trainer.start, trainer.stop):
-                    step = trainer.train_step(step_number, data)
-                    for hook in hooks:
-                        with watch.phase(hook.phase):
-                            hook.after_step(step)
+            trainer.run_segment()
+            trainer.release()
         if rank == 0:
             print(f"stage {number} of {recipe.name} is complete: {path_of(trainer.directory, trainer.start)}")
             print(next_steps(recipe, number), flush=True)
+        leave_distributed()
+
+
+def _meet(recipe: Recipe, number: int, refusal: UserError | None) -> tuple[int, int, torch.device]:
+    """(rank, world size, device), once all ranks agree that they train the same stage of the same recipe, and can."""
+    cuda, first = False, int(os.environ.get("RANK", "0")) == 0
+    try:
+        cuda = uses_gpu(recipe.device, recipe.precision, print if first else lambda _: None)
+    except UserError as error:
+        refusal = refusal or error
+    quiet()
+    settled = {"stage": number, **flatten(dataclasses.asdict(recipe))}
+    return initialize_distributed(recipe.output, cuda=cuda, recipe=settled, refusal=refusal)
 
 
 class Trainer:
@@ -108,12 +122,13 @@ class Trainer:
         self.task.check_configs(fetch=True)
         self.tokenizer = load_tokenizer(recipe)
         self.data = self.task.make_batches(self.tokenizer, rank, world)
+        check_same_data(self.data.fingerprint)
         if start_over and rank == 0:
             move_aside(self.directory)
         if world > 1:
             torch.distributed.barrier()
         self.state = RunState(settings(recipe, number), self.data.fingerprint, versions())
-        self.started = False
+        self.started = self.unplanned = False
 
     def resume(self) -> bool:
         """Prepares the next segment, from the newest checkpoint or from what the stage starts from; returns False when
@@ -132,14 +147,34 @@ class Trainer:
             self.say(f"going on from step {self.start} of {self.stage.steps} ({where})")
         self.stop = self.task.set_up_segment(model, self.start, optimizer)
         model.to(self.device)
-        self.choice = self.task.choose_chunks(min(self.start, last), self.stop, self.device)
+        self.choice = self._planned(lambda: self.task.choose_chunks(min(self.start, last), self.stop, self.device))
         if self.choice:
             self.say(self.choice.line)
+        elif self.unplanned and self.stage.gradient_cache == "auto":
+            self.task.chunks = UNPLANNED_CHUNKS
         self.engine = self.task.make_engine(model, optimizer)
+        let_groups_wait()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self.started = True
         return True
+
+    def run_segment(self) -> None:
+        """The steps from `start` to `stop`, and what runs after each of them."""
+        with self.segment() as (data, hooks):
+            for number in range(self.start, self.stop):
+                step = self.train_step(number, data)
+                for hook in hooks:
+                    with self.watch.phase(hook.phase):
+                        hook.after_step(step)
+
+    def release(self) -> None:
+        """Frees the engine, before the next one takes as much memory again."""
+        self.engine.close()
+        del self.engine, self.monitor, self.saver, self.stop_signal
+        gc.collect()  # modules, hooks and optimizer refer to one another
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @contextlib.contextmanager
     def segment(self) -> Iterator[tuple[Iterator[tuple[Any, Drawn]], list[Hook]]]:
@@ -160,7 +195,9 @@ class Trainer:
             for hook in hooks:
                 with self.watch.phase(hook.phase):
                     hook.after_last_step()
-        if self.choice and (line := planned_and_measured(self.choice.planned, self.device)):
+        if (choice := self.choice) and (
+            line := self._planned(lambda: planned_and_measured(choice.planned, self.device))
+        ):
             self.say(line)
 
     def train_step(self, number: int, data: Iterator[tuple[Any, Drawn]]) -> Step:
@@ -190,10 +227,29 @@ class Trainer:
             diagnosis="" if applied else engine.diagnosis(),
             scalars=self._scalars(losses) if logged and applied else None,
             samples=sum(stage.batch_at(number).values()),
-            operations=task.operations(engine, batch, number, totals.tokens, totals.squared_tokens),
+            operations=self._planned(
+                lambda: task.operations(engine, batch, number, totals.tokens, totals.squared_tokens)
+            )
+            or 0,
             waited=waited,
             totals=totals,
         )
+
+    def _planned(self, compute: Callable[[], _T]) -> _T | None:
+        """What the planner computes. On GPUs, where a run is dear, its fault costs the plan alone, with a warning."""
+        try:
+            return compute()
+        except UserError:
+            raise
+        except Exception as error:
+            if self.device.type != "cuda":
+                raise
+            if not self.unplanned:
+                auto = f"; gradient_cache: auto is {UNPLANNED_CHUNKS}" if self.stage.gradient_cache == "auto" else ""
+                fault = f"{type(error).__name__}: {error}"
+                self.say(f"warning: the planner failed ({fault}); the run goes on without a plan{auto}")
+            self.unplanned = True
+            return None
 
     def say(self, text: str) -> None:
         """Prints on rank 0."""
@@ -230,7 +286,7 @@ class Trainer:
 
     def _make_monitor(self) -> Monitor:
         recipe, stage, state = self.recipe, self.stage, self.state
-        peak = peak_flops(self.engine.device, recipe.precision)
+        peak = self._planned(lambda: peak_flops(self.engine.device, recipe.precision))
         shown = Shown(
             title=f"stage {self.number}, {self.task.title(self.start)}",
             start=self.start,

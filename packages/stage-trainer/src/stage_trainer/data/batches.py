@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from data_prep.shards import Dataset, ShardError, ShardUnavailable
-from text_tower import PackedTokens, Tokenizer
-from torch.utils.data import Dataset as TorchDataset
+from text_tower import Tokenizer
 from vision_tower import ImageError, augment, simclr_view
 
 from stage_trainer.batch import Batch
 from stage_trainer.data.config import DataConfig
+from stage_trainer.data.drawn import Corrupt, Drawn
+from stage_trainer.data.pieces import PIECE, BatchesInPieces
 from stage_trainer.data.remote_data import RemotePlace, check_room, look_ahead, open_place, place
 from stage_trainer.data.sampler import Draw, SourceOrder, TaskSampler, slice_of
 from stage_trainer.data.samples import SampleCache, shard_errors_explained
+from stage_trainer.data.sections import Piece, Samples, Section, batch_of
 from stage_trainer.data.stateless_rng import key
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import Source, Stage
@@ -29,73 +30,7 @@ REPLACEMENTS = 16
 """So many samples in a row may be corrupt before a source is given up."""
 
 
-@dataclass(frozen=True)
-class Corrupt:
-    """A sample that was replaced: an entry of the ledger."""
-
-    shard: str
-    key: str
-    reason: str
-
-
-@dataclass
-class Drawn:
-    """What went into a rank's part of a batch: texts by kind/source/language, how many of them `max_tokens` cut by
-    kind/source, the sum of their tokens and that of the squares (attention's share), and samples that had to be
-    replaced."""
-
-    texts: Counter[str] = field(default_factory=Counter)
-    cut: Counter[str] = field(default_factory=Counter)
-    tokens: int = 0
-    squared_tokens: int = 0
-    corrupt: list[Corrupt] = field(default_factory=list)
-
-    def count_tokens(self, texts: PackedTokens | None) -> None:
-        for length in texts.lengths if texts is not None else ():
-            self.tokens += length
-            self.squared_tokens += length**2
-
-    def of_sources(self, sources: Sequence[str]) -> list[int]:
-        """Texts from each of `sources` (kind/source), and then how many of these were cut."""
-        drawn = Counter[str]()
-        for name, count in self.texts.items():
-            drawn[name.rpartition("/")[0]] += count
-        return [*(drawn[source] for source in sources), *(self.cut[source] for source in sources)]
-
-
-@dataclass
-class _Samples:
-    """Of each sample its seed, the key of what it shows, and its source."""
-
-    seeds: list[int] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)
-    sources: list[str] = field(default_factory=list)
-
-    def add(self, data: Dataset, seed: int, content: dict[str, Any]) -> None:
-        self.seeds.append(seed)
-        self.ids.append(key(content["item"]))
-        self.sources.append(_name(data))
-
-
-@dataclass
-class _Images(_Samples):
-    """Captioned images; `views` are those of a unified loss, (pixels, seed) of all images for each."""
-
-    pixels: list[torch.Tensor] = field(default_factory=list)
-    captions: list[str] = field(default_factory=list)
-    views: list[list[tuple[torch.Tensor, int]]] = field(default_factory=list)
-
-
-@dataclass
-class _Pairs(_Samples):
-    """Pairs of texts, and the hard negatives of all of them in a row."""
-
-    queries: list[str] = field(default_factory=list)
-    targets: list[str] = field(default_factory=list)
-    negatives: list[str] = field(default_factory=list)
-
-
-class StageBatches(TorchDataset[tuple[Batch, Drawn]]):
+class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
     """The batches of a stage for one rank; item n is (Batch, Drawn).
 
     Every item is a function of these arguments and n alone, so any worker may make it, at any time, again. A sample
@@ -109,6 +44,7 @@ class StageBatches(TorchDataset[tuple[Batch, Drawn]]):
         self.stage, self.seed, self.rank, self.world = stage, seed, rank, world
         self.tokenizer = tokenizer
         self.cache = SampleCache(data.cache_megabytes, data.max_pixels)
+        self._last: dict[int, tuple[int, list[Draw]]] = {}  # by sampler: a step's draws, for all of its pieces
         self.image_sources = [_open(data, s, stage.batch.image_text, ("image-",)) for s in stage.data.image_text]
         self.text_sources = [_open(data, s, stage.batch.text, ("text-",)) for s in stage.data.text]
         if len({source.kind for source in self.text_sources}) > 1:
@@ -149,56 +85,92 @@ class StageBatches(TorchDataset[tuple[Batch, Drawn]]):
     def __len__(self) -> int:
         return self.stage.steps
 
-    def __getitem__(self, step: int) -> tuple[Batch, Drawn]:
-        drawn, kinds = Drawn(), self.stage.batch_at(step)
-        images = self._images(step, drawn) if "image_text" in kinds else _Images()
-        pairs = self._pairs(step, drawn) if "text" in kinds else _Pairs()
-        given = [*images.captions, *pairs.queries, *pairs.targets, *pairs.negatives]
-        texts = self.tokenizer(given, max_length=None)
-        of_negatives = [name for name in pairs.sources for _ in range(self.hard_negatives)]
-        sources = [*images.sources, *pairs.sources, *pairs.sources, *of_negatives]
-        drawn.cut.update(n for n, ids in zip(sources, texts, strict=True) if len(ids) > self.stage.max_tokens)
-        batch = self._pack(images, pairs, [shortened(ids, self.stage.max_tokens) for ids in texts])
-        drawn.count_tokens(batch.texts)
-        return batch, drawn
+    def pieces(self, step: int) -> int:
+        images = self._size(step, "image_text")
+        return max(1, -(-images // max(1, PIECE // self._image_bytes(step)))) if images else 1
 
-    def _images(self, step: int, drawn: Drawn) -> _Images:
-        """This rank's captioned images of a step."""
-        found = _Images(views=[[] for _ in range(self.stage.loss.views)])
+    def piece_bytes(self, step: int) -> int:
+        return self._image_bytes(step) * -(-self._size(step, "image_text") // self.pieces(step))
+
+    def _image_bytes(self, step: int) -> int:
+        """Of an image with its views."""
+        return 3 * self.stage.resolution_at(step) ** 2 * (1 + self.stage.loss.views)
+
+    def _size(self, step: int, kind: str) -> int:
+        """How many of a step's samples are this rank's."""
+        return len(range(self.rank, self.stage.batch_at(step).get(kind, 0), self.world))
+
+    def piece(self, step: int, number: int) -> Piece:
+        """This rank's samples number·n/N to (number + 1)·n/N of a step, for N pieces."""
+        kinds, share = self.stage.batch_at(step), (number, self.pieces(step))
+        images, pixels, seeds = self._images(step, share) if "image_text" in kinds else (Samples(), None, [])
+        pairs = self._pairs(step, share) if "text" in kinds else Samples()
+        of_views = np.array(seeds, dtype=np.int64).reshape(self.stage.loss.views, len(images.seeds))
+        return Piece(self._section(images), pixels, of_views, self._section(pairs))
+
+    def _section(self, samples: Samples) -> Section:
+        """Tokenises."""
+        texts = {}
+        for part, given in samples.texts.items():
+            if not given:
+                continue
+            found = self.tokenizer(given, max_length=None)
+            sources = [name for name in samples.sources for _ in range(len(given) // len(samples.sources))]
+            cut = (name for name, ids in zip(sources, found, strict=True) if len(ids) > self.stage.max_tokens)
+            samples.drawn.cut.update(cut)
+            short = [shortened(ids, self.stage.max_tokens) for ids in found]
+            lengths = np.fromiter(map(len, short), np.int64, len(short))
+            texts[part] = np.fromiter(chain.from_iterable(short), np.int64, int(lengths.sum())), lengths
+            samples.drawn.tokens += int(lengths.sum())
+            samples.drawn.squared_tokens += int((lengths**2).sum())
+        seeds, ids = (np.array(numbers, dtype=np.int64) for numbers in (samples.seeds, samples.ids))
+        return Section(seeds, ids, texts, samples.drawn)
+
+    def _images(self, step: int, share: tuple[int, int]) -> tuple[Samples, torch.Tensor | None, list[list[int]]]:
+        """A share of this rank's captioned images of a step: (samples, pixels, seeds of the views)."""
+        found, pixels = Samples(), list[torch.Tensor]()
+        views: list[list[tuple[torch.Tensor, int]]] = [[] for _ in range(self.stage.loss.views)]
         start, size, a = self.stage.task_start.image_text, self.stage.resolution_at(step), self.stage.augmentation
-        for draw in self._draws(self.image_sampler, self.image_sources, step - start):
+        for draw in self._draws(self.image_sampler, self.image_sources, step - start, share):
             data = self.image_sources[draw.source]
-            pixels, content = self._sample(data, draw.index, drawn)
+            decoded, content = self._sample(data, draw.index, found.drawn)
             seed = self._seed(data, draw)
-            assert pixels is not None  # content_of guarantees it
-            found.pixels.append(augment(pixels, seed, size, scale=a.scale, ratio=a.ratio, flip=a.flip, color=a.color))
-            for number, of_all in enumerate(found.views):
+            assert decoded is not None  # content_of guarantees it
+            pixels.append(augment(decoded, seed, size, scale=a.scale, ratio=a.ratio, flip=a.flip, color=a.color))
+            for number, of_all in enumerate(views):
                 of_view = key(seed, "view", number)
-                of_all.append((simclr_view(pixels, of_view, size, flip=a.flip), of_view))
-            found.captions.append(self._choose(content["captions"], seed, data, drawn)["text"])
-            found.add(data, seed, content)
-        return found
+                of_all.append((simclr_view(decoded, of_view, size, flip=a.flip), of_view))
+            caption = self._choose(content["captions"], seed, data, found.drawn)["text"]
+            found.add(seed, content["item"], _name(data), caption=[caption])
+        if not pixels:
+            return found, None, []
+        whole = [torch.stack(each) for each in (pixels, *([view for view, _ in of_all] for of_all in views))]
+        return found, torch.stack(whole), [[seed for _, seed in of_all] for of_all in views]
 
-    def _pairs(self, step: int, drawn: Drawn) -> _Pairs:
-        """This rank's text pairs of a step."""
-        found, start = _Pairs(), self.stage.task_start.text
-        for draw in self._draws(self.text_sampler, self.text_sources, step - start):
+    def _pairs(self, step: int, share: tuple[int, int]) -> Samples:
+        """A share of this rank's text pairs of a step."""
+        found, start = Samples(), self.stage.task_start.text
+        for draw in self._draws(self.text_sampler, self.text_sources, step - start, share):
             data = self.text_sources[draw.source]
-            _, content = self._sample(data, draw.index, drawn)
+            _, content = self._sample(data, draw.index, found.drawn)
             seed = self._seed(data, draw)
-            query, target, hard = self._texts(content, seed, draw.source, drawn)
-            found.queries.append(query)
-            found.targets.append(target)
-            found.negatives += hard
-            found.add(data, seed, content)
+            query, target, hard = self._texts(content, seed, draw.source, found.drawn)
+            found.add(seed, content["item"], _name(data), query=[query], target=[target], negative=hard)
         return found
 
-    def _draws(self, sampler: TaskSampler | None, sources: list[Dataset], number: int) -> list[Draw]:
-        """This rank's part of a task's batch; what the next ones need is fetched from now on."""
+    def joined(self, step: int, pieces: Iterable[Piece]) -> tuple[Batch, Drawn]:
+        return batch_of(pieces, self._size(step, "image_text"), self.hard_negatives)
+
+    def _draws(
+        self, sampler: TaskSampler | None, sources: list[Dataset], number: int, share: tuple[int, int]
+    ) -> list[Draw]:
+        """A share of this rank's part of a task's batch; what the next ones need is fetched from now on."""
         assert sampler is not None  # batch_at guarantees it
-        draws = slice_of(sampler.batch_at(number), self.rank, self.world)
-        look_ahead(sources, sampler)
-        return draws
+        if self._last.get(id(sampler), (None,))[0] != number:
+            self._last[id(sampler)] = number, slice_of(sampler.batch_at(number), self.rank, self.world)
+            look_ahead(sources, sampler)
+        draws, (i, of) = self._last[id(sampler)][1], share
+        return draws[len(draws) * i // of : len(draws) * (i + 1) // of]
 
     def _sample(self, data: Dataset, index: int, drawn: Drawn) -> tuple[torch.Tensor | None, dict[str, Any]]:
         """(pixels, texts) of a sample, or of the one that takes its place."""
@@ -247,23 +219,6 @@ class StageBatches(TorchDataset[tuple[Batch, Drawn]]):
         drawn.texts[f"{_name(data)}/{text['language']}"] += 1
         return text
 
-    def _pack(self, images: _Images, pairs: _Pairs, texts: list[list[int]]) -> Batch:
-        per_negative = [s for s in pairs.seeds for _ in range(self.hard_negatives)]
-        sections = {"caption": images.seeds, "query": pairs.seeds, "target": pairs.seeds, "negative": per_negative}
-        seeds = [key(seed, name, i) for name, part in sections.items() for i, seed in enumerate_within(part)]
-        views = list(chain.from_iterable(images.views))
-        pixels = [*images.pixels, *(view for view, _ in views)]
-        return Batch(
-            images=torch.stack(pixels) if pixels else None,
-            image_seeds=torch.tensor([*images.seeds, *(seed for _, seed in views)], dtype=torch.int64),
-            image_ids=torch.tensor(images.ids, dtype=torch.int64),
-            texts=PackedTokens.from_lists(texts) if texts else None,
-            text_seeds=torch.tensor(seeds, dtype=torch.int64),
-            pairs=len(pairs.ids),
-            negatives=self.hard_negatives,
-            text_ids=torch.tensor(pairs.ids, dtype=torch.int64),
-        )
-
 
 def shortened(ids: list[int], longest: int) -> list[int]:
     """A text's ids, of which at most `longest` stay: the first ones and `</s>`, as `Tokenizer` does with max_length."""
@@ -272,15 +227,6 @@ def shortened(ids: list[int], longest: int) -> list[int]:
 
 def _name(data: Dataset) -> str:
     return f"{data.kind}/{data.source}"
-
-
-def enumerate_within(seeds: list[int]) -> Iterator[tuple[int, int]]:
-    """(equal seeds directly before, seed): numbers a sample's own negatives, whatever stands before them."""
-    run, previous = 0, None
-    for seed in seeds:
-        run = run + 1 if seed == previous else 0
-        previous = seed
-        yield run, seed
 
 
 def _replacement(data: Dataset, index: int, attempt: int, whole_shard: bool) -> int:

@@ -13,8 +13,9 @@ from text_tower import PackedTokens, Tokenizer, WholeWordMasking
 from torch.utils.data import Dataset as TorchDataset
 
 from stage_trainer.batch import MaskedBatch
-from stage_trainer.data.batches import REPLACEMENTS, Corrupt, Drawn, another, open_data_set
+from stage_trainer.data.batches import REPLACEMENTS, another, open_data_set
 from stage_trainer.data.config import DataConfig
+from stage_trainer.data.drawn import Corrupt, Drawn
 from stage_trainer.data.remote_data import fetch_sidecars, place
 from stage_trainer.data.sampler import SourceOrder, TaskSampler, slice_of
 from stage_trainer.data.samples import SampleCache

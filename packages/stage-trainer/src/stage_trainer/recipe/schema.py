@@ -17,6 +17,7 @@ from stage_trainer.errors import UserError
 from stage_trainer.recipe.limits import MAX_PIXELS, LimitsConfig
 
 _STRICT = ConfigDict(extra="forbid", strict=False)
+_T = TypeVar("_T")
 
 
 def _no_bool(value: object) -> object:
@@ -304,11 +305,12 @@ class Recipe:
     """A whole training, from the start to the last stage.
 
     `precision` is that of the towers' computation; `auto` is bf16 if the machine multiplies in bfloat16, and else fp32,
-    since emulated bf16 is up to ten times slower. Up to the share `max_corrupt` of the samples drawn may be unreadable
-    or unusable, an image of more than `max_pixels` among them (refused in held-out data); they are replaced and entered
-    in `corrupt.jsonl`. A step whose gradient is not finite is skipped; `max_skipped` in a row end the run. `sinks`
-    receive the scalars in addition to TensorBoard ("module:callable", see `stage_trainer.run.monitor.Sink`). Each
-    process keeps `cache_megabytes` of decoded samples in main memory. `limits`: how long each part of a run may take.
+    since emulated bf16 is up to ten times slower. `device: auto` is a GPU; bf16 without one is refused, unless it is
+    `cpu`. Up to the share `max_corrupt` of the samples drawn may be unreadable or unusable, an image of more than
+    `max_pixels` among them (refused in held-out data); they are replaced and entered in `corrupt.jsonl`. A step with a
+    gradient that is not finite is skipped; `max_skipped` in a row end the run. `sinks` get the scalars beside
+    TensorBoard ("module:callable", see `stage_trainer.run.monitor.Sink`). Each process keeps `cache_megabytes` of
+    decoded samples in main memory. `limits`: how long each part of a run may take.
     """
 
     name: str
@@ -319,6 +321,7 @@ class Recipe:
     paper: str | None = None
     seed: Int = 0
     precision: Literal["bf16", "fp32", "auto"] = "bf16"
+    device: Literal["auto", "cpu"] = "auto"
     workers: Int = 0
     cache_megabytes: Int = 0
     max_pixels: Int = MAX_PIXELS
@@ -340,9 +343,6 @@ class Recipe:
 
     def stage_directory(self, number: int) -> Path:
         return Path(self.output) / f"stage{number}"
-
-
-_T = TypeVar("_T")
 
 
 def at_step(schedule: tuple[tuple[int, _T], ...], step: int) -> _T:

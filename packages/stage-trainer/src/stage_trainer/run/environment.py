@@ -53,9 +53,11 @@ def peak_memory() -> int:
     """Peak main memory of the ranks' processes in bytes, summed over ranks."""
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     mine = kib if sys.platform == "darwin" else kib * 1024
-    total = torch.tensor([float(mine)], device="cuda" if torch.cuda.is_available() else "cpu")
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        torch.distributed.all_reduce(total)
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return mine
+    on_gpu = torch.distributed.get_backend() == "nccl"
+    total = torch.tensor([mine], dtype=torch.int64, device="cuda" if on_gpu else "cpu")
+    torch.distributed.all_reduce(total)
     return int(total)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from stage_trainer.checkpoint.state import Best
-from stage_trainer.data.batches import Corrupt
+from stage_trainer.data.drawn import Corrupt
 from stage_trainer.tasks.task import Losses
 
 

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
+from stage_trainer.run.forwarding import pack
 from stage_trainer.run.stop import SIGNALS
 
 _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
@@ -26,6 +27,9 @@ def main(options: Sequence[str] | None = None) -> int:
     # Its log repeats what the ranks say; --log_level info shows it.
     words = ["deepspeed", "--log_level", "critical", *(sys.argv[1:] if options is None else options)]
     if _through_ssh(words):  # then `deepspeed` itself has to signal the other machines
+        words, secret = pack(words, os.environ)
+        if secret:
+            print(f"{', '.join(secret)} stay on this machine; set them, or log in, on each of the others", flush=True)
         os.execvp(words[0], words)
     if not any(map(os.path.exists, _GPU_DRIVERS)):  # DeepSpeed would warn in every process
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from stage_trainer.data.batches import Corrupt
+from stage_trainer.data.drawn import Corrupt
 from stage_trainer.errors import Stopped, UserError
 from stage_trainer.files import writing
 from stage_trainer.run.hooks import Hook, Step

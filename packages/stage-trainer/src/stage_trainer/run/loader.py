@@ -12,7 +12,6 @@ import multiprocessing.queues
 import os
 import re
 import resource
-import shutil
 import signal
 import sys
 import threading
@@ -24,8 +23,10 @@ from data_prep.shards import ShardError
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from stage_trainer.data.batches import Drawn
+from stage_trainer.data.drawn import Drawn
+from stage_trainer.data.pieces import BatchesInPieces, Whole
 from stage_trainer.errors import UserError
+from stage_trainer.run.shared_memory import no_shared_memory, pieces_ahead
 from stage_trainer.run.stop import SIGNALS
 from stage_trainer.tasks.task import Batches
 
@@ -55,15 +56,17 @@ def batches(
 
     Args:
         limit: seconds after which workers that bring no batch are taken for stuck (`limits.batch`).
-        say: shows a line when workers are started again.
+        say: shows a line when workers are started again, and when shared memory is short.
 
     Raises:
         UserError: hardly any sample of a source can be read; shared memory or file descriptors ran out.
         RuntimeError: a worker died, which `worker_deaths_explained` explains.
     """
+    parts: BatchesInPieces[Any] = data if isinstance(data, BatchesInPieces) else Whole(data)
+    ahead = pieces_ahead(parts, stop - 1, workers, say) if workers and start < stop else 0
     for starts_left in reversed(range(WORKER_STARTS)):
         try:
-            for item in _of_one_start(data, start, stop, workers, limit):
+            for item in _of_one_start(parts, start, stop, workers, ahead, limit):
                 start += 1
                 yield item
             return
@@ -77,14 +80,16 @@ class _WorkersLost(Exception):
     """A worker is dead; the text has torch's form."""
 
 
-def _of_one_start(data: Batches, start: int, stop: int, workers: int, limit: float) -> Iterator[tuple[Any, Drawn]]:
+def _of_one_start(
+    data: BatchesInPieces[Any], start: int, stop: int, workers: int, ahead: int, limit: float
+) -> Iterator[tuple[Any, Drawn]]:
     """Batches from workers that are started once."""
     loader = DataLoader(
         _FailuresAsItems(data),
         batch_size=None,
-        sampler=range(start, stop),
+        sampler=((step, number) for step in range(start, stop) for number in range(data.pieces(step))),
         num_workers=workers,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=ahead or None,
         worker_init_fn=_begin_worker if workers else None,
     )
     before, heard = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
@@ -94,14 +99,10 @@ def _of_one_start(data: Batches, start: int, stop: int, workers: int, limit: flo
     if processes and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, heard or signal.SIG_DFL)  # torch's handler would raise in the middle of a step
     try:
-        while True:
+        for step in range(start, stop):
             with _killed_after(limit, processes), shortages_explained():
-                item = next(items, None)
-            if item is None:
-                return
-            if isinstance(item, Exception):
-                raise UserError(str(item)) from item
-            yield item
+                batch = data.joined(step, _received(items, data.pieces(step)))
+            yield batch
     except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:  # the last: while it sent a batch
         if (lost := _lost(processes, error)) is None:
             raise
@@ -120,6 +121,15 @@ def _of_one_start(data: Batches, start: int, stop: int, workers: int, limit: flo
                 with contextlib.suppress(RuntimeError):
                     process.kill()
                     process.join()
+
+
+def _received(items: Iterator[Any], count: int) -> Iterator[Any]:
+    """The next pieces; UserError in place of one that could not be made."""
+    for _ in range(count):
+        item = next(items)
+        if isinstance(item, Exception):
+            raise UserError(str(item)) from item
+        yield item
 
 
 @contextlib.contextmanager
@@ -157,7 +167,7 @@ def _lost(processes: set[Any], error: Exception) -> _WorkersLost | None:
     for process in sorted(processes, key=lambda process: (process.exitcode == -signal.SIGKILL, process.pid)):
         if code := process.exitcode:
             if code == _NO_SHARED_MEMORY:
-                raise UserError(_no_shared_memory()) from error
+                raise UserError(no_shared_memory()) from error
             if code == _NO_FILES:
                 raise UserError(_no_files()) from error
             if limit := getattr(process, "stuck", None):
@@ -245,14 +255,6 @@ def _no_files() -> str:
     )
 
 
-def _no_shared_memory() -> str:
-    room = shutil.disk_usage("/dev/shm").total / 2**20 if os.path.isdir("/dev/shm") else 0
-    return (
-        f"shared memory (/dev/shm, {room:,.0f} MiB) has no room for the next batch; raise it (of a container, "
-        "--shm-size or --ipc=host), or lower workers or the batch"
-    )
-
-
 def _undelivered(error: Exception, item: Any) -> None:
     """In a worker's thread, which would print the error and drop the batch, for which the run would wait for ever."""
     if (code := _shortage(error)) is None:
@@ -283,14 +285,15 @@ def _signals_held() -> Iterator[None]:
 
 
 class _FailuresAsItems(TorchDataset[Any]):
-    """Returns errors that name bad data as items: raised in a worker, they would be buried in a traceback."""
+    """Pieces by step and number. Errors that name bad data are items, too: raised in a worker, they would be buried in
+    a traceback."""
 
-    def __init__(self, data: Batches):
+    def __init__(self, data: BatchesInPieces[Any]):
         self.data = data
 
-    def __getitem__(self, step: int) -> Any:
+    def __getitem__(self, place: tuple[int, int]) -> Any:
         try:
-            return self.data[step]
+            return self.data.piece(*place)
         except (ShardError, UserError) as error:
             return error
         except OSError as error:

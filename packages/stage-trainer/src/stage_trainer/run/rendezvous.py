@@ -6,6 +6,7 @@ import datetime
 import errno
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from stage_trainer.errors import UserError
 from stage_trainer.files import write_whole
+from stage_trainer.run.agreement import check_same_recipe
 
 LONGEST_WAIT = datetime.timedelta(days=1)
 """Of a collective call: the recipe's `limits` end a run before."""
@@ -23,16 +25,27 @@ _DEFAULT_PORT = "29500"
 """DeepSpeed's launcher sets it where the user names none."""
 
 
-def initialize_distributed(run: str = "") -> tuple[int, int, torch.device]:
+def initialize_distributed(
+    run: str = "",
+    *,
+    cuda: bool | None = None,
+    recipe: Mapping[str, object] | None = None,
+    refusal: UserError | None = None,
+) -> tuple[int, int, torch.device]:
     """(rank, world size, device); a single process needs no launcher. NCCL on GPUs, gloo elsewhere.
 
     Under DeepSpeed's launcher on one machine the ranks meet at a free port, unless --master_port names one.
 
     Args:
         run: the run's folder, which also prefixes the keys by which ranks find each other.
+        cuda: whether to compute on GPUs (None: if there are any).
+        recipe: what all ranks have to agree on before anything else.
+        refusal: why this rank cannot start, for all to hear.
 
     Raises:
-        UserError: the requested port is taken; the launcher did not say where rank 0 is.
+        UserError: the requested port is taken; the launcher did not say where rank 0 is; on rank 0, a rank has another
+            recipe or a refusal.
+        SystemExit: on another rank, in the latter case.
     """
     import deepspeed
     from deepspeed.constants import default_pg_timeout
@@ -40,14 +53,21 @@ def initialize_distributed(run: str = "") -> tuple[int, int, torch.device]:
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         os.environ.setdefault(name, value)
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() if cuda is None else cuda
+    if refusal and (world == 1 or dist.is_initialized()):
+        raise refusal
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
     if not dist.is_initialized():
+        store = _store(rank, world, run, default_pg_timeout)
+        if isinstance(store, PrefixStore) and recipe is not None:
+            told = {**recipe, "computes on": "GPUs" if cuda else "the CPU"}
+            below = store.underlying_store  # another recipe may name another run
+            check_same_recipe(below, rank, world, told, refusal)
+        if cuda:
+            torch.cuda.set_device(device)
         dist.init_process_group(
             "nccl" if cuda else "gloo",
-            store=_store(rank, world, run, default_pg_timeout),
+            store=store,
             rank=rank,
             world_size=world,
             timeout=LONGEST_WAIT,
@@ -57,6 +77,22 @@ def initialize_distributed(run: str = "") -> tuple[int, int, torch.device]:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     return rank, world, device
+
+
+def let_groups_wait() -> None:
+    """Gives groups that DeepSpeed has made the limit of ours: NCCL's own, ten minutes, is less than a slow disk or a
+    batch may take on another rank."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(LONGEST_WAIT, group)
+
+
+def leave_distributed() -> None:
+    """Ends NCCL in an orderly way when a run is complete: PyTorch's own end may hang, where ranks leave one after
+    another, and warns. gloo needs none of it."""
+    if dist.get_backend() == "nccl":
+        dist.barrier()
+        torch.cuda.synchronize()
+        dist.destroy_process_group()
 
 
 def _store(rank: int, world: int, run: str, timeout: datetime.timedelta) -> Store:

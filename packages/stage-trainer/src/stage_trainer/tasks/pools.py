@@ -59,8 +59,13 @@ class PoolValidation:
             self.measures |= of_pairs(name, pair_pool.queries, scored=bool(pair_pool.scores))
 
     def run(self, last: bool, before_batch: Callable[[], None]) -> Measured:
-        """Measures every pool; the results are on rank 0, after the `last` step with vectors for the projector."""
-        model: DualEncoder = self.engine.objective.model
+        """Measures every pool, in the run's precision; the results are on rank 0, after the `last` step with vectors
+        for the projector."""
+        objective = self.engine.objective
+        with torch.autocast(self.engine.device.type, torch.bfloat16, enabled=objective.precision == "bf16"):
+            return self._measure(objective.model, last, before_batch)
+
+    def _measure(self, model: DualEncoder, last: bool, before_batch: Callable[[], None]) -> Measured:
         model.eval()
         share, shares = self.engine.forward_share()
         part: dict[str, Any] = {"rank": share, "world": shares, "before_batch": before_batch}

@@ -1,0 +1,108 @@
+"""The samples of a batch on their way from the processes that made them: sections, pieces, and the batch again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from text_tower import PackedTokens
+
+from stage_trainer.batch import Batch
+from stage_trainer.data.drawn import Drawn
+from stage_trainer.data.stateless_rng import key
+
+
+@dataclass
+class Samples:
+    """Of each sample its seed, the key of what it shows, and its source; its texts by their part in the batch; and what
+    was drawn for all of them."""
+
+    seeds: list[int] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    texts: dict[str, list[str]] = field(default_factory=dict)
+    drawn: Drawn = field(default_factory=Drawn)
+
+    def add(self, seed: int, item: object, source: str, **texts: Sequence[str]) -> None:
+        self.seeds.append(seed)
+        self.ids.append(key(item))
+        self.sources.append(source)
+        for part, of_part in texts.items():
+            self.texts.setdefault(part, []).extend(of_part)
+
+
+@dataclass(frozen=True)
+class Section:
+    """Samples of one kind in a piece: seeds and ids int64 `[n]`, and of each part's texts the tokens, all in a row, and
+    the length of each. Arrays, which travel between processes without shared memory."""
+
+    seeds: np.ndarray
+    ids: np.ndarray
+    texts: dict[str, tuple[np.ndarray, np.ndarray]]
+    drawn: Drawn
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some of a batch's samples; pixels `[1 + V, n, 3, R, R]` with V views and their seeds `[V, n]`."""
+
+    images: Section
+    pixels: torch.Tensor | None
+    view_seeds: np.ndarray
+    pairs: Section
+
+
+def batch_of(pieces: Iterable[Piece], images: int, negatives: int) -> tuple[Batch, Drawn]:
+    """A batch of so many images, with so many hard negatives for each pair, from its pieces in their order. Pixels are
+    copied as soon as a piece is there, which frees its shared memory for the next one."""
+    found, pixels, filled = list[Piece](), None, 0
+    for piece in pieces:
+        if piece.pixels is not None:
+            if pixels is None:
+                views, _, *size = piece.pixels.shape
+                pixels = piece.pixels.new_empty(views, images, *size)
+            count = piece.pixels.shape[1]
+            pixels[:, filled : filled + count] = piece.pixels
+            filled += count
+        found.append(replace(piece, pixels=None))
+    drawn = Drawn()
+    of_images, of_pairs = [piece.images for piece in found], [piece.pairs for piece in found]
+    for section in (*of_images, *of_pairs):
+        drawn.add(section.drawn)
+    view_seeds = np.concatenate([piece.view_seeds for piece in found], axis=1).flatten()
+    seeds, pair_seeds = (np.concatenate([section.seeds for section in of]) for of in (of_images, of_pairs))
+    parts = {"caption": seeds, "query": pair_seeds, "target": pair_seeds, "negative": np.repeat(pair_seeds, negatives)}
+    text_seeds = [key(seed, part, i) for part, of in parts.items() for i, seed in enumerate_within(of.tolist())]
+    batch = Batch(
+        images=None if pixels is None else pixels.flatten(0, 1),
+        image_seeds=torch.from_numpy(np.concatenate([seeds, view_seeds])),
+        image_ids=torch.from_numpy(np.concatenate([section.ids for section in of_images])),
+        texts=_texts_of([*of_images, *of_pairs], list(parts)),
+        text_seeds=torch.tensor(text_seeds, dtype=torch.int64),
+        pairs=len(pair_seeds),
+        negatives=negatives,
+        text_ids=torch.from_numpy(np.concatenate([section.ids for section in of_pairs])),
+    )
+    return batch, drawn
+
+
+def _texts_of(sections: list[Section], parts: list[str]) -> PackedTokens | None:
+    """The texts of all sections, part by part."""
+    found = [section.texts[part] for part in parts for section in sections if part in section.texts]
+    if not found:
+        return None
+    lengths = np.concatenate([of for _, of in found])
+    bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    ids = torch.from_numpy(np.concatenate([ids for ids, _ in found]))
+    return PackedTokens(ids, torch.from_numpy(bounds), int(lengths.max()))
+
+
+def enumerate_within(seeds: list[int]) -> Iterator[tuple[int, int]]:
+    """(equal seeds directly before, seed): numbers a sample's own negatives, whatever stands before them."""
+    run, previous = 0, None
+    for seed in seeds:
+        run = run + 1 if seed == previous else 0
+        previous = seed
+        yield run, seed
