@@ -75,7 +75,7 @@ def test_more_ranks_have_smaller_parts_and_the_same_work(drawn):
     one, four = (plan_stage(drawn(), 1, gpu(10_000, ranks)).segments[0] for ranks in (1, 4))
     assert one.sizes.images == 4 * four.sizes.images
     assert one.tried[0].flops == four.tried[0].flops
-    assert four.seconds(four.tried[0], gpu(1, 4), "fp32") * 4 == one.seconds(one.tried[0], gpu(1), "fp32")
+    assert one.seconds(one.tried[0], gpu(1)) / 4 < four.seconds(four.tried[0], gpu(1, 4))
 
 
 @pytest.mark.parametrize(("kind", "found"), [("text-triplets", 3), ("text-pairs", 0)])
@@ -110,6 +110,9 @@ def test_the_command_needs_neither_gpu_nor_data(capsys, recipes):
         "activations",
         "recomputed",
         "device hours",
+        "predicted, not measured",
+        "bound by",
+        "matrix products",
     ):
         assert words in printed
     assert main(["plan", *arguments[:-4], "--gpu", "h100", "corpus=nowhere"]) == 2
@@ -122,7 +125,7 @@ def test_labels_of_any_length_keep_clear_of_the_numbers_and_lines_end_within_the
     plan = plan_stage(recipe, 1, cluster)
     (segment,) = plan.segments
     assert "not known how many texts max_tokens 128 cuts" in stage_table(plan, cluster)
-    row = re.compile(r" {4,}(\S.*?) {2,}(\d+\.\d\d [GM]iB)  (yes|no) +[\d,–]+")
+    row = re.compile(r" {4,}(\S.*?) {2,}(\d+\.\d\d [GM]iB)  (yes|no) +[\d.e-]+ +[\d,]+ +\d+%")
     for images, tokens in ((256, 16384), (4096, 131072), (10**9, 10**12), (10**20, 10**20)):
         setting = Setting(GradientCache(images=images, tokens=tokens), False, True, 3)
         written = dataclasses.replace(segment.as_written, setting=setting)

@@ -133,6 +133,7 @@ class Trainer:
         self.choice = self.task.choose_chunks(self.start, self.stop, self.device)
         if self.choice:
             self.say(self.choice.line)
+            self.choice.configure(model)
         self.engine = self.task.make_engine(model, optimizer)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -239,6 +240,7 @@ class Trainer:
             sources=list(self.data.fingerprint),
             max_tokens=stage.max_tokens if self.task.cuts_texts else None,
             peak=peak and peak * self.world,
+            predicted=self.choice.seconds if self.choice else None,
         )
         sinks = open_sinks(recipe.sinks, self.directory, state.settings) if self.rank == 0 else ()
         texts = TextCounts(state.texts_drawn, state.texts_cut)

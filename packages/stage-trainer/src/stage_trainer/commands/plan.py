@@ -14,8 +14,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "plan",
         help="what fits, how long training takes and what it costs, before it runs",
         description="Plans a recipe's stages for given devices: which settings fit, memory by part, operations, "
-        "samples a second, days and money, and how many texts max_tokens cuts. It needs neither a GPU nor the data; "
-        "of data on this machine a sample is counted. It takes about a minute for each stage of a large model.",
+        "where the time of a step goes, days and money, and how many texts max_tokens cuts. It needs neither a GPU nor "
+        "the data; of data on this machine a sample is counted. It takes about a minute for each stage of a large "
+        "model.",
     )
     add_recipe(p)
     p.add_argument("--stage", type=int, help="this stage alone (default: all)")
@@ -26,11 +27,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--peak", type=float, help="most dense operations a second of one device, over what the table says, as 165e12"
     )
     p.add_argument(
-        "--utilisation",
-        type=float,
-        default=0.4,
-        help="share of that peak which training reaches (default: %(default)s)",
+        "--bandwidth", type=float, help="of its memory, in bytes a second, over what the table says, as 1e12"
     )
+    p.add_argument("--loader", type=float, help="images a second that are read for one device (default: enough)")
     p.add_argument("--price", type=float, help="of one device for one hour, in any currency")
     p.add_argument("--mean-tokens", type=float, help="of a text (default: counted on the data, or half of max_tokens)")
     add_settings(p)
@@ -48,8 +47,8 @@ def run(arguments: argparse.Namespace) -> None:
     from stage_trainer.plan.table import heading, stage_table
     from stage_trainer.weights import absent
 
-    found = device(arguments.gpu, memory=arguments.memory, peak=arguments.peak)
-    cluster = Cluster(found, arguments.gpus, arguments.utilisation, arguments.price)
+    found = device(arguments.gpu, memory=arguments.memory, peak=arguments.peak, bandwidth=arguments.bandwidth)
+    cluster = Cluster(found, arguments.gpus, arguments.price, arguments.loader)
     print(heading(recipe.name, recipe.precision, cluster), flush=True)
     for name in absent(recipe.model):
         say(f"{name} is not on this machine: its sizes are the recipe's, or else the towers' defaults")
@@ -62,12 +61,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    if arguments.gpus < 1 or not 0 < arguments.utilisation <= 1:
-        raise UserError(
-            f"--gpus is {arguments.gpus} and --utilisation {arguments.utilisation:g}; expected at least 1, and a share "
-            "above 0 and up to 1"
-        )
-    for name in ("peak", "price", "mean_tokens"):
+    if arguments.gpus < 1:
+        raise UserError(f"--gpus is {arguments.gpus}; expected at least 1")
+    for name in ("peak", "bandwidth", "loader", "price", "mean_tokens"):
         value = getattr(arguments, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} is {value:g}; expected a number above 0")
