@@ -178,6 +178,16 @@ def test_on_a_cpu_texts_are_as_long_as_they_may_be(drawn):
     assert [of.texts for of in auto._agreed_lengths(recipe, recipe.stage(1), 1, torch.device("cpu"))] == [48, 48]
 
 
+def test_what_cannot_be_counted_is_an_error_on_every_rank(drawn, monkeypatch):
+    def broken(*_):
+        raise ValueError("broken")
+
+    monkeypatch.setattr(auto, "text_lengths", broken)
+    with pytest.raises(RuntimeError, match="first rank") as raised:
+        auto._agreed_lengths(drawn(), drawn().stage(1), 1, CUDA)
+    assert "broken" in str(raised.value.__cause__)
+
+
 def test_the_choice_is_set_on_the_model(drawn):
     task = make_task(drawn(), 1)
     model = task.empty_model()

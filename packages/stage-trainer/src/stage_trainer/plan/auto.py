@@ -172,14 +172,19 @@ def _agreed_lengths(recipe: Recipe, stage: Stage, world: int, device: torch.devi
     longest = Lengths(most, most, "")
     if device.type == "cpu":  # no times are known, and every batch has to fit
         return longest, longest
-    numbers = torch.zeros(5, dtype=torch.float64)
+    numbers, problem = torch.full((5,), torch.nan, dtype=torch.float64), None
     if world == 1 or torch.distributed.get_rank() == 0:
-        usual = text_lengths(recipe, stage, None)
-        bound = usual.most(stage.max_tokens, stage.batch.image_text // world, stage.batch.text // world)
-        numbers = numbers.new_tensor([usual.captions, usual.texts, usual.squares, bound.captions, bound.texts])
+        try:
+            usual = text_lengths(recipe, stage, None)
+            bound = usual.most(stage.max_tokens, stage.batch.image_text // world, stage.batch.text // world)
+            numbers = numbers.new_tensor([usual.captions, usual.texts, usual.squares, bound.captions, bound.texts])
+        except Exception as error:  # the others wait for the numbers; all are to end alike
+            problem = error
     if world > 1:
         numbers = numbers.to(device)
         torch.distributed.broadcast(numbers, 0)
+    if numbers.isnan().any():
+        raise RuntimeError("the first rank could not count the texts' lengths") from problem
     captions, texts, squares, *longest_of = numbers.tolist()
     return Lengths(captions, texts, "", squares=squares), replace(longest, captions=longest_of[0], texts=longest_of[1])
 

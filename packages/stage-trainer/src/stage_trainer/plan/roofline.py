@@ -2,7 +2,7 @@
 et al., 2009, doi 10.1145/1498765.1498785).
 
 A product's operations run at the rate that large ones reach on the device (`Device.products`), and its result is
-written while nothing is multiplied. That agrees within 3 % with measured products of an H800 from k = 256 to 16,384
+written while nothing is multiplied. That agrees within 4 % with measured products of an H800 from k = 256 to 16,384
 (`tests/stage_trainer/plan/test_roofline.py`). Two things lower the rate:
 
 - tiles: a product is computed in tiles of 128 × 256 numbers, and the last round of them leaves cores without work
