@@ -201,3 +201,35 @@ def test_planned_stands_beside_measured(monkeypatch):
     line = auto.planned_and_measured(GIB, torch.device("cuda"))
     assert line == "peak memory of a rank: planned 1.00 GiB, measured 2.00 GiB (-50%)"
     assert Device("cpu", 1, None, None, None, None, kind="cpu").peak("bf16") is None
+
+
+def test_a_loader_that_is_too_slow_bounds_the_step(drawn):
+    recipe = drawn("batch={image_text: 512, text: 512}", "resolution=[[0, 40]]", "patch_dropout=[[0, 0.0]]")
+    cluster = dataclasses.replace(gpu(10_000), loader=1.0)
+    plan = plan_stage(recipe, 1, cluster)
+    (segment,) = plan.segments
+    assert segment.seconds(segment.best, cluster) == 512
+    assert segment.seconds(segment.best, gpu(10_000)) == segment.best.time.total < 1
+    table = stage_table(plan, cluster)
+    assert "512 s, bound by waiting for data" in table
+    assert re.search(r"512 s  100%  waiting for data", table)
+    assert "waiting for data" not in stage_table(plan, gpu(10_000))
+
+
+def test_ranks_of_several_machines_exchange_over_the_network():
+    card = DEVICES["h100-80gb"]
+    assert Cluster(card, 8).link == card.link
+    assert Cluster(card, 16).link == 50e9
+    assert Cluster(card, 16, network=1e15).link == card.link
+    assert Cluster(dataclasses.replace(card, link=None), 4, machine=2).link == 50e9
+    assert Cluster(dataclasses.replace(card, link=None), 2, machine=2).link is None
+
+
+def test_a_device_without_known_speed_gets_no_times_and_own_figures_give_them(drawn):
+    cpu = device("cpu", memory="10GiB")
+    plan = plan_stage(drawn(), 1, Cluster(cpu))
+    assert plan.segments[0].best.time is None
+    assert "bound by" not in stage_table(plan, Cluster(cpu))
+    assert (
+        plan_stage(drawn(), 1, Cluster(device("cpu", memory="10GiB", peak=1e11, bandwidth=1e10))).segments[0].best.time
+    )
