@@ -188,6 +188,18 @@ def test_what_cannot_be_counted_is_an_error_on_every_rank(drawn, monkeypatch):
     assert "broken" in str(raised.value.__cause__)
 
 
+def test_a_gpu_that_is_not_in_the_table_is_timed_as_the_most_alike_one(drawn, monkeypatch):
+    monkeypatch.setattr(auto, "present", lambda where: None)
+    monkeypatch.setattr(auto, "free_memory", lambda where: 64 * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where: (8, 9))
+    choice = auto.choose(drawn(), 1, 0, 200, CUDA)
+    assert choice.setting == Setting()
+    assert choice.seconds > 0
+    assert "on l40s, the most alike of the devices whose speed is known" in choice.line
+    monkeypatch.setattr(auto, "present", lambda where: DEVICES["rtx-4090"])
+    assert "on rtx-4090;" in auto.choose(drawn(), 1, 0, 200, CUDA).line
+
+
 def test_the_choice_is_set_on_the_model(drawn):
     task = make_task(drawn(), 1)
     model = task.empty_model()
