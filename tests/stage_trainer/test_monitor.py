@@ -135,3 +135,27 @@ def test_a_sink_of_another_kind_is_one_message(tmp_path, monkeypatch, text, name
     finally:
         sys.modules.pop("a_sink", None)
     assert (tmp_path / "closed").exists() == (name == "Positional"), "also a sink that failed is closed"
+
+
+@pytest.mark.parametrize("predicted", [2.0, None])
+def test_the_predicted_time_of_a_step_stands_beside_the_measured_one(tmp_path, monkeypatch, capsys, predicted):
+    """From the second entry on: until the first, 100 seconds went by, in which the towers were compiled."""
+    now = iter([0.0, 100.0, 100.0, 110.0, 110.0, 115.0, 115.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    shown = Shown(title="", start=3, steps=100, every=5, predicted=predicted)
+    with Monitor(tmp_path, shown, active=True) as monitor:
+        for step in range(3, 16):
+            monitor.count(1, 1, 1, 0.0)
+            if monitor.should_log(step):
+                monitor.log(step, {}, {})
+    said = capsys.readouterr().out
+    events = EventMultiplexer(size_guidance={"scalars": 0}).AddRunsFromDirectory(str(tmp_path))
+    events.Reload()
+    tags = [tag for tag in events.Runs()["."]["scalars"] if "step_seconds" in tag]
+    if predicted is None:
+        assert (said, tags) == ("", [])
+        return
+    assert said == "a step takes 2 s; predicted were 2 s (+0%)\n", "once"
+    measured = [(event.step, event.value) for event in events.Scalars(".", "speed/step_seconds")]
+    assert measured == [(10, 2.0), (15, 1.0)]
+    assert {event.value for event in events.Scalars(".", "speed/step_seconds_predicted")} == {2.0}

@@ -24,9 +24,9 @@ PLACES = ("missing/x.png", "file/x.png", "data", "/dev/null", "/proc/x.png", f"{
 
 TABLE = [
     *([*PLAN, f"--{name}={value}"] for value in NUMBERS
-      for name in ("gpus", "utilisation", "peak", "price", "mean-tokens", "memory", "stage")),
+      for name in ("gpus", "peak", "bandwidth", "loader", "price", "mean-tokens", "memory", "stage")),
     *([*PLAN, f"--gpu={value}"] for value in ("", "h1000", "h100-80gb\n")),
-    [*PLAN, "--gpus=1000001"], [*PLAN, "--peak=165"], [*PLAN, "--price=1e300"], [*PLAN, "--utilisation=40"],
+    [*PLAN, "--gpus=1000001"], [*PLAN, "--peak=165"], [*PLAN, "--price=1e300"], [*PLAN, "--bandwidth=900"],
     [*PLAN, f"--memory={'9' * 400}TB"], [*PLAN, "--memory=24 GiBs"], [*PLAN, "--memory=0.0GiB"],
     *([command, *more, f"--recipe={value}"] for command, *more in (["plan"], ["train", "--stage=1"], ["report"])
       for value in ("", "missing.yaml", "data", "file/recipe.yaml", LONG, "/dev/null", "model/config.json")),

@@ -200,7 +200,7 @@ def test_where_weights_are_not_at_hand_the_recipe_and_defaults_stand_for_them(re
     recipe = load(recipes / "finetune.yaml", ["model.weights=not-here"]).recipe
     text, vision = tower_configs(recipe, 1)
     assert (text, vision.width) == (
-        TextTowerConfig(adapters=("retrieval.query",), lora_rank=4, lora_alpha=4, checkpointing=True), 1024
+        TextTowerConfig(adapters=("retrieval.query",), lora_rank=4, lora_alpha=4), 1024
     )  # fmt: skip
 
 

@@ -150,6 +150,7 @@ class Trainer:
         self.choice = self._planned(lambda: self.task.choose_chunks(min(self.start, last), self.stop, self.device))
         if self.choice:
             self.say(self.choice.line)
+            self.choice.configure(model)
         elif self.unplanned and self.stage.gradient_cache == "auto":
             self.task.chunks = UNPLANNED_CHUNKS
         self.engine = self.task.make_engine(model, optimizer)
@@ -296,6 +297,7 @@ class Trainer:
             sources=list(self.data.fingerprint),
             max_tokens=stage.max_tokens if self.task.cuts_texts else None,
             peak=peak and peak * self.world,
+            predicted=self.choice.seconds if self.choice else None,
         )
         sinks = open_sinks(recipe.sinks, self.directory, state.settings) if self.rank == 0 else ()
         texts = TextCounts(state.texts_drawn, state.texts_cut)

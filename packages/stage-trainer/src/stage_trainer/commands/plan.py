@@ -13,8 +13,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "plan",
         help="what fits, how long training takes and what it costs, before it runs",
         description="Plans a recipe's stages for given devices: which settings fit, memory by part, operations, "
-        "samples a second, days and money, and how many texts max_tokens cuts. It needs neither a GPU nor the data; "
-        "of data on this machine a sample is counted. It takes about a minute for each stage of a large model.",
+        "where the time of a step goes, days and money, and how many texts max_tokens cuts. It needs neither a GPU nor "
+        "the data; of data on this machine a sample is counted. It takes about a minute for each stage of a large "
+        "model.",
     )
     add_recipe(p)
     p.add_argument("--stage", type=int, help="this stage alone (default: all)")
@@ -25,11 +26,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--peak", type=float, help="most dense operations a second of one device, over what the table says, as 165e12"
     )
     p.add_argument(
-        "--utilisation",
-        type=float,
-        default=0.4,
-        help="share of that peak which training reaches (default: %(default)s)",
+        "--bandwidth", type=float, help="of its memory, in bytes a second, over what the table says, as 1e12"
     )
+    p.add_argument("--loader", type=float, help="images a second that are read for one device (default: enough)")
     p.add_argument("--price", type=float, help="of one device for one hour, in any currency")
     p.add_argument("--mean-tokens", type=float, help="of a text (default: counted on the data, or half of max_tokens)")
     add_settings(p)
@@ -49,8 +48,8 @@ def run(arguments: argparse.Namespace) -> None:
     from stage_trainer.plan.table import heading, stage_table
     from stage_trainer.weights import absent
 
-    found = device(arguments.gpu, memory=arguments.memory, peak=arguments.peak)
-    cluster = Cluster(found, arguments.gpus, arguments.utilisation, arguments.price)
+    found = device(arguments.gpu, memory=arguments.memory, peak=arguments.peak, bandwidth=arguments.bandwidth)
+    cluster = Cluster(found, arguments.gpus, arguments.price, arguments.loader)
     print(heading(recipe.name, recipe.precision, cluster), flush=True)
     for name in absent(recipe.model):
         say(f"{name} is not on this machine: its sizes are the recipe's, or else the towers' defaults")
@@ -64,8 +63,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 _RANGES = {
     "gpus": (1, 10**6, "devices, 1 to 1,000,000"),
-    "utilisation": (0.001, 1, "a share, 0.001 to 1"),
     "peak": (1e9, 1e18, "operations a second, 1e9 to 1e18, such as 165e12"),
+    "bandwidth": (1e6, 1e15, "bytes a second, 1e6 to 1e15, such as 1e12"),
+    "loader": (1e-3, 1e9, "images a second, above 0 and up to 1e9"),
     "price": (1e-6, 1e9, "a price above 0, up to 1e9"),
     "mean_tokens": (1, 1e9, "tokens of a text, at least 1"),
 }

@@ -1,9 +1,10 @@
-"""Mean length of a stage's texts and the share that `max_tokens` cuts: given, counted, from sidecars, or assumed."""
+"""Lengths of a stage's texts and the share that `max_tokens` cuts: given, counted, from sidecars, or assumed."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +19,55 @@ from stage_trainer.weights import tower_weights
 
 SAMPLES, SHARDS = 256, 8
 """Samples of a data set whose texts are counted, out of so many of its shards, both evenly spread."""
+FEW = 32
+"""Fewer samples than these say nothing of how long a batch may be."""
 
 
 @dataclass(frozen=True)
 class Counted:
-    """Of a data set: mean tokens of a text after cutting, the share of texts that are cut, and how that was found."""
+    """Of a data set: mean tokens of a text after cutting and of their squares, the number of samples looked at, the
+    share of texts that are cut, and how that was found."""
 
     source: Source
     mean: float
+    square: float
+    samples: int
     cut: float
     origin: str
+
+    def most(self, texts: int) -> float:
+        """What the mean over so many of its texts stays below: six standard deviations above its own, that of the
+        counted sample included, and a quarter more, because shards may differ."""
+        if self.samples < FEW:
+            return math.inf
+        deviation = math.sqrt(max(0.0, self.square - self.mean**2))
+        return 1.25 * (self.mean + 6 * deviation * math.sqrt(1 / texts + 1 / self.samples))
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Mean tokens of a text for each task, how they were found, and lines of output about texts that are cut."""
+    """Mean tokens of a text for each task, how they were found, and lines of output about texts that are cut.
+
+    Attributes:
+        squares: mean of the squares of all lengths over the square of their mean.
+        counted: for each task what is known of its data sets, None for one of which nothing is.
+    """
 
     captions: float
     texts: float
     origin: str
     cut: tuple[str, ...] = ()
+    squares: float = 1.0
+    counted: dict[str, list[Counted | None]] = field(default_factory=dict)
+
+    def most(self, max_tokens: int, images: int, pairs: int) -> Lengths:
+        """Means that batches of so many captions and text pairs stay below (`Counted.most`): a batch of text pairs
+        comes from one source, and one of captions may for a while. What was not counted may be as long as it can."""
+        means = []
+        for task, texts in (("image_text", images), ("text", pairs)):
+            known = self.counted.get(task) or [None]
+            means.append(max(min(each.most(max(1, texts)), max_tokens) if each else max_tokens for each in known))
+        return replace(self, captions=means[0], texts=means[1])
 
 
 def text_lengths(recipe: Recipe, stage: Stage, mean_tokens: float | None) -> Lengths:
@@ -61,7 +91,7 @@ def text_lengths(recipe: Recipe, stage: Stage, mean_tokens: float | None) -> Len
         cut.append(f"data sets of which it is not known how many texts max_tokens {stage.max_tokens} cuts: {unknown}")
     if mean_tokens is not None:
         mean = min(mean_tokens, stage.max_tokens)
-        return Lengths(mean, mean, f"texts of {mean:g} tokens on average, as told", tuple(cut))
+        return Lengths(mean, mean, f"texts of {mean:g} tokens on average, as told", tuple(cut), counted=found)
     assumed = stage.max_tokens / 2
     captions, texts = (_mean(of_task, assumed) for of_task in found.values())
     if counted:
@@ -71,7 +101,15 @@ def text_lengths(recipe: Recipe, stage: Stage, mean_tokens: float | None) -> Len
         origin = f"{' and '.join(said)} on average"
     else:
         origin = f"texts of {assumed:g} tokens on average, half of max_tokens (assumed; --mean-tokens says otherwise)"
-    return Lengths(captions, texts, origin, tuple(cut))
+    return Lengths(captions, texts, origin, tuple(cut), _squares(counted), found)
+
+
+def _squares(counted: list[Counted]) -> float:
+    weight = sum(each.source.rate for each in counted)
+    if not weight:
+        return 1.0
+    mean, square = (sum(each.source.rate * getattr(each, of) for each in counted) / weight for of in ("mean", "square"))
+    return float(square / mean**2)
 
 
 def _mean(counted: list[Counted | None], assumed: float) -> float:
@@ -113,7 +151,9 @@ def _counted(config: DataConfig, source: Source, max_tokens: int, tokenizer: Tok
     if not parts:
         return None
     mean = _expected(parts, lambda tokens: min(tokens, max_tokens))
-    return Counted(source, mean, _expected(parts, lambda tokens: tokens > max_tokens), origin)
+    square = _expected(parts, lambda tokens: min(tokens, max_tokens) ** 2)
+    cut = _expected(parts, lambda tokens: tokens > max_tokens)
+    return Counted(source, mean, square, len(parts), cut, origin)
 
 
 def _spread(data: Dataset) -> list[int]:

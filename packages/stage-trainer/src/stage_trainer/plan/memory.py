@@ -38,7 +38,7 @@ class Sizes:
     pair both sides and its hard negatives) of `length` tokens on average, over `ranks` ranks.
 
     `pairs` text pairs with `negatives` hard negatives each are among the texts; `unified` is what a unified loss has
-    for pairs, 0 for a loss for each task.
+    for pairs, 0 for a loss for each task. `squares` is the mean of the lengths' squares over the square of their mean.
     """
 
     images: int
@@ -48,6 +48,7 @@ class Sizes:
     negatives: int
     ranks: int
     unified: int = 0
+    squares: float = 1.0
 
     @property
     def tokens(self) -> int:
@@ -80,6 +81,7 @@ class Model:
     largest: int  # numbers of the largest weight that is trained
     matrices: int  # numbers that Muon trains, with half of AdamW's state
     deepspeed: tuple[tuple[str, int], ...] = ()  # zero_optimization's sizes, where the recipe gives them
+    muon_shapes: tuple[tuple[int, int], ...] = ()  # of those matrices
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,8 @@ def update_parts(model: Model, zero: int, ranks: int, device: Device) -> Parts:
 
 def _whole(model: Model, sizes: Sizes, setting: Setting, device: Device) -> dict[str, Parts]:
     """Without caching: images forward, texts forward, loss, texts backward, images backward."""
-    image, text = _passes(model, sizes, setting, device, sizes.images, sizes.texts, (False, False))
-    fixed = {"batch": _image_bytes(model, sizes.images) + _token_bytes(sizes.tokens)}
+    image, text = passes(model, sizes, setting, device, (sizes.images, sizes.texts), (False, False))
+    fixed = {"batch": image_bytes(model, sizes.images) + _token_bytes(sizes.tokens)}
     embeddings = {"embeddings": 2 * _embedding_bytes(model, sizes)}  # with their gradients
     saved, working = loss_bytes(model, sizes, device)
     moments = {
@@ -157,19 +159,15 @@ def _whole(model: Model, sizes: Sizes, setting: Setting, device: Device) -> dict
 
 def _cached(model: Model, sizes: Sizes, setting: Setting, device: Device) -> dict[str, Parts]:
     """With caching: every chunk forward, the loss, every chunk forward and backward."""
-    assert setting.cache is not None
-    images = min(setting.cache.images or sizes.images, sizes.images)
-    texts = sizes.texts
-    if setting.cache.tokens:
-        texts = min(max(1, setting.cache.tokens // sizes.length), sizes.texts)
+    images, texts = chunk_sizes(sizes, setting)
     # A second chunk finds gradients, and adds to them.
     several = images < sizes.images, texts < sizes.texts
-    image, text = _passes(model, sizes, setting, device, images, texts, several)
+    image, text = passes(model, sizes, setting, device, (images, texts), several)
     stored = _embedding_bytes(model, sizes)
     saved, working = loss_bytes(model, sizes, device)
     # A GPU has one chunk at a time, a CPU shares its memory with the whole batch.
-    whole = {"batch": _image_bytes(model, sizes.images) + _token_bytes(sizes.tokens) if device.kind == "cpu" else 0}
-    of_images = _added(whole, {"batch": _image_bytes(model, images) if device.kind != "cpu" else 0})
+    whole = {"batch": image_bytes(model, sizes.images) + _token_bytes(sizes.tokens) if device.kind == "cpu" else 0}
+    of_images = _added(whole, {"batch": image_bytes(model, images) if device.kind != "cpu" else 0})
     of_texts = _added(whole, {"batch": _token_bytes(texts * sizes.length) if device.kind != "cpu" else 0})
     # Chunks' embeddings, these in one tensor, their gradients.
     moments = {"loss": _added(whole, {"embeddings": 3 * stored, "loss": saved + working})}
@@ -187,10 +185,19 @@ def _cached(model: Model, sizes: Sizes, setting: Setting, device: Device) -> dic
     return moments
 
 
-def _passes(
-    model: Model, sizes: Sizes, setting: Setting, device: Device, images: int, texts: int, again: tuple[bool, bool]
+def chunk_sizes(sizes: Sizes, setting: Setting) -> tuple[int, int]:
+    """Images and texts of one forward pass."""
+    images = texts = 0
+    if setting.cache:
+        images, texts = setting.cache.images, setting.cache.tokens and max(1, setting.cache.tokens // sizes.length)
+    return min(images or sizes.images, sizes.images), min(texts or sizes.texts, sizes.texts)
+
+
+def passes(
+    model: Model, sizes: Sizes, setting: Setting, device: Device, chunk: tuple[int, int], again: tuple[bool, bool]
 ) -> tuple[Pass, Pass]:
-    nothing = Pass(0, 0, (), 0)
+    """Of so many images and of so many texts, with gradients there already or not."""
+    (images, texts), nothing = chunk, Pass(0, 0, (), 0)
     vision = replace(model.vision, checkpointing=setting.checkpointing_image)
     text = replace(model.text, checkpointing=setting.checkpointing_text)
     target, learns = Target.of(device, model.precision), model.trainable.image == "all"
@@ -229,7 +236,7 @@ def _embedding_bytes(model: Model, sizes: Sizes) -> int:
     return FLOAT * model.text.width * (sizes.images + sizes.texts)
 
 
-def _image_bytes(model: Model, images: int) -> int:
+def image_bytes(model: Model, images: int) -> int:
     """uint8 pixels, and a seed for each."""
     height, width = as_pair(model.vision.resolution)
     return images * (3 * height * width + 8)

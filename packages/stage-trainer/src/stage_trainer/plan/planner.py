@@ -21,12 +21,14 @@ from stage_trainer.plan.devices import GIB, Device
 from stage_trainer.plan.flops import Flops, StepShape, kept_patches, step_flops
 from stage_trainer.plan.lengths import Lengths, text_lengths
 from stage_trainer.plan.memory import Estimate, Model, Setting, Sizes, estimate
+from stage_trainer.plan.step import Prediction, predict
 from stage_trainer.recipe import GradientCache, Recipe, Stage
 
 RESERVE = 1.5 * GIB  # CUDA's context and libraries, NCCL's buffers
 FRAGMENTED = 0.05  # of the memory, lost between blocks that the allocator cannot join
 SMALLEST_CHUNK = 8  # images, or texts of the greatest length: below, products are too small to be worth running
 LARGEST_CHUNK = 1024, 8192  # images and texts: larger products run no faster
+COMPARED = 4  # sizes of chunks whose times are compared, each half of the one before
 TRIPLETS = 7  # hard negatives of a triplet, where no data says otherwise (arXiv 2412.08802, section 3.4)
 
 
@@ -35,14 +37,24 @@ class Cluster:
     """Devices of one kind, a data-parallel rank on each.
 
     Attributes:
-        utilisation: share of the peak that the model's FLOPs are assumed to reach, recomputation not counted.
         price: of one device for one hour.
+        loader: images a second that reach one device at most; None: as many as it takes.
+        machine: devices of one machine, joined by their own link.
+        network: bytes a second that each device sends to other machines.
     """
 
     device: Device
     ranks: int = 1
-    utilisation: float = 0.4
     price: float | None = None
+    loader: float | None = None
+    machine: int = 8
+    network: float = 50e9  # 400 Gbit/s for each device, as in DGX H100 and HGX machines
+
+    @property
+    def link(self) -> float | None:
+        """Bytes a second that ranks exchange: what the slowest way between them carries."""
+        ways = [self.device.link, self.network if self.ranks > self.machine else None]
+        return min((way for way in ways if way), default=None)
 
     @property
     def usable(self) -> int:
@@ -65,17 +77,19 @@ class Segment:
 
 @dataclass(frozen=True)
 class Option:
-    """One way to run a segment, and what it needs."""
+    """One way to run a segment, and what it needs. `time` is that of a step, without waiting for data; None for a
+    device of which too little is known."""
 
     setting: Setting
     memory: Estimate
     fits: bool
     flops: Flops
+    time: Prediction | None
 
 
 @dataclass(frozen=True)
 class SegmentPlan:
-    """What a segment needs: as the recipe has it, and the cheapest way that fits (None: nothing does)."""
+    """What a segment needs: as the recipe has it, and in other ways."""
 
     segment: Segment
     samples: int
@@ -85,12 +99,15 @@ class SegmentPlan:
 
     @property
     def best(self) -> Option | None:
-        return next((option for option in self.tried if option.fits), None)
+        """The way that fits and is predicted to take least; without times the first that fits, None if nothing does."""
+        fitting = [option for option in self.tried if option.fits]
+        return min(fitting, key=lambda option: option.time.total if option.time else 0.0, default=None)
 
-    def seconds(self, option: Option, cluster: Cluster, precision: str) -> float | None:
-        """Of one step. Recomputation takes its time too: utilisation is of the hardware's work here."""
-        peak = cluster.device.peak(precision)
-        return None if not peak else option.flops.total / (cluster.ranks * peak * cluster.utilisation)
+    def seconds(self, option: Option, cluster: Cluster) -> float | None:
+        """Of one step, waiting for images included."""
+        if option.time is None:
+            return None
+        return max(option.time.total, self.sizes.images / cluster.loader if cluster.loader else 0.0)
 
 
 @dataclass(frozen=True)
@@ -144,9 +161,9 @@ def plan_stage(
         shape = shape_of(stage, segment, sizes, model.vision)
         written = _option(model, shape, sizes, as_written(stage, model), cluster)
         tried: list[Option] = []
-        ways = _cheapest_first(model, shape, sizes, cluster)
-        while not (tried and tried[-1].fits):
-            say(f"{here}: trying way {len(tried) + 1} to make it fit …")
+        ways = _ways(model, shape, sizes, cluster)
+        while True:
+            say(f"{here}: trying way {len(tried) + 1} to run it …")
             if (option := next(ways, None)) is None:
                 break
             tried.append(option)
@@ -184,6 +201,7 @@ def model_of(recipe: Recipe, number: int, segment: Segment, precision: str) -> M
     empty.text.set_trainable(stage.trainable.text, adapter=next(iter(text.adapters), None))
     empty.vision.set_trainable(stage.trainable.image)
     learning = [p for p in empty.parameters() if p.requires_grad]
+    matrices = [p for n, p in empty.named_parameters() if p.requires_grad and is_muon_matrix(n, p)]
     zero = stage.deepspeed.get("zero_optimization", {})
     given = {k: int(v) for k, v in zero.items() if k in ("reduce_bucket_size", "stage3_max_live_parameters")}
     return Model(
@@ -197,8 +215,9 @@ def model_of(recipe: Recipe, number: int, segment: Segment, precision: str) -> M
         weights=_numbers(empty.parameters()),
         learning=_numbers(learning),
         largest=max((p.numel() for p in learning), default=0),
-        matrices=_numbers(p for n, p in empty.named_parameters() if p.requires_grad and is_muon_matrix(n, p)),
+        matrices=_numbers(matrices),
         deepspeed=tuple(sorted(given.items())),
+        muon_shapes=tuple((p.shape[0], p.shape[1]) for p in matrices),
     )
 
 
@@ -213,7 +232,7 @@ def sizes_of(stage: Stage, segment: Segment, ranks: int, lengths: Lengths, negat
     texts = images + pairs * (2 + negatives)
     tokens = images * lengths.captions + pairs * (2 + negatives) * lengths.texts
     length, unified = max(1, round(tokens / texts)), stage.loss.unified_pairs(images, pairs)
-    return Sizes(images * (1 + stage.loss.views), texts, length, pairs, negatives, ranks, unified)
+    return Sizes(images * (1 + stage.loss.views), texts, length, pairs, negatives, ranks, unified, lengths.squares)
 
 
 def as_written(stage: Stage, model: Model) -> Setting:
@@ -222,43 +241,63 @@ def as_written(stage: Stage, model: Model) -> Setting:
     return Setting(stage.chunks, model.vision.checkpointing, model.text.checkpointing, zero)
 
 
-def _cheapest_first(model: Model, shape: StepShape, sizes: Sizes, cluster: Cluster) -> Iterator[Option]:
-    """Ways to run up to the first that fits: at once, with checkpointing (a forward pass more), in chunks (likewise),
-    both; then the same under ZeRO 1 and 3, which trade memory for traffic between ranks. (ZeRO 2: see `memory`.)"""
+def _ways(model: Model, shape: StepShape, sizes: Sizes, cluster: Cluster) -> Iterator[Option]:
+    """Ways to run: at once, with checkpointing (most of a forward pass more), in chunks (a whole one), both; if none
+    fits, the same under ZeRO 1 and then 3, which trade memory for traffic between ranks. (ZeRO 2: see `memory`.) None
+    that repeats more than one that fits; where no times are known, none after the first that fits."""
     alone = model.optimizer == "muon" or cluster.ranks == 1  # Muon needs whole matrices
     for zero in (0,) if alone else (0, 1, 3):
+        fitting: list[Setting] = []
         for cached in (False, True):
             for checkpointing in (False, True):
                 setting = Setting(None, checkpointing, checkpointing, zero)
+                if any(cached >= bool(one.cache) and checkpointing >= one.checkpointing_image for one in fitting):
+                    continue
                 if cached:
                     setting = with_chunks(model, sizes, setting, cluster.device, cluster.usable)
                 option = _option(model, shape, sizes, setting, cluster)
                 yield option
-                if option.fits:
+                if option.fits and option.time is None:
                     return
+                if option.fits:
+                    fitting.append(setting)
+        if fitting:
+            return
 
 
-def with_chunks(model: Model, sizes: Sizes, base: Setting, device: Device, usable: int) -> Setting:
-    """`base` with gradient caching in the largest chunks that fit into `usable` bytes, powers of 2 of images and texts;
-    in the smallest that are worth running if none do. Chunks take turns, so each kind is sized by itself."""
+def with_chunks(
+    model: Model, sizes: Sizes, base: Setting, device: Device, usable: int, typical: Sizes | None = None
+) -> Setting:
+    """`base` with gradient caching in the fastest chunks that fit into `usable` bytes, powers of 2 of images and texts;
+    in the largest that fit where no times are known, in the smallest that are worth running if none do. Chunks take
+    turns, so each kind is sized by itself. `typical` are the sizes whose time counts, if they differ."""
 
-    def setting(images: int, texts: int) -> Setting:
-        return dataclasses.replace(base, cache=GradientCache(images=images, tokens=texts * sizes.length))
+    def setting(chunk: list[int]) -> Setting:
+        return dataclasses.replace(base, cache=GradientCache(images=chunk[0], tokens=chunk[1] * sizes.length))
 
-    def needed(kind: int, size: int) -> int:
-        chunk = [SMALLEST_CHUNK, SMALLEST_CHUNK]
-        chunk[kind] = size
-        return estimate(model, sizes, setting(*chunk), device).total
+    def of(kind: int, size: int) -> Setting:
+        return setting([size if kind == other else SMALLEST_CHUNK for other in (0, 1)])
+
+    def seconds(kind: int, size: int) -> float:
+        time = predict(model, typical or sizes, of(kind, size), device, None)
+        return time.total if time else -size
 
     found = [SMALLEST_CHUNK, SMALLEST_CHUNK]
     for kind, (count, most) in enumerate(zip((sizes.images, sizes.texts), LARGEST_CHUNK, strict=True)):
-        sizes_of_chunks = [SMALLEST_CHUNK]
-        while sizes_of_chunks[-1] * 2 <= min(count, most):
-            sizes_of_chunks.append(sizes_of_chunks[-1] * 2)
+        if not count:  # no chunk of these will come
+            found[kind] = most
+            continue
+        possible = [SMALLEST_CHUNK]
+        while possible[-1] * 2 <= min(count, most):
+            possible.append(possible[-1] * 2)
+
+        def needed(size: int, kind: int = kind) -> int:
+            return estimate(model, sizes, of(kind, size), device).total
+
         # Memory rises with the chunk: halve the range until the last size that fits is known.
-        fits = bisect.bisect_right(sizes_of_chunks, usable, key=lambda size: needed(kind, size))
-        found[kind] = sizes_of_chunks[max(0, fits - 1)]
-    return setting(*found)
+        fits = possible[: max(1, bisect.bisect_right(possible, usable, key=needed))]
+        found[kind] = min(reversed(fits[-COMPARED:]), key=lambda size, kind=kind: seconds(kind, size))  # type: ignore[misc]
+    return setting(found)
 
 
 def _option(model: Model, shape: StepShape, sizes: Sizes, setting: Setting, cluster: Cluster) -> Option:
@@ -267,7 +306,8 @@ def _option(model: Model, shape: StepShape, sizes: Sizes, setting: Setting, clus
     vision = dataclasses.replace(model.vision, checkpointing=setting.checkpointing_image)
     cached = setting.cache is not None
     flops = step_flops(text, vision, shape, trainable=model.trainable, dims=model.dims, cached=cached)
-    return Option(setting, found, found.total <= cluster.usable, flops)
+    time = predict(model, sizes, setting, cluster.device, cluster.link)
+    return Option(setting, found, found.total <= cluster.usable, flops, time)
 
 
 def shape_of(stage: Stage, segment: Segment, sizes: Sizes, vision: VisionTowerConfig) -> StepShape:

@@ -20,13 +20,16 @@ def heading(name: str, precision: str, cluster: Cluster) -> str:
         f"{name} on {cluster.ranks} × {device.name}: {device.memory / GIB:.1f} GiB each, of which "
         f"{cluster.usable / GIB:.1f} GiB are planned with (the rest goes to libraries and fragments)",
     ]
-    if peak:
+    if device.timed and peak and device.bandwidth:
+        link = f", {cluster.link / 1e9:,.0f} GB/s between devices" if cluster.link and cluster.ranks > 1 else ""
         lines.append(
-            f"assumed: {cluster.utilisation:.0%} of {peak / 1e12:,.0f} TFLOP/s dense "
-            f"{computed}, recomputation included; data never waited for"
+            f"times are predicted, not measured: large products at {device.products:.0%} of {peak / 1e12:,.0f} TFLOP/s "
+            f"dense {computed}, everything else at {device.stream:.0%} of {device.bandwidth / 1e12:,.2f} TB/s, "
+            f"{device.launch * 1e6:.0f} µs for the host to issue an operation{link}; "
+            + (f"at most {cluster.loader:,.0f} images a second for each" if cluster.loader else "data never waited for")
         )
     else:
-        lines.append("no peak is known for this device, so no times; give one with --peak")
+        lines.append("too little is known of this device, so no times; give it with --peak and --bandwidth")
     return "\n".join(_wrapped(lines))
 
 
@@ -45,7 +48,7 @@ def stage_table(plan: StagePlan, cluster: Cluster) -> str:
             f"  nothing fits into {cluster.usable / GIB:.1f} GiB: take more or larger devices, or a smaller model"
         )
     else:
-        lines.append(f"  cheapest that fits: {_in_recipe(best.setting)}")
+        lines.append(f"  {'fastest' if best.time else 'first'} that fits: {_in_recipe(best.setting)}")
     lines += _totals(plan, cluster)
     return "\n".join(_wrapped(lines))
 
@@ -68,16 +71,38 @@ def _segment(plan: SegmentPlan, stage: StagePlan, cluster: Cluster) -> list[str]
     ]
     shown = [("the recipe's: " + describe(plan.as_written.setting), plan.as_written)]
     shown += [(describe(option.setting), option) for option in plan.tried]
-    width = min(max(len(name) for name, _ in shown), WIDTH - 35)
-    lines.append(f"    {'way to run':<{width}}{'peak':>14}  {'fits':<4}{'samples/s':>11}")
+    width = min(max(len(name) for name, _ in shown), WIDTH - 50)
+    lines.append(f"    {'way to run':<{width}}{'peak':>14}  {'fits':<4}{'s/step':>9}{'samples/s':>11}{'MFU':>6}")
     for name, option in shown:
-        seconds = plan.seconds(option, cluster, stage.precision)
-        speed = f"{plan.samples / seconds:>11,.0f}" if seconds else f"{'–':>11}"
+        seconds, peak = plan.seconds(option, cluster), cluster.device.peak(stage.precision)
+        speed = f"{'–':>9}{'–':>11}{'–':>6}"
+        if seconds and peak:
+            mfu = option.flops.model / (seconds * cluster.ranks * peak)
+            speed = f"{seconds:>9.3g}{plan.samples / seconds:>11,.0f}{mfu:>6.0%}"
         fits = "yes" if option.fits else "no"
         *above, name = textwrap.wrap(name, width, subsequent_indent="  ")
         lines += [f"    {part}" for part in above]
         lines.append(f"    {name:<{width}}{_size(option.memory.total):>14}  {fits:<4}{speed}")
-    return [*lines, "", *_details(plan.as_written if plan.as_written.fits or not plan.best else plan.best)]
+    option = plan.as_written if plan.as_written.fits or not plan.best else plan.best
+    return [*lines, "", *_details(option), *_times(plan, option, stage, cluster)]
+
+
+def _times(plan: SegmentPlan, option: Option, stage: StagePlan, cluster: Cluster) -> list[str]:
+    """Where the time of a step goes in one way to run, and what bounds it."""
+    seconds, peak = plan.seconds(option, cluster), cluster.device.peak(stage.precision)
+    if option.time is None or seconds is None or not peak:
+        return []
+    available, waiting = seconds * cluster.ranks * peak, seconds - option.time.total
+    bound = "waiting for data" if waiting > 0 else option.time.bound
+    return [
+        f"    time of a step, predicted: {seconds:.3g} s, bound by {bound}; MFU {option.flops.model / available:.0%}, "
+        f"with what is computed again {option.flops.total / available:.0%}",
+        *(
+            f"    {time:>11.3g} s  {time / seconds:>4.0%}  {name}"
+            for name, time in (*option.time.parts, ("waiting for data", waiting))
+            if time > 0
+        ),
+    ]
 
 
 def _details(option: Option) -> list[str]:
@@ -115,11 +140,11 @@ def _totals(plan: StagePlan, cluster: Cluster) -> list[str]:
     for segment_plan in plan.segments:
         written = segment_plan.as_written
         option = written if plan.deciding.as_written.fits else segment_plan.best
-        seconds = segment_plan.seconds(option, cluster, plan.precision) if option else None
+        seconds = segment_plan.seconds(option, cluster) if option else None
         if seconds is None:
             return []
         hours += seconds * (segment_plan.segment.stop - segment_plan.segment.start) / 3600
-    how = "as in the recipe" if plan.deciding.as_written.fits else "in the cheapest way that fits"
+    how = "as in the recipe" if plan.deciding.as_written.fits else "in the fastest way that fits"
     line = f"  {how}: {_time(hours)}, {_round(hours * cluster.ranks)} device hours"
     if cluster.price is not None:
         line += f", {_round(hours * cluster.ranks * cluster.price)} at {cluster.price:g} a device hour"

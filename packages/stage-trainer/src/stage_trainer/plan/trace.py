@@ -1,4 +1,4 @@
-"""What one pass through a tower takes in memory, by running the real modules on fake tensors.
+"""What one pass through a tower takes in memory and runs on the device, by running the real modules on fake tensors.
 
 Fake tensors have shapes and no data, so a pass of L/14 at any batch takes a second on a laptop. They lie on the device
 that is planned for, "cuda" without a GPU too, so the towers and autocast do what they do there. Three things would ask
@@ -15,8 +15,9 @@ import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from vision_tower.config import as_pair
 
 from stage_trainer.plan.backward import run_backward
 from stage_trainer.plan.devices import Device
+from stage_trainer.plan.kernels import Tape, Work, of_pass
 
 DEPTH = 4
 """Blocks that are run: in a vision tower the last one is of another kind, and two in a row give the difference."""
@@ -50,12 +52,16 @@ class Pass:
         backward: (all, gradients of weights among it) at the moments of the backward pass that may have most; none
             for a tower that does not learn.
         gradients: of all weights that learn.
+        first, there, back: kernels of a forward pass without a backward one, of one with it, and of that.
     """
 
     forward: int
     held: int
     backward: tuple[tuple[int, int], ...]
     gradients: int
+    first: Work = field(default_factory=Work)
+    there: Work = field(default_factory=Work)
+    back: Work = field(default_factory=Work)
 
 
 @dataclass(frozen=True)
@@ -144,13 +150,16 @@ class LiveBytes(TorchDispatchMode):
         live: bytes now, above what was there before.
         peak: most since the last `mark`.
         gradients: bytes among them that `gradient` was told of.
+        tape: what has run, in sections that a `mark` ends.
     """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
         self.device = device
         self.live = self.peak = self.gradients = self.gradients_at_peak = 0
-        self._seen: set[int] = set()
+        self._numbers: dict[int, int] = {}  # of the storages that are there
+        self._count = count(1)
+        self.tape = Tape(lambda tensor: self._numbers.get(tensor.untyped_storage()._cdata) or next(self._count))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -162,16 +171,19 @@ class LiveBytes(TorchDispatchMode):
                 self._enter(tensor.untyped_storage())
         if workspace := _WORKSPACES.get(func):
             self._reach(self.live + workspace(*args))
+        if is_fake:
+            self.tape.record(func, args, kwargs, result)
         return result
 
     def know(self, *tensors: Tensor) -> None:
         """These were there before: they do not count."""
-        self._seen.update(tensor.untyped_storage()._cdata for tensor in tensors)
+        self._numbers.update((tensor.untyped_storage()._cdata, next(self._count)) for tensor in tensors)
 
     def mark(self) -> Stretch:
         """What was since the last mark; the next stretch begins."""
         ended = self.peak, self.gradients_at_peak, self.live
         self.peak, self.gradients_at_peak = self.live, self.gradients
+        self.tape.cut()
         return ended
 
     def gradient(self, parameter: Tensor) -> None:
@@ -179,14 +191,14 @@ class LiveBytes(TorchDispatchMode):
 
     def _enter(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key not in self._seen:
-            self._seen.add(key)
+        if key not in self._numbers:
+            self._numbers[key] = next(self._count)
             self.live += size
             self._reach(self.live)
             weakref.finalize(storage, self._free, key, size).atexit = False
 
     def _free(self, key: int, size: int) -> None:
-        self._seen.discard(key)
+        self._numbers.pop(key, None)
         self.live -= size
 
     def _reach(self, size: int) -> None:
@@ -201,7 +213,8 @@ def trace_images(
     """A pass of so many images.
 
     Args:
-        config: the tower, at the resolution that is set.
+        config: the tower, at the resolution that is set. What `compile` fuses shows in the kernels alone: memory is
+            counted as without it.
         images: of one forward pass.
         patch_dropout: share of the patches that images lose.
         target: what computes.
@@ -209,7 +222,7 @@ def trace_images(
         again: whether gradients of the weights are there already, and added to.
     """
     with torch.device("meta"):
-        tower = VisionTower(replace(config, layers=min(config.layers, DEPTH), attention="sdpa"))
+        tower = VisionTower(replace(config, layers=min(config.layers, DEPTH), attention="sdpa", compile=False))
     tower.set_trainable("all" if learns else "none")
 
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -221,7 +234,7 @@ def trace_images(
             keep = patch_keep_indices(seeds, config.num_patches, patch_dropout) if patch_dropout else None
             return tower.forward(tower.normalize(pixels), keep=keep, attend=target.attend_images())
 
-        return _run(tower, tower.blocks, config.layers, forward, (pixels, seeds), target, again)
+        return _run(tower, tower.blocks, config, forward, (pixels, seeds), target, again)
 
 
 @cache
@@ -243,19 +256,19 @@ def trace_texts(config: TextTowerConfig, texts: int, length: int, target: Target
             return tower.forward(packed, sample_seeds=seeds, attend=target.attend_texts())
 
         inputs = packed.ids, packed.cu_seqlens, seeds
-        return _run(tower, tower.encoder.layers, config.layers, forward, inputs, target, again)
+        return _run(tower, tower.encoder.layers, config, forward, inputs, target, again)
 
 
 def _run(
     tower: nn.Module,
     blocks: nn.ModuleList,
-    layers: int,
+    config: TextTowerConfig | VisionTowerConfig,
     forward: Callable[[], Tensor],
     inputs: tuple[Tensor, ...],
     target: Target,
     again: bool,
 ) -> Pass:
-    """One forward and backward pass of a tower of `layers` blocks, by its first `blocks`; `inputs` do not count."""
+    """One forward and backward pass of the tower of `config`, by its first `blocks`; `inputs` do not count."""
     learning = [p for p in tower.parameters() if p.requires_grad]
     live = LiveBytes(target.device)
     live.know(*tower.parameters(), *inputs)
@@ -290,7 +303,10 @@ def _run(
             gradient, graph, out = torch.empty_like(out), [get_gradient_edge(out).node], out.detach()
             run_backward(graph, gradient, before=before_node, learned=None if again else live.gradient)
             back.append(live.mark())
-    return _deeper(there, back, sum(4 * p.numel() for p in learning), blocks, layers - len(blocks), again)
+    more = config.layers - len(blocks)
+    first, forth, backward = of_pass(live.tape.sections, len(blocks), more, config.compile)
+    found = _deeper(there, back, sum(4 * p.numel() for p in learning), blocks, more, again)
+    return replace(found, first=first, there=forth, back=backward)
 
 
 def _deeper(

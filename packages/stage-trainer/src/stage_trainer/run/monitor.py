@@ -98,6 +98,7 @@ class Shown:
         sources: of texts, as `Drawn.of_sources` counts them.
         max_tokens: of a text; longer ones are cut. None: this stage cuts no texts.
         peak: operations a second of all ranks' devices, at most, if that is known.
+        predicted: seconds of a step (`plan.auto`), if that is known.
     """
 
     title: str
@@ -108,6 +109,7 @@ class Shown:
     sources: Sequence[str] = ()
     max_tokens: int | None = None
     peak: float | None = None
+    predicted: float | None = None
 
 
 class Monitor(Hook):
@@ -131,6 +133,7 @@ class Monitor(Hook):
     ):
         self.stage, self.active, self.sinks, self.texts = stage, active, sinks, texts or TextCounts({}, {})
         self._samples, self._tokens, self._operations, self._wait = 0, 0, 0, 0.0
+        self._steps, self._entries = 0, 0
         if active:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -186,6 +189,7 @@ class Monitor(Hook):
         self._tokens += tokens
         self._operations += operations
         self._wait += waited
+        self._steps += 1
 
     def log(self, step: int, losses: Losses, scalars: dict[str, float]) -> None:
         """Enters a step: the losses by name, further scalars, speed since the last entry."""
@@ -204,6 +208,7 @@ class Monitor(Hook):
         # Model FLOPs utilisation: nothing that is computed twice counts (arXiv 2204.02311, appendix B).
         if self.stage.peak:
             scalars["speed/mfu"] = self._operations / seconds / self.stage.peak
+        scalars |= self._step_seconds(seconds / max(self._steps, 1))
         scalars |= self.texts.shares(cut=self.stage.max_tokens is not None)
         for name, value in scalars.items():
             self.scalar(name, value, step)
@@ -212,8 +217,19 @@ class Monitor(Hook):
         if self.stage.max_tokens is not None:
             for line in self.texts.news(self.stage.max_tokens, last=step == self.stage.steps - 1):
                 self.say(line)
-        self._samples, self._tokens, self._operations, self._wait = 0, 0, 0, 0.0
+        self._samples, self._tokens, self._operations, self._wait, self._steps = 0, 0, 0, 0.0, 0
         self._since = time.perf_counter()
+
+    def _step_seconds(self, measured: float) -> dict[str, float]:
+        """The time of a step since the last entry beside the predicted one, said once; before the first entry the
+        towers may have been compiled."""
+        self._entries += 1
+        if not self.stage.predicted or self._entries == 1:
+            return {}
+        if self._entries == 2:
+            change = measured / self.stage.predicted - 1
+            self.say(f"a step takes {measured:.3g} s; predicted were {self.stage.predicted:.3g} s ({change:+.0%})")
+        return {"speed/step_seconds": measured, "speed/step_seconds_predicted": self.stage.predicted}
 
     def _progress(self, done: int, shown: str) -> None:
         if not self.bar.disable:
