@@ -3,7 +3,8 @@
 `weight` keeps its plain name, so a tower without adapters has exactly the parameters of the published layout. Each
 adapter has its own parameters, `lora_A_k` and `lora_B_k`: one that takes no part in a step has no gradient, and neither
 momentum nor weight decay changes it. Adapter k adds `scale · B A` to a Linear's weight and `scale · A B` to a table;
-adapter None adds nothing. The forward pass never forms the product, which is as large as the weight.
+adapter None adds nothing. A Linear forms the sum once for a call where that is less work than two thin products for
+each token (`AdaptedLinear.forms_sum`); a table, of which a batch reads few rows, never does.
 
 On disk the adapters of a module are stacked, `lora_A` and `lora_B`, as in jina's layout: see `stacked`.
 """
@@ -47,7 +48,7 @@ class _Adapted(nn.Module):
 
 
 class AdaptedLinear(_Adapted, nn.Linear):
-    """`y = x Wᵀ + b + scale · (x Aᵀ) Bᵀ`; an adapter's A is `[rank, in]` and its B `[out, rank]`.
+    """`y = x (W + scale · B A)ᵀ + b`; an adapter's A is `[rank, in]` and its B `[out, rank]`.
 
     Args:
         in_features, out_features: as in nn.Linear.
@@ -65,18 +66,34 @@ class AdaptedLinear(_Adapted, nn.Linear):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, adapter: int | None = 0) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
+        """`[T, in]` to `[T, out]`."""
         if not self.adapters or adapter is None:
-            return y
+            return F.linear(x, self.weight, self.bias)
+        if self.forms_sum(x.shape[0], adapter):
+            with torch.autocast(x.device.type, enabled=False):  # the sum is rounded once, by the product that reads it
+                weight = self.merged(adapter)
+            return F.linear(x, weight, self.bias)
         a, b = self.adapter(adapter)
-        return torch.add(y, F.linear(F.linear(x, a), b), alpha=self.scale)
+        return torch.add(F.linear(x, self.weight, self.bias), F.linear(F.linear(x, a), b), alpha=self.scale)
+
+    def forms_sum(self, tokens: int, adapter: int) -> bool:
+        """Whether a call forms `W + scale · B A`, in · out numbers, rather than two thin products for each token, of
+        (in + out) numbers a token.
+
+        Not if the adapter learns and W does not: A and B would then need W's gradient, as large a product as the
+        forward pass, which nothing else reads. Whether gradients are wanted at the moment has no influence, so that a
+        pass without them computes what is repeated with them. All Linears of a block have the same smaller side, so
+        compiled blocks have two graphs at most.
+        """
+        learns_alone = self.adapter(adapter)[0].requires_grad and not self.weight.requires_grad
+        return not learns_alone and tokens > min(self.in_features, self.out_features)
 
     def merged(self, adapter: int | None) -> Tensor:
         """Weight `[out, in]` with the adapter added."""
         if not self.adapters or adapter is None:
             return self.weight
         a, b = self.adapter(adapter)
-        return self.weight + self.scale * b @ a
+        return torch.add(self.weight, b @ a, alpha=self.scale)
 
 
 class AdaptedEmbedding(_Adapted, nn.Embedding):
