@@ -1,8 +1,8 @@
 """Compiled blocks: no break in their graphs, no graph for each batch, and eager's numbers.
 
 Through the tracer and a backend that runs the graph as it is; Inductor's own code is a matter of `full`
-(test_tower.py). On a GPU in 16 bits attention is PyTorch's `varlen_attn`. Here it is the same operator, with a kernel for
-CPUs that these tests bring along, so that what is traced is what is traced there.
+(test_tower.py). On a GPU in 16 bits attention is PyTorch's `varlen_attn`. Here it is the same operator, with a kernel
+for CPUs that these tests bring along, so that what is traced is what is traced there.
 """
 
 import functools
