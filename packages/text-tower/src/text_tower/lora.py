@@ -43,6 +43,8 @@ class _Adapted(nn.Module):
     def reset_adapter(self, k: int) -> None:
         """A uniform (Kaiming), B zero: a new adapter changes nothing."""
         a, b = self.adapter(k)
+        if a.is_meta:
+            return
         nn.init.uniform_(a, -1 / math.sqrt(a.shape[1]), 1 / math.sqrt(a.shape[1]))
         nn.init.zeros_(b)
 
@@ -62,8 +64,9 @@ class AdaptedLinear(_Adapted, nn.Linear):
         self._add_adapters((rank, in_features), (out_features, rank))
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=INIT_STD)
-        nn.init.zeros_(self.bias)
+        if not self.weight.is_meta:  # drawing numbers there imports PyTorch's compiler, and is for nothing
+            nn.init.normal_(self.weight, std=INIT_STD)
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, adapter: int | None = 0) -> Tensor:
         """`[T, in]` to `[T, out]`."""
@@ -105,7 +108,8 @@ class AdaptedEmbedding(_Adapted, nn.Embedding):
         self._add_adapters((rows, rank), (rank, width))
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=INIT_STD)
+        if not self.weight.is_meta:
+            nn.init.normal_(self.weight, std=INIT_STD)
 
     def forward(self, ids: Tensor, adapter: int | None = 0) -> Tensor:
         y = F.embedding(ids, self.weight)
@@ -142,7 +146,13 @@ def stacked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             halves.setdefault(match[1], []).append(tensor)  # in order: that is how they were registered
         else:
             result[name] = tensor
-    return result | {name: torch.stack(tensors) for name, tensors in halves.items()}
+    return result | {name: _stack(tensors) for name, tensors in halves.items()}
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    if tensors[0].is_meta:  # stacking there imports PyTorch's compiler
+        return tensors[0].new_empty(len(tensors), *tensors[0].shape)
+    return torch.stack(tensors)
 
 
 def unstacked(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -40,9 +40,10 @@ class VisionTower(nn.Module):
         self.patch_embed = PatchEmbed(config.patch, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        initialize(self.blocks)
+        if not self.pos_embed.is_meta:  # drawing numbers there imports PyTorch's compiler, and is for nothing
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+            initialize(self.blocks)
         self.configure()
 
     def forward(
