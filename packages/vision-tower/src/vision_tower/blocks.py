@@ -66,7 +66,7 @@ def products(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
     weight = torch.cat([each.weight.to(x.dtype) for each in linears])
     biases = [each.weight.new_zeros(len(each.weight)) if each.bias is None else each.bias for each in linears]
     joined = F.linear(x, weight, torch.cat([bias.to(x.dtype) for bias in biases]))
-    return joined.split([each.out_features for each in linears], dim=-1)
+    return torch.split(joined, [each.out_features for each in linears], dim=-1)
 
 
 class SelfAttention(nn.Module):
