@@ -1,8 +1,8 @@
 """How much a block does: operators and bytes of its forward and backward pass, held within 5 % of stored figures.
 
-On a GPU what is not a matrix product is bound by the bytes that it moves, and small products by launches: a cast, a copy
-or a mask more in each block shows here, where there is no GPU. Counted as an H100 under bfloat16 autocast runs it,
-without a compiler, on tensors without data. A change of these figures is a decision; the message prints the new ones.
+On a GPU what is not a matrix product is bound by the bytes that it moves, and small products by launches: a cast, a
+copy or a mask more in each block shows here, where there is no GPU. Counted as an H100 under bfloat16 autocast runs it,
+without a compiler, on tensors without data. A change of these figures is a decision; a failing test prints new ones.
 """
 
 import warnings

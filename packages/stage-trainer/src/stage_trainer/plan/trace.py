@@ -209,7 +209,7 @@ def trace_images(
         again: whether gradients of the weights are there already, and added to.
     """
     with torch.device("meta"):
-        tower = VisionTower(replace(config, layers=min(config.layers, DEPTH), attention="sdpa"))
+        tower = VisionTower(replace(config, layers=min(config.layers, DEPTH), attention="sdpa", compile=False))
     tower.set_trainable("all" if learns else "none")
 
     with FakeTensorMode(allow_non_fake_inputs=True):
