@@ -110,6 +110,20 @@ def test_loss_and_gradients_are_those_of_the_plain_loss(name, dtype):
         assert error(gradient, wanted) < of_gradients
 
 
+def test_float32_embeddings_take_the_kernels_of_16_bits_where_they_are_told_so():
+    """As in training: towers give float32, whatever they compute in."""
+    embeddings = [draw(ROWS, 64, seed=1), draw(ROWS, 64, seed=2), draw(ROWS, 1, 64, seed=3)]
+    with mock.patch.object(triton_tiles, "Panels", wraps=triton_tiles.Panels) as panels:
+        ours = by(triton_tiles)(embeddings, 20.0, dtype=torch.float32, dims=(32, 64), precision="bf16")
+    assert {call.args[0].queries.dtype for call in panels.call_args_list} == {torch.bfloat16}
+    rounded = [each.bfloat16() for each in embeddings]
+    exact = loss_and_gradients(plain_info_nce, rounded, 20.0, dtype=torch.float64, dims=(32, 64))
+    assert error(ours[0], exact[0]) < TOLERANCE[torch.bfloat16][0]
+    for gradient, wanted in zip(ours[1][:2], exact[1][:2], strict=True):
+        assert gradient.dtype == torch.float32
+        assert error(gradient, wanted) < TOLERANCE[torch.bfloat16][1]
+
+
 @pytest.mark.parametrize("kind", ["random", "converged", "all equal", "opposite"])
 @pytest.mark.parametrize("scale", [1.0, 100.0, 3000.0])
 def test_every_scale_and_geometry_is_as_good_as_with_torch(kind, scale):
@@ -222,7 +236,7 @@ def test_mixed_dtypes_and_strided_rows_are_taken_as_they_are():
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_the_trial_passes_kernels_that_are_right(dtype):
     triton_check.kernels_are_right.cache_clear()
-    assert triton_check.kernels_are_right(torch.device(DEVICE), dtype)
+    assert triton_check.kernels_are_right(torch.device(DEVICE), dtype, "ieee")
 
 
 @pytest.mark.parametrize("wrong", ["strip_sums", "strip_gradients"])
@@ -238,5 +252,5 @@ def test_the_trial_rejects_kernels_that_are_wrong_and_says_so(wrong):
 
         triton_check.kernels_are_right.cache_clear()
         with mock.patch.object(triton_tiles, wrong, off), pytest.warns(RuntimeWarning, match="left to plain PyTorch"):
-            assert not triton_check.kernels_are_right(torch.device(DEVICE), torch.float32)
+            assert not triton_check.kernels_are_right(torch.device(DEVICE), torch.float32, "ieee")
     triton_check.kernels_are_right.cache_clear()

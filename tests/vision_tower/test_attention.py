@@ -208,7 +208,7 @@ def test_a_course_of_training_stays_compiled(make_tower, config, compile_with):
 
 
 def test_compiled_blocks_take_packed_images(make_tower, config, compile_with):
-    compile_with(backend="eager")
+    compile_with(backend="eager", fullgraph=True)
     tower, compiled = make_tower(config), make_tower(replace(config, compile=True))
     for sizes in (((48, 48), (16, 40)), ((24, 24), (24, 24), (56, 8))):
         packed = PackedPatches.from_images([torch.randn(3, *size) for size in sizes], config.patch)

@@ -92,6 +92,16 @@ def test_a_gpu_is_planned_with_its_own_ways():
     assert text[0] < text[1]  # a CPU's attention takes bfloat16 queries in float32
 
 
+def test_towers_that_are_compiled_in_training_are_not_in_a_plan(monkeypatch):
+    """The compiler takes its time, and would keep other tensors than the tower's own operators."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **options: compiled.append(options))
+    target = Target.of(CPU, "bf16")
+    trace_images.__wrapped__(replace(VISION, compile=True), 4, 0.0, target, True, False)
+    trace_texts.__wrapped__(replace(TEXT, compile=True), 4, 24, target, "all", False)
+    assert not compiled
+
+
 def test_what_does_not_learn_keeps_nothing():
     frozen = trace_images(VISION, 8, 0.0, Target.of(CPU, "fp32"), False, False)
     assert frozen.backward == ()

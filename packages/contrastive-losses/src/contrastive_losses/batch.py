@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from contrastive_losses.precision import Precision, problem_with_precision
+
 SMALLEST_NORM = 1e-12  # a prefix no longer than this counts as the zero vector
 
 
@@ -30,6 +32,7 @@ class Options(NamedTuple):
     dims: Sequence[int] | None
     weights: Sequence[float] | None
     margin: float | None
+    precision: Precision | None
 
 
 def problem_with_call(batch: Batch, options: Options) -> str | None:
@@ -42,6 +45,7 @@ def problem_with_call(batch: Batch, options: Options) -> str | None:
             or problem_with_scalar("temperature", options.temperature, above=0.0)
             or problem_with_scalar("bias", options.bias)
             or problem_with_margin(options.margin)
+            or problem_with_precision(options.precision, *batch[:3])
         )
     except Exception as error:  # such as a list where a tensor belongs
         return f"the arguments cannot be read ({type(error).__name__}: {error}); see the documentation for their types"

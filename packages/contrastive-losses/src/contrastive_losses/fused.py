@@ -18,6 +18,7 @@ from torch import Tensor
 
 from contrastive_losses import torch_tiles
 from contrastive_losses.batch import SMALLEST_NORM, Batch, Options, problem_with_call
+from contrastive_losses.precision import Precision, products_in, rounded
 from contrastive_losses.ranks import Group, Ranks, agree
 from contrastive_losses.stats import LossStats, stats_of, weighted_sums
 from contrastive_losses.strip import LOG2E, Needs, Strip, blocks, logit_dtype
@@ -29,7 +30,8 @@ def tiles_for(strip: Strip) -> ModuleType:
         from contrastive_losses import triton_tiles
         from contrastive_losses.triton_check import kernels_are_right
 
-        if triton_tiles.supports(strip) and kernels_are_right(strip.queries.device, strip.queries.dtype):
+        precision = torch.backends.cuda.matmul.fp32_precision
+        if triton_tiles.supports(strip) and kernels_are_right(strip.queries.device, strip.queries.dtype, precision):
             return triton_tiles
     return torch_tiles
 
@@ -49,6 +51,7 @@ class Settings(NamedTuple):
     weights: tuple[float, ...]  # [P]
     margin: float | None
     stats: bool
+    precision: Precision | None
 
 
 class Call(NamedTuple):
@@ -72,7 +75,7 @@ def pair_loss(
     be equal on all ranks too."""
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(_NOT_TRANSFORMED)
-    temperature, bias, dims, weights, margin = options
+    temperature, bias, dims, weights, margin, precision = options
     problem = problem_with_call(batch, options)
     if problem is None:
         dims = tuple(batch.queries.shape[-1:]) if dims is None else tuple(map(index, dims))
@@ -81,14 +84,15 @@ def pair_loss(
     numbers = (
         [None if isinstance(scalar, Tensor) else float(scalar) for scalar in (temperature, bias)] if not problem else []
     )
-    ranks = agree(batch, scalars, problem, (link, dims, weights, margin, *numbers, *shared), return_stats, group)
+    told = (link, dims, weights, margin, precision, *numbers, *shared)
+    ranks = agree(batch, scalars, problem, told, return_stats, group)
     assert isinstance(dims, tuple), "agree raises where the arguments do not fit"
     assert isinstance(weights, tuple)
 
     queries, targets, negatives, *_ = batch
     distinct = tuple(sorted(set(dims)))
     sums = [sum(weight for each, weight in zip(dims, weights, strict=True) if each == dim) for dim in distinct]
-    settings = Settings(link, distinct, tuple(sums), margin, return_stats)
+    settings = Settings(link, distinct, tuple(sums), margin, return_stats, precision)
     scale, bias = _scalar(temperature, queries.device).reciprocal(), _scalar(bias, queries.device)
     # A rank whose inputs need no gradient must take part in the backward pass of the others.
     anchor = torch.zeros((), device=queries.device, requires_grad=ranks.any_needs_gradient)
@@ -122,12 +126,14 @@ class _PairLoss(torch.autograd.Function):
         call: Call,
     ) -> tuple[Tensor, Tensor]:
         batch, settings, ranks = call
+        ctx.dtypes = tuple(None if rows is None else rows.dtype for rows in (queries, targets, negatives))
         strip, rounding = _strip(queries, targets, negatives, scale, bias, call)
         own, dtype = slice(ranks.first, ranks.first + ranks.own), logit_dtype(strip)
         sample_weights = _normalised_weights(batch.sample_weights, ranks, strip.positive)
         weights = strip.positive.new_tensor(settings.weights)[:, None] * sample_weights  # [P, B]
 
-        sums = tiles_for(strip).strip_sums(strip, maxima=settings.stats)
+        with products_in(settings.precision, strip.queries.device):
+            sums = tiles_for(strip).strip_sums(strip, maxima=settings.stats)
         row = ranks.log_sum_exp(sums.row) if strip.link == "exp" else ranks.sum(sums.row)
         column = sums.column
         for_rows, for_columns = _positive_logits(strip, rounding, row, column)
@@ -151,7 +157,7 @@ class _PairLoss(torch.autograd.Function):
 
         ctx.fixed, tensors = strip[:4], strip[4:]  # what is no tensor stands first
         ctx.save_for_backward(*tensors, rounding, reference, weights, row, column)
-        ctx.ranks, ctx.query_dtype = ranks, queries.dtype
+        ctx.ranks, ctx.precision = ranks, settings.precision
         ctx.negatives_shape = None if negatives is None else negatives.shape
         ctx.mark_non_differentiable(stats)
         return loss, stats
@@ -173,9 +179,10 @@ class _PairLoss(torch.autograd.Function):
             weights = weights * upstream.double()
             for_rows, for_columns = _positive_logits(strip, rounding, row, column)
             row_log_sum, column_log_sum = torch.logaddexp(for_rows, row), torch.logaddexp(for_columns, column)
-            given = tiles_for(strip).strip_gradients(
-                strip, weights, row_log_sum, weights[:, own], column_log_sum, reference, needs
-            )
+            with products_in(ctx.precision, strip.queries.device):
+                given = tiles_for(strip).strip_gradients(
+                    strip, weights, row_log_sum, weights[:, own], column_log_sum, reference, needs
+                )
             for_rows, row = for_rows[:, own], row[:, own]
             if strip.link == "exp":
                 shares = (row - for_rows).sigmoid(), (column - for_columns).sigmoid()  # o / (1 + o)
@@ -200,16 +207,16 @@ class _PairLoss(torch.autograd.Function):
                 along = -row_moment * strip.query_inverse_norm[:, own].square()
                 _add_rows(of_queries, targets, raw_positive, strip.dims)
                 _add_rows(of_queries, queries, along, strip.dims)
-                of_queries = of_queries.mul_(ranks.world_size).to(ctx.query_dtype)
+                of_queries = of_queries.mul_(ranks.world_size).to(ctx.dtypes[0])
             if of_targets is not None:
                 along = -(given.target_moment + moment) * strip.target_inverse_norm.square()
                 _add_rows(of_targets, queries, raw_positive, strip.dims)
                 _add_rows(of_targets, targets, along, strip.dims)
-                of_targets = of_targets.mul_(ranks.world_size).to(targets.dtype)
+                of_targets = of_targets.mul_(ranks.world_size).to(ctx.dtypes[1])
             if of_negatives is not None:
                 along = -given.negative_moment * strip.negative_inverse_norm.square()
                 _add_rows(of_negatives, negatives, along, strip.dims)
-                of_negatives = of_negatives.mul_(ranks.world_size).to(negatives.dtype).view(ctx.negatives_shape)
+                of_negatives = of_negatives.mul_(ranks.world_size).to(ctx.dtypes[2]).view(ctx.negatives_shape)
         return of_queries, of_targets, of_negatives, of_scale, of_bias, None, None
 
 
@@ -219,7 +226,8 @@ def _strip(
     """This rank's strip and the `rounding` of `_positive_logits`."""
     batch, settings, ranks = call
     dims = settings.dims
-    flat = targets[:0] if negatives is None else negatives.flatten(0, 1)
+    queries, targets = rounded(queries, settings.precision), rounded(targets, settings.precision)
+    flat = targets[:0] if negatives is None else rounded(negatives.flatten(0, 1), settings.precision)
     query_inverse_norm, target_inverse_norm, negative_inverse_norm = (
         _inverse_norms(rows, dims) for rows in (queries, targets, flat)
     )

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from contrastive_losses.batch import Batch, Options
 from contrastive_losses.fused import pair_loss
+from contrastive_losses.precision import Precision
 from contrastive_losses.ranks import Group
 from contrastive_losses.stats import LossStats
 
@@ -22,6 +23,7 @@ def matryoshka_info_nce(
     target_ids: Tensor | None = None,
     sample_weights: Tensor | None = None,
     false_negative_margin: float | None = None,
+    precision: Precision | None = None,
     group: Group | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, LossStats]:
@@ -54,6 +56,10 @@ def matryoshka_info_nce(
             cos(q_i, t_i) + margin, query j from the column of target i where cos(q_j, t_i) > cos(q_i, t_i) + margin.
             Each prefix decides by its own cosines, to the precision of the products. Qwen3-Embedding takes 0.1
             (arXiv 2506.05176, section 3); a negative margin also drops what comes close. None: off.
+        precision: of the products of float32 embeddings. "bf16" rounds the embeddings to bfloat16 first, on every
+            device, and computes from there what it does for bfloat16 embeddings; gradients stay float32. "tf32" and
+            "ieee" count on a GPU. None leaves them to `torch.set_float32_matmul_precision`. Cosines of width D have
+            errors of about 2^-9 / sqrt(D) in "bf16" and a quarter of it in "tf32".
         group: a process group: the batch is then the rows of all its ranks, and every rank must call this, and then
             backward, even if its own inputs need no gradient. The number of rows may differ between ranks and be 0 on
             some; all else must agree. Every rank returns the identical loss of the whole batch. Its input gradients
@@ -76,7 +82,7 @@ def matryoshka_info_nce(
     return pair_loss(
         "exp",
         Batch(queries, targets, negatives, query_ids, target_ids, sample_weights),
-        Options(temperature, 0.0, dims, weights, false_negative_margin),
+        Options(temperature, 0.0, dims, weights, false_negative_margin, precision),
         group=group,
         return_stats=return_stats,
     )

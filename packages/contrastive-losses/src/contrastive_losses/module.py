@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from contrastive_losses.batch import problem_with_dims, problem_with_margin, problem_with_scalar
 from contrastive_losses.info_nce import matryoshka_info_nce
+from contrastive_losses.precision import Precision, problem_with_precision
 from contrastive_losses.ranks import Group
 from contrastive_losses.sigmoid import matryoshka_sigmoid
 from contrastive_losses.stats import LossStats
@@ -26,6 +27,7 @@ class _WithTemperature(nn.Module):
         learnable: bool = True,
         min_temperature: float = 0.01,
         false_negative_margin: float | None = None,
+        precision: Precision | None = None,
     ) -> None:
         super().__init__()
         problem = (
@@ -33,6 +35,7 @@ class _WithTemperature(nn.Module):
             or problem_with_scalar("temperature", temperature, above=0.0)
             or problem_with_scalar("min_temperature", min_temperature, above=0.0)
             or problem_with_margin(false_negative_margin)
+            or problem_with_precision(precision)
         )
         if problem is None and temperature < min_temperature:
             problem = f"temperature {temperature} is below min_temperature {min_temperature}; start at it or above"
@@ -42,6 +45,7 @@ class _WithTemperature(nn.Module):
         self.weights = None if weights is None else tuple(map(float, weights))
         self.min_temperature = min_temperature
         self.false_negative_margin = false_negative_margin
+        self.precision = precision
         start = torch.tensor([-math.log(temperature)], dtype=torch.float32)
         self.log_scale = nn.Parameter(start, requires_grad=learnable)
 
@@ -61,6 +65,7 @@ class _WithTemperature(nn.Module):
             "dims": self.dims,
             "weights": self.weights,
             "false_negative_margin": self.false_negative_margin,
+            "precision": self.precision,
         }
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -75,6 +80,7 @@ class _WithTemperature(nn.Module):
 
     def extra_repr(self) -> str:
         margin = "" if self.false_negative_margin is None else f", false_negative_margin={self.false_negative_margin}"
+        margin += "" if self.precision is None else f", precision={self.precision}"
         fixed = "" if self.log_scale.requires_grad else ", learnable=False"
         return f"dims={self.dims}, weights={self.weights}, min_temperature={self.min_temperature}{margin}{fixed}"
 
@@ -93,7 +99,7 @@ class InfoNCE(_WithTemperature):
         temperature: to start from, at least `min_temperature`.
         learnable: whether `log_scale` requires a gradient; a fixed one is still part of the state dict.
         min_temperature: what `clamp_()` holds the temperature above. 0.01 is CLIP's limit, a scale of 100.
-        false_negative_margin: as for `matryoshka_info_nce`.
+        false_negative_margin, precision: as for `matryoshka_info_nce`.
 
     Raises:
         ValueError: settings that do not fit.
@@ -143,8 +149,9 @@ class SigmoidLoss(_WithTemperature):
         learnable: bool = True,
         min_temperature: float = 0.01,
         false_negative_margin: float | None = None,
+        precision: Precision | None = None,
     ) -> None:
-        super().__init__(dims, weights, temperature, learnable, min_temperature, false_negative_margin)
+        super().__init__(dims, weights, temperature, learnable, min_temperature, false_negative_margin, precision)
         problem = problem_with_scalar("bias", bias)
         if problem is not None:
             raise ValueError(problem)

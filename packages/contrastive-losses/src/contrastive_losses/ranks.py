@@ -32,7 +32,8 @@ COMMON = (
     "return_stats",
     "torch.is_grad_enabled()",
     "the dtypes and devices of the inputs (checksum)",
-    "the loss, dims and their weights, margin, temperature or bias given as a number, or which ids are made (checksum)",
+    "the loss, dims and their weights, margin, precision, temperature or bias given as a number, or which ids are made "
+    "(checksum)",
 )
 
 

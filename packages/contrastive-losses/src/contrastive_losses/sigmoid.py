@@ -6,6 +6,7 @@ from torch import Tensor
 
 from contrastive_losses.batch import Batch, Options
 from contrastive_losses.fused import pair_loss
+from contrastive_losses.precision import Precision
 from contrastive_losses.ranks import Group
 from contrastive_losses.stats import LossStats
 
@@ -23,6 +24,7 @@ def matryoshka_sigmoid(
     target_ids: Tensor | None = None,
     sample_weights: Tensor | None = None,
     false_negative_margin: float | None = None,
+    precision: Precision | None = None,
     group: Group | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, LossStats]:
@@ -47,7 +49,7 @@ def matryoshka_sigmoid(
     return pair_loss(
         "sigmoid",
         Batch(queries, targets, negatives, query_ids, target_ids, sample_weights),
-        Options(temperature, bias, dims, weights, false_negative_margin),
+        Options(temperature, bias, dims, weights, false_negative_margin, precision),
         group=group,
         return_stats=return_stats,
     )

@@ -19,8 +19,13 @@ TOLERANCE = 0.02
 
 
 @functools.cache
-def kernels_are_right(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels agree with `torch_tiles` for such embeddings on this device; if not, it warns."""
+def kernels_are_right(device: torch.device, dtype: torch.dtype, precision: str) -> bool:
+    """Whether the kernels agree with `torch_tiles` for such embeddings on this device; if not, it warns.
+
+    Args:
+        device, dtype: of the embeddings.
+        precision: that is set for float32 products; each has kernels of its own.
+    """
     strip = _trial(device, dtype)
     sums, gradients = _results(triton_tiles, strip)
     right_sums, right_gradients = _results(torch_tiles, strip)

@@ -10,6 +10,7 @@ from torch import Tensor
 from contrastive_losses.batch import Batch, Options, problem_with_batch
 from contrastive_losses.fused import pair_loss
 from contrastive_losses.module import InfoNCE
+from contrastive_losses.precision import Precision
 from contrastive_losses.ranks import Group, refuse
 from contrastive_losses.stats import LossStats
 
@@ -26,6 +27,7 @@ def unified_info_nce(
     dims: Sequence[int] | None = None,
     weights: Sequence[float] | None = None,
     false_negative_margin: float | None = None,
+    precision: Precision | None = None,
     image_ids: Tensor | None = None,
     text_ids: Tensor | None = None,
     group: Group | None = None,
@@ -48,8 +50,8 @@ def unified_info_nce(
         image_ids: `[I]` int64; images with equal ids are one image, on whichever ranks they are. None: all differ,
             which must then be so on every rank.
         text_ids: `[T]` int64, the same for text pairs. They are not compared with those of images.
-        temperature, dims, weights, false_negative_margin, group, return_stats: as for `matryoshka_info_nce`; the
-            statistics are those of the union.
+        temperature, dims, weights, false_negative_margin, precision, group, return_stats: as for
+            `matryoshka_info_nce`; the statistics are those of the union.
 
     Raises:
         ValueError: as for `matryoshka_info_nce`.
@@ -69,7 +71,7 @@ def unified_info_nce(
     return pair_loss(
         "exp",
         Batch(first, second, None, ids, None, None),
-        Options(temperature, 0.0, dims, weights, false_negative_margin),
+        Options(temperature, 0.0, dims, weights, false_negative_margin, precision),
         group=group,
         return_stats=return_stats,
         shared=made,

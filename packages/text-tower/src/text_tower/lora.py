@@ -3,7 +3,8 @@
 `weight` keeps its plain name, so a tower without adapters has exactly the parameters of the published layout. Each
 adapter has its own parameters, `lora_A_k` and `lora_B_k`: one that takes no part in a step has no gradient, and neither
 momentum nor weight decay changes it. Adapter k adds `scale · B A` to a Linear's weight and `scale · A B` to a table;
-adapter None adds nothing. The forward pass never forms the product, which is as large as the weight.
+adapter None adds nothing. A Linear forms the sum once for a call where that is less work than two thin products for
+each token (`AdaptedLinear.forms_sum`); a table, of which a batch reads few rows, never does.
 
 On disk the adapters of a module are stacked, `lora_A` and `lora_B`, as in jina's layout: see `stacked`.
 """
@@ -42,12 +43,14 @@ class _Adapted(nn.Module):
     def reset_adapter(self, k: int) -> None:
         """A uniform (Kaiming), B zero: a new adapter changes nothing."""
         a, b = self.adapter(k)
+        if a.is_meta:
+            return
         nn.init.uniform_(a, -1 / math.sqrt(a.shape[1]), 1 / math.sqrt(a.shape[1]))
         nn.init.zeros_(b)
 
 
 class AdaptedLinear(_Adapted, nn.Linear):
-    """`y = x Wᵀ + b + scale · (x Aᵀ) Bᵀ`; an adapter's A is `[rank, in]` and its B `[out, rank]`.
+    """`y = x (W + scale · B A)ᵀ + b`; an adapter's A is `[rank, in]` and its B `[out, rank]`.
 
     Args:
         in_features, out_features: as in nn.Linear.
@@ -61,22 +64,39 @@ class AdaptedLinear(_Adapted, nn.Linear):
         self._add_adapters((rank, in_features), (out_features, rank))
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=INIT_STD)
-        nn.init.zeros_(self.bias)
+        if not self.weight.is_meta:  # drawing numbers there imports PyTorch's compiler, and is for nothing
+            nn.init.normal_(self.weight, std=INIT_STD)
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, adapter: int | None = 0) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
+        """`[T, in]` to `[T, out]`."""
         if not self.adapters or adapter is None:
-            return y
+            return F.linear(x, self.weight, self.bias)
+        if self.forms_sum(x.shape[0], adapter):
+            with torch.autocast(x.device.type, enabled=False):  # the sum is rounded once, by the product that reads it
+                weight = self.merged(adapter)
+            return F.linear(x, weight, self.bias)
         a, b = self.adapter(adapter)
-        return torch.add(y, F.linear(F.linear(x, a), b), alpha=self.scale)
+        return torch.add(F.linear(x, self.weight, self.bias), F.linear(F.linear(x, a), b), alpha=self.scale)
+
+    def forms_sum(self, tokens: int, adapter: int) -> bool:
+        """Whether a call forms `W + scale · B A`, in · out numbers, rather than two thin products for each token, of
+        (in + out) numbers a token.
+
+        Not if the adapter learns and W does not: A and B would then need W's gradient, as large a product as the
+        forward pass, which nothing else reads. Whether gradients are wanted at the moment has no influence, so that a
+        pass without them computes what is repeated with them. All Linears of a block have the same smaller side, so
+        compiled blocks have two graphs at most.
+        """
+        learns_alone = self.adapter(adapter)[0].requires_grad and not self.weight.requires_grad
+        return not learns_alone and tokens > min(self.in_features, self.out_features)
 
     def merged(self, adapter: int | None) -> Tensor:
         """Weight `[out, in]` with the adapter added."""
         if not self.adapters or adapter is None:
             return self.weight
         a, b = self.adapter(adapter)
-        return self.weight + self.scale * b @ a
+        return torch.add(self.weight, b @ a, alpha=self.scale)
 
 
 class AdaptedEmbedding(_Adapted, nn.Embedding):
@@ -88,7 +108,8 @@ class AdaptedEmbedding(_Adapted, nn.Embedding):
         self._add_adapters((rows, rank), (rank, width))
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=INIT_STD)
+        if not self.weight.is_meta:
+            nn.init.normal_(self.weight, std=INIT_STD)
 
     def forward(self, ids: Tensor, adapter: int | None = 0) -> Tensor:
         y = F.embedding(ids, self.weight)
@@ -125,7 +146,13 @@ def stacked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             halves.setdefault(match[1], []).append(tensor)  # in order: that is how they were registered
         else:
             result[name] = tensor
-    return result | {name: torch.stack(tensors) for name, tensors in halves.items()}
+    return result | {name: _stack(tensors) for name, tensors in halves.items()}
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    if tensors[0].is_meta:  # stacking there imports PyTorch's compiler
+        return tensors[0].new_empty(len(tensors), *tensors[0].shape)
+    return torch.stack(tensors)
 
 
 def unstacked(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

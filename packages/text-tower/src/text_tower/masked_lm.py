@@ -44,8 +44,9 @@ class LMHead(nn.Module):
         self.dense = nn.Linear(config.width, config.width)
         self.layer_norm = LayerNorm(config.width, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-        nn.init.normal_(self.dense.weight, std=INIT_STD)
-        nn.init.zeros_(self.dense.bias)
+        if not self.dense.weight.is_meta:
+            nn.init.normal_(self.dense.weight, std=INIT_STD)
+            nn.init.zeros_(self.dense.bias)
 
     def forward(self, h: Tensor, labels: Tensor, table: Tensor) -> Tensor:
         """Sum of cross entropies, 0-d float32, of predicting `labels` `[M]` from states `h` `[M, width]`.

@@ -129,6 +129,11 @@ class TextTower(nn.Module):
             block._compiled_call_impl = None
             if self.config.compile:
                 block.compile(dynamic=True)
+        if self.config.compile:
+            # All blocks are one function to Dynamo, which gives up after 8 graphs: too few for gradients or none,
+            # dropout or none, each adapter, few tokens or many, and the lengths at which attention changes its kernel.
+            limits = torch._dynamo.config
+            limits.recompile_limit = max(limits.recompile_limit, 64)
 
     def merged(self, adapter: str | None = None) -> TextTower:
         """A tower without adapters, for inference: a copy of the weights with one adapter (None: the first) added.

@@ -20,7 +20,7 @@ PLAIN_ATTENTION_TOKENS = 512
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys and values `[N, H, T, D]` -> `[N, H, T, D]`; there may be fewer queries."""
 
-_HALF = (torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
 _PACKAGES = {"xformers": "xformers.ops", "flash-attn": "flash_attn"}
 
 
@@ -74,7 +74,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str | Attend = "sdpa", layo
     Raises:
         ValueError: flash-attn and a dtype of more than 16 bits.
     """
-    if backend == "flash-attn" and q.dtype not in _HALF:
+    if backend == "flash-attn" and q.dtype not in HALF:
         raise ValueError(f"flash attention works in 16 bits and got {q.dtype}; use torch.autocast, or attention='sdpa'")
     if layout is not None:
         return _attend_packed(q, k, v, backend, layout)
@@ -86,7 +86,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str | Attend = "sdpa", layo
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if callable(backend):
         return backend(q, k, v).transpose(1, 2)
-    if q.device.type == "cpu" and q.dtype in _HALF and k.shape[2] <= PLAIN_ATTENTION_TOKENS:
+    if q.device.type == "cpu" and q.dtype in HALF and k.shape[2] <= PLAIN_ATTENTION_TOKENS:
         scores: Tensor = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         return (scores.softmax(dim=-1).to(v.dtype) @ v).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
@@ -103,7 +103,7 @@ def _attend_packed(q: Tensor, k: Tensor, v: Tensor, backend: str | Attend, layou
     kernel: Any = None
     if backend == "flash-attn":
         kernel = library.flash_attn_varlen_func
-    elif backend == "sdpa" and q.is_cuda and q.dtype in _HALF:
+    elif backend == "sdpa" and q.is_cuda and q.dtype in HALF:
         from torch.nn.attention.varlen import varlen_attn as kernel
     if kernel is not None:
         cu, longest = layout.cu_seqlens, layout.max_seqlen

@@ -8,11 +8,11 @@ Parameter names are those of timm's `eva02_*` models. What differs is for speed 
 - short sequences in 16 bits on a CPU take two plain matrix products instead of a fused kernel (attention.py);
 - the last block computes the class token alone, the only one read after it (B/16: 5 % of a step on a CPU);
 - under autocast the normalised tokens are cast once, not once for each product that reads them;
+- in 16 bits queries, keys and values are one product, and so are SwiGLU's gate and value (`products`);
 - SwiGLU's gate keeps only its inputs for the backward pass, one tensor of the MLP's width less in every layer.
 
 Tried on a CPU and left out, because the whole step took the same time: adding in place to the residual stream and to
-its gradient; one product for queries, keys and values (186.0 and 185.4 ms for 1576 tokens of 768; it would also read
-its children's weights, which ZeRO-3 gathers only when the child itself is called).
+its gradient; one product for queries, keys and values in float32 (186.0 and 185.4 ms for 1576 tokens of 768).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from vision_tower.attention import Attend, attend
+from vision_tower.attention import HALF, Attend, attend
 from vision_tower.config import VisionTowerConfig
 from vision_tower.packed import ByLength
 from vision_tower.positions import rotate
@@ -54,6 +54,21 @@ class PatchEmbed(nn.Module):
         return x
 
 
+def products(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
+    """What each Linear gives for x; in 16 bits by one product, with their weights joined for the call.
+
+    One product reads x once and, backward, adds up its gradient in float32. Whoever hooks into a Linear's call gets its
+    call: ZeRO 3 makes weights whole there. So does another class in its place, such as an adapter's or a quantized one.
+    """
+    plain = all(type(each) is nn.Linear and not each._forward_hooks and not each._forward_pre_hooks for each in linears)
+    if x.dtype not in HALF or not plain:
+        return tuple(each(x) for each in linears)
+    weight = torch.cat([each.weight.to(x.dtype) for each in linears])
+    biases = [each.weight.new_zeros(len(each.weight)) if each.bias is None else each.bias for each in linears]
+    joined = F.linear(x, weight, torch.cat([bias.to(x.dtype) for bias in biases]))
+    return torch.split(joined, [each.out_features for each in linears], dim=-1)
+
+
 class SelfAttention(nn.Module):
     """Self-attention with rotary positions; queries and values have a bias, keys have none (it would cancel)."""
 
@@ -71,10 +86,14 @@ class SelfAttention(nn.Module):
         self, x: Tensor, rotary: Tensor, backend: str | Attend, layout: ByLength | None = None, class_only: bool = False
     ) -> Tensor:
         """Arguments as for `Block.forward`; returns what is added to the tokens."""
-        heads = (self.heads, -1)
-        q = torch.unflatten(self.q_proj(class_tokens(x, layout) if class_only else x), -1, heads)
-        k = rotate(torch.unflatten(self.k_proj(x), -1, heads), rotary)
-        v = torch.unflatten(self.v_proj(x), -1, heads)
+        if class_only:
+            q = self.q_proj(class_tokens(x, layout))
+            k, v = products(x, self.k_proj, self.v_proj)
+        else:
+            q, k, v = products(x, self.q_proj, self.k_proj, self.v_proj)
+        # Rotation makes new queries and keys; values that stayed a part of the product would keep all of it in memory.
+        q, k, v = (torch.unflatten(each, -1, (self.heads, -1)) for each in (q, k, v.contiguous()))
+        k = rotate(k, rotary)
         if not class_only:  # a class token turns by zero
             q = rotate(q, rotary)
         out: Tensor = self.proj(self.norm(attend(q, k, v, backend, layout).flatten(-2)))
@@ -112,7 +131,7 @@ class SwiGLU(nn.Module):
         self.fc2 = nn.Linear(config.mlp_width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.fc1_g(x), self.fc1_x(x)
+        gate, value = products(x, self.fc1_g, self.fc1_x)
         # torch.compile decides what to fuse and what to keep, so it gets the plain expression.
         gated = F.silu(gate) * value if torch.compiler.is_compiling() else Gate.apply(gate, value)
         out: Tensor = self.fc2(self.norm(gated))

@@ -89,6 +89,8 @@ def resample_position_table(
         )
     if tuple(old_grid) == tuple(new_grid):
         return table
+    if table.is_meta:  # interpolating there imports PyTorch's compiler
+        return table.new_empty(1, 1 + new_grid[0] * new_grid[1], table.shape[2])
     class_row, patch_rows = table[:, :1], table[:, 1:]
     wide = patch_rows.to(torch.promote_types(table.dtype, torch.float32))
     image = torch.unflatten(wide, 1, (rows, columns)).permute(0, 3, 1, 2)

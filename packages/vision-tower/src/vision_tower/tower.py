@@ -40,9 +40,10 @@ class VisionTower(nn.Module):
         self.patch_embed = PatchEmbed(config.patch, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        initialize(self.blocks)
+        if not self.pos_embed.is_meta:  # drawing numbers there imports PyTorch's compiler, and is for nothing
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+            initialize(self.blocks)
         self.configure()
 
     def forward(
@@ -69,6 +70,7 @@ class VisionTower(nn.Module):
         layout = restore = None
         if isinstance(images, PackedPatches):
             x, rotary, layout, restore = self._embed_packed(images, keep)
+            layout.prepare()
         else:
             x, rotary = self._embed(images, keep)
         recompute = self.config.checkpointing and torch.is_grad_enabled()
@@ -169,7 +171,8 @@ class VisionTower(nn.Module):
         """Changes settings that no weight depends on: attention, compile, checkpointing.
 
         Blocks are compiled one by one: a deep tower compiles as fast as a shallow one, checkpointing works as before,
-        and names of parameters stay. Packed images are compiled for each mixture of lengths, and gain little.
+        and names of parameters stay. One graph serves any number of images and patches. Packed images are compiled for
+        each mixture of lengths where attention is not one call for all of them, and gain little.
 
         Raises:
             ValueError: another field of the configuration, or an impossible value.
@@ -181,7 +184,7 @@ class VisionTower(nn.Module):
         for block in self.blocks:
             block._compiled_call_impl = None
             if self.config.compile:
-                block.compile()
+                block.compile(dynamic=True)
         if self.config.compile:
             # All blocks are one function to Dynamo, which gives up after 8 graphs: too few for patch dropout or none,
             # gradients or none, all tokens or the class token, a smaller last batch, other resolutions.

@@ -28,7 +28,8 @@ class ContrastiveObjective(TrainedObjective):
     Args:
         model: the towers and temperatures.
         loss: kind, dims and the temperatures' floor.
-        precision: `bf16` computes the towers in bfloat16 (torch.autocast); parameters and losses stay float32.
+        precision: `bf16` computes the towers in bfloat16 (torch.autocast), and the losses' products of embeddings;
+            parameters, embeddings, logits and losses stay float32.
     """
 
     model: DualEncoder
@@ -93,11 +94,15 @@ class ContrastiveObjective(TrainedObjective):
         captions, queries, targets, negatives = torch.split(embedded.texts, sizes)
         image_ids, text_ids = batch.image_ids.to(device), batch.text_ids.to(device)
         temperatures = {name: torch.exp(-scale) for name, scale in embedded.scales.items()}
+        # Embeddings are float32 but have the towers' error, beside which that of rounding them is small; a GPU's tensor
+        # cores do not take float32.
+        products: Any = "bf16" if self.precision == "bf16" else None
         if self.loss.kind == "unified":
             images, *views = embedded.images.view(1 + self.loss.views, count, embedded.images.shape[1])
             found = unified_info_nce(
                 (images, captions), (queries, targets), tuple(views) or None, temperature=temperatures["image_text"],
-                dims=self.loss.dims, image_ids=image_ids, text_ids=text_ids, group=group, return_stats=True,
+                dims=self.loss.dims, image_ids=image_ids, text_ids=text_ids, precision=products, group=group,
+                return_stats=True,
             )  # fmt: skip
             return {"unified": found}  # type: ignore[dict-item]
         hard = negatives.view(batch.pairs, batch.negatives, -1) if batch.negatives else None
@@ -110,7 +115,7 @@ class ContrastiveObjective(TrainedObjective):
             queries, targets, hard, ids = of_pairs[name]
             losses[name] = matryoshka_info_nce(
                 queries, targets, negatives=hard, temperature=temperatures[name], dims=self.loss.dims,
-                query_ids=ids, target_ids=ids, group=group, return_stats=True,
+                query_ids=ids, target_ids=ids, precision=products, group=group, return_stats=True,
             )  # fmt: skip
         return losses
 
