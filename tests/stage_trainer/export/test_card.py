@@ -105,8 +105,11 @@ def test_a_licence_is_handed_down_from_export_to_export(model, save, tmp_path):
     save(tmp_path / "stage1", model, model__weights="jinaai/jina-clip-v2")
     export(tmp_path / "stage1", tmp_path / "first")
     save(tmp_path / "tuned/stage1", model, model__text_weights=str(tmp_path / "first/text"))
-    head, _ = export(tmp_path / "tuned/stage1", tmp_path / "second")
+    head, body = export(tmp_path / "tuned/stage1", tmp_path / "second")
     assert head["license"] == "cc-by-nc-4.0"
+    assert "base_model" not in head
+    assert "`first/text` is under CC-BY-NC-4.0" in body
+    assert str(tmp_path) not in body
     head, body = export(tmp_path / "second", tmp_path / "third")  # an export of an export
     assert head["license"] == "cc-by-nc-4.0"
     assert "does not say how it was trained" in body

@@ -2,6 +2,9 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -210,3 +213,62 @@ def test_only_the_merged_adapters_task_is_known_afterwards(make_model, save, tmp
     close(text.encode(["a"], task="retrieval.query"), model.encode_text(["a"], task="retrieval.query"))
     with pytest.raises(ValueError, match="unknown task 'separation'"):
         text.encode(["a"], task="separation")
+
+
+def test_a_border_around_pictures_is_timms_and_takes_rgb(make_model, save, pictures, exported, tmp_path, elsewhere):
+    """What transformers' own processors cannot do is left to timm's steps: exact, and loud about other modes."""
+    model = make_model(vision={"crop_mode": "border"})
+    save(tmp_path / "run/stage1", model)
+    assert main(["export", str(tmp_path / "run/stage1"), str(tmp_path / "model")]) == 0
+    shutil.copy(exported.parent / "photo.jpg", tmp_path)
+    card = tmp_path / "model/README.md"
+    code = example(card, "sentence_transformers") + "out['st'] = image\n" + example(card, "AutoImageProcessor")
+    code += (
+        "out['image'] = image\n"
+        + stored(tmp_path, [], pictures)
+        + """
+model = SentenceTransformer("model", device="cpu")
+out["images"] = model.encode([image for image in images if image.mode == "RGB"])
+for image in images[3:5]:
+    try:
+        model.encode([image])
+        raise SystemExit(f"{image.mode} is encoded")
+    except (RuntimeError, ValueError):
+        pass
+"""
+    )
+    found = elsewhere(code, tmp_path)
+    photo = model.encode_image([tmp_path / "photo.jpg"])
+    close(found["image"], photo)
+    close(found["st"], model.encode_image([tmp_path / "photo.jpg"], truncate_dim=16))
+    close(found["images"], model.encode_image([p.image for p in pictures if p.image.mode == "RGB"]))
+
+
+@pytest.mark.full
+def test_the_card_works_where_only_its_libraries_are_installed(exported, model, tmp_path):
+    """In an environment of its own, which has neither our packages nor sentencepiece."""
+    uv = shutil.which("uv") or pytest.fail("uv is missing; bash launch/environment.sh installs it")
+    python, root = tmp_path / "env/bin/python", Path(__file__).parents[3]
+    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, tmp_path / "env"], check=True)
+    limits = ["--constraint", root / "launch/constraints.txt"]
+    packages = ["sentence-transformers", "timm", "pillow"]
+    subprocess.run([uv, "pip", "install", "--quiet", "--python", python, *limits, *packages], check=True)
+    blocks = examples(exported / "README.md")
+    kinds = ("SentenceTransformer", "AutoTokenizer", "pipeline", "AutoImageProcessor", "import timm")
+    chosen = [next(code for code in blocks if kind in code) for kind in kinds]
+    expected = model.encode_text(["a red apple"]), model.encode_image([exported.parent / "photo.jpg"])
+    for code in chosen:
+        last = (
+            "\nimport numpy\nnumpy.savez('found.npz', **{k: v for k, v in globals().items() if k in ('text', 'image')})"
+        )
+        (exported.parent / "alone.py").write_text(code + last)
+        subprocess.run([python, "-I", "-W", "ignore", "alone.py"], cwd=exported.parent, check=True)
+        found = dict(np.load(exported.parent / "found.npz"))
+        for name, whole in zip(("text", "image"), expected, strict=True):
+            if name in found:
+                dims = found[name].shape[1]
+                cut = whole[:, :dims] / np.linalg.norm(whole[:, :dims], axis=1, keepdims=True)
+                close(found[name][:1], cut)
+    listed = subprocess.run([uv, "pip", "list", "--python", python], capture_output=True, text=True, check=True).stdout
+    assert "trilith" not in listed
+    assert "sentencepiece" not in listed

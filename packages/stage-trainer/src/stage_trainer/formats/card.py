@@ -49,7 +49,7 @@ def _front(adapters: Adapters, history: History) -> str:
         "tags": _TAGS + (["peft"] if adapters.kept else ["sentence-transformers"]),
         **({"language": history.languages} if history.languages else {}),
         **({"license": history.licence} if history.licence else {}),
-        **({"base_model": bases} if (bases := [w for w in history.weights if w.count("/") == 1]) else {}),
+        **({"base_model": list(history.bases)} if history.bases else {}),
     }
     return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---"
 
@@ -57,7 +57,7 @@ def _front(adapters: Adapters, history: History) -> str:
 def _about(model: DualEncoder) -> str:
     text, vision = model.text.config, model.vision.config
     size = vision.resolution if isinstance(vision.resolution, tuple) else (vision.resolution, vision.resolution)
-    millions = [sum(p.numel() for p in tower.parameters()) / 1e6 for tower in (model.text, model.vision)]
+    sizes = [sum(p.numel() for p in tower.parameters()) for tower in (model.text, model.vision)]
     dims = ", ".join(map(str, model.matryoshka_dims or ()))
     said = {task: found for task, found in text.instructions.items() if found}
     tasks = "".join(f"\n- Task `{task}` puts {found!r} before a text." for task, found in said.items())
@@ -65,9 +65,9 @@ def _about(model: DualEncoder) -> str:
 A text encoder and an image encoder that share one space: vectors of texts and images are compared by their cosine.
 
 - Texts: XLM-RoBERTa with rotary positions, {text.layers} layers, {text.width} wide, {text.vocab_size:,} tokens in the \
-vocabulary, up to {text.max_length:,} tokens of a text, {millions[0]:.1f} million parameters; the mean over tokens.
+vocabulary, up to {text.max_length:,} tokens of a text, {sizes[0]:,} parameters; the mean over tokens.
 - Images: EVA02, {vision.layers} layers, {vision.width} wide, {size[0]}x{size[1]} pixels in patches of {vision.patch}, \
-{millions[1]:.1f} million parameters; the class token.
+{sizes[1]:,} parameters; the class token.
 - Vectors: {text.width} numbers. {f"Trained to be cut to their first {dims} (Matryoshka)." if dims else ""} Cut first, \
 then scale to length one.{tasks}"""
 

@@ -47,12 +47,15 @@ class TrainedStage:
 class History:
     """Attributes:
     stages: oldest first; empty if the model is not from a checkpoint.
-    weights: those that training started from, each with its licence (None: not known).
+    weights: those that training started from, each with its licence (None: not known); of a folder only the end of
+        its path.
+    bases: those of them that are named as on a hub.
     pools: figures of exactly this model, if it has been evaluated.
     """
 
     stages: tuple[TrainedStage, ...] = ()
     weights: Mapping[str, str | None] = field(default_factory=dict)
+    bases: tuple[str, ...] = ()
     pools: Pools = field(default_factory=dict)
 
     @property
@@ -74,11 +77,20 @@ def of(model: Path, checkpoint: Path | None) -> History:
     """The history of a model's directory, and of the checkpoint that it is in."""
     if checkpoint is None:  # exported before: what its own card says of the licence stays true
         licence = licence_of(str(model))
-        return History(weights={str(model): licence} if licence else {})
+        return History(weights={_shown(str(model)): licence} if licence else {})
     stages = _stages(checkpoint)
-    named = (stages[0].setting(key) for key in _WEIGHTS)
-    weights = {str(name): licence_of(str(name)) for name in named if name}
-    return History(tuple(stages), weights, _figures(checkpoint))
+    named = list(dict.fromkeys(str(name) for key in _WEIGHTS if (name := stages[0].setting(key))))
+    weights = {_shown(name): licence_of(name) for name in named}
+    return History(tuple(stages), weights, tuple(filter(_of_a_hub, named)), _figures(checkpoint))
+
+
+def _of_a_hub(weights: str) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", weights) is not None and not Path(weights).exists()
+
+
+def _shown(weights: str) -> str:
+    """A name for others: what folders someone's machine has is nobody's business."""
+    return weights if _of_a_hub(weights) else "/".join(Path(weights).parts[-2:]).lstrip("/")
 
 
 def _stages(checkpoint: Path) -> list[TrainedStage]:

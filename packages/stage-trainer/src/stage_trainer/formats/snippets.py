@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import NamedTuple
 
 TEXTS = '["a red apple", "ein roter Apfel"]'
@@ -28,11 +29,15 @@ class Model(NamedTuple):
 
 
 def trilith(model: Model) -> str:
-    task = f"\nqueries = model.encode_text(texts, task={model.task!r}, truncate_dim={model.dim})" if model.task else ""
+    task = (
+        f"\nqueries = model.encode_text(texts, task={_text(model.task)}, truncate_dim={model.dim})"
+        if model.task
+        else ""
+    )
     return f"""\
 from stage_trainer import DualEncoder
 
-model = DualEncoder.from_pretrained("{model.name}")
+model = DualEncoder.from_pretrained({_text(model.name)})
 texts = {TEXTS}
 text = model.encode_text(texts, truncate_dim={model.dim})
 image = model.encode_image(["photo.jpg"], truncate_dim={model.dim}){task}
@@ -43,12 +48,12 @@ print(text @ image.T)
 def sentence_transformers(model: Model) -> str:
     task = ""
     if model.task:
-        task = f"\nqueries = model.encode(texts, prompt_name={model.task!r}, normalize_embeddings=True)"
+        task = f"\nqueries = model.encode(texts, prompt_name={_text(model.task)}, normalize_embeddings=True)"
     return f"""\
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer("{model.name}", truncate_dim={model.dim})
+model = SentenceTransformer({_text(model.name)}, truncate_dim={model.dim})
 texts = {TEXTS}
 text = model.encode(texts, normalize_embeddings=True)
 image = model.encode([Image.open("photo.jpg"){_rgb(model)}], normalize_embeddings=True){task}
@@ -57,13 +62,13 @@ print(model.similarity(text, image))
 
 
 def transformers_texts(model: Model) -> str:
-    adapter = f'\nmodel.load_adapter("{model.name}/text/{model.adapter}")' if model.adapter else ""
+    adapter = f"\nmodel.load_adapter({_text(f'{model.name}/text/{model.adapter}')})" if model.adapter else ""
     return f"""\
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{model.name}", subfolder="text")
-model = AutoModel.from_pretrained("{model.name}", subfolder="text").eval(){adapter}
+tokenizer = AutoTokenizer.from_pretrained({_text(model.name)}, subfolder="text")
+model = AutoModel.from_pretrained({_text(model.name)}, subfolder="text").eval(){adapter}
 texts = {TEXTS}
 batch = tokenizer(texts, padding=True, truncation=True, max_length={model.max_length}, return_tensors="pt")
 with torch.no_grad():
@@ -78,7 +83,7 @@ def pipeline(model: Model) -> str:
 import torch
 from transformers import pipeline
 
-extract = pipeline("feature-extraction", model="{model.name}/text")
+extract = pipeline("feature-extraction", model={_text(f"{model.name}/text")})
 states = torch.tensor(extract("a red apple"))  # [1, tokens, width]
 text = torch.nn.functional.normalize(states.mean(1), dim=-1)
 """
@@ -91,8 +96,8 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
-processor = AutoImageProcessor.from_pretrained("{model.name}/vision"{pillow})
-model = AutoModel.from_pretrained("{model.name}/vision").eval()
+processor = AutoImageProcessor.from_pretrained({_text(model.name)}, subfolder="vision"{pillow})
+model = AutoModel.from_pretrained({_text(model.name)}, subfolder="vision").eval()
 pixels = processor([Image.open("photo.jpg"){_rgb(model)}], return_tensors="pt").pixel_values
 with torch.no_grad():
     image = torch.nn.functional.normalize(model(pixels).pooler_output, dim=-1)
@@ -105,12 +110,17 @@ import timm
 import torch
 from PIL import Image
 
-model = timm.create_model("local-dir:{model.name}/vision", pretrained=True).eval()
+model = timm.create_model({_text(f"local-dir:{model.name}/vision")}, pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_data_config({{}}, model=model))
 with torch.no_grad():
     image = model(transform(Image.open("photo.jpg").convert("RGB"))[None])
 image = torch.nn.functional.normalize(image, dim=-1)
 """
+
+
+def _text(value: str) -> str:
+    """A string as Python has it."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _rgb(model: Model) -> str:
