@@ -261,7 +261,7 @@ def damage(trial: Trial) -> None:
     if not (targets := trial.task.damageable(trial.folder, trial.out)):
         raise Late
     target = trial.draw.choice(targets)
-    how = "renamed" if target.is_dir() else trial.draw.choice(("flipped", "zeroed", "cut off", "empty", "gone"))
+    how = "renamed" if target.is_dir() else trial.draw.choice(trial.task.damages)
     trial.what.append(f"{'/'.join(target.parts[-3:])} is {how}")
     if how == "renamed":
         other = target.rename(target.with_name("step-0000099"))

@@ -31,11 +31,12 @@ class Task:
         shared: a folder for what all trials share; nobody changes it.
 
     Attributes:
-        name: as it is shown. faults: those that make sense here.
+        name: as it is shown. faults: those that make sense here. damages: what may be done to a file.
     """
 
     name = ""
     faults: tuple[str, ...] = GENERAL
+    damages: tuple[str, ...] = ("flipped", "zeroed", "cut off", "empty", "gone")
 
     def __init__(self, shared: Path):
         self.shared = shared
@@ -277,6 +278,7 @@ class Captions(Task):
 
     name = "captions run"
     faults = (*GENERAL, "network")
+    damages = ("zeroed", "cut off", "empty", "gone")  # SQLite has no checksums: a bit that flips in a text stays unseen
     images, languages = 24, ("en", "de", "fr")
 
     def __init__(self, shared: Path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,17 +85,41 @@ def test_a_ledger_in_use_and_a_language_that_is_none_are_refused(planned, ledger
     assert states(ledger) == {"planned": 3}
 
 
+@pytest.mark.parametrize("byte", [b"\xff", b"\0"])  # zeros read as pages without rows: "nothing is planned"
 @pytest.mark.parametrize("command", ["status", "unplan", "plan"])
-def test_a_damaged_page_of_the_ledger_is_one_message(make_images, planned, ledger, capsys, command):
+def test_a_damaged_page_of_the_ledger_is_one_message(make_images, planned, ledger, capsys, command, byte):
     planned(8)
     database = sqlite3.connect(ledger)
     database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     database.close()
     path = Path(ledger)
-    path.write_bytes(path.read_bytes()[:4096] + b"\xff" * (path.stat().st_size - 4096))
+    path.write_bytes(path.read_bytes()[:4096] + byte * (path.stat().st_size - 4096))
     capsys.readouterr()
     more = [str(make_images(2, name="more")), "--model", "seer-2", "--languages", "en"] if command == "plan" else []
     assert main(["captions", command, ledger, *more]) == 2
     said = capsys.readouterr().err
     assert f"data-prep: {ledger} is damaged (" in said
     assert "restore it from a copy" in said
+
+
+def test_a_damaged_ledger_that_is_refused_keeps_its_journal(planned, ledger):
+    planned(8)
+    path = Path(ledger)
+    database = sqlite3.connect(ledger)  # while it is open, what is committed stands in the journal
+    database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    database.execute("UPDATE request SET state = 'sent' WHERE rowid = 1")
+    database.commit()
+    whole, journal = path.read_bytes(), Path(f"{ledger}-wal").read_bytes()
+    assert journal
+    killed = path.with_name("killed.sqlite")
+    for content in (b"", whole[: len(whole) // 2], whole[:4096] + bytes(len(whole) - 4096)):
+        killed.write_bytes(content)
+        Path(f"{killed}-wal").write_bytes(journal)
+        # In a process of its own: as it ends, SQLite moves a journal into the ledger and deletes it.
+        status = [sys.executable, "-c", "import data_prep.cli as c; c.main()", "captions", "status", str(killed)]
+        said = subprocess.run(status, capture_output=True, text=True, check=False).stderr
+        assert "restore it from a copy" in said or "not a ledger" in said
+        assert Path(f"{killed}-wal").read_bytes() == journal
+    killed.write_bytes(whole)
+    assert states(str(killed)) == {"sent": 1, "planned": 23}
+    database.close()

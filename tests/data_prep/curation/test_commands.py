@@ -407,7 +407,9 @@ def test_the_mix_is_what_a_trainer_would_draw(write_images, write_pairs, capsys)
     assert main(["mix", one, two, "--weights", "1"]) == 2
 
 
-def test_a_piece_of_a_survey_whose_arrays_are_gone_is_surveyed_again(tmp_path, monkeypatch):
+def test_a_piece_of_a_survey_whose_arrays_are_damaged_is_named_and_once_gone_surveyed_again(
+    tmp_path, monkeypatch, capsys
+):
     with DatasetWriter(tmp_path / "pairs", kind="text-pairs", source="made", samples_per_shard=2) as writer:
         for number in range(6):
             sides = {side: [{"text": f"{side} {number}", "language": "en"}] for side in ("query", "target")}
@@ -418,6 +420,11 @@ def test_a_piece_of_a_survey_whose_arrays_are_gone_is_surveyed_again(tmp_path, m
         patch.setattr("data_prep.curation.passes.run_job", lambda *_: None)
         assert main(command) == 0
     (lost,) = (tmp_path / "out").glob("clean.survey-*/00001.npz")
+    content = lost.read_bytes()
+    for damaged in (b"", content[:100], content[:-30], content.replace(b"NUMPY", b"NUMPX"), b"\0" * 4096):
+        lost.write_bytes(damaged)
+        assert main(command) == 2
+        assert f"{lost}: damaged" in capsys.readouterr().err
     lost.unlink()
     assert main(command) == 0
     assert len(Dataset.open(tmp_path / "out/text-pairs/clean")) > 0

@@ -16,7 +16,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -98,6 +98,7 @@ class RequestLedger:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if create:
                 self.path.touch()  # with the umask's permissions; SQLite would drop group write
+            self._check()
             self.db = sqlite3.connect(self.path, isolation_level=None, timeout=30)
             self.db.row_factory = sqlite3.Row
             self.db.execute("PRAGMA journal_mode = WAL")
@@ -109,6 +110,16 @@ class RequestLedger:
                 raise UserError(f"{self.path}: a ledger of schema {found}, expected {SCHEMA}; take another file")
         except (sqlite3.DatabaseError, OSError) as error:
             raise UserError(f"{self.path}: not a ledger, or the disk refuses it ({error})") from error
+
+    def _check(self) -> None:
+        """Find pages that are damaged; one of zeros would read as one without rows, and a run as having nothing to do.
+
+        By a connection that cannot write: another would move the journal into the damaged file, and be rid of it.
+        """
+        with closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True, timeout=30)) as db:
+            damage = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if damage != "ok":
+            raise UserError(f"{self.path} is damaged ({' '.join(damage.split())}); restore it from a copy")
 
     def close(self) -> None:
         self.db.close()

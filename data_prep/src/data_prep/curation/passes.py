@@ -11,6 +11,8 @@ import hashlib
 import json
 import os
 import shutil
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,8 +218,11 @@ def save(path: Path, **arrays: np.ndarray) -> None:
 
 def load(path: Path, *names: str) -> dict[str, np.ndarray]:
     """What `save` wrote: the arrays of these names, without a name all of them."""
-    with np.load(path) as arrays:
-        return {name: arrays[name] for name in names or arrays.files}
+    try:
+        with np.load(path) as arrays:
+            return {name: arrays[name] for name in names or arrays.files}
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path}: damaged ({error}); delete it and run again, it is computed anew") from error
 
 
 def _surveyed(spec: Spec) -> bool:
