@@ -33,7 +33,6 @@ from text_tower.lora import (
     unstacked,
 )
 from text_tower.tokenizer import Tokenizer
-from text_tower.tokenizer_files import CONFIG_FILE
 
 if TYPE_CHECKING:
     from text_tower.tower import TextTower
@@ -288,7 +287,9 @@ def save_with_head(tower: TextTower, path: str | Path, layout: str, head: Mappin
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not empty; choose another path, or remove it first")
     with whole_directory(target) as directory:
-        tokenizer = _save_tokenizer(tower, directory, for_others=layout == "transformers" and not head)
+        tokenizer = tower.tokenizer.save_for_others(directory) if tower.tokenizer is not None else None
+        if tokenizer is not None and layout == "transformers" and not head:
+            st_folder.write(config, directory)
         if layout == "remote-code":
             write_json(config_json.to_remote_json(config, dtype), directory / "config.json")
             weights = Layout("remote-code", "roberta.").from_ours(state)
@@ -307,21 +308,6 @@ def save_with_head(tower: TextTower, path: str | Path, layout: str, head: Mappin
         if config.adapters and layout == "peft":
             for name in config.adapters:
                 save_adapter(tower, directory / name, name)
-
-
-def _save_tokenizer(tower: TextTower, directory: Path, for_others: bool) -> str | None:
-    """The tokenizer, if there is one, with sentence-transformers' files if the weights are for others too; its
-    fingerprint."""
-    if tower.tokenizer is None:
-        return None
-    tower.tokenizer.save(directory)
-    settings = directory / CONFIG_FILE
-    if not settings.exists():
-        write_json({"tokenizer_class": "XLMRobertaTokenizer"}, settings)
-    if for_others:
-        tower.tokenizer.save_json(directory)
-        st_folder.write(tower.config, directory)
-    return Tokenizer.from_file(directory).fingerprint
 
 
 def save_adapter(tower: TextTower, folder: str | Path, name: str | None = None) -> None:

@@ -32,10 +32,7 @@ def write(directory: Path, config: TextTowerConfig) -> None:
     pooling = f"{TEXT}/1_Pooling"
     normalize = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"}
     files: dict[str, Any] = {
-        "modules.json": [
-            {"idx": 0, "name": "0", "path": "", "type": f"{_MODULES}.router.Router"},
-            {"idx": 1, "name": "1", "path": "1_Normalize", "type": f"{_MODULES}.normalize.Normalize"},
-        ],
+        "modules.json": _then_normalize(f"{_MODULES}.router.Router"),
         "router_config.json": {
             "types": {TEXT: _TRANSFORMER, pooling: _POOLING, VISION: _TRANSFORMER},
             "structure": {"text": [TEXT, pooling], "image": [VISION]},
@@ -48,11 +45,23 @@ def write(directory: Path, config: TextTowerConfig) -> None:
         },
         "1_Normalize/config.json": normalize,
         "config_sentence_transformers.json": model_settings(config),
+        # By itself, without modules.json, it would average the patches.
+        f"{VISION}/modules.json": _then_normalize(_TRANSFORMER),
         f"{VISION}/sentence_bert_config.json": _of_images(directory / VISION),
+        f"{VISION}/1_Normalize/config.json": normalize,
     }
-    (directory / "1_Normalize").mkdir()
+    for place in (directory, directory / VISION):
+        (place / "1_Normalize").mkdir()
     for name, content in files.items():
         (directory / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _then_normalize(first: str) -> list[dict[str, Any]]:
+    """modules.json of a module, whose files are beside it, and of Normalize."""
+    return [
+        {"idx": 0, "name": "0", "path": "", "type": first},
+        {"idx": 1, "name": "1", "path": "1_Normalize", "type": f"{_MODULES}.normalize.Normalize"},
+    ]
 
 
 def _of_images(vision: Path) -> dict[str, Any]:
