@@ -168,8 +168,8 @@ class _Found:
         wanted = config_json.tokenizer_of(stored, path / "config.json")
         if tokenizer is not None and wanted is not None and tokenizer.fingerprint != wanted:
             raise ValueError(
-                f"{path} has another tokenizer than the one that was saved with its weights; put that back. If this "
-                f"one gives the same ids, remove {config_json.TOKENIZER_KEY} from config.json"
+                f"{path} has another tokenizer than the one that was saved with its weights; put that back, or, "
+                f"if this one is meant, remove {config_json.TOKENIZER_KEY} from config.json"
             )
         said = st_folder.without_ours(said, config) if said.is_one and ours else said
         config = _with_what_else_is_said(config, said, tokenizer)
@@ -287,15 +287,18 @@ def save_with_head(tower: TextTower, path: str | Path, layout: str, head: Mappin
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not empty; choose another path, or remove it first")
     with whole_directory(target) as directory:
-        tokenizer = tower.tokenizer.save_for_others(directory) if tower.tokenizer is not None else None
-        if tokenizer is not None and layout == "transformers" and not head:
-            st_folder.write(config, directory)
+        fingerprint = None
+        if tower.tokenizer is not None:
+            fingerprint = tower.tokenizer.fingerprint
+            tower.tokenizer.save_for_others(directory)
+            if layout == "transformers" and not head:
+                st_folder.write(config, directory)
         if layout == "remote-code":
             write_json(config_json.to_remote_json(config, dtype), directory / "config.json")
             weights = Layout("remote-code", "roberta.").from_ours(state)
         else:
             kind = "JinaEmbeddingsV3ForMaskedLM" if head else "JinaEmbeddingsV3Model"
-            write_json(config_json.to_json(config, dtype, kind, tokenizer), directory / "config.json")
+            write_json(config_json.to_json(config, dtype, kind, fingerprint), directory / "config.json")
             weights = tower.merged_state_dict("none" if layout == "peft" else None)
             if head:
                 weights = {**{f"roberta.{name}": tensor for name, tensor in weights.items()}, **head}
