@@ -81,7 +81,7 @@ def folder(tokenizer, tmp_path) -> Callable[[str], tuple[Path, Callable[[Path], 
                 for i, (name, at) in enumerate(zip(names, paths, strict=True))
             ]
             prompts = {"prompts": {"q": "query: "}, "default_prompt_name": None, "truncate_dim": 8}
-            (path / "1_Pooling").mkdir()
+            (path / "1_Pooling").mkdir(exist_ok=True)
             for name, content in {
                 "modules.json": modules,
                 "1_Pooling/config.json": {"word_embedding_dimension": 16, "pooling_mode_mean_tokens": True},
@@ -192,10 +192,15 @@ FOUND: list[tuple[str, str, tuple[Any, ...], Any]] = [
     ("index", "model.safetensors.index.json", ("weight_map", "emb_ln.bias"), "../../x"),
     ("index", "model.safetensors.index.json", ("weight_map", "emb_ln.bias"), [1]),
     ("clip", "config.json", ("text_config",), [1]),
-    ("own", "config.json", ("layers",), 10**9),
-    ("own", "config.json", ("rope_theta",), 10**400),
+    ("own", "config.json", ("trilith", "layers"), 10**9),
+    ("own", "config.json", ("trilith",), [1]),
+    ("own", "config.json", ("trilith", "rope_theta"), 10**400),
     ("own", "config.json", ("pretrained_cfg",), [1]),
-    ("own", "config.json", ("crop_pct",), 5e-324),
+    ("own", "config.json", ("trilith", "crop_pct"), 5e-324),
+    ("own", "preprocessor_config.json", ("size", "shortest_edge"), 17),
+    ("plain", "sentence_bert_config.json", ("max_seq_length",), "8"),
+    ("plain", "1_Pooling/config.json", ("pooling_mode",), "cls"),
+    ("plain", "config_sentence_transformers.json", ("prompts",), [1]),
     ("timm", "config.json", ("architecture",), [1]),
     ("timm", "config.json", ("pretrained_cfg", "input_size"), 3),
     ("timm", "config.json", ("model_args", "depth"), 10**9),

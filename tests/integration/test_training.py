@@ -1,11 +1,13 @@
 """Training as a user runs it: real processes, real DeepSpeed, the drawn corpus."""
 
+import io
 import json
 import math
 import random
 import shutil
 import time
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 
@@ -165,7 +167,25 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(train, tmp_pa
     assert not equal(a, c)
 
 
-def test_three_stages_end_in_a_model_that_finds_held_out_items(train, run, scalars, tmp_path):
+def opens_elsewhere(folder, corpus):
+    """sentence-transformers gives the vectors of a trained model, and its card says how it was trained."""
+    from PIL import Image
+    from sentence_transformers import SentenceTransformer
+    from stage_trainer.dual_encoder import DualEncoder
+    from stage_trainer.evaluation.retrieval import DIRECTIONS, Pool
+
+    pool = Pool.open(corpus / "test/image-short/drawn")
+    texts, images = pool.all_texts(), [Image.open(io.BytesIO(content)) for content in pool.images]
+    ours, theirs = DualEncoder.from_pretrained(folder), SentenceTransformer(str(folder), device="cpu")
+    vectors = [(ours.encode_text(texts), theirs.encode(texts)), (ours.encode_image(images), theirs.encode(images))]
+    for mine, found in vectors:
+        np.testing.assert_allclose(found, mine, rtol=0, atol=1e-6)
+    card = (folder / "README.md").read_text()
+    assert all(f"| stage{number} |" in card for number in (1, 2, 3))
+    assert f"`drawn`, recall@5, {DIRECTIONS[0]}, %" in card
+
+
+def test_three_stages_end_in_a_model_that_finds_held_out_items(train, run, scalars, tmp_path, drawn_corpus):
     """Stage by stage through the launch files, then export, evaluate, report and search, as quickstart does."""
     for stage in (1, 2, 3):
         train(stage, ranks=2 if stage == 1 else 1)
@@ -177,6 +197,7 @@ def test_three_stages_end_in_a_model_that_finds_held_out_items(train, run, scala
     exported = json.loads((tmp_path / "figures.json").read_text())
     of_stage = json.loads((tmp_path / "run/stage3/evaluation.json").read_text())
     assert of_stage == {name: {**its, "checkpoint": "step-0000060"} for name, its in exported.items()}
+    opens_elsewhere(tmp_path / "model", drawn_corpus)
     assert {its["kind"] for its in exported.values()} == {"image-short", "image-long", "text-pairs", "text-triplets"}
     pool = exported["drawn"]
     for direction, by_dim in pool["recall_at_5"].items():

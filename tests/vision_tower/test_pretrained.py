@@ -80,17 +80,19 @@ def test_what_is_saved_is_on_disk_before_it_appears(tower, tmp_path, monkeypatch
 
     monkeypatch.setattr(os, "fsync", fsync)
     tower.save_pretrained(tmp_path / "tower")
-    assert sorted(flushed[:2]) == ["config.json", "model.safetensors"]
-    assert flushed[2:] == [f".tower.{os.getpid()}.partial", tmp_path.name]
-    assert there == [False, False, False, True]
+    assert sorted(flushed[:3]) == ["config.json", "model.safetensors", "preprocessor_config.json"]
+    assert flushed[3:] == [f".tower.{os.getpid()}.partial", tmp_path.name]
+    assert there == [False, False, False, False, True]
 
 
 def test_a_directory_that_calls_the_width_of_the_mlp_hidden_is_read(make_tower, config, images, tmp_path):
-    """As earlier versions wrote it: null for a tower whose mlp_ratio says it."""
+    """As earlier versions wrote it: our fields at the top, null for a tower whose mlp_ratio says it."""
     tower = make_tower(replace(config, mlp_width=100))
     tower.save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     values = json.loads(file.read_text())
+    timms = {key: values[key] for key in ("architecture", "num_classes", "model_args", "pretrained_cfg")}
+    values = {"model_type": "trilith_vision_tower", **timms, **values["trilith"]}
     width = values.pop("mlp_width")
     file.write_text(json.dumps({**values, "hidden": width}))
     loaded = VisionTower.from_pretrained(tmp_path)
@@ -158,6 +160,8 @@ def test_missing_and_broken_files_are_named(tower, tmp_path):
         ("{", "not valid JSON"),
         (json.dumps({"model_type": "bert"}), "trilith_vision_tower"),
         (json.dumps({"model_type": "trilith_vision_tower", "depth": 3}), r"config\.json: unknown .*depth"),
+        (json.dumps({"trilith": {"depth": 3}}), r"config\.json: unknown .*depth"),
+        (json.dumps({"trilith": {"layers": 2}, "depth": 3}), r"config\.json: depth is not known here"),
     ):
         config.write_text(text)
         with pytest.raises(ValueError, match=match):

@@ -178,6 +178,6 @@ def test_a_saved_directory_that_tells_timm_otherwise_is_refused(tower, tmp_path)
     assert VisionTower.from_pretrained(tmp_path, mean=IMAGENET["mean"]).config.mean == tuple(IMAGENET["mean"])
     # What was saved before a tower had a preprocessing of its own was CLIP's.
     for key in ("mean", "std", "crop_pct", "crop_mode", "interpolation"):
-        del values[key], values["pretrained_cfg"][key]
+        del values["trilith"][key], values["pretrained_cfg"][key]
     config.write_text(json.dumps(values))
     assert VisionTower.from_pretrained(tmp_path).config == tower.config

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from stage_trainer.commands import evaluate, export, plan, report, search, train
+from stage_trainer.commands import evaluate, export, plan, push, report, search, train
 from stage_trainer.errors import Stopped, is_user_error
 from stage_trainer.run.forwarding import unpack
 
@@ -21,6 +21,7 @@ EPILOG = """examples:
   stage-trainer export runs/laptop/stage3 my-model
   stage-trainer evaluate my-model runs/corpus
   stage-trainer search my-model runs/corpus "ein Hund" --out found.png
+  stage-trainer push my-model OWNER/NAME
 
 `stage-trainer COMMAND --help` says what each takes. `tensorboard --logdir runs/laptop` shows a run; its page Custom
 Scalars has what matters.
@@ -68,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (train, plan, export, evaluate, report, search):
+    for module in (train, plan, export, evaluate, report, search, push):
         module.add(commands)
     return top
 

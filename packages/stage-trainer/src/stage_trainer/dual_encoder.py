@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vision_tower import VisionTower
 
 FORMAT = "trilith-dual-encoder/1"
+TEXT, VISION = "text", "vision"  # the towers' folders
 
 
 class DualEncoder(nn.Module):
@@ -70,15 +71,19 @@ class DualEncoder(nn.Module):
             UserError: `path` exists, or the disk is full.
         """
         with whole_directory(path) as directory:
-            config = {
-                "format": FORMAT,
-                "logit_scale": float(self.logit_scale.detach()),
-                "text_logit_scale": float(self.text_logit_scale.detach()),
-                "matryoshka_dimensions": self.matryoshka_dims,
-            }
-            self.text.save_pretrained(directory / "text")
-            self.vision.save_pretrained(directory / "vision")
-            (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            self.write_into(directory)
+
+    def write_into(self, directory: Path, layout: str = "transformers") -> None:
+        """What `save_pretrained` writes, into a directory that exists; `layout` is `TextTower.save_pretrained`'s."""
+        config = {
+            "format": FORMAT,
+            "logit_scale": float(self.logit_scale.detach()),
+            "text_logit_scale": float(self.text_logit_scale.detach()),
+            "matryoshka_dimensions": self.matryoshka_dims,
+        }
+        self.text.save_pretrained(directory / TEXT, layout=layout)
+        self.vision.save_pretrained(directory / VISION)
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(
@@ -100,8 +105,8 @@ class DualEncoder(nn.Module):
         config = read_config(path)
         try:
             towers = (
-                TextTower.from_pretrained(path / "text", **(text or {})),
-                VisionTower.from_pretrained(path / "vision", **(vision or {})),
+                TextTower.from_pretrained(path / TEXT, **(text or {})),
+                VisionTower.from_pretrained(path / VISION, **(vision or {})),
             )
         except (ValueError, OSError) as error:  # the towers say what is missing or damaged
             raise UserError(f"cannot load {path}: {error}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any, cast
 
@@ -147,6 +147,18 @@ class TextTowerConfig:
     def head_dim(self) -> int:
         """Channels of one attention head."""
         return self.width // self.heads
+
+    def merged(self, adapter: str | None) -> TextTowerConfig:
+        """That of weights into which one adapter has been merged (`NO_ADAPTER`: none).
+
+        The adapter's name stays a task. Instructions of the other adapters go with them: with this one's weights they
+        would give other embeddings than before, without a word.
+        """
+        others = set(self.adapters) - {adapter}
+        instructions = {task: text for task, text in self.instructions.items() if task not in others}
+        if adapter in self.adapters:
+            instructions = {adapter: "", **instructions}
+        return replace(self, lora_rank=0, adapters=(), instructions=instructions)
 
     @property
     def tasks(self) -> tuple[str, ...]:

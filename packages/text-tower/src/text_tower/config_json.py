@@ -12,7 +12,7 @@ from torch import Tensor
 
 from text_tower.config import TextTowerConfig
 from text_tower.config_keys import check_keys_of
-from text_tower.fields import COUNT, NUMBER, OBJECT, TEXT_OF_NAME, TEXTS, field
+from text_tower.fields import COUNT, NUMBER, OBJECT, TEXT, TEXT_OF_NAME, TEXTS, field
 from text_tower.layouts import Layout
 
 # Our field -> the name in config.json that transformers knows; the other fields stand under OUR_KEY.
@@ -26,6 +26,7 @@ COMMON = {
     "pad_id": "pad_token_id",
 }
 OUR_KEY = "trilith"
+TOKENIZER_KEY = "tokenizer_fingerprint"
 OURS = ("dropout", "lora_rank", "lora_alpha", "adapters", "instructions", "truncate_dim", "checkpointing")
 _V3 = "jinaai/jina-embeddings-v3"
 _UNUSED_POSITIONS = 2  # max_position_embeddings counts two positions that XLM-RoBERTa never used
@@ -75,7 +76,13 @@ def ours_of(stored: Mapping[str, Any], file: Path) -> dict[str, Any]:
         ValueError: no object.
     """
     ours: dict[str, Any] = field(stored, OUR_KEY, OBJECT, file, {})
-    return ours
+    return {name: value for name, value in ours.items() if name != TOKENIZER_KEY}
+
+
+def tokenizer_of(stored: Mapping[str, Any], file: Path) -> str | None:
+    """`Tokenizer.fingerprint` of the one that was saved with the weights, if the file says it."""
+    found: str | None = field(field(stored, OUR_KEY, OBJECT, file, {}), TOKENIZER_KEY, TEXT, file, None)
+    return found
 
 
 def _max_length(stored: Mapping[str, Any], file: Path) -> dict[str, Any]:
@@ -164,8 +171,8 @@ def _remote_adapters(options: dict[str, Any], file: Path) -> dict[str, Any]:
     }
 
 
-def to_json(config: TextTowerConfig, dtype: str, architecture: str = "JinaEmbeddingsV3Model") -> dict[str, Any]:
-    """config.json for transformers and for us."""
+def to_json(config: TextTowerConfig, dtype: str, architecture: str, tokenizer: str | None) -> dict[str, Any]:
+    """config.json for transformers and for us; `tokenizer` is the fingerprint of the one that is saved with it."""
     ours = asdict(config)
     return {
         "architectures": [architecture],
@@ -175,7 +182,7 @@ def to_json(config: TextTowerConfig, dtype: str, architecture: str = "JinaEmbedd
         "attention_probs_dropout_prob": 0.0,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "dtype": dtype,
-        OUR_KEY: {name: ours[name] for name in OURS},
+        OUR_KEY: {**{name: ours[name] for name in OURS}, **({TOKENIZER_KEY: tokenizer} if tokenizer else {})},
     }
 
 

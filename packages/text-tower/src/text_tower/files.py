@@ -38,7 +38,7 @@ def read_json_value(file: Path) -> Any:
     return parse(read_bytes(file, 2**24), file)
 
 
-def write_json(content: Mapping[str, Any], file: Path) -> None:
+def write_json(content: Mapping[str, Any] | list[Any], file: Path) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -33,7 +33,6 @@ from text_tower.lora import (
     unstacked,
 )
 from text_tower.tokenizer import Tokenizer
-from text_tower.tokenizer_files import CONFIG_FILE
 
 if TYPE_CHECKING:
     from text_tower.tower import TextTower
@@ -166,6 +165,13 @@ class _Found:
         layout = Layout.of(weights)
         config = config_json.from_json(stored, weights, layout, path / "config.json")
         tokenizer = Tokenizer.in_directory(path)
+        wanted = config_json.tokenizer_of(stored, path / "config.json")
+        if tokenizer is not None and wanted is not None and tokenizer.fingerprint != wanted:
+            raise ValueError(
+                f"{path} has another tokenizer than the one that was saved with its weights; put that back, or, "
+                f"if this one is meant, remove {config_json.TOKENIZER_KEY} from config.json"
+            )
+        said = st_folder.without_ours(said, config) if said.is_one and ours else said
         config = _with_what_else_is_said(config, said, tokenizer)
         return cls(path, stored, weights, unmerged, layout, config, tokenizer)
 
@@ -258,7 +264,9 @@ def save(tower: TextTower, path: str | Path, *, merge: bool = False, layout: str
 
             - "transformers": model.safetensors is what `AutoModel.from_pretrained` loads without remote code, with the
               default adapter added, so that embeddings are the same. If there are adapters, weights and adapters are
-              also stored apart and exactly in unmerged.safetensors, from which our own reader continues training.
+              also stored apart and exactly in unmerged.safetensors, from which our own reader continues training. With
+              a tokenizer the directory is sentence-transformers' too. AutoModel has a pooler that embeddings do not
+              use: it is in the file as zeros, since it would be random else.
             - "peft": model.safetensors is what `AutoModel.from_pretrained` loads, without adapters; each adapter is a
               PEFT folder named after it, for `load_adapter`.
             - "remote-code": jina's own layout, adapters as parametrizations.
@@ -279,26 +287,30 @@ def save_with_head(tower: TextTower, path: str | Path, layout: str, head: Mappin
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not empty; choose another path, or remove it first")
     with whole_directory(target) as directory:
+        fingerprint = None
+        if tower.tokenizer is not None:
+            fingerprint = tower.tokenizer.fingerprint
+            tower.tokenizer.save_for_others(directory)
+            if layout == "transformers" and not head:
+                st_folder.write(config, directory)
         if layout == "remote-code":
             write_json(config_json.to_remote_json(config, dtype), directory / "config.json")
             weights = Layout("remote-code", "roberta.").from_ours(state)
         else:
-            kind = "ForMaskedLM" if head else "Model"
-            write_json(config_json.to_json(config, dtype, f"JinaEmbeddingsV3{kind}"), directory / "config.json")
+            kind = "JinaEmbeddingsV3ForMaskedLM" if head else "JinaEmbeddingsV3Model"
+            write_json(config_json.to_json(config, dtype, kind, fingerprint), directory / "config.json")
             weights = tower.merged_state_dict("none" if layout == "peft" else None)
             if head:
                 weights = {**{f"roberta.{name}": tensor for name, tensor in weights.items()}, **head}
+            else:  # AutoModel makes a pooler, a random one unless the file has it
+                bias = torch.zeros_like(weights["emb_ln.bias"])
+                weights |= {"pooler.dense.weight": bias.repeat(config.width, 1), "pooler.dense.bias": bias}
         write_weights(weights, directory / "model.safetensors")
         if config.adapters and layout == "transformers":
             write_weights(state, directory / f"{UNMERGED}.safetensors")
         if config.adapters and layout == "peft":
             for name in config.adapters:
                 save_adapter(tower, directory / name, name)
-        if tower.tokenizer is not None:
-            tower.tokenizer.save(directory)
-            settings = directory / CONFIG_FILE
-            if not settings.exists():
-                write_json({"tokenizer_class": "XLMRobertaTokenizer"}, settings)
 
 
 def save_adapter(tower: TextTower, folder: str | Path, name: str | None = None) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from text_tower.config import TextTowerConfig
 from text_tower.fields import COUNT, TEXT, TEXT_OF_NAME, field, within
-from text_tower.files import read_json, read_json_value
+from text_tower.files import read_json, read_json_value, write_json
 
 # In the order in which sentence-transformers looks for them.
 _TRANSFORMER_FILES = tuple(
@@ -21,8 +22,12 @@ _ONLY_TRANSFORMER: dict[str, tuple[Any, ...]] = {
     "modality_config": ({"text": {"method": "forward", "method_output_name": "last_hidden_state"}},),
     "do_lower_case": (False,),
 }
+MAX_LENGTH = 512
+"""Tokens that sentence-transformers keeps of a text, as `encode` does unless told otherwise."""
+_PROMPTS = {"query": "retrieval.query", "document": "retrieval.passage"}
+"""The prompts of encode_query and encode_document, and the tasks whose instructions they are."""
 _POOLING = frozenset({"embedding_dimension", "word_embedding_dimension", "pooling_mode", "include_prompt"})
-_HARMLESS_MODEL = frozenset({"__version__", "model_type", "similarity_fn_name"})
+_HARMLESS_MODEL = frozenset({"__version__", "model_type", "similarity_fn_name", "requirements"})
 
 
 class Said(NamedTuple):
@@ -122,3 +127,51 @@ def _model(file: Path) -> tuple[dict[str, str], int | None]:
             f"puts one only where it is asked for: set it to null, and call encode(task={default!r})"
         )
     return prompts, field(config, "truncate_dim", COUNT, file, None)
+
+
+def write(config: TextTowerConfig, directory: Path) -> None:
+    """Makes a directory of transformers' form, whose weights have the first adapter of `config` merged in, one of
+    sentence-transformers too: for `SentenceTransformer(directory)`."""
+    kinds = {
+        "": "base.modules.transformer.Transformer",
+        "1_Pooling": "sentence_transformer.modules.pooling.Pooling",
+        "2_Normalize": "base.modules.normalize.Normalize",
+    }
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.{kind}"}
+        for i, (path, kind) in enumerate(kinds.items())
+    ]
+    write_json(modules, directory / "modules.json")
+    write_json(model_settings(config), directory / "config_sentence_transformers.json")
+    transformer = {key: values[0] for key, values in _ONLY_TRANSFORMER.items()}
+    limit = {"max_seq_length": min(MAX_LENGTH, config.max_length)}
+    write_json({**transformer, **limit}, directory / "sentence_bert_config.json")
+    for path in list(kinds)[1:]:
+        (directory / path).mkdir()
+    pooling = {"embedding_dimension": config.width, "pooling_mode": "mean", "include_prompt": True}
+    write_json(pooling, directory / "1_Pooling" / "config.json")
+    one = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"}
+    write_json(one, directory / "2_Normalize" / "config.json")
+
+
+def model_settings(config: TextTowerConfig) -> dict[str, Any]:
+    """config_sentence_transformers.json. Instructions are prompts; those for retrieval have the names under which
+    `encode_query` and `encode_document` look for them, too. Those of adapters that are not merged in are left out."""
+    config = config.merged(next(iter(config.adapters), None))
+    known = {name: config.instructions[task] for name, task in _PROMPTS.items() if task in config.instructions}
+    return {
+        "model_type": "SentenceTransformer",
+        "prompts": {**known, **config.instructions},
+        "default_prompt_name": None,
+        "similarity_fn_name": "cosine",
+        "requirements": {"transformers": ">=5.4"},  # the first with jina_embeddings_v3
+        **({} if config.truncate_dim is None else {"truncate_dim": config.truncate_dim}),
+    }
+
+
+def without_ours(said: Said, config: TextTowerConfig) -> Said:
+    """What such a directory says beyond what `write` wrote of `config`, its config.json's."""
+    ours = model_settings(config)["prompts"]
+    instructions = {name: text for name, text in said.instructions.items() if ours.get(name) != text}
+    length = None if said.max_length == min(MAX_LENGTH, config.max_length) else said.max_length
+    return said._replace(instructions=instructions, max_length=length or config.max_length)

@@ -9,7 +9,7 @@ from pathlib import Path
 from text_tower import tokenizer_files
 from text_tower.config import whole_number
 from text_tower.texts import listed
-from text_tower.tokenizer_files import BOS, EOS, UNK
+from text_tower.tokenizer_files import BOS, CONFIG_FILE, EOS, JSON_FILE, UNK
 
 __all__ = ["BOS", "EOS", "UNK", "Tokenizer"]
 
@@ -32,6 +32,7 @@ class Tokenizer:
         self._files, self._name = dict(files), name
         self._encoder, self.model_max_length, configured = tokenizer_files.build(self._files, name)
         self.vocab_size: int = self._encoder.get_vocab_size(with_added_tokens=True)
+        self._for_others: dict[str, str] | None = None
         beside = [self._files[n] for n in sorted(self._files) if n.endswith(".json")] if configured else []
         self.sha256 = hashlib.sha256(b"".join([next(iter(self._files.values())), *beside])).hexdigest()
 
@@ -98,6 +99,23 @@ class Tokenizer:
         for name, content in self._files.items():
             (Path(directory) / name).write_bytes(content)
         return Path(directory) / next(iter(self._files))
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the pieces in the order of their ids: the same in whatever file a library writes them."""
+        return hashlib.sha256("\0".join(self.pieces()).encode()).hexdigest()
+
+    def save_for_others(self, directory: str | Path) -> None:
+        """Writes what `save` does, with what other libraries want beside it: tokenizer.json, since they may lack
+        sentencepiece, and the class's name."""
+        self.save(directory)
+        if self._for_others is None:  # it takes a second, and checkpoints are many
+            written = {CONFIG_FILE: '{"tokenizer_class": "XLMRobertaTokenizer"}\n'}
+            if JSON_FILE not in self._files:
+                written[JSON_FILE] = self._encoder.to_str()
+            self._for_others = {name: text for name, text in written.items() if name not in self._files}
+        for name, text in self._for_others.items():
+            (Path(directory) / name).write_text(text, encoding="utf-8")
 
     def __getstate__(self) -> tuple[dict[str, bytes], str]:
         return self._files, self._name

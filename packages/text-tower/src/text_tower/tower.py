@@ -138,10 +138,12 @@ class TextTower(nn.Module):
     def merged(self, adapter: str | None = None) -> TextTower:
         """A tower without adapters, for inference: a copy of the weights with one adapter (None: the first) added.
 
-        Its embeddings are the same up to rounding.
+        Its embeddings are the same up to rounding. The tasks of other adapters are unknown to it.
         """
+        k = self._adapter_index(adapter)
+        name = NO_ADAPTER if k is None or not self.config.adapters else self.config.adapters[k]
         with torch.device("meta"):
-            tower = TextTower(replace(self.config, lora_rank=0, adapters=()), self.tokenizer)
+            tower = TextTower(self.config.merged(name), self.tokenizer)
         ours = {parameter.data_ptr() for parameter in self.parameters()}
         weights = self.merged_state_dict(adapter).items()
         tower.load_state_dict({n: t.clone() if t.data_ptr() in ours else t for n, t in weights}, assign=True)

@@ -11,10 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vision_tower.config import VisionTowerConfig, as_pair
 from vision_tower.fields import COUNT, FLAG, NUMBER, OBJECT, TEXT, field, read_json, shown
 from vision_tower.timm_models import config_of, meta_model
 
 PROCESSOR_NAME = "preprocessor_config.json"
+PROCESSOR_TYPE = "CLIPImageProcessor"
 OPEN_CLIP_NAME = "open_clip_config.json"
 
 # Keys that transformers writes into every configuration, or wrote until its version 5.
@@ -185,10 +187,42 @@ def processor_settings(directory: Path, *, crop_mode: str | None) -> dict[str, A
     found = _preprocessing(rest, where, crop_mode=crop_mode)
     if crop is not None and "resolution" in found:
         target, whole = _pixels(crop, f"{where}: crop_size"), found["resolution"]
+        if target == whole:
+            return found | {"crop_pct": 1.0}
         if isinstance(target, tuple) or isinstance(whole, tuple) or target > whole:
             raise ValueError(f"{where} has size {size!r} and crop_size {crop!r}; expected squares, the crop within")
         found |= {"resolution": target, "crop_pct": _crop_pct(target, whole)}
     return found
+
+
+def processor_values(config: VisionTowerConfig) -> dict[str, Any] | None:
+    """preprocessor_config.json of a tower, for transformers' CLIPImageProcessor.
+
+    With `backend="pil"` its pixels are the tower's, but for the place of the crop: of a surplus of 4n + 3 pixels it
+    cuts one less at the left or top. Its torchvision backend resizes by another kernel. None if it cannot bring images
+    to size as the tower does, with a border or a rectangle that is cut out: transformers then takes timm's own steps,
+    which want RGB images.
+    """
+    height, width = as_pair(config.resolution)
+    whole = [math.floor(side / config.crop_pct) for side in (height, width)]
+    square = height == width
+    if config.crop_mode == "border" or not (square or (config.crop_mode == "squash" and whole == [height, width])):
+        return None
+    sides = {"height": whole[0], "width": whole[1]}
+    return {
+        "image_processor_type": PROCESSOR_TYPE,
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": sides if config.crop_mode == "squash" else {"shortest_edge": whole[0]},
+        "resample": _KERNELS.index(config.interpolation),
+        "do_center_crop": True,
+        "crop_size": {"height": height, "width": width},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(config.mean),
+        "image_std": list(config.std),
+    }
 
 
 def _crop_pct(target: int, whole: int) -> float:

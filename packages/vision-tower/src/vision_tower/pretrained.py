@@ -22,11 +22,20 @@ from vision_tower.files import whole_directory, write_json, write_weights
 from vision_tower.foreign import (
     OPEN_CLIP_NAME,
     PROCESSOR_NAME,
+    PROCESSOR_TYPE,
     jina_settings,
     open_clip_settings,
     processor_settings,
+    processor_values,
 )
-from vision_tower.timm_models import TIMM_ENTRY, check_stated, config_of, directory_config, preprocessing_of
+from vision_tower.timm_models import (
+    DIRECTORY_KEYS,
+    TIMM_ENTRY,
+    check_stated,
+    config_of,
+    directory_config,
+    preprocessing_of,
+)
 
 if TYPE_CHECKING:
     from vision_tower.tower import VisionTower
@@ -34,20 +43,23 @@ if TYPE_CHECKING:
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 WEIGHTS_NAMES = (WEIGHTS_NAME, "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+OUR_KEY = "trilith"  # of our own fields in config.json, whose other keys are timm's and transformers'
 MODEL_TYPE = "trilith_vision_tower"
 _FOR_TIMM = ("architecture", "num_classes", "model_args", "pretrained_cfg")
 
 
 def save(tower: VisionTower, path: str | PathLike[str]) -> None:
-    """Writes `config.json` and `model.safetensors` (timm's names, the parameters' dtype) into the directory `path`.
+    """Writes `config.json`, `preprocessor_config.json` and `model.safetensors` (timm's names, the parameters' dtype)
+    into the directory `path`.
 
-    Both files are on disk before anything in `path` changes: a full disk or a process killed while it writes leaves
-    what was there. Other files in `path` stay.
+    They are on disk before anything in `path` changes: a full disk or a process killed while it writes leaves what was
+    there. Other files in `path` stay.
 
     timm loads it with the same output, preprocessing included: `timm.create_model("local-dir:" + path,
     pretrained=True)`, or from the file `timm.create_model("eva02_large_patch14_clip_224", checkpoint_path=…,
-    **tower.config.timm_arguments())`. A `layer_norm_eps` that is not timm's warns, and the directory is then for
-    VisionTower alone.
+    **tower.config.timm_arguments())`. So do transformers' AutoModel (`pooler_output`) and AutoImageProcessor; see
+    `foreign.processor_values` for the images. A `layer_norm_eps` that is not timm's warns, and the directory is then
+    for VisionTower alone.
 
     Raises:
         FileExistsError: `path` is a file.
@@ -62,20 +74,30 @@ def save(tower: VisionTower, path: str | PathLike[str]) -> None:
             f"{VisionTowerConfig.layer_norm_eps:g}: what is saved is for VisionTower alone",
             stacklevel=2,
         )
-    content = {"model_type": MODEL_TYPE, **asdict(config), **(_for_timm(config) if timms else {})}
-    for name in ("attention", "compile"):  # the machine's, not the weights'
-        del content[name]
+    ours = {key: value for key, value in asdict(config).items() if key not in ("attention", "compile")}  # the machine's
+    processor = processor_values(config) if timms else None
+    content = {"model_type": MODEL_TYPE} if not timms else _for_timm(config, processor is not None)
     with whole_directory(target) as directory:
         write_weights(tower.state_dict(), directory / WEIGHTS_NAME)
-        write_json(content, directory / CONFIG_NAME)
+        if processor is not None:
+            write_json(processor, directory / PROCESSOR_NAME)
+        write_json({**content, OUR_KEY: ours}, directory / CONFIG_NAME)
+    if processor is None:  # of a tower that stood here before
+        (target / PROCESSOR_NAME).unlink(missing_ok=True)
 
 
-def _for_timm(config: VisionTowerConfig) -> dict[str, Any]:
-    """The keys of config.json that timm reads."""
+def _for_timm(config: VisionTowerConfig, with_processor: bool) -> dict[str, Any]:
+    """The keys of config.json that timm reads, and transformers' wrapper of timm's models."""
     arguments = config.timm_arguments()
     return {
+        "architectures": ["TimmWrapperModel"],
+        "model_type": "timm_wrapper",
         "architecture": TIMM_ENTRY,
         "num_classes": arguments.pop("num_classes"),
+        "num_features": config.width,
+        "do_pooling": True,
+        # Of a local timm directory AutoImageProcessor reads this file first, of one on a hub the processor's own.
+        **({"image_processor_type": PROCESSOR_TYPE} if with_processor else {}),
         "model_args": arguments,
         "pretrained_cfg": {
             "input_size": [3, *as_pair(config.resolution)],
@@ -145,7 +167,7 @@ def _stated_config(
 ) -> VisionTowerConfig | None:
     """The configuration in a directory's JSON files; None if it is to be inferred from the weights."""
     file = source.with_name(CONFIG_NAME)
-    if values.get("model_type") == MODEL_TYPE:
+    if OUR_KEY in values or values.get("model_type") == MODEL_TYPE:
         return _own_config(values, file, stated)
     if "architecture" in values:
         return directory_config(values, file, num_classes=num_classes, global_pool=global_pool).changed(stated)
@@ -227,9 +249,12 @@ def _find(path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _own_config(values: Mapping[str, Any], source: Path, stated: Mapping[str, Any]) -> VisionTowerConfig:
-    # Older directories have `mlp_width` under the name of `hidden`.
-    renamed = {"mlp_width" if key == "hidden" else key: value for key, value in values.items()}
-    ours = {key: value for key, value in renamed.items() if key not in ("model_type", *_FOR_TIMM)}
+    ours = field(values, OUR_KEY, OBJECT, source, None)
+    if ours is None:  # Older directories have our fields at the top, and `mlp_width` under the name of `hidden`.
+        renamed = {"mlp_width" if key == "hidden" else key: value for key, value in values.items()}
+        ours = {key: value for key, value in renamed.items() if key not in ("model_type", *_FOR_TIMM)}
+    elif unknown := sorted(key for key in values.keys() - {OUR_KEY} - DIRECTORY_KEYS if values[key] is not None):
+        raise ValueError(f"{source}: {', '.join(unknown)} is not known here; remove what has no bearing on the model")
     try:
         config = VisionTowerConfig.from_dict(ours)
         for_timm = field(values, "pretrained_cfg", OBJECT, source, {})

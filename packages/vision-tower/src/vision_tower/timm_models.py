@@ -50,11 +50,19 @@ _CHECKED = {"global_pool", "num_classes", "ref_feat_shape"}
 _HEAD = ("head", "head_drop", "norm", "fc_norm", "patch_drop")
 
 # Keys of config.json: timm's, and those that transformers adds when it wraps a timm model.
-_DIRECTORY_KEYS = {
+DIRECTORY_KEYS = {
     *("architecture", "num_classes", "num_features", "global_pool", "model_args", "pretrained_cfg"),
     *("label_names", "label_descriptions", "labels", "id2label", "label2id", "num_labels", "problem_type"),
     *("model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "initializer_range"),
-    *("do_pooling", "_name_or_path", "output_attentions", "output_hidden_states", "return_dict", "is_encoder_decoder"),
+    *(
+        "do_pooling",
+        "image_processor_type",
+        "_name_or_path",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "is_encoder_decoder",
+    ),
     *("chunk_size_feed_forward", "_attn_implementation_autoset", "license", "tags", "library_name", "description"),
 }
 
@@ -136,7 +144,7 @@ def _check_directory(values: Mapping[str, Any], arguments: Mapping[str, Any], so
         if any(isinstance(n, int) and abs(n) > most for n in (value if isinstance(value, list) else [value])):
             raise ValueError(f"{source}: model_args: {key} is {value!r}; expected at most {most:,}")
     if "pretrained_cfg" in values and (
-        unknown := sorted(key for key in values.keys() - _DIRECTORY_KEYS if values[key] is not None)
+        unknown := sorted(key for key in values.keys() - DIRECTORY_KEYS if values[key] is not None)
     ):
         raise ValueError(f"{source}: {', '.join(unknown)} is not known here; remove what has no bearing on the model")
     if values.get("do_pooling", True) is not True:

@@ -4,37 +4,97 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from typing import TYPE_CHECKING
 
 from stage_trainer.commands.common import a_path, find_model
 from stage_trainer.errors import UserError
 
+if TYPE_CHECKING:
+    from stage_trainer.dual_encoder import DualEncoder
+
+FORMATS = {
+    "common": "one directory for Trilith, sentence-transformers, transformers and timm, with a model card",
+    "trilith": "for stage_trainer.DualEncoder alone; any model, adapters as they are",
+    "jina-clip": "the layout of the published jina-clip-v2, for its code and what is built on that",
+}
+
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    formats = "; ".join(f"{name}: {what}" for name, what in FORMATS.items())
     p = commands.add_parser(
         "export",
-        help="take the model out of a checkpoint or a finished stage",
-        description="Writes a directory for stage_trainer.DualEncoder.from_pretrained. Of a stage's folder it takes "
-        "the newest checkpoint, and says so; name a step-… folder for another.",
+        help="take the model out of a checkpoint or a finished stage, for other libraries too",
+        description="Writes a directory that stage_trainer.DualEncoder, sentence-transformers, transformers and timm "
+        "open; its README.md says how. Of a stage's folder it takes the newest checkpoint, and says so; name a "
+        "step-… folder for another. What `stage-trainer evaluate` found of a stage goes into the card.",
     )
-    p.add_argument("checkpoint", type=a_path, help="a checkpoint, or a stage's folder (its newest checkpoint)")
+    p.add_argument("checkpoint", type=a_path, help="a checkpoint, a stage's folder (its newest checkpoint), or a model")
     p.add_argument("out", type=a_path, help="the directory to write; it must not exist")
+    p.add_argument("--format", choices=FORMATS, default="common", help=f"{formats} (default: %(default)s)")
+    p.add_argument(
+        "--lora",
+        choices=("merged", "kept"),
+        help="merged: the text tower's default adapter is added to its weights, and every library gives its vectors; "
+        "kept: adapters stay apart (common: a PEFT folder each, text/NAME, for further training; not for "
+        "sentence-transformers) (default: merged; of jina-clip: kept)",
+    )
+    p.add_argument(
+        "--dtype", choices=("float16", "float32"), help="of jina-clip's weights (default: float16, as published)"
+    )
     p.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     from stage_trainer.files import check_can_write, writing
 
+    if arguments.dtype and arguments.format != "jina-clip":
+        raise UserError("--dtype is for --format jina-clip; leave it out")
+    if arguments.lora and arguments.format == "trilith":
+        raise UserError("--lora is not for --format trilith, which keeps adapters as they are; leave it out")
     with writing(arguments.out):
         if arguments.out.exists():
             raise UserError(f"{arguments.out} exists already; name another place or move it away")
     check_can_write(arguments.out)
-    model, _ = find_model(arguments.checkpoint)
+    found, checkpoint = find_model(arguments.checkpoint)
     from stage_trainer.dual_encoder import DualEncoder
 
-    DualEncoder.from_pretrained(model).save_pretrained(arguments.out)
+    model = DualEncoder.from_pretrained(found)
+    if arguments.format == "trilith":
+        model.save_pretrained(arguments.out)
+    elif arguments.format == "jina-clip":
+        _write_jina_clip(model, arguments)
+    else:
+        from stage_trainer.formats import common, history
+        from stage_trainer.formats.card import card
+
+        past, name = history.of(found, checkpoint), arguments.out.resolve().name
+        lora = arguments.lora or "merged"
+        adapters = common.write(model, arguments.out, lora, lambda become: card(name, model, become, past))
+        _say_adapters(adapters.merged, adapters.left_out, adapters.kept)
     print(
         f"wrote {arguments.out}\n"
         f"  in Python:  stage_trainer.DualEncoder.from_pretrained({str(arguments.out)!r})\n"
         f"  figures:    stage-trainer evaluate {shlex.quote(str(arguments.out))} DATA\n"
         f'  picture:    stage-trainer search {shlex.quote(str(arguments.out))} DATA "some words"'
     )
+    if arguments.format == "common":
+        print(f"  elsewhere:  {arguments.out / 'README.md'} has an example for each library")
+
+
+def _write_jina_clip(model: DualEncoder, arguments: argparse.Namespace) -> None:
+    from stage_trainer.formats import jina_clip
+
+    dtype = arguments.dtype or "float16"
+    written = jina_clip.write(model, arguments.out, lora=arguments.lora or "kept", dtype=dtype)
+    _say_adapters((written.merged,) if written.merged else (), tuple(written.left_out), ())
+    if written.rounded:
+        print(f"{len(written.rounded)} tensors are rounded to {dtype}; --dtype float32 keeps every number")
+
+
+def _say_adapters(merged: tuple[str, ...], left_out: tuple[str, ...], kept: tuple[str, ...]) -> None:
+    if merged:
+        print(f"the adapter {merged[0]} is merged into the text tower's weights; --lora kept leaves it apart")
+    if left_out:
+        print(f"not in this directory: the adapters {', '.join(left_out)}; --lora kept exports all of them")
+    if kept:
+        print(f"the adapters {', '.join(kept)} are PEFT folders; sentence-transformers needs --lora merged")
