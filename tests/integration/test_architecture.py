@@ -15,10 +15,10 @@ SOURCES = {
     "data_prep": ROOT / "data_prep/src/data_prep",
 }
 FLOORS = (
-    "errors files metrics",
+    "errors files hub metrics",
     "recipe data.download",
     "batch data.stateless_rng",
-    "dual_encoder",
+    "dual_encoder formats",
     "data",
     "weights build",
     "optim",

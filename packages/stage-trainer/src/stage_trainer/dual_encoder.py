@@ -12,8 +12,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from stage_trainer import hub
 from stage_trainer.errors import UserError
 from stage_trainer.files import whole_directory
+from stage_trainer.formats import jina_clip_read
+from stage_trainer.formats.jina_clip_read import Parts
 
 if TYPE_CHECKING:
     from text_tower import TextTower
@@ -84,19 +87,22 @@ class DualEncoder(nn.Module):
     def from_pretrained(
         cls, path: str | Path, *, text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None
     ) -> DualEncoder:
-        """Reads what `save_pretrained` wrote.
+        """Reads what `save_pretrained` wrote, or a directory in jina-clip-v2's layout.
 
         Args:
-            path: the directory.
+            path: the directory; or, if there is none, the name of a repository of the Hugging Face hub that is one,
+                "jinaai/jina-clip-v2", which is downloaded once.
             text, vision: options of `TextTower.from_pretrained` and `VisionTower.from_pretrained`.
 
         Raises:
-            UserError: no such directory, not one of this format, or one that is damaged.
+            UserError: no such directory, not one of these formats, or one that is damaged.
         """
         from text_tower import TextTower
         from vision_tower import VisionTower
 
-        path = Path(path)
+        path = hub.local(path) if hub.is_name(path) else Path(path)
+        if jina_clip_read.is_one(path):
+            return cls._of(jina_clip_read.read(path, text or {}, vision or {}))
         config = read_config(path)
         try:
             towers = (
@@ -105,10 +111,14 @@ class DualEncoder(nn.Module):
             )
         except (ValueError, OSError) as error:  # the towers say what is missing or damaged
             raise UserError(f"cannot load {path}: {error}") from error
-        model = cls(*towers, matryoshka_dims=config.dims)
+        return cls._of(Parts(*towers, config.logit_scale, config.text_logit_scale, config.dims))
+
+    @classmethod
+    def _of(cls, parts: Parts) -> DualEncoder:
+        model = cls(parts.text, parts.vision, matryoshka_dims=parts.dims)
         with torch.no_grad():
-            model.logit_scale.fill_(config.logit_scale)
-            model.text_logit_scale.fill_(config.text_logit_scale)
+            model.logit_scale.fill_(parts.logit_scale)
+            model.text_logit_scale.fill_(parts.text_logit_scale)
         return model
 
 
@@ -140,8 +150,8 @@ def read_config(path: Path) -> StoredConfig:
         found = config.get("format") if isinstance(config, dict) else config
         raise UserError(
             f"{file} has format {repr(found)[:200]}; expected {FORMAT!r}, a model of two towers. "
-            "One that was published, or the text tower of masked-language-model training, is started from: name it "
-            "as model.text_weights and model.vision_weights of a recipe"
+            "or jina-clip-v2's layout. A tower alone is started from: name it as model.text_weights or "
+            "model.vision_weights of a recipe"
         )
     scales = [_scale(config.get(key), f"{file}: {key}") for key in ("logit_scale", "text_logit_scale")]
     if "matryoshka_dimensions" not in config:

@@ -166,7 +166,10 @@ class _Found:
         layout = Layout.of(weights)
         config = config_json.from_json(stored, weights, layout, path / "config.json")
         tokenizer = Tokenizer.in_directory(path)
-        config = _with_what_else_is_said(config, said, tokenizer)
+        if layout.is_half and layout.kind == "remote-code" and not config.adapters:
+            layout, weights = layout.without_merged(weights)
+        # A tokenizer's limit is not jina-clip's: its encode_text cuts at 512, whatever the tokenizer says.
+        config = _with_what_else_is_said(config, said, None if layout.is_half else tokenizer)
         return cls(path, stored, weights, unmerged, layout, config, tokenizer)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from text_tower import tokenizer_files
 from text_tower.config import whole_number
 from text_tower.texts import listed
-from text_tower.tokenizer_files import BOS, EOS, UNK
+from text_tower.tokenizer_files import BOS, EOS, JSON_FILE, UNK
 
 __all__ = ["BOS", "EOS", "UNK", "Tokenizer"]
 
@@ -98,6 +98,11 @@ class Tokenizer:
         for name, content in self._files.items():
             (Path(directory) / name).write_bytes(content)
         return Path(directory) / next(iter(self._files))
+
+    def save_json(self, directory: str | Path) -> None:
+        """Writes tokenizer.json, unless `save` does, for libraries that have no sentencepiece: with the same ids."""
+        if JSON_FILE not in self._files:
+            (Path(directory) / JSON_FILE).write_text(self._encoder.to_str(), encoding="utf-8")
 
     def __getstate__(self) -> tuple[dict[str, bytes], str]:
         return self._files, self._name

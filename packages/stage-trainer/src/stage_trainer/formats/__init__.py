@@ -1,0 +1,1 @@
+"""Directories in which a trained model leaves the house; one module for each format."""
