@@ -18,7 +18,7 @@ FLOORS = (
     "errors files hub metrics",
     "recipe data.download",
     "batch data.stateless_rng",
-    "dual_encoder formats",
+    "dual_encoder formats encoding",
     "data",
     "weights build",
     "optim",

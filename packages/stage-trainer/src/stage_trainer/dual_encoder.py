@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stage_trainer import hub
+from stage_trainer.encoding.encode import Encoded, Rows, encode, similarity
+from stage_trainer.encoding.options import EncodeOptions
 from stage_trainer.errors import UserError
 from stage_trainer.files import whole_directory
 from stage_trainer.formats import jina_clip_read
@@ -57,6 +59,35 @@ class DualEncoder(nn.Module):
         self.matryoshka_dims = tuple(matryoshka_dims) if matryoshka_dims else None
         self.logit_scale = nn.Parameter(torch.full((1,), -math.log(temperature)))
         self.text_logit_scale = nn.Parameter(torch.full((1,), -math.log(temperature)))
+
+    def encode(self, inputs: Any, **options: Any) -> Rows | Encoded:
+        """Embeds a list of texts and images: float32 `[N, D]`, or `[D]` of one that is not in a list.
+
+        A string is a text, unless it is the URL of an image (one word that begins with http:// or https://), a
+        `data:image/…` URI, or the path of an image (it ends in .jpg, .png, … and has no spaces, or is a file). `Path`s,
+        bytes, PIL images, arrays and tensors are images. `{"text": …}` and `{"image": …}` say it explicitly: write the
+        first for strings of others, which could otherwise make this machine read a file or fetch a URL.
+
+        Args:
+            inputs: one of these, or a list of them, mixed freely.
+            options: see `EncodeOptions`; sentence-transformers' names are known too.
+
+        Returns:
+            An array, a tensor or a list of tensors, as the options say; with `errors="skip"` that and what was left
+            out, as `Encoded`.
+
+        Raises:
+            UserError: an unknown option, or an entry that is neither text nor image.
+            ImageError: an image that cannot be used; the message has its place in the list and its name.
+        """
+        asked = EncodeOptions.of(options)
+        if asked.device is not None:
+            self.to(asked.device)
+        return encode(self.text, self.vision, inputs, asked)
+
+    def similarity(self, first: Any, second: Any) -> Tensor:
+        """Cosine similarities `[N, M]` of embeddings `[N, D]` and `[M, D]`, or of single ones."""
+        return similarity(first, second)
 
     def encode_text(self, texts: Sequence[str], **options: Any) -> np.ndarray:
         """Embeds texts: `[N, D]` float32. Options are those of `TextTower.encode` (`task`, `truncate_dim`, …)."""
