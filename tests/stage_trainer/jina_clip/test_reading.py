@@ -1,8 +1,11 @@
 """A directory in the layout of the published jina-clip-v2 is one model, with the published arithmetic's numbers."""
 
+import http.server
 import json
 import math
 import pickle
+import threading
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -183,3 +186,71 @@ def test_a_hub_name_without_network_says_what_to_fetch(monkeypatch, tmp_path):
         DualEncoder.from_pretrained("someone/a-model")
     with pytest.raises(UserError, match="holds no model"):  # a folder's name
         DualEncoder.from_pretrained("a-model")
+
+
+def hub_of(folder, files):
+    """A handler that answers as the Hugging Face hub does for one repository, and notes what is asked."""
+    commit = "a" * 40
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        asked: ClassVar[set[str]] = set()
+
+        def do_GET(self, body=True):
+            path = self.path.partition("?")[0]
+            name = path.rpartition(f"/resolve/{commit}/")[2]
+            headers = {"X-Repo-Commit": commit}
+            if path.startswith("/api/models/someone/a-model/tree/"):
+                content = json.dumps([{"type": "file", "path": f, "oid": "b" * 40, "size": 1} for f in files]).encode()
+            elif path.startswith("/api/models/someone/a-model"):
+                siblings = [{"rfilename": f} for f in files]
+                about = {"id": "someone/a-model", "sha": commit, "siblings": siblings, "private": False}
+                content = json.dumps(about).encode()
+            elif name in files:
+                self.asked.add(name)
+                content = (folder / name).read_bytes() if (folder / name).exists() else b"never asked for"
+                headers["ETag"] = f'"{name}"'
+            else:
+                return self.send_error(404)
+            self.send_response(200)
+            for key, value in {**headers, "Content-Length": str(len(content))}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if body:
+                self.wfile.write(content)
+
+        def do_HEAD(self):
+            self.do_GET(body=False)
+
+        def log_message(self, *_):
+            pass
+
+    return Handler
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_a_hub_name_is_fetched_once_without_graphs_code_or_the_same_weights_again(write, tmp_path, binary, monkeypatch):
+    from huggingface_hub import constants
+
+    folder = write("model", binary=binary)
+    there = {file.name for file in folder.iterdir()}
+    handler = hub_of(folder, {*there, "pytorch_model.bin", "onnx/model.onnx", "custom_st.py", "README.md"})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    for name, value in (
+        ("ENDPOINT", url), ("HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"),
+        ("HF_HUB_CACHE", str(tmp_path / "cache")), ("HF_HUB_DISABLE_XET", True), ("HF_HUB_OFFLINE", False),
+    ):  # fmt: skip
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.chdir(tmp_path)
+    try:
+        assert DualEncoder.from_pretrained("someone/a-model").text.config.width == 64
+        assert handler.asked == there
+    finally:
+        server.shutdown()
+        server.server_close()
+    # Without network what is there is taken.
+    assert DualEncoder.from_pretrained("someone/a-model").text.config.width == 64
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert DualEncoder.from_pretrained("someone/a-model").text.config.width == 64
