@@ -129,7 +129,7 @@ def folder(tokenizer, tmp_path) -> Callable[[str], tuple[Path, Callable[[Path], 
             jina_clip.write(DualEncoder(TextTower(config, tokenizer), image, matryoshka_dims=(8, 16)), path)
             file = path / "config.json"
             said = {"text": {"dropout": 0.1}, "vision": {"checkpointing": True}, "text_logit_scale": 1.0}
-            file.write_text(json.dumps({**json.loads(file.read_text()), "trilith": said}))
+            file.write_text(json.dumps({**json.loads(file.read_text()), "trilith_clip": said}))
             return path, DualEncoder.from_pretrained
         if layout in ("own", "timm", "jina"):
             vision(path, layout)

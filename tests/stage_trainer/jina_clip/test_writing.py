@@ -167,7 +167,7 @@ def test_merged_adapters_are_zeros_for_the_published_code_and_gone_for_ours(toke
     stored = load_file(tmp_path / "out/model.safetensors")
     assert not any(tensor.any() for name, tensor in stored.items() if ".0.lora_" in name)
     options = json.loads((tmp_path / "out/config.json").read_text())
-    assert options["trilith"]["text"]["adapters"] == []
+    assert options["trilith_clip"]["text"]["adapters"] == []
     back = DualEncoder.from_pretrained(tmp_path / "out")
     assert back.text.config.adapters == ()
     expected = model.encode_text(TEXTS)
@@ -256,7 +256,7 @@ def test_export_evaluate_and_training_take_such_a_directory(published, recipes, 
     assert load_file(tmp_path / "again/model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
     # A recipe that starts from it, with a temperature of the text task that only our key can say.
     file = tmp_path / "again/config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "trilith": {"text_logit_scale": 1.5}}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "trilith_clip": {"text_logit_scale": 1.5}}))
     stage = ("resolution=[[0, 48]]", "max_tokens=32", "loss.dims=[64, 32]", "model.text={}", "model.vision={}")
     recipe = load(recipes / "finetune.yaml", [*stage, f"model.weights={tmp_path / 'again'}"], stage=1).recipe
     model = build_model(recipe, 1, load_tokenizer(recipe))

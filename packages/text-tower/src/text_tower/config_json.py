@@ -26,6 +26,7 @@ COMMON = {
     "pad_id": "pad_token_id",
 }
 OUR_KEY = "trilith"
+CLIP_KEY = "trilith_clip"  # of a whole jina-clip directory that we wrote
 OURS = ("dropout", "lora_rank", "lora_alpha", "adapters", "instructions", "truncate_dim", "checkpointing")
 _V3 = "jinaai/jina-embeddings-v3"
 _UNUSED_POSITIONS = 2  # max_position_embeddings counts two positions that XLM-RoBERTa never used
@@ -155,8 +156,8 @@ def _from_clip(stored: dict[str, Any], weights: Mapping[str, Tensor], layout: La
 def _ours_in_clip(stored: Mapping[str, Any], values: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """What a jina-clip directory of ours says beside the published keys: what those have no place for, and by an empty
     list of adapters that they are merged already."""
-    ours: dict[str, Any] = field(ours_of(stored, file), "text", OBJECT, f"{file}: {OUR_KEY}", {})
-    where = f"{file}: {OUR_KEY}.text"
+    ours: dict[str, Any] = field(field(stored, CLIP_KEY, OBJECT, file, {}), "text", OBJECT, f"{file}: {CLIP_KEY}", {})
+    where = f"{file}: {CLIP_KEY}.text"
     of_adapters = {"lora_rank"} if "adapters" in ours else {"lora_rank", "lora_alpha"}
     if unknown := sorted(ours.keys() - (set(OURS) - of_adapters)):
         raise ValueError(f"{where} has {', '.join(unknown)}, not known there; remove it, or export the model again")

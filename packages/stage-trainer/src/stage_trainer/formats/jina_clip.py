@@ -2,7 +2,7 @@
 
 Its weights are read by the published code (`AutoModel.from_pretrained(…, trust_remote_code=True)`, transformers below
 5), by what is built on that code, and by `DualEncoder.from_pretrained`. What a model has beyond the published keys,
-such as the text task's own temperature, stands in config.json under `trilith`, which others ignore.
+such as the text task's own temperature, stands in config.json under `trilith_clip`, which others ignore.
 """
 
 from __future__ import annotations

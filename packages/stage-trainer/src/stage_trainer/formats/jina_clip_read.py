@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vision_tower import VisionTower
 
 MODEL_TYPE = "jina_clip"
-OUR_KEY = "trilith"  # of config.json: what the published keys have no place for
+OUR_KEY = "trilith_clip"  # of config.json: what the published keys have no place for
 
 
 class Parts(NamedTuple):
