@@ -15,10 +15,10 @@ SOURCES = {
     "data_prep": ROOT / "data_prep/src/data_prep",
 }
 FLOORS = (
-    "errors files metrics",
+    "errors files hub metrics",
     "recipe data.download",
     "batch data.stateless_rng",
-    "dual_encoder formats",
+    "dual_encoder formats encoding",
     "data",
     "weights build",
     "optim",

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from stage_trainer.dual_encoder import DualEncoder
+from stage_trainer.formats import jina_clip
 from text_tower import MaskedLM, TextTower, TextTowerConfig, Tokenizer
 from vision_tower import VisionTower, VisionTowerConfig
 
@@ -121,6 +122,14 @@ def folder(tokenizer, tmp_path) -> Callable[[str], tuple[Path, Callable[[Path], 
             vision(tmp_path / "vision", "own")
             towers = TextTower.from_pretrained(tmp_path / "text"), VisionTower.from_pretrained(tmp_path / "vision")
             DualEncoder(*towers, matryoshka_dims=(8, 16)).save_pretrained(path)
+            return path, DualEncoder.from_pretrained
+        if layout == "whole":  # jina-clip-v2's, both halves in one file
+            config = TextTowerConfig(**small, lora_rank=2, adapters=("query",), instructions={"query": "q: "})
+            image = VisionTower(VisionTowerConfig(resolution=16, patch=8, width=16, layers=1, heads=2, mlp_width=24))
+            jina_clip.write(DualEncoder(TextTower(config, tokenizer), image, matryoshka_dims=(8, 16)), path)
+            file = path / "config.json"
+            said = {"text": {"dropout": 0.1}, "vision": {"checkpointing": True}, "text_logit_scale": 1.0}
+            file.write_text(json.dumps({**json.loads(file.read_text()), "trilith_clip": said}))
             return path, DualEncoder.from_pretrained
         if layout in ("own", "timm", "jina"):
             vision(path, layout)
@@ -234,7 +243,8 @@ def test_what_once_got_through_is_refused_in_one_message_that_names_the_folder(l
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    "layout", ["plain", "lora", "peft", "remote", "clip", "masked", "st", "index", "own", "timm", "jina", "dual"]
+    "layout",
+    ["plain", "lora", "peft", "remote", "clip", "masked", "st", "index", "own", "timm", "jina", "dual", "whole"],
 )
 def test_no_value_of_any_file_gets_past_the_message(layout, folder):
     path, load = folder(layout)
@@ -256,7 +266,7 @@ def test_no_value_of_any_file_gets_past_the_message(layout, folder):
     assert not faults
 
 
-@pytest.mark.parametrize("layout", ["plain", "st", "own", "dual"])
+@pytest.mark.parametrize("layout", ["plain", "st", "own", "dual", "whole"])
 def test_no_file_of_weights_or_pieces_gets_past_the_message(layout, folder):
     path, load = folder(layout)
     faults = {}

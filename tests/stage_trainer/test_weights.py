@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from stage_trainer import DualEncoder, weights
+from stage_trainer import DualEncoder, hub, weights
 from stage_trainer.build import build_model, check_configs, load_model, load_tokenizer, tower_configs
 from stage_trainer.commands.dry_run import dry_run
 from stage_trainer.errors import UserError
@@ -272,6 +272,6 @@ def test_the_shape_of_timms_towers_is_known_without_their_weights(recipe_from):
 
 def test_both_towers_of_one_hub_name_bring_its_temperature(ours, recipe_from, monkeypatch):
     """The name is no folder; what is fetched for it is."""
-    monkeypatch.setattr(weights, "local", lambda name: str(ours))
+    monkeypatch.setattr(hub, "local", lambda name: ours)
     recipe = recipe_from("model.text_weights=some/hub-name", "model.vision_weights=some/hub-name", "model.weights=null")
     assert weights.log_scales(recipe.model) == pytest.approx((math.log(1 / 0.05), math.log(1 / 0.2)))

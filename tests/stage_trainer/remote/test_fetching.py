@@ -168,7 +168,7 @@ def test_no_redirection_leads_to_files_to_ftp_or_into_this_machine(server, serve
 def test_a_redirection_from_https_to_http_is_not_followed():
     request = urllib.request.Request("https://data.example/a")
     with pytest.raises(download.Failure, match="redirects to http://data.example/b"):
-        download._Redirects().redirect_request(request, None, 302, "", {}, "http://data.example/b")
+        download.Redirects().redirect_request(request, None, 302, "", {}, "http://data.example/b")
 
 
 @pytest.mark.parametrize("fault", ["slow bytes", "slow headers"])

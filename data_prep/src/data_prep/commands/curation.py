@@ -138,8 +138,8 @@ def _add_negatives(commands: Subcommands) -> None:
     parser.add_argument(
         "--similarity", type=float, default=0.8, metavar="X", help="of texts that count as the same (default: 0.8)"
     )
-    parser.add_argument("--query-task", metavar="NAME", help="the tower's task for queries (retrieval.query)")
-    parser.add_argument("--target-task", metavar="NAME", help="the tower's task for answers (retrieval.passage)")
+    parser.add_argument("--query-task", metavar="NAME", help="the tower's task for queries, such as retrieval.query")
+    parser.add_argument("--target-task", metavar="NAME", help="the tower's task for answers, if it has one")
     parser.add_argument("--dim", type=int, metavar="N", help="search by the first N dims only")
     parser.add_argument(
         "--exact-up-to", type=int, default=200_000, metavar="N", help="pairs; more: inverted lists (default: 200000)"

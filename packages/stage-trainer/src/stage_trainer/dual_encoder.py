@@ -10,10 +10,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from stage_trainer import hub
+from stage_trainer.encoding.encode import Encoded, Rows, encode, similarity
+from stage_trainer.encoding.options import EncodeOptions
 from stage_trainer.errors import UserError
 from stage_trainer.files import whole_directory
+from stage_trainer.formats import jina_clip_read
+from stage_trainer.formats.jina_clip_read import Parts
 
 if TYPE_CHECKING:
     from text_tower import TextTower
@@ -56,6 +61,35 @@ class DualEncoder(nn.Module):
         self.logit_scale = nn.Parameter(torch.full((1,), -math.log(temperature)))
         self.text_logit_scale = nn.Parameter(torch.full((1,), -math.log(temperature)))
 
+    def encode(self, inputs: Any, **options: Any) -> Rows | Encoded:
+        """Embeds a list of texts and images: float32 `[N, D]`, or `[D]` of one that is not in a list.
+
+        A string is a text, unless it is the URL of an image (one word that begins with http:// or https://), a
+        `data:image/…` URI, or the path of an image (it ends in .jpg, .png, … and has no spaces, or is a file). `Path`s,
+        bytes, PIL images, arrays and tensors are images. `{"text": …}` and `{"image": …}` say it explicitly: write the
+        first for strings of others, which could otherwise make this machine read a file or fetch a URL.
+
+        Args:
+            inputs: one of these, or a list of them, mixed freely.
+            options: see `EncodeOptions`; sentence-transformers' names are known too.
+
+        Returns:
+            An array, a tensor or a list of tensors, as the options say; with `errors="skip"` that and what was left
+            out, as `Encoded`.
+
+        Raises:
+            UserError: an unknown option, or an entry that is neither text nor image.
+            ImageError: an image that cannot be used; the message has its place in the list and its name.
+        """
+        asked = EncodeOptions.of(options)
+        if asked.device is not None:
+            self.to(asked.device)
+        return encode(self.text, self.vision, inputs, asked)
+
+    def similarity(self, first: Any, second: Any) -> Tensor:
+        """Cosine similarities `[N, M]` of embeddings `[N, D]` and `[M, D]`, or of single ones."""
+        return similarity(first, second)
+
     def encode_text(self, texts: Sequence[str], **options: Any) -> np.ndarray:
         """Embeds texts: `[N, D]` float32. Options are those of `TextTower.encode` (`task`, `truncate_dim`, …)."""
         return self.text.encode(texts, **options)
@@ -89,19 +123,22 @@ class DualEncoder(nn.Module):
     def from_pretrained(
         cls, path: str | Path, *, text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None
     ) -> DualEncoder:
-        """Reads what `save_pretrained` wrote.
+        """Reads what `save_pretrained` wrote, or a directory in jina-clip-v2's layout.
 
         Args:
-            path: the directory.
+            path: the directory; or, if there is none, the name of a repository of the Hugging Face hub that is one,
+                "jinaai/jina-clip-v2", which is downloaded once.
             text, vision: options of `TextTower.from_pretrained` and `VisionTower.from_pretrained`.
 
         Raises:
-            UserError: no such directory, not one of this format, or one that is damaged.
+            UserError: no such directory, not one of these formats, or one that is damaged.
         """
         from text_tower import TextTower
         from vision_tower import VisionTower
 
-        path = Path(path)
+        path = hub.local(path) if hub.is_name(path) else Path(path)
+        if jina_clip_read.is_one(path):
+            return cls._of(jina_clip_read.read(path, text or {}, vision or {}))
         config = read_config(path)
         try:
             towers = (
@@ -110,10 +147,14 @@ class DualEncoder(nn.Module):
             )
         except (ValueError, OSError) as error:  # the towers say what is missing or damaged
             raise UserError(f"cannot load {path}: {error}") from error
-        model = cls(*towers, matryoshka_dims=config.dims)
+        return cls._of(Parts(*towers, config.logit_scale, config.text_logit_scale, config.dims))
+
+    @classmethod
+    def _of(cls, parts: Parts) -> DualEncoder:
+        model = cls(parts.text, parts.vision, matryoshka_dims=parts.dims)
         with torch.no_grad():
-            model.logit_scale.fill_(config.logit_scale)
-            model.text_logit_scale.fill_(config.text_logit_scale)
+            model.logit_scale.fill_(parts.logit_scale)
+            model.text_logit_scale.fill_(parts.text_logit_scale)
         return model
 
 
@@ -145,8 +186,8 @@ def read_config(path: Path) -> StoredConfig:
         found = config.get("format") if isinstance(config, dict) else config
         raise UserError(
             f"{file} has format {repr(found)[:200]}; expected {FORMAT!r}, a model of two towers. "
-            "One that was published, or the text tower of masked-language-model training, is started from: name it "
-            "as model.text_weights and model.vision_weights of a recipe"
+            "or jina-clip-v2's layout. A tower alone is started from: name it as model.text_weights or "
+            "model.vision_weights of a recipe"
         )
     scales = [_scale(config.get(key), f"{file}: {key}") for key in ("logit_scale", "text_logit_scale")]
     if "matryoshka_dimensions" not in config:

@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 
+from stage_trainer import hub
 from stage_trainer.dual_encoder import FORMAT, read_config
 from stage_trainer.errors import UserError
+from stage_trainer.formats import jina_clip_read
 from stage_trainer.recipe import ModelConfig
 from stage_trainer.recipe.schema import NEW_TEMPERATURE
 from stage_trainer.recipe.tower_rules import build_config
@@ -32,15 +34,6 @@ _FIXED = ("vocab_size", "width", "layers", "heads", "mlp_width", "patch", "mlp_r
 _ADAPTERS = ("adapters", "lora_rank", "lora_alpha")
 
 
-def local(weights: str) -> str:
-    """A local directory or file itself, or else the downloaded directory of a Hugging Face hub repository."""
-    if Path(weights).exists():
-        return weights
-    from huggingface_hub import snapshot_download
-
-    return snapshot_download(weights)
-
-
 def tower_weights(model: ModelConfig, tower: str, fetch: bool) -> str | None:
     """Where a tower's weights are: a directory, a file, or a timm name. None if the recipe names none, or if they would
     have to be downloaded and `fetch` is false."""
@@ -49,8 +42,8 @@ def tower_weights(model: ModelConfig, tower: str, fetch: bool) -> str | None:
     if weights is None or not (fetch or Path(weights).exists() or _is_timms(weights)):
         return None
     if named:
-        return named if tower == "vision" else local(named)
-    whole = Path(local(weights))
+        return named if tower == "vision" else str(hub.local(named))
+    whole = hub.local(weights)
     return str(whole / tower if _is_ours(whole) else whole)
 
 
@@ -152,14 +145,14 @@ def reading_options(config: Any, given: Any) -> dict[str, Any]:
 def whole_model(model: ModelConfig) -> Path | None:
     """The directory of the model that both towers are from, if they are from the same."""
     if model.text_weights and model.text_weights == model.vision_weights:
-        return Path(local(model.text_weights))
+        return hub.local(model.text_weights)
     if model.text_weights or model.vision_weights:
         folders = [Path(weights) for weights in (model.text_weights, model.vision_weights) if weights]
         if len(folders) < 2 or not all(folder.exists() for folder in folders):
             return None
         text, vision = folders
         return text.parent if text.parent == vision.parent and _is_ours(text.parent) else None
-    return Path(local(model.weights)) if model.weights else None
+    return hub.local(model.weights) if model.weights else None
 
 
 def log_scales(model: ModelConfig) -> tuple[float, float]:
@@ -188,24 +181,11 @@ def _held_scales(whole: Path) -> tuple[float, float] | None:
     if _is_ours(whole):
         config = read_config(whole)
         return config.logit_scale, config.text_logit_scale
-    scale, file = None, whole / "model.safetensors"
-    try:
-        if file.is_file():
-            from safetensors import safe_open
-
-            with safe_open(file, framework="pt") as content:
-                scale = content.get_tensor("logit_scale") if "logit_scale" in content.keys() else None  # noqa: SIM118
-        elif (file := whole / "pytorch_model.bin").is_file():
-            found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            scale = found.get("logit_scale") if isinstance(found, dict) else None
-        if scale is None:
-            return None
-        number = float(scale)
-    except Exception as error:  # torch and safetensors raise many kinds for a file that is not theirs
-        raise UserError(f"{file} cannot be read for its logit_scale ({error}); copy or download it again") from error
-    if not abs(number) <= 20:
-        raise UserError(f"{file}: logit_scale is {number}; expected ln(1 / temperature), a number from -20 to 20")
-    return number, number
+    scale = jina_clip_read.logit_scale(whole)
+    if scale is None:
+        return None
+    number = jina_clip_read.as_scale(scale, whole)
+    return number, jina_clip_read.stated_text_scale(whole, number) if jina_clip_read.is_one(whole) else number
 
 
 def _is_ours(folder: Path) -> bool:

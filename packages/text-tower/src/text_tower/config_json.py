@@ -27,6 +27,7 @@ COMMON = {
 }
 OUR_KEY = "trilith"
 TOKENIZER_KEY = "tokenizer_fingerprint"
+CLIP_KEY = "trilith_clip"  # of a whole jina-clip directory that we wrote
 OURS = ("dropout", "lora_rank", "lora_alpha", "adapters", "instructions", "truncate_dim", "checkpointing")
 _V3 = "jinaai/jina-embeddings-v3"
 _UNUSED_POSITIONS = 2  # max_position_embeddings counts two positions that XLM-RoBERTa never used
@@ -156,7 +157,23 @@ def _from_clip(stored: dict[str, Any], weights: Mapping[str, Tensor], layout: La
         values["instructions"] = field(options, "task_instructions", TEXT_OF_NAME, file, {})
     values["rope_theta"] = options.get("rotary_emb_base", 20000.0)  # jina-embeddings-v3's
     values["truncate_dim"] = options.get("truncate_dim")
-    return _config(values, file)
+    return _config(values | _ours_in_clip(stored, values, file), file)
+
+
+def _ours_in_clip(stored: Mapping[str, Any], values: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """What a jina-clip directory of ours says beside the published keys: what those have no place for, and by an empty
+    list of adapters that they are merged already."""
+    ours: dict[str, Any] = field(field(stored, CLIP_KEY, OBJECT, file, {}), "text", OBJECT, f"{file}: {CLIP_KEY}", {})
+    where = f"{file}: {CLIP_KEY}.text"
+    of_adapters = {"lora_rank"} if "adapters" in ours else {"lora_rank", "lora_alpha"}
+    if unknown := sorted(ours.keys() - (set(OURS) - of_adapters)):
+        raise ValueError(f"{where} has {', '.join(unknown)}, not known there; remove it, or export the model again")
+    if ours.get("adapters", []) != []:
+        raise ValueError(f"{where} has adapters {ours['adapters']!r}; expected an empty list: merged adapters")
+    instructions = field(ours, "instructions", TEXT_OF_NAME, where, values["instructions"])
+    if other := sorted(t for t, text in values["instructions"].items() if text and instructions.get(t) != text):
+        raise ValueError(f"{where} has another instruction of {other[0]!r} than task_instructions; make them agree")
+    return {**ours, **({"adapters": (), "lora_rank": 0} if "adapters" in ours else {})}
 
 
 def _remote_adapters(options: dict[str, Any], file: Path) -> dict[str, Any]:

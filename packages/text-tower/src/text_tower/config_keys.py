@@ -67,7 +67,7 @@ _ONLY_REMOTE: dict[str, tuple[Any, ...]] = {
 _ONLY_CLIP: dict[str, tuple[Any, ...]] = {"add_projections": (False,), "truncate_dim": ()}
 _HARMLESS_CLIP = frozenset([
     "vision_config", "text_config", "logit_scale_init_value", "projection_dim", "matryoshka_dimensions",
-    "use_text_flash_attn", "use_vision_xformers", "transformers.js_config",
+    "use_text_flash_attn", "use_vision_xformers", "transformers.js_config", "trilith_clip",
 ])  # fmt: skip
 _ONLY_CLIP_TEXT: dict[str, tuple[Any, ...]] = {
     "pooler_type": ("mean_pooler",),

@@ -94,6 +94,23 @@ class Layout:
             others += ("vision_model.", "logit_scale")
         return {name: tensor for name, tensor in weights.items() if not name.startswith(others)}
 
+    def without_merged(self, weights: Mapping[str, Tensor]) -> tuple[Layout, dict[str, Tensor]]:
+        """A file of jina's layout whose adapters are merged, and their own places filled with zeros: as a plain one.
+
+        Raises:
+            ValueError: an adapter that is not zero: it is not merged.
+        """
+        middle = ".parametrizations.weight."
+        halves = {name: tensor for name, tensor in weights.items() if f"{middle}0.lora_" in name}
+        real = sorted(name for name, tensor in halves.items() if not tensor.is_meta and bool(tensor.any()))
+        if real:
+            raise ValueError(
+                f"the adapters should be merged into the weights, but {real[0]} is not zero; take the config.json that "
+                "was written with the weights"
+            )
+        plain = {name.replace(f"{middle}original", ".weight"): t for name, t in weights.items() if name not in halves}
+        return Layout("transformers", self.prefix), plain
+
     def to_ours(self, names: Collection[str], weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Checked weights under our names, as float32 copies; `weights` is emptied."""
         result = {}

@@ -171,8 +171,11 @@ class _Found:
                 f"{path} has another tokenizer than the one that was saved with its weights; put that back, or, "
                 f"if this one is meant, remove {config_json.TOKENIZER_KEY} from config.json"
             )
+        if layout.is_half and layout.kind == "remote-code" and not config.adapters:
+            layout, weights = layout.without_merged(weights)
         said = st_folder.without_ours(said, config) if said.is_one and ours else said
-        config = _with_what_else_is_said(config, said, tokenizer)
+        # A tokenizer's limit is not jina-clip's: its encode_text cuts at 512, whatever the tokenizer says.
+        config = _with_what_else_is_said(config, said, None if layout.is_half else tokenizer)
         return cls(path, stored, weights, unmerged, layout, config, tokenizer)
 
 

@@ -35,6 +35,9 @@ _RENAMED = {
 }
 _RENAME = re.compile(r"(?<=\.)(" + "|".join(map(re.escape, _RENAMED)) + r")(?=\.|$)")
 
+_EVA_NAMES = {ours: theirs for theirs, ours in _RENAMED.items()}
+_RENAME_BACK = re.compile(r"(?<=\.)(" + "|".join(map(re.escape, _EVA_NAMES)) + r")(?=\.|$)")
+
 # Not part of an encoder: heads of CLIP, classification and masked-image training.
 _DROPPED = re.compile(r"(head|lm_head)\..*|mask_token|.*\brope\b.*")
 
@@ -142,6 +145,11 @@ def to_timm_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             renamed[key] = value
     return renamed
+
+
+def to_eva_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A tower's state dict under EVA's names, which jina-clip has too."""
+    return {_RENAME_BACK.sub(lambda found: _EVA_NAMES[found[1]], key): value for key, value in weights.items()}
 
 
 def infer_config(

@@ -35,7 +35,7 @@ decoder_start_token_id task_specific_params transformers.js_config initializer_f
 # About the text half, training, or how the same numbers are computed.
 _JINA_HARMLESS = """
 vision_config text_config projection_dim matryoshka_dimensions logit_scale_init_value use_text_flash_attn
-use_vision_xformers
+use_vision_xformers trilith_clip
 """
 _JINA_VISION_HARMLESS = "patch_dropout drop_path_rate fused_layer_norm x_attention"
 # Properties of every EVA02 tower that a file may contradict.
@@ -120,7 +120,11 @@ def jina_settings(values: Mapping[str, Any], source: Path) -> dict[str, Any]:
         found["attention_norm"] = vision["subln"]
     if "width" in vision and vision.get("mlp_ratio") is not None:
         found["mlp_width"] = int(vision["width"] * vision["mlp_ratio"])
-    return found
+        found["mlp_ratio"] = vision["mlp_ratio"]
+    # What a jina-clip directory of ours says beside the published keys.
+    ours = _object(_object(values, "trilith_clip", source), "vision", source)
+    _check(ours, {}, {"checkpointing", "mlp_ratio"}, f"{source}: trilith_clip.vision")
+    return found | dict(ours)
 
 
 def open_clip_settings(values: Mapping[str, Any], source: Path, *, num_classes: int | None) -> dict[str, Any]:

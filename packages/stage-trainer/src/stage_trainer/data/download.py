@@ -119,16 +119,9 @@ def fetch(
 
 
 def _by_http(url: str, into: Path, settings: RemoteConfig, most: int) -> None:
-    scheme, _, rest = url.partition("://")
-    user, at, _ = rest.partition("/")[0].rpartition("@")
-    request = urllib.request.Request(f"{scheme}://{rest.removeprefix(user + at)}", headers={"User-Agent": "trilith"})
-    if at:
-        credentials = base64.b64encode(urllib.parse.unquote_to_bytes(user)).decode()
-        request.add_unredirected_header("Authorization", f"Basic {credentials}")
-    deadline = _Deadline(settings.deadline)
-    opener = urllib.request.build_opener(_Redirects, *_connections_with(deadline))
+    deadline = Deadline(settings.deadline)
     try:
-        with deadline, opener.open(request, timeout=settings.timeout) as response:
+        with deadline, opener_with(deadline).open(request_of(url), timeout=settings.timeout) as response:
             _write(into, iter(lambda: response.read1(CHUNK), b""), most)
     except urllib.error.HTTPError as error:
         raise _http_failure(error) from error
@@ -148,7 +141,23 @@ def _by_http(url: str, into: Path, settings: RemoteConfig, most: int) -> None:
         raise Failure(f"not whole after remote.deadline={settings.deadline:g} s", again=True)
 
 
-class _Deadline:
+def request_of(url: str) -> urllib.request.Request:
+    """A request for a URL of http or https; the credentials in it go to its own server only."""
+    scheme, _, rest = url.partition("://")
+    user, at, _ = rest.partition("/")[0].rpartition("@")
+    request = urllib.request.Request(f"{scheme}://{rest.removeprefix(user + at)}", headers={"User-Agent": "trilith"})
+    if at:
+        credentials = base64.b64encode(urllib.parse.unquote_to_bytes(user)).decode()
+        request.add_unredirected_header("Authorization", f"Basic {credentials}")
+    return request
+
+
+def opener_with(deadline: Deadline) -> urllib.request.OpenerDirector:
+    """Opens URLs until the deadline, with `Redirects`' limits."""
+    return urllib.request.build_opener(Redirects, *_connections_with(deadline))
+
+
+class Deadline:
     """Shuts sockets down after so many seconds: a timeout counts from each byte, of which one may come at a time."""
 
     def __init__(self, seconds: float):
@@ -173,7 +182,7 @@ class _Deadline:
                 connected.shutdown(socket.SHUT_RDWR)
 
 
-def _connections_with(deadline: _Deadline) -> tuple[urllib.request.BaseHandler, urllib.request.BaseHandler]:
+def _connections_with(deadline: Deadline) -> tuple[urllib.request.BaseHandler, urllib.request.BaseHandler]:
     """Handlers of http and https whose sockets the deadline watches."""
 
     class Plain(http.client.HTTPConnection):
@@ -197,7 +206,7 @@ def _connections_with(deadline: _Deadline) -> tuple[urllib.request.BaseHandler, 
     return OfPlain(), OfEncrypted()
 
 
-class _Redirects(urllib.request.HTTPRedirectHandler):
+class Redirects(urllib.request.HTTPRedirectHandler):
     """Follows no server to what only this machine or its network can reach, and none from https to http."""
 
     def redirect_request(
@@ -214,7 +223,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         if there.scheme not in allowed or (there.netloc != here.netloc and _is_local(there.hostname or "")):
             raise Failure(
                 f"the server redirects to {without_credentials(newurl)}, which is not followed; if that is the place, "
-                "name it in the recipe"
+                "name it instead"
             )
         followed = super().redirect_request(req, fp, code, msg, headers, newurl)
         fp.close()  # or urllib reads its body into memory, however long it is

@@ -1,0 +1,71 @@
+"""Options of `DualEncoder.encode`, under our names and sentence-transformers'."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from stage_trainer.encoding.fetch import UrlLimits
+from stage_trainer.errors import UserError
+
+_SYNONYMS = {"prompt_name": "task", "show_progress_bar": "show_progress", "normalize_embeddings": "normalize"}
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """How a list is encoded.
+
+    Args:
+        task: for the texts, as of `TextTower.encode`; sentence-transformers' prompt_name. Images have none.
+        truncate_dim: keep the first dims only (Matryoshka), before the rows are normalised; None for all.
+        max_length: tokens kept of each text, the instruction included.
+        batch_size: most texts or images in one forward pass; None for each tower's own.
+        normalize: scale every row to length 1; sentence-transformers' normalize_embeddings, off by default
+            there.
+        show_progress: draw progress bars; sentence-transformers' show_progress_bar.
+        convert_to_numpy: an array of float32; without it, and without convert_to_tensor, a list of tensors.
+        convert_to_tensor: one tensor, on the model's device; it goes before convert_to_numpy.
+        device: where to encode: the model moves there, and stays. None for where it is.
+        precision: of the result. "float32" alone.
+        errors: "raise" at the first image that cannot be used, or "skip" such images and say which.
+        urls: how much is fetched of an image's URL, and how long that may take.
+    """
+
+    task: str | None = None
+    truncate_dim: int | None = None
+    max_length: int = 512
+    batch_size: int | None = None
+    normalize: bool = True
+    show_progress: bool = False
+    convert_to_numpy: bool = True
+    convert_to_tensor: bool = False
+    device: Any = None
+    precision: str = "float32"
+    errors: str = "raise"
+    urls: UrlLimits = field(default_factory=UrlLimits)
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> EncodeOptions:
+        """From keywords of either name.
+
+        Raises:
+            UserError: an unknown one, two that contradict each other, or a value that there is not.
+        """
+        known = [f.name for f in fields(cls)]
+        values: dict[str, Any] = {}
+        for name, value in given.items():
+            ours = _SYNONYMS.get(name, name)
+            if ours not in known:
+                raise UserError(f"encode has no option {name!r}; it has {', '.join([*known, *_SYNONYMS])}")
+            if values.get(ours, value) != value:
+                raise UserError(f"{name} is {value!r}, and {ours}, which means the same, {values[ours]!r}; give one")
+            values[ours] = value
+        if values.get("show_progress", False) is None:  # sentence-transformers' default
+            values["show_progress"] = False
+        made = cls(**values)
+        if made.precision != "float32":
+            raise UserError(f"precision is {made.precision!r}; embeddings are 'float32' here: quantise them afterwards")
+        if made.errors not in ("raise", "skip"):
+            raise UserError(f"errors is {made.errors!r}; expected 'raise' or 'skip'")
+        return made

@@ -1,0 +1,135 @@
+"""Reads a directory in the layout of the published jina-clip-v2 as one model.
+
+The towers read their halves of it (`TextTower.from_pretrained`, `VisionTower.from_pretrained`): each key of its JSON
+files is followed or refused by name. Here is what belongs to neither: the temperature, the trained dims, and that the
+file holds nothing else.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from stage_trainer.errors import UserError
+from stage_trainer.files import read_json
+
+if TYPE_CHECKING:
+    from text_tower import TextTower
+    from torch import Tensor
+    from vision_tower import VisionTower
+
+MODEL_TYPE = "jina_clip"
+OUR_KEY = "trilith_clip"  # of config.json: what the published keys have no place for
+
+
+class Parts(NamedTuple):
+    """What a model is made of. The published one has a single temperature, which both tasks then have."""
+
+    text: TextTower
+    vision: VisionTower
+    logit_scale: float
+    text_logit_scale: float
+    dims: tuple[int, ...] | None
+
+
+def is_one(folder: Path) -> bool:
+    """Whether a directory's config.json says that it is of this layout."""
+    try:
+        return read_json(folder / "config.json").get("model_type") == MODEL_TYPE
+    except ValueError:
+        return False
+
+
+def read(folder: Path, text: dict[str, Any], vision: dict[str, Any]) -> Parts:
+    """The model in a directory; `text` and `vision` are options of the towers' `from_pretrained`.
+
+    Raises:
+        UserError: a file is missing or damaged, a key of its JSON files is not known, or tensors are missing, too many
+            or of another shape; the message names them.
+    """
+    from text_tower import TextTower
+    from text_tower.files import read_shapes
+    from vision_tower import VisionTower
+
+    from stage_trainer.formats.jina_clip_layout import unnamed
+
+    try:
+        towers = TextTower.from_pretrained(folder, **text), VisionTower.from_pretrained(folder, **vision)
+        keys = read_shapes(folder)
+    except (ValueError, OSError) as error:  # the towers say what is missing or damaged
+        raise UserError(f"cannot load {folder}: {error}") from error
+    if others := unnamed(keys, towers[0].config, towers[1].config):
+        named = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        raise UserError(
+            f"cannot load {folder}: its weights have {named}, which jina-clip-v2 does not; such a model computes "
+            "something else. Expected its layout exactly"
+        )
+    found = logit_scale(folder)
+    if found is None or found.ndim:
+        has = "none" if found is None else f"one of shape {list(found.shape)}"
+        raise UserError(f"cannot load {folder}: its weights have no logit_scale of shape [], but {has}")
+    scale = as_scale(found, folder)
+    return Parts(*towers, scale, stated_text_scale(folder, scale), _dims(folder, towers[0].config.width))
+
+
+def logit_scale(folder: Path) -> Tensor | None:
+    """The tensor of that name in a directory's file of weights; None if there is no such file or name.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    import torch
+
+    found: Any = None
+    try:
+        if (file := folder / "model.safetensors").is_file():
+            from safetensors import safe_open
+
+            with safe_open(file, framework="pt") as content:
+                found = content.get_tensor("logit_scale") if "logit_scale" in content.keys() else None  # noqa: SIM118
+        elif (file := folder / "pytorch_model.bin").is_file():
+            weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            found = weights.get("logit_scale") if isinstance(weights, dict) else None
+    except Exception as error:  # torch and safetensors raise many kinds for a file that is not theirs
+        raise UserError(f"{file} cannot be read for its logit_scale ({error}); copy or download it again") from error
+    if found is not None and not (isinstance(found, torch.Tensor) and found.numel() == 1):
+        raise UserError(f"{file}: logit_scale is {str(found)[:200]}; expected one number, ln(1 / temperature)")
+    return found
+
+
+def as_scale(tensor: Tensor, folder: Path) -> float:
+    """The number in it, or UserError if that is no ln(1 / temperature)."""
+    number = float(tensor)
+    if not abs(number) <= 20:
+        raise UserError(f"{folder}: logit_scale is {number}; expected ln(1 / temperature), a number from -20 to 20")
+    return number
+
+
+def stated_text_scale(folder: Path, scale: float) -> float:
+    """ln(1 / temperature) of the text task in a directory that we wrote, or else `scale`.
+
+    Raises:
+        UserError: config.json says something else there.
+    """
+    file = folder / "config.json"
+    ours = read_json(file).get(OUR_KEY) or {}
+    if not isinstance(ours, dict) or (unknown := ours.keys() - {"text", "vision", "text_logit_scale"}):
+        named = ", ".join(sorted(unknown)) if isinstance(ours, dict) else str(ours)[:200]
+        raise UserError(f"{file}: {OUR_KEY} has {named}, not known there; remove it, or export the model again")
+    found = ours.get("text_logit_scale", scale)
+    if isinstance(found, bool) or not isinstance(found, int | float) or not abs(found) <= 20:
+        raise UserError(f"{file}: {OUR_KEY}.text_logit_scale is {str(found)[:200]!r}; expected a number from -20 to 20")
+    return float(found)
+
+
+def _dims(folder: Path, width: int) -> tuple[int, ...] | None:
+    """`matryoshka_dimensions`, as far as the towers have so many."""
+    found = read_json(folder / "config.json").get("matryoshka_dimensions")
+    if found is not None and not (isinstance(found, list) and all(type(n) is int and 0 < n < 2**31 for n in found)):
+        raise UserError(
+            f"{folder / 'config.json'}: matryoshka_dimensions is {str(found)[:200]}; expected a list of dims, or null"
+        )
+    if beyond := [dim for dim in found or () if dim > width]:
+        warnings.warn(f"{folder} says dims {beyond}, but is {width} wide; they are left out", stacklevel=4)
+    return tuple(dim for dim in found or () if dim <= width) or None
