@@ -26,28 +26,31 @@ from stage_trainer.recipe import Recipe
 from stage_trainer.trainer import Trainer, train
 
 STEPS, SAVED, WATCHED = 6, 3, 2
-OURS = "/src/"
-"""In the path of every file of our packages."""
+OURS = str(Path(__file__).parents[2] / "packages")
 
 
 def measure(report: Report) -> None:
     for zero in (0, 1):
-        recipe = drawn.recipe_of(
-            f"zero-{zero}", report.cuda, f"steps={STEPS}", "resolution=[[0, 32]]", "warmup_steps=2", "log_every=1",
-            "workers=2", "evaluation.every=0", f"checkpoint={{every: {SAVED}, keep: 2}}",
-            f"deepspeed={{zero_optimization: {{stage: {zero}}}}}",
-        )  # fmt: skip
-        watched: dict[str, Any] = {}
-        with watch(watched, report.cuda):
-            train(recipe, 1)
-        report.note(f"zero {zero}: one step", watched)
-        report.note(f"zero {zero}: resume", resumed(report, recipe, zero))
-        astray = {place for place in watched["optimizer_state"] if not place.startswith(report.device.type)}
-        report.check(not astray, f"ZeRO {zero}: optimizer state is on {sorted(astray)}, not on the device")
+        report.tried(f"ZeRO {zero}", functools.partial(under_zero, report, zero))
     report.note("backend", torch.distributed.get_backend())
     built = sorted(path.name for path in Path(os.environ["TORCH_EXTENSIONS_DIR"]).glob("**/*.so"))
     report.note("compiled by DeepSpeed", built)
     report.check(not built, f"DeepSpeed compiled {built}")
+
+
+def under_zero(report: Report, zero: int) -> None:
+    recipe = drawn.recipe_of(
+        f"zero-{zero}", report.cuda, f"steps={STEPS}", "resolution=[[0, 32]]", "warmup_steps=2", "log_every=1",
+        "workers=2", "evaluation.every=0", f"checkpoint={{every: {SAVED}, keep: 2}}",
+        f"deepspeed={{zero_optimization: {{stage: {zero}}}}}",
+    )  # fmt: skip
+    watched: dict[str, Any] = {}
+    with watch(watched, report.cuda):
+        train(recipe, 1)
+    report.note(f"zero {zero}: one step", watched)
+    report.note(f"zero {zero}: resume", resumed(report, recipe, zero))
+    astray = {place for place in watched["optimizer_state"] if not place.startswith(report.device.type)}
+    report.check(not astray, f"ZeRO {zero}: optimizer state is on {sorted(astray)}, not on the device")
 
 
 def resumed(report: Report, recipe: Recipe, zero: int) -> dict[str, Any]:

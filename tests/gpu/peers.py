@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import NEEDS_CUDA, Report, run_part, seconds_of, tried
+from report import NEEDS_CUDA, Report, run_part, seconds_of
 from stage_trainer.plan.devices import peak_flops
 from stage_trainer.plan.flops import StepShape, text_flops, vision_flops
 from text_tower import PackedTokens, TextTower, TextTowerConfig
@@ -23,6 +23,8 @@ from torch import nn
 from vision_tower import PackedPatches, VisionTower, VisionTowerConfig, patch_keep_indices
 
 PAD = 1
+Contender = tuple[Callable[[], nn.Module], Callable[[Any], torch.Tensor]]
+"""Makes a model, and embeds with it."""
 
 
 def measure(report: Report) -> None:
@@ -44,7 +46,7 @@ def beside_timm(report: Report) -> None:
     pages = PackedPatches.from_images(
         [torch.randn(3, h * config.patch, w * config.patch, device=report.device) for h, w in sizes], config.patch
     )
-    contenders: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], torch.Tensor]]] = {
+    contenders: dict[str, Contender] = {
         "timm, eager": (partial(timms, tower), lambda model: model(images)),
         "timm, compiled": (lambda: torch.compile(timms(tower)), lambda model: model(images)),  # type: ignore[dict-item]
     }
@@ -59,7 +61,7 @@ def beside_timm(report: Report) -> None:
     for name, (make, run) in contenders.items():
         kept = keep.shape[1] if "dropout" in name else config.num_patches
         work = vision_flops(config, StepShape(images=size, kept_patches=kept)).model
-        found[name] = one(report, make, run, {"images": size}, work)
+        found[name] = one(report, name, (make, run), {"images": size}, work)
         report.note("images", found)
 
 
@@ -83,7 +85,7 @@ def beside_sentence_transformers(report: Report, longest: int) -> None:
                 ("sentence-transformers, unpadded", "flash_attention_2", True),
             )
         }
-        contenders: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], torch.Tensor]]] = {
+        contenders: dict[str, Contender] = {
             name: (make, partial(their_embeddings, features_of(ids, unpadded="unpadded" in name), report.device))
             for name, make in theirs.items()
         }
@@ -93,7 +95,7 @@ def beside_sentence_transformers(report: Report, longest: int) -> None:
         shape = StepShape(texts=texts, tokens=sum(lengths), squared_tokens=sum(n * n for n in lengths))
         counted = {"texts": texts, "tokens": sum(lengths), "padded_tokens": texts * max(lengths)}
         for name, (make, run) in contenders.items():
-            found[name] = one(report, make, run, counted, text_flops(config, shape).model)
+            found[name] = one(report, name, (make, run), counted, text_flops(config, shape).model)
             report.note(f"texts of up to {longest} tokens", found)
 
 
@@ -105,10 +107,10 @@ def ways(*backends: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def one(
-    report: Report, make: Callable[[], Any], run: Callable[[Any], torch.Tensor], counted: dict[str, int], work: int
-) -> Any:
+def one(report: Report, name: str, contender: Contender, counted: dict[str, int], work: int) -> Any:
     """Time, work a second and MFU of one contender; or why it is not there."""
+
+    make, run = contender
 
     def figures() -> dict[str, Any]:
         model = make().to(report.device).train()
@@ -119,10 +121,7 @@ def one(
         rate = {f"{unit}_per_second": counted[unit] / took["seconds"]}
         return {**counted, **took, **rate, "mfu": utilisation}
 
-    try:
-        return tried(figures)
-    except ValueError as reason:  # an attention library that cannot run here says so
-        return f"not here: {reason}"
+    return report.tried(name, figures, absent=(ImportError, ValueError))  # as an attention library says it
 
 
 def step(model: nn.Module, run: Callable[[Any], torch.Tensor], device: torch.device) -> None:

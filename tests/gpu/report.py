@@ -49,6 +49,22 @@ class Report:
             self.problems.append(problem)
             self._write()
 
+    def tried(self, what: str, run: Callable[[], Any], absent: tuple[type[Exception], ...] = (ImportError,)) -> Any:
+        """What `run` returns; or, as a text, why it cannot be had here: an exception that says what is missing, or too
+        little memory. Any other one is a problem of this part, which goes on to its end."""
+        try:
+            return run()
+        except absent as reason:
+            return f"not {'installed' if isinstance(reason, ImportError) else 'here'}: {reason}"
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return "out of memory"
+        except Exception as error:
+            traceback.print_exc()
+            said = f"{type(error).__name__}: {str(error)[:1000]}"
+            self.check(False, f"{what}: {said}")
+            return f"failed: {said}"
+
     def end(self, status: str) -> None:
         self.status = status
         self._write()
@@ -90,18 +106,6 @@ def run_part(measure: Callable[[Report], None]) -> None:
         traceback.print_exc()
     report.end("failed" if report.problems else "ok")
     raise SystemExit(bool(report.problems))
-
-
-def tried(run: Callable[[], Any]) -> Any:
-    """What `run` returns, or why it cannot be had here, as a text: a package that is not installed, memory that is not
-    enough. All else is the part's failure."""
-    try:
-        return run()
-    except ImportError as error:
-        return f"not installed: {error}"
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return "out of memory"
 
 
 def wait(device: torch.device) -> None:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from report import NEEDS_CUDA, Report, peak_of, run_part, seconds_of, tried
+from report import NEEDS_CUDA, Report, peak_of, run_part, seconds_of
 from shapes import RANKS, Rank, drawn_batch
 from stage_trainer.batch import Batch
 from stage_trainer.plan.devices import Device, peak_flops, present
@@ -39,11 +39,13 @@ def measure(report: Report) -> None:
         for cached in (False, True):
             for checkpointing in (False, True):
                 way = Way(rank, planned, rank.batch(1 + cached), cached, checkpointing, compiled)
-                found[way.name] = tried(partial(way.figures, report.device, *((3, 2) if report.cuda else (1, 0))))
+                turns = (2, 1 + compiled) if report.cuda else (1, 0)
+                found[way.name] = report.tried(way.name, partial(way.figures, report.device, *turns))
                 report.note("steps", found)
     whole = whole_share(rank) if report.cuda else rank.batch(3)
     way = Way(rank, planned, whole, True, False, True)
-    report.note(f"the paper's batch: {way.name}", tried(partial(way.figures, report.device, 1, int(report.cuda))))
+    title = f"the paper's batch: {way.name}"
+    report.note(title, report.tried(title, partial(way.figures, report.device, 1, int(report.cuda))))
 
 
 def compare_losses(report: Report, rank: Rank) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,27 +44,32 @@ def measure(report: Report) -> None:
         report.note(f"{name}: float32, sdpa", found := compared(in_float, expected))
         report.check(max(found.values()) < FLOAT32_ERROR, f"{name}: float32 is off by {max(found.values()):.1e}")
         for backend in backends:
-            report.note(f"{name}: bfloat16, {backend}", of_backend(report, name, tower, run, backend, expected, errors))
+            run_it = partial(of_backend, report, f"{name}, {backend}", (tower, run), backend, expected, errors)
+            figures: Any = NEEDS_CUDA
+            if backend == "sdpa" or report.cuda:  # the towers say what is missing
+                figures = report.tried(f"{name}, {backend}", run_it, absent=(ImportError, ValueError))
+            report.note(f"{name}: bfloat16, {backend}", figures)
 
 
 def of_backend(
-    report: Report, name: str, tower: Any, run: Run, backend: str, expected: list[Tensor], own: dict[str, float]
-) -> Any:
-    """Errors, and whether a second run gives the same bits; or why it cannot run here."""
-    if backend != "sdpa" and not report.cuda:
-        return NEEDS_CUDA
+    report: Report,
+    name: str,
+    contender: tuple[Any, Run],
+    backend: str,
+    expected: list[Tensor],
+    own: dict[str, float],
+) -> dict[str, Any]:
+    """Errors, and whether a second run gives the same bits."""
+    tower, run = contender
     tower.configure(attention=backend)
-    try:
-        first = embed(tower, run, report.device, True)
-    except (ImportError, ValueError) as reason:  # the towers say what is missing
-        return f"not here: {reason}"
+    first = embed(tower, run, report.device, True)
     errors = compared(first, expected)
     again = embed(tower, run, report.device, True)
     same = all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     for what, error in errors.items():
         limit = TIMES_OWN_ERROR * own[what] + 1e-4
-        report.check(error < limit, f"{name}, {backend}: {what} are off by {error:.1e}, more than {limit:.1e}")
-    report.check(same, f"{name}, {backend}: two runs differ")
+        report.check(error < limit, f"{name}: {what} are off by {error:.1e}, more than {limit:.1e}")
+    report.check(same, f"{name}: two runs differ")
     return {**errors, "same_bits_twice": same}
 
 

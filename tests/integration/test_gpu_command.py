@@ -125,6 +125,31 @@ def test_a_part_that_dies_hangs_or_fails_says_so_and_the_next_one_goes_on(tmp_pa
     assert "off by 3" in capsys.readouterr().out
 
 
+def test_a_figure_that_fails_is_a_problem_and_the_next_one_is_measured(tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.syspath_prepend(str(GPU))
+    from report import Report
+
+    report = Report(tmp_path / "part.json", torch.device("cpu"))
+    cases = {"absent": ImportError("no x"), "large": torch.OutOfMemoryError("x"), "broken": RuntimeError("x\ny")}
+
+    def fail(error):
+        raise error
+
+    for name, error in cases.items():
+        report.note(name, report.tried(name, lambda error=error: fail(error)))
+    report.note("good", report.tried("good", lambda: {"seconds": 1.0, "rate": math.inf}))
+    found = json.loads((tmp_path / "part.json").read_text())
+    assert found["results"] == {
+        "absent": "not installed: no x",
+        "large": "out of memory",
+        "broken": "failed: RuntimeError: x\ny",
+        "good": {"seconds": 1.0, "rate": "not finite: inf"},
+    }
+    assert found["problems"] == ["broken: RuntimeError: x\ny"]
+
+
 def test_a_part_for_which_no_time_is_left_says_so(tmp_path, runner):
     part = runner.run_part("versions", 0.5, False, tmp_path)
     assert (part["status"], part["results"]) == ("no time left", {})
