@@ -11,9 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from data_prep.cli import main
 from data_prep.corpus import Settings, build_corpus
 from data_prep.execute import progress
 from data_prep.shards import Dataset, DatasetWriter
+from PIL import Image
 
 DRAWN = Settings(drawn=150, image_size=32)
 
@@ -104,3 +106,49 @@ def dual_encoder(drawn, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "dual"
     DualEncoder(tower, vision).save_pretrained(folder)
     return folder, DualEncoder.from_pretrained(folder)
+
+
+SHOWN = "shards/image-short/shown"
+# Commands that write data sets, as they are given in the folder `place`, without --out and --name.
+MAKERS = {
+    "import texts": ["import", "texts", "pairs.jsonl", "--workers", "1"],
+    "import images": ["import", "images", "pictures", "--workers", "1"],
+    "held out": ["import", "images", "pictures", "--held-out", "0.5", "--workers", "1"],
+    "index": ["index", SHOWN, "--workers", "1"],
+    "dedup": ["dedup", "texts", "--workers", "1"],
+    "dedup images": ["dedup", SHOWN, "--workers", "1"],
+    "languages": ["languages", "texts", "--sure", "1", "--workers", "1"],
+}
+
+
+@pytest.fixture(scope="session")
+def stocked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with pictures and their table, text pairs as JSON lines, and data sets of both; do not change them."""
+    folder = tmp_path_factory.mktemp("stocked") / "deep" / "place"
+    (folder / "pictures").mkdir(parents=True)
+    rows = ["file,caption"]
+    for number in range(4):
+        Image.new("RGB", (40, 30), (number * 60, 20, 90)).save(folder / "pictures" / f"{number}.png")
+        rows.append(f"{number}.png,picture number {number} of four")
+    (folder / "pictures" / "captions.csv").write_text("\n".join(rows))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps([f"question {n}", f"answer {n}"]) + "\n" for n in range(4)))
+    with DatasetWriter(folder / "texts", kind="text-pairs", source="made") as writer:
+        for number in range(4):
+            text = {"text": f"text {number}", "language": "en", "origin": "human", "role": "body"}
+            content = json.dumps({"query": [text], "target": [text]}).encode()
+            writer.write(f"key-{number}", {"json": content}, languages=["en"], tokens=None)
+    out = str(folder / "shards")
+    assert main(["import", "images", str(folder / "pictures"), "--out", out, "--name", "shown", "--workers", "1"]) == 0
+    return folder
+
+
+@pytest.fixture
+def place(stocked: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder `stocked`, in which the test runs."""
+    monkeypatch.chdir(stocked)
+    return stocked
+
+
+def files(folder: Path) -> set[str]:
+    """Everything below a folder, by its name from there."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}

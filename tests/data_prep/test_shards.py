@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import re
 import resource
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,9 @@ from pathlib import Path
 import pytest
 from data_prep.shards import Dataset, DatasetWriter, ShardError, ShardUnavailable
 from data_prep.shards.files import _header
+from data_prep.shards.format import parse_json
+
+import data_prep
 
 
 def test_same_samples_give_same_bytes(write_dataset):
@@ -307,3 +311,23 @@ def test_double_keys_no_samples_and_unknown_kinds_are_refused(tmp_path):
         write_texts(tmp_path / "d", [])
     with pytest.raises(ShardError, match="unknown kind of data set 'pairs'; there are text-pairs"):
         DatasetWriter(Path("d"), kind="pairs", source="s")
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"{", b"[" * 50_000, b'{"a":' * 50_000, b"9" * 5000, b"\xff", b"\xef\xbb\xbf{}x", "\ud800", b"\0"]
+)
+def test_what_is_no_json_is_a_value_error_whatever_is_wrong_with_it(raw):
+    with pytest.raises(ValueError, match="."):
+        parse_json(raw)
+
+
+def test_json_is_parsed_in_one_place():
+    """Elsewhere the one or the other of its many errors would be forgotten."""
+    sources = Path(data_prep.__file__).parent
+    found = [
+        f"{path.relative_to(sources)}: {line.strip()}"
+        for path in sources.rglob("*.py")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if re.search(r"json\.loads?\((?!json\.dumps)", line)
+    ]
+    assert found == ["shards/format.py: return json.loads(raw)"]

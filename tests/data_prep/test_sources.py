@@ -229,6 +229,45 @@ def test_a_package_that_is_cut_short_is_named(packages):
         read_members(package, lambda path: True)
 
 
+@pytest.mark.parametrize("size", [b"-60", b"-2", b"x", b"\xff"])
+def test_a_part_of_a_package_without_a_size_is_named(packages, size):
+    package = find_package(packages, "unicode-cldr-core")
+    data = package.path.read_bytes()
+    package.path.write_bytes(data[:56] + size.ljust(10) + data[66:])  # of the first part
+    with pytest.raises(UserError, match=r"unicode-cldr-core_41_all\.deb: cannot be unpacked"):
+        read_members(package, lambda path: True)
+
+
+@pytest.mark.parametrize("members", ["[a{b]", "[{]", "[{", "[a{b}{"])
+def test_a_set_of_emoji_that_is_not_closed_is_refused(members):
+    files = {"properties/labels.txt": f"{members} ; Smileys ; person".encode()}
+    with pytest.raises(ValueError, match="substring not found"):
+        emoji_groups(files)
+
+
+XML = {
+    "no XML": b"<a>",
+    "no such character set": b'<?xml version="1.0" encoding="foo"?><a/>',
+    "no character set": b'<?xml version="1.0" encoding="hex"?><a/>',
+    "of many bytes": b'<?xml version="1.0" encoding="shift_jis"?><a>\x83\x83</a>',
+    "not in it": b"<a>\xff</a>",
+}
+
+
+@pytest.mark.parametrize("data", XML.values(), ids=XML)
+def test_xml_that_cannot_be_read_is_no_page_and_no_cldr(packages, make_deb, tmp_path, data):
+    assert read_page(data) is None
+    files = {f"usr/share/unicode/cldr/common/{path}": found for path, found in cldr_files().items()}
+    make_deb(packages, "unicode-cldr-core_41", {**files, "usr/share/unicode/cldr/common/main/de.xml": data})
+    with pytest.raises(UserError, match=r"unicode-cldr-core_41_all\.deb: not CLDR as it should be"):
+        build_corpus(tmp_path / "c", Settings(image_size=32, vocab_size=70), packages=packages, log=lambda line: None)
+    labels = {"usr/share/unicode/cldr/common/properties/labels.txt": b"[a{b] ; Smileys ; person"}
+    make_deb(packages, "unicode-cldr-core_41", {**files, **labels})
+    with pytest.raises(UserError, match=r"unicode-cldr-core_41_all\.deb: not CLDR as it should be"):
+        build_corpus(tmp_path / "c", Settings(image_size=32, vocab_size=70), packages=packages, log=lambda line: None)
+    assert not (tmp_path / "c").exists()
+
+
 def test_cldr_locale_and_world():
     files = cldr_files()
     locale = read_locale(files, "de")

@@ -243,3 +243,11 @@ def test_a_process_that_may_open_no_more_files_replaces_no_sample(tmp_path, monk
     monkeypatch.setattr(data, "open_file", refuses)
     with pytest.raises(UserError, match="no file descriptor left.*ulimit -n"):
         next(batches(Reading(), 0, 1, workers=0))
+
+
+def test_a_library_that_may_open_no_more_files_gives_the_same_message():
+    """gloo, for the sockets of a new group of ranks."""
+    with pytest.raises(UserError, match=r"no file descriptor left.*ulimit -n"), loader.shortages_explained():
+        raise RuntimeError("[enforce fail at loop.cc:105] fd_ != -1. -1 vs -1. epoll_create: Too many open files")
+    with pytest.raises(RuntimeError, match="of another kind"), loader.shortages_explained():
+        raise RuntimeError("of another kind")

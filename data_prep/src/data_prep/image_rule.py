@@ -34,8 +34,8 @@ class ImageRule:
         for value, known in ((self.fit, FITS), (self.encoding, ENCODINGS), (self.kernel, KERNELS)):
             if value not in known:
                 raise UserError(f"images {value!r}: expected one of {', '.join(known)}")
-        if self.size < 1 or not 1 <= self.quality <= 100 or self.max_pixels < 1:
+        if not 1 <= self.size <= 16_383 or not 1 <= self.quality <= 100 or self.max_pixels < 1:
             raise UserError(
                 f"images of {self.size} pixels, quality {self.quality}, at most {self.max_pixels} pixels: "
-                f"expected 1 or more, and a quality of 1 to 100"
+                f"expected 1 to 16383 pixels a side (what WebP holds), a quality of 1 to 100, and 1 pixel or more"
             )

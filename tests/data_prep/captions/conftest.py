@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import email.parser
 import hashlib
 import io
@@ -13,7 +14,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -64,13 +65,17 @@ def completion(text: str | None, *, finish: str = "stop", refusal: str | None = 
 
 @dataclass
 class Reply:
-    """How the service reacts; `drop`: it computes and then breaks the connection."""
+    """How the service reacts; `drop`: it computes and then breaks the connection; `wire`: it writes these bytes, one
+    part after another, each `pause` seconds after the one before, until the client has gone.
+    """
 
     status: int = 200
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     drop: bool = False
+    wire: Iterable[bytes] = ()
+    pause: float = 0.0
 
 
 def good(asked: Asked) -> Reply:
@@ -102,6 +107,7 @@ class SeerService(ThreadingHTTPServer):
         self.times: list[float] = []
         self.computed: Counter[tuple[str, str]] = Counter()
         self.under_way = self.most_under_way = 0
+        self.odd: dict[str, bytes] = {}  # path -> an answer of 200 that is not what was asked for
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict] = {}
         self.created = 0
@@ -128,7 +134,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         data = self.rfile.read(int(self.headers["Content-Length"]))
-        if self.headers["Authorization"] != f"Bearer {KEY}":
+        if self.path in self.server.odd:
+            self.answer(200, self.server.odd[self.path])
+        elif self.headers["Authorization"] != f"Bearer {KEY}":
             message = f"Incorrect API key provided: {self.headers['Authorization']}"
             self.answer(401, json.dumps({"error": {"message": message, "code": "invalid_api_key"}}).encode())
             with self.server.lock:
@@ -156,7 +164,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(200, json.dumps(batch).encode())
 
     def do_GET(self) -> None:
-        if self.path.startswith("/v1/batches/"):
+        if (found := next((path for path in self.server.odd if self.path.startswith(path)), None)) is not None:
+            self.answer(200, self.server.odd[found])
+        elif self.path.startswith("/v1/batches/"):
             batch = self.server.batches.get(self.path.split("/")[-1])
             self.answer(200 if batch else 404, json.dumps(batch).encode())
         elif self.path.startswith("/v1/batches"):
@@ -180,7 +190,9 @@ class _Handler(BaseHTTPRequestHandler):
             server.under_way -= 1
             if reply.status == 200:
                 server.computed[asked.image, asked.language] += 1
-        if reply.drop:
+        if reply.wire:
+            self.write(reply)
+        elif reply.drop:
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
         else:
@@ -193,6 +205,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
+
+    def write(self, reply: Reply) -> None:
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            for part in reply.wire:
+                self.wfile.write(part)
+                time.sleep(reply.pause)
 
     def log_message(self, *_: object) -> None:
         pass

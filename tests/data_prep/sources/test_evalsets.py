@@ -158,3 +158,20 @@ def test_captions_that_were_edited_make_other_pieces(tmp_path, images):
     assert list(source.pieces()) == before
     os.utime(path, ns=(1, 1))
     assert list(source.pieces()) != before
+
+
+@pytest.mark.parametrize("name", [[], ["a.jpg"], 5, None, {}, True])
+def test_an_image_that_is_not_called_by_a_text_is_refused(tmp_path, images, capsys, name):
+    content = {"images": [{"id": 1, "file_name": name}], "annotations": [{"image_id": 1, "caption": "text"}]}
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    assert main(["evalset", "coco", str(tmp_path / "coco.json"), str(images), "--out", str(tmp_path / "eval")]) == 2
+    error = capsys.readouterr().err
+    assert "not the captions of this set" in error
+    assert error.count("\n") == 1
+
+
+def test_a_single_text_is_not_taken_for_captions_of_one_letter(tmp_path, images, capsys):
+    (tmp_path / "captions.jsonl").write_text(json.dumps({"image/key": "0" * 16, "de": {"caption": "ein Text"}}))
+    command = ["evalset", "xm3600", str(tmp_path / "captions.jsonl"), str(images), "--out", str(tmp_path / "eval")]
+    assert main(command) == 2
+    assert "'ein Text' are no list" in capsys.readouterr().err

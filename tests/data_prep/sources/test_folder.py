@@ -364,3 +364,14 @@ def test_languages_that_no_sample_may_have_are_counted_instead_of_published(tmp_
     (tmp_path / "pairs/a.jsonl").write_text('["ein Hund", "a dog"]\n')
     with pytest.raises(UserError, match="language that cannot be one"):
         run("texts", out=tmp_path / "texts", files=[tmp_path / "pairs"], language="d/e")
+
+
+@pytest.mark.parametrize("held_out", [{}, {"held_out": 1e-9, "split": "train"}])
+def test_names_that_no_file_can_have_are_counted(folder, run, held_out):
+    names = ["\ud800.png", "a\0b.png", "x" * 5000, "y/" * 3000, "/etc/hostname", "..", "."]
+    rows = [{"file": name, "caption": "text"} for name in ["sub/0.jpg", *names]]
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = str(folder / "captions.jsonl")
+    receipt = run("images", folder=folder, table=table, **held_out).receipt
+    assert sum(receipt["dropped"].values()) == len(names)
+    assert receipt["dropped"]["file name outside the folder"] == 5

@@ -63,11 +63,12 @@ def test_rows_without_caption_image_or_address_are_counted(tmp_path, images, run
         row(language="en", image_url=FULL["image_url"], page_title="title alone"),
         row(**{**FULL, "image_url": "https://upload.wikimedia.org/gone.jpg"}),
         row(**{**FULL, "image_url": ""}),
+        row(**{**FULL, "image_url": "http://[half/an/address.jpg"}),
         row(**{**FULL, "image_url": "https://upload.wikimedia.org/%2e%2e%2fsecret.jpg"}),
     ]
     found = run("wit", paths=[write(tmp_path / "w.tsv", rows)], images=images)
     assert found.receipt["went_out"] == {"image-long": 2, "image-short": 2}
-    assert found.dropped == {"no caption": 1, "no image address": 2, "no such image file": 1}
+    assert found.dropped == {"no caption": 1, "no image address": 3, "no such image file": 1}
 
 
 def test_an_img2dataset_download_that_kept_the_columns_needs_no_table(tmp_path, run, picture):

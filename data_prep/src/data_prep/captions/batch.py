@@ -12,8 +12,8 @@ import sqlite3
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,8 @@ from data_prep.captions.pricing import Estimate, price_unpriced
 from data_prep.captions.run import RunSettings, judge_one, judge_waiting
 from data_prep.captions.service import Service, error_message, request_body
 from data_prep.errors import UserError
+from data_prep.shards.files import writing
+from data_prep.shards.format import parse_json
 
 if TYPE_CHECKING:
     from openai.types import Batch
@@ -32,6 +34,8 @@ MOST_REQUESTS = 50_000
 MOST_BYTES = 200_000_000
 _ENDED = {"completed", "expired", "cancelled", "failed"}
 _NAME = "trilith_batch"
+_ADVICE = "see what is wrong there and run again, `captions status` shows what was sent"
+_MOST_LISTED = 100_000  # of the service's batches, where ours is looked for by name
 
 
 @dataclass
@@ -142,22 +146,26 @@ def _files(
     while waiting is not None:
         requests: list[tuple[str, float | None]] = []
         model, size = waiting[0].model, 0
+        with writing(path):
+            file = path.open("wb")
         try:
-            with path.open("wb") as file:
-                while waiting is not None and waiting[0].model == model and len(requests) < most_requests:
-                    request, line, most = waiting
-                    if len(line) > most_bytes:
-                        raise UserError(
-                            f"one request is {len(line)} bytes, a file holds {most_bytes}; use smaller images"
-                        )
-                    if size + len(line) > most_bytes:
-                        break
+            while waiting is not None and waiting[0].model == model and len(requests) < most_requests:
+                request, line, most = waiting
+                if len(line) > most_bytes:
+                    raise UserError(f"one request is {len(line)} bytes, a file holds {most_bytes}; use smaller images")
+                if size + len(line) > most_bytes:
+                    break
+                with writing(path):
                     file.write(line)
-                    size += len(line)
-                    requests.append((request.id, most))
-                    waiting = next(lines, None)
+                size += len(line)
+                requests.append((request.id, most))
+                waiting = next(lines, None)
+            with writing(path):
+                file.close()
             yield model, path, requests
         finally:
+            with suppress(OSError):  # what did not fit is still in its buffer
+                file.close()
             path.unlink(missing_ok=True)
 
 
@@ -168,6 +176,8 @@ async def _send(
     name = uuid.uuid4().hex
     with _translated_errors(service):
         uploaded = await service.client.files.create(file=file, purpose="batch")
+    if not isinstance(getattr(uploaded, "id", None), str):
+        raise UserError(f"{service.url} took no file of requests; is it a service with a Batch API?")
     with ledger.transaction() as db:
         number = db.execute(
             "INSERT INTO batch (name, file, created_at, state) VALUES (?, ?, ?, 'creating')",
@@ -177,12 +187,13 @@ async def _send(
         ledger.sent(requests, now=time.time())
     try:
         with _translated_errors(service):
-            remote = await service.client.batches.create(
+            created = await service.client.batches.create(
                 input_file_id=uploaded.id,
                 endpoint="/v1/chat/completions",
                 completion_window="24h",
                 metadata={_NAME: name, "model": model[:500]},
             )
+            remote = _described(service, created)
     except _Refused as error:
         _plan_again(ledger, number, f"refused: {error}")
         ledger.db.execute("UPDATE batch SET state = 'ended', note = ? WHERE id = ?", (str(error), number))
@@ -194,17 +205,39 @@ async def _remote(service: Service, row: sqlite3.Row) -> Batch | None:
     """The service's batch, by its id, or by our name for it if a crash lost the id; None if there is none."""
     if row["remote"]:
         try:
-            found: Batch = await service.client.batches.retrieve(row["remote"])
-            return found
+            return _described(service, await service.client.batches.retrieve(row["remote"]))
         except service.openai.NotFoundError:
             return None
-    remote: Batch
-    async for remote in service.client.batches.list(limit=100):
-        if (remote.metadata or {}).get(_NAME) == row["name"]:
+    async for remote in _listed(service):
+        if isinstance(remote.metadata, dict) and remote.metadata.get(_NAME) == row["name"]:
             return remote
         if remote.created_at < row["created_at"] - 86_400:  # newest first: ours would have been listed by now
             return None
     return None
+
+
+async def _listed(service: Service) -> AsyncIterator[Batch]:
+    """The batches of the service, newest first."""
+    count = 0
+    try:
+        async for remote in service.client.batches.list(limit=100):
+            count += 1
+            if count > _MOST_LISTED:
+                raise UserError(f"{service.url} lists more than {_MOST_LISTED} batches, or has no end; {_ADVICE}")
+            yield _described(service, remote)
+    except (AttributeError, TypeError) as error:  # of the client, where the answer is no page of a list
+        raise UserError(f"{service.url} lists no batches; {_ADVICE}") from error
+
+
+def _described(service: Service, remote: Batch) -> Batch:
+    """`remote` itself, whose fields have their types. UserError if the service described something else.
+
+    The client takes whatever it gets: a page of HTML is a text to it.
+    """
+    kinds = {"id": str, "status": str, "created_at": int, "output_file_id": str | None, "error_file_id": str | None}
+    if not all(isinstance(getattr(remote, name, None), kind) for name, kind in kinds.items()):
+        raise UserError(f"{service.url} describes no batch where one was asked for; {_ADVICE}")
+    return remote
 
 
 async def _take(
@@ -240,8 +273,9 @@ async def _take(
             found.accepted += verdict.reason is None
             found.rejected.update([verdict.reason] if verdict.reason else [])
             tick()
-    errors = [error.message for error in (remote.errors.data or [])] if remote.errors else []
-    note = f"{remote.status}{': ' + errors[0] if errors and errors[0] else ''}"
+    errors = getattr(remote.errors, "data", None)
+    message = getattr(errors[0], "message", None) if isinstance(errors, list) and errors else None
+    note = f"{remote.status}{f': {message}' if message else ''}"[:300].encode("utf-8", "replace").decode()
     found.planned_again += _plan_again(ledger, number, note)
     if remote.status != "completed":
         found.notes.append(f"batch {remote.id}: {note}")
@@ -270,12 +304,17 @@ def _plan_again(ledger: RequestLedger, number: int | None, note: str) -> int:
 def _answer(line: bytes) -> tuple[str | None, int | None, bytes]:
     """(custom_id, status, body) of a line of an output or error file; status None: not computed."""
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
         request, response = entry["custom_id"], entry.get("response")
+        if not isinstance(request, str):
+            return None, None, b""
         if response is None or entry.get("error"):
             return request, None, b""
-        return request, response["status_code"], json.dumps(response["body"], ensure_ascii=False).encode()
-    except (ValueError, KeyError, TypeError):
+        status, raw = response["status_code"], json.dumps(response["body"], ensure_ascii=False)
+        if type(status) is not int or not 100 <= status < 1000:
+            return None, None, b""
+        return request, status, raw.encode("utf-8", "replace")
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
         return None, None, b""
 
 
@@ -292,6 +331,8 @@ def _translated_errors(service: Service) -> Iterator[None]:
     """Turn the client's errors into ours, without the API key."""
     try:
         yield
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):  # as the client meets them
+        raise UserError(f"{service.url} answered with something else than JSON; {_ADVICE}") from None
     except service.openai.APIStatusError as error:
         message = error_message(service.hide(error.response.content))
         if error.status_code >= 500:

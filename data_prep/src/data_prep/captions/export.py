@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import sqlite3
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from data_prep.curation.tokens import TokenCounter
 from data_prep.errors import UserError
 from data_prep.samples import Text, compact_json
 from data_prep.shards import Dataset, DatasetWriter
+from data_prep.shards.format import parse_json
 
 _ACCEPTED = (
     "SELECT image.sha256, image.dataset, image.number, request.id, request.language, request.caption, recipe.model, "
@@ -92,7 +92,7 @@ def export(
 def _item(dataset: Dataset, number: int, members: dict[str, bytes]) -> str:
     """The identity that the image's own sample gives, else its key."""
     try:
-        item = json.loads(members["json"])["item"]
+        item = parse_json(members["json"])["item"]
     except (KeyError, ValueError, TypeError):
         item = None
     return item if isinstance(item, str) and item else dataset.row(number).key

@@ -13,8 +13,10 @@ from data_prep.shards.format import IMAGE_TYPES
 
 
 def image_of(members: dict[str, bytes]) -> tuple[str, bytes]:
-    """(media type, bytes) of the image of a sample as `Dataset.read` gives it."""
-    extension = next(extension for extension in IMAGE_TYPES if extension in members)
+    """(media type, bytes) of the image of a sample as `Dataset.read` gives it. UserError if it has none."""
+    extension = next((extension for extension in IMAGE_TYPES if extension in members), None)
+    if extension is None:
+        raise UserError(f"a sample of {', '.join(members)} has no image; `data-prep validate` finds all such samples")
     return IMAGE_TYPES[extension], members[extension]
 
 

@@ -15,7 +15,6 @@ duplicate    nearly the caption of another image (found later, over all captions
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -24,7 +23,9 @@ from typing import Any
 from data_prep.captions.ledger import Usage
 from data_prep.captions.texts import refusal_phrases
 from data_prep.curation.language_id import identify
+from data_prep.errors import UserError
 from data_prep.samples import clean
+from data_prep.shards.format import parse_json
 
 _OPENING = 120  # characters; a refusal comes at the beginning
 _UNSPACED = {"zh", "ja", "th"}  # no spaces between words
@@ -44,6 +45,10 @@ class Limits:
     shortest: int = 200
     longest: int = 6000
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.shortest <= self.longest:
+            raise UserError(f"captions of {self.shortest} to {self.longest} characters: expected 0 or more, and room")
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -58,12 +63,13 @@ def judge(raw: bytes, language: str, limits: Limits = Limits()) -> Verdict:
     """Judge the bytes of a 200 answer to a request in `language`."""
     answer: Any = None
     try:
-        answer = json.loads(raw)
+        answer = parse_json(raw)
         choice = answer["choices"][0]
         message = choice["message"]
         text, refusal, finish = message.get("content"), message.get("refusal"), choice.get("finish_reason")
         if not isinstance(text, str | None):
             raise TypeError("content is no text")
+        (text or "").encode()  # or ValueError: half a character could not be stored
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         return Verdict(None, "malformed", _usage(answer))
     caption = clean(text or "")
@@ -137,8 +143,9 @@ def _usage(answer: object) -> Usage:
 
 
 def _text(value: object) -> str | None:
-    return value if isinstance(value, str) else None
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else None
 
 
 def _count(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    """A number of tokens; none that SQLite or a sum of costs could not hold."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else None

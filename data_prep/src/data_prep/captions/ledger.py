@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from data_prep.errors import UserError
-from data_prep.shards.format import JsonObject
+from data_prep.shards.format import JsonObject, parse_json
 
 SCHEMA = 1
 _TABLES = """
@@ -160,10 +160,11 @@ class RequestLedger:
         self.db.execute("BEGIN IMMEDIATE")
         try:
             yield self.db
+            self.db.execute("COMMIT")
         except BaseException:
-            self.db.execute("ROLLBACK")
+            if self.db.in_transaction:  # a full disk may have ended it already; or it would hold what follows open, too
+                self.db.execute("ROLLBACK")
             raise
-        self.db.execute("COMMIT")
 
     # --- planned requests
 
@@ -344,4 +345,4 @@ class RequestLedger:
 
 def _request(row: sqlite3.Row) -> Request:
     values = {field.name: row[field.name] for field in fields(Request)}
-    return Request(**{**values, "options": json.loads(row["options"])})
+    return Request(**{**values, "options": parse_json(row["options"])})

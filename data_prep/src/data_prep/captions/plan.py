@@ -40,6 +40,14 @@ class Plan:
         reserved = sorted({"model", "messages", "stream", "n", "max_tokens", "max_completion_tokens"} & set(self.body))
         if reserved:
             raise UserError(f"the request's field {reserved[0]!r} is ours to set; leave it out of --body")
+        try:
+            json.dumps([self.model, self.body], allow_nan=False, ensure_ascii=False).encode()
+        except ValueError as error:  # a request could not hold it
+            raise UserError(
+                f"--model and --body cannot be sent as JSON ({error}); give text and finite numbers"
+            ) from error
+        if not self.model.strip():
+            raise UserError(f"--model {self.model!r}: expected the name of a model")
         if self.max_tokens < 1 or (self.images is not None and self.images < 1):
             raise UserError(f"max_tokens {self.max_tokens} and images {self.images}: expected at least 1")
 

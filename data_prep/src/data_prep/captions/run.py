@@ -48,6 +48,8 @@ class RunSettings:
                 f"tries {self.tries}, limit {self.limit}, budget {self.budget}: expected one try or more, and no limit "
                 "or budget below 0"
             )
+        if self.image_tokens is not None and self.image_tokens < 0:
+            raise UserError(f"image_tokens {self.image_tokens}: expected 0 or more")
 
 
 @dataclass

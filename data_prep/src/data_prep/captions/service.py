@@ -7,15 +7,16 @@ sent again. Every call ends in one of four outcomes.
 from __future__ import annotations
 
 import base64
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from data_prep.captions.ledger import Request
+from data_prep.captions.limited import limited_client
 from data_prep.errors import UserError, needs
-from data_prep.shards.format import JsonObject
+from data_prep.shards.format import JsonObject, parse_json
 
 if TYPE_CHECKING:
     from openai import APIStatusError
@@ -72,18 +73,18 @@ class Service:
         url: the base URL, up to `/v1`; None: `OPENAI_BASE_URL`, else OpenAI's.
         key_variable: name of the environment variable that holds the key, which may be empty for a service without
             keys. The key is removed from everything that is stored or shown.
-        timeout: of a whole answer, in seconds.
+        timeout: of a whole answer, in seconds; see `limited_client`.
 
     Raises:
-        UserError: `openai` is not installed, the key is malformed or, for OpenAI's own service, missing, or the
-            timeout is not positive.
+        UserError: `openai` is not installed, the URL is none, the key is malformed or, for OpenAI's own service,
+            missing, or the timeout is not positive.
     """
 
     def __init__(self, url: str | None = None, *, key_variable: str = "OPENAI_API_KEY", timeout: float = 180.0) -> None:
         if timeout <= 0:
             raise UserError(f"{timeout} seconds for an answer: expected more than 0")
         openai = needs("openai", extra="captions", what="asking for captions")
-        self.url = (url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL).rstrip("/")
+        self.url = _checked((url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL).rstrip("/"))
         self.key_variable = key_variable
         self._key = os.environ.get(key_variable, "").strip()
         # A header cannot hold anything else; the client's own error would show the key in a form that `hide` misses.
@@ -95,7 +96,10 @@ class Service:
         if not self._key and self.url == DEFAULT_URL:
             raise UserError(f"no API key: set the environment variable {key_variable}, or name another with --key-env")
         self.openai = openai
-        self.client = openai.AsyncOpenAI(api_key=self._key or "none", base_url=self.url, max_retries=0, timeout=timeout)
+        client = limited_client(openai, timeout)
+        self.client = openai.AsyncOpenAI(
+            api_key=self._key or "none", base_url=self.url, max_retries=0, timeout=client.timeout, http_client=client
+        )
 
     async def ask(self, request: Request, mime: str, image: bytes) -> Outcome:
         """Make one call, without retries."""
@@ -141,6 +145,18 @@ class Service:
         return Answered(status, raw, headers)
 
 
+def _checked(url: str) -> str:
+    """The URL itself; UserError for one that no request could go to."""
+    try:
+        parts = urlsplit(url)
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        sound = False
+    if not sound or not all("!" <= character <= "~" for character in url):
+        raise UserError(f"--url {url!r}: expected http:// or https://, a host and a path, http://localhost:8000/v1")
+    return url
+
+
 def request_body(request: Request, mime: str, image: bytes) -> JsonObject:
     """The JSON of a chat completion: the prompt and the image as a data URL."""
     url: dict[str, str] = {"url": f"data:{mime};base64,{base64.b64encode(image).decode()}"}
@@ -158,9 +174,9 @@ def request_body(request: Request, mime: str, image: bytes) -> JsonObject:
 def error_message(raw: bytes) -> str:
     """The message of an error's body, in one short line."""
     try:
-        body = json.loads(raw)
+        body = parse_json(raw)
         error = body.get("error", body)
         message = error.get("message") if isinstance(error, dict) else error
     except (ValueError, AttributeError):
         message = raw.decode("utf-8", "replace")
-    return " ".join(str(message).split())[:300] or "no message"
+    return " ".join(str(message).split())[:300].encode("utf-8", "replace").decode() or "no message"

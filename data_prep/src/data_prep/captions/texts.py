@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.errors import UserError
 from data_prep.languages import LANGUAGES
+from data_prep.names import check_name
+from data_prep.shards.format import parse_json
 
 PROMPTS = Path(__file__).parent / "prompts"
 _REFUSALS = Path(__file__).parent / "refusals.json"
@@ -36,11 +37,13 @@ def read_prompt(version: str, language: str, folder: Path = PROMPTS) -> Prompt:
     """The prompt of a version in a language.
 
     Raises:
-        UserError: there is no such version or language, or the file is empty.
+        UserError: there is no such version or language, or the file is empty or not UTF-8.
     """
-    path = folder / version / f"{language}.txt"
+    path = folder / check_name(version, "prompt version") / f"{language}.txt"
     try:
         text = path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error}); convert it (`iconv -t UTF-8`)") from error
     except (FileNotFoundError, NotADirectoryError) as error:
         versions = sorted(found.name for found in folder.glob("*") if found.is_dir())
         raise UserError(
@@ -55,7 +58,7 @@ def read_prompt(version: str, language: str, folder: Path = PROMPTS) -> Prompt:
 @functools.cache
 def refusal_phrases(language: str) -> tuple[str, ...]:
     """The beginnings of refusals in that language and in English, in lower case."""
-    phrases = json.loads(_REFUSALS.read_text(encoding="utf-8"))
+    phrases = parse_json(_REFUSALS.read_bytes())
     return tuple(dict.fromkeys([*phrases.get(language, ()), *phrases["en"]]))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from data_prep.errors import UserError
@@ -12,6 +13,28 @@ if TYPE_CHECKING:
     from data_prep.execute import Execution, Target
 
 _Described = TypeVar("_Described")
+
+
+def check_values(options: argparse.Namespace) -> None:
+    """Refuse what no option can mean, whatever its command: nan, numbers without an end, empty texts, NUL.
+
+    An empty text is often a shell's variable that is not set; where none is the default, it would stand for the current
+    folder, or for the default of something else.
+    """
+    source = getattr(options, "source", None)
+    fields = dataclasses.fields(source) if isinstance(source, type) else ()  # `captions export` has a --source, too
+    empty = {field.name for field in fields if field.default == ""}
+    for name, given in vars(options).items():
+        for value in given if isinstance(given, list) else [given]:
+            what = f"{name.replace('_', '-')} {value!r}"
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{what}: expected a finite number")
+            if isinstance(value, int) and abs(value) >= 2**53:
+                raise UserError(f"{what}: expected a number below 2^53")
+            if isinstance(value, str) and ("\0" in value or not (value.strip() or name in empty)):
+                raise UserError(
+                    f"{what}: {'holds NUL' if value.strip() else 'is empty'}; give a text, or leave the option out"
+                )
 
 
 def add_execution(parser: argparse.ArgumentParser, *, samples_per_shard: int = 1000, cuts: bool = True) -> None:

@@ -173,7 +173,7 @@ def _evalset(options: argparse.Namespace) -> int:
     root = Path(options.out)
     receipt = _run_import(options, out=str(root / options.split), evalset=True)
     if receipt is not None:
-        if receipt["dropped"]:
+        if receipt.get("dropped"):
             print("not the whole set: figures on it cannot be compared with those of others")
         pools = root if options.split == "test" else root / options.split / "image-short"
         print(f"stage-trainer evaluate MODEL {pools}")

@@ -80,6 +80,8 @@ def _validate(options: argparse.Namespace) -> int:
 
     if options.workers is not None and options.workers < 1:
         raise UserError(f"--workers {options.workers}: expected at least 1")
+    if options.show < 0:
+        raise UserError(f"--show {options.show}: expected 0 or more")
     directories = _find_datasets(options.shards)
     progress = Progress(max(1, sum(map(shards, directories))))
     workers = options.workers or os.cpu_count() or 1
@@ -106,7 +108,11 @@ def _find_datasets(paths: Iterable[str]) -> list[Path]:
     for path in map(Path, paths):
         if not path.is_dir():
             raise UserError(f"{path}: no such folder")
-        below = sorted(manifest.parent for manifest in path.rglob(MANIFEST) if ".partial" not in str(manifest))
+        below = sorted(
+            manifest.parent
+            for manifest in path.rglob(MANIFEST)
+            if not any(part.endswith(".partial") for part in manifest.relative_to(path).parts)
+        )
         if not below:
             raise UserError(
                 f"{path}: holds no data set (no {MANIFEST} in it or below); `data-prep index` makes one of other tars"

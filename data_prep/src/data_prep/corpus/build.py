@@ -23,8 +23,8 @@ from data_prep.corpus.writing import train_tokenizer, training_texts, write_data
 from data_prep.curation.tokens import TokenCounter
 from data_prep.errors import UserError
 from data_prep.shards import Dataset, ShardError, alone
-from data_prep.shards.files import sync, write_file
-from data_prep.shards.format import JsonObject
+from data_prep.shards.files import read_object, sync, write_file
+from data_prep.shards.format import JsonObject, check_new_folder
 
 CORPUS_VERSION = 1
 """Raised when the same packages and settings give other bytes."""
@@ -54,7 +54,9 @@ def build_corpus(
         UserError: `out` holds something else, packages are missing, or the disk refuses.
         ShardError: the disk refuses while a shard is written.
     """
-    settings, out = settings or Settings(), Path(out)
+    settings, out = settings or Settings(), check_new_folder(Path(out))
+    if workers is not None and workers < 1:
+        raise UserError(f"{workers} workers: expected at least 1")
     existing = _existing(out, settings)
     if existing is not None:
         log(f"{out}: already built, with this version and these settings; nothing to do")
@@ -115,9 +117,10 @@ def _existing(out: Path, settings: Settings) -> JsonObject | None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     try:
-        corpus: JsonObject = json.loads((out / "corpus.json").read_text(encoding="utf-8"))
-        version, found = corpus["version"], corpus["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        corpus = read_object(out / "corpus.json")
+        version, found = corpus["version"], dict(corpus["settings"])
+        data_sets = [(split, name) for split, counts in corpus["samples"].items() for name in list(counts)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{out}: exists and is no corpus (no readable corpus.json); name another folder") from error
     wanted = _plain(settings)
     if version != CORPUS_VERSION or found != wanted:
@@ -126,12 +129,11 @@ def _existing(out: Path, settings: Settings) -> JsonObject | None:
         if version != CORPUS_VERSION:
             differences.insert(0, f"version {version!r}, this program writes {CORPUS_VERSION!r}")
         raise UserError(f"{out}: holds another corpus ({'; '.join(differences)}); remove it or name another folder")
-    for split, counts in corpus["samples"].items():
-        for name in counts:
-            try:
-                Dataset.open(out / split / name)
-            except ShardError as error:
-                raise UserError(f"{error} (or remove {out} and run again)") from error
+    for split, name in data_sets:
+        try:
+            Dataset.open(out / split / name)
+        except ShardError as error:
+            raise UserError(f"{error} (or remove {out} and run again)") from error
     return corpus
 
 

@@ -1,12 +1,14 @@
-"""Unicode's Common Locale Data Repository: names of emoji, countries, languages, currencies and cities."""
+"""Unicode's Common Locale Data Repository: names of emoji, countries, languages, currencies and cities.
+
+What reads its files raises ValueError or LookupError where they are others than CLDR's; `debian` names the package.
+"""
 
 from __future__ import annotations
 
 import re
-import xml.etree.ElementTree as ET
 from dataclasses import dataclass, field
 
-from data_prep.corpus.deb import Package, read_members
+from data_prep.corpus.deb import Package, parse_xml, read_members
 from data_prep.errors import UserError
 from data_prep.languages import LANGUAGES
 from data_prep.samples import clean
@@ -43,11 +45,11 @@ def read_files(package: Package) -> dict[str, bytes]:
 
 def read_locale(files: dict[str, bytes], language: str) -> Locale:
     """Everything that the corpus takes from one language's files."""
-    main = ET.fromstring(files[f"main/{language}.xml"])
+    main = parse_xml(files[f"main/{language}.xml"])
     middle = main.findtext("listPatterns/listPattern/listPatternPart[@type='middle']") or "{0}, {1}"
     locale = Locale(comma=middle.replace("{0}", "").replace("{1}", ""))
     for folder in ("annotations", "annotationsDerived"):
-        for element in ET.fromstring(files[f"{folder}/{language}.xml"]).iter("annotation"):
+        for element in parse_xml(files[f"{folder}/{language}.xml"]).iter("annotation"):
             text = clean(element.text or "")
             if not text or "↑" in text:  # "↑↑↑": the same as in the parent language
                 continue
@@ -111,7 +113,7 @@ class World:
 
 def read_world(files: dict[str, bytes]) -> World:
     """Regions, currencies, languages and time zones of all territories."""
-    data = ET.fromstring(files["supplemental/supplementalData.xml"])
+    data = parse_xml(files["supplemental/supplementalData.xml"])
     parents: dict[str, str] = {}
     for group in data.iterfind("territoryContainment/group"):
         if group.get("status") is None:
@@ -134,7 +136,7 @@ def read_world(files: dict[str, bytes]) -> World:
         ]
         languages[territory.attrib["type"]] = tuple(code for _, code in sorted(spoken)[:8])
     zones: dict[str, list[str]] = {}
-    for zone in ET.fromstring(files["bcp47/timezone.xml"]).iter("type"):
+    for zone in parse_xml(files["bcp47/timezone.xml"]).iter("type"):
         alias = zone.get("alias", "").split()
         if alias and "/" in alias[0] and zone.get("deprecated") is None:
             zones.setdefault(zone.attrib["name"][:2].upper(), []).append(alias[0])

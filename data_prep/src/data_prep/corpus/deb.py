@@ -14,6 +14,8 @@ import re
 import shutil
 import subprocess
 import tarfile
+import xml.etree.ElementTree as ET
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +59,7 @@ def read_members(package: Package, wanted: Callable[[str], bool]) -> dict[str, b
     """The package's files with a `wanted` path ("usr/share/…"), sorted by path.
 
     Raises:
-        UserError: the file is no Debian package or is cut short.
+        UserError: the file is no Debian package, is damaged or cut short.
     """
     found: dict[str, bytes] = {}
     links: dict[str, str] = {}
@@ -73,10 +75,20 @@ def read_members(package: Package, wanted: Callable[[str], bool]) -> dict[str, b
                     found[path] = file.read()
                 elif member.islnk():
                     links[path] = member.linkname.removeprefix("./")
-    except (tarfile.TarError, lzma.LZMAError, EOFError, OSError) as error:
+    except UserError:
+        raise
+    except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError, ValueError) as error:
         raise UserError(f"{package.path}: cannot be unpacked ({error}); fetch the file again") from error
     found.update({path: found[target] for path, target in links.items() if target in found})
     return dict(sorted(found.items()))
+
+
+def parse_xml(data: bytes) -> ET.Element:
+    """The root of an XML file of a package. ValueError if it is none, or in a character set that cannot be read."""
+    try:
+        return ET.fromstring(data)
+    except (ET.ParseError, LookupError) as error:  # it names its character set itself
+        raise ValueError(f"not XML that can be read: {error}") from error
 
 
 def find_translations(directory: Path) -> dict[str, list[Path]]:
@@ -100,7 +112,7 @@ def read_translations(path: Path) -> Iterator[tuple[str, str, str, str]]:
     opener = _OPENERS.get(path.suffix)
     try:
         raw = opener(path).read() if opener else path.read_bytes()
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); fetch the file again") from error
     for stanza in raw.decode("utf-8", errors="replace").split("\n\n"):
         package = md5 = title = None
@@ -125,6 +137,8 @@ def _open_data(path: Path) -> IO[bytes]:
         raise UserError(f"{path}: not a Debian package; fetch the file again")
     while len(header := file.read(60)) == 60:
         name, size = header[:16].decode().strip().rstrip("/"), int(header[48:58])
+        if size < 0:  # or the same header would be read for ever
+            raise ValueError(f"a part of {size} bytes")
         if name == "data.tar.zst":
             return _open_with_dpkg(path, name)
         if name.startswith("data.tar"):  # `tarfile` sees how it is packed

@@ -17,6 +17,7 @@ from data_prep.languages import LANGUAGES
 
 Render = Callable[[Sequence[RenderJob]], list[bytes | None]]
 Locales = dict[str, cldr.Locale]
+Places = tuple[dict[str, int], dict[str, tuple[str, str]]]  # of each emoji: in the order, and its groups
 Log = Callable[[str], None]
 
 # Items in each held-out pool. The project's figures are measured on the image pools.
@@ -55,12 +56,18 @@ def read_material(directory: Path, settings: Settings, workers: int, log: Log) -
 
     started = time.monotonic()
     files = cldr.read_files(packages[apt.CLDR])
-    locales = {code: cldr.read_locale(files, code) for code in LANGUAGES}
+    try:
+        locales = {code: cldr.read_locale(files, code) for code in LANGUAGES}
+        world = None if "flags" in without else cldr.read_world(files)
+        order, groups = cldr.emoji_order(files), cldr.emoji_groups(files)
+    except (ValueError, LookupError) as error:
+        raise UserError(
+            f"{packages[apt.CLDR].path}: not CLDR as it should be ({error}); fetch the file again"
+        ) from error
     log(f"read names in {len(locales)} languages ({time.monotonic() - started:.0f} s)")
 
-    world = None if "flags" in without else cldr.read_world(files)
     render = partial(render_images, size=settings.image_size, workers=workers)
-    _add_emoji(material, files, locales, world, partial(render, font=_read_font(packages[apt.FONT])), log)
+    _add_emoji(material, (order, groups), locales, world, partial(render, font=_read_font(packages[apt.FONT])), log)
     if apt.STAMPS in packages:
         log("reading the stamps")
         _add_stamps(material, packages[apt.STAMPS], locales, partial(render, font=None), log)
@@ -106,12 +113,12 @@ def _read_font(package: Package) -> bytes:
 
 
 def _add_emoji(
-    material: Material, files: dict[str, bytes], locales: Locales, world: cldr.World | None, render: Render, log: Log
+    material: Material, places: Places, locales: Locales, world: cldr.World | None, render: Render, log: Log
 ) -> None:
     found, dropped = emoji.emoji_candidates(locales)
     started = time.monotonic()
     pictures = render([RenderJob("glyph", sign.encode()) for sign in found])
-    order, groups = cldr.emoji_order(files), cldr.emoji_groups(files)
+    order, groups = places
     last_group: tuple[str, str] = ("", "")
     drawn = sorted(
         ((sign, png) for sign, png in zip(found, pictures, strict=True) if png is not None),

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
+from data_prep.errors import UserError
 from data_prep.samples import Text
 
 _ARTICLES = re.compile(r"^(a|an|the|some)\s+")
@@ -28,6 +29,15 @@ class Settings:
     vocab_size: int | None = None
     max_packages: int = 25_000
     without: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, value, most in (
+            ("image_size", self.image_size, 4096),
+            ("vocab_size", self.vocab_size, 1_000_000),
+            ("max_packages", self.max_packages, 2**53),
+        ):
+            if value is not None and not 1 <= value <= most:
+                raise UserError(f"{name} {value}: expected 1 to {most}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from data_prep.corpus.deb import Package, read_members, read_translations
+from data_prep.corpus.deb import Package, parse_xml, read_members, read_translations
 from data_prep.corpus.items import TextItem, normalized
 from data_prep.languages import LANGUAGES, OTHER_CODES
 from data_prep.samples import Text, clean
@@ -98,8 +98,8 @@ def read_help(package: Package) -> tuple[list[TextItem], dict[str, int]]:
 def read_page(data: bytes) -> tuple[str, str] | None:
     """(title and description, body) of a Mallard page; None if it is too short or no page."""
     try:
-        root = ET.fromstring(data)
-    except ET.ParseError:
+        root = parse_xml(data)
+    except ValueError:
         return None
     title = _text_of(root.find(f"{_MALLARD}title"))
     description = _text_of(root.find(f"{_MALLARD}info/{_MALLARD}desc"))

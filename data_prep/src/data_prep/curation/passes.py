@@ -208,12 +208,14 @@ def decision(piece: JsonObject) -> np.ndarray:
 
 def save(path: Path, **arrays: np.ndarray) -> None:
     """Write arrays whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free some space and run again") from error
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); free some space and run again"
+        ) from error
 
 
 def load(path: Path, *names: str) -> dict[str, np.ndarray]:

@@ -42,7 +42,9 @@ class SignatureStore:
                 self._count += len(low)
             self._low.flush()
         except OSError as error:
-            raise UserError(f"{folder}: cannot be written ({error.strerror}); free some space and run again") from error
+            raise UserError(
+                f"{folder}: cannot be written ({error.strerror or error}); free some space and run again"
+            ) from error
 
     def __enter__(self) -> SignatureStore:
         return self

@@ -49,6 +49,10 @@ def filter_by_similarity(
         raise UserError("give either --threshold or --top")
     if top is not None and not 0 < top <= 1:
         raise UserError(f"--top {top}: expected a share above 0 and up to 1")
+    if threshold is not None and not -1 <= threshold <= 1:
+        raise UserError(f"--threshold {threshold}: a cosine similarity, expected -1 to 1")
+    if dim is not None and dim < 1:
+        raise UserError(f"--dim {dim}: expected at least 1")
     datasets = passes.open_alike(directories)
     if not datasets[0].kind.startswith("image"):
         raise UserError(f"{datasets[0].directory} holds {datasets[0].kind}; expected images with captions")
@@ -154,7 +158,14 @@ def _dual_encoder(folder: Path, dim: int | None) -> Scorer:
         text, vision = TextTower.from_pretrained(folder / "text"), VisionTower.from_pretrained(folder / "vision")
     except (ValueError, OSError) as error:
         raise UserError(f"cannot load {folder}: {error}") from error
-    return lambda images, texts: (vision.encode(images, truncate_dim=dim), text.encode(texts, truncate_dim=dim))
+
+    def both(images: Sequence[Image.Image], texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            return vision.encode(images, truncate_dim=dim), text.encode(texts, truncate_dim=dim)
+        except ValueError as error:
+            raise UserError(f"{folder}: {error}") from error
+
+    return both
 
 
 def _open_clip(name: str) -> Scorer:

@@ -27,6 +27,8 @@ def split_long(
     """Count the tokens of every caption, and write those of up to `longest` as OUT/image-short/NAME, the others as
     OUT/image-long/NAME. An image with both kinds goes to both. `<s>` and `</s>` count.
     """
+    if longest < 1:
+        raise UserError(f"--longest {longest}: expected at least 1")
     datasets = [dataset for directory in directories for dataset in open_alike([directory])]
     for dataset in datasets:
         if dataset.kind not in _KINDS:

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,8 +17,9 @@ from data_prep.errors import UserError
 from data_prep.execute.engines import ENGINES, run_units
 from data_prep.execute.progress import Progress
 from data_prep.execute.unit import Spec, read_receipt
-from data_prep.shards import KINDS, alone, write_manifest
-from data_prep.shards.files import sync, write_file, writing
+from data_prep.names import check_name
+from data_prep.shards import KINDS, ShardError, alone, write_manifest
+from data_prep.shards.files import read_object, sync, write_file, writing
 from data_prep.shards.format import JsonObject
 
 say = functools.partial(print, flush=True)  # a job runs for hours, often into a file
@@ -35,8 +35,7 @@ class Target:
     samples_per_shard: int = 1000
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
-            raise UserError(f"name {self.name!r}: expected letters, digits, '-', '_' and '.', as in a folder's name")
+        check_name(self.name, "name")
 
     def folder(self, kind: str) -> Path:
         """The data set of a kind."""
@@ -167,9 +166,9 @@ def _published(job: Job, log: Callable[[str], None]) -> JsonObject | None:
         return None
     for folder in found:
         try:
-            receipt: JsonObject = json.loads((folder / "receipt.json").read_bytes())
+            receipt = read_object(folder / "receipt.json")
             other = receipt["job"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ShardError, KeyError) as error:
             raise UserError(f"{folder}: exists already and is not ours to replace; choose another --name") from error
         if other != job.identity():
             raise UserError(
@@ -186,11 +185,22 @@ def _begin(job: Job) -> None:
     job.partial.mkdir(parents=True, exist_ok=True)
     if not mark.exists():
         write_file(mark, _raw(identity))
-    elif (other := json.loads(mark.read_bytes())) != identity:
+    elif (other := _ours(mark)) != identity:
         raise UserError(
             f"{job.partial}: holds another unfinished job ({_difference(other, identity)}); finish that one, or "
             "remove the folder"
         )
+
+
+def _ours(mark: Path, *needed: str) -> JsonObject:
+    """What a file of the partial folder says. ShardError if it is damaged or lacks something."""
+    try:
+        found = read_object(mark)
+        if missing := [name for name in needed if name not in found]:
+            raise ShardError(f"{mark}: damaged (without {', '.join(missing)})")
+    except ShardError as error:
+        raise ShardError(f"{error}; remove {mark.parent} and run again") from error
+    return found
 
 
 def _run(job: Job, execution: Execution, log: Callable[[str], None]) -> None:
@@ -252,7 +262,7 @@ def _prepare(job: Job) -> bool:
 def _publish(job: Job) -> JsonObject:
     """Rename the data sets into place; if it is stopped, the next run continues."""
     with writing(job.partial):
-        receipt: JsonObject = json.loads((job.partial / "publish.json").read_bytes())
+        receipt = _ours(job.partial / "publish.json", "came_in", "dropped", "notes", "went_out")
         for kind in receipt["went_out"]:
             folder = job.target.folder(kind)
             if (job.partial / kind).exists():
@@ -277,7 +287,8 @@ def _difference(other: object, ours: JsonObject) -> str:
     """How two identities differ, for a message."""
     if not isinstance(other, dict):
         return "not one of ours"
-    flat = [{**value, **value.get("options", {})} for value in (other, ours)]
+    options = [value["options"] if isinstance(value.get("options"), dict) else {} for value in (other, ours)]
+    flat = [{**value, **own} for value, own in zip((other, ours), options, strict=True)]
     names = [name for name in {**flat[0], **flat[1]} if name != "options" and flat[0].get(name) != flat[1].get(name)]
     return "; ".join(
         "the input is not the same" if name == "pieces" else f"{name} {flat[0].get(name)!r}, now {flat[1].get(name)!r}"

@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_prep.errors import UserError
 from data_prep.shards import ShardError, ShardWriter
-from data_prep.shards.files import temporary, write_file, writing
+from data_prep.shards.files import read_object, temporary, write_file, writing
 from data_prep.shards.format import JsonObject, index_name
 from data_prep.shards.writer import manifest_entry
 
@@ -169,8 +170,11 @@ def process_shard(spec: Spec) -> Receipt:
     try:
         work(spec.piece, spec.options, output)
         receipt = output.receipt()
-    except BaseException:
+    except BaseException as error:
         output.abandon()
+        if isinstance(error, OSError) and error.filename is None:  # what is written names its file; this was a read
+            where = spec.piece.get("file") or spec.piece.get("dataset") or f"unit {spec.number}"
+            raise UserError(f"{where}: cannot be read ({error.strerror or error}); run again") from error
         raise
     with writing(spec.receipt_path):
         spec.receipt_path.parent.mkdir(parents=True, exist_ok=True)
@@ -181,17 +185,15 @@ def process_shard(spec: Spec) -> Receipt:
 def read_receipt(spec: Spec) -> Receipt | None:
     """The receipt of a unit whose shards are all there; None if the unit has to be done (again)."""
     try:
-        raw = spec.receipt_path.read_bytes()
+        receipt = Receipt(**read_object(spec.receipt_path))
+        for kind, shards in receipt.shards.items():
+            for shard in shards:
+                tar = Path(spec.directory) / kind / shard["name"]
+                for path, size in ((tar, shard["bytes"]), (tar.with_name(index_name(tar.name)), shard["index_bytes"])):
+                    if not path.exists() or path.stat().st_size != size:
+                        return None
     except FileNotFoundError:
         return None
-    try:
-        receipt = Receipt(**json.loads(raw))
-    except (ValueError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ShardError(f"{spec.receipt_path}: not a receipt ({error}); remove the file and run again") from error
-    for kind, shards in receipt.shards.items():
-        for shard in shards:
-            tar = Path(spec.directory) / kind / shard["name"]
-            for path, size in ((tar, shard["bytes"]), (tar.with_name(index_name(tar.name)), shard["index_bytes"])):
-                if not path.exists() or path.stat().st_size != size:
-                    return None
     return receipt

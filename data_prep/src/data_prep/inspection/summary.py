@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import json
 import operator
 from collections import Counter
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from data_prep.shards import Dataset, ShardError, content_of, texts_in
+from data_prep.shards.files import read_object
 from data_prep.shards.format import IMAGE_TYPES
 
 _THUMBNAIL = 168  # pixels
@@ -90,11 +90,11 @@ def _dropped(receipt: Path) -> list[tuple[str, int, str]]:
     if not receipt.exists():
         return []
     try:
-        content = json.loads(receipt.read_bytes())
+        content = read_object(receipt)
         examples = content.get("examples", {})
         counts = [(reason, operator.index(count)) for reason, count in content.get("dropped", {}).items()]
         return [(reason, count, ", ".join(examples.get(reason, ()))) for reason, count in counts]
-    except (AttributeError, RecursionError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise ShardError(f"{receipt}: not a receipt of an import ({error}); remove it, or import again") from error
 
 

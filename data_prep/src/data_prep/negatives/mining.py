@@ -58,9 +58,15 @@ def mine_negatives(
         exact_up_to: up to so many pairs the search is exact; for more it uses inverted lists.
 
     Raises:
-        UserError: no text pairs, no such model, or a library is not installed.
+        UserError: a number that makes no sense, no text pairs, no such model, or a library is not installed.
     """
     guards = guards or Guards()
+    if not 0 < similarity <= 1 or exact_up_to < 0:
+        raise UserError(
+            f"--similarity {similarity}, --exact-up-to {exact_up_to}: expected above 0 and up to 1, and 0 or more"
+        )
+    if embedding.dim is not None and embedding.dim < 1:
+        raise UserError(f"--dim {embedding.dim}: expected at least 1")
     datasets = passes.open_alike(directories)
     if datasets[0].kind != "text-pairs":
         raise UserError(f"{datasets[0].directory} holds {datasets[0].kind}; expected text-pairs")

@@ -6,12 +6,11 @@ that another one stumbles over.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from data_prep.shards.format import IMAGE_TYPES, KINDS, JsonObject, ShardError
+from data_prep.shards.format import IMAGE_TYPES, KINDS, JsonObject, ShardError, parse_json
 
 
 class Unusable(ShardError):
@@ -72,8 +71,8 @@ def _checked(kind: str, members: Mapping[str, bytes]) -> JsonObject:
         image = kind.startswith("image")
         raise Unusable("no caption (.txt, or .json with captions)" if image else f"no .json with {' and '.join(parts)}")
     try:
-        content: Any = json.loads(members["json"])
-    except (ValueError, RecursionError) as error:
+        content: Any = parse_json(members["json"])
+    except ValueError as error:
         raise Unusable("its .json is not JSON", f" ({error})") from error
     for part in parts:
         texts = content.get(part) if isinstance(content, dict) else None

@@ -6,7 +6,6 @@ import bisect
 import errno
 import hashlib
 import itertools
-import json
 import os
 import string
 import threading
@@ -16,7 +15,16 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from data_prep.shards.format import MANIFEST, SCHEMA, JsonObject, ShardError, ShardUnavailable, check_kind, index_name
+from data_prep.shards.format import (
+    MANIFEST,
+    SCHEMA,
+    JsonObject,
+    ShardError,
+    ShardUnavailable,
+    check_kind,
+    index_name,
+    parse_json,
+)
 
 # Shards whose index and file stay open; the usual limit of a process is 1,024 open files.
 _SHARDS_KEPT = 128
@@ -175,7 +183,7 @@ class Dataset:
         try:
             # Of bytes: a text's `splitlines` also splits at U+0085 and U+2028, inside names.
             rows = [_row(line, tar.name, entry["bytes"]) for line in raw.splitlines()]
-        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ShardUnavailable(
                 f"{index}: not a sidecar of {SCHEMA} ({_why(error)}); build the data set again"
             ) from error
@@ -213,7 +221,7 @@ def _raise_if_the_process_is_short(error: OSError) -> None:
 
 def _row(line: bytes, shard: str, size: int) -> Row:
     """A line of the sidecar of a tar of `size` bytes. KeyError, TypeError, ValueError, RecursionError if it is none."""
-    entry = json.loads(line)
+    entry = parse_json(line)
     members = {name: (_count(start), _count(length)) for name, (start, length) in entry["members"].items()}
     for name, (start, length) in members.items():
         if start + length > size:
@@ -278,7 +286,7 @@ def _read_manifest(directory: Path) -> bytes:
 def _parse_manifest(path: Path, raw: bytes) -> JsonObject:
     """The manifest, in which every field that is read later has its type. ShardError if it is none."""
     try:
-        manifest: JsonObject = json.loads(raw)
+        manifest: JsonObject = parse_json(raw)
         if manifest["schema"] != SCHEMA:
             raise ShardError(
                 f"{path}: schema {shown(manifest['schema'])}, expected {SCHEMA!r}; build the data set again"
@@ -301,7 +309,7 @@ def _parse_manifest(path: Path, raw: bytes) -> JsonObject:
             )
     except ShardError:
         raise
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{path}: not a manifest of {SCHEMA} ({_why(error)}); build the data set again") from error
     return manifest
 

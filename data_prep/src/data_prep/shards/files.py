@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from data_prep.shards.format import ShardError
+from data_prep.shards.format import JsonObject, ShardError, parse_json
 
 
 class TarFile:
@@ -107,6 +107,22 @@ def write_file(path: Path, data: bytes) -> None:
     """Write a file whole or not at all; it is on the disk when this returns."""
     with replacing(path) as file:
         file.write(data)
+
+
+def read_object(path: Path) -> JsonObject:
+    """The JSON object in a file of ours.
+
+    Raises:
+        OSError: it cannot be read.
+        ShardError: it holds something else, after damage or someone's edit.
+    """
+    try:
+        found = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ShardError(f"{path}: damaged ({error})") from error
+    if not isinstance(found, dict):
+        raise ShardError(f"{path}: damaged (no JSON object)")
+    return found
 
 
 def sync(path: Path) -> None:

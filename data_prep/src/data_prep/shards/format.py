@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 SCHEMA = "trilith-shards/1"
@@ -35,6 +37,20 @@ class ShardUnavailable(ShardError):
     """A shard of which no sample can be read: its tar or its sidecar is missing or damaged as a whole."""
 
 
+def parse_json(raw: bytes | str) -> Any:
+    """The value of JSON that may come from anywhere; nothing else in `data_prep` parses it.
+
+    Its texts may hold half a character (a lone surrogate), its numbers be nan or of any size.
+
+    Raises:
+        ValueError: it is no JSON, its bytes are no text, a number has thousands of digits, or it nests too deeply.
+    """
+    try:
+        return json.loads(raw)
+    except RecursionError as error:
+        raise ValueError("it nests too deeply") from error
+
+
 def shard_name(number: int) -> str:
     """File name of the tar of shard `number`, counted from 0."""
     return f"{number:05d}.tar"
@@ -43,6 +59,22 @@ def shard_name(number: int) -> str:
 def index_name(tar_name: str) -> str:
     """File name of the sidecar that belongs to the tar `tar_name`."""
     return tar_name.removesuffix(".tar") + ".index.jsonl"
+
+
+def check_new_folder(path: Path) -> Path:
+    """`path` itself, or ShardError if it ends in no name (".", "..", "/"): a folder is made under a similar name beside
+    it, then renamed.
+    """
+    if path.name in ("", ".."):
+        raise ShardError(f"{path}: expected the folder to be made by its own name, {path / 'NAME'} for example")
+    return path
+
+
+def check_source(source: str) -> str:
+    """`source` itself, or ShardError if it could not stand in a manifest: readers would refuse the data set."""
+    if not source.strip() or not source.isprintable():
+        raise ShardError(f"source {source[:80]!a}: expected a name of printable characters")
+    return source
 
 
 def check_kind(kind: str) -> str:

@@ -10,8 +10,8 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
-from typing import IO
 
 from data_prep.shards.format import ShardError
 
@@ -52,10 +52,10 @@ def alone(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
             file.close()
 
 
-def _acquire(path: Path, what: str, wait: bool) -> IO[str] | None:
+def _acquire(path: Path, what: str, wait: bool) -> FileIO | None:
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        file = path.open("a+", encoding="utf-8")
+        file = path.open("a+b", buffering=0)  # or a full disk would be met once more where the file is closed
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
@@ -67,7 +67,7 @@ def _acquire(path: Path, what: str, wait: bool) -> IO[str] | None:
                     "another place"
                 ) from error
             if error.errno not in _NO_LOCKS:
-                raise
+                raise OSError(error.errno, error.strerror, str(path)) from error
             path.unlink(missing_ok=True)
             print(
                 f"{path.parent}: this file system has no locks ({error.strerror}), so it goes unseen if another "
@@ -81,19 +81,19 @@ def _acquire(path: Path, what: str, wait: bool) -> IO[str] | None:
         file.close()  # the previous holder removed it
     with contextlib.suppress(OSError):  # the note is not needed: a full disk must not stop the work
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        file.flush()
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}".encode())
     return file
 
 
-def _read(file: IO[str]) -> str:
-    with contextlib.suppress(OSError, ValueError):
+def _read(file: FileIO) -> str:
+    with contextlib.suppress(OSError):
         file.seek(0)
-        return file.read(200).strip()
+        return file.read(200).decode("utf-8", "replace").strip()
     return ""
 
 
-def _is(path: Path, file: IO[str]) -> bool:
+def _is(path: Path, file: FileIO) -> bool:
     """Whether an open file is still the one of that name."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))

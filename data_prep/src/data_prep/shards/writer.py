@@ -17,7 +17,9 @@ from data_prep.shards.format import (
     JsonObject,
     ShardError,
     check_kind,
+    check_new_folder,
     check_sample,
+    check_source,
     index_name,
     shard_name,
 )
@@ -95,7 +97,7 @@ def write_manifest(
     manifest = {
         "schema": SCHEMA,
         "kind": check_kind(kind),
-        "source": source,
+        "source": check_source(source),
         "samples": sum(shard["samples"] for shard in shards),
         "shards": list(shards),
         "tokenizer_sha256": tokenizer_sha256,
@@ -121,7 +123,8 @@ class DatasetWriter:
         tokenizer_sha256: hash of the tokenizer file that counted the tokens, None if nothing was counted.
 
     Raises:
-        ShardError: the directory exists, a sample does not fit its kind, a key comes twice, or the disk refuses.
+        ShardError: the directory exists or ends in no name, `source` is none, a sample does not fit its kind, a key
+            comes twice, or the disk refuses.
     """
 
     def __init__(
@@ -133,9 +136,9 @@ class DatasetWriter:
         samples_per_shard: int = 1000,
         tokenizer_sha256: str | None = None,
     ) -> None:
-        self.directory = Path(directory)
+        self.directory = check_new_folder(Path(directory))
         self.kind = check_kind(kind)
-        self.source = source
+        self.source = check_source(source)
         if samples_per_shard < 1:
             raise ShardError(f"samples_per_shard is {samples_per_shard}; expected at least 1")
         self._samples_per_shard = samples_per_shard

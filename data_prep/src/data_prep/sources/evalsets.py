@@ -7,7 +7,6 @@ loader.
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,12 +16,12 @@ from typing import Any, ClassVar
 from data_prep.errors import UserError
 from data_prep.image_rule import ImageRule
 from data_prep.samples import Text
-from data_prep.shards.format import JsonObject
+from data_prep.shards.format import JsonObject, parse_json
 from data_prep.sources.folder import inside
 from data_prep.sources.records import Dropped, Found, ImageRecord, argument, file_stat
 
 _IMAGES = 500
-_OTHER_FORMAT = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+_OTHER_FORMAT = (OSError, ValueError, KeyError, TypeError, AttributeError)
 _XTD_CODES = {"jp": "ja"}  # as its files are called
 
 Photo = tuple[str, list[Text]]  # file name below the folder of images, captions
@@ -45,7 +44,10 @@ class _Photos(ABC):
         if not Path(self.images).is_dir():
             raise UserError(f"{self.images}: no such folder")
         try:
-            count = len(self.photos())
+            photos = self.photos()
+            if odd := [name for name, _ in photos if not isinstance(name, str)]:
+                raise TypeError(f"an image is called {odd[0]!r:.80}")
+            count = len(photos)
         except _OTHER_FORMAT as error:
             raise UserError(f"{self.captions}: not the captions of this set ({error!r})") from error
         captions = Path(self.captions)
@@ -77,12 +79,12 @@ class Xm3600(_Photos):
     def photos(self) -> list[Photo]:
         found = []
         for line in filter(None, _lines(Path(self.captions))):
-            fields = json.loads(line)
+            fields = parse_json(line)
             captions = [
                 Text(text, language, "further" if number else "name")
                 for language, value in fields.items()
                 if isinstance(value, dict)
-                for number, text in enumerate(filter(None, map(str.strip, value["caption"])))
+                for number, text in enumerate(filter(None, map(str.strip, _listed(value["caption"]))))
             ]
             found.append((f"{fields['image/key']}.jpg", captions))
         return found
@@ -144,13 +146,20 @@ class Coco(_Photos):
     images: str = argument("folder of the images, or the one that holds val2014")
 
     def photos(self) -> list[Photo]:
-        content = json.loads(Path(self.captions).read_bytes())
+        content = parse_json(Path(self.captions).read_bytes())
         captions: dict[Any, list[Text]] = {image["id"]: [] for image in content["images"]}
         for annotation in content["annotations"]:
             captions[annotation["image_id"]].append(Text(annotation["caption"].strip(), "en", "name"))
         return [
             (_coco_name(Path(self.images), image["file_name"]), captions[image["id"]]) for image in content["images"]
         ]
+
+
+def _listed(captions: Any) -> list[Any]:
+    """The captions themselves; TypeError for a single text, whose letters would be taken for captions."""
+    if not isinstance(captions, list):
+        raise TypeError(f"captions {captions!r:.80} are no list")
+    return captions
 
 
 def _lines(path: Path) -> list[str]:

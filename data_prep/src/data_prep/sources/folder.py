@@ -117,11 +117,16 @@ def _side(path: Path, held_out: float) -> str:
 def inside(folder: Path, name: str) -> Path | None:
     """The file of that name in a folder, or None if the name leads out of it.
 
-    ".." is resolved before links; links inside the folder are followed.
+    ".." is resolved before links; links inside the folder are followed. No file has a name with NUL, or with half a
+    character.
     """
     root = os.path.abspath(folder)  # "." and ".." resolved, for the comparison of prefixes
     path = os.path.normpath(os.path.join(root, name))
-    return Path(path) if path.startswith(os.path.join(root, "")) and "\0" not in name else None
+    try:
+        possible = "\0" not in name and os.fsencode(name) is not None
+    except UnicodeEncodeError:
+        possible = False
+    return Path(path) if possible and path.startswith(os.path.join(root, "")) else None
 
 
 def _only_table(folder: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -13,7 +12,7 @@ from typing import Any, ClassVar
 from data_prep.errors import UserError
 from data_prep.image_rule import ImageRule
 from data_prep.samples import Text
-from data_prep.shards.format import IMAGE_TYPES, JsonObject
+from data_prep.shards.format import IMAGE_TYPES, JsonObject, parse_json
 from data_prep.sources.records import Dropped, Found, ImageRecord, argument, file_stat, option
 from data_prep.sources.tars import TarSample, tar_samples
 
@@ -137,11 +136,11 @@ def read_shard(piece: JsonObject) -> Iterator[Dropped | tuple[str, TarSample, Js
         yield Dropped("shard without _stats.json: not finished", path.name)
         return
     try:
-        stats = json.loads(Path(piece["stats"]).read_bytes())
+        stats = parse_json(Path(piece["stats"]).read_bytes())
         for reason in _FAILED:
             if count := int(stats.get(reason, 0)):
                 yield Dropped(f"img2dataset: {reason.replace('_', ' ')}", path.name, count)
-    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):
+    except (ValueError, AttributeError, TypeError, OverflowError):
         yield Dropped("shard whose _stats.json cannot be read", path.name)
         return
     for sample in tar_samples(path):

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from data_prep.errors import UserError
-from data_prep.shards.format import JsonObject
+from data_prep.shards.format import JsonObject, parse_json
 from data_prep.sources.records import Dropped, Row
 from data_prep.sources.tables import checked_file_stat
 
@@ -44,8 +44,8 @@ def read_list(piece: JsonObject) -> Iterator[Row | Dropped]:
         file.seek(piece["start"])
         raw = file.read(piece["end"] - piece["start"])
     try:
-        values = json.loads(b"[" + raw + b"]")
-    except (ValueError, RecursionError) as error:
+        values = parse_json(b"[" + raw + b"]")
+    except ValueError as error:
         raise UserError(f"{path}: not JSON between bytes {piece['start']} and {piece['end']} ({error})") from error
     for number, value in enumerate(values, piece["row"]):
         yield f"{path.name}, element {number}", value

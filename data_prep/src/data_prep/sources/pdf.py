@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, ClassVar
 from data_prep.errors import UserError, needs
 from data_prep.image_rule import ImageRule
 from data_prep.samples import Text
-from data_prep.shards.format import JsonObject
+from data_prep.shards.format import JsonObject, parse_json
 from data_prep.sources.answers import answer_text, question_caption
 from data_prep.sources.json_lists import list_pieces, read_list
 from data_prep.sources.records import Dropped, Found, ImageRecord, Noted, argument, file_stat, from_rows, option
@@ -39,7 +38,7 @@ class PdfFolder:
     side: int = option(PAGES.size, "pixels of a page's shortest side when it is drawn")
 
     def pieces(self) -> Iterator[JsonObject]:
-        _pdfium()
+        _check(self.max_pages, self.side)
         files: list[str] = []
         stamps: list[JsonObject] = []
         for path in files_in(self.folder, (".pdf", ".PDF")):
@@ -89,7 +88,7 @@ class TatDqa:
     side: int = option(PAGES.size, "pixels of a page's shortest side when it is drawn")
 
     def pieces(self) -> Iterator[JsonObject]:
-        _pdfium()
+        _check(1, self.side)
         if not Path(self.documents).is_dir():
             raise UserError(f"{self.documents}: no such folder")
         yield from list_pieces(self.questions, _DOCUMENTS)
@@ -135,6 +134,13 @@ class TatDqa:
                     yield ImageRecord(where, f"{uid}/{number + 1}", page[0], long=list(dict.fromkeys(texts)))
 
 
+def _check(max_pages: int, side: int) -> None:
+    """UserError if no page could be drawn, or pdfium is not installed."""
+    if max_pages < 1 or not 1 <= side <= _RENDERED:
+        raise UserError(f"--max-pages {max_pages}, --side {side}: expected 1 page or more, and 1 to {_RENDERED} pixels")
+    _pdfium()
+
+
 def _pdfium() -> Any:
     return needs("pypdfium2", extra="pdf", what="reading PDF")
 
@@ -165,9 +171,9 @@ def _drawn(document: Any, number: int, side: int) -> tuple[bytes, str] | None:
 def _pages_of_blocks(path: Path) -> dict[str, int]:
     """Block → page, from 0; empty without that file."""
     try:
-        pages = json.loads(path.read_bytes())["pages"]
+        pages = parse_json(path.read_bytes())["pages"]
         return {block["uuid"]: number for number, page in enumerate(pages) for block in page["blocks"]}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import csv
 import gzip
-import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from data_prep.errors import UserError
-from data_prep.shards.format import JsonObject
+from data_prep.shards.format import JsonObject, parse_json
 from data_prep.sources.records import Dropped, Row, file_stat, objects
 
 _LINES = 16 * 2**20  # bytes of JSON lines in a piece
@@ -163,10 +162,10 @@ def read_lines(piece: JsonObject) -> Iterator[Row | Dropped]:
             if not line:
                 continue
             try:
-                yield where, json.loads(line.decode("utf-8"))
+                yield where, parse_json(line.decode("utf-8"))
             except UnicodeDecodeError:
                 yield Dropped("not UTF-8", where)
-            except (ValueError, RecursionError):
+            except ValueError:
                 yield Dropped("not JSON", where)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tarfile
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from data_prep.errors import UserError
+from data_prep.shards.format import parse_json
 from data_prep.sources.records import Dropped
 
 CUT = "rest of a tar that is cut short or damaged"
@@ -31,8 +31,8 @@ class TarSample:
     def json(self) -> Any:
         """Its parsed .json; {} without one, None if that is no JSON."""
         try:
-            return json.loads(self.read("json")) if "json" in self.members else {}
-        except (ValueError, RecursionError):
+            return parse_json(self.read("json")) if "json" in self.members else {}
+        except ValueError:
             return None
 
 

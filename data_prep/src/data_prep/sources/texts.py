@@ -50,6 +50,8 @@ class Texts:
         languages = self.language.split(",")
         if len(languages) > 2 or not all(languages):
             raise UserError(f"--language {self.language}: expected one language, or QUERY,TARGET (de,en)")
+        if self.negatives < 1:
+            raise UserError(f"--negatives {self.negatives}: expected at least 1")
         for path in files_in(self.files, _ENDINGS):
             if path.suffix.lower() == ".parquet":
                 columns = self._needed(path, parquet_columns(path))

@@ -79,7 +79,10 @@ class Wit:
 
     def _record(self, where: str, values: JsonObject) -> Iterator[Found]:
         url = values.get("image_url") or ""
-        name = unquote(urlsplit(url).path.rpartition("/")[2])
+        try:
+            name = unquote(urlsplit(url).path.rpartition("/")[2])
+        except ValueError:  # "http://[": half an IPv6 address
+            name = ""
         path = inside(Path(self.images), name) if name else None
         short, long = _captions(values)
         if path is None:

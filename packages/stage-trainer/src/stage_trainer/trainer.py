@@ -30,7 +30,7 @@ from stage_trainer.run.health import Health
 from stage_trainer.run.hooks import Hook, Step, Totals
 from stage_trainer.run.ledger import Ledger
 from stage_trainer.run.limits import Watch
-from stage_trainer.run.loader import WORKER_STARTS, batches, worker_deaths_explained
+from stage_trainer.run.loader import WORKER_STARTS, batches, shortages_explained, worker_deaths_explained
 from stage_trainer.run.monitor import Monitor, Shown, open_sinks
 from stage_trainer.run.next_steps import next_steps
 from stage_trainer.run.rendezvous import initialize_distributed
@@ -55,13 +55,14 @@ def train(recipe: Recipe, number: int, *, start_over: bool = False, refusal: Use
         Stopped: the run was asked to stop, and has saved.
     """
     quiet()
-    with Watch(recipe.limits, Path(recipe.output)) as watch, contextlib.ExitStack() as stack:
+    with Watch(recipe.limits, Path(recipe.output)) as watch, shortages_explained(), contextlib.ExitStack() as stack:
         with watch.phase("start"):
             rank, world, device = initialize_distributed(recipe.output)
             set_threads(world)
             if device.type == "cpu":
                 keep_freed_memory()
             stack.enter_context(one_reason(Path(recipe.output), rank, world))
+            stack.enter_context(shortages_explained())  # before one_reason, which shows anything else as a traceback
         if refusal := from_rank_0(refusal):
             raise refusal
         with watch.phase("load"):

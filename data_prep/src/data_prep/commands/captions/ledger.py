@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 from pathlib import Path
 
 from data_prep.captions.ledger import RequestLedger
@@ -14,6 +13,7 @@ from data_prep.commands.execution import made
 from data_prep.curation.tokens import TokenCounter
 from data_prep.errors import UserError
 from data_prep.shards import Dataset
+from data_prep.shards.format import parse_json
 
 
 def add_plan(steps: Subcommands) -> None:
@@ -60,11 +60,11 @@ def _plan(options: argparse.Namespace) -> int:
     from data_prep.execute.progress import Progress
 
     try:
-        body = json.loads(options.body)
+        body = parse_json(options.body)
     except ValueError as error:
-        raise UserError(f"--body {options.body!r} is not JSON ({error})") from error
+        raise UserError(f"--body {options.body[:80]!r} is not JSON ({error})") from error
     if not isinstance(body, dict):
-        raise UserError(f"--body {options.body!r}: expected a JSON object")
+        raise UserError(f"--body {options.body[:80]!r}: expected a JSON object")
     wanted = made(Plan, options, languages=check_languages(options.languages), body=body)
     prompts = Path(options.prompts) if options.prompts else PROMPTS
     progress = Progress(max(1, sum(len(Dataset.open(directory)) for directory in options.shards)))

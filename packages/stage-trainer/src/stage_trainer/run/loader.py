@@ -95,7 +95,7 @@ def _of_one_start(data: Batches, start: int, stop: int, workers: int, limit: flo
         signal.signal(signal.SIGCHLD, heard or signal.SIG_DFL)  # torch's handler would raise in the middle of a step
     try:
         while True:
-            with _killed_after(limit, processes), _shortages_explained():
+            with _killed_after(limit, processes), shortages_explained():
                 item = next(items, None)
             if item is None:
                 return
@@ -215,8 +215,11 @@ def _with_causes(error: BaseException | None) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _shortages_explained() -> Iterator[None]:
-    """This process, too, opens a file for each tensor that it gets."""
+def shortages_explained() -> Iterator[None]:
+    """Raises what too few file descriptors make fail as a UserError, whichever library met it.
+
+    Not only workers: this process opens a file for each tensor that it gets, and sockets for each group of ranks.
+    """
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -237,7 +240,7 @@ def _shortage(error: Exception) -> int | None:
 def _no_files() -> str:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return (
-        f"a process has no file descriptor left for the next batch; it may have {soft:,}: raise that (`ulimit -n "
+        f"a process has no file descriptor left; it may have {soft:,}: raise that (`ulimit -n "
         f"{max(65_536, hard)}`), or lower workers"
     )
 

@@ -26,7 +26,8 @@ SILENCE = 40.0
 """Seconds without a sign of life after which a rank counts as dead."""
 INTERVAL = 4.0
 """Seconds between two signs of life."""
-_LOST = ("connection closed by peer", "connection reset", "broken pipe", "socket closed", "connection refused")
+_LOST = ("connection closed by peer", "connection reset", "broken pipe", "socket closed", "connection refused",
+         "connection was likely closed")  # fmt: skip
 
 
 @contextlib.contextmanager
