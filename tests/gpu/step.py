@@ -40,12 +40,12 @@ def measure(report: Report) -> None:
             for checkpointing in (False, True):
                 way = Way(rank, planned, rank.batch(1 + cached), cached, checkpointing, compiled)
                 turns = (2, 1 + compiled) if report.cuda else (1, 0)
-                found[way.name] = report.tried(way.name, partial(way.figures, report.device, *turns))
+                found[way.name] = report.tried(way.name, partial(way.figures, report, *turns))
                 report.note("steps", found)
     whole = whole_share(rank) if report.cuda else rank.batch(3)
     way = Way(rank, planned, whole, True, False, True)
     title = f"the paper's batch: {way.name}"
-    report.note(title, report.tried(title, partial(way.figures, report.device, 1, int(report.cuda))))
+    report.note(title, report.tried(title, partial(way.figures, report, 1, int(report.cuda))))
 
 
 def compare_losses(report: Report, rank: Rank) -> None:
@@ -95,7 +95,8 @@ class Way:
     def cache(self) -> GradientCache | None:
         return self.rank.chunks if self.cached else None
 
-    def figures(self, device: torch.device, repeats: int, warm: int) -> dict[str, Any]:
+    def figures(self, report: Report, repeats: int, warm: int) -> dict[str, Any]:
+        device = report.device
         self.rank.configure(checkpointing=self.checkpointing, compiled=self.compiled)
         step = partial(self.rank.step, self.batch, self.cache)
         times = seconds_of(step, device, repeats, warm)
@@ -114,7 +115,8 @@ class Way:
             "flops_per_second": flops.model / times["seconds"],
             **used,
             "peak_bytes": peak_of(step, device),
-            **self.predicted(device),
+            # The planner may be wrong in a way of its own, which costs no measurement.
+            "planner": report.tried(f"{self.name}, planner", partial(self.predicted, device)),
         }
 
     def predicted(self, device: torch.device) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def test_all_parts_run_small_on_a_cpu(tmp_path, runner):
         assert found["engine"]["results"][f"zero {zero}: one step"]["synchronisations"] == "needs CUDA"
     steps = found["step"]["results"]["steps"]
     assert len(steps) == 8
-    assert all(each["seconds"] > 0 and each["predicted_peak_bytes"] > 0 for each in steps.values())
+    assert all(each["seconds"] > 0 and each["planner"]["predicted_peak_bytes"] > 0 for each in steps.values())
     assert all(each["peak_bytes"] == each["mfu"] == "needs CUDA" for each in steps.values())
 
 
