@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All that a GPU alone can tell, in one run of at most nine minutes: bash tests/gpu.sh [--out DIR] [--only PART,PART]
-#   --cpu          the same in a tiny size on the CPU, in three minutes on two cores
+#   --cpu          the same in a tiny size on the CPU: two and a half minutes of processor time
 #   --wheels DIR   installs the wheels there (tests/gpu/wheels.sh makes them) into a folder that this run alone sees
 #   PYTHON=…       the Python to use (default: .venv's if there is one, else python3)
 set -euo pipefail
