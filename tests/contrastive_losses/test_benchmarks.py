@@ -11,7 +11,6 @@ FOLDER = Path(__file__).parents[2] / "packages" / "contrastive-losses" / "benchm
 SMALL = {
     "cpu": ["--rows", "256", "--dims", "16", "64", "--repeats", "1"],
     "memory": ["--rows", "256", "512", "--dims", "16", "64"],
-    "gpu": ["--device", "cpu", "--rows", "128", "--most", "256", "--dims", "16", "64", "--repeats", "1"],
 }
 
 

@@ -23,18 +23,6 @@ SMALL = {"image_text": [], "text_pairs": [], "memory": [], "recall": ["--contend
 
 
 @pytest.mark.full
-def test_the_scripts_for_a_gpu_run_in_a_small_size_on_a_cpu():
-    script = [sys.executable, str(FOLDER / "gpu.py"), "--small", "--repeats", "1"]
-    run = subprocess.run(script, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stderr[-3000:]
-    figures = [
-        json.loads(line[line.index("{") :]) for line in run.stdout.splitlines() if line.startswith(("ours", "open"))
-    ]
-    assert len(figures) == 4
-    assert all(figure["pairs_per_second"] > 0 and figure["teraflops"] > 0 for figure in figures)
-
-
-@pytest.mark.full
 @pytest.mark.parametrize("name", SMALL)
 def test_benchmarks_run_in_a_small_size(name, drawn_corpus, tmp_path):
     results = tmp_path / "results.json"

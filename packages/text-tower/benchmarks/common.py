@@ -18,7 +18,7 @@ SHAPES = {
 }
 
 
-def pair(config: TextTowerConfig, implementation: str = "sdpa"):
+def pair(config: TextTowerConfig):
     """A fresh tower and transformers' model with the same weights, both in training mode, both tables frozen.
 
     The tables' dense gradients cost the same in both and would hide the rest.
@@ -29,9 +29,7 @@ def pair(config: TextTowerConfig, implementation: str = "sdpa"):
     tower = TextTower(config)
     with tempfile.TemporaryDirectory() as folder:
         tower.save_pretrained(Path(folder) / "model")
-        model = AutoModel.from_pretrained(
-            Path(folder) / "model", attn_implementation=implementation, add_pooling_layer=False
-        )
+        model = AutoModel.from_pretrained(Path(folder) / "model", attn_implementation="sdpa", add_pooling_layer=False)
     for module in (tower, model):
         module.train().embeddings.word_embeddings.requires_grad_(False)
         module.embeddings.token_type_embeddings.requires_grad_(False)

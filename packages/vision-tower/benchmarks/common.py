@@ -1,11 +1,9 @@
-"""What the benchmarks share: the two models with one set of weights, the clock, and the results file."""
+"""What the benchmarks share: the two models with one set of weights, and the results file."""
 
 from __future__ import annotations
 
 import json
 import platform
-import time
-from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,35 +23,6 @@ def pair(config: VisionTowerConfig, device: str = "cpu") -> tuple[VisionTower, n
     model = timm.create_model("eva02_large_patch14_clip_224", **config.timm_arguments())
     model.load_state_dict(tower.state_dict())
     return tower.to(device), model.to(device)
-
-
-def rounds(contenders: Mapping[str, Callable[[], Any]], repeats: int, device: str = "cpu") -> dict[str, float]:
-    """Seconds of each, the best of `repeats` rounds in which they take turns, after one that does not count."""
-    best = dict.fromkeys(contenders, float("inf"))
-    for turn in range(repeats + 1):
-        for name, run in contenders.items():
-            _wait(device)
-            start = time.perf_counter()
-            run()
-            _wait(device)
-            if turn:
-                best[name] = min(best[name], time.perf_counter() - start)
-    return best
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def flops_per_image(config: VisionTowerConfig) -> float:
-    """Floating-point operations of one image forward and backward, all patches kept: a multiply-add is two, backward
-    costs twice the forward pass, norms and activations are not counted."""
-    tokens, width = 1 + config.num_patches, config.width
-    products = 4 * width**2 + 3 * width * config.mlp_width
-    attention = 2 * tokens * width
-    embedding = config.num_patches * width * 3 * config.patch**2
-    return 3 * 2 * (config.layers * tokens * (products + attention) + embedding)
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
