@@ -21,6 +21,9 @@ from torch.autograd.graph import Node
 from torch.utils.checkpoint import GraphExecGroup
 
 Gradients = list[Tensor | None]
+_FORGETS = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
+"""Of a Function that is written in Python, 2.11's node goes with the nodes that lead to it, though Python still has it;
+so these are kept until it is done, with what they saved."""
 
 
 @torch.no_grad()
@@ -41,6 +44,7 @@ def run_backward(
     arrived: dict[Node, Gradients] = {root: [gradient]}
     turn = count()
     ready = [(0.0, next(turn), root)]
+    owners: dict[Node, list[Node]] = {}
     del root, gradient
     with GraphExecGroup():  # what was checkpointed is recomputed once, not for each tensor that it had saved
         while ready:
@@ -52,6 +56,10 @@ def run_backward(
                     learned(leaf)
                 continue
             edges, outputs = node.next_functions, _call(node, arrived.pop(node))
+            owners.pop(node, None)
+            for child, _ in edges if _FORGETS else ():
+                if isinstance(child, BackwardCFunction):
+                    owners.setdefault(child, []).append(node)
             del node
             for index, (child, slot) in enumerate(edges):
                 if child is None:

@@ -19,7 +19,6 @@ LOSS, COMMUNICATION, OPTIMIZER, COPIES = "loss", "communication", "optimizer", "
 PARTS = (PRODUCTS, ATTENTION, MEMORY, LAUNCHES, LOSS, COMMUNICATION, OPTIMIZER, COPIES)
 
 HOST_LINK = 20e9  # bytes a second from the host's memory to a GPU: PCIe 4, 32 GB/s, less what it never reaches
-LOSS_DTYPE = "fp32"  # embeddings come to the loss in float32 (`contrastive_losses`)
 MUON_STEPS = 5  # of Newton and Schulz's iteration (`optim.muon`)
 
 
@@ -95,7 +94,7 @@ def _loss(model: Model, sizes: Sizes) -> Work:
             moved, out = FLOAT * (rows + columns) * width, FLOAT * max(rows, columns) * width
             for shape in 2 * [(1, rows, columns, width)] + [(1, rows, width, columns), (1, columns, width, rows)]:
                 operations = 2 * rows * columns * width
-                work[Kernel("product", moved, 0 if shape[3] == width else out, operations, shape, LOSS_DTYPE)] += 1
+                work[Kernel("product", moved, 0 if shape[3] == width else out, operations, shape, model.precision)] += 1
     return work
 
 
