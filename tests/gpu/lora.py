@@ -30,9 +30,6 @@ def measure(report: Report) -> None:
     for name, out, into in (("qkv", 3 * width, width), ("out", width, width), ("up", hidden, width),
                             ("down", width, hidden)):  # fmt: skip
         report.note(f"{name}, {into} to {out}", formulas(report, texts * length, out, into, repeats))
-    if not hasattr(AdaptedLinear, "forms_sum"):
-        report.note("tower", "this tower computes adapters for each token alone")
-        return
     tower = TextTower(config).to(report.device).train()
     packed = PackedTokens.from_lists([[5] * length] * texts).to(report.device)
     found: dict[str, Any] = {}

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import inspect
 import subprocess
 import sys
 import warnings
@@ -59,16 +58,14 @@ def measure(report: Report) -> None:
 def contenders() -> list[tuple[str, torch.dtype, Loss]]:
     found = [(name, torch.bfloat16, loss) for name, loss in LOSSES.items()]
     found.append(("contrastive_losses, float32", torch.float32, LOSSES["contrastive_losses"]))
-    if "precision" in inspect.signature(matryoshka_info_nce).parameters:
-        for precision in ("bf16", "tf32"):
-            of_it: Any = partial(with_precision, precision)
-            found.append((f"contrastive_losses, float32, precision {precision}", torch.float32, of_it))
+    for precision in ("bf16", "tf32"):
+        of_it: Any = partial(with_precision, precision)
+        found.append((f"contrastive_losses, float32, precision {precision}", torch.float32, of_it))
     return [("plain PyTorch" if name == "careful loop" else name, dtype, loss) for name, dtype, loss in found]
 
 
 def with_precision(precision: str, queries: Tensor, targets: Tensor, temperature: Tensor, dims: Sequence[int]) -> Any:
-    options: Any = {"precision": precision}
-    return matryoshka_info_nce(queries, targets, temperature=temperature, dims=dims, **options)
+    return matryoshka_info_nce(queries, targets, temperature=temperature, dims=dims, precision=precision)
 
 
 def figures(

@@ -7,7 +7,6 @@ without activation checkpointing; eager and compiled. Then the whole share of a 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,6 +18,7 @@ from stage_trainer.batch import Batch
 from stage_trainer.plan.devices import Device, peak_flops, present
 from stage_trainer.plan.memory import Model, Setting, Sizes, estimate
 from stage_trainer.plan.planner import model_of, segments
+from stage_trainer.plan.step import predict
 from stage_trainer.recipe import GradientCache
 
 SAME_LOSS = 2e-3
@@ -132,9 +132,7 @@ class Way:
 
 def predicted_time(model: Model, sizes: Sizes, setting: Setting, here: Device) -> dict[str, Any]:
     """Without communication, as it is measured."""
-    if importlib.util.find_spec("stage_trainer.plan.step") is None:
-        return {"predicted_seconds": "this planner predicts memory alone"}
-    prediction = importlib.import_module("stage_trainer.plan.step").predict(model, sizes, setting, here, None)
+    prediction = predict(model, sizes, setting, here, None)
     if prediction is None:
         return {"predicted_seconds": f"too little is known of {here.name or 'this device'}"}
     return {"predicted_seconds": prediction.total, "predicted_parts": dict(prediction.parts)}
