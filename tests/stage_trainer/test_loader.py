@@ -138,7 +138,7 @@ def short_of(words, tensors, files):
 
 @pytest.mark.parametrize(("tensors", "files"), [(64, 40), (4, 60)])  # a worker runs out of them, then this process
 def test_too_few_file_descriptors_end_the_run_and_the_message_says_how_many_there_may_be(tensors, files):
-    assert f"message: a process has no file descriptor left for the next batch; it may have {files}: raise that" in (
+    assert f"message: a process has no file descriptor left; it may have {files}: raise that" in (
         short_of([], tensors, files)
     )
 

@@ -46,9 +46,15 @@ TABLE = [
     *(["search", "model", "data", query] for query in ("", "  ")),
     *(["export", value, "out"] for value in ("", "missing", "file", "data", LONG)),
     *(["export", "model", value] for value in ("", "data", "file", "file/out", "/dev/null", "/proc/out", LONG)),
+    *(["export", "model", "out", f"{option}={value}"] for option in ("--format", "--lora", "--dtype")
+      for value in ("", "nan", "both")),
+    ["export", "model", "out", "--dtype=float32"], ["export", "model", "out", "--format=trilith", "--lora=kept"],
+    *(["push", value, "owner/name"] for value in ("", "missing", "file", "data", "model", LONG)),
+    *(["push", "model", value] for value in ("", "name", "a/b/c", "../name", "owner/", f"owner/{LONG}", "a/b\n")),
+    *(["push", "model", "owner/name", f"--message={value}"] for value in ("", "  ", "\n")),
     ["evaluate", "stage1", "data"],
 ]  # fmt: skip
-SWITCHES = {"--dry-run", "--start-over", "--by-language", "--local_rank", "--local-rank", "-h", "--help"}
+SWITCHES = {"--private", "--dry-run", "--start-over", "--by-language", "--local_rank", "--local-rank", "-h", "--help"}
 
 
 @pytest.fixture(scope="module")

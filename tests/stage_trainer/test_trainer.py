@@ -64,7 +64,7 @@ def test_validation_computes_in_the_runs_precision(monkeypatch, precision):
         objective=objective, device=torch.device("cpu"), forward_share=lambda: (0, 1)
     )
     with pytest.raises(StopIteration):
-        validation.run(False)
+        validation.run(False, lambda: None)
     assert seen == [torch.bfloat16 if precision == "bf16" else torch.float32]
 
 

@@ -250,7 +250,7 @@ def test_export_evaluate_and_training_take_such_a_directory(published, recipes, 
     figures = json.loads((tmp_path / "figures.json").read_text())["mine"]
     assert {dim: found["en"] for dim, found in figures["recall_at_5"]["text→image"].items()} == {"64": 1.0, "32": 1.0}
     capsys.readouterr()
-    main(["export", str(folder), str(tmp_path / "ours")])
+    main(["export", str(folder), str(tmp_path / "ours"), "--format", "trilith"])
     main(["export", str(tmp_path / "ours"), str(tmp_path / "again"), "--format", "jina-clip"])
     assert "rounded" not in capsys.readouterr().out
     assert load_file(tmp_path / "again/model.safetensors").keys() == load_file(folder / "model.safetensors").keys()

@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from stage_trainer.commands.common import say
+from stage_trainer.commands.common import a_path, say
 from stage_trainer.errors import UserError
 
 
@@ -18,7 +18,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "there is none. It asks the server that HF_ENDPOINT names (https://huggingface.co without one), with the "
         "token of `hf auth login` or of HF_TOKEN. Read the model card first: its licence is published with it.",
     )
-    p.add_argument("model", type=Path, help="an exported model")
+    p.add_argument("model", type=a_path, help="an exported model")
     p.add_argument("repository", help="OWNER/NAME on the hub")
     p.add_argument("--private", action="store_true", help="a new repository is for its owner alone")
     p.add_argument("--message", default="Upload model", help="of the commit (default: %(default)s)")
@@ -26,8 +26,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", arguments.repository):
-        raise UserError(f"{arguments.repository!r} is no repository; expected OWNER/NAME")
+    if not re.fullmatch(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", arguments.repository):
+        raise UserError(f"{arguments.repository!r} is no repository; expected OWNER/NAME, of up to 96 characters each")
+    if not arguments.message.strip():
+        raise UserError("--message is empty; say what is uploaded, or leave it out")
     _check(arguments.model)
     say("loading the hub's client …")
     from huggingface_hub import HfApi
