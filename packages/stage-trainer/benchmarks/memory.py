@@ -47,7 +47,8 @@ def main() -> None:
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         rows.append({"pairs": size, **json.loads(output.splitlines()[-1])})
     torch.set_num_threads(1)
-    settings = {"chunk": options.chunk, "tokens_of_a_text": TOKENS, **common.shape(recipe_of(options, 1))}
+    shape = common.shape(recipe_of(options, options.batches[0]))
+    settings = {"chunk": options.chunk, "tokens_of_a_text": TOKENS, **shape}
     common.write(options.results, settings, {"batches": rows, "growth": growth(rows[0], rows[-1])})
 
 

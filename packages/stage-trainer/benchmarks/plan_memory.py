@@ -16,7 +16,7 @@ import datetime
 import json
 import platform
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +93,29 @@ def a_batch(images: int, pairs: int, length: int, resolution: int) -> Batch:
     )
 
 
-def compare(
-    towers: tuple[TextTowerConfig, VisionTowerConfig], case: Case, precision: str, device: torch.device
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Step:
+    """A whole step of a case, update included, without DeepSpeed; and what the planner is told of it."""
+
+    run: Callable[[], None]
+    batch: Batch
+    model: Model
+    sizes: Sizes
+    setting: Setting
+    about: dict[str, Any]
+
+
+def step_of(
+    towers: tuple[TextTowerConfig, VisionTowerConfig],
+    case: Case,
+    precision: str,
+    device: torch.device,
+    fused: bool | None = None,
+) -> Step:
     images, pairs, length, dropout, checkpointing, chunk = case
     text, vision = replace(towers[0], checkpointing=checkpointing), replace(towers[1], checkpointing=checkpointing)
     cache = None if chunk is None else GradientCache(images=chunk[0], tokens=chunk[1] * length)
     dims = tuple(text.width >> i for i in range(4))
-    sizes = Sizes(images, images + 2 * pairs, length, pairs, 0, 1)
-
     with device:
         engine = Engine(DualEncoder(TextTower(text), VisionTower(vision)), dims, precision, device)
     numbers = [p.numel() for p in engine.objective.model.parameters()]
@@ -109,27 +123,38 @@ def compare(
         text, vision, Trainable(), dropout, precision, "adamw", dims,
         weights=sum(numbers), learning=sum(numbers), largest=max(numbers), matrices=0,
     )  # fmt: skip
-    planned = estimate(model, sizes, Setting(cache, checkpointing, checkpointing, 0), planned_for(device))
-
-    optimizer = torch.optim.AdamW(engine.objective.parameters())
+    optimizer = torch.optim.AdamW(engine.objective.parameters(), fused=fused)
     batch = a_batch(images, pairs, length, vision.resolution)  # type: ignore[arg-type]
 
-    def step() -> None:
+    def run() -> None:
         forward_backward(engine, batch, pairs=("image_text", "text"), patch_dropout=dropout, cache=cache)
         optimizer.step()
         optimizer.zero_grad()
 
-    step()
+    about = {
+        "images": images, "text_pairs": pairs, "tokens_of_a_text": length, "patch_dropout": dropout,
+        "checkpointing": checkpointing, "chunk": chunk, "precision": precision,
+    }  # fmt: skip
+    sizes = Sizes(images, images + 2 * pairs, length, pairs, 0, 1)
+    return Step(run, batch, model, sizes, Setting(cache, checkpointing, checkpointing, 0), about)
+
+
+def compare(
+    towers: tuple[TextTowerConfig, VisionTowerConfig], case: Case, precision: str, device: torch.device
+) -> dict[str, Any]:
+    step = step_of(towers, case, precision, device)
+    planned = estimate(step.model, step.sizes, step.setting, planned_for(device))
+    step.run()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        step()
+        step.run()
         measured = torch.cuda.max_memory_allocated()
     else:
-        resting = 12 * sum(numbers) + batch.images.nbytes + batch.texts.ids.nbytes  # type: ignore[union-attr]
-        measured = resting + peak_above(step)
+        batch = step.batch
+        resting = 12 * step.model.weights + batch.images.nbytes + batch.texts.ids.nbytes  # type: ignore[union-attr]
+        measured = resting + peak_above(step.run)
     result = {
-        "images": images, "text_pairs": pairs, "tokens_of_a_text": length, "patch_dropout": dropout,
-        "checkpointing": checkpointing, "chunk": chunk, "precision": precision, "planned_bytes": planned.total,
+        **step.about, "planned_bytes": planned.total,
         "measured_bytes": measured, "planned_to_measured": round(planned.total / measured, 3), "moment": planned.moment,
         "parts": {name: size for name, size in planned.parts.items() if size},
     }  # fmt: skip

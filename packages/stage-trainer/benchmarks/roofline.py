@@ -23,17 +23,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from plan_memory import CASES, LARGE, SMALL, Case, Engine, a_batch
-from stage_trainer.dual_encoder import DualEncoder
+from plan_memory import CASES, LARGE, SMALL, Case, step_of
 from stage_trainer.plan.devices import DEVICES, Device, present
 from stage_trainer.plan.kernels import Kernel
-from stage_trainer.plan.memory import Model, Setting, Sizes
 from stage_trainer.plan.roofline import kernel_seconds
 from stage_trainer.plan.step import predict
-from stage_trainer.recipe import GradientCache, Trainable
-from stage_trainer.tasks.contrastive import forward_backward
-from text_tower import TextTower, TextTowerConfig
-from vision_tower import VisionTower, VisionTowerConfig
+from text_tower import TextTowerConfig
+from vision_tower import VisionTowerConfig
 
 REPEATS = 7
 SHAPES = {  # (m, n, k)
@@ -123,33 +119,12 @@ def products(device: torch.device, dtype: torch.dtype, with_: Device) -> dict[st
 def step(
     towers: tuple[TextTowerConfig, VisionTowerConfig], case: Case, device: torch.device, precision: str, with_: Device
 ) -> dict[str, Any]:
-    """A whole step, update included, without DeepSpeed."""
-    images, pairs, length, dropout, checkpointing, chunk = case
-    text, vision = (replace(each, checkpointing=checkpointing) for each in towers)  # type: ignore[type-var]
-    cache = None if chunk is None else GradientCache(images=chunk[0], tokens=chunk[1] * length)
-    dims = tuple(text.width >> i for i in range(4))
-    with device:
-        engine = Engine(DualEncoder(TextTower(text), VisionTower(vision)), dims, precision, device)
-    numbers = [p.numel() for p in engine.objective.model.parameters()]
-    model = Model(
-        text, vision, Trainable(), dropout, precision, "adamw", dims,
-        weights=sum(numbers), learning=sum(numbers), largest=max(numbers), matrices=0,
-    )  # fmt: skip
-    optimizer = torch.optim.AdamW(engine.objective.parameters(), fused=True)
-    batch = a_batch(images, pairs, length, vision.resolution)  # type: ignore[arg-type]
-
-    def run() -> None:
-        forward_backward(engine, batch, pairs=("image_text", "text"), patch_dropout=dropout, cache=cache)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    measured = best(run, device)
-    sizes = Sizes(images, images + 2 * pairs, length, pairs, 0, 1)
-    predicted = predict(model, sizes, Setting(cache, checkpointing, checkpointing), with_, None)
+    whole = step_of(towers, case, precision, device, fused=True)
+    measured = best(whole.run, device)
+    predicted = predict(whole.model, whole.sizes, whole.setting, with_, None)
     assert predicted is not None
     result = {
-        "images": images, "text_pairs": pairs, "tokens_of_a_text": length, "patch_dropout": dropout,
-        "checkpointing": checkpointing, "chunk": chunk, "precision": precision, "measured_seconds": round(measured, 4),
+        **whole.about, "measured_seconds": round(measured, 4),
         "predicted_seconds": round(predicted.total, 4), "measured_to_predicted": round(measured / predicted.total, 2),
         "parts": {name: round(seconds, 4) for name, seconds in predicted.parts if seconds},
     }  # fmt: skip

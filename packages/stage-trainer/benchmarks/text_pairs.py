@@ -21,6 +21,7 @@ from common import Ours, of_one_length, tokens, with_padding
 from peers import SentenceTransformers, adamw, for_sentence_transformers
 from stage_trainer.batch import Batch
 from stage_trainer.recipe import GradientCache, Recipe
+from stage_trainer.recipe.schema import NEW_TEMPERATURE
 
 
 def main() -> None:
@@ -82,7 +83,7 @@ def measured(
             ours.model,
             adamw(stage.lr.text, o.weight_decay, o.betas, o.eps),
             dims=stage.loss.dims,
-            scale=1 / recipe.model.temperature,
+            scale=1 / (recipe.model.temperature or NEW_TEMPERATURE),
             clip=o.gradient_clipping,
             cached=cached,
         )
