@@ -5,7 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 from PIL import Image
+from stage_trainer.dual_encoder import DualEncoder
+from text_tower import TextTower, TextTowerConfig
+from vision_tower import VisionTower, VisionTowerConfig
 
 
 @pytest.fixture
@@ -43,3 +48,18 @@ def two_ranks() -> Callable[..., None]:
         assert [process.wait(timeout=550) for process in ranks] == [0, 0]  # a busy machine takes its time
 
     return run
+
+
+def make_model(seed=0, resolution=24):
+    torch.manual_seed(seed)
+    text = TextTowerConfig(vocab_size=50, width=16, layers=1, heads=2, mlp_width=32)
+    vision = VisionTowerConfig(resolution=resolution, patch=8, width=16, layers=1, heads=2, mlp_width=24)
+    return DualEncoder(TextTower(text), VisionTower(vision))
+
+
+@pytest.fixture
+def alone():
+    """A process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

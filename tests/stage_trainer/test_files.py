@@ -3,8 +3,9 @@ import os
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 from stage_trainer.errors import UserError
-from stage_trainer.files import whole_directory, write_whole
+from stage_trainer.files import free_name, whole_directory, write_whole
 
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path):
@@ -102,3 +103,52 @@ def test_what_does_not_reach_the_disk_takes_no_place(tmp_path, monkeypatch):
         (partial / "file").write_text("x")
     assert {path.name for path in tmp_path.iterdir()} == {"best.json"}
     assert (tmp_path / "best.json").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (SafetensorError("it broke"), "could not write .*out: it broke; free some space"),
+        (OSError(errno.EACCES, "Permission denied"), "could not write .*out: Permission denied; free some space"),
+        (OSError("in words alone"), "could not write .*out: in words alone; free some space"),
+    ],
+)
+def test_a_disk_that_takes_no_more_is_one_message_whoever_says_it(tmp_path, error, words):
+    def write_half():
+        with whole_directory(tmp_path / "out") as partial:
+            (partial / "half").write_text("x")
+            raise error
+
+    with pytest.raises(UserError, match=words):
+        write_half()
+    assert not any(path.is_dir() for path in tmp_path.iterdir())
+
+
+def test_what_a_killed_process_left_half_written_is_not_taken_over(tmp_path):
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial/old").write_text("x")
+    with whole_directory(tmp_path / "out") as partial:
+        (partial / "new").write_text("x")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
+
+
+def test_a_text_file_is_replaced_whole_or_stays(tmp_path, monkeypatch):
+    write_whole(tmp_path / "file", "one")
+    write_whole(tmp_path / "file", "zwölf")
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "zwölf"
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="file: No space left on device"):
+        write_whole(tmp_path / "file", "three")
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "zwölf"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_free_name_is_the_first_that_nothing_has(tmp_path):
+    assert free_name(tmp_path / "a", "old") == tmp_path / "a.old-1"
+    for number in (1, 2, 4):
+        (tmp_path / f"a.old-{number}").touch()
+    assert free_name(tmp_path / "a", "old") == tmp_path / "a.old-3"

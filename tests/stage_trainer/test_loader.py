@@ -17,6 +17,7 @@ from data_prep.shards import DatasetWriter
 from stage_trainer.errors import UserError
 from stage_trainer.run import loader
 from stage_trainer.run.loader import batches, worker_deaths_explained
+from stage_trainer.run.shortages import NO_FILES, NO_SHARED_MEMORY, shortages_explained
 from torch.utils.data import Dataset
 
 
@@ -159,7 +160,7 @@ def test_a_batch_that_cannot_be_handed_over_ends_its_worker_with_the_reason(monk
     loader._undelivered(RuntimeError("unable to allocate shared memory(shm) for file </x>: No space left on device"), 0)
     loader._undelivered(OSError(24, "Too many open files"), 0)
     loader._undelivered(ValueError("another"), 0)
-    assert codes == [loader._NO_SHARED_MEMORY, loader._NO_FILES, 1]
+    assert codes == [NO_SHARED_MEMORY, NO_FILES, 1]
 
 
 def test_an_error_that_is_not_a_workers_death_stays_as_it_is():
@@ -247,7 +248,7 @@ def test_a_process_that_may_open_no_more_files_replaces_no_sample(tmp_path, monk
 
 def test_a_library_that_may_open_no_more_files_gives_the_same_message():
     """gloo, for the sockets of a new group of ranks."""
-    with pytest.raises(UserError, match=r"no file descriptor left.*ulimit -n"), loader.shortages_explained():
+    with pytest.raises(UserError, match=r"no file descriptor left.*ulimit -n"), shortages_explained():
         raise RuntimeError("[enforce fail at loop.cc:105] fd_ != -1. -1 vs -1. epoll_create: Too many open files")
-    with pytest.raises(RuntimeError, match="of another kind"), loader.shortages_explained():
+    with pytest.raises(RuntimeError, match="of another kind"), shortages_explained():
         raise RuntimeError("of another kind")

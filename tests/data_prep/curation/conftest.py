@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_prep.cli import main
 from data_prep.shards import Dataset, DatasetWriter
 from PIL import Image
 
@@ -75,3 +76,11 @@ def contents(folder: Path) -> list[dict]:
 def files(folder: Path) -> dict[str, bytes]:
     """Every file below a folder; two that are equal hold the same bytes."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def receipt(folder: Path) -> dict:
+    return json.loads((folder / "receipt.json").read_text())
+
+
+def run(*arguments: object) -> None:
+    assert main([str(argument) for argument in arguments]) == 0

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import io
 import json
-from pathlib import Path
 
 import pytest
 from data_prep.cli import main
 from data_prep.curation import passes
 from data_prep.curation.phash import perceptual_hash
 from data_prep.curation.text_duplicates import TELLING, information
-from data_prep.shards import Dataset
+from data_prep.shards import Dataset, DatasetWriter
 from PIL import Image, ImageDraw
 
-from .conftest import contents, encoded, files, keys, photo, text
+from .conftest import contents, encoded, files, keys, photo, receipt, run, text
 
 LONG = "the old lighthouse keeper counts seventeen white boats on the grey sea while evening falls over the cliffs"
 
 
 def dedup(*arguments: object, expected: int = 0) -> None:
     assert main(["dedup", *(str(argument) for argument in arguments), "--workers", "1"]) == expected
-
-
-def receipt(folder: Path) -> dict:
-    return json.loads((folder / "receipt.json").read_text())
 
 
 def square(colour: str) -> Image.Image:
@@ -148,3 +143,191 @@ def test_a_dry_run_shows_what_would_go_and_the_next_run_goes_on_with_its_survey(
     (tmp_path / "out").rename(tmp_path / "first")
     dedup(*command)
     assert files(tmp_path / "out") == files(tmp_path / "first")
+
+
+def test_duplicate_images_go_and_the_first_of_each_stays(write_images, tmp_path):
+    photos = [encoded(photo(seed)) for seed in range(6)]
+    jpeg = encoded(Image.open(io.BytesIO(encoded(photo(1), "JPEG", quality=60))))
+    flat = [encoded(Image.new("RGB", (9, 9), colour)) for colour in ("red", "blue")]
+    shards = write_images(
+        "a", [(data, [text("x")]) for data in [*photos[:3], photos[0], jpeg, *flat, photos[5], photos[4][:90]]]
+    )
+    test = write_images("test", [(encoded(photo(5).resize((80, 80))), [text("x")])])
+    out = tmp_path / "out"
+    run("dedup", shards, "--out", out, "--name", "clean", "--against", test, "--workers", 1)
+    assert keys(out / "image-short/clean") == ["a-0", "a-1", "a-2", "a-5", "a-6"]
+    assert receipt(out / "image-short/clean")["dropped"] == {
+        "an image that cannot be decoded": 1,
+        "in an evaluation set": 1,
+        "nearly the same as an earlier one": 1,
+        "the same as an earlier one": 1,
+    }
+    assert [path.name for path in out.iterdir()] == ["image-short"]
+    run("dedup", shards, "--out", out, "--name", "exact", "--exact", "--workers", 1)
+    assert keys(out / "image-short/exact") == ["a-0", "a-1", "a-2", "a-4", "a-5", "a-6", "a-7"]
+
+
+def test_duplicate_texts_go_and_what_an_evaluation_set_asks_too(write_pairs, tmp_path):
+    pairs = [
+        ("what is a lighthouse", LONG),
+        ("a cat", "an animal that sleeps all day and hunts at night when the house is quiet"),
+        ("what is a lighthouse", LONG),
+        ("What is a lighthouse?", LONG.replace("seventeen", "seventeen") + "!"),
+        ("what is a lighthouse", "a tower with a lamp at its top that warns ships of rocks and sand banks at night"),
+        ("where do whales sleep when the winter comes to the northern seas", "in the warm bays far to the south"),
+    ]
+    shards = write_pairs("p", pairs)
+    test = write_pairs(
+        "test", [("Where do whales sleep when the winter comes to the northern seas?", "x"), ("a cat", "y")]
+    )
+    out = tmp_path / "out"
+    run("dedup", shards, "--out", out, "--name", "clean", "--against", test, "--workers", 1)
+    assert keys(out / "text-pairs/clean") == ["p-0", "p-1", "p-4"]
+    dropped = receipt(out / "text-pairs/clean")["dropped"]
+    assert dropped == {
+        "in an evaluation set": 1, "nearly the same as an earlier one": 1, "the same as an earlier one": 1,
+    }  # fmt: skip
+    # What stays, stays as it is.
+    before, after = Dataset.open(shards), Dataset.open(out / "text-pairs/clean")
+    assert after.read(2) == before.read(4)
+    assert after.row(2).tokens == 7
+
+
+def jaccard(one: str, two: str) -> float:
+    sets = [{line[place : place + 5] for place in range(len(line) - 4)} for line in (one, two)]
+    return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "stay"),
+    [
+        ((), ["p-0", "p-2"]),
+        (("--similarity", 0.6), ["p-0"]),
+        (("--similarity", 0.97), ["p-0", "p-1", "p-2"]),
+        (("--exact",), ["p-0", "p-1", "p-2"]),
+    ],
+)
+def test_how_alike_texts_may_be_is_what_similarity_says(write_pairs, tmp_path, options, stay):
+    """The second is to the first as 0.9, the third as 0.7, by exact Jaccard similarity of runs of five."""
+    words = LONG + " and a dog barks at the rising moon from the garden wall of the last house in the village"
+    texts = [
+        words,
+        words.replace("seventeen white", "seventeen grey"),
+        words.replace("rising moon from the garden wall of the", "x"),
+    ]
+    lines = [f"a question {one}" for one in texts]
+    assert 0.85 < jaccard(lines[0], lines[1]) < 0.95
+    assert 0.65 < jaccard(lines[0], lines[2]) < 0.77
+    shards = write_pairs("p", [("a question", one) for one in texts])
+    run("dedup", shards, "--out", tmp_path / "out", "--name", "n", "--workers", 1, *options)
+    assert keys(tmp_path / "out/text-pairs/n") == stay
+
+
+@pytest.mark.parametrize(("similarity", "stay"), [(0.8, ["p-1"]), (0.6, []), (0.97, ["p-0", "p-1"])])
+def test_how_like_an_evaluation_set_texts_may_be_is_what_similarity_says(write_pairs, tmp_path, similarity, stay):
+    words = LONG + " and a dog barks at the rising moon from the garden wall of the last house in the village"
+    near = [
+        words.replace("seventeen white", "seventeen grey"),
+        words.replace("rising moon from the garden wall of the", "x"),
+    ]
+    other = ["what is asked of this first one", "and of the second something else"]
+    shards = write_pairs("p", list(zip(other, near, strict=True)))
+    test = write_pairs("test", [("x", words)])
+    command = ["dedup", shards, "--against", test, "--similarity", similarity, "--out", tmp_path / "out", "--name", "n"]
+    if stay:
+        run(*command, "--workers", 1)
+        assert keys(tmp_path / "out/text-pairs/n") == stay
+    else:
+        assert main([str(part) for part in [*command, "--workers", 1]]) == 2, "nothing is left"
+
+
+@pytest.mark.parametrize(("options", "stay"), [((), 1), (("--distance", 0), 2), (("--distance", 15), 1)])
+def test_how_alike_images_may_be_is_what_distance_says(write_images, tmp_path, options, stay):
+    one = photo(3)
+    other = Image.blend(one, photo(4), 0.05)
+    bits = perceptual_hash(one) ^ perceptual_hash(other)
+    assert 1 <= bits.bit_count() <= 4
+    packed = [encoded(one), encoded(one, compress_level=0), encoded(other)]
+    assert packed[0] != packed[1]
+    shards = write_images("a", [(data, [text("x")]) for data in packed])
+    run("dedup", shards, "--out", tmp_path / "out", "--name", "n", "--workers", 1, *options)
+    assert keys(tmp_path / "out/image-short/n") == ["a-0", "a-2"][:stay], "what hashes alike goes at any distance"
+
+
+def test_duplicates_across_data_sets_are_found_and_the_bytes_are_the_same_from_array_tasks(
+    write_pairs, tmp_path, capsys
+):
+    many = [
+        (f"question {n} about {LONG}"[: 40 + n], f"answer {n}: {n * n} and nothing else than {n * 7}")
+        for n in range(12)
+    ]
+    one, two = write_pairs("one", many), write_pairs("two", [*many[6:], ("something else", "altogether")])
+    out = tmp_path / "out"
+    command = ["dedup", one, two, "--out", out, "--name", "n", "--exact"]
+    run(*command, "--workers", 1)
+    assert len(Dataset.open(out / "text-pairs/n")) == 13
+    out.rename(tmp_path / "alone")
+    for task in ("0/2", "1/2", "0/2", "1/2"):
+        run(*command, "--workers", 1, "--task", task)
+    assert files(out) == files(tmp_path / "alone")
+    capsys.readouterr()
+    run(*command, "--workers", 2)
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_stopped_survey_goes_on_where_it_was(write_images, tmp_path, monkeypatch):
+    from data_prep.curation import image_duplicates
+
+    shards = write_images("a", [(encoded(photo(seed // 2)), [text("x")]) for seed in range(12)])
+    out = tmp_path / "out"
+    command = ["dedup", shards, "--out", out, "--name", "n", "--workers", 1]
+    run(*command)
+    out.rename(tmp_path / "alone")
+    signed, sign = [], image_duplicates.sign
+
+    def sign_and_stop(piece, options, output):
+        signed.append(piece["first"])
+        if len(signed) == 3:
+            raise KeyboardInterrupt
+        sign(piece, options, output)
+
+    monkeypatch.setattr(image_duplicates, "sign", sign_and_stop)
+    assert main([str(part) for part in command]) == 130
+    run(*command)
+    assert signed == [0, 3, 6, 6, 9]
+    assert files(out) == files(tmp_path / "alone")
+
+
+def test_kinds_that_cannot_be_compared_are_refused(write_images, write_pairs, tmp_path, capsys):
+    images, pairs = write_images("i", [(encoded(photo(1)), [text("x")])]), write_pairs("p", [("a", "b")])
+    out = ("--out", str(tmp_path / "o"), "--name", "n")
+    assert main(["dedup", images, pairs, *out]) == 2
+    assert "expected one kind" in capsys.readouterr().err
+    assert main(["dedup", images, "--against", pairs, *out]) == 2
+    assert "can only be compared with its kind" in capsys.readouterr().err
+    assert main(["dedup", images, images, *out]) == 2
+    assert "named twice" in capsys.readouterr().err
+
+
+def test_a_piece_of_a_survey_whose_arrays_are_damaged_is_named_and_once_gone_surveyed_again(
+    tmp_path, monkeypatch, capsys
+):
+    with DatasetWriter(tmp_path / "pairs", kind="text-pairs", source="made", samples_per_shard=2) as writer:
+        for number in range(6):
+            sides = {side: [{"text": f"{side} {number}", "language": "en"}] for side in ("query", "target")}
+            content = json.dumps({**sides, "source": "made", "item": f"item-{number}"}).encode()
+            writer.write(f"k{number}", {"json": content}, languages=["en"], tokens=None)
+    command = ["dedup", str(tmp_path / "pairs"), "--out", str(tmp_path / "out"), "--name", "clean", "--workers", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr("data_prep.curation.passes.run_job", lambda *_: None)
+        assert main(command) == 0
+    (lost,) = (tmp_path / "out").glob("clean.survey-*/00001.npz")
+    content = lost.read_bytes()
+    for damaged in (b"", content[:100], content[:-30], content.replace(b"NUMPY", b"NUMPX"), b"\0" * 4096):
+        lost.write_bytes(damaged)
+        assert main(command) == 2
+        assert f"{lost}: damaged" in capsys.readouterr().err
+    lost.unlink()
+    assert main(command) == 0
+    assert len(Dataset.open(tmp_path / "out/text-pairs/clean")) > 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["text-pairs"]

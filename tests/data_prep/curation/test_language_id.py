@@ -52,3 +52,15 @@ def test_a_script_of_one_language_needs_few_letters():
     for language, text in (("ka", "სახლი"), ("th", "บ้าน"), ("el", "σπίτι"), ("ko", "나무집"), ("ja", "ねこのこ")):
         assert letters(text) < MIN_LETTERS
         assert identify(text, among_all=True) == (language, pytest.approx(1.0)), text
+
+
+@pytest.mark.parametrize("among_all", [False, True])
+def test_danish_norwegian_and_swedish_are_told_apart(among_all):
+    texts = {
+        "da": "Den gamle fyrpasser tæller sytten hvide både på det grå hav, mens aftenen falder på.",
+        "no": "Den gamle fyrvokteren teller sytten hvite båter på det grå havet mens kvelden faller på.",
+        "sv": "Den gamle fyrvaktaren räknar sjutton vita båtar på det grå havet medan kvällen faller.",
+    }
+    assert {language: identify(line, among_all=among_all)[0] for language, line in texts.items()} == {
+        language: language for language in texts
+    }

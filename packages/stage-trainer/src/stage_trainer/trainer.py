@@ -34,11 +34,12 @@ from stage_trainer.run.health import Health
 from stage_trainer.run.hooks import Hook, Step, Totals
 from stage_trainer.run.ledger import Ledger
 from stage_trainer.run.limits import Watch
-from stage_trainer.run.loader import WORKER_STARTS, batches, shortages_explained, worker_deaths_explained
+from stage_trainer.run.loader import WORKER_STARTS, batches, worker_deaths_explained
 from stage_trainer.run.monitor import Monitor, Shown, open_sinks
 from stage_trainer.run.next_steps import next_steps
 from stage_trainer.run.rendezvous import initialize_distributed, leave_distributed, let_groups_wait
 from stage_trainer.run.saving import Saving
+from stage_trainer.run.shortages import shortages_explained
 from stage_trainer.run.stop_signal import StopSignal
 from stage_trainer.run.text_counts import TextCounts
 from stage_trainer.run.watchdog import Heartbeat, one_reason

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import math
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.queues
 import os
 import re
-import resource
 import signal
 import sys
 import threading
@@ -26,7 +24,15 @@ from torch.utils.data import Dataset as TorchDataset
 from stage_trainer.data.drawn import Drawn
 from stage_trainer.data.pieces import BatchesInPieces, Whole
 from stage_trainer.errors import UserError
-from stage_trainer.run.shared_memory import no_shared_memory, pieces_ahead
+from stage_trainer.run.shared_memory import pieces_ahead
+from stage_trainer.run.shortages import (
+    NO_FILES,
+    NO_SHARED_MEMORY,
+    no_files,
+    no_shared_memory,
+    shortage,
+    shortages_explained,
+)
 from stage_trainer.run.stop import SIGNALS
 from stage_trainer.tasks.task import Batches
 
@@ -35,8 +41,6 @@ WORKER_STARTS = 2
 """So often worker processes are started in a row of steps: once, and once more if one dies or is stuck. A batch is a
 function of its number, so the new ones go on where the old ones were."""
 _STUCK = "stuck after"
-_NO_SHARED_MEMORY, _NO_FILES = 101, 102
-"""Exit codes of a worker that cannot hand over a batch; starting it again would not help."""
 
 
 def batches(
@@ -166,10 +170,10 @@ def _lost(processes: set[Any], error: Exception) -> _WorkersLost | None:
     # The one that died by itself, before those that were killed because of it.
     for process in sorted(processes, key=lambda process: (process.exitcode == -signal.SIGKILL, process.pid)):
         if code := process.exitcode:
-            if code == _NO_SHARED_MEMORY:
+            if code == NO_SHARED_MEMORY:
                 raise UserError(no_shared_memory()) from error
-            if code == _NO_FILES:
-                raise UserError(_no_files()) from error
+            if code == NO_FILES:
+                raise UserError(no_files()) from error
             if limit := getattr(process, "stuck", None):
                 how = f"is killed by signal: {_STUCK} {limit:.0f} seconds"
             else:
@@ -224,40 +228,9 @@ def _with_causes(error: BaseException | None) -> Iterator[str]:
         error = error.__cause__ or error.__context__
 
 
-@contextlib.contextmanager
-def shortages_explained() -> Iterator[None]:
-    """Raises what too few file descriptors make fail as a UserError, whichever library met it.
-
-    Not only workers: this process opens a file for each tensor that it gets, and sockets for each group of ranks.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        if _shortage(error) == _NO_FILES:
-            raise UserError(_no_files()) from error
-        raise
-
-
-def _shortage(error: Exception) -> int | None:
-    text = str(error)
-    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
-        return _NO_FILES
-    if "Too many open files" in text or "items of ancdata" in text:  # the latter where they are received
-        return _NO_FILES
-    return _NO_SHARED_MEMORY if "shared memory" in text or "No space left" in text else None
-
-
-def _no_files() -> str:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return (
-        f"a process has no file descriptor left; it may have {soft:,}: raise that (`ulimit -n "
-        f"{max(65_536, hard)}`), or lower workers"
-    )
-
-
 def _undelivered(error: Exception, item: Any) -> None:
     """In a worker's thread, which would print the error and drop the batch, for which the run would wait for ever."""
-    if (code := _shortage(error)) is None:
+    if (code := shortage(error)) is None:
         traceback.print_exception(error)
     os._exit(code or 1)
 
@@ -297,6 +270,6 @@ class _FailuresAsItems(TorchDataset[Any]):
         except (ShardError, UserError) as error:
             return error
         except OSError as error:
-            if _shortage(error) != _NO_FILES:
+            if shortage(error) != NO_FILES:
                 raise
-            return UserError(_no_files())
+            return UserError(no_files())

@@ -1,4 +1,4 @@
-"""How much of /dev/shm the pieces that workers have ready may take, and what to do where there is too little."""
+"""How much of /dev/shm the pieces that workers have ready may take."""
 
 from __future__ import annotations
 
@@ -46,15 +46,6 @@ def pieces_ahead(data: BatchesInPieces[Any], step: int, workers: int, say: Calla
         raise UserError(f"{there}, {_mib(of_one)} at least; give it more ({_HOW}), or lower workers (now {workers})")
     say(f"{there}; they keep less ahead, so steps may wait for data: give it more ({_HOW})")
     return int(free // of_one)
-
-
-def no_shared_memory() -> str:
-    """What to say when it is full."""
-    room = shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 0
-    return (
-        f"shared memory (/dev/shm, {_mib(room)}) has no room for the next batch; raise it (of a container, "
-        "--shm-size or --ipc=host), or lower workers or the batch"
-    )
 
 
 def _free() -> int | None:
