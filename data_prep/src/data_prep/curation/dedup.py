@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -81,7 +80,7 @@ def deduplicate(
 
 def drop(piece: JsonObject, options: JsonObject, output: Output) -> None:
     """The rewriting pass."""
-    numbered, decided = _numbered(tuple(options["numbered"])), passes.decision(piece)
+    numbered, decided = passes.numbered(tuple(options["numbered"])), passes.decision(piece)
     taken: dict[int, list[int]] = {}
     for place, number in decided["taken"].tolist():
         taken.setdefault(place, []).append(number)
@@ -114,9 +113,6 @@ def _take_over(sample: passes.Sample, others: Sequence[passes.Sample], piece: Js
     output.note("captions that the first of the same images took over", len(captions) - before)
     counts = [count for count in tokens if count is not None]
     passes.write(output, piece, sample, tokens=max(counts) if len(counts) == len(tokens) else None)
-
-
-_numbered = functools.lru_cache(1)(passes.Numbered)
 
 
 def _show(verdicts: Verdicts, samples: passes.Numbered) -> None:

@@ -7,6 +7,7 @@ resumed like any job, and is removed when the data set is published.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -123,6 +124,9 @@ class Numbered:
         """The sample's data set and key, as receipts name it."""
         dataset, place = self._place(number)
         return f"{dataset.directory}: {dataset.row(place).key}"
+
+
+numbered = functools.lru_cache(1)(Numbered)  # as the units of a process read the same data sets
 
 
 def write(output: Output, piece: JsonObject, sample: Sample, *, kind: str | None = None, tokens: int | None) -> None:

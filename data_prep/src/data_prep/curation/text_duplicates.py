@@ -76,20 +76,19 @@ def decide(
     verdicts = Verdicts(sum(sizes), begin)
     verdicts.equals(np.concatenate([passes.load(file, "exact")["exact"] for file in files[tests:]]))
     if tests:
-        starts = np.cumsum([0, *sizes])
-        known = [_Sides(file, int(start), samples) for file, start in zip(files[:tests], starts, strict=False)]
-        all_known = _Sides.join(known)
-        for file, start in zip(files[tests:], starts[tests:].tolist(), strict=False):
-            own = _Sides(file, start, samples)
+        starts = (np.cumsum(sizes) - sizes).tolist()
+        known = _Sides(files[:tests], starts[:tests], samples)
+        for file, start in zip(files[tests:], starts[tests:], strict=True):
+            own = _Sides([file], [start], samples)
             found = match(
                 own.signed,
-                all_known.signed,
+                known.signed,
                 similarity=similarity if near else 1.0,
                 text_of=own.text,
-                known_text_of=all_known.text,
+                known_text_of=known.text,
             )
             places = np.flatnonzero(found >= 0)
-            verdicts.fall(own.owners[places], all_known.owners[found[places]], NEAR)
+            verdicts.fall(own.owners[places], known.owners[found[places]], NEAR)
     if near:
         with SignatureStore(files[tests:], "whole") as stored:
             first = near_duplicates(
@@ -105,21 +104,14 @@ def decide(
 
 
 class _Sides:
-    """The single texts of the samples of a file: their signatures, and the number of each one's sample."""
+    """The single texts of the samples of some files: their signatures, and the number of each one's sample. `starts`
+    are the numbers of the files' first samples."""
 
-    def __init__(self, file: Path, start: int, samples: passes.Numbered) -> None:
-        part = passes.load(file, "side_bands", "side_low", "owners")
-        self.signed = Signatures(part["side_bands"], part["side_low"])
-        self.owners = part["owners"] + start
+    def __init__(self, files: Sequence[Path], starts: Sequence[int], samples: passes.Numbered) -> None:
+        parts = [passes.load(file, "side_bands", "side_low", "owners") for file in files]
+        self.signed = Signatures.join([Signatures(part["side_bands"], part["side_low"]) for part in parts])
+        self.owners = np.concatenate([part["owners"] + start for part, start in zip(parts, starts, strict=True)])
         self._samples = samples
-
-    @classmethod
-    def join(cls, parts: Sequence[_Sides]) -> _Sides:
-        joined = cls.__new__(cls)
-        joined.signed = Signatures.join([part.signed for part in parts])
-        joined.owners = np.concatenate([part.owners for part in parts])
-        joined._samples = parts[0]._samples
-        return joined
 
     def text(self, number: int) -> str:
         owner = int(self.owners[number])

@@ -120,7 +120,7 @@ def embed(piece: JsonObject, options: JsonObject, output: Output) -> None:
 
 def compose(piece: JsonObject, options: JsonObject, output: Output) -> None:
     """The rewriting pass: each pair with the targets that were chosen for it."""
-    corpus = _numbered(tuple(options["datasets"]))
+    corpus = passes.numbered(tuple(options["datasets"]))
     decided = passes.decision(piece)
     rows = zip(passes.samples_of(piece), decided["values"].tolist(), decided["alternatives"].tolist(), strict=True)
     for sample, chosen, alternatives in rows:
@@ -237,9 +237,6 @@ class _Side:
 
 def _key(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8], "big")
-
-
-_numbered = functools.lru_cache(1)(passes.Numbered)
 
 
 def _text_folder(model: Path) -> Path:

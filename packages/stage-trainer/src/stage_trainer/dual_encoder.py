@@ -185,7 +185,7 @@ def read_config(path: Path) -> StoredConfig:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         found = config.get("format") if isinstance(config, dict) else config
         raise UserError(
-            f"{file} has format {repr(found)[:200]}; expected {FORMAT!r}, a model of two towers. "
+            f"{file} has format {repr(found)[:200]}; expected {FORMAT!r}, a model of two towers, "
             "or jina-clip-v2's layout. A tower alone is started from: name it as model.text_weights or "
             "model.vision_weights of a recipe"
         )

@@ -7,14 +7,15 @@ from pathlib import Path
 
 from stage_trainer.errors import UserError
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+"""Of a repository, OWNER/MODEL."""
 _FILES = ["*.json", "*.safetensors", "*.model"]
 _OTHER_FORMS = ["onnx/*", "openvino/*", "*/onnx/*", "*/openvino/*"]  # of the same weights, each as large
 
 
 def is_name(path: str | Path) -> bool:
-    """Whether it is the name of a repository, OWNER/MODEL, rather than of something on this machine."""
-    return isinstance(path, str) and _NAME.fullmatch(path) is not None and not Path(path).exists()
+    """Whether it is the name of a repository rather than of something on this machine."""
+    return isinstance(path, str) and NAME.fullmatch(path) is not None and not Path(path).exists()
 
 
 def local(name: str | Path) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from text_tower.config import TextTowerConfig
-from text_tower.config_keys import check_keys_of
+from text_tower.config_keys import CLIP_KEY, check_keys_of
 from text_tower.fields import COUNT, NUMBER, OBJECT, TEXT, TEXT_OF_NAME, TEXTS, field
 from text_tower.layouts import Layout
 
@@ -27,7 +27,6 @@ COMMON = {
 }
 OUR_KEY = "trilith"
 TOKENIZER_KEY = "tokenizer_fingerprint"
-CLIP_KEY = "trilith_clip"  # of a whole jina-clip directory that we wrote
 OURS = ("dropout", "lora_rank", "lora_alpha", "adapters", "instructions", "truncate_dim", "checkpointing")
 _V3 = "jinaai/jina-embeddings-v3"
 _UNUSED_POSITIONS = 2  # max_position_embeddings counts two positions that XLM-RoBERTa never used

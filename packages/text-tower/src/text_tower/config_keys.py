@@ -64,10 +64,11 @@ _ONLY_REMOTE: dict[str, tuple[Any, ...]] = {
     "last_layer_subset": (False,),
     "dense_seq_output": (False, True),
 }
+CLIP_KEY = "trilith_clip"  # of a whole jina-clip directory that we wrote: what the published keys have no place for
 _ONLY_CLIP: dict[str, tuple[Any, ...]] = {"add_projections": (False,), "truncate_dim": ()}
 _HARMLESS_CLIP = frozenset([
     "vision_config", "text_config", "logit_scale_init_value", "projection_dim", "matryoshka_dimensions",
-    "use_text_flash_attn", "use_vision_xformers", "transformers.js_config", "trilith_clip",
+    "use_text_flash_attn", "use_vision_xformers", "transformers.js_config", CLIP_KEY,
 ])  # fmt: skip
 _ONLY_CLIP_TEXT: dict[str, tuple[Any, ...]] = {
     "pooler_type": ("mean_pooler",),

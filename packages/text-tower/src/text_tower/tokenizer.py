@@ -117,11 +117,6 @@ class Tokenizer:
         for name, text in self._for_others.items():
             (Path(directory) / name).write_text(text, encoding="utf-8")
 
-    def save_json(self, directory: str | Path) -> None:
-        """Writes tokenizer.json, unless `save` does, for libraries that have no sentencepiece: with the same ids."""
-        if JSON_FILE not in self._files:
-            (Path(directory) / JSON_FILE).write_text(self._encoder.to_str(), encoding="utf-8")
-
     def __getstate__(self) -> tuple[dict[str, bytes], str]:
         return self._files, self._name
 

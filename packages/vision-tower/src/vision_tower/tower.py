@@ -95,9 +95,8 @@ class VisionTower(nn.Module):
             positions = F.embedding(keep, positions[0])  # indexing, but its gradient is summed in a fixed order
             rotary = rotary[0, F.pad(keep + 1, (1, 0))]
         x = self.patch_embed(patches) + positions
-        class_token = (self.cls_token + self.pos_embed[:, :1]).expand(
-            x.shape[0], -1, -1
-        )  # len() is a constant to torch.export
+        count = x.shape[0]  # not len(x), which is a constant to torch.export
+        class_token = (self.cls_token + self.pos_embed[:, :1]).expand(count, -1, -1)
         return torch.cat([class_token.to(x.dtype), x], dim=1), rotary
 
     def _embed_packed(self, packed: PackedPatches, keep: Tensor | None) -> tuple[Tensor, Tensor, ByLength, Tensor]:

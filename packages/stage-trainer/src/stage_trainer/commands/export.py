@@ -70,7 +70,10 @@ def run(arguments: argparse.Namespace) -> None:
         past, name = history.of(found, checkpoint), arguments.out.resolve().name
         lora = arguments.lora or "merged"
         adapters = common.write(model, arguments.out, lora, lambda become: card(name, model, become, past))
-        _say_adapters(adapters.merged, adapters.left_out, adapters.kept)
+        _say_adapters(adapters.merged, adapters.left_out, "; --lora kept exports all of them")
+        if adapters.kept:
+            kept = ", ".join(adapters.kept)
+            print(f"the adapters {kept} are PEFT folders; sentence-transformers needs --lora merged")
     print(
         f"wrote {arguments.out}\n"
         f"  in Python:  stage_trainer.DualEncoder.from_pretrained({str(arguments.out)!r})\n"
@@ -86,15 +89,13 @@ def _write_jina_clip(model: DualEncoder, arguments: argparse.Namespace) -> None:
 
     dtype = arguments.dtype or "float16"
     written = jina_clip.write(model, arguments.out, lora=arguments.lora or "kept", dtype=dtype)
-    _say_adapters((written.merged,) if written.merged else (), tuple(written.left_out), ())
+    _say_adapters((written.merged,) if written.merged else (), written.left_out, ", for which its layout has no place")
     if written.rounded:
         print(f"{len(written.rounded)} tensors are rounded to {dtype}; --dtype float32 keeps every number")
 
 
-def _say_adapters(merged: tuple[str, ...], left_out: tuple[str, ...], kept: tuple[str, ...]) -> None:
+def _say_adapters(merged: tuple[str, ...], left_out: tuple[str, ...], why: str) -> None:
     if merged:
         print(f"the adapter {merged[0]} is merged into the text tower's weights; --lora kept leaves it apart")
     if left_out:
-        print(f"not in this directory: the adapters {', '.join(left_out)}; --lora kept exports all of them")
-    if kept:
-        print(f"the adapters {', '.join(kept)} are PEFT folders; sentence-transformers needs --lora merged")
+        print(f"not in this directory: the adapters {', '.join(left_out)}{why}")

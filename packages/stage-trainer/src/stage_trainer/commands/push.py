@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 
 from stage_trainer.commands.common import a_path, say
 from stage_trainer.errors import UserError
+from stage_trainer.hub import NAME
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -26,7 +26,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if not re.fullmatch(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", arguments.repository):
+    if not NAME.fullmatch(arguments.repository):
         raise UserError(f"{arguments.repository!r} is no repository; expected OWNER/NAME, of up to 96 characters each")
     if not arguments.message.strip():
         raise UserError("--message is empty; say what is uploaded, or leave it out")

@@ -22,8 +22,6 @@ from stage_trainer.errors import UserError
 from stage_trainer.files import whole_directory
 from stage_trainer.formats import sentence_transformers
 
-LORA = ("merged", "kept")
-
 
 class Adapters(NamedTuple):
     """What became of the text tower's LoRA adapters, by name: added to the weights, kept beside them as PEFT folders,

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from stage_trainer import hub
 from stage_trainer.checkpoint.load import Saved, all_saved, at
 from stage_trainer.errors import UserError
 from stage_trainer.evaluation.report import EVALUATION
@@ -81,16 +82,12 @@ def of(model: Path, checkpoint: Path | None) -> History:
     stages = _stages(checkpoint)
     named = list(dict.fromkeys(str(name) for key in _WEIGHTS if (name := stages[0].setting(key))))
     weights = {_shown(name): licence_of(name) for name in named}
-    return History(tuple(stages), weights, tuple(filter(_of_a_hub, named)), _figures(checkpoint))
-
-
-def _of_a_hub(weights: str) -> bool:
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", weights) is not None and not Path(weights).exists()
+    return History(tuple(stages), weights, tuple(filter(hub.is_name, named)), _figures(checkpoint))
 
 
 def _shown(weights: str) -> str:
     """A name for others: what folders someone's machine has is nobody's business."""
-    return weights if _of_a_hub(weights) else "/".join(Path(weights).parts[-2:]).lstrip("/")
+    return weights if hub.is_name(weights) else "/".join(Path(weights).parts[-2:]).lstrip("/")
 
 
 def _stages(checkpoint: Path) -> list[TrainedStage]:

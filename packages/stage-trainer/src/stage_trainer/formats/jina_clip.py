@@ -7,15 +7,15 @@ such as the text task's own temperature, stands in config.json under `trilith_cl
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from text_tower import TextTower, TextTowerConfig, Tokenizer
 from text_tower.config_json import COMMON
+from text_tower.config_keys import CLIP_KEY
 from text_tower.files import write_json, write_weights
-from text_tower.tokenizer_files import CONFIG_FILE, JSON_FILE, SENTENCEPIECE_FILE
+from text_tower.tokenizer_files import JSON_FILE, SENTENCEPIECE_FILE
 from torch import Tensor
 from vision_tower import VisionTowerConfig
 
@@ -23,7 +23,7 @@ from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.errors import UserError
 from stage_trainer.files import whole_directory
 from stage_trainer.formats.jina_clip_layout import TASK, tensors, with_an_adapter
-from stage_trainer.formats.jina_clip_read import MODEL_TYPE, OUR_KEY
+from stage_trainer.formats.jina_clip_read import MODEL_TYPE
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 _CODE = "jinaai/jina-clip-implementation--"
@@ -82,7 +82,7 @@ def write(model: DualEncoder, out: str | Path, *, lora: str = "kept", dtype: str
         write_json(_processor(model.vision.config), directory / "preprocessor_config.json")
         _write_tokenizer(text.tokenizer, directory)
         for file, content in _for_sentence_transformers(text.config).items():
-            (directory / file).write_text(content, encoding="utf-8")
+            write_json(content, directory / file)
     return Written(adapters[0] if merge else None, adapters[1:] if merge else (), tuple(rounded))
 
 
@@ -155,7 +155,7 @@ def _config(model: DualEncoder, text: TextTower, name: str, dtype: str) -> dict[
         "use_text_flash_attn": None,
         "use_vision_xformers": None,
         "vision_config": _vision_config(model.vision.config),
-        **({OUR_KEY: ours} if ours else {}),
+        **({CLIP_KEY: ours} if ours else {}),
     }
 
 
@@ -263,17 +263,13 @@ def _write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     Raises:
         UserError: tokenizer.json cannot say what the tokenizer's own file does.
     """
-    tokenizer.save(directory)
-    tokenizer.save_json(directory)
+    tokenizer.save_for_others(directory)
     (directory / SENTENCEPIECE_FILE).unlink(missing_ok=True)
-    settings = directory / CONFIG_FILE
-    if not settings.exists():
-        write_json({"tokenizer_class": "XLMRobertaTokenizer"}, settings)
     if Tokenizer.from_file(directory).pieces() != tokenizer.pieces():
         raise UserError(f"the tokenizer cannot be written as {JSON_FILE} with the same ids; give the model one that is")
 
 
-def _for_sentence_transformers(config: TextTowerConfig) -> dict[str, str]:
+def _for_sentence_transformers(config: TextTowerConfig) -> dict[str, Any]:
     """Its files, as published: modules of remote code, and the prompts."""
     normalize = "sentence_transformers.models.Normalize"
     modules = [
@@ -286,5 +282,4 @@ def _for_sentence_transformers(config: TextTowerConfig) -> dict[str, str]:
         "default_prompt_name": None,
         "similarity_fn_name": "cosine",
     }
-    files = {"modules.json": modules, "config_sentence_transformers.json": settings}
-    return {name: json.dumps(content, indent=2, ensure_ascii=False) + "\n" for name, content in files.items()}
+    return {"modules.json": modules, "config_sentence_transformers.json": settings}

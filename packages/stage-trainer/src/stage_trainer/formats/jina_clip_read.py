@@ -11,6 +11,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from text_tower.config_keys import CLIP_KEY
+
 from stage_trainer.errors import UserError
 from stage_trainer.files import read_json
 
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
     from vision_tower import VisionTower
 
 MODEL_TYPE = "jina_clip"
-OUR_KEY = "trilith_clip"  # of config.json: what the published keys have no place for
 
 
 class Parts(NamedTuple):
@@ -113,13 +114,15 @@ def stated_text_scale(folder: Path, scale: float) -> float:
         UserError: config.json says something else there.
     """
     file = folder / "config.json"
-    ours = read_json(file).get(OUR_KEY) or {}
+    ours = read_json(file).get(CLIP_KEY) or {}
     if not isinstance(ours, dict) or (unknown := ours.keys() - {"text", "vision", "text_logit_scale"}):
         named = ", ".join(sorted(unknown)) if isinstance(ours, dict) else str(ours)[:200]
-        raise UserError(f"{file}: {OUR_KEY} has {named}, not known there; remove it, or export the model again")
+        raise UserError(f"{file}: {CLIP_KEY} has {named}, not known there; remove it, or export the model again")
     found = ours.get("text_logit_scale", scale)
     if isinstance(found, bool) or not isinstance(found, int | float) or not abs(found) <= 20:
-        raise UserError(f"{file}: {OUR_KEY}.text_logit_scale is {str(found)[:200]!r}; expected a number from -20 to 20")
+        raise UserError(
+            f"{file}: {CLIP_KEY}.text_logit_scale is {str(found)[:200]!r}; expected a number from -20 to 20"
+        )
     return float(found)
 
 

@@ -7,7 +7,6 @@ Its own way of cutting vectors is after the Normalize module: at a smaller `trun
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ def write(directory: Path, config: TextTowerConfig) -> None:
     Args:
         config: of the text tower; its instructions become prompts.
     """
+    from text_tower.files import write_json
     from text_tower.st_folder import model_settings
 
     pooling = f"{TEXT}/1_Pooling"
@@ -53,7 +53,7 @@ def write(directory: Path, config: TextTowerConfig) -> None:
     for place in (directory, directory / VISION):
         (place / "1_Normalize").mkdir()
     for name, content in files.items():
-        (directory / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(content, directory / name)
 
 
 def _then_normalize(first: str) -> list[dict[str, Any]]:

@@ -15,8 +15,16 @@ from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.plan.devices import GIB, Device, alike, free_memory, present
 from stage_trainer.plan.lengths import Lengths, text_lengths
 from stage_trainer.plan.memory import Model, Setting, Sizes, estimate
-from stage_trainer.plan.planner import FRAGMENTED, Cluster, as_written, hard_negatives, model_of, segments, sizes_of
-from stage_trainer.plan.planner import with_chunks as fastest_chunks
+from stage_trainer.plan.planner import (
+    FRAGMENTED,
+    Cluster,
+    as_written,
+    hard_negatives,
+    model_of,
+    segments,
+    sizes_of,
+    with_chunks,
+)
 from stage_trainer.plan.step import predict
 from stage_trainer.plan.table import describe
 from stage_trainer.recipe import GradientCache, Recipe, Stage
@@ -148,7 +156,7 @@ def _ways(
     for base, at_once in zip(bases, fits, strict=True):
         if at_once:  # in chunks it computes more, and takes no less
             continue
-        caches = [fastest_chunks(case.model, case.largest, base, here, budget, case.usual).cache for case in cases]
+        caches = [with_chunks(case.model, case.largest, base, here, budget, case.usual).cache for case in cases]
         images, tokens = (min(getattr(c, kind) for c in caches if c) for kind in ("images", "tokens"))
         yield replace(base, cache=GradientCache(images=images, tokens=tokens))
 
