@@ -172,7 +172,8 @@ def main() -> int:
     parser.add_argument("--faults", default="", metavar="A,B", help=f"of {', '.join(FAULTS)} (default: all)")
     parser.add_argument("--against", default="", metavar="A,B", help=f"of {', '.join(SIDES)} (default: all)")
     parser.add_argument("--only", metavar="SIDE/FAULT/NUMBER", help="one trial")
-    parser.add_argument("--patience", type=float, default=180, metavar="SECONDS", help="default: 180")
+    # A rank that stops before the ranks have met is waited for until the recipe's `limits.start`, 300 s, ends the run.
+    parser.add_argument("--patience", type=float, default=400, metavar="SECONDS", help="default: 400")
     parser.add_argument("--folder", type=Path, help="an empty one for the trials (default: a new one in runs/chaos)")
     options = parser.parse_args()
     (ROOT / "runs/chaos").mkdir(parents=True, exist_ok=True)
