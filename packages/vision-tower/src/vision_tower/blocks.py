@@ -59,9 +59,10 @@ def products(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
 
     One product reads x once and, backward, adds up its gradient in float32. Whoever hooks into a Linear's call gets its
     call: ZeRO 3 makes weights whole there. So does another class in its place, such as an adapter's or a quantized one.
+    A graph of torch.export has a product for each, since it would join the weights at every run.
     """
     plain = all(type(each) is nn.Linear and not each._forward_hooks and not each._forward_pre_hooks for each in linears)
-    if x.dtype not in HALF or not plain:
+    if x.dtype not in HALF or not plain or torch.compiler.is_exporting():
         return tuple(each(x) for each in linears)
     weight = torch.cat([each.weight.to(x.dtype) for each in linears])
     biases = [each.weight.new_zeros(len(each.weight)) if each.bias is None else each.bias for each in linears]

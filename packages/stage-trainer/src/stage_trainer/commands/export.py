@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stage_trainer.commands.common import a_path, find_model
@@ -16,6 +17,7 @@ FORMATS = {
     "common": "one directory for Trilith, sentence-transformers, transformers and timm, with a model card",
     "trilith": "for stage_trainer.DualEncoder alone; any model, adapters as they are",
     "jina-clip": "the layout of the published jina-clip-v2, for its code and what is built on that",
+    "onnx": "graphs for ONNX Runtime and transformers.js (pip install onnx onnxscript onnxruntime)",
 }
 
 
@@ -36,10 +38,15 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         choices=("merged", "kept"),
         help="merged: the text tower's default adapter is added to its weights, and every library gives its vectors; "
         "kept: adapters stay apart (common: a PEFT folder each, text/NAME, for further training; not for "
-        "sentence-transformers) (default: merged; of jina-clip: kept)",
+        "sentence-transformers) (default: merged; of jina-clip: kept; of onnx merged alone)",
     )
     p.add_argument(
-        "--dtype", choices=("float16", "float32"), help="of jina-clip's weights (default: float16, as published)"
+        "--dtype",
+        choices=("float16", "float32", "int8", "q4"),
+        help="of the weights: of jina-clip's float16, as published, or float32; of onnx one instead of all four",
+    )
+    p.add_argument(
+        "--task", help='of onnx: whose adapter is added to the weights (default: the first; "none" leaves all out)'
     )
     p.set_defaults(run=run)
 
@@ -47,10 +54,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from stage_trainer.files import check_can_write, writing
 
-    if arguments.dtype and arguments.format != "jina-clip":
-        raise UserError("--dtype is for --format jina-clip; leave it out")
-    if arguments.lora and arguments.format == "trilith":
-        raise UserError("--lora is not for --format trilith, which keeps adapters as they are; leave it out")
+    _check(arguments)
     with writing(arguments.out):
         if arguments.out.exists():
             raise UserError(f"{arguments.out} exists already; name another place or move it away")
@@ -63,6 +67,8 @@ def run(arguments: argparse.Namespace) -> None:
         model.save_pretrained(arguments.out)
     elif arguments.format == "jina-clip":
         _write_jina_clip(model, arguments)
+    elif arguments.format == "onnx":
+        return _write_onnx(model, arguments, found, checkpoint)
     else:
         from stage_trainer.formats import common, history
         from stage_trainer.formats.card import card
@@ -82,6 +88,50 @@ def run(arguments: argparse.Namespace) -> None:
     )
     if arguments.format == "common":
         print(f"  elsewhere:  {arguments.out / 'README.md'} has an example for each library")
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """UserError for options that the format has no use for, or packages that it needs."""
+    form = arguments.format
+    if arguments.dtype and form not in ("jina-clip", "onnx"):
+        raise UserError("--dtype is for --format jina-clip and onnx; leave it out")
+    if form == "jina-clip" and arguments.dtype not in (None, "float16", "float32"):
+        raise UserError(f"--dtype {arguments.dtype} is for --format onnx; jina-clip's weights are float16 or float32")
+    if arguments.lora and form == "trilith":
+        raise UserError("--lora is not for --format trilith, which keeps adapters as they are; leave it out")
+    if arguments.lora == "kept" and form == "onnx":
+        raise UserError("a graph has no adapters: --format onnx merges one; leave --lora out, --task chooses which")
+    if arguments.task is not None and form != "onnx":
+        raise UserError("--task is for --format onnx; leave it out")
+    if form == "onnx":
+        from stage_trainer.formats.onnx import check_installed
+
+        check_installed()
+
+
+def _write_onnx(model: DualEncoder, arguments: argparse.Namespace, found: Path, checkpoint: Path | None) -> None:
+    from stage_trainer.formats import history
+    from stage_trainer.formats.card import card
+    from stage_trainer.formats.onnx import PRECISIONS, directory
+    from stage_trainer.formats.onnx.examples import use
+
+    past, name = history.of(found, checkpoint), arguments.out.resolve().name
+    precisions = (arguments.dtype,) if arguments.dtype else tuple(PRECISIONS)
+    adapters = directory.write(
+        model,
+        arguments.out,
+        task=arguments.task,
+        precisions=precisions,
+        card=lambda become: card(name, model, become, past, use(name, model, arguments.dtype)),
+    )
+    if adapters.merged:
+        print(f"the adapter {adapters.merged[0]} is merged into the text tower's weights; --task chooses another")
+    if adapters.left_out:
+        print(f"not in this directory: the adapters {', '.join(adapters.left_out)}")
+    print(
+        f"wrote {arguments.out}: text_model, vision_model and model (both) in {', '.join(precisions)}\n"
+        f"  elsewhere:  {arguments.out / 'README.md'} has an example for ONNX Runtime and one for transformers.js"
+    )
 
 
 def _write_jina_clip(model: DualEncoder, arguments: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import yaml
 
@@ -15,22 +16,30 @@ from stage_trainer.formats.history import NON_COMMERCIAL, History
 _TAGS = ["trilith", "feature-extraction", "sentence-similarity", "image-text-retrieval", "multimodal", "matryoshka"]
 
 
-def card(name: str, model: DualEncoder, adapters: Adapters, history: History) -> str:
-    """The card of a directory that `formats.common` writes.
+class Use(NamedTuple):
+    """How a directory is opened: by which library, in the hub's words, and the card's paragraphs on it."""
+
+    library: str
+    paragraphs: Sequence[str]
+
+
+def card(name: str, model: DualEncoder, adapters: Adapters, history: History, use: Use | None = None) -> str:
+    """The card of an exported directory.
 
     Args:
         name: of the directory, under which the examples load it.
         model: as it is written.
         adapters: what became of its adapters.
         history: how it came to be.
+        use: how it is opened; None for what `formats.common` writes.
     """
     parts = [
-        _front(adapters, history),
+        _front(adapters, history, use),
         f"# {name}",
         _about(model),
         _adapters(adapters, name),
         "## Use",
-        *_use(name, model, adapters),
+        *(use.paragraphs if use else _use(name, model, adapters)),
         "## How it was made",
         *_made(history),
         "## Figures",
@@ -41,12 +50,13 @@ def card(name: str, model: DualEncoder, adapters: Adapters, history: History) ->
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
 
-def _front(adapters: Adapters, history: History) -> str:
+def _front(adapters: Adapters, history: History, use: Use | None) -> str:
     """The head that a hub reads."""
+    library = use.library if use else "transformers" if adapters.kept else "sentence-transformers"
     head = {
-        "library_name": "transformers" if adapters.kept else "sentence-transformers",
-        "pipeline_tag": "feature-extraction" if adapters.kept else "sentence-similarity",
-        "tags": _TAGS + (["peft"] if adapters.kept else ["sentence-transformers"]),
+        "library_name": library,
+        "pipeline_tag": "sentence-similarity" if library == "sentence-transformers" else "feature-extraction",
+        "tags": _TAGS + (["peft"] if adapters.kept else [library]),
         **({"language": history.languages} if history.languages else {}),
         **({"license": history.licence} if history.licence else {}),
         **({"base_model": list(history.bases)} if history.bases else {}),
