@@ -353,7 +353,3 @@ def test_torch_export_takes_a_batch_of_any_size(make_tower, dtype):
         images = torch.randn(n, 3, 32, 32, dtype=dtype)
         bounds = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 2e-2}
         torch.testing.assert_close(exported.module()(images), tower(images), **bounds)
-    # Each weight is multiplied as it is: joined ones would be joined at every run.
-    products = [node for node in exported.graph.nodes if "linear" in str(node.target)]
-    assert len(products) == 1 + 2 * (4 + 3)
-    assert all(node.args[1].op == "placeholder" for node in products[1:])

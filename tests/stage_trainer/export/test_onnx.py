@@ -138,6 +138,16 @@ def test_files_are_those_that_transformers_js_looks_for(exported_onnx, exported)
     assert max(sizes["model_fp16.onnx"], sizes["model_int8.onnx"], sizes["model_q4.onnx"]) < sizes["model.onnx"]
 
 
+def test_weights_are_multiplied_as_they_stand(exported_onnx):
+    """In 16 bits the vision tower joins some for a call, and runs of a graph would join them again and again."""
+    for file in exported_onnx.glob("onnx/*model*.onnx"):
+        graph = onnx.load(file).graph
+        weights = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2 and min(tensor.dims) > 16}
+        used = {node.op_type for node in graph.node if weights & set(node.input)}
+        assert {"MatMul", "Gemm", "MatMulInteger", "MatMulNBits"} & used
+        assert "Concat" not in used, file.name
+
+
 def test_the_cards_example_for_onnxruntime_gives_the_models_vectors(exported_onnx, model, elsewhere):
     (code,) = examples(exported_onnx, "python")
     found = elsewhere(code + "out['text'], out['image'] = text, image\n", exported_onnx.parent, "torch", "transformers")

@@ -71,6 +71,11 @@ class BothGraph(nn.Module):
         return text[0], image[0], text[1], image[1]
 
 
+class _Alone(nn.Linear):
+    """A Linear of which the vision tower takes the product by itself. In 16 bits it joins the weights of some for the
+    call (`vision_tower.blocks.products`), which a graph would do at every run."""
+
+
 class Modules(NamedTuple):
     """What the graphs are traced from."""
 
@@ -86,7 +91,11 @@ class Modules(NamedTuple):
 
     def half(self) -> Modules:
         """Copies with weights in float16, as the towers compute with such: angles, LayerNorm and means in float32."""
-        return Modules(copy.deepcopy(self.text).half(), copy.deepcopy(self.vision).half())
+        text, vision = copy.deepcopy(self.text).half(), copy.deepcopy(self.vision).half()
+        for module in vision.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = _Alone
+        return Modules(text, vision)
 
     def named(self, name: str) -> nn.Module:
         """The module of one of `OUTPUTS`."""
