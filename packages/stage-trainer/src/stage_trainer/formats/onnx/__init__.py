@@ -4,6 +4,7 @@ Nothing heavy is imported here: `export` asks for the packages before it loads a
 """
 
 from importlib.util import find_spec
+from pathlib import Path
 
 from stage_trainer.errors import UserError
 
@@ -19,3 +20,9 @@ def check_installed() -> None:
             f"--format onnx needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed; "
             "`pip install onnx onnxscript onnxruntime` brings all it needs (the extra [onnx] of stage-trainer)"
         )
+
+
+def graphs_in(folder: Path) -> list[Path]:
+    """The graphs of a directory that this format wrote; none if it holds a model in PyTorch's weights."""
+    of_pytorch = [*folder.glob("model.safetensors"), *folder.glob("*/model.safetensors")]
+    return [] if of_pytorch else sorted(folder.glob("onnx/*.onnx"))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from text_tower.files import write_json
+from text_tower.tokenizer_files import PAD
 from vision_tower import VisionTowerConfig
 from vision_tower.foreign import processor_values
 
@@ -26,7 +27,7 @@ from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.errors import UserError
 from stage_trainer.files import whole_directory
 from stage_trainer.formats import jina_clip
-from stage_trainer.formats.common import Adapters
+from stage_trainer.formats.common import Adapters, check_tokenizer
 from stage_trainer.formats.jina_clip_layout import TASK
 from stage_trainer.formats.onnx import PRECISIONS, check_installed, smaller
 from stage_trainer.formats.onnx.graphs import OUTPUTS, Modules, save, trace
@@ -62,8 +63,9 @@ def write(
     merged = [name for name in names if task in (None, name)][:1]
     if task not in (None, "none", *names):
         raise UserError(f"there is no adapter {task!r} to merge; the text tower has {', '.join(names) or 'none'}")
-    if (tokenizer := model.text.tokenizer) is None:
-        raise UserError("the text tower has no tokenizer, which the directory needs; set model.text.tokenizer")
+    tokenizer = check_tokenizer(model.text)
+    if model.text.config.pad_id != PAD:
+        raise UserError(f"the text tower's pad_id is {model.text.config.pad_id}, and its tokenizer pads with {PAD}")
     processor = _processor(model.vision.config)
     if names:
         model.text = model.text.merged(task)
@@ -83,7 +85,7 @@ def write(
 def _write_graphs(modules: Modules, folder: Path, precisions: Sequence[str]) -> list[str]:
     """Writes and checks every graph; returns the names of those whose weights stand in a file beside them."""
     beside = []
-    for precision, name, graph in _graphs(modules, precisions):
+    for precision, name, graph in _graphs(modules, precisions, folder):
         file = folder / f"{name}{PRECISIONS[precision]}.onnx"
         if save(graph, file):
             beside.append(file.name)
@@ -91,11 +93,11 @@ def _write_graphs(modules: Modules, folder: Path, precisions: Sequence[str]) -> 
     return beside
 
 
-def _graphs(modules: Modules, precisions: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
-    """(precision, name, graph), one after another, since each has all weights."""
+def _graphs(modules: Modules, precisions: Sequence[str], folder: Path) -> Iterator[tuple[str, str, Any]]:
+    """(precision, name, graph), one after another, since each has all weights; `folder` takes what lies between."""
     half = modules.half() if "float16" in precisions else None
     for name in OUTPUTS:
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
             graph = trace(modules, name)
             if "float32" in precisions:
                 yield "float32", name, graph

@@ -1,4 +1,4 @@
-"""Whether a graph gives a model's vectors in onnxruntime."""
+"""Whether a graph opens in onnxruntime, and gives a model's vectors there."""
 
 from __future__ import annotations
 
@@ -18,6 +18,17 @@ FARTHEST = 1e-4
 LEAST_COSINE = {"float16": 0.99, "int8": 0.5, "q4": 0.5}
 """To torch's. It is noise that is encoded here, so the bound only tells a model from a broken one; what becomes of
 recall has to be measured on data."""
+
+
+def check_opens(file: Path) -> None:
+    """UserError if a graph is damaged, or its weights are not beside it."""
+    import onnxruntime
+
+    try:
+        onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no common class
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{file} does not open in onnxruntime ({said[0][:300]}); export the model again") from error
 
 
 def check(file: Path, modules: Modules, name: str, precision: str) -> None:
