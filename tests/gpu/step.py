@@ -1,8 +1,7 @@
 """A training step of L/14 and the 561M text tower as one of eight ranks: time, memory, MFU, and what the planner says.
 
-Without gradient caching on one chunk of the paper's recipe (256 images, 16,384 tokens), with it on two; with and
-without activation checkpointing; eager and compiled. Then the whole share of a rank of the paper's batch, in chunks of two
-sizes.
+Without gradient caching on one chunk of 256 images and 16,384 tokens, with it on two; with and without activation
+checkpointing; eager and compiled. Then the whole share of a rank of the paper's batch, in chunks of two sizes.
 """
 
 from __future__ import annotations
