@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
         from stage_trainer.formats import common, history
         from stage_trainer.formats.card import card
 
-        past, name = history.of(found, checkpoint), arguments.out.resolve().name
+        past, name = history.of(found, checkpoint, str(arguments.checkpoint)), arguments.out.resolve().name
         lora = arguments.lora or "merged"
         adapters = common.write(model, arguments.out, lora, lambda become: card(name, model, become, past))
         _say_adapters(adapters.merged, adapters.left_out, "; --lora kept exports all of them")
