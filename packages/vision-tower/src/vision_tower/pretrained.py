@@ -76,7 +76,7 @@ def save(tower: VisionTower, path: str | PathLike[str]) -> None:
         )
     ours = {key: value for key, value in asdict(config).items() if key not in ("attention", "compile")}  # the machine's
     processor = processor_values(config) if timms else None
-    content = {"model_type": MODEL_TYPE} if not timms else _for_timm(config, processor is not None)
+    content = {"model_type": MODEL_TYPE} if not timms else timm_keys(config, with_processor=processor is not None)
     with whole_directory(target) as directory:
         write_weights(tower.state_dict(), directory / WEIGHTS_NAME)
         if processor is not None:
@@ -86,7 +86,7 @@ def save(tower: VisionTower, path: str | PathLike[str]) -> None:
         (target / PROCESSOR_NAME).unlink(missing_ok=True)
 
 
-def _for_timm(config: VisionTowerConfig, with_processor: bool) -> dict[str, Any]:
+def timm_keys(config: VisionTowerConfig, *, with_processor: bool) -> dict[str, Any]:
     """The keys of config.json that timm reads, and transformers' wrapper of timm's models."""
     arguments = config.timm_arguments()
     return {
