@@ -140,7 +140,7 @@ def load(
     """
     check_stated(num_classes, global_pool)
     stated = {k: v for k, v in stated.items() if v is not None or k not in ("checkpointing", "attention")}
-    source, values = _find(Path(path))
+    source, values = find(Path(path))
     in_directory = source != Path(path)
     processor = processor_settings(source.parent, crop_mode=stated.get("crop_mode")) if in_directory else {}
     config = _stated_config(source, values, stated, in_directory, num_classes, global_pool)
@@ -228,7 +228,7 @@ def _whole_sides(config: VisionTowerConfig, values: Mapping[str, Any]) -> list[i
     return [math.floor(side / values["crop_pct"]) for side in as_pair(config.resolution)]
 
 
-def _find(path: Path) -> tuple[Path, dict[str, Any]]:
+def find(path: Path) -> tuple[Path, dict[str, Any]]:
     """The file of weights, and the content of config.json beside it; {} if there is none or `path` is a file."""
     if path.is_file():
         return path, {}
