@@ -32,7 +32,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "open; its README.md says how. Of a stage's folder it takes the newest checkpoint, and says so; name a "
         "step-… folder for another. What `stage-trainer evaluate` found of a stage goes into the card.",
     )
-    p.add_argument("checkpoint", type=a_path, help="a checkpoint, a stage's folder (its newest checkpoint), or a model or its name on the hub")
+    p.add_argument(
+        "checkpoint",
+        type=a_path,
+        help="a checkpoint, a stage's folder (its newest checkpoint), or a model or its name on the hub",
+    )
     p.add_argument("out", type=a_path, help="the directory to write; it must not exist")
     p.add_argument("--format", choices=FORMATS, default="common", help=f"{formats} (default: %(default)s)")
     p.add_argument(
