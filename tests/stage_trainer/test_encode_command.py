@@ -134,7 +134,17 @@ def test_samples_give_their_texts_if_asked(model, reader, shards, tmp_path):
 def test_options_are_those_of_encode(model, reader, tmp_path):
     lines, out = tmp_path / "lines.txt", tmp_path / "v.npy"
     lines.write_text("a disk\nein Kreis\n")
-    options = ["--task", "query", "--truncate-dim", "8", "--no-normalize", "--max-length", "4", "--batch-size", "1"]
+    options = [
+        "--prompt-name",
+        "query",
+        "--truncate-dim",
+        "8",
+        "--no-normalize",
+        "--max-length",
+        "4",
+        "--batch-size",
+        "1",
+    ]
     assert main(["encode", str(model), str(lines), *options, "--out", str(out)]) == 0
     expected = reader.encode_text(["a disk", "ein Kreis"], task="query", truncate_dim=8, normalize=False, max_length=4)
     close(encoded(out)[1], expected)
@@ -161,7 +171,7 @@ def test_bad_inputs_are_named_with_their_place_or_skipped_and_listed(
     assert ids[4:] == [f"{listed}:1", f"{listed}:5", f"{rows}:1", f"{table}:2"]
     close(vectors, reader.encode_image(kept))
     skipped = [json.loads(line) for line in (tmp_path / "v.skipped.jsonl").open()]
-    reasons = ["cannot be decoded", "there is no such file", "it is empty", "not UTF-8", "it is empty", "a int",
+    reasons = ["cannot be decoded", "there is no such file", "it is empty", "not UTF-8", "it is empty", "of type int",
                "not JSON", "no JSON object", "has no t", "half a character", "it is empty"]  # fmt: skip
     assert [each["index"] for each in skipped] == [2, 6, 7, 8, 11, 12, 13, 14, 15, 16, 17]
     for each, reason in zip(skipped, reasons, strict=True):

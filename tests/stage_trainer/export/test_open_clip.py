@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from stage_trainer.cli import main
 from stage_trainer.dual_encoder import DualEncoder
+from stage_trainer.errors import UserError
 
 LOAD = """
 import logging, open_clip, open_clip.hf_configs, torch
@@ -128,3 +129,8 @@ def test_a_squashed_rectangle_keeps_its_shape(make_model, elsewhere, tmp_path, s
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
     code = inputs(tmp_path, sentences[:2]) + LOAD.format(name="local-dir:model")
     check(elsewhere(code, tmp_path), model, tmp_path, sentences[:2])
+
+
+def test_ours_says_what_an_open_clip_directory_is(folder):
+    with pytest.raises(UserError, match=r"model is for open_clip, and is not read here: name the model that it was"):
+        DualEncoder.from_pretrained(folder / "model")

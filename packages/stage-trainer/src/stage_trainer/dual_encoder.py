@@ -183,6 +183,11 @@ def read_config(path: Path) -> StoredConfig:
         UserError: there is none, it is of another format, or damaged.
     """
     file = path / "config.json"
+    if (path / "open_clip_config.json").is_file():
+        raise UserError(
+            f"{path} is for open_clip, and is not read here: name the model that it was exported from. Of open_clip's "
+            "own EVA02 models the image tower can be started from: name their directory as model.vision_weights"
+        )
     try:
         config = json.loads(file.read_bytes().decode())
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -174,7 +174,7 @@ def name_of(entry: Entry) -> str:
 
 
 def _what(value: object) -> str:
-    return "empty" if value is None or value == "" else f"a {type(value).__name__}"
+    return "empty" if value is None or value == "" else f"of type {type(value).__name__}"
 
 
 def _data_set(path: Path, kind: str | None) -> Input:

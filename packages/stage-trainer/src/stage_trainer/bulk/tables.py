@@ -185,7 +185,7 @@ class Parquet:
         self.path, self.columns, self.library = path, columns, parquet_library()
         try:
             metadata = self.library.read_metadata(path)
-        except (OSError, ValueError) as error:  # pyarrow's own are of these
+        except _failures() as error:
             raise UserError(f"{path} is no parquet file that can be read ({error})") from error
         self._count, self._names = metadata.num_rows, metadata.schema.to_arrow_schema().names
 
@@ -206,7 +206,7 @@ class Parquet:
                         yield _cell(self.path, number, self.columns, row)
         except UserError:
             raise
-        except (OSError, ValueError) as error:
+        except _failures() as error:
             raise UserError(f"{self.path} is damaged after row {number:,} ({error}); write it again") from error
 
 
@@ -217,6 +217,13 @@ def parquet_library() -> Any:
     except ImportError as error:
         raise UserError("parquet needs pyarrow, which is not installed: pip install 'pyarrow>=23.0.1'") from error
     return pyarrow.parquet
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What pyarrow raises for a file that it cannot read; some of its own errors are none of Python's."""
+    import pyarrow
+
+    return OSError, ValueError, pyarrow.ArrowException
 
 
 def _cell(path: Path, number: int, columns: Columns, row: dict[str, Any]) -> Cell:

@@ -38,7 +38,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="at what cannot be encoded: stop and name it, or leave it out and list it in NAME.skipped.jsonl (default: "
         "%(default)s)",
     )
-    p.add_argument("--task", help="of the texts: its instruction, and its adapter if there is one")
+    p.add_argument("--task", "--prompt-name", help="of the texts: its instruction, and its adapter if there is one")
     p.add_argument("--truncate-dim", type=int, metavar="N", help="keep the first N dims (default: all)")
     p.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of a text (default: %(default)s)")
     p.add_argument("--no-normalize", action="store_true", help="leave vectors as they are (default: length one)")
