@@ -68,7 +68,12 @@ def open_inputs(paths: Sequence[Path], kind: str | None, columns: Columns) -> li
     Raises:
         UserError: one is missing, or of no kind that is known; a table without the column; columns and no table.
     """
-    found = [_open(path, kind, columns) for path in paths]
+    found = []
+    for path in paths:
+        try:
+            found.append(_open(path, kind, columns))
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
     if columns.named and not any(path.name.lower().endswith(TABLES) for path in paths):
         raise UserError(f"{columns.named} is for tables ({', '.join(TABLES)}), and there is none among the inputs")
     return found

@@ -65,6 +65,9 @@ def run(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; expected a whole number from 1")
+    for name in ("task", "column", "id"):
+        if (word := getattr(arguments, name)) is not None and not word.strip():
+            raise UserError(f"--{name} is {word!r}; name one, or leave it out")
     _check_out(arguments.out)
     files = [Path(file) for file in arguments.files]  # those after an option are strings still
     inputs = open_inputs(files, arguments.kind, Columns(arguments.column, arguments.id))
@@ -92,11 +95,13 @@ def run(arguments: argparse.Namespace) -> None:
 def _check_out(out: Path) -> None:
     from stage_trainer.bulk.tables import parquet_library
     from stage_trainer.bulk.vectors import SUFFIXES
+    from stage_trainer.files import writing
 
     if out.suffix not in SUFFIXES:
         raise UserError(f"--out is {out}; expected a name that ends in {' or '.join(SUFFIXES)}")
-    if out.exists():
-        raise UserError(f"{out} exists already; name another place or move it away")
+    with writing(out):
+        if out.exists():
+            raise UserError(f"{out} exists already; name another place or move it away")
     if out.suffix == ".parquet":
         parquet_library()
     check_output(out)
