@@ -13,7 +13,6 @@ from vision_tower import VisionTowerConfig
 from vision_tower.config import as_pair
 
 from stage_trainer.dual_encoder import DualEncoder
-from stage_trainer.formats.card import Use
 from stage_trainer.formats.onnx import PRECISIONS
 from stage_trainer.formats.snippets import TEXTS
 
@@ -32,8 +31,8 @@ class _Model(NamedTuple):
         return min(MAX_LENGTH, self.text.max_length)
 
 
-def use(name: str, model: DualEncoder, precision: str | None) -> Use:
-    """The card's paragraphs.
+def paragraphs(name: str, model: DualEncoder, precision: str | None) -> list[str]:
+    """The card's paragraphs on its use.
 
     Args:
         name: of the directory, under which the examples open it.
@@ -42,25 +41,22 @@ def use(name: str, model: DualEncoder, precision: str | None) -> Use:
     about = _Model(name, model.text.config, model.vision.config, precision or "float32")
     written = [precision] if precision else list(PRECISIONS)
     files = ", ".join(f"`…{PRECISIONS[each]}.onnx` ({each})" for each in written)
-    return Use(
-        "transformers.js",
-        [
-            f"`onnx/` has `text_model`, `vision_model`, and both in `model`, each complete in itself: {files}. They "
-            "take any number of texts, tokens and images. `text_embeddings` and `image_embeddings` are the towers', "
-            f"`l2norm_…` those at length one. An id of {about.text.pad_id} is padding. What `model` lacks is "
-            f"given as one such id a text, `[[{about.text.pad_id}]]`, or as no picture, and its output has no meaning. "
-            "`float16` computes as PyTorch does in it; in `int8` a vector depends a little on what else is in the "
-            "batch, which has one range of numbers.",
-            f"The examples run where `{name}` and a `photo.jpg` are.",
-            "**ONNX Runtime** (with numpy, Pillow and tokenizers)",
-            f"```python\n{onnxruntime(about)}```",
-            "**transformers.js** (4 or newer; in a browser, remove the three lines on where files are)",
-            f"```js\n{transformers_js(about)}```",
-            "Its resizing is not Pillow's: photos get other pixels than in training, and slightly other vectors. It "
-            f"cuts a text of more than {about.max_length} tokens without keeping the last, `</s>`.",
-            *_instructions(about.text),
-        ],
-    )
+    return [
+        f"`onnx/` has `text_model`, `vision_model`, and both in `model`, each complete in itself: {files}. They "
+        "take any number of texts, tokens and images. `text_embeddings` and `image_embeddings` are the towers', "
+        f"`l2norm_…` those at length one. An id of {about.text.pad_id} is padding. What `model` lacks is "
+        f"given as one such id a text, `[[{about.text.pad_id}]]`, or as no picture, and its output has no meaning. "
+        "`float16` computes as PyTorch does in it; in `int8` a vector depends a little on what else is in the "
+        "batch, which has one range of numbers.",
+        f"The examples run where `{name}` and a `photo.jpg` are.",
+        "**ONNX Runtime** (with numpy, Pillow and tokenizers)",
+        f"```python\n{onnxruntime(about)}```",
+        "**transformers.js** (4 or newer; in a browser, remove the three lines on where files are)",
+        f"```js\n{transformers_js(about)}```",
+        "Its resizing is not Pillow's: photos get other pixels than in training, and slightly other vectors. It "
+        f"cuts a text of more than {about.max_length} tokens without keeping the last, `</s>`.",
+        *_instructions(about.text),
+    ]
 
 
 def onnxruntime(model: _Model) -> str:
