@@ -9,32 +9,35 @@ import pytest
 import torch
 from stage_trainer.cli import main
 from stage_trainer.dual_encoder import DualEncoder
-from stage_trainer.evaluation.retrieval import Pool, embed, score
+from stage_trainer.evaluation.retrieval import EmbeddedPool, Pool, embed, score
+from stage_trainer.formats.onnx.graphs import TEXT, VISION
 
 
-class Graphs:
-    """The graphs of an export as the two methods of a model that retrieval takes; inputs are made by the model."""
-
-    def __init__(self, model: DualEncoder, folder: Path, bits: str):
-        self.model = model
-        self.text, self.vision = (
-            onnxruntime.InferenceSession(folder / f"onnx/{name}{bits}.onnx") for name in ("text_model", "vision_model")
-        )
-
-    def encode_text(self, texts, *, max_length, **_) -> np.ndarray:
-        ids = self.model.text.tokenizer(texts, max_length=max_length)
-        longest = max(map(len, ids))
-        return self.text.run(None, {"input_ids": np.array([row + [1] * (longest - len(row)) for row in ids])})[0]
-
-    def encode_image(self, images, **_) -> np.ndarray:
-        vision = self.model.vision
-        pixels = vision.normalize(torch.stack([vision.preprocess(image) for image in images]))
-        return self.vision.run(None, {"pixel_values": pixels.numpy()})[0]
+def embed_by_graphs(model: DualEncoder, folder: Path, bits: str, pool: Pool) -> EmbeddedPool:
+    """The pool's vectors from an export's graphs, in batches; inputs are made by the model."""
+    text, vision = (onnxruntime.InferenceSession(folder / f"onnx/{name}{bits}.onnx") for name in (TEXT, VISION))
+    texts = pool.all_texts()
+    tokens, pixels = model.text.tokenizer(texts, max_length=512), map(model.vision.preprocess, pool.images)
+    rows = []
+    for batch in batched(tokens, 64):
+        longest = max(map(len, batch))
+        ids = np.array([row + [1] * (longest - len(row)) for row in batch])
+        rows.append(text.run(None, {"input_ids": ids})[0])
+    images = [
+        vision.run(None, {"pixel_values": model.vision.normalize(torch.stack(batch)).numpy()})[0]
+        for batch in batched(pixels, 64)
+    ]
+    return EmbeddedPool(np.concatenate(images), np.concatenate(rows), row={each: i for i, each in enumerate(texts)})
 
 
-def recalls(model, pool: Pool, dims: list[int]) -> dict[str, float]:
+def batched(items, size: int):
+    items = list(items)
+    return [items[first : first + size] for first in range(0, len(items), size)]
+
+
+def recalls(pool: Pool, embedded: EmbeddedPool, dims: list[int]) -> dict[str, float]:
     """Recall@5 in percent of each direction, its mean over languages and dims."""
-    found, _ = score(pool, embed(model, pool), dims)
+    found, _ = score(pool, embedded, dims)
     return {way: 100 * float(np.mean([by_dim[str(dim)]["mean"] for dim in dims])) for way, by_dim in found.items()}
 
 
@@ -51,10 +54,10 @@ def compare(model: DualEncoder, out: Path, pools: list[Path]) -> None:
     assert pools
     dims = [*(model.matryoshka_dims or (model.text.config.width,))]
     for pool in map(Pool.open, pools):
-        wanted = recalls(model, pool, dims)
+        wanted = recalls(pool, embed(model, pool), dims)
         assert max(wanted.values()) > 20, "it learned too little to lose anything"
         for bits, points in {"": 0.1, "_fp16": 0.5, "_int8": 2.0, "_q4": 5.0}.items():
-            found = recalls(Graphs(model, out, bits), pool, dims)
+            found = recalls(pool, embed_by_graphs(model, out, bits, pool), dims)
             print(pool.name, bits or "float32", {way: f"{wanted[way]:.2f} {found[way]:.2f}" for way in wanted})
             assert max(abs(found[way] - wanted[way]) for way in wanted) <= points, (pool.name, bits, wanted, found)
 
