@@ -1,4 +1,4 @@
-"""How often a step reads numbers that a GPU computes: its host waits for each. `tests/gpu.sh` counts the waits there."""
+"""How often a step reads numbers that a GPU computes: its host waits for each. `tests/gpu.sh` counts them there."""
 
 import json
 import os
