@@ -12,15 +12,16 @@ LANGUAGES = tuple(
 # The locales of Debian's packages that are "no", "zh" and "pt" here; others of these languages are left out.
 OTHER_CODES = {"nb": "no", "zh_CN": "zh", "pt_BR": "pt"}
 
-_NAMES = (  # in the order of LANGUAGES
+# In the order of LANGUAGES.
+_NAMES = (
     "arabic bengali chinese danish dutch english finnish french georgian german greek hindi indonesian italian "
     "japanese korean latvian norwegian polish portuguese romanian russian slovak spanish swedish thai turkish "
     "ukrainian urdu vietnamese"
-).split()  # noqa: SIM905
+)
 # What langcodes leaves as it is: written standards and spoken variants of one of the thirty, English names, and
 # countries' codes where they are no language's.
 _MORE = {
-    **dict(zip(_NAMES, LANGUAGES, strict=True)),
+    **dict(zip(_NAMES.split(), LANGUAGES, strict=True)),
     **dict.fromkeys(("nb", "nn"), "no"),
     **dict.fromkeys(("yue", "wuu", "hak", "nan", "gan", "hsn", "cdo", "cjy", "lzh"), "zh"),
     **dict.fromkeys("acm acq aeb afb ajp apc ars ary arz ayl".split(), "ar"),  # noqa: SIM905
