@@ -372,3 +372,16 @@ def test_names_that_no_file_can_have_are_counted(folder, run, held_out):
     receipt = run("images", folder=folder, table=table, **held_out).receipt
     assert sum(receipt["dropped"].values()) == len(names)
     assert receipt["dropped"]["file name outside the folder"] == 5
+
+
+def test_a_table_that_does_not_fit_its_folder_is_said_loudly(folder, tmp_path, capsys):
+    rows = [["file", "caption"], ["sub/0.jpg", "a"], *([f"other/{number}.jpg", "b"] for number in range(9))]
+    write_table(folder / "t.csv", rows)
+    command = ["import", "images", str(folder), "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "WARNING: 90% of what came in was dropped, most of it for: no such image file" in shown
+    assert (tmp_path / "out/image-short/images/receipt.json").exists()
+    write_table(folder / "t.csv", rows[:2])
+    assert main([*command, "--name", "fits"]) == 0
+    assert "WARNING" not in capsys.readouterr().out
