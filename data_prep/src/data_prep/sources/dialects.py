@@ -99,7 +99,8 @@ def _encoding(path: Path, sample: bytes, given: str) -> str:
                 text = sample[: len(sample) // width * width].decode(name)
             except UnicodeDecodeError:
                 continue
-            if "\0" not in text and re.search("[\r\n]", text):
+            first = re.split("[\r\n]", text, maxsplit=1)
+            if len(first) == 2 and "\0" not in text and any(mark in first[0] for mark in _MARKS):
                 return name
     lines = sample.splitlines()[: -1 if len(sample) == _SAMPLE else None]
     high = [line for line in lines if not line.isascii()]
