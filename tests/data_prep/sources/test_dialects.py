@@ -186,6 +186,16 @@ def test_quotes_that_may_be_either_are_asked_about():
     assert read(raw, "csv", Said(quoting="double"))[0] == [["yes", "b"], ["a", '5" wide'], ["c", "d"]]
 
 
+def test_quotes_in_the_first_row_are_no_headers_where_there_is_none():
+    raw = b'"Yes."\t"Ja."\n"Come in," she said.\tKomm herein.\nNo.\t"Nein."\n'
+    assert read(raw, "tsv", Said(header=False))[0] == [
+        ['"Yes."', '"Ja."'], ['"Come in," she said.', "Komm herein."], ["No.", '"Nein."']
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="say --quoting"):  # all values in quotes: a table's, or a list of quotations
+        read(b'"Yes."\t"Ja."\n' * 20, "tsv", Said(header=False))
+    assert read(b'"query"\t"target"\n"Yes."\t"Ja."\n', "tsv", Said())[0] == [["Yes.", "Ja."]]
+
+
 def test_excels_first_line_and_line_ends_of_old_macs_are_known():
     assert read(b'sep=;\r\nquery;target\r\n"a;b";c\r\n', "csv", Said())[0] == [["a;b", "c"]]
     assert read(b'query,target\ra,"b\rc"\rd,e\r', "csv", Said())[0] == [["a", "b\rc"], ["d", "e"]]
