@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow
 import pytest
 from data_prep.cli import main
+from datasets import Dataset
 from pyarrow import parquet
 
 from .captions.conftest import LANGUAGES, Reply, completion, good, seer  # noqa: F401 (a fixture)
@@ -150,6 +151,11 @@ def parquets() -> None:
     table("arXiv_parquet/0.parquet", [{"caption_images": [{"caption": "Figure 1", "cil_pairs": pairs}]}])
 
 
+def hugging_face() -> None:
+    image = {"bytes": encoded(photo(2)), "path": None}
+    Dataset.from_list([{"image": image, "caption": "a caption"}]).save_to_disk("saved")
+
+
 def captioned() -> None:
     image = encoded(photo(3), "JPEG")
     for name in ("data/coco/1.jpg", "coco/val2014/COCO_val2014_1.jpg"):
@@ -169,7 +175,7 @@ def reports() -> None:
 
 @pytest.mark.parametrize("command", TABLE)
 def test_an_import_of_the_table(here, command):
-    for make in (images_and_a_table, texts, wit, tars, questions, parquets, captioned, reports):
+    for make in (images_and_a_table, texts, wit, tars, questions, parquets, hugging_face, captioned, reports):
         make()
     say(command)
 

@@ -10,6 +10,7 @@ from typing import Any
 from data_prep.sources.captions import ArxivCap, Karpathy, ShareGpt4v
 from data_prep.sources.evalsets import Coco, Flickr30k, Xm3600, Xtd10
 from data_prep.sources.folder import Folder
+from data_prep.sources.hf import Hf
 from data_prep.sources.img2dataset import DataComp, Img2dataset
 from data_prep.sources.pdf import PdfFolder, TatDqa
 from data_prep.sources.questions import ArxivQa, DocVqa, InfographicsVqa, SciGraphQa
@@ -20,6 +21,7 @@ from data_prep.sources.wit import Wit
 SOURCES: dict[str, type[Any]] = {
     "images": Folder,
     "texts": Texts,
+    "hf": Hf,
     "img2dataset": Img2dataset,
     "datacomp": DataComp,
     "wit": Wit,

@@ -64,29 +64,32 @@ class Texts:
                 yield from line_pieces(path)
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
-        first, _, second = self.language.partition(",")
         for row in _rows(piece):
             if isinstance(row, Dropped):
                 yield row
-                continue
-            where, value = row
-            parts = self._parts(value)
-            if parts is None:
-                yield Dropped("not one of the forms of pairs and triplets", where)
-                continue
-            query, target, negatives = ([text for text in part if text.strip()] for part in parts)
-            if not query or not target:
-                yield Dropped("empty text", where)
-                continue
-            enough = len(negatives) >= self.negatives
-            if negatives and not enough:
-                yield Noted(f"with fewer than {self.negatives} negatives, as pairs")
-            yield TextRecord(
-                where,
-                self._texts(query, first),
-                self._texts(target, second or first),
-                [self._texts([text], second or first) for text in negatives[: self.negatives]] if enough else None,
-            )
+            else:
+                yield from self.record(*row)
+
+    def record(self, where: str, value: Any) -> Iterator[Found]:
+        """What a line or row gives."""
+        first, _, second = self.language.partition(",")
+        parts = self._parts(value)
+        if parts is None:
+            yield Dropped("not one of the forms of pairs and triplets", where)
+            return
+        query, target, negatives = ([text for text in part if text.strip()] for part in parts)
+        if not query or not target:
+            yield Dropped("empty text", where)
+            return
+        enough = len(negatives) >= self.negatives
+        if negatives and not enough:
+            yield Noted(f"with fewer than {self.negatives} negatives, as pairs")
+        yield TextRecord(
+            where,
+            self._texts(query, first),
+            self._texts(target, second or first),
+            [self._texts([text], second or first) for text in negatives[: self.negatives]] if enough else None,
+        )
 
     def _parts(self, value: Any) -> tuple[list[str], list[str], list[str]] | None:
         """Query, targets and negatives of a line; None if it has another form."""

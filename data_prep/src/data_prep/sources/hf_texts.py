@@ -1,0 +1,125 @@
+"""Rows of texts in the forms of the Hugging Face hub: translations, judged passages, pairs and triplets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from data_prep.errors import UserError
+from data_prep.languages import OTHER_CODES
+from data_prep.samples import Text
+from data_prep.shards.format import JsonObject
+from data_prep.sources.judged import Judged, Passage, judged
+from data_prep.sources.records import Dropped, Found, Noted, TextRecord
+from data_prep.sources.texts import Texts
+
+_LANGUAGE = ("language", "lang", "locale")
+_JUDGED = ("label", "labels", "gold_label", "is_duplicate", "score", "similarity", "similarity_score", "relevance")
+_MATCH = ("1", "true", "yes", "match", "entailment", "duplicate", "paraphrase", "equivalent", "relevant", "positive")
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """How rows become text pairs and triplets.
+
+    language: of the texts, or "QUERY,TARGET"; of a translation the two that are taken. language_column: says it for
+    both texts of a row. columns: those of query, target and negatives (with commas), where the user named them.
+
+    Raises:
+        UserError: the options contradict each other.
+    """
+
+    language: str = "und"
+    language_column: str = ""
+    origin: str = "human"
+    negatives: int = 7
+    score_margin: float = 0.0
+    columns: tuple[str, str, str] = ("", "", "")
+
+    def __post_init__(self) -> None:
+        languages = self.language.split(",")
+        if len(languages) > 2 or not all(map(str.strip, languages)):
+            raise UserError(f"--language {self.language}: expected one language, or QUERY,TARGET (de,en)")
+        if self.negatives < 1:
+            raise UserError(f"--negatives {self.negatives}: expected at least 1")
+
+    def records(self, where: str, row: JsonObject) -> Iterator[Found]:
+        """What a row gives."""
+        translation = row.get("translation")
+        if isinstance(translation, dict):
+            yield self._translated(where, translation)
+            return
+        names = (self.language_column,) if self.language_column else _LANGUAGE
+        said = next((row[name] for name in names if isinstance(row.get(name), str) and row[name].strip()), "")
+        found = None if any(self.columns) else judged(row, self.score_margin)
+        if isinstance(found, str):
+            yield Dropped(found, where)
+        elif found is not None:
+            yield from self.record(where, found, said)
+        else:
+            yield from self._flat(where, row, said or self.language)
+
+    def record(self, where: str, found: Judged, language: str = "") -> Iterator[Found]:
+        """A pair or triplet of a query and its judged passages, in `language` (default: as the options say)."""
+        if not found.query.strip():
+            yield Dropped("empty text", where)
+            return
+        if found.left_out:
+            yield Noted("negatives left out: empty, equal to the positive, or scored nearly as high", found.left_out)
+        first, _, second = (language or self.language).partition(",")
+        enough = len(found.negatives) >= self.negatives
+        if found.negatives and not enough:
+            yield Noted(f"with fewer than {self.negatives} negatives, as pairs")
+        yield TextRecord(
+            where,
+            [Text(found.query, first, "body", self.origin)],
+            [self._text(passage, second or first) for passage in found.positives],
+            [[self._text(passage, second or first)] for passage in found.negatives[: self.negatives]]
+            if enough
+            else None,
+        )
+
+    def _text(self, passage: Passage, language: str) -> Text:
+        joined = passage.joined and self.origin == "human"
+        return Text(passage.text, language, "body", "human:joined" if joined else self.origin)
+
+    def _translated(self, where: str, value: JsonObject) -> Found:
+        """A pair of {"en": text, "de": text}, or of the library's TranslationVariableLanguages."""
+        languages, texts = value.get("language"), value.get("translation")
+        if not isinstance(languages, list) or not isinstance(texts, list):
+            languages, texts = list(value), list(value.values())
+        alternatives: dict[str, list[str]] = {}
+        for language, text in zip(languages, texts, strict=False):
+            if isinstance(text, str) and isinstance(language, str):
+                alternatives.setdefault(OTHER_CODES.get(language, language), []).append(text)
+        wanted = self.language.split(",") if "," in self.language else list(alternatives)
+        if "," not in self.language and len(wanted) > 2:
+            return Dropped("translation into several languages: say --language QUERY,TARGET", where)
+        if len(wanted) < 2 or not all(code in alternatives for code in wanted):
+            return Dropped("translation without both languages", where)
+        parts = [[Text(text, code, "body", self.origin) for text in alternatives[code]] for code in wanted]
+        if not all(text.text.strip() for part in parts for text in part):
+            return Dropped("empty text", where)
+        return TextRecord(where, parts[0], parts[1])
+
+    def _flat(self, where: str, row: JsonObject, language: str) -> Iterator[Found]:
+        said = [row[name] for name in _JUDGED if row.get(name) is not None]
+        if not all(_says_match(value) for value in said):
+            yield Dropped("pair whose label or score does not say that it matches", where)
+            return
+        query, target, negatives = self.columns
+        yield from Texts(
+            (),
+            language,
+            self.origin,
+            self.negatives,
+            query_column=query,
+            target_column=target,
+            negative_columns=negatives,
+        ).record(where, row)
+
+
+def _says_match(value: Any) -> bool:
+    """Whether a label says that two texts belong together. A grade (0.98, 4.5) does not say it."""
+    return not isinstance(value, float) and str(value).lower() in _MATCH

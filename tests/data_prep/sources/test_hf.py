@@ -1,0 +1,359 @@
+"""Hugging Face data sets, written by the datasets library: folders, parquet, a hub on loopback; captions and texts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import datasets
+import pytest
+from data_prep.errors import UserError
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Translation, Value
+from pyarrow import Table, parquet
+
+CAPTION = "  two  spaces,\ta tab, \u2028 a separator and é (decomposed) \n"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    """Nothing of the user's cache is read or changed."""
+    for name, folder in {"HF_DATASETS_CACHE": "cache", "DOWNLOADED_DATASETS_PATH": "cache/downloads"}.items():
+        monkeypatch.setattr(datasets.config, name, str(tmp_path / folder))
+
+
+def pictures(picture, captions: list, *, column: str = "caption", kind=Value("string"), **more) -> Dataset:  # noqa: B008
+    columns = {"image": [{"bytes": picture(n), "path": None} for n in range(len(captions))], column: captions}
+    features = {"image": Image(), column: kind, **{name: Value("string") for name in more}}
+    return Dataset.from_dict({**columns, **more}, features=Features(features))
+
+
+def texts(alternatives: list[dict]) -> list[str]:
+    return [text["text"] for text in alternatives]
+
+
+@pytest.mark.parametrize("form", ["saved", "splits", "parquet", "folder"])
+def test_images_in_every_form_give_the_same_samples_word_for_word(picture, run, tmp_path, form):
+    made, place = pictures(picture, ["a dog", CAPTION, ""]), tmp_path / "data"
+    if form == "saved":
+        made.save_to_disk(place)
+    elif form == "splits":
+        DatasetDict({"test": made.select([2]), "train": made}).save_to_disk(place)
+    else:
+        (place / "data").mkdir(parents=True)
+        made.to_parquet(place / "data" / "train-00000-of-00001.parquet")
+    given = place / "data" / "train-00000-of-00001.parquet" if form == "parquet" else place
+    found = run("hf", data=given, language="en")
+    assert [sample.captions for sample in found.samples["image-short"]] == [["a dog"], [CAPTION]]
+    assert [sample.image for sample in found.samples["image-short"]] == [picture(0), picture(1)]
+    assert found.dropped == {"no caption": 1}
+    assert found.samples["image-short"][0].row.languages == ("en",)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "expected"),
+    [
+        (List(Value("string")), ["one", "two"], [("one", "de"), ("two", "de")]),
+        ({"en": Value("string"), "fr": Value("string")}, {"en": "a", "fr": "b"}, [("a", "en"), ("b", "fr")]),
+        (List({"raw": Value("string"), "lang": Value("string")}), [{"raw": "x", "lang": "it"}], [("x", "it")]),
+    ],
+)
+def test_captions_of_every_shape(picture, run, tmp_path, kind, value, expected):
+    pictures(picture, [value], column="captions", kind=kind).save_to_disk(tmp_path / "data")
+    (sample,) = run("hf", data=tmp_path / "data", language="de").samples["image-short"]
+    assert [(text["text"], text["language"]) for text in sample.content["captions"]] == expected
+
+
+def test_any_caption_column_is_found_named_or_asked_for(picture, run, tmp_path):
+    made = pictures(picture, ["a"], column="beschreibung", image_id=["7"], url=["http://x"], lang=["de"])
+    made.save_to_disk(tmp_path / "one")
+    (sample,) = run("hf", data=tmp_path / "one").samples["image-short"]
+    assert sample.content["captions"][0] == {"text": "a", "language": "de", "origin": "human", "role": "name"}
+    two = pictures(picture, ["a"], column="blip", llava=["b"])
+    two.save_to_disk(tmp_path / "two")
+    with pytest.raises(UserError, match="blip or llava; say --caption-column"):
+        run("hf", data=tmp_path / "two", out=tmp_path / "out2")
+    found = run("hf", data=tmp_path / "two", out=tmp_path / "out2", caption_column="llava", long_column="blip")
+    assert (found.samples["image-short"][0].captions, found.samples["image-long"][0].captions) == (["b"], ["a"])
+    with pytest.raises(UserError, match="has no column 'none'; it has image, blip, llava"):
+        run("hf", data=tmp_path / "two", out=tmp_path / "out3", caption_column="none")
+
+
+def test_a_field_of_a_struct_is_a_column(picture, run, tmp_path):
+    made = pictures(picture, [{"caption": "in a struct", "n": "1"}], column="json",
+                    kind={"caption": Value("string"), "n": Value("string")})  # fmt: skip
+    made.save_to_disk(tmp_path / "data")
+    found = run("hf", data=tmp_path / "data", caption_column="json.caption")
+    assert found.samples["image-short"][0].captions == ["in a struct"]
+
+
+@pytest.mark.parametrize("form", ["arrow"])
+def test_a_value_that_is_no_text_costs_its_row_alone(picture, run, tmp_path, form):
+    good = pictures(picture, [f"caption {n}" for n in range(40)])
+    table = good.data.table.to_pydict()
+    bad = [b"\xff\xfe" if n == 21 else text.encode() for n, text in enumerate(table["caption"])]
+    import pyarrow
+
+    strings = pyarrow.array(bad, pyarrow.binary()).view(pyarrow.string())  # as writers do that do not check
+    broken = Table.from_arrays([good.data.table["image"].combine_chunks(), strings], schema=good.data.table.schema)
+    place = tmp_path / "data"
+    if form == "arrow":
+        Dataset(broken).save_to_disk(place)
+    else:
+        place.mkdir()
+        parquet.write_table(broken, place / "train.parquet")
+    found = run("hf", data=place)
+    assert found.receipt["came_in"] == 40
+    assert found.receipt["went_out"] == {"image-short": 39}
+    (where,) = next(iter(found.receipt["examples"].values()))
+    assert "row 22" in where
+
+
+def test_a_folder_of_image_files_is_read_as_the_library_reads_it(picture, run, tmp_path):
+    place = tmp_path / "photos"
+    place.mkdir()
+    lines = []
+    for number in range(3):
+        (place / f"{number}.jpg").write_bytes(picture(number))
+        lines.append({"file_name": f"{number}.jpg", "text": f"photo {number}"})
+    (place / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = run("hf", data=place)
+    assert [sample.captions for sample in found.samples["image-short"]] == [[f"photo {n}"] for n in range(3)]
+    assert [sample.image for sample in found.samples["image-short"]] == [picture(n) for n in range(3)]
+
+
+def test_an_image_file_outside_the_folder_is_not_read(picture, run, tmp_path):
+    (tmp_path / "secret.jpg").write_bytes(picture(1))
+    rows = [{"bytes": None, "path": str(tmp_path / "secret.jpg")}, {"bytes": picture(0), "path": None}]
+    made = Dataset.from_dict({"image": rows, "caption": ["a", "b"]})
+    place = tmp_path / "data"
+    place.mkdir()
+    parquet.write_table(made.data.table.replace_schema_metadata(None), place / "train.parquet")
+    found = run("hf", data=place)
+    assert found.dropped == {"image file outside the folder": 1}
+    assert found.receipt["went_out"] == {"image-short": 1}
+
+
+def test_translations_become_pairs_across_languages(run, tmp_path):
+    rows = [{"en": "Good day", "de": "Guten Tag"}, {"en": "", "de": "leer"}, {"en": CAPTION, "de": "b"}]
+    made = Dataset.from_dict(
+        {"translation": rows}, features=Features({"translation": Translation(languages=["de", "en"])})
+    )
+    made.save_to_disk(tmp_path / "data")
+    found = run("hf", data=tmp_path / "data", language="en,de", origin="machine-translation")
+    pairs = [(s.content["query"][0], s.content["target"][0]) for s in found.samples["text-pairs"]]
+    assert [(q["text"], q["language"], t["text"], t["language"]) for q, t in pairs] == [
+        ("Good day", "en", "Guten Tag", "de"),
+        (CAPTION, "en", "b", "de"),
+    ]
+    assert found.dropped == {"empty text": 1}
+    assert {text["origin"] for pair in pairs for text in pair} == {"machine-translation"}
+
+
+def test_of_a_translation_into_several_languages_two_are_chosen(run, tmp_path):
+    place = tmp_path / "t.jsonl"
+    rows = [
+        {"translation": {"language": ["en", "fr", "fr", "zh_CN"], "translation": ["a", "b", "c", "d"]}},
+        {"translation": {"en": "a", "zh_CN": "d"}},
+    ]
+    place.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    undecided = run("hf", data=place, out=tmp_path / "undecided")
+    assert undecided.dropped == {"translation into several languages: say --language QUERY,TARGET": 1}
+    found = run("hf", data=place, language="en,fr")
+    (sample,) = found.samples["text-pairs"]
+    assert (texts(sample.content["query"]), texts(sample.content["target"])) == (["a"], ["b", "c"])
+    assert found.dropped == {"translation without both languages": 1}
+    assert run("hf", data=place, language="zh,en", out=tmp_path / "zh").receipt["went_out"] == {"text-pairs": 2}
+
+
+NEGATIVES = [f"n{number}" for number in range(8)]
+PASSAGES = {"is_selected": [0] * 8 + [1], "passage_text": [*NEGATIVES, "yes"]}
+
+
+@pytest.mark.parametrize(
+    ("row", "negatives"),
+    [
+        ({"query": "q", "passages": PASSAGES, "query_id": 1}, NEGATIVES[:7]),
+        ({"query": "q", "docs": [*NEGATIVES, "yes"], "labels": [0] * 8 + [1]}, NEGATIVES[:7]),
+        (
+            {
+                "query_id": "1",
+                "query": "q",
+                "positive_passages": [{"docid": "9", "title": "", "text": "yes"}],
+                "negative_passages": [{"docid": n, "title": "T", "text": n} for n in NEGATIVES],
+            },
+            [f"T {n}" for n in NEGATIVES[:7]],
+        ),
+        (
+            {"query": "q", "pos": ["yes"], "neg": NEGATIVES, "pos_scores": [9.5], "neg_scores": [9.6, *range(7)]},
+            NEGATIVES[1:],
+        ),
+        (
+            {"query": "q", "positive": "yes", "score": [9.5, 9.6, *range(7)]}
+            | {f"negative_{number}": text for number, text in enumerate(NEGATIVES, 1)},
+            NEGATIVES[1:],
+        ),
+        ({"query": "q", "positive": "yes", "negative": ["yes", *NEGATIVES[1:]], "score": [-1.0, *range(1, 8)]},
+         NEGATIVES[1:]),
+    ],
+)  # fmt: skip
+def test_judged_and_scored_passages_become_triplets_without_false_negatives(run, tmp_path, row, negatives):
+    Dataset.from_list([row]).save_to_disk(tmp_path / "data")
+    (sample,) = run("hf", data=tmp_path / "data").samples["text-triplets"]
+    assert texts(sample.content["target"]) == ["yes"]
+    assert [texts(negative) for negative in sample.content["negatives"]] == [[text] for text in negatives]
+    joined = {text["origin"] for negative in sample.content["negatives"] for text in negative}
+    assert joined == ({"human:joined"} if "title" in json.dumps(row) else {"human"})
+
+
+def test_a_margin_keeps_only_negatives_that_are_clearly_below(run, tmp_path):
+    row = {"query": "q", "pos": ["p"], "neg": NEGATIVES, "pos_scores": [9.0], "neg_scores": [7, *[5] * 7]}
+    Dataset.from_list([row]).save_to_disk(tmp_path / "data")
+    found = run("hf", data=tmp_path / "data", score_margin=3.0)
+    (sample,) = found.samples["text-triplets"]
+    assert [texts(negative) for negative in sample.content["negatives"]] == [[text] for text in NEGATIVES[1:]]
+    assert sum(found.receipt["notes"].values()) == 1
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"sentence1": "a", "sentence2": "b", "label": 0},
+        {"sentence1": "a", "sentence2": "b", "score": 0.2},
+        {"sentence1": "a", "sentence2": "b", "score": 1.0},
+        {"query": "q", "passages": {"is_selected": [0, 0], "passage_text": ["a", "b"]}},
+        {"query": "q", "docs": ["a", "b"], "scores": [9.0, 1.0]},
+        {"query": "q", "docs": ["a", "b"], "labels": [1]},
+        {"query": "q", "docs": ["a", "b"], "labels": [3, 0]},
+        {"query": "q", "positive": "p", "negative": "n", "score": "high"},
+        {"query": "q", "pos": ["p"], "neg": ["n"], "pos_scores": [1.0], "neg_scores": [1.0, 2.0]},
+    ],
+)
+def test_what_is_not_said_to_match_never_becomes_a_positive(run, tmp_path, row):
+    good = {"anchor": "q", "positive": "p"}
+    place = tmp_path / "t.jsonl"
+    place.write_text(json.dumps(row) + "\n" + json.dumps(good) + "\n")
+    found = run("hf", data=place)
+    assert found.receipt["went_out"] == {"text-pairs": 1}
+    assert texts(found.samples["text-pairs"][0].content["query"]) == ["q"]
+    assert sum(found.dropped.values()) == 1
+
+
+def test_classes_count_by_their_names_not_by_their_numbers(run, tmp_path):
+    names = ["entailment", "neutral", "contradiction"]
+    made = Dataset.from_dict(
+        {"sentence1": list("abc"), "sentence2": list("xyz"), "label": [0, 1, 2]},
+        features=Features(
+            {"sentence1": Value("string"), "sentence2": Value("string"), "label": ClassLabel(names=names)}
+        ),
+    )
+    made.save_to_disk(tmp_path / "data")
+    found = run("hf", data=tmp_path / "data")
+    assert [texts(sample.content["query"]) for sample in found.samples["text-pairs"]] == [["a"]]
+    assert sum(found.dropped.values()) == 2
+
+
+def test_splits_folders_and_formats_that_are_not_there_are_said(picture, run, tmp_path):
+    DatasetDict({"dev": pictures(picture, ["a"]), "test": pictures(picture, ["b"])}).save_to_disk(tmp_path / "data")
+    with pytest.raises(UserError, match="has no split 'train'; --split may be dev, test"):
+        run("hf", data=tmp_path / "data")
+    assert run("hf", data=tmp_path / "data", split="dev").receipt["went_out"] == {"image-short": 1}
+    with pytest.raises(UserError, match="no such file or folder, and no name on the hub"):
+        run("hf", data=tmp_path / "none")
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "a.csv").write_text("caption\nNA\n")
+    with pytest.raises(UserError, match="holds csv files, for `data-prep import texts`"):
+        run("hf", data=tmp_path / "tables")
+    (tmp_path / "pickles").mkdir()
+    (tmp_path / "pickles" / "a.pkl").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    with pytest.raises(UserError, match="pickles"):
+        run("hf", data=tmp_path / "pickles")
+    (tmp_path / "data" / "dev" / "data-00000-of-00001.arrow").write_bytes(b"cut")
+    with pytest.raises(UserError, match="the datasets library cannot read it"):
+        run("hf", data=tmp_path / "data", split="dev", out=tmp_path / "out2")
+
+
+@pytest.fixture
+def hub(tmp_path) -> Iterator[tuple[str, Path]]:
+    """A hub on loopback: its address, and the folder whose files are those of the data set someone/something."""
+    files, commit = tmp_path / "repo", "0123456789abcdef0123456789abcdef01234567"
+    files.mkdir()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            place = self.path.partition("?")[0]
+            names = sorted(str(path.relative_to(files)) for path in files.rglob("*") if path.is_file())
+            if place.startswith("/api/datasets/someone/something/tree/"):
+                entries = [{"type": "file", "path": n, "size": (files / n).stat().st_size, "oid": n} for n in names]
+                self._send(json.dumps(entries).encode())
+            elif place.startswith("/api/datasets/someone/something/paths-info/"):
+                asked = self._asked()
+                entries = [{"type": "file", "path": n, "size": (files / n).stat().st_size, "oid": n} for n in names]
+                self._send(json.dumps([entry for entry in entries if entry["path"] in asked]).encode())
+            elif place == "/api/datasets/someone/something" or place.startswith("/api/datasets/someone/something/rev"):
+                siblings = [{"rfilename": name} for name in names]
+                told = {"id": "someone/something", "sha": commit, "siblings": siblings, "private": False, "tags": []}
+                self._send(json.dumps({**told, "downloads": 0, "disabled": False, "gated": False}).encode())
+            elif place.startswith("/datasets/someone/something/resolve/"):
+                name = place.split("/", 6)[6]
+                known = (files / name).is_file()
+                self._send((files / name).read_bytes() if known else b"", 200 if known else 404, name)
+            else:
+                self._send(b"{}", 404)
+
+        do_HEAD = do_POST = do_GET
+
+        def _asked(self) -> str:
+            return self.rfile.read(int(self.headers.get("Content-Length", 0))).decode().replace("%2F", "/")
+
+        def _send(self, body: bytes, status: int = 200, etag: str = "") -> None:
+            self.send_response(status)
+            for name, value in {
+                "Content-Length": str(len(body)),
+                "Content-Type": "application/json",
+                "X-Repo-Commit": commit,
+                "ETag": f'"{etag}"',
+                **({"X-Error-Code": "EntryNotFound" if etag else "RepoNotFound"} if status == 404 else {}),
+            }.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def log_message(self, *arguments: object) -> None:
+            print("hub:", self.command, self.path, *arguments)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", files
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_name_on_a_hub_is_downloaded_and_read(picture, hub, tmp_path):
+    address, files = hub
+    pictures(picture, ["from the hub", CAPTION]).to_parquet(files / "train-00000-of-00001.parquet")
+    environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+
+    def say(name: str, out: str) -> subprocess.CompletedProcess[str]:
+        words = ["data_prep.cli", "import", "hf", name, "--language", "en", "--out", str(tmp_path / out)]
+        program = "import sys; from data_prep.cli import main; sys.exit(main(sys.argv[2:]))"
+        return subprocess.run(
+            [sys.executable, "-c", program, *words], env=environment, capture_output=True, text=True, check=False
+        )
+
+    done = say("someone/something", "out")
+    assert done.returncode == 0, done.stderr
+    from data_prep.shards import Dataset as Shards
+
+    found = Shards.open(tmp_path / "out" / "image-short" / "hf", verify=True)
+    captions = [json.loads(found.read(n)["json"])["captions"][0]["text"] for n in range(len(found))]
+    assert captions == ["from the hub", CAPTION]
+    missing = say("someone/nothing", "out2")
+    assert missing.returncode == 2
+    assert missing.stderr.splitlines()[-1].startswith("data-prep: someone/nothing: the datasets library cannot read it")
