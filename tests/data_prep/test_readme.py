@@ -156,6 +156,13 @@ def hugging_face() -> None:
     Dataset.from_list([{"image": image, "caption": "a caption"}]).save_to_disk("saved")
 
 
+def parallel() -> None:
+    save("Books.de-en.de", "Guten Tag\n")
+    save("Books.de-en.en", "Good day\n")
+    unit = '<tu><tuv xml:lang="de"><seg>Tag</seg></tuv><tuv xml:lang="en"><seg>day</seg></tuv></tu>'
+    save("de-en.tmx.gz", gzip.compress(f'<tmx version="1.4"><header srclang="de"/><body>{unit}</body></tmx>'.encode()))
+
+
 def captioned() -> None:
     image = encoded(photo(3), "JPEG")
     for name in ("data/coco/1.jpg", "coco/val2014/COCO_val2014_1.jpg"):
@@ -175,7 +182,7 @@ def reports() -> None:
 
 @pytest.mark.parametrize("command", TABLE)
 def test_an_import_of_the_table(here, command):
-    for make in (images_and_a_table, texts, wit, tars, questions, parquets, hugging_face, captioned, reports):
+    for make in (images_and_a_table, texts, wit, tars, questions, parquets, hugging_face, parallel, captioned, reports):
         make()
     say(command)
 
