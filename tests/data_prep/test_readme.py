@@ -163,6 +163,12 @@ def parallel() -> None:
     save("de-en.tmx.gz", gzip.compress(f'<tmx version="1.4"><header srclang="de"/><body>{unit}</body></tmx>'.encode()))
 
 
+def retrieval() -> None:
+    save("nfcorpus/corpus.jsonl", json.dumps({"_id": "d", "title": "", "text": "water"}))
+    save("nfcorpus/queries.jsonl", json.dumps({"_id": "q", "text": "What is ice?"}))
+    save("nfcorpus/qrels/train.tsv", "query-id\tcorpus-id\tscore\nq\td\t1\n")
+
+
 def captioned() -> None:
     image = encoded(photo(3), "JPEG")
     for name in ("data/coco/1.jpg", "coco/val2014/COCO_val2014_1.jpg"):
@@ -182,7 +188,19 @@ def reports() -> None:
 
 @pytest.mark.parametrize("command", TABLE)
 def test_an_import_of_the_table(here, command):
-    for make in (images_and_a_table, texts, wit, tars, questions, parquets, hugging_face, parallel, captioned, reports):
+    for make in (
+        images_and_a_table,
+        texts,
+        wit,
+        tars,
+        questions,
+        parquets,
+        hugging_face,
+        parallel,
+        retrieval,
+        captioned,
+        reports,
+    ):
         make()
     say(command)
 

@@ -3,13 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from threading import Thread
 
 import datasets
 import pytest
@@ -278,82 +271,12 @@ def test_splits_folders_and_formats_that_are_not_there_are_said(picture, run, tm
         run("hf", data=tmp_path / "data", split="dev", out=tmp_path / "out2")
 
 
-@pytest.fixture
-def hub(tmp_path) -> Iterator[tuple[str, Path]]:
-    """A hub on loopback: its address, and the folder whose files are those of the data set someone/something."""
-    files, commit = tmp_path / "repo", "0123456789abcdef0123456789abcdef01234567"
-    files.mkdir()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            place = self.path.partition("?")[0]
-            names = sorted(str(path.relative_to(files)) for path in files.rglob("*") if path.is_file())
-            if place.startswith("/api/datasets/someone/something/tree/"):
-                entries = [{"type": "file", "path": n, "size": (files / n).stat().st_size, "oid": n} for n in names]
-                self._send(json.dumps(entries).encode())
-            elif place.startswith("/api/datasets/someone/something/paths-info/"):
-                asked = self._asked()
-                entries = [{"type": "file", "path": n, "size": (files / n).stat().st_size, "oid": n} for n in names]
-                self._send(json.dumps([entry for entry in entries if entry["path"] in asked]).encode())
-            elif place == "/api/datasets/someone/something" or place.startswith("/api/datasets/someone/something/rev"):
-                siblings = [{"rfilename": name} for name in names]
-                told = {"id": "someone/something", "sha": commit, "siblings": siblings, "private": False, "tags": []}
-                self._send(json.dumps({**told, "downloads": 0, "disabled": False, "gated": False}).encode())
-            elif place.startswith("/datasets/someone/something/resolve/"):
-                name = place.split("/", 6)[6]
-                known = (files / name).is_file()
-                self._send((files / name).read_bytes() if known else b"", 200 if known else 404, name)
-            else:
-                self._send(b"{}", 404)
-
-        do_HEAD = do_POST = do_GET
-
-        def _asked(self) -> str:
-            return self.rfile.read(int(self.headers.get("Content-Length", 0))).decode().replace("%2F", "/")
-
-        def _send(self, body: bytes, status: int = 200, etag: str = "") -> None:
-            self.send_response(status)
-            for name, value in {
-                "Content-Length": str(len(body)),
-                "Content-Type": "application/json",
-                "X-Repo-Commit": commit,
-                "ETag": f'"{etag}"',
-                **({"X-Error-Code": "EntryNotFound" if etag else "RepoNotFound"} if status == 404 else {}),
-            }.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-
-        def log_message(self, *arguments: object) -> None:
-            print("hub:", self.command, self.path, *arguments)
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", files
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_name_on_a_hub_is_downloaded_and_read(picture, hub, tmp_path):
-    address, files = hub
-    pictures(picture, ["from the hub", CAPTION]).to_parquet(files / "train-00000-of-00001.parquet")
-    environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-
-    def say(name: str, out: str) -> subprocess.CompletedProcess[str]:
-        words = ["data_prep.cli", "import", "hf", name, "--language", "en", "--out", str(tmp_path / out)]
-        program = "import sys; from data_prep.cli import main; sys.exit(main(sys.argv[2:]))"
-        return subprocess.run(
-            [sys.executable, "-c", program, *words], env=environment, capture_output=True, text=True, check=False
-        )
-
-    done = say("someone/something", "out")
+def test_a_name_on_a_hub_is_downloaded_and_read(picture, hub, say_to_hub, read_back, tmp_path):
+    pictures(picture, ["from the hub", CAPTION]).to_parquet(hub / "train-00000-of-00001.parquet")
+    done = say_to_hub("hf", "someone/something", "--language", "en", "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
-    from data_prep.shards import Dataset as Shards
-
-    found = Shards.open(tmp_path / "out" / "image-short" / "hf", verify=True)
-    captions = [json.loads(found.read(n)["json"])["captions"][0]["text"] for n in range(len(found))]
-    assert captions == ["from the hub", CAPTION]
-    missing = say("someone/nothing", "out2")
+    found = read_back(tmp_path / "out" / "image-short" / "hf")
+    assert [sample.captions for sample in found] == [["from the hub"], [CAPTION]]
+    missing = say_to_hub("hf", "someone/nothing", "--out", str(tmp_path / "out2"))
     assert missing.returncode == 2
     assert missing.stderr.splitlines()[-1].startswith("data-prep: someone/nothing: the datasets library cannot read it")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from data_prep.sources.beir import Beir
 from data_prep.sources.captions import ArxivCap, Karpathy, ShareGpt4v
 from data_prep.sources.evalsets import Coco, Flickr30k, Xm3600, Xtd10
 from data_prep.sources.folder import Folder
@@ -24,6 +25,7 @@ SOURCES: dict[str, type[Any]] = {
     "images": Folder,
     "texts": Texts,
     "hf": Hf,
+    "beir": Beir,
     "moses": Moses,
     "tmx": Tmx,
     "img2dataset": Img2dataset,

@@ -36,7 +36,7 @@ class Hf:
 
     data: str = argument("folder, .parquet, .arrow or .jsonl file, or OWNER/NAME on the hub")
     config: str = option("", "configuration (subset), where there are several")
-    split: str = option("train", "split to take; the only one, where there is only one")
+    split: str = option("train", "split to take")
     revision: str = option("", "commit, branch or tag of the hub (default: its newest)")
     image_column: str = option("", "column of the image (default: the one of type Image)")
     caption_column: str = option("", "columns of short captions, with commas; a.b is b in a (default: by usual names)")

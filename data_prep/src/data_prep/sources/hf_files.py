@@ -7,7 +7,7 @@ becomes Arrow files in the library's cache. Formats that could run code (pickles
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,12 +49,12 @@ class HfFiles:
                     yield {"file": str(path), **stamp, "format": "arrow", "first": first, "end": end}
 
 
-def find_files(data: str, config: str, split: str, revision: str) -> HfFiles:
+def find_files(data: str, config: str, split: str, revision: str, *, lone: bool = False) -> HfFiles:
     """The files of a split of `data`: a folder of `save_to_disk`, a file or folder of files, or a name on the hub.
 
     Args:
         config, revision: empty for the default one.
-        split: "train", for example. Of a data set with one split that one is taken, whatever it is called.
+        split: "train", for example. lone: take another one if it is the only one (a corpus has no split of its own).
 
     Raises:
         UserError: `datasets` is not installed; there is no such folder, name, configuration or split; the hub cannot be
@@ -67,7 +67,15 @@ def find_files(data: str, config: str, split: str, revision: str) -> HfFiles:
         return _saved(data, split)
     if not path.is_dir() and (data.startswith(".") or not _NAME.fullmatch(data)):
         raise UserError(f"{data}: no such file or folder, and no name on the hub (OWNER/NAME)")
-    return _built(data, config, split, revision)
+    return _built(data, config, revision, lambda splits: _split_among(splits, split, data, lone))
+
+
+def config_names(data: str) -> list[str]:
+    """The configurations of a data set on the hub. UserError as of `find_files`."""
+    if not _NAME.fullmatch(data):
+        raise UserError(f"{data}: no such folder, and no name on the hub (OWNER/NAME)")
+    with _said(data):
+        return list(map(str, _library().get_dataset_config_names(data)))
 
 
 def _from_file(path: Path) -> HfFiles:
@@ -88,11 +96,11 @@ def _saved(data: str, split: str) -> HfFiles:
     with _said(data):
         saved = library.load_from_disk(data)
         if isinstance(saved, dict):
-            saved = saved[_split_among(list(saved), split, data)]
+            saved = saved[_split_among(saved, split, data)]
         return _arrow(saved, data)
 
 
-def _built(data: str, config: str, split: str, revision: str) -> HfFiles:
+def _built(data: str, config: str, revision: str, choose: Callable[[Iterable[str]], str]) -> HfFiles:
     """A folder of files or a name on the hub, as the library resolves it."""
     library = _library()
     with _said(data):
@@ -102,13 +110,13 @@ def _built(data: str, config: str, split: str, revision: str) -> HfFiles:
             own = _OWN_IMPORTERS.get(kind)
             raise UserError(f"{data}: holds {kind} files, " + (f"for `data-prep import {own}`" if own else "not read"))
         found = builder.config.data_files or {}
-        files = list(map(str, found[_split_among(list(found), split, data)])) if found else []
+        files = list(map(str, found[choose(found)])) if found else []
         if kind == "parquet" or (files and all(name.lower().endswith(_LINES) for name in files)):
             local = tuple(Path(name) for name in library.DownloadManager().download(files))
             form = "parquet" if kind == "parquet" else "lines"
             return HfFiles(form, local, _parquet_features(local[0]) if form == "parquet" else None)
         builder.download_and_prepare()
-        return _arrow(builder.as_dataset(split=_split_among(list(builder.info.splits), split, data)), data)
+        return _arrow(builder.as_dataset(split=choose(builder.info.splits)), data)
 
 
 def _arrow(dataset: Any, data: str) -> HfFiles:
@@ -125,12 +133,10 @@ def _parquet_features(path: Path) -> Any:
         return _library().Features.from_arrow_schema(parquet.read_schema(path))
 
 
-def _split_among(splits: Sequence[str], split: str, data: str) -> str:
+def _split_among(splits: Iterable[str], split: str, data: str, lone: bool = False) -> str:
     names = list(map(str, splits))
-    if split in names:
-        return split
-    if len(names) == 1 and split == "train":  # the default: nobody asked for another one
-        return names[0]
+    if split in names or (lone and len(names) == 1):
+        return split if split in names else names[0]
     raise UserError(f"{data}: has no split {split!r}; --split may be {', '.join(names)}")
 
 

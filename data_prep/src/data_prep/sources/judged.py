@@ -65,7 +65,7 @@ def judged(row: JsonObject, margin: float) -> Judged | str | None:
     if positives is None or None in negatives:
         return _ODD
     scored = _with_scores(row, positives, [passage for each in negatives for passage in each or ()])
-    return scored if isinstance(scored, str) else _without_doubtful(query, *scored, margin)
+    return scored if isinstance(scored, str) else without_doubtful(query, *scored, margin)
 
 
 def passages(value: Any) -> list[Passage] | None:
@@ -117,7 +117,7 @@ def _of_candidates(query: str, row: JsonObject, value: Any, margin: float) -> Ju
     parts: tuple[list[Passage], list[Passage]] = [], []
     for mark, passage in zip(marks, found, strict=True):
         parts[0 if mark else 1].append(passage)
-    return _without_doubtful(query, *parts, margin)
+    return without_doubtful(query, *parts, margin)
 
 
 def _negative_names(row: JsonObject) -> list[str]:
@@ -152,7 +152,7 @@ def _below(margins: list[Any]) -> list[Any]:
     return [0.0, *(margin if (known := _number(margin)) is None else -known for margin in margins)]
 
 
-def _without_doubtful(query: str, positives: list[Passage], negatives: list[Passage], margin: float) -> Judged | str:
+def without_doubtful(query: str, positives: list[Passage], negatives: list[Passage], margin: float) -> Judged | str:
     """Leave out negatives that say what a positive says, or that a teacher does not put clearly below it."""
     positives = [passage for passage in positives if passage.text.strip()]
     if not positives:
