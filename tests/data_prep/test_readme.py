@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import shutil
+import struct
 import tarfile
 from pathlib import Path
 
@@ -167,6 +168,16 @@ def retrieval() -> None:
     save("nfcorpus/corpus.jsonl", json.dumps({"_id": "d", "title": "", "text": "water"}))
     save("nfcorpus/queries.jsonl", json.dumps({"_id": "q", "text": "What is ice?"}))
     save("nfcorpus/qrels/train.tsv", "query-id\tcorpus-id\tscore\nq\td\t1\n")
+
+
+def mosaic() -> None:
+    data = encoded(photo(5), "JPEG")
+    sample = struct.pack("<II", 9, len(data)) + b"a caption" + data
+    save("mds/shard.00000.mds", struct.pack("<III", 1, 12, 12 + len(sample)) + sample)
+    raw = {"basename": "shard.00000.mds", "bytes": 12 + len(sample), "hashes": {}}
+    shard = {"version": 2, "format": "mds", "compression": None, "samples": 1, "raw_data": raw, "zip_data": None}
+    shard |= {"column_names": ["caption", "image"], "column_encodings": ["str", "jpeg"], "column_sizes": [None, None]}
+    save("mds/index.json", json.dumps({"version": 2, "shards": [shard]}))
 
 
 def captioned() -> None:

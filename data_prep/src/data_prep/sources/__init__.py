@@ -13,6 +13,7 @@ from data_prep.sources.evalsets import Coco, Flickr30k, Xm3600, Xtd10
 from data_prep.sources.folder import Folder
 from data_prep.sources.hf import Hf
 from data_prep.sources.img2dataset import DataComp, Img2dataset
+from data_prep.sources.mds import Mds
 from data_prep.sources.moses import Moses
 from data_prep.sources.pdf import PdfFolder, TatDqa
 from data_prep.sources.questions import ArxivQa, DocVqa, InfographicsVqa, SciGraphQa
@@ -25,6 +26,7 @@ SOURCES: dict[str, type[Any]] = {
     "images": Folder,
     "texts": Texts,
     "hf": Hf,
+    "mds": Mds,
     "beir": Beir,
     "moses": Moses,
     "tmx": Tmx,

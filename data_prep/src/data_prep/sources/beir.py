@@ -12,9 +12,9 @@ from data_prep.errors import UserError
 from data_prep.image_rule import ImageRule
 from data_prep.shards.format import JsonObject
 from data_prep.sources.beir_files import ID, QRELS, Part, find_part
-from data_prep.sources.hf_texts import TextRows
 from data_prep.sources.judged import NO_POSITIVE, Passage, with_title, without_doubtful
 from data_prep.sources.records import Dropped, Found, Noted, argument, option
+from data_prep.sources.text_rows import TextRows
 
 _QUERIES = 1000  # of a piece
 _TEXT = ("text", "query", "passage", "contents", "body")

@@ -17,6 +17,7 @@ from data_prep.errors import UserError, needs
 from data_prep.shards.format import JsonObject
 from data_prep.sources.parquet import parquet_pieces
 from data_prep.sources.records import file_stat
+from data_prep.sources.row_columns import Kinds
 from data_prep.sources.tables import line_pieces
 
 _LINES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
@@ -157,3 +158,32 @@ def _said(what: str) -> Iterator[None]:
         told = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
         text = " ".join(str(told).split())[:300] or type(told).__name__
         raise UserError(f"{what}: the datasets library cannot read it ({text})") from error
+
+
+def kinds_of(features: Any) -> Kinds:
+    """What columns hold, by the library's features."""
+    kinds = {name: "image" if _is_image(kind) else "text" if _is_text(kind) else "" for name, kind in features.items()}
+    labels = {name: list(map(str, kind.names)) for name, kind in features.items() if _type(kind) == "ClassLabel"}
+    return Kinds(kinds, labels)
+
+
+def _type(feature: Any) -> str:
+    """The library's class of a feature, without importing it: Value, ClassLabel, Image, List …"""
+    return type(feature).__name__
+
+
+def _inner(feature: Any) -> Any:
+    """What a list holds, or the feature itself."""
+    return feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", feature)
+
+
+def _is_image(feature: Any) -> bool:
+    inner = _inner(feature)
+    return _type(inner) == "Image" or (isinstance(inner, dict) and set(inner) == {"bytes", "path"})
+
+
+def _is_text(feature: Any) -> bool:
+    inner = _inner(feature)
+    if isinstance(inner, dict):
+        return set(inner) != {"bytes", "path"} and any(map(_is_text, inner.values()))
+    return _type(inner) == "Translation" or "string" in str(getattr(inner, "dtype", ""))

@@ -1,4 +1,4 @@
-"""What the columns of a Hugging Face data set are: image, captions, language, names of labels."""
+"""What the columns of a data set are: image, captions, language, names of labels."""
 
 from __future__ import annotations
 
@@ -32,6 +32,18 @@ _TEXT = ("text", "caption", "raw", "sentence", "value")
 
 
 @dataclass(frozen=True)
+class Kinds:
+    """What the columns hold.
+
+    columns: in their order, each with "image", "text" (texts in lists and structs, too) or "". labels: of a column of
+        class numbers the names of the classes.
+    """
+
+    columns: dict[str, str]
+    labels: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Columns:
     """Names of columns, "" for none; `a.b` is the field b of a column a.
 
@@ -59,34 +71,33 @@ class Columns:
         return {**row, **named}
 
 
-def find_columns(data: str, features: Any, named: dict[str, str]) -> Columns:
+def find_columns(data: str, kinds: Kinds | None, named: dict[str, str]) -> Columns:
     """The columns that the user `named` (image, captions, long, language), else those of the usual types and names.
 
     Args:
-        features: those of the datasets library; None for JSON lines, which hold texts.
+        kinds: None for JSON lines, which hold texts.
 
     Raises:
         UserError: a named column is not there, or several columns may be the image or the caption.
     """
-    if features is None:
+    if kinds is None:
         if named["image"] or named["captions"]:
             raise UserError(
                 f"{data}: JSON lines hold no images; `data-prep import images --table` reads names of files"
             )
         return Columns(language=named["language"])
-    names = list(features)
+    names, features = list(kinds.columns), kinds.columns
     for given in (*named["captions"].split(","), named["image"], named["long"], named["language"]):
         if given and given not in features and given.partition(".")[0] not in features:
             raise UserError(f"{data}: has no column {given!r}; it has {', '.join(names)}")
-    labels = {name: list(map(str, kind.names)) for name, kind in features.items() if _type(kind) == "ClassLabel"}
-    image = named["image"] or _only([name for name in names if _is_image(features[name])], data, "image")
+    image = named["image"] or _only([name for name in names if features[name] == "image"], data, "image")
     if not image:
-        return Columns(language=named["language"], needed=names, labels=labels)
+        return Columns(language=named["language"], needed=names, labels=kinds.labels)
     language = named["language"] or _first(_LANGUAGE, names)
-    long = named["long"] or _first([name for name in _LONG if name in names and _is_text(features[name])], names)
+    long = named["long"] or _first([name for name in _LONG if name in names and features[name] == "text"], names)
     captions = named["captions"].split(",") if named["captions"] else []
     if not captions:
-        texts = [name for name in names if name not in (image, language, long) and _is_text(features[name])]
+        texts = [name for name in names if name not in (image, language, long) and features[name] == "text"]
         usual = _first(_CAPTIONS, texts)
         captions = [usual] if usual else []
         if not usual and not long:
@@ -139,25 +150,3 @@ def _only(names: list[str], data: str, what: str) -> str:
     if len(names) > 1:
         raise UserError(f"{data}: {what} may be {' or '.join(names)}; say --{what}-column")
     return names[0] if names else ""
-
-
-def _type(feature: Any) -> str:
-    """The library's class of a feature, without importing it: Value, ClassLabel, Image, List …"""
-    return type(feature).__name__
-
-
-def _inner(feature: Any) -> Any:
-    """What a list holds, or the feature itself."""
-    return feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", feature)
-
-
-def _is_image(feature: Any) -> bool:
-    inner = _inner(feature)
-    return _type(inner) == "Image" or (isinstance(inner, dict) and set(inner) == {"bytes", "path"})
-
-
-def _is_text(feature: Any) -> bool:
-    inner = _inner(feature)
-    if isinstance(inner, dict):
-        return set(inner) != {"bytes", "path"} and any(map(_is_text, inner.values()))
-    return _type(inner) == "Translation" or "string" in str(getattr(inner, "dtype", ""))
