@@ -199,21 +199,22 @@ def reports() -> None:
 
 @pytest.mark.parametrize("command", TABLE)
 def test_an_import_of_the_table(here, command):
-    for make in (
-        images_and_a_table,
-        texts,
-        wit,
-        tars,
-        questions,
-        parquets,
-        hugging_face,
-        parallel,
-        retrieval,
-        captioned,
-        reports,
-    ):
+    makers = (images_and_a_table, texts, wit, tars, questions, parquets, captioned, reports)
+    for make in (*makers, hugging_face, parallel, retrieval, mosaic):
         make()
     say(command)
+
+
+PUBLIC = re.findall(r"\| `(data-prep import [^`]*)` \| [^|`]* \|$", README.read_text(encoding="utf-8"), re.M)
+
+
+@pytest.mark.parametrize("command", PUBLIC)
+def test_the_command_of_a_public_set_is_understood(command):
+    """What it downloads cannot be had here; its options can be checked."""
+    from data_prep.cli import _parser
+
+    options = _parser().parse_args(shlex.split(command)[1:])
+    assert options.source.__name__ in ("Hf", "Beir", "Moses")
 
 
 def evaluation_sets() -> None:
