@@ -6,3 +6,8 @@ LANGUAGES = tuple(
 
 # How other sources write codes that are "no", "zh" and "pt" here.
 OTHER_CODES = {"nb": "no", "zh_CN": "zh", "pt_BR": "pt"}
+
+
+def house_language(code: str) -> str:
+    """The house's code of a language that others write in another way; the code itself if it is none of those."""
+    return OTHER_CODES.get(code, code)

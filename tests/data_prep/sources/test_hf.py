@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
+import zipfile
 
 import datasets
 import pytest
@@ -120,6 +123,27 @@ def test_a_folder_of_image_files_is_read_as_the_library_reads_it(picture, run, t
     assert [sample.image for sample in found.samples["image-short"]] == [picture(n) for n in range(3)]
 
 
+@pytest.mark.parametrize("form", ["zip", "tar", "bytes"])
+def test_images_in_archives_and_in_columns_of_bytes(picture, run, tmp_path, form):
+    place = tmp_path / "photos"
+    place.mkdir()
+    if form == "zip":
+        with zipfile.ZipFile(place / "train.zip", "w") as file:
+            file.writestr("0.jpg", picture(0))
+            file.writestr("metadata.jsonl", json.dumps({"file_name": "0.jpg", "text": CAPTION}))
+    elif form == "tar":
+        with tarfile.open(place / "train-0.tar", "w") as tar:
+            for name, data in {"0.jpg": picture(0), "0.txt": CAPTION.encode()}.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    else:
+        table = Table.from_pydict({"jpg": [picture(0)], "txt": [CAPTION], "key": ["0"]})
+        parquet.write_table(table, place / "train.parquet")
+    (sample,) = run("hf", data=place).samples["image-short"]
+    assert (sample.captions, sample.image) == ([CAPTION], picture(0))
+
+
 def test_an_image_file_outside_the_folder_is_not_read(picture, run, tmp_path):
     (tmp_path / "secret.jpg").write_bytes(picture(1))
     rows = [{"bytes": None, "path": str(tmp_path / "secret.jpg")}, {"bytes": picture(0), "path": None}]
@@ -219,6 +243,9 @@ def test_a_margin_keeps_only_negatives_that_are_clearly_below(run, tmp_path):
         {"sentence1": "a", "sentence2": "b", "label": 0},
         {"sentence1": "a", "sentence2": "b", "score": 0.2},
         {"sentence1": "a", "sentence2": "b", "score": 1.0},
+        {"sentence1": "a", "sentence2": "b", "score": 1},
+        {"sentence1": "a", "sentence2": "b", "label": "neutral"},
+        {"sentence1": "a", "sentence2": "b", "label": 2},
         {"query": "q", "passages": {"is_selected": [0, 0], "passage_text": ["a", "b"]}},
         {"query": "q", "docs": ["a", "b"], "scores": [9.0, 1.0]},
         {"query": "q", "docs": ["a", "b"], "labels": [1]},
@@ -269,6 +296,23 @@ def test_splits_folders_and_formats_that_are_not_there_are_said(picture, run, tm
     (tmp_path / "data" / "dev" / "data-00000-of-00001.arrow").write_bytes(b"cut")
     with pytest.raises(UserError, match="the datasets library cannot read it"):
         run("hf", data=tmp_path / "data", split="dev", out=tmp_path / "out2")
+
+
+def test_image_files_on_a_hub_are_downloaded_and_read(picture, hub, say_to_hub, read_back, tmp_path):
+    (hub / "0.jpg").write_bytes(picture(0))
+    (hub / "metadata.jsonl").write_text(json.dumps({"file_name": "0.jpg", "text": "a file"}))
+    done = say_to_hub("hf", "someone/something", "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    (sample,) = read_back(tmp_path / "out" / "image-short" / "hf")
+    assert (sample.captions, sample.image) == (["a file"], picture(0))
+
+
+def test_ids_in_place_of_texts_are_no_pairs(run, tmp_path):
+    Dataset.from_list([{"query_id": 1, "positive_id": 2, "negative_id": 3, "score": 1.5}]).save_to_disk(
+        tmp_path / "ids"
+    )
+    with pytest.raises(UserError, match="ids in place of texts"):
+        run("hf", data=tmp_path / "ids")
 
 
 def test_a_name_on_a_hub_is_downloaded_and_read(picture, hub, say_to_hub, read_back, tmp_path):

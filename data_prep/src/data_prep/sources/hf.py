@@ -33,7 +33,8 @@ class Hf(RowSet):
 
     def found(self) -> tuple[Kinds | None, Iterator[JsonObject]]:
         files = find_files(self.data, self.config, self.split, self.revision)
-        return None if files.features is None else kinds_of(files.features), files.pieces(_ROWS)
+        pieces = ({**piece, "roots": files.roots} for piece in files.pieces(_ROWS))
+        return None if files.features is None else kinds_of(files.features), pieces
 
     def rows(self, piece: JsonObject, columns: Sequence[str]) -> Iterator[Row | Dropped]:
         if piece["format"] == "lines":

@@ -17,7 +17,7 @@ from data_prep.errors import UserError, needs
 from data_prep.shards.format import JsonObject
 from data_prep.sources.parquet import parquet_pieces
 from data_prep.sources.records import file_stat
-from data_prep.sources.row_columns import Kinds
+from data_prep.sources.row_columns import Kinds, is_image_name
 from data_prep.sources.tables import line_pieces
 
 _LINES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
@@ -28,11 +28,16 @@ _OWN_IMPORTERS = {"csv": "texts` or `data-prep import images --table", "text": "
 
 @dataclass(frozen=True)
 class HfFiles:
-    """The files of one split. form: "parquet", "lines" or "arrow". features: the library's; None for JSON lines."""
+    """The files of one split.
+
+    form: "parquet", "lines" or "arrow". features: the library's; None for JSON lines.
+    roots: folders in which image files that rows name may lie: where the library keeps what it fetched and unpacked.
+    """
 
     form: str
     files: tuple[Path, ...]
     features: Any = None
+    roots: tuple[str, ...] = ()
 
     def pieces(self, rows: int) -> Iterator[JsonObject]:
         """Units of work, each with its `format`."""
@@ -117,14 +122,15 @@ def _built(data: str, config: str, revision: str, choose: Callable[[Iterable[str
             form = "parquet" if kind == "parquet" else "lines"
             return HfFiles(form, local, _parquet_features(local[0]) if form == "parquet" else None)
         builder.download_and_prepare()
-        return _arrow(builder.as_dataset(split=choose(builder.info.splits)), data)
+        caches = library.config.HF_CACHE_HOME, library.config.DOWNLOADED_DATASETS_PATH, library.config.HF_DATASETS_CACHE
+        return _arrow(builder.as_dataset(split=choose(builder.info.splits)), data, tuple(map(str, caches)))
 
 
-def _arrow(dataset: Any, data: str) -> HfFiles:
+def _arrow(dataset: Any, data: str, roots: tuple[str, ...] = ()) -> HfFiles:
     files = tuple(Path(entry["filename"]) for entry in dataset.cache_files)
     if not files:
         raise UserError(f"{data}: the split has no rows")
-    return HfFiles("arrow", files, dataset.features)
+    return HfFiles("arrow", files, dataset.features, roots)
 
 
 def _parquet_features(path: Path) -> Any:
@@ -163,6 +169,11 @@ def _said(what: str) -> Iterator[None]:
 def kinds_of(features: Any) -> Kinds:
     """What columns hold, by the library's features."""
     kinds = {name: "image" if _is_image(kind) else "text" if _is_text(kind) else "" for name, kind in features.items()}
+    kinds |= {
+        name: "image"
+        for name, kind in features.items()
+        if is_image_name(name) and _type(kind) == "Value" and "binary" in kind.dtype
+    }
     labels = {name: list(map(str, kind.names)) for name, kind in features.items() if _type(kind) == "ClassLabel"}
     return Kinds(kinds, labels)
 

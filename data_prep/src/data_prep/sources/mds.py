@@ -18,7 +18,7 @@ from typing import Any
 from data_prep.errors import UserError, needs
 from data_prep.shards.format import JsonObject, parse_json
 from data_prep.sources.records import Dropped, Row, argument, file_stat, option
-from data_prep.sources.row_columns import Kinds
+from data_prep.sources.row_columns import Kinds, is_image_name
 from data_prep.sources.row_sets import RowSet
 
 _IMAGES = ("jpeg", "png", "pil")
@@ -156,8 +156,7 @@ def _opened(path: Path, shard: JsonObject) -> Any:
 
 
 def _is_image(name: str, encoding: str) -> bool:
-    named = name.lower() in ("image", "img", "jpg", "jpeg", "png", "webp")
-    return encoding in (*_IMAGES, *_LISTS) or (encoding == "bytes" and named)
+    return encoding in (*_IMAGES, *_LISTS) or (encoding == "bytes" and is_image_name(name))
 
 
 def _sample(data: bytes, shard: JsonObject, columns: Sequence[str]) -> JsonObject:

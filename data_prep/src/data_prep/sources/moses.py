@@ -16,7 +16,7 @@ from typing import IO, ClassVar
 
 from data_prep.errors import UserError
 from data_prep.image_rule import ImageRule
-from data_prep.languages import OTHER_CODES
+from data_prep.languages import house_language
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
 from data_prep.sources.records import Dropped, Found, TextRecord, argument, option
@@ -66,7 +66,7 @@ class Moses:
                 yield {**piece, "starts": list(starts), "lines": min(_LINES, count - line), "line": line}
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
-        languages = [OTHER_CODES.get(code, code) for code in piece["languages"]]
+        languages = [house_language(code) for code in piece["languages"]]
         name = Path(piece["file"]).name
         with ExitStack() as stack:
             files = [stack.enter_context(file) for file in _opened(piece)]
@@ -117,8 +117,8 @@ def _two(given: tuple[str, ...], wanted: list[str]) -> tuple[str, list[str]]:
             stems.setdefault(name.removesuffix(".gz").rpartition(".")[0], []).append(name)
     pairs = [found for found in stems.values() if len(found) > 1]
     if wanted:
-        codes = [OTHER_CODES.get(code, code) for code in wanted]
-        pairs = [[name for code in codes for name in found if _house(name) == code] for found in pairs]
+        codes = [house_language(code) for code in wanted]
+        pairs = [[name for code in codes for name in found if house_language(_ending(name)) == code] for found in pairs]
     if len(pairs) != 1 or len(pairs[0]) != 2:
         raise UserError(f"{path}: expected two files such as corpus.de and corpus.en, found {_listed(names)}")
     return archive, pairs[0]
@@ -131,10 +131,6 @@ def _listed(names: list[str]) -> str:
 
 def _ending(name: str) -> str:
     return name.removesuffix(".gz").rpartition(".")[2]
-
-
-def _house(name: str) -> str:
-    return OTHER_CODES.get(_ending(name), _ending(name))
 
 
 def _starts(path: Path) -> tuple[list[int], int]:

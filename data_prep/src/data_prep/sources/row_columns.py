@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from data_prep.errors import UserError
+from data_prep.languages import house_language
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
 
@@ -110,6 +111,11 @@ def find_columns(data: str, kinds: Kinds | None, named: dict[str, str]) -> Colum
     return Columns(image, captions, long, language, list(dict.fromkeys(needed)))
 
 
+def is_image_name(name: str) -> bool:
+    """Whether a column of bytes is one of images, by its name."""
+    return name.lower() in ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")
+
+
 def value_at(row: JsonObject, name: str) -> Any:
     """The value of a column, or of a field of one: "json.caption". None if it is not there."""
     if name in row:
@@ -128,7 +134,7 @@ def caption_texts(value: Any, language: str, role: str, origin: str) -> list[Tex
     if value is None:
         return []
     if isinstance(value, str):
-        return [Text(value, language, role, origin)] if value.strip() else []
+        return [Text(value, house_language(language), role, origin)] if value.strip() else []
     if isinstance(value, dict):
         text = next((value[name] for name in _TEXT if isinstance(value.get(name), str)), None)
         if text is not None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +20,8 @@ from data_prep.sources.parquet import image_bytes
 from data_prep.sources.records import Dropped, Found, ImageRecord, Row, argument, objects, option
 from data_prep.sources.row_columns import Columns, Kinds, caption_texts, find_columns, value_at
 from data_prep.sources.text_rows import TextRows
+
+_MAX_BYTES = 256 * 2**20  # of an image in a zip
 
 
 @dataclass(frozen=True)
@@ -64,12 +69,12 @@ class RowSet(ABC):
             if isinstance(row, Dropped):
                 yield row
             elif columns.image:
-                yield self._captioned(*row, columns)
+                yield self._captioned(*row, columns, [self.data, *piece.get("roots", ())])
             else:
                 yield from texts.records(row[0], columns.named_labels(row[1]))
 
-    def _captioned(self, where: str, row: JsonObject, columns: Columns) -> Found:
-        image = self._image(value_at(row, columns.image))
+    def _captioned(self, where: str, row: JsonObject, columns: Columns, roots: list[str]) -> Found:
+        image = self._image(value_at(row, columns.image), roots)
         if isinstance(image, str):
             return Dropped(image, where)
         said = value_at(row, columns.language) if columns.language else None
@@ -88,8 +93,8 @@ class RowSet(ABC):
         raw = image if isinstance(image, bytes) else str(image).encode()
         return ImageRecord(where, hashlib.sha256(raw).hexdigest()[:32], image, short, long)
 
-    def _image(self, value: Any) -> bytes | Path | str:
-        """The image's bytes, its file below the folder, or why there is none."""
+    def _image(self, value: Any, roots: list[str]) -> bytes | Path | str:
+        """The image's bytes, its file below one of the folders, or why there is none."""
         if isinstance(value, list):
             if len(value) != 1:
                 return "several images in a row" if value else "no image"
@@ -100,7 +105,11 @@ class RowSet(ABC):
         name = value.get("path") if isinstance(value, dict) else None
         if not isinstance(name, str) or not name:
             return "no image"
-        return inside(Path(self.data), name) or "image file outside the folder"
+        member, _, archive = name.removeprefix("zip://").rpartition("::")  # "zip://a.jpg::/photos/train.zip"
+        found = next(filter(None, (inside(Path(root), archive) for root in roots)), None)
+        if found is None:
+            return "image file outside the folder"
+        return _in_zip(found, member) if member else found
 
     def _texts(self) -> TextRows:
         return TextRows(
@@ -111,3 +120,19 @@ class RowSet(ABC):
             self.score_margin,
             (self.query_column, self.target_column, self.negative_columns),
         )
+
+
+@lru_cache(maxsize=4)
+def _opened(path: Path) -> zipfile.ZipFile:
+    """A zip, kept open: its list of files is read once."""
+    return zipfile.ZipFile(path)
+
+
+def _in_zip(path: Path, member: str) -> bytes | str:
+    """The bytes of a file in a zip, or why there are none."""
+    try:
+        if _opened(path).getinfo(member).file_size > _MAX_BYTES:
+            return "image file too large"
+        return _opened(path).read(member)
+    except (OSError, KeyError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError):
+        return "image file in a zip cannot be read"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_prep.errors import UserError
-from data_prep.languages import OTHER_CODES
+from data_prep.languages import house_language
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
 from data_prep.sources.judged import Judged, Passage, judged
@@ -15,7 +15,8 @@ from data_prep.sources.records import Dropped, Found, Noted, TextRecord
 from data_prep.sources.texts import Texts
 
 _LANGUAGE = ("language", "lang", "locale")
-_JUDGED = ("label", "labels", "gold_label", "is_duplicate", "score", "similarity", "similarity_score", "relevance")
+_LABELS = ("label", "labels", "gold_label", "is_duplicate", "is_match")
+_GRADES = ("score", "similarity", "similarity_score", "relatedness_score", "relevance")
 _MATCH = ("1", "true", "yes", "match", "entailment", "duplicate", "paraphrase", "equivalent", "relevant", "positive")
 
 
@@ -55,10 +56,12 @@ class TextRows:
         found = None if any(self.columns) else judged(row, self.score_margin)
         if isinstance(found, str):
             yield Dropped(found, where)
+        elif not any(self.columns) and {"query_id", "positive_id"} <= row.keys() and "query" not in row:
+            yield Dropped("ids in place of texts; take the configuration with the texts, or join them", where)
         elif found is not None:
             yield from self.record(where, found, said)
         else:
-            yield from self._flat(where, row, said or self.language)
+            yield from self._flat(where, row, house_language(said) if said else self.language)
 
     def record(self, where: str, found: Judged, language: str = "") -> Iterator[Found]:
         """A pair or triplet of a query and its judged passages, in `language` (default: as the options say)."""
@@ -67,7 +70,7 @@ class TextRows:
             return
         if found.left_out:
             yield Noted("negatives left out: empty, equal to the positive, or scored nearly as high", found.left_out)
-        first, _, second = (language or self.language).partition(",")
+        first, _, second = map(house_language, (language or self.language).partition(","))
         enough = len(found.negatives) >= self.negatives
         if found.negatives and not enough:
             yield Noted(f"with fewer than {self.negatives} negatives, as pairs")
@@ -92,8 +95,8 @@ class TextRows:
         alternatives: dict[str, list[str]] = {}
         for language, text in zip(languages, texts, strict=False):
             if isinstance(text, str) and isinstance(language, str):
-                alternatives.setdefault(OTHER_CODES.get(language, language), []).append(text)
-        wanted = self.language.split(",") if "," in self.language else list(alternatives)
+                alternatives.setdefault(house_language(language), []).append(text)
+        wanted = list(map(house_language, self.language.split(","))) if "," in self.language else list(alternatives)
         if "," not in self.language and len(wanted) > 2:
             return Dropped("translation into several languages: say --language QUERY,TARGET", where)
         if len(wanted) < 2 or not all(code in alternatives for code in wanted):
@@ -104,9 +107,11 @@ class TextRows:
         return TextRecord(where, parts[0], parts[1])
 
     def _flat(self, where: str, row: JsonObject, language: str) -> Iterator[Found]:
-        said = [row[name] for name in _JUDGED if row.get(name) is not None]
-        if not all(_says_match(value) for value in said):
-            yield Dropped("pair whose label or score does not say that it matches", where)
+        if any(row.get(name) is not None for name in _GRADES):
+            yield Dropped("pair with a grade, which does not say whether it matches", where)
+            return
+        if not all(_says_match(row[name]) for name in _LABELS if row.get(name) is not None):
+            yield Dropped("pair whose label does not say that it matches", where)
             return
         query, target, negatives = self.columns
         yield from Texts(
@@ -121,5 +126,5 @@ class TextRows:
 
 
 def _says_match(value: Any) -> bool:
-    """Whether a label says that two texts belong together. A grade (0.98, 4.5) does not say it."""
+    """Whether a label says that two texts belong together."""
     return not isinstance(value, float) and str(value).lower() in _MATCH

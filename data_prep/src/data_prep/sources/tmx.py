@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 from data_prep.errors import UserError
 from data_prep.image_rule import ImageRule
-from data_prep.languages import OTHER_CODES
+from data_prep.languages import house_language
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
 from data_prep.sources.records import Dropped, Found, TextRecord, argument, option
@@ -69,7 +69,7 @@ class Tmx:
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
         path = Path(piece["file"])
-        wanted = [_house(code) for code in self.languages.split(",")] if self.languages else []
+        wanted = [house_language(code) for code in self.languages.split(",")] if self.languages else []
         after = f" after byte {piece['start']}" if piece["start"] else ""
         number = 0
         with open_bytes(path) as file:
@@ -77,7 +77,7 @@ class Tmx:
             try:
                 for number, unit in enumerate(_units(_blocks(file, piece)), 1):
                     where = f"{path.name}, unit {number}{after}"
-                    yield self._pair(where, unit, wanted, _house(piece["source"]))
+                    yield self._pair(where, unit, wanted, house_language(piece["source"]))
             except _PACKED as error:
                 where = f"{path.name}{after}, after unit {number} ({error})"
                 yield Dropped("rest of a packed file that is cut short or damaged", where)
@@ -106,17 +106,13 @@ class Tmx:
 _PACKED = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
-def _house(code: str) -> str:
-    return OTHER_CODES.get(code, code)
-
-
 def _texts(unit: ElementTree.Element) -> dict[str, list[str]]:
     """Language → the segments of a unit, in its order."""
     found: dict[str, list[str]] = {}
     for variant in unit.iter("tuv"):
         code, segment = variant.get(_XML_LANG) or variant.get("lang") or "und", variant.find("seg")
         if segment is not None:
-            found.setdefault(_house(code), []).append(_plain(segment))
+            found.setdefault(house_language(code), []).append(_plain(segment))
     return found
 
 
