@@ -114,7 +114,7 @@ def test_packed_lines_and_many_pieces_give_the_same(run, tmp_path, monkeypatch):
 
 def test_parts_of_a_language_are_taken_by_its_name(run, tmp_path):
     mteb_folder(tmp_path / "set", prefix="de-")
-    with pytest.raises(UserError, match=r"no qrels \(.jsonl, .parquet, .tsv.*it has de-corpus"):
+    with pytest.raises(UserError, match=r"no queries \(.jsonl, .parquet, .tsv.*it has de-corpus"):
         run("beir", data=tmp_path / "set")
     assert run("beir", data=tmp_path / "set", config="de").receipt["went_out"] == {"text-pairs": 1, "text-triplets": 1}
 
@@ -174,6 +174,48 @@ def test_rows_that_cannot_be_read_are_named_and_cost_themselves(run, tmp_path):
     assert bad == [f"train.tsv, line {number}" for number in (17, 18, 19)]
 
 
+MINED = [f"n{number}" for number in range(8)]
+SCORED = [9.5, 9.6, *range(7)]  # of d1 and the eight; n0 is liked more than the answer
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("hard.jsonl", json.dumps({"qid": "q1", "pos": ["d1"], "neg": {"a": ["d1", *MINED[1:5]], "b": MINED[5:]}})),
+        ("hard.jsonl", json.dumps({"qid": "q1", "pos": [{"pid": "d1", "ce-score": 9.5}], "neg": {"bm25": [
+            {"pid": pid, "ce-score": score} for pid, score in zip(MINED, SCORED[1:], strict=True)]}})),
+        ("colbert.jsonl", json.dumps(["q1", *map(list, zip(["d1", *MINED], SCORED, strict=True))])),
+        ("listed.jsonl", json.dumps({"query_id": "q1", "positive_id": "d1", "score": SCORED}
+         | {f"negative_{n}": pid for n, pid in enumerate(MINED, 1)})),
+        ("triples.tsv", "".join(f"q1\td1\t{pid}\n" for pid in [*MINED[1:], "d1"])),
+        ("scored.tsv", "".join(f"9.5\t{s}\tq1\td1\t{pid}\n" for pid, s in zip(MINED, SCORED[1:], strict=True))),
+    ],
+)  # fmt: skip
+def test_triples_of_ids_become_triplets_of_texts_without_what_a_teacher_likes(run, tmp_path, name, content):
+    beir_folder(tmp_path / "set")
+    (tmp_path / name).write_text(content)
+    found = run("beir", data=tmp_path / "set", triples=tmp_path / name, language="en")
+    (triplet,) = found.samples["text-triplets"]
+    assert texts(triplet.content["target"]) == ["Ice Frozen  water. "]
+    negatives = [text for negative in triplet.content["negatives"] for text in texts(negative)]
+    assert sorted(negatives) == [f"no answer {number}" for number in range(1, 8)]
+
+
+def test_triples_in_parquet_and_those_that_cannot_be_read(run, tmp_path):
+    beir_folder(tmp_path / "set")
+    rows = [{"query_id": "q1", "positive_id": "d1", "negative_id": pid, "score": 1.0} for pid in MINED]
+    rows += [{"query_id": "q2", "positive_id": None, "negative_id": "n1", "score": 1.0}]
+    rows += [{"query_id": "q2", "positive_id": "d2", "negative_id": "n1", "score": -1.0}]
+    Dataset.from_list(rows).to_parquet(tmp_path / "t.parquet")
+    found = run("beir", data=tmp_path / "set", triples=tmp_path / "t.parquet")
+    assert found.receipt["went_out"] == {"text-pairs": 1, "text-triplets": 1}
+    assert sum(found.dropped.values()) == 1
+    assert found.receipt["notes"]["negatives left out: scored nearly as high as the positive"] == 1
+    (tmp_path / "t.csv").write_text("q1,d1,n1")
+    with pytest.raises(UserError, match="expected .jsonl, .parquet or .tsv"):
+        run("beir", data=tmp_path / "set", triples=tmp_path / "t.csv", out=tmp_path / "out2")
+
+
 def test_a_set_on_a_hub_is_read_part_by_part(hub, say_to_hub, read_back, tmp_path):
     mteb_folder(hub)
     done = say_to_hub("beir", "someone/something", "--language", "en", "--out", str(tmp_path / "out"))
@@ -182,4 +224,4 @@ def test_a_set_on_a_hub_is_read_part_by_part(hub, say_to_hub, read_back, tmp_pat
     assert texts(pair.content["target"]) == ["Fire\u2028burns"]
     other = say_to_hub("beir", "someone/something", "--config", "fr", "--out", str(tmp_path / "out2"))
     assert other.returncode == 2
-    assert "has no configuration fr-qrels" in other.stderr
+    assert "has no configuration fr-queries" in other.stderr

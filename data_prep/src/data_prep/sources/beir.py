@@ -6,14 +6,17 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import ClassVar
 
 from data_prep.errors import UserError
 from data_prep.image_rule import ImageRule
 from data_prep.shards.format import JsonObject
-from data_prep.sources.beir_files import ID, QRELS, Part, find_part
+from data_prep.sources.beir_files import ID, QRELS, Part, find_part, plain_id
+from data_prep.sources.beir_triples import Groups, triples
 from data_prep.sources.judged import NO_POSITIVE, Passage, with_title, without_doubtful
 from data_prep.sources.records import Dropped, Found, Noted, argument, option
+from data_prep.sources.tables import checked_file_stat
 from data_prep.sources.text_rows import TextRows
 
 _QUERIES = 1000  # of a piece
@@ -38,13 +41,17 @@ class Beir:
     language_column: str = option("", "column of the query's language (default: language, lang, locale)")
     origin: str = option("human", "where the texts came from: human, machine-translation, synthetic:MODEL")
     negatives: int = option(7, "negatives of a triplet; what has more is cut")
+    triples: str = option("", "file of positives and negatives by ids, in place of qrels: .jsonl, .parquet or .tsv")
+    score_margin: float = option(0.0, "of --triples, leave out negatives scored less than this below the positive")
 
     def pieces(self) -> Iterator[JsonObject]:
         if self.min_score < 1:
             raise UserError(f"--min-score {self.min_score}: expected at least 1; 0 is judged irrelevant")
         self._rows()  # refuses options that contradict each other
-        parts = tuple(find_part(self.data, name, self.config, self.split) for name in ("qrels", "queries", "corpus"))
+        wanted = ("queries", "corpus") if self.triples else ("queries", "corpus", "qrels")
+        parts = tuple(find_part(self.data, name, self.config, self.split) for name in wanted)
         stamps = [stamp for part in parts for stamp in part.stamps()]
+        stamps += [checked_file_stat(Path(self.triples))] if self.triples else []
         shared: JsonObject = {"file": self.data, "parts": [asdict(part) for part in parts], "stamps": stamps}
         for first in range(0, max(len(_join(self, parts).groups), 1), _QUERIES):
             yield {**shared, "first": first, "end": first + _QUERIES}
@@ -84,26 +91,30 @@ class _Joined:
     groups: list[tuple[str, list[tuple[str, float]]]]
     queries: dict[str, tuple[str, str]]
     documents: dict[str, Passage]
-    lost: list[Dropped]
+    lost: list[Dropped | Noted]
 
 
 @cache
 def _join(source: Beir, parts: tuple[Part, ...]) -> _Joined:
     """Qrels, queries and corpus together, once a process; of the corpus only the judged documents are kept."""
-    lost: list[Dropped] = []
-    groups = _judgements(parts[0], lost)
+    lost: list[Dropped | Noted] = []
+    if source.triples:
+        most = 2 * source.negatives  # some of them may not be in the corpus, or be empty
+        groups = triples(Path(source.triples), source.score_margin, source.min_score, most, lost)
+    else:
+        groups = _judgements(parts[2], lost)
     languages = (source.language_column,) if source.language_column else ("language", "lang", "locale")
     queries: dict[str, tuple[str, str]] = {}
-    for where, row in _good(parts[1], (*ID, *_TEXT, *languages), lost):
+    for where, row in _good(parts[0], (*ID, *_TEXT, *languages), lost):
         name, text = _id(row), next((row[column] for column in _TEXT if isinstance(row.get(column), str)), None)
         if name is None or text is None:
             lost.append(Dropped("query without an id or text", where))
         elif name in groups:
             said = next((row[column] for column in languages if isinstance(row.get(column), str)), "")
             queries[name] = text, said
-    wanted = {name for judgements in groups.values() for name, _ in judgements}
+    wanted = {name for judgements in groups.values() for name in judgements}
     documents: dict[str, Passage] = {}
-    for where, row in _good(parts[2], (*ID, *_TEXT, "title"), lost):
+    for where, row in _good(parts[1], (*ID, *_TEXT, "title"), lost):
         name, text = _id(row), next((row[column] for column in _TEXT if isinstance(row.get(column), str)), None)
         if name is None or text is None:
             lost.append(Dropped("document without an id or text", where))
@@ -115,12 +126,12 @@ def _join(source: Beir, parts: tuple[Part, ...]) -> _Joined:
             raise UserError(
                 f"{source.data}: no id of the judgements is among those of the {what}; they ask for {example}"
             )
-    return _Joined(list(groups.items()), queries, documents, lost)
+    return _Joined([(query, list(found.items())) for query, found in groups.items()], queries, documents, lost)
 
 
-def _judgements(part: Part, lost: list[Dropped]) -> dict[str, list[tuple[str, float]]]:
+def _judgements(part: Part, lost: list[Dropped | Noted]) -> Groups:
     """Query → (document, score) of each. Where a pair is judged twice, the last judgement counts, as in BEIR."""
-    groups: dict[str, dict[str, float]] = {}
+    groups: Groups = {}
     for where, row in _good(part, QRELS, lost):
         query, document, score = (plain_id(row.get(name)) for name in QRELS)
         try:
@@ -131,10 +142,10 @@ def _judgements(part: Part, lost: list[Dropped]) -> dict[str, list[tuple[str, fl
             lost.append(Dropped("judgement without query-id, corpus-id and a number as score", where))
         else:
             groups.setdefault(query, {})[document] = grade
-    return {query: list(judged.items()) for query, judged in groups.items()}
+    return groups
 
 
-def _good(part: Part, columns: Sequence[str], lost: list[Dropped]) -> Iterator[tuple[str, JsonObject]]:
+def _good(part: Part, columns: Sequence[str], lost: list[Dropped | Noted]) -> Iterator[tuple[str, JsonObject]]:
     """The rows of a part; those that cannot be read go to `lost`."""
     for row in part.rows(columns):
         if isinstance(row, Dropped):
@@ -145,10 +156,3 @@ def _good(part: Part, columns: Sequence[str], lost: list[Dropped]) -> Iterator[t
 
 def _id(row: JsonObject) -> str | None:
     return next((name for column in ID if (name := plain_id(row.get(column))) is not None), None)
-
-
-def plain_id(value: Any) -> str | None:
-    """An id as text: 3, 3.0 and "3" are one. None if it is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str) or value != value:
-        return None
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

@@ -121,29 +121,38 @@ def _rows(piece: JsonObject, columns: Sequence[str]) -> Iterator[Row | Dropped]:
 
 def _table(path: Path, judged: bool) -> Iterator[tuple[str, JsonObject] | Dropped]:
     """Rows of a TSV. Judgements have three columns (BEIR) or four (TREC: the second says nothing); others id and text,
-    as MS MARCO's collection.tsv, or what their first line names. Texts are not quoted."""
+    as MS MARCO's collection.tsv, or what their first line names."""
     header: list[str] | None = None
+    for number, row in enumerate(cells_of(path)):
+        if isinstance(row, Dropped):
+            yield row
+            continue
+        where, cells = row
+        if number == 0 and (cells[0] in ID or cells[0] == "query-id"):
+            header = cells
+        elif judged:
+            yield where, _judgement("\t".join(cells))
+        elif header is None:
+            yield where, {"id": cells[0], "text": "\t".join(cells[1:])}
+        elif len(cells) == len(header):
+            yield where, dict(zip(header, cells, strict=True))
+        else:
+            yield Dropped("not as many values as columns", where)
+
+
+def cells_of(path: Path) -> Iterator[tuple[str, list[str]] | Dropped]:
+    """The cells of each line of a TSV, whose texts are not quoted. UserError if it cannot be unpacked to its end."""
     number = 0
     with open_bytes(path) as file:
         try:
             for number, raw in enumerate(file, 1):
                 where = f"{path.name}, line {number}"
                 try:
-                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\n").removesuffix("\r")
+                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError:
                     yield Dropped("not UTF-8", where)
-                    continue
-                cells = line.split("\t")
-                if number == 1 and (cells[0] in ID or cells[0] == "query-id"):
-                    header = cells
-                elif judged:
-                    yield where, _judgement(line)
-                elif header is None:
-                    yield where, {"id": cells[0], "text": line.partition("\t")[2]}
-                elif len(cells) == len(header):
-                    yield where, dict(zip(header, cells, strict=True))
                 else:
-                    yield Dropped("not as many values as columns", where)
+                    yield where, line.removesuffix("\n").removesuffix("\r").split("\t")
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UserError(f"{path}: cannot be unpacked after line {number} ({error}); expected it whole") from error
 
@@ -152,3 +161,10 @@ def _judgement(line: str) -> dict[str, Any]:
     cells = next(csv.reader([line], delimiter="\t"), [])
     cells = line.split() if len(cells) == 1 else cells
     return dict(zip(QRELS, [cells[0], *cells[2:]] if len(cells) == 4 else cells, strict=False))
+
+
+def plain_id(value: Any) -> str | None:
+    """An id as text: 3, 3.0 and "3" are one. None if it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str) or value != value:
+        return None
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
