@@ -246,6 +246,9 @@ def test_a_margin_keeps_only_negatives_that_are_clearly_below(run, tmp_path):
         {"sentence1": "a", "sentence2": "b", "score": 1},
         {"sentence1": "a", "sentence2": "b", "label": "neutral"},
         {"sentence1": "a", "sentence2": "b", "label": 2},
+        {"query": "a", "pos": ["b"], "label": 0},
+        {"query": "a", "pos": ["b"], "neg": [], "score": 0.1},
+        {"query": "a", "positive_passages": [{"text": "b"}], "label": 0},
         {"query": "q", "passages": {"is_selected": [0, 0], "passage_text": ["a", "b"]}},
         {"query": "q", "docs": ["a", "b"], "scores": [9.0, 1.0]},
         {"query": "q", "docs": ["a", "b"], "labels": [1]},
@@ -255,7 +258,7 @@ def test_a_margin_keeps_only_negatives_that_are_clearly_below(run, tmp_path):
     ],
 )
 def test_what_is_not_said_to_match_never_becomes_a_positive(run, tmp_path, row):
-    good = {"anchor": "q", "positive": "p"}
+    good = ["q", "p"]  # a list, as `import texts` reads it
     place = tmp_path / "t.jsonl"
     place.write_text(json.dumps(row) + "\n" + json.dumps(good) + "\n")
     found = run("hf", data=place)

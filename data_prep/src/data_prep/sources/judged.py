@@ -61,10 +61,13 @@ def judged(row: JsonObject, margin: float) -> Judged | str | None:
     positive = next((row[name] for name in _POSITIVE if row.get(name) is not None), None)
     if positive is None or not (named or isinstance(positive, list | dict)):
         return None
-    positives, negatives = passages(positive), [passages(row[name]) for name in named]
-    if positives is None or None in negatives:
+    positives, parts = passages(positive), [passages(row[name]) for name in named]
+    if positives is None or None in parts:
         return _ODD
-    scored = _with_scores(row, positives, [passage for each in negatives for passage in each or ()])
+    negatives = [passage for part in parts for passage in part or ()]
+    if not negatives and any(row.get(name) is not None for name in (*_SCORES, *_JUDGEMENTS)):
+        return None  # a mark of the pair itself, which is for those who read pairs
+    scored = _with_scores(row, positives, negatives)
     return scored if isinstance(scored, str) else without_doubtful(query, *scored, margin)
 
 

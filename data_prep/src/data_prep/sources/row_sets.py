@@ -17,7 +17,7 @@ from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
 from data_prep.sources.folder import inside
 from data_prep.sources.parquet import image_bytes
-from data_prep.sources.records import Dropped, Found, ImageRecord, Row, argument, objects, option
+from data_prep.sources.records import Dropped, Found, ImageRecord, Row, argument, option
 from data_prep.sources.row_columns import Columns, Kinds, caption_texts, find_columns, value_at
 from data_prep.sources.text_rows import TextRows
 
@@ -65,13 +65,13 @@ class RowSet(ABC):
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
         columns, texts = Columns(**piece["columns"]), self._texts()
-        for row in objects(self.rows(piece, columns.needed)):
+        for row in self.rows(piece, columns.needed):
             if isinstance(row, Dropped):
                 yield row
             elif columns.image:
                 yield self._captioned(*row, columns, [self.data, *piece.get("roots", ())])
             else:
-                yield from texts.records(row[0], columns.named_labels(row[1]))
+                yield from texts.records(row[0], columns.named_labels(row[1]) if columns.labels else row[1])
 
     def _captioned(self, where: str, row: JsonObject, columns: Columns, roots: list[str]) -> Found:
         image = self._image(value_at(row, columns.image), roots)

@@ -45,8 +45,11 @@ class TextRows:
         if self.negatives < 1:
             raise UserError(f"--negatives {self.negatives}: expected at least 1")
 
-    def records(self, where: str, row: JsonObject) -> Iterator[Found]:
-        """What a row gives."""
+    def records(self, where: str, row: Any) -> Iterator[Found]:
+        """What a row gives: an object, or a list as `import texts` knows it."""
+        if not isinstance(row, dict):
+            yield from self._texts(self.language).record(where, row)
+            return
         translation = row.get("translation")
         if isinstance(translation, dict):
             yield self._translated(where, translation)
@@ -113,8 +116,11 @@ class TextRows:
         if not all(_says_match(row[name]) for name in _LABELS if row.get(name) is not None):
             yield Dropped("pair whose label does not say that it matches", where)
             return
+        yield from self._texts(language).record(where, row)
+
+    def _texts(self, language: str) -> Texts:
         query, target, negatives = self.columns
-        yield from Texts(
+        return Texts(
             (),
             language,
             self.origin,
@@ -122,7 +128,7 @@ class TextRows:
             query_column=query,
             target_column=target,
             negative_columns=negatives,
-        ).record(where, row)
+        )
 
 
 def _says_match(value: Any) -> bool:
