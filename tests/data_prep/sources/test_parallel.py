@@ -211,3 +211,20 @@ def test_a_memory_that_is_cut_short_gives_what_it_has(run, tmp_path):
     (tmp_path / "t.tmx").write_text("<html/>")
     with pytest.raises(UserError, match="is no TMX"):
         run("tmx", files=[tmp_path / "t.tmx"], out=tmp_path / "out3")
+
+
+def test_codes_of_translators_are_the_house_s(run, tmp_path):
+    codes = {
+        "en-US": "en",
+        "DE-de": "de",
+        "zh_Hans_CN": "zh",
+        "deu_Latn": "de",
+        "nb": "no",
+        "cmn": "zh",
+        "cs-CZ": "cs-CZ",
+    }
+    units = [unit((code, "a"), ("fr-CA", "b")) for code in codes]
+    (tmp_path / "t.tmx").write_text(memory(*units))
+    found = run("tmx", files=[tmp_path])
+    assert [s.content["target"][0]["language"] for s in found.samples["text-pairs"]] == list(codes.values())
+    assert {s.content["query"][0]["language"] for s in found.samples["text-pairs"]} == {"fr"}
