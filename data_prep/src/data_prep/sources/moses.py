@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import gzip
 import re
-import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -25,7 +24,7 @@ from data_prep.sources.tables import checked_file_stat, open_bytes
 _LINES = 20_000  # of a piece
 _LONGEST = 2**20  # bytes of a line
 _CODE = re.compile(r"(?!(txt|xml|ids|tok)$)[a-z]{2,3}([_-][A-Za-z]{2,4})?")
-_PACKED = (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, NotImplementedError, RuntimeError)
+_PACKED = (EOFError, zlib.error, gzip.BadGzipFile, NotImplementedError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,8 @@ class Moses:
                 yield {**piece, "starts": list(starts), "lines": min(_LINES, count - line), "line": line}
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
+        import zipfile
+
         languages = [house_language(code) for code in piece["languages"]]
         name = Path(piece["file"]).name
         with ExitStack() as stack:
@@ -78,7 +79,7 @@ class Moses:
                         shorter = piece["names"][pair[1] is None]
                         raise UserError(f"{shorter}: has {number - 1} lines, the other file more: no translations")
                     yield _record(where, pair[0], pair[1], languages, self.origin)
-            except _PACKED as error:
+            except (*_PACKED, zipfile.BadZipFile) as error:
                 raise UserError(f"{piece['file']}: cannot be unpacked ({error}); expected it whole") from error
 
 
@@ -105,6 +106,8 @@ def _two(given: tuple[str, ...], wanted: list[str]) -> tuple[str, list[str]]:
     if path.is_dir():
         names = [str(inner) for inner in sorted(path.iterdir()) if inner.is_file()]
     else:
+        import zipfile
+
         archive = given[0]
         try:
             with zipfile.ZipFile(path) as file:
@@ -149,6 +152,8 @@ def _starts(path: Path) -> tuple[list[int], int]:
 
 def _opened(piece: JsonObject) -> Iterator[IO[bytes]]:
     if piece["zip"]:
+        import zipfile
+
         for name in piece["names"]:
             yield zipfile.ZipFile(piece["file"]).open(name)  # noqa: SIM115 (the member keeps it open)
         return

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from data_prep.image_rule import ImageRule
 from data_prep.samples import Text
@@ -20,6 +19,9 @@ from data_prep.sources.parquet import image_bytes
 from data_prep.sources.records import Dropped, Found, ImageRecord, Row, argument, option
 from data_prep.sources.row_columns import Columns, Kinds, caption_texts, find_columns, value_at
 from data_prep.sources.text_rows import TextRows
+
+if TYPE_CHECKING:
+    from zipfile import ZipFile
 
 _MAX_BYTES = 256 * 2**20  # of an image in a zip
 
@@ -123,13 +125,17 @@ class RowSet(ABC):
 
 
 @lru_cache(maxsize=4)
-def _opened(path: Path) -> zipfile.ZipFile:
+def _opened(path: Path) -> ZipFile:
     """A zip, kept open: its list of files is read once."""
+    import zipfile
+
     return zipfile.ZipFile(path)
 
 
 def _in_zip(path: Path, member: str) -> bytes | str:
     """The bytes of a file in a zip, or why there are none."""
+    import zipfile
+
     try:
         if _opened(path).getinfo(member).file_size > _MAX_BYTES:
             return "image file too large"

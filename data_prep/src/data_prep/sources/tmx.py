@@ -9,8 +9,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, ClassVar
-from xml.etree import ElementTree
+from typing import IO, TYPE_CHECKING, ClassVar
 
 from data_prep.errors import UserError
 from data_prep.image_rule import ImageRule
@@ -20,6 +19,9 @@ from data_prep.shards.format import JsonObject
 from data_prep.sources.records import Dropped, Found, TextRecord, argument, option
 from data_prep.sources.tables import checked_file_stat, open_bytes
 from data_prep.sources.texts import files_in
+
+if TYPE_CHECKING:
+    from xml.etree.ElementTree import Element
 
 _BYTES = 16 * 2**20  # of a piece
 _LONGEST = 16 * 2**20  # bytes of a unit
@@ -85,6 +87,8 @@ class Tmx:
     def _pair(self, where: str, unit: bytes | None, wanted: list[str], source: str) -> Found:
         if unit is None:
             return Dropped("unit that does not end", where)
+        from xml.etree import ElementTree  # here: `--help` needs none of it
+
         try:
             texts = _texts(ElementTree.fromstring(unit))
         except (ElementTree.ParseError, ValueError) as error:
@@ -106,7 +110,7 @@ class Tmx:
 _PACKED = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
-def _texts(unit: ElementTree.Element) -> dict[str, list[str]]:
+def _texts(unit: Element) -> dict[str, list[str]]:
     """Language → the segments of a unit, in its order."""
     found: dict[str, list[str]] = {}
     for variant in unit.iter("tuv"):
@@ -116,7 +120,7 @@ def _texts(unit: ElementTree.Element) -> dict[str, list[str]]:
     return found
 
 
-def _plain(element: ElementTree.Element) -> str:
+def _plain(element: Element) -> str:
     """The text of a segment; of what is inside, marked text (hi) counts, native codes do not."""
     parts = [element.text or ""]
     for inner in element:
