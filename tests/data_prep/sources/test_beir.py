@@ -32,6 +32,8 @@ def beir_folder(place: Path) -> None:
     write_to_json(str(place / "corpus.jsonl"), CORPUS)
     write_to_json(str(place / "queries.jsonl"), QUERIES)
     write_to_tsv(str(place / "qrels" / "train.tsv"), QRELS)
+    (place / "._corpus.jsonl").write_bytes(b"\0\5\x16\7")  # as macOS leaves them
+    (place / "qrels" / "._train.tsv").write_bytes(b"\0\5\x16\7")
     write_to_tsv(str(place / "qrels" / "test.tsv"), {"q3": {"d2": 1}})
 
 

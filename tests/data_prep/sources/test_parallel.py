@@ -64,7 +64,8 @@ def test_files_of_opus_become_pairs_word_for_word(opus, run, tmp_path, form):
     if form == "zip":
         given = [tmp_path / "de-en.txt.zip"]
         with zipfile.ZipFile(given[0], "w", zipfile.ZIP_DEFLATED) as file:
-            for name, data in {"LICENSE": b"free", "README": b"read", "Books.de-en.xml": b"<x/>"}.items():
+            others = {"LICENSE": b"free", "Books.de-en.xml": b"<x/>", "__MACOSX/._Books.de-en.de": b"\0"}
+            for name, data in others.items():
                 file.writestr(name, data)
             for code in raw:
                 file.writestr(names[code], raw[code])
@@ -74,7 +75,8 @@ def test_files_of_opus_become_pairs_word_for_word(opus, run, tmp_path, form):
             path = tmp_path / "in" / (names[code] + (".gz" if code in packed else ""))
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(gzip.compress(data) if code in packed else data)
-        given = [tmp_path / "in"] if form == "folder" else sorted((tmp_path / "in").iterdir())
+            path.with_name(f"._{path.name}").write_bytes(b"\0")
+        given = [tmp_path / "in"] if form == "folder" else sorted((tmp_path / "in").glob("B*"))
     found = run("moses", files=given)
     assert pairs(found) == EXPECTED
     assert found.samples["text-pairs"][0].row.languages == ("de", "en")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
+from data_prep.names import is_hidden
 from data_prep.shards.format import JsonObject
 from data_prep.sources.arrow import read_arrow
 from data_prep.sources.hf_files import HfFiles, config_names, find_files
@@ -63,7 +64,13 @@ def find_part(data: str, name: str, config: str, split: str) -> Part:
     if not root.is_dir():
         return _on_the_hub(data, name, config, split)
     wanted = [f"{config}-{each}" if config else each for each in _NAMES[name]]
-    files = sorted(p for p in root.rglob("*") if p.name.lower().endswith((*_LINES, *_TSV, ".parquet")) and p.is_file())
+    files = sorted(
+        path
+        for path in root.rglob("*")
+        if path.name.lower().endswith((*_LINES, *_TSV, ".parquet"))
+        and not is_hidden(str(path.relative_to(root)))
+        and path.is_file()
+    )
     found: list[Path] = []
     for called in wanted:
         found = found or [path for path in files if _is_part(path.relative_to(root), called, name == "qrels")]

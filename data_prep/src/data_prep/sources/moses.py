@@ -16,6 +16,7 @@ from typing import IO, ClassVar
 from data_prep.errors import UserError
 from data_prep.image_rule import ImageRule
 from data_prep.languages import house_language
+from data_prep.names import is_hidden
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
 from data_prep.sources.records import Dropped, Found, TextRecord, argument, option
@@ -116,7 +117,7 @@ def _two(given: tuple[str, ...], wanted: list[str]) -> tuple[str, list[str]]:
             raise UserError(f"{path}: expected two files, or a zip or folder of two ({error})") from error
     stems: dict[str, list[str]] = {}
     for name in names:
-        if _CODE.fullmatch(_ending(name)):
+        if not is_hidden(name if archive else Path(name).name) and _CODE.fullmatch(_ending(name)):
             stems.setdefault(name.removesuffix(".gz").rpartition(".")[0], []).append(name)
     pairs = [found for found in stems.values() if len(found) > 1]
     if wanted:
