@@ -88,7 +88,7 @@ def test_a_field_of_a_struct_is_a_column(picture, run, tmp_path):
     assert found.samples["image-short"][0].captions == ["in a struct"]
 
 
-@pytest.mark.parametrize("form", ["arrow"])
+@pytest.mark.parametrize("form", ["arrow", "parquet"])
 def test_a_value_that_is_no_text_costs_its_row_alone(picture, run, tmp_path, form):
     good = pictures(picture, [f"caption {n}" for n in range(40)])
     table = good.data.table.to_pydict()
