@@ -242,12 +242,8 @@ def test_a_margin_keeps_only_negatives_that_are_clearly_below(run, tmp_path):
     [
         {"sentence1": "a", "sentence2": "b", "label": 0},
         {"sentence1": "a", "sentence2": "b", "score": 0.2},
-        {"sentence1": "a", "sentence2": "b", "score": 1.0},
-        {"sentence1": "a", "sentence2": "b", "score": 1},
         {"sentence1": "a", "sentence2": "b", "label": "neutral"},
-        {"sentence1": "a", "sentence2": "b", "label": 2},
         {"query": "a", "pos": ["b"], "label": 0},
-        {"query": "a", "pos": ["b"], "neg": [], "score": 0.1},
         {"query": "a", "positive_passages": [{"text": "b"}], "label": 0},
         {"query": "q", "passages": {"is_selected": [0, 0], "passage_text": ["a", "b"]}},
         {"query": "q", "docs": ["a", "b"], "scores": [9.0, 1.0]},
@@ -265,6 +261,20 @@ def test_what_is_not_said_to_match_never_becomes_a_positive(run, tmp_path, row):
     assert found.receipt["went_out"] == {"text-pairs": 1}
     assert texts(found.samples["text-pairs"][0].content["query"]) == ["q"]
     assert sum(found.dropped.values()) == 1
+
+
+def test_grades_are_read_on_their_scale_or_kept_to_evaluate_on(run, tmp_path):
+    rows = [
+        {"sentence1": "a", "sentence2": text, "score": score} for text, score in (("b", 4.5), ("c", 1.0), ("d", 0.0))
+    ]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "data")
+    with pytest.raises(UserError, match="score is 4.5; expected 0 to 1"):
+        run("hf", data=tmp_path / "data")
+    found = run("hf", data=tmp_path / "data", score_scale=5.0)
+    assert [texts(sample.content["target"]) for sample in found.samples["text-pairs"]] == [["b"]]
+    assert found.dropped == {"score below --min-score": 2}
+    kept = run("hf", data=tmp_path / "data", score_scale=5.0, graded="sts", out=tmp_path / "sts")
+    assert [sample.content["score"] for sample in kept.samples["text-pairs"]] == [4.5, 1.0, 0.0]
 
 
 def test_classes_count_by_their_names_not_by_their_numbers(run, tmp_path):

@@ -18,6 +18,7 @@ from data_prep.sources.judged import NO_POSITIVE, Passage, with_title, without_d
 from data_prep.sources.records import Dropped, Found, Noted, argument, option
 from data_prep.sources.tables import checked_file_stat
 from data_prep.sources.text_rows import TextRows
+from data_prep.sources.texts import Texts
 
 _QUERIES = 1000  # of a piece
 _TEXT = ("text", "query", "passage", "contents", "body")
@@ -80,7 +81,7 @@ class Beir:
                 yield from rows.record(where, found, language)
 
     def _rows(self) -> TextRows:
-        return TextRows(self.language, self.language_column, self.origin, self.negatives)
+        return TextRows(Texts((), self.language, self.origin, self.negatives), self.language_column)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from data_prep.sources.records import Dropped, Found, ImageRecord, argument, fil
 
 _IMAGES = 500
 _OTHER_FORMAT = (OSError, ValueError, KeyError, TypeError, AttributeError)
-_XTD_CODES = {"jp": "ja"}  # as its files are called
 
 Photo = tuple[str, list[Text]]  # file name below the folder of images, captions
 
@@ -111,7 +110,7 @@ class Xtd10(_Photos):
                 raise UserError(f"{path}: has {len(lines)} lines, test_image_names.txt {len(names)}; expected as many")
             for own, line in zip(texts, lines, strict=True):
                 if line:
-                    own.append(Text(line, _XTD_CODES.get(code, code), "name"))
+                    own.append(Text(line, code, "name"))
         return [(_coco_name(Path(self.images), name), own) for name, own in zip(names, texts, strict=True)]
 
 

@@ -65,8 +65,8 @@ def judged(row: JsonObject, margin: float) -> Judged | str | None:
     if positives is None or None in parts:
         return _ODD
     negatives = [passage for part in parts for passage in part or ()]
-    if not negatives and any(row.get(name) is not None for name in (*_SCORES, *_JUDGEMENTS)):
-        return None  # a mark of the pair itself, which is for those who read pairs
+    if not negatives and any(row.get(name) not in (None, 1, True, "1") for name in _JUDGEMENTS):
+        return "labelled as no match"
     scored = _with_scores(row, positives, negatives)
     return scored if isinstance(scored, str) else without_doubtful(query, *scored, margin)
 

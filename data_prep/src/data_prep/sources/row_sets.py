@@ -6,8 +6,9 @@ import hashlib
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,10 +20,12 @@ from data_prep.sources.parquet import image_bytes
 from data_prep.sources.records import Dropped, Found, ImageRecord, Row, argument, option
 from data_prep.sources.row_columns import Columns, Kinds, caption_texts, find_columns, value_at
 from data_prep.sources.text_rows import TextRows
+from data_prep.sources.texts import Texts
 
 if TYPE_CHECKING:
     from zipfile import ZipFile
 
+_LOOK_AT = 1000  # rows of texts
 _MAX_BYTES = 256 * 2**20  # of an image in a zip
 
 
@@ -44,6 +47,13 @@ class RowSet(ABC):
     query_column: str = option("", "column of the query")
     target_column: str = option("", "column of the target")
     negative_columns: str = option("", "columns of negatives, with commas")
+    label_column: str = option(
+        "", "column that says whether texts match, or how much (default: label, score …); or none"
+    )
+    positives: str = option("", "labels that say that texts match, with commas (default: 1, true, entailment, …)")
+    score_scale: float = option(1.0, "score of texts that say the same")
+    min_score: float = option(0.8, "share of the scale from which on a pair is a positive; others are dropped")
+    graded: str = option("pairs", "sts: keep all pairs that have a score, to evaluate on", choices=("pairs", "sts"))
 
     @abstractmethod
     def found(self) -> tuple[Kinds | None, Iterator[JsonObject]]:
@@ -62,8 +72,13 @@ class RowSet(ABC):
             "long": self.long_column,
             "language": self.language_column,
         }
-        columns = find_columns(self.data, kinds, names).plain()
-        yield from ({**piece, "columns": columns} for piece in pieces)
+        columns = find_columns(self.data, kinds, names)
+        for number, piece in enumerate(pieces):
+            whole = {**piece, "columns": columns.plain()}
+            if not number and not columns.image:  # labels that cannot be read are refused before it begins
+                for _ in islice(self.read(whole), _LOOK_AT):
+                    pass
+            yield whole
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
         columns, texts = Columns(**piece["columns"]), self._texts()
@@ -114,13 +129,9 @@ class RowSet(ABC):
         return _in_zip(found, member) if member else found
 
     def _texts(self) -> TextRows:
+        shared = {field.name for field in fields(Texts)} & {field.name for field in fields(self)}
         return TextRows(
-            self.language,
-            self.language_column,
-            self.origin,
-            self.negatives,
-            self.score_margin,
-            (self.query_column, self.target_column, self.negative_columns),
+            Texts((), **{name: getattr(self, name) for name in shared}), self.language_column, self.score_margin
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,15 +13,20 @@ from data_prep.errors import UserError
 from data_prep.image_rule import ImageRule
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
+from data_prep.sources.labels import Judgement, Labels
 from data_prep.sources.parquet import parquet_columns, parquet_pieces, read_parquet
-from data_prep.sources.records import Dropped, Found, Noted, Row, TextRecord, argument, option, pick
+from data_prep.sources.records import Dropped, Found, Noted, Row, TextRecord, argument, option, pick, usual_column
 from data_prep.sources.tables import line_pieces, read_lines, read_table, table_columns, table_pieces
 
 _ROWS = 20_000
+_LOOK_AT = 1000  # rows of a file
 _TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 _ENDINGS = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", *_TABLES, ".parquet")
-_QUERY = ("query", "anchor", "question", "sentence1", "text1", "source")
-_TARGET = ("pos", "positive", "target", "answer", "document", "passage", "sentence2", "text2")
+_QUERY = ("query", "anchor", "question", "sentence1", "text1", "question1", "premise", "source")
+_POSITIVE = ("pos", "positive")
+_TARGET = (
+    *_POSITIVE, "target", "answer", "document", "passage", "sentence2", "text2", "question2", "hypothesis"
+)  # fmt: skip
 _NEGATIVE = re.compile(r"(hard_)?neg(ative)?s?(_\d+)?")
 
 
@@ -31,7 +37,8 @@ class Texts:
     A JSON line is [query, target], [query, target, negative, …], {"set": [texts that say the same]}, or an object with
     the columns of a table: query, target, and the negatives in one list or in a column each, found by their usual names
     or named by options. With enough negatives a line becomes a triplet; with fewer a pair, which the
-    receipt counts.
+    receipt counts. A column that is called label, score, similarity and the like says whether the texts match, or how
+    much: only those that do are positives.
     """
 
     image: ClassVar[ImageRule | None] = None
@@ -43,6 +50,15 @@ class Texts:
     query_column: str = option("", f"column of the query (default: the first of {', '.join(_QUERY)})")
     target_column: str = option("", f"column of the target (default: the first of {', '.join(_TARGET)})")
     negative_columns: str = option("", "columns of negatives, with commas (default: negative, neg, negative_1, …)")
+    label_column: str = option(
+        "", "column that says whether texts match, or how much (default: label, score, …); or none"
+    )
+    positives: str = option("", "labels that say that texts match, with commas (default: 1, true, entailment, …)")
+    score_scale: float = option(1.0, "score of texts that say the same")
+    min_score: float = option(0.8, "share of the scale from which on a pair is a positive; others are dropped")
+    graded: str = option(
+        "pairs", "sts: keep all pairs that have a score, with it, to evaluate on", choices=("pairs", "sts")
+    )
     delimiter: str = option("", "of a table's columns, one character or \\t (default: what parts the first line)")
     charset: str = option("utf-8", "character set of a CSV or TSV; Excel's plain CSV is often cp1252")
 
@@ -52,6 +68,15 @@ class Texts:
             raise UserError(f"--language {self.language}: expected one language, or QUERY,TARGET (de,en)")
         if self.negatives < 1:
             raise UserError(f"--negatives {self.negatives}: expected at least 1")
+        self._labels()  # refuses what cannot be a scale
+        for piece in self._pieces():
+            if not (piece.get("start") or piece.get("row")):  # labels that cannot be read are refused before it begins
+                for row in islice(_rows(piece), _LOOK_AT):
+                    if not isinstance(row, Dropped) and isinstance(row[1], dict):
+                        self._judged(*row)
+            yield piece
+
+    def _pieces(self) -> Iterator[JsonObject]:
         for path in files_in(self.files, _ENDINGS):
             if path.suffix.lower() == ".parquet":
                 columns = self._needed(path, parquet_columns(path))
@@ -81,6 +106,14 @@ class Texts:
         if not query or not target:
             yield Dropped("empty text", where)
             return
+        said = self._judged(where, value) if isinstance(value, dict) else None
+        score = said.grade if said and self.graded == "sts" else None
+        if self.graded == "sts" and score is None:
+            yield Dropped("pair without a score", where)
+            return
+        if said and not said.right and score is None:
+            yield Dropped(said.reason, where)
+            return
         enough = len(negatives) >= self.negatives
         if negatives and not enough:
             yield Noted(f"with fewer than {self.negatives} negatives, as pairs")
@@ -89,7 +122,19 @@ class Texts:
             self._texts(query, first),
             self._texts(target, second or first),
             [self._texts([text], second or first) for text in negatives[: self.negatives]] if enough else None,
+            score,
         )
+
+    def _judged(self, where: str, values: JsonObject) -> Judgement | None:
+        """What labels and scores of a row say of its pair. A column that is called positive says it itself, and a score
+        beside it is a teacher's."""
+        if not self.label_column and (self.target_column or usual_column(values, _TARGET)) in _POSITIVE:
+            return None
+        return self._labels().judge(values, where)
+
+    def _labels(self) -> Labels:
+        positives = tuple(self.positives.split(",")) if self.positives else ()
+        return Labels(self.label_column, positives, self.score_scale, self.min_score)
 
     def _parts(self, value: Any) -> tuple[list[str], list[str], list[str]] | None:
         """Query, targets and negatives of a line; None if it has another form."""
@@ -115,10 +160,10 @@ class Texts:
 
     def _needed(self, path: Path, columns: list[str]) -> list[str]:
         """Those of a file's columns that are read. UserError if some are missing."""
-        needed = self._negatives(columns)
+        needed = [*self._negatives(columns), *self._labels().columns(columns)]
         for what, named, usual in (("query", self.query_column, _QUERY), ("target", self.target_column, _TARGET)):
-            found = named or next((name for name in usual if name in columns), None)
-            if found is None:
+            found = named or usual_column(columns, usual)
+            if not found:
                 raise UserError(
                     f"{path}: none of {', '.join(columns)} is known for the {what}; name it: --{what}-column"
                 )

@@ -115,7 +115,7 @@ def _relevant(folder: str, language: str) -> dict[str, list[Text]]:
     for fields in _all(folder, "queries", ("query-id", "query", "language")):
         text, own = fields["query"], fields.get("language")
         if isinstance(text, str) and text.strip():
-            code = own if isinstance(own, str) and len(own) == 2 else language
+            code = own if isinstance(own, str) and own.strip() else language
             queries[str(fields["query-id"])] = Text(text.strip(), code, "query")
     relevant: dict[str, list[Text]] = {}
     for fields in _all(folder, "qrels", ("query-id", "corpus-id", "score")):

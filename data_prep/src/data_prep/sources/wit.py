@@ -26,7 +26,6 @@ COLUMNS = tuple(
 )
 _SHORT = "caption_reference_description"
 _LONG = (_SHORT, "page_title", "section_title", "context_page_description", "context_section_description")
-_CODES = {"iw": "he", "nb": "no", "zh-TW": "zh"}  # as WIT writes them
 _ROWS = 5000
 
 
@@ -96,7 +95,7 @@ class Wit:
 def _captions(values: JsonObject) -> tuple[list[Text], list[Text]]:
     """Short and long caption of a row, each at most one."""
     language = values.get("language")
-    language = _CODES.get(language, language) if isinstance(language, str) and language else "und"
+    language = language if isinstance(language, str) and language else "und"
     texts = {name: value.strip() for name in _LONG if isinstance(value := values.get(name), str) and value.strip()}
     short = [Text(texts[_SHORT], language, "name")] if _SHORT in texts else []
     parts = list(dict.fromkeys(texts.values()))  # the section's title is often the page's
