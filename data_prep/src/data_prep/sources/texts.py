@@ -69,11 +69,13 @@ class Texts:
         if self.negatives < 1:
             raise UserError(f"--negatives {self.negatives}: expected at least 1")
         self._labels()  # refuses what cannot be a scale
+        file = ""
         for piece in self._pieces():
-            if not (piece.get("start") or piece.get("row")):  # labels that cannot be read are refused before it begins
+            if piece["file"] != file:  # labels that cannot be read are refused before it begins
                 for row in islice(_rows(piece), _LOOK_AT):
                     if not isinstance(row, Dropped) and isinstance(row[1], dict):
                         self._judged(*row)
+            file = piece["file"]
             yield piece
 
     def _pieces(self) -> Iterator[JsonObject]:
