@@ -114,7 +114,7 @@ def _add_image_rule(parser: argparse.ArgumentParser, rule: ImageRule) -> None:
         help="which side gets that size; shortest and longest keep the shape and never enlarge (default: %(default)s)",
     )
     group.add_argument(
-        "--encoding",
+        "--image-encoding",
         choices=ENCODINGS,
         default=rule.encoding,
         help="of images that cannot stay as they are (default: %(default)s)",
@@ -140,7 +140,9 @@ def _run_import(options: argparse.Namespace, *, out: str, evalset: bool = False)
         target_of(options, out),
         title=options.title,
         evalset=evalset,
-        image=made(ImageRule, options, size=options.image_size) if options.source.image is not None else None,
+        image=made(ImageRule, options, size=options.image_size, encoding=options.image_encoding)
+        if options.source.image is not None
+        else None,
         execution=execution_of(options),
     )
 

@@ -61,7 +61,7 @@ def read_parquet(piece: JsonObject, columns: Sequence[str]) -> Iterator[Values |
         present = [name for name in columns if name in file.schema_arrow.names]
         first = piece["row"]
         for group in piece["groups"]:
-            yield from _group(file, group, present, path.name, first)
+            yield from _group(file, group, present, piece.get("shown", path.name), first)
             first += file.metadata.row_group(group).num_rows
 
 

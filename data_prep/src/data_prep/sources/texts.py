@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,10 +14,11 @@ from data_prep.errors import UserError
 from data_prep.image_rule import ImageRule
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
+from data_prep.sources.dialects import DELIMITER, ENCODING, ESCAPE, NO_HEADER, QUOTING, Said
 from data_prep.sources.labels import Judgement, Labels
 from data_prep.sources.parquet import parquet_columns, parquet_pieces, read_parquet
 from data_prep.sources.records import Dropped, Found, Noted, Row, TextRecord, argument, option, pick, usual_column
-from data_prep.sources.tables import line_pieces, read_lines, read_table, table_columns, table_pieces
+from data_prep.sources.tables import check_columns, line_pieces, noted, open_table, read_lines, read_table, shown
 
 _ROWS = 20_000
 _LOOK_AT = 1000  # rows of a file
@@ -59,8 +61,11 @@ class Texts:
     graded: str = option(
         "pairs", "sts: keep all pairs that have a score, with it, to evaluate on", choices=("pairs", "sts")
     )
-    delimiter: str = option("", "of a table's columns, one character or \\t (default: what parts the first line)")
-    charset: str = option("utf-8", "character set of a CSV or TSV; Excel's plain CSV is often cp1252")
+    delimiter: str = option("", DELIMITER)
+    quoting: str = option("", QUOTING, choices=("double", "none"))
+    escape: str = option("", ESCAPE)
+    encoding: str = option("", ENCODING)
+    no_header: bool = option(False, NO_HEADER)
 
     def pieces(self) -> Iterator[JsonObject]:
         languages = self.language.split(",")
@@ -79,18 +84,24 @@ class Texts:
             yield piece
 
     def _pieces(self) -> Iterator[JsonObject]:
-        for path in files_in(self.files, _ENDINGS):
+        said = Said(self.delimiter, self.quoting, self.escape, self.encoding, not self.no_header)
+        paths = files_in(self.files, _ENDINGS)
+        for path, name in zip(paths, names_of(paths), strict=True):
             if path.suffix.lower() == ".parquet":
                 columns = self._needed(path, parquet_columns(path))
                 for piece in parquet_pieces([path], _ROWS, columns=columns):
-                    yield {**piece, "format": "parquet", "columns": columns}
+                    yield {**piece, "format": "parquet", "columns": columns, "shown": name}
             elif path.name.lower().endswith(_TABLES):
-                self._needed(path, table_columns(path, self.delimiter, self.charset))
-                yield from table_pieces(path, _ROWS, delimiter=self.delimiter, charset=self.charset)
+                table = open_table(path, said)
+                self._needed(path, table.columns)
+                for piece in table.pieces(_ROWS):
+                    yield {**piece, "shown": name}
             else:
-                yield from line_pieces(path)
+                for piece in line_pieces(path):
+                    yield {**piece, "shown": name}
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
+        yield from noted(piece)
         for row in _rows(piece):
             if isinstance(row, Dropped):
                 yield row
@@ -146,7 +157,10 @@ class Texts:
             parts = value["set"][:1], value["set"][1:], []
         elif isinstance(value, dict):
             negatives = [text for name in self._negatives(value) for text in _listed(value.get(name))]
-            query, target = pick(value, self.query_column, _QUERY), pick(value, self.target_column, _TARGET)
+            query, target = (
+                pick(value, self.query_column, self._usual(_QUERY)),
+                pick(value, self.target_column, self._usual(_TARGET)),
+            )
             if query is None or target is None:
                 return None
             parts = [query], _listed(target), negatives
@@ -160,19 +174,27 @@ class Texts:
             return self.negative_columns.split(",")
         return [name for name in columns if _NEGATIVE.fullmatch(name)]
 
-    def _needed(self, path: Path, columns: list[str]) -> list[str]:
+    def _needed(self, path: Path, columns: Sequence[str]) -> list[str]:
         """Those of a file's columns that are read. UserError if some are missing."""
+        if self.no_header and len(columns) != 2 and not (self.query_column and self.target_column):
+            raise UserError(
+                f"{path}: has {len(columns)} columns without names; say which: --query-column 1 --target-column 2"
+            )
         needed = [*self._negatives(columns), *self._labels().columns(columns)]
         for what, named, usual in (("query", self.query_column, _QUERY), ("target", self.target_column, _TARGET)):
-            found = named or usual_column(columns, usual)
+            found = named or usual_column(columns, self._usual(usual))
             if not found:
                 raise UserError(
-                    f"{path}: none of {', '.join(columns)} is known for the {what}; name it: --{what}-column"
+                    f"{path}: none of {shown(columns)} is known for the {what}; name it: --{what}-column; if they are "
+                    "the first row, say --no-header"
                 )
             needed.append(found)
-        if missing := [name for name in needed if name not in columns]:
-            raise UserError(f"{path}: has no column {', '.join(missing)}; it has {', '.join(columns)}")
-        return needed
+        check_columns(path, columns, needed)
+        return list(dict.fromkeys(needed))
+
+    def _usual(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """The usual names of query or target; without a header their places."""
+        return ("1" if names is _QUERY else "2",) if self.no_header else names
 
     def _texts(self, texts: list[str], language: str) -> list[Text]:
         return [Text(text, language, "body", self.origin) for text in texts]
@@ -191,6 +213,19 @@ def files_in(paths: tuple[str, ...], endings: tuple[str, ...]) -> list[Path]:
             found.append(path)
         else:
             raise UserError(f"{path}: no such file or folder")
+    return found
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """How files are called in a receipt: by their last name, and those that share it by as much more as parts them."""
+    found = [path.name for path in paths]
+    for count in range(2, max((len(path.parts) for path in paths), default=0) + 1):
+        often = Counter(found)
+        if len(often) == len(found):
+            break
+        found = [
+            "/".join(path.parts[-count:]) if often[name] > 1 else name for path, name in zip(paths, found, strict=True)
+        ]
     return found
 
 

@@ -12,10 +12,11 @@ from data_prep.errors import UserError
 from data_prep.image_rule import ImageRule
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
+from data_prep.sources.dialects import Said
 from data_prep.sources.folder import inside
 from data_prep.sources.img2dataset import image_record, read_shard, shard_pieces
 from data_prep.sources.records import Dropped, Found, ImageRecord, argument, from_rows, option
-from data_prep.sources.tables import read_table, table_columns, table_pieces
+from data_prep.sources.tables import open_table, read_table
 from data_prep.sources.texts import files_in
 
 COLUMNS = tuple(
@@ -53,13 +54,13 @@ class Wit:
         if not self.images:
             raise UserError("WIT's TSV holds addresses alone; name the folder of the images (--images)")
         for path in files_in(self.paths, (".tsv", ".tsv.gz")):
-            columns = table_columns(path)
-            missing = [name for name in COLUMNS if name not in columns]
+            table = open_table(path, Said("\t", "double", "none", "utf-8"))
+            missing = [name for name in COLUMNS if name not in table.columns]
             if missing:
                 raise UserError(
                     f"{path}: lacks WIT's columns {', '.join(missing)}; expected its TSV with the first line"
                 )
-            yield from table_pieces(path, _ROWS)
+            yield from table.pieces(_ROWS)
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
         if "stats" in piece:
