@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from data_prep.errors import UserError
 from data_prep.image_rule import ImageRule
+from data_prep.names import is_hidden
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
 from data_prep.sources.parquet import parquet_columns, parquet_pieces, read_parquet
@@ -133,7 +134,11 @@ def files_in(paths: tuple[str, ...], endings: tuple[str, ...]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.name.lower().endswith(endings) and file.is_file())
+            inside = sorted(
+                file
+                for file in path.rglob("*")
+                if file.name.lower().endswith(endings) and file.is_file() and not is_hidden(str(file.relative_to(path)))
+            )
             if not inside:
                 raise UserError(f"{path}: holds no {' or '.join(endings)} file")
             found += inside

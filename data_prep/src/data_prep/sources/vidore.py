@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from data_prep.errors import UserError
 from data_prep.image_rule import ImageRule
+from data_prep.names import is_hidden
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
 from data_prep.sources.answers import answer_text, chosen, listed, question_caption
@@ -102,6 +103,7 @@ def _parts(folder: str, part: str) -> list[Path]:
         path
         for path in root.rglob("*.parquet")
         if any(piece.startswith(part) for piece in path.relative_to(root).parts)
+        and not is_hidden(str(path.relative_to(root)))
     )
     if not found:
         raise UserError(f"{folder}: holds no {part}*.parquet and no folder {part}/ of parquet files")
