@@ -77,8 +77,14 @@ def objects(rows: Iterable[Row | Dropped]) -> Iterator[tuple[str, JsonObject] | 
 
 
 def pick(values: JsonObject, named: str, usual: Sequence[str]) -> Any:
-    """The value of the column that the user named, else of the first usual one; None if there is none."""
-    return values.get(named) if named else next((values[name] for name in usual if name in values), None)
+    """The value of the column that the user named, else of the first usual one; None if there is none.
+
+    `translation.en` is that column or, without one, the field of an object.
+    """
+    if not named or named in values:
+        return values[named] if named else next((values[name] for name in usual if name in values), None)
+    name, _, rest = named.partition(".")
+    return pick(inner, rest, ()) if rest and isinstance(inner := values.get(name), dict) else None
 
 
 def file_stat(path: Path) -> JsonObject:

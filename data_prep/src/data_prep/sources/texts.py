@@ -96,7 +96,7 @@ class Texts:
         elif isinstance(value, dict) and isinstance(value.get("set"), list):
             parts = value["set"][:1], value["set"][1:], []
         elif isinstance(value, dict):
-            negatives = [text for name in self._negatives(value) for text in _listed(value.get(name))]
+            negatives = [text for name in self._negatives(value) for text in _listed(pick(value, name, ()))]
             query, target = pick(value, self.query_column, _QUERY), pick(value, self.target_column, _TARGET)
             if query is None or target is None:
                 return None
@@ -151,7 +151,7 @@ def files_in(paths: tuple[str, ...], endings: tuple[str, ...]) -> list[Path]:
 
 def _rows(piece: JsonObject) -> Iterator[Row | Dropped]:
     if piece.get("format") == "parquet":
-        return read_parquet(piece, piece["columns"])
+        return read_parquet(piece, piece["columns"], texts=piece["columns"])
     return read_table(piece) if piece.get("format") == "table" else read_lines(piece)
 
 

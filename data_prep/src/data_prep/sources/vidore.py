@@ -20,6 +20,7 @@ from data_prep.sources.records import Dropped, Found, ImageRecord, argument, fro
 from data_prep.sources.texts import files_in
 
 _COLUMNS = ("query", "image", "image_filename", "options", "answer", "page", "model", "prompt", "source")
+_TEXTS = tuple(name for name in _COLUMNS if name != "image")
 _ROWS = 500
 
 
@@ -40,7 +41,7 @@ class Vidore:
         yield from parquet_pieces(files_in(self.files, (".parquet",)), _ROWS, columns=("query", "image"))
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
-        return from_rows(read_parquet(piece, _COLUMNS), self._record)
+        return from_rows(read_parquet(piece, _COLUMNS, texts=_TEXTS), self._record)
 
     def _record(self, where: str, fields: JsonObject) -> Iterator[Found]:
         image, query = image_bytes(fields.get("image")), fields.get("query")
@@ -84,7 +85,7 @@ class VidoreBenchmark:
         yield from parquet_pieces(_parts(self.folder, "corpus"), _ROWS, columns=("corpus-id", "image"))
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
-        return from_rows(read_parquet(piece, ("corpus-id", "image")), self._record)
+        return from_rows(read_parquet(piece, ("corpus-id", "image"), texts=("corpus-id",)), self._record)
 
     def _record(self, where: str, fields: JsonObject) -> Iterator[Found]:
         relevant = _relevant(self.folder, self.language)
@@ -132,7 +133,7 @@ def _relevant(folder: str, language: str) -> dict[str, list[Text]]:
 
 def _all(folder: str, part: str, columns: tuple[str, ...]) -> Iterator[JsonObject]:
     for piece in parquet_pieces(_parts(folder, part), 10**9, columns=columns[:2]):
-        for row in read_parquet(piece, columns):
+        for row in read_parquet(piece, columns, texts=columns):
             if isinstance(row, Dropped):
                 raise UserError(f"{row.where}: {row.reason}; without it the benchmark would not be whole")
             yield row[1]
