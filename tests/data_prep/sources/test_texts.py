@@ -124,7 +124,7 @@ def test_a_line_without_an_end_is_passed_over_and_not_kept(write, run, monkeypat
 
 
 def test_nothing_usable_and_nothing_there_are_errors(write, run, tmp_path):
-    with pytest.raises(UserError, match="1 came in and nothing went out \\(not JSON: 1\\)"):
+    with pytest.raises(UserError, match="1 came in and nothing went out \\(not JSON: 1, first t.jsonl, line 1\\)"):
         run("texts", files=[write("{cut")])
     with pytest.raises(UserError, match="nowhere: no such file or folder"):
         run("texts", files=[tmp_path / "nowhere"])
