@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from data_prep.errors import UserError
-from data_prep.shards.format import JsonObject
+from data_prep.shards.format import JsonObject, parse_json
 
 MAX_SIDE = 4096  # pixels of a page's longest side at most, whatever its page box
 OUT_OF_MEMORY = 77  # exit status of the process
@@ -67,7 +67,7 @@ class PdfPages:
             connection.send_bytes(json.dumps({**request, "seconds": self._seconds}).encode())
             if not connection.poll(_PATIENCE * self._seconds):
                 raise TimeoutError
-            answer, image = json.loads(connection.recv_bytes()), connection.recv_bytes()
+            answer, image = parse_json(connection.recv_bytes()), connection.recv_bytes()
         except TimeoutError as error:
             self._end(wait=0)
             raise PdfGivenUp(f"given up after {self._seconds} s") from error

@@ -24,7 +24,7 @@ from typing import Any
 from data_prep.errors import needs
 from data_prep.image_rule import ImageRule
 from data_prep.images import encode_image
-from data_prep.shards.format import JsonObject
+from data_prep.shards.format import JsonObject, parse_json
 from data_prep.sources.pdf_pages import MAX_SIDE, OUT_OF_MEMORY
 
 _MEMORY = 2 * 2**30  # bytes; a page of MAX_SIDE with a photo of 100 million pixels needs a third of it
@@ -42,7 +42,7 @@ def main(descriptor: int) -> None:
     with suppress(EOFError, BrokenPipeError):
         connection.send_bytes(b"ready")
         while True:
-            request = json.loads(connection.recv_bytes())
+            request = parse_json(connection.recv_bytes())
             _allow(request["seconds"])
             answer: JsonObject
             image = b""
