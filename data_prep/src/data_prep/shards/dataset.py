@@ -119,11 +119,10 @@ class Dataset:
         for extension, (offset, size) in row.members.items():
             try:
                 # pread does not use the file's position, so threads do not disturb one another.
-                data = os.pread(tar.fileno(), size, offset)
+                members[extension] = data = os.pread(tar.fileno(), size, offset)
             except OSError as error:
                 raise ShardError(f"{shard.path}: sample {row.key!r} cannot be read ({error.strerror})") from error
             digest.update(data)
-            members[extension] = data
         if digest.hexdigest() != row.sha256:
             raise ShardError(f"{shard.path}: sample {row.key!r} is damaged (its bytes differ from the sidecar's hash)")
         names = self.manifest["shards"][number].get("caption_keys")  # of a .json that is not of the format
