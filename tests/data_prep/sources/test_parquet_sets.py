@@ -126,6 +126,56 @@ def test_figures_of_another_type_are_counted(tmp_path, figures, dropped):
     assert Counter(one.reason for one in found) == dropped
 
 
+def benchmark(root: Path, picture, names: tuple[str, str], corpus: list, queries: list, qrels: list) -> Path:
+    """A benchmark of three pages and queries with these ids; qrels: (query, page) of these ids."""
+    page, query = names
+    write(root / "corpus.parquet", [{page: own, "image": {"bytes": picture(n)}} for n, own in enumerate(corpus)])
+    write(root / "queries.parquet", [{query: own, "query": f"question {own}"} for own in queries])
+    write(root / "qrels.parquet", [{query: one, page: other, "score": 2} for one, other in qrels])
+    return root
+
+
+@pytest.mark.parametrize("names", [("corpus-id", "query-id"), ("corpus_id", "query_id")])
+@pytest.mark.parametrize("other", [int, float, str, lambda number: f"{number}.0", lambda number: b"%d" % number])
+def test_ids_are_the_same_whatever_type_a_part_gives_them(tmp_path, run, picture, names, other):
+    qrels = [(other(n), other(n)) for n in (1, 2, 3)]
+    root = benchmark(tmp_path / "b", picture, names, [1, 2, 3], [1, 2, 3], qrels)
+    found = run("vidore", evalset=True, folder=root)
+    assert [(sample.content["item"], sample.captions) for sample in found.samples["image-short"]] == [
+        (f"vidore/{n}", [f"question {n}"]) for n in (1, 2, 3)
+    ]
+    assert found.dropped == {}
+
+
+def test_a_join_that_finds_nothing_is_refused_and_one_that_loses_some_says_so(tmp_path, run, picture):
+    names = ("corpus-id", "query-id")
+    apart = benchmark(tmp_path / "a", picture, names, [1, 2, 3], [1, 2, 3], [(1, 101), (2, 102)])
+    with pytest.raises(
+        UserError, match="no query asks for any page: judgements are of 101, 102, the corpus has 1, 2, 3"
+    ):
+        run("vidore", evalset=True, folder=apart)
+    qrels = [(1, 1), (2, 7), (9, 3), (9, 8)]
+    found = run("vidore", evalset=True, folder=benchmark(tmp_path / "b", picture, names, [1, 2, 3], [1, 2], qrels))
+    assert [sample.captions for sample in found.samples["image-short"]] == [["question 1"], ["2"], ["3"]]
+    assert found.dropped == {"judgements of relevance whose query or page is not there": 3}
+
+
+def test_two_benchmarks_in_one_folder_are_not_mixed_up(tmp_path, run, picture):
+    for name in "ab":
+        benchmark(tmp_path / "both" / name, picture, ("corpus-id", "query-id"), [1], [1], [(1, 1)])
+    with pytest.raises(UserError, match="two pages have the id '1'; if the folder holds several benchmarks, name one"):
+        run("vidore", evalset=True, folder=tmp_path / "both")
+
+
+def test_images_of_files_that_share_a_name_are_different_items(tmp_path, run, picture):
+    for number, name in enumerate("ab"):
+        write(tmp_path / name / "0.parquet", [vidore_row(picture(number), image_filename=None)])
+    samples = run("vidore", files=[tmp_path]).samples["image-long"]
+    assert [sample.content["item"] for sample in samples] == [
+        "vidore/a/0.parquet, row 1", "vidore/b/0.parquet, row 1"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("score", ["1", None, True])
 def test_scores_that_are_no_numbers_are_refused(tmp_path, run, picture, score):
     write(tmp_path / "corpus.parquet", [{"corpus-id": 1, "image": {"bytes": picture(0), "path": None}}])

@@ -82,7 +82,7 @@ def read_parquet(piece: JsonObject, columns: Sequence[str], *, texts: Sequence[s
         present = [name for name in columns if name in names]
         first = piece["row"]
         for group in piece["groups"]:
-            for row in _group(file, group, present, path.name, first, release):
+            for row in _group(file, group, present, piece.get("shown", path.name), first, release):
                 yield row if isinstance(row, Dropped) or not texts else _decoded(row, texts)
             first += metadata.row_group(group).num_rows
 

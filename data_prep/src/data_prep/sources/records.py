@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -29,12 +29,16 @@ class ImageRecord:
 
 @dataclass(frozen=True, slots=True)
 class TextRecord:
-    """Alternatives of a query and of its target; with `negatives` (alternatives of each) a triplet; one item each."""
+    """Alternatives of a query and of its target; with `negatives` (alternatives of each) a triplet; one item each.
+
+    score: how alike people find the two, of a pair that is for evaluation.
+    """
 
     where: str
     query: Sequence[Text]
     target: Sequence[Text]
     negatives: Sequence[Sequence[Text]] | None = None
+    score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +85,16 @@ def pick(values: JsonObject, named: str, usual: Sequence[str]) -> Any:
 
     `translation.en` is that column or, without one, the field of an object.
     """
-    if not named or named in values:
-        return values[named] if named else next((values[name] for name in usual if name in values), None)
+    named = named or usual_column(values, usual)
     name, _, rest = named.partition(".")
-    return pick(inner, rest, ()) if rest and isinstance(inner := values.get(name), dict) else None
+    if named in values or not rest:
+        return values.get(named)
+    return pick(inner, rest, ()) if isinstance(inner := values.get(name), dict) else None
+
+
+def usual_column(columns: Container[str], usual: Sequence[str]) -> str:
+    """The first of the usual columns that is there, "" if none is."""
+    return next((name for name in usual if name in columns), "")
 
 
 def file_stat(path: Path) -> JsonObject:

@@ -12,10 +12,11 @@ from data_prep.errors import UserError
 from data_prep.image_rule import ImageRule
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
+from data_prep.sources.dialects import Said
 from data_prep.sources.folder import inside
 from data_prep.sources.img2dataset import image_record, read_shard, shard_pieces
 from data_prep.sources.records import Dropped, Found, ImageRecord, argument, from_rows, option
-from data_prep.sources.tables import read_table, table_columns, table_pieces
+from data_prep.sources.tables import open_table, read_table
 from data_prep.sources.texts import files_in
 
 COLUMNS = tuple(
@@ -26,7 +27,6 @@ COLUMNS = tuple(
 )
 _SHORT = "caption_reference_description"
 _LONG = (_SHORT, "page_title", "section_title", "context_page_description", "context_section_description")
-_CODES = {"iw": "he", "nb": "no", "zh-TW": "zh"}  # as WIT writes them
 _ROWS = 5000
 
 
@@ -54,13 +54,13 @@ class Wit:
         if not self.images:
             raise UserError("WIT's TSV holds addresses alone; name the folder of the images (--images)")
         for path in files_in(self.paths, (".tsv", ".tsv.gz")):
-            columns = table_columns(path)
-            missing = [name for name in COLUMNS if name not in columns]
+            table = open_table(path, Said("\t", "double", "none", "utf-8"))
+            missing = [name for name in COLUMNS if name not in table.columns]
             if missing:
                 raise UserError(
                     f"{path}: lacks WIT's columns {', '.join(missing)}; expected its TSV with the first line"
                 )
-            yield from table_pieces(path, _ROWS)
+            yield from table.pieces(_ROWS)
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
         if "stats" in piece:
@@ -96,7 +96,7 @@ class Wit:
 def _captions(values: JsonObject) -> tuple[list[Text], list[Text]]:
     """Short and long caption of a row, each at most one."""
     language = values.get("language")
-    language = _CODES.get(language, language) if isinstance(language, str) and language else "und"
+    language = language if isinstance(language, str) and language else "und"
     texts = {name: value.strip() for name in _LONG if isinstance(value := values.get(name), str) and value.strip()}
     short = [Text(texts[_SHORT], language, "name")] if _SHORT in texts else []
     parts = list(dict.fromkeys(texts.values()))  # the section's title is often the page's
