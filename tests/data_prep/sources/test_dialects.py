@@ -14,7 +14,7 @@ from data_prep.errors import UserError
 from data_prep.sources.dialects import Said
 from data_prep.sources.records import Dropped
 from data_prep.sources.tables import open_table, read_table
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 Rows = list[list[str]]
@@ -68,7 +68,7 @@ DIALECTS = {
     "csv": (rfc(",", csv.QUOTE_MINIMAL), "csv", "", Said(",", "double", "none")),
     "csv, all quoted": (rfc(",", csv.QUOTE_ALL, "\n"), "csv", "", Said(",", "double", "none")),
     "semicolons": (rfc(";", csv.QUOTE_MINIMAL), "csv", "", Said(";", "double", "none")),
-    "tsv, quoted": (rfc("\t", csv.QUOTE_MINIMAL, "\n"), "tsv", "\t", Said("\t", "double", "none")),
+    "tsv, quoted": (rfc("\t", csv.QUOTE_MINIMAL, "\n"), "tsv", "\t\r", Said("\t", "double", "none")),
     "tatoeba": (tatoeba, "tsv", "\t\n\r", Said("\t", "none", "none")),
     "spark": (spark, "csv", "", Said(",", "double", "\\")),
     "csv.QUOTE_NONE": (csv_escaped, "csv", "\r", Said(",", "none", "\\")),
@@ -94,6 +94,7 @@ _TEXT = st.text(_SIGNS, min_size=1, max_size=8)
 
 
 @pytest.mark.parametrize("name", DIALECTS)
+@settings(deadline=None, derandomize=True)
 @given(rows=st.lists(st.lists(_TEXT, min_size=2, max_size=2), min_size=1, max_size=6),
        encoding=st.sampled_from(("utf-8", "utf-8-sig", "utf-16", "utf-16-be")))  # fmt: skip
 @example(rows=[['"', "\\"], ['\\"', '"a", b'], ['""', "\\\\"]], encoding="utf-8")
@@ -101,10 +102,8 @@ _TEXT = st.text(_SIGNS, min_size=1, max_size=8)
 def test_what_was_written_comes_out_letter_for_letter_where_the_dialect_is_said(name, rows, encoding):
     write, ending, without, said = DIALECTS[name]
     rows = [["".join(sign for sign in text if sign not in without) or "x" for text in row] for row in rows]
-    if name in ("spark", "outfile", "copied", "csv.QUOTE_NONE"):  # \N alone is a missing value there
-        rows = [[text.replace("\\N", "\\n") if name == "spark" else text for text in row] for row in rows]
-    if name == "spark":  # as Spark does, it leaves line ends at the end of unquoted values alone
-        rows = [[text.strip("\r\n") or "x" for text in row] for row in rows]
+    if name == "spark":  # \N alone is a missing value
+        rows = [["x" if text == "\\N" else text for text in row] for row in rows]
     raw = write([HEADER, *rows]).encode(encoding)
     said = Said(said.delimiter, said.quoting, said.escape, "" if encoding.startswith("utf-8") else encoding)
     assert read(raw, ending, said) == (rows, [])
@@ -130,6 +129,7 @@ BACKSLASHES = ["C:\\new\\table", "the limit \\alpha of \\sum_n", "an escaped \\n
 
 
 @pytest.mark.parametrize("name", DIALECTS)
+@settings(deadline=None, derandomize=True)
 @given(st.lists(st.lists(st.sampled_from(NATURAL + LINES + BACKSLASHES), min_size=2, max_size=2),
                 min_size=12, max_size=40))  # fmt: skip
 def test_where_nothing_is_said_no_text_is_changed(name, rows):
@@ -186,6 +186,16 @@ def test_quotes_that_may_be_either_are_asked_about():
     assert read(raw, "csv", Said(quoting="double"))[0] == [["yes", "b"], ["a", '5" wide'], ["c", "d"]]
 
 
+def test_quotes_in_the_first_row_are_no_headers_where_there_is_none():
+    raw = b'"Yes."\t"Ja."\n"Come in," she said.\tKomm herein.\nNo.\t"Nein."\n'
+    assert read(raw, "tsv", Said(header=False))[0] == [
+        ['"Yes."', '"Ja."'], ['"Come in," she said.', "Komm herein."], ["No.", '"Nein."']
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="say --quoting"):  # all values in quotes: a table's, or a list of quotations
+        read(b'"Yes."\t"Ja."\n' * 20, "tsv", Said(header=False))
+    assert read(b'"query"\t"target"\n"Yes."\t"Ja."\n', "tsv", Said())[0] == [["Yes.", "Ja."]]
+
+
 def test_excels_first_line_and_line_ends_of_old_macs_are_known():
     assert read(b'sep=;\r\nquery;target\r\n"a;b";c\r\n', "csv", Said())[0] == [["a;b", "c"]]
     assert read(b'query,target\ra,"b\rc"\rd,e\r', "csv", Said())[0] == [["a", "b\rc"], ["d", "e"]]
@@ -212,6 +222,16 @@ def test_images_may_have_a_table_without_a_header_and_captions_keep_their_spaces
     with pytest.raises(UserError, match="none of a.jpg, a caption is known for file names.* say --no-header"):
         run("images", folder=tmp_path)
     assert run("images", folder=tmp_path, no_header=True).samples["image-short"][0].captions == [" a caption "]
+
+
+def test_what_mysql_and_excel_call_txt_is_a_table(tmp_path, run):
+    (tmp_path / "dump.txt").write_bytes(b"Good day\tGuten\\\nTag\nYes\t\\N\nNo\tNein\n")
+    found = run("texts", files=[tmp_path / "dump.txt"], no_header=True)
+    assert [sample.content["target"][0]["text"] for sample in found.samples["text-pairs"]] == ["Guten\nTag", "Nein"]
+    assert found.dropped == {"empty text": 1}
+    (tmp_path / "excel.txt").write_bytes('query\ttarget\r\n"a ""b"""\tc\r\n'.encode("utf-16"))
+    found = run("texts", files=[tmp_path / "excel.txt"], out=tmp_path / "excel")
+    assert found.samples["text-pairs"][0].content["query"][0]["text"] == 'a "b"'
 
 
 def test_columns_by_the_thousand_are_read_and_a_message_stays_short(tmp_path, run):

@@ -72,7 +72,7 @@ def find_dialect(path: Path, said: Said) -> Dialect:
     base = replace(base, skip=1 if hint else 0)
     base = replace(base, delimiter=_delimiter(path, said.delimiter or (hint[1] if hint else ""), base))
     if not said.quoting:
-        base = _with_quoting(path, base, escape_known=bool(said.escape))
+        base = _with_quoting(path, base, said)
     if not said.escape and base.quoting == "none":
         base = replace(base, escape=_bare_escape(path, base))
     return base
@@ -99,7 +99,8 @@ def _encoding(path: Path, sample: bytes, given: str) -> str:
                 text = sample[: len(sample) // width * width].decode(name)
             except UnicodeDecodeError:
                 continue
-            if "\0" not in text and re.search("[\r\n]", text):
+            first = re.split("[\r\n]", text, maxsplit=1)
+            if len(first) == 2 and "\0" not in text and any(mark in first[0] for mark in _MARKS):
                 return name
     lines = sample.splitlines()[: -1 if len(sample) == _SAMPLE else None]
     high = [line for line in lines if not line.isascii()]
@@ -238,10 +239,10 @@ def _kind(values: list[str] | str, raw: str, columns: int, dialect: Dialect) -> 
     return "needed" if len(cells) != len(values) or "\n" in plain or escaped else "around"
 
 
-def _with_quoting(path: Path, dialect: Dialect, *, escape_known: bool) -> Dialect:
+def _with_quoting(path: Path, dialect: Dialect, said: Said) -> Dialect:
     """The dialect with the quoting that its rows show, and the escape of values in quotes."""
     found = _tally(path, dialect)
-    if not escape_known and found["wrong"]:
+    if not said.escape and found["wrong"]:
         other = replace(dialect, escape="\\")
         escaping = _tally(path, other)
         if escaping["wrong"] < found["wrong"] and escaping["needed"]:
@@ -249,13 +250,13 @@ def _with_quoting(path: Path, dialect: Dialect, *, escape_known: bool) -> Dialec
     needed, around, bare, wrong = (found[kind] for kind in ("needed", "around", "bare", "wrong"))
     if not needed + around + wrong:  # quotes inside of texts read the same
         return _unused(path, dialect)
-    if found["header"] or (needed and needed * 3 >= wrong):
+    if (found["header"] and said.header) or (needed and needed * 3 >= wrong):
         return replace(dialect, quoting="double")
-    if around * 10 > 9 * found["rows"] and not needed and (dialect.delimiter != "\t" or found["rows"] > 9):
-        return replace(dialect, quoting="double")  # all rows have them
-    tabs = dialect.delimiter == "\t"
-    if needed * 20 <= wrong and (wrong or tabs):
-        return replace(dialect, quoting="none", escape=dialect.escape if escape_known else "")
+    tabs, everywhere = dialect.delimiter == "\t", around * 10 > 9 * found["rows"] and not needed
+    if everywhere and not tabs:
+        return replace(dialect, quoting="double")
+    if needed * 20 <= wrong and (wrong or tabs) and not everywhere:
+        return replace(dialect, quoting="none", escape=dialect.escape if said.escape else "")
     if not tabs and not bare and not wrong:
         return dialect
     raise UserError(

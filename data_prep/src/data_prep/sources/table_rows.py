@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from data_prep.errors import UserError
 
@@ -74,8 +74,7 @@ def is_wide(encoding: str) -> bool:
     return codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(NamedTuple):
     """A line as text, its length in bytes, and its fault if it has one."""
 
     text: str
@@ -123,8 +122,7 @@ class Lines:
             return Line(line.decode("utf-8", errors="replace"), length, fault)
 
 
-@dataclass(frozen=True, slots=True)
-class TableRow:
+class TableRow(NamedTuple):
     """The values of a row, or its fault. first: number of its first line, from 1; raw: its text, line end and all."""
 
     values: list[str] | str
@@ -149,8 +147,11 @@ def rows(lines: Lines, dialect: Dialect) -> Iterator[TableRow]:
             del taken[1:]
         elif dialect.newline == "\r":
             values = [value.replace("\n", "\r") for value in values]
-        fault = next((one.fault for one in taken if one.fault), None)
-        yield TableRow(fault or values, first, "".join(one.text for one in taken))
+        if len(taken) == 1:
+            yield TableRow(line.fault or values, first, line.text)
+        else:
+            fault = next((one.fault for one in taken if one.fault), None)
+            yield TableRow(fault or values, first, "".join(one.text for one in taken))
 
 
 def _content(text: str) -> str:

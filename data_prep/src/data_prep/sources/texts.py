@@ -24,6 +24,7 @@ from data_prep.sources.tables import check_columns, line_pieces, noted, open_tab
 _ROWS = 20_000
 _LOOK_AT = 1000  # rows of a file
 _TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+_ALSO_TABLES = (*_TABLES, ".txt", ".txt.gz", ".tab")  # where they are named one by one
 _ENDINGS = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", *_TABLES, ".parquet")
 _QUERY = ("query", "anchor", "question", "sentence1", "text1", "question1", "premise", "source")
 _POSITIVE = ("pos", "positive")
@@ -92,7 +93,7 @@ class Texts:
                 columns = self._needed(path, parquet_columns(path))
                 for piece in parquet_pieces([path], _ROWS, columns=columns):
                     yield {**piece, "format": "parquet", "columns": columns, "shown": name}
-            elif path.name.lower().endswith(_TABLES):
+            elif path.name.lower().endswith(_ALSO_TABLES):
                 table = open_table(path, said)
                 self._needed(path, table.columns)
                 for piece in table.pieces(_ROWS):
