@@ -6,23 +6,8 @@ import json
 
 import pytest
 from data_prep.captions.ledger import RequestLedger
-from data_prep.cli import main
 
 from .conftest import build_backwards, caption, completion, states
-
-
-@pytest.fixture
-def batches(seer, make_images, tmp_path):
-    """A ledger with six requests planned, and the two commands on it."""
-    ledger = str(tmp_path / "ledger.sqlite")
-    shards = str(make_images(3))
-    assert main(["captions", "plan", ledger, shards, "--model", "seer-1", "--languages", "en", "de"]) == 0
-
-    def command(step, *options):
-        return main(["captions", "batch", step, ledger, "--url", seer.url, *options])
-
-    command.ledger = ledger
-    return command
 
 
 def lines(seer, number=0):

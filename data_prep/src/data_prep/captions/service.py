@@ -120,7 +120,9 @@ class Service:
         headers = {"Authorization": f"Basic {base64.b64encode(unquote(user).encode()).decode()}"} if at else {}
         try:
             client = limited_client(self.openai, timeout)
-        except (ImportError, ValueError) as error:
+        except Exception as error:
+            if type(error).__name__ not in ("ImportError", "ValueError", "InvalidURL"):  # the last one is httpx's own
+                raise
             raise UserError(
                 f"the proxy in the environment (HTTPS_PROXY, ALL_PROXY, …) cannot be used ({self.hide(str(error))}); "
                 "mend it, or list the service's host in NO_PROXY"

@@ -82,6 +82,10 @@ def _plan(options: argparse.Namespace) -> int:
     progress.finish()
     print(f"{done.images} different images ({done.twice} more occurred again)")
     print(f"{done.new} requests planned, {done.known} were in {options.ledger} before")
+    if done.unreadable:
+        print(f"{len(done.unreadable)} images cannot be read and are left out:")
+        for why in done.unreadable[:_LISTED]:
+            print(f"  {why}")
     return 0
 
 
