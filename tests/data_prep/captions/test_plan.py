@@ -81,10 +81,10 @@ def test_a_plan_whose_process_is_killed_is_finished_by_the_same_command(images, 
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.005)
-        with contextlib.suppress(sqlite3.OperationalError):  # not there yet, or without tables
-            with closing(sqlite3.connect(f"file:{ledger}?mode=ro", uri=True)) as db:
-                if db.execute("SELECT 1 FROM request LIMIT 1").fetchone():
-                    break
+        unready = contextlib.suppress(sqlite3.OperationalError)  # not there yet, or without tables
+        with unready, closing(sqlite3.connect(f"file:{ledger}?mode=ro", uri=True)) as db:
+            if db.execute("SELECT 1 FROM request LIMIT 1").fetchone():
+                break
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert len(requests(ledger)) % 30 == 0
