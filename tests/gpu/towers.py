@@ -69,7 +69,8 @@ def of_backend(
     for what, error in errors.items():
         limit = TIMES_OWN_ERROR * own[what] + 1e-4
         report.check(error < limit, f"{name}: {what} are off by {error:.1e}, more than {limit:.1e}")
-    report.check(same, f"{name}: two runs differ")
+    # PyTorch's varlen attention adds up the gradients of a page's queries by atomics; flash-attn does so too.
+    report.check(same or "packed" in name, f"{name}: two runs differ")
     return {**errors, "same_bits_twice": same}
 
 
