@@ -35,6 +35,10 @@ FAULTS = {
     "400": (Reply(400, b'{"error": {"message": "bad image"}}'), "rejected:declined"),
     "403": (Reply(403, b'{"error": {"code": 403, "message": "flagged"}}'), "rejected:declined"),
     "404": (Reply(404, b'{"error": {"message": "no such image"}}'), "rejected:declined"),
+    "too large": (
+        Reply(429, b'{"error": {"message": "Request too large", "code": "rate_limit_exceeded"}}'),
+        "rejected:declined",
+    ),
     "413": (Reply(413, b"<html>too large</html>"), "rejected:declined"),
     "no JSON": (Reply(200, b"<html>hello</html>"), "rejected:malformed"),
     "hangs up": (Reply(drop=True), "sent"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import signal
 import sqlite3
 import subprocess
@@ -205,3 +206,35 @@ def test_a_ledger_of_the_schema_before_that_is_in_use_stays_as_it_is(planned, le
         assert main(["captions", "status", ledger]) == 2
     assert "in use by another run" in capsys.readouterr().err
     assert main(["captions", "status", ledger]) == 0
+
+
+@pytest.mark.parametrize("command", ["status", "run", "dry run", "export"])
+def test_no_command_reads_a_whole_table_of_requests_or_answers(
+    seer, planned, run, ledger, tmp_path, command, monkeypatch
+):
+    """Captions and raw answers make it gigabytes: what is counted stands in indexes."""
+    planned(8)
+    assert run("--limit", "12", "--price-in", "1", "--price-out", "1") == 0
+    said: list[str] = []
+    open_ledger = RequestLedger.__init__
+
+    def traced(self, *arguments, **named):
+        open_ledger(self, *arguments, **named)
+        self.db.set_trace_callback(said.append)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RequestLedger, "__init__", traced)
+        commands = {
+            "status": lambda: main(["captions", "status", ledger]),
+            "run": lambda: run("--limit", "2", "--price-in", "1", "--price-out", "1"),
+            "dry run": lambda: run("--dry-run", "--price-in", "1", "--price-out", "1"),
+            "export": lambda: main(["captions", "export", ledger, str(tmp_path / "long")]),
+        }
+        assert commands[command]() == 0
+    with closing(RequestLedger(ledger)) as opened:
+        whole = set()
+        for statement in {one for one in said if one.lstrip().startswith(("SELECT", "UPDATE", "DELETE"))}:
+            for row in opened.db.execute(f"EXPLAIN QUERY PLAN {statement}"):
+                if re.fullmatch("SCAN (request|attempt)", row["detail"]):
+                    whole.add(statement)
+        assert not whole

@@ -152,3 +152,15 @@ def test_a_password_that_is_a_word_stays_in_captions():
     assert secrets.hide_in(b"a harbour", message=False) == b"a harbour"
     assert secrets.hide_in(b"wrong password harbour", message=True) == b"wrong password [hidden]"
     assert secrets.hide_in(b"\xff", message=True) == b"\xff"
+
+
+@pytest.mark.parametrize(
+    "body", [{"api_key": WORD}, {"extra": [{"headers": {"Authorization": WORD}}]}, {"Token": WORD}]
+)
+def test_a_secret_in_the_body_is_refused_before_the_ledger_has_it(make_images, ledger, capsys, body):
+    plan = ["captions", "plan", ledger, str(make_images(1)), "--model", "m", "--languages", "en", "--body"]
+    assert main([*plan, json.dumps(body)]) == 2
+    out, err = capsys.readouterr()
+    assert "the ledger would keep that secret" in err
+    assert nowhere(out, err, ledger=ledger)
+    assert main([*plan, '{"max_new_tokens": 5, "stop_token_ids": [2]}']) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from data_prep.shards import Dataset, ShardError, ShardUnavailable
 from data_prep.shards.format import JsonObject
 
 _NONE = bytes(32)  # in the place of the hash of an image that cannot be read
+_SECRET = re.compile(r"(x-)?api[-_]?key|authorization|passw(or)?d|(client[-_])?secret|((access|auth)[-_])?token", re.I)
 _AT_A_TIME = 500  # images: what a plan that is killed loses at most
 
 
@@ -49,6 +51,11 @@ class Plan:
             raise UserError(
                 f"--model and --body cannot be sent as JSON ({error}); give text and finite numbers"
             ) from error
+        if secret := next((name for name in _names(self.body) if _SECRET.fullmatch(name)), None):
+            raise UserError(
+                f"--body's field {secret!r}: the ledger would keep that secret; set it in the environment variable of "
+                "--key-env, or in the URL"
+            )
         if not self.model.strip():
             raise UserError(f"--model {self.model!r}: expected the name of a model")
         if self.max_tokens < 1 or (self.images is not None and self.images < 1):
@@ -58,6 +65,14 @@ class Plan:
     def options(self) -> JsonObject:
         """The part of a request's identity beside image, language, prompt and model."""
         return {"max_tokens": self.max_tokens, "detail": self.detail, "body": self.body}
+
+
+def _names(body: object) -> Iterator[str]:
+    """The names of all fields of a JSON value."""
+    if isinstance(body, dict):
+        yield from body
+    for inner in body.values() if isinstance(body, dict) else body if isinstance(body, list) else ():
+        yield from _names(inner)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from data_prep.errors import UserError
 from data_prep.shards import ShardError
 
 _ENOUGH = 20  # answers to learn a mean from
-_MEASURED = 10_000  # of them are looked at, the last ones
+_MEASURED = 10_000  # attempts are looked at, the last ones
 _SAMPLE = 200
 
 
@@ -105,10 +105,9 @@ def forecast(ledger: RequestLedger, prices: Prices | None, *, image_tokens: int 
     means = {
         row[0]: (row[1], row[2], row[3])
         for row in ledger.db.execute(
-            "SELECT language, avg(prompt_tokens), avg(completion_tokens), count(*) FROM "
-            "(SELECT request, prompt_tokens, completion_tokens FROM attempt "
-            f"WHERE prompt_tokens IS NOT NULL ORDER BY id DESC LIMIT {_MEASURED}) AS last "
-            "JOIN request ON request.place = last.request GROUP BY 1"
+            "SELECT language, avg(prompt_tokens), avg(completion_tokens), count(*) FROM attempt "
+            "JOIN request ON request.place = attempt.request WHERE prompt_tokens IS NOT NULL "
+            f"AND attempt.id > (SELECT max(id) FROM attempt) - {_MEASURED} GROUP BY 1"
         )
     }
     measured = sum(count for *_, count in means.values())
