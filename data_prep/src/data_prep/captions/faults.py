@@ -46,7 +46,7 @@ def stopping(status: int, raw: bytes) -> int | None:
 
 
 def limited(status: int, raw: bytes) -> bool:
-    """Whether an error means that too much was asked for at once, and not that this one request is too much for ever."""
+    """Whether an error means that too much was asked for at once, and not that this one request is too large."""
     too_large = re.search(r"request (is )?too large|reduce (the|your)", error_message(raw).lower())
     return not too_large and (status == LIMITED or _by_code(raw) == LIMITED)
 
