@@ -29,10 +29,10 @@ PARTS = {
     "towers": 50,
     "engine": 70,
     "step": 170,
-    "peers": 110,
-    "chunk_profile": 60,
-    "lora": 20,
     "workers": 20,
+    "lora": 20,
+    "chunk_profile": 60,
+    "peers": 110,
 }
 ALL_SECONDS = 535
 CPU_SECONDS = 900

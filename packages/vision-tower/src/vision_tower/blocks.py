@@ -68,14 +68,19 @@ def products(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
     """
     if not _in_half(x, *linears):
         return tuple(each(x) for each in linears)
-    weights, biases, sizes = [], [], []
-    for each in linears:
-        pad = -each.out_features % ALIGNED
-        bias = each.weight.new_zeros(len(each.weight)) if each.bias is None else each.bias
-        weights += [each.weight.to(x.dtype), each.weight.new_zeros(pad, each.in_features, dtype=x.dtype)]
-        biases += [bias.to(x.dtype), bias.new_zeros(pad, dtype=x.dtype)]
-        sizes += [each.out_features, pad]
-    return torch.split(F.linear(x, torch.cat(weights), torch.cat(biases)), sizes, dim=-1)[::2]
+    pads = [-each.out_features % ALIGNED for each in linears]
+    biases = [each.weight.new_zeros(len(each.weight)) if each.bias is None else each.bias for each in linears]
+    weight, bias = (
+        torch.cat([_with_zeros(part.to(x.dtype), pad) for part, pad in zip(parts, pads, strict=True)])
+        for parts in ([each.weight for each in linears], biases)
+    )
+    sizes = [size for each, pad in zip(linears, pads, strict=True) for size in (each.out_features, pad)]
+    return torch.split(F.linear(x, weight, bias), sizes, dim=-1)[::2]
+
+
+def _with_zeros(rows: Tensor, count: int) -> Tensor:
+    """So many more rows, of zeros."""
+    return F.pad(rows, (*(0, 0) * (rows.ndim - 1), 0, count)) if count else rows
 
 
 def product(x: Tensor, linear: nn.Linear) -> Tensor:
