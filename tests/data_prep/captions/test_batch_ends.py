@@ -14,7 +14,7 @@ from .test_batch import answer, finish, lines
 
 def counted(seer, completed, failed=0, batch="batch_1"):
     """The service's count of its answers."""
-    counts = {"total": completed + failed, "completed": completed, "failed": failed}
+    counts = {"total": 6 if completed else 0, "completed": completed, "failed": failed}
     seer.batches[batch]["request_counts"] = counts
 
 
@@ -107,6 +107,8 @@ def test_an_error_in_a_200_creates_no_batch(seer, batches, capsys):
     [
         ("completed", (6, 0), "sent"),
         ("completed", (4, 2), "planned"),
+        ("completed", (4, 0), "sent"),
+        ("completed", (0, 0), "sent"),
         ("completed", None, "sent"),
         ("succeeded", (6, 0), "sent"),
         ("expired", (4, 0), "planned"),

@@ -189,7 +189,7 @@ class _Collecting:
         message = getattr(errors[0], "message", None) if isinstance(errors, list) and errors else None
         note = f"{status}{f': {self.service.hide(str(message))}' if message else ''}"[:300]
         note = note.encode("utf-8", "replace").decode()
-        self._settle(waiting, not_computed, _counted(remote, status, len(done)) > len(done), note)
+        self._settle(waiting, not_computed, _counted(remote, status, len(done), len(places)) > len(done), note)
         if status != "completed":
             self.found.notes.append(f"batch {remote.id}: {note}")
         self.ledger.db.execute("UPDATE batch SET state = 'ended', note = ? WHERE id = ?", (note, number))
@@ -217,12 +217,14 @@ class _Collecting:
                 self.found.planned_again += 1
 
 
-def _counted(remote: Batch, status: str, done: int) -> int:
-    """How many requests the service says that it answered; more than `done` if it does not say, and all should be."""
-    counted = getattr(remote.request_counts, "completed", None)
-    if type(counted) is int:
-        return counted
-    return done + 1 if status == "completed" else done
+def _counted(remote: Batch, status: str, done: int, sent: int) -> int:
+    """How many of the requests sent the service answered, as it says; all, if it is done and its counts are none."""
+    counts = remote.request_counts
+    total, completed, failed = (getattr(counts, name, None) for name in ("total", "completed", "failed"))
+    whole = type(completed) is int and total == sent
+    if type(completed) is int and whole and (status != "completed" or completed + (failed or 0) == total):
+        return completed
+    return max(done, sent) if status == "completed" else done
 
 
 def _answer(line: bytes) -> tuple[str | None, int | None, bytes]:

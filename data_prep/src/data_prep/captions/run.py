@@ -147,9 +147,8 @@ class _Run:
             return pause
         pause = self.limiter.wait(time.time())
         if pause is not None and pause > _LONG_PAUSE and not under_way:
-            self.log(
-                f"waiting {pause:.0f} seconds, as {self.service.url} asks or this run's own limits do{self._why()}"
-            )
+            limits = f"{self.service.url} asks or this run's own limits do"
+            self.log(f"waiting {pause:.0f} seconds {f'after {self._last}' if self.limiter.rounds else f'as {limits}'}")
         if pause is None or pause > 0:
             return pause
         image = self._read(request)
@@ -322,9 +321,6 @@ class _Run:
             what = "asks all to wait" if limited else "failed"
             self._give_up(f"{self.service.url} {what}, {_ROUNDS} times in a row without an answer ({self._last})")
         return self.limiter.rounds > rounds
-
-    def _why(self) -> str:
-        return f" ({self._last})" if self.limiter.rounds else ""
 
     def _give_up(self, message: str) -> None:
         self._stop(UserError(f"{message}; see what is wrong and run again; the run continues from there"))
