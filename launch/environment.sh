@@ -31,6 +31,6 @@ certificates=${SSL_CERT_FILE:-${PIP_CERT:-$(.venv/bin/python -m pip config get g
 [ -z "$certificates" ] || export SSL_CERT_FILE=$certificates
 .venv/bin/uv pip install --quiet --python .venv/bin/python --constraint launch/constraints.txt --group dev \
   -e packages/contrastive-losses -e packages/text-tower -e packages/vision-tower -e packages/stage-trainer \
-  -e 'data_prep[corpus,parquet,pdf,ray,captions,curation,negatives,test]'
+  -e 'data_prep[corpus,parquet,datasets,pdf,ray,captions,curation,negatives,test]'
 rm -f .venv/trilith-*
 touch "$stamp"

@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import shutil
+import struct
 import tarfile
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import numpy as np
 import pyarrow
 import pytest
 from data_prep.cli import main
+from datasets import Dataset
 from pyarrow import parquet
 
 from .captions.conftest import LANGUAGES, Reply, completion, good, seer  # noqa: F401 (a fixture)
@@ -150,6 +152,34 @@ def parquets() -> None:
     table("arXiv_parquet/0.parquet", [{"caption_images": [{"caption": "Figure 1", "cil_pairs": pairs}]}])
 
 
+def hugging_face() -> None:
+    image = {"bytes": encoded(photo(2)), "path": None}
+    Dataset.from_list([{"image": image, "caption": "a caption"}]).save_to_disk("saved")
+
+
+def parallel() -> None:
+    save("Books.de-en.de", "Guten Tag\n")
+    save("Books.de-en.en", "Good day\n")
+    unit = '<tu><tuv xml:lang="de"><seg>Tag</seg></tuv><tuv xml:lang="en"><seg>day</seg></tuv></tu>'
+    save("de-en.tmx.gz", gzip.compress(f'<tmx version="1.4"><header srclang="de"/><body>{unit}</body></tmx>'.encode()))
+
+
+def retrieval() -> None:
+    save("nfcorpus/corpus.jsonl", json.dumps({"_id": "d", "title": "", "text": "water"}))
+    save("nfcorpus/queries.jsonl", json.dumps({"_id": "q", "text": "What is ice?"}))
+    save("nfcorpus/qrels/train.tsv", "query-id\tcorpus-id\tscore\nq\td\t1\n")
+
+
+def mosaic() -> None:
+    data = encoded(photo(5), "JPEG")
+    sample = struct.pack("<II", 9, len(data)) + b"a caption" + data
+    save("mds/shard.00000.mds", struct.pack("<III", 1, 12, 12 + len(sample)) + sample)
+    raw = {"basename": "shard.00000.mds", "bytes": 12 + len(sample), "hashes": {}}
+    shard = {"version": 2, "format": "mds", "compression": None, "samples": 1, "raw_data": raw, "zip_data": None}
+    shard |= {"column_names": ["caption", "image"], "column_encodings": ["str", "jpeg"], "column_sizes": [None, None]}
+    save("mds/index.json", json.dumps({"version": 2, "shards": [shard]}))
+
+
 def captioned() -> None:
     image = encoded(photo(3), "JPEG")
     for name in ("data/coco/1.jpg", "coco/val2014/COCO_val2014_1.jpg"):
@@ -169,9 +199,22 @@ def reports() -> None:
 
 @pytest.mark.parametrize("command", TABLE)
 def test_an_import_of_the_table(here, command):
-    for make in (images_and_a_table, texts, wit, tars, questions, parquets, captioned, reports):
+    makers = (images_and_a_table, texts, wit, tars, questions, parquets, captioned, reports)
+    for make in (*makers, hugging_face, parallel, retrieval, mosaic):
         make()
     say(command)
+
+
+PUBLIC = re.findall(r"\| `(data-prep import [^`]*)` \| [^|`]* \|$", README.read_text(encoding="utf-8"), re.M)
+
+
+@pytest.mark.parametrize("command", PUBLIC)
+def test_the_command_of_a_public_set_is_understood(command):
+    """What it downloads cannot be had here; its options can be checked."""
+    from data_prep.cli import _parser
+
+    options = _parser().parse_args(shlex.split(command)[1:])
+    assert options.source.__name__ in ("Hf", "Beir", "Moses")
 
 
 def evaluation_sets() -> None:

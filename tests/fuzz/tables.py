@@ -118,11 +118,11 @@ def _cases(draw: st.DrawFn) -> Files:
     options = draw(
         st.lists(
             st.sampled_from(
-                ("--delimiter=,", "--delimiter=\\t", "--delimiter=;;", "--delimiter=\"", "--charset=utf-16",
-                "--charset=nothing",
-                 "--charset=cp1252", "--charset=hex", "--charset=utf-8-sig", "--charset=utf-7", "--language=de",
+                ("--delimiter=,", "--delimiter=\\t", "--delimiter=;;", "--delimiter=\"", "--encoding=utf-16",
+                "--encoding=nothing",
+                 "--encoding=cp1252", "--encoding=hex", "--encoding=utf-8-sig", "--encoding=utf-7", "--language=de",
                  "--language=a,b",
-                 "--language=", "--charset=idna", "--charset=punycode", "--charset=raw_unicode_escape")
+                 "--language=", "--encoding=idna", "--encoding=punycode", "--encoding=raw_unicode_escape")
             ),
             max_size=2, unique=True,
         )

@@ -11,6 +11,13 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _OURS = re.compile(r".*\.(partial|lock|tmp|survey-.*)")  # unfinished work, which readers skip and the next run removes
 
 
+def is_hidden(path: str) -> bool:
+    """Whether a file is one that systems and tools leave beside data, or lies in such a folder: ._NAME, .DS_Store and
+    __MACOSX of macOS, .cache, .git, .ipynb_checkpoints.
+    """
+    return any((part.startswith(".") and part.strip(".")) or part == "__MACOSX" for part in path.split("/"))
+
+
 def check_name(name: str, what: str) -> str:
     """`name` itself, if a folder or file may be called so: one step of a path, on any system.
 

@@ -48,11 +48,14 @@ def texts_json(
     *,
     source: str,
     item: str,
+    score: float | None = None,
 ) -> bytes:
-    """The .json of a text pair, or with `negatives` of a triplet."""
+    """The .json of a text pair, or with `negatives` of a triplet. score: how alike the two are, for evaluation."""
     fields: JsonObject = {"query": _records(query), "target": _records(target)}
     if negatives is not None:
         fields["negatives"] = [_records(negative) for negative in negatives]
+    if score is not None:
+        fields["score"] = score
     return compact_json({**fields, "source": source, "item": item})
 
 

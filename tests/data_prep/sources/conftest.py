@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -100,6 +104,89 @@ def run(tmp_path: Path) -> Callable[..., Outcome]:
         return Outcome(samples, receipt)
 
     return run
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A hub on loopback, for programs that are started: the folder of the files of the data set someone/something."""
+    files, commit = tmp_path / "repo", "0123456789abcdef0123456789abcdef01234567"
+    files.mkdir()
+
+    def entry(path: Path) -> dict[str, Any]:
+        kind, name = "file" if path.is_file() else "directory", str(path.relative_to(files))
+        return {"type": kind, "path": name, "size": path.stat().st_size, "oid": name.replace("/", "-")}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            place = self.path.partition("?")[0]
+            names = sorted(str(path.relative_to(files)) for path in files.rglob("*") if path.is_file())
+            if place.startswith("/api/datasets/someone/something/tree/"):
+                inside = files / place.split("/", 7)[7] if place.count("/") > 6 else files
+                found = inside.rglob("*") if "recursive=true" in self.path.lower() else inside.glob("*")
+                self._send(json.dumps([entry(path) for path in sorted(found)]).encode())
+            elif place.startswith("/api/datasets/someone/something/paths-info/"):
+                asked = self._asked()
+                self._send(json.dumps([entry(files / name) for name in names if name in asked]).encode())
+            elif place == "/api/datasets/someone/something" or place.startswith("/api/datasets/someone/something/rev"):
+                siblings = [{"rfilename": name} for name in names]
+                told = {"id": "someone/something", "sha": commit, "siblings": siblings, "private": False, "tags": []}
+                self._send(json.dumps({**told, "downloads": 0, "disabled": False, "gated": False}).encode())
+            elif place.startswith("/datasets/someone/something/resolve/"):
+                name = place.split("/", 6)[6]
+                known = (files / name).is_file()
+                self._send((files / name).read_bytes() if known else b"", 200 if known else 404, name)
+            else:
+                self._send(b"{}", 404)
+
+        do_HEAD = do_POST = do_GET
+
+        def _asked(self) -> str:
+            return self.rfile.read(int(self.headers.get("Content-Length", 0))).decode().replace("%2F", "/")
+
+        def _send(self, body: bytes, status: int = 200, etag: str = "") -> None:
+            self.send_response(status)
+            for name, value in {
+                "Content-Length": str(len(body)),
+                "Content-Type": "application/json",
+                "X-Repo-Commit": commit,
+                "ETag": f'"{etag}"',
+                **({"X-Error-Code": "EntryNotFound" if etag else "RepoNotFound"} if status == 404 else {}),
+            }.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def log_message(self, *arguments: object) -> None:
+            """Nothing is said."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    for name, value in {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "0",
+    }.items():
+        monkeypatch.setenv(name, value)
+    yield files
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def say_to_hub(hub: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Starts `data-prep import` with these words; its hub is `hub`."""
+    program = "import sys; from data_prep.cli import main; sys.exit(main(['import', *sys.argv[1:], '--workers', '1']))"
+
+    def say(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=False)
+
+    return say
+
+
+@pytest.fixture(name="read_back")
+def _read_back() -> Callable[[Path], list[Sample]]:
+    return read_back
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pyarrow
 import pytest
 from data_prep.cli import main
 from data_prep.errors import UserError
-from data_prep.sources.evalsets import Flickr30k
+from data_prep.sources.evalsets import Coco, Flickr30k
 from pyarrow import parquet
 from stage_trainer.data.remote_data import place
 from stage_trainer.evaluation.held_out import find
@@ -175,3 +175,14 @@ def test_a_single_text_is_not_taken_for_captions_of_one_letter(tmp_path, images,
     command = ["evalset", "xm3600", str(tmp_path / "captions.jsonl"), str(images), "--out", str(tmp_path / "eval")]
     assert main(command) == 2
     assert "'ein Text' are no list" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("own", "other"), [(7, 7.0), ("7", 7), (7.0, "7")])
+def test_ids_of_images_and_captions_may_have_other_types(tmp_path, images, own, other):
+    content = {
+        "images": [{"id": own, "file_name": "a.jpg"}],
+        "annotations": [{"image_id": other, "caption": "text"}],
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    (photo,) = Coco(str(tmp_path / "coco.json"), str(images)).photos()
+    assert [text.text for text in photo[1]] == ["text"]

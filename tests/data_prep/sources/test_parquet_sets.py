@@ -9,6 +9,8 @@ import pyarrow
 import pytest
 from data_prep.errors import UserError
 from data_prep.sources.captions import ArxivCap
+from data_prep.sources.parquet import parquet_pieces, read_parquet
+from data_prep.sources.records import Dropped
 from pyarrow import parquet
 
 
@@ -121,6 +123,56 @@ def test_figures_of_another_type_are_counted(tmp_path, figures, dropped):
     assert Counter(one.reason for one in found) == dropped
 
 
+def benchmark(root: Path, picture, names: tuple[str, str], corpus: list, queries: list, qrels: list) -> Path:
+    """A benchmark of three pages and queries with these ids; qrels: (query, page) of these ids."""
+    page, query = names
+    write(root / "corpus.parquet", [{page: own, "image": {"bytes": picture(n)}} for n, own in enumerate(corpus)])
+    write(root / "queries.parquet", [{query: own, "query": f"question {own}"} for own in queries])
+    write(root / "qrels.parquet", [{query: one, page: other, "score": 2} for one, other in qrels])
+    return root
+
+
+@pytest.mark.parametrize("names", [("corpus-id", "query-id"), ("corpus_id", "query_id")])
+@pytest.mark.parametrize("other", [int, float, str, lambda number: f"{number}.0", lambda number: b"%d" % number])
+def test_ids_are_the_same_whatever_type_a_part_gives_them(tmp_path, run, picture, names, other):
+    qrels = [(other(n), other(n)) for n in (1, 2, 3)]
+    root = benchmark(tmp_path / "b", picture, names, [1, 2, 3], [1, 2, 3], qrels)
+    found = run("vidore", evalset=True, folder=root)
+    assert [(sample.content["item"], sample.captions) for sample in found.samples["image-short"]] == [
+        (f"vidore/{n}", [f"question {n}"]) for n in (1, 2, 3)
+    ]
+    assert found.dropped == {}
+
+
+def test_a_join_that_finds_nothing_is_refused_and_one_that_loses_some_says_so(tmp_path, run, picture):
+    names = ("corpus-id", "query-id")
+    apart = benchmark(tmp_path / "a", picture, names, [1, 2, 3], [1, 2, 3], [(1, 101), (2, 102)])
+    with pytest.raises(
+        UserError, match="no query asks for any page: judgements are of 101, 102, the corpus has 1, 2, 3"
+    ):
+        run("vidore", evalset=True, folder=apart)
+    qrels = [(1, 1), (2, 7), (9, 3), (9, 8)]
+    found = run("vidore", evalset=True, folder=benchmark(tmp_path / "b", picture, names, [1, 2, 3], [1, 2], qrels))
+    assert [sample.captions for sample in found.samples["image-short"]] == [["question 1"], ["2"], ["3"]]
+    assert found.dropped == {"judgements of relevance whose query or page is not there": 3}
+
+
+def test_two_benchmarks_in_one_folder_are_not_mixed_up(tmp_path, run, picture):
+    for name in "ab":
+        benchmark(tmp_path / "both" / name, picture, ("corpus-id", "query-id"), [1], [1], [(1, 1)])
+    with pytest.raises(UserError, match="two pages have the id '1'; if the folder holds several benchmarks, name one"):
+        run("vidore", evalset=True, folder=tmp_path / "both")
+
+
+def test_images_of_files_that_share_a_name_are_different_items(tmp_path, run, picture):
+    for number, name in enumerate("ab"):
+        write(tmp_path / name / "0.parquet", [vidore_row(picture(number), image_filename=None)])
+    samples = run("vidore", files=[tmp_path]).samples["image-long"]
+    assert [sample.content["item"] for sample in samples] == [
+        "vidore/a/0.parquet, row 1", "vidore/b/0.parquet, row 1"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("score", ["1", None, True])
 def test_scores_that_are_no_numbers_are_refused(tmp_path, run, picture, score):
     write(tmp_path / "corpus.parquet", [{"corpus-id": 1, "image": {"bytes": picture(0), "path": None}}])
@@ -140,7 +192,8 @@ def test_row_groups_become_pieces_and_a_damaged_one_is_counted(tmp_path, run, pi
     found = run("vidore", files=[path])
     assert found.receipt["job"]["units"] == 2
     assert 600 <= found.receipt["went_out"]["image-long"] < 1200
-    assert found.dropped["rest of a parquet piece that is damaged"] == 1
+    assert found.receipt["came_in"] == 1200  # what the damage took is counted in rows
+    assert found.dropped["rest of a parquet row group that is damaged"] <= 300
 
 
 def test_a_file_that_is_no_parquet_or_lacks_columns_is_refused(tmp_path, run):
@@ -149,3 +202,44 @@ def test_a_file_that_is_no_parquet_or_lacks_columns_is_refused(tmp_path, run):
         run("vidore", files=[tmp_path / "x.parquet"])
     with pytest.raises(UserError, match="has no column image; it has query"):
         run("vidore", files=[write(tmp_path / "y.parquet", [{"query": "x"}])])
+
+
+def unchecked(texts: list[bytes]) -> pyarrow.Array:
+    """Texts that are not UTF-8 in a column of strings, as writers leave them that do not check."""
+    return pyarrow.array(texts, pyarrow.binary()).view(pyarrow.string())
+
+
+@pytest.mark.parametrize("group", [10, 1000])
+def test_a_value_that_cannot_be_read_costs_its_row_whatever_the_row_group(tmp_path, run, group):
+    queries = [b"caf\xe9" if number in (13, 57) else f"query {number}".encode() for number in range(60)]
+    days = pyarrow.array([10**9 if number == 31 else number for number in range(60)], pyarrow.int32()).view("date32")
+    table = {"query": unchecked(queries), "answer": [f"answer {number}" for number in range(60)], "negative": days}
+    parquet.write_table(pyarrow.table(table), tmp_path / "t.parquet", row_group_size=group)
+    found = run("texts", files=[tmp_path / "t.parquet"], negative_columns="answer")
+    assert found.receipt["went_out"] == {"text-pairs": 58}
+    assert found.dropped == {"not UTF-8": 2}
+    assert found.receipt["examples"] == {"not UTF-8": ["t.parquet, row 14", "t.parquet, row 58"]}
+    rows = [row for piece in parquet_pieces([tmp_path / "t.parquet"], 1000, columns=()) for row in
+            read_parquet(piece, ("negative",))]  # fmt: skip
+    assert [row for row in rows if isinstance(row, Dropped)] == [
+        Dropped("a value that cannot be read", "t.parquet, row 32")
+    ]
+    assert len(rows) == 60
+
+
+def test_damage_in_a_row_group_is_counted_in_rows_and_costs_no_other_group(tmp_path):
+    table = pyarrow.table({"query": [f"query number {number}" for number in range(400)]})
+    path = tmp_path / "t.parquet"
+    parquet.write_table(table, path, row_group_size=100, compression="none", use_dictionary=False)
+    data = bytearray(path.read_bytes())
+    place = parquet.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    data[place : place + 400] = b"\xff" * 400
+    path.write_bytes(data)
+    (piece,) = parquet_pieces([path], 1000, columns=())
+    found = list(read_parquet(piece, ("query",)))
+    lost = [row for row in found if isinstance(row, Dropped)]
+    assert [row.reason for row in lost] == ["rest of a parquet row group that is damaged"]
+    assert len(found) - 1 + lost[0].count == 400
+    assert [row[0] for row in found if not isinstance(row, Dropped)][-200:] == [
+        f"t.parquet, row {number}" for number in range(201, 401)
+    ]

@@ -203,3 +203,16 @@ def test_a_string_without_an_end_is_read_once(images, run):
     path.write_bytes(b'{"data": [{"question": "' + rb"\"" * 2_000_000)
     with pytest.raises(UserError, match="q.json: is cut short"):
         run("docvqa", questions=path, images=images)
+
+
+def test_one_broken_element_of_a_list_costs_itself_alone(images, run):
+    data = [question(number, image=f"documents/{number % 3}.png") for number in range(9)]
+    raw = json.dumps({"data": data}).encode()
+    raw = raw.replace(b"What 3?", b"What \xe9?").replace(b'"What 5?"', b'"What 5?" oops').replace(b"What 6?", b"a\tb")
+    (images / "q.json").write_bytes(raw)
+    found = run("docvqa", questions=images / "q.json", images=images)
+    assert found.dropped == {"not JSON": 2, "not UTF-8": 1}
+    assert found.receipt["examples"]["not UTF-8"] == ["q.json, element 3"]
+    assert [text for sample in found.samples["image-long"] for text in sample.captions] == [
+        f"What {number}? answer {number}" for number in (0, 1, 2, 4, 7, 8)
+    ]

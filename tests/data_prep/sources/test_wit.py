@@ -97,3 +97,23 @@ def test_a_table_without_images_or_without_its_columns_is_refused(tmp_path, imag
     path.write_text("language\timage_url\nen\tx\n")
     with pytest.raises(UserError, match="lacks WIT's columns page_url, page_title"):
         run("wit", paths=[path], images=images)
+
+
+def test_images_of_one_name_at_two_addresses_are_not_mixed_up(tmp_path, images, run, picture):
+    host = "https://upload.wikimedia.org/wikipedia"
+    rows = [
+        row(language="en", image_url=f"{host}/{place}/a/a1/Logo.jpg", caption_reference_description=place)
+        for place in ("commons", "en", "commons")
+    ]
+    table = write(tmp_path / "w.tsv", [*rows, row(**FULL)])
+    (images / "Logo.jpg").write_bytes(picture(1))
+    found = run("wit", paths=[table], images=images, out=tmp_path / "flat")
+    assert [sample.captions for sample in found.samples["image-short"]] == [["כיתוב, with\ta tab"]]
+    assert found.dropped == {"image by a name that several addresses share; keep it under its address's path": 3}
+    for number, place in enumerate(("wikipedia/commons/a/a1", "en/a/a1"), 2):
+        (images / place).mkdir(parents=True)
+        (images / place / "Logo.jpg").write_bytes(picture(number))
+    samples = run("wit", paths=[table], images=images, out=tmp_path / "deep").samples["image-short"]
+    assert [(s.captions[0], s.image) for s in samples[:3]] == [
+        ("commons", picture(2)), ("en", picture(3)), ("commons", picture(2))
+    ]  # fmt: skip

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.errors import UserError
-from data_prep.languages import LANGUAGES
+from data_prep.languages import LANGUAGES, house_language
 from data_prep.names import check_name
 from data_prep.shards.format import parse_json
 
@@ -66,7 +66,7 @@ def check_languages(languages: list[str]) -> list[str]:
     """The languages themselves, "all" being the thirty; UserError for one that is not among them."""
     if languages == ["all"]:
         return list(LANGUAGES)
-    unknown = [language for language in languages if language not in LANGUAGES]
+    unknown = [language for language in languages if house_language(language) not in LANGUAGES]
     if unknown:
         raise UserError(f"unknown language {unknown[0]!r}; there are {' '.join(LANGUAGES)}, or all")
-    return list(dict.fromkeys(languages))
+    return list(dict.fromkeys(map(house_language, languages)))

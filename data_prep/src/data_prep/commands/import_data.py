@@ -114,7 +114,7 @@ def _add_image_rule(parser: argparse.ArgumentParser, rule: ImageRule) -> None:
         help="which side gets that size; shortest and longest keep the shape and never enlarge (default: %(default)s)",
     )
     group.add_argument(
-        "--encoding",
+        "--image-encoding",
         choices=ENCODINGS,
         default=rule.encoding,
         help="of images that cannot stay as they are (default: %(default)s)",
@@ -135,14 +135,27 @@ def _run_import(options: argparse.Namespace, *, out: str, evalset: bool = False)
     """Import the source of the command line into `out`; returns the receipt."""
     from data_prep.sources.importing import import_source
 
-    return import_source(
+    receipt = import_source(
         made(options.source, options),
         target_of(options, out),
         title=options.title,
         evalset=evalset,
-        image=made(ImageRule, options, size=options.image_size) if options.source.image is not None else None,
+        image=made(ImageRule, options, size=options.image_size, encoding=options.image_encoding)
+        if options.source.image is not None
+        else None,
         execution=execution_of(options),
     )
+    _say_what_is_lost(receipt, out, options.name)
+    return receipt
+
+
+def _say_what_is_lost(receipt: JsonObject | None, out: str, name: str) -> None:
+    """A line if more than a twentieth of what came in was dropped: two files that do not belong together look so."""
+    dropped: dict[str, int] = (receipt or {}).get("dropped", {})
+    if receipt and sum(dropped.values()) * 20 > receipt["came_in"]:
+        share, most = sum(dropped.values()) / receipt["came_in"], max(dropped, key=dropped.__getitem__)
+        place = Path(out) / next(iter(receipt["went_out"])) / name / "receipt.json"
+        print(f"WARNING: {share:.0%} of what came in was dropped, most of it for: {most} (examples: {place})")
 
 
 def _import(options: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from data_prep.curation.language_id import MIN_LETTERS, identify, letters
 from data_prep.curation.passes import TextDict, job_on, open_alike, samples_of, write
 from data_prep.errors import UserError
 from data_prep.execute import Execution, Output, Target, run_job
-from data_prep.languages import LANGUAGES
+from data_prep.languages import LANGUAGES, house_language
 from data_prep.shards.format import JsonObject
 
 SURE = 0.9
@@ -32,6 +32,7 @@ def relabel(
     """
     if not 0 < sure <= 1:
         raise UserError(f"--sure {sure}: expected a probability above 0 and up to 1")
+    without = [house_language(code) for code in without]
     if strangers := [code for code in without if code not in LANGUAGES]:
         raise UserError(
             f"--without {' '.join(strangers)}: expected codes of the thirty languages, {' '.join(LANGUAGES)}"
@@ -69,7 +70,7 @@ def check(piece: JsonObject, options: JsonObject, output: Output) -> None:
 
 def _language_of(text: TextDict, sure: float) -> tuple[str | None, str]:
     """(its language, "") or (None, why it is removed)."""
-    said = text["language"]
+    said = house_language(text["language"])
     if said in LANGUAGES and letters(text["text"]) < MIN_LETTERS:
         return said, ""
     if said not in LANGUAGES and said != "und":

@@ -15,7 +15,7 @@ from data_prep.sources.json_lists import list_pieces, read_list
 from data_prep.sources.parquet import image_bytes, parquet_pieces, read_parquet
 from data_prep.sources.questions import DOCUMENTS
 from data_prep.sources.records import Dropped, Found, ImageRecord, argument, from_rows, option
-from data_prep.sources.texts import files_in
+from data_prep.sources.texts import files_in, names_of
 
 _ELEMENTS = 1000
 
@@ -112,7 +112,10 @@ class ArxivCap:
     files: tuple[str, ...] = argument("parquet files, or folders of them")
 
     def pieces(self) -> Iterator[JsonObject]:
-        yield from parquet_pieces(files_in(self.files, (".parquet",)), 100, columns=("caption_images",))
+        paths = files_in(self.files, (".parquet",))
+        for path, name in zip(paths, names_of(paths), strict=True):  # a figure's identity begins with its file's name
+            for piece in parquet_pieces([path], 100, columns=("caption_images",)):
+                yield {**piece, "shown": name}
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
         return from_rows(read_parquet(piece, ("caption_images",)), self._record)

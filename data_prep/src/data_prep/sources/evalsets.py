@@ -18,11 +18,11 @@ from data_prep.image_rule import ImageRule
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject, parse_json
 from data_prep.sources.folder import inside
+from data_prep.sources.ids import same_id
 from data_prep.sources.records import Dropped, Found, ImageRecord, argument, file_stat
 
 _IMAGES = 500
 _OTHER_FORMAT = (OSError, ValueError, KeyError, TypeError, AttributeError)
-_XTD_CODES = {"jp": "ja"}  # as its files are called
 
 Photo = tuple[str, list[Text]]  # file name below the folder of images, captions
 
@@ -111,7 +111,7 @@ class Xtd10(_Photos):
                 raise UserError(f"{path}: has {len(lines)} lines, test_image_names.txt {len(names)}; expected as many")
             for own, line in zip(texts, lines, strict=True):
                 if line:
-                    own.append(Text(line, _XTD_CODES.get(code, code), "name"))
+                    own.append(Text(line, code, "name"))
         return [(_coco_name(Path(self.images), name), own) for name, own in zip(names, texts, strict=True)]
 
 
@@ -147,11 +147,12 @@ class Coco(_Photos):
 
     def photos(self) -> list[Photo]:
         content = parse_json(Path(self.captions).read_bytes())
-        captions: dict[Any, list[Text]] = {image["id"]: [] for image in content["images"]}
+        captions: dict[Any, list[Text]] = {same_id(image["id"]): [] for image in content["images"]}
         for annotation in content["annotations"]:
-            captions[annotation["image_id"]].append(Text(annotation["caption"].strip(), "en", "name"))
+            captions[same_id(annotation["image_id"])].append(Text(annotation["caption"].strip(), "en", "name"))
         return [
-            (_coco_name(Path(self.images), image["file_name"]), captions[image["id"]]) for image in content["images"]
+            (_coco_name(Path(self.images), image["file_name"]), captions[same_id(image["id"])])
+            for image in content["images"]
         ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,8 +13,17 @@ from data_prep.errors import UserError
 from data_prep.image_rule import ImageRule
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
-from data_prep.sources.records import Dropped, Found, ImageRecord, argument, from_rows, option, pick
-from data_prep.sources.tables import is_json_lines, read_table, table_columns, table_pieces
+from data_prep.sources.dialects import DELIMITER, ENCODING, ESCAPE, NO_HEADER, QUOTING, Said
+from data_prep.sources.records import Dropped, Found, ImageRecord, argument, from_rows, option, pick, usual_column
+from data_prep.sources.tables import (
+    check_columns,
+    is_json_lines,
+    line_pieces,
+    noted,
+    open_table,
+    read_table,
+    shown,
+)
 
 _ROWS = 500
 _IMAGE = ("image", "file", "file_name", "filename", "filepath", "path", "image_path")
@@ -41,8 +50,11 @@ class Folder:
     language_column: str = option("", f"column of the language (default: the first of {', '.join(_LANGUAGE)})")
     language: str = option("und", "language where no column says it")
     origin: str = option("human", "where the captions came from: human, machine-translation, synthetic:MODEL")
-    delimiter: str = option("", "of the columns, one character or \\t (default: what parts the first line)")
-    charset: str = option("utf-8", "character set of a CSV or TSV; Excel's plain CSV is often cp1252")
+    delimiter: str = option("", DELIMITER)
+    quoting: str = option("", QUOTING, choices=("double", "none"))
+    escape: str = option("", ESCAPE)
+    encoding: str = option("", ENCODING)
+    no_header: bool = option(False, NO_HEADER)
     held_out: float = option(0.0, "share of the images for OUT/validation, the rest going to OUT/train (default: none)")
     split: str = option("", "with --held-out: one of the two (default: both)", choices=("train", "validation"))
 
@@ -54,26 +66,42 @@ class Folder:
             raise UserError(f"--held-out {self.held_out:g}: expected a share of the images, such as 0.1")
         if self.split and not self.held_out:
             raise UserError(f"--split {self.split}: of what? say the share of the other one, too: --held-out 0.1")
-        columns = None if is_json_lines(table) else table_columns(table, self.delimiter, self.charset)
-        if columns is not None:
-            for named in (self.image_column, self.caption_column, self.long_column, self.language_column):
-                if named and named not in columns:
-                    raise UserError(f"{table}: has no column {named!r}; it has {', '.join(columns)}")
-            if not (self.image_column or set(_IMAGE) & set(columns)):
+        if is_json_lines(table):
+            yield from ({**piece, "format": "jsonl"} for piece in line_pieces(table))
+            return
+        opened = open_table(table, Said(self.delimiter, self.quoting, self.escape, self.encoding, not self.no_header))
+        self._check(table, opened.columns)
+        yield from opened.pieces(_ROWS)
+
+    def _check(self, table: Path, columns: Sequence[str]) -> None:
+        """UserError if a table lacks columns."""
+        image = self.image_column or usual_column(columns, self._usual(_IMAGE))
+        captions = [
+            named or usual_column(columns, self._usual(usual))
+            for named, usual in ((self.caption_column, _CAPTION), (self.long_column, _LONG))
+        ]
+        for found, what in (
+            (image, "file names; name it: --image"),
+            ("".join(captions), "captions; name it: --caption"),
+        ):
+            if not found:
                 raise UserError(
-                    f"{table}: none of {', '.join(columns)} is known for file names; name it: --image-column"
+                    f"{table}: none of {shown(columns)} is known for {what}-column; if they are the first row, say "
+                    "--no-header"
                 )
-            if not (self.caption_column or self.long_column or set(_CAPTION + _LONG) & set(columns)):
-                raise UserError(
-                    f"{table}: none of {', '.join(columns)} is known for captions; name it: --caption-column"
-                )
-        yield from table_pieces(table, _ROWS, delimiter=self.delimiter, charset=self.charset)
+        language = self.language_column or usual_column(columns, self._usual(_LANGUAGE))
+        check_columns(table, columns, filter(None, (image, *captions, language)))
+
+    def _usual(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """The usual names of a column; without a header the places of file name and caption."""
+        return names if not self.no_header else ("1",) if names is _IMAGE else ("2",) if names is _CAPTION else ()
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
-        return from_rows(read_table(piece), self._record)
+        yield from noted(piece)
+        yield from from_rows(read_table(piece), self._record)
 
     def _record(self, where: str, values: JsonObject) -> Iterator[Found]:
-        name = pick(values, self.image_column, _IMAGE)
+        name = pick(values, self.image_column, self._usual(_IMAGE))
         if not isinstance(name, str) or not name:
             yield Dropped("no file name", where)
             return
@@ -81,10 +109,10 @@ class Folder:
         if path is None:
             yield Dropped("file name outside the folder", where)
             return
-        found = pick(values, self.language_column, _LANGUAGE)
+        found = pick(values, self.language_column, self._usual(_LANGUAGE))
         language = found if isinstance(found, str) and found else self.language
-        short = self._captions(pick(values, self.caption_column, _CAPTION), language, "name")
-        long = self._captions(pick(values, self.long_column, _LONG), language, "long")
+        short = self._captions(pick(values, self.caption_column, self._usual(_CAPTION)), language, "name")
+        long = self._captions(pick(values, self.long_column, self._usual(_LONG)), language, "long")
         if short is None or long is None:
             yield Dropped("caption is no text", where)
         elif not short and not long:
@@ -98,7 +126,7 @@ class Folder:
         texts = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(text, str) for text in texts):
             return None
-        return [Text(text.strip(), language, role, self.origin) for text in texts if text.strip()]
+        return [Text(text, language, role, self.origin) for text in texts if text.strip()]
 
 
 def _side(path: Path, held_out: float) -> str:

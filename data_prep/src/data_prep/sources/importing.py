@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from data_prep.execute import Execution, Job, Output, Target, run_job, say
 from data_prep.image_rule import ImageRule
 from data_prep.images import ImageRefused, StoredImage, store_image
-from data_prep.samples import captions_json, languages_of, texts_json
+from data_prep.languages import LANGUAGES, house_language
+from data_prep.samples import Text, captions_json, languages_of, texts_json
 from data_prep.shards import Unusable, content_of
 from data_prep.shards.content import is_language
 from data_prep.shards.format import JsonObject
@@ -76,10 +77,12 @@ def import_piece(piece: JsonObject, options: JsonObject, output: Output) -> None
 
 
 def _write_texts(record: TextRecord, name: str, output: Output) -> None:
+    query, target = _ours(record.query, output), _ours(record.target, output)
+    negatives = None if record.negatives is None else [_ours(negative, output) for negative in record.negatives]
     kind = "text-pairs" if record.negatives is None else "text-triplets"
     item = f"{name}/{output.next_key(kind)}"
-    content = texts_json(record.query, record.target, record.negatives, source=name, item=item)
-    languages = languages_of(record.query, record.target, *(record.negatives or ()))
+    content = texts_json(query, target, negatives, source=name, item=item, score=record.score)
+    languages = languages_of(query, target, *(negatives or ()))
     _write(kind, {"json": content}, languages, record.where, output)
 
 
@@ -91,10 +94,19 @@ def _write_image(record: ImageRecord, rule: ImageRule, name: str, output: Output
         return
     if stored.encoded_anew:
         output.note("images encoded anew")
-    for kind, captions in (("image-short", record.short), ("image-long", record.long)):
+    for kind, found in (("image-short", record.short), ("image-long", record.long)):
+        captions = _ours(found, output)
         if captions:
             content = captions_json(captions, source=name, item=f"{name}/{record.item}")
             _write(kind, {stored.extension: stored.data, "json": content}, languages_of(captions), record.where, output)
+
+
+def _ours(texts: Sequence[Text], output: Output) -> list[Text]:
+    """The texts, with their languages as the house calls them; others than its thirty are counted."""
+    ours = [replace(text, language=house_language(text.language)) for text in texts]
+    if strangers := sum(text.language not in LANGUAGES and text.language != "und" for text in ours):
+        output.note("texts in a language that is none of the thirty", strangers)
+    return ours
 
 
 def _write(kind: str, members: dict[str, bytes], languages: list[str], where: str, output: Output) -> None:

@@ -45,10 +45,37 @@ def read_list(piece: JsonObject) -> Iterator[Row | Dropped]:
         raw = file.read(piece["end"] - piece["start"])
     try:
         values = parse_json(b"[" + raw + b"]")
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON between bytes {piece['start']} and {piece['end']} ({error})") from error
+    except ValueError:
+        yield from _one_by_one(raw, path.name, piece["row"])
+        return
     for number, value in enumerate(values, piece["row"]):
         yield f"{path.name}, element {number}", value
+
+
+def _one_by_one(raw: bytes, name: str, first: int) -> Iterator[Row | Dropped]:
+    """The elements of a piece that cannot be parsed as a whole: what is wrong with one costs that one."""
+    for number, (start, end) in enumerate(_spans(raw), first):
+        where = f"{name}, element {number}"
+        try:
+            yield where, parse_json(raw[start:end])
+        except UnicodeDecodeError:
+            yield Dropped("not UTF-8", where)
+        except ValueError:
+            yield Dropped("not JSON", where)
+
+
+def _spans(raw: bytes) -> Iterator[tuple[int, int]]:
+    """Where the objects and lists of a piece begin and end, by their brackets alone."""
+    depth = start = 0
+    for token in _TOKENS.finditer(raw):
+        text = token.group()
+        if text in (b"[", b"{"):
+            start = start if depth else token.start()
+            depth += 1
+        elif text in (b"]", b"}"):
+            depth -= 1
+            if not depth:
+                yield start, token.end()
 
 
 def _element_spans(path: Path, key: str | None) -> Iterator[tuple[int, int]]:

@@ -10,6 +10,8 @@ from data_prep.errors import UserError, needs
 from data_prep.shards.format import JsonObject
 from data_prep.sources.records import Dropped, file_stat
 
+Values = tuple[str, JsonObject]  # place and columns of a row
+
 _BATCH = 16  # rows in memory at a time: each may hold an image
 
 
@@ -47,20 +49,49 @@ def _read_footer(path: Path) -> tuple[Any, list[str]]:
         raise UserError(f"{path}: not a parquet file that can be read ({error})") from error
 
 
-def read_parquet(piece: JsonObject, columns: Sequence[str]) -> Iterator[tuple[str, JsonObject] | Dropped]:
+def read_parquet(piece: JsonObject, columns: Sequence[str]) -> Iterator[Values | Dropped]:
     """The rows of a piece, with those of `columns` that the file has."""
     parquet = needs("pyarrow.parquet", extra="parquet", what="reading parquet")
     path = Path(piece["file"])
-    number = piece["row"]
     try:
-        with parquet.ParquetFile(path) as file:
-            present = [name for name in columns if name in file.schema_arrow.names]
-            for batch in file.iter_batches(_BATCH, row_groups=piece["groups"], columns=present, use_threads=False):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path.name}, row {number}", row
+        file = parquet.ParquetFile(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a parquet file that can be read ({error})") from error
+    with file:
+        present = [name for name in columns if name in file.schema_arrow.names]
+        first = piece["row"]
+        for group in piece["groups"]:
+            yield from _group(file, group, present, piece.get("shown", path.name), first)
+            first += file.metadata.row_group(group).num_rows
+
+
+def _group(file: Any, group: int, columns: Sequence[str], name: str, first: int) -> Iterator[Values | Dropped]:
+    """The rows of a row group. Damage costs the rest of the group, and nothing of the next one."""
+    number, end = first, first + file.metadata.row_group(group).num_rows
+    try:
+        for batch in file.iter_batches(_BATCH, row_groups=[group], columns=columns, use_threads=False):
+            yield from rows_of(batch, name, number)
+            number += batch.num_rows
     except (OSError, ValueError) as error:  # pyarrow's own are of these
-        yield Dropped("rest of a parquet piece that is damaged", f"{path.name} after row {number} ({error})"[:200])
+        where = f"{name} after row {number} ({error})"[:200]
+        yield Dropped("rest of a parquet row group that is damaged", where, max(1, end - number))
+
+
+def rows_of(batch: Any, name: str, first: int) -> Iterator[Values | Dropped]:
+    """The rows of a record batch or table of Arrow, the first being number `first` from 0 in the file `name`. Arrow
+    does not check texts: one that cannot be read costs its row alone."""
+    try:
+        values = batch.to_pylist()
+    except (ValueError, OverflowError) as error:  # not UTF-8; a date that Python does not have
+        if batch.num_rows > 1:
+            for number in range(batch.num_rows):
+                yield from rows_of(batch.slice(number, 1), name, first + number)
+            return
+        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "a value that cannot be read"
+        yield Dropped(reason, f"{name}, row {first + 1}")
+        return
+    for number, row in enumerate(values, first + 1):
+        yield f"{name}, row {number}", row
 
 
 def image_bytes(value: object) -> bytes | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -29,12 +29,16 @@ class ImageRecord:
 
 @dataclass(frozen=True, slots=True)
 class TextRecord:
-    """Alternatives of a query and of its target; with `negatives` (alternatives of each) a triplet; one item each."""
+    """Alternatives of a query and of its target; with `negatives` (alternatives of each) a triplet; one item each.
+
+    score: how alike people find the two, of a pair that is for evaluation.
+    """
 
     where: str
     query: Sequence[Text]
     target: Sequence[Text]
     negatives: Sequence[Sequence[Text]] | None = None
+    score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +82,12 @@ def objects(rows: Iterable[Row | Dropped]) -> Iterator[tuple[str, JsonObject] | 
 
 def pick(values: JsonObject, named: str, usual: Sequence[str]) -> Any:
     """The value of the column that the user named, else of the first usual one; None if there is none."""
-    return values.get(named) if named else next((values[name] for name in usual if name in values), None)
+    return values.get(named or usual_column(values, usual))
+
+
+def usual_column(columns: Container[str], usual: Sequence[str]) -> str:
+    """The first of the usual columns that is there, "" if none is."""
+    return next((name for name in usual if name in columns), "")
 
 
 def file_stat(path: Path) -> JsonObject:

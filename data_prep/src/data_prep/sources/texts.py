@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,15 +14,22 @@ from data_prep.errors import UserError
 from data_prep.image_rule import ImageRule
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
+from data_prep.sources.dialects import DELIMITER, ENCODING, ESCAPE, NO_HEADER, QUOTING, Said
+from data_prep.sources.labels import Judgement, Labels
 from data_prep.sources.parquet import parquet_columns, parquet_pieces, read_parquet
-from data_prep.sources.records import Dropped, Found, Noted, Row, TextRecord, argument, option, pick
-from data_prep.sources.tables import line_pieces, read_lines, read_table, table_columns, table_pieces
+from data_prep.sources.records import Dropped, Found, Noted, Row, TextRecord, argument, option, pick, usual_column
+from data_prep.sources.tables import check_columns, line_pieces, noted, open_table, read_lines, read_table, shown
 
 _ROWS = 20_000
+_LOOK_AT = 1000  # rows of a file
 _TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+_ALSO_TABLES = (*_TABLES, ".txt", ".txt.gz", ".tab")  # where they are named one by one
 _ENDINGS = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", *_TABLES, ".parquet")
-_QUERY = ("query", "anchor", "question", "sentence1", "text1", "source")
-_TARGET = ("pos", "positive", "target", "answer", "document", "passage", "sentence2", "text2")
+_QUERY = ("query", "anchor", "question", "sentence1", "text1", "question1", "premise", "source")
+_POSITIVE = ("pos", "positive")
+_TARGET = (
+    *_POSITIVE, "target", "answer", "document", "passage", "sentence2", "text2", "question2", "hypothesis"
+)  # fmt: skip
 _NEGATIVE = re.compile(r"(hard_)?neg(ative)?s?(_\d+)?")
 
 
@@ -31,7 +40,8 @@ class Texts:
     A JSON line is [query, target], [query, target, negative, …], {"set": [texts that say the same]}, or an object with
     the columns of a table: query, target, and the negatives in one list or in a column each, found by their usual names
     or named by options. With enough negatives a line becomes a triplet; with fewer a pair, which the
-    receipt counts.
+    receipt counts. A column that is called label, score, similarity and the like says whether the texts match, or how
+    much: only those that do are positives.
     """
 
     image: ClassVar[ImageRule | None] = None
@@ -43,8 +53,20 @@ class Texts:
     query_column: str = option("", f"column of the query (default: the first of {', '.join(_QUERY)})")
     target_column: str = option("", f"column of the target (default: the first of {', '.join(_TARGET)})")
     negative_columns: str = option("", "columns of negatives, with commas (default: negative, neg, negative_1, …)")
-    delimiter: str = option("", "of a table's columns, one character or \\t (default: what parts the first line)")
-    charset: str = option("utf-8", "character set of a CSV or TSV; Excel's plain CSV is often cp1252")
+    label_column: str = option(
+        "", "column that says whether texts match, or how much (default: label, score, …); or none"
+    )
+    positives: str = option("", "labels that say that texts match, with commas (default: 1, true, entailment, …)")
+    score_scale: float = option(1.0, "score of texts that say the same")
+    min_score: float = option(0.8, "share of the scale from which on a pair is a positive; others are dropped")
+    graded: str = option(
+        "pairs", "sts: keep all pairs that have a score, with it, to evaluate on", choices=("pairs", "sts")
+    )
+    delimiter: str = option("", DELIMITER)
+    quoting: str = option("", QUOTING, choices=("double", "none"))
+    escape: str = option("", ESCAPE)
+    encoding: str = option("", ENCODING)
+    no_header: bool = option(False, NO_HEADER)
 
     def pieces(self) -> Iterator[JsonObject]:
         languages = self.language.split(",")
@@ -52,41 +74,81 @@ class Texts:
             raise UserError(f"--language {self.language}: expected one language, or QUERY,TARGET (de,en)")
         if self.negatives < 1:
             raise UserError(f"--negatives {self.negatives}: expected at least 1")
-        for path in files_in(self.files, _ENDINGS):
+        self._labels()  # refuses what cannot be a scale
+        file = ""
+        for piece in self._pieces():
+            if piece["file"] != file:  # labels that cannot be read are refused before it begins
+                for row in islice(_rows(piece), _LOOK_AT):
+                    if not isinstance(row, Dropped) and isinstance(row[1], dict):
+                        self._judged(*row)
+            file = piece["file"]
+            yield piece
+
+    def _pieces(self) -> Iterator[JsonObject]:
+        said = Said(self.delimiter, self.quoting, self.escape, self.encoding, not self.no_header)
+        paths = files_in(self.files, _ENDINGS)
+        for path, name in zip(paths, names_of(paths), strict=True):
             if path.suffix.lower() == ".parquet":
                 columns = self._needed(path, parquet_columns(path))
                 for piece in parquet_pieces([path], _ROWS, columns=columns):
-                    yield {**piece, "format": "parquet", "columns": columns}
-            elif path.name.lower().endswith(_TABLES):
-                self._needed(path, table_columns(path, self.delimiter, self.charset))
-                yield from table_pieces(path, _ROWS, delimiter=self.delimiter, charset=self.charset)
+                    yield {**piece, "format": "parquet", "columns": columns, "shown": name}
+            elif path.name.lower().endswith(_ALSO_TABLES):
+                table = open_table(path, said)
+                self._needed(path, table.columns)
+                for piece in table.pieces(_ROWS):
+                    yield {**piece, "shown": name}
             else:
-                yield from line_pieces(path)
+                for piece in line_pieces(path):
+                    yield {**piece, "shown": name}
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
-        first, _, second = self.language.partition(",")
+        yield from noted(piece)
         for row in _rows(piece):
             if isinstance(row, Dropped):
                 yield row
-                continue
-            where, value = row
-            parts = self._parts(value)
-            if parts is None:
-                yield Dropped("not one of the forms of pairs and triplets", where)
-                continue
-            query, target, negatives = ([text for text in part if text.strip()] for part in parts)
-            if not query or not target:
-                yield Dropped("empty text", where)
-                continue
-            enough = len(negatives) >= self.negatives
-            if negatives and not enough:
-                yield Noted(f"with fewer than {self.negatives} negatives, as pairs")
-            yield TextRecord(
-                where,
-                self._texts(query, first),
-                self._texts(target, second or first),
-                [self._texts([text], second or first) for text in negatives[: self.negatives]] if enough else None,
-            )
+            else:
+                yield from self.record(*row)
+
+    def record(self, where: str, value: Any) -> Iterator[Found]:
+        """What a line or row gives."""
+        first, _, second = self.language.partition(",")
+        parts = self._parts(value)
+        if parts is None:
+            yield Dropped("not one of the forms of pairs and triplets", where)
+            return
+        query, target, negatives = ([text for text in part if text.strip()] for part in parts)
+        if not query or not target:
+            yield Dropped("empty text", where)
+            return
+        said = self._judged(where, value) if isinstance(value, dict) else None
+        score = said.grade if said and self.graded == "sts" else None
+        if self.graded == "sts" and score is None:
+            yield Dropped("pair without a score", where)
+            return
+        if said and not said.right and score is None:
+            yield Dropped(said.reason, where)
+            return
+        enough = len(negatives) >= self.negatives
+        if negatives and not enough:
+            yield Noted(f"with fewer than {self.negatives} negatives, as pairs")
+        yield TextRecord(
+            where,
+            self._texts(query, first),
+            self._texts(target, second or first),
+            [self._texts([text], second or first) for text in negatives[: self.negatives]] if enough else None,
+            score,
+        )
+
+    def _judged(self, where: str, values: JsonObject) -> Judgement | None:
+        """What labels and scores of a row say of its pair. A column that is called positive says it itself, and a score
+        beside it is a teacher's."""
+        if not self.label_column and (self.target_column or usual_column(values, _TARGET)) in _POSITIVE:
+            return None
+        return self._labels().judge(values, where)
+
+    def _labels(self) -> Labels:
+        positives = tuple(self.positives.split(",")) if self.positives else ()
+        return Labels(self.label_column, positives, self.score_scale, self.min_score)
 
     def _parts(self, value: Any) -> tuple[list[str], list[str], list[str]] | None:
         """Query, targets and negatives of a line; None if it has another form."""
@@ -96,7 +158,10 @@ class Texts:
             parts = value["set"][:1], value["set"][1:], []
         elif isinstance(value, dict):
             negatives = [text for name in self._negatives(value) for text in _listed(value.get(name))]
-            query, target = pick(value, self.query_column, _QUERY), pick(value, self.target_column, _TARGET)
+            query, target = (
+                pick(value, self.query_column, self._usual(_QUERY)),
+                pick(value, self.target_column, self._usual(_TARGET)),
+            )
             if query is None or target is None:
                 return None
             parts = [query], _listed(target), negatives
@@ -110,19 +175,27 @@ class Texts:
             return self.negative_columns.split(",")
         return [name for name in columns if _NEGATIVE.fullmatch(name)]
 
-    def _needed(self, path: Path, columns: list[str]) -> list[str]:
+    def _needed(self, path: Path, columns: Sequence[str]) -> list[str]:
         """Those of a file's columns that are read. UserError if some are missing."""
-        needed = self._negatives(columns)
+        if self.no_header and len(columns) != 2 and not (self.query_column and self.target_column):
+            raise UserError(
+                f"{path}: has {len(columns)} columns without names; say which: --query-column 1 --target-column 2"
+            )
+        needed = [*self._negatives(columns), *self._labels().columns(columns)]
         for what, named, usual in (("query", self.query_column, _QUERY), ("target", self.target_column, _TARGET)):
-            found = named or next((name for name in usual if name in columns), None)
-            if found is None:
+            found = named or usual_column(columns, self._usual(usual))
+            if not found:
                 raise UserError(
-                    f"{path}: none of {', '.join(columns)} is known for the {what}; name it: --{what}-column"
+                    f"{path}: none of {shown(columns)} is known for the {what}; name it: --{what}-column; if they are "
+                    "the first row, say --no-header"
                 )
             needed.append(found)
-        if missing := [name for name in needed if name not in columns]:
-            raise UserError(f"{path}: has no column {', '.join(missing)}; it has {', '.join(columns)}")
-        return needed
+        check_columns(path, columns, needed)
+        return list(dict.fromkeys(needed))
+
+    def _usual(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """The usual names of query or target; without a header their places."""
+        return ("1" if names is _QUERY else "2",) if self.no_header else names
 
     def _texts(self, texts: list[str], language: str) -> list[Text]:
         return [Text(text, language, "body", self.origin) for text in texts]
@@ -141,6 +214,19 @@ def files_in(paths: tuple[str, ...], endings: tuple[str, ...]) -> list[Path]:
             found.append(path)
         else:
             raise UserError(f"{path}: no such file or folder")
+    return found
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """How files are called in a receipt: by their last name, and those that share it by as much more as parts them."""
+    found = [path.name for path in paths]
+    for count in range(2, max((len(path.parts) for path in paths), default=0) + 1):
+        often = Counter(found)
+        if len(often) == len(found):
+            break
+        found = [
+            "/".join(path.parts[-count:]) if often[name] > 1 else name for path, name in zip(paths, found, strict=True)
+        ]
     return found
 
 

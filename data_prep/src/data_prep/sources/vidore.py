@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from data_prep.errors import UserError
 from data_prep.image_rule import ImageRule
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
 from data_prep.sources.answers import answer_text, chosen, listed, question_caption
-from data_prep.sources.parquet import image_bytes, parquet_pieces, read_parquet
+from data_prep.sources.ids import same_id
+from data_prep.sources.parquet import image_bytes, parquet_columns, parquet_pieces, read_parquet
 from data_prep.sources.questions import DOCUMENTS
-from data_prep.sources.records import Dropped, Found, ImageRecord, argument, from_rows, option
-from data_prep.sources.texts import files_in
+from data_prep.sources.records import Dropped, Found, ImageRecord, argument, from_rows, objects, option, usual_column
+from data_prep.sources.texts import files_in, names_of
 
 _COLUMNS = ("query", "image", "image_filename", "options", "answer", "page", "model", "prompt", "source")
 _ROWS = 500
+# Names of columns in BEIR's form, in ViDoRe's third version, and in BEIR's own files.
+_PAGE = ("corpus-id", "corpus_id", "_id", "id")
+_QUERY = ("query-id", "query_id", "_id", "id")
+_TEXT = ("query", "text")
+_ABSENT = object()
+_SEVERAL = "if the folder holds several benchmarks, name one of them"
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,10 @@ class Vidore:
     language: str = option("en", "language of the queries")
 
     def pieces(self) -> Iterator[JsonObject]:
-        yield from parquet_pieces(files_in(self.files, (".parquet",)), _ROWS, columns=("query", "image"))
+        paths = files_in(self.files, (".parquet",))
+        for path, name in zip(paths, names_of(paths), strict=True):
+            for piece in parquet_pieces([path], _ROWS, columns=("query", "image")):
+                yield {**piece, "shown": name}
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
         return from_rows(read_parquet(piece, _COLUMNS), self._record)
@@ -78,21 +88,28 @@ class VidoreBenchmark:
     language: str = option("en", "language of the queries, where they do not say it")
 
     def pieces(self) -> Iterator[JsonObject]:
-        _parts(self.folder, "qrels")
-        _parts(self.folder, "queries")
-        yield from parquet_pieces(_parts(self.folder, "corpus"), _ROWS, columns=("corpus-id", "image"))
+        for part in ("qrels", "queries", "corpus"):
+            _parts(self.folder, part)
+        lost = _lost(self.folder, self.language)
+        for path in _parts(self.folder, "corpus"):
+            columns = _columns(path, (_PAGE, ("image",)))
+            for piece in parquet_pieces([path], _ROWS, columns=columns):
+                yield {**piece, "columns": columns, "lost": lost}
+                lost = 0
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
-        return from_rows(read_parquet(piece, ("corpus-id", "image")), self._record)
+        if piece["lost"]:
+            yield Dropped("judgements of relevance whose query or page is not there", "qrels", piece["lost"])
+        number, image = piece["columns"]
+        for row in objects(read_parquet(piece, piece["columns"])):
+            yield row if isinstance(row, Dropped) else self._record(row[0], row[1].get(number), row[1].get(image))
 
-    def _record(self, where: str, fields: JsonObject) -> Iterator[Found]:
-        relevant = _relevant(self.folder, self.language)
-        number, image = fields.get("corpus-id"), image_bytes(fields.get("image"))
-        if number is None or image is None:
-            yield Dropped("no image" if image is None else "no corpus-id", where)
-            return
-        captions = relevant.get(str(number)) or [Text(str(number), "und", "key")]
-        yield ImageRecord(where, str(number), image, short=captions)
+    def _record(self, where: str, number: object, image: object) -> Found:
+        page, data = same_id(number), image_bytes(image)
+        if page is None or data is None:
+            return Dropped("no image" if data is None else "no corpus-id", where)
+        asked = _relevant(self.folder, self.language)[0].get(page)
+        return ImageRecord(where, page, data, short=asked or [Text(page, "und", "key")])
 
 
 def _parts(folder: str, part: str) -> list[Path]:
@@ -109,28 +126,81 @@ def _parts(folder: str, part: str) -> list[Path]:
 
 
 @cache
-def _relevant(folder: str, language: str) -> dict[str, list[Text]]:
-    """Page → the queries that it answers."""
+def _relevant(folder: str, language: str) -> tuple[dict[str, list[Text]], int]:
+    """Page → the queries that it answers; and how many judgements have no query, or cannot be read.
+
+    Raises:
+        UserError: a part lacks columns, two queries have one id, or a score is none.
+    """
     queries: dict[str, Text] = {}
-    for fields in _all(folder, "queries", ("query-id", "query", "language")):
-        text, own = fields["query"], fields.get("language")
-        if isinstance(text, str) and text.strip():
-            code = own if isinstance(own, str) and len(own) == 2 else language
-            queries[str(fields["query-id"])] = Text(text.strip(), code, "query")
+    lost = 0
+    for row in _all(folder, "queries", (_QUERY, _TEXT), ("language",)):
+        text, own, number = (None, None, None) if row is None else (row[1], row[2], same_id(row[0]))
+        if number is None or not isinstance(text, str) or not text.strip():
+            continue
+        query = Text(text.strip(), own if isinstance(own, str) and own.strip() else language, "query")
+        if queries.setdefault(number, query) != query:
+            raise UserError(f"{folder}: two queries have the id {number!r}; {_SEVERAL}")
     relevant: dict[str, list[Text]] = {}
-    for fields in _all(folder, "qrels", ("query-id", "corpus-id", "score")):
-        query = queries.get(str(fields["query-id"]))
-        score = fields.get("score")
+    for row in _all(folder, "qrels", (_QUERY[:2], _PAGE[:2]), ("score", "relevance")):
+        if row is None:
+            lost += 1
+            continue
+        named = [value for value in row[2:] if value is not _ABSENT]
+        score = named[0] if named else 1
         if isinstance(score, bool) or not isinstance(score, int | float):
             raise UserError(f"{folder}: qrels hold the score {score!r}; expected numbers, above 0 for what is relevant")
-        if query is not None and score > 0:
-            relevant.setdefault(str(fields["corpus-id"]), []).append(query)
-    return relevant
+        if score > 0:
+            asked, page = queries.get(same_id(row[0]) or ""), same_id(row[1])
+            lost += asked is None or page is None
+            if asked is not None and page is not None:
+                relevant.setdefault(page, []).append(asked)
+    return relevant, lost
 
 
-def _all(folder: str, part: str, columns: tuple[str, ...]) -> Iterator[JsonObject]:
-    for piece in parquet_pieces(_parts(folder, part), 10**9, columns=columns[:2]):
-        for row in read_parquet(piece, columns):
-            if isinstance(row, Dropped):
-                raise UserError(f"{row.where}: {row.reason}; without it the benchmark would not be whole")
-            yield row[1]
+def _lost(folder: str, language: str) -> int:
+    """How many judgements of relevance have no query or no page.
+
+    Raises:
+        UserError: no query asks for any page, or two pages have one id.
+    """
+    relevant, lost = _relevant(folder, language)
+    pages: set[str] = set()
+    for row in _all(folder, "corpus", (_PAGE,)):
+        page = None if row is None else same_id(row[0])
+        if page in pages:
+            raise UserError(f"{folder}: two pages have the id {page!r}; {_SEVERAL}")
+        pages |= {page} if page is not None else set()
+    if not pages & relevant.keys():
+        raise UserError(
+            f"{folder}: no query asks for any page: judgements are of {_some(relevant)}, the corpus has "
+            f"{_some(pages)}; are its parts those of one benchmark?"
+        )
+    return lost + sum(len(queries) for page, queries in relevant.items() if page not in pages)
+
+
+def _some(ids: Collection[str]) -> str:
+    return ", ".join(sorted(ids)[:3]) + (f", … ({len(ids)})" if len(ids) > 3 else "") if ids else "none"
+
+
+def _all(
+    folder: str, part: str, columns: tuple[tuple[str, ...], ...], more: tuple[str, ...] = ()
+) -> Iterator[list[Any] | None]:
+    """The values of each row of a part, each column by one of its names, then those of `more`; None for a row that
+    cannot be read."""
+    for path in _parts(folder, part):
+        names = _columns(path, columns)
+        for piece in parquet_pieces([path], 10**9, columns=names):
+            for row in read_parquet(piece, (*names, *more)):
+                if isinstance(row, Dropped) and row.count > 1:
+                    raise UserError(f"{row.where}: {row.reason}; without it the benchmark would not be whole")
+                yield None if isinstance(row, Dropped) else [row[1].get(name, _ABSENT) for name in (*names, *more)]
+
+
+def _columns(path: Path, columns: tuple[tuple[str, ...], ...]) -> list[str]:
+    """The name that each of some columns has in a file. UserError if one is not there."""
+    there = parquet_columns(path)
+    found = [usual_column(there, usual) for usual in columns]
+    if missing := [" or ".join(usual) for usual, name in zip(columns, found, strict=True) if not name]:
+        raise UserError(f"{path}: has no column {', '.join(missing)}; it has {', '.join(there)}")
+    return found

@@ -1,0 +1,125 @@
+"""Columns that say whether two texts belong together (label), or how much (score): none is a positive against them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from data_prep.errors import UserError
+from data_prep.shards.format import JsonObject
+
+_LABELS = ("label", "labels", "gold_label", "is_duplicate", "is_paraphrase", "is_match", "match", "relevant")
+_SCORES = ("score", "similarity", "similarity_score", "relatedness_score", "relevance", "sts_score", "cosine")
+_YES = (
+    "true",
+    "yes",
+    "match",
+    "entailment",
+    "duplicate",
+    "paraphrase",
+    "equivalent",
+    "relevant",
+    "positive",
+    "similar",
+)
+_NO = (
+    *("false", "no", "neutral", "contradiction", "negative", "irrelevant", "different", "mismatch", "dissimilar"),
+    *("not_duplicate", "not_entailment", "not_equivalent", "not_relevant", "non-match", "no_match"),
+)
+_NONE = ("", "-", "-1", "nan", "null", "none")  # as SNLI writes pairs on which people did not agree
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a row says of its pair. right: whether it is a positive; reason: why not. grade: the score as it stands in
+    the row, None for a label."""
+
+    right: bool
+    reason: str = ""
+    grade: float | None = None
+
+
+@dataclass(frozen=True)
+class Labels:
+    """How labels and scores are read.
+
+    column: of the label or score; "" for the usual names, "none" for no such column. positives: the labels that say
+    yes, in place of 1, true, entailment and the like. scale: the score of equal texts. least: the share of it from
+    which on a pair is a positive.
+
+    Raises:
+        UserError: least and scale can be none.
+    """
+
+    column: str = ""
+    positives: tuple[str, ...] = ()
+    scale: float = 1.0
+    least: float = 0.8
+
+    def __post_init__(self) -> None:
+        if not 0 < self.least <= 1:
+            raise UserError(f"--min-score {self.least:g}: expected a share of --score-scale, above 0 and up to 1")
+        if not 0 < self.scale < math.inf:
+            raise UserError(f"--score-scale {self.scale:g}: expected the score of equal texts, such as 1, 5 or 100")
+
+    def columns(self, names: Iterable[str]) -> list[str]:
+        """Those of a table's columns that say it."""
+        if self.column:
+            return [] if self.column == "none" else [self.column]
+        return [name for name in names if name.strip().lower() in (*_LABELS, *_SCORES)]
+
+    def judge(self, row: JsonObject, where: str) -> Judgement | None:
+        """What a row says; None if it has no such column. All its columns have to say yes.
+
+        Raises:
+            UserError: a number says nothing, as it is not on the scale; the numbers before it were misread then.
+        """
+        found = [self._one(name, row[name], row, where) for name in self.columns(row) if name in row]
+        wrong = next((one for one in found if not one.right), None)
+        graded = next((one.grade for one in found if one.grade is not None), None)
+        if wrong is not None:
+            return Judgement(False, wrong.reason, graded)
+        return Judgement(True, grade=graded) if found else None
+
+    def _one(self, name: str, value: Any, row: JsonObject, where: str) -> Judgement:
+        said = str(value).strip().lower() if isinstance(value, str | int | float) else ""
+        if self.positives:
+            right = any(_alike(said, other.strip().lower()) for other in self.positives)
+            return Judgement(right, "" if right else "labelled as no match")
+        if said in _NONE:
+            return Judgement(False, "without a label or score")
+        number = float(value) if isinstance(value, bool) else _number(said)
+        if number is None:
+            known = said in (*_YES, *_NO)
+            reason = "labelled as no match" if known else "label that is not known; say --positives"
+            return Judgement(said in _YES, "" if said in _YES else reason)
+        if {"premise", "hypothesis"} & {column.lower() for column in row} and name.lower() in _LABELS:
+            raise UserError(
+                f"{where}: {name} is {said}, and which number is entailment differs between sets of premises and "
+                "hypotheses; say the labels that match: --positives 0"
+            )
+        if not 0 <= number <= self.scale:
+            raise UserError(
+                f"{where}: {name} is {said}; expected 0 to {self.scale:g}. If it is a score, say that of equal texts "
+                "(--score-scale 5); if it is a class, the labels that match (--positives 0); if it says nothing about "
+                "the pair, --label-column none"
+            )
+        grade = None if name.lower() in _LABELS and number in (0, 1) else number
+        if number >= self.least * self.scale:
+            return Judgement(True, grade=grade)
+        return Judgement(False, "labelled as no match" if grade is None else "score below --min-score", grade)
+
+
+def _alike(one: str, other: str) -> bool:
+    """Whether two labels are one: 1 and 1.0 are."""
+    return one == other or (_number(one) is not None and _number(one) == _number(other))
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None

@@ -1,0 +1,155 @@
+"""Rows with columns of any names, images with captions or texts: what data sets of Hugging Face and MosaicML are."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from data_prep.image_rule import ImageRule
+from data_prep.samples import Text
+from data_prep.shards.format import JsonObject
+from data_prep.sources.folder import inside
+from data_prep.sources.parquet import image_bytes
+from data_prep.sources.records import Dropped, Found, ImageRecord, Row, argument, option
+from data_prep.sources.row_columns import Columns, Kinds, caption_texts, find_columns, value_at
+from data_prep.sources.text_rows import TextRows
+from data_prep.sources.texts import Texts
+
+if TYPE_CHECKING:
+    from zipfile import ZipFile
+
+_LOOK_AT = 1000  # rows of texts
+_MAX_BYTES = 256 * 2**20  # of an image in a zip
+
+
+@dataclass(frozen=True)
+class RowSet(ABC):
+    """Base class: what the columns mean is common, where the rows are is a source's own."""
+
+    image: ClassVar[ImageRule | None] = ImageRule()
+
+    data: str = argument("folder")
+    image_column: str = option("", "column of the image (default: the one of type Image)")
+    caption_column: str = option("", "columns of short captions, with commas; a.b is b in a (default: by usual names)")
+    long_column: str = option("", "column of the long caption")
+    language_column: str = option("", "column of the language (default: language, lang, locale)")
+    language: str = option("und", "language where no column says it; QUERY,TARGET for text pairs across languages")
+    origin: str = option("human", "where the texts came from: human, machine-translation, synthetic:MODEL")
+    negatives: int = option(7, "negatives of a triplet; what has more is cut")
+    score_margin: float = option(0.0, "leave out negatives that a teacher scores less than this below the positive")
+    query_column: str = option("", "column of the query")
+    target_column: str = option("", "column of the target")
+    negative_columns: str = option("", "columns of negatives, with commas")
+    label_column: str = option(
+        "", "column that says whether texts match, or how much (default: label, score …); or none"
+    )
+    positives: str = option("", "labels that say that texts match, with commas (default: 1, true, entailment, …)")
+    score_scale: float = option(1.0, "score of texts that say the same")
+    min_score: float = option(0.8, "share of the scale from which on a pair is a positive; others are dropped")
+    graded: str = option("pairs", "sts: keep all pairs that have a score, to evaluate on", choices=("pairs", "sts"))
+
+    @abstractmethod
+    def found(self) -> tuple[Kinds | None, Iterator[JsonObject]]:
+        """What the columns hold (None if only the rows tell), and the units of work."""
+
+    @abstractmethod
+    def rows(self, piece: JsonObject, columns: Sequence[str]) -> Iterator[Row | Dropped]:
+        """The rows of a unit, with those of `columns` that they have."""
+
+    def pieces(self) -> Iterator[JsonObject]:
+        self._texts()  # refuses options that contradict each other
+        kinds, pieces = self.found()
+        names = {
+            "image": self.image_column,
+            "captions": self.caption_column,
+            "long": self.long_column,
+            "language": self.language_column,
+        }
+        columns = find_columns(self.data, kinds, names)
+        for number, piece in enumerate(pieces):
+            whole = {**piece, "columns": columns.plain()}
+            if not number and not columns.image:  # labels that cannot be read are refused before it begins
+                for _ in islice(self.read(whole), _LOOK_AT):
+                    pass
+            yield whole
+
+    def read(self, piece: JsonObject) -> Iterator[Found]:
+        columns, texts = Columns(**piece["columns"]), self._texts()
+        for row in self.rows(piece, columns.needed):
+            if isinstance(row, Dropped):
+                yield row
+            elif columns.image:
+                yield self._captioned(*row, columns, [self.data, *piece.get("roots", ())])
+            else:
+                yield from texts.records(row[0], columns.named_labels(row[1]) if columns.labels else row[1])
+
+    def _captioned(self, where: str, row: JsonObject, columns: Columns, roots: list[str]) -> Found:
+        image = self._image(value_at(row, columns.image), roots)
+        if isinstance(image, str):
+            return Dropped(image, where)
+        said = value_at(row, columns.language) if columns.language else None
+        language = said if isinstance(said, str) and said.strip() else self.language
+        short: list[Text] = []
+        for name in columns.captions:
+            texts = caption_texts(value_at(row, name), language, "name", self.origin)
+            if texts is None:
+                return Dropped("caption is no text", where)
+            short += texts
+        long = caption_texts(value_at(row, columns.long) if columns.long else None, language, "long", self.origin)
+        if long is None:
+            return Dropped("caption is no text", where)
+        if not short and not long:
+            return Dropped("no caption", where)
+        raw = image if isinstance(image, bytes) else str(image).encode()
+        return ImageRecord(where, hashlib.sha256(raw).hexdigest()[:32], image, short, long)
+
+    def _image(self, value: Any, roots: list[str]) -> bytes | Path | str:
+        """The image's bytes, its file below one of the folders, or why there is none."""
+        if isinstance(value, list):
+            if len(value) != 1:
+                return "several images in a row" if value else "no image"
+            value = value[0]
+        data = image_bytes(value)
+        if data is not None:
+            return data
+        name = value.get("path") if isinstance(value, dict) else None
+        if not isinstance(name, str) or not name:
+            return "no image"
+        member, _, archive = name.removeprefix("zip://").rpartition("::")  # "zip://a.jpg::/photos/train.zip"
+        found = next(filter(None, (inside(Path(root), archive) for root in roots)), None)
+        if found is None:
+            return "image file outside the folder"
+        return _in_zip(found, member) if member else found
+
+    def _texts(self) -> TextRows:
+        shared = {field.name for field in fields(Texts)} & {field.name for field in fields(self)}
+        return TextRows(
+            Texts((), **{name: getattr(self, name) for name in shared}), self.language_column, self.score_margin
+        )
+
+
+@lru_cache(maxsize=4)
+def _opened(path: Path) -> ZipFile:
+    """A zip, kept open: its list of files is read once."""
+    import zipfile
+
+    return zipfile.ZipFile(path)
+
+
+def _in_zip(path: Path, member: str) -> bytes | str:
+    """The bytes of a file in a zip, or why there are none."""
+    import zipfile
+
+    try:
+        if _opened(path).getinfo(member).file_size > _MAX_BYTES:
+            return "image file too large"
+        return _opened(path).read(member)
+    except (OSError, KeyError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError):
+        return "image file in a zip cannot be read"

@@ -1,0 +1,97 @@
+"""Labels and scores: a pair that is said not to match never becomes a positive, in whatever form it is said."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from data_prep.errors import UserError
+from pyarrow import Table, parquet
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    if path.suffix == ".parquet":
+        parquet.write_table(Table.from_pylist(rows), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        with path.open("w", newline="") as file:
+            table = csv.DictWriter(file, list(rows[0]))
+            table.writeheader()
+            table.writerows(rows)
+    return path
+
+
+def pairs(marks: list[object], column: str = "label") -> list[dict]:
+    return [{"sentence1": f"q{n}", "sentence2": f"t{n}", column: mark} for n, mark in enumerate(marks)]
+
+
+def queries(found) -> list[str]:
+    return [sample.content["query"][0]["text"] for sample in found.samples["text-pairs"]]
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.parquet"])
+@pytest.mark.parametrize(
+    ("column", "marks", "kept", "reason"),
+    [
+        ("label", [1, 0, 1, 0], ["q0", "q2"], "labelled as no match"),
+        ("is_duplicate", [True, False, False], ["q0"], "labelled as no match"),
+        ("gold_label", ["entailment", "neutral", "contradiction"], ["q0"], "labelled as no match"),
+        ("gold_label", ["entailment", "-"], ["q0"], "without a label or score"),
+        ("score", [0.98, 0.0, 0.79], ["q0"], "score below --min-score"),
+        ("label", [0.98, 0.3], ["q0"], "score below --min-score"),
+        ("Similarity", [1.0, 0.0], ["q0"], "score below --min-score"),
+        ("label", ["entailment", "whatever"], ["q0"], "label that is not known; say --positives"),
+    ],
+)
+def test_only_what_is_said_to_match_is_a_positive(run, tmp_path, name, column, marks, kept, reason):
+    found = run("texts", files=[write(tmp_path / name, pairs(marks, column))])
+    assert queries(found) == kept
+    assert found.dropped == {reason: len(marks) - len(kept)}
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.parquet"])
+def test_a_number_off_the_scale_stops_the_import_and_says_what_to_say(run, tmp_path, name):
+    path = write(tmp_path / name, pairs([4.8, 0.9, 2.0], "score"))
+    with pytest.raises(UserError, match=r"score is 4.8; expected 0 to 1.*--score-scale 5"):
+        run("texts", files=[path], out=tmp_path / "refused")
+    assert not (tmp_path / "refused/text-pairs").exists()
+    assert queries(run("texts", files=[path], score_scale=5.0)) == ["q0"]
+    assert queries(run("texts", files=[path], score_scale=5.0, min_score=0.4, out=tmp_path / "more")) == ["q0", "q2"]
+    classes = write(tmp_path / f"classes{path.suffix}", pairs([0, 1, 2]))
+    with pytest.raises(UserError, match="--positives 0"):
+        run("texts", files=[classes], out=tmp_path / "refused")
+    assert queries(run("texts", files=[classes], positives="0", out=tmp_path / "classes")) == ["q0"]
+
+
+def test_which_number_is_entailment_is_asked(run, tmp_path):
+    rows = [{"premise": "p0", "hypothesis": "h", "label": 0}, {"premise": "p1", "hypothesis": "h", "label": 1}]
+    path = write(tmp_path / "t.jsonl", rows)
+    with pytest.raises(UserError, match="which number is entailment differs"):
+        run("texts", files=[path])
+    assert queries(run("texts", files=[path], positives="0")) == ["p0"]
+
+
+def test_graded_pairs_become_a_set_to_evaluate_on(run, tmp_path):
+    path = write(tmp_path / "t.csv", [*pairs([5.0, 0.0, 2.4], "score"), {"sentence1": "q", "sentence2": "t"}])
+    found = run("texts", files=[path], score_scale=5.0, graded="sts")
+    assert [sample.content["score"] for sample in found.samples["text-pairs"]] == [5.0, 0.0, 2.4]
+    assert found.dropped == {"pair without a score": 1}
+
+
+def test_a_column_that_says_nothing_of_the_pair_can_be_passed_over_and_another_be_named(run, tmp_path):
+    path = write(tmp_path / "t.csv", [{**row, "gold": n} for n, row in enumerate(pairs([7, 8]))])
+    assert queries(run("texts", files=[path], label_column="none")) == ["q0", "q1"]
+    assert queries(run("texts", files=[path], label_column="gold", out=tmp_path / "gold")) == ["q1"]
+    with pytest.raises(UserError, match="has no column other"):
+        run("texts", files=[path], label_column="other", out=tmp_path / "other")
+    for wrong in ({"min_score": 0.0}, {"min_score": 3.0}, {"score_scale": 0.0}):
+        with pytest.raises(UserError, match="expected"):
+            run("texts", files=[path], out=tmp_path / "wrong", **wrong)
+
+
+def test_a_positive_says_itself_that_it_is_one(run, tmp_path):
+    rows = [{"query": "q0", "positive": "p", "negative": "n", "score": 12.5}]
+    assert queries(run("texts", files=[write(tmp_path / "t.jsonl", rows)])) == ["q0"]
