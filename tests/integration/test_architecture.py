@@ -28,7 +28,7 @@ FLOORS = (
     "plan",
     "tasks",
     "checkpoint",
-    "evaluation formats.history formats.snippets formats.card bulk",
+    "evaluation formats.history formats.snippets formats.card formats.onnx.examples bulk",
     "run",
     "trainer commands",
     "cli",

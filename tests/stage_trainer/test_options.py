@@ -49,6 +49,9 @@ TABLE = [
     *(["export", "model", "out", f"{option}={value}"] for option in ("--format", "--lora", "--dtype")
       for value in ("", "nan", "both")),
     ["export", "model", "out", "--dtype=float32"], ["export", "model", "out", "--format=trilith", "--lora=kept"],
+    ["export", "model", "out", "--format=jina-clip", "--dtype=q4"],
+    ["export", "model", "out", "--format=onnx", "--lora=kept"],
+    *(["export", "model", "out", f"--format={name}", "--task=a"] for name in ("common", "trilith", "jina-clip")),
     *(["push", value, "owner/name"] for value in ("", "missing", "file", "data", "model", LONG)),
     *(["push", "model", value] for value in ("", "name", "a/b/c", "../name", "owner/", f"owner/{LONG}", "a/b\n")),
     *(["push", "model", "owner/name", f"--message={value}"] for value in ("", "  ", "\n")),

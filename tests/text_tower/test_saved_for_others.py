@@ -114,3 +114,14 @@ def test_a_tokenizer_of_another_model_is_refused_though_it_has_as_many_ids(tower
         ValueError, match=r"model has another tokenizer than .* remove tokenizer_fingerprint from config"
     ):
         TextTower.from_pretrained(tmp_path / "model")
+
+
+def test_a_tokenizer_says_its_special_tokens_and_has_the_same_ids(tower, sentences, tmp_path):
+    """transformers.js knows no defaults of the class: it would pad with nothing."""
+    tower.tokenizer.save_for_others(tmp_path)
+    said = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert [said[f"{name}_token"] for name in ("bos", "pad", "eos", "unk")] == ["<s>", "<pad>", "</s>", "<unk>"]
+    texts = [*sentences.values(), "a <mask> b", "a<pad>b </s>"]
+    for back in (Tokenizer.from_file(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
+        ids = back(texts)
+        assert (ids if isinstance(ids, list) else ids.input_ids) == tower.tokenizer(texts)

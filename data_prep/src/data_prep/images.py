@@ -8,7 +8,7 @@ import io
 import warnings
 from dataclasses import dataclass
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from data_prep.image_rule import ImageRule
 
@@ -90,6 +90,30 @@ def store_image(data: bytes, rule: ImageRule) -> StoredImage:
             image.draft(None, (spare * width, spare * height))
         return StoredImage(rule.encoding, encode_image(_reduce(image, target, rule), rule), True)
     except Exception as error:  # the readers again: pixels and EXIF are parsed only here
+        raise ImageRefused("broken image") from error
+
+
+def check_stored(data: bytes, *, max_pixels: int, decode: bool = True) -> None:
+    """Refuse what a shard may not hold as an image; without `decode` by the header alone.
+
+    Raises:
+        ImageRefused: not a JPEG, PNG or WebP, broken, or more than `max_pixels`; the decoder's own words are its cause.
+    """
+    if not data:
+        raise ImageRefused("empty image file")
+    try:
+        with Image.open(io.BytesIO(data), formats=STORED) as image:
+            if image.width * image.height > max_pixels:
+                raise ImageRefused("more pixels than allowed")
+            if decode:
+                image.load()
+    except ImageRefused:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageRefused("more pixels than allowed") from error
+    except UnidentifiedImageError as error:
+        raise ImageRefused("not a JPEG, PNG or WebP image") from error
+    except Exception as error:  # Pillow's readers raise all kinds of exceptions
         raise ImageRefused("broken image") from error
 
 

@@ -70,5 +70,4 @@ def _records(texts: Iterable[Text]) -> list[dict[str, str]]:
 
 def compact_json(value: JsonObject) -> bytes:
     """The .json of a sample."""
-    # A lone surrogate (an escaped half of a pair in the source's JSON) cannot be encoded as UTF-8.
-    return _encode(value).encode("utf-8", errors="replace")
+    return _encode(value).encode("utf-8", errors="replace")  # an `item` may hold half a character; texts are checked

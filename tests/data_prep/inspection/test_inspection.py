@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import html.parser
 import io
 import json
@@ -225,13 +226,25 @@ def test_validate_and_inspect_say_how_far_they_are(pictures, tmp_path, monkeypat
     assert "100% 7 of 7 units" in shown.getvalue()  # five lines of sidecars, two samples
 
 
-def test_a_sidecar_that_points_elsewhere_and_keys_that_occur_twice_are_found(tmp_path):
-    texts = captions_json(caption(), source="s", item="i")
+def test_keys_name_samples_within_a_tar_and_a_sidecar_that_points_elsewhere_is_found(tmp_path):
     for name in ("a", "b"):  # the same key in two tars
-        write_tar(tmp_path / f"theirs/{name}.tar", [("k.png", picture()), ("k.json", texts)])
+        write_tar(tmp_path / f"theirs/{name}.tar", [("k.png", picture()), ("k.txt", name.encode())])
     assert main(["index", str(tmp_path / "theirs"), "--out", str(tmp_path / "out"), "--workers", "1"]) == 0
-    problems = list(validate(tmp_path / "out/image-short/indexed"))
-    assert [problem.what for problem in problems] == ["its key occurs twice in the data set"]
+    folder = tmp_path / "out/image-short/indexed"
+    assert list(validate(folder)) == []
+    dataset = Dataset.open(folder)
+    assert len({texts_of(dataset, number, dataset.read(number))["item"] for number in range(2)}) == 2
+    sidecar, manifest = folder / "00001-0000.index.jsonl", folder / "manifest.json"
+    raw, parsed = sidecar.read_bytes(), json.loads(manifest.read_text())
+    sidecar.write_bytes(twice := raw.replace(b'"png":[512', b'"png":[513') + raw)
+    parsed["samples"], parsed["shards"][1]["samples"] = 3, 2
+    parsed["shards"][1] |= {"index_bytes": len(twice), "index_sha256": hashlib.sha256(twice).hexdigest()}
+    manifest.write_text(json.dumps(parsed))
+    assert [problem.what for problem in validate(folder)] == [
+        "the tar has no member k.png where the sidecar says",
+        f"{folder / '00001-0000.tar'}: sample 'k' is damaged (its bytes differ from the sidecar's hash)",
+        "its key occurs twice in the shard",
+    ]
 
 
 class Page(html.parser.HTMLParser):

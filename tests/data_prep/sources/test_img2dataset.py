@@ -99,8 +99,11 @@ def test_a_shard_without_stats_is_not_finished(shard, folder, run):
     assert found.receipt["went_out"] == {"image-short": 2}
     assert found.dropped == {
         "shard whose _stats.json cannot be read": 3,
-        "shard without _stats.json: not finished": 1,
+        "shard without _stats.json: not finished (--without-stats reads it)": 1,
     }
+    again = run("img2dataset", folder=folder, without_stats=True, out=folder.parent / "again")
+    assert again.receipt["went_out"] == {"image-short": 4}
+    assert again.dropped == {"shard whose _stats.json cannot be read": 3}
 
 
 def test_what_is_wrong_with_a_sample_is_counted_by_reason(shard, folder, run, picture):
@@ -132,6 +135,7 @@ def test_what_is_wrong_with_a_sample_is_counted_by_reason(shard, folder, run, pi
     found = run("img2dataset", folder=folder)
     assert [sample.captions for sample in found.samples["image-short"]] == [
         ["fine"],
+        ["fine"],
         ["from the text"],
         ["never unpickled"],
     ]
@@ -140,7 +144,7 @@ def test_what_is_wrong_with_a_sample_is_counted_by_reason(shard, folder, run, pi
         "img2dataset: failed to resize": 1,
         "metadata that is no JSON object": 1,
         "no caption": 1,
-        "no image": 2,
+        "no image": 1,
         "not an image": 1,
         "second member of one name": 1,
     }
@@ -169,6 +173,37 @@ def test_a_damaged_header_in_the_middle_is_not_taken_for_the_end(shard, folder, 
     found = run("img2dataset", folder=folder)
     assert len(found.samples["image-short"]) == 2
     assert found.dropped == {"rest of a tar that is cut short or damaged": 1}
+
+
+def test_captions_are_those_of_the_named_fields_word_for_word(shard, folder, run, picture):
+    metadata = [
+        {"alt": "one", "meta": {"texts": ["two", " ", "one", 3]}},
+        {"alt": ["a", "b"], "meta": [{"texts": "c"}, {"texts": ["d"]}, 7]},
+        {"caption": "another field", "alt": ""},
+    ]
+    members = []
+    for number, fields in enumerate(metadata):
+        members += [(f"{number}.jpg", picture()), (f"{number}.json", json.dumps(fields).encode())]
+        members.append((f"{number}.txt", b"not asked for"))
+    shard(0, members=members)
+    found = run("img2dataset", folder=folder, caption_key="alt,meta.texts")
+    assert [sample.captions for sample in found.samples["image-short"]] == [["one", "two"], ["a", "b", "c", "d"]]
+    assert found.dropped == {"no caption": 1}
+
+
+def test_a_caption_that_is_no_utf8_is_dropped_and_half_a_character_too(shard, folder, run, picture):
+    captions = [("txt", b"fine"), ("txt", b"Caf\xe9"), ("txt", b" \n"), ("json", b'{"caption": "a \\ud83d dog"}')]
+    members = []
+    for number, (ending, data) in enumerate(captions):
+        members += [(f"{number}.jpg", picture()), (f"{number}.{ending}", data)]
+    shard(0, members=members)
+    found = run("img2dataset", folder=folder)
+    assert [sample.captions for sample in found.samples["image-short"]] == [["fine"]]
+    assert found.dropped == {
+        "caption that is not UTF-8": 1,
+        "no caption": 1,
+        "text with half a character (a lone surrogate)": 1,
+    }
 
 
 def test_a_subset_by_uid_takes_what_is_listed(shard, folder, run, tmp_path):

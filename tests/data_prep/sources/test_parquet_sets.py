@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -243,3 +246,95 @@ def test_damage_in_a_row_group_is_counted_in_rows_and_costs_no_other_group(tmp_p
     assert [row[0] for row in found if not isinstance(row, Dropped)][-200:] == [
         f"t.parquet, row {number}" for number in range(201, 401)
     ]
+
+
+PEAK = r"""
+import re, sys
+from pathlib import Path
+from data_prep.sources.parquet import parquet_pieces, read_parquet
+read = sum(len(row[1]["image"]["bytes"]) for piece in parquet_pieces([Path(sys.argv[1])], 10**9, columns=["image"])
+           for row in read_parquet(piece, ["image"]))
+print(read >> 20, int(re.search("VmHWM:\\s*([0-9]+)", Path("/proc/self/status").read_text())[1]) // 1024)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process alone is in /proc")
+def test_memory_does_not_grow_with_the_row_group(tmp_path):
+    """One row group and one page, as pyarrow and pandas write by default, of 96 and of 288 MiB."""
+    image, peaks = os.urandom(2**20), []
+    kind = pyarrow.schema([("image", pyarrow.struct([("bytes", pyarrow.binary())]))])
+    for megabytes in (96, 288):
+        path = tmp_path / f"{megabytes}.parquet"
+        table = pyarrow.table({"image": [{"bytes": image}] * megabytes}, schema=kind)
+        parquet.write_table(table, path, compression="none", use_dictionary=False)
+        del table
+        assert parquet.read_metadata(path).num_row_groups == 1
+        command = [sys.executable, "-c", PEAK, str(path)]
+        read, peak = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+        assert read == megabytes
+        path.unlink()
+        peaks.append(peak)
+    assert peaks[1] < peaks[0] + 48, peaks
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pyarrow.binary(),
+        pyarrow.large_string(),
+        pyarrow.string_view(),
+        pyarrow.binary_view(),
+        pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+        pyarrow.dictionary(pyarrow.int8(), pyarrow.binary()),
+    ],
+    ids=str,
+)
+def test_texts_are_read_whatever_their_type_and_bytes_that_are_none_cost_a_row(tmp_path, run, kind):
+    wrong = pyarrow.types.is_binary(kind)
+    query = [b"Caf\xe9" if wrong else "fine", "日本語".encode() if wrong else "日本語", None]
+    values = pyarrow.array([one.decode() if isinstance(one, bytes) and not wrong else one for one in query])
+    column = values.dictionary_encode() if pyarrow.types.is_dictionary(kind) else values
+    many = pyarrow.array([["a", "b"], ["c"], ["d"]], pyarrow.list_(pyarrow.string()))
+    table = pyarrow.table({"a.query": column.cast(kind), "a.target": many, "a": [{"query": "another"}] * 3})
+    parquet.write_table(table, tmp_path / "x.parquet")
+    found = run("texts", files=[tmp_path / "x.parquet"], query_column="a.query", target_column="a.target")
+    pairs = [
+        (sample.content["query"][0]["text"], [text["text"] for text in sample.content["target"]])
+        for sample in found.samples["text-pairs"]
+    ]
+    assert pairs == [("fine", ["a", "b"])] * (not wrong) + [("日本語", ["c"])]
+    assert found.receipt["came_in"] == 3
+    assert found.dropped.get("not UTF-8", 0) == wrong
+
+
+def test_a_dotted_name_is_a_field_of_a_struct_where_no_column_is_called_so(tmp_path, run):
+    rows = [{"translation": {"en": "a dog", "de": "ein Hund"}, "id": 1}, {"translation": None, "id": 2}]
+    path = write(tmp_path / "x.parquet", rows)
+    found = run("texts", files=[path], query_column="translation.en", target_column="translation.de", language="en,de")
+    (sample,) = found.samples["text-pairs"]
+    assert [sample.content[side][0]["text"] for side in ("query", "target")] == ["a dog", "ein Hund"]
+    with pytest.raises(UserError, match="has no column translation.fr"):
+        run("texts", files=[path], query_column="translation.en", target_column="translation.fr")
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path, run):
+    table = pyarrow.table([["q"], ["t"], ["r"]], names=["query", "target", "query"])
+    parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(UserError, match="has the column 'query' twice"):
+        run("texts", files=[tmp_path / "x.parquet"])
+
+
+def test_ids_of_bytes_join_as_texts(tmp_path, run, picture):
+    write(tmp_path / "corpus.parquet", [{"corpus-id": b"d1", "image": {"bytes": picture(0), "path": None}}])
+    write(tmp_path / "queries.parquet", [{"query-id": b"q1", "query": b"first"}])
+    write(tmp_path / "qrels.parquet", [{"query-id": "q1", "corpus-id": "d1", "score": 1}])
+    (sample,) = run("vidore", evalset=True, folder=tmp_path).samples["image-short"]
+    assert (sample.captions, sample.content["item"]) == (["first"], "vidore/d1")
+
+
+def test_hidden_files_of_a_folder_are_not_read(tmp_path, run):
+    write(tmp_path / "in/a.parquet", [{"query": "q", "target": "t"}])
+    for name in ("._a.parquet", ".cache/x.parquet", "__MACOSX/a.parquet"):
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(bytes(100))
+    assert run("texts", files=[tmp_path / "in"]).receipt["went_out"] == {"text-pairs": 1}

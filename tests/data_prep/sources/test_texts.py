@@ -103,8 +103,9 @@ def test_lines_of_no_form_are_counted_by_reason(write, run):
     path = write(["q", "t"], *bad, "", ["\ud800 lone", "t"])
     path.write_bytes(path.read_bytes() + b'["latin \xe9", "t"]\n')
     found = run("texts", files=[path])
-    assert found.receipt["went_out"] == {"text-pairs": 2}
+    assert found.receipt["went_out"] == {"text-pairs": 1}
     assert found.dropped == {
+        "text with half a character (a lone surrogate)": 1,
         "empty text": 2,
         "not JSON": 1,
         "not UTF-8": 1,
@@ -123,7 +124,7 @@ def test_a_line_without_an_end_is_passed_over_and_not_kept(write, run, monkeypat
 
 
 def test_nothing_usable_and_nothing_there_are_errors(write, run, tmp_path):
-    with pytest.raises(UserError, match="1 came in and nothing went out \\(not JSON: 1\\)"):
+    with pytest.raises(UserError, match="1 came in and nothing went out \\(not JSON: 1, first t.jsonl, line 1\\)"):
         run("texts", files=[write("{cut")])
     with pytest.raises(UserError, match="nowhere: no such file or folder"):
         run("texts", files=[tmp_path / "nowhere"])

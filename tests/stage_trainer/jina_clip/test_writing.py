@@ -91,7 +91,7 @@ def test_a_full_size_config_is_the_published_one(published):
         towers = TextTower(text), VisionTower(VisionTowerConfig.eva02_large(512))
     model = DualEncoder(*towers, matryoshka_dims=config["matryoshka_dimensions"])
     config["text_config"]["hf_model_config_kwargs"]["rotary_emb_base"] = 20000.0
-    assert jina_clip._config(model, towers[0], QUERY, "float16") == config
+    assert jina_clip.config_json(model, towers[0], QUERY, "float16") == config
 
 
 def make_model(tokenizer, *, half=False, **text):

@@ -91,12 +91,12 @@ def export(
 
 
 def _item(dataset: Dataset, number: int, members: dict[str, bytes]) -> str:
-    """The identity that the image's own sample gives, else its key."""
+    """The identity that the image's own sample gives, else that of its place."""
     try:
         item = parse_json(members["json"])["item"]
     except (KeyError, ValueError, TypeError):
         item = None
-    return item if isinstance(item, str) and item else dataset.row(number).key
+    return item if isinstance(item, str) and item else dataset.row(number).item
 
 
 def _text(row: sqlite3.Row) -> dict[str, str]:

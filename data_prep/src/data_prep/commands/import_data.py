@@ -34,7 +34,8 @@ def _add_index(commands: Subcommands) -> None:
         "index",
         help="use existing webdataset tars as they are, with sidecars",
         description="Makes the data set OUT/KIND/NAME of links to webdataset tars and a sidecar for each: where every "
-        "sample lies, and its hash. The tars are neither copied nor changed; they must stay where they are.",
+        "sample lies, and its hash. The tars are neither copied nor changed; they must stay where they are. Samples "
+        "that training would refuse (no image, no caption, not UTF-8, broken) are left out and counted.",
     )
     parser.add_argument("shards", nargs="+", metavar="SHARDS", help="uncompressed tars, or folders of them")
     parser.add_argument("--out", required=True, metavar="OUT", help="folder of the data sets")
@@ -44,6 +45,18 @@ def _add_index(commands: Subcommands) -> None:
         choices=("image-short", "image-long", "text-pairs", "text-triplets"),
         default="image-short",
         help="what the tars hold (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--caption-key",
+        metavar="KEY",
+        help="field of the .json that holds a caption, or a list of them: a name, or a path (meta.alt); commas part "
+        "several (default: a .json of our format, else the .txt)",
+    )
+    parser.add_argument(
+        "--max-pixels", type=int, default=50_000_000, metavar="N", help="refuse larger images (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--no-decode", action="store_true", help="look at the headers of images alone, which is much faster"
     )
     add_execution(parser, cuts=False)
     parser.set_defaults(run=_index)
@@ -170,15 +183,15 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _index(options: argparse.Namespace) -> int:
-    from data_prep.sources.indexing import index_shards
+    from data_prep.sources.indexing import IndexRule, index_shards
 
-    index_shards(
-        options.shards,
-        options.out,
-        name=options.name,
-        kind=options.kind,
-        execution=execution_of(options),
+    rule = IndexRule(
+        options.kind,
+        caption_keys=tuple(options.caption_key.split(",")) if options.caption_key else (),
+        max_pixels=options.max_pixels,
+        decode=not options.no_decode,
     )
+    index_shards(options.shards, options.out, name=options.name, rule=rule, execution=execution_of(options))
     return 0
 
 

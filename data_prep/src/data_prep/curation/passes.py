@@ -28,7 +28,7 @@ from data_prep.execute.unit import Output, read_receipt
 from data_prep.samples import compact_json
 from data_prep.shards import KINDS, Dataset, Row, Unusable, content_of
 from data_prep.shards.files import replacing
-from data_prep.shards.format import IMAGE_TYPES, JsonObject
+from data_prep.shards.format import IMAGE_TYPES, JsonObject, is_key
 
 TextDict = JsonObject  # a TEXT of the shard format
 
@@ -131,7 +131,7 @@ numbered = functools.lru_cache(1)(Numbered)  # as the units of a process read th
 
 def write(output: Output, piece: JsonObject, sample: Sample, *, kind: str | None = None, tokens: int | None) -> None:
     """Write a sample with changed content; `tokens` of its longest text, None if unknown."""
-    key = sample.row.key if piece["keep_keys"] else None
+    key = _key(piece, sample)
     members = {name: data for name, data in sample.members.items() if name not in ("json", "txt")}
     members["json"] = compact_json(sample.content)
     languages = sorted({text["language"] for texts in sample.texts for text in texts})
@@ -140,8 +140,13 @@ def write(output: Output, piece: JsonObject, sample: Sample, *, kind: str | None
 
 def copy(output: Output, piece: JsonObject, sample: Sample) -> None:
     """Write a sample unchanged."""
-    key = sample.row.key if piece["keep_keys"] else None
+    key = _key(piece, sample)
     output.write(sample.kind, sample.members, languages=sample.row.languages, tokens=sample.row.tokens, key=key)
+
+
+def _key(piece: JsonObject, sample: Sample) -> str | None:
+    """The sample's own key if it can keep it: those of other people's tars may be paths."""
+    return sample.row.key if piece["keep_keys"] and is_key(sample.row.key) else None
 
 
 @dataclass(frozen=True)
@@ -277,4 +282,4 @@ def _content(dataset: Dataset, row: Row, members: dict[str, bytes]) -> JsonObjec
             "samples, import the data set again without them"
         ) from error
     # Of shards of another format, a .txt beside an image.
-    return content if "json" in members else {**content, "source": dataset.source, "item": row.key}
+    return content if "json" in members else {**content, "source": dataset.source, "item": row.item}

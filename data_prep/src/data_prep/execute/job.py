@@ -151,10 +151,14 @@ def _go_on(job: Job, execution: Execution, log: Callable[[str], None]) -> JsonOb
 
 
 def table(receipt: JsonObject) -> list[str]:
-    """The summary that a command prints: what came in, what was dropped and why, what went out."""
+    """The summary that a command prints: what came in, what was dropped, why and where first, what went out."""
     lines = ["", f"{'came in':<58}{receipt['came_in']:>10}"]
+    examples = receipt.get("examples", {})
     for heading, counts in (("dropped, and why", receipt["dropped"]), ("of these", receipt["notes"])):
-        lines += [heading] * bool(counts) + [f"  {name:<56}{count:>10}" for name, count in counts.items()]
+        lines += [heading] * bool(counts)
+        for name, count in counts.items():
+            first = examples.get(name) if counts is receipt["dropped"] else None
+            lines.append(f"  {name:<56}{count:>10}" + (f"  {first[0]}" if first else ""))
     lines += ["went out", *(f"  {name:<56}{count:>10}" for name, count in receipt["went_out"].items()), ""]
     return lines
 
@@ -237,7 +241,10 @@ def _prepare(job: Job) -> bool:
         for kind, entries in receipt.shards.items():
             shards.setdefault(kind, []).extend(entries)
     if not shards:
-        dropped = ", ".join(f"{reason}: {count}" for reason, count in sorted(counts["dropped"].items()))
+        dropped = ", ".join(
+            f"{reason}: {count}, first {(examples.get(reason) or ['?'])[0]}"
+            for reason, count in sorted(counts["dropped"].items())
+        )
         shutil.rmtree(job.partial)
         raise UserError(f"{job.title}: {came_in} came in and nothing went out ({dropped or 'no samples'})")
     whole = {

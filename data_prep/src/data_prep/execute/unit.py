@@ -118,8 +118,11 @@ class Output:
             self._finish(kind)
         return key
 
-    def adopt(self, kind: str, tar: Path, index: bytes, samples: int) -> None:
-        """Use an existing tar as a shard: a link to it, and the sidecar `index` beside the link."""
+    def adopt(self, kind: str, tar: Path, index: bytes, samples: int, caption_keys: Sequence[str] = ()) -> None:
+        """Use an existing tar as a shard: a link to it, and the sidecar `index` beside the link.
+
+        caption_keys: the fields of its .json that hold the captions, where these are not as the format has them.
+        """
         with tar.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         link = self._place(kind)
@@ -129,7 +132,8 @@ class Output:
             fresh.rename(link)
             write_file(link.with_name(index_name(link.name)), index)
         self._went_out[kind] += samples
-        self._shards[kind].append(manifest_entry(link.name, samples, tar.stat().st_size, digest, index))
+        entry = manifest_entry(link.name, samples, tar.stat().st_size, digest, index)
+        self._shards[kind].append({**entry, "caption_keys": list(caption_keys)} if caption_keys else entry)
 
     def receipt(self) -> Receipt:
         """Finish the open shards; returns the receipt."""

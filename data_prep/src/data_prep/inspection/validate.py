@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import io
+import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from data_prep.execute.engines import worker_pool
+from data_prep.images import ImageRefused, check_stored
 from data_prep.shards import Dataset, Row, ShardError, Unusable, content_of, texts_in
 from data_prep.shards.format import IMAGE_TYPES, check_kind, index_name
 
@@ -25,10 +26,6 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.dataset}{f', {self.where}' if self.where else ''}: {self.what}"
-
-
-_Checked = tuple[list[Problem], list[int]]
-"""The faults of a shard, and a hash of each key."""
 
 
 def validate(
@@ -47,19 +44,14 @@ def validate(
     except ShardError as error:
         yield Problem(str(directory), "", str(error))
         return
-    keys: set[int] = set()  # 64-bit hashes of the keys, to save memory
     check = partial(_check_shard, directory, decode)
     results = _checked(check, len(dataset.shard_sizes), workers)
-    for samples, (problems, hashes) in zip(dataset.shard_sizes, results, strict=True):
+    for samples, problems in zip(dataset.shard_sizes, results, strict=True):
         tick(samples)
         yield from problems
-        for place, key in enumerate(hashes):
-            if key in keys:
-                yield Problem(str(directory), f"sample {place} of a shard", "its key occurs twice in the data set")
-            keys.add(key)
 
 
-def _checked(check: Callable[[int], _Checked], shards: int, workers: int) -> Iterator[_Checked]:
+def _checked(check: Callable[[int], list[Problem]], shards: int, workers: int) -> Iterator[list[Problem]]:
     if workers == 1 or shards == 1:
         yield from map(check, range(shards))
         return
@@ -68,31 +60,33 @@ def _checked(check: Callable[[int], _Checked], shards: int, workers: int) -> Ite
             yield future.result()
 
 
-def _check_shard(directory: Path, decode: bool, number: int) -> _Checked:
-    """The faults of one shard, and a hash of each key."""
+def _check_shard(directory: Path, decode: bool, number: int) -> list[Problem]:
+    """The faults of one shard. Keys name samples within it: other people's tars may each count from 0."""
     dataset = _opened(directory)
     first = sum(dataset.shard_sizes[:number])
     problems: list[Problem] = []
-    keys: list[int] = []
+    keys: set[str] = set()
     entry = dataset.manifest["shards"][number]
     tar = directory / entry["name"]
     for path, sha256 in ((tar, entry["sha256"]), (directory / index_name(tar.name), entry["index_sha256"])):
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                 what = "checksum differs from the manifest's: damaged; build the data set again"
-                return [Problem(str(directory), path.name, what)], []
+                return [Problem(str(directory), path.name, what)]
     places = _places(tar)
     for index in range(first, first + dataset.shard_sizes[number]):
         try:
             row = dataset.row(index)
         except ShardError as error:
-            return [Problem(str(directory), tar.name, str(error))], []
-        keys.append(int.from_bytes(hashlib.blake2b(row.key.encode("utf-8", "surrogatepass"), digest_size=8).digest()))
+            return [Problem(str(directory), tar.name, str(error))]
         where = f"{tar.name}, sample {row.key!r}"
+        if row.key in keys:
+            problems.append(Problem(str(directory), where, "its key occurs twice in the shard"))
+        keys.add(row.key)
         problems += [
             Problem(str(directory), where, what) for what in _check_sample(dataset, index, row, places, decode)
         ]
-    return problems, keys
+    return problems
 
 
 @lru_cache(maxsize=1)
@@ -119,8 +113,10 @@ def _check_sample(
         yield from _check_texts(members, dataset.kind, row)
     if decode:
         for extension in images:
-            if (what := _undecodable(members[extension])) is not None:
-                yield f"its .{extension} cannot be decoded ({what})"
+            try:
+                check_stored(members[extension], max_pixels=sys.maxsize)
+            except ImageRefused as error:
+                yield f"its .{extension} cannot be decoded ({error.__cause__ or error})"
 
 
 def _check_texts(members: dict[str, bytes], kind: str, row: Row) -> Iterator[str]:
@@ -138,26 +134,14 @@ def _check_texts(members: dict[str, bytes], kind: str, row: Row) -> Iterator[str
         yield f"its texts are in {sorted(languages)}, the sidecar says {sorted(row.languages)}"
 
 
-def _undecodable(data: bytes) -> str | None:
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
-            image.load()
-    except Exception as error:  # Pillow's readers raise all kinds of exceptions
-        return str(error) or type(error).__name__
-    return None
-
-
 def _places(tar: Path) -> dict[str, tuple[int, int]]:
     """Name → offset and size of each member, from the tar itself; extensions in lower case, as in sidecars."""
     places: dict[str, tuple[int, int]] = {}
     try:
         with tarfile.open(tar, mode="r:") as file:
             for member in file:
-                folder, slash, base = member.name.rpartition("/")
-                stem, dot, extension = base.partition(".")
-                name = f"{folder}{slash}{stem}{dot}{extension.lower()}"
+                head, dot, extension = member.name.rpartition(".")
+                name = f"{head}{dot}{extension.lower()}"
                 places.setdefault(name, (member.offset_data, member.size))  # of equal names the first is the sample's
     except (tarfile.TarError, OSError):
         return {}

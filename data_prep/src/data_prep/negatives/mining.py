@@ -100,7 +100,7 @@ def embed(piece: JsonObject, options: JsonObject, output: Output) -> None:
         queries.append(sides["query"][-1][0])
         # Names are equal in many languages: the first that differs from the query says more.
         targets.append(next((text for text in sides["target"][-1] if text != queries[-1]), queries[-1]))
-        items.append(_key(f"{sample.content.get('source')}:{sample.content.get('item', sample.row.key)}"))
+        items.append(_key(f"{sample.content.get('source')}:{sample.content.get('item', sample.row.item)}"))
     tower = _tower(options["model"])
     arrays: dict[str, np.ndarray] = {"items": np.array(items, np.uint64)}
     for side, texts, task in (("query", queries, "query_task"), ("target", targets, "target_task")):

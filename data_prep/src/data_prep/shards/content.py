@@ -6,8 +6,9 @@ that another one stumbles over.
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data_prep.shards.format import IMAGE_TYPES, KINDS, JsonObject, ShardError, parse_json
@@ -47,10 +48,52 @@ def content_of(kind: str, members: Mapping[str, bytes], language: str = "und") -
     except Unusable:
         if "txt" not in members or not kind.startswith("image"):
             raise
-        text, role = members["txt"].decode("utf-8", "replace"), "long" if kind == "image-long" else "name"
+        try:
+            text = members["txt"].decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise Unusable("caption that is not UTF-8", f" ({error.reason} at byte {error.start})") from None
         if not text.strip():
-            raise Unusable("its .txt is empty") from None
-        return {"captions": [{"text": text, "language": language, "origin": "human", "role": role}]}
+            raise Unusable("no caption: its .txt is empty") from None
+        return {"captions": [_caption(kind, text, language)]}
+
+
+def named_texts(fields: Any, names: Sequence[str]) -> list[str]:
+    """The texts that a .json of others has under `names`, word for word, each once, without empty ones.
+
+    A name is a field's, or a path of names: "meta.alt" is `alt` of `meta`, or of every object in the list `meta`. What
+    it leads to is a text or a list of texts.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        exact = isinstance(fields, dict) and name in fields
+        values = [fields]
+        for step in [name] if exact else name.split("."):
+            values = _flat([value[step] for value in values if isinstance(value, dict) and step in value])
+        found.update({value: None for value in values if isinstance(value, str) and value.strip()})
+    return list(found)
+
+
+def with_named_captions(kind: str, members: Mapping[str, bytes], names: Sequence[str]) -> dict[str, bytes]:
+    """The members of a sample, their .json turned into one of the format: its captions are those of `named_texts`.
+
+    A .json without any becomes one without captions, which `content_of` refuses.
+    """
+    try:
+        texts = named_texts(parse_json(members.get("json", b"{}")), names)
+    except ValueError:
+        return dict(members)
+    captions = [_caption(kind, text, "und") for text in texts]
+    # Half a character stays an escape, so that `content_of` finds it.
+    return {**members, "json": json.dumps({"captions": captions}).encode()}
+
+
+def _caption(kind: str, text: str, language: str) -> JsonObject:
+    role = "long" if kind == "image-long" else "name"
+    return {"text": text, "language": language, "origin": "human", "role": role}
+
+
+def _flat(values: list[Any]) -> list[Any]:
+    return [each for value in values for each in (value if isinstance(value, list) else [value])]
 
 
 def is_language(name: str) -> bool:
@@ -97,7 +140,7 @@ def _check_texts(part: str, texts: Any) -> None:
             value = text.get(field, "")
             if not isinstance(value, str):
                 raise Unusable(f"{field} of a text of {part} is no text", f" but {_seen(value)}")
-            if not _encodes(value):
+            if not encodes(value):
                 raise Unusable(f"{field} of a text of {part} has half a character", " (a lone surrogate)")
         if not is_language(text["language"]):
             raise Unusable(f"language of a text of {part} is none", f" but {_seen(text['language'])}")
@@ -114,7 +157,8 @@ def _check_rest(content: JsonObject) -> None:
         raise Unusable("its score is no number", f" but {_seen(score)}")
 
 
-def _encodes(text: str) -> bool:
+def encodes(text: str) -> bool:
+    """Whether a text can be written: JSON's escapes may leave half a character (a lone surrogate)."""
     try:
         text.encode()
     except UnicodeEncodeError:

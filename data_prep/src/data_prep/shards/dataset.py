@@ -15,6 +15,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from data_prep.shards.content import with_named_captions
 from data_prep.shards.format import (
     MANIFEST,
     SCHEMA,
@@ -40,6 +41,11 @@ class Row:
     tokens: int | None  # of its longest text; None if not counted
     sha256: str  # of the members' bytes, in order
     shard: str  # name of the tar
+
+    @property
+    def item(self) -> str:
+        """The identity of a sample that states none; with the tar, as those of others may each count from 0."""
+        return f"{self.shard}/{self.key}"
 
 
 class Dataset:
@@ -113,14 +119,14 @@ class Dataset:
         for extension, (offset, size) in row.members.items():
             try:
                 # pread does not use the file's position, so threads do not disturb one another.
-                data = os.pread(tar.fileno(), size, offset)
+                members[extension] = data = os.pread(tar.fileno(), size, offset)
             except OSError as error:
                 raise ShardError(f"{shard.path}: sample {row.key!r} cannot be read ({error.strerror})") from error
             digest.update(data)
-            members[extension] = data
         if digest.hexdigest() != row.sha256:
             raise ShardError(f"{shard.path}: sample {row.key!r} is damaged (its bytes differ from the sidecar's hash)")
-        return members
+        names = self.manifest["shards"][number].get("caption_keys")  # of a .json that is not of the format
+        return with_named_captions(self.kind, members, names) if names else members
 
     def name(self, index: int) -> tuple[str, str]:
         """(tar, key) of sample `index`, for messages; where the sidecar cannot be read the key is "#" and its place."""
@@ -297,6 +303,7 @@ def _parse_manifest(path: Path, raw: bytes) -> JsonObject:
         for shard in manifest["shards"]:
             for field, check in _SHARD_FIELDS.items():
                 check(shard[field])
+            list(map(_name, shard.get("caption_keys", ())))
             name = shard["name"]
             if Path(name).name != name or name == "..":
                 raise ShardError(f"{path}: names the shard {name!r}, which would lie outside of the data set")

@@ -84,10 +84,15 @@ def check_kind(kind: str) -> str:
     return kind
 
 
+def is_key(key: str) -> bool:
+    """Whether a sample may be written under this key."""
+    return _KEY.fullmatch(key) is not None
+
+
 def check_sample(kind: str, key: str, extensions: Iterable[str]) -> None:
     """ShardError if a sample of this kind cannot have such a key or such members."""
     found = sorted(extensions)
-    if not _KEY.fullmatch(key):
+    if not is_key(key):
         raise ShardError(
             f"sample key {key!r}: expected 1 to 90 letters, digits, '-' or '_' (webdataset splits at dots)"
         )

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from data_prep.errors import UserError
 from data_prep.image_rule import ImageRule
+from data_prep.names import is_hidden
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
 from data_prep.sources.dialects import DELIMITER, ENCODING, ESCAPE, NO_HEADER, QUOTING, Said
@@ -159,7 +160,9 @@ def inside(folder: Path, name: str) -> Path | None:
 
 def _only_table(folder: Path) -> Path:
     endings = (".csv", ".tsv", ".jsonl", ".csv.gz", ".tsv.gz", ".jsonl.gz")
-    found = sorted(path for path in folder.iterdir() if path.name.lower().endswith(endings))
+    found = sorted(
+        path for path in folder.iterdir() if path.name.lower().endswith(endings) and not is_hidden(path.name)
+    )
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise UserError(f"{folder}: expected one table of captions in it, found {names}; name it: --table")

@@ -11,11 +11,14 @@ from typing import Any, ClassVar
 
 from data_prep.errors import UserError
 from data_prep.image_rule import ImageRule
+from data_prep.names import is_hidden
 from data_prep.samples import Text
+from data_prep.shards.content import named_texts
 from data_prep.shards.format import IMAGE_TYPES, JsonObject, parse_json
-from data_prep.sources.records import Dropped, Found, ImageRecord, argument, file_stat, option
+from data_prep.sources.records import Dropped, Found, ImageRecord, Noted, argument, file_stat, option
 from data_prep.sources.tars import TarSample, tar_samples
 
+_CAPTION = "caption"
 _FAILED = ("failed_to_download", "failed_to_resize")
 
 
@@ -23,37 +26,53 @@ _FAILED = ("failed_to_download", "failed_to_resize")
 class Img2dataset:
     """a folder of shards that img2dataset wrote (output format webdataset)
 
-    Numbers may have gaps; a shard without its _stats.json was not finished and is skipped. The identity of an image
+    Numbers may have gaps; a shard without its _stats.json was not finished and is skipped. The caption is that of the
+    .json, else the .txt. The identity of an image
     is the sha256 of the download (compute_hash sha256), so that one picture at two URLs is one item.
     """
 
     image: ClassVar[ImageRule | None] = ImageRule(384, "square")
 
     folder: str = argument("folder with NNNNN.tar and NNNNN_stats.json")
+    caption_key: str = option(
+        _CAPTION,
+        "field of the .json that holds a caption, or a list of them: a name, or a path (meta.alt); commas part several",
+    )
+    without_stats: bool = option(False, "also read shards without _stats.json, as those of other tools")
     language: str = option("und", "language of the captions where no column says it")
     language_column: str = option("language", "field of the .json that holds the language")
     origin: str = option("human", "where the captions came from")
 
     def pieces(self) -> Iterator[JsonObject]:
-        yield from shard_pieces(self.folder)
+        yield from shard_pieces(self.folder, without_stats=self.without_stats)
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
         for found in read_shard(piece):
-            if isinstance(found, Dropped):
+            if not isinstance(found, tuple):
                 yield found
                 continue
             where, sample, fields = found
-            text = fields.get("caption")
-            if text is None and "txt" in sample.members:
-                text = sample.read("txt").decode("utf-8", errors="replace")
+            texts = self._captions(sample, fields)
             if not self.selects(fields):
                 yield Dropped("uid not in the list", where)
-            elif not isinstance(text, str) or not text.strip():
-                yield Dropped("no caption", where)
+            elif not texts:
+                yield Dropped("no caption" if texts is not None else "caption that is not UTF-8", where)
             else:
                 found_language = fields.get(self.language_column)
                 language = found_language if isinstance(found_language, str) else self.language
-                yield image_record(where, sample, fields, short=[Text(text.strip(), language, "name", self.origin)])
+                captions = [Text(text.strip(), language, "name", self.origin) for text in texts]
+                yield image_record(where, sample, fields, short=captions)
+
+    def _captions(self, sample: TarSample, fields: JsonObject) -> list[str] | None:
+        """The captions of the .json, else of the .txt, unless another field is named; None if that is no UTF-8."""
+        texts = named_texts(fields, self.caption_key.split(","))
+        if texts or "txt" not in sample.members or self.caption_key != _CAPTION:
+            return texts
+        try:
+            text = sample.read("txt").decode("utf-8-sig")
+        except UnicodeDecodeError:
+            return None
+        return [text] if text.strip() else []
 
     def selects(self, fields: JsonObject) -> bool:
         """Whether an image is selected, by its metadata."""
@@ -118,25 +137,32 @@ def _is_listed(path: str, uid: Any) -> bool:
     return len(uid) == 32 and place < len(uids) and at(place) == wanted
 
 
-def shard_pieces(folder: str) -> Iterator[JsonObject]:
-    """The shards of a folder that img2dataset wrote. UserError if there are none."""
-    tars = sorted(Path(folder).glob("*.tar"))
+def shard_pieces(folder: str, *, without_stats: bool = False) -> Iterator[JsonObject]:
+    """The shards of a folder that img2dataset wrote. UserError if there are none.
+
+    without_stats: read shards that have no _stats.json, too; they may be unfinished.
+    """
+    tars = sorted(path for path in Path(folder).glob("*.tar") if not is_hidden(path.name))
     if not tars:
         raise UserError(f"{folder}: holds no .tar; expected img2dataset's NNNNN.tar (output_format webdataset)")
     for tar in tars:
         stats = tar.with_name(f"{tar.stem}_stats.json")
-        finished = {"stats": str(stats), "stats_stamp": file_stat(stats)} if stats.exists() else {"stats": None}
+        finished = (
+            {"stats": str(stats), "stats_stamp": file_stat(stats)}
+            if stats.exists()
+            else {"stats": None, "read": without_stats}
+        )
         yield {"file": str(tar), **file_stat(tar), **finished}
 
 
-def read_shard(piece: JsonObject) -> Iterator[Dropped | tuple[str, TarSample, JsonObject]]:
+def read_shard(piece: JsonObject) -> Iterator[Dropped | Noted | tuple[str, TarSample, JsonObject]]:
     """(where, members, metadata) of each image of a shard, and what img2dataset itself left out."""
     path = Path(piece["file"])
-    if piece["stats"] is None:
-        yield Dropped("shard without _stats.json: not finished", path.name)
+    if piece["stats"] is None and not piece["read"]:
+        yield Dropped("shard without _stats.json: not finished (--without-stats reads it)", path.name)
         return
     try:
-        stats = parse_json(Path(piece["stats"]).read_bytes())
+        stats = parse_json(Path(piece["stats"]).read_bytes()) if piece["stats"] else {}
         for reason in _FAILED:
             if count := int(stats.get(reason, 0)):
                 yield Dropped(f"img2dataset: {reason.replace('_', ' ')}", path.name, count)
@@ -144,7 +170,7 @@ def read_shard(piece: JsonObject) -> Iterator[Dropped | tuple[str, TarSample, Js
         yield Dropped("shard whose _stats.json cannot be read", path.name)
         return
     for sample in tar_samples(path):
-        if isinstance(sample, Dropped):
+        if not isinstance(sample, TarSample):
             yield sample
             continue
         where = f"{path.name}: {sample.name}"

@@ -13,7 +13,7 @@ from data_prep.images import ImageRefused, StoredImage, store_image
 from data_prep.languages import LANGUAGES, house_language
 from data_prep.samples import Text, captions_json, languages_of, texts_json
 from data_prep.shards import Unusable, content_of
-from data_prep.shards.content import is_language
+from data_prep.shards.content import encodes, is_language
 from data_prep.shards.format import JsonObject
 from data_prep.sources import EVALSETS, SOURCES
 from data_prep.sources.records import Dropped, ImageRecord, Noted, Source, TextRecord
@@ -82,8 +82,8 @@ def _write_texts(record: TextRecord, name: str, output: Output) -> None:
     kind = "text-pairs" if record.negatives is None else "text-triplets"
     item = f"{name}/{output.next_key(kind)}"
     content = texts_json(query, target, negatives, source=name, item=item, score=record.score)
-    languages = languages_of(query, target, *(negatives or ()))
-    _write(kind, {"json": content}, languages, record.where, output)
+    texts = [text for group in (query, target, *(negatives or ())) for text in group]
+    _write(kind, {"json": content}, texts, record.where, output)
 
 
 def _write_image(record: ImageRecord, rule: ImageRule, name: str, output: Output) -> None:
@@ -98,7 +98,7 @@ def _write_image(record: ImageRecord, rule: ImageRule, name: str, output: Output
         captions = _ours(found, output)
         if captions:
             content = captions_json(captions, source=name, item=f"{name}/{record.item}")
-            _write(kind, {stored.extension: stored.data, "json": content}, languages_of(captions), record.where, output)
+            _write(kind, {stored.extension: stored.data, "json": content}, captions, record.where, output)
 
 
 def _ours(texts: Sequence[Text], output: Output) -> list[Text]:
@@ -109,11 +109,14 @@ def _ours(texts: Sequence[Text], output: Output) -> list[Text]:
     return ours
 
 
-def _write(kind: str, members: dict[str, bytes], languages: list[str], where: str, output: Output) -> None:
+def _write(kind: str, members: dict[str, bytes], texts: Sequence[Text], where: str, output: Output) -> None:
     """Writes a sample, unless those who read it would refuse it."""
-    try:
-        if not all(map(is_language, languages)):  # before half a character is replaced in the JSON
+    languages = languages_of(texts)
+    try:  # half a character would be replaced in the JSON, so it is looked for here
+        if not all(map(is_language, languages)):
             raise Unusable("language that cannot be one (empty, with a slash or control characters)")
+        if not all(encodes(text.text) and encodes(text.origin) for text in texts):
+            raise Unusable("text with half a character (a lone surrogate)")
         content_of(kind, members)
     except Unusable as error:
         output.drop(error.reason, where)

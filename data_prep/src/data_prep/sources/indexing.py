@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data_prep.errors import UserError
 from data_prep.execute import Execution, Job, Output, Target, run_job
+from data_prep.images import ImageRefused, check_stored
+from data_prep.names import is_hidden
 from data_prep.shards import Unusable, content_of, texts_in
+from data_prep.shards.content import with_named_captions
 from data_prep.shards.format import IMAGE_TYPES, JsonObject
 from data_prep.shards.writer import sidecar_row
-from data_prep.sources.records import Dropped, file_stat
+from data_prep.sources.records import Dropped, Noted, file_stat
 from data_prep.sources.tars import TarSample, tar_samples
 
 
+@dataclass(frozen=True)
+class IndexRule:
+    """What is taken from tars. Samples that training would replace or refuse are dropped.
+
+    kind: one of `KINDS`. caption_keys: fields of the .json that hold the captions, as `named_texts` reads them; without
+        them a .json of the format counts, else the .txt.
+    max_pixels: images of more are dropped; a recipe's `max_pixels` has the same default.
+    decode: try every image; otherwise its header alone is read.
+    """
+
+    kind: str = "image-short"
+    caption_keys: tuple[str, ...] = ()
+    max_pixels: int = 50_000_000
+    decode: bool = True
+
+    def __post_init__(self) -> None:
+        if self.caption_keys and not self.kind.startswith("image"):
+            raise UserError(f"--caption-key: {self.kind} has no captions")
+        if not all(key.strip() and key.isprintable() for key in self.caption_keys):
+            raise UserError(f"--caption-key {','.join(self.caption_keys)!r}: expected names of fields, with commas")
+        if self.max_pixels < 1:
+            raise UserError(f"--max-pixels {self.max_pixels}: expected at least 1")
+
+
 def index_shards(
-    shards: list[str],
-    out: str,
-    *,
-    name: str,
-    kind: str,
-    execution: Execution | None = None,
+    shards: list[str], out: str, *, name: str, rule: IndexRule, execution: Execution | None = None
 ) -> JsonObject | None:
-    """Make the data set `out`/`kind`/`name` of links to tars and sidecars for them; returns the receipt.
+    """Make the data set `out`/KIND/`name` of links to tars and sidecars for them; returns the receipt.
 
     Args:
         shards: uncompressed webdataset tars, or folders of them.
@@ -33,63 +56,65 @@ def index_shards(
     for path in map(Path, shards):
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
-        tars += sorted(path.glob("*.tar")) if path.is_dir() else [path]
+        inside = sorted(tar for tar in path.glob("*.tar") if not is_hidden(tar.name)) if path.is_dir() else [path]
+        tars += [tar.resolve() for tar in inside]
     if not tars:
         raise UserError(f"{', '.join(shards)}: no .tar there (packed ones must be unpacked: they have no offsets)")
     job = Job(
         title="index",
         target=Target(out, name),
         work="data_prep.sources.indexing:index_tar",
-        pieces=[{"file": str(tar.resolve()), **file_stat(tar)} for tar in tars],
-        options={"kind": kind},
+        pieces=[{"file": str(tar), **file_stat(tar)} for tar in dict.fromkeys(tars)],
+        options=asdict(rule),
     )
     return run_job(job, execution)
 
 
 def index_tar(piece: JsonObject, options: JsonObject, output: Output) -> None:
     """The work of one unit: the sidecar of one tar."""
-    path, kind = Path(piece["file"]), options["kind"]
+    path, rule = Path(piece["file"]), IndexRule(**{**options, "caption_keys": tuple(options["caption_keys"])})
     rows: list[str] = []
-    keys: set[str] = set()
     for sample in tar_samples(path):
-        output.came_in()
+        if isinstance(sample, Noted):
+            output.note(sample.name, sample.count)
+            continue
+        output.came_in(sample.count if isinstance(sample, Dropped) else 1)
         if isinstance(sample, Dropped):
             output.drop(sample.reason, sample.where, sample.count)
             continue
-        where = f"{path.name}: {sample.name}"
-        found = _members(sample, kind)
-        if isinstance(found, str):
-            output.drop(found, where)
-        elif any(
-            "\ud800" <= sign <= "\udfff" for sign in sample.name
-        ):  # surrogates: tarfile's form of bytes that are not UTF-8
-            output.drop("name that is not UTF-8", where)
-        elif sample.name in keys:
-            output.drop("second sample of one name", where)
-        else:
-            keys.add(sample.name)
-            members, languages = found
-            rows.append(sidecar_row(sample.name, members, map(sample.read, members), languages, None))
+        try:
+            rows.append(_row(sample, rule))
+        except Unusable as error:
+            output.drop(error.reason, f"{path.name}: {sample.name}")
     if rows:
-        output.adopt(kind, path, "".join(row + "\n" for row in rows).encode("utf-8", "replace"), len(rows))
+        index = "".join(row + "\n" for row in rows).encode()
+        output.adopt(rule.kind, path, index, len(rows), rule.caption_keys)
 
 
-def _members(sample: TarSample, kind: str) -> tuple[dict[str, tuple[int, int]], list[str]] | str:
-    """The members that a trainer needs, and the languages; or the reason to drop the sample.
+def _row(sample: TarSample, rule: IndexRule) -> str:
+    """The line of the sidecar: the members that a trainer needs, and the languages. Unusable if it must be dropped.
 
     img2dataset's .json holds metadata instead of captions; then the .txt is used.
     """
+    if any("\ud800" <= sign <= "\udfff" for sign in sample.name):  # tarfile's form of bytes that are not UTF-8
+        raise Unusable("name that is not UTF-8")
     image = next((extension for extension in IMAGE_TYPES if extension in sample.members), None)
-    images = [image] if image is not None and kind.startswith("image") else []
+    images = {image: sample.read(image)} if image is not None and rule.kind.startswith("image") else {}
     reasons = []
-    for texts in ("json", "txt"):
-        kept = [*images, *([texts] if texts in sample.members else [])]
+    for text in ("json",) if rule.caption_keys else ("json", "txt"):
+        data = {**images, **({text: sample.read(text)} if text in sample.members else {})}
+        read = with_named_captions(rule.kind, data, rule.caption_keys) if rule.caption_keys else data
         try:
-            # Whether the image can be decoded is asked by `validate` and the trainer.
-            content = content_of(kind, {name: sample.read(name) if name == texts else b"" for name in kept})
+            content = content_of(rule.kind, read)
         except Unusable as error:
-            reasons.append(error.reason)
+            reasons.append(error)
             continue
-        languages = {text["language"] for _, group in texts_in(kind, content) for text in group}
-        return {name: sample.members[name] for name in kept}, sorted(languages)
-    return reasons[0] if "json" in sample.members else reasons[-1]
+        try:
+            for picture in images.values():
+                check_stored(picture, max_pixels=rule.max_pixels, decode=rule.decode)
+        except ImageRefused as error:
+            raise Unusable(str(error)) from error
+        languages = {text["language"] for _, group in texts_in(rule.kind, content) for text in group}
+        places = {name: sample.members[name] for name in data}
+        return sidecar_row(sample.name, places, data.values(), sorted(languages), None)
+    raise reasons[0] if "json" in sample.members else reasons[-1]

@@ -1,8 +1,14 @@
-"""Parquet files, a few rows at a time."""
+"""Parquet files, a few rows at a time, in memory that does not grow with the row group.
+
+What must be in memory is a page, unpacked: writers put at most 1,024 large values into one. pyarrow would also read all
+of a row group ahead.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import mmap
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +18,10 @@ from data_prep.sources.records import Dropped, file_stat
 
 Values = tuple[str, JsonObject]  # place and columns of a row
 
-_BATCH = 16  # rows in memory at a time: each may hold an image
+_BATCH = 8 * 2**20  # bytes of rows that are Python values at a time; of _ROWS rows at most
+_ROWS = 1000
+_BUFFER = 2**20  # bytes that are read at a time
+_LARGE = 64 * 2**20  # bytes of a row group from which the file is mapped
 
 
 def parquet_pieces(paths: Sequence[Path], rows: int, *, columns: Sequence[str]) -> Iterator[JsonObject]:
@@ -36,7 +45,7 @@ def parquet_pieces(paths: Sequence[Path], rows: int, *, columns: Sequence[str]) 
 
 
 def parquet_columns(path: Path) -> list[str]:
-    """The names of a file's columns. UserError as of `parquet_pieces`."""
+    """The names of a file's columns, then of fields of structs (`translation.en`). UserError as of `parquet_pieces`."""
     return _read_footer(path)[1]
 
 
@@ -44,34 +53,73 @@ def _read_footer(path: Path) -> tuple[Any, list[str]]:
     parquet = needs("pyarrow.parquet", extra="parquet", what="reading parquet")
     try:
         metadata = parquet.read_metadata(path)
-        return metadata, metadata.schema.to_arrow_schema().names
+        schema = metadata.schema.to_arrow_schema()
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a parquet file that can be read ({error})") from error
+    if twice := [name for name in schema.names if schema.names.count(name) > 1]:
+        raise UserError(f"{path}: has the column {twice[0]!r} twice; rename one")
+    return metadata, [*schema.names, *(name for name in _paths(schema) if name not in schema.names)]
 
 
-def read_parquet(piece: JsonObject, columns: Sequence[str]) -> Iterator[Values | Dropped]:
-    """The rows of a piece, with those of `columns` that the file has."""
-    parquet = needs("pyarrow.parquet", extra="parquet", what="reading parquet")
+def _paths(fields: Iterable[Any], before: str = "") -> Iterator[str]:
+    """The names of columns and, as `translation.en`, of the fields of structs."""
+    for field in fields:
+        yield f"{before}{field.name}"
+        if str(field.type).startswith("struct<"):
+            yield from _paths(field.type, f"{before}{field.name}.")
+
+
+def read_parquet(piece: JsonObject, columns: Sequence[str], *, texts: Sequence[str] = ()) -> Iterator[Values | Dropped]:
+    """The rows of a piece, with those of `columns` that the file has.
+
+    texts: columns of texts; where a file has bytes there, as of writers that do not mark text, they are UTF-8.
+    """
+    texts = [*texts, *(name.partition(".")[0] for name in texts)]  # a field of a struct comes in its column
     path = Path(piece["file"])
-    try:
-        file = parquet.ParquetFile(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a parquet file that can be read ({error})") from error
+    metadata, names = _read_footer(path)
+    file, release = _opened(path, metadata, piece["groups"])
     with file:
-        present = [name for name in columns if name in file.schema_arrow.names]
+        present = [name for name in columns if name in names]
         first = piece["row"]
         for group in piece["groups"]:
-            yield from _group(file, group, present, piece.get("shown", path.name), first)
-            first += file.metadata.row_group(group).num_rows
+            for row in _group(file, group, present, piece.get("shown", path.name), first, release):
+                yield row if isinstance(row, Dropped) or not texts else _decoded(row, texts)
+            first += metadata.row_group(group).num_rows
 
 
-def _group(file: Any, group: int, columns: Sequence[str], name: str, first: int) -> Iterator[Values | Dropped]:
-    """The rows of a row group. Damage costs the rest of the group, and nothing of the next one."""
-    number, end = first, first + file.metadata.row_group(group).num_rows
+def _opened(path: Path, metadata: Any, groups: Sequence[int]) -> tuple[Any, Callable[[], object]]:
+    """A file to read row groups of, and a call that gives back the memory of what was read; UserError if it is gone.
+
+    Of a large row group the file is mapped, so that pages which are not packed are not copied.
+    """
+    pyarrow = needs("pyarrow", extra="parquet", what="reading parquet")
+    parquet = needs("pyarrow.parquet", extra="parquet", what="reading parquet")
     try:
-        for batch in file.iter_batches(_BATCH, row_groups=[group], columns=columns, use_threads=False):
+        if all(metadata.row_group(group).total_byte_size < _LARGE for group in groups):
+            file = parquet.ParquetFile(path, metadata=metadata, pre_buffer=False, buffer_size=_BUFFER)
+            return file, lambda: None
+        pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # the usual one keeps what it frees
+        with path.open("rb") as raw:
+            mapped = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
+        reader = pyarrow.BufferReader(pyarrow.py_buffer(mapped))
+        file = parquet.ParquetFile(reader, metadata=metadata, pre_buffer=False)
+        return file, partial(mapped.madvise, mmap.MADV_DONTNEED)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a parquet file that can be read ({error})") from error
+
+
+def _group(
+    file: Any, group: int, columns: Sequence[str], name: str, first: int, release: Callable[[], object]
+) -> Iterator[Values | Dropped]:
+    """The rows of a row group. Damage costs the rest of the group, and nothing of the next one."""
+    metadata = file.metadata.row_group(group)
+    number, end = first, first + metadata.num_rows
+    rows = min(_ROWS, max(1, _BATCH * metadata.num_rows // max(1, metadata.total_byte_size)))
+    try:
+        for batch in file.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False):
             yield from rows_of(batch, name, number)
             number += batch.num_rows
+            release()
     except (OSError, ValueError) as error:  # pyarrow's own are of these
         where = f"{name} after row {number} ({error})"[:200]
         yield Dropped("rest of a parquet row group that is damaged", where, max(1, end - number))
@@ -92,6 +140,23 @@ def rows_of(batch: Any, name: str, first: int) -> Iterator[Values | Dropped]:
         return
     for number, row in enumerate(values, first + 1):
         yield f"{name}, row {number}", row
+
+
+def _decoded(row: Values, texts: Sequence[str]) -> Values | Dropped:
+    """A row whose columns of texts hold no bytes."""
+    where, values = row
+    try:
+        return where, {name: _text(value) if name in texts else value for name, value in values.items()}
+    except UnicodeDecodeError:
+        return Dropped("not UTF-8", where)
+
+
+def _text(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, list):
+        return list(map(_text, value))
+    return {name: _text(each) for name, each in value.items()} if isinstance(value, dict) else value
 
 
 def image_bytes(value: object) -> bytes | None:

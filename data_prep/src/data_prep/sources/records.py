@@ -81,8 +81,15 @@ def objects(rows: Iterable[Row | Dropped]) -> Iterator[tuple[str, JsonObject] | 
 
 
 def pick(values: JsonObject, named: str, usual: Sequence[str]) -> Any:
-    """The value of the column that the user named, else of the first usual one; None if there is none."""
-    return values.get(named or usual_column(values, usual))
+    """The value of the column that the user named, else of the first usual one; None if there is none.
+
+    `translation.en` is that column or, without one, the field of an object.
+    """
+    named = named or usual_column(values, usual)
+    name, _, rest = named.partition(".")
+    if named in values or not rest:
+        return values.get(named)
+    return pick(inner, rest, ()) if isinstance(inner := values.get(name), dict) else None
 
 
 def usual_column(columns: Container[str], usual: Sequence[str]) -> str:

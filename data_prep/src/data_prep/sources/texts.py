@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from data_prep.errors import UserError
 from data_prep.image_rule import ImageRule
+from data_prep.names import is_hidden
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
 from data_prep.sources.dialects import DELIMITER, ENCODING, ESCAPE, NO_HEADER, QUOTING, Said
@@ -157,7 +158,7 @@ class Texts:
         elif isinstance(value, dict) and isinstance(value.get("set"), list):
             parts = value["set"][:1], value["set"][1:], []
         elif isinstance(value, dict):
-            negatives = [text for name in self._negatives(value) for text in _listed(value.get(name))]
+            negatives = [text for name in self._negatives(value) for text in _listed(pick(value, name, ()))]
             query, target = (
                 pick(value, self.query_column, self._usual(_QUERY)),
                 pick(value, self.target_column, self._usual(_TARGET)),
@@ -206,7 +207,11 @@ def files_in(paths: tuple[str, ...], endings: tuple[str, ...]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.name.lower().endswith(endings) and file.is_file())
+            inside = sorted(
+                file
+                for file in path.rglob("*")
+                if file.name.lower().endswith(endings) and file.is_file() and not is_hidden(str(file.relative_to(path)))
+            )
             if not inside:
                 raise UserError(f"{path}: holds no {' or '.join(endings)} file")
             found += inside
@@ -232,7 +237,7 @@ def names_of(paths: Sequence[Path]) -> list[str]:
 
 def _rows(piece: JsonObject) -> Iterator[Row | Dropped]:
     if piece.get("format") == "parquet":
-        return read_parquet(piece, piece["columns"])
+        return read_parquet(piece, piece["columns"], texts=piece["columns"])
     return read_table(piece) if piece.get("format") == "table" else read_lines(piece)
 
 

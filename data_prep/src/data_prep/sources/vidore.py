@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from data_prep.errors import UserError
 from data_prep.image_rule import ImageRule
+from data_prep.names import is_hidden
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
 from data_prep.sources.answers import answer_text, chosen, listed, question_caption
@@ -20,6 +21,7 @@ from data_prep.sources.records import Dropped, Found, ImageRecord, argument, fro
 from data_prep.sources.texts import files_in, names_of
 
 _COLUMNS = ("query", "image", "image_filename", "options", "answer", "page", "model", "prompt", "source")
+_TEXTS = tuple(name for name in _COLUMNS if name != "image")
 _ROWS = 500
 # Names of columns in BEIR's form, in ViDoRe's third version, and in BEIR's own files.
 _PAGE = ("corpus-id", "corpus_id", "_id", "id")
@@ -49,7 +51,7 @@ class Vidore:
                 yield {**piece, "shown": name}
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
-        return from_rows(read_parquet(piece, _COLUMNS), self._record)
+        return from_rows(read_parquet(piece, _COLUMNS, texts=_TEXTS), self._record)
 
     def _record(self, where: str, fields: JsonObject) -> Iterator[Found]:
         image, query = image_bytes(fields.get("image")), fields.get("query")
@@ -101,7 +103,7 @@ class VidoreBenchmark:
         if piece["lost"]:
             yield Dropped("judgements of relevance whose query or page is not there", "qrels", piece["lost"])
         number, image = piece["columns"]
-        for row in objects(read_parquet(piece, piece["columns"])):
+        for row in objects(read_parquet(piece, piece["columns"], texts=[number])):
             yield row if isinstance(row, Dropped) else self._record(row[0], row[1].get(number), row[1].get(image))
 
     def _record(self, where: str, number: object, image: object) -> Found:
@@ -119,6 +121,7 @@ def _parts(folder: str, part: str) -> list[Path]:
         path
         for path in root.rglob("*.parquet")
         if any(piece.startswith(part) for piece in path.relative_to(root).parts)
+        and not is_hidden(str(path.relative_to(root)))
     )
     if not found:
         raise UserError(f"{folder}: holds no {part}*.parquet and no folder {part}/ of parquet files")
@@ -191,7 +194,7 @@ def _all(
     for path in _parts(folder, part):
         names = _columns(path, columns)
         for piece in parquet_pieces([path], 10**9, columns=names):
-            for row in read_parquet(piece, (*names, *more)):
+            for row in read_parquet(piece, (*names, *more), texts=names):
                 if isinstance(row, Dropped) and row.count > 1:
                     raise UserError(f"{row.where}: {row.reason}; without it the benchmark would not be whole")
                 yield None if isinstance(row, Dropped) else [row[1].get(name, _ABSENT) for name in (*names, *more)]

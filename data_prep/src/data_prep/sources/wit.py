@@ -75,7 +75,7 @@ class Wit:
     def read(self, piece: JsonObject) -> Iterator[Found]:
         if "stats" in piece:
             for found in read_shard(piece):
-                if isinstance(found, Dropped):
+                if not isinstance(found, tuple):
                     yield found
                     continue
                 where, sample, fields = found

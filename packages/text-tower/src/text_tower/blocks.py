@@ -5,15 +5,20 @@ Module names are those of the published layout on disk, so that a state dict is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from text_tower.attention import Attention
 from text_tower.config import TextTowerConfig
 from text_tower.dropout import KeyedDropout, SiteDropout
 from text_tower.lora import AdaptedEmbedding, AdaptedLinear
 from text_tower.norm import LayerNorm
+
+Attention = Callable[[Tensor], Tensor]
+"""Queries, keys and values `[T, 3, heads, d]` -> `[T, heads, d]`, positions included."""
 
 
 class Embeddings(nn.Module):
@@ -39,7 +44,7 @@ class SelfAttention(nn.Module):
         self.out_proj = _linear(config, config.width, config.width)
 
     def forward(self, h: Tensor, attention: Attention, adapter: int | None) -> Tensor:
-        qkv = self.Wqkv(h, adapter).view(len(h), 3, self.heads, -1)
+        qkv = torch.unflatten(self.Wqkv(h, adapter), -1, (3, self.heads, -1))
         out: Tensor = self.out_proj(attention(qkv).flatten(1), adapter)
         return out
 

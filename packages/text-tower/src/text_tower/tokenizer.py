@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from text_tower import tokenizer_files
 from text_tower.config import whole_number
 from text_tower.texts import listed
-from text_tower.tokenizer_files import BOS, CONFIG_FILE, EOS, JSON_FILE, UNK
+from text_tower.tokenizer_files import BOS, CONFIG_FILE, EOS, FOR_OTHERS, JSON_FILE, UNK
 
 __all__ = ["BOS", "EOS", "UNK", "Tokenizer"]
 
@@ -107,10 +108,10 @@ class Tokenizer:
 
     def save_for_others(self, directory: str | Path) -> None:
         """Writes what `save` does, with what other libraries want beside it: tokenizer.json, since they may lack
-        sentencepiece, and the class's name."""
+        sentencepiece, and the names of class and special tokens, without which transformers.js pads with nothing."""
         self.save(directory)
         if self._for_others is None:  # it takes a second, and checkpoints are many
-            written = {CONFIG_FILE: '{"tokenizer_class": "XLMRobertaTokenizer"}\n'}
+            written = {CONFIG_FILE: json.dumps(FOR_OTHERS) + "\n"}
             if JSON_FILE not in self._files:
                 written[JSON_FILE] = self._encoder.to_str()
             self._for_others = {name: text for name, text in written.items() if name not in self._files}

@@ -23,6 +23,8 @@ CONFIG_FILE, SPECIAL_FILE, ADDED_FILE = "tokenizer_config.json", "special_tokens
 
 _NAMED = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "sep_token": "</s>", "pad_token": "<pad>",
           "cls_token": "<s>", "mask_token": "<mask>"}  # fmt: skip
+# tokenizer_config.json of a tokenizer that has none. Each library knows by itself which blanks a mask takes with it.
+FOR_OTHERS = {"tokenizer_class": "XLMRobertaTokenizer", **{k: v for k, v in _NAMED.items() if k != "mask_token"}}
 _EXTRA = ("extra_special_tokens", "additional_special_tokens")
 _REBUILT = ("XLMRobertaTokenizer", "XLMRobertaTokenizerFast")
 _AS_IT_IS = ("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend")

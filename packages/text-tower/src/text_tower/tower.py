@@ -18,6 +18,7 @@ from text_tower.encode import encode as _encode
 from text_tower.lora import AdaptedEmbedding, AdaptedLinear, adapter_number, is_adapter
 from text_tower.norm import LayerNorm
 from text_tower.packed import ByLength, PackedTokens
+from text_tower.padded import PaddedTower
 from text_tower.positions import Rotary
 from text_tower.tokenizer import Tokenizer
 
@@ -148,6 +149,12 @@ class TextTower(nn.Module):
         weights = self.merged_state_dict(adapter).items()
         tower.load_state_dict({n: t.clone() if t.data_ptr() in ours else t for n, t in weights}, assign=True)
         return tower.train(self.training)
+
+    def padded(self, adapter: str | None = None) -> PaddedTower:
+        """The tower on padded ids `[N, L]` instead of packed ones, with one adapter (None: the first) in its weights:
+        plain tensors in and out, as `torch.export` and other runtimes take them."""
+        tower = self.merged(adapter) if self.config.adapters else self
+        return PaddedTower(tower.config, tower.embeddings, tower.emb_ln, tower.encoder).eval()
 
     def merged_state_dict(self, adapter: str | None = None) -> dict[str, Tensor]:
         """Weights under their published names, with one adapter (None: the first) added to them; not copies."""

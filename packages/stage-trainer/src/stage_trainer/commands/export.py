@@ -20,6 +20,7 @@ FORMATS = {
     "trilith": "for stage_trainer.DualEncoder alone; any model, adapters as they are",
     "jina-clip": "the layout of the published jina-clip-v2, for its code and what is built on that",
     "open-clip": "for open_clip 3.3; the default adapter is merged",
+    "onnx": "graphs for ONNX Runtime and transformers.js; needs onnx, onnxscript and onnxruntime",
 }
 
 
@@ -44,10 +45,15 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         choices=("merged", "kept"),
         help="merged: the text tower's default adapter is added to its weights, and every library gives its vectors; "
         "kept: adapters stay apart (common: a PEFT folder each, text/NAME, for further training; not for "
-        "sentence-transformers) (default: merged; of jina-clip: kept)",
+        "sentence-transformers) (default: merged; of jina-clip: kept; of onnx and open-clip merged alone)",
     )
     p.add_argument(
-        "--dtype", choices=("float16", "float32"), help="of jina-clip's weights (default: float16, as published)"
+        "--dtype",
+        choices=("float16", "float32", "int8", "q4"),
+        help="of the weights: of jina-clip's float16, as published, or float32; of onnx one instead of all four",
+    )
+    p.add_argument(
+        "--task", help='of onnx: whose adapter is added to the weights (default: the first; "none" leaves all out)'
     )
     p.add_argument(
         "--repository",
@@ -60,11 +66,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from stage_trainer.files import check_can_write, writing
 
-    if arguments.dtype and arguments.format != "jina-clip":
-        raise UserError("--dtype is for --format jina-clip; leave it out")
-    if arguments.lora and arguments.format == "trilith":
-        raise UserError("--lora is not for --format trilith, which keeps adapters as they are; leave it out")
-    _check_open_clip(arguments)
+    _check(arguments)
     with writing(arguments.out):
         if arguments.out.exists():
             raise UserError(f"{arguments.out} exists already; name another place or move it away")
@@ -79,12 +81,14 @@ def run(arguments: argparse.Namespace) -> None:
 
     def card_of(become: common.Adapters) -> str:
         past = history.of(found, checkpoint, str(arguments.checkpoint))
-        return card(name, model, become, past, arguments.format)
+        return card(name, model, become, past, arguments.format, arguments.dtype)
 
     if arguments.format == "trilith":
         model.save_pretrained(arguments.out)
     elif arguments.format == "jina-clip":
         _write_jina_clip(model, arguments, card_of)
+    elif arguments.format == "onnx":
+        return _write_onnx(model, arguments, card_of)
     elif arguments.format == "open-clip":
         from stage_trainer.formats import open_clip
 
@@ -108,6 +112,26 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"  elsewhere:  {arguments.out / 'README.md'} has an example for each library")
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    """UserError for options that the format has no use for, or packages that it needs."""
+    form = arguments.format
+    if arguments.dtype and form not in ("jina-clip", "onnx"):
+        raise UserError("--dtype is for --format jina-clip and onnx; leave it out")
+    if form == "jina-clip" and arguments.dtype not in (None, "float16", "float32"):
+        raise UserError(f"--dtype {arguments.dtype} is for --format onnx; jina-clip's weights are float16 or float32")
+    if arguments.lora and form == "trilith":
+        raise UserError("--lora is not for --format trilith, which keeps adapters as they are; leave it out")
+    if arguments.lora == "kept" and form == "onnx":
+        raise UserError("a graph has no adapters: --format onnx merges one; leave --lora out, --task chooses which")
+    if arguments.task is not None and form != "onnx":
+        raise UserError("--task is for --format onnx; leave it out")
+    _check_open_clip(arguments)
+    if form == "onnx":
+        from stage_trainer.formats.onnx import check_installed
+
+        check_installed()
+
+
 def _check_open_clip(arguments: argparse.Namespace) -> None:
     if arguments.format == "open-clip" and arguments.lora == "kept":
         raise UserError("open_clip has no adapters: leave --lora out, and the default one is merged")
@@ -117,6 +141,18 @@ def _check_open_clip(arguments: argparse.Namespace) -> None:
         raise UserError("--repository is for --format open-clip; leave it out")
     if not NAME.fullmatch(arguments.repository):
         raise UserError(f"--repository is {arguments.repository!r}; expected OWNER/NAME")
+
+
+def _write_onnx(model: DualEncoder, arguments: argparse.Namespace, card_of: Callable[[Adapters], str]) -> None:
+    from stage_trainer.formats.onnx import PRECISIONS, directory
+
+    precisions = (arguments.dtype,) if arguments.dtype else tuple(PRECISIONS)
+    adapters = directory.write(model, arguments.out, task=arguments.task, precisions=precisions, card=card_of)
+    _say_adapters(adapters.merged, adapters.left_out, "; --task chooses the one that is merged", can_be_kept=False)
+    print(
+        f"wrote {arguments.out}: text_model, vision_model and model (both) in {', '.join(precisions)}\n"
+        f"  elsewhere:  {arguments.out / 'README.md'} has an example for ONNX Runtime and one for transformers.js"
+    )
 
 
 def _write_jina_clip(model: DualEncoder, arguments: argparse.Namespace, card_of: Callable[[Adapters], str]) -> None:

@@ -64,6 +64,15 @@ def _check(model: Path, repository: str) -> None:
             )
         return
     say("reading the model …")
+    from stage_trainer.formats.onnx import check_installed, graphs_in
+
+    if graphs := graphs_in(model):
+        check_installed()
+        from stage_trainer.formats.onnx.parity import check_opens
+
+        for file in graphs:
+            check_opens(file)
+        return
     from stage_trainer.dual_encoder import DualEncoder
 
     DualEncoder.from_pretrained(model)

@@ -35,7 +35,7 @@ def texts_of(data: Dataset, index: int, members: dict[str, bytes]) -> dict[str, 
         content = content_of(data.kind, members)
     except Unusable as error:
         raise ShardError(f"{data.directory}: sample {name}: {error}") from error
-    return {"item": f"{data.source}/{name}", **content}
+    return {"item": f"{data.source}/{data.row(index).item}", **content}
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import yaml
 
@@ -15,7 +16,14 @@ from stage_trainer.formats.history import NON_COMMERCIAL, History
 _TAGS = ["trilith", "feature-extraction", "sentence-similarity", "image-text-retrieval", "multimodal", "matryoshka"]
 
 
-def card(name: str, model: DualEncoder, adapters: Adapters, history: History, form: str = "common") -> str:
+def card(
+    name: str,
+    model: DualEncoder,
+    adapters: Adapters,
+    history: History,
+    form: str = "common",
+    precision: str | None = None,
+) -> str:
     """The card of an exported directory.
 
     Args:
@@ -23,9 +31,11 @@ def card(name: str, model: DualEncoder, adapters: Adapters, history: History, fo
         model: as it is written.
         adapters: what became of its adapters.
         history: how it came to be.
-        form: "common", "jina-clip" or "open-clip": which module of `formats` writes the directory.
+        form: "common", "jina-clip", "open-clip" or "onnx": which module of `formats` writes the directory.
+        precision: of "onnx", what all graphs are in; None if there are all.
     """
     uses = {"common": _use, "jina-clip": _use_as_jina_clip, "open-clip": _use_in_open_clip}
+    uses["onnx"] = partial(_use_as_graphs, precision)
     parts = [
         _front(adapters, history, form),
         f"# {name}",
@@ -49,6 +59,7 @@ def _front(adapters: Adapters, history: History, form: str) -> str:
         "common": ("sentence-transformers", "sentence-similarity", ["sentence-transformers"]),
         "jina-clip": ("transformers", "feature-extraction", ["custom_code"]),
         "open-clip": ("open_clip", "zero-shot-image-classification", ["open_clip"]),
+        "onnx": ("transformers.js", "feature-extraction", ["transformers.js", "onnx"]),
     }[form]
     if form == "common" and adapters.kept:
         library, task, tags = "transformers", "feature-extraction", ["peft"]
@@ -173,6 +184,12 @@ def _use_in_open_clip(name: str, model: DualEncoder, adapters: Adapters) -> list
         "The towers are made by what `open_clip_config.json` names (this directory where it was written, or a "
         "repository of a hub): elsewhere export it again.",
     ]
+
+
+def _use_as_graphs(precision: str | None, name: str, model: DualEncoder, adapters: Adapters) -> list[str]:
+    from stage_trainer.formats.onnx.examples import paragraphs
+
+    return paragraphs(name, model, precision)
 
 
 def _code(text: str) -> str:

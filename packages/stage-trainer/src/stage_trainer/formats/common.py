@@ -15,12 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.errors import UserError
 from stage_trainer.files import whole_directory
 from stage_trainer.formats import sentence_transformers
+
+if TYPE_CHECKING:
+    from text_tower import TextTower, Tokenizer
+
+
+_ALONE = "; `--format trilith` writes it for stage_trainer.DualEncoder alone"
 
 
 class Adapters(NamedTuple):
@@ -64,17 +70,23 @@ def check(model: DualEncoder) -> None:
     Raises:
         UserError: it names what one of them cannot say, and what to do.
     """
-    tokenizer, text, vision = model.text.tokenizer, model.text.config, model.vision.config
-    alone = "; `--format trilith` writes it for stage_trainer.DualEncoder alone"
-    if tokenizer is None:
-        raise UserError(f"the text tower has no tokenizer, and no library can encode a text without one{alone}")
-    if tokenizer.vocab_size != text.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens and the text tower {text.vocab_size}: they are of "
-            "different models. Put the tokenizer with which the model was trained into its text/ folder"
-        )
+    check_tokenizer(model.text)
+    vision = model.vision.config
     if vision.layer_norm_eps != type(vision).layer_norm_eps:
         raise UserError(
             f"the image tower's layer_norm_eps is {vision.layer_norm_eps:g}, and timm's EVA02 models, which "
-            f"transformers and sentence-transformers use too, always take {type(vision).layer_norm_eps:g}{alone}"
+            f"transformers and sentence-transformers use too, always take {type(vision).layer_norm_eps:g}{_ALONE}"
         )
+
+
+def check_tokenizer(text: TextTower) -> Tokenizer:
+    """The tokenizer, or UserError if there is none or it is of another model."""
+    tokenizer = text.tokenizer
+    if tokenizer is None:
+        raise UserError(f"the text tower has no tokenizer, and no library can encode a text without one{_ALONE}")
+    if tokenizer.vocab_size != text.config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the text tower {text.config.vocab_size}: they are of "
+            "different models. Put the tokenizer with which the model was trained into its text/ folder"
+        )
+    return tokenizer

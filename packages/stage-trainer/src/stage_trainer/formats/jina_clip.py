@@ -27,6 +27,7 @@ from stage_trainer.formats.common import Adapters
 from stage_trainer.formats.jina_clip_layout import TASK, tensors, with_an_adapter
 from stage_trainer.formats.jina_clip_read import MODEL_TYPE
 
+PROCESSOR = "JinaCLIPProcessor"
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 _CODE = "jinaai/jina-clip-implementation--"
 _V3 = "jinaai/jina-embeddings-v3"
@@ -88,9 +89,9 @@ def write(
     weights, rounded = _cast(tensors(text, model.vision, model.logit_scale.detach()), DTYPES[dtype])
     with whole_directory(out) as directory:
         write_weights(weights, directory / "model.safetensors")
-        write_json(_config(model, text, name, dtype), directory / "config.json")
-        write_json(_processor(model.vision.config), directory / "preprocessor_config.json")
-        _write_tokenizer(text.tokenizer, directory)
+        write_json(config_json(model, text, name, dtype), directory / "config.json")
+        write_json(processor_json(model.vision.config), directory / "preprocessor_config.json")
+        write_tokenizer(text.tokenizer, directory)
         for file, content in _for_sentence_transformers(text.config).items():
             write_json(content, directory / file)
         if card is not None:
@@ -116,8 +117,8 @@ def _cast(weights: dict[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Ten
     return result, rounded
 
 
-def _check_fits(config: VisionTowerConfig) -> None:
-    """UserError for what the published code has as a constant, or no word for."""
+def misfits(config: VisionTowerConfig) -> dict[str, str]:
+    """What the published code has as a constant, or no word for: field -> what it knows."""
     fixed = {"rope_theta": 10_000.0, "layer_norm_eps": 1e-6, "crop_pct": 1.0}
     wrong = {key: f"{value:g}" for key, value in fixed.items() if getattr(config, key) != value}
     rows, columns = config.grid
@@ -127,15 +128,18 @@ def _check_fits(config: VisionTowerConfig) -> None:
         wrong["crop_mode"] = " or ".join(_RESIZE_MODES)
     if config.interpolation not in ("bicubic", "bilinear"):
         wrong["interpolation"] = "bicubic or bilinear"
-    if wrong:
-        key, expected = next(iter(wrong.items()))
+    return wrong
+
+
+def _check_fits(config: VisionTowerConfig) -> None:
+    for key, expected in misfits(config).items():
         raise UserError(
             f"the vision tower has {key} {getattr(config, key)}, and jina-clip-v2's layout knows {expected} only; "
             "export it in another format"
         )
 
 
-def _config(model: DualEncoder, text: TextTower, name: str, dtype: str) -> dict[str, Any]:
+def config_json(model: DualEncoder, text: TextTower, name: str, dtype: str) -> dict[str, Any]:
     """config.json; `name` is the adapter's, real or of zeros."""
     width = text.config.width
     ours = _ours(model, text.config, name)
@@ -254,7 +258,8 @@ def _vision_config(config: VisionTowerConfig) -> dict[str, Any]:
     }
 
 
-def _processor(config: VisionTowerConfig) -> dict[str, Any]:
+def processor_json(config: VisionTowerConfig) -> dict[str, Any]:
+    """preprocessor_config.json of a tower that `misfits` finds nothing of."""
     return {
         "auto_map": {
             "AutoImageProcessor": f"{_CODE}processing_clip.JinaCLIPImageProcessor",
@@ -264,14 +269,14 @@ def _processor(config: VisionTowerConfig) -> dict[str, Any]:
         "image_processor_type": "JinaCLIPImageProcessor",
         "interpolation": config.interpolation,
         "mean": list(config.mean),
-        "processor_class": "JinaCLIPProcessor",
+        "processor_class": PROCESSOR,
         "resize_mode": _RESIZE_MODES[config.crop_mode],
         "size": _vision_config(config)["image_size"],
         "std": list(config.std),
     }
 
 
-def _write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     """tokenizer.json and the settings beside it; the published code has no sentencepiece.
 
     Raises:
