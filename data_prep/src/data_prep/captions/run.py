@@ -83,15 +83,15 @@ def judge_one(
     batch: bool = False,
 ) -> tuple[Verdict, float | None]:
     """Judge an answer, and commit the verdict and the cost, which are returned."""
-    verdict = verdict_on(status, raw, language, settings.limits)
+    verdict = verdict_on(status, raw, language, settings.limits, ledger.prompt_of(attempt))
     cost = settings.prices.of(verdict.usage, batch=batch) if settings.prices else None
     ledger.judged(attempt, verdict.caption, verdict.reason, verdict.usage, cost)
     return verdict, cost
 
 
-def verdict_on(status: int, raw: bytes, language: str, limits: Limits) -> Verdict:
+def verdict_on(status: int, raw: bytes, language: str, limits: Limits, prompt: str = "") -> Verdict:
     """The verdict on an answer of this status."""
-    return judge(raw, language, limits) if status == 200 else Verdict(None, "declined", Usage())
+    return judge(raw, language, limits, prompt=prompt) if status == 200 else Verdict(None, "declined", Usage())
 
 
 def run(
