@@ -3,7 +3,8 @@
 It is told by what its sentences speak of, in thirty languages (`phrases.json`: each language has the same topics). A
 sentence may describe an image that nobody attached only if it speaks of an image, of attaching, and says "not". What is
 in quotation marks does not count: that is a sign in the picture. A phrase is looked for where a word begins, and is a
-whole word if it ends in a space; anywhere in languages that have no spaces, and in Arabic, whose articles are prefixes.
+whole word if it ends in a space; anywhere in languages that have no spaces, and in Arabic and Korean, whose words have
+particles around them.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from data_prep.captions.markup import without_quotations
 from data_prep.shards.format import parse_json
 
 _PHRASES = Path(__file__).parent / "phrases.json"
-_INSIDE = {"zh", "ja", "th", "ar"}
+_INSIDE = {"zh", "ja", "ko", "th", "ar"}
 _SENTENCE_END = re.compile(r"[.!?。！？؟।॥…۔;；;\n]+")
 _WINDOW = 150  # characters of Thai, which does not mark the end of a sentence
 _ENDS = 3  # sentences at either end of an answer, where replies and offers are
 _ARABIC = str.maketrans(
     {**dict.fromkeys([0x0640, 0x0670, *range(0x064B, 0x0660)]), **dict.fromkeys(map(ord, "أإآٱ"), "ا")}
 )
+_APOSTROPHE = re.compile(r"(?<=[\u0400-\u04ff])['’ʼ](?=[\u0400-\u04ff])")  # a letter, nearly, in Ukrainian
 _LABEL = re.compile(r"[\s*_#\"'“„«「【\[(]*([^:：\n]{1,60}?)[\s*_\"'”“»」】\])]*(?:[:：]|\n)")
 _MOST_LABEL = 6  # words
 _REPLY_END = re.compile(r"\W*?([!.。！:：\n–—-]+|[,，、])\s*(\w?)")
@@ -58,7 +60,7 @@ def repeats(text: str, prompt: str, density: float) -> bool:
 
 def words(text: str) -> str:
     """Letters, their marks and digits in lower case, one space for anything between them; Arabic without vowels."""
-    text = unicodedata.normalize("NFC", text).translate(_ARABIC).casefold()
+    text = _APOSTROPHE.sub("", unicodedata.normalize("NFC", text).translate(_ARABIC).casefold())
     return " ".join("".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text).split())
 
 
@@ -99,6 +101,7 @@ class _Said:
             or self.any_of("cannot")
             or any(self.has(one, "no", "image", "give") or self.has(one, "no", "image", "load") for one in self.head)
             or any(self.any_of(who, "give", what) for who in ("please", "address") for what in ("image", "again"))
+            or self.any_of("please", "again")
         )
 
     def thinks(self) -> bool:
