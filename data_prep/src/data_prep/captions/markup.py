@@ -21,7 +21,7 @@ _CLOSE = re.compile(
 _TOKENS = re.compile(
     r"<[|｜][^<>|｜\n]{1,40}[|｜]>|</?s>|<(?:bos|eos|pad|unk|mask|image|img|video|audio|image_soft_token)\d*>"
     r"|<0x[0-9a-f]{2}>|<loc_?\d+>|<(?:start|end)_of_\w+>|\[/?INST\]|<</?SYS>>|\[/?(?:IMG|BOS|EOS|PAD|UNK|SEP|CLS)\]"
-    r"|Ċ|▁\w|\ufffd|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]",
+    r"|Ċ|(?-i:\wĠ\w)|▁\w|\ufffd|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]",
     re.IGNORECASE,
 )
 _NAMES = (
