@@ -15,7 +15,7 @@ from data_prep.captions.texts import PROMPTS, read_prompt
 from data_prep.curation.language_id import identify
 from data_prep.languages import LANGUAGES
 
-CAPTIONS = json.loads((Path(__file__).parent / "answers/seen.json").read_text(encoding="utf-8"))
+CAPTIONS = json.loads((Path(__file__).parent / "answers/seen_1.json").read_text(encoding="utf-8"))
 # A version's texts never change: captions that were made with them name it. To change a prompt, add a version.
 V1 = "17cc06a7416210607eaf00016bab0d946a95a4f11df0332cd6bed7fa09e4bf54"
 

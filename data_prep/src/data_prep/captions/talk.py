@@ -3,7 +3,7 @@
 It is told by what its sentences speak of, in thirty languages (`phrases.json`: each language has the same topics). A
 sentence may describe an image that nobody attached only if it speaks of an image, of attaching, and says "not". What is
 in quotation marks does not count: that is a sign in the picture. A phrase is looked for where a word begins, and is a
-whole word if it ends in a space; anywhere in languages that have no spaces, and in Arabic and Korean, whose words have
+whole word if it ends in a space; anywhere after a "*", in languages that have no spaces, and in Arabic and Korean, whose words have
 particles around them.
 """
 
@@ -21,6 +21,8 @@ _PHRASES = Path(__file__).parent / "phrases.json"
 _INSIDE = {"zh", "ja", "ko", "th", "ar"}
 _SENTENCE_END = re.compile(r"[.!?。！？؟।॥…۔;；;\n]+")
 _WINDOW = 150  # characters of Thai, which does not mark the end of a sentence
+_OPENING = 160  # characters
+_MOST_LEAD = 8  # words before a colon
 _ENDS = 3  # sentences at either end of an answer, where replies and offers are
 _ARABIC = str.maketrans(
     {**dict.fromkeys([0x0640, 0x0670, *range(0x064B, 0x0660)]), **dict.fromkeys(map(ord, "أإآٱ"), "ا")}
@@ -28,6 +30,11 @@ _ARABIC = str.maketrans(
 _APOSTROPHE = re.compile(r"(?<=[\u0400-\u04ff])['’ʼ](?=[\u0400-\u04ff])")  # a letter, nearly, in Ukrainian
 _LABEL = re.compile(r"[\s*_#\"'“„«「【\[(]*([^:：\n]{1,60}?)[\s*_\"'”“»」】\])]*(?:[:：]|\n)")
 _MOST_LABEL = 6  # words
+_COLON = re.compile(r"([^:：.!?。！？\n]+)[:：]\s*+(?!“”)")
+_LEAD = re.compile(r"[^\n]+[:：][\s*_]*\n\s*(?![-*•·\d“«„\"「『]|“”)")  # a line that leads to what follows, which is no list
+_OUTCRY = re.compile(r"\W*([^.!?。！？\n]+)[!！]+(?![\"'”»」』])\s*(\w?).{40}", re.DOTALL)
+_MOST_OUTCRY = 4  # words; letters by threes in languages without spaces
+_QUESTION = re.compile(r"[?？؟]|(?:ます|です|ません|でしょう|ました)か(?:[。\s]|$)|(?:ได้|ดี|ด้วย)ไหม|ไหม(?:คะ|ครับ|$)|หรือยัง")
 _REPLY_END = re.compile(r"\W*?([!.。！:：\n–—-]+|[,，、])\s*(\w?)")
 _PROMPT_RUN = 40  # letters in a row that an answer may share with its prompt; fewer where letters say more
 
@@ -100,8 +107,8 @@ class _Said:
             any(self.begins(sentence, "sorry") for sentence in self.head)
             or self.any_of("cannot")
             or any(self.has(one, "no", "image", "give") or self.has(one, "no", "image", "load") for one in self.head)
-            or any(self.any_of(who, "give", what) for who in ("please", "address") for what in ("image", "again"))
-            or self.any_of("please", "again")
+            or any(self.has(one, "no", "image", "message") for one in self.head)
+            or any(self.any_of(*one) for one in (("please", "give"), ("please", "again"), ("address", "give", "image")))
         )
 
     def thinks(self) -> bool:
@@ -111,19 +118,26 @@ class _Said:
 
     def chats(self) -> bool:
         """A reply before the description, an offer behind it, or somebody who says "I" or "you" about the describing."""
-        question = bool(self.tail) and self.spoken.rstrip(" *_\"'”»)\n").endswith(("?", "？", "؟", ";"))
         return (
             self.replies()
             or self.labels()
+            or self.asks()
             or any(self.has(one, "here", "describe") for one in self.sentences[:2])
             or self.any_of("first")
             or self.any_of("address", "describe")
             or any(self.has(one, "offer") for one in self.tail)
-            or (question and self.has(self.tail[-1], "address", "more"))
         )
+
+    def asks(self) -> bool:
+        """A question; captions have none. Greek writes a semicolon for it."""
+        return bool(_QUESTION.search(self.spoken) or (self.language == "el" and re.search(r"[;\u037e]", self.spoken)))
 
     def replies(self) -> bool:
         """ "Sure!", "Of course, here is …": not "Sure-footed goats", nor a brand that is followed by its verb."""
+        if (cry := _OUTCRY.match(self.spoken)) and not cry[2].islower():
+            size = len(cry[1].split()) if self.language not in ("zh", "ja", "th") else len(cry[1]) / 3
+            if size <= _MOST_OUTCRY:
+                return True
         found = self.topics["sure"].match(self.sentences[0]) if self.sentences else None
         if not found:
             return False
@@ -140,7 +154,10 @@ class _Said:
         return not end[2].islower() and (end[1][0] not in "-–—" or self.spoken[end.start(1) - 1 : end.start(1)] == " ")
 
     def labels(self) -> bool:
-        """ "Description:", "**Image caption**" in a line of its own."""
+        """ "Description:", "**Image caption**" in a line of its own, "The description is as follows:"."""
+        leads = [one[1] for one in _COLON.finditer(self.spoken[:_OPENING]) if len(words(one[1]).split()) <= _MOST_LEAD]
+        if _LEAD.match(self.spoken) or any(self.has(f" {words(lead)} ", "describe") for lead in leads):
+            return True
         found = _LABEL.match(self.spoken)
         label = f" {words(found[1])} " if found else ""
         at = [place.span() for place in self.topics["label"].finditer(label)]
