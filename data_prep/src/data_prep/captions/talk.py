@@ -24,17 +24,19 @@ _WINDOW = 150  # characters of Thai, which does not mark the end of a sentence
 _OPENING = 160  # characters
 _MOST_LEAD = 8  # words before a colon
 _ENDS = 3  # sentences at either end of an answer, where replies and offers are
-_ARABIC = str.maketrans(
-    {**dict.fromkeys([0x0640, 0x0670, *range(0x064B, 0x0660)]), **dict.fromkeys(map(ord, "أإآٱ"), "ا")}
+_ALIKE = str.maketrans(
+    {**dict.fromkeys([0x0640, 0x0670, *range(0x064B, 0x0660)]), **dict.fromkeys(map(ord, "أإآٱ"), "ا"), ord("İ"): "i"}
 )
 _APOSTROPHE = re.compile(r"(?<=[\u0400-\u04ff])['’ʼ](?=[\u0400-\u04ff])")  # a letter, nearly, in Ukrainian
 _LABEL = re.compile(r"[\s*_#\"'“„«「【\[(]*([^:：\n]{1,60}?)[\s*_\"'”“»」】\])]*(?:[:：]|\n)")
 _MOST_LABEL = 6  # words
 _COLON = re.compile(r"([^:：.!?。！？\n]+)[:：]\s*+(?!“”)")
 _LEAD = re.compile(r"[^\n]+[:：][\s*_]*\n\s*(?![-*•·\d“«„\"「『]|“”)")  # a line that leads to what follows, which is no list
+_TITLE = re.compile(r"\s*[^\n]{1,60}\n\s*\n\s*\S")  # a short first line, and an empty one
 _OUTCRY = re.compile(r"\W*([^.!?。！？\n]+)[!！]+(?![\"'”»」』])\s*(\w?).{40}", re.DOTALL)
 _MOST_OUTCRY = 4  # words; letters by threes in languages without spaces
 _QUESTION = re.compile(r"[?？؟]|(?:ます|です|ません|でしょう|ました)か(?:[。\s]|$)|(?:ได้|ดี|ด้วย)ไหม|ไหม(?:คะ|ครับ|$)|หรือยัง")
+_MOST_REPLY = 4  # words; letters by threes in languages without spaces
 _REPLY_END = re.compile(r"\W*?([!.。！:：\n–—-]+|[,，、])\s*(\w?)")
 _PROMPT_RUN = 40  # letters in a row that an answer may share with its prompt; fewer where letters say more
 
@@ -67,7 +69,7 @@ def repeats(text: str, prompt: str, density: float) -> bool:
 
 def words(text: str) -> str:
     """Letters, their marks and digits in lower case, one space for anything between them; Arabic without vowels."""
-    text = _APOSTROPHE.sub("", unicodedata.normalize("NFC", text).translate(_ARABIC).casefold())
+    text = _APOSTROPHE.sub("", unicodedata.normalize("NFC", text).translate(_ALIKE).casefold())
     return " ".join("".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text).split())
 
 
@@ -145,6 +147,9 @@ class _Said:
         place = next((n for n, _ in enumerate(self.spoken) if len(words(self.spoken[:n]).replace(" ", "")) >= count), 0)
         end = _REPLY_END.match(self.spoken, place)
         head = self.sentences[:2]
+        said = self.sentences[0]
+        if len(said.split()) <= _MOST_REPLY if self.language not in _INSIDE else len(said) <= 3 * _MOST_REPLY:
+            return True
         if any(self.has(one, "here") or self.has(one, "describe") or self.has(one, "address") for one in head):
             return True
         if end is None:
@@ -156,7 +161,7 @@ class _Said:
     def labels(self) -> bool:
         """ "Description:", "**Image caption**" in a line of its own, "The description is as follows:"."""
         leads = [one[1] for one in _COLON.finditer(self.spoken[:_OPENING]) if len(words(one[1]).split()) <= _MOST_LEAD]
-        if _LEAD.match(self.spoken) or any(self.has(f" {words(lead)} ", "describe") for lead in leads):
+        if _LEAD.match(self.spoken) or _TITLE.match(self.spoken) or any(self.has(f" {words(lead)} ", "describe") for lead in leads):
             return True
         found = _LABEL.match(self.spoken)
         label = f" {words(found[1])} " if found else ""
