@@ -1,8 +1,8 @@
-"""What is no caption, on two made sets of answers in thirty languages, and each kind through a run.
+"""What is no caption, on made sets of answers in thirty languages.
 
-`answers/seen.json` is the set on which the rules were written, `answers/held_out.json` one that they were not. Both hold,
-for each language, an ordinary caption; `good`: sentences that look dangerous, around it (`{}`), which make a caption;
-`bad`: by kind, what makes it none, or is none. `any` holds what is the same in all languages, around all captions.
+The rules were written on `answers/seen_*.json`, and none of them on `answers/held_out.json`. A set holds for each
+language an ordinary caption; `good`: sentences that look dangerous, around it (`{}`), which make a caption; `bad`: by
+kind, what makes it none, or is none. `any` holds what is the same in all languages.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from data_prep.languages import LANGUAGES
 from .conftest import completion
 
 ANSWERS = Path(__file__).parent / "answers"
-SETS = {name: json.loads((ANSWERS / f"{name}.json").read_text(encoding="utf-8")) for name in ("seen_1", "seen_2", "seen_3", "seen_4")}
+SETS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(ANSWERS.glob("*.json"))}
 
 
 def verdict(language: str, text: object, limits: Limits, finish: str | None = "stop"):
     raw = json.dumps(completion(text, finish=finish)).encode()
-    return judge(raw, language, limits, prompt=read_prompt("v1", language).text)
+    return judge(raw, language, limits, prompts=[read_prompt("v1", language).text])
 
 
 def bad(name: str) -> Iterator[tuple[str, str, str, str, str | None]]:
@@ -47,13 +47,13 @@ def good(name: str) -> Iterator[tuple[str, str]]:
     """(language, text) of the answers that are captions."""
     made = SETS[name]
     for language in LANGUAGES:
-        for text in ["{}", *made[language]["good"], *made[language].get("alone", [])]:
+        for text in ["{}", *made[language]["good"]]:
             yield language, text.replace("{}", made[language]["caption"])
 
 
-@pytest.mark.parametrize("name", ["seen_1", "seen_2", "seen_3", "seen_4"])
+@pytest.mark.parametrize("name", SETS)
 def test_what_is_no_caption_is_rejected_and_what_is_one_is_not(name):
-    """At most 1 % and 2 %, of the half that the rules were not written on. `-rP` shows the counts and what was wrong.
+    """At most 1 % and 2 %. `-rP` shows the counts and what was wrong.
 
     Length is no help against what is no caption: any is allowed there.
     """

@@ -10,8 +10,9 @@ import pytest
 from data_prep.captions.judge import Limits, fault, in_language, repeated
 from data_prep.captions.ledger import request_id
 from data_prep.captions.pricing import image_tokens
-from data_prep.captions.talk import phrases, refuses, words
+from data_prep.captions.talk import refuses
 from data_prep.captions.texts import PROMPTS, read_prompt
+from data_prep.captions.topics import phrases, words
 from data_prep.curation.language_id import identify
 from data_prep.languages import LANGUAGES
 

@@ -21,6 +21,7 @@ duplicate    nearly the caption of another image (found later, over all captions
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data_prep.captions.answer import read_answer
@@ -59,15 +60,15 @@ class Verdict:
     usage: Usage
 
 
-def judge(raw: bytes, language: str, limits: Limits = Limits(), *, prompt: str = "") -> Verdict:
-    """Judge the bytes of a 200 answer to `prompt`, in `language`."""
+def judge(raw: bytes, language: str, limits: Limits = Limits(), *, prompts: Sequence[str] = ()) -> Verdict:
+    """Judge the bytes of a 200 answer in `language` to one of `prompts`."""
     answer = read_answer(raw)
     text = without_thoughts(answer.text or "")
-    reason = answer.fault or ("thoughts" if text is None else fault(text, language, limits, prompt))
+    reason = answer.fault or ("thoughts" if text is None else fault(text, language, limits, prompts))
     return Verdict(None if reason else clean(text or ""), reason, answer.usage)
 
 
-def fault(text: str, language: str, limits: Limits, prompt: str = "") -> str | None:
+def fault(text: str, language: str, limits: Limits, prompts: Sequence[str] = ()) -> str | None:
     """The fault of a caption, by its text alone, with the lines that it came in; None if there is none."""
     caption = clean(text)
     density = _DENSITY.get(language, 1.0)
@@ -75,7 +76,7 @@ def fault(text: str, language: str, limits: Limits, prompt: str = "") -> str | N
         return "empty"
     if has_markup(text):
         return "markup"
-    if prompt and repeats(text, prompt, density):
+    if any(repeats(text, prompt, density) for prompt in prompts):
         return "prompt"
     if reason := talk(text, language):
         return reason

@@ -334,16 +334,6 @@ class RequestLedger:
             " ORDER BY attempt.id"
         ).fetchall()
 
-    def prompt_of(self, attempt: int) -> str:
-        """The prompt that an attempt sent."""
-        row = self.db.execute(
-            "SELECT prompt.text FROM attempt JOIN request ON request.id = attempt.request "
-            "JOIN recipe ON recipe.id = request.recipe JOIN prompt ON prompt.version = recipe.prompt_version "
-            "AND prompt.language = request.language WHERE attempt.id = ?",
-            (attempt,),
-        ).fetchone()
-        return str(row["text"])
-
     def perhaps_paid(self) -> list[sqlite3.Row]:
         """Requests at `sent` that no open batch will answer: (id, language, dataset, number, sent_at, note)."""
         return self.db.execute(

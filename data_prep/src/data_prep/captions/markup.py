@@ -65,5 +65,5 @@ def has_markup(text: str) -> bool:
 
 
 def without_quotations(text: str) -> str:
-    """A text with “” for its short passages in quotation marks: they are what a sign or a person in the picture says."""
+    """A text with “” for its short quotations: they are what a sign or a person in the picture says."""
     return _QUOTED.sub(" “” ", text)
