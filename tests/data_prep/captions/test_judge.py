@@ -35,7 +35,10 @@ def verdict(content: object, finish: object = "stop", language: str = "en"):
         ("markup", "{}<|im_end|>\n<|im_start|>user\nThank you!<|im_end|>"),
         ("markup", "Assistant: {}"),
         ("prompt", "Say what can be seen: people, animals and things, what they look like, how many there are. {}"),
-        ("chatter", "Sure! Here is a detailed description of the image:\n\n**Description:** {}"),
+        (
+            "chatter",
+            "Sure! Here is a detailed description of the image you uploaded, in English:\n\n**Description:** {}",
+        ),
         ("chatter", "{}\n\nLet me know if you would like me to adjust the tone!"),
         ("refusal", "It seems that no image was attached to your message. {}"),
     ],

@@ -57,7 +57,7 @@ def _refuses(said: Sentences) -> bool:
         any(said.begins(sentence, "sorry") for sentence in head)
         or said.any_of("cannot")
         or any(said.has(sentence, *one) for sentence in head for one in missing)
-        or any(said.any_of(*one) for one in wanted)
+        or any(said.has(sentence, *one) and not said.has(sentence, "here") for sentence in said.all for one in wanted)
     )
 
 
