@@ -9,7 +9,7 @@ _QUESTION = re.compile(
 )
 _GREEK_QUESTION = re.compile(r"[;\u037e]")
 _CRY = re.compile(r"\W*([^.!?。！？\n]+)[!！]+(?![\"'”»」』])\s*(\w?).{40}", re.DOTALL)
-_MOST_CRIED = 4  # words; letters by threes in languages without spaces
+_MOST_CRIED = 8  # words; letters by threes in languages without spaces
 _TITLE = re.compile(r"\s*[^\n]{1,60}\n\s*\n\s*\S")
 _LEAD = re.compile(r"[^\n]+[:：][\s*_]*\n\s*(?![-*•·\d“«„\"「『]|“”)")
 _COLON = re.compile(r"([^:：.!?。！？\n]+)[:：]\s*+(?!“”)")
@@ -23,7 +23,9 @@ def asks(text: str, language: str) -> bool:
 
 
 def cries(text: str, spaced: bool) -> bool:
-    """Whether a text begins with some words, "!", and a new sentence: not 'Sorry! is the name of a game'."""
+    """Whether a text ends in "!", or begins with words, "!", and a sentence: not 'Sorry! is the name of a game'."""
+    if text.rstrip("\"'”»」』)*_ \n")[-1:] in ("!", "！"):
+        return True
     found = _CRY.match(text)
     if not found or found[2].islower():
         return False

@@ -72,12 +72,13 @@ def _thinks(said: Sentences) -> bool:
 
 
 def _chats(said: Sentences) -> bool:
-    """Here is a description; I, or you and the description; an offer behind it."""
+    """Here is a description; I, or you and the description; an offer behind it, "if …" at the end."""
     return (
         any(said.has(sentence, "here", "describe") for sentence in said.all[:2])
         or said.any_of("first")
         or said.any_of("address", "describe")
         or any(said.has(sentence, "offer") for sentence in said.all[-_ENDS:])
+        or any(said.begins(sentence, "if") for sentence in said.all[1:][-1:])
     )
 
 
