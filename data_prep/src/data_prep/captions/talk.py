@@ -17,6 +17,7 @@ from data_prep.captions.topics import Sentences, words
 _ENDS = 3  # sentences at either end of an answer, where replies and offers are
 _LABEL = re.compile(r"[\s*_#\"'“„«「【\[(]*([^:：\n]{1,60}?)[\s*_\"'”“»」】\])]*(?:[:：]|\n)")
 _MOST_LABEL = 6  # words
+_MOST_BEFORE = 2  # words before "the user", as in "Okay, the user wants"; letters by threes without spaces
 _MOST_REPLY = 4  # words; letters by threes in languages without spaces
 _REPLY_END = re.compile(r"\W*?([!.。！:：\n–—-]+|[,，、])\s*(\w?)")
 _PROMPT_RUN = 40  # letters in a row that an answer may share with its prompt; fewer where letters say more
@@ -64,21 +65,22 @@ def _refuses(said: Sentences) -> bool:
 def _thinks(said: Sentences) -> bool:
     """What the user wants, or what I must do for it."""
     for sentence in said.all[:_ENDS]:
-        reply = said.begins(sentence, "sure")
-        rest = " " + sentence.lstrip()[len(reply.lstrip()) :].lstrip() if reply else sentence
-        if said.begins(rest, "user") and said.has(rest, "wants"):
+        named = said.places(sentence, "user")
+        before = sentence[: named[0][0]] if named else ""
+        few = len(before.split()) <= _MOST_BEFORE if said.spaced else len(before) <= 3 * _MOST_BEFORE
+        if named and few and said.has(sentence, "wants"):
             return True
     return any(said.has(sentence, "thought") and not said.has(sentence, "offer") for sentence in said.all)
 
 
 def _chats(said: Sentences) -> bool:
-    """Here is a description; I, or you and the description; an offer behind it, "if …" at the end."""
+    """Here is a description; I, or you and the description; an offer behind it; "If …", "Thank …" at the end."""
     return (
         any(said.has(sentence, "here", "describe") for sentence in said.all[:2])
         or said.any_of("first")
         or said.any_of("address", "describe")
         or any(said.has(sentence, "offer") for sentence in said.all[-_ENDS:])
-        or any(said.begins(sentence, "if") for sentence in said.all[1:][-1:])
+        or any(said.begins(sentence, "closing") for sentence in said.all[1:][-1:])
     )
 
 
