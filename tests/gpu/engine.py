@@ -1,19 +1,24 @@
 """Real training on the drawn corpus, one rank under NCCL (gloo on a CPU), ZeRO 0 and 1: steps, checkpoint, resume.
 
 A run that goes on from its checkpoint ends with the same bits as one that was not interrupted. One step, after the
-first ones, is watched: where the host waits for the device, and where the optimizer's state is.
+first ones, is watched: where the host waits for the device, and where the optimizer's state is. Each run has a process
+of its own, as for users: DeepSpeed keeps the process group of a process's first.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import shutil
+import subprocess
+import sys
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,40 +35,67 @@ OURS = str(Path(__file__).parents[2] / "packages")
 
 
 def measure(report: Report) -> None:
-    for zero in (0, 1):
-        report.tried(f"ZeRO {zero}", functools.partial(under_zero, report, zero))
-    report.note("backend", torch.distributed.get_backend())
+    drawn.recipe_of("", report.cuda)  # draws the corpus, before both need it
+    with ThreadPoolExecutor() as pool:
+        runs = {zero: pool.submit(under_zero, zero, report.cuda) for zero in (0, 1)}
+    for zero, run in runs.items():
+        report.tried(f"ZeRO {zero}", functools.partial(judge, report, zero, run))
     built = sorted(path.name for path in Path(os.environ["TORCH_EXTENSIONS_DIR"]).glob("**/*.so"))
     report.note("compiled by DeepSpeed", built)
     report.check(not built, f"DeepSpeed compiled {built}")
 
 
-def under_zero(report: Report, zero: int) -> None:
-    recipe = drawn.recipe_of(
-        f"zero-{zero}", report.cuda, f"steps={STEPS}", "resolution=[[0, 32]]", "warmup_steps=2", "log_every=1",
-        "workers=2", "evaluation.every=0", f"checkpoint={{every: {SAVED}, keep: 2}}",
-        f"deepspeed={{zero_optimization: {{stage: {zero}}}}}",
-    )  # fmt: skip
-    watched: dict[str, Any] = {}
-    with watch(watched, report.cuda):
-        train(recipe, 1)
+def judge(report: Report, zero: int, run: Future[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    watched, resume = run.result()
     report.note(f"zero {zero}: one step", watched)
-    report.note(f"zero {zero}: resume", resumed(report, recipe, zero))
+    report.note(f"zero {zero}: resume", resume)
     astray = {place for place in watched["optimizer_state"] if not place.startswith(report.device.type)}
     report.check(not astray, f"ZeRO {zero}: optimizer state is on {sorted(astray)}, not on the device")
+    differing = resume["differing"]
+    report.check(not differing, f"ZeRO {zero}: a resume from step {SAVED} ends with another {differing[:3]}")
 
 
-def resumed(report: Report, recipe: Recipe, zero: int) -> dict[str, Any]:
-    """Whether the last checkpoint is the same after a resume from the one before."""
-    directory = recipe.stage_directory(1)
+def under_zero(zero: int, cuda: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What was watched, and whether the last checkpoint is the same after a resume from the one before."""
+    watched = trained(zero, cuda)
+    directory = recipe_of(zero, cuda).stage_directory(1)
     before, last = all_saved(directory)
     undisturbed = digests(last)
     shutil.rmtree(last.path)
-    train(recipe, 1)
+    trained(zero, cuda)
     again = digests(all_saved(directory)[-1])
     differing = sorted(name for name in undisturbed | again if undisturbed.get(name) != again.get(name))
-    report.check(not differing, f"ZeRO {zero}: a resume from step {before.step} ends with another {differing[:3]}")
-    return {"from_step": before.step, "to_step": last.step, "same_bits": not differing, "files": len(undisturbed)}
+    return watched, {
+        "from_step": before.step, "to_step": last.step, "same_bits": not differing, "differing": differing,
+        "files": len(undisturbed),
+    }  # fmt: skip
+
+
+def trained(zero: int, cuda: bool) -> dict[str, Any]:
+    """What was watched in a run to the end, in a process of its own."""
+    command = [sys.executable, __file__, "--train", str(zero), *([] if cuda else ["--cpu"])]
+    run = subprocess.run(command, capture_output=True, text=True)
+    print(run.stdout, run.stderr, flush=True)
+    if run.returncode:
+        raise RuntimeError(f"training under ZeRO {zero} ended with {run.returncode}: {run.stderr[-800:]}")
+    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+def train_once(zero: int, cuda: bool) -> None:
+    """Prints what was watched as the last line."""
+    watched: dict[str, Any] = {}
+    with watch(watched, cuda):
+        train(recipe_of(zero, cuda), 1)
+    print(json.dumps(watched))
+
+
+def recipe_of(zero: int, cuda: bool) -> Recipe:
+    return drawn.recipe_of(
+        f"zero-{zero}", cuda, f"steps={STEPS}", "resolution=[[0, 32]]", "warmup_steps=2", "log_every=1",
+        "workers=2", "evaluation.every=0", f"checkpoint={{every: {SAVED}, keep: 2}}",
+        f"deepspeed={{zero_optimization: {{stage: {zero}}}}}",
+    )  # fmt: skip
 
 
 def digests(saved: Saved) -> dict[str, str]:
@@ -84,7 +116,7 @@ def watch(found: dict[str, Any], cuda: bool) -> Iterator[None]:
             step = original(self, number, data)
         states = self.engine.optimizer.state.values()
         places = Counter(f"{t.device.type} {key}" for state in states for key, t in state.items() if torch.is_tensor(t))
-        found["optimizer_state"] = dict(places)
+        found.update(backend=torch.distributed.get_backend(), optimizer_state=dict(places))
         found["losses"] = {name: float(loss.detach()) for name, (loss, _) in step.losses.items()}
         return step
 
@@ -118,4 +150,7 @@ def waits(found: dict[str, Any], cuda: bool) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    run_part(measure)
+    if sys.argv[1] == "--train":
+        train_once(int(sys.argv[2]), cuda="--cpu" not in sys.argv)
+    else:
+        run_part(measure)

@@ -25,14 +25,14 @@ ROOT = HERE.parents[1]
 PARTS = {
     "versions": 45,
     "fused_adamw": 25,
-    "loss": 80,
+    "loss": 110,
     "towers": 50,
-    "engine": 60,
-    "step": 140,
-    "peers": 75,
-    "chunk_profile": 20,
-    "lora": 20,
+    "engine": 70,
+    "step": 170,
     "workers": 20,
+    "lora": 20,
+    "chunk_profile": 60,
+    "peers": 110,
 }
 ALL_SECONDS = 535
 CPU_SECONDS = 900

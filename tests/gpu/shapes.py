@@ -30,6 +30,7 @@ from text_tower import PackedTokens
 
 RANKS = 8
 PAIRS = ("image_text", "text")
+CHUNKS = "gradient_cache={images: 256, tokens: 16384}"
 _TINY = (
     *(f"model.text.{item}" for item in ("vocab_size=512", "width=64", "layers=2", "heads=2", "mlp_width=128")),
     *(f"model.vision.{item}" for item in ("width=64", "layers=2", "heads=2")),
@@ -44,7 +45,7 @@ _TINY = (
 
 
 def recipe_of(cuda: bool) -> Recipe:
-    overrides = ["model.text_weights=null", "model.vision_weights=null", *(() if cuda else _TINY)]
+    overrides = ["model.text_weights=null", "model.vision_weights=null", CHUNKS, *(() if cuda else _TINY)]
     return load("launch/recipes/jina-clip-v2.yaml", overrides, stage=1).recipe
 
 

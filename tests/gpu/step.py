@@ -1,7 +1,7 @@
 """A training step of L/14 and the 561M text tower as one of eight ranks: time, memory, MFU, and what the planner says.
 
-Without gradient caching on one chunk of the paper's recipe (256 images, 16,384 tokens), with it on two; with and
-without activation checkpointing; eager and compiled. Then the whole share of a rank of the paper's batch.
+Without gradient caching on one chunk of 256 images and 16,384 tokens, with it on two; with and without activation
+checkpointing; eager and compiled. Then the whole share of a rank of the paper's batch, in chunks of two sizes.
 """
 
 from __future__ import annotations
@@ -43,9 +43,11 @@ def measure(report: Report) -> None:
                 found[way.name] = report.tried(way.name, partial(way.figures, report, *turns))
                 report.note("steps", found)
     whole = whole_share(rank) if report.cuda else rank.batch(3)
-    way = Way(rank, planned, whole, True, False, True)
-    title = f"the paper's batch: {way.name}"
-    report.note(title, report.tried(title, partial(way.figures, report, 1, int(report.cuda))))
+    for factor in (1, 2):
+        rank.chunks = GradientCache(factor * rank.chunks.images, factor * rank.chunks.tokens)
+        way = Way(rank, planned, whole, True, False, True)
+        title = f"the paper's batch in chunks of {rank.chunks.images}: {way.name}"
+        report.note(title, report.tried(title, partial(way.figures, report, 1, int(report.cuda))))
 
 
 def compare_losses(report: Report, rank: Rank) -> None:

@@ -28,7 +28,7 @@ FLOORS = (
     "plan",
     "tasks",
     "checkpoint",
-    "evaluation formats.history formats.snippets formats.card",
+    "evaluation formats.history formats.snippets formats.card bulk",
     "run",
     "trainer commands",
     "cli",

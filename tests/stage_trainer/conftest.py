@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from stage_trainer.dual_encoder import DualEncoder
-from text_tower import TextTower, TextTowerConfig
+from text_tower import TextTower, TextTowerConfig, Tokenizer
 from vision_tower import VisionTower, VisionTowerConfig
 
 
@@ -55,6 +55,24 @@ def make_model(seed=0, resolution=24):
     text = TextTowerConfig(vocab_size=50, width=16, layers=1, heads=2, mlp_width=32)
     vision = VisionTowerConfig(resolution=resolution, patch=8, width=16, layers=1, heads=2, mlp_width=24)
     return DualEncoder(TextTower(text), VisionTower(vision))
+
+
+@pytest.fixture(scope="session")
+def reader(tmp_path_factory) -> DualEncoder:
+    """A small model with a tokenizer and an instruction."""
+    from sentencepiece import SentencePieceTrainer
+
+    prefix = tmp_path_factory.mktemp("spm") / "small"
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(["a red disk and a blue one", "ein roter Kreis"] * 9), model_prefix=str(prefix),
+        vocab_size=40, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    tokenizer = Tokenizer.from_file(prefix.with_suffix(".model"))
+    torch.manual_seed(0)
+    text = TextTowerConfig(vocab_size=tokenizer.vocab_size, width=16, layers=1, heads=2, mlp_width=32,
+                           instructions={"query": "a red "})  # fmt: skip
+    vision = VisionTowerConfig(resolution=16, patch=8, width=16, layers=1, heads=2, mlp_width=24)
+    return DualEncoder(TextTower(text, tokenizer), VisionTower(vision))
 
 
 @pytest.fixture

@@ -11,28 +11,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from stage_trainer import DualEncoder
 from stage_trainer.encoding.fetch import UrlLimits
 from stage_trainer.errors import UserError
-from text_tower import TextTower, TextTowerConfig, Tokenizer
-from vision_tower import ImageError, VisionTower, VisionTowerConfig
+from vision_tower import ImageError
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    from sentencepiece import SentencePieceTrainer
-
-    prefix = tmp_path_factory.mktemp("spm") / "small"
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(["a red disk and a blue one", "ein roter Kreis"] * 9), model_prefix=str(prefix),
-        vocab_size=40, hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
-    tokenizer = Tokenizer.from_file(prefix.with_suffix(".model"))
-    torch.manual_seed(0)
-    text = TextTowerConfig(vocab_size=tokenizer.vocab_size, width=16, layers=1, heads=2, mlp_width=32,
-                           instructions={"query": "a red "})  # fmt: skip
-    vision = VisionTowerConfig(resolution=16, patch=8, width=16, layers=1, heads=2, mlp_width=24)
-    return DualEncoder(TextTower(text, tokenizer), VisionTower(vision))
+@pytest.fixture
+def model(reader):
+    return reader
 
 
 @pytest.fixture

@@ -52,9 +52,32 @@ TABLE = [
     *(["push", value, "owner/name"] for value in ("", "missing", "file", "data", "model", LONG)),
     *(["push", "model", value] for value in ("", "name", "a/b/c", "../name", "owner/", f"owner/{LONG}", "a/b\n")),
     *(["push", "model", "owner/name", f"--message={value}"] for value in ("", "  ", "\n")),
+    *(["export", "model", "out", "--format=open-clip", f"--repository={value}"]
+      for value in ("", "name", "a/b/c", "a/b\n")),
+    ["export", "model", "out", "--repository=a/b"], ["export", "model", "out", "--format=open-clip", "--lora=kept"],
+    *(["encode", value, "data", "--out=x.npy"] for value in ("", "missing", "file", "data", LONG)),
+    *(["encode", "model", value, "--out=x.npy"] for value in ("", "missing", "file", "model", "/dev/null", LONG)),
+    *(["encode", "model", "data", f"--out={value}"] for value in
+      ("missing/x.npy", "file/x.npy", "data", "/dev/null", "/proc/x.npy", f"{LONG}.npy", "", "x", "x.csv", ".npy")),
+    *(["encode", "model", "data", "--out=x.npy", f"--{name}={value}"] for value in NUMBERS
+      for name in ("truncate-dim", "max-length", "batch-size", "processes", "threads", "max-pixels")),
+    *(["encode", "model", "data", "--out=x.npy", f"--{name}={value}"] for value in ("", "  ", "\n")
+      for name in ("task", "column", "id", "kind", "errors", "device", "dtype")),
+    *(["encode", "model", "data", "--out=x.npy", *more] for more in
+      (["--column=a"], ["--id=a"], ["--kind=picture"], ["--errors=ignore"], ["--device=tpu"], ["--dtype=half"])),
     ["evaluate", "stage1", "data"],
 ]  # fmt: skip
-SWITCHES = {"--private", "--dry-run", "--start-over", "--by-language", "--local_rank", "--local-rank", "-h", "--help"}
+SWITCHES = {
+    "--private",
+    "--dry-run",
+    "--no-normalize",
+    "--start-over",
+    "--by-language",
+    "--local_rank",
+    "--local-rank",
+    "-h",
+    "--help",
+}
 
 
 @pytest.fixture(scope="module")

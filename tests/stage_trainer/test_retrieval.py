@@ -114,12 +114,14 @@ def test_all_captions_of_an_image_are_queries_and_any_of_them_is_right_for_it(mo
 
 
 class Lengths:
-    """A model whose embedding of an item is its length."""
+    """A model, and its towers, whose embedding of an item is its length."""
 
-    def encode_text(self, texts, **options):
+    def encode(self, texts, **options):
         return np.array([[len(text)] for text in texts], np.float32).reshape(-1, 1)
 
-    encode_image = encode_text
+    @property
+    def text(self):
+        return self
 
 
 @pytest.mark.parametrize("images", [0, 1, 4, 5, 9])
@@ -130,7 +132,7 @@ def test_all_ranks_hear_of_an_end_before_every_batch_and_as_often(images, monkey
     counts = []
     for rank in range(2):
         heard = []
-        retrieval._embed(Lengths().encode_image, pool.images, rank, 2, lambda heard=heard: heard.append(1))
+        retrieval._embed(Lengths().encode, pool.images, rank, 2, lambda heard=heard: heard.append(1))
         counts.append(len(heard))
     assert counts == [{0: 1, 1: 1, 4: 1, 5: 2, 9: 3}[images]] * 2
 

@@ -122,6 +122,8 @@ def test_token_states_are_what_the_embedding_is_the_mean_of(make_tower, pack):
 
 @pytest.mark.full  # the compiler itself takes most of a minute
 def test_compiled_blocks_compute_the_same_and_are_compiled_once_for_all_depths_and_lengths(make_tower, pack, lora):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     seeds = torch.arange(len(MIXED))
     batches = [pack(MIXED), pack(MIXED[:4]), pack([5, 3, 90]), pack([8] * 9)]
     results, compiled_so_far = {}, []

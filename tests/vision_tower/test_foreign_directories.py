@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
-from vision_tower import VisionTower, VisionTowerConfig
+from safetensors.torch import load_file, save_file
+from vision_tower import ProjectedTower, VisionTower, VisionTowerConfig, WeightsError
 from vision_tower.foreign import processor_settings
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -240,3 +241,62 @@ def test_what_an_open_clip_directory_says_else_is_refused_by_name(vision, prepro
 def test_an_open_clip_directorys_projection_goes_only_where_that_is_stated(write_open_clip):
     with pytest.raises(ValueError, match=r"num_classes 16.*state num_classes=0"):
         VisionTower.from_pretrained(write_open_clip())
+
+
+def test_open_clips_image_half_comes_with_its_projection(
+    write_open_clip, small_timm, tmp_path, noise_image, monkeypatch
+):
+    """Held against open_clip's own image tower, from its directory and from a bare checkpoint."""
+    import timm
+    from open_clip.timm_model import TimmModel
+
+    folder, (entry, small), create = write_open_clip(), small_timm, timm.create_model
+    torch.manual_seed(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(timm, "create_model", lambda name, **asked: create(name, **{**small, **asked}))
+        theirs = TimmModel(entry, embed_dim=16, image_size=32, pool="token", proj=None).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    weights = {f"visual.{key}": value for key, value in theirs.state_dict().items()}
+    save_file(weights, folder / "open_clip_model.safetensors")
+    ours = ProjectedTower.from_pretrained(folder)
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        expected = theirs(images)
+        assert expected.shape == (3, 16)
+        torch.testing.assert_close(ours(images), expected, rtol=1e-5, atol=1e-5)
+        pixels = ours.tower.normalize(ours.tower.preprocess(noise_image))[None]
+        expected = torch.nn.functional.normalize(theirs(pixels)[:, :8], dim=-1).numpy()
+    assert np.abs(ours.encode([noise_image], truncate_dim=8) - expected).max() < 1e-6
+    assert ours.encode([noise_image] * 2, normalize=False).shape == (2, 16)
+    assert ours.encode([]).shape == (0, 16)
+    with pytest.raises(ValueError, match="truncate_dim is 17; expected 1 … 16"):
+        ours.encode([noise_image], truncate_dim=17)
+    # EVA-CLIP's own file has it as visual.head, a training checkpoint of open_clip as a state_dict.
+    torch.save({"state_dict": {f"module.{key}": value for key, value in weights.items()}}, tmp_path / "epoch_1.pt")
+    torch.save({key.replace("visual.trunk.", "visual."): v for key, v in weights.items()}, tmp_path / "eva.pt")
+    for name in ("epoch_1.pt", "eva.pt"):
+        with torch.no_grad():
+            found = ProjectedTower.from_pretrained(tmp_path / name, heads=2)(images)
+            torch.testing.assert_close(found, theirs(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"weight": None}, "has no projection"),
+        ({"weight": torch.zeros(16, 31)}, r"projection of \[\[16, 31\], \[16\]\]; expected \[D, 32\]"),
+        ({"bias": torch.zeros(15)}, r"projection of \[\[16, 32\], \[15\]\]"),
+        ({"weight": torch.zeros(16)}, r"projection of \[\[16\], \[16\]\]"),
+    ],
+)
+def test_a_projection_that_is_none_or_does_not_fit_is_refused(write_open_clip, change, match):
+    folder = write_open_clip()
+    weights = {**load_file(folder / "open_clip_model.safetensors")}
+    for name, value in change.items():
+        weights.pop(f"visual.trunk.head.{name}")
+        weights |= {f"visual.trunk.head.{name}": value} if value is not None else {}
+    save_file(weights, folder / "open_clip_model.safetensors")
+    with pytest.raises(WeightsError, match=match):
+        ProjectedTower.from_pretrained(folder)

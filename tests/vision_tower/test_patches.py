@@ -63,6 +63,18 @@ def test_position_table_is_resampled_as_eva_does_and_not_as_timm(old, new):
     assert (ours - resample_abs_pos_embed(table, **arguments)).abs().mean() > 0.01
 
 
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("new", [(16, 8), (24, 30), (5, 12)])
+def test_its_gradient_is_that_of_pytorchs_interpolation(mode, new):
+    table = torch.randn(1, 1 + 16 * 12, 4, dtype=torch.float64, requires_grad=True)
+    ours = resample_position_table(table, (16, 12), new, mode=mode)
+    grid = table[:, 1:].unflatten(1, (16, 12)).permute(0, 3, 1, 2)
+    theirs = F.interpolate(grid, size=new, mode=mode, align_corners=False).permute(0, 2, 3, 1).flatten(1, 2)
+    aim = torch.randn_like(ours)
+    (expected,) = torch.autograd.grad(torch.cat([table[:, :1], theirs], dim=1), table, aim)
+    torch.testing.assert_close(torch.autograd.grad(ours, table, aim)[0], expected)
+
+
 def test_there_and_back_keeps_a_smooth_table_and_the_class_row():
     rows, columns = torch.meshgrid(torch.linspace(0, 3, 12), torch.linspace(0, 2, 12), indexing="ij")
     smooth = torch.stack([rows.sin(), columns.cos(), torch.ones(12, 12)], dim=-1).reshape(1, 144, 3)

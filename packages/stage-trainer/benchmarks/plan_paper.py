@@ -3,8 +3,9 @@
     python packages/stage-trainer/benchmarks/plan_paper.py           # prints the table; two minutes on a CPU
     python packages/stage-trainer/benchmarks/plan_paper.py --write   # and writes it into the README
 
-Before: the recipe as it is, nothing compiled, adapters multiplied with each token. After: what `gradient_cache: auto`
-chooses, with the towers' blocks compiled; and the same without that. `tests/integration/test_plan_paper.py` compares.
+Before: in chunks and with checkpointing, nothing compiled, adapters multiplied with each token. After: the recipe as it
+is, compiled and with `gradient_cache: auto`; and the same without compiling. `tests/integration/test_plan_paper.py`
+compares.
 """
 
 from __future__ import annotations
@@ -56,12 +57,16 @@ def main() -> None:
 
 
 def columns() -> list[Column]:
+    eager = both("compile", "false")
     with each_token_times_the_adapter():
-        found = [column("as the recipe is, eager", recipe("gradient_cache={images: 256, tokens: 16384}"))]
-    for name, compiled in (("auto, eager", "false"), ("auto, compiled", "true")):
-        settings = [f"model.{tower}.compile={compiled}" for tower in ("text", "vision")]
-        found.append(column(name, undecided(recipe("gradient_cache=auto", *settings))))
-    return found
+        cached = ["gradient_cache={images: 256, tokens: 16384}", *both("checkpointing", "true")]
+        found = [column("chunks and checkpointing, eager", recipe(*cached, *eager))]
+    return [*found, column("auto, eager", recipe(*eager)), column("the recipe: auto, compiled", recipe())]
+
+
+def both(key: str, value: str) -> list[str]:
+    """A setting of both towers."""
+    return [f"model.{tower}.{key}={value}" for tower in ("text", "vision")]
 
 
 @contextmanager
@@ -75,14 +80,6 @@ def each_token_times_the_adapter() -> Iterator[None]:
 
 def recipe(*settings: str) -> Recipe:
     return load(RECIPE, list(settings), 1, ranks=CLUSTER.ranks).recipe
-
-
-def undecided(given: Recipe) -> Recipe:
-    """The recipe without a word on checkpointing."""
-    text, vision = (
-        {k: v for k, v in (of or {}).items() if k != "checkpointing"} for of in (given.model.text, given.model.vision)
-    )
-    return dataclasses.replace(given, model=dataclasses.replace(given.model, text=text, vision=vision))
 
 
 def column(name: str, given: Recipe) -> Column:

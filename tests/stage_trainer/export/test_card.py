@@ -2,9 +2,12 @@
 
 import json
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from stage_trainer.cli import main
 from stage_trainer.formats import history
 from text_tower.st_folder import MAX_LENGTH
@@ -135,3 +138,25 @@ def test_a_licence_is_handed_down_from_export_to_export(model, save, tmp_path):
 def test_a_folder_of_weights_says_its_licence_or_nothing(name, content, licence, tmp_path):
     (tmp_path / name).write_text(content)
     assert history.licence_of(str(tmp_path)) == licence
+
+
+@pytest.mark.parametrize("lora", ["kept", "merged"])
+def test_the_published_layout_has_a_card_whose_example_runs(make_model, save, tmp_path, monkeypatch, lora):
+    model = make_model(vision={"crop_pct": 1.0})
+    save(tmp_path / "run" / "stage1", model)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (60, 50), "red").save("photo.jpg")
+    assert main(["export", "run/stage1", "model", "--format", "jina-clip", "--lora", lora, "--dtype", "float32"]) == 0
+    card = Path("model/README.md").read_text(encoding="utf-8")
+    ours, theirs = (part.partition("```")[0] for part in card.split("```python\n")[1:])
+    found: dict[str, object] = {}
+    exec(ours, found)
+    expected = model.encode_text(["a red apple", "ein roter Apfel"], truncate_dim=16)
+    assert np.abs(found["text"] - expected).max() < 1e-6
+    compile(theirs, "card", "exec")  # the published code is on the hub alone
+    assert 'AutoModel.from_pretrained("model", trust_remote_code=True)' in theirs
+    head = yaml.safe_load(card.split("---")[1])
+    assert (head["library_name"], "custom_code" in head["tags"]) == ("transformers", True)
+    assert ("is kept apart in the weights, and always on" in card) == (lora == "kept")
+    assert ("is merged into the weights: do not apply it again" in card) == (lora == "merged")
+    assert "| stage1 |" in card

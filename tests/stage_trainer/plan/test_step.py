@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from stage_trainer.plan.devices import DEVICES, Device
 from stage_trainer.plan.memory import Model, Setting, Sizes
-from stage_trainer.plan.roofline import ATTENTION, LAUNCHES, MEMORY, PRODUCTS
+from stage_trainer.plan.roofline import ATTENTION, ELEMENTWISE, LAUNCHES, MEMORY, PRODUCTS
 from stage_trainer.plan.step import COMMUNICATION, COPIES, HOST_LINK, LOSS, OPTIMIZER, PARTS, predict
 from stage_trainer.recipe import GradientCache, Trainable
 from text_tower import TextTowerConfig
@@ -92,7 +92,7 @@ def test_ranks_exchange_embeddings_gradients_and_weights():
 
 
 def test_the_update_moves_weights_gradients_and_moments():
-    speed = H100.bandwidth * H100.stream
+    speed = H100.bandwidth * H100.stream * ELEMENTWISE
     assert parts()[OPTIMIZER] == pytest.approx((28 + 12) * LEARNING / speed, rel=0.01)
     sharing = parts(sizes=replace(SIZES, ranks=8), setting=Setting(zero=1))[OPTIMIZER]
     assert sharing == pytest.approx((40 / 8 + 16) * LEARNING / speed, rel=0.01)

@@ -130,7 +130,8 @@ class _PairLoss(torch.autograd.Function):
         strip, rounding = _strip(queries, targets, negatives, scale, bias, call)
         own, dtype = slice(ranks.first, ranks.first + ranks.own), logit_dtype(strip)
         sample_weights = _normalised_weights(batch.sample_weights, ranks, strip.positive)
-        weights = strip.positive.new_tensor(settings.weights)[:, None] * sample_weights  # [P, B]
+        of_dims = torch.tensor(settings.weights, dtype=torch.float64, device="cpu")[:, None]
+        weights = of_dims.to(sample_weights.device, non_blocking=True) * sample_weights  # [P, B]
 
         with products_in(settings.precision, strip.queries.device):
             sums = tiles_for(strip).strip_sums(strip, maxima=settings.stats)

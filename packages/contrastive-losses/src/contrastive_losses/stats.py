@@ -47,5 +47,6 @@ def weighted_sums(positive: Tensor, row_max: Tensor, column_max: Tensor, weights
 
 def stats_of(sums: Tensor, dims: tuple[int, ...], at: list[int], dtype: torch.dtype) -> LossStats:
     """From the `weighted_sums` of all ranks; dim k of the result is prefix `at[k]` of the sums."""
-    forward, backward, positive, hardest, share = sums[:, at].to(dtype)
+    # Not sums[:, at]: a list as an index is copied to the device, for which the host waits.
+    forward, backward, positive, hardest, share = torch.stack([sums[:, k] for k in at], dim=1).to(dtype)
     return LossStats(dims, forward, backward, positive, hardest / share)

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from stage_trainer.commands import evaluate, export, plan, push, report, search, train
+from stage_trainer.commands import encode, evaluate, export, plan, push, report, search, train
 from stage_trainer.errors import Stopped, is_user_error
 from stage_trainer.run.forwarding import unpack
 
@@ -21,6 +21,7 @@ EPILOG = """examples:
   stage-trainer export runs/laptop/stage3 my-model
   stage-trainer evaluate my-model runs/corpus
   stage-trainer search my-model runs/corpus "ein Hund" --out found.png
+  stage-trainer encode my-model photos captions.txt --out vectors.parquet
   stage-trainer push my-model OWNER/NAME
 
 `stage-trainer COMMAND --help` says what each takes. `tensorboard --logdir runs/laptop` shows a run; its page Custom
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     top = parser()
     arguments, rest = top.parse_known_args(argv)
     # argparse takes a command's free words only in one row; people also write them between options.
-    free = next((name for name in ("settings", "queries") if name in arguments), "")
+    free = next((name for name in ("settings", "queries", "files") if name in arguments), "")
     if rest and (not free or any(word.startswith("-") for word in rest)):
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -69,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (train, plan, export, evaluate, report, search, push):
+    for module in (train, plan, export, evaluate, report, search, encode, push):
         module.add(commands)
     return top
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from stage_trainer import hub
 from stage_trainer.encoding.encode import Encoded, Rows, encode, similarity
 from stage_trainer.encoding.options import EncodeOptions
+from stage_trainer.encoding.precision import AUTO, computing_in, dtype_of
 from stage_trainer.errors import UserError
 from stage_trainer.files import whole_directory
 from stage_trainer.formats import jina_clip_read
@@ -91,12 +92,21 @@ class DualEncoder(nn.Module):
         return similarity(first, second)
 
     def encode_text(self, texts: Sequence[str], **options: Any) -> np.ndarray:
-        """Embeds texts: `[N, D]` float32. Options are those of `TextTower.encode` (`task`, `truncate_dim`, …)."""
-        return self.text.encode(texts, **options)
+        """Embeds texts: `[N, D]` float32. Options are those of `TextTower.encode` (`task`, `truncate_dim`, …), and
+        `dtype` as in `encode`."""
+        with self._computing(options):
+            return self.text.encode(texts, **options)
 
     def encode_image(self, images: Sequence[Any], **options: Any) -> np.ndarray:
-        """Embeds images (paths, PIL images, arrays): `[N, D]` float32. Options are those of `VisionTower.encode`."""
-        return self.vision.encode(images, **options)
+        """Embeds images (paths, PIL images, arrays): `[N, D]` float32. Options are those of `VisionTower.encode`, and
+        `dtype` as in `encode`."""
+        with self._computing(options):
+            return self.vision.encode(images, **options)
+
+    def _computing(self, options: dict[str, Any]) -> torch.autocast:
+        """The context for `dtype`, which is taken out of the options."""
+        device = self.logit_scale.device
+        return computing_in(dtype_of(options.pop("dtype", AUTO), device), device)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes `config.json`, `text/` and `vision/`, each tower in its own loadable form; completely or not at all.
@@ -173,6 +183,11 @@ def read_config(path: Path) -> StoredConfig:
         UserError: there is none, it is of another format, or damaged.
     """
     file = path / "config.json"
+    if (path / "open_clip_config.json").is_file():
+        raise UserError(
+            f"{path} is for open_clip, and is not read here: name the model that it was exported from. Of open_clip's "
+            "own EVA02 models the image tower can be started from: name their directory as model.vision_weights"
+        )
     try:
         config = json.loads(file.read_bytes().decode())
     except (FileNotFoundError, NotADirectoryError) as error:

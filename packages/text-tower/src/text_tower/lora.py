@@ -38,6 +38,7 @@ class _Adapted(nn.Module):
 
     def adapter(self, k: int) -> tuple[Tensor, Tensor]:
         """(A, B) of adapter k."""
+        k = next(known for known in range(self.adapters) if known == k)  # to PyTorch 2.11's compiler k is no constant
         return getattr(self, f"lora_A_{k}"), getattr(self, f"lora_B_{k}")
 
     def reset_adapter(self, k: int) -> None:

@@ -14,12 +14,14 @@ from vision_tower.preprocess import load_image, normalize, preprocess, preproces
 if TYPE_CHECKING:
     from vision_tower.packed import PackedPatches
     from vision_tower.patches import patch_keep_indices, resample_optimizer_state, resample_position_table
+    from vision_tower.projected import ProjectedTower
     from vision_tower.simclr import simclr_view
     from vision_tower.tower import VisionTower
 
 __all__ = [
     "ImageError",
     "PackedPatches",
+    "ProjectedTower",
     "VisionTower",
     "VisionTowerConfig",
     "WeightsError",
@@ -37,6 +39,7 @@ __all__ = [
 
 _HOME = {
     "PackedPatches": "packed",
+    "ProjectedTower": "projected",
     "VisionTower": "tower",
     "patch_keep_indices": "patches",
     "resample_optimizer_state": "patches",

@@ -8,7 +8,8 @@ Parameter names are those of timm's `eva02_*` models. What differs is for speed 
 - short sequences in 16 bits on a CPU take two plain matrix products instead of a fused kernel (attention.py);
 - the last block computes the class token alone, the only one read after it (B/16: 5 % of a step on a CPU);
 - under autocast the normalised tokens are cast once, not once for each product that reads them;
-- in 16 bits queries, keys and values are one product, and so are SwiGLU's gate and value (`products`);
+- in 16 bits queries, keys and values are one product, and so are SwiGLU's gate and value (`products`), with zeros up
+  to a width that tensor cores take at full speed (`ALIGNED`);
 - SwiGLU's gate keeps only its inputs for the backward pass, one tensor of the MLP's width less in every layer.
 
 Tried on a CPU and left out, because the whole step took the same time: adding in place to the residual stream and to
@@ -54,19 +55,48 @@ class PatchEmbed(nn.Module):
         return x
 
 
+ALIGNED = 8
+"""Numbers of 16 bits in the 16 bytes that a GPU's matrix products load at once. Where rows are no multiple of that, as
+the 2,730 of L/14's SwiGLU are not, cuBLAS takes a kernel of an older generation."""
+
+
 def products(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
     """What each Linear gives for x; in 16 bits by one product, with their weights joined for the call.
 
     One product reads x once and, backward, adds up its gradient in float32. Whoever hooks into a Linear's call gets its
     call: ZeRO 3 makes weights whole there. So does another class in its place, such as an adapter's or a quantized one.
     """
-    plain = all(type(each) is nn.Linear and not each._forward_hooks and not each._forward_pre_hooks for each in linears)
-    if x.dtype not in HALF or not plain:
+    if not _in_half(x, *linears):
         return tuple(each(x) for each in linears)
-    weight = torch.cat([each.weight.to(x.dtype) for each in linears])
+    pads = [-each.out_features % ALIGNED for each in linears]
     biases = [each.weight.new_zeros(len(each.weight)) if each.bias is None else each.bias for each in linears]
-    joined = F.linear(x, weight, torch.cat([bias.to(x.dtype) for bias in biases]))
-    return torch.split(joined, [each.out_features for each in linears], dim=-1)
+    weight, bias = (
+        torch.cat([_with_zeros(part.to(x.dtype), pad) for part, pad in zip(parts, pads, strict=True)])
+        for parts in ([each.weight for each in linears], biases)
+    )
+    sizes = [size for each, pad in zip(linears, pads, strict=True) for size in (each.out_features, pad)]
+    return torch.split(F.linear(x, weight, bias), sizes, dim=-1)[::2]
+
+
+def _with_zeros(rows: Tensor, count: int) -> Tensor:
+    """So many more rows, of zeros."""
+    return F.pad(rows, (*(0, 0) * (rows.ndim - 1), 0, count)) if count else rows
+
+
+def product(x: Tensor, linear: nn.Linear) -> Tensor:
+    """What the Linear gives for x; under autocast in 16 bits with zeros after the last number of each row."""
+    x, pad = _lowered(x), -linear.in_features % ALIGNED
+    if not pad or not _in_half(x, linear):
+        out: Tensor = linear(x)
+        return out
+    weight = F.pad(linear.weight.to(x.dtype), (0, pad))
+    return F.linear(F.pad(x, (0, pad)), weight, None if linear.bias is None else linear.bias.to(x.dtype))
+
+
+def _in_half(x: Tensor, *linears: nn.Linear) -> bool:
+    """Whether x has 16 bits and nobody but this file has a say in the products."""
+    plain = (type(each) is nn.Linear and not each._forward_hooks and not each._forward_pre_hooks for each in linears)
+    return x.dtype in HALF and all(plain)
 
 
 class SelfAttention(nn.Module):
@@ -134,8 +164,7 @@ class SwiGLU(nn.Module):
         gate, value = products(x, self.fc1_g, self.fc1_x)
         # torch.compile decides what to fuse and what to keep, so it gets the plain expression.
         gated = F.silu(gate) * value if torch.compiler.is_compiling() else Gate.apply(gate, value)
-        out: Tensor = self.fc2(self.norm(gated))
-        return out
+        return product(self.norm(gated), self.fc2)
 
 
 class Block(nn.Module):
@@ -173,9 +202,9 @@ def class_tokens(x: Tensor, layout: ByLength | None) -> Tensor:
 
 def _lowered(x: Tensor) -> Tensor:
     """x in autocast's dtype, if autocast is on."""
-    device = x.device.type
-    if x.dtype == torch.float32 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device))
+    # Not torch.amp.is_autocast_available, which PyTorch 2.11 cannot compile; a meta device has no autocast.
+    if x.dtype == torch.float32 and not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 
 

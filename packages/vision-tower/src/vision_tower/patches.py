@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -94,8 +95,31 @@ def resample_position_table(
     class_row, patch_rows = table[:, :1], table[:, 1:]
     wide = patch_rows.to(torch.promote_types(table.dtype, torch.float32))
     image = torch.unflatten(wide, 1, (rows, columns)).permute(0, 3, 1, 2)
-    image = F.interpolate(image, size=tuple(new_grid), mode=mode, align_corners=False, antialias=False)
+    image = _Interpolate.apply(image, tuple(new_grid), mode)
     return torch.cat([class_row, image.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)], dim=1)
+
+
+class _Interpolate(torch.autograd.Function):
+    """`[N, C, H, W]` to another height and width. PyTorch's own gradient on a GPU is summed by atomics, and differs
+    from run to run; here it is two products."""
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+        ctx.old, ctx.size, ctx.mode = tuple(image.shape[2:]), size, mode
+        return _interpolated(image, size, mode)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        # What becomes of each row, and of each column, alone.
+        rows, columns = (
+            _interpolated(torch.eye(old, dtype=grad.dtype, device=grad.device)[None, :, :, None], (new, 1), ctx.mode)
+            for old, new in zip(ctx.old, ctx.size, strict=True)
+        )
+        return rows[0, :, :, 0] @ grad @ columns[0, :, :, 0].T, None, None
+
+
+def _interpolated(image: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    return F.interpolate(image, size=size, mode=mode, align_corners=False, antialias=False)
 
 
 def resample_optimizer_state(

@@ -36,9 +36,10 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Turns queries or keys `x` `[..., heads, head_dim]` by `table` `[..., 1, head_dim / 2, 2]`, in the dtype of x."""
     # There are no complex numbers of 16 bits: the product is taken in float32 even under autocast.
     wide = torch.unflatten(x.to(torch.promote_types(x.dtype, torch.float32)), -1, (-1, 2))
-    if torch.compiler.is_compiling():  # Inductor fuses the real form and generates no code for complex numbers
-        (a, b), (cos, sin) = wide.unbind(-1), table.unbind(-1)
-        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    if torch.compiler.is_compiling():
+        # Inductor generates no code for complex numbers, and for two halves that are joined its kernel is slow.
+        cos, sin = table[..., :1], table[..., 1:]
+        turned = wide * cos + wide.flip(-1) * torch.cat([-sin, sin], dim=-1)
     else:
         turned = torch.view_as_real(torch.view_as_complex(wide) * torch.view_as_complex(table))
     return turned.flatten(-2).to(x.dtype)

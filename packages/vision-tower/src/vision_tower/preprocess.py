@@ -273,7 +273,8 @@ def normalize(images: Tensor, mean: tuple[float, float, float] = MEAN, std: tupl
 
     if images.dtype != torch.uint8 or images.ndim not in (3, 4) or images.shape[-3] != 3:
         raise ValueError(f"images are {images.dtype} {list(images.shape)}; expected uint8 [N, 3, H, W] or [3, H, W]")
-    # The dtype is explicit because torch.set_default_dtype may have changed the default.
-    of_channels = (torch.tensor(values, dtype=torch.float32, device=images.device) for values in (mean, std))
-    mean_, std_ = (values[:, None, None] for values in of_channels)
+    # The dtype is explicit because torch.set_default_dtype may have changed the default; made elsewhere than on a CPU,
+    # a tensor of numbers would make the host wait.
+    of_channels = (torch.tensor(values, dtype=torch.float32, device="cpu") for values in (mean, std))
+    mean_, std_ = (values[:, None, None].to(images.device, non_blocking=True) for values in of_channels)
     return images.float().mul_(1 / (255 * std_)).sub_(mean_ / std_)

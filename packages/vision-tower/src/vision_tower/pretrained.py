@@ -76,7 +76,7 @@ def save(tower: VisionTower, path: str | PathLike[str]) -> None:
         )
     ours = {key: value for key, value in asdict(config).items() if key not in ("attention", "compile")}  # the machine's
     processor = processor_values(config) if timms else None
-    content = {"model_type": MODEL_TYPE} if not timms else _for_timm(config, processor is not None)
+    content = {"model_type": MODEL_TYPE} if not timms else timm_keys(config, with_processor=processor is not None)
     with whole_directory(target) as directory:
         write_weights(tower.state_dict(), directory / WEIGHTS_NAME)
         if processor is not None:
@@ -86,7 +86,7 @@ def save(tower: VisionTower, path: str | PathLike[str]) -> None:
         (target / PROCESSOR_NAME).unlink(missing_ok=True)
 
 
-def _for_timm(config: VisionTowerConfig, with_processor: bool) -> dict[str, Any]:
+def timm_keys(config: VisionTowerConfig, *, with_processor: bool) -> dict[str, Any]:
     """The keys of config.json that timm reads, and transformers' wrapper of timm's models."""
     arguments = config.timm_arguments()
     return {
@@ -140,7 +140,7 @@ def load(
     """
     check_stated(num_classes, global_pool)
     stated = {k: v for k, v in stated.items() if v is not None or k not in ("checkpointing", "attention")}
-    source, values = _find(Path(path))
+    source, values = find(Path(path))
     in_directory = source != Path(path)
     processor = processor_settings(source.parent, crop_mode=stated.get("crop_mode")) if in_directory else {}
     config = _stated_config(source, values, stated, in_directory, num_classes, global_pool)
@@ -228,7 +228,7 @@ def _whole_sides(config: VisionTowerConfig, values: Mapping[str, Any]) -> list[i
     return [math.floor(side / values["crop_pct"]) for side in as_pair(config.resolution)]
 
 
-def _find(path: Path) -> tuple[Path, dict[str, Any]]:
+def find(path: Path) -> tuple[Path, dict[str, Any]]:
     """The file of weights, and the content of config.json beside it; {} if there is none or `path` is a file."""
     if path.is_file():
         return path, {}

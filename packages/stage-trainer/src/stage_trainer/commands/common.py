@@ -8,7 +8,7 @@ from pathlib import Path
 
 from stage_trainer.errors import UserError
 
-MODEL = "an exported model, a checkpoint, or a stage's folder with checkpoints"
+MODEL = "an exported model, a checkpoint, a stage's folder with checkpoints, or a model's name on the Hugging Face hub"
 DATA = "a corpus (its test split is used, or else its validation split), a folder of data sets, or one data set"
 
 
@@ -68,12 +68,17 @@ def max_pixels_of(arguments: argparse.Namespace) -> int:
 
 
 def find_model(path: Path) -> tuple[Path, Path | None]:
-    """(the model's directory, the checkpoint that it is in): an exported model, that of a checkpoint, or that of a
-    stage's newest checkpoint.
+    """(the model's directory, the checkpoint that it is in): an exported model, that of a checkpoint, that of a stage's
+    newest checkpoint, or one of the hub, which is downloaded once.
 
     Raises:
         UserError: there is no model at `path`, or its checkpoint is damaged.
     """
+    from stage_trainer import hub
+
+    if hub.is_name(str(path)):
+        say(f"there is no {path} here: taking that of the Hugging Face hub …")
+        return hub.local(str(path)), None
     if not path.exists():
         raise UserError(f"there is no {path}; expected {MODEL}")
     say("loading PyTorch …")

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from stage_trainer.commands.common import a_path, find_model
 from stage_trainer.errors import UserError
+from stage_trainer.hub import NAME
 
 if TYPE_CHECKING:
     from stage_trainer.dual_encoder import DualEncoder
+    from stage_trainer.formats.common import Adapters
 
 FORMATS = {
     "common": "one directory for Trilith, sentence-transformers, transformers and timm, with a model card",
     "trilith": "for stage_trainer.DualEncoder alone; any model, adapters as they are",
     "jina-clip": "the layout of the published jina-clip-v2, for its code and what is built on that",
+    "open-clip": "for open_clip 3.3; the default adapter is merged",
 }
 
 
@@ -28,7 +32,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "open; its README.md says how. Of a stage's folder it takes the newest checkpoint, and says so; name a "
         "step-… folder for another. What `stage-trainer evaluate` found of a stage goes into the card.",
     )
-    p.add_argument("checkpoint", type=a_path, help="a checkpoint, a stage's folder (its newest checkpoint), or a model")
+    p.add_argument(
+        "checkpoint",
+        type=a_path,
+        help="a checkpoint, a stage's folder (its newest checkpoint), or a model or its name on the hub",
+    )
     p.add_argument("out", type=a_path, help="the directory to write; it must not exist")
     p.add_argument("--format", choices=FORMATS, default="common", help=f"{formats} (default: %(default)s)")
     p.add_argument(
@@ -41,6 +49,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     p.add_argument(
         "--dtype", choices=("float16", "float32"), help="of jina-clip's weights (default: float16, as published)"
     )
+    p.add_argument(
+        "--repository",
+        metavar="OWNER/NAME",
+        help="of open-clip: where on a hub it will stand, which its files name (default: it is loaded from OUT)",
+    )
     p.set_defaults(run=run)
 
 
@@ -51,25 +64,36 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("--dtype is for --format jina-clip; leave it out")
     if arguments.lora and arguments.format == "trilith":
         raise UserError("--lora is not for --format trilith, which keeps adapters as they are; leave it out")
+    _check_open_clip(arguments)
     with writing(arguments.out):
         if arguments.out.exists():
             raise UserError(f"{arguments.out} exists already; name another place or move it away")
     check_can_write(arguments.out)
     found, checkpoint = find_model(arguments.checkpoint)
     from stage_trainer.dual_encoder import DualEncoder
+    from stage_trainer.formats import common, history
+    from stage_trainer.formats.card import card
 
     model = DualEncoder.from_pretrained(found)
+    name = arguments.repository or arguments.out.resolve().name
+
+    def card_of(become: common.Adapters) -> str:
+        past = history.of(found, checkpoint, str(arguments.checkpoint))
+        return card(name, model, become, past, arguments.format)
+
     if arguments.format == "trilith":
         model.save_pretrained(arguments.out)
     elif arguments.format == "jina-clip":
-        _write_jina_clip(model, arguments)
-    else:
-        from stage_trainer.formats import common, history
-        from stage_trainer.formats.card import card
+        _write_jina_clip(model, arguments, card_of)
+    elif arguments.format == "open-clip":
+        from stage_trainer.formats import open_clip
 
-        past, name = history.of(found, checkpoint), arguments.out.resolve().name
-        lora = arguments.lora or "merged"
-        adapters = common.write(model, arguments.out, lora, lambda become: card(name, model, become, past))
+        adapters = open_clip.write(model, arguments.out, arguments.repository, card_of)
+        _say_adapters(adapters.merged, adapters.left_out, ", since open_clip has none", can_be_kept=False)
+        print(f"wrote {arguments.out}; {arguments.out / 'README.md'} has an example")
+        return
+    else:
+        adapters = common.write(model, arguments.out, arguments.lora or "merged", card_of)
         _say_adapters(adapters.merged, adapters.left_out, "; --lora kept exports all of them")
         if adapters.kept:
             kept = ", ".join(adapters.kept)
@@ -80,22 +104,34 @@ def run(arguments: argparse.Namespace) -> None:
         f"  figures:    stage-trainer evaluate {shlex.quote(str(arguments.out))} DATA\n"
         f'  picture:    stage-trainer search {shlex.quote(str(arguments.out))} DATA "some words"'
     )
-    if arguments.format == "common":
+    if arguments.format != "trilith":
         print(f"  elsewhere:  {arguments.out / 'README.md'} has an example for each library")
 
 
-def _write_jina_clip(model: DualEncoder, arguments: argparse.Namespace) -> None:
+def _check_open_clip(arguments: argparse.Namespace) -> None:
+    if arguments.format == "open-clip" and arguments.lora == "kept":
+        raise UserError("open_clip has no adapters: leave --lora out, and the default one is merged")
+    if arguments.repository is None:
+        return
+    if arguments.format != "open-clip":
+        raise UserError("--repository is for --format open-clip; leave it out")
+    if not NAME.fullmatch(arguments.repository):
+        raise UserError(f"--repository is {arguments.repository!r}; expected OWNER/NAME")
+
+
+def _write_jina_clip(model: DualEncoder, arguments: argparse.Namespace, card_of: Callable[[Adapters], str]) -> None:
     from stage_trainer.formats import jina_clip
 
     dtype = arguments.dtype or "float16"
-    written = jina_clip.write(model, arguments.out, lora=arguments.lora or "kept", dtype=dtype)
+    written = jina_clip.write(model, arguments.out, lora=arguments.lora or "kept", dtype=dtype, card=card_of)
     _say_adapters((written.merged,) if written.merged else (), written.left_out, ", for which its layout has no place")
     if written.rounded:
         print(f"{len(written.rounded)} tensors are rounded to {dtype}; --dtype float32 keeps every number")
 
 
-def _say_adapters(merged: tuple[str, ...], left_out: tuple[str, ...], why: str) -> None:
+def _say_adapters(merged: tuple[str, ...], left_out: tuple[str, ...], why: str, *, can_be_kept: bool = True) -> None:
     if merged:
-        print(f"the adapter {merged[0]} is merged into the text tower's weights; --lora kept leaves it apart")
+        kept = "; --lora kept leaves it apart" if can_be_kept else ""
+        print(f"the adapter {merged[0]} is merged into the text tower's weights{kept}")
     if left_out:
         print(f"not in this directory: the adapters {', '.join(left_out)}{why}")

@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"{arguments.repository!r} is no repository; expected OWNER/NAME, of up to 96 characters each")
     if not arguments.message.strip():
         raise UserError("--message is empty; say what is uploaded, or leave it out")
-    _check(arguments.model)
+    _check(arguments.model, arguments.repository)
     say("loading the hub's client …")
     from huggingface_hub import HfApi
 
@@ -49,13 +49,20 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"uploaded {arguments.model}: {done.commit_url}")
 
 
-def _check(model: Path) -> None:
+def _check(model: Path, repository: str) -> None:
     """That it is a whole export: what is published should open."""
     if not (model / "README.md").is_file() or not (model / "config.json").is_file():
         raise UserError(
             f"{model} is no exported model: it has no README.md beside a config.json; write one with "
             "`stage-trainer export`"
         )
+    if (open_clip := model / "open_clip_config.json").is_file():
+        if f'"hf-hub:{repository}"' not in open_clip.read_text(encoding="utf-8"):
+            raise UserError(
+                f"{open_clip} names another place than {repository}, from which open_clip would make the towers; "
+                f"export it again with `--format open-clip --repository {repository}`"
+            )
+        return
     say("reading the model …")
     from stage_trainer.dual_encoder import DualEncoder
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -9,14 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stage_trainer.encoding.inputs import Picture, Skipped, is_single, opened, told_apart
+from stage_trainer.encoding.ahead import ahead, available
+from stage_trainer.encoding.inputs import Picture, Skipped, is_single, load, refuse, told_apart
 from stage_trainer.encoding.options import EncodeOptions
+from stage_trainer.encoding.precision import computing_in, dtype_of
 from stage_trainer.errors import UserError
 
 if TYPE_CHECKING:
     from text_tower import TextTower
     from vision_tower import VisionTower
 
+_IMAGES = 32  # in a forward pass, as `VisionTower.encode` has it
 Rows = np.ndarray | Tensor | list[Tensor]
 
 
@@ -42,36 +49,79 @@ def encode(text: TextTower, vision: VisionTower, inputs: Any, options: EncodeOpt
         known = list(text.config.tasks) or "no tasks: leave task out"
         raise UserError(f"unknown task {options.task!r}; this model knows {known}")
     dims = options.truncate_dim if options.truncate_dim is not None else text.config.truncate_dim or text.config.width
-    shared: dict[str, Any] = {"truncate_dim": dims, "normalize": options.normalize}
-    if options.batch_size is not None:
-        shared["batch_size"] = options.batch_size
+    options = replace(options, truncate_dim=dims)
+    device = text.emb_ln.weight.device
     rows: dict[int, np.ndarray] = {}
-    if texts or not pictures:  # of an empty list the text tower checks the options
-        found = text.encode(
-            list(texts.values()),
-            task=options.task,
-            max_length=options.max_length,
-            show_progress=options.show_progress,
-            **shared,
-        )
-        rows |= dict(zip(texts, found, strict=True))
-    skipped: list[Skipped] | None = [] if options.errors == "skip" else None
-    if pictures:
-        found = vision.encode(_shown(pictures, options, skipped), **shared)
-        gone = {each.place for each in skipped or ()}
-        rows |= dict(zip([p.place for p in pictures if p.place not in gone], found, strict=True))
+    skipped: list[Skipped] = []
+    with computing_in(dtype_of(options.dtype, device), device):
+        if texts or not pictures:  # of an empty list the text tower checks the options
+            found = _of_texts(text, list(texts.values()), options)
+            rows |= dict(zip(texts, found, strict=True))
+        if pictures:
+            found = _of_images(vision, pictures, options, skipped)
+            gone = {each.place for each in skipped}
+            rows |= dict(zip([p.place for p in pictures if p.place not in gone], found, strict=True))
     kept = sorted(rows)
     whole = np.stack([rows[index] for index in kept]) if kept else np.empty((0, dims), np.float32)
-    result = _converted(whole[0] if single and kept else whole, options, text.emb_ln.weight.device)
-    return result if skipped is None else Encoded(result, kept, skipped)
+    _check_finite(whole, kept, options.dtype)
+    result = _converted(whole[0] if single and kept else whole, options, device)
+    return result if options.errors == "raise" else Encoded(result, kept, skipped)
 
 
-def _shown(pictures: list[Picture], options: EncodeOptions, skipped: list[Skipped] | None) -> Any:
-    """The images, read while they are encoded, with a progress bar if it is wanted."""
+def _of_texts(tower: TextTower, texts: list[str], options: EncodeOptions) -> np.ndarray:
+    return tower.encode(
+        texts, task=options.task, max_length=options.max_length, show_progress=options.show_progress, **_shared(options)
+    )
+
+
+def _of_images(
+    tower: VisionTower, pictures: list[Picture], options: EncodeOptions, skipped: list[Skipped]
+) -> np.ndarray:
+    """Rows of the images that can be used; the others are added to `skipped`, unless errors are raised. Threads read,
+    decode and resize what comes next."""
+
+    def pixels(picture: Picture) -> Tensor | Skipped:
+        return load(picture, options.urls, options.max_pixels, tower.preprocess)
+
+    def usable() -> Iterator[Tensor]:
+        made = ahead(pixels, pictures, options.threads or available())
+        with closing(made):
+            for found in _shown(made, len(pictures), options):
+                if not isinstance(found, Skipped):
+                    yield found
+                elif options.errors == "raise":
+                    refuse(found)
+                else:
+                    skipped.append(found)
+
+    rows, images = [tower.encode([], **_shared(options))], usable()  # of none it checks the options
+    with torch.inference_mode():
+        while batch := list(islice(images, options.batch_size or _IMAGES)):
+            pixels_of_batch = tower.normalize(torch.stack(batch).to(tower.pos_embed.device))
+            found = tower(pixels_of_batch)[:, : options.truncate_dim].float()
+            rows.append((F.normalize(found, dim=-1) if options.normalize else found).cpu().numpy())
+    return np.concatenate(rows)
+
+
+def _shared(options: EncodeOptions) -> dict[str, Any]:
+    size = {} if options.batch_size is None else {"batch_size": options.batch_size}
+    return {"truncate_dim": options.truncate_dim, "normalize": options.normalize, **size}
+
+
+def _shown(made: Iterator[Any], count: int, options: EncodeOptions) -> Any:
+    """The same, with a progress bar if it is wanted."""
     from tqdm.auto import tqdm
 
-    images = opened(pictures, options.urls, skipped)
-    return tqdm(images, desc="embedding", unit="image", total=len(pictures)) if options.show_progress else images
+    return tqdm(made, desc="embedding", unit="image", total=count) if options.show_progress else made
+
+
+def _check_finite(rows: np.ndarray, kept: list[int], dtype: str) -> None:
+    """UserError if a vector holds nan or inf: float16 overflows in some models, and weights may be broken."""
+    if (broken := np.flatnonzero(~np.isfinite(rows).all(axis=-1))).size:
+        raise UserError(
+            f"inputs[{kept[broken[0]]}]{f' and {broken.size - 1} more' if broken.size > 1 else ''}: the vector is not "
+            f"finite (dtype {dtype!r}); try dtype='float32', and if that gives the same, the model's weights are broken"
+        )
 
 
 def _converted(rows: np.ndarray, options: EncodeOptions, device: torch.device) -> Rows:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from os import PathLike
 from os.path import isfile
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 from torch import Tensor
 
+from stage_trainer.encoding import IMAGE_SUFFIXES
 from stage_trainer.encoding.fetch import UrlLimits, bytes_of_data_uri, bytes_of_url
 from stage_trainer.errors import UserError
 from stage_trainer.recipe.address import without_credentials
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+_NO_FILE = "there is no such file"
 
 
 class Picture(NamedTuple):
@@ -101,27 +106,31 @@ def _names_an_image(text: str) -> bool:
     one_word = not any(character.isspace() for character in text)
     if start.startswith(("http://", "https://")):
         return one_word
-    return text.lower().endswith(_SUFFIXES) and (one_word or isfile(text))
+    return text.lower().endswith(IMAGE_SUFFIXES) and (one_word or isfile(text))
 
 
-def opened(pictures: Sequence[Picture], limits: UrlLimits, skipped: list[Skipped] | None) -> Iterator[Any]:
-    """The images as RGB, one at a time; those that cannot be used are added to `skipped`, if that is a list.
-
-    Raises:
-        ImageError: the first that cannot be used, if `skipped` is None; the message has its place and name.
-    """
+def load(
+    picture: Picture, limits: UrlLimits, max_pixels: int | None, prepare: Callable[[Image.Image], Tensor]
+) -> Tensor | Skipped:
+    """What `prepare` makes of an image, which it gets as RGB; or, of one that cannot be used, why."""
     from vision_tower import ImageError, load_image
 
-    for picture in pictures:
-        try:
-            yield load_image(_content(picture.source, limits), name=picture.name)
-        except (ImageError, UserError, FileNotFoundError) as error:
-            reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
-            if skipped is None:
-                hint = "; if it is a text, write {'text': …}" if isinstance(error, FileNotFoundError) else ""
-                named = reason if reason.startswith(picture.name) else f"{picture.name}: {reason}"
-                raise ImageError(f"inputs[{picture.place}]: {named}{hint}") from error
-            skipped.append(Skipped(picture.place, picture.name, reason))
+    most = {} if max_pixels is None else {"max_pixels": max_pixels}
+    try:
+        return prepare(load_image(_content(picture.source, limits), name=picture.name, **most))
+    except FileNotFoundError:
+        return Skipped(picture.place, picture.name, _NO_FILE)
+    except (ImageError, UserError) as error:
+        return Skipped(picture.place, picture.name, str(error))
+
+
+def refuse(skipped: Skipped) -> NoReturn:
+    """Raises ImageError for an image that cannot be used; the message has its place and name."""
+    from vision_tower import ImageError
+
+    named = skipped.reason if skipped.reason.startswith(skipped.name) else f"{skipped.name}: {skipped.reason}"
+    hint = "; if it is a text, write {'text': …}" if skipped.reason == _NO_FILE else ""
+    raise ImageError(f"inputs[{skipped.place}]: {named}{hint}")
 
 
 def _content(source: Any, limits: UrlLimits) -> Any:

@@ -28,6 +28,10 @@ class EncodeOptions:
         convert_to_tensor: one tensor, on the model's device; it goes before convert_to_numpy.
         device: where to encode: the model moves there, and stays. None for where it is.
         precision: of the result. "float32" alone.
+        dtype: in which the towers compute: "float32", "bfloat16", "float16"; "auto" is the second on GPUs (the third on
+            those without it) and float32 on the CPU. Weights and results are float32.
+        threads: that read, decode and resize images ahead of the tower; None for one a core, up to sixteen.
+        max_pixels: larger images are refused by their header; None for where Pillow refuses them.
         errors: "raise" at the first image that cannot be used, or "skip" such images and say which.
         urls: how much is fetched of an image's URL, and how long that may take.
     """
@@ -42,6 +46,9 @@ class EncodeOptions:
     convert_to_tensor: bool = False
     device: Any = None
     precision: str = "float32"
+    dtype: str = "auto"
+    threads: int | None = None
+    max_pixels: int | None = None
     errors: str = "raise"
     urls: UrlLimits = field(default_factory=UrlLimits)
 
@@ -66,6 +73,10 @@ class EncodeOptions:
         made = cls(**values)
         if made.precision != "float32":
             raise UserError(f"precision is {made.precision!r}; embeddings are 'float32' here: quantise them afterwards")
+        for name in ("threads", "max_pixels"):
+            value = getattr(made, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise UserError(f"{name} is {value!r}; expected a whole number from 1, or None")
         if made.errors not in ("raise", "skip"):
             raise UserError(f"errors is {made.errors!r}; expected 'raise' or 'skip'")
         return made

@@ -38,7 +38,8 @@ class PlainEngine(Engine):
     def step(self) -> bool:
         towers = self.update_norms.towers.items()
         gradients = {tower: [p.grad for p in of_tower if p.grad is not None] for tower, of_tower in towers}
-        self._norms = {tower: float(nn.utils.get_total_norm(found)) for tower, found in gradients.items() if found}
+        norms = {tower: nn.utils.get_total_norm(found) for tower, found in gradients.items() if found}
+        self._norms = dict(zip(norms, torch.stack(list(norms.values())).tolist() if norms else (), strict=True))
         if all(math.isfinite(norm) for norm in self._norms.values()):
             self._engine.step()
             return True

@@ -101,14 +101,15 @@ def nothing() -> None:
 def embed(
     model: DualEncoder, pool: Pool, *, rank: int = 0, world: int = 1, before_batch: Callable[[], None] = nothing
 ) -> EmbeddedPool:
-    """Embeds a pool; with `world` > 1 each rank embeds a part, and every rank gets all of it.
+    """Embeds a pool; with `world` > 1 each rank embeds a part, and every rank gets all of it. The towers compute in the
+    precision around this call, float32 if there is none.
 
     Args:
         before_batch: called before each batch, on every rank as often.
     """
     texts = pool.all_texts()
     return EmbeddedPool(
-        _embed(model.encode_image, pool.images, rank, world, before_batch),
+        _embed(model.vision.encode, pool.images, rank, world, before_batch),
         embed_texts(model, texts, rank=rank, world=world, before_batch=before_batch),
         row={text: i for i, text in enumerate(texts)},
     )
@@ -126,7 +127,7 @@ def embed_texts(
     """`[N, D]`, not normalised; arguments as `embed`."""
     order = sorted(range(len(texts)), key=lambda number: (-len(texts[number]), number))  # batches of like lengths
     rows = _embed(
-        partial(model.encode_text, max_length=MAX_TOKENS), [texts[n] for n in order], rank, world, before_batch
+        partial(model.text.encode, max_length=MAX_TOKENS), [texts[n] for n in order], rank, world, before_batch
     )
     whole = np.empty_like(rows)
     whole[order] = rows

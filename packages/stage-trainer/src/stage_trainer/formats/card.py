@@ -15,22 +15,24 @@ from stage_trainer.formats.history import NON_COMMERCIAL, History
 _TAGS = ["trilith", "feature-extraction", "sentence-similarity", "image-text-retrieval", "multimodal", "matryoshka"]
 
 
-def card(name: str, model: DualEncoder, adapters: Adapters, history: History) -> str:
-    """The card of a directory that `formats.common` writes.
+def card(name: str, model: DualEncoder, adapters: Adapters, history: History, form: str = "common") -> str:
+    """The card of an exported directory.
 
     Args:
         name: of the directory, under which the examples load it.
         model: as it is written.
         adapters: what became of its adapters.
         history: how it came to be.
+        form: "common", "jina-clip" or "open-clip": which module of `formats` writes the directory.
     """
+    uses = {"common": _use, "jina-clip": _use_as_jina_clip, "open-clip": _use_in_open_clip}
     parts = [
-        _front(adapters, history),
+        _front(adapters, history, form),
         f"# {name}",
         _about(model),
-        _adapters(adapters, name),
+        _adapters(adapters, name, form),
         "## Use",
-        *_use(name, model, adapters),
+        *uses[form](name, model, adapters),
         "## How it was made",
         *_made(history),
         "## Figures",
@@ -41,12 +43,19 @@ def card(name: str, model: DualEncoder, adapters: Adapters, history: History) ->
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
 
-def _front(adapters: Adapters, history: History) -> str:
+def _front(adapters: Adapters, history: History, form: str) -> str:
     """The head that a hub reads."""
+    library, task, tags = {
+        "common": ("sentence-transformers", "sentence-similarity", ["sentence-transformers"]),
+        "jina-clip": ("transformers", "feature-extraction", ["custom_code"]),
+        "open-clip": ("open_clip", "zero-shot-image-classification", ["open_clip"]),
+    }[form]
+    if form == "common" and adapters.kept:
+        library, task, tags = "transformers", "feature-extraction", ["peft"]
     head = {
-        "library_name": "transformers" if adapters.kept else "sentence-transformers",
-        "pipeline_tag": "feature-extraction" if adapters.kept else "sentence-similarity",
-        "tags": _TAGS + (["peft"] if adapters.kept else ["sentence-transformers"]),
+        "library_name": library,
+        "pipeline_tag": task,
+        "tags": _TAGS + tags,
         **({"language": history.languages} if history.languages else {}),
         **({"license": history.licence} if history.licence else {}),
         **({"base_model": list(history.bases)} if history.bases else {}),
@@ -72,11 +81,13 @@ vocabulary, up to {text.max_length:,} tokens of a text, {sizes[0]:,} parameters;
 then scale to length one.{tasks}"""
 
 
-def _adapters(adapters: Adapters, name: str) -> str:
+def _adapters(adapters: Adapters, name: str, form: str) -> str:
     if adapters.merged:
         lost = ", ".join(f"`{adapter}`" for adapter in adapters.left_out)
         rest = f" The adapters {lost} are not in this directory." if lost else ""
         return f"The LoRA adapter `{adapters.merged[0]}` is merged into the weights: do not apply it again.{rest}"
+    if adapters.kept and form == "jina-clip":
+        return f"The LoRA adapter `{adapters.kept[0]}` is kept apart in the weights, and always on."
     if adapters.kept:
         folders = ", ".join(f"`text/{adapter}`" for adapter in adapters.kept)
         return (
@@ -88,12 +99,13 @@ def _adapters(adapters: Adapters, name: str) -> str:
     return "It has no LoRA adapters."
 
 
-def _use(name: str, model: DualEncoder, adapters: Adapters) -> list[str]:
+def _model(name: str, model: DualEncoder, adapters: Adapters) -> snippets.Model:
+    """What the examples depend on."""
     from text_tower.st_folder import MAX_LENGTH
     from vision_tower.foreign import processor_values
 
     text = model.text.config
-    about = snippets.Model(
+    return snippets.Model(
         name=name,
         dim=min(model.matryoshka_dims or (text.width,)),
         max_length=min(MAX_LENGTH, text.max_length),
@@ -101,6 +113,10 @@ def _use(name: str, model: DualEncoder, adapters: Adapters) -> list[str]:
         adapter=next(iter(adapters.kept), None),
         any_mode=processor_values(model.vision.config) is not None,
     )
+
+
+def _use(name: str, model: DualEncoder, adapters: Adapters) -> list[str]:
+    about = _model(name, model, adapters)
     parts = [
         f"The examples run where `{name}` and a `photo.jpg` are. Of a model on a hub, download the directory first "
         f"(`huggingface_hub.snapshot_download`), or use its name in place of `{name}` where no folder follows it.",
@@ -126,6 +142,36 @@ def _use(name: str, model: DualEncoder, adapters: Adapters) -> list[str]:
         _pixels(about.any_mode),
         "**timm**, images",
         _code(snippets.timm(about)),
+    ]
+
+
+def _use_as_jina_clip(name: str, model: DualEncoder, adapters: Adapters) -> list[str]:
+    about = _model(name, model, adapters)
+    return [
+        f"The examples run where `{name}` and a `photo.jpg` are. The directory has the layout of jina-clip-v2.",
+        "**Trilith**",
+        _code(snippets.trilith(about)),
+        "**transformers** (4.49; below 5), with the published code, which it fetches from the hub as `auto_map` says",
+        _code(snippets.jina_clip(about)),
+        "The published code cuts texts at 512 tokens, the instruction included.",
+    ]
+
+
+def _use_in_open_clip(name: str, model: DualEncoder, adapters: Adapters) -> list[str]:
+    from stage_trainer.formats.open_clip import context_length
+
+    about = _model(name, model, adapters)
+    said = model.text.config.instructions.get(about.task, "") if about.task else ""
+    return [
+        "**open_clip** (3.3, with transformers 5.4 or newer and timm)",
+        _code(snippets.open_clip(about)),
+        f"It pads every text to {context_length(model.text.config)} tokens, which costs time; "
+        "`tokenizer(texts, context_length=77)` cuts and pads to fewer. Before that it repairs broken Unicode and HTML "
+        "entities and joins white space, as Trilith does not. It takes pictures as they are stored: turn photos by "
+        "`PIL.ImageOps.exif_transpose`, and put transparent ones on white, before.",
+        *([f"It has no instructions: put {said!r} before a query yourself."] if said else []),
+        "The towers are made by what `open_clip_config.json` names (this directory where it was written, or a "
+        "repository of a hub): elsewhere export it again.",
     ]
 
 

@@ -74,15 +74,17 @@ class History:
         return sorted(language for language in found if re.fullmatch(r"[a-z]{2,3}", language))
 
 
-def of(model: Path, checkpoint: Path | None) -> History:
-    """The history of a model's directory, and of the checkpoint that it is in."""
+def of(model: Path, checkpoint: Path | None, named: str = "") -> History:
+    """The history of a model's directory, and of the checkpoint that it is in; `named` is what the user calls it."""
+    if checkpoint is None and hub.is_name(named):
+        return History(weights={named: licence_of(named) or licence_of(str(model))}, bases=(named,))
     if checkpoint is None:  # exported before: what its own card says of the licence stays true
         licence = licence_of(str(model))
         return History(weights={_shown(str(model)): licence} if licence else {})
     stages = _stages(checkpoint)
-    named = list(dict.fromkeys(str(name) for key in _WEIGHTS if (name := stages[0].setting(key))))
-    weights = {_shown(name): licence_of(name) for name in named}
-    return History(tuple(stages), weights, tuple(filter(hub.is_name, named)), _figures(checkpoint))
+    begun = list(dict.fromkeys(str(name) for key in _WEIGHTS if (name := stages[0].setting(key))))
+    weights = {_shown(name): licence_of(name) for name in begun}
+    return History(tuple(stages), weights, tuple(filter(hub.is_name, begun)), _figures(checkpoint))
 
 
 def _shown(weights: str) -> str:

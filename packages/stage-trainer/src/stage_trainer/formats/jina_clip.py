@@ -7,6 +7,7 @@ such as the text task's own temperature, stands in config.json under `trilith_cl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from vision_tower import VisionTowerConfig
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.errors import UserError
 from stage_trainer.files import whole_directory
+from stage_trainer.formats.common import Adapters
 from stage_trainer.formats.jina_clip_layout import TASK, tensors, with_an_adapter
 from stage_trainer.formats.jina_clip_read import MODEL_TYPE
 
@@ -50,7 +52,14 @@ class Written(NamedTuple):
     rounded: tuple[str, ...]
 
 
-def write(model: DualEncoder, out: str | Path, *, lora: str = "kept", dtype: str = "float16") -> Written:
+def write(
+    model: DualEncoder,
+    out: str | Path,
+    *,
+    lora: str = "kept",
+    dtype: str = "float16",
+    card: Callable[[Adapters], str] | None = None,
+) -> Written:
     """Writes a model's directory, whole or not at all.
 
     Args:
@@ -59,6 +68,7 @@ def write(model: DualEncoder, out: str | Path, *, lora: str = "kept", dtype: str
             take its place, so that nobody applies it again. config.json says which.
         dtype: of all tensors, one of `DTYPES`. The published one is "float16"; weights that it does not hold exactly
             are rounded.
+        card: gives README.md, from what became of the adapters; without it there is none.
 
     Raises:
         UserError: `out` exists, or the layout has no place for something that the model is; the message names it.
@@ -83,6 +93,10 @@ def write(model: DualEncoder, out: str | Path, *, lora: str = "kept", dtype: str
         _write_tokenizer(text.tokenizer, directory)
         for file, content in _for_sentence_transformers(text.config).items():
             write_json(content, directory / file)
+        if card is not None:
+            left_out, kept = (adapters[1:] if merge else ()), (() if merge else adapters)
+            become = Adapters(merged=adapters[:1] if merge else (), kept=kept, left_out=left_out)
+            (directory / "README.md").write_text(card(become), encoding="utf-8")
     return Written(adapters[0] if merge else None, adapters[1:] if merge else (), tuple(rounded))
 
 

@@ -1,4 +1,5 @@
-"""How each library loads a directory of `formats.common`: the examples of its model card, each of which a test runs."""
+"""How each library loads an exported directory: the examples of its model card, which tests run (but for jina-clip's
+published code, which is only on the hub)."""
 
 from __future__ import annotations
 
@@ -115,6 +116,34 @@ transform = timm.data.create_transform(**timm.data.resolve_data_config({{}}, mod
 with torch.no_grad():
     image = model(transform(Image.open("photo.jpg").convert("RGB"))[None])
 image = torch.nn.functional.normalize(image, dim=-1)
+"""
+
+
+def jina_clip(model: Model) -> str:
+    task = f", task={_text(model.task)}" if model.task else ""
+    return f"""\
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained({_text(model.name)}, trust_remote_code=True)
+text = model.encode_text({TEXTS}{task}, truncate_dim={model.dim})
+image = model.encode_image(["photo.jpg"], truncate_dim={model.dim})
+print(text @ image.T)
+"""
+
+
+def open_clip(model: Model) -> str:
+    return f"""\
+import open_clip
+import torch
+from PIL import Image
+
+model, _, preprocess = open_clip.create_model_and_transforms({_text(f"local-dir:{model.name}")})
+tokenizer = open_clip.get_tokenizer({_text(f"local-dir:{model.name}")})
+model.eval()
+with torch.no_grad():
+    text = model.encode_text(tokenizer({TEXTS}), normalize=True)
+    image = model.encode_image(preprocess(Image.open("photo.jpg"))[None], normalize=True)
+print(text @ image.T)
 """
 
 

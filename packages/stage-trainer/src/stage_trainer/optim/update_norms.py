@@ -33,12 +33,13 @@ class UpdateNorms:
         """{"parameter_norm/TOWER", "update_norm/TOWER"}; call after the step."""
         norms: dict[str, float] = {}
         for tower, parameters in self.towers.items():
-            size = update = 0.0
-            for parameter, before in zip(parameters, self._before[tower], strict=True):
-                now, weight = _values(parameter), parameter.numel() / len(before)
-                size += weight * float(now.square().sum())
-                update += weight * float((now - before).square().sum())
-            norms |= {f"parameter_norm/{tower}": math.sqrt(size), f"update_norm/{tower}": math.sqrt(update)}
+            pairs = [(_values(p), before) for p, before in zip(parameters, self._before[tower], strict=True)]
+            weights = [p.numel() / len(before) for p, (_, before) in zip(parameters, pairs, strict=True)]
+            squares = [(now.square().sum(), (now - before).square().sum()) for now, before in pairs]
+            for name, found in zip(("parameter_norm", "update_norm"), zip(*squares, strict=True), strict=True):
+                # Read at once: each number read by itself would make the host wait for the device.
+                sums = torch.stack(found).tolist()
+                norms[f"{name}/{tower}"] = math.sqrt(sum(w * s for w, s in zip(weights, sums, strict=True)))
         return norms
 
 

@@ -29,6 +29,8 @@ FLOAT = 4
 BUCKET = 500_000_000  # elements that DeepSpeed reduces at once, unless the recipe says otherwise
 LIVE_WEIGHTS = 1_000_000_000  # elements that ZeRO 3 lets be whole at a time, likewise
 TILE = {"cpu": (512, 512), "cuda": (2048, 4096)}  # of the loss's logits (contrastive_losses.torch_tiles)
+COMPILED = 0.7  # of the image tower's activations that Inductor keeps for the backward pass (tests/gpu, on an H200); of
+# the text tower's it keeps all
 DERIVATIVES = 512 * 2**20  # of the loss on CUDA (contrastive_losses.triton_tiles)
 
 
@@ -201,8 +203,11 @@ def passes(
     vision = replace(model.vision, checkpointing=setting.checkpointing_image)
     text = replace(model.text, checkpointing=setting.checkpointing_text)
     target, learns = Target.of(device, model.precision), model.trainable.image == "all"
+    image = trace_images(vision, images, model.patch_dropout, target, learns, again[0]) if images else nothing
+    if vision.compile and not vision.checkpointing and device.kind == "cuda":
+        image = image.keeping(COMPILED)
     return (
-        trace_images(vision, images, model.patch_dropout, target, learns, again[0]) if images else nothing,
+        image,
         trace_texts(text, texts, sizes.length, target, model.trainable.text, again[1]) if texts else nothing,
     )
 

@@ -7,6 +7,7 @@ import textwrap
 from stage_trainer.plan.devices import GIB
 from stage_trainer.plan.memory import Setting
 from stage_trainer.plan.planner import Cluster, Option, SegmentPlan, StagePlan
+from stage_trainer.plan.roofline import ELEMENTWISE
 
 WIDTH = 120
 
@@ -24,8 +25,9 @@ def heading(name: str, precision: str, cluster: Cluster) -> str:
         link = f", {cluster.link / 1e9:,.0f} GB/s between devices" if cluster.link and cluster.ranks > 1 else ""
         lines.append(
             f"times are predicted, not measured: large products at {device.products:.0%} of {peak / 1e12:,.0f} TFLOP/s "
-            f"dense {computed}, everything else at {device.stream:.0%} of {device.bandwidth / 1e12:,.2f} TB/s, "
-            f"{device.launch * 1e6:.0f} µs for the host to issue an operation{link}; "
+            f"dense {computed}, everything else at {device.stream * ELEMENTWISE:.0%} of "
+            f"{device.bandwidth / 1e12:,.2f} TB/s, {device.launch * 1e6:.0f} µs for the host to issue an operation"
+            f"{link}; "
             + (f"at most {cluster.loader:,.0f} images a second for each" if cluster.loader else "data never waited for")
         )
     else:

@@ -63,6 +63,11 @@ class Pass:
     there: Work = field(default_factory=Work)
     back: Work = field(default_factory=Work)
 
+    def keeping(self, share: float) -> Pass:
+        """The same with so much of its memory, but for the gradients."""
+        backward = tuple((int(share * (whole - own)) + own, own) for whole, own in self.backward)
+        return replace(self, forward=int(share * self.forward), held=int(share * self.held), backward=backward)
+
 
 @dataclass(frozen=True)
 class Target:

@@ -92,7 +92,7 @@ class ContrastiveObjective(TrainedObjective):
         device, count = embedded.images.device, len(batch.image_ids)
         sizes = [count, batch.pairs, batch.pairs, batch.pairs * batch.negatives]
         captions, queries, targets, negatives = torch.split(embedded.texts, sizes)
-        image_ids, text_ids = batch.image_ids.to(device), batch.text_ids.to(device)
+        image_ids, text_ids = (ids.to(device, non_blocking=True) for ids in (batch.image_ids, batch.text_ids))
         temperatures = {name: torch.exp(-scale) for name, scale in embedded.scales.items()}
         # Embeddings are float32 but have the towers' error, beside which that of rounding them is small; a GPU's tensor
         # cores do not take float32.
@@ -127,15 +127,18 @@ class ContrastiveObjective(TrainedObjective):
 
     def temperatures(self, engine: Engine) -> dict[str, float]:
         """The temperature of each loss; every rank has to call."""
-        return {name: math.exp(-engine.whole(scale).item()) for name, scale in self.logit_scales.items()}
+        scales = torch.cat([engine.whole(scale) for scale in self.logit_scales.values()]).tolist()
+        return {name: math.exp(-scale) for name, scale in zip(self.logit_scales, scales, strict=True)}
 
     def figures(self, engine: Engine, losses: Losses) -> dict[str, float]:
         """Accuracy within the batch by loss and dim; the temperatures."""
         accuracies = {
-            f"train_accuracy_{name}/{dim}": (forth.item() + back.item()) / 2
+            f"train_accuracy_{name}/{dim}": (forth + back) / 2
             for name, (_, stats) in losses.items()
-            for dim, forth, back in zip(
-                self.loss.dims, stats.query_to_target_accuracy, stats.target_to_query_accuracy, strict=True
+            for dim, (forth, back) in zip(
+                self.loss.dims,
+                torch.stack([stats.query_to_target_accuracy, stats.target_to_query_accuracy], dim=1).tolist(),
+                strict=True,
             )
         }
         return accuracies | {f"temperature/{name}": value for name, value in self.temperatures(engine).items()}

@@ -1,0 +1,1 @@
+"""Files to embeddings: what `stage-trainer encode` does. It resumes, and shares the work among processes."""

@@ -1,0 +1,158 @@
+"""`--format open-clip`: a directory that open_clip 3.3 loads: a text tower of transformers, an image tower of timm.
+
+    open_clip_config.json       what open_clip makes: both towers by the config.json beside it
+    config.json                 transformers' (jina_embeddings_v3) and timm's at once: neither minds the other's keys
+    open_clip_model.safetensors the weights of both, and the temperature
+    tokenizer.json, …           read by AutoTokenizer
+
+open_clip looks the text tower's `model_type` up in a table of five, for the name of its width, and none of the five has
+rotary positions. transformers chooses the class by `model_type` and then lets config.json rename attributes
+(`attribute_map`): so the configuration, once it is made, calls itself "xlm-roberta", which is in the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from text_tower import TextTower, TextTowerConfig
+from text_tower.config_json import OUR_KEY, to_json
+from text_tower.files import write_json, write_weights
+from text_tower.st_folder import MAX_LENGTH
+from torch import Tensor
+from vision_tower import VisionTowerConfig
+from vision_tower.config import as_pair
+from vision_tower.pretrained import timm_keys
+
+from stage_trainer.dual_encoder import DualEncoder
+from stage_trainer.errors import UserError
+from stage_trainer.files import whole_directory
+from stage_trainer.formats.common import Adapters, check
+
+CONFIG_FILE = "open_clip_config.json"
+_RESIZE_MODES = {"center": "shortest", "squash": "squash"}
+_INTERPOLATIONS = ("bicubic", "bilinear")
+_TEXT = (  # ours, and those of transformers' model in memory, which open_clip loads into
+    ("emb_ln.", "embeddings.LayerNorm."),
+    ("encoder.layers.", "layers."),
+    (".mixer.out_proj.", ".self_attn.o_proj."),
+    (".norm1.", ".post_attention_layernorm."),
+    (".norm2.", ".post_mlp_layernorm."),
+)
+
+
+def write(model: DualEncoder, out: Path, repository: str | None, card: Callable[[Adapters], str]) -> Adapters:
+    """Writes the directory, completely or not at all. The default adapter is added to the weights.
+
+    Args:
+        model: its text tower is replaced if an adapter is merged into it.
+        repository: OWNER/NAME of the hub from which it will be loaded; None if from `out` itself. open_clip makes the
+            towers from what this names, so the directory is of no use elsewhere.
+        card: gives README.md, from what became of the adapters.
+
+    Raises:
+        UserError: `out` exists, the disk is full, or open_clip cannot be told what the model is.
+    """
+    check(model)
+    _check_images(model.vision.config)
+    names = model.text.config.adapters
+    if names:
+        model.text = model.text.merged()
+    adapters = Adapters(merged=names[:1], left_out=names[1:])
+    assert model.text.tokenizer is not None  # `check` saw it
+    with whole_directory(out) as directory:
+        write_weights(_weights(model), directory / "open_clip_model.safetensors")
+        write_json(_config(model), directory / "config.json")
+        write_json(
+            _open_clip_config(model, repository or str(out.resolve()), repository is None), directory / CONFIG_FILE
+        )
+        model.text.tokenizer.save_for_others(directory)
+        (directory / "README.md").write_text(card(adapters), encoding="utf-8")
+    return adapters
+
+
+def _check_images(config: VisionTowerConfig) -> None:
+    """UserError for what open_clip's preprocessing has no word for."""
+    height, width = as_pair(config.resolution)
+    found = None
+    if config.crop_pct != 1:
+        found = f"crop_pct {config.crop_pct:g}: it resizes to the size that the model takes, and cuts nothing off"
+    elif config.crop_mode not in _RESIZE_MODES or (config.crop_mode == "center" and height != width):
+        found = f"crop_mode {config.crop_mode} to {height}x{width}; it knows center to a square, and squash"
+    elif config.interpolation not in _INTERPOLATIONS:
+        found = f"interpolation {config.interpolation}; it knows {' and '.join(_INTERPOLATIONS)}"
+    if found:
+        raise UserError(f"open_clip has no word for the image tower's {found}. Export it in another format")
+
+
+def _weights(model: DualEncoder) -> dict[str, Tensor]:
+    return {
+        "logit_scale": model.logit_scale.detach().reshape(()),
+        **{f"text.transformer.{name}": tensor for name, tensor in _of_texts(model.text).items()},
+        **{f"visual.trunk.{name}": tensor for name, tensor in model.vision.state_dict().items()},
+    }
+
+
+def _of_texts(tower: TextTower) -> dict[str, Tensor]:
+    """The text tower under the names of transformers' JinaEmbeddingsV3Model in memory: queries, keys, values apart."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tower.state_dict().items():
+        for ours, theirs in _TEXT:
+            name = name.replace(ours, theirs)
+        if ".mixer.Wqkv." in name:
+            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
+                renamed[name.replace(".mixer.Wqkv.", f".self_attn.{part}_proj.")] = rows.contiguous()
+        else:
+            renamed[name] = tensor
+    return renamed
+
+
+def _config(model: DualEncoder) -> dict[str, Any]:
+    """config.json, for transformers and timm."""
+    dtype = str(next(model.text.parameters()).dtype).removeprefix("torch.")
+    text = to_json(model.text.config, dtype, "JinaEmbeddingsV3Model", None)
+    return {
+        **timm_keys(model.vision.config, with_processor=False),
+        **{key: value for key, value in text.items() if key != OUR_KEY},
+        "attribute_map": {"open_clip_model_type": "model_type"},  # before the next key, which it renames
+        "open_clip_model_type": "xlm-roberta",
+    }
+
+
+def _open_clip_config(model: DualEncoder, place: str, local: bool) -> dict[str, Any]:
+    text, vision = model.text.config, model.vision.config
+    size = vision.resolution if isinstance(vision.resolution, int) else list(vision.resolution)
+    return {
+        "model_cfg": {
+            "embed_dim": text.width,
+            "vision_cfg": {
+                "image_size": size,
+                "timm_model_name": f"{'local-dir' if local else 'hf-hub'}:{place}",
+                "timm_model_pretrained": False,
+                "timm_pool": "token",
+                "timm_proj": "none",
+            },
+            "text_cfg": {
+                "context_length": context_length(text),
+                "vocab_size": text.vocab_size,
+                "hf_model_name": place,
+                "hf_tokenizer_name": place,
+                "hf_pooler_type": "mean_pooler",
+                "hf_proj_type": None,
+            },
+        },
+        "preprocess_cfg": {
+            "size": size,
+            "mode": "RGB",
+            "mean": list(vision.mean),
+            "std": list(vision.std),
+            "interpolation": vision.interpolation,
+            "resize_mode": _RESIZE_MODES[vision.crop_mode],
+        },
+    }
+
+
+def context_length(config: TextTowerConfig) -> int:
+    """Tokens to which open_clip pads every text, and cuts it."""
+    return min(MAX_LENGTH, config.max_length)
