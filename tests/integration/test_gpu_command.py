@@ -155,8 +155,9 @@ def test_a_part_for_which_no_time_is_left_says_so(tmp_path, runner):
     assert (part["status"], part["results"]) == ("no time left", {})
 
 
-def test_the_limits_of_all_parts_are_nine_minutes(runner):
-    assert sum(runner.PARTS.values()) <= runner.ALL_SECONDS < 9 * 60
+def test_all_parts_but_the_last_have_their_limits_within_nine_minutes(runner):
+    *others, last = runner.PARTS.values()
+    assert sum(others) + 30 <= runner.ALL_SECONDS < 9 * 60 > last
     assert {path.stem for path in GPU.glob("*.py")} - {"run", "report", "shapes", "drawn"} == set(runner.PARTS)
 
 
