@@ -125,7 +125,7 @@ def _status(options: argparse.Namespace) -> int:
     ):
         print(f"rejected, {reason}: {count}; `captions run --resend {reason}` asks again")
         for row in ledger.db.execute(
-            "SELECT id, language FROM request WHERE state = 'rejected' AND reason = ? ORDER BY rowid LIMIT ?",
+            "SELECT id, language FROM request WHERE state = 'rejected' AND reason = ? LIMIT ?",
             (reason, -1 if options.all else 20),
         ):
             print(f"  {row['id']}  {row['language']}")
