@@ -70,7 +70,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(place, tmp_path, capsys, co
 @pytest.mark.parametrize("size", [100, 1_000_000])
 def test_the_requests_of_a_batch_that_do_not_fit_name_their_file_and_leave_none(tmp_path, size):
     """Small ones are refused when the file is closed, large ones while they are written."""
-    request = SimpleNamespace(id="1", model="m")
+    request = SimpleNamespace(place=1, model="m")
     files_of = _files(tmp_path / "ledger", iter([(request, b"x" * size, None)]), 10, 10**7)
     with full_after(50), pytest.raises(ShardError, match=r"ledger\.batch\.jsonl: cannot be written \(File too large\)"):
         next(files_of)

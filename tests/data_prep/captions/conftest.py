@@ -94,7 +94,10 @@ class Asked:
 
 
 class SeerService(ThreadingHTTPServer):
-    """`asked`: what came, in order; `computed`: how often each (image, language) was answered, that is, paid for."""
+    """`asked`: what came, in order; `computed`: how often each (image, language) was answered, that is, paid for;
+    `paths`: of all calls. `authorization`: what it lets in; `pages`: gives the n-th answer to who asks for the list of
+    batches, if they are not all on one page.
+    """
 
     daemon_threads = True
     request_queue_size = 128
@@ -107,6 +110,9 @@ class SeerService(ThreadingHTTPServer):
         self.times: list[float] = []
         self.computed: Counter[tuple[str, str]] = Counter()
         self.under_way = self.most_under_way = 0
+        self.authorization = f"Bearer {KEY}"
+        self.paths: list[str] = []
+        self.pages: Callable[[int], dict] | None = None
         self.odd: dict[str, bytes] = {}  # path -> an answer of 200 that is not what was asked for
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict] = {}
@@ -134,10 +140,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         data = self.rfile.read(int(self.headers["Content-Length"]))
+        self.route()
         if self.path in self.server.odd:
             self.answer(200, self.server.odd[self.path])
-        elif self.headers["Authorization"] != f"Bearer {KEY}":
-            message = f"Incorrect API key provided: {self.headers['Authorization']}"
+        elif self.headers["Authorization"] != self.server.authorization:
+            sent = {name: value for name, value in self.headers.items() if "uthorization" in name}
+            message = f"Incorrect API key provided: {sent} for {self.server.paths[-1]}"
             self.answer(401, json.dumps({"error": {"message": message, "code": "invalid_api_key"}}).encode())
             with self.server.lock:
                 self.server.asked.append(Asked(len(self.server.asked), 0, "", "", {}))
@@ -163,12 +171,21 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.batches[batch["id"]] = batch
             self.answer(200, json.dumps(batch).encode())
 
+    def route(self) -> None:
+        """Note the path, and route by it without what follows a question mark."""
+        self.server.paths.append(self.path)
+        self.path = self.path.partition("?")[0]
+
     def do_GET(self) -> None:
+        self.route()
         if (found := next((path for path in self.server.odd if self.path.startswith(path)), None)) is not None:
             self.answer(200, self.server.odd[found])
         elif self.path.startswith("/v1/batches/"):
             batch = self.server.batches.get(self.path.split("/")[-1])
             self.answer(200 if batch else 404, json.dumps(batch).encode())
+        elif self.path.startswith("/v1/batches") and self.server.pages:
+            number = sum("/v1/batches?" in path for path in self.server.paths) - 1
+            self.answer(200, json.dumps(self.server.pages(number)).encode())
         elif self.path.startswith("/v1/batches"):
             newest = list(self.server.batches.values())[::-1]
             self.answer(200, json.dumps({"object": "list", "data": newest, "has_more": False}).encode())
@@ -283,6 +300,20 @@ def run(seer, ledger):
         return main(["captions", "run", ledger, "--url", seer.url, *options])
 
     return run
+
+
+@pytest.fixture
+def batches(seer, make_images, tmp_path):
+    """A ledger with six requests planned, and the two commands on it."""
+    ledger = str(tmp_path / "ledger.sqlite")
+    shards = str(make_images(3))
+    assert main(["captions", "plan", ledger, shards, "--model", "seer-1", "--languages", "en", "de"]) == 0
+
+    def command(step, *options):
+        return main(["captions", "batch", step, ledger, "--url", seer.url, *options])
+
+    command.ledger = ledger
+    return command
 
 
 def states(ledger):

@@ -6,23 +6,8 @@ import json
 
 import pytest
 from data_prep.captions.ledger import RequestLedger
-from data_prep.cli import main
 
 from .conftest import build_backwards, caption, completion, states
-
-
-@pytest.fixture
-def batches(seer, make_images, tmp_path):
-    """A ledger with six requests planned, and the two commands on it."""
-    ledger = str(tmp_path / "ledger.sqlite")
-    shards = str(make_images(3))
-    assert main(["captions", "plan", ledger, shards, "--model", "seer-1", "--languages", "en", "de"]) == 0
-
-    def command(step, *options):
-        return main(["captions", "batch", step, ledger, "--url", seer.url, *options])
-
-    command.ledger = ledger
-    return command
 
 
 def lines(seer, number=0):
@@ -153,12 +138,14 @@ def test_a_batch_paid_without_prices_counts_at_a_batchs_price_once_there_are_som
     assert RequestLedger(batches.ledger).spent() == pytest.approx(6 * 0.0019 / 2)
 
 
-def test_an_image_that_is_another_one_by_now_goes_into_no_batch(seer, batches, tmp_path, capsys):
-    build_backwards(tmp_path / "images")
+def test_an_image_that_is_another_one_by_now_goes_into_no_batch_and_stops_no_other(seer, batches, tmp_path, capsys):
+    build_backwards(tmp_path / "images")  # of three, so that the one in the middle stays where it is
     assert batches("submit") == 2
-    assert "images: image 0 is not the one that was planned" in capsys.readouterr().err
-    assert not seer.files
-    assert states(batches.ledger) == {"planned": 6}
+    error = capsys.readouterr().err
+    assert "2 requests were sent in 1 batches, 4 stay planned" in error
+    assert "images: image 0 is not the one that was planned" in error
+    assert len(lines(seer)) == 2
+    assert states(batches.ledger) == {"planned": 4, "sent": 2}
 
 
 def test_a_wrong_key_sends_nothing(seer, batches, monkeypatch, capsys):

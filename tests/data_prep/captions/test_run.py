@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sqlite3
 from collections import Counter
 
@@ -154,8 +155,10 @@ def test_a_service_that_is_not_there_costs_nothing_and_says_so(planned, ledger, 
     planned(1, languages=["en"])
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setattr("data_prep.captions.rate_limit._LONGEST_BACKOFF", 0.001)
-    assert main(["captions", "run", ledger, "--url", "http://127.0.0.1:9/v1", "--tries", "3"]) == 0
-    assert "met too many failures and stay planned: 1" in capsys.readouterr().out
+    assert main(["captions", "run", ledger, "--url", "http://127.0.0.1:9/v1", "--tries", "3"]) == 2
+    out, err = capsys.readouterr()
+    assert "met too many failures and stay planned: 1" in out
+    assert "http://127.0.0.1:9/v1 answered nothing (ConnectError" in err
     assert states(ledger) == {"planned": 1}
     assert RequestLedger(ledger).spent() == 0
 
@@ -200,7 +203,9 @@ def test_what_cannot_be_a_key_is_refused_before_anything_is_sent_and_never_shown
     [
         (404, {"message": "The model `seer-1` does not exist", "code": "model_not_found"}, "knows no such model"),
         (429, {"message": "You exceeded your current quota", "code": "insufficient_quota"}, "has no money left"),
-        (403, {"message": "Project is blocked"}, "does not let the API key"),
+        (403, {"message": "No", "type": "insufficient_quota"}, "has no money left"),
+        (400, {"message": "API key not valid. Please pass a valid API key.", "code": 400}, "refuses the API key"),
+        (402, {"message": "Insufficient credits"}, "has no money left"),
     ],
 )
 def test_what_no_retry_can_mend_stops_the_run_at_once(seer, planned, run, ledger, capsys, status, error, says):
@@ -266,12 +271,14 @@ def test_an_image_that_is_another_one_by_now_is_not_sent_until_it_is_planned_aga
 ):
     planned(3)
     images = tmp_path / "images"
-    build_backwards(images)
+    build_backwards(images)  # the one in the middle stays where it is
     assert run() == 2
-    error = capsys.readouterr().err
-    assert f"{images}: image 0 is not the one that was planned" in error
+    out, error = capsys.readouterr()
+    assert re.search(rf"{images}: image [02] is not the one that was planned", error)
     assert "captions plan" in error
-    assert not seer.asked
+    assert "as their images cannot be used: 6" in out
+    assert len(seer.asked) == 3
+    assert states(ledger) == {"accepted": 3, "planned": 6}
     again = ["--model", "seer-1", "--languages", *LANGUAGES, "--max-tokens", "500"]
     assert main(["captions", "plan", ledger, str(images), *again]) == 0
     assert "0 requests planned, 9 were in" in capsys.readouterr().out

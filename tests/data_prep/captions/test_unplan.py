@@ -72,7 +72,7 @@ def test_a_prompt_that_nothing_was_asked_with_may_be_written_anew(make_images, l
     assert main(plan) == 2
     assert unplan(ledger) == 0
     assert main(plan) == 0
-    assert RequestLedger(ledger).planned(1)[0][1].text == "Describe it."
+    assert RequestLedger(ledger).planned(1)[0].text == "Describe it."
 
 
 def test_a_ledger_in_use_and_a_language_that_is_none_are_refused(planned, ledger, capsys):

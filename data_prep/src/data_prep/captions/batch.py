@@ -1,54 +1,37 @@
-"""The Batch API: the same requests in files, answered within a day at half the price.
+"""The Batch API: the same requests in files, answered within a day at half the price. `collect` gets the answers.
 
 A batch's requests are committed as `sent` before the batch is created, like all requests. After a crash between the two
-`collect` finds the batch by the name that the ledger gave it; requests of a batch that the service does not know are
-listed as perhaps paid. What an expired or cancelled batch did not answer was not computed and is planned again.
+`collect` finds the batch by the name that the ledger gave it.
 """
 
 from __future__ import annotations
 
 import json
-import sqlite3
 import time
 import uuid
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_prep.captions import faults
 from data_prep.captions.images import ImageReader
+from data_prep.captions.judging import RunSettings
 from data_prep.captions.ledger import Request, RequestLedger
 from data_prep.captions.pricing import Estimate, price_unpriced
-from data_prep.captions.run import RunSettings, judge_one, judge_waiting
-from data_prep.captions.service import Service, error_message, request_body
+from data_prep.captions.service import Service, request_body
 from data_prep.errors import UserError
+from data_prep.shards import ShardError
 from data_prep.shards.files import writing
-from data_prep.shards.format import parse_json
 
 if TYPE_CHECKING:
     from openai.types import Batch
 
 MOST_REQUESTS = 50_000
 MOST_BYTES = 200_000_000
-_ENDED = {"completed", "expired", "cancelled", "failed"}
-_NAME = "trilith_batch"
+NAME = "trilith_batch"  # under which the service keeps our name for a batch
 _ADVICE = "see what is wrong there and run again, `captions status` shows what was sent"
-_MOST_LISTED = 100_000  # of the service's batches, where ours is looked for by name
-
-
-@dataclass
-class Collected:
-    """What `collect` found. open: batches still running; unknown: answers to requests that the ledger does not have."""
-
-    open: int = 0
-    ended: int = 0
-    accepted: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
-    planned_again: int = 0
-    unknown: int = 0
-    notes: list[str] = field(default_factory=list)
+_UNREADABLE = 20  # images in a row that cannot be read here, before any that can
 
 
 async def submit(
@@ -67,62 +50,48 @@ async def submit(
         most_requests, most_bytes: of one file.
 
     Raises:
-        UserError: the service refuses a file or a batch, an image is no longer the one that was planned, or another
-            run holds the ledger.
+        UserError: the service refuses a file or a batch, or another run holds the ledger; or, when all others are sent,
+            an image cannot be read or is no longer the one that was planned.
     """
     if most_requests < 1 or most_bytes < 1:
         raise UserError(f"{most_requests} requests and {most_bytes} bytes a file: expected at least 1")
     batches = requests = 0
+    unreadable: list[str] = []
     with ledger.exclusive():
         if settings.prices:
             price_unpriced(ledger, settings.prices, settings.image_tokens)
-        lines = _lines(ledger, settings)
+        lines = _lines(ledger, settings, unreadable)
         for model, file, costs in _files(ledger.path, lines, most_requests, most_bytes):
             await _send(ledger, service, model, file, costs)
             batches, requests = batches + 1, requests + len(costs)
             tick(requests)
+    if unreadable:
+        raise UserError(
+            f"{requests} requests were sent in {batches} batches, {len(unreadable)} stay planned, as not all images "
+            f"can be used, the first: {unreadable[0]}"
+        )
     return batches, requests
 
 
-async def collect(
-    ledger: RequestLedger, service: Service, settings: RunSettings, *, tick: Callable[[], None] = lambda: None
-) -> Collected:
-    """Collect the answers of every batch that has ended; what they did not answer is planned again.
+def _lines(
+    ledger: RequestLedger, settings: RunSettings, unreadable: list[str]
+) -> Iterator[tuple[Request, bytes, float | None]]:
+    """(request, its line, its maximal cost) of the planned requests, until budget or limit are reached.
 
-    `tick` is called for each answer.
+    What is wrong with the image of a request that is left out goes into `unreadable`.
     """
-    found = Collected()
-    with ledger.exclusive():
-        judge_waiting(ledger, settings)
-        for row in ledger.db.execute("SELECT * FROM batch WHERE state IN ('open', 'creating') ORDER BY id").fetchall():
-            with _translated_errors(service):
-                remote = await _remote(service, row)
-            if remote is None:
-                ledger.db.execute("UPDATE batch SET state = 'lost' WHERE id = ?", (row["id"],))
-                found.notes.append(f"batch {row['name']}: the service does not know it; see `captions status`")
-                continue
-            ledger.db.execute("UPDATE batch SET state = 'open', remote = ? WHERE id = ?", (remote.id, row["id"]))
-            if remote.status not in _ENDED:
-                found.open += 1
-                continue
-            try:
-                with _translated_errors(service):
-                    await _take(ledger, service, row["id"], remote, settings, found, tick)
-            except _Refused as error:
-                if error.status != 404:
-                    raise
-                ledger.db.execute("UPDATE batch SET state = 'lost', note = ? WHERE id = ?", (str(error), row["id"]))
-                found.notes.append(f"batch {remote.id}: its answers are gone; see `captions status`")
-    return found
-
-
-def _lines(ledger: RequestLedger, settings: RunSettings) -> Iterator[tuple[Request, bytes, float | None]]:
-    """(request, its line, its maximal cost) of the planned requests, until budget or limit are reached."""
     prices, reader, estimate = settings.prices, ImageReader(), Estimate(ledger, settings.image_tokens)
     spent, place, taken = ledger.spent(), 0, 0
     while chunk := ledger.planned(256, after=place):
-        for place, request in chunk:  # noqa: B007 (the next chunk begins behind it)
-            mime, image = reader.of(request)
+        for request in chunk:
+            place = request.place
+            try:
+                mime, image = reader.of(request)
+            except (UserError, ShardError) as error:
+                unreadable.append(str(error))
+                if not taken and len(unreadable) >= _UNREADABLE:
+                    raise
+                continue
             most = prices.cost(*estimate.tokens(request, image), batch=True) if prices else None
             if settings.limit is not None and taken >= settings.limit:
                 return
@@ -136,7 +105,7 @@ def _lines(ledger: RequestLedger, settings: RunSettings) -> Iterator[tuple[Reque
 
 def _files(
     ledger: Path, lines: Iterator[tuple[Request, bytes, float | None]], most_requests: int, most_bytes: int
-) -> Iterator[tuple[str, Path, list[tuple[str, float | None]]]]:
+) -> Iterator[tuple[str, Path, list[tuple[int, float | None]]]]:
     """(model, file, its requests and their maximal costs): files within the limits, each of one model.
 
     The file is beside the ledger, and is removed when the next one is requested.
@@ -144,7 +113,7 @@ def _files(
     path = ledger.with_name(ledger.name + ".batch.jsonl")
     waiting = next(lines, None)
     while waiting is not None:
-        requests: list[tuple[str, float | None]] = []
+        requests: list[tuple[int, float | None]] = []
         model, size = waiting[0].model, 0
         with writing(path):
             file = path.open("wb")
@@ -158,7 +127,7 @@ def _files(
                 with writing(path):
                     file.write(line)
                 size += len(line)
-                requests.append((request.id, most))
+                requests.append((request.place, most))
                 waiting = next(lines, None)
             with writing(path):
                 file.close()
@@ -170,156 +139,51 @@ def _files(
 
 
 async def _send(
-    ledger: RequestLedger, service: Service, model: str, file: Path, requests: list[tuple[str, float | None]]
+    ledger: RequestLedger, service: Service, model: str, file: Path, requests: list[tuple[int, float | None]]
 ) -> None:
     """Upload, commit `sent`, create: in this order, so that the ledger knows of everything that is paid for."""
     name = uuid.uuid4().hex
-    with _translated_errors(service):
+    with translated_errors(service):
         uploaded = await service.client.files.create(file=file, purpose="batch")
-    if not isinstance(getattr(uploaded, "id", None), str):
+    if not isinstance(uploaded_id := getattr(uploaded, "id", None), str) or not uploaded_id:
         raise UserError(f"{service.url} took no file of requests; is it a service with a Batch API?")
     with ledger.transaction() as db:
         number = db.execute(
             "INSERT INTO batch (name, file, created_at, state) VALUES (?, ?, ?, 'creating')",
-            (name, uploaded.id, time.time()),
+            (name, uploaded_id, time.time()),
         ).lastrowid
-        db.executemany("UPDATE request SET batch = ? WHERE id = ?", [(number, request) for request, _ in requests])
+        db.executemany("UPDATE request SET batch = ? WHERE place = ?", [(number, request) for request, _ in requests])
         ledger.sent(requests, now=time.time())
     try:
-        with _translated_errors(service):
+        with translated_errors(service):
             created = await service.client.batches.create(
-                input_file_id=uploaded.id,
+                input_file_id=uploaded_id,
                 endpoint="/v1/chat/completions",
                 completion_window="24h",
-                metadata={_NAME: name, "model": model[:500]},
+                metadata={NAME: name, "model": model[:500]},
             )
-            remote = _described(service, created)
-    except _Refused as error:
-        _plan_again(ledger, number, f"refused: {error}")
+            remote = described(service, created)
+    except Refused as error:
+        for attempt in ledger.unanswered(number).values():
+            ledger.not_done(attempt, None, f"batch refused: {error}"[:300], now=time.time())
         ledger.db.execute("UPDATE batch SET state = 'ended', note = ? WHERE id = ?", (str(error), number))
         raise
     ledger.db.execute("UPDATE batch SET state = 'open', remote = ? WHERE id = ?", (remote.id, number))
 
 
-async def _remote(service: Service, row: sqlite3.Row) -> Batch | None:
-    """The service's batch, by its id, or by our name for it if a crash lost the id; None if there is none."""
-    if row["remote"]:
-        try:
-            return _described(service, await service.client.batches.retrieve(row["remote"]))
-        except service.openai.NotFoundError:
-            return None
-    async for remote in _listed(service):
-        if isinstance(remote.metadata, dict) and remote.metadata.get(_NAME) == row["name"]:
-            return remote
-        if remote.created_at < row["created_at"] - 86_400:  # newest first: ours would have been listed by now
-            return None
-    return None
-
-
-async def _listed(service: Service) -> AsyncIterator[Batch]:
-    """The batches of the service, newest first."""
-    count = 0
-    try:
-        async for remote in service.client.batches.list(limit=100):
-            count += 1
-            if count > _MOST_LISTED:
-                raise UserError(f"{service.url} lists more than {_MOST_LISTED} batches, or has no end; {_ADVICE}")
-            yield _described(service, remote)
-    except (AttributeError, TypeError) as error:  # of the client, where the answer is no page of a list
-        raise UserError(f"{service.url} lists no batches; {_ADVICE}") from error
-
-
-def _described(service: Service, remote: Batch) -> Batch:
+def described(service: Service, remote: Batch) -> Batch:
     """`remote` itself, whose fields have their types. UserError if the service described something else.
 
     The client takes whatever it gets: a page of HTML is a text to it.
     """
     kinds = {"id": str, "status": str, "created_at": int, "output_file_id": str | None, "error_file_id": str | None}
-    if not all(isinstance(getattr(remote, name, None), kind) for name, kind in kinds.items()):
+    if not all(isinstance(getattr(remote, name, None), kind) for name, kind in kinds.items()) or not remote.id:
         raise UserError(f"{service.url} describes no batch where one was asked for; {_ADVICE}")
     return remote
 
 
-async def _take(
-    ledger: RequestLedger,
-    service: Service,
-    number: int,
-    remote: Batch,
-    settings: RunSettings,
-    found: Collected,
-    tick: Callable[[], None],
-) -> None:
-    """Match an ended batch's answers to requests by `custom_id`; a request without one was not computed."""
-    waiting = _unanswered(ledger, number)
-    languages = dict(ledger.db.execute("SELECT id, language FROM request WHERE batch = ?", (number,)).fetchall())
-    for file in (remote.output_file_id, remote.error_file_id):
-        if file is None:
-            continue
-        content = await service.client.files.content(file)
-        for line in content.content.splitlines():
-            if not line.strip():
-                continue
-            request, status, raw = _answer(line)
-            if request is None or request not in languages:
-                found.unknown += 1
-                continue
-            attempt = waiting.get(request)
-            if attempt is None or status is None or status in (408, 409, 425, 429) or status >= 500:
-                continue  # answered already, or not computed (planned again below)
-            del waiting[request]
-            raw = service.hide(raw)
-            ledger.received(attempt, status, raw, now=time.time())
-            verdict, _ = judge_one(ledger, settings, attempt, status, raw, languages[request], batch=True)
-            found.accepted += verdict.reason is None
-            found.rejected.update([verdict.reason] if verdict.reason else [])
-            tick()
-    errors = getattr(remote.errors, "data", None)
-    message = getattr(errors[0], "message", None) if isinstance(errors, list) and errors else None
-    note = f"{remote.status}{f': {message}' if message else ''}"[:300].encode("utf-8", "replace").decode()
-    found.planned_again += _plan_again(ledger, number, note)
-    if remote.status != "completed":
-        found.notes.append(f"batch {remote.id}: {note}")
-    ledger.db.execute("UPDATE batch SET state = 'ended', note = ? WHERE id = ?", (note, number))
-    found.ended += 1
-
-
-def _unanswered(ledger: RequestLedger, number: int | None) -> dict[str, int]:
-    """Request → its last attempt, of the requests of a batch that have no answer."""
-    rows = ledger.db.execute(
-        "SELECT request.id, max(attempt.id) FROM request JOIN attempt ON attempt.request = request.id "
-        "WHERE batch = ? AND state = 'sent' GROUP BY request.id",
-        (number,),
-    )
-    return dict(rows.fetchall())
-
-
-def _plan_again(ledger: RequestLedger, number: int | None, note: str) -> int:
-    """Plan the unanswered requests of a batch again: they were not computed. Returns how many."""
-    attempts = _unanswered(ledger, number).values()
-    for attempt in attempts:
-        ledger.not_done(attempt, None, f"batch {note}"[:300], now=time.time())
-    return len(attempts)
-
-
-def _answer(line: bytes) -> tuple[str | None, int | None, bytes]:
-    """(custom_id, status, body) of a line of an output or error file; status None: not computed."""
-    try:
-        entry = parse_json(line)
-        request, response = entry["custom_id"], entry.get("response")
-        if not isinstance(request, str):
-            return None, None, b""
-        if response is None or entry.get("error"):
-            return request, None, b""
-        status, raw = response["status_code"], json.dumps(response["body"], ensure_ascii=False)
-        if type(status) is not int or not 100 <= status < 1000:
-            return None, None, b""
-        return request, status, raw.encode("utf-8", "replace")
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
-        return None, None, b""
-
-
-class _Refused(UserError):
-    """The service refused, so nothing was started."""
+class Refused(UserError):
+    """The service refused, so nothing was started; `status`: also what it means, one of `faults.STOPPING`."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -327,17 +191,19 @@ class _Refused(UserError):
 
 
 @contextmanager
-def _translated_errors(service: Service) -> Iterator[None]:
+def translated_errors(service: Service) -> Iterator[None]:
     """Turn the client's errors into ours, without the API key."""
     try:
         yield
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):  # as the client meets them
         raise UserError(f"{service.url} answered with something else than JSON; {_ADVICE}") from None
     except service.openai.APIStatusError as error:
-        message = error_message(service.hide(error.response.content))
-        if error.status_code >= 500:
-            raise UserError(f"{service.url}: status {error.status_code}: {message}; run the command again") from None
-        raise _Refused(str(service.stopping_error(error.status_code, message)), error.status_code) from None
+        raw, status = service.hide_in(error.response.content, message=True), error.status_code
+        message = faults.error_message(raw)
+        if status >= 500:
+            raise UserError(f"{service.url}: status {status}: {message}; run the command again") from None
+        means = faults.stopping(status, raw)
+        raise Refused(str(service.stopping_error(status, message, means or status)), means or status) from None
     except service.openai.APIConnectionError as error:
-        note = service.hide(str(error.__cause__ or error).encode()).decode()
+        note = service.hide(str(error.__cause__ or error))
         raise UserError(f"{service.url} cannot be reached ({note}); run the command again") from None

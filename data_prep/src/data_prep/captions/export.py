@@ -16,14 +16,15 @@ from data_prep.samples import Text, compact_json
 from data_prep.shards import Dataset, DatasetWriter
 from data_prep.shards.format import parse_json
 
+# The images one after another (CROSS JOIN keeps the order), or all captions would be sorted on the disk.
 _ACCEPTED = (
     "SELECT image.sha256, image.dataset, image.number, request.id, request.language, request.caption, recipe.model, "
     "recipe.prompt_version, prompt.sha256 AS prompt_sha256, attempt.model AS served_model, attempt.fingerprint, "
-    "attempt.prompt_tokens, attempt.completion_tokens FROM request JOIN image ON image.sha256 = request.image "
+    "attempt.prompt_tokens, attempt.completion_tokens FROM image CROSS JOIN request ON request.image = image.id "
     "JOIN recipe ON recipe.id = request.recipe "
     "JOIN prompt ON prompt.version = recipe.prompt_version AND prompt.language = request.language "
-    "JOIN attempt ON attempt.id = (SELECT max(id) FROM attempt WHERE request = request.id) "
-    "WHERE request.state = 'accepted' ORDER BY image.rowid, request.rowid"
+    "JOIN attempt ON attempt.id = (SELECT max(id) FROM attempt WHERE request = place) "
+    "WHERE +request.state = 'accepted' ORDER BY image.id, place"
 )
 _SYNTHESIS = (
     "model",

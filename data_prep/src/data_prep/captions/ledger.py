@@ -5,56 +5,40 @@
        └──────────┘ the service did nothing (429, 5xx), or was never reached
 
 `sent` is committed before the request leaves, and the raw answer before it is parsed. So a request that a crash leaves
-at `sent` may have been paid for; it stays there, is listed, and is sent again only when the user asks for that.
+at `sent` may have been paid for; it stays there, is listed, and is sent again only when the user asks for that. A
+request that failed again and again while others were answered is set aside: `rejected`, with the reason `failed`.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
+import random
 import sqlite3
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from data_prep.captions.ledger_file import locked, open_ledger
 from data_prep.errors import UserError
 from data_prep.shards.format import JsonObject, parse_json
 
-SCHEMA = 1
-_TABLES = """
-CREATE TABLE recipe (id INTEGER PRIMARY KEY, model TEXT NOT NULL, prompt_version TEXT NOT NULL, options TEXT NOT NULL,
-    UNIQUE (model, prompt_version, options));
-CREATE TABLE prompt (version TEXT, language TEXT, sha256 TEXT NOT NULL, text TEXT NOT NULL,
-    PRIMARY KEY (version, language));
-CREATE TABLE image (sha256 TEXT PRIMARY KEY, dataset TEXT NOT NULL, number INTEGER NOT NULL);
-CREATE TABLE request (id TEXT PRIMARY KEY, image TEXT NOT NULL REFERENCES image, language TEXT NOT NULL,
-    recipe INTEGER NOT NULL REFERENCES recipe, batch INTEGER REFERENCES batch, caption TEXT, reason TEXT,
-    signature BLOB, state TEXT NOT NULL CHECK (state IN ('planned', 'sent', 'received', 'accepted', 'rejected')));
-CREATE INDEX request_by_state ON request (state, language);
-CREATE INDEX request_unsigned ON request (id) WHERE state = 'accepted' AND signature IS NULL;
-CREATE INDEX request_by_image ON request (image);
-CREATE INDEX request_by_batch ON request (batch);
-CREATE TABLE attempt (id INTEGER PRIMARY KEY, request TEXT NOT NULL REFERENCES request, sent_at REAL NOT NULL,
-    ended_at REAL, status INTEGER, note TEXT, raw BLOB, model TEXT, fingerprint TEXT, prompt_tokens INTEGER,
-    completion_tokens INTEGER, cost REAL);
-CREATE INDEX attempt_by_request ON attempt (request);
-CREATE TABLE batch (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, remote TEXT, file TEXT, created_at REAL NOT NULL,
-    state TEXT NOT NULL, note TEXT);
-"""
 _NO_BATCH_WILL_ANSWER = "(batch IS NULL OR batch NOT IN (SELECT id FROM batch WHERE state IN ('creating', 'open')))"
 _REQUESTS = (
-    "SELECT request.rowid AS place, request.*, recipe.*, image.*, prompt.text, request.id AS id FROM request "
-    "JOIN recipe ON recipe.id = request.recipe JOIN image ON image.sha256 = request.image "
+    "SELECT request.place, request.id, request.language, recipe.model, recipe.prompt_version, recipe.options, "
+    "image.sha256 AS image, image.dataset, image.number, prompt.text FROM request "
+    "JOIN recipe ON recipe.id = request.recipe JOIN image ON image.id = request.image "
     "JOIN prompt ON prompt.version = recipe.prompt_version AND prompt.language = request.language"
 )
+_LAST_ATTEMPT = "(SELECT max(id) FROM attempt WHERE request = place)"
 
 
 @dataclass(frozen=True)
 class Request:
-    """A request to send: `options` are fields of the body, `text` is the prompt."""
+    """A request to send: `options` are fields of the body, `text` is the prompt, `place` its number in the ledger."""
 
     id: str
     image: str
@@ -65,6 +49,7 @@ class Request:
     text: str
     dataset: str
     number: int
+    place: int
 
 
 @dataclass(frozen=True)
@@ -88,64 +73,19 @@ class RequestLedger:
 
     def __init__(self, path: str | os.PathLike[str], *, create: bool = False) -> None:
         self.path = Path(path)
-        if not create and not self.path.exists():
-            raise UserError(f"{self.path}: no such ledger; make one with `data-prep captions plan {self.path} SHARDS`")
-        if (
-            not create and not self.path.stat().st_size
-        ):  # SQLite would make a new one of it, and drop the journal beside it
-            raise UserError(f"{self.path}: is empty; restore it from a copy, or what it had bought is bought again")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if create:
-                self.path.touch()  # with the umask's permissions; SQLite would drop group write
-            self._check()
-            self.db = sqlite3.connect(self.path, isolation_level=None, timeout=30)
-            self.db.row_factory = sqlite3.Row
-            self.db.execute("PRAGMA journal_mode = WAL")
-            self.db.execute("PRAGMA synchronous = FULL")  # a commit must survive a power cut: it stands for money
-            found = self.db.execute("PRAGMA user_version").fetchone()[0]
-            if not found:
-                self.db.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {SCHEMA}; COMMIT;")
-            elif found != SCHEMA:
-                raise UserError(f"{self.path}: a ledger of schema {found}, expected {SCHEMA}; take another file")
-        except (sqlite3.DatabaseError, OSError) as error:
-            raise UserError(f"{self.path}: not a ledger, or the disk refuses it ({error})") from error
-
-    def _check(self) -> None:
-        """Find pages that are damaged; one of zeros would read as one without rows, and a run as having nothing to do.
-
-        By a connection that cannot write: another would move the journal into the damaged file, and be rid of it.
-        """
-        with closing(sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True, timeout=30)) as db:
-            damage = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if damage != "ok":
-            raise UserError(f"{self.path} is damaged ({' '.join(damage.split())}); restore it from a copy")
+        self.db = open_ledger(self.path, create=create)
 
     def close(self) -> None:
         self.db.close()
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Lock the ledger against other runs; the system releases the lock when the process ends, however it ends.
-
-        Not `shards.alone`, which goes on where the file system has no locks: here two runs might pay twice.
+        """Lock the ledger against other runs.
 
         Raises:
             UserError: another process holds it, or the disk refuses what is written meanwhile.
         """
-        try:
-            lock = open(f"{self.path}.lock", "w")  # noqa: SIM115 (closed below, which is what frees it)
-        except OSError as error:
-            raise UserError(f"{self.path}.lock: cannot be written ({error.strerror}); fix it and run again") from error
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"{self.path} is in use by another run; wait for it or stop it") from error
-            except OSError as error:  # without locks two runs might pay twice
-                raise UserError(
-                    f"{self.path}: this file system has no locks ({error.strerror}); put the ledger on another one"
-                ) from error
+        with locked(self.path):
             try:
                 yield
             except sqlite3.OperationalError as error:
@@ -168,21 +108,34 @@ class RequestLedger:
 
     # --- planned requests
 
-    def planned(self, limit: int, *, after: int = 0) -> list[tuple[int, Request]]:
-        """The next `limit` planned requests behind row `after`, in the order in which they were planned."""
+    def planned(self, limit: int, *, after: int = 0) -> list[Request]:
+        """The next `limit` planned requests behind place `after`, in the order in which they were planned."""
         rows = self.db.execute(
-            f"{_REQUESTS} WHERE +state = 'planned' AND request.rowid > ? ORDER BY request.rowid LIMIT ?", (after, limit)
+            f"{_REQUESTS} WHERE +state = 'planned' AND request.place > ? ORDER BY request.place LIMIT ?", (after, limit)
         )
-        return [(row["place"], _request(row)) for row in rows]
+        return [_request(row) for row in rows]
 
-    def request(self, id: str) -> Request:
-        """The request of this id, which has to be there."""
-        return _request(self.db.execute(f"{_REQUESTS} WHERE request.id = ?", (id,)).fetchone())
+    def planned_images(self) -> array[int]:
+        """The ledger's numbers of the images about which requests are planned."""
+        return array(
+            "q", (row[0] for row in self.db.execute("SELECT DISTINCT image FROM request WHERE state = 'planned'"))
+        )
+
+    def planned_about(self, images: Sequence[int]) -> list[Request]:
+        """The planned requests about these images."""
+        marks = ", ".join("?" * len(images))
+        rows = self.db.execute(f"{_REQUESTS} WHERE state = 'planned' AND request.image IN ({marks})", images)
+        return [_request(row) for row in rows]
+
+    def request(self, place: int) -> Request:
+        """The request at this place, which has to be there."""
+        return _request(self.db.execute(f"{_REQUESTS} WHERE request.place = ?", (place,)).fetchone())
 
     def sample(self, limit: int) -> list[Request]:
-        """A sample of the planned requests, by their ids, which are hashes: the same for the same ledger."""
-        rows = self.db.execute(f"{_REQUESTS} WHERE state = 'planned' ORDER BY request.id LIMIT ?", (limit,))
-        return [_request(row) for row in rows]
+        """A sample of the planned requests, of as many images as can be: the same for the same ledger."""
+        draw, images = random.Random(0), self.planned_images()
+        about = self.planned_about(draw.sample(images, min(limit, len(images))))
+        return draw.sample(about, min(limit, len(about)))
 
     def reopen(self, what: str) -> int:
         """Plan again what was answered or lost: "perhaps-paid", a reason of rejection, or one request's id.
@@ -192,13 +145,22 @@ class RequestLedger:
         Raises:
             UserError: nothing in the ledger is called so.
         """
-        changed = self.db.execute(
-            "UPDATE request SET state = 'planned', reason = NULL, caption = NULL, batch = NULL WHERE "
-            f"(? = 'perhaps-paid' AND state = 'sent' AND {_NO_BATCH_WILL_ANSWER}) "
-            "OR (state = 'rejected' AND reason = ?) "
-            f"OR (id = ? AND state IN ('sent', 'rejected', 'accepted') AND {_NO_BATCH_WILL_ANSWER})",
-            (what, what, what),
-        ).rowcount
+        chosen = {
+            f"? = 'perhaps-paid' AND state = 'sent' AND {_NO_BATCH_WILL_ANSWER}": True,
+            "state = 'rejected' AND reason = ?": True,
+            # No index has the ids, so that all requests are read.
+            f"id = ? AND state IN ('sent', 'rejected', 'accepted') AND {_NO_BATCH_WILL_ANSWER}": len(what) == 32,
+        }
+        changed = 0
+        with self.transaction() as db:
+            for condition in (condition for condition, asked in chosen.items() if asked):
+                places = f"SELECT place FROM request WHERE {condition}"
+                db.execute(f"DELETE FROM signature WHERE request IN ({places})", (what,))
+                changed += db.execute(
+                    "UPDATE request SET state = 'planned', reason = NULL, caption = NULL, batch = NULL, signed = NULL "
+                    f"WHERE place IN ({places})",
+                    (what,),
+                ).rowcount
         if not changed:
             reasons = self.db.execute("SELECT DISTINCT reason FROM request WHERE state = 'rejected' ORDER BY 1")
             names = ["perhaps-paid", *(row[0] for row in reasons), "or a request's id"]
@@ -236,8 +198,8 @@ class RequestLedger:
                 chosen.append(f"{column} IN ({', '.join('?' * len(wanted))})")
                 values += wanted
         requests = (
-            "SELECT request.id FROM request JOIN recipe ON recipe.id = request.recipe "
-            f"JOIN image ON image.sha256 = request.image WHERE {' AND '.join(chosen)}"
+            "SELECT place FROM request JOIN recipe ON recipe.id = request.recipe "
+            f"JOIN image ON image.id = request.image WHERE {' AND '.join(chosen)}"
         )
         with self.transaction() as db:
             (planned,) = db.execute(f"SELECT count(*) FROM ({requests})", values).fetchone()
@@ -246,9 +208,9 @@ class RequestLedger:
                     f"{self.path}: nothing that is planned fits; see `data-prep captions status {self.path}`"
                 )
             taken = db.execute(
-                f"DELETE FROM request WHERE id IN ({requests} EXCEPT SELECT request FROM attempt)", values
+                f"DELETE FROM request WHERE place IN ({requests} EXCEPT SELECT request FROM attempt)", values
             ).rowcount
-            db.execute("DELETE FROM image WHERE sha256 NOT IN (SELECT image FROM request)")
+            db.execute("DELETE FROM image WHERE id NOT IN (SELECT image FROM request)")
             db.execute("DELETE FROM recipe WHERE id NOT IN (SELECT recipe FROM request)")
             db.execute(
                 "DELETE FROM prompt WHERE (version, language) NOT IN (SELECT prompt_version, language FROM request "
@@ -258,13 +220,13 @@ class RequestLedger:
 
     # --- state changes
 
-    def sent(self, requests: Iterable[tuple[str, float | None]], *, now: float) -> list[int]:
-        """Commit that these requests (id, maximal cost) are about to leave; returns the numbers of the attempts."""
+    def sent(self, requests: Iterable[tuple[int, float | None]], *, now: float) -> list[int]:
+        """Commit that these requests (place, maximal cost) are about to leave; returns the numbers of the attempts."""
         with self.transaction() as db:
             attempts = []
             for request, most in requests:
-                changed = db.execute("UPDATE request SET state = 'sent' WHERE id = ? AND state = 'planned'", (request,))
-                if changed.rowcount != 1:
+                leaving = "UPDATE request SET state = 'sent' WHERE place = ? AND state = 'planned'"
+                if db.execute(leaving, (request,)).rowcount != 1:
                     raise RuntimeError(f"request {request} is not planned; it must not be sent")
                 entry = "INSERT INTO attempt (request, sent_at, cost) VALUES (?, ?, ?)"
                 attempts.append(db.execute(entry, (request, now, most)).lastrowid)
@@ -277,7 +239,13 @@ class RequestLedger:
     def judged(self, attempt: int, caption: str | None, reason: str | None, usage: Usage, cost: float | None) -> None:
         """Commit the verdict on an answer: a caption, or the reason of its rejection."""
         known = asdict(usage) if cost is None else {**asdict(usage), "cost": cost}
-        self._note(attempt, "rejected" if reason else "accepted", reason, caption, **known)
+        with self.transaction() as db:
+            self._note(attempt, "rejected" if reason else "accepted", reason, caption, **known)
+            db.execute(
+                "UPDATE recipe SET most_tokens = max(most_tokens, ?) WHERE id = (SELECT recipe FROM request "
+                "JOIN attempt ON attempt.request = request.place WHERE attempt.id = ?)",
+                (usage.prompt_tokens or 0, attempt),
+            )
 
     def not_done(self, attempt: int, status: int | None, note: str, *, now: float) -> None:
         """Commit that nothing was computed, so nothing is due: the request is planned again."""
@@ -286,6 +254,12 @@ class RequestLedger:
     def lost(self, attempt: int, note: str, *, now: float) -> None:
         """Commit that the outcome is unknown: the request stays `sent`, its cost stays the maximum."""
         self._note(attempt, None, ended_at=now, note=note)
+
+    def set_aside(self, request: int) -> None:
+        """Commit that a planned request is not asked again unless the user wants it: it failed too often."""
+        self.db.execute(
+            "UPDATE request SET state = 'rejected', reason = 'failed' WHERE place = ? AND state = 'planned'", (request,)
+        )
 
     def priced(self, attempt: int, cost: float) -> None:
         """Commit the cost of an attempt that was made without prices."""
@@ -299,12 +273,13 @@ class RequestLedger:
             assigned = ", ".join(f"{name} = ?" for name in columns)
             db.execute(f"UPDATE attempt SET {assigned} WHERE id = ?", (*columns.values(), attempt))
             if state is not None:
+                (request,) = db.execute("SELECT request FROM attempt WHERE id = ?", (attempt,)).fetchone()
                 db.execute(
-                    "UPDATE request SET state = ?, reason = ?, caption = ?, signature = NULL, "
-                    "batch = CASE ? WHEN 'planned' THEN NULL ELSE batch END "
-                    "WHERE id = (SELECT request FROM attempt WHERE id = ?)",
-                    (state, reason, caption, state, attempt),
+                    "UPDATE request SET state = ?, reason = ?, caption = ?, signed = NULL, "
+                    "batch = CASE ? WHEN 'planned' THEN NULL ELSE batch END WHERE place = ?",
+                    (state, reason, caption, state, request),
                 )
+                db.execute("DELETE FROM signature WHERE request = ?", (request,))
 
     # --- queries
 
@@ -321,25 +296,48 @@ class RequestLedger:
         return self.db.execute(
             "SELECT attempt.id, request, prompt_tokens, completion_tokens, "
             # A request has the batch of its last attempt only; older ones count in full, which is the maximum.
-            "batch IS NOT NULL AND attempt.id = (SELECT max(id) FROM attempt WHERE request = request.id) AS in_batch "
-            "FROM attempt JOIN request ON request.id = attempt.request WHERE cost IS NULL"
+            f"batch IS NOT NULL AND attempt.id = {_LAST_ATTEMPT} AS in_batch "
+            "FROM attempt JOIN request ON request.place = attempt.request WHERE cost IS NULL"
         ).fetchall()
+
+    def unanswered(self, batch: int | None) -> dict[int, int]:
+        """Place → last attempt, of the requests of a batch that have no answer."""
+        rows = self.db.execute(
+            f"SELECT place, {_LAST_ATTEMPT} FROM request WHERE batch = ? AND state = 'sent'", (batch,)
+        )
+        return dict(rows.fetchall())
+
+    def failures(self, request: int) -> int:
+        """How often the service failed at the request at this place, over all runs."""
+        failed = "SELECT count(*) FROM attempt WHERE request = ? AND status >= 500"
+        count: int = self.db.execute(failed, (request,)).fetchone()[0]
+        return count
 
     def unjudged(self) -> list[sqlite3.Row]:
         """Answers that were committed but not judged: a run was killed between the two."""
         return self.db.execute(
             "SELECT attempt.id, attempt.raw, attempt.status, request.language, request.batch FROM request "
-            "JOIN attempt ON attempt.request = request.id WHERE state = 'received' AND "
-            "attempt.id = (SELECT max(id) FROM attempt WHERE request = request.id)"
-            " ORDER BY attempt.id"
+            f"JOIN attempt ON attempt.id = {_LAST_ATTEMPT} WHERE state = 'received' ORDER BY attempt.id"
         ).fetchall()
 
     def perhaps_paid(self) -> list[sqlite3.Row]:
         """Requests at `sent` that no open batch will answer: (id, language, dataset, number, sent_at, note)."""
         return self.db.execute(
-            "SELECT request.id, language, dataset, number, max(sent_at) AS sent_at, note FROM request "
-            "JOIN attempt ON attempt.request = request.id JOIN image ON image.sha256 = request.image "
-            f"WHERE state = 'sent' AND {_NO_BATCH_WILL_ANSWER} GROUP BY request.id ORDER BY request.rowid"
+            "SELECT request.id, language, dataset, number, sent_at, note FROM request "
+            f"JOIN attempt ON attempt.id = {_LAST_ATTEMPT} JOIN image ON image.id = request.image "
+            f"WHERE state = 'sent' AND {_NO_BATCH_WILL_ANSWER} ORDER BY place"
+        ).fetchall()
+
+    def in_trouble(self) -> list[sqlite3.Row]:
+        """Images whose requests were set aside or declined: (dataset, number, reason, requests, status, note, raw).
+
+        `requests` is how many of them; status, note and raw are of the last attempt.
+        """
+        return self.db.execute(
+            "SELECT image.dataset, image.number, found.reason, requests, status, note, raw FROM "
+            f"(SELECT image, reason, count(*) AS requests, max({_LAST_ATTEMPT}) AS last FROM request "
+            "WHERE state = 'rejected' AND reason IN ('failed', 'declined') GROUP BY image, reason) AS found "
+            "JOIN image ON image.id = found.image JOIN attempt ON attempt.id = last ORDER BY image.id, reason"
         ).fetchall()
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from data_prep.captions.faults import disguised, hints_inside
+
 MOST_BYTES = 16 * 2**20  # of an answer, unpacked; a caption has some kilobytes
 MOST_FILE = 2**30  # of the answers to a batch
 _SLOWEST = 64 * 1024  # bytes a second that a large request or answer may be expected to move
@@ -24,7 +26,8 @@ def limited_client(openai: Any, seconds: float) -> Any:
             has left; and each 64 KiB sent or received a second more.
 
     Its `send` raises `openai.APIConnectionError` for an answer that is not there in time, or over `MOST_BYTES`
-    (`MOST_FILE` of a file): whatever was asked for has left, and may be paid.
+    (`MOST_FILE` of a file): whatever was asked for has left, and may be paid. An error that comes as a 200 gets the
+    status that it should have had, and every error the headers about limits that its body repeats.
     """
     connecting = min(seconds, _CONNECTING)
 
@@ -55,11 +58,14 @@ def limited_client(openai: Any, seconds: float) -> Any:
                     message=f"no whole answer within {allowed:g} seconds", request=request
                 ) from None
             packing = ("content-encoding", "content-length", "transfer-encoding")  # what was read is unpacked
-            headers = [(name, value) for name, value in response.headers.multi_items() if name.lower() not in packing]
+            headers = {name: value for name, value in response.headers.items() if name.lower() not in packing}
+            content, status = b"".join(parts), response.status_code
+            if 200 <= status < 300 and not request.url.path.endswith("/content"):
+                status = disguised(request.url.path, content) or status
             return type(response)(
-                response.status_code,
-                headers=headers,
-                content=b"".join(parts),
+                status,
+                headers={**hints_inside(content), **headers} if status >= 400 else headers,
+                content=content,
                 request=response.request,
                 extensions=response.extensions,
                 history=response.history,

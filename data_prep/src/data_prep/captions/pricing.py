@@ -9,8 +9,10 @@ from math import ceil
 from data_prep.captions.images import ImageReader
 from data_prep.captions.ledger import Request, RequestLedger, Usage
 from data_prep.errors import UserError
+from data_prep.shards import ShardError
 
 _ENOUGH = 20  # answers to learn a mean from
+_MEASURED = 10_000  # attempts are looked at, the last ones
 _SAMPLE = 200
 
 
@@ -49,18 +51,15 @@ class Estimate:
     def __init__(self, ledger: RequestLedger, image_tokens: int | None = None) -> None:
         self._image_tokens = image_tokens
         self._seen: dict[str, int] = dict(
-            ledger.db.execute(
-                "SELECT recipe.model, max(prompt_tokens) FROM attempt JOIN request ON request.id = attempt.request "
-                "JOIN recipe ON recipe.id = request.recipe WHERE prompt_tokens IS NOT NULL GROUP BY recipe.model"
-            ).fetchall()
+            ledger.db.execute("SELECT model, max(most_tokens) FROM recipe GROUP BY model").fetchall()
         )
 
     def learn(self, model: str, usage: Usage) -> None:
         """Take the token count of an answer into account."""
         self._seen[model] = max(self._seen.get(model, 0), usage.prompt_tokens or 0)
 
-    def tokens(self, request: Request, image: bytes) -> tuple[int, int]:
-        """(prompt tokens, completion tokens), at most."""
+    def tokens(self, request: Request, image: bytes | None) -> tuple[int, int]:
+        """(prompt tokens, completion tokens), at most. Without its bytes an image counts as the largest."""
         text = ceil(len(request.text.encode()) / 2)  # an upper bound for prose in any common tokenizer
         own = self._image_tokens
         if own is None:
@@ -72,9 +71,6 @@ def price_unpriced(ledger: RequestLedger, prices: Prices, image_tokens: int | No
     """Set the cost of attempts that were made without prices, so that all count against the budget.
 
     From the tokens that the service counted, else from the upper bound.
-
-    Raises:
-        UserError, ShardError: the image of an attempt without token counts is gone.
     """
     estimate, reader = Estimate(ledger, image_tokens), ImageReader()
     with ledger.transaction():
@@ -82,7 +78,7 @@ def price_unpriced(ledger: RequestLedger, prices: Prices, image_tokens: int | No
             tokens = row["prompt_tokens"], row["completion_tokens"]
             if None in tokens:
                 request = ledger.request(row["request"])
-                tokens = estimate.tokens(request, reader.of(request)[1])
+                tokens = estimate.tokens(request, _image_of(reader, request))
             ledger.priced(row["id"], prices.cost(*tokens, batch=row["in_batch"]))
 
 
@@ -110,7 +106,8 @@ def forecast(ledger: RequestLedger, prices: Prices | None, *, image_tokens: int 
         row[0]: (row[1], row[2], row[3])
         for row in ledger.db.execute(
             "SELECT language, avg(prompt_tokens), avg(completion_tokens), count(*) FROM attempt "
-            "JOIN request ON request.id = attempt.request WHERE prompt_tokens IS NOT NULL GROUP BY 1"
+            "JOIN request ON request.place = attempt.request WHERE prompt_tokens IS NOT NULL "
+            f"AND attempt.id > (SELECT max(id) FROM attempt) - {_MEASURED} GROUP BY 1"
         )
     }
     measured = sum(count for *_, count in means.values())
@@ -131,7 +128,7 @@ def _from_sample(ledger: RequestLedger, image_tokens: int | None, total: int) ->
     drawn = ledger.sample(_SAMPLE)
     prompt = completion = 0
     for request in drawn:
-        most = estimate.tokens(request, reader.of(request)[1])
+        most = estimate.tokens(request, _image_of(reader, request))
         prompt, completion = prompt + most[0], completion + most[1]
     scale = total / max(1, len(drawn))
     return prompt * scale, completion * scale
@@ -147,9 +144,19 @@ def image_tokens(size: tuple[int, int], detail: str | None) -> int:
     return 85 + 170 * ceil(width * fit / 512) * ceil(height * fit / 512)
 
 
-def _size(image: bytes) -> tuple[int, int]:
+def _image_of(reader: ImageReader, request: Request) -> bytes | None:
+    """The image of a request; None if it cannot be read, which a run says of each."""
+    try:
+        return reader.of(request)[1]
+    except (UserError, ShardError):
+        return None
+
+
+def _size(image: bytes | None) -> tuple[int, int]:
     from PIL import Image
 
+    if image is None:
+        return 2048, 2048
     try:
         with Image.open(io.BytesIO(image), formats=("PNG", "JPEG", "WEBP")) as opened:  # the header alone is read
             return opened.size

@@ -1,13 +1,15 @@
 """How many requests to send, and when: a congestion window, as in TCP.
 
 The window doubles every round until the first 429 (slow start), then grows by one a round and halves at each 429.
-`Retry-After` and the `x-ratelimit-*` headers pause all requests, not only the one that got them, and the user's own
-limits space requests and tokens evenly. Not urllib3's `Retry`: it retries one request by itself, while here the ledger
-decides what may be sent again. No clock is read here: every call gets the time, in seconds since the epoch.
+`Retry-After` and the `x-ratelimit-*` headers pause all requests, not only the one that got them, but never for longer
+than `LONGEST_WAIT`; the user's own limits space requests and tokens evenly. Not urllib3's `Retry`: it retries one
+request by itself, while here the ledger decides what may be sent again. No clock is read here: every call gets the
+time, in seconds since the epoch.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Mapping
@@ -19,6 +21,9 @@ from data_prep.errors import UserError
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|h|m|s)?")
 _SECONDS = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}
 _LONGEST_BACKOFF = 60.0
+LONGEST_WAIT = 300.0  # seconds; what a service asks for beyond that is a mistake, or no run can wait for it
+_ADVISED = 3  # rounds of failures in which a service's advice is taken for less than our own backoff
+_EPOCH = 1e9  # a larger number is no duration but a date, in seconds, or in thousandths, millionths, … of them
 
 
 class RateLimiter:
@@ -49,7 +54,8 @@ class RateLimiter:
         self._shrunk_at = 0.0  # ignore 429s of requests sent before
         self._not_before = 0.0
         self._next_by_own_limits = 0.0
-        self._failures = 0  # in a row
+        self.rounds = 0  # of failures in a row; calls that are out together and fail together are one
+        self._failed_at = 0.0  # when the last round was counted
         self._jitter = random.Random(seed)
 
     def wait(self, now: float) -> float | None:
@@ -69,71 +75,93 @@ class RateLimiter:
     def answered(self, now: float, headers: Mapping[str, str], tokens: float) -> None:
         """A request was answered; `tokens`: what the next one may need."""
         self.under_way -= 1
-        self._failures = 0
+        self.rounds = 0
         self.window = min(float(self.most), self.window + (1.0 if self._slow_start else 1.0 / self.window))
-        for what, needed in (("requests", 1.0), ("tokens", tokens)):
-            remaining, reset = headers.get(f"x-ratelimit-remaining-{what}"), headers.get(f"x-ratelimit-reset-{what}")
-            if remaining is not None and reset is not None and _number(remaining) < needed:
-                self._pause(now + duration(reset))
+        self._pause(now + min(reset(headers, now, tokens) or 0.0, LONGEST_WAIT))
 
     def limited(self, now: float, sent_at: float, headers: Mapping[str, str]) -> None:
         """A request got 429; `sent_at`: when it was sent."""
         if sent_at >= self._shrunk_at:
             self._shrunk_at, self._slow_start = now, False
             self.window = max(1.0, self.window / 2)
-        self.failed(now, headers)
+        self._failed(now, sent_at, headers)
 
-    def failed(self, now: float, headers: Mapping[str, str]) -> None:
+    def failed(self, now: float, sent_at: float, headers: Mapping[str, str]) -> None:
         """A request got 5xx or no answer: exponential backoff, unless the service says how long to wait."""
+        self._failed(now, sent_at, headers)
+        if self.rounds > 1:  # as TCP after a timeout: the service has to show that it is there
+            self.window, self._slow_start = 1.0, True
+
+    def set_aside(self) -> None:
+        """A request failed by a fault of its own, which is no reason for the others to wait."""
         self.under_way -= 1
-        if (asked := retry_after(headers, now)) is not None:
-            self._pause(now + asked)
-            return
-        self._failures += 1
-        longest = min(_LONGEST_BACKOFF, 2.0 ** min(self._failures, 10) / 2)
-        self._pause(now + longest * self._jitter.uniform(0.5, 1.0))
+
+    def _failed(self, now: float, sent_at: float, headers: Mapping[str, str]) -> None:
+        self.under_way -= 1
+        if sent_at >= self._failed_at:
+            self.rounds, self._failed_at = self.rounds + 1, now
+        backoff = min(_LONGEST_BACKOFF, 2.0 ** min(self.rounds, 10) / 2) * self._jitter.uniform(0.5, 1.0)
+        asked = retry_after(headers, now) or reset(headers, now, 1.0)
+        if asked and self.rounds > _ADVISED:
+            asked = max(asked, backoff)
+        self._pause(now + min(asked or backoff, LONGEST_WAIT))
 
     def _pause(self, until: float) -> None:
         self._not_before = max(self._not_before, until)
 
 
 def retry_after(headers: Mapping[str, str], now: float) -> float | None:
-    """Seconds to wait, as the service asks: `retry-after-ms`, or `retry-after` in seconds or as an HTTP date.
+    """Seconds to wait, as the service asks: `retry-after-ms`, or `retry-after` in any form; None for nothing."""
+    milliseconds = headers.get("retry-after-ms", "").strip()
+    if re.fullmatch(r"\d+(\.\d+)?", milliseconds):
+        return _wait(milliseconds, now, headers, unit=0.001)
+    return _wait(headers.get("retry-after", ""), now, headers)
 
-    A date is compared with the service's own `date` header if there is one, since the clocks may differ.
+
+def reset(headers: Mapping[str, str], now: float, tokens: float) -> float | None:
+    """Seconds until a limit that is used up, of requests or of `tokens`, is reset; None if none is."""
+    waits = []
+    for what, needed in (("-requests", 1.0), ("-tokens", tokens), ("", 1.0)):
+        remaining = _number(headers.get(f"x-ratelimit-remaining{what}"))
+        if remaining is not None and 0 <= remaining < needed:  # below 0: no limit
+            waits.append(_wait(headers.get(f"x-ratelimit-reset{what}", ""), now, headers))
+    return max((wait for wait in waits if wait is not None), default=None)
+
+
+def _wait(text: str, now: float, headers: Mapping[str, str], *, unit: float = 1.0) -> float | None:
+    """Seconds from now of "6m0s", "20ms", "12", an HTTP date, an ISO date, or a date as a number; None for else.
+
+    A date is compared with the service's own `date` header if there is one, since the clocks may differ. One that is
+    past asks for nothing.
     """
-    milliseconds = headers.get("retry-after-ms", "")
-    if re.fullmatch(r"\s*\d+(\.\d+)?\s*", milliseconds):
-        return float(milliseconds) / 1000
-    value = headers.get("retry-after")
-    if value is None:
-        return None
-    if re.fullmatch(r"\s*\d+(\.\d+)?\s*", value):
-        return float(value)
-    until, there = _date(value), _date(headers.get("date", ""))
+    text = text.strip()
+    number = _number(text)
+    if number is not None and number < _EPOCH:
+        return max(0.0, number) * unit
+    until = _date(text) if number is None else number
     if until is None:
-        return None
-    return max(0.0, until - (now if there is None else there))
-
-
-def duration(text: str) -> float:
-    """Seconds of "6m0s", "20ms", "1.5s" or "12", as rate limit headers write them; 0 for anything else."""
-    parts = _DURATION.findall(text.strip())
-    if "".join(number + unit for number, unit in parts) != text.strip():
-        return 0.0
-    return sum(float(number) * _SECONDS[unit] for number, unit in parts)
+        parts = _DURATION.findall(text)
+        whole = parts and "".join(digits + name for digits, name in parts) == text
+        return sum(float(digits) * _SECONDS[name] for digits, name in parts) if whole else None
+    there = _date(headers.get("date", ""))
+    here = now if there is None else there
+    while until > 100 * _EPOCH:  # until the year 5138
+        until /= 1000
+    return max(0.0, until - here) or None
 
 
 def _date(text: str) -> float | None:
     try:
-        found: datetime = parsedate_to_datetime(text)
-    except (TypeError, ValueError):
+        found = parsedate_to_datetime(text) if "," in text else datetime.fromisoformat(text)
+        return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+    except (TypeError, ValueError, OverflowError):
         return None
-    return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
 
 
-def _number(text: str) -> float:
+def _number(text: str | None) -> float | None:
+    """A finite number; None for anything else."""
     try:
-        return float(text)
+        number = float(text or "")
     except ValueError:
-        return float("inf")  # not a number: ignore this limit
+        return None
+    return number if math.isfinite(number) else None

@@ -1,98 +1,58 @@
-"""Sends the planned requests as fast as the service allows, until all are answered or the budget is used up."""
+"""Sends the planned requests as fast as the service allows, until all are answered or the budget is used up.
+
+What fails for one request is its own: it waits, is asked again, and after a few tries set aside, while the others go
+on. What holds for all ends the run: a wrong key, no money, or a service that answers nobody. The images come in another
+order in each run, so that no image and no source of which nothing can be described stands in the way of the rest.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import heapq
+import random
 import signal
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from data_prep.captions.faults import error_message
 from data_prep.captions.images import ImageReader
-from data_prep.captions.judge import Limits, Verdict, judge
-from data_prep.captions.ledger import Request, RequestLedger, Usage
-from data_prep.captions.pricing import Estimate, Prices, price_unpriced
-from data_prep.captions.rate_limit import RateLimiter
-from data_prep.captions.service import Answered, Lost, NotDone, Service, Stop, error_message
+from data_prep.captions.judging import RunSettings, judge_one, judge_waiting
+from data_prep.captions.ledger import Request, RequestLedger
+from data_prep.captions.pricing import Estimate, price_unpriced
+from data_prep.captions.rate_limit import LONGEST_WAIT, RateLimiter, retry_after
+from data_prep.captions.service import Answered, Declined, Lost, NotDone, Service, Stop
 from data_prep.errors import UserError
+from data_prep.shards import ShardError
 
-# After so many calls in a row without an answer the service is at fault, not the requests.
-_FAILURES = 20
+# After so many rounds of failures in a row without an answer the service is at fault, not the requests: a minute at
+# least, if it does not say how long to wait, so that limits a minute have passed.
+_ROUNDS = 9
 _LOSSES = 5  # these may have cost money
-_REFUSED = 5
-_READ_AHEAD = 256
+# After so many images in a row about which it declines to talk, or about which it says what nobody can read.
+_USELESS = 20
+_USELESS_AT_FIRST = 5  # before anything was answered
+_UNREADABLE = 20  # images in a row that cannot be read here
+_READ_AHEAD = 64  # images
 _LONG_PAUSE = 5.0  # seconds
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """How to run.
-
-    limit: requests to send at most. tries: 5xx and failed connections of one request in this run before it is left for
-    the next. budget: the cost of this ledger at most, over all runs; needs prices. image_tokens: see `Estimate`.
-    """
-
-    limit: int | None = None
-    tries: int = 6
-    budget: float | None = None
-    prices: Prices | None = None
-    image_tokens: int | None = None
-    limits: Limits = field(default_factory=Limits)
-
-    def __post_init__(self) -> None:
-        if self.budget is not None and self.prices is None:
-            raise UserError("a budget needs prices: give --price-in and --price-out, per million tokens")
-        if self.tries < 1 or min(self.limit or 0, self.budget or 0) < 0:
-            raise UserError(
-                f"tries {self.tries}, limit {self.limit}, budget {self.budget}: expected one try or more, and no limit "
-                "or budget below 0"
-            )
-        if self.image_tokens is not None and self.image_tokens < 0:
-            raise UserError(f"image_tokens {self.image_tokens}: expected 0 or more")
 
 
 @dataclass
 class RunResult:
-    """What a run did. lost: perhaps paid; later: requests that failed too often and stay planned."""
+    """What a run did. lost: perhaps paid; failed: set aside; later: requests that failed too often and stay planned;
+    unreadable: those whose image cannot be read, which stay planned, too.
+    """
 
     asked: int = 0
     accepted: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     not_done: int = 0
     lost: int = 0
+    failed: int = 0
     later: int = 0
+    unreadable: int = 0
     stopped: str | None = None  # why the run ended before the work did
-
-
-def judge_waiting(ledger: RequestLedger, settings: RunSettings) -> None:
-    """Judge the answers that a killed run left unjudged. Sends nothing."""
-    for row in ledger.unjudged():
-        batch = row["batch"] is not None
-        judge_one(ledger, settings, row["id"], row["status"], row["raw"], row["language"], batch=batch)
-
-
-def judge_one(
-    ledger: RequestLedger,
-    settings: RunSettings,
-    attempt: int,
-    status: int,
-    raw: bytes,
-    language: str,
-    *,
-    batch: bool = False,
-) -> tuple[Verdict, float | None]:
-    """Judge an answer, and commit the verdict and the cost, which are returned."""
-    prompts = [row["text"] for row in ledger.db.execute("SELECT text FROM prompt WHERE language = ?", (language,))]
-    verdict = verdict_on(status, raw, language, settings.limits, prompts)
-    cost = settings.prices.of(verdict.usage, batch=batch) if settings.prices else None
-    ledger.judged(attempt, verdict.caption, verdict.reason, verdict.usage, cost)
-    return verdict, cost
-
-
-def verdict_on(status: int, raw: bytes, language: str, limits: Limits, prompts: Sequence[str] = ()) -> Verdict:
-    """The verdict on an answer of this status."""
-    return judge(raw, language, limits, prompts=prompts) if status == 200 else Verdict(None, "declined", Usage())
 
 
 def run(
@@ -110,8 +70,9 @@ def run(
     the service asks for a longer pause.
 
     Raises:
-        UserError: the service will answer nothing (wrong key, no money, no such model, every call fails), an image is
-            no longer the one that was planned, or another run holds the ledger. What was answered before is kept.
+        UserError: the service will answer nothing (wrong key, no money, no such model, every call fails), or another
+            run holds the ledger. What was answered before is kept.
+        UserError, ShardError: no image can be read, or is the one that was planned.
     """
     with ledger.exclusive():
         judge_waiting(ledger, settings)
@@ -134,11 +95,21 @@ class _Run:
         self.error: UserError | None = None
         self.estimate = Estimate(self.ledger, self.settings.image_tokens)
         self.spent = self.ledger.spent()
-        self.queue: deque[Request] = deque()
-        self.failures: Counter[str] = Counter()
-        self._read_to = 0
         self._reader = ImageReader()
-        self._in_a_row: Counter[str] = Counter()
+        (asked,) = self.ledger.db.execute("SELECT count(*) FROM attempt").fetchone()
+        self._draw = random.Random(asked)  # another order in each run
+        self._images = self.ledger.planned_images()
+        self._draw.shuffle(self._images)
+        self.queue: deque[Request] = deque()
+        self._waiting: list[tuple[float, int, Request]] = []  # a heap: until when, place, request
+        self.failures: Counter[int] = Counter()  # by place
+        self._answers = 0
+        self._suspects: dict[str, int] = {}  # images about which a call failed -> how many answers there were before
+        self._losses = 0  # rounds in a row
+        self._last = ""  # failure, as it is shown
+        self._useless_status, self._useless_message = 0, ""
+        self._useless: dict[str, list[tuple[int, int, str]]] = {}  # image -> attempts since an answer was of use
+        self._unreadable: set[str] | None = set()  # images in a row; None as soon as one can be read
 
     async def drive(self) -> RunResult:
         """Launch calls while the rate limiter allows and requests are left, then wait for those under way."""
@@ -158,27 +129,40 @@ class _Run:
         for fault in ended:
             if fault is not None:
                 raise fault
+        if self._useless and not self._answers and self._useless_status in (403, 404):
+            self._no_use()  # of few images, but nothing else came either
         if self.error:
+            for attempt, status, note in (one for attempts in self._useless.values() for one in attempts):
+                if status != 200:  # declined since the service went wrong, so that it is planned again
+                    self.ledger.not_done(attempt, status, note, now=time.time())
             raise self.error
+        if self.result.later and not self._answers:
+            self.result.stopped = self.result.stopped or f"{self.service.url} answered nothing ({self._last})"
         return self.result
 
     def _launch(self, under_way: set[asyncio.Task[None]]) -> float | None:
         """Send the next request, if possible; returns seconds until the next try, None to wait for a call to end."""
-        request = self._peek()
-        pause = None if request is None else self.limiter.wait(time.time())
-        if pause is not None and pause > _LONG_PAUSE and not under_way:
-            self.log(f"waiting {pause:.0f} seconds, as {self.service.url} asks or this run's own limits do")
-        if request is None or pause is None or pause > 0:
+        request, pause = self._next()
+        if request is None:
             return pause
-        mime, image = self._reader.of(request)
-        prompt, completion = self.estimate.tokens(request, image)
+        pause = self.limiter.wait(time.time())
+        if pause is not None and pause > _LONG_PAUSE and not under_way:
+            limits = f"{self.service.url} asks or this run's own limits do"
+            self.log(f"waiting {pause:.0f} seconds {f'after {self._last}' if self.limiter.rounds else f'as {limits}'}")
+        if pause is None or pause > 0:
+            return pause
+        image = self._read(request)
+        if image is None:
+            self.queue.popleft()
+            return 0.0
+        prompt, completion = self.estimate.tokens(request, image[1])
         most = self.settings.prices.cost(prompt, completion) if self.settings.prices else None
         if self.settings.budget is not None and self.spent + (most or 0.0) > self.settings.budget:
             if not under_way:  # answers under way may cost less than the maximum that is reserved for them
                 self.result.stopped = f"the budget of {self.settings.budget:g} does not allow another request"
             return None
         self.queue.popleft()
-        under_way.add(asyncio.create_task(self._ask(request, mime, image, prompt + completion, most)))
+        under_way.add(asyncio.create_task(self._ask(request, image, prompt + completion, most)))
         self.result.asked += 1
         self.spent += most or 0.0
         self.limiter.sent(time.time(), prompt + completion)
@@ -194,81 +178,156 @@ class _Run:
             task.result()  # raises if there is a bug of ours
         return under_way - done
 
-    async def _ask(self, request: Request, mime: str, image: bytes, tokens: int, most: float | None) -> None:
-        sent_at = time.time()
-        (attempt,) = self.ledger.sent([(request.id, most)], now=sent_at)
-        outcome = await self.service.ask(request, mime, image)
+    # --- what is asked next
+
+    def _next(self) -> tuple[Request | None, float | None]:
+        """(the next request, which stays in the queue; if there is none, None and seconds until there is one)."""
+        if self.settings.limit is not None and self.result.asked >= self.settings.limit:
+            return None, None
         now = time.time()
-        match outcome:
-            case Answered(status, raw, headers):
-                self.limiter.answered(now, headers, tokens)
-                self.ledger.received(attempt, status, raw, now=now)
-                verdict, cost = judge_one(self.ledger, self.settings, attempt, status, raw, request.language)
-                self.estimate.learn(request.model, verdict.usage)
-                self.spent += (cost - most) if cost is not None and most is not None else 0.0
-                self._count(verdict.reason, raw)
-            case NotDone(status, note, limited, headers):
-                if limited:
-                    self.limiter.limited(now, sent_at, headers)
-                else:
-                    self.limiter.failed(now, headers)
-                self.ledger.not_done(attempt, status, note, now=now)
-                self.spent -= most or 0.0
-                self._put_back(request, outcome)
-            case Stop(status, message):
-                self.limiter.failed(now, {})
-                self.ledger.not_done(attempt, status, message, now=now)
-                self.spent -= most or 0.0
-                self._stop(self.service.stopping_error(status, message))
-            case Lost(note):
-                self.limiter.failed(now, {})
-                self.ledger.lost(attempt, note, now=now)
-                self.result.lost += 1
-                self._fails(
-                    "lost",
-                    _LOSSES,
-                    f"the connection to {self.service.url} broke {_LOSSES} times in a row after the "
-                    f"request had left, which may cost money ({note})",
-                )
-        self.tick(self.result)
+        while self._waiting and self._waiting[0][0] <= now:
+            self.queue.append(heapq.heappop(self._waiting)[2])
+        while not self.queue and self._images:
+            images = [self._images.pop() for _ in range(min(_READ_AHEAD, len(self._images)))]
+            about = self.ledger.planned_about(images)
+            self._draw.shuffle(about)
+            self.queue.extend(about)
+        if self.queue:
+            return self.queue[0], 0.0
+        return None, self._waiting[0][0] - now if self._waiting else None
 
-    def _count(self, reason: str | None, raw: bytes) -> None:
-        self._in_a_row["lost"] = self._in_a_row["failed"] = 0
-        if reason is None:
-            self.result.accepted += 1
-            return
-        self.result.rejected[reason] += 1
-        others = self.result.accepted + sum(self.result.rejected.values()) - self.result.rejected["declined"]
-        if reason == "declined" and not others:
-            self._fails("declined", _REFUSED, f"{self.service.url} declines every request ({error_message(raw)})")
+    def _read(self, request: Request) -> tuple[str, bytes] | None:
+        """(media type, bytes) of the request's image; None if it cannot be read, which holds nobody up."""
+        try:
+            image = self._reader.of(request)
+        except (UserError, ShardError) as error:
+            self.result.unreadable += 1
+            self.result.stopped = self.result.stopped or f"not all images can be used, the first: {error}"
+            if self._unreadable is not None:
+                self._unreadable.add(request.image)
+                if len(self._unreadable) >= _UNREADABLE:
+                    raise
+            return None
+        self._unreadable = None
+        return image
 
-    def _put_back(self, request: Request, outcome: NotDone) -> None:
+    def _again(self, request: Request, failure: NotDone, now: float) -> None:
+        """Ask again, set aside, or leave for the next run what was not done."""
         self.result.not_done += 1
-        if not outcome.limited:
-            self.failures[request.id] += 1
-            self._fails("failed", _FAILURES, f"{self.service.url} failed {_FAILURES} times in a row ({outcome.note})")
-        if self.failures[request.id] < self.settings.tries:
+        if failure.limited:
             self.queue.append(request)
+            return
+        self.failures[request.place] += 1
+        tries = self.failures[request.place]
+        if tries < self.settings.tries:
+            wait = retry_after(failure.headers, now) or 2.0 ** min(tries - 2, 8)
+            own = tries > 1 and failure.status is not None
+            heapq.heappush(self._waiting, (now + (min(wait, LONGEST_WAIT) if own else 0.0), request.place, request))
+            return
+        # Its own fault only if the service was there for others, or if it fails in a second run as well.
+        others = self._answers > self._suspects.get(request.image, self._answers)
+        if failure.status is not None and (others or self.ledger.failures(request.place) >= 2 * self.settings.tries):
+            self.ledger.set_aside(request.place)
+            self.result.failed += 1
         else:
             self.result.later += 1
 
-    def _fails(self, what: str, most: int, message: str) -> None:
-        self._in_a_row[what] += 1
-        if self._in_a_row[what] >= most:
-            self._stop(UserError(f"{message}; see what is wrong and run again; the run continues from there"))
+    # --- what came of it
+
+    async def _ask(self, request: Request, image: tuple[str, bytes], tokens: int, most: float | None) -> None:
+        sent_at = time.time()
+        (attempt,) = self.ledger.sent([(request.place, most)], now=sent_at)
+        outcome = await self.service.ask(request, *image)
+        now = time.time()
+        match outcome:
+            case Answered(_, _, headers) | Declined(_, _, headers):
+                self.limiter.answered(now, headers, tokens)
+                self._take(request, attempt, outcome, most)
+            case NotDone(status, note):
+                self.ledger.not_done(attempt, status, note, now=now)
+                self.spent -= most or 0.0
+                self._hold_back(request, sent_at, outcome)
+                self._again(request, outcome, now)
+            case Stop(status, message, means):
+                self.limiter.failed(now, sent_at, {})
+                self.ledger.not_done(attempt, status, message, now=now)
+                self.spent -= most or 0.0
+                self._stop(self.service.stopping_error(status, message, means))
+            case Lost(note):
+                self.ledger.lost(attempt, note, now=now)
+                self.result.lost += 1
+                self._losses += self._hold_back(request, sent_at, outcome)
+                if self._losses >= _LOSSES:
+                    self._give_up(
+                        f"the connection to {self.service.url} broke {_LOSSES} times in a row after the request had "
+                        f"left, which may cost money ({note})"
+                    )
+        self.tick(self.result)
+
+    def _take(self, request: Request, attempt: int, answer: Answered | Declined, most: float | None) -> None:
+        """Keep an answer, and judge it."""
+        status, raw = answer.status, answer.raw
+        self.ledger.received(attempt, status, raw, now=time.time())
+        verdict, cost = judge_one(self.ledger, self.settings, attempt, status, raw, request.language)
+        self.estimate.learn(request.model, verdict.usage)
+        self.spent += (cost - most) if cost is not None and most is not None else 0.0
+        if verdict.reason is None:
+            self.result.accepted += 1
+        else:
+            self.result.rejected[verdict.reason] += 1
+        if verdict.reason in ("declined", "malformed"):
+            self._of_no_use(request, attempt, status, raw)
+            return
+        self._answers += 1
+        self._losses = 0
+        self._useless.clear()
+        self._suspects.pop(request.image, None)
+
+    def _of_no_use(self, request: Request, attempt: int, status: int, raw: bytes) -> None:
+        """Stop if nothing but this comes."""
+        message = error_message(raw)
+        self._useless.setdefault(request.image, []).append((attempt, status, message))
+        self._useless_status, self._useless_message = status, message
+        if len(self._useless) >= (_USELESS if self._answers else _USELESS_AT_FIRST) and not self.stopping.is_set():
+            self._no_use()
+
+    def _no_use(self) -> None:
+        """Stop, as nothing of use comes."""
+        status, message = self._useless_status, self._useless_message
+        if status == 200:
+            self._give_up(f"{self.service.url} sends what is no answer of a chat completion ({message})")
+        elif status in (403, 404):
+            self._stop(self.service.stopping_error(status, message, status))
+        else:
+            self._give_up(f"{self.service.url} declines every request ({message})")
+
+    def _hold_back(self, request: Request, sent_at: float, failure: NotDone | Lost) -> bool:
+        """Hold the others back if a failure may be theirs as well; returns whether it is a new one in a row."""
+        now, rounds, lost = time.time(), self.limiter.rounds, isinstance(failure, Lost)
+        headers = {} if isinstance(failure, Lost) else failure.headers
+        limited = isinstance(failure, NotDone) and failure.limited
+        status = None if isinstance(failure, Lost) else failure.status
+        self._last = f"status {status}: {failure.note}" if status else failure.note
+        if limited:
+            self.limiter.limited(now, sent_at, headers)
+        elif (lost or status) and request.image in self._suspects:
+            self.limiter.set_aside()
+            return False
+        else:
+            self.limiter.failed(now, sent_at, headers)
+            if lost or status:  # without a connection it is nobody's fault
+                self._suspects[request.image] = self._answers
+        if self.limiter.rounds >= _ROUNDS:
+            what = "asks all to wait" if limited else "failed"
+            self._give_up(f"{self.service.url} {what}, {_ROUNDS} times in a row without an answer ({self._last})")
+        return self.limiter.rounds > rounds
+
+    def _give_up(self, message: str) -> None:
+        self._stop(UserError(f"{message}; see what is wrong and run again; the run continues from there"))
 
     def _stop(self, error: UserError) -> None:
         self.error = self.error or error
         self.stopping.set()
-
-    def _peek(self) -> Request | None:
-        if self.settings.limit is not None and self.result.asked >= self.settings.limit:
-            return None
-        if not self.queue:
-            for place, request in self.ledger.planned(_READ_AHEAD, after=self._read_to):
-                self._read_to = place
-                self.queue.append(request)
-        return self.queue[0] if self.queue else None
 
     def _catch_signals(self) -> None:
         loop = asyncio.get_running_loop()

@@ -6,6 +6,7 @@ import argparse
 import datetime
 from pathlib import Path
 
+from data_prep.captions.faults import error_message
 from data_prep.captions.ledger import RequestLedger
 from data_prep.captions.texts import PROMPTS, check_languages
 from data_prep.commands import Subcommands
@@ -15,12 +16,15 @@ from data_prep.errors import UserError
 from data_prep.shards import Dataset
 from data_prep.shards.format import parse_json
 
+_LISTED = 20
+
 
 def add_plan(steps: Subcommands) -> None:
     plan = steps.add_parser(
         "plan",
         help="plan which images to describe, and how",
-        description="Adds a request to LEDGER for each image of SHARDS and each language; what is there stays.",
+        description="Adds a request to LEDGER for each image of SHARDS and each language; what is there stays. "
+        "Killed on the way, the same command goes on where it was.",
     )
     plan.add_argument("ledger", metavar="LEDGER", help="SQLite file; created if there is none")
     plan.add_argument(
@@ -56,7 +60,7 @@ def add_plan(steps: Subcommands) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from data_prep.captions.plan import Plan, plan
+    from data_prep.captions.plan import Plan, passes, plan
     from data_prep.execute.progress import Progress
 
     try:
@@ -67,12 +71,21 @@ def _plan(options: argparse.Namespace) -> int:
         raise UserError(f"--body {options.body[:80]!r}: expected a JSON object")
     wanted = made(Plan, options, languages=check_languages(options.languages), body=body)
     prompts = Path(options.prompts) if options.prompts else PROMPTS
-    progress = Progress(max(1, sum(len(Dataset.open(directory)) for directory in options.shards)))
+    images = sum(len(Dataset.open(directory)) for directory in options.shards)
+    progress = Progress(max(1, images * passes(wanted)))
     ledger = RequestLedger(options.ledger, create=True)
-    done = plan(ledger, options.shards, wanted, prompts=prompts, tick=lambda: progress.add(1))
+
+    def tick(new: bool) -> None:
+        progress.add(1, new=new)
+
+    done = plan(ledger, options.shards, wanted, prompts=prompts, tick=tick)
     progress.finish()
     print(f"{done.images} different images ({done.twice} more occurred again)")
     print(f"{done.new} requests planned, {done.known} were in {options.ledger} before")
+    if done.unreadable:
+        print(f"{len(done.unreadable)} images cannot be read and are left out:")
+        for why in done.unreadable[:_LISTED]:
+            print(f"  {why}")
     return 0
 
 
@@ -95,7 +108,7 @@ def add_status(steps: Subcommands) -> None:
     status = steps.add_parser("status", help="show what was sent, answered, rejected, lost, spent")
     status.add_argument("ledger", metavar="LEDGER")
     status.add_argument(
-        "--all", action="store_true", help="list everything rejected or perhaps paid, not twenty of each"
+        "--all", action="store_true", help="list everything rejected, set aside or perhaps paid, not twenty of each"
     )
     status.set_defaults(run=_status)
 
@@ -124,21 +137,37 @@ def _status(options: argparse.Namespace) -> int:
         "SELECT reason, count(*) FROM request WHERE state = 'rejected' GROUP BY 1 ORDER BY 2 DESC, 1"
     ):
         print(f"rejected, {reason}: {count}; `captions run --resend {reason}` asks again")
+        if reason in ("failed", "declined"):
+            continue  # by image, below
         for row in ledger.db.execute(
             "SELECT id, language FROM request WHERE state = 'rejected' AND reason = ? LIMIT ?",
             (reason, -1 if options.all else 20),
         ):
             print(f"  {row['id']}  {row['language']}")
+    _show_trouble(ledger, everything=options.all)
     for row in ledger.db.execute("SELECT * FROM batch ORDER BY id"):
         print(f"batch {row['remote'] or row['name']}: {row['state']}{' (' + row['note'] + ')' if row['note'] else ''}")
     show_spent(ledger)
     lost = ledger.perhaps_paid()
     if lost:
         print(f"perhaps paid (or under way, if a run is): {len(lost)}; `captions run --resend perhaps-paid` asks again")
-    for row in lost if options.all else lost[:20]:
+    for row in lost if options.all else lost[:_LISTED]:
         sent = datetime.datetime.fromtimestamp(row["sent_at"]).isoformat(" ", "seconds")
         print(f"  {row['id']}  {row['language']}  sent {sent}  {row['note'] or 'no answer when the run was killed'}")
     return 0
+
+
+def _show_trouble(ledger: RequestLedger, *, everything: bool) -> None:
+    """Print the images whose requests failed or were declined, and what the service said last."""
+    images = ledger.in_trouble()
+    if images:
+        print("set aside; `captions run --resend failed` or `--resend declined` asks again:")
+    for row in images if everything else images[:_LISTED]:
+        said = row["note"] or (error_message(row["raw"]) if row["raw"] else "")
+        what = f"{row['requests']} {row['reason']}, status {row['status']}: {said}"
+        print(f"  image {row['number']} of {row['dataset']}: {what}")
+    if len(images) > _LISTED and not everything:
+        print(f"  and {len(images) - _LISTED} more images; --all lists them")
 
 
 def add_export(steps: Subcommands) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from data_prep.captions.judge import Limits
+from data_prep.captions.judging import RunSettings
 from data_prep.captions.ledger import RequestLedger
 from data_prep.captions.pricing import Prices, forecast
 from data_prep.captions.service import Service
@@ -15,7 +16,7 @@ from data_prep.commands.captions.ledger import show_spent
 from data_prep.errors import UserError
 
 if TYPE_CHECKING:
-    from data_prep.captions.run import RunResult, RunSettings
+    from data_prep.captions.run import RunResult
 
 
 def add_run(steps: Subcommands) -> None:
@@ -36,7 +37,8 @@ def add_run(steps: Subcommands) -> None:
         type=int,
         default=6,
         metavar="N",
-        help="failures of a request before it is left for the next run (default: 6)",
+        help="failures of a request before it is set aside, or left for the next run if the service answered nothing "
+        "meanwhile (default: 6)",
     )
     run.add_argument(
         "--resend",
@@ -74,7 +76,7 @@ def _run(options: argparse.Namespace) -> int:
 
     def tick(result: RunResult) -> None:
         nonlocal shown
-        ended = result.accepted + sum(result.rejected.values()) + result.lost
+        ended = result.accepted + sum(result.rejected.values()) + result.lost + result.failed
         if ended > shown:
             shown = ended
             progress.add(1)
@@ -101,8 +103,12 @@ def _show(result: RunResult, duplicates: int, ledger: RequestLedger) -> None:
     show_rejected(result.rejected, duplicates, ledger)
     if result.not_done:
         print(f"  declined for now and asked again later (429, 5xx, no connection): {result.not_done}")
+    if result.failed:
+        print(f"  rejected, failed: {result.failed}, set aside; `data-prep captions status {ledger.path}` lists them")
     if result.later:
         print(f"  met too many failures and stay planned: {result.later}")
+    if result.unreadable:
+        print(f"  not sent and stay planned, as their images cannot be used: {result.unreadable}")
     if result.lost:
         print(f"  perhaps paid, the connection broke: {result.lost}; see `data-prep captions status {ledger.path}`")
 
@@ -161,7 +167,7 @@ def _submit(options: argparse.Namespace) -> int:
 def _collect(options: argparse.Namespace) -> int:
     import asyncio
 
-    from data_prep.captions.batch import collect
+    from data_prep.captions.collect import collect
     from data_prep.captions.duplicates import reject_duplicates
     from data_prep.execute.progress import Progress
 
@@ -178,10 +184,14 @@ def _collect(options: argparse.Namespace) -> int:
     print(f"{found.ended} batches ended, {found.open} running; accepted {found.accepted - duplicates}")
     show_rejected(found.rejected, duplicates, ledger)
     print(f"  not answered and planned again: {found.planned_again}")
+    if found.lost:
+        print(f"  perhaps paid, without an answer: {found.lost}; see `data-prep captions status {ledger.path}`")
     if found.unknown:
         print(f"  answers to requests that are not in this ledger: {found.unknown}")
     for note in found.notes:
         print(f"  {note}")
+    if found.failed:
+        raise UserError(f"{len(found.failed)} batches could not be collected now; {'; '.join(found.failed[:3])}")
     return 0
 
 
@@ -226,8 +236,6 @@ def add_checks(parser: argparse.ArgumentParser) -> None:
 
 def settings_of(options: argparse.Namespace) -> RunSettings:
     """The user's settings. UserError if they contradict each other."""
-    from data_prep.captions.run import RunSettings
-
     own = vars(options)
     return RunSettings(
         limit=own.get("limit"),

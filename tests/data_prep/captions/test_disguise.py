@@ -1,0 +1,133 @@
+"""Errors in disguise: a 200 without an answer, a 400 that means a wrong key, limits inside of a body."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+from data_prep.captions.faults import disguised, error_message, hints_inside, limited, stopping
+from data_prep.captions.ledger import RequestLedger
+
+from .conftest import Reply, caption, completion, good, states
+
+CHAT = "/v1/chat/completions"
+LIMITS = [
+    {"error": {"message": "Rate limit exceeded: free-models-per-min", "code": 429}, "user_id": "u"},
+    {"error": {"message": "Provider returned error", "code": "429"}},
+    {"error": {"message": "slow down", "type": "rate_limit_error"}},
+    {"error": "429 Too Many Requests"},
+    {"object": "error", "message": "Too many requests", "code": 429},
+    {"code": "Throttling.RateQuota", "message": "Requests throttled", "request_id": "r"},
+    {"id": "gen-1", "choices": [], "error": {"status": "RESOURCE_EXHAUSTED", "message": "x"}},
+    {"choices": None, "detail": "rate limit reached"},
+    [{"error": {"code": 429, "message": "Resource has been exhausted"}}],
+    {"choices": [{"error": {"code": 429, "message": "busy"}, "finish_reason": "error", "message": {"content": ""}}]},
+]
+
+
+@pytest.mark.parametrize("body", LIMITS)
+def test_a_limit_in_a_200_is_a_429_and_asked_again(seer, planned, run, ledger, body):
+    total = planned(3)
+    raw = json.dumps(body).encode()
+    assert disguised(CHAT, raw) == 429
+    seer.behave = lambda asked: Reply(200, raw, {"retry-after-ms": "5"}) if asked.number in (1, 3) else good(asked)
+    assert run() == 0
+    assert states(ledger) == {"accepted": total}
+    statuses = RequestLedger(ledger).db.execute("SELECT status, cost FROM attempt WHERE raw IS NULL").fetchall()
+    assert [tuple(row) for row in statuses] == [(429, 0.0)] * 2
+
+
+def test_a_limit_in_every_200_ends_the_run_with_the_services_message(seer, planned, run, ledger, capsys, monkeypatch):
+    monkeypatch.setattr("data_prep.captions.rate_limit._LONGEST_BACKOFF", 0.01)
+    planned(20, languages=["en"])
+    seer.behave = lambda asked: good(asked) if asked.number < 3 else Reply(200, json.dumps(LIMITS[0]).encode())
+    assert run() == 2
+    error = capsys.readouterr().err
+    assert "asks all to wait, 9 times in a row without an answer (status 429: Rate limit exceeded: free" in error
+    assert states(ledger) == {"accepted": 3, "planned": 17}
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "says"),
+    [
+        (200, {"error": {"message": "Incorrect API key provided", "code": "invalid_api_key"}}, "refuses the API key"),
+        (200, {"error": {"message": "x", "code": 401}}, "refuses the API key"),
+        (200, {"code": "Arrearage", "message": "Access denied, overdue"}, "has no money left"),
+        (200, {"error": {"message": "Insufficient Balance", "type": "unknown_error"}}, "has no money left"),
+        (400, {"error": {"message": "API key not valid. Please pass one.", "code": 400}}, "refuses the API key"),
+        (403, {"error": {"message": "x", "code": "insufficient_quota"}}, "has no money left"),
+        (500, {"error": {"message": "x", "type": "authentication_error"}}, "refuses the API key"),
+        (400, {"error": {"message": "x", "code": "ModelNotFound"}}, "knows no such model"),
+    ],
+)
+def test_what_holds_for_all_stops_the_run_whatever_it_comes_as(seer, planned, run, ledger, capsys, status, body, says):
+    total = planned(4)
+    seer.behave = lambda asked: Reply(status, json.dumps(body).encode())
+    assert run() == 2
+    assert says in capsys.readouterr().err
+    assert len(seer.asked) == 1
+    assert states(ledger) == {"planned": total}
+
+
+@pytest.mark.parametrize("status", [400, 403, 503])
+def test_a_limit_under_another_status_is_a_limit(seer, planned, run, ledger, status):
+    total = planned(2)
+    body = b'{"error": {"message": "x", "code": "rate_limit_exceeded"}}'
+    seer.behave = lambda asked: Reply(status, body, {"retry-after-ms": "5"}) if asked.number == 1 else good(asked)
+    assert run() == 0
+    assert states(ledger) == {"accepted": total}
+    assert limited(status, body)
+
+
+def test_a_reset_inside_of_the_body_is_waited_for(seer, planned, run):
+    planned(2)
+
+    def behave(asked):
+        if asked.number != 2:
+            return good(asked)
+        headers = {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": str(int(time.time() * 1000) + 900)}
+        error = {"message": "x", "code": 429, "metadata": {"headers": headers}}
+        return Reply(200, json.dumps({"error": error}).encode())
+
+    seer.behave = behave
+    assert run("--concurrency", "1") == 0
+    assert 0.8 < seer.times[3] - seer.times[2] < 30
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        completion(caption("en", "x")),
+        {**completion(caption("en", "x")), "error": {}},
+        {**completion(caption("en", "x")), "error": None, "code": 200, "message": "ok"},
+        completion(None),
+        {"object": "chat.completion", "choices": []},
+        {"choices": [{"message": {"content": caption("en", "x")}, "error": {"code": 502}, "finish_reason": "error"}]},
+        [],
+        "error",
+        None,
+    ],
+)
+def test_an_answer_is_no_error(body):
+    assert disguised(CHAT, json.dumps(body).encode()) is None
+
+
+@pytest.mark.parametrize("body", [{"id": "batch_1", "errors": {"data": []}}, {"object": "list", "data": []}])
+def test_a_batch_or_a_list_is_no_error(body):
+    assert disguised("/v1/batches", json.dumps(body).encode()) is None
+
+
+def test_a_caption_about_keys_and_limits_stops_nothing():
+    raw = json.dumps(completion("A sign says: invalid API key, rate limit, insufficient balance.")).encode()
+    assert disguised(CHAT, raw) is None
+    assert stopping(500, b'{"error": {"message": "the image of a key could not be loaded"}}') is None
+
+
+@pytest.mark.parametrize("raw", [b"", b"[" * 50_000, b"\xff", b"[]", b"[[]]", b'{"error": []}', b'{"choices": [5]}'])
+def test_no_body_of_an_error_is_too_odd(raw):
+    for path in (CHAT, "/v1/files"):
+        disguised(path, raw)
+    assert error_message(raw)
+    assert hints_inside(raw) == {}
+    assert stopping(500, raw) is None
