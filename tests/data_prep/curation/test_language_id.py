@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
 import pytest
 from data_prep.curation.language_id import MIN_LETTERS, identify, letters
 from data_prep.curation.relabel import SURE
+from data_prep.curation.scandinavian import contradictions
+from data_prep.languages import LANGUAGES
 
 SENTENCES = {
     "zh": ["今天天气很好，我们一起去公园散步吧。", "这家餐厅的菜很好吃，价格也不贵。"],
@@ -64,3 +71,39 @@ def test_danish_norwegian_and_swedish_are_told_apart(among_all):
     assert {language: identify(line, among_all=among_all)[0] for language, line in texts.items()} == {
         language: language for language in texts
     }
+
+
+SHORT = json.loads((Path(__file__).parent / "scandinavian.json").read_text(encoding="utf-8"))
+CAPTIONS = [json.loads(path.read_text()) for path in sorted((Path(__file__).parents[1] / "captions/answers").iterdir())]
+
+
+def counts(texts: list[str], language: str) -> Counter[str]:
+    """How many texts are "right", "undetermined" or "wrong"."""
+    found = [identify(text, among_all=True) for text in texts]
+    return Counter("undetermined" if sure < SURE else "right" if code == language else "wrong" for code, sure in found)
+
+
+@pytest.mark.parametrize("language", SHORT)
+def test_a_short_scandinavian_sentence_is_told_by_its_spelling_and_never_wrongly(language):
+    """The same 36 sentences of 36 to 100 characters in each; some are spelled alike. `-rP` shows the counts."""
+    found = counts(SHORT[language], language)
+    print(language, dict(found))
+    assert not found["wrong"]
+    assert found["right"] >= 0.9 * len(SHORT[language])
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_sentence_of_a_caption_is_never_taken_for_another_language(language):
+    """Of 40 characters or more, 20 in Chinese, Japanese and Korean; seven captions a language."""
+    sentences = [one for made in CAPTIONS for one in re.split(r"(?<=[.۔।])\s+|(?<=。)", made[language]["caption"])]
+    texts = [one for one in sentences if len(one) >= (20 if language in ("zh", "ja", "ko") else 40)]
+    found = counts(texts, language)
+    print(language, dict(found))
+    assert not found["wrong"]
+    assert found["right"] >= (0.9 if language == "no" else 0.98) * len(texts)
+
+
+def test_a_name_or_a_quotation_speaks_for_no_language():
+    assert contradictions("hvid og hvide") == {"da": 0, "no": 2, "sv": 3}
+    assert contradictions("Hoffmann, «tack» og “nickel”") == {"da": 0, "no": 0, "sv": 1}
+    assert contradictions("en to fire") == {"da": 0, "no": 0, "sv": 0}

@@ -4,8 +4,13 @@ Each fault has a name, which is the reason of rejection in the ledger:
 
 malformed    no JSON, or not that of a chat completion
 declined     the service declined the request (4xx)
-refusal      the model refused: by its `refusal` field, the content filter, or how the text begins
-truncated    `finish_reason` is "length"
+refusal      the model refused, or says that there is no image: by its `refusal` field, the content filter, or its words
+truncated    `finish_reason` is "length", or a sibling of that
+unfinished   `finish_reason` is another one than "stop", or missing
+thoughts     the model's thoughts without an end, or without tags; thoughts in tags before the caption are cut off
+markup       tokens of a chat template, roles, tags, headings, JSON, broken bytes
+prompt       a part of the prompt
+chatter      said to the user: "Sure! Here is …", a label, offers of help
 empty        no text
 length       too short or too long for a caption in this script
 language     not the language asked for, as a whole or in one third
@@ -15,22 +20,18 @@ duplicate    nearly the caption of another image (found later, over all captions
 
 from __future__ import annotations
 
-import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from data_prep.captions.answer import read_answer
 from data_prep.captions.ledger import Usage
-from data_prep.captions.texts import refusal_phrases
+from data_prep.captions.markup import has_markup, without_thoughts
+from data_prep.captions.talk import repeats, talk
 from data_prep.curation.language_id import identify
 from data_prep.errors import UserError
 from data_prep.samples import clean
-from data_prep.shards.format import parse_json
 
-_OPENING = 120  # characters; a refusal comes at the beginning
-_UNSPACED = {"zh", "ja", "th"}  # no spaces between words
-_ENDINGS = {"ko"}  # words take endings, so a phrase may be the beginning of a word
-_SENTENCE_END = re.compile(r"[.!?。！？\n]")
 # Captions in these scripts need fewer characters.
 _DENSITY = {"zh": 0.3, "ja": 0.4, "ko": 0.45}
 _REPEATED = 0.3  # share of 20-character windows that occurred before; prose has a few percent
@@ -59,32 +60,26 @@ class Verdict:
     usage: Usage
 
 
-def judge(raw: bytes, language: str, limits: Limits = Limits()) -> Verdict:
-    """Judge the bytes of a 200 answer to a request in `language`."""
-    answer: Any = None
-    try:
-        answer = parse_json(raw)
-        choice = answer["choices"][0]
-        message = choice["message"]
-        text, refusal, finish = message.get("content"), message.get("refusal"), choice.get("finish_reason")
-        if not isinstance(text, str | None):
-            raise TypeError("content is no text")
-        (text or "").encode()  # or ValueError: half a character could not be stored
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        return Verdict(None, "malformed", _usage(answer))
-    caption = clean(text or "")
-    reason = "refusal" if refusal or finish == "content_filter" else None
-    reason = reason or ("truncated" if finish == "length" else None) or fault(caption, language, limits)
-    return Verdict(None if reason else caption, reason, _usage(answer))
+def judge(raw: bytes, language: str, limits: Limits = Limits(), *, prompts: Sequence[str] = ()) -> Verdict:
+    """Judge the bytes of a 200 answer in `language` to one of `prompts`."""
+    answer = read_answer(raw)
+    text = without_thoughts(answer.text or "")
+    reason = answer.fault or ("thoughts" if text is None else fault(text, language, limits, prompts))
+    return Verdict(None if reason else clean(text or ""), reason, answer.usage)
 
 
-def fault(caption: str, language: str, limits: Limits) -> str | None:
-    """The fault of a caption, by its text alone; None if there is none."""
+def fault(text: str, language: str, limits: Limits, prompts: Sequence[str] = ()) -> str | None:
+    """The fault of a caption, by its text alone, with the lines that it came in; None if there is none."""
+    caption = clean(text)
+    density = _DENSITY.get(language, 1.0)
     if not caption:
         return "empty"
-    if refuses(caption, language):
-        return "refusal"
-    density = _DENSITY.get(language, 1.0)
+    if has_markup(text):
+        return "markup"
+    if any(repeats(text, prompt, density) for prompt in prompts):
+        return "prompt"
+    if reason := talk(text, language):
+        return reason
     if not limits.shortest * density <= len(caption) <= limits.longest:
         return "length"
     if repeated(caption) > _REPEATED:
@@ -92,23 +87,6 @@ def fault(caption: str, language: str, limits: Limits) -> str | None:
     if not in_language(caption, language):
         return "language"
     return None
-
-
-def refuses(text: str, language: str) -> bool:
-    """Whether a text opens with a refusal: by whole words, or by sentence beginnings where words have no spaces.
-
-    So "en voi" (I cannot) is not found in "punaisen voimakas", nor a Japanese "cannot" at the end of a sentence.
-    """
-    phrases = tuple(_words(phrase) for phrase in refusal_phrases(language))
-    if language in _UNSPACED:
-        return any(_words(sentence).startswith(phrases) for sentence in _SENTENCE_END.split(text[:_OPENING]))
-    opening, end = f" {_words(text)} "[:_OPENING], "" if language in _ENDINGS else " "
-    return any(f" {phrase}{end}" in opening for phrase in phrases)
-
-
-def _words(text: str) -> str:
-    """Letters, their marks and digits in lower case; one space for anything between them."""
-    return " ".join("".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text.casefold()).split())
 
 
 def repeated(text: str, width: int = 20) -> float:
@@ -126,26 +104,3 @@ def in_language(text: str, language: str) -> bool:
     third = len(text) // 3
     found = [identify(text[start * third : (start + 1) * third]) for start in range(3)]
     return not any(other != language and probability >= _SURE for other, probability in found)
-
-
-def _usage(answer: object) -> Usage:
-    """Model, fingerprint and token counts of an answer, where it has them."""
-    if not isinstance(answer, dict):
-        return Usage()
-    usage = answer.get("usage")
-    counts = usage if isinstance(usage, dict) else {}
-    return Usage(
-        model=_text(answer.get("model")),
-        fingerprint=_text(answer.get("system_fingerprint")),
-        prompt_tokens=_count(counts.get("prompt_tokens")),
-        completion_tokens=_count(counts.get("completion_tokens")),
-    )
-
-
-def _text(value: object) -> str | None:
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else None
-
-
-def _count(value: object) -> int | None:
-    """A number of tokens; none that SQLite or a sum of costs could not hold."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from data_prep.captions.judge import Limits, Verdict, judge
@@ -56,12 +57,13 @@ def judge_one(
     batch: bool = False,
 ) -> tuple[Verdict, float | None]:
     """Judge an answer, and commit the verdict and the cost, which are returned."""
-    verdict = verdict_on(status, raw, language, settings.limits)
+    prompts = [row["text"] for row in ledger.db.execute("SELECT text FROM prompt WHERE language = ?", (language,))]
+    verdict = verdict_on(status, raw, language, settings.limits, prompts)
     cost = settings.prices.of(verdict.usage, batch=batch) if settings.prices else None
     ledger.judged(attempt, verdict.caption, verdict.reason, verdict.usage, cost)
     return verdict, cost
 
 
-def verdict_on(status: int, raw: bytes, language: str, limits: Limits) -> Verdict:
+def verdict_on(status: int, raw: bytes, language: str, limits: Limits, prompts: Sequence[str] = ()) -> Verdict:
     """The verdict on an answer of this status."""
-    return judge(raw, language, limits) if status == 200 else Verdict(None, "declined", Usage())
+    return judge(raw, language, limits, prompts=prompts) if status == 200 else Verdict(None, "declined", Usage())

@@ -1,12 +1,11 @@
-"""Prompts, and the phrases by which refusals are recognised, in thirty languages.
+"""Prompts in thirty languages.
 
-Prompts are the files `prompts/VERSION/LANGUAGE.txt`. A version must not change once captions were made with it: add a
+They are the files `prompts/VERSION/LANGUAGE.txt`. A version must not change once captions were made with it: add a
 folder instead. The ledger stores every prompt's hash and refuses to continue with another text.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,8 @@ from pathlib import Path
 from data_prep.errors import UserError
 from data_prep.languages import LANGUAGES, house_language
 from data_prep.names import check_name
-from data_prep.shards.format import parse_json
 
 PROMPTS = Path(__file__).parent / "prompts"
-_REFUSALS = Path(__file__).parent / "refusals.json"
 
 
 @dataclass(frozen=True)
@@ -53,13 +50,6 @@ def read_prompt(version: str, language: str, folder: Path = PROMPTS) -> Prompt:
     if not text:
         raise UserError(f"{path} is empty; write the prompt into it")
     return Prompt(version, language, text)
-
-
-@functools.cache
-def refusal_phrases(language: str) -> tuple[str, ...]:
-    """The beginnings of refusals in that language and in English, in lower case."""
-    phrases = parse_json(_REFUSALS.read_bytes())
-    return tuple(dict.fromkeys([*phrases.get(language, ()), *phrases["en"]]))
 
 
 def check_languages(languages: list[str]) -> list[str]:

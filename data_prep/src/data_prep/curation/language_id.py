@@ -11,6 +11,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from typing import Any
 
+from data_prep.curation.scandinavian import contradictions
 from data_prep.errors import needs
 from data_prep.languages import LANGUAGES
 
@@ -28,7 +29,9 @@ _LATIN = tuple(code for code in LANGUAGES if not any(code in codes for codes in 
 MIN_LETTERS = 12
 _SURE = 0.9  # of py3langid, below which lingua is asked
 _PERHAPS = 0.3  # below which lingua's agreement does not help
-_CLEAR = 0.7  # lingua's confidence that counts as sure
+_CLEAR = 0.62  # lingua's confidence that counts as sure
+_ONE_OF_THREE = 0.5  # py3langid's probability for the Scandinavian languages together, with which spelling decides
+_WORDS = 2  # that speak for a language against lingua
 
 
 def identify(text: str, *, among_all: bool = False) -> tuple[str, float]:
@@ -78,9 +81,21 @@ def _script(text: str) -> tuple[str, int]:
 
 
 def _scandinavian(text: str, together: float) -> tuple[str, float]:
-    """lingua's choice, and its confidence times py3langid's that it is one of the three."""
+    """lingua's choice, and its confidence times py3langid's that it is one of the three.
+
+    Where the spelling of a word or more speaks for one of them and none against it, that is the choice: surely if
+    lingua's is the same, or not sure itself, or there are `_WORDS` such words; undetermined otherwise.
+    """
     values = _lingua(_SCANDINAVIAN).compute_language_confidence_values(text)
-    return _code(values[0].language), together * min(1.0, values[0].value / _CLEAR * _SURE)
+    likeliest, against = _code(values[0].language), contradictions(text)
+    best, second, _ = sorted(against, key=lambda code: against[code])
+    margin = against[second] - against[best]
+    probability = together * min(1.0, values[0].value / _CLEAR * _SURE)
+    if not margin:
+        return likeliest, probability
+    agreed = likeliest == best or margin >= _WORDS or values[0].value < _CLEAR
+    sure = _SURE if agreed and together > _ONE_OF_THREE else together * _PERHAPS
+    return best, max(sure, probability) if likeliest == best else sure
 
 
 def _code(language: Any) -> str:

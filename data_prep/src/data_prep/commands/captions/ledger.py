@@ -108,7 +108,7 @@ def add_status(steps: Subcommands) -> None:
     status = steps.add_parser("status", help="show what was sent, answered, rejected, lost, spent")
     status.add_argument("ledger", metavar="LEDGER")
     status.add_argument(
-        "--all", action="store_true", help="list everything perhaps paid or set aside, not twenty of each"
+        "--all", action="store_true", help="list everything rejected, set aside or perhaps paid, not twenty of each"
     )
     status.set_defaults(run=_status)
 
@@ -136,7 +136,14 @@ def _status(options: argparse.Namespace) -> int:
     for reason, count in ledger.db.execute(
         "SELECT reason, count(*) FROM request WHERE state = 'rejected' GROUP BY 1 ORDER BY 2 DESC, 1"
     ):
-        print(f"rejected, {reason}: {count}")
+        print(f"rejected, {reason}: {count}; `captions run --resend {reason}` asks again")
+        if reason in ("failed", "declined"):
+            continue  # by image, below
+        for row in ledger.db.execute(
+            "SELECT id, language FROM request WHERE state = 'rejected' AND reason = ? LIMIT ?",
+            (reason, -1 if options.all else 20),
+        ):
+            print(f"  {row['id']}  {row['language']}")
     _show_trouble(ledger, everything=options.all)
     for row in ledger.db.execute("SELECT * FROM batch ORDER BY id"):
         print(f"batch {row['remote'] or row['name']}: {row['state']}{' (' + row['note'] + ')' if row['note'] else ''}")

@@ -100,7 +100,7 @@ def _run(options: argparse.Namespace) -> int:
 def _show(result: RunResult, duplicates: int, ledger: RequestLedger) -> None:
     """Print what a run did."""
     print(f"asked {result.asked} times; accepted {result.accepted - duplicates}")
-    show_rejected(result.rejected, duplicates)
+    show_rejected(result.rejected, duplicates, ledger)
     if result.not_done:
         print(f"  declined for now and asked again later (429, 5xx, no connection): {result.not_done}")
     if result.failed:
@@ -182,7 +182,7 @@ def _collect(options: argparse.Namespace) -> int:
     with ledger.exclusive():
         duplicates = reject_duplicates(ledger)
     print(f"{found.ended} batches ended, {found.open} running; accepted {found.accepted - duplicates}")
-    show_rejected(found.rejected, duplicates)
+    show_rejected(found.rejected, duplicates, ledger)
     print(f"  not answered and planned again: {found.planned_again}")
     if found.lost:
         print(f"  perhaps paid, without an answer: {found.lost}; see `data-prep captions status {ledger.path}`")
@@ -247,8 +247,10 @@ def settings_of(options: argparse.Namespace) -> RunSettings:
     )
 
 
-def show_rejected(rejected: Mapping[str, int], duplicates: int) -> None:
-    """Print how many captions were rejected, by reason."""
+def show_rejected(rejected: Mapping[str, int], duplicates: int, ledger: RequestLedger) -> None:
+    """Print how many captions were rejected, by reason, and where they are listed."""
     for reason, count in sorted({**rejected, "duplicate": duplicates}.items()):
         if count:
             print(f"  rejected, {reason}: {count}")
+    if rejected or duplicates:
+        print(f"  `data-prep captions status {ledger.path}` lists what was rejected")
