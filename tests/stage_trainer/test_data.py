@@ -305,7 +305,7 @@ def test_texts_alone_are_kept_too(write):
 
 
 def test_a_sample_is_what_its_file_holds(write):
-    """Pixels channel first, and the item that the sample names, or one of its own."""
+    """Pixels channel first, and the item that the sample names, or its place."""
     named = {"captions": text("a"), "item": "the item"}
     directory = write(
         "image-short", [{"png": noise(1), "json": named}, {"png": noise(2), "json": {"captions": text("b")}}]
@@ -315,7 +315,7 @@ def test_a_sample_is_what_its_file_holds(write):
     expected = torch.randint(0, 256, (24, 24, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     assert torch.equal(pixels, expected.permute(2, 0, 1))
     assert content["item"] == "the item"
-    assert SampleCache(1).sample(data, 1)[1]["item"] == "made/s1"
+    assert SampleCache(1).sample(data, 1)[1]["item"] == "made/00000.tar/s1"
 
 
 def test_tokens_are_counted_with_their_squares(write, stage):

@@ -1,18 +1,19 @@
-"""Parallel corpora: Moses files and TMX as OpusTools and translate-toolkit write them, and broken ones."""
+"""Parallel corpora: Moses files and TMX, as OpusTools and translate-toolkit write them, and broken ones."""
 
 from __future__ import annotations
 
 import gzip
-import io
+import os
+import subprocess
+import sys
 import zipfile
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 import pytest
 from data_prep.errors import UserError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from opustools import OpusRead
 from translate.storage.tmx import tmxfile
 
 SENTENCES = {
@@ -21,40 +22,54 @@ SENTENCES = {
 }
 
 
+EXPECTED = list(zip(SENTENCES["de"], SENTENCES["en"], strict=True))
+
+
 @pytest.fixture(scope="module")
 def opus(tmp_path_factory) -> Path:
-    """b.de, b.en and b.tmx, written by OpusTools from a release as OPUS has it."""
-    from xml.sax.saxutils import escape
+    """b.de, b.en and b.tmx, as OPUS has them."""
+    root, memory = tmp_path_factory.mktemp("opus"), tmxfile(sourcelanguage="de", targetlanguage="en")
+    for code, sentences in SENTENCES.items():
+        (root / f"b.{code}").write_text("".join(f"{sentence}\n" for sentence in sentences), encoding="utf-8")
+    for german, english in EXPECTED:
+        memory.addtranslation(german, "de", english, "en")
+    (root / "b.tmx").write_bytes(bytes(memory))
+    return root
 
-    root = tmp_path_factory.mktemp("opus")
+
+WRITER = """
+import sys
+from opustools import OpusRead
+for mode, names in {"tmx": ["b.tmx"], "moses": ["b.de", "b.en"]}.items():
+    write = [f"{sys.argv[1]}/{name}" for name in names]
+    place = dict(directory="Books", source="de", target="en", preprocess="raw", download_dir=sys.argv[1])
+    OpusRead(**place, write_mode=mode, write=write, suppress_prompts=True).printPairs()
+"""
+
+
+@pytest.mark.full
+def test_what_opustools_writes_from_a_release_is_read_alike(opus, run, tmp_path):
+    """In a folder of its own: its wheel has a package `tests`, which hides ours."""
     for code, sentences in SENTENCES.items():
         marked = "".join(f'<s id="{number}">{escape(text)}</s>\n' for number, text in enumerate(sentences, 1))
-        with zipfile.ZipFile(root / f"Books_latest_raw_{code}.zip", "w") as file:
+        with zipfile.ZipFile(tmp_path / f"Books_latest_raw_{code}.zip", "w") as file:
             file.writestr(f"Books/raw/{code}/a.xml", f'<?xml version="1.0" encoding="utf-8"?>\n<text>\n{marked}</text>')
     links = "".join(f'<link xtargets="{number};{number}" id="SL{number}"/>\n' for number in range(1, 5))
-    with gzip.open(root / "Books_latest_xml_de-en.xml.gz", "wt") as file:
+    with gzip.open(tmp_path / "Books_latest_xml_de-en.xml.gz", "wt") as file:
         file.write('<?xml version="1.0" encoding="utf-8"?>\n<cesAlign version="1.0">\n<linkGrp targType="s" ')
         file.write(f'fromDoc="de/a.xml.gz" toDoc="en/a.xml.gz">\n{links}</linkGrp>\n</cesAlign>\n')
-    for mode, names in {"tmx": ["b.tmx"], "moses": ["b.de", "b.en"]}.items():
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            OpusRead(
-                directory="Books",
-                source="de",
-                target="en",
-                preprocess="raw",
-                write_mode=mode,
-                write=[str(root / name) for name in names],
-                download_dir=str(root),
-                suppress_prompts=True,
-            ).printPairs()
-    return root
+    uv, site = Path(sys.executable).with_name("uv"), tmp_path / "site"
+    wanted = ["opustools", "ruamel.yaml"]
+    subprocess.run([uv, "pip", "install", "--quiet", "--no-deps", "--target", site, *wanted], check=True)
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    subprocess.run([sys.executable, "-c", WRITER, tmp_path], check=True, env=environment)
+    for code in SENTENCES:
+        assert (tmp_path / f"b.{code}").read_bytes() == (opus / f"b.{code}").read_bytes()
+    assert pairs(run("tmx", files=[tmp_path / "b.tmx"])) == EXPECTED
 
 
 def pairs(outcome) -> list[tuple[str, str]]:
     return [(s.content["query"][0]["text"], s.content["target"][0]["text"]) for s in outcome.samples["text-pairs"]]
-
-
-EXPECTED = list(zip(SENTENCES["de"], SENTENCES["en"], strict=True))
 
 
 @pytest.mark.parametrize("form", ["plain", "gzip", "mixed", "zip", "folder"])

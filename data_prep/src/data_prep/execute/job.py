@@ -147,6 +147,8 @@ def _go_on(job: Job, execution: Execution, log: Callable[[str], None]) -> JsonOb
         receipt = _publish(job)
     for line in table(receipt):
         log(line)
+    folders = ", ".join(str(job.target.folder(kind)) for kind in receipt["went_out"])
+    log(f"written: {folders}" + ("; receipt.json there has more places of each reason" if receipt["dropped"] else ""))
     return receipt
 
 
