@@ -56,6 +56,22 @@ def write_dataset(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def write_tar() -> Callable[[Path, list[tuple[str, bytes]]], Path]:
+    """Writes a tar of these members; gives its path."""
+
+    def write(path: Path, members: list[tuple[str, bytes]]) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path, "w") as tar:
+            for name, data in members:
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def read_all() -> Callable[[Path], list[dict]]:
     """The parsed JSON of every sample of a data set."""
 

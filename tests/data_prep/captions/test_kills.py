@@ -75,7 +75,7 @@ def test_an_answer_that_was_saved_but_not_parsed_when_the_run_died_is_judged_and
         raise Died
 
     with monkeypatch.context() as patch:
-        patch.setattr("data_prep.captions.judging.verdict_on", die)
+        patch.setattr("data_prep.captions.verdicts.verdict_on", die)
         with pytest.raises(Died):
             run()
     assert states(ledger) == {"planned": 1, "received": 1}

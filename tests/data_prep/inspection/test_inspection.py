@@ -8,7 +8,6 @@ import io
 import json
 import re
 import sys
-import tarfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -28,16 +27,6 @@ def picture(number: int = 0, size: tuple[int, int] = (40, 30)) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", size, (number * 30 % 256, 90, 200)).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 @pytest.fixture
@@ -60,7 +49,7 @@ def caption(text: str = "a cat", language: str = "en") -> list[Text]:
     return [Text(text, language, "name")]
 
 
-def test_tars_of_others_are_read_as_they_are_once_they_are_indexed(tmp_path):
+def test_tars_of_others_are_read_as_they_are_once_they_are_indexed(write_tar, tmp_path):
     ours = captions_json(caption("ours"), source="s", item="i")
     tar = write_tar(
         tmp_path / "theirs/a.tar",
@@ -106,7 +95,7 @@ def test_tars_of_others_are_read_as_they_are_once_they_are_indexed(tmp_path):
     assert (tmp_path / "out/image-short/theirs/00000-0000.tar").is_symlink()
 
 
-def test_large_letters_jpeg_and_odd_names_of_others_are_no_fault(tmp_path):
+def test_large_letters_jpeg_and_odd_names_of_others_are_no_fault(write_tar, tmp_path):
     buffer = io.BytesIO()
     Image.linear_gradient("L").save(buffer, "JPEG")
     members = [
@@ -124,7 +113,7 @@ def test_large_letters_jpeg_and_odd_names_of_others_are_no_fault(tmp_path):
     assert list(validate(folder)) == []
 
 
-def test_a_cut_tar_is_indexed_up_to_the_cut(tmp_path):
+def test_a_cut_tar_is_indexed_up_to_the_cut(write_tar, tmp_path):
     members = [(f"{n}.{end}", data) for n in range(4) for end, data in (("png", picture(n)), ("txt", b"t"))]
     tar = write_tar(tmp_path / "a.tar", members)
     tar.write_bytes(tar.read_bytes()[: 5 * 1024])
@@ -134,7 +123,7 @@ def test_a_cut_tar_is_indexed_up_to_the_cut(tmp_path):
     assert [list(dataset.read(n)) for n in range(len(dataset))] == [["png", "txt"]] * len(dataset)
 
 
-def test_text_triplets_of_others_need_all_their_parts(tmp_path):
+def test_text_triplets_of_others_need_all_their_parts(write_tar, tmp_path):
     texts = [Text("t", "de", "body")]
     whole = texts_json(texts, texts, [texts] * 7, source="s", item="i")
     tar = write_tar(tmp_path / "a.tar", [("a.json", whole), ("b.json", texts_json(texts, texts, source="s", item="i"))])
@@ -226,7 +215,7 @@ def test_validate_and_inspect_say_how_far_they_are(pictures, tmp_path, monkeypat
     assert "100% 7 of 7 units" in shown.getvalue()  # five lines of sidecars, two samples
 
 
-def test_keys_name_samples_within_a_tar_and_a_sidecar_that_points_elsewhere_is_found(tmp_path):
+def test_keys_name_samples_within_a_tar_and_a_sidecar_that_points_elsewhere_is_found(write_tar, tmp_path):
     for name in ("a", "b"):  # the same key in two tars
         write_tar(tmp_path / f"theirs/{name}.tar", [("k.png", picture()), ("k.txt", name.encode())])
     assert main(["index", str(tmp_path / "theirs"), "--out", str(tmp_path / "out"), "--workers", "1"]) == 0

@@ -44,16 +44,6 @@ def test_the_receipt_and_the_table_say_how_many_went_out(tmp_path, capsys, worke
     assert (len(dataset), list(dataset.shard_sizes)) == (6, [5, 1])
 
 
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
 def index(tmp_path: Path, *options: str) -> tuple[Dataset, dict]:
     """The data set that `index` makes of tmp_path/theirs, which `validate` finds sound, and the receipt."""
     command = ["index", str(tmp_path / "theirs"), "--out", str(tmp_path / "out"), "--workers", "1", *options]
@@ -72,7 +62,7 @@ def captions_of(dataset: Dataset) -> dict[str, list[str]]:
     return found
 
 
-def test_what_macos_leaves_in_tars_and_folders_is_passed_over_and_counted(tmp_path):
+def test_what_macos_leaves_in_tars_and_folders_is_passed_over_and_counted(write_tar, tmp_path):
     apple = bytes.fromhex("00051607000200004d6163204f53205820202020") + bytes(100)
     members = [("./._0.jpg", apple), ("./0.jpg", picture(0)), ("./._0.txt", apple), ("./0.txt", b"zero")]
     members += [("__MACOSX/1.jpg", apple), (".DS_Store", apple), ("d/.DS_Store", apple), ("1.png", picture(1))]
@@ -85,7 +75,7 @@ def test_what_macos_leaves_in_tars_and_folders_is_passed_over_and_counted(tmp_pa
     assert receipt["notes"] == {"hidden members passed over (._NAME, .DS_Store, __MACOSX)": 6}
 
 
-def test_members_of_a_sample_may_stand_apart_but_two_samples_of_one_name_are_never_mixed(tmp_path):
+def test_members_of_a_sample_may_stand_apart_but_two_samples_of_one_name_are_never_mixed(write_tar, tmp_path):
     members = [("b.txt", b"b"), ("a.png", picture(0)), ("c.png", picture(2)), ("b.png", picture(1)), ("a.txt", b"a")]
     members += [("c.jpg", picture(3)), ("c.txt", b"of the other picture"), ("b.png", picture(4)), ("b.json", b"{}")]
     write_tar(tmp_path / "theirs/a.tar", members)
@@ -95,7 +85,7 @@ def test_members_of_a_sample_may_stand_apart_but_two_samples_of_one_name_are_nev
     assert receipt["dropped"] == {"no caption (.txt, or .json with captions)": 1, "second sample of one name": 2}
 
 
-def test_names_with_dots_are_samples_of_their_own_where_they_are_whole(tmp_path):
+def test_names_with_dots_are_samples_of_their_own_where_they_are_whole(write_tar, tmp_path):
     members = [("IMG_2020.01.A.JPG", picture(0)), ("IMG_2020.01.A.txt", b"first"), ("IMG_2020.02.jpg", picture(1))]
     members += [("IMG_2020.02.txt", b"second"), ("a.jpg", picture(2)), ("a.txt", b"plain"), ("a.v2.jpg", picture(3))]
     members += [("a.v2.txt", b"version 2"), ("s.jpg", picture(4)), ("s.seg.png", picture(5)), ("s.txt", b"street")]
@@ -112,7 +102,7 @@ def test_names_with_dots_are_samples_of_their_own_where_they_are_whole(tmp_path)
     assert receipt["notes"] == {"further images and texts of a sample, not read": 1}
 
 
-def test_what_training_would_replace_is_refused_by_its_reason(tmp_path):
+def test_what_training_would_replace_is_refused_by_its_reason(write_tar, tmp_path):
     whole, gif = picture(0), io.BytesIO()
     Image.new("L", (4, 4)).save(gif, "GIF")
     samples = {
@@ -146,7 +136,7 @@ def test_what_training_would_replace_is_refused_by_its_reason(tmp_path):
     assert main(["index", str(tmp_path / "theirs"), "--out", str(tmp_path / "small"), "--max-pixels", "63"]) == 2
 
 
-def test_captions_in_a_field_of_any_name_reach_training_and_curation(tmp_path):
+def test_captions_in_a_field_of_any_name_reach_training_and_curation(write_tar, tmp_path):
     fields = [{"alt": "one", "meta": [{"text": "two"}, {"text": ["three", "one"]}]}, {"other": "x"}, {"alt": "\udc00"}]
     members = [(f"d.x/{n}.png", picture(n)) for n in range(3)]
     members += [(f"d.x/{n}.json", json.dumps(one).encode()) for n, one in enumerate(fields)]
@@ -164,7 +154,7 @@ def test_captions_in_a_field_of_any_name_reach_training_and_curation(tmp_path):
     assert list(captions_of(Dataset.open(copy.parent)).values()) == [["one", "two", "three"]]
 
 
-def test_tars_that_cannot_be_read_by_offsets_say_why(tmp_path):
+def test_tars_that_cannot_be_read_by_offsets_say_why(write_tar, tmp_path):
     good = write_tar(tmp_path / "theirs/a.tar", [("a.png", picture(0)), ("a.txt", b"a")])
     (tmp_path / "theirs/b.tar").write_bytes(gzip.compress(good.read_bytes()))
     with tarfile.open(tmp_path / "theirs/c.tar", "w", format=tarfile.PAX_FORMAT) as tar:
@@ -181,7 +171,7 @@ def test_tars_that_cannot_be_read_by_offsets_say_why(tmp_path):
     }
 
 
-def test_a_field_of_captions_is_refused_where_there_are_none(tmp_path, capsys):
+def test_a_field_of_captions_is_refused_where_there_are_none(write_tar, tmp_path, capsys):
     write_tar(tmp_path / "theirs/a.tar", [("a.json", b"{}")])
     command = ["index", str(tmp_path / "theirs"), "--out", str(tmp_path / "out")]
     assert main([*command, "--kind", "text-pairs", "--caption-key", "alt"]) == 2

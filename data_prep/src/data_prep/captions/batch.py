@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 from data_prep.captions import faults
 from data_prep.captions.images import ImageReader
-from data_prep.captions.judging import RunSettings
 from data_prep.captions.ledger import Request, RequestLedger
 from data_prep.captions.pricing import Estimate, price_unpriced
 from data_prep.captions.service import Service, request_body
+from data_prep.captions.settings import RunSettings
 from data_prep.errors import UserError
 from data_prep.shards import ShardError
 from data_prep.shards.files import writing

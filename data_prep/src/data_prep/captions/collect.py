@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 
 from data_prep.captions import faults
 from data_prep.captions.batch import NAME, Refused, described, translated_errors
-from data_prep.captions.judging import RunSettings, judge_one, judge_waiting
 from data_prep.captions.ledger import RequestLedger
 from data_prep.captions.service import Service
+from data_prep.captions.settings import RunSettings
+from data_prep.captions.verdicts import judge_one, judge_waiting
 from data_prep.errors import UserError
 from data_prep.shards.format import parse_json
 

@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 
 from data_prep.captions.faults import error_message
 from data_prep.captions.images import ImageReader
-from data_prep.captions.judging import RunSettings, judge_one, judge_waiting
 from data_prep.captions.ledger import Request, RequestLedger
 from data_prep.captions.pricing import Estimate, price_unpriced
 from data_prep.captions.rate_limit import LONGEST_WAIT, RateLimiter, retry_after
 from data_prep.captions.service import Answered, Declined, Lost, NotDone, Service, Stop
+from data_prep.captions.settings import RunSettings
+from data_prep.captions.verdicts import judge_one, judge_waiting
 from data_prep.errors import UserError
 from data_prep.shards import ShardError
 

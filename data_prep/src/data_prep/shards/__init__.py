@@ -10,7 +10,7 @@ The index makes every sample addressable by number, so a sampler can be arithmet
 needs the standard library alone.
 """
 
-from data_prep.shards.content import Unusable, content_of, texts_in
+from data_prep.shards.content import Unusable, content_of, encodes, texts_in
 from data_prep.shards.dataset import Dataset, Row
 from data_prep.shards.files import sync, write_file
 from data_prep.shards.format import KINDS, MANIFEST, SCHEMA, ShardError, ShardUnavailable, index_name
@@ -32,6 +32,7 @@ __all__ = [
     "Unusable",
     "alone",
     "content_of",
+    "encodes",
     "escaped_output",
     "index_name",
     "sync",

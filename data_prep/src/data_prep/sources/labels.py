@@ -10,6 +10,13 @@ from typing import Any
 from data_prep.errors import UserError
 from data_prep.shards.format import JsonObject
 
+# What the options of sources that read labels say.
+COLUMN = "column that says whether texts match, or how much (default: label, score, …); or none"
+POSITIVES = "labels that say that texts match, with commas (default: 1, true, entailment, …)"
+SCALE = "score of texts that say the same"
+LEAST = "share of the scale from which on a pair is a positive; others are dropped"
+GRADED = "sts: keep all pairs that have a score, with it, to evaluate on"
+
 _LABELS = ("label", "labels", "gold_label", "is_duplicate", "is_paraphrase", "is_match", "match", "relevant")
 _SCORES = ("score", "similarity", "similarity_score", "relatedness_score", "relevance", "sts_score", "cosine")
 _YES = (

@@ -16,6 +16,7 @@ from data_prep.image_rule import ImageRule
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
 from data_prep.sources.folder import inside
+from data_prep.sources.labels import COLUMN, GRADED, LEAST, POSITIVES, SCALE
 from data_prep.sources.parquet import image_bytes
 from data_prep.sources.records import Dropped, Found, ImageRecord, Row, argument, option
 from data_prep.sources.row_columns import Columns, Kinds, caption_texts, find_columns, value_at
@@ -47,13 +48,11 @@ class RowSet(ABC):
     query_column: str = option("", "column of the query")
     target_column: str = option("", "column of the target")
     negative_columns: str = option("", "columns of negatives, with commas")
-    label_column: str = option(
-        "", "column that says whether texts match, or how much (default: label, score …); or none"
-    )
-    positives: str = option("", "labels that say that texts match, with commas (default: 1, true, entailment, …)")
-    score_scale: float = option(1.0, "score of texts that say the same")
-    min_score: float = option(0.8, "share of the scale from which on a pair is a positive; others are dropped")
-    graded: str = option("pairs", "sts: keep all pairs that have a score, to evaluate on", choices=("pairs", "sts"))
+    label_column: str = option("", COLUMN)
+    positives: str = option("", POSITIVES)
+    score_scale: float = option(1.0, SCALE)
+    min_score: float = option(0.8, LEAST)
+    graded: str = option("pairs", GRADED, choices=("pairs", "sts"))
 
     @abstractmethod
     def found(self) -> tuple[Kinds | None, Iterator[JsonObject]]:

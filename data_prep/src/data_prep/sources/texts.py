@@ -16,7 +16,7 @@ from data_prep.names import is_hidden
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
 from data_prep.sources.dialects import DELIMITER, ENCODING, ESCAPE, NO_HEADER, QUOTING, Said
-from data_prep.sources.labels import Judgement, Labels
+from data_prep.sources.labels import COLUMN, GRADED, LEAST, POSITIVES, SCALE, Judgement, Labels
 from data_prep.sources.parquet import parquet_columns, parquet_pieces, read_parquet
 from data_prep.sources.records import Dropped, Found, Noted, Row, TextRecord, argument, option, pick, usual_column
 from data_prep.sources.tables import check_columns, line_pieces, noted, open_table, read_lines, read_table, shown
@@ -54,15 +54,11 @@ class Texts:
     query_column: str = option("", f"column of the query (default: the first of {', '.join(_QUERY)})")
     target_column: str = option("", f"column of the target (default: the first of {', '.join(_TARGET)})")
     negative_columns: str = option("", "columns of negatives, with commas (default: negative, neg, negative_1, …)")
-    label_column: str = option(
-        "", "column that says whether texts match, or how much (default: label, score, …); or none"
-    )
-    positives: str = option("", "labels that say that texts match, with commas (default: 1, true, entailment, …)")
-    score_scale: float = option(1.0, "score of texts that say the same")
-    min_score: float = option(0.8, "share of the scale from which on a pair is a positive; others are dropped")
-    graded: str = option(
-        "pairs", "sts: keep all pairs that have a score, with it, to evaluate on", choices=("pairs", "sts")
-    )
+    label_column: str = option("", COLUMN)
+    positives: str = option("", POSITIVES)
+    score_scale: float = option(1.0, SCALE)
+    min_score: float = option(0.8, LEAST)
+    graded: str = option("pairs", GRADED, choices=("pairs", "sts"))
     delimiter: str = option("", DELIMITER)
     quoting: str = option("", QUOTING, choices=("double", "none"))
     escape: str = option("", ESCAPE)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from data_prep.shards import encodes
+
 from stage_trainer.errors import UserError
 
 _JSON, _CSV, _TSV = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz"), (".csv", ".csv.gz"), (".tsv", ".tsv.gz")
@@ -232,23 +234,12 @@ def _cell(path: Path, number: int, columns: Columns, row: dict[str, Any]) -> Cel
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if columns.id is not None:
         stated = row.get(columns.id)
-        if isinstance(stated, bool) or not isinstance(stated, str | int) or not _encodes(stated):
+        if isinstance(stated, bool) or not isinstance(stated, str | int) or not encodes(str(stated)):
             return Cell(name, None, f"its id ({columns.id}) is {ascii(stated)[:80]}; expected a text or a number")
         name = str(stated)
-    if not _encodes(value):
+    if isinstance(value, str) and not encodes(value):
         return Cell(name, None, "it is not UTF-8, or has half a character")
     return Cell(name, value)
-
-
-def _encodes(value: object) -> bool:
-    """Whether a text can be written: halves of characters cannot."""
-    if not isinstance(value, str):
-        return True
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def shown(path: str) -> str:

@@ -71,7 +71,7 @@ class Device:
     attention: float = 0.55
     cores: int = 0
     link: float | None = None
-    launch: float = 60e-6  # Python, autograd, dispatcher and driver, beside an H200; half of that on a faster processor
+    launch: float = 60e-6  # Python, autograd, dispatcher and driver, measured beside an H200, in a virtual machine
 
     def peak(self, precision: str) -> float | None:
         """Operations a second in a recipe's `precision`, of the one device."""

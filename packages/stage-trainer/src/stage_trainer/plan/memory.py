@@ -29,8 +29,7 @@ FLOAT = 4
 BUCKET = 500_000_000  # elements that DeepSpeed reduces at once, unless the recipe says otherwise
 LIVE_WEIGHTS = 1_000_000_000  # elements that ZeRO 3 lets be whole at a time, likewise
 TILE = {"cpu": (512, 512), "cuda": (2048, 4096)}  # of the loss's logits (contrastive_losses.torch_tiles)
-COMPILED = 0.7  # of the image tower's activations that Inductor keeps for the backward pass (tests/gpu, on an H200); of
-# the text tower's it keeps all
+COMPILED = 0.7  # share of the image tower's activations that Inductor keeps, on an H200; of the text tower's all
 DERIVATIVES = 512 * 2**20  # of the loss on CUDA (contrastive_losses.triton_tiles)
 
 
