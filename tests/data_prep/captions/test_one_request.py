@@ -147,7 +147,8 @@ def test_a_connection_that_nobody_has_is_no_requests_fault(seer, planned, run, l
     monkeypatch.setattr("data_prep.captions.rate_limit._LONGEST_BACKOFF", 0.01)
 
     def behave(asked):
-        seer.server_close()  # no further connection
+        seer.shutdown()  # first: a socket that is waited on listens on after its closing
+        seer.server_close()
         return Reply(body=good(asked).body, headers={"Connection": "close"})
 
     seer.behave = behave
