@@ -1,7 +1,7 @@
 """Layouts of weight files: for each of our names the names in another library.
 
 Ours are those of `TextTower.state_dict()`, which are transformers' on disk. A layout only renames, except that
-XLM-RoBERTa stores queries, keys and values separately.
+XLM-RoBERTa and jina-embeddings-v2 store queries, keys and values separately.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ _XLM_R = (  # ours, theirs
     ("mlp.fc2.", "output.dense."),
     ("norm2.", "output.LayerNorm."),
 )
+_JINA_BERT = (*_XLM_R[:4], ("norm2.", "mlp.layernorm."))
+_RENAMED = {"xlm-r": _XLM_R, "jina-bert": _JINA_BERT}
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Layout:
     """One way to name the weights.
 
     Attributes:
-        kind: "transformers", "remote-code" (jina's own, adapters as parametrizations) or "xlm-r".
+        kind: "transformers", "remote-code" (jina's own, adapters as parametrizations) or "xlm-r"; of JinaBERT
+            "jina-bert" (jina-embeddings-v2) or "jina-bert-flash" (jina-clip-v1, our names).
         prefix: of every name, such as `roberta.`.
     """
 
@@ -44,6 +47,8 @@ class Layout:
         prefix = next((key[: key.index(mark)] for mark in marks for key in keys if mark in key), "")
         if any(".parametrizations." in key for key in keys):
             return cls("remote-code", prefix)
+        if any(".mlp.gated_layers." in key for key in keys):
+            return cls("jina-bert" if any(".attention.self." in key for key in keys) else "jina-bert-flash", prefix)
         return cls("xlm-r" if any(".attention.self." in key for key in keys) else "transformers", prefix)
 
     def __str__(self) -> str:
@@ -51,8 +56,11 @@ class Layout:
             "transformers": "jina_embeddings_v3, as transformers writes it",
             "remote-code": "jina's remote-code layout, with parametrizations",
             "xlm-r": "XLM-RoBERTa",
+            "jina-bert": "JinaBERT, as jina-embeddings-v2",
+            "jina-bert-flash": "JinaBERT, as jina-clip-v1",
         }[self.kind]
-        return f"the text half of jina-clip-v2 ({title})" if self.is_half else title
+        whole = "jina-clip-v1" if self.kind.startswith("jina-bert") else "jina-clip-v2"
+        return f"the text half of {whole} ({title})" if self.is_half else title
 
     @property
     def is_half(self) -> bool:
@@ -70,9 +78,9 @@ class Layout:
         if self.kind == "remote-code" and f"{module}.lora_A" in every_name and leaf != "bias":
             leaf = {"weight": "original"}.get(leaf, f"0.{leaf}")
             return [f"{self.prefix}{module}.parametrizations.weight.{leaf}"]
-        if self.kind != "xlm-r":
+        if self.kind not in _RENAMED:
             return [self.prefix + ours]
-        for our_part, their_part in _XLM_R:
+        for our_part, their_part in _RENAMED[self.kind]:
             ours = re.sub(rf"(^|\.){re.escape(our_part)}", rf"\g<1>{their_part}", ours)
         parts = ("query", "key", "value") if ".mixer.Wqkv." in ours else ("",)
         return [self.prefix + ours.replace("mixer.Wqkv", f"attention.self.{part}") for part in parts]
@@ -87,7 +95,7 @@ class Layout:
 
     def without_the_rest(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights without heads, poolers, absolute positions and an image half."""
-        heads = ("lm_head.", "classifier.", "qa_outputs.", f"{self.prefix}pooler.")
+        heads = ("lm_head.", "cls.", "classifier.", "qa_outputs.", f"{self.prefix}pooler.")
         positions = ("position_embeddings.", "position_ids") if self.kind == "xlm-r" else ("position_ids",)
         others = (*heads, *(f"{self.prefix}embeddings.{name}" for name in positions))
         if self.is_half:
