@@ -157,6 +157,8 @@ def test_what_cannot_be_meant_is_refused_when_it_is_read(recipes, override):
     [
         (["loss={kind: unified, dims: [64]}", "batch={image_text: 8}"], "a unified loss is over both tasks; give"),
         (["loss={kind: unified, dims: [64]}", "task_start={image_text: 5}"], "over both tasks in every step"),
+        (["data.image_text.0.graded=true"], "'graded' is for text pairs; leave it out of data.image_text"),
+        (["loss={kind: sigmoid, dims: [64]}", "data.text.0.graded=true"], "'graded' pairs, .*loss.kind is 'sigmoid'"),
         (["loss.temperature=shared", "batch={image_text: 8}"], "only batch.image_text is above 0"),
         (["loss.temperature=fixed", "loss.kind=sigmoid", "trainable={image: none}", "lr={text: 1e-3}"],
          "lr.image is missing, and the bias of the image-text loss trains at it"),

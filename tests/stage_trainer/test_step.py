@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from contrastive_losses import matryoshka_info_nce
+from contrastive_losses.plain import plain_cosent
 from stage_trainer.batch import Batch, image_chunks, packed_chunks, text_chunks
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.recipe import GradientCache, LossConfig
@@ -17,9 +18,15 @@ from torch.nn.functional import cross_entropy, normalize, softplus
 from vision_tower import VisionTower, VisionTowerConfig
 
 BOTH = ("image_text", "text")
-OF_KIND = {"multi_task": {}, "sigmoid": {}, "unified": {"negatives": 0, "views": 2}}
+OF_KIND = {
+    "multi_task": {},
+    "graded": {"negatives": 0, "graded": True},
+    "sigmoid": {},
+    "unified": {"negatives": 0, "views": 2},
+}
 LOSSES = {
     "multi_task": LossConfig(dims=(32, 16)),
+    "graded": LossConfig(dims=(32, 16), weights=(1.0, 2.5)),
     "sigmoid": LossConfig(
         "sigmoid", dims=(32, 16), weights=(1.0, 2.5), temperature="shared", false_negative_margin=0.1
     ),
@@ -77,7 +84,7 @@ def deepspeed_engine(objective, recipe, saved=None):
     return engine
 
 
-def make_batch(images=7, pairs=6, negatives=3, seed=0, rows=slice(None), views=0) -> Batch:
+def make_batch(images=7, pairs=6, negatives=3, seed=0, rows=slice(None), views=0, graded=False) -> Batch:
     """The rows of a global batch: of its pairs of both kinds, and of its views of each image."""
     g = torch.Generator().manual_seed(seed)
     texts = [
@@ -97,6 +104,7 @@ def make_batch(images=7, pairs=6, negatives=3, seed=0, rows=slice(None), views=0
         pairs=len(p),
         negatives=negatives,
         text_ids=torch.arange(pairs)[rows],
+        scores=torch.tensor([0.5, 3, 0.5, 2, 5, 1, 4][:pairs], dtype=torch.float64)[rows] if graded else None,
     )
 
 
@@ -243,6 +251,30 @@ def test_a_sigmoid_loss_is_siglips_with_a_bias_for_each_task_and_the_temperature
     assert losses == {task: pytest.approx(loss.item(), rel=1e-9) for task, loss in expected.items()}
     assert gradients.keys() == engine.gradients().keys() >= {"logit_scale", "logit_bias", "text_logit_bias"}
     assert "text_logit_scale" not in gradients
+    for name, gradient in engine.gradients().items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-8, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("cache", [None, GradientCache(2, 10)])
+def test_graded_pairs_are_ranked_at_the_temperature_of_the_text_loss(cache):
+    batch = make_batch(**OF_KIND["graded"])
+    engine = PlainEngine("graded")
+    embedded = engine.forward(batch, patch_dropout=0.5)
+    captions, queries, targets = embedded.texts.split([7, 6, 6])
+    model, options = engine.objective.model, {"dims": (32, 16), "weights": (1.0, 2.5)}
+    of_images = torch.exp(-model.logit_scale)
+    expected = {
+        "image_text": matryoshka_info_nce(
+            captions, embedded.images, temperature=of_images, query_ids=batch.image_ids, **options
+        ),
+        "graded": plain_cosent(
+            queries, targets, batch.scores, temperature=torch.exp(-model.text_logit_scale), **options
+        ).squeeze(),
+    }
+    sum(expected.values()).backward()
+    losses, gradients, _ = step(batch, cache, kind="graded")
+    assert losses == {task: pytest.approx(loss.item(), rel=1e-9) for task, loss in expected.items()}
+    assert gradients.keys() == engine.gradients().keys()
     for name, gradient in engine.gradients().items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-8, atol=1e-11, msg=name)
 

@@ -47,12 +47,14 @@ class Batch(Part):
         pairs: P.
         negatives: K.
         text_ids: `[P]` int64, equal for pairs about the same item.
+        scores: `[P]` float64, how alike the texts of a pair are; None of pairs that are not graded.
     """
 
     image_ids: Tensor
     pairs: int
     negatives: int
     text_ids: Tensor
+    scores: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -77,11 +77,16 @@ class Source:
     others of its task.
 
     Where a sample has its text in several languages one is drawn; `target_language` names the language to prefer for
-    the targets of text pairs (English as the pivot of thirty languages, for example)."""
+    the targets of text pairs (English as the pivot of thirty languages, for example).
+
+    `graded` text pairs have a "score" each, as those of STS: their batches (each is from one source) are ranked by
+    CoSENT (`contrastive_losses.matryoshka_cosent`) at the temperature of the text loss, instead of being contrasted.
+    """
 
     path: str
     rate: Float = 1.0
     target_language: str | None = None
+    graded: bool = False
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -40,6 +40,13 @@ def _check_pairs(model: ModelConfig, stage: Stage, here: str) -> None:
     for task in ("image_text", "text"):
         if any(source.rate <= 0 for source in getattr(stage.data, task)):
             raise UserError(f"{here}: every rate of data.{task} should be above 0; leave out what is not wanted")
+    if any(source.graded for source in stage.data.image_text):
+        raise UserError(f"{here}: 'graded' is for text pairs; leave it out of data.image_text")
+    if stage.loss.kind != "multi_task" and any(source.graded for source in stage.data.text):
+        raise UserError(
+            f"{here}: data.text has 'graded' pairs, which are ranked instead of contrasted, and loss.kind is "
+            f"{stage.loss.kind!r}; leave them to a stage of their own, or set loss.kind to 'multi_task'"
+        )
     for name in ("resolution", "patch_dropout"):
         _check_schedule(stage, name, here)
     if not all(0 <= rate < 1 for _, rate in stage.patch_dropout):

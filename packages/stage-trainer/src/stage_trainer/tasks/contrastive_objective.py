@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from contrastive_losses import matryoshka_info_nce, matryoshka_sigmoid, unified_info_nce
+from contrastive_losses import matryoshka_cosent, matryoshka_info_nce, matryoshka_sigmoid, unified_info_nce
 from torch import Tensor, nn
 from vision_tower import patch_keep_indices
 
@@ -92,7 +92,7 @@ class ContrastiveObjective(TrainedObjective):
         return Embedded(images, texts, scalars)
 
     def losses(self, embedded: Embedded, batch: Batch, *, pairs: tuple[str, ...], group: Any = None) -> Losses:
-        """Each loss with its `LossStats`, over the global batch of all ranks.
+        """Each loss with its `LossStats`, over the global batch of all ranks; that of graded pairs, "graded", has none.
 
         Args:
             embedded: of this rank's part of the batch.
@@ -128,6 +128,9 @@ class ContrastiveObjective(TrainedObjective):
         losses: dict[str, Any] = {}
         for name in pairs:
             queries, targets, hard, ids = of_pairs[name]
+            if name == "text" and batch.scores is not None:
+                losses["graded"] = self._graded_loss(queries, targets, batch.scores, temperatures[name], group), None
+                continue
             options |= {"negatives": hard, "query_ids": ids, "target_ids": ids, "temperature": temperatures[name]}
             if self.loss.kind == "sigmoid":
                 bias = embedded.scalars[f"{name}_bias"]
@@ -135,6 +138,13 @@ class ContrastiveObjective(TrainedObjective):
             else:
                 losses[name] = matryoshka_info_nce(queries, targets, **options)
         return losses
+
+    def _graded_loss(self, queries: Tensor, targets: Tensor, scores: Tensor, temperature: Tensor, group: Any) -> Tensor:
+        scores = scores.to(queries.device, non_blocking=True)
+        dims, weights = self.loss.dims, self.loss.weights or None
+        return matryoshka_cosent(
+            queries, targets, scores, temperature=temperature, dims=dims, weights=weights, group=group
+        )
 
     def after_step(self, engine: Engine) -> None:
         """Keeps the temperatures that train from falling below their floor, which limits their logarithms."""
@@ -152,6 +162,7 @@ class ContrastiveObjective(TrainedObjective):
         accuracies = {
             f"train_accuracy_{name}/{dim}": (forth + back) / 2
             for name, (_, stats) in losses.items()
+            if stats is not None
             for dim, (forth, back) in zip(
                 self.loss.dims,
                 torch.stack([stats.query_to_target_accuracy, stats.target_to_query_accuracy], dim=1).tolist(),
