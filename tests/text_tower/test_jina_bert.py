@@ -309,9 +309,10 @@ def test_a_word_piece_that_is_not_berts_is_refused(published, change, words):
 
 def test_a_list_of_other_words_beside_it_is_refused(published):
     folder = published()
-    (folder / "vocab.txt").write_text("[PAD]\nother\n")
-    with pytest.raises(ValueError, match=r"vocab.txt beside it lists other words"):
-        Tokenizer.from_file(folder)
+    for content in (b"[PAD]\nother\n", b"\xff\xfe"):
+        (folder / "vocab.txt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"vocab.txt beside it lists other words"):
+            Tokenizer.from_file(folder)
 
 
 # The tower's own abilities, with the new block.

@@ -150,7 +150,7 @@ def _alibi(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, kernel: Callable[...
 
     The bias depends on i − j alone. With keys in reverse order that is a sum, i + j, so a view of 2L − 1 numbers a head
     is the whole bias: at 8,192 tokens 800 KB instead of 3 GB, and nothing that the backward pass would keep. (PyTorch's
-    CPU kernel reads such a view as it is, its CUDA kernels copy it.)
+    CPU kernel reads such a view as it is; where a kernel needs aligned rows, PyTorch copies it.)
     """
     length = q.shape[-2]
     distances = torch.arange(1 - length, length, device=q.device).abs()

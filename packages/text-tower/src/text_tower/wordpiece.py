@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from text_tower.fields import shown
+from text_tower.fields import OBJECT, field, shown
 from text_tower.tokenizer_files import (
     CONFIG_FILE,
     HARMLESS,
@@ -115,9 +115,9 @@ def _check_config(config: Mapping[str, Any], stored: Mapping[str, Any], name: st
         if (found := config.get(key)) is not None and found not in values:
             raise ValueError(f"{here} {key} {shown(found)}; this tokenizer knows {values[0]!r} only")
     added = {str(t.get("id")): t.get("content") for t in stored.get("added_tokens") or [] if isinstance(t, dict)}
-    decoder = config.get("added_tokens_decoder")
-    said = {i: t.get("content") if isinstance(t, dict) else t for i, t in dict(decoder or {}).items()}
-    if decoder is not None and said != added:
+    decoder = field(config, "added_tokens_decoder", OBJECT, f"{name}: {CONFIG_FILE}", {})
+    said = {i: t.get("content") if isinstance(t, dict) else t for i, t in decoder.items()}
+    if said not in ({}, added):
         raise ValueError(f"{here} other added tokens than tokenizer.json ({shown(said)}, {shown(added)}); expected the "
                          "same")  # fmt: skip
     unknown = sorted(k for k in config.keys() - _APPLIED - _ONLY.keys() - HARMLESS if config[k] not in (None, {}, []))
@@ -132,7 +132,7 @@ def _check_words(files: Mapping[str, bytes], encoder: Any, name: str) -> None:
     """That vocab.txt, which other libraries read instead, lists the same words."""
     if WORDS_FILE not in files:
         return
-    words = files[WORDS_FILE].decode("utf-8").split("\n")
+    words = files[WORDS_FILE].decode("utf-8", "replace").split("\n")
     words = words[:-1] if words[-1] == "" else words
     listed = {word.rstrip("\r"): i for i, word in enumerate(words)}
     if listed != encoder.get_vocab(with_added_tokens=False):
