@@ -5,11 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from data_prep.shards import Dataset
 from PIL import Image
 from stage_trainer import DualEncoder
+from stage_trainer.build import build_model, tower_configs
 from stage_trainer.commands.dry_run import dry_run
+from stage_trainer.errors import UserError
+from stage_trainer.formats.jina_clip import check_fits
 from stage_trainer.recipe.read import load
+from text_tower import TextTower, TextTowerConfig
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +51,25 @@ def test_a_dry_run_counts_the_published_parameters():
     assert "136,777,728  text" in text
     assert "85,869,312  vision at 224 px, a grid of 14 × 14 patches" in text
     assert "our choice  steps" in text
+
+
+def test_it_starts_from_jina_embeddings_v2_and_a_tower_that_the_layout_can_hold(tmp_path):
+    recipe = load(RECIPE).recipe
+    _, vision = tower_configs(recipe, 1)
+    assert (vision.reference_grid, vision.grid) == (None, (14, 14))
+    check_fits(vision)
+    shape = {"vocab_size": 48, "width": 24, "layers": 1, "heads": 6, "mlp_width": 16}
+    kind = {"positions": "alibi", "mlp": "geglu", "token_types": 2, "pad_id": 0, "layer_norm_eps": 1e-12}
+    there = TextTower(TextTowerConfig(**shape, **kind))
+    there.save_pretrained(tmp_path / "v2")
+    here = [f"model.text_weights={tmp_path}/v2", "model.vision_weights=null", "model.override={}",
+            "model.vision={patch: 16, width: 24, layers: 1, heads: 2, reference_grid: null}"]  # fmt: skip
+    here += [f"stages.{stage}.loss.dims=[24]" for stage in (1, 2, 3)]
+    here += [f"model.text.{name}={value}" for name, value in shape.items()]
+    model = build_model(load(RECIPE, here).recipe, 1)
+    torch.testing.assert_close(dict(model.text.state_dict()), dict(there.state_dict()), rtol=0, atol=0)
+    with pytest.raises(UserError, match="model.text.token_types is 1, but the weights in .* say 2"):
+        build_model(load(RECIPE, [*here, "model.text.token_types=1"]).recipe, 1)
 
 
 def write_tokenizer(folder, corpus):
