@@ -89,6 +89,7 @@ def whole_folders() -> dict[str, Files]:
     """Whole folders, by what loads them and how they were written."""
     import torch
     from stage_trainer.dual_encoder import DualEncoder
+    from stage_trainer.formats import open_clip
     from text_tower import TextTower, TextTowerConfig
     from text_tower.tokenizer import Tokenizer
     from vision_tower import VisionTower, VisionTowerConfig
@@ -111,8 +112,10 @@ def whole_folders() -> dict[str, Files]:
         text.save_pretrained(place / "remote", layout="remote-code")
         plain.save_pretrained(place / "plain")
         vision.save_pretrained(place / "vision")
-        DualEncoder(plain, vision, matryoshka_dims=(32, 16)).save_pretrained(place / "whole")
-        stored = {one: _read(place / one) for one in ("text", "peft", "remote", "plain", "vision", "whole")}
+        whole = DualEncoder(plain, vision, matryoshka_dims=(32, 16))
+        whole.save_pretrained(place / "whole")
+        open_clip.write(whole, place / "clip", "some/model", lambda _: "")
+        stored = {one: _read(place / one) for one in ("text", "peft", "remote", "plain", "vision", "whole", "clip")}
     adapted = {n: c for n, c in stored["peft"].items() if n.startswith("model/retrieval.query/")}
     weights = {"model/model.safetensors": stored["vision"]["model/model.safetensors"]}
     sentences = {
@@ -139,6 +142,7 @@ def whole_folders() -> dict[str, Files]:
         },
         "headless/open_clip": {**weights, "model/open_clip_config.json": dumped(_OPEN_CLIP)},
         "whole/ours": stored["whole"],
+        "whole/open_clip": stored["clip"],
     }
 
 

@@ -19,7 +19,7 @@ import torch
 from stage_trainer import hub
 from stage_trainer.dual_encoder import FORMAT, read_config
 from stage_trainer.errors import UserError
-from stage_trainer.formats import jina_clip_read
+from stage_trainer.formats import jina_clip_read, open_clip_read
 from stage_trainer.recipe import ModelConfig
 from stage_trainer.recipe.schema import NEW_TEMPERATURE
 from stage_trainer.recipe.tower_rules import build_config
@@ -181,6 +181,8 @@ def _held_scales(whole: Path) -> tuple[float, float] | None:
     if _is_ours(whole):
         config = read_config(whole)
         return config.logit_scale, config.text_logit_scale
+    if open_clip_read.is_one(whole):
+        return open_clip_read.held_scales(whole)
     scale = jina_clip_read.logit_scale(whole)
     if scale is None:
         return None

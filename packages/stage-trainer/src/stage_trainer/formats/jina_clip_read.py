@@ -15,6 +15,7 @@ from text_tower.config_keys import CLIP_KEY
 
 from stage_trainer.errors import UserError
 from stage_trainer.files import read_json
+from stage_trainer.formats.onnx import graphs_in
 
 if TYPE_CHECKING:
     from text_tower import TextTower
@@ -55,15 +56,19 @@ def read(folder: Path, text: dict[str, Any], vision: dict[str, Any]) -> Parts:
 
     from stage_trainer.formats.jina_clip_layout import unnamed
 
+    if graphs_in(folder):
+        raise UserError(
+            f"{folder} holds ONNX graphs and no weights: it is for ONNX Runtime and transformers.js (its README.md has "
+            "examples). Name the model that it was exported from"
+        )
     try:
         towers = TextTower.from_pretrained(folder, **text), VisionTower.from_pretrained(folder, **vision)
         keys = read_shapes(folder)
     except (ValueError, OSError) as error:  # the towers say what is missing or damaged
         raise UserError(f"cannot load {folder}: {error}") from error
     if others := unnamed(keys, towers[0].config, towers[1].config):
-        named = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
         raise UserError(
-            f"cannot load {folder}: its weights have {named}, which jina-clip-v2 does not; such a model computes "
+            f"cannot load {folder}: its weights have {few(others)}, which jina-clip-v2 does not; such a model computes "
             "something else. Expected its layout exactly"
         )
     found = logit_scale(folder)
@@ -71,11 +76,17 @@ def read(folder: Path, text: dict[str, Any], vision: dict[str, Any]) -> Parts:
         has = "none" if found is None else f"one of shape {list(found.shape)}"
         raise UserError(f"cannot load {folder}: its weights have no logit_scale of shape [], but {has}")
     scale = as_scale(found, folder)
-    return Parts(*towers, scale, stated_text_scale(folder, scale), _dims(folder, towers[0].config.width))
+    return Parts(*towers, scale, stated_text_scale(folder, scale), stated_dims(folder, towers[0].config.width))
 
 
-def logit_scale(folder: Path) -> Tensor | None:
-    """The tensor of that name in a directory's file of weights; None if there is no such file or name.
+def few(names: list[str]) -> str:
+    """The first of many names, for a message."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def logit_scale(folder: Path, weights: tuple[str, str] = ("model.safetensors", "pytorch_model.bin")) -> Tensor | None:
+    """The tensor of that name in a directory's file of weights (safetensors or a pickle); None if there is no such file
+    or name.
 
     Raises:
         UserError: the file cannot be read.
@@ -84,14 +95,14 @@ def logit_scale(folder: Path) -> Tensor | None:
 
     found: Any = None
     try:
-        if (file := folder / "model.safetensors").is_file():
+        if (file := folder / weights[0]).is_file():
             from safetensors import safe_open
 
-            with safe_open(file, framework="pt") as content:
-                found = content.get_tensor("logit_scale") if "logit_scale" in content.keys() else None  # noqa: SIM118
-        elif (file := folder / "pytorch_model.bin").is_file():
-            weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            found = weights.get("logit_scale") if isinstance(weights, dict) else None
+            with safe_open(file, framework="pt") as tensors:
+                found = tensors.get_tensor("logit_scale") if "logit_scale" in tensors.keys() else None  # noqa: SIM118
+        elif (file := folder / weights[1]).is_file():
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            found = content.get("logit_scale") if isinstance(content, dict) else None
     except Exception as error:  # torch and safetensors raise many kinds for a file that is not theirs
         raise UserError(f"{file} cannot be read for its logit_scale ({error}); copy or download it again") from error
     if found is not None and not (isinstance(found, torch.Tensor) and found.numel() == 1):
@@ -126,7 +137,7 @@ def stated_text_scale(folder: Path, scale: float) -> float:
     return float(found)
 
 
-def _dims(folder: Path, width: int) -> tuple[int, ...] | None:
+def stated_dims(folder: Path, width: int) -> tuple[int, ...] | None:
     """`matryoshka_dimensions`, as far as the towers have so many."""
     found = read_json(folder / "config.json").get("matryoshka_dimensions")
     if found is not None and not (isinstance(found, list) and all(type(n) is int and 0 < n < 2**31 for n in found)):
