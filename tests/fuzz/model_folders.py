@@ -102,9 +102,10 @@ def whole_folders() -> dict[str, Files]:
         lora = {"adapters": ("retrieval.query", "second"), "lora_rank": 2, "lora_alpha": 2.0}
         text = TextTower(TextTowerConfig(**shape, **lora), tokenizer)  # type: ignore[arg-type]
         plain = TextTower(TextTowerConfig(**shape), tokenizer)  # type: ignore[arg-type]
+        fitting = TextTower(TextTowerConfig(**{**shape, "vocab_size": tokenizer.vocab_size}), tokenizer)  # type: ignore[arg-type]
         small: dict[str, Any] = {"patch": 8, "width": 32, "layers": 1, "heads": 2, "mlp_width": 85}
         vision = VisionTower(VisionTowerConfig(resolution=16, **small))
-        for tower in (text, plain, vision):
+        for tower in (text, plain, fitting, vision):
             for parameter in tower.parameters():  # of one value: the corpus packs it to nothing
                 torch.nn.init.constant_(parameter, 0.02)
         text.save_pretrained(place / "text")
@@ -112,9 +113,8 @@ def whole_folders() -> dict[str, Files]:
         text.save_pretrained(place / "remote", layout="remote-code")
         plain.save_pretrained(place / "plain")
         vision.save_pretrained(place / "vision")
-        whole = DualEncoder(plain, vision, matryoshka_dims=(32, 16))
-        whole.save_pretrained(place / "whole")
-        open_clip.write(whole, place / "clip", "some/model", lambda _: "")
+        DualEncoder(plain, vision, matryoshka_dims=(32, 16)).save_pretrained(place / "whole")
+        open_clip.write(DualEncoder(fitting, vision), place / "clip", "some/model", lambda _: "")
         stored = {one: _read(place / one) for one in ("text", "peft", "remote", "plain", "vision", "whole", "clip")}
     adapted = {n: c for n, c in stored["peft"].items() if n.startswith("model/retrieval.query/")}
     weights = {"model/model.safetensors": stored["vision"]["model/model.safetensors"]}
