@@ -27,6 +27,7 @@ def model(make_model) -> DualEncoder:
     with torch.no_grad():
         model.logit_scale.fill_(2.5)
         model.text_logit_scale.fill_(3.25)
+    model.set_biases((-4.5, -1.25))
     return model
 
 
@@ -88,6 +89,7 @@ def test_a_merged_adapter_stays_merged_from_format_to_format(make_model, tmp_pat
 def test_training_starts_from_it_with_its_temperatures(folder):
     recipe = ModelConfig(weights=str(folder))
     assert weights.log_scales(recipe) == (2.5, 3.25)
+    assert weights.biases(recipe) == (-4.5, -1.25)
     (place,) = {weights.tower_weights(recipe, tower, fetch=False) for tower in ("text", "vision")}
     text, unsettled = weights.given(place, "text")
     assert (text.rope_theta, unsettled) == (500.0, frozenset())
@@ -112,6 +114,7 @@ def test_what_open_clip_itself_saves_is_read(written, model, tmp_path, sentences
         change(out / "config.json", key)
     texts = [text.strip() for text in sentences if text]
     images = [picture.image.convert("RGB") for picture in pictures]
+    assert theirs.logit_bias.item() == -4.5  # as a sigmoid loss learns one
     with torch.no_grad():
         of_texts = theirs.eval().encode_text(tokenizer(texts), normalize=True).numpy()
         of_images = theirs.encode_image(torch.stack([preprocess(image) for image in images]), normalize=True).numpy()
@@ -121,6 +124,7 @@ def test_what_open_clip_itself_saves_is_read(written, model, tmp_path, sentences
         assert np.abs(back.encode_text(texts) - of_texts).max() < 2e-6  # cut at 20 tokens, as open_clip does
         assert np.abs(back.encode_image(images) - of_images).max() < 2e-6
         assert (back.logit_scale.item(), back.text_logit_scale.item(), back.matryoshka_dims) == (2.5, 2.5, None)
+        assert (back.logit_bias.item(), back.text_logit_bias.item()) == (-4.5, -4.5)
     assert np.abs(model.encode_text(texts) - of_texts).max() > 0.01
 
 
@@ -171,6 +175,8 @@ TEXT, VISION = ("model_cfg", "text_cfg"), ("model_cfg", "vision_cfg")
         ("config.json", ("model_args", "depth"), 3, "missing: blocks.2"),
         ("config.json", ("made_up",), 1, "has made_up 1"),
         ("config.json", ("trilith_clip", "text_logit_scale"), 99, "text_logit_scale is '?99"),
+        ("config.json", ("trilith_clip", "text_logit_bias"), "x", "text_logit_bias is 'x'"),
+        ("config.json", ("trilith_clip", "more"), 1, "trilith_clip has more, not known there"),
         ("config.json", ("trilith", "tokenizer_fingerprint"), "other", "has another tokenizer than"),
     ],
 )
@@ -241,7 +247,8 @@ def absolute(folder: Path) -> None:
         (with_tensor("text.proj.weight", 32, 32), "text.proj.weight"),
         (with_tensor("visual.head.proj.weight", 32, 32), "its weights have visual.head.proj.weight"),
         (with_tensor("visual.trunk.head.weight", 8, 32), "its weights have visual.trunk.head.weight"),
-        (with_tensor("logit_bias"), "unexpected: logit_bias"),
+        (with_tensor("logit_bias", 2), "logit_bias is "),
+        (with_tensor("head.weight", 2), "unexpected: head.weight|its weights have head.weight"),
         (with_tensor("logit_scale", 2), "logit_scale is "),
         (without_scale, "its weights have no logit_scale"),
         (absolute, "says 'jina_embeddings_v3', but the weights are named as in XLM-RoBERTa|as open_clip's text tower"),

@@ -19,14 +19,13 @@ from stage_trainer.encoding.precision import AUTO, computing_in, dtype_of
 from stage_trainer.errors import UserError
 from stage_trainer.files import whole_directory
 from stage_trainer.formats import jina_clip_read, open_clip_read
-from stage_trainer.formats.jina_clip_read import Parts
+from stage_trainer.formats.jina_clip_read import BIASES, Parts
 
 if TYPE_CHECKING:
     from text_tower import TextTower
     from vision_tower import VisionTower
 
 FORMAT = "trilith-dual-encoder/1"
-BIASES = ("logit_bias", "text_logit_bias")
 TEXT, VISION = "text", "vision"  # the towers' folders
 
 
@@ -172,9 +171,7 @@ class DualEncoder(nn.Module):
             )
         except (ValueError, OSError) as error:  # the towers say what is missing or damaged
             raise UserError(f"cannot load {path}: {error}") from error
-        model = cls._of(Parts(*towers, config.logit_scale, config.text_logit_scale, config.dims))
-        model.set_biases(config.biases)
-        return model
+        return cls._of(Parts(*towers, config.logit_scale, config.text_logit_scale, config.dims, config.biases))
 
     @classmethod
     def _of(cls, parts: Parts) -> DualEncoder:
@@ -182,6 +179,7 @@ class DualEncoder(nn.Module):
         with torch.no_grad():
             model.logit_scale.fill_(parts.logit_scale)
             model.text_logit_scale.fill_(parts.text_logit_scale)
+        model.set_biases(parts.biases)
         return model
 
 

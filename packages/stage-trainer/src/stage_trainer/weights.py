@@ -180,7 +180,13 @@ def log_scales(model: ModelConfig) -> tuple[float, float]:
 def biases(model: ModelConfig) -> tuple[float, float] | None:
     """A sigmoid loss's biases of the image-text and the text task, of the whole model that both towers are from."""
     whole = whole_model(model)
-    return read_config(whole).biases if whole and _is_ours(whole) else None
+    if whole is None:
+        return None
+    if _is_ours(whole):
+        return read_config(whole).biases
+    if open_clip_read.is_one(whole):
+        return open_clip_read.held_biases(whole)
+    return jina_clip_read.stated_biases(whole) if jina_clip_read.is_one(whole) else None
 
 
 def _held_scales(whole: Path) -> tuple[float, float] | None:
@@ -189,7 +195,7 @@ def _held_scales(whole: Path) -> tuple[float, float] | None:
         return config.logit_scale, config.text_logit_scale
     if open_clip_read.is_one(whole):
         return open_clip_read.held_scales(whole)
-    scale = jina_clip_read.logit_scale(whole)
+    scale = jina_clip_read.scalar(whole)
     if scale is None:
         return None
     number = jina_clip_read.as_scale(scale, whole)

@@ -108,7 +108,7 @@ class Layout:
         if self.is_half:
             others += ("vision_model.", "logit_scale")
         if self.kind == "open-clip":
-            others += ("visual.", "logit_scale")
+            others += ("visual.", "logit_scale", "logit_bias")
         return {name: tensor for name, tensor in weights.items() if not name.startswith(others)}
 
     def without_merged(self, weights: Mapping[str, Tensor]) -> tuple[Layout, dict[str, Tensor]]:

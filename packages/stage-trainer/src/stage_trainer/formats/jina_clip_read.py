@@ -23,16 +23,20 @@ if TYPE_CHECKING:
     from vision_tower import VisionTower
 
 MODEL_TYPE = "jina_clip"
+BIASES = ("logit_bias", "text_logit_bias")
+"""What a sigmoid loss learns beside the temperatures: names of `DualEncoder`'s parameters, and of keys."""
 
 
 class Parts(NamedTuple):
-    """What a model is made of. The published one has a single temperature, which both tasks then have."""
+    """What a model is made of. The published one has a single temperature, which both tasks then have, and no biases of
+    a sigmoid loss."""
 
     text: TextTower
     vision: VisionTower
     logit_scale: float
     text_logit_scale: float
     dims: tuple[int, ...] | None
+    biases: tuple[float, float] | None = None
 
 
 def is_one(folder: Path) -> bool:
@@ -71,12 +75,13 @@ def read(folder: Path, text: dict[str, Any], vision: dict[str, Any]) -> Parts:
             f"cannot load {folder}: its weights have {few(others)}, which jina-clip-v2 does not; such a model computes "
             "something else. Expected its layout exactly"
         )
-    found = logit_scale(folder)
+    found = scalar(folder)
     if found is None or found.ndim:
         has = "none" if found is None else f"one of shape {list(found.shape)}"
         raise UserError(f"cannot load {folder}: its weights have no logit_scale of shape [], but {has}")
     scale = as_scale(found, folder)
-    return Parts(*towers, scale, stated_text_scale(folder, scale), stated_dims(folder, towers[0].config.width))
+    dims = stated_dims(folder, towers[0].config.width)
+    return Parts(*towers, scale, stated_text_scale(folder, scale), dims, stated_biases(folder))
 
 
 def few(names: list[str]) -> str:
@@ -84,8 +89,10 @@ def few(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def logit_scale(folder: Path, weights: tuple[str, str] = ("model.safetensors", "pytorch_model.bin")) -> Tensor | None:
-    """The tensor of that name in a directory's file of weights (safetensors or a pickle); None if there is no such file
+def scalar(
+    folder: Path, name: str = "logit_scale", weights: tuple[str, str] = ("model.safetensors", "pytorch_model.bin")
+) -> Tensor | None:
+    """A tensor of one number in a directory's file of weights (safetensors or a pickle); None if there is no such file
     or name.
 
     Raises:
@@ -99,14 +106,14 @@ def logit_scale(folder: Path, weights: tuple[str, str] = ("model.safetensors", "
             from safetensors import safe_open
 
             with safe_open(file, framework="pt") as tensors:
-                found = tensors.get_tensor("logit_scale") if "logit_scale" in tensors.keys() else None  # noqa: SIM118
+                found = tensors.get_tensor(name) if name in tensors.keys() else None  # noqa: SIM118
         elif (file := folder / weights[1]).is_file():
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            found = content.get("logit_scale") if isinstance(content, dict) else None
+            found = content.get(name) if isinstance(content, dict) else None
     except Exception as error:  # torch and safetensors raise many kinds for a file that is not theirs
-        raise UserError(f"{file} cannot be read for its logit_scale ({error}); copy or download it again") from error
+        raise UserError(f"{file} cannot be read for its {name} ({error}); copy or download it again") from error
     if found is not None and not (isinstance(found, torch.Tensor) and found.numel() == 1):
-        raise UserError(f"{file}: logit_scale is {str(found)[:200]}; expected one number, ln(1 / temperature)")
+        raise UserError(f"{file}: {name} is {str(found)[:200]}; expected one number")
     return found
 
 
@@ -124,15 +131,41 @@ def stated_text_scale(folder: Path, scale: float) -> float:
     Raises:
         UserError: config.json says something else there.
     """
+    return _stated(folder, "text_logit_scale", 20, scale)
+
+
+def stated_biases(folder: Path, in_weights: float | None = None) -> tuple[float, float] | None:
+    """A sigmoid loss's biases, of the image-text and the text task, in a directory that we wrote; None if it has none.
+
+    Args:
+        in_weights: the first, where the weights have it.
+
+    Raises:
+        UserError: config.json says something else there.
+    """
+    if in_weights is None and not any(name in _ours(folder) for name in BIASES):
+        return None
+    first = _stated(folder, BIASES[0], 1000, None) if in_weights is None else in_weights
+    return first, _stated(folder, BIASES[1], 1000, first)
+
+
+def _ours(folder: Path) -> dict[str, Any]:
+    """What a directory that we wrote says beside the published keys."""
     file = folder / "config.json"
     ours = read_json(file).get(CLIP_KEY) or {}
-    if not isinstance(ours, dict) or (unknown := ours.keys() - {"text", "vision", "text_logit_scale"}):
+    known = {"text", "vision", "text_logit_scale", *BIASES}
+    if not isinstance(ours, dict) or (unknown := ours.keys() - known):
         named = ", ".join(sorted(unknown)) if isinstance(ours, dict) else str(ours)[:200]
         raise UserError(f"{file}: {CLIP_KEY} has {named}, not known there; remove it, or export the model again")
-    found = ours.get("text_logit_scale", scale)
-    if isinstance(found, bool) or not isinstance(found, int | float) or not abs(found) <= 20:
+    return ours
+
+
+def _stated(folder: Path, key: str, most: int, default: float | None) -> float:
+    found = _ours(folder).get(key, default)
+    if isinstance(found, bool) or not isinstance(found, int | float) or not abs(found) <= most:
         raise UserError(
-            f"{file}: {CLIP_KEY}.text_logit_scale is {str(found)[:200]!r}; expected a number from -20 to 20"
+            f"{folder / 'config.json'}: {CLIP_KEY}.{key} is {str(found)[:200]!r}; expected a number from -{most} to "
+            f"{most}"
         )
     return float(found)
 

@@ -30,7 +30,8 @@ from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.errors import UserError
 from stage_trainer.files import whole_directory
 from stage_trainer.formats.common import Adapters, check
-from stage_trainer.formats.open_clip_read import SCALE, named
+from stage_trainer.formats.jina_clip import scalars
+from stage_trainer.formats.open_clip_read import BIAS, SCALE, named
 
 _RESIZE_MODES = {"center": "shortest", "squash": "squash"}
 _INTERPOLATIONS = ("bicubic", "bilinear")
@@ -57,6 +58,8 @@ def write(model: DualEncoder, out: Path, repository: str | None, card: Callable[
     assert model.text.tokenizer is not None  # `check` saw it
     weights = named(model.text.state_dict(), model.vision.state_dict())
     weights[SCALE] = model.logit_scale.detach().reshape(())
+    if model.logit_bias is not None:
+        weights[BIAS] = model.logit_bias.detach().reshape(())
     with whole_directory(out) as directory:
         write_weights(weights, directory / "open_clip_model.safetensors")
         write_json(_config(model), directory / "config.json")
@@ -86,13 +89,13 @@ def _config(model: DualEncoder) -> dict[str, Any]:
     """config.json, for transformers and timm."""
     dtype = str(next(model.text.parameters()).dtype).removeprefix("torch.")
     assert model.text.tokenizer is not None
-    scales = [float(scale.detach()) for scale in (model.logit_scale, model.text_logit_scale)]
+    ours = scalars(model)
     return {
         **timm_keys(model.vision.config, with_processor=False),
         **to_json(model.text.config, dtype, "JinaEmbeddingsV3Model", model.text.tokenizer.fingerprint),
         **OPEN_CLIP_RENAMES,
         "matryoshka_dimensions": list(model.matryoshka_dims) if model.matryoshka_dims else None,
-        **({CLIP_KEY: {"text_logit_scale": scales[1]}} if scales[0] != scales[1] else {}),
+        **({CLIP_KEY: ours} if ours else {}),
     }
 
 
@@ -102,6 +105,7 @@ def _open_clip_config(model: DualEncoder, place: str, local: bool) -> dict[str, 
     return {
         "model_cfg": {
             "embed_dim": text.width,
+            **({} if model.logit_bias is None else {"init_logit_bias": float(model.logit_bias.detach())}),
             "vision_cfg": {
                 "image_size": size,
                 "timm_model_name": f"{'local-dir' if local else 'hf-hub'}:{place}",

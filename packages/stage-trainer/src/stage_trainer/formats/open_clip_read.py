@@ -18,9 +18,18 @@ from torch import Tensor
 
 from stage_trainer.errors import UserError
 from stage_trainer.files import read_json
-from stage_trainer.formats.jina_clip_read import Parts, as_scale, few, logit_scale, stated_dims, stated_text_scale
+from stage_trainer.formats.jina_clip_read import (
+    BIASES,
+    Parts,
+    as_scale,
+    few,
+    scalar,
+    stated_biases,
+    stated_dims,
+    stated_text_scale,
+)
 
-SCALE = "logit_scale"
+SCALE, BIAS = "logit_scale", BIASES[0]
 _LAYOUT, _VISION = Layout("open-clip", "text.transformer."), "visual.trunk."
 _WEIGHTS = (f"{STEMS[0]}.safetensors", f"{STEMS[1]}.bin")
 
@@ -66,25 +75,30 @@ def read(folder: Path, text: dict[str, Any], vision: dict[str, Any]) -> Parts:
             "from: name the directory as model.vision_weights of a recipe)"
         ) from error
     known = named(towers[0].state_dict(), towers[1].state_dict())
-    if others := sorted(keys.keys() - known.keys() - {SCALE}):
+    if others := sorted(keys.keys() - known.keys() - {SCALE, BIAS}):
         raise UserError(
             f"cannot load {folder}: its weights have {few(others)}, which is neither in its towers nor the "
             "temperature; such a model computes something else"
         )
-    found = logit_scale(folder, _WEIGHTS)
-    if found is None:
+    if (scales := held_scales(folder)) is None:
         raise UserError(f"cannot load {folder}: its weights have no {SCALE}; expected ln(1 / temperature)")
-    scale = as_scale(found, folder)
-    return Parts(*towers, scale, stated_text_scale(folder, scale), stated_dims(folder, towers[0].config.width))
+    return Parts(*towers, *scales, stated_dims(folder, towers[0].config.width), held_biases(folder))
 
 
 def held_scales(folder: Path) -> tuple[float, float] | None:
     """ln(1 / temperature) of the image-text task and of the text task; None if the weights have none."""
-    found = logit_scale(folder, _WEIGHTS)
+    found = scalar(folder, SCALE, _WEIGHTS)
     if found is None:
         return None
     scale = as_scale(found, folder)
     return scale, stated_text_scale(folder, scale)
+
+
+def held_biases(folder: Path) -> tuple[float, float] | None:
+    """A sigmoid loss's biases, of the image-text task (open_clip's `logit_bias`) and of the text task; None if it has
+    none."""
+    found = scalar(folder, BIAS, _WEIGHTS)
+    return None if found is None else stated_biases(folder, float(found))
 
 
 def _check_one_place(folder: Path) -> None:
