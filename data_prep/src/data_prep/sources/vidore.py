@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -141,7 +141,7 @@ def _relevant(folder: str, language: str) -> tuple[dict[str, list[Text]], int]:
         text, own, number = (None, None, None) if row is None else (row[1], row[2], same_id(row[0]))
         if number is None or not isinstance(text, str) or not text.strip():
             continue
-        query = Text(text.strip(), own if isinstance(own, str) and own.strip() else language, "query")
+        query = Text(text.strip(), own if isinstance(own, str) and own.strip() else language, "query", id=number)
         if queries.setdefault(number, query) != query:
             raise UserError(f"{folder}: two queries have the id {number!r}; {_SEVERAL}")
     relevant: dict[str, list[Text]] = {}
@@ -157,7 +157,7 @@ def _relevant(folder: str, language: str) -> tuple[dict[str, list[Text]], int]:
             asked, page = queries.get(same_id(row[0]) or ""), same_id(row[1])
             lost += asked is None or page is None
             if asked is not None and page is not None:
-                relevant.setdefault(page, []).append(asked)
+                relevant.setdefault(page, []).append(replace(asked, score=score))
     return relevant, lost
 
 
