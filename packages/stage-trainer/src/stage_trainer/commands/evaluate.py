@@ -46,7 +46,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     which = group.add_mutually_exclusive_group()
     which.add_argument(
         "--suite",
-        choices=("cross-modal", "text", "documents", "all"),
+        choices=("cross-modal", "text", "documents", "classification", "all"),
         help="the tables of these sets, by model and dim",
     )
     which.add_argument("--table", metavar="N", help="one table, by its number in the paper, or vidore-v2 or -v3")
@@ -97,13 +97,13 @@ def _run_tables(arguments: argparse.Namespace) -> None:
     from stage_trainer.evaluation.suite import asked_tables, measure
     from stage_trainer.files import check_can_write
 
-    tables = asked_tables(arguments.suite, arguments.table)
+    tables = asked_tables(arguments.suite, arguments.table, found)
     names = list(dict.fromkeys(name for table in tables for name in table.sets()))
     if not found.keys() & set(names):
+        wanted = ", ".join(names[:6]) + (", …" if len(names) > 6 else "") or "of labelled images"
         raise UserError(
-            f"{arguments.data or SETS} has none of the sets measured here ({', '.join(names[:6])}"
-            f"{', …' if len(names) > 6 else ''}); it has {', '.join(found) or 'no evaluation set'}. "
-            "`data-prep evalset` makes them"
+            f"{arguments.data or SETS} has none of the sets measured here ({wanted}); it has "
+            f"{', '.join(found) or 'no evaluation set'}. `data-prep evalset` makes them"
         )
     check_can_write(arguments.out / "figures.json")
     asked = Asked(arguments.max_length, arguments.query_task, max_pixels=max_pixels)

@@ -23,8 +23,13 @@ SUITES = {
     "cross-modal": ("2", "7", "8", "9", "12", "13", "14"),
     "text": ("3", "10", "15"),
     "documents": ("4", "11", "vidore-v1-last-page", "vidore-v2", "vidore-v3"),
+    "classification": ("classification",),
 }
 """The tables of each suite. Table 5, of cross-modal and text, comes with `all`, or by its number."""
+
+
+CLASSIFICATION = "classification"
+"""The table of labelled images, whose sets are those that there are."""
 
 
 class Leaf(NamedTuple):
@@ -194,3 +199,13 @@ def _further(name: str, title: str, measure: str, sets: tuple[str, ...]) -> Tabl
     rows = [Mean(tuple(Leaf(each, measure, row) for row in SETS[each].languages or (each,))) for each in sets]
     lines = [Line(each, of, {}) for each, of in zip(sets, rows, strict=True)]
     return Table(name, title, "Set - Model", (), (Section(measure, (Line("average", Mean(tuple(rows)), {}), *lines)),))
+
+
+def of_classes(sets: Mapping[str, tuple[str, ...]], measures: tuple[str, ...]) -> Table:
+    """The table of labelled images: a section for each measure, a row for each set and language of its names."""
+    rows = [(f"{name}, {language}", name, language) for name, languages in sets.items() for language in languages]
+    sections = tuple(
+        Section(each, tuple(Line(label, Leaf(name, each, language), {}) for label, name, language in rows))
+        for each in measures
+    )
+    return Table(CLASSIFICATION, "Zero-shot classification [%]", "Set, language - Model", (), sections)

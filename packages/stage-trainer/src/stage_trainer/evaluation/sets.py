@@ -14,6 +14,8 @@ from stage_trainer.evaluation.held_out import SPLITS
 
 SET = "set.json"
 """What `data-prep evalset` writes beside a set of texts."""
+CLASS_NAMES = "classnames.txt"
+"""What makes a folder of labelled images a set for classification."""
 _DEPTH = 4  # DATA/test/image-short/NAME, and DATA/cqadupstack/android
 
 
@@ -122,30 +124,41 @@ V3 = tuple(f"vidore_v3_{name}" for name in _PAGES_3)
 STS = tuple(row[0] for row in _rows(_PAIRS))
 
 
+def known_as(name: str) -> EvalSet:
+    """The set of that name; one that is not in `SETS` is of labelled images."""
+    return SETS.get(name) or EvalSet(name, "classes", languages=())
+
+
 def plain(name: str) -> str:
     """A name's letters and digits, small: what is the same in "MS COCO" and "ms_coco"."""
     return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
 def find_sets(data: Path) -> dict[str, Path]:
-    """{name in `SETS`: its folder} of what lies below `data`: of its `test` folder, or else of its `validation` folder,
-    where it has one of them.
+    """{name in `SETS`, or of a set of labelled images: its folder} of what lies below `data`: of its `test` folder, or
+    else of its `validation` folder, where it has one of them.
 
     Raises:
         UserError: there is no such folder, or it has a set twice.
     """
     if not data.is_dir():
         raise UserError(f"there is no folder {data}; give a folder of evaluation sets, as `data-prep evalset` makes it")
-    root = next((data / split for split in SPLITS if (data / split).is_dir()), data)
+    alone = (data / CLASS_NAMES).is_file()  # a set itself, whose tars are in its test folder
+    root = data if alone else next((data / split for split in SPLITS if (data / split).is_dir()), data)
     found: dict[str, Path] = {}
     for folder in _set_folders(root):
-        called = {plain(folder.name), plain(folder.parent.name + folder.name), *_source(folder)}
-        for name, known in SETS.items():
-            if called & known.names():
-                if name in found:
-                    raise UserError(f"{root} has {name} twice, {found[name]} and {folder}; move one of them away")
-                found[name] = folder
+        for name in _names(folder):
+            if name in found:
+                raise UserError(f"{root} has {name} twice, {found[name]} and {folder}; move one of them away")
+            found[name] = folder
     return found
+
+
+def _names(folder: Path) -> list[str]:
+    if (folder / CLASS_NAMES).is_file():
+        return [folder.resolve().name]
+    called = {plain(folder.name), plain(folder.parent.name + folder.name), *_source(folder)}
+    return [name for name, known in SETS.items() if called & known.names()]
 
 
 def _source(folder: Path) -> set[str]:
@@ -161,7 +174,7 @@ def _source(folder: Path) -> set[str]:
 def _set_folders(root: Path) -> Iterator[Path]:
     for where, folders, files in os.walk(root, followlinks=True):
         here = Path(where)
-        held = {MANIFEST, SET, "corpus.jsonl", "test.jsonl"} & set(files)
+        held = {MANIFEST, SET, CLASS_NAMES, "corpus.jsonl", "test.jsonl"} & set(files)
         if held or len(here.relative_to(root).parts) >= _DEPTH:
             folders.clear()
         folders[:] = sorted(folder for folder in folders if not folder.startswith("."))

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stage_trainer.errors import UserError
-from stage_trainer.evaluation import cross_modal, documents, text_sets
+from stage_trainer.evaluation import classification, cross_modal, documents, text_sets
 from stage_trainer.evaluation.measured import Key, Measured, data_fingerprint, file_of, keep, kept
 from stage_trainer.evaluation.models import Embedder
-from stage_trainer.evaluation.paper import SUITES, Table, tables
-from stage_trainer.evaluation.sets import SETS, EvalSet
+from stage_trainer.evaluation.paper import CLASSIFICATION, SUITES, Table, of_classes, tables
+from stage_trainer.evaluation.sets import SETS, EvalSet, known_as
 from stage_trainer.recipe.limits import MAX_PIXELS
 
 _MADE_BY = {
@@ -32,18 +32,26 @@ class Column:
     gaps: dict[str, str]
 
 
-def asked_tables(suite: str | None, number: str | None) -> list[Table]:
+def asked_tables(suite: str | None, number: str | None, found: Mapping[str, Path]) -> list[Table]:
     """The tables of a suite ("all" for every one), or the one of that number.
+
+    Args:
+        found: the sets that there are; those of labelled images have no names of their own.
 
     Raises:
         UserError: there is no such table.
     """
-    every = tables()
+    every = tables() | {CLASSIFICATION: _of_classes(found)}
     if number is not None:
         if number not in every:
             raise UserError(f"--table {number}: there is no such table of figures; there are {', '.join(every)}")
         return [every[number]]
     return list(every.values()) if suite in (None, "all") else [every[name] for name in SUITES[str(suite)]]
+
+
+def _of_classes(found: Mapping[str, Path]) -> Table:
+    sets = {name: classification.languages_of(folder) for name, folder in found.items() if name not in SETS}
+    return of_classes(sets, (classification.FIRST, classification.FIVE, classification.BY_CLASS))
 
 
 def measure(
@@ -66,11 +74,11 @@ def measure(
     sets: dict[str, Measured] = {}
     gaps: dict[str, str] = {}
     for name in names:
-        known = SETS[name]
+        known = known_as(name)
         if name not in found:
             made = _MADE_BY.get(name) or _MADE_BY[known.kind]
             gaps[name] = f"not among the data; `data-prep evalset {made}` makes it"
-        elif known.kind in ("captions", "pages") and not model.sees:
+        elif known.kind in ("captions", "pages", "classes") and not model.sees:
             gaps[name] = f"{model.name} has no image tower"
         else:
             key = Key(model.fingerprint, data_fingerprint(found[name]), model.settings)
@@ -87,6 +95,8 @@ def measure(
 
 
 def _measured(model: Embedder, known: EvalSet, folder: Path, say: Callable[[str], None], max_pixels: int) -> Measured:
+    if known.kind == "classes":
+        return classification.measure(model, known, folder, max_pixels)
     if known.kind == "captions":
         return cross_modal.measure(model, known, folder, max_pixels)
     if known.kind == "pages":
