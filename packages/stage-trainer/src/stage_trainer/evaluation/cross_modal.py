@@ -7,7 +7,7 @@ any of their captions among the five nearest of all captions of the language; an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from stage_trainer.errors import UserError
 from stage_trainer.evaluation.measured import Figures, Measured, compared, compared_by_language
 from stage_trainer.evaluation.models import Embedder
-from stage_trainer.evaluation.retrieval import Pool
+from stage_trainer.evaluation.retrieval import EmbeddedPool, Pool
 from stage_trainer.evaluation.sets import EvalSet
 from stage_trainer.metrics.ranking import best, hits
 from stage_trainer.metrics.retrieval import unit
@@ -37,30 +37,40 @@ def measure(model: Embedder, known: EvalSet, folder: Path, max_pixels: int = MAX
             ranked by.
     """
     pool = Pool.open(folder, max_pixels)
-    entries = {language: of for language in known.languages if (of := pool.texts.get(language))}
-    if known.name == FIRST_CAPTION_ALONE:
-        entries = {language: first_captions(of) for language, of in entries.items()}
+    entries = entries_of(known, pool)
     if not entries:
         has, asked = ", ".join(pool.texts), ", ".join(known.languages)
         raise UserError(f"{folder} has captions in {has}; {known.name} is measured in {asked}")
-    images = model.embed_images(pool.images)
     texts = sorted({text for of in entries.values() for _, text in of})
-    vectors = model.embed_texts(texts)
     row = {text: number for number, text in enumerate(texts)}
-    figures: Figures = {TEXT_TO_IMAGE: {}, IMAGE_TO_TEXT: {}}
+    embedded = EmbeddedPool(model.embed_images(pool.images), model.embed_texts(texts), row)
     notes = compared(known, {"images": len(pool.images)})
     notes += compared_by_language(known, "texts", {language: len(of) for language, of in entries.items()})
-    for language, of in entries.items():
-        rows = vectors[[row[text] for _, text in of]]
-        for dim in model.dims:
-            there, back = recall(images[:, :dim], rows[:, :dim], [image for image, _ in of])
-            figures[TEXT_TO_IMAGE].setdefault(language, {})[str(dim)] = there
-            figures[IMAGE_TO_TEXT].setdefault(language, {})[str(dim)] = back
     whole = not notes
     if missing := [language for language in known.languages if language not in entries]:
         notes.append(f"{known.name} has no captions in {', '.join(missing)} in {folder}")
     counts = {"images": len(pool.images), "texts": sum(map(len, entries.values())), "languages": len(entries)}
-    return Measured(figures, counts, tuple(notes), whole)
+    return Measured(figures_of(entries, embedded, model.dims), counts, tuple(notes), whole)
+
+
+def entries_of(known: EvalSet, pool: Pool) -> dict[str, Entries]:
+    """The captions that the set's protocol asks by, in those of its languages that the pool has."""
+    entries = {language: of for language in known.languages if (of := pool.texts.get(language))}
+    if known.name == FIRST_CAPTION_ALONE:
+        return {language: first_captions(of) for language, of in entries.items()}
+    return entries
+
+
+def figures_of(entries: Mapping[str, Entries], embedded: EmbeddedPool, dims: Sequence[int]) -> Figures:
+    """Recall@5 in both directions, by language and dim."""
+    figures: Figures = {TEXT_TO_IMAGE: {}, IMAGE_TO_TEXT: {}}
+    for language, of in entries.items():
+        rows = embedded.texts[[embedded.row[text] for _, text in of]]
+        for dim in dims:
+            values = recall(embedded.images[:, :dim], rows[:, :dim], [image for image, _ in of])
+            for measure, value in zip(figures, values, strict=True):
+                figures[measure].setdefault(language, {})[str(dim)] = value
+    return figures
 
 
 def first_captions(entries: Entries) -> Entries:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_prep.shards import MANIFEST, Dataset, ShardError
 
 from stage_trainer.errors import UserError
-from stage_trainer.evaluation.held_out import SPLITS
 
+SPLITS = ("test", "validation")
+"""Of a corpus only the first of these that exists is evaluated."""
 SET = "set.json"
 """What `data-prep evalset` writes beside a set of texts."""
 CLASS_NAMES = "classnames.txt"
@@ -127,6 +128,14 @@ STS = tuple(row[0] for row in _rows(_PAIRS))
 def known_as(name: str) -> EvalSet:
     """The set of that name; one that is not in `SETS` is of labelled images."""
     return SETS.get(name) or EvalSet(name, "classes", languages=())
+
+
+def captions_of(source: str, languages: Collection[str]) -> EvalSet | None:
+    """The published set of photos that a data set is by its source, if it has all of its languages."""
+    for known in SETS.values():
+        if known.kind == "captions" and plain(source) in known.names() and set(known.languages) <= set(languages):
+            return known
+    return None
 
 
 def plain(name: str) -> str:
