@@ -110,6 +110,9 @@ def test_sentence_transformers_vectors_are_its_own(of_sentence_transformers):
     queries = model.encode(TEXTS, prompt_name="query")
     assert np.allclose(found.embed_texts(TEXTS, query=True), queries, atol=1e-6)
     assert not np.allclose(found.embed_texts(TEXTS), queries, atol=1e-3)
+    assert found.settings["instruction of queries"] == "'two '"
+    other = open_any(of_sentence_transformers, Asked(device="cpu", query_task="retrieval.query"))
+    assert other.settings["instruction of queries"] == "none, not knowing retrieval.query"
     assert not found.sees
     with pytest.raises(UserError, match="has no image tower; measure it with --suite text"):
         found.embed_images([jpg(0)])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stage_trainer.commands.common import MODEL, find_model, say
+from stage_trainer.errors import UserError
 
 if TYPE_CHECKING:
     from stage_trainer.evaluation.models import Asked, Embedder
@@ -14,6 +15,15 @@ ANY_MODEL = (
     f"{MODEL}; also a folder or a hub's name of open_clip, sentence-transformers or transformers, or "
     "open_clip:ARCHITECTURE/PRETRAINED"
 )
+
+
+def check_any(path: Path) -> None:
+    """UserError if a path or name can mean no model, before the first of several takes its time."""
+    from stage_trainer import hub
+    from stage_trainer.evaluation.foreign_models import OPEN_CLIP
+
+    if not (str(path).startswith(OPEN_CLIP) or hub.is_name(str(path)) or path.exists()):
+        raise UserError(f"there is no {path}; expected {ANY_MODEL}")
 
 
 def open_any(path: Path, asked: Asked) -> Embedder:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stage_trainer.commands.any_model import ANY_MODEL, open_any
+from stage_trainer.commands.any_model import ANY_MODEL, check_any, open_any
 from stage_trainer.commands.common import (
     DATA,
     a_path,
@@ -68,7 +68,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.suite or arguments.table:
+    if arguments.suite is not None or arguments.table is not None:
         _run_tables(arguments)
         return
     if arguments.beside or arguments.max_length is not None or arguments.query_task:
@@ -86,6 +86,8 @@ def _run_tables(arguments: argparse.Namespace) -> None:
         raise UserError("--by-language is of pools; the paper's tables have languages of their own")
     if arguments.max_length is not None and arguments.max_length < 2:
         raise UserError(f"--max-length is {arguments.max_length}; expected a whole number from 2")
+    if arguments.query_task is not None and not arguments.query_task.strip():
+        raise UserError(f"--query-task is {arguments.query_task!r}; name one, or leave it out")
     max_pixels = max_pixels_of(arguments) or MAX_PIXELS
     if arguments.json:
         check_output(arguments.json)
@@ -93,6 +95,8 @@ def _run_tables(arguments: argparse.Namespace) -> None:
     models = [arguments.model, *arguments.beside]
     if twice := [str(model) for number, model in enumerate(models) if model in models[:number]]:
         raise UserError(f"{twice[0]} is named twice; a table has one column for each model")
+    for model in models:
+        check_any(model)
     from stage_trainer.evaluation.models import Asked
     from stage_trainer.evaluation.suite import asked_tables, measure
     from stage_trainer.files import check_can_write

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from stage_trainer.errors import UserError
-from stage_trainer.evaluation.models import BATCH, Asked, Embedder, device_of, fingerprint_of
+from stage_trainer.evaluation.models import BATCH, Asked, Embedder, device_of, fingerprint_of, instruction
 from stage_trainer.recipe.limits import MAX_PIXELS
 
 OPEN_CLIP = "open_clip:"
@@ -87,7 +87,7 @@ class OpenClip(Embedder):
         self.dims = (self._texts(["width"], False).shape[1],)
         self.settings = {
             "max_length": f"{getattr(self.tokenizer, 'context_length', None) or self.model.context_length} (its own)",
-            "instruction of queries": "none",
+            "instruction of queries": instruction(asked, None),
             "library": f"open_clip {open_clip.__version__}",
             "computes in": "bfloat16" if self.device == "cuda" else "float32",
         }
@@ -126,7 +126,7 @@ class SentenceTransformers(Embedder):
         pooled = {} if (folder / "modules.json").is_file() else {"pooling": "mean, for want of a modules.json"}
         self.settings = {
             "max_length": f"{self.model.max_seq_length}{'' if asked.max_length else ' (its own)'}",
-            "instruction of queries": repr(self.model.prompts[self._prompt]) if self._prompt else "none",
+            "instruction of queries": instruction(asked, self.model.prompts[self._prompt] if self._prompt else None),
             "library": f"sentence-transformers {sentence_transformers.__version__}",
             "computes in": str(next(self.model.parameters()).dtype).removeprefix("torch."),
             **pooled,
@@ -163,7 +163,7 @@ class Transformers(Embedder):
         self.dims = (self._texts(["width"], False).shape[1],)
         self.settings = {
             "max_length": f"{self._length}{'' if asked.max_length else ' (its own)'}",
-            "instruction of queries": "none",
+            "instruction of queries": instruction(asked, None),
             "library": f"transformers {transformers.__version__}",
             "computes in": "bfloat16" if self.device == "cuda" else str(self.model.dtype).removeprefix("torch."),
         }

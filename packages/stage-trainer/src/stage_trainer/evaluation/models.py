@@ -117,7 +117,9 @@ class Ours(Embedder):
             raise UserError(f"{name} knows no task {asked.query_task!r}; it knows {', '.join(config.tasks)}")
         self.settings = {
             "max_length": str(self._length),
-            "instruction of queries": repr(config.instructions.get(self._task, "")) if self._task else "none",
+            "instruction of queries": instruction(
+                asked, config.instructions.get(self._task, "") if self._task else None
+            ),
             "resolution": "×".join(map(str, np.broadcast_to(self.model.vision.config.resolution, 2))),
             "computes in": str(dtype_of(AUTO, self.model.logit_scale.device)).removeprefix("torch."),
         }
@@ -128,6 +130,11 @@ class Ours(Embedder):
 
     def _images(self, images: Sequence[bytes]) -> np.ndarray:
         return self.model.encode_image(images, normalize=False, max_pixels=self._max_pixels, batch_size=BATCH)
+
+
+def instruction(asked: Asked, found: str | None) -> str:
+    """How settings tell the instruction of queries: also that a model has none for what was asked."""
+    return repr(found) if found is not None else f"none, not knowing {asked.query_task}" if asked.query_task else "none"
 
 
 def device_of(asked: Asked) -> str:
