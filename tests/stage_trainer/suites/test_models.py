@@ -149,7 +149,7 @@ def test_transformers_vectors_are_its_own(of_transformers):
 
 
 def test_ours_is_read_as_ours_in_each_of_its_formats(export, tmp_path):
-    from stage_trainer.formats import common, open_clip
+    from stage_trainer.formats import common, jina_clip, open_clip
 
     model = DualEncoder.from_pretrained(export)
     expected = model.encode_text(TEXTS, normalize=False)
@@ -158,6 +158,10 @@ def test_ours_is_read_as_ours_in_each_of_its_formats(export, tmp_path):
     assert "library" not in found.settings
     assert found.dims == (16, 8)
     assert np.allclose(found.embed_texts(TEXTS), expected, atol=1e-6)
+    jina_clip.write(DualEncoder.from_pretrained(export), tmp_path / "published", dtype="float32")
+    published = open_any(tmp_path / "published", ON_CPU)  # the layout of jina-clip-v2
+    assert "library" not in published.settings
+    assert np.allclose(published.embed_texts(TEXTS), expected, atol=1e-5)
     open_clip.write(DualEncoder.from_pretrained(export), tmp_path / "theirs", None, lambda _: "")
     theirs = open_any(tmp_path / "theirs", ON_CPU)
     assert theirs.settings["library"].startswith("open_clip")

@@ -112,6 +112,8 @@ def test_a_query_without_a_relevant_document_counts_as_zero_and_is_named(tmp_pat
         ("queries.jsonl", "no json\n", "is no JSON lines"),
         ("queries.jsonl", '{"_id": "other", "text": "x"}\n', "none of its ids is among those of .*queries"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq0\td1\tgood\n", "expected query, document, grade"),
+        ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq0\td1\tnan\n", "expected query, document, grade"),
+        ("qrels/test.tsv", "q0\td1\n", "expected query, document, grade"),
     ],
 )
 def test_a_set_of_another_form_is_refused(tmp_path, file, content, said):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -151,7 +152,7 @@ def _relevant(folder: str, language: str) -> tuple[dict[str, list[Text]], int]:
             continue
         named = [value for value in row[2:] if value is not _ABSENT]
         score = named[0] if named else 1
-        if isinstance(score, bool) or not isinstance(score, int | float):
+        if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
             raise UserError(f"{folder}: qrels hold the score {score!r}; expected numbers, above 0 for what is relevant")
         if score > 0:
             asked, page = queries.get(same_id(row[0]) or ""), same_id(row[1])

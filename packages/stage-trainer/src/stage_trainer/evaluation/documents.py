@@ -137,6 +137,6 @@ def _each(languages: Iterable[dict[str, Query]]) -> Iterable[Query]:
 
 
 def _grade(value: object, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ShardError(f"{where}: the grade of a query is {value!r}; expected a number above 0")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < np.inf:
+        raise ShardError(f"{where}: the grade of a query is {value!r}; expected a finite number above 0")
     return float(value)

@@ -13,6 +13,7 @@ import numpy as np
 
 from stage_trainer.errors import UserError
 from stage_trainer.evaluation.models import BATCH, Asked, Embedder, device_of, fingerprint_of, instruction
+from stage_trainer.formats.jina_clip_read import MODEL_TYPE
 from stage_trainer.recipe.limits import MAX_PIXELS
 
 OPEN_CLIP = "open_clip:"
@@ -29,7 +30,7 @@ def library_of(folder: Path) -> str | None:
     except (OSError, ValueError, RecursionError):
         config = {}
     kind = config.get("model_type") if isinstance(config, dict) else None
-    if not isinstance(config, dict) or str(config.get("format", "")).startswith("trilith") or kind == "jina_clip":
+    if not isinstance(config, dict) or str(config.get("format", "")).startswith("trilith") or kind == MODEL_TYPE:
         return None
     if (folder / "modules.json").is_file():
         return "sentence_transformers"

@@ -7,7 +7,6 @@ qrels/SPLIT.tsv (query, document, grade). A set of pairs is test.jsonl (`sentenc
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -166,22 +165,24 @@ def _qrels(path: Path) -> dict[str, dict[str, float]]:
     """query → document → grade; the last judgement of a pair counts, as in BEIR."""
     grades: dict[str, dict[str, float]] = {}
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            for number, row in enumerate(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)):
-                if number == 0 and row[:1] == ["query-id"]:
-                    continue
-                cells = [row[0], *row[-2:]] if len(row) in (3, 4) else []  # TREC's second column says nothing
-                try:
-                    grades.setdefault(cells[0], {})[cells[1]] = float(cells[2])
-                except (IndexError, ValueError) as error:
-                    raise UserError(
-                        f"{path}, line {number + 1}: expected query, document, grade, found {row}"
-                    ) from error
+        lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError as error:
         there = ", ".join(sorted(each.name for each in path.parent.glob("*.tsv"))) or "none"
         raise UserError(f"{path} is missing; there are judgements in {there}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error})") from error
+    for number, line in enumerate(lines, 1):
+        cells = line.rstrip("\r").split("\t")
+        if not line.strip() or (number == 1 and cells[0] == "query-id"):
+            continue
+        query, *_, document, said = cells if len(cells) in (3, 4) else ("", "", "")  # TREC's second says nothing
+        try:
+            grade = float(said)
+        except ValueError:
+            grade = np.nan
+        if not np.isfinite(grade):
+            raise UserError(f"{path}, line {number}: expected query, document, grade, found {line[:80]!r}")
+        grades.setdefault(query, {})[document] = grade
     return grades
 
 
