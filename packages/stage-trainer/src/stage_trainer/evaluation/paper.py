@@ -114,6 +114,7 @@ _NOTES = {
     "11": "the paper's 52.65 of jina-clip-v2 is not the mean of its rows, which is 52.59; how it judges "
     "repeated questions (DocQ, InfoQ, TATQ) is not said; here, as in mteb, every page of such a question is right",
     "13": _CUT,
+    "vidore-v1-last-page": "the last page is that of the corpus's order, taken for the order of the original rows",
 }
 
 
@@ -198,7 +199,8 @@ def _from_paper(number: str, content: Mapping[str, Any]) -> Table:
 def _further(name: str, title: str, measure: str, sets: tuple[str, ...]) -> Table:
     rows = [Mean(tuple(Leaf(each, measure, row) for row in SETS[each].languages or (each,))) for each in sets]
     lines = [Line(each, of, {}) for each, of in zip(sets, rows, strict=True)]
-    return Table(name, title, "Set - Model", (), (Section(measure, (Line("average", Mean(tuple(rows)), {}), *lines)),))
+    section = Section(measure, (Line("average", Mean(tuple(rows)), {}), *lines))
+    return Table(name, title, "Set - Model", (), (section,), _NOTES.get(name, ""))
 
 
 def of_classes(sets: Mapping[str, tuple[str, ...]], measures: tuple[str, ...]) -> Table:
