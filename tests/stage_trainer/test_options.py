@@ -69,6 +69,12 @@ TABLE = [
     *(["encode", "model", "data", "--out=x.npy", *more] for more in
       (["--column=a"], ["--id=a"], ["--kind=picture"], ["--errors=ignore"], ["--device=tpu"], ["--dtype=half"])),
     ["evaluate", "stage1", "data"],
+    *(["report", value] for value in ("", "missing", "file", "data", LONG)),
+    *(["report", "stage1", f"--out={value}"] for value in
+      ("missing/x.html", "file/x.html", "data", "/dev/null", "/proc/x.html", f"{LONG}.html", "", "x", ".html")),
+    *(["report", "stage1", f"--data={value}"] for value in ("", "missing", "file", "model", "s3://bucket/data")),
+    *(["report", "stage1", f"--{name}={value}"] for value in NUMBERS for name in ("searched", "max-pixels")
+      if (name, value) != ("searched", "0")),
 ]  # fmt: skip
 SWITCHES = {
     "--private",

@@ -20,6 +20,7 @@ EPILOG = """examples:
   deepspeed -q --num_gpus 8 launch/stage1.sh --recipe launch/recipes/jina-clip-v2.yaml
   stage-trainer export runs/laptop/stage3 my-model
   stage-trainer evaluate my-model runs/corpus
+  stage-trainer report runs/laptop
   stage-trainer search my-model runs/corpus "ein Hund" --out found.png
   stage-trainer encode my-model photos captions.txt --out vectors.parquet
   stage-trainer push my-model OWNER/NAME
