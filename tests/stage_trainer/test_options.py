@@ -69,6 +69,13 @@ TABLE = [
     *(["encode", "model", "data", "--out=x.npy", *more] for more in
       (["--column=a"], ["--id=a"], ["--kind=picture"], ["--errors=ignore"], ["--device=tpu"], ["--dtype=half"])),
     ["evaluate", "stage1", "data"],
+    *(["demo", value, "data"] for value in ("", "missing", "file", "data", LONG)),
+    *(["demo", "model", value] for value in ("", "missing", LONG, "s3://bucket/data")),
+    *(["demo", "model", "data", f"--index={value}"] for value in ("", "file", "file/x", "/dev/null", "/proc/x", LONG)),
+    *(["demo", "model", "data", f"--port={value}"] for value in (*NUMBERS, "65536")),
+    *(["demo", "model", "data", f"--host={value}"] for value in ("", " ", "256.0.0.1", "a b")),
+    *(["demo", "model", "data", f"--device={value}"] for value in ("", "tpu", "cuda:0")),
+    *(["demo", "model", "data", f"--max-pixels={value}"] for value in NUMBERS),
     *(["report", value] for value in ("", "missing", "file", "data", LONG)),
     *(["report", "stage1", f"--out={value}"] for value in
       ("missing/x.html", "file/x.html", "data", "/dev/null", "/proc/x.html", f"{LONG}.html", "", "x", ".html")),

@@ -120,7 +120,8 @@ def test_the_page_has_what_the_folder_has(write_run, tmp_path, capsys):
 
 def test_runs_stand_side_by_side_and_settings_that_differ_are_marked(write_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_run(tmp_path / "sweep/lr=1e-3", recall=0.5)
+    first = write_run(tmp_path / "sweep/lr=1e-3", recall=0.5)
+    (first / "stage1/corrupt.jsonl").write_text("?")
     write_run(tmp_path / "sweep/lr=2e-3", recall=0.75, rate=2e-3)
     assert main(["report", "sweep/lr=1e-3", "sweep/lr=2e-3", "--searched", "0"]) == 0
     page = (tmp_path / "report.html").read_text()
@@ -128,6 +129,7 @@ def test_runs_stand_side_by_side_and_settings_that_differ_are_marked(write_run, 
     assert rows_of(page, "Figures")[1][2:-1] == ["25.0", "25.0", "37.5", "37.5"]
     assert re.findall(r'class="differs"><td>([^<]+)', page) == ["stage.lr.image"]
     assert "Searches" not in page
+    assert re.search(r"<li><b>lr=1e-3:</b> sweep/lr=1e-3/stage1/corrupt.jsonl: 1 of its lines", page)
 
 
 def test_what_a_run_lacks_is_named_and_not_drawn(write_run, tmp_path, capsys):

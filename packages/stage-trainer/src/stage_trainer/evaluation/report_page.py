@@ -150,13 +150,17 @@ def _html(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
+    missing: dict[str, list[str]] = {}
+    for name, of in lacks.items():
+        for what in of:
+            missing.setdefault(what, []).append(name)
     html = environment.get_template(_TEMPLATE).render(
         title=" · ".join(run.name for run in runs),
         runs=[{"name": run.name, "facts": _facts(run), "color": n % len(COLORS)} for n, run in enumerate(runs)],
         found=parts[0],
         made=parts[1],
         galleries=galleries,
-        lacks={name: of for name, of in lacks.items() if of},
+        missing=missing,
         command=command,
     )
     return html.encode(errors="backslashreplace").decode()  # of names that are no UTF-8
