@@ -75,6 +75,7 @@ def write_scalars(stage: Path) -> None:
             for task, final in (("image_text", 1.0), ("text", 0.5)):
                 writer.add_scalar(f"loss/{task}", final + 5 * math.exp(-step / 6), step)
                 writer.add_scalar(f"temperature/{task}", 0.07 - step * 1e-4, step)
+            writer.add_scalar("bias/text", step - 10.0, step)
             writer.add_scalar("speed/samples_per_second", 100 + step % 3, step)
             writer.add_scalar("speed/step_seconds", 0.5, step)
             writer.add_scalar("speed/step_seconds_predicted", 0.4, step)
@@ -107,8 +108,8 @@ def test_the_page_has_what_the_folder_has(write_run, tmp_path, capsys):
     assert rows_of(page, "Speed and plan")[2] == costs
     assert ["seed", "0", "0"] in rows_of(page, "Settings")
     assert ["torch", "2.15.0", "2.15.0"] in rows_of(page, "Versions")
-    for title in ("loss, image_text", "loss, text", "temperature, text", "modality gap", "text→image, recall@5",
-                  "pictures: text→image, recall@5", "samples a second"):  # fmt: skip
+    for title in ("loss, image_text", "loss, text", "temperature, text", "bias, text", "modality gap",
+                  "text→image, recall@5", "pictures: text→image, recall@5", "samples a second"):  # fmt: skip
         assert f"<figcaption>{title}</figcaption><svg" in page, title
     ranks = [int(rank) for rank in re.findall(r"own image: number (\d) of 8", page)]
     assert 0 < page.count('class="right" title') == sum(rank <= 6 for rank in ranks), "six images are shown"

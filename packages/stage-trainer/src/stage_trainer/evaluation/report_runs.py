@@ -18,7 +18,7 @@ from stage_trainer.evaluation.report import EVALUATION, read_figures
 from stage_trainer.evaluation.tables import Pools
 from stage_trainer.formats.history import TrainedStage
 
-_SHOWN = ("loss/", "temperature/", "speed/", "validation_", "modality_gap/", "trouble/")
+_SHOWN = ("loss/", "temperature/", "bias/", "speed/", "validation_", "modality_gap/", "trouble/")
 """What of the scalars is read, by prefix."""
 LEDGER = "corrupt.jsonl"
 

@@ -33,11 +33,11 @@ class Table:
 
 
 def training(runs: Sequence[Run]) -> list[Chart]:
-    """Losses, temperatures, and what was measured on held-out data meanwhile."""
+    """Losses, temperatures, biases of sigmoid losses, and what was measured on held-out data meanwhile."""
     names = _tags(runs)
     charts = [
         _over_steps(runs, tag, f"{what}, {tag.partition('/')[2]}", {tag: ""})
-        for what in ("loss", "temperature")
+        for what in ("loss", "temperature", "bias")
         for tag in names
         if tag.startswith(f"{what}/")
     ]
