@@ -1,7 +1,7 @@
 """Layouts of weight files: for each of our names the names in another library.
 
 Ours are those of `TextTower.state_dict()`, which are transformers' on disk. A layout only renames, except that
-XLM-RoBERTa and jina-embeddings-v2 store queries, keys and values separately.
+XLM-RoBERTa, open_clip and jina-embeddings-v2 store queries, keys and values separately.
 """
 
 from __future__ import annotations
@@ -24,7 +24,19 @@ _XLM_R = (  # ours, theirs
     ("norm2.", "output.LayerNorm."),
 )
 _JINA_BERT = (*_XLM_R[:4], ("norm2.", "mlp.layernorm."))
-_RENAMED = {"xlm-r": _XLM_R, "jina-bert": _JINA_BERT}
+_OPEN_CLIP = (  # ours, and those of transformers' jina_embeddings_v3 in memory, which open_clip saves
+    ("emb_ln.", "embeddings.LayerNorm."),
+    ("encoder.layers.", "layers."),
+    ("mixer.out_proj.", "self_attn.o_proj."),
+    ("norm1.", "post_attention_layernorm."),
+    ("norm2.", "post_mlp_layernorm."),
+)
+_OF_BERT = ("attention.self.query", "attention.self.key", "attention.self.value")
+_RENAMED = {  # kind -> parts of names, and the names of queries, keys and values
+    "xlm-r": (_XLM_R, _OF_BERT),
+    "jina-bert": (_JINA_BERT, _OF_BERT),
+    "open-clip": (_OPEN_CLIP, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+}
 
 
 @dataclass(frozen=True)
@@ -32,8 +44,8 @@ class Layout:
     """One way to name the weights.
 
     Attributes:
-        kind: "transformers", "remote-code" (jina's own, adapters as parametrizations) or "xlm-r"; of JinaBERT
-            "jina-bert" (jina-embeddings-v2) or "jina-bert-flash" (jina-clip-v1, our names).
+        kind: "transformers", "remote-code" (jina's own, adapters as parametrizations), "xlm-r" or "open-clip"; of
+            JinaBERT "jina-bert" (jina-embeddings-v2) or "jina-bert-flash" (jina-clip-v1, our names).
         prefix: of every name, such as `roberta.`.
     """
 
@@ -49,6 +61,8 @@ class Layout:
             return cls("remote-code", prefix)
         if any(".mlp.gated_layers." in key for key in keys):
             return cls("jina-bert" if any(".attention.self." in key for key in keys) else "jina-bert-flash", prefix)
+        if any(".self_attn.q_proj." in key for key in keys):
+            return cls("open-clip", prefix)
         return cls("xlm-r" if any(".attention.self." in key for key in keys) else "transformers", prefix)
 
     def __str__(self) -> str:
@@ -58,13 +72,14 @@ class Layout:
             "xlm-r": "XLM-RoBERTa",
             "jina-bert": "JinaBERT, as jina-embeddings-v2",
             "jina-bert-flash": "JinaBERT, as jina-clip-v1",
+            "open-clip": "jina_embeddings_v3 in a model of open_clip",
         }[self.kind]
         whole = "jina-clip-v1" if self.kind.startswith("jina-bert") else "jina-clip-v2"
         return f"the text half of {whole} ({title})" if self.is_half else title
 
     @property
     def is_half(self) -> bool:
-        """Whether the text weights are a part of a CLIP model's."""
+        """Whether the text weights are a part of a jina-clip model's."""
         return self.prefix.startswith("text_model.")
 
     def names(self, ours: str, every_name: Collection[str]) -> list[str]:
@@ -80,10 +95,11 @@ class Layout:
             return [f"{self.prefix}{module}.parametrizations.weight.{leaf}"]
         if self.kind not in _RENAMED:
             return [self.prefix + ours]
-        for our_part, their_part in _RENAMED[self.kind]:
+        renamed, qkv = _RENAMED[self.kind]
+        for our_part, their_part in renamed:
             ours = re.sub(rf"(^|\.){re.escape(our_part)}", rf"\g<1>{their_part}", ours)
-        parts = ("query", "key", "value") if ".mixer.Wqkv." in ours else ("",)
-        return [self.prefix + ours.replace("mixer.Wqkv", f"attention.self.{part}") for part in parts]
+        parts = qkv if ".mixer.Wqkv." in ours else ("",)
+        return [self.prefix + ours.replace("mixer.Wqkv", part) for part in parts]
 
     def expected(self, shapes: Mapping[str, list[int]]) -> dict[str, list[int]]:
         """{our name: shape} -> {their name: shape}."""
@@ -100,6 +116,8 @@ class Layout:
         others = (*heads, *(f"{self.prefix}embeddings.{name}" for name in positions))
         if self.is_half:
             others += ("vision_model.", "logit_scale")
+        if self.kind == "open-clip":
+            others += ("visual.", "logit_scale", "logit_bias")
         return {name: tensor for name, tensor in weights.items() if not name.startswith(others)}
 
     def without_merged(self, weights: Mapping[str, Tensor]) -> tuple[Layout, dict[str, Tensor]]:

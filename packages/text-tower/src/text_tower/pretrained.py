@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from text_tower import config_json, jina_bert, peft_folders, st_folder
+from text_tower import config_json, jina_bert, open_clip_folder, peft_folders, st_folder
 from text_tower.config import TextTowerConfig
 from text_tower.files import (
     check_keys,
@@ -39,11 +39,8 @@ if TYPE_CHECKING:
 
 UNMERGED = "unmerged"  # .safetensors: base weights and adapters apart
 LAYOUTS = ("transformers", "peft", "remote-code")
-# By `positions`: who writes config.json, the names of the weights, the model's class.
-_WRITTEN_AS = {
-    "rotary": (config_json.to_json, "transformers", "JinaEmbeddingsV3Model"),
-    "alibi": (jina_bert.to_json, "jina-bert", "JinaBertModel"),
-}
+_WRITTEN_AS = {"rotary": (config_json.to_json, "transformers", "JinaEmbeddingsV3Model"),
+               "alibi": (jina_bert.to_json, "jina-bert", "JinaBertModel")}  # fmt: skip
 OVERRIDES = ("rope_theta", "max_length", "layer_norm_eps", "pad_id", "attention", "compile", *config_json.OURS)
 
 
@@ -58,8 +55,8 @@ def load(
     """Reads a tower, on the CPU in float32, with its tokenizer if the directory holds one.
 
     It reads directories that `save_pretrained` wrote, transformers' own `jina_embeddings_v3`, XLM-RoBERTa's, jina's
-    remote-code layout with its parametrizations, jina-embeddings-v2 (JinaBERT, the English one with WordPiece), and
-    jina-clip-v1 and -v2, of which it takes the text half.
+    remote-code layout with its parametrizations, jina-embeddings-v2 (JinaBERT, with WordPiece), jina-clip-v1 and -v2,
+    and models of open_clip with such a text tower; of the last three it takes the text half.
 
     Args:
         path: directory with config.json and model.safetensors (or pytorch_model.bin, read with `weights_only=True`).
@@ -159,6 +156,7 @@ class _Found:
     def of(cls, path: Path, reader: Callable[..., dict[str, Tensor]]) -> _Found:
         said = st_folder.read(path)
         path = said.transformer
+        open_clip = open_clip_folder.read(path)
         stored = read_json(path / "config.json")
         if (path / "adapter_config.json").is_file():  # transformers would add it to the weights
             raise ValueError(
@@ -167,8 +165,10 @@ class _Found:
             )
         ours = config_json.ours_of(stored, path / "config.json")
         unmerged = bool(ours.get("adapters")) and (path / f"{UNMERGED}.safetensors").is_file()
-        weights = reader(path, UNMERGED) if unmerged else reader(path)
+        weights = reader(path, *(open_clip_folder.STEMS if open_clip else [UNMERGED] if unmerged else []))
         layout = Layout.of(weights)
+        if open_clip and layout.kind != "open-clip":
+            raise ValueError(f"{path} has {layout} as open_clip's text tower; expected {Layout('open-clip')}")
         reads = jina_bert if layout.kind.startswith("jina-bert") else config_json
         config = reads.from_json(stored, weights, layout, path / "config.json")
         tokenizer = Tokenizer.in_directory(path)
@@ -180,6 +180,8 @@ class _Found:
             )
         if layout.is_half and layout.kind == "remote-code" and not config.adapters:
             layout, weights = layout.without_merged(weights)
+        if open_clip:
+            config = open_clip.applied(config)
         said = st_folder.without_ours(said, config) if said.is_one and ours else said
         # A tokenizer's limit is not jina-clip's: its encode_text cuts at 512, whatever the tokenizer says.
         config = _with_what_else_is_said(config, said, None if layout.is_half else tokenizer)
@@ -281,8 +283,7 @@ def save(tower: TextTower, path: str | Path, *, merge: bool = False, layout: str
               PEFT folder named after it, for `load_adapter`.
             - "remote-code": jina's own layout, adapters as parametrizations.
 
-            A JinaBERT tower has the first alone, in jina-embeddings-v2's form: transformers reads it with
-            `trust_remote_code=True`, since it has no such model of its own.
+            A JinaBERT tower has the first alone, as jina-embeddings-v2: transformers needs `trust_remote_code=True`.
 
     Raises:
         FileExistsError: `path` exists and is not empty.
@@ -313,8 +314,8 @@ def save_with_head(tower: TextTower, path: str | Path, layout: str, head: Mappin
             weights = Layout("remote-code", "roberta.").from_ours(state)
         else:
             to_json, named, kind = _WRITTEN_AS[config.positions]
-            kind = "JinaEmbeddingsV3ForMaskedLM" if head else kind
-            write_json(to_json(config, dtype, kind, fingerprint), directory / "config.json")
+            named_for = "JinaEmbeddingsV3ForMaskedLM" if head else kind
+            write_json(to_json(config, dtype, named_for, fingerprint), directory / "config.json")
             weights = tower.merged_state_dict("none" if layout == "peft" else None)
             if head:
                 weights = {**{f"roberta.{name}": tensor for name, tensor in weights.items()}, **head}
