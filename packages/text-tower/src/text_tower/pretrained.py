@@ -282,8 +282,7 @@ def save(tower: TextTower, path: str | Path, *, merge: bool = False, layout: str
             - "peft": model.safetensors is what `AutoModel.from_pretrained` loads, without adapters; each adapter is a
               PEFT folder named after it, for `load_adapter`.
             - "remote-code": jina's own layout, adapters as parametrizations.
-
-            A JinaBERT tower has the first alone, as jina-embeddings-v2: transformers needs `trust_remote_code=True`.
+            - A JinaBERT tower has the first alone, as jina-embeddings-v2: transformers needs `trust_remote_code=True`.
 
     Raises:
         FileExistsError: `path` exists and is not empty.
