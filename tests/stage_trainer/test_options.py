@@ -81,6 +81,20 @@ TABLE = [
       ("", "file", "file/out", "/dev/null", "/proc/out", LONG)),
     *(["evaluate", value, "sets", "--suite=all"] for value in ("", "missing", LONG)),
     *(["evaluate", "model", value, "--suite=all"] for value in ("", "missing", "file", "model", LONG, "s3://bucket/x")),
+    ["evaluate", "stage1", "data"],
+    *(["demo", value, "data"] for value in ("", "missing", "file", "data", LONG)),
+    *(["demo", "model", value] for value in ("", "missing", LONG, "s3://bucket/data")),
+    *(["demo", "model", "data", f"--index={value}"] for value in ("", "file", "file/x", "/dev/null", "/proc/x", LONG)),
+    *(["demo", "model", "data", f"--port={value}"] for value in (*NUMBERS, "65536")),
+    *(["demo", "model", "data", f"--host={value}"] for value in ("", " ", "256.0.0.1", "a b")),
+    *(["demo", "model", "data", f"--device={value}"] for value in ("", "tpu", "cuda:0")),
+    *(["demo", "model", "data", f"--max-pixels={value}"] for value in NUMBERS),
+    *(["report", value] for value in ("", "missing", "file", "data", LONG)),
+    *(["report", "stage1", f"--out={value}"] for value in
+      ("missing/x.html", "file/x.html", "data", "/dev/null", "/proc/x.html", f"{LONG}.html", "", "x", ".html")),
+    *(["report", "stage1", f"--data={value}"] for value in ("", "missing", "file", "model", "s3://bucket/data")),
+    *(["report", "stage1", f"--{name}={value}"] for value in NUMBERS for name in ("searched", "max-pixels")
+      if (name, value) != ("searched", "0")),
 ]  # fmt: skip
 SWITCHES = {
     "--private",
