@@ -77,6 +77,8 @@ def run(arguments: argparse.Namespace) -> None:
     from stage_trainer.formats.card import card
 
     model = DualEncoder.from_pretrained(found)
+    if model.logit_bias is not None and arguments.format not in ("common", "trilith"):
+        print("not in this directory: the sigmoid loss's biases, for which it has no place; vectors do not need them")
     name = arguments.repository or arguments.out.resolve().name
 
     def card_of(become: common.Adapters) -> str:
@@ -94,8 +96,6 @@ def run(arguments: argparse.Namespace) -> None:
 
         adapters = open_clip.write(model, arguments.out, arguments.repository, card_of)
         _say_adapters(adapters.merged, adapters.left_out, ", since open_clip has none", can_be_kept=False)
-        print(f"wrote {arguments.out}; {arguments.out / 'README.md'} has an example")
-        return
     else:
         adapters = common.write(model, arguments.out, arguments.lora or "merged", card_of)
         _say_adapters(adapters.merged, adapters.left_out, "; --lora kept exports all of them")
