@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -43,11 +43,15 @@ class TextRecord:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """`count` records left out, for one of a few fixed reasons; `where` names the first."""
+    """`count` records left out, for one of a few fixed reasons; `where` names the first.
+
+    content: what stood there, as far as it is known; the list of what was dropped shows the beginning of its texts.
+    """
 
     reason: str
     where: str
     count: int = 1
+    content: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +72,13 @@ def from_rows(rows: Iterable[Row | Dropped], record: Callable[[str, JsonObject],
         if isinstance(row, Dropped):
             yield row
         else:
-            yield from record(*row)
+            yield from showing(row[1], record(*row))
+
+
+def showing(content: Any, found: Iterable[Found]) -> Iterator[Found]:
+    """What was found in a row; where it is dropped, with the row's content."""
+    for one in found:
+        yield replace(one, content=content) if isinstance(one, Dropped) and one.content is None else one
 
 
 def objects(rows: Iterable[Row | Dropped]) -> Iterator[tuple[str, JsonObject] | Dropped]:
@@ -77,7 +87,7 @@ def objects(rows: Iterable[Row | Dropped]) -> Iterator[tuple[str, JsonObject] | 
         if isinstance(row, Dropped) or isinstance(row[1], dict):
             yield row
         else:
-            yield Dropped("not a JSON object", row[0])
+            yield Dropped("not a JSON object", *row[:1], content=row[1])
 
 
 def pick(values: JsonObject, named: str, usual: Sequence[str]) -> Any:

@@ -18,7 +18,7 @@ from data_prep.shards.format import JsonObject
 from data_prep.sources.folder import inside
 from data_prep.sources.labels import COLUMN, GRADED, LEAST, POSITIVES, SCALE
 from data_prep.sources.parquet import image_bytes
-from data_prep.sources.records import Dropped, Found, ImageRecord, Row, argument, option
+from data_prep.sources.records import Dropped, Found, ImageRecord, Row, argument, option, showing
 from data_prep.sources.row_columns import Columns, Kinds, caption_texts, find_columns, value_at
 from data_prep.sources.text_rows import TextRows
 from data_prep.sources.texts import Texts
@@ -85,9 +85,10 @@ class RowSet(ABC):
             if isinstance(row, Dropped):
                 yield row
             elif columns.image:
-                yield self._captioned(*row, columns, [self.data, *piece.get("roots", ())])
+                yield from showing(row[1], [self._captioned(*row, columns, [self.data, *piece.get("roots", ())])])
             else:
-                yield from texts.records(row[0], columns.named_labels(row[1]) if columns.labels else row[1])
+                content = columns.named_labels(row[1]) if columns.labels else row[1]
+                yield from showing(content, texts.records(row[0], content))
 
     def _captioned(self, where: str, row: JsonObject, columns: Columns, roots: list[str]) -> Found:
         image = self._image(value_at(row, columns.image), roots)

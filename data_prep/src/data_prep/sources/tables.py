@@ -142,9 +142,9 @@ def read_table(piece: JsonObject) -> Iterator[Row | Dropped]:
 def _row(name: str, columns: list[str], row: TableRow) -> Iterator[Row | Dropped]:
     where = f"{name}, line {row.first}"
     if isinstance(row.values, str):
-        yield Dropped(row.values, where)
+        yield Dropped(row.values, where, content=row.raw)
     elif len(row.values) > len(columns):
-        yield Dropped("more values than columns", where)
+        yield Dropped("more values than columns", where, content=row.values)
     elif row.values != [""]:  # an empty line is no row
         yield where, dict(zip(columns, row.values, strict=False))
 
@@ -181,9 +181,9 @@ def read_lines(piece: JsonObject) -> Iterator[Row | Dropped]:
             try:
                 yield where, parse_json(line.decode("utf-8"))
             except UnicodeDecodeError:
-                yield Dropped("not UTF-8", where)
+                yield Dropped("not UTF-8", where, content=line)
             except ValueError:
-                yield Dropped("not JSON", where)
+                yield Dropped("not JSON", where, content=line)
 
 
 def is_json_lines(path: Path) -> bool:

@@ -18,7 +18,18 @@ from data_prep.shards.format import JsonObject
 from data_prep.sources.dialects import DELIMITER, ENCODING, ESCAPE, NO_HEADER, QUOTING, Said
 from data_prep.sources.labels import COLUMN, GRADED, LEAST, POSITIVES, SCALE, Judgement, Labels
 from data_prep.sources.parquet import parquet_columns, parquet_pieces, read_parquet
-from data_prep.sources.records import Dropped, Found, Noted, Row, TextRecord, argument, option, pick, usual_column
+from data_prep.sources.records import (
+    Dropped,
+    Found,
+    Noted,
+    Row,
+    TextRecord,
+    argument,
+    option,
+    pick,
+    showing,
+    usual_column,
+)
 from data_prep.sources.tables import check_columns, line_pieces, noted, open_table, read_lines, read_table, shown
 
 _ROWS = 20_000
@@ -104,7 +115,7 @@ class Texts:
             if isinstance(row, Dropped):
                 yield row
             else:
-                yield from self.record(*row)
+                yield from showing(row[1], self.record(*row))
 
     def record(self, where: str, value: Any) -> Iterator[Found]:
         """What a line or row gives."""
