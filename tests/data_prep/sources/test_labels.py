@@ -10,6 +10,8 @@ import pytest
 from data_prep.errors import UserError
 from pyarrow import Table, parquet
 
+ALONE = "labelled as no match, of a query without a match in any row"
+
 
 def write(path: Path, rows: list[dict]) -> Path:
     if path.suffix == ".parquet":
@@ -36,9 +38,10 @@ def queries(found) -> list[str]:
 @pytest.mark.parametrize(
     ("column", "marks", "kept", "reason"),
     [
-        ("label", [1, 0, 1, 0], ["q0", "q2"], "labelled as no match"),
-        ("is_duplicate", [True, False, False], ["q0"], "labelled as no match"),
-        ("gold_label", ["entailment", "neutral", "contradiction"], ["q0"], "labelled as no match"),
+        ("label", [1, 0, 1, 0], ["q0", "q2"], ALONE),
+        ("is_duplicate", [True, False, False], ["q0"], ALONE),
+        ("gold_label", ["entailment", "contradiction"], ["q0"], ALONE),
+        ("gold_label", ["entailment", "neutral"], ["q0"], "labelled as no match"),
         ("gold_label", ["entailment", "-"], ["q0"], "without a label or score"),
         ("score", [0.98, 0.0, 0.79], ["q0"], "score below --min-score"),
         ("label", [0.98, 0.3], ["q0"], "score below --min-score"),

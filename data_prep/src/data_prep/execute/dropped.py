@@ -33,13 +33,13 @@ class DroppedList:
         self._temporary: Path | None = None
         self._file: IO[bytes] | None = None
 
-    def add(self, reason: str, where: str, count: int = 1, content: Any = None) -> None:
+    def add(self, reason: str, where: str, count: int = 1, content: Any = None, source: str = "") -> None:
         """Append what was left out. content: what stood there; of it texts alone come into the list.
 
         Raises:
             ShardError: the disk refuses.
         """
-        line = {"source": self._source, "where": where, "reason": reason}
+        line = {"source": source or self._source, "where": where, "reason": reason}
         more = {"count": count} if count != 1 else {}
         text = excerpt(content)
         raw = _encode({**line, **more, **({"excerpt": text} if text else {})}) + "\n"

@@ -91,22 +91,22 @@ class Output:
         """Count records found in the input."""
         self._came_in += count
 
-    def drop(self, reason: str, where: str, count: int = 1, *, content: Any = None) -> None:
+    def drop(self, reason: str, where: str, count: int = 1, *, content: Any = None, source: str = "") -> None:
         """Count records that are left out, for one of a few fixed reasons; `where` names the first.
 
-        Each is listed, with the beginning of the texts in `content`. Bytes of a file name that are not UTF-8 are
-        escaped.
+        Each is listed, with the beginning of the texts in `content`, and as of `source` if that is not what the unit
+        reads. Bytes of a file name that are not UTF-8 are escaped.
         """
         self._dropped[reason] += count
         where = where.encode("utf-8", "backslashreplace").decode()
         examples = self._examples.setdefault(reason, [])
         if len(examples) < _EXAMPLES:
             examples.append(where)
-        self.mention(reason, where, count, content=content)
+        self._list.add(reason, where, count, content, source)
 
-    def mention(self, reason: str, where: str, count: int = 1, *, content: Any = None) -> None:
+    def mention(self, reason: str, where: str, *, content: Any = None) -> None:
         """List something that is left out of a sample, which itself is not dropped (one of its texts)."""
-        self._list.add(reason, where, count, content)
+        self._list.add(reason, where, content=content)
 
     def note(self, name: str, count: int = 1) -> None:
         """Count something else for the receipt ("images encoded anew")."""

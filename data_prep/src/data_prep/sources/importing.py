@@ -66,9 +66,9 @@ def import_piece(piece: JsonObject, options: JsonObject, output: Output) -> None
         if isinstance(found, Noted):
             output.note(found.name, found.count)
             continue
-        output.came_in(found.count if isinstance(found, Dropped) else 1)
+        output.came_in(found.count if isinstance(found, Dropped) else getattr(found, "rows", 1))
         if isinstance(found, Dropped):
-            output.drop(found.reason, found.where, found.count, content=found.content)
+            output.drop(found.reason, found.where, found.count, content=found.content, source=found.source)
         elif isinstance(found, TextRecord):
             _write_texts(found, name, output)
         else:

@@ -13,6 +13,10 @@ from data_prep.shards.format import JsonObject
 # What the options of sources that read labels say.
 COLUMN = "column that says whether texts match, or how much (default: label, score, …); or none"
 POSITIVES = "labels that say that texts match, with commas (default: 1, true, entailment, …)"
+NO_MATCH = (
+    "labels that say that texts do not match, with commas (default: 0, false, contradiction, …): hard negatives of the "
+    "matches of their query; none: drop them"
+)
 SCALE = "score of texts that say the same"
 LEAST = "share of the scale from which on a pair is a positive; others are dropped"
 GRADED = "sts: keep all pairs that have a score, with it, to evaluate on"
@@ -32,20 +36,22 @@ _YES = (
     "similar",
 )
 _NO = (
-    *("false", "no", "neutral", "contradiction", "negative", "irrelevant", "different", "mismatch", "dissimilar"),
+    *("false", "no", "contradiction", "negative", "irrelevant", "different", "mismatch", "dissimilar"),
     *("not_duplicate", "not_entailment", "not_equivalent", "not_relevant", "non-match", "no_match"),
 )
+_NEITHER = ("neutral",)
 _NONE = ("", "-", "-1", "nan", "null", "none")  # as SNLI writes pairs on which people did not agree
 
 
 @dataclass(frozen=True)
 class Judgement:
     """What a row says of its pair. right: whether it is a positive; reason: why not. grade: the score as it stands in
-    the row, None for a label."""
+    the row, None for a label. against: a label says that the texts do not match."""
 
     right: bool
     reason: str = ""
     grade: float | None = None
+    against: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,8 @@ class Labels:
     """How labels and scores are read.
 
     column: of the label or score; "" for the usual names, "none" for no such column. positives: the labels that say
-    yes, in place of 1, true, entailment and the like. scale: the score of equal texts. least: the share of it from
+    yes, in place of 1, true, entailment and the like. no_match: those that say no, in place of 0, false, contradiction
+    and the like; other labels say neither. scale: the score of equal texts. least: the share of it from
     which on a pair is a positive.
 
     Raises:
@@ -62,6 +69,7 @@ class Labels:
 
     column: str = ""
     positives: tuple[str, ...] = ()
+    no_match: tuple[str, ...] = ()
     scale: float = 1.0
     least: float = 0.8
 
@@ -87,21 +95,26 @@ class Labels:
         wrong = next((one for one in found if not one.right), None)
         graded = next((one.grade for one in found if one.grade is not None), None)
         if wrong is not None:
-            return Judgement(False, wrong.reason, graded)
+            return Judgement(False, wrong.reason, graded, wrong.against)
         return Judgement(True, grade=graded) if found else None
 
     def _one(self, name: str, value: Any, row: JsonObject, where: str) -> Judgement:
         said = str(value).strip().lower() if isinstance(value, str | int | float) else ""
+        if _among(said, self.positives):
+            return Judgement(True)
+        if _among(said, self.no_match):
+            return Judgement(False, "labelled as no match", against=True)
         if self.positives:
-            right = any(_alike(said, other.strip().lower()) for other in self.positives)
-            return Judgement(right, "" if right else "labelled as no match")
+            against = not self.no_match and (said in _NO or _number(said) == 0)
+            return Judgement(False, "labelled as no match", against=against)
         if said in _NONE:
             return Judgement(False, "without a label or score")
         number = float(value) if isinstance(value, bool) else _number(said)
         if number is None:
-            known = said in (*_YES, *_NO)
+            known = said in (*_YES, *_NO, *_NEITHER)
             reason = "labelled as no match" if known else "label that is not known; say --positives"
-            return Judgement(said in _YES, "" if said in _YES else reason)
+            against = said in _NO and not self.no_match
+            return Judgement(said in _YES, "" if said in _YES else reason, against=against)
         if {"premise", "hypothesis"} & {column.lower() for column in row} and name.lower() in _LABELS:
             raise UserError(
                 f"{where}: {name} is {said}, and which number is entailment differs between sets of premises and "
@@ -113,10 +126,16 @@ class Labels:
                 "(--score-scale 5); if it is a class, the labels that match (--positives 0); if it says nothing about "
                 "the pair, --label-column none"
             )
-        grade = None if name.lower() in _LABELS and number in (0, 1) else number
+        grade = None if isinstance(value, bool) or (name.lower() in _LABELS and number in (0, 1)) else number
         if number >= self.least * self.scale:
             return Judgement(True, grade=grade)
-        return Judgement(False, "labelled as no match" if grade is None else "score below --min-score", grade)
+        if grade is not None:
+            return Judgement(False, "score below --min-score", grade)
+        return Judgement(False, "labelled as no match", against=not self.no_match)
+
+
+def _among(label: str, others: tuple[str, ...]) -> bool:
+    return any(_alike(label, other.strip().lower()) for other in others)
 
 
 def _alike(one: str, other: str) -> bool:
