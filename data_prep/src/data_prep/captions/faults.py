@@ -31,18 +31,24 @@ _PHRASES = (
         r"(invalid|incorrect|wrong|missing|expired|no) api[ _-]?key|api[ _-]?key (is )?(not valid|invalid|missing)",
     ),
     (NO_MONEY, r"insufficient (balance|credits?|funds|quota)|exceeded your current quota|account .{0,20}arrears"),
+    (
+        NO_MODEL,
+        r"\bmodel [`'\"]?[^\s`'\"]+[`'\"]? (was |is )?(not found|does not exist)|(no such|unknown) model\b|"
+        r"is not a valid model",
+    ),
     (LIMITED, r"rate[ _-]?limit|too many requests|throttl|requests? per (minute|second|day)"),
 )
 _HINTS = re.compile(r"retry-after(-ms)?|x-ratelimit-[a-z-]+")
 
 
 def stopping(status: int, raw: bytes) -> int | None:
-    """One of `STOPPING` if an error means that no other request would be answered either, else None."""
+    """One of `STOPPING` if an error means that no other request (of this model) would be answered either, else None."""
     if (sure := _by_code(raw)) in STOPPING:
         return sure
     if status in (NO_KEY, NO_MONEY):
         return status
-    return None if limited(status, raw) else _by_phrase(raw, (NO_KEY, NO_MONEY))
+    among = (NO_KEY, NO_MONEY, NO_MODEL) if status in (400, 404) else (NO_KEY, NO_MONEY)
+    return None if limited(status, raw) else _by_phrase(raw, among)
 
 
 def limited(status: int, raw: bytes) -> bool:
@@ -71,7 +77,7 @@ def disguised(path: str, raw: bytes) -> int | None:
         return None
     inner = _error(body)
     own = next(filter(None, (_status(holder) for holder in (inner, body))), None)
-    return own or _by_code(raw) or _by_phrase(raw, (NO_KEY, NO_MONEY, LIMITED)) or FAILED
+    return own or _by_code(raw) or _by_phrase(raw, (NO_KEY, NO_MONEY, NO_MODEL, LIMITED)) or FAILED
 
 
 def hints_inside(raw: bytes) -> dict[str, str]:

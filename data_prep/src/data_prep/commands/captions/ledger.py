@@ -171,7 +171,12 @@ def _show_trouble(ledger: RequestLedger, *, everything: bool) -> None:
 
 
 def add_export(steps: Subcommands) -> None:
-    export = steps.add_parser("export", help="write accepted captions as a data set of images with long captions")
+    export = steps.add_parser(
+        "export",
+        help="write accepted captions as a data set of images with long captions",
+        description="Writes the images with their accepted captions to OUT. Images that cannot be read, or changed "
+        "since they were described, are left out and listed in OUT/dropped.jsonl; the exit status is then 2.",
+    )
     export.add_argument("ledger", metavar="LEDGER")
     export.add_argument("out", metavar="OUT", help="folder of the data set; must not exist")
     export.add_argument("--source", default="synthetic", metavar="NAME", help="source's name (default: synthetic)")
@@ -192,7 +197,7 @@ def _export(options: argparse.Namespace) -> int:
         reject_duplicates(ledger)
         (images,) = ledger.db.execute("SELECT count(DISTINCT image) FROM request WHERE state = 'accepted'").fetchone()
         progress = Progress(max(1, images))
-        counts = export(
+        done = export(
             ledger,
             options.out,
             source=options.source,
@@ -201,6 +206,12 @@ def _export(options: argparse.Namespace) -> int:
             tick=lambda: progress.add(1),
         )
     progress.finish()
-    print(f"{options.out}: {sum(counts.values())} captions")
-    print(", ".join(f"{language} {count}" for language, count in sorted(counts.items())))
+    print(f"{options.out}: {done.captions.total()} captions")
+    print(", ".join(f"{language} {count}" for language, count in sorted(done.captions.items())))
+    if done.left_out:
+        place = Path(options.out) / "dropped.jsonl"
+        raise UserError(
+            f"{done.left_out} images were left out, as they cannot be read or changed since they were described: "
+            f"{place} lists each; their captions stay in the ledger"
+        )
     return 0

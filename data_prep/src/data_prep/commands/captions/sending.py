@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from data_prep.captions.judge import Limits
 from data_prep.captions.ledger import RequestLedger
 from data_prep.captions.pricing import Prices, forecast
 from data_prep.captions.service import Service
-from data_prep.captions.settings import RunSettings
+from data_prep.captions.settings import RunResult, RunSettings
 from data_prep.commands import Subcommands
 from data_prep.commands.captions.ledger import show_spent
 from data_prep.errors import UserError
-
-if TYPE_CHECKING:
-    from data_prep.captions.run import RunResult
 
 
 def add_run(steps: Subcommands) -> None:
