@@ -10,7 +10,7 @@ import pytest
 from data_prep.errors import UserError
 from pyarrow import Table, parquet
 
-ALONE = "labelled as no match, of a query without a match in any row"
+ALONE = "no match, of a query without a match in any row"
 
 
 def write(path: Path, rows: list[dict]) -> Path:

@@ -89,11 +89,11 @@ def _of_query(group: Iterable[tuple[Any, ...]], count: int) -> Iterator[Found]:
             right.update((text.text, text) for text in target if len(right) < _MOST)
             continue
         if first is None:
-            reason = f"{LABELLED}, of a query without a match in any row"
+            reason = "no match, of a query without a match in any row"
         elif any(_plain(text.text) in known for text in target):
-            reason = f"{LABELLED}, but also as a match, or twice"
+            reason = "no match, but also a match of its query, or there twice"
         elif len(negatives) == count:
-            reason = f"{LABELLED}, of a query with more than --negatives {count}"
+            reason = f"no match, beyond the first {count} of its query"
         else:
             known.update(_plain(text.text) for text in target)
             negatives.append((source, where, query, target))
@@ -104,7 +104,7 @@ def _of_query(group: Iterable[tuple[Any, ...]], count: int) -> Iterator[Found]:
         yield TextRecord(first[0], first[1], list(right.values()), texts, rows=count)
         return
     for one in negatives:
-        reason = f"{LABELLED}, of a query with fewer than --negatives {count}"
+        reason = f"no match, fewer than --negatives {count} of its query"
         yield _dropped(one[0], reason, *one[1:])
 
 
