@@ -168,10 +168,3 @@ def _judgement(line: str) -> dict[str, Any]:
     cells = next(csv.reader([line], delimiter="\t"), [])
     cells = line.split() if len(cells) == 1 else cells
     return dict(zip(QRELS, [cells[0], *cells[2:]] if len(cells) == 4 else cells, strict=False))
-
-
-def plain_id(value: Any) -> str | None:
-    """An id as text: 3, 3.0 and "3" are one. None if it is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str) or value != value:
-        return None
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

@@ -179,7 +179,15 @@ class Texts:
 
     def _labels(self) -> Labels:
         positives, no_match = (tuple(said.split(",")) if said else () for said in (self.positives, self.no_match))
-        return Labels(self.label_column, positives, no_match, self.score_scale, self.min_score)
+        return Labels(
+            self.label_column,
+            positives,
+            no_match,
+            self.score_scale,
+            self.min_score,
+            graded=self.graded == "sts",
+            texts=(self.query_column, self.target_column, *self.negative_columns.split(",")),
+        )
 
     def _parts(self, value: Any) -> tuple[list[str], list[str], list[str]] | None:
         """Query, targets and negatives of a line; None if it has another form."""
