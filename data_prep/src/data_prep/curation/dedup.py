@@ -89,7 +89,7 @@ def drop(piece: JsonObject, options: JsonObject, output: Output) -> None:
         output.came_in()
         if what != KEPT:
             other = "" if what == BROKEN else f", like {numbered.name(to)}"
-            output.drop(REASONS[what], f"{piece['dataset']}: {sample.row.key}{other}")
+            output.drop(REASONS[what], f"{piece['dataset']}: {sample.row.key}{other}", content=sample.words)
         elif place in taken and sample.kind.startswith("image"):
             _take_over(sample, [numbered.sample(number) for number in taken[place]], piece, output)
         else:

@@ -126,7 +126,8 @@ def compose(piece: JsonObject, options: JsonObject, output: Output) -> None:
     for sample, chosen, alternatives in rows:
         output.came_in()
         if chosen[0] < 0:
-            output.drop(f"fewer than {options['count']} negatives passed the guards", sample.row.key)
+            place = f"{piece['dataset']}: {sample.row.key}"
+            output.drop(f"fewer than {options['count']} negatives passed the guards", place, content=sample.words)
             continue
         sample.content["negatives"] = [
             [text for place, text in enumerate(corpus.sample(pair).texts[1]) if which >> place & 1]
