@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,8 @@ def test_a_column_that_says_nothing_of_the_pair_can_be_passed_over_and_another_b
 def test_a_positive_says_itself_that_it_is_one(run, tmp_path):
     rows = [{"query": "q0", "positive": "p", "negative": "n", "score": 12.5}]
     assert queries(run("texts", files=[write(tmp_path / "t.jsonl", rows)])) == ["q0"]
+
+
+def test_labels_may_be_decimals(run, tmp_path):
+    path = write(tmp_path / "t.parquet", pairs([Decimal("1"), Decimal("0")]))
+    assert queries(run("texts", files=[path])) == ["q0"]

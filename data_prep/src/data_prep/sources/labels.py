@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Number
 from typing import Any
 
 from data_prep.errors import UserError
@@ -106,7 +107,7 @@ class Labels:
         return Judgement(True, grade=graded) if found else None
 
     def _one(self, name: str, value: Any, row: JsonObject, where: str) -> Judgement:
-        said = str(value).strip().lower().replace(" ", "_") if isinstance(value, str | int | float) else ""
+        said = str(value).strip().lower().replace(" ", "_") if isinstance(value, str | Number) else ""
         if _among(said, self.positives):
             return Judgement(True)
         if _among(said, self.no_match):

@@ -100,9 +100,16 @@ def noted(piece: JsonObject) -> list[Noted]:
 
 
 def line_pieces(path: str | Path) -> Iterator[JsonObject]:
-    """Pieces of whole lines, of some megabytes."""
+    """Pieces of whole lines, of some megabytes. UserError if it is UTF-16 or UTF-32, by its mark."""
     path = Path(path)
     stamped = checked_file_stat(path)
+    with open_bytes(path) as file:
+        try:
+            wide = file.read(4).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE))
+        except PACKED:  # said where it is read
+            wide = False
+    if wide:
+        raise UserError(f"{path}: is UTF-16 or UTF-32; JSON lines are UTF-8: `iconv -f UTF-16 -t UTF-8` makes it so")
     if path.suffix == ".gz":
         yield {"file": str(path), **stamped, "start": 0, "end": None}
         return

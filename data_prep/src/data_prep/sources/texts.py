@@ -16,6 +16,7 @@ from data_prep.names import is_hidden
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
 from data_prep.sources.dialects import DELIMITER, ENCODING, ESCAPE, NO_HEADER, QUOTING, Said
+from data_prep.sources.json_lists import list_pieces, read_list
 from data_prep.sources.labels import COLUMN, GRADED, LEAST, NO_MATCH, POSITIVES, SCALE, Judgement, Labels
 from data_prep.sources.no_match import hard_negatives, left_for_later
 from data_prep.sources.parquet import parquet_columns, parquet_pieces, read_parquet
@@ -32,7 +33,16 @@ from data_prep.sources.records import (
     showing,
     usual_column,
 )
-from data_prep.sources.tables import check_columns, line_pieces, noted, open_table, read_lines, read_table, shown
+from data_prep.sources.tables import (
+    check_columns,
+    line_pieces,
+    noted,
+    open_bytes,
+    open_table,
+    read_lines,
+    read_table,
+    shown,
+)
 
 _ROWS = 20_000
 _LOOK_AT = 1000  # rows of a file
@@ -110,6 +120,8 @@ class Texts:
                 self._needed(path, table.columns)
                 for piece in table.pieces(_ROWS):
                     yield {**piece, "shown": name}
+            elif _is_list(path):
+                yield from ({**piece, "format": "list"} for piece in list_pieces(path, _ROWS))
             else:
                 for piece in line_pieces(path):
                     yield {**piece, "shown": name}
@@ -276,7 +288,17 @@ def names_of(paths: Sequence[Path]) -> list[str]:
 def _rows(piece: JsonObject) -> Iterator[Row | Dropped]:
     if piece.get("format") == "parquet":
         return read_parquet(piece, piece["columns"], texts=piece["columns"])
+    if piece.get("format") == "list":
+        return read_list(piece)
     return read_table(piece) if piece.get("format") == "table" else read_lines(piece)
+
+
+def _is_list(path: Path) -> bool:
+    """Whether a file is one JSON list of objects or lists; a line of JSON lines does not begin so."""
+    if path.suffix == ".gz":
+        return False
+    with open_bytes(path) as file:
+        return re.match(rb"(\xef\xbb\xbf)?\s*\[\s*[\[{]", file.read(4096)) is not None
 
 
 def _listed(value: Any) -> list[Any]:
