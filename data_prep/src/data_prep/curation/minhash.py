@@ -1,7 +1,7 @@
 """Near-duplicate texts by MinHash (Broder 1997) and banding.
 
-Not datasketch, whose MinHash LSH takes 25 times as long for each text (`benchmarks/near_duplicates.py`: a million texts
-take 29 processor seconds here, 5,000 take 3.6 there).
+Not datasketch, whose MinHash LSH takes ten times as long for each text (`benchmarks/near_duplicates.py`: a million
+texts take 36 processor seconds here, 10,000 take 3.6 there).
 
 A text is the set of its runs of five characters, after normalisation; that works for all thirty languages, with spaces
 between words or without. The probability that two texts agree in one of the `PERMUTATIONS` minima is the Jaccard
