@@ -52,7 +52,7 @@ def deduplicate(
     before = passes.pieces_of(tests)
     pieces = [*before, *passes.pieces_of(datasets)]
     signing = image_duplicates if images else text_duplicates
-    survey = passes.Survey(target, f"{signing.__name__}:sign", pieces, {"version": 2, "sides": bool(tests)})
+    survey = passes.Survey(target, f"{signing.__name__}:sign", pieces, {"version": 3, "sides": bool(tests)})
     numbered = [str(dataset.directory.resolve()) for dataset in [*tests, *datasets]]
     rules = {
         "similarity": similarity, "distance": distance, "near": near,
