@@ -61,9 +61,9 @@ def deduplicate(
     job = passes.job_on(datasets, target, "dedup", f"{__name__}:drop", rules, survey)
 
     def decide(survey: passes.Survey) -> tuple[Verdicts, list[int]]:
-        if images:
-            return image_duplicates.decide(survey.files(), len(before), distance if near else -1)
         samples = passes.Numbered(numbered)
+        if images:
+            return image_duplicates.decide(survey.files(), len(before), distance if near else -1, samples)
         return text_duplicates.decide(survey.files(), len(before), similarity, near, samples)
 
     if dry_run:

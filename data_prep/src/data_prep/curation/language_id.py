@@ -16,8 +16,9 @@ from data_prep.errors import needs
 from data_prep.languages import LANGUAGES
 
 _SCANDINAVIAN = ("da", "no", "sv")  # which py3langid confuses
-# Languages of py3langid that share the probability with one of the thirty: its dialects, and Malay with Indonesian.
-_VARIANTS = {"wuu": "zh", "yue": "zh", "ary": "ar", "arz": "ar", "ms": "id", "nn": "no"}
+# Languages of py3langid that share the probability with one of the thirty: its dialects, and Malay with Indonesian; and
+# with each other: Croatian, Bosnian and Serbian, each of them unlikely alone.
+_VARIANTS = {"wuu": "zh", "yue": "zh", "ary": "ar", "arz": "ar", "ms": "id", "nn": "no", "bs": "hr", "sr": "hr"}
 # By the first word of a character's name in Unicode.
 _SCRIPTS = {
     "CJK": ("zh",), "HIRAGANA": ("ja",), "KATAKANA": ("ja",), "HANGUL": ("ko",), "THAI": ("th",), "GEORGIAN": ("ka",),
