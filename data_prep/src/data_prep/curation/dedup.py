@@ -52,7 +52,7 @@ def deduplicate(
     before = passes.pieces_of(tests)
     pieces = [*before, *passes.pieces_of(datasets)]
     signing = image_duplicates if images else text_duplicates
-    survey = passes.Survey(target, f"{signing.__name__}:sign", pieces, {"version": 2, "sides": bool(tests)})
+    survey = passes.Survey(target, f"{signing.__name__}:sign", pieces, {"version": 3, "sides": bool(tests)})
     numbered = [str(dataset.directory.resolve()) for dataset in [*tests, *datasets]]
     rules = {
         "similarity": similarity, "distance": distance, "near": near,
@@ -61,9 +61,9 @@ def deduplicate(
     job = passes.job_on(datasets, target, "dedup", f"{__name__}:drop", rules, survey)
 
     def decide(survey: passes.Survey) -> tuple[Verdicts, list[int]]:
-        if images:
-            return image_duplicates.decide(survey.files(), len(before), distance if near else -1)
         samples = passes.Numbered(numbered)
+        if images:
+            return image_duplicates.decide(survey.files(), len(before), distance if near else -1, samples)
         return text_duplicates.decide(survey.files(), len(before), similarity, near, samples)
 
     if dry_run:
