@@ -36,7 +36,7 @@ def deduplicate(
     Args:
         similarity: texts with this Jaccard similarity or more are near-duplicates.
         distance: images whose perceptual hashes differ in at most so many bits, and that have the same colours in the
-            same places, are near-duplicates.
+            same places and nearly the same pixels, are near-duplicates.
         near: False: remove exact duplicates only.
         dry_run: print what would go, and write nothing but the survey, with which the next run goes on.
     """
