@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 from stage_trainer.dual_encoder import DualEncoder
-from stage_trainer.formats import jina_clip, open_clip
+from stage_trainer.formats import jina_clip, jina_clip_v1, open_clip
 from text_tower import MaskedLM, TextTower, TextTowerConfig, Tokenizer
 from vision_tower import VisionTower, VisionTowerConfig
 
@@ -50,9 +51,31 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
     return Tokenizer.from_file(file)
 
 
+@pytest.fixture(scope="module")
+def words(tmp_path_factory) -> Tokenizer:
+    """A WordPiece tokenizer with every file that is read beside it."""
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh", "##a", "##b", "the"]
+    built = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]")
+    )
+    built.normalizer = tokenizers.normalizers.BertNormalizer()
+    built.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    built.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    built.add_special_tokens(vocabulary[:5])
+    out = tmp_path_factory.mktemp("words")
+    built.save(str(out / "tokenizer.json"))
+    (out / "vocab.txt").write_text("\n".join(vocabulary))
+    names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": {"content": "[MASK]", "lstrip": False}}
+    decoder = {"added_tokens_decoder": {str(i): {"content": word} for i, word in enumerate(vocabulary[:5])}}
+    settings = {**names, **decoder, "do_lower_case": True, "tokenizer_class": "BertTokenizer", "model_max_length": 64}
+    (out / "tokenizer_config.json").write_text(json.dumps(settings))
+    return Tokenizer.from_file(out)
+
+
 @pytest.fixture
-def folder(tokenizer, tmp_path) -> Callable[[str], tuple[Path, Callable[[Path], object]]]:
+def folder(tokenizer, words, tmp_path) -> Callable[[str], tuple[Path, Callable[[Path], object]]]:
     """A good folder in one of the layouts that are read, and what reads it."""
+    jina_bert = {"positions": "alibi", "mlp": "geglu", "token_types": 2, "pad_id": 0}
     small = {"vocab_size": 42, "width": 16, "layers": 1, "heads": 2, "mlp_width": 16, "max_length": 64}
     adapters = {"lora_rank": 2, "lora_alpha": 3.0, "adapters": ("query", "other"), "instructions": {"query": "q: "}}
 
@@ -127,6 +150,18 @@ def folder(tokenizer, tmp_path) -> Callable[[str], tuple[Path, Callable[[Path], 
             config = TextTowerConfig(**small, lora_rank=2, adapters=("query",), instructions={"query": "q: "})
             image = VisionTower(VisionTowerConfig(resolution=16, patch=8, width=16, layers=1, heads=2, mlp_width=24))
             jina_clip.write(DualEncoder(TextTower(config, tokenizer), image, matryoshka_dims=(8, 16)), path)
+            file = path / "config.json"
+            said = {"text": {"dropout": 0.1}, "vision": {"checkpointing": True}, "text_logit_scale": 1.0}
+            file.write_text(json.dumps({**json.loads(file.read_text()), "trilith_clip": said}))
+            return path, DualEncoder.from_pretrained
+        if layout in ("jina-bert", "whole v1"):
+            config = TextTowerConfig(**{**small, **jina_bert, "vocab_size": 16})
+            tower = TextTower(config, words)
+            if layout == "jina-bert":
+                tower.save_pretrained(path)
+                return path, TextTower.from_pretrained
+            image = VisionTowerConfig(resolution=16, patch=8, width=16, layers=1, heads=2, reference_grid=None)
+            jina_clip_v1.write(DualEncoder(tower, VisionTower(image)), path)
             file = path / "config.json"
             said = {"text": {"dropout": 0.1}, "vision": {"checkpointing": True}, "text_logit_scale": 1.0}
             file.write_text(json.dumps({**json.loads(file.read_text()), "trilith_clip": said}))
@@ -267,6 +302,8 @@ def test_what_once_got_through_is_refused_in_one_message_that_names_the_folder(l
         "jina",
         "dual",
         "whole",
+        "jina-bert",
+        "whole v1",
         "open-clip",
     ],
 )
@@ -290,7 +327,7 @@ def test_no_value_of_any_file_gets_past_the_message(layout, folder):
     assert not faults
 
 
-@pytest.mark.parametrize("layout", ["plain", "st", "own", "dual", "whole", "open-clip"])
+@pytest.mark.parametrize("layout", ["plain", "st", "own", "dual", "whole", "whole v1", "open-clip"])
 def test_no_file_of_weights_or_pieces_gets_past_the_message(layout, folder):
     path, load = folder(layout)
     faults = {}

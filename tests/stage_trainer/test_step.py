@@ -37,11 +37,12 @@ LOSSES = {
 class PlainEngine:
     """No DeepSpeed, one or several ranks whose gradients are averaged after the last backward pass."""
 
-    def __init__(self, kind="multi_task", dtype=torch.float64, adapters=("a",), temperature=0.07):
+    def __init__(self, kind="multi_task", dtype=torch.float64, adapters=("a",), temperature=0.07, **block):
         torch.manual_seed(0)
         text = TextTowerConfig(
-            vocab_size=50, width=32, layers=2, heads=2, mlp_width=64, dropout=0.1, lora_rank=2, adapters=adapters
-        )
+            vocab_size=50, width=32, layers=2, heads=2, mlp_width=64, dropout=0.1, lora_rank=2, adapters=adapters,
+            **block,
+        )  # fmt: skip
         vision = VisionTowerConfig(resolution=24, patch=8, width=32, layers=2, heads=2, mlp_width=48)
         model = DualEncoder(TextTower(text), VisionTower(vision), temperature=temperature).to(dtype).train()
         for name, parameter in model.named_parameters():
@@ -108,18 +109,20 @@ def make_batch(images=7, pairs=6, negatives=3, seed=0, rows=slice(None), views=0
     )
 
 
-def step(batch, cache=None, group=None, pairs=BOTH, kind="multi_task"):
-    engine = PlainEngine(kind)
+def step(batch, cache=None, group=None, pairs=BOTH, kind="multi_task", **block):
+    engine = PlainEngine(kind, **block)
     losses = forward_backward(engine, batch, pairs=pairs, patch_dropout=0.5, group=group, cache=cache)
     return {t: loss.item() for t, (loss, _) in losses.items()}, engine.gradients(), engine.passes
 
 
 @pytest.mark.parametrize("cache", [GradientCache(2, 10), GradientCache(0, 7), GradientCache(3, 0), GradientCache(1, 1)])
-@pytest.mark.parametrize("negatives", [0, 3])
-def test_caching_gives_the_gradients_of_one_big_batch(cache, negatives):
+@pytest.mark.parametrize(
+    ("negatives", "block"), [(0, {}), (3, {}), (3, {"positions": "alibi", "mlp": "geglu"})], ids=str
+)
+def test_caching_gives_the_gradients_of_one_big_batch(cache, negatives, block):
     batch = make_batch(negatives=negatives)
-    losses, gradients, _ = step(batch)
-    cached_losses, cached, passes = step(batch, cache)
+    losses, gradients, _ = step(batch, **block)
+    cached_losses, cached, passes = step(batch, cache, **block)
     assert passes > 2
     assert cached_losses == pytest.approx(losses, rel=1e-12)
     assert cached.keys() == gradients.keys()

@@ -193,6 +193,32 @@ def test_gradients_equal_finite_differences_in_float64(make_tower):
     assert torch.autograd.gradcheck(embed, values, eps=1e-6, atol=1e-6)
 
 
+def test_the_base_tower_of_jina_clip_v1_equals_timm():
+    """EVA02-B/16 whole, with timm's own entry and arguments of our own writing: rotary positions 0 to 13 as they are,
+    where EVA-CLIP's B/16 rescales them to a grid of 16; 85,869,312 parameters (published.md, B5)."""
+    import timm
+
+    torch.manual_seed(0)
+    tower = VisionTower(VisionTowerConfig.eva02_base(reference_grid=None))
+    assert sum(p.numel() for p in tower.parameters()) == 85_869_312
+    fixed = {"num_classes": 0, "global_pool": "token", "ref_feat_shape": (14, 14)}
+    model = timm.create_model("eva02_base_patch16_clip_224", **fixed)
+    model.load_state_dict(tower.state_dict())
+    images = torch.randn(1, 3, 224, 224)
+    ours, theirs = tower(images), model(images)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+    rescaled = timm.create_model("eva02_base_patch16_clip_224", **{**fixed, "ref_feat_shape": (16, 16)})
+    rescaled.load_state_dict(tower.state_dict())
+    with torch.no_grad():
+        assert (rescaled(images) - theirs).abs().max() > 1e-3  # its defaults would be another tower
+    weights = torch.randn(1, 768)  # the squares of a fresh norm's output sum to a constant
+    (ours * weights).sum().backward()
+    (theirs * weights).sum().backward()
+    for (name, parameter), reference in zip(tower.named_parameters(), model.parameters(), strict=True):
+        error = (parameter.grad - reference.grad).norm() / reference.grad.norm()
+        assert error < 1e-5, name
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("resolution", [224, 384, 512])
 def test_the_whole_large_tower_equals_timm(resolution, make_timm):

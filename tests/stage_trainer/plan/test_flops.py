@@ -19,6 +19,7 @@ from vision_tower import VisionTower, VisionTowerConfig, patch_keep_indices
 
 LENGTHS = (3, 17, 9, 17, 40, 1)
 TEXT = {"vocab_size": 50, "width": 32, "layers": 3, "heads": 2, "mlp_width": 80}
+JINA_BERT = {"positions": "alibi", "mlp": "geglu"}
 VISION = {"resolution": 45, "patch": 8, "width": 32, "layers": 3, "heads": 2, "mlp_width": 52}
 
 
@@ -42,8 +43,10 @@ def texts(lengths=LENGTHS) -> StepShape:
     ("adapters", "trainable"), [((), "all"), ((), "none"), (("a",), "all"), (("a",), "adapters"), (("a",), "none")]
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_text_flops_are_those_of_the_tower(adapters, trainable, checkpointing):
-    config = TextTowerConfig(**TEXT, adapters=adapters, lora_rank=4 * len(adapters), checkpointing=checkpointing)
+@pytest.mark.parametrize("block", [{}, JINA_BERT], ids=["xlm-roberta", "jina-bert"])
+def test_text_flops_are_those_of_the_tower(adapters, trainable, checkpointing, block):
+    lora = {"adapters": adapters, "lora_rank": 4 * len(adapters)}
+    config = TextTowerConfig(**TEXT, **block, **lora, checkpointing=checkpointing)
     tower = TextTower(config).train()
     tower.set_trainable(trainable)
     packed = PackedTokens.from_lists([[7] * n for n in LENGTHS])

@@ -16,7 +16,7 @@ from text_tower import PackedTokens, TextTowerConfig
 from text_tower.attention import Attention
 from text_tower.blocks import Block as TextBlock
 from text_tower.packed import ByLength, on_device
-from text_tower.positions import Rotary
+from text_tower.positions import scheme
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,6 +29,7 @@ TARGET = Target.of(DEVICES["h100-80gb"], "bf16")
 STORED = {
     "text": (73, 514_744),
     "text, adapters": (93, 563_992),
+    "text, JinaBERT": (54, 493_744),
     "images": (117, 712_460),
 }
 
@@ -60,8 +61,8 @@ def work(block, x, forward):
     return seen.operators, seen.size / (x.numel() / x.shape[-1])
 
 
-def of_texts(**adapters):
-    config, length = TextTowerConfig(**adapters), 64
+def of_texts(**settings):
+    config, length = TextTowerConfig(**settings), 64
     packed = PackedTokens.from_lists([[5] * length] * 128)
     with torch.device("meta"):
         block = TextBlock(config)
@@ -69,7 +70,7 @@ def of_texts(**adapters):
     with FakeTensorMode(allow_non_fake_inputs=True):
         block.to_empty(device="cuda")
         layout = on_device(layout, "cuda")
-        positions = Rotary(layout.positions, config.head_dim, config.rope_theta)
+        positions = scheme(config, layout.positions)
         attention = Attention(layout, positions, TARGET.attend_texts())
         x = torch.empty(len(packed.ids), config.width, device="cuda", requires_grad=True)
         return work(block, x, lambda x: block(x, attention, 0, None))
@@ -91,6 +92,7 @@ def test_operators_and_bytes_of_a_token_are_the_stored_ones(name):
     ways = {
         "text": of_texts,
         "text, adapters": lambda: of_texts(adapters=("a",), lora_rank=4),
+        "text, JinaBERT": lambda: of_texts(positions="alibi", mlp="geglu"),
         "images": of_images,
     }
     operators, size = ways[name]()

@@ -101,7 +101,7 @@ def with_tokenizer(tower: TextTower, tokenizer: Tokenizer | None, model: ModelCo
     """
     if tokenizer is None:
         return
-    if tokenizer.vocab_size != tower.config.vocab_size:
+    if not tokenizer.fits(tower.config.vocab_size):
         hint = f"set model.text.vocab_size={tokenizer.vocab_size}"
         if model.text_weights or model.weights:
             hint = "take the tokenizer that the weights were trained with"

@@ -30,7 +30,8 @@ RECIPES_OWN = {
 }
 """What the recipe decides about a tower, not its weights."""
 _FROM_WEIGHTS_BY_DEFAULT = ("max_length", "resolution")  # those of them that a recipe may leave to the weights
-_FIXED = ("vocab_size", "width", "layers", "heads", "mlp_width", "patch", "mlp_ratio", "attention_norm")
+_FIXED = ("vocab_size", "width", "layers", "heads", "mlp_width", "patch", "mlp_ratio", "attention_norm", "positions",
+          "mlp", "token_types")  # fmt: skip
 _ADAPTERS = ("adapters", "lora_rank", "lora_alpha")
 
 

@@ -1,4 +1,4 @@
-"""XLM-RoBERTa's layers with rotary positions: embeddings and post-norm blocks.
+"""XLM-RoBERTa's layers, and JinaBERT's gated MLP: embeddings and post-norm blocks.
 
 Module names are those of the published layout on disk, so that a state dict is a checkpoint without renaming.
 """
@@ -22,12 +22,12 @@ Attention = Callable[[Tensor], Tensor]
 
 
 class Embeddings(nn.Module):
-    """Word plus token type; there is one type."""
+    """Word plus token type; a text is of the first type."""
 
     def __init__(self, config: TextTowerConfig):
         super().__init__()
         self.word_embeddings = _embedding(config, config.vocab_size)
-        self.token_type_embeddings = _embedding(config, 1)
+        self.token_type_embeddings = _embedding(config, config.token_types)
 
     def forward(self, ids: Tensor, adapter: int | None) -> Tensor:
         h: Tensor = self.word_embeddings(ids, adapter) + self.token_type_embeddings(ids.new_zeros(1), adapter)
@@ -60,6 +60,23 @@ class MLP(nn.Module):
         return out
 
 
+class GatedMLP(nn.Module):
+    """JinaBERT-v2's GEGLU (arXiv 2002.05202): the first half of `gated_layers` gates the second."""
+
+    def __init__(self, config: TextTowerConfig):
+        super().__init__()
+        self.gated_layers = AdaptedLinear(config.width, 2 * config.mlp_width, *_adapters(config), bias=False)
+        self.wo = _linear(config, config.mlp_width, config.width)
+
+    def forward(self, h: Tensor, adapter: int | None) -> Tensor:
+        gate, value = self.gated_layers(h, adapter).chunk(2, dim=-1)
+        out: Tensor = self.wo(F.gelu(gate) * value, adapter)
+        return out
+
+
+MLPS = {"gelu": MLP, "geglu": GatedMLP}
+
+
 class Block(nn.Module):
     """Post-norm: h = LN(h + attention(h)); h = LN(h + mlp(h))."""
 
@@ -67,7 +84,7 @@ class Block(nn.Module):
         super().__init__()
         self.mixer = SelfAttention(config)
         self.norm1 = LayerNorm(config.width, eps=config.layer_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLPS[config.mlp](config)
         self.norm2 = LayerNorm(config.width, eps=config.layer_norm_eps)
 
     def forward(

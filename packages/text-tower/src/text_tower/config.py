@@ -12,6 +12,9 @@ from text_tower.fields import check_name
 
 # "auto", then what it may choose from; see text_tower.attention.
 BACKENDS = ("auto", "flash-attn", "varlen", "xformers", "sdpa")
+POSITIONS = ("rotary", "alibi")  # see text_tower.positions
+MLPS = ("gelu", "geglu")  # see text_tower.blocks
+_MODELS = {("rotary", "gelu"): "XLM-RoBERTa's", ("alibi", "geglu"): "JinaBERT's"}
 NO_ADAPTER = "none"  # as an adapter's name: the weights alone
 
 
@@ -47,6 +50,10 @@ class TextTowerConfig:
         layers: number of blocks.
         heads: attention heads; `width / heads` is even, because rotary positions turn pairs of channels.
         mlp_width: hidden channels of the MLP.
+        positions: one of `POSITIONS`, together with `mlp`: "rotary" and "gelu" are XLM-RoBERTa's blocks, "alibi" and
+            "geglu" JinaBERT-v2's (arXiv 2310.19923; jina-embeddings-v2, jina-clip-v1).
+        mlp: one of `MLPS`; "geglu" is gated, and has 3 matrices where "gelu" has 2.
+        token_types: rows of the token type table, of which a text has the first; JinaBERT has 2.
         rope_theta: base of the rotary frequencies. It belongs to the weights: never change it by length.
         max_length: longest sequence accepted, in tokens.
         layer_norm_eps: of every LayerNorm.
@@ -72,6 +79,9 @@ class TextTowerConfig:
     layers: int = 24
     heads: int = 16
     mlp_width: int = 4096
+    positions: str = "rotary"
+    mlp: str = "gelu"
+    token_types: int = 1
     rope_theta: float = 20000.0
     max_length: int = 8192
     layer_norm_eps: float = 1e-5
@@ -87,7 +97,8 @@ class TextTowerConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        least_of = {"vocab_size": 4, "width": 2, "layers": 1, "heads": 1, "mlp_width": 1, "max_length": 2, "pad_id": 0}
+        least_of = {"vocab_size": 4, "width": 2, "layers": 1, "heads": 1, "mlp_width": 1, "max_length": 2, "pad_id": 0,
+                    "token_types": 1}  # fmt: skip
         for name, least in least_of.items():
             most = _MOST.get(name, 2**31 - 1)
             number = whole_number(name, getattr(self, name), least)
@@ -96,11 +107,7 @@ class TextTowerConfig:
             object.__setattr__(self, name, number)
         if self.truncate_dim is not None:
             object.__setattr__(self, "truncate_dim", whole_number("truncate_dim", self.truncate_dim, 1, self.width))
-        if self.width % (2 * self.heads):
-            raise ValueError(
-                f"heads is {self.heads} and width {self.width}: a head would have {self.width / self.heads:g} "
-                "channels, but rotary positions need an even number"
-            )
+        self._check_block()
         for name in ("rope_theta", "layer_norm_eps", "lora_alpha"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real) or not 1e-300 < cast(float, value) < 1e300:
@@ -125,6 +132,19 @@ class TextTowerConfig:
             if not isinstance(task, str) or not isinstance(instruction, str):
                 raise ValueError(f"instructions has {task!r}: {instruction!r}; expected a task's name and a text")
 
+    def _check_block(self) -> None:
+        for name, known in (("positions", POSITIONS), ("mlp", MLPS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {list(known)}")
+        if (self.positions, self.mlp) not in _MODELS:
+            models = " or ".join(f"{p} with {m} ({whose})" for (p, m), whose in _MODELS.items())
+            raise ValueError(f"positions is {self.positions!r} and mlp {self.mlp!r}; expected {models}")
+        if self.width % (2 * self.heads):
+            raise ValueError(
+                f"heads is {self.heads} and width {self.width}: a head would have {self.width / self.heads:g} "
+                "channels, but rotary positions need an even number"
+            )
+
     def _check_adapters(self) -> None:
         if isinstance(self.adapters, str):
             raise ValueError(f"adapters is the string {self.adapters!r}; expected a tuple of names")
@@ -147,6 +167,11 @@ class TextTowerConfig:
     def head_dim(self) -> int:
         """Channels of one attention head."""
         return self.width // self.heads
+
+    @property
+    def mlp_matrices(self) -> int:
+        """Matrices of `width` times `mlp_width` in a block's MLP."""
+        return {"gelu": 2, "geglu": 3}[self.mlp]
 
     def merged(self, adapter: str | None) -> TextTowerConfig:
         """That of weights into which one adapter has been merged (`NO_ADAPTER`: none).

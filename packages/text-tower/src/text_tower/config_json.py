@@ -67,7 +67,7 @@ def from_json(stored: dict[str, Any], weights: Mapping[str, Tensor], layout: Lay
     values |= ours_of(stored, file)
     if not set(values) <= (known := {f.name for f in fields(TextTowerConfig)}):
         raise ValueError(f"{file} has unknown keys {sorted(set(values) - known)} under {OUR_KEY!r}")
-    return _config(values, file)
+    return checked(values, file)
 
 
 def ours_of(stored: Mapping[str, Any], file: Path) -> dict[str, Any]:
@@ -92,7 +92,8 @@ def _max_length(stored: Mapping[str, Any], file: Path) -> dict[str, Any]:
     return {"max_length": field(stored, key, COUNT, file) - _UNUSED_POSITIONS}
 
 
-def _config(values: dict[str, Any], file: Path) -> TextTowerConfig:
+def checked(values: dict[str, Any], file: Path) -> TextTowerConfig:
+    """The configuration, or ValueError that names the file."""
     try:
         return TextTowerConfig(**values)
     except (TypeError, ValueError) as error:
@@ -157,7 +158,7 @@ def _from_clip(stored: dict[str, Any], weights: Mapping[str, Tensor], layout: La
         values["instructions"] = field(options, "task_instructions", TEXT_OF_NAME, file, {})
     values["rope_theta"] = options.get("rotary_emb_base", 20000.0)  # jina-embeddings-v3's
     values["truncate_dim"] = options.get("truncate_dim")
-    return _config(values | _ours_in_clip(stored, values, file), file)
+    return checked(values | _ours_in_clip(stored, values, file), file)
 
 
 def _ours_in_clip(stored: Mapping[str, Any], values: Mapping[str, Any], file: Path) -> dict[str, Any]:

@@ -88,13 +88,27 @@ OPEN_CLIP_RENAMES: dict[str, Any] = {
 }
 
 
+# Of JinaBERT, in jina-embeddings-v2's form and, as options, in that of jina-clip-v1's text half.
+_HARMLESS_JINA_BERT = frozenset({"use_flash_attn", "fused_mlp", "fused_dropout_add_ln", "model_max_length"})
+_ONLY_JINA_BERT: dict[str, tuple[Any, ...]] = {
+    **{key: values for key, values in _ONLY.items() if key != "type_vocab_size"},
+    "position_embedding_type": ("alibi",),
+    "feed_forward_type": ("geglu",),
+    "mlp_type": ("glu",),
+    "emb_pooler": ("mean",),
+    "window_size": ([-1, -1],),
+    "use_qk_norm": (False,),
+    "pad_vocab_size_multiple": (1,),
+}
+
+
 def check_keys_of(stored: Mapping[str, Any], kind: str, file: Path) -> None:
     """That a config.json says nothing that a tower would ignore.
 
     Args:
         stored: its content; of jina-clip `text_config` and its `hf_model_config_kwargs` too.
         kind: "native" (transformers' jina_embeddings_v3), "open-clip" (the same beside an image tower's), "xlm-r",
-            "remote-code" or "jina_clip".
+            "remote-code", "jina-bert", "jina_clip" (v2) or "jina_clip, jina-bert" (v1).
 
     Raises:
         ValueError: an unknown key, or a value that this tower does not have; all are named.
@@ -110,13 +124,18 @@ def check_keys_of(stored: Mapping[str, Any], kind: str, file: Path) -> None:
         _refuse(stored, known, {**_ONLY, "position_embedding_type": ("absolute",)}, file)
     elif kind == "remote-code":
         _refuse(stored, known | _ADAPTERS | _HARMLESS_REMOTE, _remote(stored), file)
+    elif kind == "jina-bert":
+        _refuse(stored, known | {"type_vocab_size"} | _HARMLESS_JINA_BERT, _ONLY_JINA_BERT, file)
     else:
         shared, text = _HARMLESS | {"model_type", "pad_token_id"}, stored["text_config"]
         _refuse(stored, shared | _HARMLESS_CLIP, _ONLY | _ONLY_CLIP, file)
         _refuse(text, shared | _HARMLESS_CLIP_TEXT, _ONLY | _ONLY_CLIP_TEXT, file, "text_config.")
         options = text.get("hf_model_config_kwargs") or {}
         where = "text_config.hf_model_config_kwargs."
-        _refuse(options, known | _ADAPTERS | _HARMLESS_REMOTE, _remote(options), file, where)
+        if kind == "jina_clip":
+            _refuse(options, known | _ADAPTERS | _HARMLESS_REMOTE, _remote(options), file, where)
+        else:
+            _refuse(options, known | {"type_vocab_size"} | _HARMLESS_JINA_BERT, _ONLY_JINA_BERT, file, where)
 
 
 def _remote(stored: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:

@@ -1,7 +1,7 @@
 """Layouts of weight files: for each of our names the names in another library.
 
 Ours are those of `TextTower.state_dict()`, which are transformers' on disk. A layout only renames, except that
-XLM-RoBERTa and open_clip store queries, keys and values separately.
+XLM-RoBERTa, open_clip and jina-embeddings-v2 store queries, keys and values separately.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ _XLM_R = (  # ours, theirs
     ("mlp.fc2.", "output.dense."),
     ("norm2.", "output.LayerNorm."),
 )
+_JINA_BERT = (*_XLM_R[:4], ("norm2.", "mlp.layernorm."))
 _OPEN_CLIP = (  # ours, and those of transformers' jina_embeddings_v3 in memory, which open_clip saves
     ("emb_ln.", "embeddings.LayerNorm."),
     ("encoder.layers.", "layers."),
@@ -30,8 +31,10 @@ _OPEN_CLIP = (  # ours, and those of transformers' jina_embeddings_v3 in memory,
     ("norm1.", "post_attention_layernorm."),
     ("norm2.", "post_mlp_layernorm."),
 )
+_OF_BERT = ("attention.self.query", "attention.self.key", "attention.self.value")
 _RENAMED = {  # kind -> parts of names, and the names of queries, keys and values
-    "xlm-r": (_XLM_R, ("attention.self.query", "attention.self.key", "attention.self.value")),
+    "xlm-r": (_XLM_R, _OF_BERT),
+    "jina-bert": (_JINA_BERT, _OF_BERT),
     "open-clip": (_OPEN_CLIP, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
 }
 
@@ -41,7 +44,8 @@ class Layout:
     """One way to name the weights.
 
     Attributes:
-        kind: "transformers", "remote-code" (jina's own, adapters as parametrizations), "xlm-r" or "open-clip".
+        kind: "transformers", "remote-code" (jina's own, adapters as parametrizations), "xlm-r" or "open-clip"; of
+            JinaBERT "jina-bert" (jina-embeddings-v2) or "jina-bert-flash" (jina-clip-v1, our names).
         prefix: of every name, such as `roberta.`.
     """
 
@@ -55,6 +59,8 @@ class Layout:
         prefix = next((key[: key.index(mark)] for mark in marks for key in keys if mark in key), "")
         if any(".parametrizations." in key for key in keys):
             return cls("remote-code", prefix)
+        if any(".mlp.gated_layers." in key for key in keys):
+            return cls("jina-bert" if any(".attention.self." in key for key in keys) else "jina-bert-flash", prefix)
         if any(".self_attn.q_proj." in key for key in keys):
             return cls("open-clip", prefix)
         return cls("xlm-r" if any(".attention.self." in key for key in keys) else "transformers", prefix)
@@ -64,9 +70,12 @@ class Layout:
             "transformers": "jina_embeddings_v3, as transformers writes it",
             "remote-code": "jina's remote-code layout, with parametrizations",
             "xlm-r": "XLM-RoBERTa",
+            "jina-bert": "JinaBERT, as jina-embeddings-v2",
+            "jina-bert-flash": "JinaBERT, as jina-clip-v1",
             "open-clip": "jina_embeddings_v3 in a model of open_clip",
         }[self.kind]
-        return f"the text half of jina-clip-v2 ({title})" if self.is_half else title
+        whole = "jina-clip-v1" if self.kind.startswith("jina-bert") else "jina-clip-v2"
+        return f"the text half of {whole} ({title})" if self.is_half else title
 
     @property
     def is_half(self) -> bool:
@@ -102,7 +111,7 @@ class Layout:
 
     def without_the_rest(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights without heads, poolers, absolute positions and an image half."""
-        heads = ("lm_head.", "classifier.", "qa_outputs.", f"{self.prefix}pooler.")
+        heads = ("lm_head.", "cls.", "classifier.", "qa_outputs.", f"{self.prefix}pooler.")
         positions = ("position_embeddings.", "position_ids") if self.kind == "xlm-r" else ("position_ids",)
         others = (*heads, *(f"{self.prefix}embeddings.{name}" for name in positions))
         if self.is_half:

@@ -57,17 +57,27 @@ class AdaptedLinear(_Adapted, nn.Linear):
         in_features, out_features: as in nn.Linear.
         adapters: how many; with 0 this is a plain Linear.
         rank, scale: of the adapters.
+        bias: whether there is b.
     """
 
-    def __init__(self, in_features: int, out_features: int, adapters: int = 0, rank: int = 0, scale: float = 1.0):
-        nn.Linear.__init__(self, in_features, out_features)
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        adapters: int = 0,
+        rank: int = 0,
+        scale: float = 1.0,
+        bias: bool = True,
+    ):
+        nn.Linear.__init__(self, in_features, out_features, bias)
         self.scale, self.adapters = scale, adapters
         self._add_adapters((rank, in_features), (out_features, rank))
 
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:  # drawing numbers there imports PyTorch's compiler, and is for nothing
             nn.init.normal_(self.weight, std=INIT_STD)
-            nn.init.zeros_(self.bias)
+            if self.bias is not None:
+                nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, adapter: int | None = 0) -> Tensor:
         """`[T, in]` to `[T, out]`."""

@@ -72,11 +72,16 @@ class MaskedLM(nn.Module):
             `TextTower.from_pretrained(path, adapters=…)`.
 
     Raises:
-        ValueError: a tower with adapters.
+        ValueError: a tower with adapters, or JinaBERT.
     """
 
     def __init__(self, tower: TextTower):
         super().__init__()
+        if tower.config.positions != "rotary":
+            raise ValueError(
+                f"the tower has positions {tower.config.positions!r}; masked-language-model training is for rotary "
+                "XLM-RoBERTa: JinaBERT's words and head are others"
+            )
         if tower.config.adapters:
             raise ValueError(
                 f"the tower has the adapters {list(tower.config.adapters)}; expected none: masked-language-model "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from text_tower.blocks import Embeddings, Encoder
 from text_tower.config import TextTowerConfig
 from text_tower.norm import LayerNorm
-from text_tower.positions import Rotary
+from text_tower.positions import Positions, scheme
 
 
 class PaddedTower(nn.Module):
@@ -42,7 +42,7 @@ class PaddedTower(nn.Module):
         real = ids != self.config.pad_id
         count = real.sum(1, keepdim=True)
         places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        positions = Rotary(places.flatten(), self.config.head_dim, self.config.rope_theta)
+        positions = scheme(self.config, places.flatten())
         attention = _Masked(real | (count == 0), positions)  # a softmax over nothing would be no number
 
         h = self.emb_ln(self.embeddings(ids.flatten(), None))
@@ -59,7 +59,7 @@ class _Masked:
         positions: of the N · L tokens, row after row.
     """
 
-    def __init__(self, keys: Tensor, positions: Rotary):
+    def __init__(self, keys: Tensor, positions: Positions):
         self.keys, self.positions = keys, positions
 
     def __call__(self, qkv: Tensor) -> Tensor:
@@ -67,5 +67,10 @@ class _Masked:
         qk, v = torch.split(qkv, [2, 1], dim=1)
         parts = (*self.positions(qk).unbind(1), v.squeeze(1))
         q, k, v = (torch.unflatten(part, 0, self.keys.shape).transpose(1, 2) for part in parts)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.keys[:, None, None, :])
+        mask = self.keys[:, None, None, :]
+        if self.positions.slopes is not None:
+            places = torch.arange(self.keys.shape[1], device=q.device)
+            bias = -self.positions.slopes[:, None, None] * (places[:, None] - places).abs()
+            mask = bias.to(q.dtype).masked_fill(~mask, -torch.inf)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return out.transpose(1, 2).flatten(0, 1)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from text_tower import config_json, open_clip_folder, peft_folders, st_folder
+from text_tower import config_json, jina_bert, open_clip_folder, peft_folders, st_folder
 from text_tower.config import TextTowerConfig
 from text_tower.files import (
     check_keys,
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 UNMERGED = "unmerged"  # .safetensors: base weights and adapters apart
 LAYOUTS = ("transformers", "peft", "remote-code")
+_WRITTEN_AS = {"rotary": (config_json.to_json, "transformers", "JinaEmbeddingsV3Model"),
+               "alibi": (jina_bert.to_json, "jina-bert", "JinaBertModel")}  # fmt: skip
 OVERRIDES = ("rope_theta", "max_length", "layer_norm_eps", "pad_id", "attention", "compile", *config_json.OURS)
 
 
@@ -53,8 +55,8 @@ def load(
     """Reads a tower, on the CPU in float32, with its tokenizer if the directory holds one.
 
     It reads directories that `save_pretrained` wrote, transformers' own `jina_embeddings_v3`, XLM-RoBERTa's, jina's
-    remote-code layout with its parametrizations, jina-clip-v2, and models of open_clip with such a text tower; of the
-    last two it takes the text half.
+    remote-code layout with its parametrizations, jina-embeddings-v2 (JinaBERT, with WordPiece), jina-clip-v1 and -v2,
+    and models of open_clip with such a text tower; of the last three it takes the text half.
 
     Args:
         path: directory with config.json and model.safetensors (or pytorch_model.bin, read with `weights_only=True`).
@@ -119,7 +121,7 @@ def load_with_head(
     # Adapters that are neither in the file nor in folders are new.
     tower.load_state_dict(state, assign=True, strict=set(wanted.adapters) <= set(config.adapters))
     add_fresh_adapters(tower)
-    if str(stored.get("_name_or_path", "")).startswith("jinaai/"):
+    if config.positions == "rotary" and str(stored.get("_name_or_path", "")).startswith("jinaai/"):
         warnings.warn(
             f"{stored['_name_or_path']} is published under CC-BY-NC-4.0: not for commercial use", stacklevel=3
         )
@@ -167,7 +169,8 @@ class _Found:
         layout = Layout.of(weights)
         if open_clip and layout.kind != "open-clip":
             raise ValueError(f"{path} has {layout} as open_clip's text tower; expected {Layout('open-clip')}")
-        config = config_json.from_json(stored, weights, layout, path / "config.json")
+        reads = jina_bert if layout.kind.startswith("jina-bert") else config_json
+        config = reads.from_json(stored, weights, layout, path / "config.json")
         tokenizer = Tokenizer.in_directory(path)
         wanted = config_json.tokenizer_of(stored, path / "config.json")
         if tokenizer is not None and wanted is not None and tokenizer.fingerprint != wanted:
@@ -279,13 +282,16 @@ def save(tower: TextTower, path: str | Path, *, merge: bool = False, layout: str
             - "peft": model.safetensors is what `AutoModel.from_pretrained` loads, without adapters; each adapter is a
               PEFT folder named after it, for `load_adapter`.
             - "remote-code": jina's own layout, adapters as parametrizations.
+            - A JinaBERT tower has the first alone, as jina-embeddings-v2: transformers needs `trust_remote_code=True`.
 
     Raises:
         FileExistsError: `path` exists and is not empty.
-        ValueError: an unknown layout.
+        ValueError: an unknown layout, or one that the tower's kind does not have.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}; expected one of {list(LAYOUTS)}")
+    if tower.config.positions != "rotary" and layout != "transformers":
+        raise ValueError(f"layout is {layout!r}, and a JinaBERT tower is written as 'transformers' only")
     save_with_head(tower.merged() if merge else tower, path, layout, {})
 
 
@@ -300,20 +306,22 @@ def save_with_head(tower: TextTower, path: str | Path, layout: str, head: Mappin
         if tower.tokenizer is not None:
             fingerprint = tower.tokenizer.fingerprint
             tower.tokenizer.save_for_others(directory)
-            if layout == "transformers" and not head:
+            if layout == "transformers" and not head and config.positions == "rotary":
                 st_folder.write(config, directory)
         if layout == "remote-code":
             write_json(config_json.to_remote_json(config, dtype), directory / "config.json")
             weights = Layout("remote-code", "roberta.").from_ours(state)
         else:
-            kind = "JinaEmbeddingsV3ForMaskedLM" if head else "JinaEmbeddingsV3Model"
-            write_json(config_json.to_json(config, dtype, kind, fingerprint), directory / "config.json")
+            to_json, named, kind = _WRITTEN_AS[config.positions]
+            named_for = "JinaEmbeddingsV3ForMaskedLM" if head else kind
+            write_json(to_json(config, dtype, named_for, fingerprint), directory / "config.json")
             weights = tower.merged_state_dict("none" if layout == "peft" else None)
             if head:
                 weights = {**{f"roberta.{name}": tensor for name, tensor in weights.items()}, **head}
             else:  # AutoModel makes a pooler, a random one unless the file has it
                 bias = torch.zeros_like(weights["emb_ln.bias"])
                 weights |= {"pooler.dense.weight": bias.repeat(config.width, 1), "pooler.dense.bias": bias}
+            weights = Layout(named).from_ours(weights)
         write_weights(weights, directory / "model.safetensors")
         if config.adapters and layout == "transformers":
             write_weights(state, directory / f"{UNMERGED}.safetensors")
@@ -329,8 +337,8 @@ def save_adapter(tower: TextTower, folder: str | Path, name: str | None = None) 
         FileExistsError: `folder` exists.
         ValueError: no such adapter.
     """
-    if not tower.config.adapters:
-        raise ValueError("this tower has no adapter to save")
+    if not tower.config.adapters or tower.config.positions != "rotary":
+        raise ValueError("this tower has no adapter to save, or is JinaBERT, which PEFT's folders are not for")
     k = tower.config.adapters.index(name) if name in tower.config.adapters else None if name else 0
     if k is None:
         raise ValueError(f"there is no adapter {name!r}; this tower has {list(tower.config.adapters)}")

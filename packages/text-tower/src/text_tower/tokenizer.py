@@ -1,4 +1,4 @@
-"""XLM-RoBERTa's tokenizer: `<s> text </s>`, from a sentencepiece model or a tokenizer.json."""
+"""XLM-RoBERTa's tokenizer, `<s> text </s>`, from a sentencepiece model or a tokenizer.json; BERT's from the latter."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from text_tower import tokenizer_files
+from text_tower import tokenizer_files, wordpiece
 from text_tower.config import whole_number
 from text_tower.texts import listed
-from text_tower.tokenizer_files import BOS, CONFIG_FILE, EOS, FOR_OTHERS, JSON_FILE, UNK
+from text_tower.tokenizer_files import BOS, CONFIG_FILE, EOS, JSON_FILE, UNK
 
 __all__ = ["BOS", "EOS", "UNK", "Tokenizer"]
 
@@ -19,19 +19,24 @@ class Tokenizer:
     """Turns texts into lists of token ids, those of transformers' AutoTokenizer for the same files.
 
     Sentencepiece's own ids are shifted as XLM-RoBERTa does: `<s>`=0 `<pad>`=1 `</s>`=2 `<unk>`=3, piece i from 3 on is
-    i + 1, and `<mask>` comes last, before any added token. As in transformers, a special or added token that is spelled
-    out in a text becomes that token. It can be pickled for worker processes; threads may share it.
+    i + 1, and `<mask>` comes last, before any added token. BERT's WordPiece, `[CLS] text [SEP]`, has its own ids. As in
+    transformers, a special or added token that is spelled out in a text becomes that token. It can be pickled for
+    worker processes; threads may share it.
 
     Attributes:
         vocab_size: number of ids, `<mask>` and added tokens included.
         model_max_length: most tokens of a text according to the files, None if not set; `__call__` ignores it.
+        bos, eos, pad: ids of the first and the last token of a text, and of padding.
         sha256: of the file's bytes and of settings beside it; tokenizers with the same value give the same ids.
     """
 
     def __init__(self, files: Mapping[str, bytes], name: str = "the tokenizer"):
         """Use `from_file`. `files` are those of `tokenizer_files.read`; `name` serves error messages."""
         self._files, self._name = dict(files), name
-        self._encoder, self.model_max_length, configured = tokenizer_files.build(self._files, name)
+        build = wordpiece.build if wordpiece.is_one(self._files, name) else tokenizer_files.build
+        self._built = built = build(self._files, name)
+        self._encoder, self.model_max_length, configured = built.encoder, built.model_max_length, built.configured
+        self.bos, self.eos, self.pad = built.bos, built.eos, built.pad
         self.vocab_size: int = self._encoder.get_vocab_size(with_added_tokens=True)
         self._for_others: dict[str, str] | None = None
         beside = [self._files[n] for n in sorted(self._files) if n.endswith(".json")] if configured else []
@@ -72,9 +77,14 @@ class Tokenizer:
         keep = None if max_length is None else whole_number("max_length", max_length, 2) - 2  # for <s> and </s>
         # One at a time: a batch would start threads, and worker processes already use all cores.
         return [
-            [BOS, *self._encoder.encode(_characters(text), add_special_tokens=False).ids[:keep], EOS]
+            [self.bos, *self._encoder.encode(_characters(text), add_special_tokens=False).ids[:keep], self.eos]
             for text in listed(texts)
         ]
+
+    def fits(self, rows: int) -> bool:
+        """Whether a word table of so many rows is this tokenizer's; BERT's tables are filled up to a multiple of 8."""
+        step = self._built.padded_to
+        return rows in (self.vocab_size, -(-self.vocab_size // step) * step)
 
     def pieces(self) -> list[str]:
         """The piece of each id; `▁` begins a word after a space."""
@@ -92,7 +102,9 @@ class Tokenizer:
         """
         mask = self._encoder.token_to_id("<mask>")
         if mask is None:
-            raise ValueError(f"{self._name} has no <mask>; expected XLM-RoBERTa's special tokens")
+            raise ValueError(
+                f"{self._name} has no <mask>; expected XLM-RoBERTa's special tokens (masking knows no other words)"
+            )
         return int(mask)
 
     def save(self, directory: str | Path) -> Path:
@@ -111,7 +123,7 @@ class Tokenizer:
         sentencepiece, and the names of class and special tokens, without which transformers.js pads with nothing."""
         self.save(directory)
         if self._for_others is None:  # it takes a second, and checkpoints are many
-            written = {CONFIG_FILE: json.dumps(FOR_OTHERS) + "\n"}
+            written = {CONFIG_FILE: json.dumps(self._built.for_others) + "\n"}
             if JSON_FILE not in self._files:
                 written[JSON_FILE] = self._encoder.to_str()
             self._for_others = {name: text for name, text in written.items() if name not in self._files}

@@ -20,6 +20,7 @@ BOS, PAD, EOS, UNK = 0, 1, 2, 3
 # The names under which other libraries look for them.
 SENTENCEPIECE_FILE, JSON_FILE = "sentencepiece.bpe.model", "tokenizer.json"
 CONFIG_FILE, SPECIAL_FILE, ADDED_FILE = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+WORDS_FILE = "vocab.txt"  # beside a WordPiece tokenizer.json
 
 _NAMED = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "sep_token": "</s>", "pad_token": "<pad>",
           "cls_token": "<s>", "mask_token": "<mask>"}  # fmt: skip
@@ -31,7 +32,7 @@ _AS_IT_IS = ("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBacken
 _HONOURED = frozenset({*_NAMED, *_EXTRA, "tokenizer_class", "added_tokens_decoder", "add_prefix_space",
                        "split_special_tokens", "model_max_length", "truncation_side"})  # fmt: skip
 # Keys of tokenizer_config.json without influence on ids under transformers 5.
-_HARMLESS = frozenset([
+HARMLESS = frozenset([
     "name_or_path", "is_local", "local_files_only", "backend", "unk_id", "vocab_file", "tokenizer_file",
     "special_tokens_map_file", "clean_up_tokenization_spaces", "padding_side", "pad_to_multiple_of",
     "pad_token_type_id", "max_length", "stride", "truncation_strategy", "sp_model_kwargs", "model_input_names",
@@ -49,7 +50,7 @@ def _is_token(value: Any) -> bool:
     return isinstance(value.get("content"), str) and known and all(isinstance(flag, bool) for flag in flags.values())
 
 
-_TOKEN = Kind("a token: a text, or an object of its content and flags", _is_token)
+TOKEN = Kind("a token: a text, or an object of its content and flags", _is_token)
 _TOKENS = Kind("a list of tokens", lambda value: isinstance(value, list) and all(map(_is_token, value)))
 _ID = Kind("the token's id, a whole number", lambda value: isinstance(value, int) and 0 <= value < 2**31)
 _LARGEST = 2**27
@@ -57,12 +58,17 @@ _LARGEST = 2**27
 
 
 class Built(NamedTuple):
-    """A `tokenizers.Tokenizer`, the most tokens of a text according to its files (None if not set), and whether any
-    file but the vocabulary's influences its ids."""
+    """A `tokenizers.Tokenizer`, the most tokens of a text according to its files (None if not set), whether any file
+    but the vocabulary's influences its ids, its special ids, and tokenizer_config.json where there is none."""
 
     encoder: Any
     model_max_length: int | None
     configured: bool
+    bos: int = BOS
+    eos: int = EOS
+    pad: int = PAD
+    for_others: Mapping[str, object] = FOR_OTHERS
+    padded_to: int = 1
 
 
 def read(path: Path) -> tuple[dict[str, bytes], Path] | None:
@@ -81,7 +87,7 @@ def read(path: Path) -> tuple[dict[str, bytes], Path] | None:
     if file.suffix not in (".model", ".json"):
         raise ValueError(f"{file} ends in {file.suffix!r}; expected a sentencepiece .model or a {JSON_FILE}")
     files = {JSON_FILE if file.suffix == ".json" else SENTENCEPIECE_FILE: read_bytes(file, _LARGEST)}
-    beside = [CONFIG_FILE, SPECIAL_FILE, ADDED_FILE, *([SENTENCEPIECE_FILE] if path.is_dir() else [])]
+    beside = [CONFIG_FILE, SPECIAL_FILE, ADDED_FILE, *([SENTENCEPIECE_FILE, WORDS_FILE] if path.is_dir() else [])]
     there = [name for name in beside if name not in files and (file.parent / name).is_file()]
     return files | {name: read_bytes(file.parent / name, _LARGEST) for name in there}, file
 
@@ -102,12 +108,12 @@ def build(files: Mapping[str, bytes], name: str) -> Built:
     Raises:
         ValueError: files of another kind, special tokens that are not XLM-RoBERTa's, or unknown settings.
     """
-    with _tokenizers(f"{name} and the files beside it make no tokenizer"):
+    with guarded(f"{name} and the files beside it make no tokenizer"):
         return _build(files, name)
 
 
 @contextmanager
-def _tokenizers(found: str) -> Iterator[None]:
+def guarded(found: str) -> Iterator[None]:
     """What tokenizers and Rust below it raise for values that they do not expect (plain Exception, panics), as
     ValueError; ValueErrors, which are ours, stay."""
     try:
@@ -121,12 +127,12 @@ def _tokenizers(found: str) -> Iterator[None]:
 
 
 def _build(files: Mapping[str, bytes], name: str) -> Built:
-    config = _json(files, CONFIG_FILE, name)
+    config = json_of(files, CONFIG_FILE, name)
     _check(config, name)
     kind = config.get("tokenizer_class") or _REBUILT[0]
     if kind in _AS_IT_IS and JSON_FILE not in files:
         raise ValueError(f"{name}: {CONFIG_FILE} names the class {kind!r}, which needs a {JSON_FILE}; there is none")
-    stored = _json(files, JSON_FILE, name) if JSON_FILE in files else None
+    stored = json_of(files, JSON_FILE, name) if JSON_FILE in files else None
     if stored is None:
         encoder, extra = _from_sentencepiece(files[SENTENCEPIECE_FILE], config, name)
     else:
@@ -141,13 +147,17 @@ def _build(files: Mapping[str, bytes], name: str) -> Built:
     plain = encoder.encode("a", add_special_tokens=False).ids
     if encoder.encode("a").ids != [BOS, *plain, EOS]:
         raise ValueError(f"{name} puts {encoder.encode('a').tokens} around a text; expected <s> and </s>")
+    plain = not config.get("split_special_tokens") and config.get("add_prefix_space", True) and kind in _REBUILT
+    configured = not plain or set(map(repr, tokens)) != set(map(repr, of_the_file))
+    return Built(encoder, length_of(config, name), configured)
+
+
+def length_of(config: Mapping[str, Any], name: str) -> int | None:
+    """`model_max_length` of tokenizer_config.json, if it is set."""
     length = config.get("model_max_length") or 0
     if isinstance(length, bool) or not isinstance(length, int | float):
         raise ValueError(f"{name}: {CONFIG_FILE} has model_max_length {shown(length)}; expected a number")
-    said = 2 <= length < 1e9  # larger values are transformers' "not set"
-    plain = not config.get("split_special_tokens") and config.get("add_prefix_space", True) and kind in _REBUILT
-    configured = not plain or set(map(repr, tokens)) != set(map(repr, of_the_file))
-    return Built(encoder, int(length) if said else None, configured)
+    return int(length) if 2 <= length < 1e9 else None  # larger values are transformers' "not set"
 
 
 def _check(config: Mapping[str, Any], name: str) -> None:
@@ -162,9 +172,9 @@ def _check(config: Mapping[str, Any], name: str) -> None:
         if config.get(key) not in (None, True):
             raise ValueError(f"{here} {key} {config[key]!r}; this tower expects <s> … </s>")
     for key, expected in _NAMED.items():
-        if (found := _content(field(config, key, _TOKEN, f"{name}: {CONFIG_FILE}", None))) not in (expected, None):
+        if (found := _content(field(config, key, TOKEN, f"{name}: {CONFIG_FILE}", None))) not in (expected, None):
             raise ValueError(f"{here} {key} {found!r}; expected {expected!r}, as XLM-RoBERTa")
-    unknown = sorted(config.keys() - _HONOURED - _HARMLESS - {"add_bos_token", "add_eos_token"})
+    unknown = sorted(config.keys() - _HONOURED - HARMLESS - {"add_bos_token", "add_eos_token"})
     if config.get("fix_mistral_regex") is False:
         unknown.remove("fix_mistral_regex")
     if unknown := [key for key in unknown if config[key] not in (None, {}, [])]:
@@ -205,7 +215,7 @@ def _from_sentencepiece(content: bytes, config: Mapping[str, Any], name: str) ->
 def _from_json(content: bytes, stored: Mapping[str, Any], config: Mapping[str, Any], rebuilt: bool, name: str) -> Any:
     from tokenizers import Tokenizer
 
-    with _tokenizers(f"{name} is no tokenizer.json"):
+    with guarded(f"{name} is no tokenizer.json"):
         encoder = Tokenizer.from_str(content.decode())
     if rebuilt:
         model = stored["model"]
@@ -253,15 +263,15 @@ def _added_tokens(
     if "added_tokens_decoder" in config:
         by_id = _decoder(config["added_tokens_decoder"], f"{name}: {CONFIG_FILE}")
     else:
-        for key, value in _json(files, SPECIAL_FILE, name).items():
+        for key, value in json_of(files, SPECIAL_FILE, name).items():
             if key not in (*_NAMED, *_EXTRA):
                 raise ValueError(f"{name}: {SPECIAL_FILE} names {key!r}, which XLM-RoBERTa does not have")
             if key == "additional_special_tokens" and stored is None:
                 continue  # transformers replaces them by the sentencepiece model's own
             if value is not None:
-                config[key] = field({key: value}, key, _TOKENS if key in _EXTRA else _TOKEN, f"{name}: {SPECIAL_FILE}")
+                config[key] = field({key: value}, key, _TOKENS if key in _EXTRA else TOKEN, f"{name}: {SPECIAL_FILE}")
         specials = {_content(config.get(key)) for key in _NAMED} | {_content(t) for t in _extra(config, name) or []}
-        added = _json(files, ADDED_FILE, name)
+        added = json_of(files, ADDED_FILE, name)
         for token in added:
             special, i = token in specials, field(added, token, _ID, f"{name}: {ADDED_FILE}")
             by_id[i] = AddedToken(token, normalized=not special, special=special)
@@ -314,7 +324,7 @@ def _content(token: Any) -> Any:
     return getattr(token, "content", token)
 
 
-def _json(files: Mapping[str, bytes], file: str, name: str) -> dict[str, Any]:
+def json_of(files: Mapping[str, bytes], file: str, name: str) -> dict[str, Any]:
     if file not in files:
         return {}
     content = parse(files[file], name if file == JSON_FILE else f"{name}: {file}")

@@ -19,12 +19,13 @@ from text_tower.lora import AdaptedEmbedding, AdaptedLinear, adapter_number, is_
 from text_tower.norm import LayerNorm
 from text_tower.packed import ByLength, PackedTokens
 from text_tower.padded import PaddedTower
-from text_tower.positions import Rotary
+from text_tower.positions import scheme
 from text_tower.tokenizer import Tokenizer
 
 
 class TextTower(nn.Module):
-    """A packed, post-norm, rotary XLM-RoBERTa encoder with mean pooling (jina-embeddings-v3, arXiv 2409.10173).
+    """A packed, post-norm encoder with mean pooling: rotary XLM-RoBERTa (jina-embeddings-v3, arXiv 2409.10173), or, by
+    `positions` and `mlp` of its configuration, JinaBERT (jina-embeddings-v2, arXiv 2310.19923).
 
     Build it under `torch.device("meta")` to count parameters without memory.
 
@@ -99,7 +100,7 @@ class TextTower(nn.Module):
         k = self._adapter_index(adapter)
         layout = ByLength.of(packed)
         dropout = self._dropout(sample_seeds, len(packed), layout) if training and config.dropout else None
-        positions = Rotary(layout.positions, config.head_dim, config.rope_theta)
+        positions = scheme(config, layout.positions)
         backend = attend or self._backend(packed.ids.device.type)
         attention = Attention(layout, positions, backend, config.compile)
 
@@ -212,7 +213,7 @@ class TextTower(nn.Module):
                 f"the tokenizer has {tokenizer.vocab_size} ids, but config.vocab_size is {self.config.vocab_size}; "
                 "expected the tokenizer that this tower was trained with"
             )
-        if tokenizer is not None and tokenizer.vocab_size < self.config.vocab_size:
+        elif tokenizer is not None and not tokenizer.fits(self.config.vocab_size):
             warnings.warn(
                 f"the tokenizer has {tokenizer.vocab_size} ids and config.vocab_size is {self.config.vocab_size}: "
                 "is it the one that this tower was trained with?",
@@ -224,7 +225,8 @@ class TextTower(nn.Module):
         # Autocast decides the dtype of the queries; LayerNorm, whose output it leaves in float32, does not.
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else self.emb_ln.weight.dtype
-        return choose_backend(self.config.attention, device, dtype, self.config.head_dim)
+        config = self.config
+        return choose_backend(config.attention, device, dtype, config.head_dim, config.positions == "alibi")
 
     def _adapter_index(self, name: str | None) -> int | None:
         if name is None:

@@ -68,7 +68,7 @@ def read_image_half(path: Path) -> dict[str, Tensor]:
         keys = list(weights)
         prefix = _prefix(keys, path)
         found = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-    if prefix.endswith("vision_model.") and any("text_model.transformer." in key for key in keys):
+    if prefix.endswith("vision_model.") and any("text_model.transformer.roberta." in key for key in keys):
         warnings.warn(f"{path}: {JINA_LICENCE}", stacklevel=3)  # the caller of from_pretrained
     return found
 

@@ -19,6 +19,7 @@ FORMATS = {
     "common": "one directory for Trilith, sentence-transformers, transformers and timm, with a model card",
     "trilith": "for stage_trainer.DualEncoder alone; any model, adapters as they are",
     "jina-clip": "the layout of the published jina-clip-v2, for its code and what is built on that",
+    "jina-clip-v1": "the layout of the published jina-clip-v1, likewise; of a JinaBERT text tower",
     "open-clip": "for open_clip 3.3; the default adapter is merged",
     "onnx": "graphs for ONNX Runtime and transformers.js; needs onnx, onnxscript and onnxruntime",
 }
@@ -45,12 +46,14 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         choices=("merged", "kept"),
         help="merged: the text tower's default adapter is added to its weights, and every library gives its vectors; "
         "kept: adapters stay apart (common: a PEFT folder each, text/NAME, for further training; not for "
-        "sentence-transformers) (default: merged; of jina-clip: kept; of onnx and open-clip merged alone)",
+        "sentence-transformers) (default: merged; of jina-clip: kept; of jina-clip-v1, onnx and open-clip merged "
+        "alone)",
     )
     p.add_argument(
         "--dtype",
         choices=("float16", "float32", "int8", "q4"),
-        help="of the weights: of jina-clip's float16, as published, or float32; of onnx one instead of all four",
+        help="of the weights: of jina-clip's float16, as published, or float32 (jina-clip-v1's default); of onnx one "
+        "instead of all four",
     )
     p.add_argument(
         "--task", help='of onnx: whose adapter is added to the weights (default: the first; "none" leaves all out)'
@@ -87,7 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.format == "trilith":
         model.save_pretrained(arguments.out)
-    elif arguments.format == "jina-clip":
+    elif arguments.format in ("jina-clip", "jina-clip-v1"):
         _write_jina_clip(model, arguments, card_of)
     elif arguments.format == "onnx":
         return _write_onnx(model, arguments, card_of)
@@ -115,9 +118,9 @@ def run(arguments: argparse.Namespace) -> None:
 def _check(arguments: argparse.Namespace) -> None:
     """UserError for options that the format has no use for, or packages that it needs."""
     form = arguments.format
-    if arguments.dtype and form not in ("jina-clip", "onnx"):
+    if arguments.dtype and form not in ("jina-clip", "jina-clip-v1", "onnx"):
         raise UserError("--dtype is for --format jina-clip and onnx; leave it out")
-    if form == "jina-clip" and arguments.dtype not in (None, "float16", "float32"):
+    if form != "onnx" and arguments.dtype not in (None, "float16", "float32"):
         raise UserError(f"--dtype {arguments.dtype} is for --format onnx; jina-clip's weights are float16 or float32")
     if arguments.lora and form == "trilith":
         raise UserError("--lora is not for --format trilith, which keeps adapters as they are; leave it out")
@@ -156,13 +159,15 @@ def _write_onnx(model: DualEncoder, arguments: argparse.Namespace, card_of: Call
 
 
 def _write_jina_clip(model: DualEncoder, arguments: argparse.Namespace, card_of: Callable[[Adapters], str]) -> None:
-    from stage_trainer.formats import jina_clip
+    from stage_trainer.formats import jina_clip, jina_clip_v1
 
-    dtype = arguments.dtype or "float16"
-    written = jina_clip.write(model, arguments.out, lora=arguments.lora or "kept", dtype=dtype, card=card_of)
+    options = {key: value for key in ("lora", "dtype") if (value := getattr(arguments, key))}
+    write = jina_clip.write if arguments.format == "jina-clip" else jina_clip_v1.write
+    written = write(model, arguments.out, **options, card=card_of)
     _say_adapters((written.merged,) if written.merged else (), written.left_out, ", for which its layout has no place")
     if written.rounded:
-        print(f"{len(written.rounded)} tensors are rounded to {dtype}; --dtype float32 keeps every number")
+        to = arguments.dtype or "float16"
+        print(f"{len(written.rounded)} tensors are rounded to {to}; --dtype float32 keeps every number")
 
 
 def _say_adapters(merged: tuple[str, ...], left_out: tuple[str, ...], why: str, *, can_be_kept: bool = True) -> None:

@@ -15,6 +15,8 @@ from stage_trainer.formats.history import NON_COMMERCIAL, History
 
 _TAGS = ["trilith", "feature-extraction", "sentence-similarity", "image-text-retrieval", "multimodal", "matryoshka"]
 
+_TEXT_TOWERS = {"rotary": "XLM-RoBERTa with rotary positions", "alibi": "JinaBERT with ALiBi"}
+
 
 def card(
     name: str,
@@ -31,10 +33,12 @@ def card(
         model: as it is written.
         adapters: what became of its adapters.
         history: how it came to be.
-        form: "common", "jina-clip", "open-clip" or "onnx": which module of `formats` writes the directory.
+        form: "common", "jina-clip", "jina-clip-v1", "open-clip" or "onnx": which module of `formats` writes the
+            directory.
         precision: of "onnx", what all graphs are in; None if there are all.
     """
     uses = {"common": _use, "jina-clip": _use_as_jina_clip, "open-clip": _use_in_open_clip}
+    uses["jina-clip-v1"] = partial(_use_as_jina_clip, version="jina-clip-v1")
     uses["onnx"] = partial(_use_as_graphs, precision)
     parts = [
         _front(adapters, history, form),
@@ -58,6 +62,7 @@ def _front(adapters: Adapters, history: History, form: str) -> str:
     library, task, tags = {
         "common": ("sentence-transformers", "sentence-similarity", ["sentence-transformers"]),
         "jina-clip": ("transformers", "feature-extraction", ["custom_code"]),
+        "jina-clip-v1": ("transformers", "feature-extraction", ["custom_code"]),
         "open-clip": ("open_clip", "zero-shot-image-classification", ["open_clip"]),
         "onnx": ("transformers.js", "feature-extraction", ["transformers.js", "onnx"]),
     }[form]
@@ -84,7 +89,7 @@ def _about(model: DualEncoder) -> str:
     return f"""\
 A text encoder and an image encoder that share one space: vectors of texts and images are compared by their cosine.
 
-- Texts: XLM-RoBERTa with rotary positions, {text.layers} layers, {text.width} wide, {text.vocab_size:,} tokens in the \
+- Texts: {_TEXT_TOWERS[text.positions]}, {text.layers} layers, {text.width} wide, {text.vocab_size:,} tokens in the \
 vocabulary, up to {text.max_length:,} tokens of a text, {sizes[0]:,} parameters; the mean over tokens.
 - Images: EVA02, {vision.layers} layers, {vision.width} wide, {size[0]}x{size[1]} pixels in patches of {vision.patch}, \
 {sizes[1]:,} parameters; the class token.
@@ -156,10 +161,10 @@ def _use(name: str, model: DualEncoder, adapters: Adapters) -> list[str]:
     ]
 
 
-def _use_as_jina_clip(name: str, model: DualEncoder, adapters: Adapters) -> list[str]:
+def _use_as_jina_clip(name: str, model: DualEncoder, adapters: Adapters, version: str = "jina-clip-v2") -> list[str]:
     about = _model(name, model, adapters)
     return [
-        f"The examples run where `{name}` and a `photo.jpg` are. The directory has the layout of jina-clip-v2.",
+        f"The examples run where `{name}` and a `photo.jpg` are. The directory has the layout of {version}.",
         "**Trilith**",
         _code(snippets.trilith(about)),
         "**transformers** (4.49; below 5), with the published code, which it fetches from the hub as `auto_map` says",

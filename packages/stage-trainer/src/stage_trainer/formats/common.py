@@ -23,7 +23,7 @@ from stage_trainer.files import whole_directory
 from stage_trainer.formats import sentence_transformers
 
 if TYPE_CHECKING:
-    from text_tower import TextTower, Tokenizer
+    from text_tower import TextTower, TextTowerConfig, Tokenizer
 
 
 _ALONE = "; `--format trilith` writes it for stage_trainer.DualEncoder alone"
@@ -70,6 +70,7 @@ def check(model: DualEncoder) -> None:
     Raises:
         UserError: it names what one of them cannot say, and what to do.
     """
+    check_rotary(model.text.config)
     check_tokenizer(model.text)
     vision = model.vision.config
     if vision.layer_norm_eps != type(vision).layer_norm_eps:
@@ -79,12 +80,21 @@ def check(model: DualEncoder) -> None:
         )
 
 
+def check_rotary(config: TextTowerConfig) -> None:
+    """UserError for JinaBERT, which no library has without code of its own from a hub."""
+    if config.positions != "rotary":
+        raise UserError(
+            f"the text tower is JinaBERT (positions {config.positions}), which transformers, sentence-transformers and "
+            "open_clip do not have; use --format jina-clip-v1, or onnx, whose graphs hold it"
+        )
+
+
 def check_tokenizer(text: TextTower) -> Tokenizer:
     """The tokenizer, or UserError if there is none or it is of another model."""
     tokenizer = text.tokenizer
     if tokenizer is None:
         raise UserError(f"the text tower has no tokenizer, and no library can encode a text without one{_ALONE}")
-    if tokenizer.vocab_size != text.config.vocab_size:
+    if not tokenizer.fits(text.config.vocab_size):
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the text tower {text.config.vocab_size}: they are of "
             "different models. Put the tokenizer with which the model was trained into its text/ folder"

@@ -19,6 +19,7 @@ from stage_trainer.files import read_json
 
 NON_COMMERCIAL = "cc-by-nc-4.0"
 _LICENCES = {
+    r"(^|/)jinaai/jina-(clip-v1|embeddings-v2-|bert-)": "apache-2.0",
     r"(^|/)jinaai/": NON_COMMERCIAL,
     r"(^|/)xlm-roberta-(base|large)$": "mit",
     r"^timm/eva02_|QuanSun/EVA-CLIP|(^|/)EVA02_(CLIP_)?[BLE]_[^/]*\.pt$": "mit",
@@ -143,8 +144,8 @@ def licence_of(weights: str) -> str | None:
         if stated := _stated(place / "README.md"):
             return stated
         # Published directories name their code or their own hub name there.
-        if '"jinaai/' in _text(place / "config.json"):
-            return NON_COMMERCIAL
+        if '"jinaai/' in (config := _text(place / "config.json")):
+            return "apache-2.0" if '"jinaai/jina-bert-' in config else NON_COMMERCIAL
     return None
 
 

@@ -23,7 +23,7 @@ from vision_tower import VisionTowerConfig
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.errors import UserError
 from stage_trainer.files import whole_directory
-from stage_trainer.formats.common import Adapters
+from stage_trainer.formats.common import Adapters, check_rotary
 from stage_trainer.formats.jina_clip_layout import TASK, tensors, with_an_adapter
 from stage_trainer.formats.jina_clip_read import BIASES, MODEL_TYPE
 
@@ -80,19 +80,20 @@ def write(
             f"the text tower has the adapters {', '.join(adapters)}, and jina-clip-v2's layout one, which is always "
             f"on; with --lora merged {adapters[0]} is added to the weights, and the others are left out"
         )
-    _check_fits(model.vision.config)
+    check_rotary(model.text.config)
+    check_fits(model.vision.config)
     merge = lora == "merged" and bool(adapters)
     text = model.text.merged() if merge else model.text
     if text.tokenizer is None:
         raise UserError("the text tower has no tokenizer, which the directory needs; set model.text.tokenizer")
     name = adapters[0] if adapters else TASK
-    weights, rounded = _cast(tensors(text, model.vision, model.logit_scale.detach()), DTYPES[dtype])
+    weights, rounded = cast(tensors(text, model.vision, model.logit_scale.detach()), DTYPES[dtype])
     with whole_directory(out) as directory:
         write_weights(weights, directory / "model.safetensors")
         write_json(config_json(model, text, name, dtype), directory / "config.json")
         write_json(processor_json(model.vision.config), directory / "preprocessor_config.json")
         write_tokenizer(text.tokenizer, directory)
-        for file, content in _for_sentence_transformers(text.config).items():
+        for file, content in for_sentence_transformers(text.config, "1_Normalize").items():
             write_json(content, directory / file)
         if card is not None:
             left_out, kept = (adapters[1:] if merge else ()), (() if merge else adapters)
@@ -101,14 +102,14 @@ def write(
     return Written(adapters[0] if merge else None, adapters[1:] if merge else (), tuple(rounded))
 
 
-def _cast(weights: dict[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Tensor], list[str]]:
+def cast(weights: dict[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors in another dtype, and the names of those that changed."""
     result, rounded = {}, []
     for name, tensor in weights.items():
-        cast = result[name] = tensor.to(dtype)
-        if tensor.is_meta or torch.equal(cast.to(tensor.dtype), tensor):
+        made = result[name] = tensor.to(dtype)
+        if tensor.is_meta or torch.equal(made.to(tensor.dtype), tensor):
             continue
-        if not bool(cast.isfinite().all()):
+        if not bool(made.isfinite().all()):
             raise UserError(
                 f"{name} has values up to {float(tensor.abs().max()):g}, which {str(dtype).removeprefix('torch.')} "
                 "does not hold; use --dtype float32, or train on: weights that large, or no numbers, are a fault"
@@ -131,18 +132,39 @@ def misfits(config: VisionTowerConfig) -> dict[str, str]:
     return wrong
 
 
-def _check_fits(config: VisionTowerConfig) -> None:
+def check_fits(config: VisionTowerConfig, layout: str = "jina-clip-v2") -> None:
+    """UserError for an image tower that the published code cannot be."""
     for key, expected in misfits(config).items():
         raise UserError(
-            f"the vision tower has {key} {getattr(config, key)}, and jina-clip-v2's layout knows {expected} only; "
+            f"the vision tower has {key} {getattr(config, key)}, and {layout}'s layout knows {expected} only; "
             "export it in another format"
         )
 
 
 def config_json(model: DualEncoder, text: TextTower, name: str, dtype: str) -> dict[str, Any]:
     """config.json; `name` is the adapter's, real or of zeros."""
-    width = text.config.width
-    ours = _ours(model, text.config, name)
+    text_config = {
+        "default_instruction_task": None,
+        "default_lora_task": name,
+        "hf_model_config_kwargs": _text_options(text.config, name),
+        "hf_model_name_or_path": _V3,
+    }
+    # Published beside weights in float16: the dtype in which the published code computes on GPUs.
+    computed_in = "bfloat16" if dtype == "float16" else dtype
+    return {
+        **shared_json(model, text_config, _text_of_ours(text.config, name), computed_in),
+        "matryoshka_dimensions": list(model.matryoshka_dims) if model.matryoshka_dims else None,
+        "transformers.js_config": {"use_external_data_format": {"model.onnx": True}},
+        "truncate_dim": None,
+    }
+
+
+def shared_json(
+    model: DualEncoder, text_config: dict[str, Any], ours: dict[str, Any], computed_in: str
+) -> dict[str, Any]:
+    """The keys of config.json that jina-clip-v1 and -v2 share; `ours` is what only we say of the text tower."""
+    width = model.text.config.width
+    of_us = _ours(model, ours)
     return {
         "add_projections": False,
         "architectures": ["JinaCLIPModel"],
@@ -152,28 +174,21 @@ def config_json(model: DualEncoder, text: TextTower, name: str, dtype: str) -> d
         },
         "initializer_factor": 1.0,
         "logit_scale_init_value": 2.6592,
-        "matryoshka_dimensions": list(model.matryoshka_dims) if model.matryoshka_dims else None,
         "model_type": MODEL_TYPE,
         "projection_dim": width,
         "text_config": {
-            "default_instruction_task": None,
-            "default_lora_task": name,
+            **text_config,
             "embed_dim": width,
-            "hf_model_config_kwargs": _text_options(text.config, name),
-            "hf_model_name_or_path": _V3,
             "model_type": "jina_clip_text",
             "pooler_type": "mean_pooler",
             "proj_bias": False,
             "proj_type": None,
         },
-        # Published beside weights in float16: the dtype in which the published code computes on GPUs.
-        "torch_dtype": "bfloat16" if dtype == "float16" else dtype,
-        "transformers.js_config": {"use_external_data_format": {"model.onnx": True}},
-        "truncate_dim": None,
+        "torch_dtype": computed_in,
         "use_text_flash_attn": None,
         "use_vision_xformers": None,
         "vision_config": _vision_config(model.vision.config),
-        **({CLIP_KEY: ours} if ours else {}),
+        **({CLIP_KEY: of_us} if of_us else {}),
     }
 
 
@@ -209,8 +224,7 @@ def _prompts(config: TextTowerConfig) -> dict[str, str]:
     return {task: text for task, text in config.instructions.items() if text}
 
 
-def _ours(model: DualEncoder, config: TextTowerConfig, name: str) -> dict[str, Any]:
-    """What the other keys do not say; nothing for the published model."""
+def _text_of_ours(config: TextTowerConfig, name: str) -> dict[str, Any]:
     text: dict[str, Any] = {} if config.adapters else {"adapters": [], "lora_alpha": config.lora_alpha}
     if {**_task_instructions(config, name), **_prompts(config)} != config.instructions:
         text["instructions"] = dict(config.instructions)
@@ -218,6 +232,11 @@ def _ours(model: DualEncoder, config: TextTowerConfig, name: str) -> dict[str, A
     for key in ("dropout", "checkpointing", "truncate_dim"):
         if getattr(config, key) != getattr(defaults, key):
             text[key] = getattr(config, key)
+    return text
+
+
+def _ours(model: DualEncoder, text: dict[str, Any]) -> dict[str, Any]:
+    """What the other keys do not say; nothing for the published model."""
     vision: dict[str, Any] = {}
     of_vision = model.vision.config
     if of_vision.checkpointing:
@@ -293,12 +312,12 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
         raise UserError(f"the tokenizer cannot be written as {JSON_FILE} with the same ids; give the model one that is")
 
 
-def _for_sentence_transformers(config: TextTowerConfig) -> dict[str, Any]:
-    """Its files, as published: modules of remote code, and the prompts."""
+def for_sentence_transformers(config: TextTowerConfig, folder: str) -> dict[str, Any]:
+    """Its files, as published: modules of remote code, of which the second is in `folder`, and the prompts."""
     normalize = "sentence_transformers.models.Normalize"
     modules = [
         {"idx": 0, "name": "transformer", "path": "", "type": "custom_st.Transformer"},
-        {"idx": 1, "name": "normalizer", "path": "1_Normalize", "type": normalize},
+        {"idx": int(folder[0]), "name": "normalizer", "path": folder, "type": normalize},
     ]
     settings = {
         "__version__": {"sentence_transformers": "3.3.0", "transformers": "4.46.2", "pytorch": "2.2.2"},

@@ -13,6 +13,7 @@ from torch import Tensor
 from vision_tower import VisionTower, VisionTowerConfig
 from vision_tower.checkpoints import to_eva_names
 
+NAME = "jina-clip-v2"
 TEXT, VISION, SCALE = "text_model.transformer.roberta.", "vision_model.", "logit_scale"
 TASK = "retrieval.query"
 """The one adapter and the one instruction of the published model."""

@@ -1,4 +1,4 @@
-"""Reads a directory in the layout of the published jina-clip-v2 as one model.
+"""Reads a directory in the layout of the published jina-clip-v2 or -v1 as one model.
 
 The towers read their halves of it (`TextTower.from_pretrained`, `VisionTower.from_pretrained`): each key of its JSON
 files is followed or refused by name. Here is what belongs to neither: the temperature, the trained dims, and that the
@@ -58,7 +58,7 @@ def read(folder: Path, text: dict[str, Any], vision: dict[str, Any]) -> Parts:
     from text_tower.files import read_shapes
     from vision_tower import VisionTower
 
-    from stage_trainer.formats.jina_clip_layout import unnamed
+    from stage_trainer.formats import jina_clip_layout, jina_clip_v1_layout
 
     if graphs_in(folder):
         raise UserError(
@@ -70,10 +70,11 @@ def read(folder: Path, text: dict[str, Any], vision: dict[str, Any]) -> Parts:
         keys = read_shapes(folder)
     except (ValueError, OSError) as error:  # the towers say what is missing or damaged
         raise UserError(f"cannot load {folder}: {error}") from error
-    if others := unnamed(keys, towers[0].config, towers[1].config):
+    layout: Any = {"rotary": jina_clip_layout, "alibi": jina_clip_v1_layout}[towers[0].config.positions]
+    if others := layout.unnamed(keys, towers[0].config, towers[1].config):
         raise UserError(
-            f"cannot load {folder}: its weights have {few(others)}, which jina-clip-v2 does not; such a model computes "
-            "something else. Expected its layout exactly"
+            f"cannot load {folder}: its weights have {few(others)}, which {layout.NAME} does not; such a model "
+            "computes something else. Expected its layout exactly"
         )
     found = scalar(folder)
     if found is None or found.ndim:

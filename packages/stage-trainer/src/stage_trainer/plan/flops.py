@@ -128,12 +128,13 @@ def masked_lm_flops(text: TextTowerConfig, shape: StepShape, hidden: int) -> Flo
 def text_flops(config: TextTowerConfig, shape: StepShape, trainable: str = "all") -> Flops:
     """The text tower over packed tokens: no padding is computed, so none is counted."""
     width, rank = config.width, config.lora_rank
-    matrices = 4 * width**2 + 2 * width * config.mlp_width
+    hidden = config.mlp_matrices * config.mlp_width
+    matrices = 4 * width**2 + width * hidden
     weights = 2 * shape.tokens * matrices
     # An adapter is added to the weights in one product (counted once for all chunks), or costs each token two thin ones
     # (`text_tower.lora.AdaptedLinear.forms_sum`).
     formed = trainable != "adapters" and shape.tokens > width
-    adapters = 2 * rank * (matrices if formed else shape.tokens * (8 * width + 2 * config.mlp_width))
+    adapters = 2 * rank * (matrices if formed else shape.tokens * (8 * width + hidden))
     attention = 4 * shape.squared_tokens * width
     block = weights + adapters + attention
     # Adapters of the tables: [T, rank] rows of the words, one of the token type, times [rank, width].

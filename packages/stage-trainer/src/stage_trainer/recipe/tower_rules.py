@@ -43,6 +43,10 @@ def check_towers(recipe: Recipe, where: str) -> None:
                 f"{longest}); lower the one or raise the other"
             )
         if stage.masked:
+            if (found := text.value("positions")) not in (None, "rotary"):
+                raise UserError(
+                    f"{here}: model.text.positions is {found!r}; masked-language-model training is for rotary towers"
+                )
             continue
         if width is not None and max(stage.loss.dims) > width:
             raise UserError(f"{here}: loss.dims is {list(stage.loss.dims)}; expected prefixes of 1 to {width}")

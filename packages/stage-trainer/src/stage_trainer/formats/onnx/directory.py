@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from text_tower.files import write_json
-from text_tower.tokenizer_files import PAD
 from vision_tower import VisionTowerConfig
 from vision_tower.foreign import processor_values
 
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.errors import UserError
 from stage_trainer.files import whole_directory
-from stage_trainer.formats import jina_clip
+from stage_trainer.formats import jina_clip, jina_clip_v1
 from stage_trainer.formats.common import Adapters, check_tokenizer
 from stage_trainer.formats.jina_clip_layout import TASK
 from stage_trainer.formats.onnx import PRECISIONS, check_installed, smaller
@@ -64,8 +63,8 @@ def write(
     if task not in (None, "none", *names):
         raise UserError(f"there is no adapter {task!r} to merge; the text tower has {', '.join(names) or 'none'}")
     tokenizer = check_tokenizer(model.text)
-    if model.text.config.pad_id != PAD:
-        raise UserError(f"the text tower's pad_id is {model.text.config.pad_id}, and its tokenizer pads with {PAD}")
+    if (pad := model.text.config.pad_id) != tokenizer.pad:
+        raise UserError(f"the text tower's pad_id is {pad}, and its tokenizer pads with {tokenizer.pad}")
     processor = _processor(model.vision.config)
     if names:
         model.text = model.text.merged(task)
@@ -73,7 +72,8 @@ def write(
     with whole_directory(out) as directory:
         (directory / FOLDER).mkdir()
         beside = _write_graphs(Modules.of(model.text, model.vision), directory / FOLDER, precisions)
-        config = jina_clip.config_json(model, model.text, merged[0] if merged else TASK, "float32")
+        layout = {"rotary": jina_clip, "alibi": jina_clip_v1}[model.text.config.positions]
+        config = layout.config_json(model, model.text, merged[0] if merged else TASK, "float32")
         config["transformers.js_config"] = {"use_external_data_format": dict.fromkeys(beside, True)}
         write_json(config, directory / "config.json")
         write_json(processor, directory / "preprocessor_config.json")
