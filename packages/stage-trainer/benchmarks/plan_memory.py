@@ -68,6 +68,9 @@ class Engine:
             device,
         )
 
+    def upload(self, part: Any) -> Any:
+        return part.to(self.device)
+
     def forward(self, part: Any, **options: Any) -> Any:
         return self.objective(part.to(self.device), **options)
 

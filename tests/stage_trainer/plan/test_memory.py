@@ -7,7 +7,7 @@ import pytest
 import torch
 from stage_trainer.batch import Batch
 from stage_trainer.dual_encoder import DualEncoder
-from stage_trainer.plan.devices import Device
+from stage_trainer.plan.devices import DEVICES, Device
 from stage_trainer.plan.memory import Model, Setting, Sizes, estimate, loss_bytes, resting_parts, update_parts
 from stage_trainer.recipe import GradientCache, LossConfig, Trainable
 from stage_trainer.tasks.contrastive import forward_backward
@@ -27,6 +27,9 @@ class PlainEngine:
     def __init__(self, text: TextTowerConfig, vision: VisionTowerConfig, precision: str):
         self.model = DualEncoder(TextTower(text), VisionTower(vision)).train()
         self.objective = ContrastiveObjective(self.model, LossConfig(dims=(64, 32)), precision)
+
+    def upload(self, part):
+        return part
 
     def forward(self, part, **options):
         return self.objective(part, **options)
@@ -89,6 +92,13 @@ def test_a_step_takes_what_the_profiler_measures(
     there_before = ("weights", "optimizer state", "batch")
     ours = sum(size for name, size in planned.parts.items() if name not in there_before)
     assert ours == pytest.approx(profiled_peak(run), rel=0.15)
+
+
+def test_on_a_gpu_chunks_lie_in_one_upload_of_the_whole_batch():
+    model = planned_model(PlainEngine(TEXT, VISION, "bf16"), "bf16", 0.0)
+    sizes, cache = Sizes(512, 512, LENGTH, 0, 0, 1), GradientCache(64, 64 * LENGTH)
+    planned = estimate(model, sizes, Setting(cache), DEVICES["h100-80gb"])
+    assert planned.parts["batch"] == 512 * (3 * 48 * 48 + 8) + 8 * 512 * LENGTH
 
 
 def test_adamw_takes_its_state_and_on_a_cpu_a_weight_at_a_time(profiled_peak):

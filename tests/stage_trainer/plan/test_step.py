@@ -115,6 +115,7 @@ def test_the_loss_multiplies_all_queries_with_the_ranks_own_targets():
 
 def test_images_are_sent_to_a_gpu_once():
     assert parts()[COPIES] == pytest.approx(64 * (3 * 64 * 64 + 8) / HOST_LINK)
+    assert parts(setting=Setting(CHUNKS))[COPIES] == pytest.approx(parts()[COPIES] / 4)  # the others' go on beside it
     cpu = replace(H100, kind="cpu")
     assert parts(device=cpu)[COPIES] == 0
 

@@ -166,16 +166,10 @@ def _cached(model: Model, sizes: Sizes, setting: Setting, device: Device) -> dic
     image, text = passes(model, sizes, setting, device, (images, texts), several)
     stored = _embedding_bytes(model, sizes)
     saved, working = loss_bytes(model, sizes, device)
-    # A GPU has one chunk at a time, a CPU shares its memory with the whole batch.
-    whole = {"batch": image_bytes(model, sizes.images) + _token_bytes(sizes.tokens) if device.kind == "cpu" else 0}
-    of_images = _added(whole, {"batch": image_bytes(model, images) if device.kind != "cpu" else 0})
-    of_texts = _added(whole, {"batch": _token_bytes(texts * sizes.length) if device.kind != "cpu" else 0})
+    batch = {"batch": image_bytes(model, sizes.images) + _token_bytes(sizes.tokens)}  # uploaded once for both passes
     # Chunks' embeddings, these in one tensor, their gradients.
-    moments = {"loss": _added(whole, {"embeddings": 3 * stored, "loss": saved + working})}
-    for name, tower, batch, extra in (
-        ("images", image, of_images, 0),
-        ("texts", text, of_texts, image.gradients),
-    ):
+    moments = {"loss": _added(batch, {"embeddings": 3 * stored, "loss": saved + working})}
+    for name, tower, extra in (("images", image, 0), ("texts", text, image.gradients)):
         there = tower.gradients if several[name == "texts"] else 0
         for everything, gradients in tower.backward:
             parts = {"activations": everything - gradients, "gradients": extra + there + gradients}

@@ -1,7 +1,8 @@
 """Seconds of one training step on one rank, by part: the towers' traced passes, the loss, what ranks exchange, the
 update.
 
-Nothing overlaps: the trainer sends images, computes, reduces gradients and updates one after the other.
+Only copies of images overlap with what is computed: a step waits for those of its first chunk alone. The trainer
+computes, reduces gradients and updates one after the other.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ MUON_STEPS = 5  # of Newton and Schulz's iteration (`optim.muon`)
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of a step by part, nothing overlapping."""
+    """Seconds of a step by part, as far as it waits for each."""
 
     parts: tuple[tuple[str, float], ...]
 
@@ -63,7 +64,7 @@ def predict(model: Model, sizes: Sizes, setting: Setting, device: Device, link: 
         sent = sum(exchanged(model, sizes, setting).values())
         found[COMMUNICATION] = sent * (sizes.ranks - 1) / sizes.ranks / link
     if device.kind != "cpu":
-        found[COPIES] = image_bytes(model, sizes.images) / HOST_LINK
+        found[COPIES] = image_bytes(model, chunk_sizes(sizes, setting)[0]) / HOST_LINK
     return Prediction(tuple(found.items()))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from contrastive_losses import matryoshka_info_nce, unified_info_nce
+from text_tower.packed import to_device
 from torch import Tensor, nn
 from vision_tower import patch_keep_indices
 
@@ -92,7 +93,7 @@ class ContrastiveObjective(TrainedObjective):
         device, count = embedded.images.device, len(batch.image_ids)
         sizes = [count, batch.pairs, batch.pairs, batch.pairs * batch.negatives]
         captions, queries, targets, negatives = torch.split(embedded.texts, sizes)
-        image_ids, text_ids = (ids.to(device, non_blocking=True) for ids in (batch.image_ids, batch.text_ids))
+        image_ids, text_ids = (to_device(ids, device) for ids in (batch.image_ids, batch.text_ids))
         temperatures = {name: torch.exp(-scale) for name, scale in embedded.scales.items()}
         # Embeddings are float32 but have the towers' error, beside which that of rounding them is small; a GPU's tensor
         # cores do not take float32.

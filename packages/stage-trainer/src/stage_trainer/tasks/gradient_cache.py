@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
+from text_tower.packed import to_device
 from torch import Tensor
 
 from stage_trainer.batch import Batch, Embedded, Part, image_chunks, text_chunks
@@ -41,10 +42,13 @@ def backward_through_chunks(
     # Texts of similar length together: the text tower computes a chunk in as many calls as it has lengths.
     sorted_batch, order = _by_length(batch)
     parts = _parts(engine, sorted_batch, chunks)
+    first = []
     with torch.no_grad():
-        first = [engine.forward(part, **options) for part in parts]
+        for number, part in enumerate(parts):
+            parts[number] = engine.upload(part)  # for both passes
+            first.append(engine.forward(parts[number], **options))
     image_sizes, text_sizes = [len(e.images) for e in first], [len(e.texts) for e in first]
-    order = order.to(first[0].texts.device)
+    order = to_device(order, first[0].texts.device)
     whole = _whole(first, 0 if batch.images is None else len(batch.images), order)
     del first
     losses = losses_of(whole)
