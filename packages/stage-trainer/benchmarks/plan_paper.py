@@ -4,8 +4,8 @@
     python packages/stage-trainer/benchmarks/plan_paper.py --write   # and writes it into the README
 
 Before: in chunks and with checkpointing, nothing compiled, adapters multiplied with each token. After: the recipe as it
-is, compiled and with `gradient_cache: auto`; and the same without compiling. `tests/integration/test_plan_paper.py`
-compares.
+is, compiled and with `gradient_cache: auto`; the same without compiling; and with the residual streams in 16 bits.
+`tests/integration/test_plan_paper.py` compares.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def columns() -> list[Column]:
     with each_token_times_the_adapter():
         cached = ["gradient_cache={images: 256, tokens: 16384}", *both("checkpointing", "true")]
         found = [column("chunks and checkpointing, eager", recipe(*cached, *eager))]
-    return [*found, column("auto, eager", recipe(*eager)), column("the recipe: auto, compiled", recipe())]
+    found += [column("auto, eager", recipe(*eager)), column("the recipe: auto, compiled", recipe())]
+    return [*found, column("residual in 16 bits, too", recipe(*both("residual_in_fp32", "false")))]
 
 
 def both(key: str, value: str) -> list[str]:

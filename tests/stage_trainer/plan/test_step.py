@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 from stage_trainer.plan.devices import DEVICES, Device
-from stage_trainer.plan.memory import Model, Setting, Sizes
+from stage_trainer.plan.memory import Model, Setting, Sizes, estimate
 from stage_trainer.plan.roofline import ATTENTION, ELEMENTWISE, LAUNCHES, MEMORY, PRODUCTS
 from stage_trainer.plan.step import COMMUNICATION, COPIES, HOST_LINK, LOSS, OPTIMIZER, PARTS, predict
 from stage_trainer.recipe import GradientCache, Trainable
@@ -62,6 +62,17 @@ def test_a_compiled_step_takes_less():
     assert before[PRODUCTS] == after[PRODUCTS]
     assert before[MEMORY] > after[MEMORY]
     assert before[LAUNCHES] > after[LAUNCHES]
+
+
+def test_a_residual_stream_in_16_bits_takes_less_time_and_memory():
+    text, vision = (replace(tower, residual_in_fp32=False) for tower in (MODEL.text, MODEL.vision))
+    models = MODEL, replace(MODEL, text=text, vision=vision)
+    before, after = (parts(model=model) for model in models)
+    assert before[PRODUCTS] == after[PRODUCTS]
+    assert before[MEMORY] > 1.1 * after[MEMORY]
+    sizes = replace(SIZES, images=4096, texts=8192)
+    kept = [estimate(model, sizes, Setting(), H100).parts["activations"] for model in models]
+    assert kept[0] > 1.1 * kept[1]
 
 
 def test_twice_as_many_chunks_take_the_towers_twice_as_long():
