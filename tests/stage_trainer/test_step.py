@@ -9,6 +9,7 @@ import torch.distributed as dist
 from contrastive_losses import matryoshka_info_nce
 from stage_trainer.batch import Batch, Part, image_chunks, packed_chunks, text_chunks
 from stage_trainer.dual_encoder import DualEncoder
+from stage_trainer.engine.cast_once import cast_once
 from stage_trainer.recipe import GradientCache, LossConfig
 from stage_trainer.tasks.contrastive import forward_backward
 from stage_trainer.tasks.contrastive_objective import ContrastiveObjective
@@ -42,6 +43,9 @@ class PlainEngine:
     def forward(self, part, **options):
         self.passes += 1
         return self.objective(part, **options)
+
+    def cast_once(self):
+        return cast_once(self.objective) if self.objective.precision == "bf16" else contextlib.nullcontext()
 
     def forward_passes(self, mine):
         return mine

@@ -76,9 +76,23 @@ def test_a_residual_stream_in_16_bits_takes_less_time_and_memory():
 
 
 def test_twice_as_many_chunks_take_the_towers_twice_as_long():
-    once, twice = (parts(sizes=replace(SIZES, images=16 * n, texts=48 * n), setting=Setting(CHUNKS)) for n in (2, 4))
+    setting = Setting(CHUNKS, zero=3)  # under which they share no casts of weights
+    once, twice = (parts(sizes=replace(SIZES, images=16 * n, texts=48 * n), setting=setting) for n in (2, 4))
     for part in (PRODUCTS, ATTENTION, MEMORY):
         assert twice[part] == pytest.approx(2 * once[part])
+
+
+def test_chunks_share_the_casts_of_weights_but_under_zero_3():
+    """Each of these Linears' numbers is read in float32 and written in bfloat16 once a step; in each pass otherwise."""
+    once, each = (parts(setting=Setting(CHUNKS, zero=zero)) for zero in (1, 3))
+    text, vision = MODEL.text, MODEL.vision
+    numbers = text.layers * WIDTH * (4 * WIDTH + 2 * text.mlp_width)
+    numbers += vision.layers * WIDTH * (4 * WIDTH + 3 * vision.mlp_width)
+    casts = 6 * numbers / (H100.bandwidth * H100.stream * ELEMENTWISE)
+    passes = 2 * 4
+    assert each[MEMORY] - once[MEMORY] == pytest.approx((passes - 1) * casts, rel=0.2)
+    kept = [estimate(MODEL, SIZES, Setting(CHUNKS, zero=zero), H100).parts["weights"] for zero in (1, 3)]
+    assert kept[0] == pytest.approx(4 * 2 * LEARNING, rel=0.05)
 
 
 def test_a_last_chunk_that_is_smaller_is_counted():

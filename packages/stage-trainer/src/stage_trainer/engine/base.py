@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stage_trainer.batch import MaskedBatch, Part
 from stage_trainer.engine import deepspeed_private
+from stage_trainer.engine.cast_once import cast_once
 from stage_trainer.engine.upload import Uploader
 from stage_trainer.optim.update_norms import UpdateNorms
 
@@ -24,9 +25,11 @@ class Objective(nn.Module):
 
     Attributes:
         model: what a checkpoint holds. All parameters are its own.
+        precision: `bf16` (under autocast) or `fp32`.
     """
 
     model: nn.Module
+    precision: str
 
 
 class Engine(ABC):
@@ -84,6 +87,11 @@ class Engine(ABC):
         """(i, n): of forward passes outside a step this rank may run the i-th of n shares. Under ZeRO 3 (0, 1), since
         all ranks have to run the same ones."""
         return torch.distributed.get_rank(), self.world
+
+    def cast_once(self) -> AbstractContextManager[object]:
+        """For passes with the same weights, to be left before `backwards` is: in bf16 these are cast once for all of
+        them, not under ZeRO 3, where a weight is whole only while its module computes."""
+        return cast_once(self.objective) if self.objective.precision == "bf16" else nullcontext()
 
     @abstractmethod
     def backwards(self) -> AbstractContextManager[Callable[[Tensor, bool], None]]:

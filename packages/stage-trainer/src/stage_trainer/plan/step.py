@@ -77,7 +77,8 @@ def _towers(model: Model, sizes: Sizes, setting: Setting, device: Device) -> Ite
     of_chunks = passes(model, sizes, setting, device, chunks, several)
     of_rests = passes(model, sizes, setting, device, rests, several)
     for i, factor in enumerate((1.0, sizes.squares)):
-        work: Work = Counter()
+        casts = of_chunks[i].casts  # made from numbers of twice as many bytes
+        work: Work = Counter({Kernel("memory", 3 * casts, casts): 1} if casts else {})
         for one, times in ((of_chunks[i], whole[i] // max(1, chunks[i])), (of_rests[i], 1)):
             for part in (one.first, one.there, one.back) if setting.cache else (one.there, one.back):
                 work.update({kernel: often * times for kernel, often in part.items()})
