@@ -55,8 +55,8 @@ def backward_through_chunks(
             # A surrogate whose derivative is the chunk's part of the chain rule; what was dropped gets zeros.
             surrogate = (embedded.images * gradients.images[number]).sum()
             surrogate = surrogate + (embedded.texts * gradients.texts[number]).sum()
-            if number == 0:  # the temperatures count once, whatever the number of chunks
-                surrogate = surrogate + sum((embedded.scales[name] * g).sum() for name, g in gradients.scales.items())
+            if number == 0:  # temperatures and biases count once, whatever the number of chunks
+                surrogate = surrogate + sum((embedded.scalars[name] * g).sum() for name, g in gradients.scalars.items())
             if surrogate.requires_grad:  # not if the chunk went through a frozen tower
                 backward(surrogate, number == len(parts) - 1)
     return losses
@@ -64,11 +64,11 @@ def backward_through_chunks(
 
 @dataclasses.dataclass(frozen=True)
 class _Gradients:
-    """Of the losses: by the images and texts of each chunk, and by the scales on which they depend."""
+    """Of the losses: by the images and texts of each chunk, and by the scalars on which they depend."""
 
     images: tuple[Tensor, ...]
     texts: tuple[Tensor, ...]
-    scales: dict[str, Tensor]
+    scalars: dict[str, Tensor]
 
 
 def _at_the_loss(
@@ -78,11 +78,11 @@ def _at_the_loss(
     order = to_device(order, first[0].texts.device)
     whole = _whole(first, images, order)
     losses = losses_of(whole)
-    of_images, of_texts, of_scales = _gradients(total(losses), whole)
+    of_images, of_texts, of_scalars = _gradients(total(losses), whole)
     return {name: (loss.detach(), stats) for name, (loss, stats) in losses.items()}, _Gradients(
         _split(of_images, [len(e.images) for e in first]),
         _split(of_texts[order], [len(e.texts) for e in first]),
-        of_scales,
+        of_scalars,
     )
 
 
@@ -113,18 +113,18 @@ def _whole(parts: list[Embedded], images: int, order: Tensor) -> Embedded:
     return Embedded(
         torch.cat([e.images for e in parts])[:images].requires_grad_(),
         torch.empty_like(texts).index_copy(0, order, texts).requires_grad_(),
-        {name: scale.clone().requires_grad_() for name, scale in parts[0].scales.items()},
+        {name: scalar.clone().requires_grad_() for name, scalar in parts[0].scalars.items()},
     )
 
 
 def _gradients(loss: Tensor, embedded: Embedded) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Of a loss: by the images, the texts, and the scales on which it depends."""
-    leaves = (embedded.images, embedded.texts, *embedded.scales.values())
-    images, texts, *scales = torch.autograd.grad(loss, leaves, allow_unused=True)
+    """Of a loss: by the images, the texts, and the scalars on which it depends."""
+    leaves = (embedded.images, embedded.texts, *embedded.scalars.values())
+    images, texts, *scalars = torch.autograd.grad(loss, leaves, allow_unused=True)
     return (
         torch.zeros_like(embedded.images) if images is None else images,
         torch.zeros_like(embedded.texts) if texts is None else texts,
-        {name: g for name, g in zip(embedded.scales, scales, strict=True) if g is not None},
+        {name: g for name, g in zip(embedded.scalars, scalars, strict=True) if g is not None},
     )
 
 
