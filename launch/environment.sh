@@ -30,7 +30,7 @@ fi
 certificates=${SSL_CERT_FILE:-${PIP_CERT:-$(.venv/bin/python -m pip config get global.cert 2>/dev/null || true)}}
 [ -z "$certificates" ] || export SSL_CERT_FILE=$certificates
 .venv/bin/uv pip install --quiet --python .venv/bin/python --constraint launch/constraints.txt --group dev \
-  -e packages/contrastive-losses -e packages/text-tower -e packages/vision-tower -e 'packages/stage-trainer[onnx,parquet]' \
+  -e packages/contrastive-losses -e packages/text-tower -e packages/vision-tower -e 'packages/stage-trainer[onnx,parquet,report]' \
   -e 'data_prep[corpus,parquet,datasets,pdf,ray,captions,curation,negatives,test]'
 rm -f .venv/trilith-*
 touch "$stamp"
