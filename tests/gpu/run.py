@@ -23,12 +23,12 @@ ROOT = HERE.parents[1]
 # Seconds of each part on a GPU, a tenth more than an H200 took; the last one has what the others leave of nine minutes.
 # The first one also waits for a fresh machine's disk and driver. In this order: what tells most comes first.
 PARTS = {
-    "versions": 25,
+    "versions": 20,
     "fused_adamw": 25,
     "loss": 97,
-    "towers": 50,
+    "towers": 64,
     "engine": 65,
-    "step": 180,
+    "step": 171,
     "workers": 10,
     "lora": 15,
     "chunk_profile": 38,

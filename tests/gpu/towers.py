@@ -1,4 +1,6 @@
 """Both towers on the device against float32 on the CPU, in every library for attention, and twice for the same bits.
+What a residual stream in 16 bits, weights that are cast once for several passes, and uploads on a stream of their own
+change.
 
 Bfloat16 is judged by its own error: that of the same tower in bfloat16 on the CPU.
 """
@@ -7,18 +9,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from report import NEEDS_CUDA, Report, difference, run_part
+from report import NEEDS_CUDA, Report, difference, peak_of, run_part, seconds_of
+from stage_trainer.batch import Part
+from stage_trainer.engine.cast_once import cast_once
+from stage_trainer.engine.upload import Uploader
 from text_tower import PackedTokens, TextTower, TextTowerConfig
 from torch import Tensor, nn
 from vision_tower import PackedPatches, VisionTower, VisionTowerConfig, patch_keep_indices
 
 Run = Callable[[Any, torch.device], Tensor]
 TIMES_OWN_ERROR = 3.0
+ROUNDING = 2.0**-8  # of bfloat16
+PASSES = 4
 FLOAT32_ERROR = 1e-3
 LENGTHS = (3, 8, 8, 20, 33, 60)
 
@@ -49,6 +57,63 @@ def measure(report: Report) -> None:
             if backend == "sdpa" or report.cuda:  # the towers say what is missing
                 figures = report.tried(f"{name}, {backend}", run_it, absent=(ImportError, ValueError))
             report.note(f"{name}: bfloat16, {backend}", figures)
+        tower.configure(attention="sdpa", residual_in_fp32=False)  # type: ignore[operator]
+        found = compared(embed(tower, run, report.device, True), expected)
+        report.note(f"{name}: bfloat16, residual in 16 bits", found)
+        rounded = ROUNDING * (2 * len(blocks_of(tower))) ** 0.5  # after attention and after the MLP of each block
+        for what, error in found.items():
+            limit = TIMES_OWN_ERROR * errors[what] + rounded
+            report.check(error < limit, f"{name}, residual in 16 bits: {what} are off by {error:.1e} of {limit:.1e}")
+    chunks: dict[str, tuple[nn.Module, Run]] = {
+        "vision": (VisionTower(vision), images(vision, 64 if report.cuda else 2)),
+        "text": (TextTower(text), texts(text, LENGTHS * (20 if report.cuda else 1))),
+    }
+    for name, (tower, run) in chunks.items():
+        tower.to(report.device).train()
+        report.tried(f"{name}, on and off", partial(on_and_off, report, name, tower, run))
+    report.note("uploads", report.tried("uploads", partial(uploads, report)) if report.cuda else NEEDS_CUDA)
+
+
+def blocks_of(tower: Any) -> nn.ModuleList:
+    blocks: nn.ModuleList = tower.blocks if isinstance(tower, VisionTower) else tower.encoder.layers
+    return blocks
+
+
+def on_and_off(report: Report, name: str, tower: Any, run: Run) -> None:
+    """Time and memory of some passes of an eager tower in bfloat16, with each of two settings and without it."""
+    repeats = 5 if report.cuda else 1
+
+    def passes(once: bool) -> None:
+        with cast_once(tower) if once else nullcontext():
+            for _ in range(PASSES):
+                with torch.autocast(report.device.type, torch.bfloat16):
+                    out = run(tower, report.device)
+                out.square().sum().backward()
+
+    gradients: dict[bool, list[Tensor]] = {}
+    for in_fp32, once in ((True, False), (True, True), (False, True)):
+        tower.configure(residual_in_fp32=in_fp32)
+        tower.zero_grad()
+        passes(once)
+        if in_fp32:
+            gradients[once] = [p.grad.cpu() for p in tower.parameters() if p.grad is not None]
+        figures = {"passes": PASSES, **seconds_of(partial(passes, once), report.device, repeats, 1)}
+        figures["peak_bytes"] = peak_of(partial(passes, once), report.device)
+        title = "residual in float32" if in_fp32 else "residual in 16 bits"
+        report.note(f"{name}: {title}, weights cast {'once' if once else 'in each pass'}", figures)
+    same = all(torch.equal(a, b) for a, b in zip(*gradients.values(), strict=True))
+    report.check(same, f"{name}: weights that are cast once have other gradients than those that each pass casts")
+
+
+def uploads(report: Report) -> dict[str, Any]:
+    """256 images from pageable memory in turn, and as a step uploads them."""
+    pixels, seeds = torch.zeros(256, 3, 224, 224, dtype=torch.uint8), torch.arange(256)
+    upload = Uploader(report.device)
+    ways: dict[str, Callable[[], Any]] = {
+        "in turn": lambda: (pixels.to(report.device), seeds.to(report.device)),
+        "pinned, on a stream of their own": lambda: upload(Part(pixels, seeds, None, seeds)),
+    }
+    return {"bytes": pixels.nbytes, **{name: seconds_of(way, report.device, 5, 2) for name, way in ways.items()}}
 
 
 def of_backend(
@@ -96,10 +161,10 @@ def norms(left: list[Tensor], right: list[Tensor] | None = None) -> list[float]:
     return [float(torch.linalg.vector_norm(each, dtype=torch.float64)) for each in differences]
 
 
-def images(config: VisionTowerConfig) -> Run:
+def images(config: VisionTowerConfig, count: int = 2) -> Run:
     rows, columns = (n * config.patch for n in config.grid)
-    pixels = torch.randn(2, 3, rows, columns, generator=torch.Generator().manual_seed(1))
-    keep = patch_keep_indices(torch.arange(2), config.num_patches, 0.5)
+    pixels = torch.randn(count, 3, rows, columns, generator=torch.Generator().manual_seed(1))
+    keep = patch_keep_indices(torch.arange(count), config.num_patches, 0.5)
     return lambda tower, device: tower(pixels.to(device), keep=keep.to(device))
 
 
@@ -112,9 +177,9 @@ def pages(config: VisionTowerConfig) -> Run:
     return lambda tower, device: tower(packed.to(device))
 
 
-def texts(config: TextTowerConfig) -> Run:
+def texts(config: TextTowerConfig, lengths: tuple[int, ...] = LENGTHS) -> Run:
     generator = torch.Generator().manual_seed(3)
-    ids = [torch.randint(4, config.vocab_size, (n,), generator=generator).tolist() for n in LENGTHS]
+    ids = [torch.randint(4, config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
     packed = PackedTokens.from_lists(ids)
     return lambda tower, device: tower(packed.to(device))
 

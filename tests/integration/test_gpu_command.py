@@ -18,7 +18,12 @@ NEED_CUDA = {
     "versions": ["gpu"],
     "fused_adamw": ["step on the CPU"],
     "loss": ["triton_tests"],
-    "towers": ["text: bfloat16, varlen", "vision: bfloat16, flash-attn", "vision, packed: bfloat16, xformers"],
+    "towers": [
+        "text: bfloat16, varlen",
+        "vision: bfloat16, flash-attn",
+        "vision, packed: bfloat16, xformers",
+        "uploads",
+    ],
     "workers": ["begun before the workers"],
 }
 """What cannot be had on a CPU, and has to say so."""
@@ -78,6 +83,9 @@ def test_all_parts_run_small_on_a_cpu(tmp_path, runner):
     losses = [each["loss"] for name, each in found["loss"]["results"]["losses"].items() if isinstance(each, dict)]
     assert len(losses) >= 3
     assert losses == pytest.approx([losses[0]] * len(losses), rel=2e-2)  # bfloat16, by different ways
+    for tower in ("vision", "text"):
+        for what in ("float32, weights cast in each pass", "float32, weights cast once", "16 bits, weights cast once"):
+            assert found["towers"]["results"][f"{tower}: residual in {what}"]["seconds"] > 0
     for zero in (0, 1):
         assert found["engine"]["results"][f"zero {zero}: resume"]["same_bits"]
         assert found["engine"]["results"][f"zero {zero}: one step"]["synchronisations"] == "needs CUDA"

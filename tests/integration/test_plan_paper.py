@@ -28,5 +28,5 @@ def test_the_readme_says_what_is_predicted_for_the_papers_recipe(monkeypatch):
     assert [row.split("|")[1] for row in table] == [row.split("|")[1] for row in expected], HOW
     for row, now in zip(table, expected, strict=True):
         assert numbers(row) == pytest.approx(numbers(now), rel=0.03, abs=0.011), f"{HOW}: {row} is now {now}"
-    before, eager, compiled = (column.time.total for column in found)
-    assert before > eager > compiled
+    times = [column.time.total for column in found]
+    assert times == sorted(set(times), reverse=True)

@@ -12,6 +12,7 @@ from data_prep.shards import Dataset, DatasetWriter
 from stage_trainer.batch import MaskedBatch
 from stage_trainer.data.config import DataConfig
 from stage_trainer.data.masked import HELD_OUT, held_out
+from stage_trainer.engine.cast_once import cast_once
 from stage_trainer.errors import UserError
 from stage_trainer.recipe.read import load
 from stage_trainer.tasks import make_task
@@ -223,6 +224,9 @@ class PlainEngine:
 
     def forward(self, batch):
         return self.objective(batch)
+
+    def cast_once(self):
+        return cast_once(self.objective) if self.objective.precision == "bf16" else contextlib.nullcontext()
 
     def forward_passes(self, mine):
         return self.passes or mine

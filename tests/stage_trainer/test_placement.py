@@ -1,14 +1,17 @@
 """Where the optimizer's tensors are: under FakeTensorMode, which knows CUDA's devices without having one. Fused AdamW
 reads its count of steps on the GPU; one in main memory would be an illegal access there."""
 
+import contextlib
+
 import pytest
 import torch
 from stage_trainer.engine import deepspeed_private
-from stage_trainer.engine.partitioned import MOMENTS, PartitionedEngine
+from stage_trainer.engine.partitioned import MOMENTS, PartitionedEngine, Zero3Engine
 from stage_trainer.engine.plain import PlainEngine
 from stage_trainer.optim.build import build_optimizer
 from stage_trainer.recipe import OptimizerConfig
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 GPU = torch.device("cuda", 0)
 
@@ -84,3 +87,17 @@ def test_without_zero_what_a_checkpoint_or_another_stage_left_is_beside_its_para
     on_the_gpu(again, keys)
     again.optimizer.step()
     on_the_gpu(again, keys)
+
+
+@pytest.mark.parametrize("kind", [PlainEngine, PartitionedEngine, Zero3Engine])
+def test_what_ranks_exchange_is_on_the_gpu(fake_cuda, monkeypatch, kind):
+    """NCCL takes no other tensors, gloo does."""
+    sent = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, *_: sent.append(tensor.device))
+    engine = engine_of(kind, "adamw", torch.nn.Parameter(torch.empty(6, device=GPU)))
+    engine.world = 2
+    engine.sum_over_ranks(torch.tensor(3))
+    for exchange in (engine._without_gradient, lambda: engine.forward_passes(3)):
+        with contextlib.suppress(DataDependentOutputException):  # the result, which nobody has computed, is read
+            exchange()
+    assert sent == [GPU] * (3 if kind is Zero3Engine else 2)

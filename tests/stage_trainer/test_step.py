@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from contrastive_losses import matryoshka_info_nce
 from contrastive_losses.plain import plain_cosent
-from stage_trainer.batch import Batch, image_chunks, packed_chunks, text_chunks
+from stage_trainer.batch import Batch, Part, image_chunks, packed_chunks, text_chunks
 from stage_trainer.dual_encoder import DualEncoder
+from stage_trainer.engine.cast_once import cast_once
 from stage_trainer.recipe import GradientCache, LossConfig
 from stage_trainer.tasks.contrastive import forward_backward
 from stage_trainer.tasks.contrastive_objective import ContrastiveObjective
@@ -52,9 +53,15 @@ class PlainEngine:
         self.objective = ContrastiveObjective(model, LOSSES[kind], "fp32")
         self.passes = 0
 
+    def upload(self, part):
+        return part
+
     def forward(self, part, **options):
         self.passes += 1
         return self.objective(part, **options)
+
+    def cast_once(self):
+        return cast_once(self.objective) if self.objective.precision == "bf16" else contextlib.nullcontext()
 
     def forward_passes(self, mine):
         return mine
@@ -348,6 +355,30 @@ def test_passes_for_other_ranks_sake_change_no_gradient_and_the_last_is_marked(m
     assert engine.passes == 2 * (own + 2 * more)
     assert marks == [False] * (own + 2 * more - 1) + [True]
     torch.testing.assert_close(engine.gradients(), gradients, rtol=1e-10, atol=1e-12)
+
+
+class FarEngine(PlainEngine):
+    """Its device is elsewhere: an upload is a copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.uploads, self.computed = [], []
+
+    def upload(self, part):
+        self.uploads.append(Part(*(x.clone() if torch.is_tensor(x) else x for x in vars(part).values())))
+        return self.uploads[-1]
+
+    def forward(self, part, **options):
+        self.computed.append(part)
+        return super().forward(part, **options)
+
+
+def test_every_chunk_is_uploaded_once_for_both_passes():
+    batch, engine = make_batch(), FarEngine()
+    forward_backward(engine, batch, pairs=BOTH, patch_dropout=0.5, cache=GradientCache(2, 10))
+    assert [id(part) for part in engine.computed] == 2 * [id(part) for part in engine.uploads]
+    assert torch.equal(torch.cat([p.images for p in engine.uploads if p.images is not None]), batch.images)
+    assert sum(len(p.texts.ids) for p in engine.uploads if p.texts is not None) == len(batch.texts.ids)
 
 
 def batch_by_length(batch):

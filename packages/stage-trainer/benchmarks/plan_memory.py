@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from stage_trainer.batch import Batch
 from stage_trainer.dual_encoder import DualEncoder
+from stage_trainer.engine.cast_once import cast_once
 from stage_trainer.plan.devices import DEVICES, Device, present
 from stage_trainer.plan.memory import Model, Setting, Sizes, estimate
 from stage_trainer.recipe import GradientCache, LossConfig, Trainable
@@ -68,8 +69,14 @@ class Engine:
             device,
         )
 
+    def upload(self, part: Any) -> Any:
+        return part.to(self.device)
+
     def forward(self, part: Any, **options: Any) -> Any:
         return self.objective(part.to(self.device), **options)
+
+    def cast_once(self) -> contextlib.AbstractContextManager[object]:
+        return cast_once(self.objective) if self.objective.precision == "bf16" else contextlib.nullcontext()
 
     def forward_passes(self, mine: int) -> int:
         return mine

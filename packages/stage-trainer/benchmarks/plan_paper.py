@@ -3,9 +3,10 @@
     python packages/stage-trainer/benchmarks/plan_paper.py           # prints the table; two minutes on a CPU
     python packages/stage-trainer/benchmarks/plan_paper.py --write   # and writes it into the README
 
-Before: in chunks and with checkpointing, nothing compiled, adapters multiplied with each token. After: the recipe as it
-is, compiled and with `gradient_cache: auto`; and the same without compiling. `tests/integration/test_plan_paper.py`
-compares.
+Before: in chunks and with checkpointing, nothing compiled, adapters multiplied with each token, weights cast in each
+pass, every LayerNorm in float32. After: the recipe as it
+is, compiled and with `gradient_cache: auto`; the same without compiling; and with the residual streams in 16 bits.
+`tests/integration/test_plan_paper.py` compares.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
+from stage_trainer.plan import trace
 from stage_trainer.plan.auto import Choice, decide
 from stage_trainer.plan.devices import DEVICES
 from stage_trainer.plan.flops import Flops, step_flops
@@ -24,10 +26,12 @@ from stage_trainer.plan.lengths import text_lengths
 from stage_trainer.plan.planner import RESERVE, Cluster, model_of, segments, shape_of, sizes_of
 from stage_trainer.plan.step import Prediction, predict
 from stage_trainer.plan.table import describe
-from stage_trainer.plan.trace import trace_texts
+from stage_trainer.plan.trace import trace_images, trace_texts
 from stage_trainer.recipe import Recipe
 from stage_trainer.recipe.read import load
 from text_tower.lora import AdaptedLinear
+from torch import nn
+from vision_tower import blocks
 
 ROOT = Path(__file__).parents[3]
 RECIPE, README = ROOT / "launch/recipes/jina-clip-v2.yaml", ROOT / "packages/stage-trainer/README.md"
@@ -58,10 +62,11 @@ def main() -> None:
 
 def columns() -> list[Column]:
     eager = both("compile", "false")
-    with each_token_times_the_adapter():
+    with as_before():
         cached = ["gradient_cache={images: 256, tokens: 16384}", *both("checkpointing", "true")]
         found = [column("chunks and checkpointing, eager", recipe(*cached, *eager))]
-    return [*found, column("auto, eager", recipe(*eager)), column("the recipe: auto, compiled", recipe())]
+    found += [column("auto, eager", recipe(*eager)), column("the recipe: auto, compiled", recipe())]
+    return [*found, column("residual in 16 bits, too", recipe(*both("residual_in_fp32", "false")))]
 
 
 def both(key: str, value: str) -> list[str]:
@@ -70,12 +75,17 @@ def both(key: str, value: str) -> list[str]:
 
 
 @contextmanager
-def each_token_times_the_adapter() -> Iterator[None]:
-    """As a text tower computes LoRA that does not add it to the weights first."""
-    trace_texts.cache_clear()
-    with patch.object(AdaptedLinear, "forms_sum", lambda *_: False, create=True):
+def as_before() -> Iterator[None]:
+    """As towers compute that form no sum of weights and adapters, cast weights in each pass and compute every LayerNorm
+    in float32."""
+    with ExitStack() as stack:
+        for traced in (trace_texts, trace_images):
+            traced.cache_clear()
+            stack.callback(traced.cache_clear)
+        stack.enter_context(patch.object(AdaptedLinear, "forms_sum", lambda *_: False))
+        stack.enter_context(patch.object(trace, "cast_once", lambda _: nullcontext([])))
+        stack.enter_context(patch.object(blocks.LayerNorm, "in_16_bits", nn.LayerNorm.forward))
         yield
-    trace_texts.cache_clear()
 
 
 def recipe(*settings: str) -> Recipe:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from stage_trainer.batch import Batch
 from stage_trainer.dual_encoder import DualEncoder
-from stage_trainer.plan.devices import Device
+from stage_trainer.engine.cast_once import cast_once
+from stage_trainer.plan.devices import DEVICES, Device
 from stage_trainer.plan.memory import Model, Setting, Sizes, estimate, loss_bytes, resting_parts, update_parts
 from stage_trainer.recipe import GradientCache, LossConfig, Trainable
 from stage_trainer.tasks.contrastive import forward_backward
@@ -28,8 +29,14 @@ class PlainEngine:
         self.model = DualEncoder(TextTower(text), VisionTower(vision)).train()
         self.objective = ContrastiveObjective(self.model, LossConfig(dims=(64, 32)), precision)
 
+    def upload(self, part):
+        return part
+
     def forward(self, part, **options):
         return self.objective(part, **options)
+
+    def cast_once(self):
+        return cast_once(self.objective) if self.objective.precision == "bf16" else contextlib.nullcontext()
 
     def forward_passes(self, mine):
         return mine
@@ -69,6 +76,7 @@ def a_batch(images: int, pairs: int, negatives: int) -> Batch:
         (16, 8, 3, False, None, "bf16", 0.0),
         (96, 64, 0, False, GradientCache(16, 16 * LENGTH), "fp32", 0.25),
         (64, 16, 3, True, GradientCache(16, 64 * LENGTH), "fp32", 0.0),
+        (64, 16, 3, False, GradientCache(8, 16 * LENGTH), "bf16", 0.0),
     ],
 )
 def test_a_step_takes_what_the_profiler_measures(
@@ -83,12 +91,17 @@ def test_a_step_takes_what_the_profiler_measures(
         engine.model.zero_grad()
 
     sizes = Sizes(images, images + pairs * (2 + negatives), LENGTH, pairs, negatives, 1)
-    planned = estimate(
-        planned_model(engine, precision, dropout), sizes, Setting(cache, checkpointing, checkpointing, 0), CPU
-    )
-    there_before = ("weights", "optimizer state", "batch")
-    ours = sum(size for name, size in planned.parts.items() if name not in there_before)
+    model = planned_model(engine, precision, dropout)
+    planned = estimate(model, sizes, Setting(cache, checkpointing, checkpointing, 0), CPU)
+    ours = planned.total - sum(resting_parts(model, 0, 1).values()) - planned.parts["batch"]
     assert ours == pytest.approx(profiled_peak(run), rel=0.15)
+
+
+def test_on_a_gpu_chunks_lie_in_one_upload_of_the_whole_batch():
+    model = planned_model(PlainEngine(TEXT, VISION, "bf16"), "bf16", 0.0)
+    sizes, cache = Sizes(512, 512, LENGTH, 0, 0, 1), GradientCache(64, 64 * LENGTH)
+    planned = estimate(model, sizes, Setting(cache), DEVICES["h100-80gb"])
+    assert planned.parts["batch"] == 512 * (3 * 48 * 48 + 8) + 8 * 512 * LENGTH
 
 
 def test_adamw_takes_its_state_and_on_a_cpu_a_weight_at_a_time(profiled_peak):

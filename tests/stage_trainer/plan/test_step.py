@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 from stage_trainer.plan.devices import DEVICES, Device
-from stage_trainer.plan.memory import Model, Setting, Sizes
+from stage_trainer.plan.memory import Model, Setting, Sizes, estimate
 from stage_trainer.plan.roofline import ATTENTION, ELEMENTWISE, LAUNCHES, MEMORY, PRODUCTS
 from stage_trainer.plan.step import COMMUNICATION, COPIES, HOST_LINK, LOSS, OPTIMIZER, PARTS, predict
 from stage_trainer.recipe import GradientCache, Trainable
@@ -64,10 +64,35 @@ def test_a_compiled_step_takes_less():
     assert before[LAUNCHES] > after[LAUNCHES]
 
 
+def test_a_residual_stream_in_16_bits_takes_less_time_and_memory():
+    text, vision = (replace(tower, residual_in_fp32=False) for tower in (MODEL.text, MODEL.vision))
+    models = MODEL, replace(MODEL, text=text, vision=vision)
+    before, after = (parts(model=model) for model in models)
+    assert before[PRODUCTS] == after[PRODUCTS]
+    assert before[MEMORY] > 1.1 * after[MEMORY]
+    sizes = replace(SIZES, images=4096, texts=8192)
+    kept = [estimate(model, sizes, Setting(), H100).parts["activations"] for model in models]
+    assert kept[0] > 1.1 * kept[1]
+
+
 def test_twice_as_many_chunks_take_the_towers_twice_as_long():
-    once, twice = (parts(sizes=replace(SIZES, images=16 * n, texts=48 * n), setting=Setting(CHUNKS)) for n in (2, 4))
+    setting = Setting(CHUNKS, zero=3)  # under which they share no casts of weights
+    once, twice = (parts(sizes=replace(SIZES, images=16 * n, texts=48 * n), setting=setting) for n in (2, 4))
     for part in (PRODUCTS, ATTENTION, MEMORY):
         assert twice[part] == pytest.approx(2 * once[part])
+
+
+def test_chunks_share_the_casts_of_weights_but_under_zero_3():
+    """Each of these Linears' numbers is read in float32 and written in bfloat16 once a step; in each pass otherwise."""
+    once, each = (parts(setting=Setting(CHUNKS, zero=zero)) for zero in (1, 3))
+    text, vision = MODEL.text, MODEL.vision
+    numbers = text.layers * WIDTH * (4 * WIDTH + 2 * text.mlp_width)
+    numbers += vision.layers * WIDTH * (4 * WIDTH + 3 * vision.mlp_width)
+    casts = 6 * numbers / (H100.bandwidth * H100.stream * ELEMENTWISE)
+    passes = 2 * 4
+    assert each[MEMORY] - once[MEMORY] == pytest.approx((passes - 1) * casts, rel=0.2)
+    kept = [estimate(MODEL, SIZES, Setting(CHUNKS, zero=zero), H100).parts["weights"] for zero in (1, 3)]
+    assert kept[0] == pytest.approx(4 * 2 * LEARNING, rel=0.05)
 
 
 def test_a_last_chunk_that_is_smaller_is_counted():
@@ -115,6 +140,7 @@ def test_the_loss_multiplies_all_queries_with_the_ranks_own_targets():
 
 def test_images_are_sent_to_a_gpu_once():
     assert parts()[COPIES] == pytest.approx(64 * (3 * 64 * 64 + 8) / HOST_LINK)
+    assert parts(setting=Setting(CHUNKS))[COPIES] == pytest.approx(parts()[COPIES] / 4)  # the others' go on beside it
     cpu = replace(H100, kind="cpu")
     assert parts(device=cpu)[COPIES] == 0
 

@@ -30,7 +30,9 @@ STORED = {
     "text": (73, 514_744),
     "text, adapters": (93, 563_992),
     "text, JinaBERT": (54, 493_744),
-    "images": (117, 712_460),
+    "images": (117, 584_829),
+    "text, residual in 16 bits": (75, 432_827),
+    "images, residual in 16 bits": (119, 502_912),
 }
 
 
@@ -61,7 +63,7 @@ def work(block, x, forward):
     return seen.operators, seen.size / (x.numel() / x.shape[-1])
 
 
-def of_texts(**settings):
+def of_texts(dtype=torch.float32, **settings):
     config, length = TextTowerConfig(**settings), 64
     packed = PackedTokens.from_lists([[5] * length] * 128)
     with torch.device("meta"):
@@ -72,17 +74,17 @@ def of_texts(**settings):
         layout = on_device(layout, "cuda")
         positions = scheme(config, layout.positions)
         attention = Attention(layout, positions, TARGET.attend_texts())
-        x = torch.empty(len(packed.ids), config.width, device="cuda", requires_grad=True)
+        x = torch.empty(len(packed.ids), config.width, device="cuda", dtype=dtype, requires_grad=True)
         return work(block, x, lambda x: block(x, attention, 0, None))
 
 
-def of_images():
+def of_images(dtype=torch.float32):
     config = VisionTowerConfig()
     with torch.device("meta"):
         block = ImageBlock(config)
     with FakeTensorMode(allow_non_fake_inputs=True):
         block.to_empty(device="cuda")
-        x = torch.empty(64, 129, config.width, device="cuda", requires_grad=True)
+        x = torch.empty(64, 129, config.width, device="cuda", dtype=dtype, requires_grad=True)
         rotary = torch.empty(64, 129, 1, config.head_dim // 2, 2, device="cuda")
         return work(block, x, lambda x: block(x, rotary, TARGET.attend_images()))
 
@@ -94,6 +96,8 @@ def test_operators_and_bytes_of_a_token_are_the_stored_ones(name):
         "text, adapters": lambda: of_texts(adapters=("a",), lora_rank=4),
         "text, JinaBERT": lambda: of_texts(positions="alibi", mlp="geglu"),
         "images": of_images,
+        "text, residual in 16 bits": lambda: of_texts(torch.bfloat16),
+        "images, residual in 16 bits": lambda: of_images(torch.bfloat16),
     }
     operators, size = ways[name]()
     print(f"{name}: ({operators}, {size:.0f})")

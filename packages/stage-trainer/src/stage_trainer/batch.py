@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 
 import torch
 from text_tower import MaskedTokens, PackedTokens
+from text_tower.packed import to_device
 from torch import Tensor
 
 
@@ -28,10 +29,10 @@ class Part:
 
     def to(self, device: torch.device) -> Part:
         return Part(
-            None if self.images is None else self.images.to(device, non_blocking=True),
-            self.image_seeds.to(device, non_blocking=True),
+            None if self.images is None else to_device(self.images, device),
+            to_device(self.image_seeds, device),
             None if self.texts is None else self.texts.to(device, non_blocking=True),
-            self.text_seeds.to(device, non_blocking=True),
+            to_device(self.text_seeds, device),
         )
 
 
@@ -81,7 +82,7 @@ class MaskedBatch:
     seeds: Tensor
 
     def to(self, device: torch.device) -> MaskedBatch:
-        return MaskedBatch(self.masked.to(device, non_blocking=True), self.seeds.to(device, non_blocking=True))
+        return MaskedBatch(self.masked.to(device, non_blocking=True), to_device(self.seeds, device))
 
     def chunks(self, tokens: int) -> Iterator[MaskedBatch]:
         """Consecutive texts with at most `tokens` tokens (0: all in one); a longer text is a chunk of its own."""
@@ -89,6 +90,15 @@ class MaskedBatch:
         for rows, span, packed in packed_chunks(self.masked.packed, tokens):
             inside = (places >= span.start) & (places < span.stop)
             yield MaskedBatch(MaskedTokens(packed, places[inside] - span.start, labels[inside]), self.seeds[rows])
+
+
+def tensors_of(batch: object) -> Iterator[Tensor]:
+    """All tensors of a batch or a part of one."""
+    for value in vars(batch).values():
+        if isinstance(value, Tensor):
+            yield value
+        elif is_dataclass(value):
+            yield from tensors_of(value)
 
 
 def image_chunks(batch: Batch, size: int) -> Iterator[Part]:

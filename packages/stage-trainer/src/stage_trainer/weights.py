@@ -25,8 +25,8 @@ from stage_trainer.recipe.schema import NEW_TEMPERATURE
 from stage_trainer.recipe.tower_rules import build_config
 
 RECIPES_OWN = {
-    "text": ("dropout", "checkpointing", "attention", "compile", "max_length"),
-    "vision": ("checkpointing", "attention", "compile", "resolution"),
+    "text": ("dropout", "checkpointing", "attention", "compile", "residual_in_fp32", "max_length"),
+    "vision": ("checkpointing", "attention", "compile", "residual_in_fp32", "resolution"),
 }
 """What the recipe decides about a tower, not its weights."""
 _FROM_WEIGHTS_BY_DEFAULT = ("max_length", "resolution")  # those of them that a recipe may leave to the weights

@@ -66,9 +66,11 @@ class TextTowerConfig:
         instructions: task name -> text that `encode(task=…)` prepends to every text.
         truncate_dim: dims that `encode` keeps by default; None for all.
         checkpointing: recompute each block in the backward pass instead of keeping its activations.
-        attention: one of `BACKENDS`; "auto" takes the fastest that can run. Like `compile` a setting of the machine:
-            neither is written to a model's directory.
+        attention: one of `BACKENDS`; "auto" takes the fastest that can run. Like the next two a setting of the
+            machine: none of them is written to a model's directory.
         compile: run each block through `torch.compile`, once for all lengths.
+        residual_in_fp32: under autocast keep the residual stream in float32, as autocast itself does; otherwise it has
+            autocast's dtype, which is faster and less exact.
 
     Raises:
         ValueError: an impossible value; the message names the field.
@@ -95,6 +97,7 @@ class TextTowerConfig:
     checkpointing: bool = False
     attention: str = "auto"
     compile: bool = False
+    residual_in_fp32: bool = True
 
     def __post_init__(self) -> None:
         least_of = {"vocab_size": 4, "width": 2, "layers": 1, "heads": 1, "mlp_width": 1, "max_length": 2, "pad_id": 0,
@@ -121,7 +124,7 @@ class TextTowerConfig:
         object.__setattr__(self, "dropout", float(self.dropout))
         if self.attention not in BACKENDS:
             raise ValueError(f"attention is {self.attention!r}; expected one of {list(BACKENDS)}")
-        for name in ("checkpointing", "compile"):
+        for name in ("checkpointing", "compile", "residual_in_fp32"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected true or false")
         self._check_adapters()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,7 @@ class AdaptedLinear(_Adapted, nn.Linear):
     ):
         nn.Linear.__init__(self, in_features, out_features, bias)
         self.scale, self.adapters = scale, adapters
+        self.summed: int | None = None  # the adapter that is in the weight for the moment, see `cast`
         self._add_adapters((rank, in_features), (out_features, rank))
 
     def reset_parameters(self) -> None:
@@ -81,7 +83,9 @@ class AdaptedLinear(_Adapted, nn.Linear):
 
     def forward(self, x: Tensor, adapter: int | None = 0) -> Tensor:
         """`[T, in]` to `[T, out]`."""
-        if not self.adapters or adapter is None:
+        if self.summed is not None and adapter != self.summed:
+            raise RuntimeError(f"the weight holds adapter {self.summed} for the moment, and {adapter} was asked for")
+        if not self.adapters or adapter is None or self.summed is not None:
             return F.linear(x, self.weight, self.bias)
         if self.forms_sum(x.shape[0], adapter):
             with torch.autocast(x.device.type, enabled=False):  # the sum is rounded once, by the product that reads it
@@ -99,8 +103,20 @@ class AdaptedLinear(_Adapted, nn.Linear):
         pass without them computes what is repeated with them. All Linears of a block have the same smaller side, so
         compiled blocks have two graphs at most.
         """
-        learns_alone = self.adapter(adapter)[0].requires_grad and not self.weight.requires_grad
-        return not learns_alone and tokens > min(self.in_features, self.out_features)
+        return not self._learns_alone(adapter) and tokens > min(self.in_features, self.out_features)
+
+    def _learns_alone(self, adapter: int) -> bool:
+        return self.adapter(adapter)[0].requires_grad and not self.weight.requires_grad
+
+    def cast(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Values in `dtype` for several forward and backward passes with the first adapter, to stand in place of the
+        parameters; `summed = None` ends it, once these are back. They hold the adapter in the weight, unless it learns
+        alone."""
+        if not self.adapters or self._learns_alone(0):
+            return {name: parameter.to(dtype) for name, parameter in self.named_parameters(recurse=False)}
+        self.summed = 0
+        weight: Tensor = _Sum.apply(self.weight, *self.adapter(0), self.scale, dtype)
+        return {"weight": weight, "bias": self.bias.to(dtype)}
 
     def merged(self, adapter: int | None) -> Tensor:
         """Weight `[out, in]` with the adapter added."""
@@ -108,6 +124,30 @@ class AdaptedLinear(_Adapted, nn.Linear):
             return self.weight
         a, b = self.adapter(adapter)
         return torch.add(self.weight, b @ a, alpha=self.scale)
+
+
+class _Sum(torch.autograd.Function):
+    """`W + scale · B A`, rounded once. Unlike PyTorch's operators it can go backward once for each of several passes
+    that use it: all that this needs are parameters, which stay."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+        ctx.adapter, ctx.scale = (a, b), scale
+        return torch.add(weight, b @ a, alpha=scale).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        a, b = ctx.adapter
+        grad = grads[0].to(a.dtype)
+        of_weight, of_a, of_b, *_ = ctx.needs_input_grad
+        scaled = grad * ctx.scale
+        return (
+            grad if of_weight else None,
+            b.T @ scaled if of_a else None,
+            scaled @ a.T if of_b else None,
+            None,
+            None,
+        )
 
 
 class AdaptedEmbedding(_Adapted, nn.Embedding):

@@ -154,8 +154,18 @@ def on_device(batch: _Batch, device: torch.device | str, non_blocking: bool = Tr
     moved = copy.copy(batch)
     for name, value in vars(batch).items():
         if isinstance(value, Tensor):
-            object.__setattr__(moved, name, value.to(device, non_blocking=non_blocking))
+            object.__setattr__(moved, name, to_device(value, device, non_blocking))
     return moved
+
+
+def to_device(tensor: Tensor, device: torch.device | str, non_blocking: bool = True) -> Tensor:
+    """A tensor on a device. A GPU gets it from pinned memory: a copy from elsewhere may wait until the GPU has computed
+    all that it was given before, and the host with it (CUDA's "API synchronization behavior")."""
+    to_gpu = non_blocking and torch.device(device).type == "cuda" and tensor.device.type == "cpu"
+    # Not for a GPU that is planned for and is not here.
+    if to_gpu and torch.cuda.is_initialized():  # type: ignore[no-untyped-call, unused-ignore]
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=non_blocking)
 
 
 def _short(values: list[int]) -> str:

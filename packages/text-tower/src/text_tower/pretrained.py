@@ -41,7 +41,8 @@ UNMERGED = "unmerged"  # .safetensors: base weights and adapters apart
 LAYOUTS = ("transformers", "peft", "remote-code")
 _WRITTEN_AS = {"rotary": (config_json.to_json, "transformers", "JinaEmbeddingsV3Model"),
                "alibi": (jina_bert.to_json, "jina-bert", "JinaBertModel")}  # fmt: skip
-OVERRIDES = ("rope_theta", "max_length", "layer_norm_eps", "pad_id", "attention", "compile", *config_json.OURS)
+OVERRIDES = ("rope_theta", "max_length", "layer_norm_eps", "pad_id", "attention", "compile", "residual_in_fp32",
+             *config_json.OURS)  # fmt: skip
 
 
 def load(
@@ -63,9 +64,9 @@ def load(
         peft: adapters for weights that have none: {name: folder that PEFT wrote}, the first being the default; or one
             folder, whose own name is the adapter's.
         overrides: fields of `TextTowerConfig` that are not the shape of the base weights: dropout, checkpointing,
-            attention, compile, instructions, truncate_dim, max_length, layer_norm_eps, pad_id, lora_rank, lora_alpha,
-            adapters (some of the directory's, or new ones for a directory that has none), and rope_theta for
-            XLM-RoBERTa weights, which have none.
+            attention, compile, residual_in_fp32, instructions, truncate_dim, max_length, layer_norm_eps, pad_id,
+            lora_rank, lora_alpha, adapters (some of the directory's, or new ones for a directory that has none), and
+            rope_theta for XLM-RoBERTa weights, which have none.
 
     Raises:
         FileNotFoundError: no such directory or file.

@@ -107,6 +107,9 @@ class TextTower(nn.Module):
         h = self.emb_ln(self.embeddings(packed.ids[layout.tokens], k))
         if dropout:
             h = dropout.at(0)(h)
+        device = h.device.type
+        if not config.residual_in_fp32 and h.dtype == torch.float32 and torch.is_autocast_enabled(device):
+            h = h.to(torch.get_autocast_dtype(device))
         checkpointing = config.checkpointing and training and torch.is_grad_enabled()
         h = self.encoder(h, attention, k, dropout, checkpointing)
         return h.to(torch.promote_types(h.dtype, torch.float32)), layout
@@ -117,13 +120,15 @@ class TextTower(nn.Module):
     save_adapter = pretrained.save_adapter
 
     def configure(self, **changes: Any) -> None:
-        """Changes settings that no weight depends on: attention, compile, checkpointing, dropout, instructions,
-        truncate_dim.
+        """Changes settings that no weight depends on: attention, compile, residual_in_fp32, checkpointing, dropout,
+        instructions, truncate_dim.
 
         Raises:
             ValueError: another field of the configuration, or an impossible value.
         """
-        settings = {"attention", "compile", "checkpointing", "dropout", "instructions", "truncate_dim"}
+        settings = {
+            "attention", "compile", "residual_in_fp32", "checkpointing", "dropout", "instructions", "truncate_dim"
+        }  # fmt: skip
         if unknown := set(changes) - settings:
             raise ValueError(f"{sorted(unknown)} cannot be changed on a tower that exists")
         self.config = replace(self.config, **changes)

@@ -7,7 +7,9 @@ Parameter names are those of timm's `eva02_*` models. What differs is for speed 
   and the rotation is one complex product (positions.py);
 - short sequences in 16 bits on a CPU take two plain matrix products instead of a fused kernel (attention.py);
 - the last block computes the class token alone, the only one read after it (B/16: 5 % of a step on a CPU);
-- under autocast the normalised tokens are cast once, not once for each product that reads them;
+- under autocast the normalised tokens are cast once, not once for each product that reads them, and a GPU's LayerNorm
+  of tokens in 16 bits is one kernel, without a cast before and after it;
+- with `residual_in_fp32=False` the tokens themselves have 16 bits under autocast, from the first block to the last;
 - in 16 bits queries, keys and values are one product, and so are SwiGLU's gate and value (`products`), with zeros up
   to a width that tensor cores take at full speed (`ALIGNED`);
 - SwiGLU's gate keeps only its inputs for the backward pass, one tensor of the MLP's width less in every layer.
@@ -85,7 +87,7 @@ def _with_zeros(rows: Tensor, count: int) -> Tensor:
 
 def product(x: Tensor, linear: nn.Linear) -> Tensor:
     """What the Linear gives for x; under autocast in 16 bits with zeros after the last number of each row."""
-    x, pad = _lowered(x), -linear.in_features % ALIGNED
+    x, pad = lowered(x), -linear.in_features % ALIGNED
     if not pad or not _in_half(x, linear):
         out: Tensor = linear(x)
         return out
@@ -99,6 +101,21 @@ def _in_half(x: Tensor, *linears: nn.Linear) -> bool:
     return x.dtype in HALF and all(plain)
 
 
+class LayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` that takes a GPU's tokens in 16 bits as they are. Autocast makes them float32 before it, and the
+    next product rounds what comes out of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" or x.dtype not in HALF or self.weight.dtype != torch.float32:
+            return super().forward(x)  # a CPU's kernel takes both dtypes at once
+        return self.in_16_bits(x)
+
+    def in_16_bits(self, x: Tensor) -> Tensor:
+        """One kernel, which computes in float32 inside; it wants weight and bias in the dtype of x."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 class SelfAttention(nn.Module):
     """Self-attention with rotary positions; queries and values have a bias, keys have none (it would cancel)."""
 
@@ -109,7 +126,7 @@ class SelfAttention(nn.Module):
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width, bias=False)
         self.v_proj = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.attention_norm else nn.Identity()
+        self.norm = LayerNorm(width, eps=config.layer_norm_eps) if config.attention_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
     def forward(
@@ -157,7 +174,7 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.fc1_g = nn.Linear(config.width, config.mlp_width)
         self.fc1_x = nn.Linear(config.width, config.mlp_width)
-        self.norm = nn.LayerNorm(config.mlp_width, eps=config.layer_norm_eps)
+        self.norm = LayerNorm(config.mlp_width, eps=config.layer_norm_eps)
         self.fc2 = nn.Linear(config.mlp_width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -172,9 +189,9 @@ class Block(nn.Module):
 
     def __init__(self, config: VisionTowerConfig) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.norm1 = LayerNorm(config.width, eps=config.layer_norm_eps)
         self.attn = SelfAttention(config)
-        self.norm2 = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.norm2 = LayerNorm(config.width, eps=config.layer_norm_eps)
         self.mlp = SwiGLU(config)
 
     def forward(
@@ -189,9 +206,9 @@ class Block(nn.Module):
             layout: of packed tokens.
             class_only: return the class tokens alone, `[N, 1, width]` or packed `[N, width]`.
         """
-        attended = self.attn(_lowered(self.norm1(x)), rotary, backend, layout, class_only)
+        attended = self.attn(lowered(self.norm1(x)), rotary, backend, layout, class_only)
         x = (class_tokens(x, layout) if class_only else x) + attended
-        out: Tensor = x + self.mlp(_lowered(self.norm2(x)))
+        out: Tensor = x + self.mlp(lowered(self.norm2(x)))
         return out
 
 
@@ -200,7 +217,7 @@ def class_tokens(x: Tensor, layout: ByLength | None) -> Tensor:
     return x[:, :1] if layout is None else x.index_select(0, layout.class_rows)
 
 
-def _lowered(x: Tensor) -> Tensor:
+def lowered(x: Tensor) -> Tensor:
     """x in autocast's dtype, if autocast is on."""
     # Not torch.amp.is_autocast_available, which PyTorch 2.11 cannot compile; a meta device has no autocast.
     if x.dtype == torch.float32 and not x.is_meta and torch.is_autocast_enabled(x.device.type):

@@ -11,6 +11,7 @@ from typing import Any
 Resolution = int | tuple[int, int]
 
 BACKENDS = ("auto", "flash-attn", "xformers", "sdpa")  # "auto", then what it may be; see vision_tower.attention
+OF_THE_MACHINE = ("attention", "compile", "residual_in_fp32")  # fields that a model's directory does not have
 CROP_MODES = ("center", "squash", "border")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")  # Pillow's
 
@@ -93,9 +94,11 @@ class VisionTowerConfig:
         crop_pct, crop_mode, interpolation: how an image is brought to its size (`preprocess`), in timm's terms.
         checkpointing: recompute the blocks in the backward pass: less memory, about a third more time.
         attention: one of `BACKENDS`. "sdpa" is PyTorch's; "xformers" and "flash-attn" need a GPU and the package;
-            "auto" is xFormers where it is installed and the tower is on a GPU. Like `compile` a setting of the
-            machine: neither is written to a model's directory.
+            "auto" is xFormers where it is installed and the tower is on a GPU. Like the next two a setting of the
+            machine: none of them is written to a model's directory.
         compile: run each block through `torch.compile`.
+        residual_in_fp32: under autocast keep the residual stream in float32, as autocast itself does; otherwise it has
+            autocast's dtype, which is faster and less exact.
 
     Raises:
         ValueError: an impossible value; the message names the field.
@@ -120,6 +123,7 @@ class VisionTowerConfig:
     checkpointing: bool = False
     attention: str = "sdpa"
     compile: bool = False
+    residual_in_fp32: bool = True
 
     def __post_init__(self) -> None:
         for name in ("patch", "width", "layers", "heads", "mlp_width", "reference_grid"):
@@ -147,7 +151,7 @@ class VisionTowerConfig:
             if not is_number(value) or not 0 < value < float("inf"):
                 raise ValueError(f"{name} is {value!r}; expected a positive number")
             object.__setattr__(self, name, float(value))
-        for name in ("attention_norm", "checkpointing", "compile"):
+        for name in ("attention_norm", "checkpointing", "compile", "residual_in_fp32"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected true or false")
         if self.attention not in BACKENDS:

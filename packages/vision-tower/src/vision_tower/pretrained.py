@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vision_tower.checkpoints import infer_config, read_image_half, to_timm_names
-from vision_tower.config import PREPROCESSING, Resolution, VisionTowerConfig, as_pair
+from vision_tower.config import OF_THE_MACHINE, PREPROCESSING, Resolution, VisionTowerConfig, as_pair
 from vision_tower.errors import WeightsError
 from vision_tower.fields import OBJECT, field, read_json
 from vision_tower.files import whole_directory, write_json, write_weights
@@ -74,7 +74,7 @@ def save(tower: VisionTower, path: str | PathLike[str]) -> None:
             f"{VisionTowerConfig.layer_norm_eps:g}: what is saved is for VisionTower alone",
             stacklevel=2,
         )
-    ours = {key: value for key, value in asdict(config).items() if key not in ("attention", "compile")}  # the machine's
+    ours = {key: value for key, value in asdict(config).items() if key not in OF_THE_MACHINE}
     processor = processor_values(config) if timms else None
     content = {"model_type": MODEL_TYPE} if not timms else timm_keys(config, with_processor=processor is not None)
     with whole_directory(target) as directory:
@@ -129,9 +129,9 @@ def load(
         resolution: set after loading, as `set_resolution` does.
         num_classes: 0 takes a model with a head without its head.
         global_pool: "token" takes the class token, with the final norm, of a model that averages its patches.
-        stated: `checkpointing`, `attention` and `compile`; for files that do not say them `heads`, `reference_grid`,
-            `rope_theta` and `layer_norm_eps`; and `mean`, `std`, `crop_pct`, `crop_mode` and `interpolation` to
-            override a directory's. See `VisionTowerConfig`.
+        stated: `checkpointing`, `attention`, `compile` and `residual_in_fp32`; for files that do not say them `heads`,
+            `reference_grid`, `rope_theta` and `layer_norm_eps`; and `mean`, `std`, `crop_pct`, `crop_mode` and
+            `interpolation` to override a directory's. See `VisionTowerConfig`.
 
     Raises:
         FileNotFoundError: no such file or directory.

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vision_tower import pretrained
 from vision_tower.attention import Attend, choose_backend
-from vision_tower.blocks import Block, PatchEmbed, initialize
+from vision_tower.blocks import Block, PatchEmbed, initialize, lowered
 from vision_tower.config import Resolution, VisionTowerConfig, as_pair, grid_of
 from vision_tower.encode import encode as _encode
 from vision_tower.packed import ByLength, PackedPatches
@@ -73,6 +73,8 @@ class VisionTower(nn.Module):
             layout.prepare()
         else:
             x, rotary = self._embed(images, keep)
+        if not self.config.residual_in_fp32:
+            x = lowered(x)
         recompute = self.config.checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
             rest = (rotary.unsqueeze(-3), backend, layout, block is self.blocks[-1])  # one rotation for all heads
@@ -169,7 +171,7 @@ class VisionTower(nn.Module):
         return self
 
     def configure(self, **changes: Any) -> None:
-        """Changes settings that no weight depends on: attention, compile, checkpointing.
+        """Changes settings that no weight depends on: attention, compile, checkpointing, residual_in_fp32.
 
         Blocks are compiled one by one: a deep tower compiles as fast as a shallow one, checkpointing works as before,
         and names of parameters stay. One graph serves any number of images and patches. Packed images are compiled for
@@ -178,7 +180,7 @@ class VisionTower(nn.Module):
         Raises:
             ValueError: another field of the configuration, or an impossible value.
         """
-        settings = {"attention", "compile", "checkpointing"}
+        settings = {"attention", "compile", "checkpointing", "residual_in_fp32"}
         if unknown := set(changes) - settings:
             raise ValueError(f"{sorted(unknown)} cannot be changed on a tower that exists")
         self.config = replace(self.config, **changes)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from stage_trainer.batch import MaskedBatch, Part
 from stage_trainer.engine import deepspeed_private
+from stage_trainer.engine.cast_once import cast_once
+from stage_trainer.engine.upload import Uploader
 from stage_trainer.optim.update_norms import UpdateNorms
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -23,9 +25,11 @@ class Objective(nn.Module):
 
     Attributes:
         model: what a checkpoint holds. All parameters are its own.
+        precision: `bf16` (under autocast) or `fp32`.
     """
 
     model: nn.Module
+    precision: str
 
 
 class Engine(ABC):
@@ -38,6 +42,7 @@ class Engine(ABC):
 
     Attributes:
         device: of the parameters.
+        upload: copies a part of a batch to the device; what is there already stays as it is.
         world: number of ranks.
         parameters: the trainable ones, by name in the model; under ZeRO 3 partitioned.
         update_norms: of whole parameters; under ZeRO 3 it measures nothing.
@@ -58,6 +63,7 @@ class Engine(ABC):
         self.update_norms = UpdateNorms(towers)
         self._engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=dict(config))
         self.device: torch.device = self._engine.device
+        self.upload = Uploader(self.device)
         self.world = torch.distributed.get_world_size()
         self._of_frozen: dict[str, Tensor] = {}
         # Gradients are averaged in `backwards`, once it is known which parameters have none.
@@ -69,8 +75,8 @@ class Engine(ABC):
         self._engine.train(mode)
 
     def forward(self, part: Part | MaskedBatch, **options: Any) -> Any:
-        """Moves a part of a batch to the device and returns the objective's output for it, given `options`."""
-        return self._engine(part.to(self.device), **options)
+        """Uploads a part of a batch and returns the objective's output for it, given `options`."""
+        return self._engine(self.upload(part), **options)
 
     def forward_passes(self, own: int) -> int:
         """How many forward passes this rank must run in a step, if its own part of the batch takes `own`: under ZeRO 3
@@ -81,6 +87,11 @@ class Engine(ABC):
         """(i, n): of forward passes outside a step this rank may run the i-th of n shares. Under ZeRO 3 (0, 1), since
         all ranks have to run the same ones."""
         return torch.distributed.get_rank(), self.world
+
+    def cast_once(self) -> AbstractContextManager[object]:
+        """For passes with the same weights, to be left before `backwards` is: in bf16 these are cast once for all of
+        them, not under ZeRO 3, where a weight is whole only while its module computes."""
+        return cast_once(self.objective) if self.objective.precision == "bf16" else nullcontext()
 
     @abstractmethod
     def backwards(self) -> AbstractContextManager[Callable[[Tensor, bool], None]]:

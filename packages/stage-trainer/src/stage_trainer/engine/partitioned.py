@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -127,6 +127,9 @@ class Zero3Engine(PartitionedEngine):
     def _prepare(self) -> None:
         super()._prepare()
         self.update_norms = UpdateNorms({})
+
+    def cast_once(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def forward_passes(self, own: int) -> int:
         most = torch.tensor(own, device=self.device)

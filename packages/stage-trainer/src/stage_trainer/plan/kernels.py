@@ -202,7 +202,7 @@ def of_pass(sections: Sequence[Sequence[Event]], depth: int, more: int, compiled
 
     Args:
         sections: what ran before the blocks and in each of `depth` blocks, then backward in each, from the top down,
-            and below them.
+            below them, and for casts of the blocks' weights that were made before, if there are any.
         more: blocks of the tower that were not run; they are like the second, backward the second from the top.
         compiled: whether blocks are.
     """
@@ -218,6 +218,7 @@ def of_pass(sections: Sequence[Sequence[Event]], depth: int, more: int, compiled
     first, forth = (one_by_one(there[0]) + work(of, range(1, depth + 1), 2) for of in (there, [*there, *back]))
     start, stop = depth + 1, depth + 1 + min(depth, len(back))
     backward = work([*there, *back], range(start, stop), start + 1)
-    for section in back[depth:]:
-        backward += one_by_one(section)
+    for number, section in enumerate(back[depth:]):
+        for kernel, times in one_by_one(section).items():
+            backward[kernel] += times * (1 + number * more / depth)  # type: ignore[assignment]
     return first, forth, backward

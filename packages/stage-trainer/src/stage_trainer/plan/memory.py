@@ -164,25 +164,20 @@ def _cached(model: Model, sizes: Sizes, setting: Setting, device: Device) -> dic
     # A second chunk finds gradients, and adds to them.
     several = images < sizes.images, texts < sizes.texts
     image, text = passes(model, sizes, setting, device, (images, texts), several)
+    casts = {"weights": image.casts + text.casts}
     stored = _embedding_bytes(model, sizes)
     saved, working = loss_bytes(model, sizes, device)
-    # A GPU has one chunk at a time, a CPU shares its memory with the whole batch.
-    whole = {"batch": image_bytes(model, sizes.images) + _token_bytes(sizes.tokens) if device.kind == "cpu" else 0}
-    of_images = _added(whole, {"batch": image_bytes(model, images) if device.kind != "cpu" else 0})
-    of_texts = _added(whole, {"batch": _token_bytes(texts * sizes.length) if device.kind != "cpu" else 0})
+    batch = {"batch": image_bytes(model, sizes.images) + _token_bytes(sizes.tokens)}  # uploaded once for both passes
     # Chunks' embeddings, these in one tensor, their gradients.
-    moments = {"loss": _added(whole, {"embeddings": 3 * stored, "loss": saved + working})}
-    for name, tower, batch, extra in (
-        ("images", image, of_images, 0),
-        ("texts", text, of_texts, image.gradients),
-    ):
+    moments = {"loss": _added(batch, casts, {"embeddings": 3 * stored, "loss": saved + working})}
+    for name, tower, extra in (("images", image, 0), ("texts", text, image.gradients)):
         there = tower.gradients if several[name == "texts"] else 0
         for everything, gradients in tower.backward:
             parts = {"activations": everything - gradients, "gradients": extra + there + gradients}
-            moments[f"{name}, backward {len(moments)}"] = _added(batch, {"embeddings": 2 * stored}, parts)
+            moments[f"{name}, backward {len(moments)}"] = _added(batch, casts, {"embeddings": 2 * stored}, parts)
         if not tower.backward:
             parts = {"activations": tower.forward, "gradients": extra}
-            moments[f"{name}, forward"] = _added(batch, {"embeddings": 2 * stored}, parts)
+            moments[f"{name}, forward"] = _added(batch, casts, {"embeddings": 2 * stored}, parts)
     return moments
 
 
@@ -202,12 +197,13 @@ def passes(
     vision = replace(model.vision, checkpointing=setting.checkpointing_image)
     text = replace(model.text, checkpointing=setting.checkpointing_text)
     target, learns = Target.of(device, model.precision), model.trainable.image == "all"
-    image = trace_images(vision, images, model.patch_dropout, target, learns, again[0]) if images else nothing
+    cast = target.bf16 and setting.cache is not None and setting.zero < 3
+    image = trace_images(vision, images, model.patch_dropout, target, learns, again[0], cast) if images else nothing
     if vision.compile and not vision.checkpointing and device.kind == "cuda":
         image = image.keeping(COMPILED)
     return (
         image,
-        trace_texts(text, texts, sizes.length, target, model.trainable.text, again[1]) if texts else nothing,
+        trace_texts(text, texts, sizes.length, target, model.trainable.text, again[1], cast) if texts else nothing,
     )
 
 

@@ -1,7 +1,8 @@
 """Seconds of one training step on one rank, by part: the towers' traced passes, the loss, what ranks exchange, the
 update.
 
-Nothing overlaps: the trainer sends images, computes, reduces gradients and updates one after the other.
+Only copies of images overlap with what is computed: a step waits for those of its first chunk alone. The trainer
+computes, reduces gradients and updates one after the other.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ MUON_STEPS = 5  # of Newton and Schulz's iteration (`optim.muon`)
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of a step by part, nothing overlapping."""
+    """Seconds of a step by part, as far as it waits for each."""
 
     parts: tuple[tuple[str, float], ...]
 
@@ -63,7 +64,7 @@ def predict(model: Model, sizes: Sizes, setting: Setting, device: Device, link: 
         sent = sum(exchanged(model, sizes, setting).values())
         found[COMMUNICATION] = sent * (sizes.ranks - 1) / sizes.ranks / link
     if device.kind != "cpu":
-        found[COPIES] = image_bytes(model, sizes.images) / HOST_LINK
+        found[COPIES] = image_bytes(model, chunk_sizes(sizes, setting)[0]) / HOST_LINK
     return Prediction(tuple(found.items()))
 
 
@@ -76,7 +77,8 @@ def _towers(model: Model, sizes: Sizes, setting: Setting, device: Device) -> Ite
     of_chunks = passes(model, sizes, setting, device, chunks, several)
     of_rests = passes(model, sizes, setting, device, rests, several)
     for i, factor in enumerate((1.0, sizes.squares)):
-        work: Work = Counter()
+        casts = of_chunks[i].casts  # made from numbers of twice as many bytes
+        work: Work = Counter({Kernel("memory", 3 * casts, casts): 1} if casts else {})
         for one, times in ((of_chunks[i], whole[i] // max(1, chunks[i])), (of_rests[i], 1)):
             for part in (one.first, one.there, one.back) if setting.cache else (one.there, one.back):
                 work.update({kernel: often * times for kernel, often in part.items()})

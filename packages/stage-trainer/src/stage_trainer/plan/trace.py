@@ -3,9 +3,7 @@
 Fake tensors have shapes and no data, so a pass of L/14 at any batch takes a second on a laptop. They lie on the device
 that is planned for, "cuda" without a GPU too, so the towers and autocast do what they do there. Three things would ask
 the CUDA driver and are told instead: which attention kernel runs (`attend`), that autocast is on (`switch_autocast`),
-and the backward pass (`run_backward`).
-
-Blocks are alike: a tower of four is run, and what deeper ones add is known from it.
+and the backward pass (`run_backward`). Blocks are alike: a tower of four is run, what deeper ones add is known from it.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import count
@@ -32,13 +30,13 @@ from torch.utils._pytree import tree_leaves
 from vision_tower import VisionTower, VisionTowerConfig, patch_keep_indices
 from vision_tower.config import as_pair
 
+from stage_trainer.engine.cast_once import cast_once
 from stage_trainer.plan.backward import run_backward
 from stage_trainer.plan.devices import Device
 from stage_trainer.plan.kernels import Tape, Work, of_pass
 
 DEPTH = 4
 """Blocks that are run: in a vision tower the last one is of another kind, and two in a row give the difference."""
-
 HOST = torch.device("cpu")
 
 
@@ -53,6 +51,7 @@ class Pass:
             for a tower that does not learn.
         gradients: of all weights that learn.
         first, there, back: kernels of a forward pass without a backward one, of one with it, and of that.
+        casts: of the weights in 16 bits, if they are there before it (`engine.cast_once`).
     """
 
     forward: int
@@ -62,6 +61,7 @@ class Pass:
     first: Work = field(default_factory=Work)
     there: Work = field(default_factory=Work)
     back: Work = field(default_factory=Work)
+    casts: int = 0
 
     def keeping(self, share: float) -> Pass:
         """The same with so much of its memory, but for the gradients."""
@@ -94,8 +94,7 @@ class Target:
         return torch.device("cuda", 0) if self.cuda else HOST
 
     def attend_images(self) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-        """The kernel that PyTorch chooses there; None where the tower's own choice is right. xFormers' and flash-attn's
-        kernels keep what PyTorch's keep."""
+        """The kernel that PyTorch chooses there, which keeps what others do; None: the tower's own choice is right."""
         if not self.cuda:
             return None
         return _flash if self.bf16 else _efficient
@@ -146,10 +145,8 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all storages that operations make on a device, until they are freed.
 
     To be entered inside a FakeTensorMode: what is made on a GPU or from fake tensors is fake. All else is real, so that
-    the towers can plan their indexes on the host.
-
-    torch.distributed._tools.mem_tracker.MemTracker, of 950 lines, finds the same peak on a CPU, to the byte. It needs
-    PyTorch's autograd engine, though, which GPUs that are not here rule out (`backward`), and knows no workspaces.
+    the towers can plan their indexes on the host. torch.distributed._tools.mem_tracker finds the same peak on CPUs, but
+    needs PyTorch's autograd engine, which GPUs that are not here rule out (`backward`), and knows no workspaces.
 
     Attributes:
         live: bytes now, above what was there before.
@@ -213,7 +210,13 @@ class LiveBytes(TorchDispatchMode):
 
 @cache
 def trace_images(
-    config: VisionTowerConfig, images: int, patch_dropout: float, target: Target, learns: bool, again: bool
+    config: VisionTowerConfig,
+    images: int,
+    patch_dropout: float,
+    target: Target,
+    learns: bool,
+    again: bool,
+    cast: bool = False,
 ) -> Pass:
     """A pass of so many images.
 
@@ -225,6 +228,7 @@ def trace_images(
         target: what computes.
         learns: whether the tower is trained.
         again: whether gradients of the weights are there already, and added to.
+        cast: whether weights are cast before it, once for several passes.
     """
     with torch.device("meta"):
         tower = VisionTower(replace(config, layers=min(config.layers, DEPTH), attention="sdpa", compile=False))
@@ -239,11 +243,13 @@ def trace_images(
             keep = patch_keep_indices(seeds, config.num_patches, patch_dropout) if patch_dropout else None
             return tower.forward(tower.normalize(pixels), keep=keep, attend=target.attend_images())
 
-        return _run(tower, tower.blocks, config, forward, (pixels, seeds), target, again)
+        return _run(tower, tower.blocks, config, forward, (pixels, seeds), target, again, cast)
 
 
 @cache
-def trace_texts(config: TextTowerConfig, texts: int, length: int, target: Target, trainable: str, again: bool) -> Pass:
+def trace_texts(
+    config: TextTowerConfig, texts: int, length: int, target: Target, trainable: str, again: bool, cast: bool = False
+) -> Pass:
     """A pass of so many texts of `length` tokens; only their product matters, and the embeddings. The rest as
     `trace_images`, with `trainable` as in a recipe."""
     with torch.device("meta"):
@@ -261,7 +267,7 @@ def trace_texts(config: TextTowerConfig, texts: int, length: int, target: Target
             return tower.forward(packed, sample_seeds=seeds, attend=target.attend_texts())
 
         inputs = packed.ids, packed.cu_seqlens, seeds
-        return _run(tower, tower.encoder.layers, config, forward, inputs, target, again)
+        return _run(tower, tower.encoder.layers, config, forward, inputs, target, again, cast)
 
 
 def _run(
@@ -272,6 +278,7 @@ def _run(
     inputs: tuple[Tensor, ...],
     target: Target,
     again: bool,
+    cast: bool,
 ) -> Pass:
     """One forward and backward pass of the tower of `config`, by its first `blocks`; `inputs` do not count."""
     learning = [p for p in tower.parameters() if p.requires_grad]
@@ -281,8 +288,7 @@ def _run(
         for parameter in learning:
             parameter.grad = torch.empty_like(parameter)
             live.know(parameter.grad)
-    there: list[Stretch] = []
-    back: list[Stretch] = []
+    there, back = list[Stretch](), list[Stretch]()
     borders: set[int] = set()  # nodes of the graph that made the blocks' inputs
 
     def before_block(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -298,7 +304,11 @@ def _run(
 
     for block in blocks:
         block.register_forward_pre_hook(before_block)
-    with live, warnings.catch_warnings():
+    with warnings.catch_warnings(), ExitStack() as stack:
+        casts = stack.enter_context(cast_once(tower)) if cast else []
+        live.know(*casts)  # they are older than all else, so their gradients' turn comes last
+        borders.add(max((each.grad_fn._sequence_nr() for each in casts if each.grad_fn), default=-1))
+        stack.enter_context(live)
         warnings.filterwarnings("ignore", "CUDA is not available", UserWarning)
         with torch.autocast(target.device.type, torch.bfloat16, enabled=target.bf16):
             target.switch_autocast()
@@ -310,33 +320,31 @@ def _run(
             back.append(live.mark())
     more = config.layers - len(blocks)
     first, forth, backward = of_pass(live.tape.sections, len(blocks), more, config.compile)
-    found = _deeper(there, back, sum(4 * p.numel() for p in learning), blocks, more, again)
-    return replace(found, first=first, there=forth, back=backward)
+    of_casts = sum(each.nbytes for each in casts) // len(blocks)
+    found, own = _deeper(there, back, blocks, (more, of_casts), again), sum(4 * p.numel() for p in learning)
+    found = replace(found, first=first, there=forth, back=backward)
+    return replace(found, gradients=own + found.gradients, casts=of_casts * config.layers)
 
 
 def _deeper(
-    there: list[Stretch], back: list[Stretch], gradients: int, blocks: nn.ModuleList, more: int, again: bool
+    there: list[Stretch], back: list[Stretch], blocks: nn.ModuleList, more_of: tuple[int, int], again: bool
 ) -> Pass:
-    """The pass of a tower of `more` than the `blocks` that were run.
-
-    Args:
-        there: of the forward pass what comes before the blocks, then one for each.
-        back: likewise of the backward pass, which takes them the other way round.
-        gradients: bytes of those of all weights that learn.
-    """
-    depth, top = len(blocks), min(2, len(blocks))
+    """The pass of a tower of more than the `blocks` that were run, with the others' gradients. `there` is what comes
+    before them, then one for each; `back` likewise, the other way round; `more_of`: how many more blocks, and bytes of
+    the casts of each one's weights, whose gradients stay until the end."""
+    depth, top, (more, waiting) = len(blocks), min(2, len(blocks)), more_of
     of_weights = sum(4 * p.numel() for p in blocks[0].parameters() if p.requires_grad)
     added = 0 if again else of_weights  # gradients that a block's backward pass leaves
     # What a block leaves in the forward pass (autocast's copies of the weights live until its end), and for backward.
     passed = there[2][2] - there[1][2] if more else 0
-    held = back[1][2] - back[2][2] + added if more and back else 0
+    held = back[1][2] - back[2][2] + added + waiting if more and back else 0
     moments = [
-        (peak + more * (held if i < top else added), of_them + more * (0 if i < top else added))
+        (peak + more * (held if i < top else added + waiting), of_them + more * (0 if i < top else added))
         for i, (peak, of_them, _) in enumerate(back)
     ]
     return Pass(
         forward=max(peak + (more * passed if i > depth - top else 0) for i, (peak, _, _) in enumerate(there)),
         held=there[-1][2] + more * held,
         backward=tuple(moments),
-        gradients=gradients + more * of_weights,
+        gradients=more * of_weights,
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from contrastive_losses import matryoshka_cosent, matryoshka_info_nce, matryoshka_sigmoid, unified_info_nce
+from text_tower.packed import to_device
 from torch import Tensor, nn
 from vision_tower import patch_keep_indices
 
@@ -103,7 +104,7 @@ class ContrastiveObjective(TrainedObjective):
         device, count = embedded.images.device, len(batch.image_ids)
         sizes = [count, batch.pairs, batch.pairs, batch.pairs * batch.negatives]
         captions, queries, targets, negatives = torch.split(embedded.texts, sizes)
-        image_ids, text_ids = (ids.to(device, non_blocking=True) for ids in (batch.image_ids, batch.text_ids))
+        image_ids, text_ids = (to_device(ids, device) for ids in (batch.image_ids, batch.text_ids))
         scale_of = dict.fromkeys(pairs, "image_text") if self.loss.one_temperature else {name: name for name in pairs}
         temperatures = {name: torch.exp(-embedded.scalars[scale]) for name, scale in scale_of.items()}
         # Embeddings are float32 but have the towers' error, beside which that of rounding them is small; a GPU's tensor
@@ -140,7 +141,7 @@ class ContrastiveObjective(TrainedObjective):
         return losses
 
     def _graded_loss(self, queries: Tensor, targets: Tensor, scores: Tensor, temperature: Tensor, group: Any) -> Tensor:
-        scores = scores.to(queries.device, non_blocking=True)
+        scores = to_device(scores, queries.device)
         dims, weights = self.loss.dims, self.loss.weights or None
         return matryoshka_cosent(
             queries, targets, scores, temperature=temperature, dims=dims, weights=weights, group=group

@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
+from text_tower.packed import to_device
 from torch import Tensor
 
 from stage_trainer.batch import Batch, Embedded, Part, image_chunks, text_chunks
@@ -41,28 +42,48 @@ def backward_through_chunks(
     # Texts of similar length together: the text tower computes a chunk in as many calls as it has lengths.
     sorted_batch, order = _by_length(batch)
     parts = _parts(engine, sorted_batch, chunks)
-    with torch.no_grad():
-        first = [engine.forward(part, **options) for part in parts]
-    image_sizes, text_sizes = [len(e.images) for e in first], [len(e.texts) for e in first]
-    order = order.to(first[0].texts.device)
-    whole = _whole(first, 0 if batch.images is None else len(batch.images), order)
-    del first
-    losses = losses_of(whole)
-    of_images, of_texts, of_scalars = _gradients(total(losses), whole)
-    losses = {name: (loss.detach(), stats) for name, (loss, stats) in losses.items()}
-    of_image_chunks, of_text_chunks = _split(of_images, image_sizes), _split(of_texts[order], text_sizes)
-    del whole, of_images, of_texts
-    with engine.backwards() as backward:
+    with engine.backwards() as backward, engine.cast_once():
+        first = []
+        with torch.no_grad():
+            for number, part in enumerate(parts):
+                parts[number] = engine.upload(part)  # for both passes
+                first.append(engine.forward(parts[number], **options))
+        losses, gradients = _at_the_loss(first, losses_of, 0 if batch.images is None else len(batch.images), order)
+        del first
         for number, part in enumerate(parts):
             embedded = engine.forward(part, **options)
             # A surrogate whose derivative is the chunk's part of the chain rule; what was dropped gets zeros.
-            surrogate = (embedded.images * of_image_chunks[number]).sum()
-            surrogate = surrogate + (embedded.texts * of_text_chunks[number]).sum()
+            surrogate = (embedded.images * gradients.images[number]).sum()
+            surrogate = surrogate + (embedded.texts * gradients.texts[number]).sum()
             if number == 0:  # temperatures and biases count once, whatever the number of chunks
-                surrogate = surrogate + sum((embedded.scalars[name] * g).sum() for name, g in of_scalars.items())
+                surrogate = surrogate + sum((embedded.scalars[name] * g).sum() for name, g in gradients.scalars.items())
             if surrogate.requires_grad:  # not if the chunk went through a frozen tower
                 backward(surrogate, number == len(parts) - 1)
     return losses
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gradients:
+    """Of the losses: by the images and texts of each chunk, and by the scalars on which they depend."""
+
+    images: tuple[Tensor, ...]
+    texts: tuple[Tensor, ...]
+    scalars: dict[str, Tensor]
+
+
+def _at_the_loss(
+    first: list[Embedded], losses_of: Callable[[Embedded], Losses], images: int, order: Tensor
+) -> tuple[Losses, _Gradients]:
+    """The losses, detached, over the embeddings of all chunks, and their gradients."""
+    order = to_device(order, first[0].texts.device)
+    whole = _whole(first, images, order)
+    losses = losses_of(whole)
+    of_images, of_texts, of_scalars = _gradients(total(losses), whole)
+    return {name: (loss.detach(), stats) for name, (loss, stats) in losses.items()}, _Gradients(
+        _split(of_images, [len(e.images) for e in first]),
+        _split(of_texts[order], [len(e.texts) for e in first]),
+        of_scalars,
+    )
 
 
 def total(losses: Losses) -> Tensor:

@@ -146,7 +146,7 @@ def forward_backward(engine: Engine, batch: MaskedBatch, tokens: int = 0) -> Los
     chunks += chunks[:1] * (engine.forward_passes(own) - own)
     hidden = engine.sum_over_ranks(torch.tensor(len(batch.masked.labels))).clamp(min=1)
     sums = []
-    with engine.backwards() as backward:
+    with engine.backwards() as backward, engine.cast_once():
         for number, chunk in enumerate(chunks):
             total = engine.forward(chunk).total * (number < own)
             # Gradients are averaged over ranks, and a sum is needed: hence the factor world size.
