@@ -47,12 +47,14 @@ class Attention:
 
     def __init__(self, layout: ByLength, positions: Rotary, backend: str | Attend, compiled: bool = False):
         self.layout, self.positions = layout, positions
-        if callable(backend):
-            self.attend = backend
-        else:
-            self.attend = _outside_of_graphs(backend) if compiled and backend in EAGER else _ATTEND[backend]
         # xformers has its own description of the batch, which all blocks share.
         self.plan: Any = _block_diagonal(layout) if backend == "xformers" else layout
+        if callable(backend):
+            self.attend = backend
+        elif compiled and backend in EAGER:
+            self.attend, self.plan = _outside_of_graphs(backend), _Unseen(self.plan)
+        else:
+            self.attend = _ATTEND[backend]
 
     def __call__(self, qkv: Tensor) -> Tensor:
         """`[T, 3, heads, d]` -> `[T, heads, d]` in the same dtype, tokens in the order of the layout."""
@@ -157,10 +159,24 @@ def _block_diagonal(layout: ByLength) -> Any:
     return BlockDiagonalMask.from_seqlens([length for length, n in layout.groups for _ in range(n)])
 
 
+class _Unseen:
+    """A plan that compiled blocks hand on as it is. PyTorch 2.11's compiler looks into the lists and tensors among the
+    arguments of a function that it leaves out, and would compile anew for each number of lengths."""
+
+    def __init__(self, plan: Any):
+        self.plan = plan
+
+
 @functools.cache
 def _outside_of_graphs(backend: str) -> Any:
     """The backend for compiled blocks. Not a decorator: `torch.compiler.disable` takes seconds to import."""
-    return cast(Any, torch.compiler).disable(_ATTEND[backend])
+    attend = _ATTEND[backend]
+
+    @functools.wraps(attend)
+    def outside(q: Tensor, k: Tensor, v: Tensor, held: _Unseen) -> Tensor:
+        return attend(q, k, v, held.plan)
+
+    return cast(Any, torch.compiler).disable(outside)
 
 
 _ATTEND: dict[str, Attend] = {"sdpa": sdpa, "varlen": _varlen, "flash-attn": _flash_attn, "xformers": _xformers}
