@@ -188,7 +188,7 @@ def opens_elsewhere(folder, corpus):
 def test_three_stages_end_in_a_model_that_finds_held_out_items(train, run, scalars, tmp_path, drawn_corpus):
     """Stage by stage through the launch files, then export, evaluate, report and search, as quickstart does."""
     for stage in (1, 2, 3):
-        train(stage, ranks=2 if stage == 1 else 1)
+        train(stage, ranks=2 if stage == 1 else 1, launcher=stage == 1)
         run("stage-trainer", "evaluate", f"run/stage{stage}", "{corpus}")
     run("stage-trainer", "export", "run/stage3", "model")
     table = run("stage-trainer", "evaluate", "model", "{corpus}", "--json", "figures.json", "--by-language").stdout
