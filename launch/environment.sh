@@ -25,5 +25,9 @@ fi
 .venv/bin/uv pip install --quiet --python .venv/bin/python --constraint launch/constraints.txt --group dev \
   -e packages/contrastive-losses -e packages/text-tower -e packages/vision-tower -e 'packages/stage-trainer[onnx,parquet]' \
   -e 'data_prep[corpus,parquet,datasets,pdf,ray,captions,curation,negatives,test]'
+# Python keeps what it compiles of a module that it imports, but not under PYTHONDONTWRITEBYTECODE, which many containers
+# set: there each process would spend half of its start on compiling.
+env -u PYTHONDONTWRITEBYTECODE DS_ACCELERATOR=cpu .venv/bin/python -W ignore -c \
+  'import deepspeed, open_clip, peft, sentence_transformers, timm, torch._dynamo, torch._inductor, torch.utils.tensorboard'
 rm -f .venv/trilith-*
 touch "$stamp"

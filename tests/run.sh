@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/environment.sh
 export PATH="$PWD/.venv/bin:$PATH"
+unset PYTHONDONTWRITEBYTECODE  # or each of hundreds of processes compiles all that it imports
 selection=(-m "not full")
 if [ "${1:-}" = --full ]; then selection=(); shift; fi
 ruff check .

@@ -20,7 +20,7 @@ PYTHON = """#!/usr/bin/env bash
 case "$*" in
   "-m venv .venv") mkdir -p .venv/bin; cp "$0" .venv/bin/python; cp "${0%/*}/uv" .venv/bin/uv ;;
   "-m pip config get global.cert") [ -n "${PIP_CONF_CERT:-}" ] || exit 1; echo "$PIP_CONF_CERT" ;;
-  "-m pip "*) ;;
+  "-m pip "* | "-W ignore -c import deepspeed"*) ;;
   *) exec REAL "$@" ;;
 esac
 """

@@ -14,9 +14,15 @@ HEAVY = {
 }
 COMMANDS = """
 import json, sys
+from importlib.util import cache_from_source
+from pathlib import Path
 from stage_trainer.cli import main
 for words in json.loads(sys.argv[1]):
     assert main(words) == 0, words
+files = [getattr(module, "__file__", None) or "" for module in list(sys.modules.values())]
+files = [path for path in files if "site-packages" in path and path.endswith(".py")]
+compiled = [Path(cache_from_source(path)).exists() for path in files]
+print("COMPILED", sum(compiled), len(compiled))
 print("LOADED", *sys.modules)
 """
 
@@ -36,6 +42,8 @@ def test_a_rank_and_the_commands_of_a_model_load_no_compiler_and_no_library_of_m
     words = [sys.executable, "-c", COMMANDS, json.dumps(commands)]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    compiled, files = map(int, done.stdout.rpartition("COMPILED")[2].split()[:2])
+    assert compiled > 0.9 * files > 900, "each process compiles what it imports; launch/environment.sh does it once"
     loaded = set(done.stdout.rpartition("LOADED")[2].split())
     assert {"torch", "deepspeed", "stage_trainer.bulk.vectors"} <= loaded
     assert not HEAVY & loaded

@@ -90,7 +90,7 @@ def test_an_answer_that_was_saved_but_not_parsed_when_the_run_died_is_judged_and
 def test_an_interrupted_run_waits_for_what_is_under_way(seer, planned, ledger):
     total = planned(10)
     sent = threading.Event()
-    seer.behave = lambda asked: (sent.wait(300), good(asked))[1]
+    seer.behave = lambda asked: (asked.number < 2 or sent.wait(300), good(asked))[1]
     command = [*COMMAND, "captions", "run", ledger, "--url", seer.url]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while len(seer.asked) < 3:
