@@ -3,15 +3,16 @@
 import sys
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from contrastive_losses import UnifiedInfoNCE, matryoshka_info_nce, matryoshka_sigmoid
+from contrastive_losses import UnifiedInfoNCE, matryoshka_cosent, matryoshka_info_nce, matryoshka_sigmoid
 
 # The group of each size leaves out rank 0 where it can, so that a rank of the group is not its global rank.
 GROUPS = {1: [1], 2: [2, 3], 4: [0, 1, 2, 3]}
 SIDES = ("query", "target")
-BY_ROW = ("negatives", "query_ids", "target_ids", "sample_weights")
+BY_ROW = ("scores", "negatives", "query_ids", "target_ids", "sample_weights")
 
 
 def main(rank: int, folder: Path) -> None:
@@ -66,10 +67,12 @@ def one_step(case: dict, split: list[int], rank: int, group: dist.ProcessGroup) 
         options["negatives"] = options["negatives"] @ parameters["target_encoder"]
     if "bias" in parameters:
         options["bias"] = parameters["bias"]
-    pair_loss = matryoshka_sigmoid if "bias" in parameters else matryoshka_info_nce
-    loss, stats = pair_loss(
-        queries, targets, temperature=parameters["temperature"], group=group, return_stats=True, **options
-    )
+    options |= {"temperature": parameters["temperature"], "group": group}
+    if "scores" in options:
+        loss, stats = matryoshka_cosent(queries, targets, **options), SimpleNamespace()
+    else:
+        pair_loss = matryoshka_sigmoid if "bias" in parameters else matryoshka_info_nce
+        loss, stats = pair_loss(queries, targets, return_stats=True, **options)
     (case["upstream"] * loss).backward()
     gradients = {}
     for name, value in parameters.items():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from contrastive_losses import UnifiedInfoNCE, matryoshka_info_nce, matryoshka_sigmoid
-from contrastive_losses.plain import plain_info_nce, plain_sigmoid
+from contrastive_losses.plain import plain_cosent, plain_info_nce, plain_sigmoid
 
 ROWS, WIDTH, HARD, INPUTS = 8, 6, 3, 5
 EVEN = {1: [8], 2: [4, 4], 4: [2, 2, 2, 2]}
@@ -38,6 +38,7 @@ IDS_ACROSS_RANKS = {  # pairs 0 and 6 share a query, 1, 4 and 7 a target: on dif
     "target_ids": torch.tensor([0, 9, 2, 3, 9, 5, 6, 9]),
 }
 SAMPLE_WEIGHTS = torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0, 3.0, 0.0, 1.0], dtype=torch.float64)
+SCORES = torch.tensor([0.0, 4.0, 2.5, 2.5, 5.0, 1.0, 0.0, 4.0])
 LOSS_CASES = {
     "even": loss_case(EVEN),
     "uneven": loss_case(UNEVEN, dims=(2, 6)),
@@ -48,6 +49,8 @@ LOSS_CASES = {
     "sample weights": loss_case(UNEVEN, sample_weights=SAMPLE_WEIGHTS),
     "upstream gradient": loss_case(EVEN, upstream=0.3),
     "margin": loss_case(UNEVEN, negatives=HARD_INPUTS, dims=(3, 6), false_negative_margin=0.2),
+    "cosent": loss_case(EMPTY_RANKS, upstream=0.3, scores=SCORES, dims=(6, 3), weights=(0.5, 2.0)),
+    "cosent, uneven": loss_case(UNEVEN, scores=SCORES),
     "sigmoid": loss_case(UNEVEN, bias=-2.0, dims=(3, 6)),
     "sigmoid, all at once": loss_case(
         EMPTY_RANKS,
@@ -157,8 +160,10 @@ def assert_as_one_process(result, loss, gradients):
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("name", LOSS_CASES)
 def test_n_ranks_give_the_loss_and_gradients_of_one_process(name, ranks, written):
-    loss, gradients = one_process(LOSS_CASES[name], plain_info_nce, plain_sigmoid)
-    _, stats = one_process(LOSS_CASES[name], return_stats=True)
+    case = LOSS_CASES[name]
+    graded = "scores" in case["options"]
+    loss, gradients = one_process(case, plain_cosent if graded else plain_info_nce, plain_sigmoid)
+    stats = None if graded else one_process(case, return_stats=True)[1]
     results = [rank["loss"][name, ranks] for rank in written if (name, ranks) in rank["loss"]]
     assert len(results) == ranks
     for result in results:
@@ -167,7 +172,7 @@ def test_n_ranks_give_the_loss_and_gradients_of_one_process(name, ranks, written
         # Not only the mean over ranks: each rank holds the whole derivative by the temperature.
         own = result["own_temperature_gradient"]
         torch.testing.assert_close(own, gradients["temperature"], rtol=1e-12, atol=1e-12)
-        for field, value in vars(stats).items():
+        for field, value in vars(stats).items() if stats else ():
             torch.testing.assert_close(result["stats"][field], value, rtol=1e-12, atol=1e-12)
 
 

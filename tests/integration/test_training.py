@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 from safetensors.torch import load_file
+from stage_trainer import dual_encoder
 
 QUICK = ("steps=8", "warmup_steps=2", "evaluation.every=0", "log_every=1", "resolution=[[0, 32]]")
 
@@ -54,6 +55,27 @@ def test_a_unified_batch_trains_and_two_cached_processes_give_one_process_curve(
     assert scalars("two/stage1", "loss/unified") == pytest.approx(one, rel=1e-5)
     temperatures = [scalars("one/stage1", f"temperature/{task}") for task in ("image_text", "text")]
     assert [len(set(each.values())) > 1 for each in temperatures] == [True, False]
+
+
+@pytest.mark.full
+def test_a_sigmoid_loss_trains_its_biases_which_a_resume_and_the_next_stage_go_on_from(train, scalars, tmp_path):
+    """Two cached processes give one process' curve; a resume and the next stage go on from the biases."""
+    loss = "loss={kind: sigmoid, dims: [64, 16], weights: [1, 0.5], bias: -5, false_negative_margin: 0.1}"
+    options = (*QUICK, loss, "checkpoint={every: 4, keep: 2}")
+    train(1, *options, output="one")
+    train(1, *options, "gradient_cache={images: 5, tokens: 60}", output="two", ranks=2)
+    for tag in ("loss/text", "loss/image_text", "bias/text", "bias/image_text"):
+        one = scalars("one/stage1", tag)
+        assert len(set(one.values())) == 8
+        assert scalars("two/stage1", tag) == pytest.approx(one, rel=1e-5)
+    learnt = dual_encoder.read_config(tmp_path / "one/stage1/step-0000008/model").biases
+    assert -5 != learnt[0] != learnt[1] != -5
+    shutil.rmtree(tmp_path / "one/stage1/step-0000008")
+    train(1, *options, output="one")
+    assert dual_encoder.read_config(tmp_path / "one/stage1/step-0000008/model").biases == learnt
+    before = ("stages.1.steps=8", "stages.1.warmup_steps=2", "stages.1.resolution=[[0, 32]]")
+    train(2, *QUICK, *before, "lr={image: 1e-9, text: 1e-9}", "loss={kind: sigmoid, dims: [64]}", output="one")
+    assert scalars("one/stage2", "bias/text")[0] == pytest.approx(learnt[1], rel=1e-6)
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(train, start, tmp_path):

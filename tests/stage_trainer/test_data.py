@@ -102,6 +102,28 @@ def test_the_ledger_lists_what_was_replaced_and_ends_a_run_with_too_many(tmp_pat
     assert lines[10] == {"step": 1, "shard": "00000.tar", "key": "s3", "reason": "cannot be decoded"}
 
 
+def graded(score):
+    return {"json": {"query": text("q"), "target": text("t"), "score": score}}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_graded_pairs_bring_their_scores_and_one_without_is_replaced(write, stage, workers):
+    """Also on a rank that has none of a batch's pairs, and would not know otherwise which loss it takes part in."""
+    write("text-pairs", [graded(4.5), graded(1), graded(0), {"json": {"query": text("q"), "target": text("t")}}])
+    source = "{path: %s/made, graded: true}"
+    batch, drawn = next(batches(stage("text", "text-pairs", source=source), 0, 1, workers))
+    assert batch.scores.dtype == torch.float64
+    assert {4.5, 1.0, 0.0} <= set(batch.scores.tolist())
+    assert len(batch.scores) == batch.pairs == 4
+    assert "sample s3 has no score" in drawn.corrupt[0].reason
+    ranks = [stage("text", "text-pairs", source=source, rank=rank, world=8)[0][0] for rank in (3, 4)]
+    assert [len(rank.scores) for rank in ranks] == [1, 0]
+    assert stage("text", "text-pairs")[0][0].scores is None
+    write("text-triplets", [triplet(1)] * 4)
+    with pytest.raises(UserError, match="is 'graded' and holds text-triplets"):
+        stage("text", "text-triplets", source=source)
+
+
 def test_any_number_of_negatives_serves(write, stage):
     write("text-triplets", [triplet(2)] * 4)
     batch, _ = next(batches(stage("text", "text-triplets"), 0, 1, 0))

@@ -43,6 +43,22 @@ def test_a_model_comes_back_bit_for_bit_with_both_temperatures(tmp_path, dims):
     assert back.encode_image([image]).shape == (1, 16)
 
 
+def test_biases_of_a_sigmoid_loss_come_back_and_a_model_without_says_nothing_of_them(saved, tmp_path):
+    model = make_model()
+    model.set_biases((-9.5, -3.25))
+    model.save_pretrained(tmp_path / "sigmoid")
+    back = DualEncoder.from_pretrained(tmp_path / "sigmoid")
+    assert (back.logit_bias.item(), back.text_logit_bias.item()) == (-9.5, -3.25)
+    assert back.logit_bias.shape == (1,)
+    torch.testing.assert_close(back.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert "bias" not in (saved / "config.json").read_text()
+    assert DualEncoder.from_pretrained(saved).logit_bias is None
+    for entries in ({"logit_bias": "1"}, {"text_logit_bias": None}, {"logit_bias": 1e9}):
+        change(tmp_path / "sigmoid/config.json", **{"logit_bias": 0, "text_logit_bias": 0, **entries})
+        with pytest.raises(UserError, match="expected a sigmoid loss's bias, a number from -1000 to 1000"):
+            DualEncoder.from_pretrained(tmp_path / "sigmoid")
+
+
 def test_temperatures_start_at_what_the_paper_says_and_learn():
     for temperature, options in ((0.07, {}), (0.5, {"temperature": 0.5})):
         model = make_model(**options)

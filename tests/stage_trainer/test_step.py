@@ -7,17 +7,31 @@ import pytest
 import torch
 import torch.distributed as dist
 from contrastive_losses import matryoshka_info_nce
+from contrastive_losses.plain import plain_cosent
 from stage_trainer.batch import Batch, image_chunks, packed_chunks, text_chunks
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.recipe import GradientCache, LossConfig
 from stage_trainer.tasks.contrastive import forward_backward
 from stage_trainer.tasks.contrastive_objective import ContrastiveObjective
 from text_tower import PackedTokens, TextTower, TextTowerConfig
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy, normalize, softplus
 from vision_tower import VisionTower, VisionTowerConfig
 
 BOTH = ("image_text", "text")
-OF_KIND = {"multi_task": {}, "unified": {"negatives": 0, "views": 2}}
+OF_KIND = {
+    "multi_task": {},
+    "graded": {"negatives": 0, "graded": True},
+    "sigmoid": {},
+    "unified": {"negatives": 0, "views": 2},
+}
+LOSSES = {
+    "multi_task": LossConfig(dims=(32, 16)),
+    "graded": LossConfig(dims=(32, 16), weights=(1.0, 2.5)),
+    "sigmoid": LossConfig(
+        "sigmoid", dims=(32, 16), weights=(1.0, 2.5), temperature="shared", false_negative_margin=0.1
+    ),
+    "unified": LossConfig("unified", dims=(32, 16)),
+}
 
 
 class PlainEngine:
@@ -33,7 +47,8 @@ class PlainEngine:
         for name, parameter in model.named_parameters():
             if "lora" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
-        self.objective = ContrastiveObjective(model, LossConfig(kind, dims=(32, 16)), "fp32")
+        model.set_biases((-3.0, -1.0) if kind == "sigmoid" else None)
+        self.objective = ContrastiveObjective(model, LOSSES[kind], "fp32")
         self.passes = 0
 
     def forward(self, part, **options):
@@ -69,7 +84,7 @@ def deepspeed_engine(objective, recipe, saved=None):
     return engine
 
 
-def make_batch(images=7, pairs=6, negatives=3, seed=0, rows=slice(None), views=0) -> Batch:
+def make_batch(images=7, pairs=6, negatives=3, seed=0, rows=slice(None), views=0, graded=False) -> Batch:
     """The rows of a global batch: of its pairs of both kinds, and of its views of each image."""
     g = torch.Generator().manual_seed(seed)
     texts = [
@@ -89,6 +104,7 @@ def make_batch(images=7, pairs=6, negatives=3, seed=0, rows=slice(None), views=0
         pairs=len(p),
         negatives=negatives,
         text_ids=torch.arange(pairs)[rows],
+        scores=torch.tensor([0.5, 3, 0.5, 2, 5, 1, 4][:pairs], dtype=torch.float64)[rows] if graded else None,
     )
 
 
@@ -202,6 +218,67 @@ def test_each_task_has_the_loss_and_the_gradient_of_its_own_temperature(tasks, c
             assert gradient is None
 
 
+def sigmoid_loss(queries, targets, negatives, ids, scale, bias):
+    """SigLIP's, by pairs; what is closer than the positive by more than 0.1 is left out."""
+    total = torch.zeros((), dtype=queries.dtype)
+    positive = torch.eye(len(ids), dtype=torch.bool)
+    for dim, weight in ((32, 1.0), (16, 2.5)):
+        q, t, n = (normalize(x[..., :dim], dim=-1) for x in (queries, targets, negatives))
+        cosines, own = torch.cat([q @ t.T, q @ n.T], 1), (q * t).sum(1)
+        signs = torch.cat([2.0 * positive - 1, -torch.ones(len(q), len(n))], 1)
+        same = torch.cat([ids[:, None] == ids, torch.zeros(len(q), len(n), dtype=torch.bool)], 1)
+        left_out = (same | (cosines > own[:, None] + 0.1)) & (signs < 0)
+        terms = softplus(-signs * (cosines * torch.exp(scale) + bias)).masked_fill(left_out, 0)
+        total = total + weight * terms.sum() / len(q)
+    return total
+
+
+@pytest.mark.parametrize("cache", [None, GradientCache(2, 10)])
+def test_a_sigmoid_loss_is_siglips_with_a_bias_for_each_task_and_the_temperature_that_they_share(cache):
+    batch = make_batch()
+    engine = PlainEngine("sigmoid")
+    model = engine.objective.model
+    embedded = engine.forward(batch, patch_dropout=0.5)
+    captions, queries, targets, negatives = embedded.texts.split([7, 6, 6, 18])
+    expected = {
+        "image_text": sigmoid_loss(
+            captions, embedded.images, captions[:0], batch.image_ids, model.logit_scale, model.logit_bias
+        ),
+        "text": sigmoid_loss(queries, targets, negatives, batch.text_ids, model.logit_scale, model.text_logit_bias),
+    }
+    sum(expected.values()).backward()
+    losses, gradients, _ = step(batch, cache, kind="sigmoid")
+    assert losses == {task: pytest.approx(loss.item(), rel=1e-9) for task, loss in expected.items()}
+    assert gradients.keys() == engine.gradients().keys() >= {"logit_scale", "logit_bias", "text_logit_bias"}
+    assert "text_logit_scale" not in gradients
+    for name, gradient in engine.gradients().items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-8, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("cache", [None, GradientCache(2, 10)])
+def test_graded_pairs_are_ranked_at_the_temperature_of_the_text_loss(cache):
+    batch = make_batch(**OF_KIND["graded"])
+    engine = PlainEngine("graded")
+    embedded = engine.forward(batch, patch_dropout=0.5)
+    captions, queries, targets = embedded.texts.split([7, 6, 6])
+    model, options = engine.objective.model, {"dims": (32, 16), "weights": (1.0, 2.5)}
+    of_images = torch.exp(-model.logit_scale)
+    expected = {
+        "image_text": matryoshka_info_nce(
+            captions, embedded.images, temperature=of_images, query_ids=batch.image_ids, **options
+        ),
+        "graded": plain_cosent(
+            queries, targets, batch.scores, temperature=torch.exp(-model.text_logit_scale), **options
+        ).squeeze(),
+    }
+    sum(expected.values()).backward()
+    losses, gradients, _ = step(batch, cache, kind="graded")
+    assert losses == {task: pytest.approx(loss.item(), rel=1e-9) for task, loss in expected.items()}
+    assert gradients.keys() == engine.gradients().keys()
+    for name, gradient in engine.gradients().items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-8, atol=1e-11, msg=name)
+
+
 def test_chunks_hold_every_sample_once_within_the_budget():
     batch = make_batch()
     assert torch.equal(torch.cat([p.images for p in image_chunks(batch, 3)]), batch.images)
@@ -274,7 +351,7 @@ def batch_by_length(batch):
     return Batch(**{**vars(batch), "texts": batch.texts.by_length()[0]})
 
 
-@pytest.mark.parametrize("kind", ["multi_task", "unified"])
+@pytest.mark.parametrize("kind", OF_KIND)
 def test_two_ranks_with_caching_give_the_gradients_of_one_process(tmp_path, kind, two_ranks):
     two_ranks(__file__, tmp_path, kind)
     losses, gradients, _ = step(make_batch(**OF_KIND[kind]), kind=kind)

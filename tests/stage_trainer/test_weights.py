@@ -140,6 +140,19 @@ def test_of_several_adapters_a_recipe_takes_some(ours, recipe_from):
     )
 
 
+def test_biases_are_the_recipes_or_the_whole_models_and_belong_to_a_sigmoid_loss(ours, recipe_from):
+    sigmoid = "loss={kind: sigmoid, dims: [32], bias: -4}"
+    assert build_model(recipe_from(f"model.weights={ours}"), 1).logit_bias is None
+    new = build_model(recipe_from(f"model.weights={ours}", sigmoid), 1)
+    assert (new.logit_bias.item(), new.text_logit_bias.item()) == (-4, -4)
+    new.set_biases((-2.0, -1.0))
+    new.save_pretrained(ours.with_name("sigmoid"))
+    for settings, expected in (((sigmoid,), (-2, -1)), ((), None)):
+        model = build_model(recipe_from(f"model.weights={ours.with_name('sigmoid')}", *settings), 1)
+        found = None if model.logit_bias is None else (model.logit_bias.item(), model.text_logit_bias.item())
+        assert found == expected
+
+
 def test_temperatures_are_those_of_the_whole_model(ours, recipe_from):
     for named in (
         [f"model.weights={ours}"],

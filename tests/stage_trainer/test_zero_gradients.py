@@ -8,7 +8,13 @@ import pytest
 import torch
 
 ZERO = (0, 1, 2, 3)
-KINDS = ("multi_task", "unified")
+KINDS = ("multi_task", "unified", "sigmoid")
+OPTIONS = {"sigmoid": ", weights: [1, 2.5], temperature: shared, false_negative_margin: 0.1"}
+SCALARS = {
+    "multi_task": {"logit_scale", "text_logit_scale"},
+    "unified": {"logit_scale"},
+    "sigmoid": {"logit_scale", "logit_bias", "text_logit_bias"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +30,7 @@ def found(tmp_path_factory, two_ranks):
 def test_caching_gives_one_big_batchs_gradients(found, zero, kind):
     """To 1e-6 of their norm, float32; dropout, patch dropout, LoRA, hard negatives and views among it."""
     gradients = found[zero, kind]
-    temperatures = {"logit_scale"} | ({"text_logit_scale"} if kind == "multi_task" else set())
-    assert temperatures == {name for name in gradients if name.endswith("logit_scale")}
+    assert SCALARS[kind] == {name for name in gradients if "logit" in name}
     assert any("lora" in name for name in gradients)
     ours, plain = (torch.cat([pair[i].flatten().double() for pair in gradients.values()]) for i in (0, 1))
     assert (ours - plain).norm() < 1e-6 * plain.norm()
@@ -39,7 +44,7 @@ def test_norms_are_those_of_the_whole_batchs_gradients(found, zero, kind):
     """Before clipping: of each tower with its temperature, under ZeRO of all together."""
     expected = {"all": [], "image": [], "text": []}
     for name, (_, gradient) in found[zero, kind].items():
-        tower = "image" if name.startswith(("vision.", "logit_scale")) else "text"
+        tower = "image" if name.startswith(("vision.", "logit_")) else "text"
         for key in ("all", tower):
             expected[key].append(gradient.flatten())
     norms = found[zero, kind, "norms"]
@@ -55,10 +60,10 @@ def test_the_size_of_the_towers_is_known_but_under_zero_3(found, zero, kind):
     measured, weights = found[zero, kind, "update norms"]
     norms = {"image": [], "text": []}
     for name, value in weights.items():
-        norms["image" if name.startswith(("vision.", "logit_scale")) else "text"].append(value.flatten())
+        norms["image" if name.startswith(("vision.", "logit_")) else "text"].append(value.flatten())
     expected = {f"parameter_norm/{tower}": torch.cat(values).norm().item() for tower, values in norms.items()}
     expected |= {f"update_norm/{tower}": 0.0 for tower in norms}
-    if kind == "unified":  # its one temperature is the images'
+    if kind != "multi_task":  # the one temperature is the images'
         of_text = weights["text_logit_scale"].item()
         expected["parameter_norm/text"] = (expected["parameter_norm/text"] ** 2 - of_text**2) ** 0.5
     assert measured == ({} if zero == 3 else pytest.approx(expected, rel=1e-4))
@@ -98,7 +103,7 @@ def one_rank(rank: int, folder: str) -> None:
             whole = ", stage3_param_persistence_threshold: 0" if zero == 3 else ""
             under = f"deepspeed={{zero_optimization: {{stage: {zero}{whole}}}}}"
             settings = ["optimizer.name=adamw", "optimizer.gradient_clipping=0", under]
-            recipe = load(drawn, [*settings, f"loss={{kind: {kind}, dims: [32, 16]}}"], 1).recipe
+            recipe = load(drawn, [*settings, f"loss={{kind: {kind}, dims: [32, 16]{OPTIONS.get(kind, '')}}}"], 1).recipe
             objective = ContrastiveObjective(
                 PlainEngine(kind, torch.float32).objective.model, recipe.stage(1).loss, "fp32"
             )

@@ -1,6 +1,7 @@
 """Contrastive losses for two-tower models: Matryoshka prefixes, hard negatives, memory O(B·D), right on any number of
 ranks."""
 
+from contrastive_losses.cosent import matryoshka_cosent
 from contrastive_losses.info_nce import matryoshka_info_nce
 from contrastive_losses.module import InfoNCE, SigmoidLoss
 from contrastive_losses.sigmoid import matryoshka_sigmoid
@@ -12,6 +13,7 @@ __all__ = [
     "LossStats",
     "SigmoidLoss",
     "UnifiedInfoNCE",
+    "matryoshka_cosent",
     "matryoshka_info_nce",
     "matryoshka_sigmoid",
     "unified_info_nce",

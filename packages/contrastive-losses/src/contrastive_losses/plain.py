@@ -1,6 +1,7 @@
 """The losses in plain PyTorch: what the fused ones compute, one prefix and one matrix at a time.
 
-Read this to learn what a loss is; train with `matryoshka_info_nce` or `matryoshka_sigmoid`. Tests compare the two.
+Read this to learn what a loss is; train with `matryoshka_info_nce`, `matryoshka_sigmoid` or
+`matryoshka_cosent`. Tests compare the two.
 """
 
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ def plain_info_nce(
 
     loss = queries.new_zeros(())
     for dim, weight in zip(dims, weights, strict=True):
-        cosine = _unit_rows(queries[:, :dim]) @ _unit_rows(columns[:, :dim]).T
+        cosine = unit_rows(queries[:, :dim]) @ unit_rows(columns[:, :dim]).T
         own = cosine.diagonal()
         from_rows, from_columns = hidden, same
         if false_negative_margin is not None:
@@ -80,7 +81,7 @@ def plain_sigmoid(
 
     loss = queries.new_zeros(())
     for dim, weight in zip(dims, weights, strict=True):
-        cosine = _unit_rows(queries[:, :dim]) @ _unit_rows(columns[:, :dim]).T
+        cosine = unit_rows(queries[:, :dim]) @ unit_rows(columns[:, :dim]).T
         own = cosine.diagonal()
         left_out = hidden
         if false_negative_margin is not None:
@@ -91,7 +92,27 @@ def plain_sigmoid(
     return loss
 
 
-def _unit_rows(rows: Tensor) -> Tensor:
+def plain_cosent(
+    queries: Tensor,
+    targets: Tensor,
+    scores: Tensor,
+    *,
+    temperature: float | Tensor = 0.05,
+    dims: Sequence[int] | None = None,
+    weights: Sequence[float] | None = None,
+) -> Tensor:
+    """`matryoshka_cosent` of one process over all pairs of pairs. The arguments are the same, and are not checked."""
+    dims = queries.shape[1:] if dims is None else dims
+    weights = (1.0,) * len(dims) if weights is None else weights
+    loss = queries.new_zeros(())
+    for dim, weight in zip(dims, weights, strict=True):
+        logits = (unit_rows(queries[:, :dim]) * unit_rows(targets[:, :dim])).sum(1) / temperature
+        wrong = (logits[None, :] - logits[:, None])[scores[:, None] > scores[None, :]]
+        loss = loss + weight * F.pad(wrong, (1, 0)).logsumexp(0)
+    return loss
+
+
+def unit_rows(rows: Tensor) -> Tensor:
     """Rows divided by their length; zero rows stay zero, and their gradient is 0 rather than 1 / eps."""
     norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     is_zero = norms <= SMALLEST_NORM

@@ -47,22 +47,25 @@ class Batch(Part):
         pairs: P.
         negatives: K.
         text_ids: `[P]` int64, equal for pairs about the same item.
+        scores: `[P]` float64, how alike the texts of a pair are; None of pairs that are not graded.
     """
 
     image_ids: Tensor
     pairs: int
     negatives: int
     text_ids: Tensor
+    scores: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """What a part became: images `[I, D]` and texts `[N, D]`, float32, and `scales`, ln(1 / temperature) by task, `[1]`
-    each: apart, so that the one of a task that rests gets no gradient, rather than zeros."""
+    """What a part became: images `[I, D]` and texts `[N, D]`, float32, and `scalars`, `[1]` each: ln(1 / temperature)
+    of each task by its name, a sigmoid loss's bias by `TASK_bias`. They are apart, so that those of a task that rests
+    get no gradient, rather than zeros."""
 
     images: Tensor
     texts: Tensor
-    scales: dict[str, Tensor]
+    scalars: dict[str, Tensor]
 
 
 @dataclass(frozen=True)

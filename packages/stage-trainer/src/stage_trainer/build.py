@@ -15,7 +15,7 @@ from vision_tower import VisionTower, VisionTowerConfig
 from stage_trainer import weights
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.errors import UserError
-from stage_trainer.recipe import ModelConfig, Recipe, Stage
+from stage_trainer.recipe import LossConfig, ModelConfig, Recipe, Stage
 from stage_trainer.recipe.address import is_remote
 from stage_trainer.recipe.tower_rules import build_config, check_towers
 
@@ -81,7 +81,9 @@ def build_model(recipe: Recipe, number: int, tokenizer: Tokenizer | None = None)
     with named_weights(recipe.model, "vision"):
         path = weights.tower_weights(recipe.model, "vision", fetch=True)
         vision = _read_vision(path, vision_config) if path else VisionTower(vision_config)
-    model = DualEncoder(text, vision, matryoshka_dims=recipe.stage(number).loss.dims)
+    model = DualEncoder(text, vision)
+    model.set_biases(weights.biases(recipe.model))
+    _prepare_for_loss(model, recipe.stage(number).loss)
     with torch.no_grad():
         for parameter, scale in zip(
             (model.logit_scale, model.text_logit_scale), weights.log_scales(recipe.model), strict=True
@@ -137,8 +139,17 @@ def load_model(recipe: Recipe, number: int, path: Path) -> DualEncoder:
         config = weights.decided(recipe.model, tower, given, unsettled, f"{path} holds")
         options[tower] = weights.reading_options(config, given)
     model = DualEncoder.from_pretrained(path, **options)
-    model.matryoshka_dims = recipe.stage(number).loss.dims
+    _prepare_for_loss(model, recipe.stage(number).loss)
     return model
+
+
+def _prepare_for_loss(model: DualEncoder, loss: LossConfig) -> None:
+    """Gives the model what the loss trains beside the towers, and takes away what it does not."""
+    model.matryoshka_dims = loss.dims
+    if loss.kind != "sigmoid":
+        model.set_biases(None)
+    elif model.logit_bias is None:
+        model.set_biases((loss.bias, loss.bias))
 
 
 def empty_model(recipe: Recipe, number: int) -> DualEncoder:
@@ -146,6 +157,7 @@ def empty_model(recipe: Recipe, number: int) -> DualEncoder:
     text_config, vision_config = tower_configs(recipe, number)
     with torch.device("meta"):
         model = DualEncoder(TextTower(text_config), VisionTower(vision_config))
+        _prepare_for_loss(model, recipe.stage(number).loss)
         model.vision.set_resolution(recipe.stage(number).resolution[-1][1])
     return model
 

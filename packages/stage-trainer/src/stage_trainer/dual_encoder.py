@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vision_tower import VisionTower
 
 FORMAT = "trilith-dual-encoder/1"
+BIASES = ("logit_bias", "text_logit_bias")
 TEXT, VISION = "text", "vision"  # the towers' folders
 
 
@@ -41,7 +42,11 @@ class DualEncoder(nn.Module):
     Attributes:
         logit_scale: ln(1 / temperature) of the image-text task, shape [1], float32; the published `logit_scale`.
         text_logit_scale: the same of the text task.
+        logit_bias, text_logit_bias: what a sigmoid loss learns beside them, shape [1], float32; None without one.
     """
+
+    logit_bias: nn.Parameter | None
+    text_logit_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -61,6 +66,13 @@ class DualEncoder(nn.Module):
         self.matryoshka_dims = tuple(matryoshka_dims) if matryoshka_dims else None
         self.logit_scale = nn.Parameter(torch.full((1,), -math.log(temperature)))
         self.text_logit_scale = nn.Parameter(torch.full((1,), -math.log(temperature)))
+        self.set_biases(None)
+
+    def set_biases(self, values: tuple[float, float] | None) -> None:
+        """Makes `logit_bias` and `text_logit_bias` with these values, or removes them."""
+        for name, value in zip(BIASES, values or (None, None), strict=True):
+            parameter = None if value is None else nn.Parameter(torch.full_like(self.logit_scale.detach(), value))
+            self.register_parameter(name, parameter)
 
     def encode(self, inputs: Any, **options: Any) -> Rows | Encoded:
         """Embeds a list of texts and images: float32 `[N, D]`, or `[D]` of one that is not in a list.
@@ -125,6 +137,7 @@ class DualEncoder(nn.Module):
             "text_logit_scale": float(self.text_logit_scale.detach()),
             "matryoshka_dimensions": self.matryoshka_dims,
         }
+        config |= {name: float(bias.detach()) for name in BIASES if (bias := getattr(self, name)) is not None}
         self.text.save_pretrained(directory / TEXT, layout=layout)
         self.vision.save_pretrained(directory / VISION)
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -157,7 +170,9 @@ class DualEncoder(nn.Module):
             )
         except (ValueError, OSError) as error:  # the towers say what is missing or damaged
             raise UserError(f"cannot load {path}: {error}") from error
-        return cls._of(Parts(*towers, config.logit_scale, config.text_logit_scale, config.dims))
+        model = cls._of(Parts(*towers, config.logit_scale, config.text_logit_scale, config.dims))
+        model.set_biases(config.biases)
+        return model
 
     @classmethod
     def _of(cls, parts: Parts) -> DualEncoder:
@@ -174,6 +189,7 @@ class StoredConfig(NamedTuple):
     logit_scale: float
     text_logit_scale: float
     dims: tuple[int, ...] | None
+    biases: tuple[float, float] | None
 
 
 def read_config(path: Path) -> StoredConfig:
@@ -204,16 +220,23 @@ def read_config(path: Path) -> StoredConfig:
             "or jina-clip-v2's layout. A tower alone is started from: name it as model.text_weights or "
             "model.vision_weights of a recipe"
         )
-    scales = [_scale(config.get(key), f"{file}: {key}") for key in ("logit_scale", "text_logit_scale")]
+    scales = [
+        _number(config.get(key), 20, f"{file}: {key}", "ln(1 / temperature)")
+        for key in ("logit_scale", "text_logit_scale")
+    ]
     if "matryoshka_dimensions" not in config:
         raise UserError(f"{file} lacks matryoshka_dimensions; expected a list of dims, or null. Export the model again")
     dims = config["matryoshka_dimensions"]
     if dims is not None and not (isinstance(dims, list) and all(type(n) is int and 0 < n < 2**31 for n in dims)):
         raise UserError(f"{file}: matryoshka_dimensions is {str(dims)[:200]}; expected a list of dims, or null")
-    return StoredConfig(scales[0], scales[1], tuple(dims) if dims else None)
+    biases = None
+    if any(key in config for key in BIASES):
+        image_text, text = (_number(config.get(key), 1000, f"{file}: {key}", "a sigmoid loss's bias") for key in BIASES)
+        biases = image_text, text
+    return StoredConfig(scales[0], scales[1], tuple(dims) if dims else None, biases)
 
 
-def _scale(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 20:
-        raise UserError(f"{where} is {str(value)[:200]!r}; expected ln(1 / temperature), a number from -20 to 20")
+def _number(value: Any, limit: int, where: str, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= limit:
+        raise UserError(f"{where} is {str(value)[:200]!r}; expected {what}, a number from -{limit} to {limit}")
     return float(value)

@@ -177,6 +177,12 @@ def log_scales(model: ModelConfig) -> tuple[float, float]:
     return held
 
 
+def biases(model: ModelConfig) -> tuple[float, float] | None:
+    """A sigmoid loss's biases of the image-text and the text task, of the whole model that both towers are from."""
+    whole = whole_model(model)
+    return read_config(whole).biases if whole and _is_ours(whole) else None
+
+
 def _held_scales(whole: Path) -> tuple[float, float] | None:
     if _is_ours(whole):
         config = read_config(whole)

@@ -70,6 +70,8 @@ def settings(recipe: Recipe, number: int) -> dict[str, Any]:
     del tree["model"]["tokenizer"]
     for source in (source for sources in stage["data"].values() for source in sources if isinstance(source, dict)):
         source["path"] = "/".join(source["path"].partition("?")[0].rstrip("/").split("/")[-2:])
+        if not source["graded"]:  # as of releases before there was this setting
+            del source["graded"]
     return flatten({**tree, "stage": stage})
 
 

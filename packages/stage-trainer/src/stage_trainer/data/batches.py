@@ -44,11 +44,17 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         self.stage, self.seed, self.rank, self.world = stage, seed, rank, world
         self.tokenizer = tokenizer
         self.cache = SampleCache(data.cache_megabytes, data.max_pixels)
-        self._last: dict[int, tuple[int, list[Draw]]] = {}  # by sampler: a step's draws, for all of its pieces
+        # By sampler: a step's draws for all of its pieces, and the first one of all ranks.
+        self._last: dict[int, tuple[int, list[Draw], Draw]] = {}
         self.image_sources = [_open(data, s, stage.batch.image_text, ("image-",)) for s in stage.data.image_text]
         self.text_sources = [_open(data, s, stage.batch.text, ("text-",)) for s in stage.data.text]
         if len({source.kind for source in self.text_sources}) > 1:
             raise UserError("data.text mixes pairs and triplets; a stage takes one kind, because their losses differ")
+        self.graded = [data for data, source in zip(self.text_sources, stage.data.text, strict=True) if source.graded]
+        if self.graded and self.graded[0].kind != "text-pairs":
+            raise UserError(
+                f"{self.graded[0].directory} is 'graded' and holds {self.graded[0].kind}; expected text-pairs"
+            )
         self.hard_negatives = self._hard_negatives()
         if stage.loss.kind == "unified" and self.hard_negatives:
             raise UserError(
@@ -124,7 +130,8 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
             samples.drawn.tokens += int(lengths.sum())
             samples.drawn.squared_tokens += int((lengths**2).sum())
         seeds, ids = (np.array(numbers, dtype=np.int64) for numbers in (samples.seeds, samples.ids))
-        return Section(seeds, ids, texts, samples.drawn)
+        scores = None if samples.scores is None else np.array(samples.scores, dtype=np.float64)
+        return Section(seeds, ids, texts, samples.drawn, scores)
 
     def _images(self, step: int, share: tuple[int, int]) -> tuple[Samples, torch.Tensor | None, list[list[int]]]:
         """A share of this rank's captioned images of a step: (samples, pixels, seeds of the views)."""
@@ -150,12 +157,17 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
     def _pairs(self, step: int, share: tuple[int, int]) -> Samples:
         """A share of this rank's text pairs of a step."""
         found, start = Samples(), self.stage.task_start.text
-        for draw in self._draws(self.text_sampler, self.text_sources, step - start, share):
+        draws = self._draws(self.text_sampler, self.text_sources, step - start, share)
+        if self.stage.data.text[self._last[id(self.text_sampler)][2].source].graded:  # the whole batch is, or nothing
+            found.scores = []
+        for draw in draws:
             data = self.text_sources[draw.source]
             _, content = self._sample(data, draw.index, found.drawn)
             seed = self._seed(data, draw)
             query, target, hard = self._texts(content, seed, draw.source, found.drawn)
             found.add(seed, content["item"], _name(data), query=[query], target=[target], negative=hard)
+            if found.scores is not None:
+                found.scores.append(content["score"])
         return found
 
     def joined(self, step: int, pieces: Iterable[Piece]) -> tuple[Batch, Drawn]:
@@ -167,7 +179,8 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         """A share of this rank's part of a task's batch; what the next ones need is fetched from now on."""
         assert sampler is not None  # batch_at guarantees it
         if self._last.get(id(sampler), (None,))[0] != number:
-            self._last[id(sampler)] = number, slice_of(sampler.batch_at(number), self.rank, self.world)
+            of_all = sampler.batch_at(number)
+            self._last[id(sampler)] = number, slice_of(of_all, self.rank, self.world), of_all[0]
             look_ahead(sources, sampler)
         draws, (i, of) = self._last[id(sampler)][1], share
         return draws[len(draws) * i // of : len(draws) * (i + 1) // of]
@@ -189,12 +202,16 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         )
 
     def _check(self, data: Dataset, index: int, content: dict[str, Any]) -> None:
-        """What a triplet needs in this stage."""
+        """What a triplet or a graded pair needs in this stage."""
         found = len(content.get("negatives", ()))
         if data.kind == "text-triplets" and found != self.hard_negatives:
             raise ShardError(
                 f"{data.directory}: sample {data.row(index).key} has {found} negatives; the first triplet of "
                 f"{self.text_sources[0].directory} has {self.hard_negatives}, and all triplets of a stage need as many"
+            )
+        if "score" not in content and any(data is graded for graded in self.graded):
+            raise ShardError(
+                f"{data.directory}: sample {data.row(index).key} has no score, and the recipe says 'graded'"
             )
 
     def _seed(self, data: Dataset, draw: Draw) -> int:

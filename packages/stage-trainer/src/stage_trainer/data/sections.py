@@ -16,14 +16,15 @@ from stage_trainer.data.stateless_rng import key
 
 @dataclass
 class Samples:
-    """Of each sample its seed, the key of what it shows, and its source; its texts by their part in the batch; and what
-    was drawn for all of them."""
+    """Of each sample its seed, the key of what it shows, and its source; its texts by their part in the batch; what was
+    drawn for all of them; and the scores of graded pairs, None of others."""
 
     seeds: list[int] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
     texts: dict[str, list[str]] = field(default_factory=dict)
     drawn: Drawn = field(default_factory=Drawn)
+    scores: list[float] | None = None
 
     def add(self, seed: int, item: object, source: str, **texts: Sequence[str]) -> None:
         self.seeds.append(seed)
@@ -35,13 +36,15 @@ class Samples:
 
 @dataclass(frozen=True)
 class Section:
-    """Samples of one kind in a piece: seeds and ids int64 `[n]`, and of each part's texts the tokens, all in a row, and
-    the length of each. Arrays, which travel between processes without shared memory."""
+    """Samples of one kind in a piece: seeds and ids int64 `[n]`; of each part's texts the tokens, all in a row, and the
+    length of each; of graded pairs the scores, float64 `[n]`. Arrays, which travel between processes without shared
+    memory."""
 
     seeds: np.ndarray
     ids: np.ndarray
     texts: dict[str, tuple[np.ndarray, np.ndarray]]
     drawn: Drawn
+    scores: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ def batch_of(pieces: Iterable[Piece], images: int, negatives: int) -> tuple[Batc
     seeds, pair_seeds = (np.concatenate([section.seeds for section in of]) for of in (of_images, of_pairs))
     parts = {"caption": seeds, "query": pair_seeds, "target": pair_seeds, "negative": np.repeat(pair_seeds, negatives)}
     text_seeds = [key(seed, part, i) for part, of in parts.items() for i, seed in enumerate_within(of.tolist())]
+    scores = [section.scores for section in of_pairs if section.scores is not None]
     batch = Batch(
         images=None if pixels is None else pixels.flatten(0, 1),
         image_seeds=torch.from_numpy(np.concatenate([seeds, view_seeds])),
@@ -84,6 +88,7 @@ def batch_of(pieces: Iterable[Piece], images: int, negatives: int) -> tuple[Batc
         pairs=len(pair_seeds),
         negatives=negatives,
         text_ids=torch.from_numpy(np.concatenate([section.ids for section in of_pairs])),
+        scores=torch.from_numpy(np.concatenate(scores)) if scores else None,
     )
     return batch, drawn
 

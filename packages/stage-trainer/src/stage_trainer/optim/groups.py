@@ -66,10 +66,10 @@ class ParameterGroups:
                 muon=muon,
             )
 
-    def add_temperature(
+    def add_scalar(
         self, name: str, parameter: nn.Parameter, *, tower: str, lr: float | None, waits: bool = True
     ) -> None:
-        """Adds a temperature, which trains at the rate of `tower` and, if it `waits`, rests when the tower does."""
+        """Adds a temperature or bias, which trains at the rate of `tower` and, if it `waits`, rests when that does."""
         self._add(name, parameter, name, tower=tower, lr=lr or 0.0, weight_decay=0.0, muon=False, waits=waits)
 
     def _add(self, name: str, parameter: nn.Parameter, part: str, *, waits: bool = True, **settings: Any) -> None:

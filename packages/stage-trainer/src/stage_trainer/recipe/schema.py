@@ -77,11 +77,16 @@ class Source:
     others of its task.
 
     Where a sample has its text in several languages one is drawn; `target_language` names the language to prefer for
-    the targets of text pairs (English as the pivot of thirty languages, for example)."""
+    the targets of text pairs (English as the pivot of thirty languages, for example).
+
+    `graded` text pairs have a "score" each, as those of STS: their batches (each is from one source) are ranked by
+    CoSENT (`contrastive_losses.matryoshka_cosent`) at the temperature of the text loss, instead of being contrasted.
+    """
 
     path: str
     rate: Float = 1.0
     target_language: str | None = None
+    graded: bool = False
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -96,14 +101,34 @@ class StageData:
 
 @dataclass(frozen=True, config=_STRICT)
 class LossConfig:
-    """Matryoshka InfoNCE, summed over `dims`. `multi_task`: a loss and a temperature for each task (paper, 3.3, 3.4).
-    `unified`: one for the pairs of both tasks in one batch, and for two strongly augmented views of each image unless
-    `image_views` is false (section 5.2; `contrastive_losses.unified_info_nce`)."""
+    """A loss over pairs, summed over `dims`, each times its one of `weights` (none: 1).
 
-    kind: Literal["multi_task", "unified"] = "multi_task"
+    `multi_task`: InfoNCE for each task (paper, 3.3, 3.4). `sigmoid`: SigLIP's loss for each task instead
+    (`contrastive_losses.matryoshka_sigmoid`), whose biases start at `bias` in a model that has none. `unified`: one
+    InfoNCE for the pairs of both tasks in one batch, and for two strongly augmented views of each image unless
+    `image_views` is false (section 5.2; `contrastive_losses.unified_info_nce`).
+
+    `temperature`: `each` task learns its own, both tasks learn one (`shared`), or they stay `fixed` where they start
+    (`model.temperature`). Those that learn stay at `min_temperature` or above. `false_negative_margin` leaves out what
+    is closer to a query than its positive by more than this cosine, as an unlabelled positive (arXiv 2506.05176)."""
+
+    kind: Literal["multi_task", "sigmoid", "unified"] = "multi_task"
     dims: tuple[Int, ...] = ()
+    weights: tuple[Float, ...] = ()
     image_views: bool = True
+    temperature: Literal["each", "shared", "fixed"] = "each"
     min_temperature: Float = 0.01
+    bias: Float = -10.0
+    false_negative_margin: Float | None = None
+
+    @property
+    def one_temperature(self) -> bool:
+        """Whether that of the image-text loss serves text pairs too."""
+        return self.kind == "unified" or self.temperature == "shared"
+
+    def learns_temperature(self, task: str) -> bool:
+        """Whether a task that takes part ("image_text", "text") trains a temperature of its own."""
+        return self.temperature != "fixed" and (task == "image_text" or not self.one_temperature)
 
     @property
     def views(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 
 from stage_trainer.errors import UserError
@@ -39,6 +40,13 @@ def _check_pairs(model: ModelConfig, stage: Stage, here: str) -> None:
     for task in ("image_text", "text"):
         if any(source.rate <= 0 for source in getattr(stage.data, task)):
             raise UserError(f"{here}: every rate of data.{task} should be above 0; leave out what is not wanted")
+    if any(source.graded for source in stage.data.image_text):
+        raise UserError(f"{here}: 'graded' is for text pairs; leave it out of data.image_text")
+    if stage.loss.kind != "multi_task" and any(source.graded for source in stage.data.text):
+        raise UserError(
+            f"{here}: data.text has 'graded' pairs, which are ranked instead of contrasted, and loss.kind is "
+            f"{stage.loss.kind!r}; leave them to a stage of their own, or set loss.kind to 'multi_task'"
+        )
     for name in ("resolution", "patch_dropout"):
         _check_schedule(stage, name, here)
     if not all(0 <= rate < 1 for _, rate in stage.patch_dropout):
@@ -53,10 +61,15 @@ def _check_pairs(model: ModelConfig, stage: Stage, here: str) -> None:
             f"{here}: loss.dims is {list(dims)}; expected the prefixes of an embedding that are to be used alone, "
             "each once, such as [1024, 512, 256]"
         )
+    if stage.loss.weights and len(stage.loss.weights) != len(dims):
+        raise UserError(
+            f"{here}: loss.weights has {len(stage.loss.weights)} numbers for {len(dims)} dims; expected one for each "
+            "of loss.dims, in the same order"
+        )
     temperature = model.override.temperature or model.temperature
     if temperature is None and not (model.weights or (model.text_weights and model.vision_weights)):
         temperature = NEW_TEMPERATURE
-    if temperature is not None and temperature < stage.loss.min_temperature:
+    if temperature is not None and temperature < stage.loss.min_temperature and stage.loss.temperature != "fixed":
         raise UserError(
             f"{here}: model.temperature is {temperature:g}, below loss.min_temperature, "
             f"{stage.loss.min_temperature:g}; raise the one or lower the other"
@@ -92,7 +105,12 @@ def _check_tasks(stage: Stage, here: str) -> None:
             raise UserError(f"{here}: a unified loss is over both tasks; give 'batch' an image_text and a text size")
         if any(starts.values()):
             raise UserError(f"{here}: a unified loss is over both tasks in every step; leave 'task_start' out")
-    if stage.batch.image_text == 1 and stage.loss.kind == "multi_task":
+    elif stage.loss.temperature == "shared" and len(starts) < 2:
+        raise UserError(
+            f"{here}: loss.temperature is 'shared', and only batch.{next(iter(starts))} is above 0; give 'batch' both "
+            "tasks, or leave it out"
+        )
+    if stage.batch.image_text == 1 and stage.loss.kind != "unified":
         raise UserError(f"{here}: batch.image_text is 1, and a single pair has no negatives; raise it")
 
 
@@ -106,9 +124,7 @@ def _check_rates(stage: Stage, here: str) -> None:
             "and trainable.text is 'none'; let one of the towers train"
         )
     for name in ("image", "text"):
-        learners = [
-            words for tower, words in (*towers.items(), *_learning_temperatures(stage).items()) if tower == name
-        ]
+        learners = [words for tower, words in (*towers.items(), *_learning_scalars(stage)) if tower == name]
         if learners and getattr(stage.lr, name) is None:
             raise UserError(
                 f"{here}: lr.{name} is missing, and {' and '.join(learners)} train{'s' * (len(learners) == 1)} at it; "
@@ -133,13 +149,13 @@ def _learning_towers(stage: Stage) -> dict[str, str]:
     return found
 
 
-def _learning_temperatures(stage: Stage) -> dict[str, str]:
-    found = {}
-    if stage.batch.image_text:
-        found["image"] = "the temperature of the image-text loss"
-    if stage.batch.text and stage.loss.kind != "unified":
-        found["text"] = "the temperature of the text loss"
-    return found
+def _learning_scalars(stage: Stage) -> Iterator[tuple[str, str]]:
+    for tower, task, words in (("image", "image_text", "the image-text loss"), ("text", "text", "the text loss")):
+        if getattr(stage.batch, task):
+            if stage.loss.learns_temperature(task):
+                yield tower, f"the temperature of {words}"
+            if stage.loss.kind == "sigmoid":
+                yield tower, f"the bias of {words}"
 
 
 def _check_gradient_cache(stage: Stage, here: str) -> None:

@@ -48,7 +48,7 @@ def backward_through_chunks(
     whole = _whole(first, 0 if batch.images is None else len(batch.images), order)
     del first
     losses = losses_of(whole)
-    of_images, of_texts, of_scales = _gradients(total(losses), whole)
+    of_images, of_texts, of_scalars = _gradients(total(losses), whole)
     losses = {name: (loss.detach(), stats) for name, (loss, stats) in losses.items()}
     of_image_chunks, of_text_chunks = _split(of_images, image_sizes), _split(of_texts[order], text_sizes)
     del whole, of_images, of_texts
@@ -58,8 +58,8 @@ def backward_through_chunks(
             # A surrogate whose derivative is the chunk's part of the chain rule; what was dropped gets zeros.
             surrogate = (embedded.images * of_image_chunks[number]).sum()
             surrogate = surrogate + (embedded.texts * of_text_chunks[number]).sum()
-            if number == 0:  # the temperatures count once, whatever the number of chunks
-                surrogate = surrogate + sum((embedded.scales[name] * g).sum() for name, g in of_scales.items())
+            if number == 0:  # temperatures and biases count once, whatever the number of chunks
+                surrogate = surrogate + sum((embedded.scalars[name] * g).sum() for name, g in of_scalars.items())
             if surrogate.requires_grad:  # not if the chunk went through a frozen tower
                 backward(surrogate, number == len(parts) - 1)
     return losses
@@ -92,18 +92,18 @@ def _whole(parts: list[Embedded], images: int, order: Tensor) -> Embedded:
     return Embedded(
         torch.cat([e.images for e in parts])[:images].requires_grad_(),
         torch.empty_like(texts).index_copy(0, order, texts).requires_grad_(),
-        {name: scale.clone().requires_grad_() for name, scale in parts[0].scales.items()},
+        {name: scalar.clone().requires_grad_() for name, scalar in parts[0].scalars.items()},
     )
 
 
 def _gradients(loss: Tensor, embedded: Embedded) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Of a loss: by the images, the texts, and the scales on which it depends."""
-    leaves = (embedded.images, embedded.texts, *embedded.scales.values())
-    images, texts, *scales = torch.autograd.grad(loss, leaves, allow_unused=True)
+    """Of a loss: by the images, the texts, and the scalars on which it depends."""
+    leaves = (embedded.images, embedded.texts, *embedded.scalars.values())
+    images, texts, *scalars = torch.autograd.grad(loss, leaves, allow_unused=True)
     return (
         torch.zeros_like(embedded.images) if images is None else images,
         torch.zeros_like(embedded.texts) if texts is None else texts,
-        {name: g for name, g in zip(embedded.scales, scales, strict=True) if g is not None},
+        {name: g for name, g in zip(embedded.scalars, scalars, strict=True) if g is not None},
     )
 
 
