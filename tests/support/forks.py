@@ -56,7 +56,7 @@ LATER = {
     *("GLOO_SOCKET_IFNAME", "PYTHONUNBUFFERED", "PYTEST_CURRENT_TEST"),
     *("DS_ACCELERATOR", "TORCHINDUCTOR_CACHE_DIR"),  # set by libraries, in the process of the tests
 }
-LONGEST = 550.0
+LONGEST = 1500.0
 """Seconds that a program may take on a busy machine."""
 LATER_OF_FOREIGN = {*LATER, "HF_HUB_OFFLINE", "TRANSFORMERS_VERBOSITY"}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
