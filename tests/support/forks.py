@@ -47,7 +47,6 @@ FOREIGN = (
     "tokenizers",
     "safetensors.torch",
     "scipy.stats",
-    "sklearn",
 )
 """What libraries of models import, whichever of them are installed; none of these libraries, and nothing of ours."""
 COMMANDS = {"stage-trainer": "stage_trainer.cli", "data-prep": "data_prep.cli"}
