@@ -67,7 +67,9 @@ class Fork:
 
     def __init__(self, words: Sequence[str], status: IO[bytes]):
         self.args, self._status = list(words), status
-        self.pid = int(status.readline())
+        said = status.readline()
+        assert said, "the server of forks has ended; it has said why to stderr"
+        self.pid = int(said)
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
