@@ -44,4 +44,8 @@ the model:          $run/model   (stage_trainer.DualEncoder.from_pretrained("$ru
 what it finds:      $run/search.png
 ask it yourself:    .venv/bin/stage-trainer search $run/model $corpus "a red flower" --out found.png
 how it was trained: .venv/bin/tensorboard --logdir $run   (the page Custom Scalars has what matters)
+
+next, the whole run as one page, and a page that searches:
+  .venv/bin/stage-trainer report $run   # writes $run/report.html
+  bash launch/demo.sh $run/model $corpus
 TEXT

@@ -234,6 +234,16 @@ def evaluation_sets() -> None:
         "qrels": {"query-id": 1, "corpus-id": 1, "score": 1},
     }.items():
         table(f"arxivqa_test_subsampled_beir/{part}/0.parquet", [row])
+    save("wds_flickr30k/test/0.tar", "")
+    with tarfile.open("wds_flickr30k/test/0.tar", "w") as tar:
+        for name, data in (("0.jpg", image), ("0.txt", b"A man, a plan\nA canal")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    save("scifact/corpus.jsonl", json.dumps({"_id": "d", "title": "", "text": "a document"}))
+    save("scifact/queries.jsonl", json.dumps({"_id": "q", "text": "a query"}))
+    save("scifact/qrels/test.tsv", "query-id\tcorpus-id\tscore\nq\td\t1\n")
+    save("sts12-sts/test.jsonl", json.dumps({"sentence1": "a", "sentence2": "b", "score": 2.5}))
 
 
 def many_images(*sets: tuple[str, str]) -> None:

@@ -89,6 +89,7 @@ def whole_folders() -> dict[str, Files]:
     """Whole folders, by what loads them and how they were written."""
     import torch
     from stage_trainer.dual_encoder import DualEncoder
+    from stage_trainer.formats import open_clip
     from text_tower import TextTower, TextTowerConfig
     from text_tower.tokenizer import Tokenizer
     from vision_tower import VisionTower, VisionTowerConfig
@@ -101,9 +102,10 @@ def whole_folders() -> dict[str, Files]:
         lora = {"adapters": ("retrieval.query", "second"), "lora_rank": 2, "lora_alpha": 2.0}
         text = TextTower(TextTowerConfig(**shape, **lora), tokenizer)  # type: ignore[arg-type]
         plain = TextTower(TextTowerConfig(**shape), tokenizer)  # type: ignore[arg-type]
+        fitting = TextTower(TextTowerConfig(**{**shape, "vocab_size": tokenizer.vocab_size}), tokenizer)  # type: ignore[arg-type]
         small: dict[str, Any] = {"patch": 8, "width": 32, "layers": 1, "heads": 2, "mlp_width": 85}
         vision = VisionTower(VisionTowerConfig(resolution=16, **small))
-        for tower in (text, plain, vision):
+        for tower in (text, plain, fitting, vision):
             for parameter in tower.parameters():  # of one value: the corpus packs it to nothing
                 torch.nn.init.constant_(parameter, 0.02)
         text.save_pretrained(place / "text")
@@ -112,7 +114,8 @@ def whole_folders() -> dict[str, Files]:
         plain.save_pretrained(place / "plain")
         vision.save_pretrained(place / "vision")
         DualEncoder(plain, vision, matryoshka_dims=(32, 16)).save_pretrained(place / "whole")
-        stored = {one: _read(place / one) for one in ("text", "peft", "remote", "plain", "vision", "whole")}
+        open_clip.write(DualEncoder(fitting, vision), place / "clip", "some/model", lambda _: "")
+        stored = {one: _read(place / one) for one in ("text", "peft", "remote", "plain", "vision", "whole", "clip")}
     adapted = {n: c for n, c in stored["peft"].items() if n.startswith("model/retrieval.query/")}
     weights = {"model/model.safetensors": stored["vision"]["model/model.safetensors"]}
     sentences = {
@@ -139,6 +142,7 @@ def whole_folders() -> dict[str, Files]:
         },
         "headless/open_clip": {**weights, "model/open_clip_config.json": dumped(_OPEN_CLIP)},
         "whole/ours": stored["whole"],
+        "whole/open_clip": stored["clip"],
     }
 
 

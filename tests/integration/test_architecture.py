@@ -24,7 +24,7 @@ FLOORS = (
     "optim",
     "engine",
     "evaluation.measures evaluation.held_out evaluation.retrieval evaluation.text_retrieval evaluation.picture "
-    "evaluation.tables",
+    "evaluation.tables evaluation.sets evaluation.measured evaluation.models evaluation.cross_modal",
     "plan",
     "tasks",
     "checkpoint",

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from stage_trainer.dual_encoder import DualEncoder
-from stage_trainer.formats import jina_clip
+from stage_trainer.formats import jina_clip, open_clip
 from text_tower import MaskedLM, TextTower, TextTowerConfig, Tokenizer
 from vision_tower import VisionTower, VisionTowerConfig
 
@@ -131,6 +131,11 @@ def folder(tokenizer, tmp_path) -> Callable[[str], tuple[Path, Callable[[Path], 
             said = {"text": {"dropout": 0.1}, "vision": {"checkpointing": True}, "text_logit_scale": 1.0}
             file.write_text(json.dumps({**json.loads(file.read_text()), "trilith_clip": said}))
             return path, DualEncoder.from_pretrained
+        if layout == "open-clip":
+            image = VisionTower(VisionTowerConfig(resolution=16, patch=8, width=16, layers=1, heads=2, mlp_width=24))
+            model = DualEncoder(TextTower(TextTowerConfig(**small), tokenizer), image, matryoshka_dims=(8, 16))
+            open_clip.write(model, path, None, lambda _: "")
+            return path, DualEncoder.from_pretrained
         if layout in ("own", "timm", "jina"):
             vision(path, layout)
             return path, lambda path: VisionTower.from_pretrained(path, num_classes=0)
@@ -217,6 +222,10 @@ FOUND: list[tuple[str, str, tuple[Any, ...], Any]] = [
     ("jina", "config.json", ("vision_config", "mlp_ratio"), 1e300),
     ("jina", "preprocessor_config.json", ("resize_mode",), []),
     ("jina", "preprocessor_config.json", ("crop_size",), 1),
+    ("open-clip", "open_clip_config.json", ("model_cfg", "text_cfg"), [1]),
+    ("open-clip", "open_clip_config.json", ("model_cfg", "vision_cfg"), "4"),
+    ("open-clip", "open_clip_config.json", ("model_cfg", "text_cfg", "context_length"), 10**400),
+    ("open-clip", "config.json", ("attribute_map",), [1]),
     ("dual", "config.json", ("matryoshka_dimensions",), REMOVED),
     ("dual", "config.json", ("matryoshka_dimensions",), [None]),
     ("dual", "config.json", ("logit_scale",), "x"),
@@ -244,7 +253,22 @@ def test_what_once_got_through_is_refused_in_one_message_that_names_the_folder(l
 @pytest.mark.full
 @pytest.mark.parametrize(
     "layout",
-    ["plain", "lora", "peft", "remote", "clip", "masked", "st", "index", "own", "timm", "jina", "dual", "whole"],
+    [
+        "plain",
+        "lora",
+        "peft",
+        "remote",
+        "clip",
+        "masked",
+        "st",
+        "index",
+        "own",
+        "timm",
+        "jina",
+        "dual",
+        "whole",
+        "open-clip",
+    ],
 )
 def test_no_value_of_any_file_gets_past_the_message(layout, folder):
     path, load = folder(layout)
@@ -266,7 +290,7 @@ def test_no_value_of_any_file_gets_past_the_message(layout, folder):
     assert not faults
 
 
-@pytest.mark.parametrize("layout", ["plain", "st", "own", "dual", "whole"])
+@pytest.mark.parametrize("layout", ["plain", "st", "own", "dual", "whole", "open-clip"])
 def test_no_file_of_weights_or_pieces_gets_past_the_message(layout, folder):
     path, load = folder(layout)
     faults = {}

@@ -235,6 +235,11 @@ def test_three_stages_end_in_a_model_that_finds_held_out_items(train, run, scala
     assert report["parts"]["stage1"]["seconds"] > 0
     assert report["parts"]["stage1"]["peak_memory_bytes"] > 1e8
 
+    lacking = run("stage-trainer", "report", "run").stderr.count("lacking: ")
+    page = (tmp_path / "run/report.html").read_text()
+    assert all(f"<h2>{title}</h2>" in page for title in ("Training", "Matryoshka", "Languages", "Searches"))
+    assert lacking == page.count("no predicted time of a step") == 1, "on a CPU nothing predicts it, and that is said"
+
     run("stage-trainer", "search", "model", "{corpus}", "--out", "search.png")
     run("stage-trainer", "search", "model", "{corpus}", "--out", "asked.png", "a red circle")
     from PIL import Image

@@ -5,7 +5,9 @@ import pytest
 from stage_trainer.checkpoint.state import RunState
 from stage_trainer.errors import UserError
 from stage_trainer.evaluation import retrieval, text_retrieval
+from stage_trainer.evaluation.cross_modal import recall
 from stage_trainer.evaluation.measures import check_best, of_images, of_pairs, title_of_pairs
+from stage_trainer.evaluation.sets import XTD10
 from stage_trainer.metrics.measure import Measure
 from stage_trainer.recipe.rules import EMBEDDING_METRICS
 from stage_trainer.run.evaluation import better
@@ -53,6 +55,29 @@ def test_what_is_measured_of_images_is_what_was_announced(texts, documents):
     heads = {name for name, measure in announced.items() if measure.headline}
     assert all(f"{head}/4 dims" in announced and head.startswith("validation_") for head in heads)
     assert len(heads) == 2 + documents + (len(texts) == 2)
+
+
+@pytest.mark.parametrize("more", [[], ["jp"]])
+def test_a_published_set_is_also_measured_as_published_figures_are(more):
+    """Equal captions are each right for their own image alone, and the mean is over the set's languages."""
+    entries = {language: [(n, f"{language} {n // 2}") for n in range(12)] for language in [*XTD10, *more]}
+    pool = retrieval.Pool("xtd10", [b""] * 12, entries)
+    names, rng = pool.all_texts(), np.random.default_rng(0)
+    vectors = rng.normal(size=(12, 8)).astype(np.float32), rng.normal(size=(len(names), 8)).astype(np.float32)
+    embedded = retrieval.EmbeddedPool(*vectors, {text: row for row, text in enumerate(names)})
+    found = _recall("mine", pool, embedded, (8, 4))
+    assert set(found) == set(of_images("mine", entries, (8, 4), 8, documents=False, source="xtd10"))
+    recalls = []
+    for language in XTD10:
+        captions = vectors[1][[embedded.row[text] for _, text in entries[language]]]
+        recalls.append(recall(vectors[0], captions, range(12)))
+    for value, way in zip(np.mean(recalls, axis=0), ("text to image", "image to text"), strict=True):
+        assert found[f"validation_recall_at_5_mine, by CLIP_benchmark/{way}"] == pytest.approx(value, abs=1e-12)
+    assert found["validation_recall_at_5_mine/text to image"] != pytest.approx(np.mean(recalls, axis=0)[0])
+    del entries["tr"]  # a language less is another set
+    assert not any(
+        "CLIP_benchmark" in name for name in of_images("mine", entries, (8,), 8, documents=False, source="xtd10")
+    )
 
 
 @pytest.mark.parametrize("scored", [False, True])

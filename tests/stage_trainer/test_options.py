@@ -68,7 +68,33 @@ TABLE = [
       for name in ("task", "column", "id", "kind", "errors", "device", "dtype")),
     *(["encode", "model", "data", "--out=x.npy", *more] for more in
       (["--column=a"], ["--id=a"], ["--kind=picture"], ["--errors=ignore"], ["--device=tpu"], ["--dtype=half"])),
+    ["evaluate", "stage1", "data"], ["evaluate", "model"], ["evaluate", "model", "data", "--max-length=77"],
+    ["evaluate", "model", "data", "--beside=model"], ["evaluate", "model", "data", "--query-task=a"],
+    *(["evaluate", "model", "sets", f"--suite={value}"] for value in ("", "nan", "both", "text", "documents")),
+    *(["evaluate", "model", "sets", f"--table={value}"] for value in ("", "1", "6", "8", "nan", "vidore-v2")),
+    ["evaluate", "model", "sets", "--suite=all", "--table=7"],
+    ["evaluate", "model", "sets", "--table=7", "--by-language"],
+    *(["evaluate", "model", "sets", "--table=7", f"--max-length={value}"] for value in (*NUMBERS, "1")),
+    *(["evaluate", "model", "sets", "--table=7", f"--query-task={value}"] for value in ("", "  ", "\n")),
+    *(["evaluate", "model", "sets", "--table=7", f"--beside={value}"] for value in ("", "missing", "model", LONG)),
+    *(["evaluate", "model", "sets", "--table=7", f"--out={value}"] for value in
+      ("", "file", "file/out", "/dev/null", "/proc/out", LONG)),
+    *(["evaluate", value, "sets", "--suite=all"] for value in ("", "missing", LONG)),
+    *(["evaluate", "model", value, "--suite=all"] for value in ("", "missing", "file", "model", LONG, "s3://bucket/x")),
     ["evaluate", "stage1", "data"],
+    *(["demo", value, "data"] for value in ("", "missing", "file", "data", LONG)),
+    *(["demo", "model", value] for value in ("", "missing", LONG, "s3://bucket/data")),
+    *(["demo", "model", "data", f"--index={value}"] for value in ("", "file", "file/x", "/dev/null", "/proc/x", LONG)),
+    *(["demo", "model", "data", f"--port={value}"] for value in (*NUMBERS, "65536")),
+    *(["demo", "model", "data", f"--host={value}"] for value in ("", " ", "256.0.0.1", "a b")),
+    *(["demo", "model", "data", f"--device={value}"] for value in ("", "tpu", "cuda:0")),
+    *(["demo", "model", "data", f"--max-pixels={value}"] for value in NUMBERS),
+    *(["report", value] for value in ("", "missing", "file", "data", LONG)),
+    *(["report", "stage1", f"--out={value}"] for value in
+      ("missing/x.html", "file/x.html", "data", "/dev/null", "/proc/x.html", f"{LONG}.html", "", "x", ".html")),
+    *(["report", "stage1", f"--data={value}"] for value in ("", "missing", "file", "model", "s3://bucket/data")),
+    *(["report", "stage1", f"--{name}={value}"] for value in NUMBERS for name in ("searched", "max-pixels")
+      if (name, value) != ("searched", "0")),
 ]  # fmt: skip
 SWITCHES = {
     "--private",
@@ -91,6 +117,8 @@ def folder(tmp_path_factory):
     Image.new("RGB", (8, 8)).save(picture, "png")
     captions = json.dumps({"captions": [{"text": "a", "language": "en", "role": "name"}]}).encode()
     with DatasetWriter(folder / "data", kind="image-short", source="data") as writer:
+        writer.write("s", {"png": picture.getvalue(), "json": captions}, languages=["en"], tokens=None)
+    with DatasetWriter(folder / "sets/flickr30k", kind="image-short", source="flickr30k") as writer:
         writer.write("s", {"png": picture.getvalue(), "json": captions}, languages=["en"], tokens=None)
     (folder / "file").write_text("a file")
     (folder / "model").mkdir()

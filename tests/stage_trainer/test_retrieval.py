@@ -128,7 +128,7 @@ class Lengths:
 def test_all_ranks_hear_of_an_end_before_every_batch_and_as_often(images, monkeypatch):
     pool = Pool("p", [b"i" * n for n in range(images)], {"en": [(0, "x" * n) for n in (3, 9, 1, 4, 7)]})
     monkeypatch.setattr(retrieval, "BATCH", 2)
-    monkeypatch.setattr(retrieval, "_of_all_ranks", lambda part, rank, world: part)
+    monkeypatch.setattr(retrieval, "_of_all_ranks", lambda part, total, world: part)
     counts = []
     for rank in range(2):
         heard = []

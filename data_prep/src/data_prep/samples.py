@@ -19,16 +19,26 @@ class Text:
     role: "name" (a short caption; evaluation uses these), "further" (left out of published figures), "keywords",
         "long", "title", "body", "query" (answered by a page; evaluated), or "key" (of a page without a query).
     origin: "human", "human:joined" (human texts concatenated by us), "machine-translation" or "synthetic:MODEL…".
+    id, score: of a query: its name in its benchmark, and how well the page answers it (its grade, above 0).
     """
 
     text: str
     language: str
     role: str
     origin: str = "human"
+    id: str = ""
+    score: float | None = None
 
-    def record(self) -> dict[str, str]:
+    def record(self) -> JsonObject:
         """The TEXT of the shard format."""
-        return {"text": self.text, "language": self.language, "origin": self.origin, "role": self.role}
+        fields: JsonObject = {
+            "text": self.text, "language": self.language, "origin": self.origin, "role": self.role
+        }  # fmt: skip
+        if self.id:
+            fields["id"] = self.id
+        if self.score is not None:
+            fields["score"] = self.score
+        return fields
 
 
 def clean(text: str) -> str:
@@ -64,7 +74,7 @@ def languages_of(*texts: Iterable[Text]) -> list[str]:
     return sorted({text.language for group in texts for text in group})
 
 
-def _records(texts: Iterable[Text]) -> list[dict[str, str]]:
+def _records(texts: Iterable[Text]) -> list[JsonObject]:
     return [text.record() for text in texts]
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pyarrow
 import pytest
+import webdataset
 from data_prep.cli import main
 from data_prep.errors import UserError
 from data_prep.sources.evalsets import Coco, Flickr30k
@@ -113,6 +114,29 @@ def test_coco_joins_annotations_to_images(tmp_path, images):
     (tmp_path / "coco_test_karpathy.json").write_text(json.dumps(content))
     found = pool(tmp_path / "eval", ["coco", str(tmp_path / "coco_test_karpathy.json"), str(images)])
     assert found.texts == {"en": [(number, f"caption {k}") for number in range(3) for k in (number, number + 3)]}
+
+
+def test_laions_tars_give_the_set_that_its_lists_give(tmp_path, images):
+    """As `webdataset` writes them; the last newline of a caption of COCO's is stored as two characters."""
+    content = {
+        "images": [{"id": n, "file_name": f"COCO_val2014_{n}.jpg"} for n in range(3)],
+        "annotations": [
+            {"image_id": n, "caption": f"caption {n}, {k}" + "\n" * (k == 2)} for n in range(3) for k in range(5)
+        ],
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    (tmp_path / "test").mkdir()
+    with webdataset.TarWriter(str(tmp_path / "test/0.tar")) as writer:
+        for n, image in enumerate(content["images"]):
+            captions = [of["caption"] for of in content["annotations"] if of["image_id"] == n]
+            text = "\n".join(caption.replace("\n", "\\n") for caption in captions)
+            writer.write(
+                {"__key__": f"s{n:07}", "jpg": (images / "val2014" / image["file_name"]).read_bytes(), "txt": text}
+            )
+        writer.write({"__key__": "bare", "jpg": b"x"})
+    by_list = pool(tmp_path / "lists", ["coco", str(tmp_path / "coco.json"), str(images)])
+    by_tar = pool(tmp_path / "tars", ["wds", str(tmp_path / "test"), "--name", "coco"])
+    assert (by_tar.texts, by_tar.images, by_tar.name) == (by_list.texts, by_list.images, "coco")
 
 
 def test_what_is_missing_is_said_aloud(tmp_path, images, capsys):

@@ -176,7 +176,7 @@ def test_images_of_files_that_share_a_name_are_different_items(tmp_path, run, pi
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("score", ["1", None, True])
+@pytest.mark.parametrize("score", ["1", None, True, float("nan"), float("inf")])
 def test_scores_that_are_no_numbers_are_refused(tmp_path, run, picture, score):
     write(tmp_path / "corpus.parquet", [{"corpus-id": 1, "image": {"bytes": picture(0), "path": None}}])
     write(tmp_path / "queries.parquet", [{"query-id": 1, "query": "q"}])

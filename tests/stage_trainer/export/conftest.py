@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from vision_tower import VisionTower, VisionTowerConfig
 
 LANGUAGES = Path(__file__).parents[2] / "text_tower" / "languages.json"
 TASK, OTHER = "retrieval.query", "separation"
+TRANSFORMERS_JS = "@huggingface/transformers@4.3.2"
 OURS = ("stage_trainer", "text_tower", "vision_tower", "contrastive_losses", "data_prep")
 
 
@@ -144,6 +146,7 @@ def elsewhere() -> Callable[..., dict[str, np.ndarray]]:
             "warnings.simplefilter('ignore')\n"
             f"sys.modules.update(dict.fromkeys({(*OURS, *absent)!r}))\n"  # None: ImportError
             f"out = {{}}\n{code}\nimport numpy\nnumpy.savez('out.npz', **out)\n"
+            f"assert not any(name.partition('.')[0] in {OURS!r} and sys.modules[name] for name in sys.modules)\n"
         )
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "warning"}
         done = forks.run([sys.executable, "-c", script], folder, forks.FOREIGN, **offline)
@@ -153,3 +156,17 @@ def elsewhere() -> Callable[..., dict[str, np.ndarray]]:
         return dict(np.load(folder / "out.npz"))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def node(tmp_path_factory) -> Path:
+    """A folder in which node finds transformers.js."""
+    if not (shutil.which("npm") and shutil.which("node")):
+        pytest.skip("node and npm are not installed")
+    folder = tmp_path_factory.mktemp("node")
+    (folder / "package.json").write_text('{"private": true, "type": "module"}')
+    # Its script downloads libraries for GPUs from elsewhere; those for the CPU are in the package.
+    command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", TRANSFORMERS_JS]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder

@@ -1,6 +1,7 @@
 """The model card says what is true of this model and of no other."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,9 +10,13 @@ import pytest
 import yaml
 from PIL import Image
 from stage_trainer.cli import main
-from stage_trainer.formats import history
+from stage_trainer.formats import history, snippets
+from stage_trainer.formats.onnx import examples
+from text_tower import TextTowerConfig
 from text_tower.st_folder import MAX_LENGTH
+from vision_tower import VisionTowerConfig
 
+README = Path(__file__).parents[3] / "packages/stage-trainer/README.md"
 FIGURES = {
     "emoji": {
         "kind": "image-short", "images": 245, "texts": {"en": 245, "de": 245, "drawn": 2},
@@ -138,6 +143,20 @@ def test_a_licence_is_handed_down_from_export_to_export(model, save, tmp_path):
 def test_a_folder_of_weights_says_its_licence_or_nothing(name, content, licence, tmp_path):
     (tmp_path / name).write_text(content)
     assert history.licence_of(str(tmp_path)) == licence
+
+
+def test_the_readme_shows_the_examples_of_the_cards_and_all_say_normalize_embeddings():
+    """Which run in other tests. sentence-transformers cuts after it has normalised."""
+    about = snippets.Model("my-model", 256, 512, "retrieval.query", None, True)
+    of_graphs = examples._Model("my-model", TextTowerConfig(), VisionTowerConfig(resolution=512), "float32")
+    makers = (snippets.trilith, snippets.sentence_transformers, snippets.transformers_texts,
+              snippets.transformers_images, snippets.timm, snippets.open_clip, snippets.jina_clip)  # fmt: skip
+    codes = [make(about) for make in makers]
+    codes += [examples.onnxruntime(of_graphs), examples.transformers_js(of_graphs)]
+    blocks = re.findall(r"```(?:python|js)\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert sorted(blocks[1:]) == sorted(codes)  # the first is of a new model
+    (code,) = [code for code in codes if "SentenceTransformer(" in code]
+    assert code.count("model.encode(") == code.count("normalize_embeddings=True") == 3
 
 
 @pytest.mark.parametrize("lora", ["kept", "merged"])

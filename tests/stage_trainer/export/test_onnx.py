@@ -12,6 +12,8 @@ import onnxruntime
 import pytest
 import torch
 from stage_trainer.cli import main
+from stage_trainer.dual_encoder import DualEncoder
+from stage_trainer.errors import UserError
 from stage_trainer.formats import onnx as formats_onnx
 from stage_trainer.formats.onnx import directory, graphs
 from text_tower import PackedTokens
@@ -153,6 +155,11 @@ def test_the_cards_example_for_onnxruntime_gives_the_models_vectors(exported_onn
     found = elsewhere(code + "out['text'], out['image'] = text, image\n", exported_onnx.parent, "torch", "transformers")
     assert np.abs(found["text"] - model.encode_text(["a red apple", "ein roter Apfel"])).max() < 1e-5
     assert np.abs(found["image"] - model.encode_image([exported_onnx.parent / "photo.jpg"])).max() < 1e-5
+
+
+def test_our_own_reader_says_whom_the_graphs_are_for(exported_onnx):
+    with pytest.raises(UserError, match=r"model holds ONNX graphs and no weights: .* Name the model that it was"):
+        DualEncoder.from_pretrained(exported_onnx)
 
 
 def test_the_card_says_what_is_in_the_graphs(exported_onnx):

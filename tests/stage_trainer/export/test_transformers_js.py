@@ -13,7 +13,6 @@ from PIL import Image
 from stage_trainer.cli import main
 from text_tower import PackedTokens
 
-PACKAGE = "@huggingface/transformers@4.3.2"
 CLASSES = """
 import { AutoTokenizer, JinaCLIPTextModel, JinaCLIPVisionModel } from "@huggingface/transformers";
 const found = {};
@@ -37,20 +36,6 @@ const { writeFileSync } = await import("node:fs");
 writeFileSync("found.json", JSON.stringify(found));
 """
 FAR = {"fp32": 1e-4, "fp16": 0.01, "int8": 0.2, "q4": 0.7}
-
-
-@pytest.fixture(scope="module")
-def node(tmp_path_factory) -> Path:
-    """A folder in which node finds transformers.js."""
-    if not (shutil.which("npm") and shutil.which("node")):
-        pytest.skip("node and npm are not installed")
-    folder = tmp_path_factory.mktemp("node")
-    (folder / "package.json").write_text('{"private": true, "type": "module"}')
-    # Its script downloads libraries for GPUs from elsewhere; those for the CPU are in the package.
-    command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", PACKAGE]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return folder
 
 
 @pytest.mark.full

@@ -12,6 +12,7 @@ from data_prep.commands.execution import add_execution, execution_of, made, targ
 from data_prep.image_rule import ENCODINGS, FITS, KERNELS, ImageRule
 from data_prep.shards.format import JsonObject
 from data_prep.sources import EVALSETS, SOURCES
+from data_prep.sources.text_evalsets import FOLDER, TEXT_EVALSETS, write_text_set
 
 
 def add(commands: Subcommands) -> None:
@@ -66,8 +67,9 @@ def _add_evalset(commands: Subcommands) -> None:
     parser = commands.add_parser(
         "evalset",
         help="evaluation sets, laid out for `stage-trainer evaluate`",
-        description="Writes OUT/test/image-short/NAME, which `stage-trainer evaluate MODEL OUT` reads. A recipe's "
-        "evaluation.pools, which are measured in training, are those of OUT/validation: --split validation.",
+        description="Writes OUT/test/image-short/NAME, which `stage-trainer evaluate MODEL OUT` reads, or of texts "
+        f"OUT/test/{FOLDER}/NAME; `stage-trainer evaluate MODEL OUT --suite all` measures both by the paper's tables. "
+        "A recipe's evaluation.pools, which are measured in training, are those of OUT/validation: --split validation.",
     )
     sets = parser.add_subparsers(required=True, metavar="SET", prog="data-prep evalset")
     for name, source in EVALSETS.items():
@@ -79,6 +81,13 @@ def _add_evalset(commands: Subcommands) -> None:
             help="of OUT: test for `stage-trainer evaluate`, validation for a recipe's pools (default: %(default)s)",
         )
         one.set_defaults(run=_evalset)
+    for name, texts in TEXT_EVALSETS.items():
+        summary, _, more = (texts.__doc__ or "").partition("\n")
+        one = sets.add_parser(name, help=summary, description=f"{summary}. {' '.join(more.split())}")
+        _add_values(one, texts)
+        one.add_argument("--out", required=True, metavar="OUT", help="folder of the sets")
+        one.add_argument("--name", required=True, help="of the set, as its task in MTEB")
+        one.set_defaults(run=_text_evalset, source=texts)
 
 
 def _add_source(sources: Subcommands, name: str, source: type[Any], *, out: str) -> argparse.ArgumentParser:
@@ -203,4 +212,13 @@ def _evalset(options: argparse.Namespace) -> int:
             print("not the whole set: figures on it cannot be compared with those of others")
         pools = root if options.split == "test" else root / options.split / "image-short"
         print(f"stage-trainer evaluate MODEL {pools}")
+    return 0
+
+
+def _text_evalset(options: argparse.Namespace) -> int:
+    root = Path(options.out)
+    described = write_text_set(made(options.source, options), root / "test", options.name)
+    counts = ", ".join(f"{count:,} {what}" for what, count in described["counts"].items())
+    print(f"{root / 'test' / FOLDER / options.name}: {counts}")
+    print(f"stage-trainer evaluate MODEL {root} --suite text")
     return 0

@@ -9,7 +9,7 @@ from typing import Any
 
 from data_prep.sources.beir import Beir
 from data_prep.sources.captions import ArxivCap, Karpathy, ShareGpt4v
-from data_prep.sources.evalsets import Coco, Flickr30k, Xm3600, Xtd10
+from data_prep.sources.evalsets import Coco, Flickr30k, WdsPhotos, Xm3600, Xtd10
 from data_prep.sources.folder import Folder
 from data_prep.sources.hf import Hf
 from data_prep.sources.img2dataset import DataComp, Img2dataset
@@ -50,6 +50,7 @@ EVALSETS: dict[str, type[Any]] = {
     "xtd10": Xtd10,
     "flickr30k": Flickr30k,
     "coco": Coco,
+    "wds": WdsPhotos,
     "vidore": VidoreBenchmark,
 }
 

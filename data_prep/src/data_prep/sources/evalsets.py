@@ -16,10 +16,12 @@ from typing import Any, ClassVar
 from data_prep.errors import UserError
 from data_prep.image_rule import ImageRule
 from data_prep.samples import Text
-from data_prep.shards.format import JsonObject, parse_json
+from data_prep.shards.format import IMAGE_TYPES, JsonObject, parse_json
 from data_prep.sources.folder import inside
 from data_prep.sources.ids import same_id
-from data_prep.sources.records import Dropped, Found, ImageRecord, argument, file_stat
+from data_prep.sources.records import Dropped, Found, ImageRecord, argument, file_stat, option
+from data_prep.sources.tars import TarSample, tar_samples
+from data_prep.sources.texts import files_in
 
 _IMAGES = 500
 _OTHER_FORMAT = (OSError, ValueError, KeyError, TypeError, AttributeError)
@@ -154,6 +156,50 @@ class Coco(_Photos):
             (_coco_name(Path(self.images), image["file_name"]), captions[same_id(image["id"])])
             for image in content["images"]
         ]
+
+
+@dataclass(frozen=True)
+class WdsPhotos:
+    """Flickr30k or COCO as LAION's ready-made tars: an image and a caption a line
+
+    The test split of clip-benchmark/wds_flickr30k or wds_mscoco_captions. A backslash and n in a caption stand for a
+    line break. `--name flickr30k` or `--name coco` says which set it is.
+    """
+
+    image: ClassVar[ImageRule | None] = ImageRule(512, kernel="bicubic")
+
+    files: tuple[str, ...] = argument("tars of the test split, or folders of them")
+    language: str = option("en", "language of the captions")
+
+    def pieces(self) -> Iterator[JsonObject]:
+        for path in files_in(self.files, (".tar",)):
+            yield {"file": str(path), **file_stat(path)}
+
+    def read(self, piece: JsonObject) -> Iterator[Found]:
+        path = Path(piece["file"])
+        for sample in tar_samples(path):
+            if not isinstance(sample, TarSample):
+                yield sample
+                continue
+            where = f"{path.name}: {sample.name}"
+            kind = next((kind for kind in IMAGE_TYPES if kind in sample.members), None)
+            if kind is None or "txt" not in sample.members:
+                yield Dropped("no image" if kind is None else "no caption", where)
+                continue
+            try:
+                lines = sample.read("txt").decode("utf-8-sig").split("\n")
+            except UnicodeDecodeError:
+                yield Dropped("captions that are not UTF-8", where)
+                continue
+            captions = [Text(text, self.language, "name") for line in lines if (text := _unescaped(line))]
+            if captions:
+                yield ImageRecord(where, sample.name, sample.read(kind), captions)
+            else:
+                yield Dropped("no caption", where)
+
+
+def _unescaped(line: str) -> str:
+    return line.replace("\\n", "\n").strip()
 
 
 def _listed(captions: Any) -> list[Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -141,7 +142,7 @@ def _relevant(folder: str, language: str) -> tuple[dict[str, list[Text]], int]:
         text, own, number = (None, None, None) if row is None else (row[1], row[2], same_id(row[0]))
         if number is None or not isinstance(text, str) or not text.strip():
             continue
-        query = Text(text.strip(), own if isinstance(own, str) and own.strip() else language, "query")
+        query = Text(text.strip(), own if isinstance(own, str) and own.strip() else language, "query", id=number)
         if queries.setdefault(number, query) != query:
             raise UserError(f"{folder}: two queries have the id {number!r}; {_SEVERAL}")
     relevant: dict[str, list[Text]] = {}
@@ -151,13 +152,13 @@ def _relevant(folder: str, language: str) -> tuple[dict[str, list[Text]], int]:
             continue
         named = [value for value in row[2:] if value is not _ABSENT]
         score = named[0] if named else 1
-        if isinstance(score, bool) or not isinstance(score, int | float):
+        if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
             raise UserError(f"{folder}: qrels hold the score {score!r}; expected numbers, above 0 for what is relevant")
         if score > 0:
             asked, page = queries.get(same_id(row[0]) or ""), same_id(row[1])
             lost += asked is None or page is None
             if asked is not None and page is not None:
-                relevant.setdefault(page, []).append(asked)
+                relevant.setdefault(page, []).append(replace(asked, score=score))
     return relevant, lost
 
 

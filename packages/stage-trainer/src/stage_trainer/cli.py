@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from stage_trainer.commands import encode, evaluate, export, plan, push, report, search, train
+from stage_trainer.commands import demo, encode, evaluate, export, plan, push, report, search, train
 from stage_trainer.errors import Stopped, is_user_error
 from stage_trainer.run.forwarding import unpack
 
@@ -20,7 +20,9 @@ EPILOG = """examples:
   deepspeed -q --num_gpus 8 launch/stage1.sh --recipe launch/recipes/jina-clip-v2.yaml
   stage-trainer export runs/laptop/stage3 my-model
   stage-trainer evaluate my-model runs/corpus
+  stage-trainer report runs/laptop
   stage-trainer search my-model runs/corpus "ein Hund" --out found.png
+  stage-trainer demo my-model photos
   stage-trainer encode my-model photos captions.txt --out vectors.parquet
   stage-trainer push my-model OWNER/NAME
 
@@ -70,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (train, plan, export, evaluate, report, search, encode, push):
+    for module in (train, plan, export, evaluate, report, search, demo, encode, push):
         module.add(commands)
     return top
 

@@ -18,15 +18,14 @@ from stage_trainer.encoding.options import EncodeOptions
 from stage_trainer.encoding.precision import AUTO, computing_in, dtype_of
 from stage_trainer.errors import UserError
 from stage_trainer.files import whole_directory
-from stage_trainer.formats import jina_clip_read
-from stage_trainer.formats.jina_clip_read import Parts
+from stage_trainer.formats import jina_clip_read, open_clip_read
+from stage_trainer.formats.jina_clip_read import BIASES, Parts
 
 if TYPE_CHECKING:
     from text_tower import TextTower
     from vision_tower import VisionTower
 
 FORMAT = "trilith-dual-encoder/1"
-BIASES = ("logit_bias", "text_logit_bias")
 TEXT, VISION = "text", "vision"  # the towers' folders
 
 
@@ -146,7 +145,7 @@ class DualEncoder(nn.Module):
     def from_pretrained(
         cls, path: str | Path, *, text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None
     ) -> DualEncoder:
-        """Reads what `save_pretrained` wrote, or a directory in jina-clip-v2's layout.
+        """Reads what `save_pretrained` wrote, a directory in jina-clip-v2's layout, or open_clip's of such towers.
 
         Args:
             path: the directory; or, if there is none, the name of a repository of the Hugging Face hub that is one,
@@ -162,6 +161,8 @@ class DualEncoder(nn.Module):
         path = hub.local(path) if hub.is_name(path) else Path(path)
         if jina_clip_read.is_one(path):
             return cls._of(jina_clip_read.read(path, text or {}, vision or {}))
+        if open_clip_read.is_one(path):
+            return cls._of(open_clip_read.read(path, text or {}, vision or {}))
         config = read_config(path)
         try:
             towers = (
@@ -170,9 +171,7 @@ class DualEncoder(nn.Module):
             )
         except (ValueError, OSError) as error:  # the towers say what is missing or damaged
             raise UserError(f"cannot load {path}: {error}") from error
-        model = cls._of(Parts(*towers, config.logit_scale, config.text_logit_scale, config.dims))
-        model.set_biases(config.biases)
-        return model
+        return cls._of(Parts(*towers, config.logit_scale, config.text_logit_scale, config.dims, config.biases))
 
     @classmethod
     def _of(cls, parts: Parts) -> DualEncoder:
@@ -180,6 +179,7 @@ class DualEncoder(nn.Module):
         with torch.no_grad():
             model.logit_scale.fill_(parts.logit_scale)
             model.text_logit_scale.fill_(parts.text_logit_scale)
+        model.set_biases(parts.biases)
         return model
 
 
@@ -199,11 +199,6 @@ def read_config(path: Path) -> StoredConfig:
         UserError: there is none, it is of another format, or damaged.
     """
     file = path / "config.json"
-    if (path / "open_clip_config.json").is_file():
-        raise UserError(
-            f"{path} is for open_clip, and is not read here: name the model that it was exported from. Of open_clip's "
-            "own EVA02 models the image tower can be started from: name their directory as model.vision_weights"
-        )
     try:
         config = json.loads(file.read_bytes().decode())
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -217,7 +212,7 @@ def read_config(path: Path) -> StoredConfig:
         found = config.get("format") if isinstance(config, dict) else config
         raise UserError(
             f"{file} has format {repr(found)[:200]}; expected {FORMAT!r}, a model of two towers, "
-            "or jina-clip-v2's layout. A tower alone is started from: name it as model.text_weights or "
+            "jina-clip-v2's layout, or open_clip's. A tower alone is started from: name it as model.text_weights or "
             "model.vision_weights of a recipe"
         )
     scales = [

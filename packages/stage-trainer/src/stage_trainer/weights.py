@@ -19,7 +19,7 @@ import torch
 from stage_trainer import hub
 from stage_trainer.dual_encoder import FORMAT, read_config
 from stage_trainer.errors import UserError
-from stage_trainer.formats import jina_clip_read
+from stage_trainer.formats import jina_clip_read, open_clip_read
 from stage_trainer.recipe import ModelConfig
 from stage_trainer.recipe.schema import NEW_TEMPERATURE
 from stage_trainer.recipe.tower_rules import build_config
@@ -180,14 +180,22 @@ def log_scales(model: ModelConfig) -> tuple[float, float]:
 def biases(model: ModelConfig) -> tuple[float, float] | None:
     """A sigmoid loss's biases of the image-text and the text task, of the whole model that both towers are from."""
     whole = whole_model(model)
-    return read_config(whole).biases if whole and _is_ours(whole) else None
+    if whole is None:
+        return None
+    if _is_ours(whole):
+        return read_config(whole).biases
+    if open_clip_read.is_one(whole):
+        return open_clip_read.held_biases(whole)
+    return jina_clip_read.stated_biases(whole) if jina_clip_read.is_one(whole) else None
 
 
 def _held_scales(whole: Path) -> tuple[float, float] | None:
     if _is_ours(whole):
         config = read_config(whole)
         return config.logit_scale, config.text_logit_scale
-    scale = jina_clip_read.logit_scale(whole)
+    if open_clip_read.is_one(whole):
+        return open_clip_read.held_scales(whole)
+    scale = jina_clip_read.scalar(whole)
     if scale is None:
         return None
     number = jina_clip_read.as_scale(scale, whole)

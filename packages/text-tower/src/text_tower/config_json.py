@@ -51,7 +51,8 @@ def from_json(stored: dict[str, Any], weights: Mapping[str, Tensor], layout: Lay
     if missing:
         raise ValueError(f"{file} lacks {missing}")
     native = kind == "jina_embeddings_v3"
-    check_keys_of(stored, "native" if native else "remote-code" if rotary else "xlm-r", file)
+    with_images = "open-clip" if layout.kind == "open-clip" else "native"
+    check_keys_of(stored, with_images if native else "remote-code" if rotary else "xlm-r", file)
     values: dict[str, Any] = {ours: field(stored, theirs, NUMBER, file) for ours, theirs in COMMON.items()}
     if native:
         values["rope_theta"] = _rope_theta(stored, file)

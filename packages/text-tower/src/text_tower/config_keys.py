@@ -77,6 +77,15 @@ _ONLY_CLIP_TEXT: dict[str, tuple[Any, ...]] = {
     "default_instruction_task": (),
 }
 _HARMLESS_CLIP_TEXT = frozenset({"embed_dim", "hf_model_name_or_path", "default_lora_task", "hf_model_config_kwargs"})
+# Of open_clip's config.json, which both towers share: timm's keys, and what gives the configuration another name.
+_HARMLESS_OPEN_CLIP = frozenset([
+    "architecture", "num_classes", "num_features", "do_pooling", "image_processor_type", "model_args", "pretrained_cfg",
+    CLIP_KEY,
+])  # fmt: skip
+OPEN_CLIP_RENAMES: dict[str, Any] = {
+    "attribute_map": {"open_clip_model_type": "model_type"},  # before the next key, which it renames
+    "open_clip_model_type": "xlm-roberta",
+}
 
 
 def check_keys_of(stored: Mapping[str, Any], kind: str, file: Path) -> None:
@@ -84,14 +93,18 @@ def check_keys_of(stored: Mapping[str, Any], kind: str, file: Path) -> None:
 
     Args:
         stored: its content; of jina-clip `text_config` and its `hf_model_config_kwargs` too.
-        kind: "native" (transformers' jina_embeddings_v3), "xlm-r", "remote-code" or "jina_clip".
+        kind: "native" (transformers' jina_embeddings_v3), "open-clip" (the same beside an image tower's), "xlm-r",
+            "remote-code" or "jina_clip".
 
     Raises:
         ValueError: an unknown key, or a value that this tower does not have; all are named.
     """
     known = _SHAPE | _HARMLESS
-    if kind == "native":
+    if kind in ("native", "open-clip"):
         only = {"position_embedding_type": ("rotary",), "head_dim": (_head_dim(stored),), "attention_bias": (True,)}
+        if kind == "open-clip":
+            known |= _HARMLESS_OPEN_CLIP
+            only |= {key: (value,) for key, value in OPEN_CLIP_RENAMES.items()}
         _refuse(stored, known | _ROPE | _HARMLESS_REMOTE, {**_ONLY, **only}, file)
     elif kind == "xlm-r":
         _refuse(stored, known, {**_ONLY, "position_embedding_type": ("absolute",)}, file)

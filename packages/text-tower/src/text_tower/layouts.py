@@ -1,7 +1,7 @@
 """Layouts of weight files: for each of our names the names in another library.
 
 Ours are those of `TextTower.state_dict()`, which are transformers' on disk. A layout only renames, except that
-XLM-RoBERTa stores queries, keys and values separately.
+XLM-RoBERTa and open_clip store queries, keys and values separately.
 """
 
 from __future__ import annotations
@@ -23,6 +23,17 @@ _XLM_R = (  # ours, theirs
     ("mlp.fc2.", "output.dense."),
     ("norm2.", "output.LayerNorm."),
 )
+_OPEN_CLIP = (  # ours, and those of transformers' jina_embeddings_v3 in memory, which open_clip saves
+    ("emb_ln.", "embeddings.LayerNorm."),
+    ("encoder.layers.", "layers."),
+    ("mixer.out_proj.", "self_attn.o_proj."),
+    ("norm1.", "post_attention_layernorm."),
+    ("norm2.", "post_mlp_layernorm."),
+)
+_RENAMED = {  # kind -> parts of names, and the names of queries, keys and values
+    "xlm-r": (_XLM_R, ("attention.self.query", "attention.self.key", "attention.self.value")),
+    "open-clip": (_OPEN_CLIP, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +41,7 @@ class Layout:
     """One way to name the weights.
 
     Attributes:
-        kind: "transformers", "remote-code" (jina's own, adapters as parametrizations) or "xlm-r".
+        kind: "transformers", "remote-code" (jina's own, adapters as parametrizations), "xlm-r" or "open-clip".
         prefix: of every name, such as `roberta.`.
     """
 
@@ -44,6 +55,8 @@ class Layout:
         prefix = next((key[: key.index(mark)] for mark in marks for key in keys if mark in key), "")
         if any(".parametrizations." in key for key in keys):
             return cls("remote-code", prefix)
+        if any(".self_attn.q_proj." in key for key in keys):
+            return cls("open-clip", prefix)
         return cls("xlm-r" if any(".attention.self." in key for key in keys) else "transformers", prefix)
 
     def __str__(self) -> str:
@@ -51,12 +64,13 @@ class Layout:
             "transformers": "jina_embeddings_v3, as transformers writes it",
             "remote-code": "jina's remote-code layout, with parametrizations",
             "xlm-r": "XLM-RoBERTa",
+            "open-clip": "jina_embeddings_v3 in a model of open_clip",
         }[self.kind]
         return f"the text half of jina-clip-v2 ({title})" if self.is_half else title
 
     @property
     def is_half(self) -> bool:
-        """Whether the text weights are a part of a CLIP model's."""
+        """Whether the text weights are a part of a jina-clip model's."""
         return self.prefix.startswith("text_model.")
 
     def names(self, ours: str, every_name: Collection[str]) -> list[str]:
@@ -70,12 +84,13 @@ class Layout:
         if self.kind == "remote-code" and f"{module}.lora_A" in every_name and leaf != "bias":
             leaf = {"weight": "original"}.get(leaf, f"0.{leaf}")
             return [f"{self.prefix}{module}.parametrizations.weight.{leaf}"]
-        if self.kind != "xlm-r":
+        if self.kind not in _RENAMED:
             return [self.prefix + ours]
-        for our_part, their_part in _XLM_R:
+        renamed, qkv = _RENAMED[self.kind]
+        for our_part, their_part in renamed:
             ours = re.sub(rf"(^|\.){re.escape(our_part)}", rf"\g<1>{their_part}", ours)
-        parts = ("query", "key", "value") if ".mixer.Wqkv." in ours else ("",)
-        return [self.prefix + ours.replace("mixer.Wqkv", f"attention.self.{part}") for part in parts]
+        parts = qkv if ".mixer.Wqkv." in ours else ("",)
+        return [self.prefix + ours.replace("mixer.Wqkv", part) for part in parts]
 
     def expected(self, shapes: Mapping[str, list[int]]) -> dict[str, list[int]]:
         """{our name: shape} -> {their name: shape}."""
@@ -92,6 +107,8 @@ class Layout:
         others = (*heads, *(f"{self.prefix}embeddings.{name}" for name in positions))
         if self.is_half:
             others += ("vision_model.", "logit_scale")
+        if self.kind == "open-clip":
+            others += ("visual.", "logit_scale", "logit_bias")
         return {name: tensor for name, tensor in weights.items() if not name.startswith(others)}
 
     def without_merged(self, weights: Mapping[str, Tensor]) -> tuple[Layout, dict[str, Tensor]]:

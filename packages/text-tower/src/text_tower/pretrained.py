@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from text_tower import config_json, peft_folders, st_folder
+from text_tower import config_json, open_clip_folder, peft_folders, st_folder
 from text_tower.config import TextTowerConfig
 from text_tower.files import (
     check_keys,
@@ -53,7 +53,8 @@ def load(
     """Reads a tower, on the CPU in float32, with its tokenizer if the directory holds one.
 
     It reads directories that `save_pretrained` wrote, transformers' own `jina_embeddings_v3`, XLM-RoBERTa's, jina's
-    remote-code layout with its parametrizations, and jina-clip-v2, of which it takes the text half.
+    remote-code layout with its parametrizations, jina-clip-v2, and models of open_clip with such a text tower; of the
+    last two it takes the text half.
 
     Args:
         path: directory with config.json and model.safetensors (or pytorch_model.bin, read with `weights_only=True`).
@@ -153,6 +154,7 @@ class _Found:
     def of(cls, path: Path, reader: Callable[..., dict[str, Tensor]]) -> _Found:
         said = st_folder.read(path)
         path = said.transformer
+        open_clip = open_clip_folder.read(path)
         stored = read_json(path / "config.json")
         if (path / "adapter_config.json").is_file():  # transformers would add it to the weights
             raise ValueError(
@@ -161,8 +163,10 @@ class _Found:
             )
         ours = config_json.ours_of(stored, path / "config.json")
         unmerged = bool(ours.get("adapters")) and (path / f"{UNMERGED}.safetensors").is_file()
-        weights = reader(path, UNMERGED) if unmerged else reader(path)
+        weights = reader(path, *(open_clip_folder.STEMS if open_clip else [UNMERGED] if unmerged else []))
         layout = Layout.of(weights)
+        if open_clip and layout.kind != "open-clip":
+            raise ValueError(f"{path} has {layout} as open_clip's text tower; expected {Layout('open-clip')}")
         config = config_json.from_json(stored, weights, layout, path / "config.json")
         tokenizer = Tokenizer.in_directory(path)
         wanted = config_json.tokenizer_of(stored, path / "config.json")
@@ -173,6 +177,8 @@ class _Found:
             )
         if layout.is_half and layout.kind == "remote-code" and not config.adapters:
             layout, weights = layout.without_merged(weights)
+        if open_clip:
+            config = open_clip.applied(config)
         said = st_folder.without_ours(said, config) if said.is_one and ours else said
         # A tokenizer's limit is not jina-clip's: its encode_text cuts at 512, whatever the tokenizer says.
         config = _with_what_else_is_said(config, said, None if layout.is_half else tokenizer)

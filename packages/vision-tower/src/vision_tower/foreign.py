@@ -11,13 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vision_tower.config import VisionTowerConfig, as_pair
+from vision_tower.config import PREPROCESSING, VisionTowerConfig, as_pair
 from vision_tower.fields import COUNT, FLAG, NUMBER, OBJECT, TEXT, field, read_json, shown
-from vision_tower.timm_models import config_of, meta_model
+from vision_tower.timm_models import DIRECTORY_KEYS, config_of, directory_config, meta_model
 
 PROCESSOR_NAME = "preprocessor_config.json"
 PROCESSOR_TYPE = "CLIPImageProcessor"
 OPEN_CLIP_NAME = "open_clip_config.json"
+_DIRECTORIES = ("local-dir:", "hf-hub:")  # before names of which timm makes a model by a config.json
 
 # Keys that transformers writes into every configuration, or wrote until its version 5.
 _OF_TRANSFORMERS = """
@@ -127,15 +128,21 @@ def jina_settings(values: Mapping[str, Any], source: Path) -> dict[str, Any]:
     return found | dict(ours)
 
 
-def open_clip_settings(values: Mapping[str, Any], source: Path, *, num_classes: int | None) -> dict[str, Any]:
+def open_clip_settings(
+    values: Mapping[str, Any], source: Path, beside: Mapping[str, Any], *, num_classes: int | None
+) -> dict[str, Any]:
     """Shape and preprocessing in an open_clip_config.json whose image tower is timm's.
+
+    Args:
+        values: its content.
+        beside: that of config.json, which has the shape if the tower is made from a directory and not by a timm name.
 
     Raises:
         ValueError: another kind of tower, or an unknown key.
     """
     model, vision = _object(values, "model_cfg", source), {}
-    if model:
-        vision = dict(_object(model, "vision_cfg", source))
+    if model:  # open_clip's own defaults are towers that average patches, and a projection
+        vision = {"timm_pool": "avg", "timm_proj": "linear", **_object(model, "vision_cfg", source)}
     name = vision.get("timm_model_name")
     if not isinstance(name, str):
         raise ValueError(
@@ -150,8 +157,20 @@ def open_clip_settings(values: Mapping[str, Any], source: Path, *, num_classes: 
     _check(vision, fixed, read | {"timm_proj_bias", "output_tokens"}, f"{source}: vision_cfg")
     dims = field(model, "embed_dim", COUNT, f"{source}: model_cfg", 0)
     head = 0 if vision.get("timm_proj") == "none" else dims
-    made = meta_model(name, {"num_classes": head, "global_pool": "token"}, source)
-    found = asdict(config_of(made, name, {}, num_classes=num_classes, global_pool=None))
+    if name.startswith(_DIRECTORIES):
+        if "architecture" not in beside:
+            raise ValueError(
+                f"{source} makes the image tower from {name!r}; put the config.json from there beside it, since "
+                "nothing is fetched for it here"
+            )
+        if head:
+            raise ValueError(f"{source}: vision_cfg has a projection after {name!r}, and expected is timm_proj 'none'")
+        timms = {key: value for key, value in beside.items() if key in DIRECTORY_KEYS}  # the others are of the texts
+        shape = directory_config(timms, source.with_name("config.json"), num_classes=num_classes, global_pool=None)
+        found = asdict(shape) | {key: getattr(VisionTowerConfig, key) for key in PREPROCESSING}  # open_clip has its own
+    else:
+        made = meta_model(name, {"num_classes": head, "global_pool": "token"}, source)
+        found = asdict(config_of(made, name, {}, num_classes=num_classes, global_pool=None))
     stated = {"size": vision.get("image_size"), **_object(values, "preprocess_cfg", source)}
     return {**found, **_preprocessing(stated, f"{source}: preprocess_cfg", crop_mode=None)}
 

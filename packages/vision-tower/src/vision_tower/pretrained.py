@@ -167,13 +167,14 @@ def _stated_config(
 ) -> VisionTowerConfig | None:
     """The configuration in a directory's JSON files; None if it is to be inferred from the weights."""
     file = source.with_name(CONFIG_NAME)
+    open_clip = source.with_name(OPEN_CLIP_NAME)
+    if in_directory and open_clip.is_file() and (not values or source.name.startswith("open_clip_")):
+        found = open_clip_settings(read_json(open_clip), open_clip, values, num_classes=num_classes)
+        return VisionTowerConfig.from_dict({**found, **stated})
     if OUR_KEY in values or values.get("model_type") == MODEL_TYPE:
         return _own_config(values, file, stated)
     if "architecture" in values:
         return directory_config(values, file, num_classes=num_classes, global_pool=global_pool).changed(stated)
-    if not values and in_directory and (open_clip := source.with_name(OPEN_CLIP_NAME)).is_file():
-        found = open_clip_settings(read_json(open_clip), open_clip, num_classes=num_classes)
-        return VisionTowerConfig.from_dict({**found, **stated})
     if values.get("model_type") not in (None, "jina_clip"):
         raise ValueError(
             f"{file} describes a {values['model_type']!r}; expected {MODEL_TYPE!r}, "

@@ -68,7 +68,7 @@ def run(job: Job, say: Callable[[str], None]) -> tuple[int, int]:
 
 def _encode(job: Job, parts: Parts, say: Callable[[str], None]) -> list[str]:
     """Stores every part that is not stored yet; the names of all of them, in order."""
-    key = _key(job.settings)
+    key = key_of(job.settings)
     counts = [each.count() for each in job.inputs]
     total = None if None in counts else sum(filter(None, counts))
     names: list[str] = []
@@ -116,7 +116,7 @@ def chunks(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
         yield chunk
 
 
-def _key(settings: EncoderSettings) -> str:
+def key_of(settings: EncoderSettings) -> str:
     """What vectors follow from, apart from the inputs: the model's files, and options."""
     files = {}
     for path in sorted(settings.model.rglob("*")):

@@ -9,6 +9,7 @@ from pathlib import Path
 from stage_trainer.errors import UserError
 
 MODEL = "an exported model, a checkpoint, a stage's folder with checkpoints, or a model's name on the Hugging Face hub"
+RECIPE = "launch/recipes/laptop.yaml"
 DATA = "a corpus (its test split is used, or else its validation split), a folder of data sets, or one data set"
 
 
@@ -20,8 +21,7 @@ def a_path(text: str) -> Path:
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
-    default = "launch/recipes/laptop.yaml"
-    parser.add_argument("--recipe", type=a_path, default=default, help="a YAML file (default: %(default)s)")
+    parser.add_argument("--recipe", type=a_path, default=RECIPE, help="a YAML file (default: %(default)s)")
 
 
 def add_settings(parser: argparse.ArgumentParser, help: str = "overrides, as for train") -> None:

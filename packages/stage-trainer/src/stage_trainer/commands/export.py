@@ -96,8 +96,6 @@ def run(arguments: argparse.Namespace) -> None:
 
         adapters = open_clip.write(model, arguments.out, arguments.repository, card_of)
         _say_adapters(adapters.merged, adapters.left_out, ", since open_clip has none", can_be_kept=False)
-        print(f"wrote {arguments.out}; {arguments.out / 'README.md'} has an example")
-        return
     else:
         adapters = common.write(model, arguments.out, arguments.lora or "merged", card_of)
         _say_adapters(adapters.merged, adapters.left_out, "; --lora kept exports all of them")

@@ -56,13 +56,12 @@ def _check(model: Path, repository: str) -> None:
             f"{model} is no exported model: it has no README.md beside a config.json; write one with "
             "`stage-trainer export`"
         )
-    if (open_clip := model / "open_clip_config.json").is_file():
-        if f'"hf-hub:{repository}"' not in open_clip.read_text(encoding="utf-8"):
-            raise UserError(
-                f"{open_clip} names another place than {repository}, from which open_clip would make the towers; "
-                f"export it again with `--format open-clip --repository {repository}`"
-            )
-        return
+    open_clip = model / "open_clip_config.json"
+    if open_clip.is_file() and f'"hf-hub:{repository}"' not in open_clip.read_text(encoding="utf-8"):
+        raise UserError(
+            f"{open_clip} names another place than {repository}, from which open_clip would make the towers; "
+            f"export it again with `--format open-clip --repository {repository}`"
+        )
     say("reading the model …")
     from stage_trainer.formats.onnx import check_installed, graphs_in
 

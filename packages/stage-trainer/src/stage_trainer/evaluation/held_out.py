@@ -10,10 +10,9 @@ from data_prep.shards import MANIFEST, Dataset, ShardError
 
 from stage_trainer.errors import UserError
 from stage_trainer.evaluation.measures import name_beside
+from stage_trainer.evaluation.sets import SPLITS
 from stage_trainer.recipe.address import is_remote
 
-SPLITS = ("test", "validation")
-"""Of a corpus only the first of these that exists is evaluated."""
 _ORDER = ("image-short", "image-long", "text-pairs", "text-triplets")
 
 

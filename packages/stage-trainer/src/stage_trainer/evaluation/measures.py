@@ -15,6 +15,7 @@ from data_prep.shards import MANIFEST, Dataset, ShardError
 from stage_trainer.data.config import DataConfig
 from stage_trainer.data.remote_data import place
 from stage_trainer.errors import UserError
+from stage_trainer.evaluation.sets import captions_of
 from stage_trainer.metrics.measure import Measure
 from stage_trainer.recipe import Recipe
 
@@ -27,7 +28,13 @@ def name_beside(taken: Container[str], source: str, kind: str, path: str) -> str
 
 
 def of_images(
-    name: str, in_languages: Collection[str], dims: Sequence[int], width: int | None, *, documents: bool
+    name: str,
+    in_languages: Collection[str],
+    dims: Sequence[int],
+    width: int | None,
+    *,
+    documents: bool,
+    source: str = "",
 ) -> dict[str, Measure]:
     """What is measured of a pool of captioned images.
 
@@ -35,6 +42,7 @@ def of_images(
         in_languages: of its captions.
         dims, width: Matryoshka dims, of which the whole width has no name of its own.
         documents: whether the images are pages, and the captions queries that they answer.
+        source: of the pool; one of a published set is also measured as published figures are.
     """
     languages: dict[str, Collection[str]] = dict.fromkeys(("text→image", "image→text"), in_languages)
     if "en" in in_languages and (others := [language for language in in_languages if language != "en"]):
@@ -49,6 +57,9 @@ def of_images(
             found[title] = Measure(headline=True)
             found |= {f"{title}/{language}": Measure() for language in of}
             found |= {f"{title}/{dim} dims": Measure() for dim in dims if dim != width}
+    if captions_of(source, in_languages):
+        published = by_published_protocol(name)
+        found |= {title_of("recall", published, way): Measure(headline=True) for way in ("text→image", "image→text")}
     return {**found, f"modality_gap/{name}": Measure(higher_is_better=False)}
 
 
@@ -70,6 +81,13 @@ def of_masked_lm(in_languages: Collection[str]) -> dict[str, Measure]:
 
 def title_of(measure: str, pool: str, direction: str) -> str:
     return f"validation_{measure}_at_5_{pool}/{direction.replace('→', ' to ')}"
+
+
+def by_published_protocol(pool: str) -> str:
+    """What stands for a pool in the names of recall@5 by the protocol of published figures, CLIP_benchmark's: the mean
+    over the set's languages, as `evaluate --suite` has it. In our own, equal captions count once, and all languages of
+    the pool are in the mean."""
+    return f"{pool}, by CLIP_benchmark"
 
 
 def title_of_pairs(pool: str, what: str) -> str:
@@ -135,7 +153,7 @@ def _possible(recipe: Recipe, number: int) -> dict[str, Measure] | None:
         names[images].add(name)
         languages = _languages(opened)
         if images:
-            found |= of_images(name, languages, stage.loss.dims, None, documents=True)
+            found |= of_images(name, languages, stage.loss.dims, None, documents=True, source=opened.source)
         else:
             found |= of_pairs(name, languages, scored=True)
     return found

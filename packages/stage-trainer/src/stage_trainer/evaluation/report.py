@@ -38,7 +38,7 @@ def write_report(recipe: Recipe, versions: dict[str, str]) -> tuple[Path, str]:
         if not (path := directory / EVALUATION).exists():
             notes.append(f"stage {number} has not been evaluated: {again}")
             continue
-        stages[directory.name] = _read(path)
+        stages[directory.name] = read_figures(path)
         state = saved[-1].state()
         parts[directory.name] = {k: state.get(k) for k in ("step", "seconds", "peak_memory_bytes", "versions")}
         measured = {figures.get("checkpoint", saved[-1].path.name) for figures in stages[directory.name].values()}
@@ -58,7 +58,12 @@ def write_report(recipe: Recipe, versions: dict[str, str]) -> tuple[Path, str]:
     return target, "\n".join([stages_table(stages), *(["", *notes] if notes else [])])
 
 
-def _read(path: Path) -> Pools:
+def read_figures(path: Path) -> Pools:
+    """What `stage-trainer evaluate` wrote into an evaluation.json.
+
+    Raises:
+        UserError: it is damaged, or something else.
+    """
     try:
         pools: Pools = read_json(path)
         if not stages_table({"": pools}):

@@ -141,7 +141,7 @@ def _embed(
     for first in range(0, max(1, len(items[::world])), BATCH):  # the first rank has the most
         before_batch()
         rows.append(encode(mine[first : first + BATCH], normalize=False, batch_size=BATCH))
-    return _of_all_ranks(np.concatenate(rows), rank, world)
+    return _of_all_ranks(np.concatenate(rows), len(items), world)
 
 
 def cut_texts(model: DualEncoder, texts: Sequence[str]) -> tuple[int, int]:
@@ -150,15 +150,16 @@ def cut_texts(model: DualEncoder, texts: Sequence[str]) -> tuple[int, int]:
     return sum(len(ids) > longest for ids in model.text.tokenizer(texts)) if model.text.tokenizer else 0, longest
 
 
-def _of_all_ranks(part: np.ndarray, rank: int, world: int) -> np.ndarray:
-    """Rows that were dealt to the ranks in turn, gathered in their original order."""
+def _of_all_ranks(part: np.ndarray, total: int, world: int) -> np.ndarray:
+    """The `total` rows `[total, D]` of items that were dealt to the ranks in turn, in their original order."""
     if world == 1:
         return part
-    gathered: list[np.ndarray] = [part] * world
-    torch.distributed.all_gather_object(gathered, part)
-    whole = np.empty((sum(map(len, gathered)), part.shape[1]), np.float32)
-    for r, rows in enumerate(gathered):
-        whole[r::world] = rows
+    on_gpus = torch.distributed.get_backend() == "nccl"
+    own = torch.zeros((-(-total // world), part.shape[1]), device="cuda" if on_gpus else "cpu")
+    own[: len(part)] = torch.from_numpy(part)
+    gathered = [torch.empty_like(own) for _ in range(world)]
+    torch.distributed.all_gather(gathered, own)  # as numbers; as objects they would be pickled on every rank
+    whole: np.ndarray = torch.stack(gathered, dim=1).flatten(0, 1)[:total].cpu().numpy()
     return whole
 
 

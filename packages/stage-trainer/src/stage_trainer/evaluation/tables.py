@@ -81,7 +81,7 @@ def stages_table(stages: dict[str, Pools]) -> str:
         (of_images, ["pool", "recall@5, %", *after, *columns, "blind guess"], 2 + len(after)),
         (of_texts, ["text pairs, nDCG@10, %", *after, *columns, "Spearman"], 1 + len(after)),
     ]
-    return "\n\n".join(_align([header, *rows], words) for rows, header, words in parts if rows)
+    return "\n\n".join(aligned([header, *rows], words) for rows, header, words in parts if rows)
 
 
 def _having(stages: dict[str, Pools], pool: str) -> list[tuple[list[str], Figures]]:
@@ -101,10 +101,10 @@ def languages_table(pools: Pools, direction: str) -> str:
         by_dim = figures["ndcg_at_10"] if texts else figures["recall_at_5"].get(direction, {})
         for language, value in next(iter(by_dim.values()), {}).items():
             rows.append([pool, language, "nDCG@10" if texts else f"{direction}, recall@5", f"{100 * value:.1f}"])
-    return _align(rows, 3)
+    return aligned(rows, 3)
 
 
-def _align(rows: Sequence[Sequence[str]], words: int) -> str:
+def aligned(rows: Sequence[Sequence[str]], words: int) -> str:
     """Pads columns to equal width: the first `words` aligned to the left, the others, numbers, to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []

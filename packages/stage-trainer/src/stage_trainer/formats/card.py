@@ -174,6 +174,8 @@ def _use_in_open_clip(name: str, model: DualEncoder, adapters: Adapters) -> list
     about = _model(name, model, adapters)
     said = model.text.config.instructions.get(about.task, "") if about.task else ""
     return [
+        "**Trilith**",
+        _code(snippets.trilith(about)),
         "**open_clip** (3.3, with transformers 5.4 or newer and timm)",
         _code(snippets.open_clip(about)),
         f"It pads every text to {context_length(model.text.config)} tokens, which costs time; "

@@ -25,7 +25,7 @@ from stage_trainer.errors import UserError
 from stage_trainer.files import whole_directory
 from stage_trainer.formats.common import Adapters
 from stage_trainer.formats.jina_clip_layout import TASK, tensors, with_an_adapter
-from stage_trainer.formats.jina_clip_read import MODEL_TYPE
+from stage_trainer.formats.jina_clip_read import BIASES, MODEL_TYPE
 
 PROCESSOR = "JinaCLIPProcessor"
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -224,10 +224,15 @@ def _ours(model: DualEncoder, config: TextTowerConfig, name: str) -> dict[str, A
         vision["checkpointing"] = True
     if _vision_config(of_vision)["mlp_ratio"] != of_vision.mlp_ratio:
         vision["mlp_ratio"] = of_vision.mlp_ratio
-    scales = {}
+    return {**scalars(model), **({"text": text} if text else {}), **({"vision": vision} if vision else {})}
+
+
+def scalars(model: DualEncoder) -> dict[str, float]:
+    """The text task's own temperature and a sigmoid loss's biases, if there are such."""
+    found = {}
     if (scale := float(model.text_logit_scale.detach())) != float(model.logit_scale.detach()):
-        scales["text_logit_scale"] = scale
-    return {**scales, **({"text": text} if text else {}), **({"vision": vision} if vision else {})}
+        found["text_logit_scale"] = scale
+    return found | {name: float(bias.detach()) for name in BIASES if (bias := getattr(model, name)) is not None}
 
 
 def _vision_config(config: VisionTowerConfig) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from text_tower.config_keys import CLIP_KEY
 
 from stage_trainer.errors import UserError
 from stage_trainer.files import read_json
+from stage_trainer.formats.onnx import graphs_in
 
 if TYPE_CHECKING:
     from text_tower import TextTower
@@ -22,16 +23,20 @@ if TYPE_CHECKING:
     from vision_tower import VisionTower
 
 MODEL_TYPE = "jina_clip"
+BIASES = ("logit_bias", "text_logit_bias")
+"""What a sigmoid loss learns beside the temperatures: names of `DualEncoder`'s parameters, and of keys."""
 
 
 class Parts(NamedTuple):
-    """What a model is made of. The published one has a single temperature, which both tasks then have."""
+    """What a model is made of. The published one has a single temperature, which both tasks then have, and no biases of
+    a sigmoid loss."""
 
     text: TextTower
     vision: VisionTower
     logit_scale: float
     text_logit_scale: float
     dims: tuple[int, ...] | None
+    biases: tuple[float, float] | None = None
 
 
 def is_one(folder: Path) -> bool:
@@ -55,27 +60,40 @@ def read(folder: Path, text: dict[str, Any], vision: dict[str, Any]) -> Parts:
 
     from stage_trainer.formats.jina_clip_layout import unnamed
 
+    if graphs_in(folder):
+        raise UserError(
+            f"{folder} holds ONNX graphs and no weights: it is for ONNX Runtime and transformers.js (its README.md has "
+            "examples). Name the model that it was exported from"
+        )
     try:
         towers = TextTower.from_pretrained(folder, **text), VisionTower.from_pretrained(folder, **vision)
         keys = read_shapes(folder)
     except (ValueError, OSError) as error:  # the towers say what is missing or damaged
         raise UserError(f"cannot load {folder}: {error}") from error
     if others := unnamed(keys, towers[0].config, towers[1].config):
-        named = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
         raise UserError(
-            f"cannot load {folder}: its weights have {named}, which jina-clip-v2 does not; such a model computes "
+            f"cannot load {folder}: its weights have {few(others)}, which jina-clip-v2 does not; such a model computes "
             "something else. Expected its layout exactly"
         )
-    found = logit_scale(folder)
+    found = scalar(folder)
     if found is None or found.ndim:
         has = "none" if found is None else f"one of shape {list(found.shape)}"
         raise UserError(f"cannot load {folder}: its weights have no logit_scale of shape [], but {has}")
     scale = as_scale(found, folder)
-    return Parts(*towers, scale, stated_text_scale(folder, scale), _dims(folder, towers[0].config.width))
+    dims = stated_dims(folder, towers[0].config.width)
+    return Parts(*towers, scale, stated_text_scale(folder, scale), dims, stated_biases(folder))
 
 
-def logit_scale(folder: Path) -> Tensor | None:
-    """The tensor of that name in a directory's file of weights; None if there is no such file or name.
+def few(names: list[str]) -> str:
+    """The first of many names, for a message."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def scalar(
+    folder: Path, name: str = "logit_scale", weights: tuple[str, str] = ("model.safetensors", "pytorch_model.bin")
+) -> Tensor | None:
+    """A tensor of one number in a directory's file of weights (safetensors or a pickle); None if there is no such file
+    or name.
 
     Raises:
         UserError: the file cannot be read.
@@ -84,18 +102,18 @@ def logit_scale(folder: Path) -> Tensor | None:
 
     found: Any = None
     try:
-        if (file := folder / "model.safetensors").is_file():
+        if (file := folder / weights[0]).is_file():
             from safetensors import safe_open
 
-            with safe_open(file, framework="pt") as content:
-                found = content.get_tensor("logit_scale") if "logit_scale" in content.keys() else None  # noqa: SIM118
-        elif (file := folder / "pytorch_model.bin").is_file():
-            weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            found = weights.get("logit_scale") if isinstance(weights, dict) else None
+            with safe_open(file, framework="pt") as tensors:
+                found = tensors.get_tensor(name) if name in tensors.keys() else None  # noqa: SIM118
+        elif (file := folder / weights[1]).is_file():
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            found = content.get(name) if isinstance(content, dict) else None
     except Exception as error:  # torch and safetensors raise many kinds for a file that is not theirs
-        raise UserError(f"{file} cannot be read for its logit_scale ({error}); copy or download it again") from error
+        raise UserError(f"{file} cannot be read for its {name} ({error}); copy or download it again") from error
     if found is not None and not (isinstance(found, torch.Tensor) and found.numel() == 1):
-        raise UserError(f"{file}: logit_scale is {str(found)[:200]}; expected one number, ln(1 / temperature)")
+        raise UserError(f"{file}: {name} is {str(found)[:200]}; expected one number")
     return found
 
 
@@ -113,20 +131,46 @@ def stated_text_scale(folder: Path, scale: float) -> float:
     Raises:
         UserError: config.json says something else there.
     """
+    return _stated(folder, "text_logit_scale", 20, scale)
+
+
+def stated_biases(folder: Path, in_weights: float | None = None) -> tuple[float, float] | None:
+    """A sigmoid loss's biases, of the image-text and the text task, in a directory that we wrote; None if it has none.
+
+    Args:
+        in_weights: the first, where the weights have it.
+
+    Raises:
+        UserError: config.json says something else there.
+    """
+    if in_weights is None and not any(name in _ours(folder) for name in BIASES):
+        return None
+    first = _stated(folder, BIASES[0], 1000, None) if in_weights is None else in_weights
+    return first, _stated(folder, BIASES[1], 1000, first)
+
+
+def _ours(folder: Path) -> dict[str, Any]:
+    """What a directory that we wrote says beside the published keys."""
     file = folder / "config.json"
     ours = read_json(file).get(CLIP_KEY) or {}
-    if not isinstance(ours, dict) or (unknown := ours.keys() - {"text", "vision", "text_logit_scale"}):
+    known = {"text", "vision", "text_logit_scale", *BIASES}
+    if not isinstance(ours, dict) or (unknown := ours.keys() - known):
         named = ", ".join(sorted(unknown)) if isinstance(ours, dict) else str(ours)[:200]
         raise UserError(f"{file}: {CLIP_KEY} has {named}, not known there; remove it, or export the model again")
-    found = ours.get("text_logit_scale", scale)
-    if isinstance(found, bool) or not isinstance(found, int | float) or not abs(found) <= 20:
+    return ours
+
+
+def _stated(folder: Path, key: str, most: int, default: float | None) -> float:
+    found = _ours(folder).get(key, default)
+    if isinstance(found, bool) or not isinstance(found, int | float) or not abs(found) <= most:
         raise UserError(
-            f"{file}: {CLIP_KEY}.text_logit_scale is {str(found)[:200]!r}; expected a number from -20 to 20"
+            f"{folder / 'config.json'}: {CLIP_KEY}.{key} is {str(found)[:200]!r}; expected a number from -{most} to "
+            f"{most}"
         )
     return float(found)
 
 
-def _dims(folder: Path, width: int) -> tuple[int, ...] | None:
+def stated_dims(folder: Path, width: int) -> tuple[int, ...] | None:
     """`matryoshka_dimensions`, as far as the towers have so many."""
     found = read_json(folder / "config.json").get("matryoshka_dimensions")
     if found is not None and not (isinstance(found, list) and all(type(n) is int and 0 < n < 2**31 for n in found)):

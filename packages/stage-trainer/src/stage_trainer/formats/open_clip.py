@@ -1,7 +1,7 @@
 """`--format open-clip`: a directory that open_clip 3.3 loads: a text tower of transformers, an image tower of timm.
 
     open_clip_config.json       what open_clip makes: both towers by the config.json beside it
-    config.json                 transformers' (jina_embeddings_v3) and timm's at once: neither minds the other's keys
+    config.json                 transformers' (jina_embeddings_v3), timm's and ours at once: none minds the others' keys
     open_clip_model.safetensors the weights of both, and the temperature
     tokenizer.json, …           read by AutoTokenizer
 
@@ -16,11 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from text_tower import TextTower, TextTowerConfig
-from text_tower.config_json import OUR_KEY, to_json
+from text_tower import TextTowerConfig
+from text_tower.config_json import to_json
+from text_tower.config_keys import CLIP_KEY, OPEN_CLIP_RENAMES
 from text_tower.files import write_json, write_weights
+from text_tower.open_clip_folder import CONFIG_FILE
 from text_tower.st_folder import MAX_LENGTH
-from torch import Tensor
 from vision_tower import VisionTowerConfig
 from vision_tower.config import as_pair
 from vision_tower.pretrained import timm_keys
@@ -29,17 +30,11 @@ from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.errors import UserError
 from stage_trainer.files import whole_directory
 from stage_trainer.formats.common import Adapters, check
+from stage_trainer.formats.jina_clip import scalars
+from stage_trainer.formats.open_clip_read import BIAS, SCALE, named
 
-CONFIG_FILE = "open_clip_config.json"
 _RESIZE_MODES = {"center": "shortest", "squash": "squash"}
 _INTERPOLATIONS = ("bicubic", "bilinear")
-_TEXT = (  # ours, and those of transformers' model in memory, which open_clip loads into
-    ("emb_ln.", "embeddings.LayerNorm."),
-    ("encoder.layers.", "layers."),
-    (".mixer.out_proj.", ".self_attn.o_proj."),
-    (".norm1.", ".post_attention_layernorm."),
-    (".norm2.", ".post_mlp_layernorm."),
-)
 
 
 def write(model: DualEncoder, out: Path, repository: str | None, card: Callable[[Adapters], str]) -> Adapters:
@@ -61,8 +56,12 @@ def write(model: DualEncoder, out: Path, repository: str | None, card: Callable[
         model.text = model.text.merged()
     adapters = Adapters(merged=names[:1], left_out=names[1:])
     assert model.text.tokenizer is not None  # `check` saw it
+    weights = named(model.text.state_dict(), model.vision.state_dict())
+    weights[SCALE] = model.logit_scale.detach().reshape(())
+    if model.logit_bias is not None:
+        weights[BIAS] = model.logit_bias.detach().reshape(())
     with whole_directory(out) as directory:
-        write_weights(_weights(model), directory / "open_clip_model.safetensors")
+        write_weights(weights, directory / "open_clip_model.safetensors")
         write_json(_config(model), directory / "config.json")
         write_json(
             _open_clip_config(model, repository or str(out.resolve()), repository is None), directory / CONFIG_FILE
@@ -86,37 +85,17 @@ def _check_images(config: VisionTowerConfig) -> None:
         raise UserError(f"open_clip has no word for the image tower's {found}. Export it in another format")
 
 
-def _weights(model: DualEncoder) -> dict[str, Tensor]:
-    return {
-        "logit_scale": model.logit_scale.detach().reshape(()),
-        **{f"text.transformer.{name}": tensor for name, tensor in _of_texts(model.text).items()},
-        **{f"visual.trunk.{name}": tensor for name, tensor in model.vision.state_dict().items()},
-    }
-
-
-def _of_texts(tower: TextTower) -> dict[str, Tensor]:
-    """The text tower under the names of transformers' JinaEmbeddingsV3Model in memory: queries, keys, values apart."""
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in tower.state_dict().items():
-        for ours, theirs in _TEXT:
-            name = name.replace(ours, theirs)
-        if ".mixer.Wqkv." in name:
-            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
-                renamed[name.replace(".mixer.Wqkv.", f".self_attn.{part}_proj.")] = rows.contiguous()
-        else:
-            renamed[name] = tensor
-    return renamed
-
-
 def _config(model: DualEncoder) -> dict[str, Any]:
     """config.json, for transformers and timm."""
     dtype = str(next(model.text.parameters()).dtype).removeprefix("torch.")
-    text = to_json(model.text.config, dtype, "JinaEmbeddingsV3Model", None)
+    assert model.text.tokenizer is not None
+    ours = scalars(model)
     return {
         **timm_keys(model.vision.config, with_processor=False),
-        **{key: value for key, value in text.items() if key != OUR_KEY},
-        "attribute_map": {"open_clip_model_type": "model_type"},  # before the next key, which it renames
-        "open_clip_model_type": "xlm-roberta",
+        **to_json(model.text.config, dtype, "JinaEmbeddingsV3Model", model.text.tokenizer.fingerprint),
+        **OPEN_CLIP_RENAMES,
+        "matryoshka_dimensions": list(model.matryoshka_dims) if model.matryoshka_dims else None,
+        **({CLIP_KEY: ours} if ours else {}),
     }
 
 
@@ -126,6 +105,7 @@ def _open_clip_config(model: DualEncoder, place: str, local: bool) -> dict[str, 
     return {
         "model_cfg": {
             "embed_dim": text.width,
+            **({} if model.logit_bias is None else {"init_logit_bias": float(model.logit_bias.detach())}),
             "vision_cfg": {
                 "image_size": size,
                 "timm_model_name": f"{'local-dir' if local else 'hf-hub'}:{place}",

@@ -14,8 +14,16 @@ from stage_trainer.data.config import DataConfig
 from stage_trainer.data.remote_data import place
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.engine import Engine
-from stage_trainer.evaluation import picture, retrieval, text_retrieval
-from stage_trainer.evaluation.measures import name_beside, of_images, of_pairs, title_of, title_of_pairs
+from stage_trainer.evaluation import cross_modal, picture, retrieval, text_retrieval
+from stage_trainer.evaluation.measures import (
+    by_published_protocol,
+    name_beside,
+    of_images,
+    of_pairs,
+    title_of,
+    title_of_pairs,
+)
+from stage_trainer.evaluation.sets import captions_of
 from stage_trainer.metrics.measure import Measure
 from stage_trainer.metrics.modality_gap import modality_gap
 from stage_trainer.metrics.retrieval import unit
@@ -24,7 +32,7 @@ from stage_trainer.tasks.task import Measured
 
 class PoolValidation:
     """Every pool by its kind: recall@5 and the gap between modalities of captioned images, nDCG@5 of pages that answer
-    queries, nDCG@10 of text pairs.
+    queries, nDCG@10 of text pairs; of a published set of photos also recall@5 as in published figures.
 
     Args:
         data: where they are.
@@ -54,7 +62,8 @@ class PoolValidation:
         self.dims = model.matryoshka_dims or (model.text.config.width,)
         self.measures: dict[str, Measure] = {}
         for name, pool in self.images.items():
-            self.measures |= of_images(name, pool.texts, self.dims, model.text.config.width, documents=pool.documents)
+            width = model.text.config.width
+            self.measures |= of_images(name, pool.texts, self.dims, width, documents=pool.documents, source=pool.name)
         for name, pair_pool in self.pairs.items():
             self.measures |= of_pairs(name, pair_pool.queries, scored=bool(pair_pool.scores))
 
@@ -107,6 +116,12 @@ def _recall(name: str, pool: retrieval.Pool, embedded: retrieval.EmbeddedPool, d
                     values |= {f"{title}/{language}": v for language, v in by_language.items() if language != "mean"}
                 else:
                     values[f"{title}/{dim} dims"] = by_language["mean"]
+    if known := captions_of(pool.name, pool.texts):
+        width = embedded.images.shape[1]
+        figures = cross_modal.figures_of(cross_modal.entries_of(known, pool), embedded, [width])
+        for measure, rows in figures.items():
+            mean = float(np.mean([by_dim[str(width)] for by_dim in rows.values()]))
+            values[title_of("recall", by_published_protocol(name), measure.rpartition("@5 ")[2])] = mean
     values[f"modality_gap/{name}"] = modality_gap(embedded.images, embedded.texts)
     return values
 

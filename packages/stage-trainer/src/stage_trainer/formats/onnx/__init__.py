@@ -24,5 +24,6 @@ def check_installed() -> None:
 
 def graphs_in(folder: Path) -> list[Path]:
     """The graphs of a directory that this format wrote; none if it holds a model in PyTorch's weights."""
-    of_pytorch = [*folder.glob("model.safetensors"), *folder.glob("*/model.safetensors")]
+    of_pytorch = [file for name in ("model.safetensors", "pytorch_model.bin", "*/model.safetensors")
+                  for file in folder.glob(name)]  # fmt: skip
     return [] if of_pytorch else sorted(folder.glob("onnx/*.onnx"))

@@ -86,7 +86,8 @@ image = Image.open("photo.jpg").convert("RGB")
 {resize}
 left, top = round((image.width - {width}) / 2), round((image.height - {height}) / 2)
 image = image.crop((left, top, left + {width}, top + {height}))
-pixels = (np.asarray(image, np.float32) / 255 - {list(vision.mean)}) / {list(vision.std)}
+mean, std = {list(vision.mean)}, {list(vision.std)}
+pixels = (np.asarray(image, np.float32) / 255 - mean) / std
 pixels = pixels.transpose(2, 0, 1)[None].astype(np.float32)
 session = onnxruntime.InferenceSession({model.file("vision_model")})
 (image,) = session.run(["l2norm_image_embeddings"], {{"pixel_values": pixels}})
