@@ -131,3 +131,27 @@ def test_a_model_twice_is_refused(export, photos, tmp_path, capsys):
     words = ["--table", "7", "--beside", str(export), "--out", str(tmp_path / "out")]
     assert main(["evaluate", str(export), str(photos), *words]) == 2
     assert "is named twice" in capsys.readouterr().err
+
+
+def test_pages_and_texts_by_the_command(export, pages, tmp_path, capsys):
+    """With the instruction for queries, which texts of pairs and documents do not get."""
+    queries = [{"query-id": n, "query": f"query {n % 3}"} for n in range(4)]
+    data = pages("ArxivQ", queries, [(n, n, 1) for n in range(4)])
+    evalset("beir", beir_folder(tmp_path / "source"), "--name", "SciFact", "--out", data)
+    pairs = [{"sentence1": f"text {n}", "sentence2": f"title {n % 4}", "score": n % 5} for n in range(9)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    evalset("sts", tmp_path / "pairs.jsonl", "--name", "BIOSSES", "--out", data)
+    words = ["--suite", "all", "--out", str(tmp_path / "out"), "--query-task", "query"]
+    assert main(["evaluate", str(export), str(data), *words]) == 0
+    shown = capsys.readouterr().out
+    for table in ("Table 10: ", "Table 11: ", "Table 15: ", "vidore-v1-last-page: "):
+        assert table in shown
+    assert "instruction of queries 'text '" in shown
+    sets = json.loads((tmp_path / "out/figures.json").read_text())["models"][str(export)]["sets"]
+    assert set(sets) == {"ArxivQ", "SciFact", "BIOSSES"}
+    assert sets["ArxivQ"]["counts"] == {"pages": 8, "queries": 3}
+    plain = [*words[:2], "--out", str(tmp_path / "plain")]
+    assert main(["evaluate", str(export), str(data), *plain]) == 0
+    without = json.loads((tmp_path / "plain/figures.json").read_text())["models"][str(export)]["sets"]
+    assert without["BIOSSES"]["figures"] == sets["BIOSSES"]["figures"]
+    assert without["SciFact"]["figures"] != sets["SciFact"]["figures"]
