@@ -223,7 +223,10 @@ def launched(model, tmp_path_factory):
     yield start
     for process in processes:
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0, "Ctrl-C ends it without a complaint"
+        try:
+            assert process.wait(120) == 0, "Ctrl-C ends it without a complaint"
+        finally:
+            process.kill()
 
 
 @pytest.mark.full

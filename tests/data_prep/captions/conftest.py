@@ -117,6 +117,7 @@ class SeerService(ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict] = {}
         self.created = 0
+        self.unknown: set[str] = set()  # models of which it takes no batch
         self.lock = threading.Lock()
         self.languages = {path.read_text().strip(): path.stem for path in (PROMPTS / "v1").glob("*.txt")}
 
@@ -178,6 +179,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(200, json.dumps({"id": name, "object": "file", "purpose": "batch", "bytes": 1}).encode())
         elif self.path == "/v1/batches":
             wanted = json.loads(data)
+            if (model := wanted["metadata"]["model"]) in self.server.unknown:
+                error = {"message": f"The model `{model}` does not exist", "code": "model_not_found"}
+                self.answer(404, json.dumps({"error": error}).encode())
+                return
             self.server.created += 1
             batch = {
                 "id": f"batch_{self.server.created}",

@@ -6,6 +6,7 @@ import json
 
 import pytest
 from data_prep.captions.ledger import RequestLedger
+from data_prep.cli import main
 
 from .conftest import build_backwards, caption, completion, states
 
@@ -146,6 +147,18 @@ def test_an_image_that_is_another_one_by_now_goes_into_no_batch_and_stops_no_oth
     assert "images: image 0 is not the one that was planned" in error
     assert len(lines(seer)) == 2
     assert states(batches.ledger) == {"planned": 4, "sent": 2}
+
+
+def test_a_model_that_is_unknown_gets_no_batch_and_stops_no_other(seer, batches, tmp_path, capsys):
+    plan = ["captions", "plan", batches.ledger, str(tmp_path / "images"), "--model", "seer-2", "--languages", "en"]
+    assert main(plan) == 0
+    seer.unknown = {"seer-1"}
+    assert batches("submit", "--requests-per-file", "2") == 2
+    error = capsys.readouterr().err
+    assert "3 requests were sent in 2 batches, those of seer-1 stay planned: " in error
+    assert "knows no such model" in error
+    assert states(batches.ledger) == {"planned": 6, "sent": 3}
+    assert len(seer.files) == 3  # after the first refusal nothing of that model is uploaded
 
 
 def test_a_wrong_key_sends_nothing(seer, batches, monkeypatch, capsys):

@@ -22,16 +22,20 @@ LIMITS = [
     {"id": "gen-1", "choices": [], "error": {"status": "RESOURCE_EXHAUSTED", "message": "x"}},
     {"choices": None, "detail": "rate limit reached"},
     [{"error": {"code": 429, "message": "Resource has been exhausted"}}],
+    {"error_code": 18, "error_msg": "Open api qps request limit reached"},
+    {"base_resp": {"status_code": 1002, "status_msg": "rate limit"}, "choices": None},
+    {"code": 1302, "msg": "您的账户已达到速率限制"},
+    {"success": False, "code": 429},
     {"choices": [{"error": {"code": 429, "message": "busy"}, "finish_reason": "error", "message": {"content": ""}}]},
 ]
 
 
 @pytest.mark.parametrize("body", LIMITS)
 def test_a_limit_in_a_200_is_a_429_and_asked_again(seer, planned, run, ledger, body):
-    total = planned(3)
+    total = planned(1)
     raw = json.dumps(body).encode()
     assert disguised(CHAT, raw) == 429
-    seer.behave = lambda asked: Reply(200, raw, {"retry-after-ms": "5"}) if asked.number in (1, 3) else good(asked)
+    seer.behave = lambda asked: Reply(200, raw, {"retry-after-ms": "5"}) if asked.number in (0, 2) else good(asked)
     assert run() == 0
     assert states(ledger) == {"accepted": total}
     statuses = RequestLedger(ledger).db.execute("SELECT status, cost FROM attempt WHERE raw IS NULL").fetchall()
@@ -53,6 +57,11 @@ def test_a_limit_in_every_200_ends_the_run_with_the_services_message(seer, plann
     [
         (200, {"error": {"message": "Incorrect API key provided", "code": "invalid_api_key"}}, "refuses the API key"),
         (200, {"error": {"message": "x", "code": 401}}, "refuses the API key"),
+        (
+            200,
+            {"success": False, "errors": [{"code": 10000, "message": "Authentication error"}]},
+            "refuses the API key",
+        ),
         (200, {"code": "Arrearage", "message": "Access denied, overdue"}, "has no money left"),
         (200, {"error": {"message": "Insufficient Balance", "type": "unknown_error"}}, "has no money left"),
         (400, {"error": {"message": "API key not valid. Please pass one.", "code": 400}}, "refuses the API key"),
@@ -68,6 +77,21 @@ def test_what_holds_for_all_stops_the_run_whatever_it_comes_as(seer, planned, ru
     assert says in capsys.readouterr().err
     assert len(seer.asked) == 1
     assert states(ledger) == {"planned": total}
+
+
+@pytest.mark.parametrize(
+    ("raw", "status", "message"),
+    [
+        (b'data: {"error": {"message": "busy", "code": 503}}\n\n', 503, "busy"),
+        (b'event: error\ndata: {"error": {"message": "slow", "code": 429}}\n\n', 429, "slow"),
+        (b'{"fault": {"faultstring": "Spike arrest", "detail": {"errorcode": "x"}}}', 500, "Spike arrest"),
+        (b'{"errorMessage": "Task timed out"}', 500, "Task timed out"),
+        (b'{"status": "error", "status_code": 503}', 503, "no message"),
+    ],
+)
+def test_an_event_or_another_form_of_error_in_a_200_is_none_of_an_answer(raw, status, message):
+    assert disguised(CHAT, raw) == status
+    assert error_message(raw) == message
 
 
 @pytest.mark.parametrize("status", [400, 403, 503])

@@ -63,6 +63,37 @@ def test_what_is_no_caption_is_named_listed_and_asked_again_if_the_user_says_so(
     assert states(ledger) == {"accepted": 2}
 
 
+@pytest.mark.parametrize(
+    ("reason", "texts"),
+    [
+        (
+            "chatter",
+            ["Here you go: {}", "Translation: {}", "English: {}", "[Description] {}", "{} [end of description]",
+             "{}\n\nTags: bookshop, ladder", "{} Confidence: 0.9", "{}\n\nLanguage: English", "{}\nSource: the image",
+             "The image you shared shows the following. {}"],
+        ),
+        (
+            "markup",
+            ["1. {}", "- {}", "> {}", "<img src='x'>{}", "{} &nbsp;", "{}\n\n---\nGenerated", "{}\n#bookshop #cozy"],
+        ),
+        ("refusal", ["Sorry for the confusion earlier. {}"]),
+    ],
+)  # fmt: skip
+def test_labels_lists_and_tags_around_a_caption_make_it_none(reason, texts):
+    assert {text: verdict(text.replace("{}", PROSE)).reason for text in texts} == dict.fromkeys(texts, reason)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{} A sign says: “Exit 7”.", "{} The label reads \"Note: fragile\".", "{} Number #7 leads the race.",
+        "“Menu: soup”, says a board. {}", "{} On a board stand three things:\n- milk\n- bread\n- salt",
+    ],
+)  # fmt: skip
+def test_signs_and_lists_in_the_picture_are_no_labels(text):
+    assert verdict(text.replace("{}", PROSE)).reason is None
+
+
 @pytest.mark.parametrize("finish", ["abort", "error", "tool_calls", "eos", "", None, 5])
 def test_only_stop_is_the_end_of_a_caption(finish):
     assert verdict(PROSE, finish).reason == "unfinished"

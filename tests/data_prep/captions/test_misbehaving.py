@@ -37,10 +37,12 @@ def endless(parts: int = 1000, status: int = 200):
     yield b"0\r\n\r\n"
 
 
+PACKED = gzip.compress(bytes(20_000_000))  # here, as it takes longer than an answer may
+
+
 def bomb():
-    packed = gzip.compress(bytes(20_000_000))
-    yield HEAD % 200 + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(packed)
-    yield packed
+    yield HEAD % 200 + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(PACKED)
+    yield PACKED
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from data_prep.captions.ledger import RequestLedger
 from data_prep.cli import main
 from data_prep.shards import Dataset
 
-from .conftest import Reply, good, states
+from .conftest import Reply, build_backwards, good, states
 
 SOON = {"retry-after-ms": "1"}
 
@@ -218,3 +219,64 @@ def test_the_kept_answer_of_a_declined_request_is_the_services_own(seer, planned
     assert run() == 0
     raw = RequestLedger(ledger).db.execute("SELECT raw FROM attempt WHERE status = 403").fetchone()[0]
     assert hashlib.sha256(raw).digest() == hashlib.sha256(body).digest()
+
+
+UNKNOWN = {
+    "OpenAI": (404, {"error": {"message": "The model `seer-2` does not exist", "code": "model_not_found"}}),
+    "vLLM": (404, {"message": "The model `seer-2` does not exist.", "type": "NotFoundError", "code": 404}),
+    "Ollama": (404, {"error": {"message": 'model "seer-2" not found, try pulling it first', "type": "api_error"}}),
+    "OpenRouter": (400, {"error": {"message": "seer-2 is not a valid model ID", "code": 400}}),
+    "in a 200": (200, {"error": {"message": "unknown model seer-2"}}),
+}
+
+
+@pytest.mark.parametrize("said", UNKNOWN)
+def test_a_model_that_the_service_does_not_know_stops_its_own_requests_and_no_others(
+    seer, planned, run, ledger, tmp_path, capsys, said
+):
+    total = planned(6, languages=["en"])
+    shards = str(tmp_path / "images")
+    assert main(["captions", "plan", ledger, shards, "--model", "seer-2", "--languages", "en"]) == 0
+    status, error = UNKNOWN[said]
+    refused = Reply(status, json.dumps(error).encode())
+    seer.behave = lambda asked: refused if asked.body["model"] == "seer-2" else good(asked)
+    assert run("--concurrency", "2") == 2
+    shown = capsys.readouterr()
+    assert f"accepted {total}" in shown.out
+    assert "seer-2: " in shown.err
+    assert "knows no such model" in shown.err
+    assert "its requests stay planned" in shown.err
+    assert states(ledger) == {"accepted": total, "planned": 6}
+    assert sum(asked.body["model"] == "seer-2" for asked in seer.asked) <= 2
+    assert run() == 2  # of no other model anything is left
+    assert states(ledger) == {"accepted": total, "planned": 6}
+
+
+def test_an_image_that_changed_is_left_out_of_the_export_and_listed_and_the_others_go_out(
+    seer, planned, run, ledger, tmp_path, capsys
+):
+    planned(5, languages=["en", "de"])
+    assert run() == 0
+    images = tmp_path / "images"
+    build_backwards(images)  # the one in the middle stays where it is
+    out = tmp_path / "long"
+    capsys.readouterr()
+    assert main(["captions", "export", ledger, str(out)]) == 2
+    shown = capsys.readouterr()
+    assert f"{out}: 2 captions" in shown.out
+    assert "4 images were left out" in shown.err
+    assert str(out / "dropped.jsonl") in shown.err
+    assert len(Dataset.open(out, verify=True)) == 1
+    lines = [json.loads(line) for line in (out / "dropped.jsonl").read_text().splitlines()]
+    assert [line["where"] for line in lines] == [f"image {number} of {images}" for number in (0, 1, 3, 4)]
+    assert all("is not the one that was planned" in line["reason"] and line["excerpt"] for line in lines)
+    assert states(ledger) == {"accepted": 10}
+
+
+def test_without_any_image_nothing_is_exported_and_the_first_reason_is_said(planned, run, ledger, tmp_path, capsys):
+    planned(3, languages=["en"])
+    assert run() == 0
+    shutil.rmtree(tmp_path / "images")
+    assert main(["captions", "export", ledger, str(tmp_path / "long")]) == 2
+    assert "none of 3 images can be used, the first: " in capsys.readouterr().err
+    assert not (tmp_path / "long").exists()

@@ -116,7 +116,9 @@ def test_ones_own_rates_space_requests_and_tokens():
     ("text", "seconds"),
     [
         ("6m0s", 360), ("20ms", 0.02), ("1.5s", 1.5), ("12", 12), ("1h2m3s", 3723), ("", None), ("later", None),
-        ("3d", None), ("nan", None), ("inf", None), ("-5", 0),
+        ("3d", 259200), ("nan", None), ("inf", None), ("-5", 0),
+        ("1 min 30 sec", 90), ("PT1M30S", 90), ("500 milliseconds", 0.5), ("3 moons", None),
+        ("Tue Nov 14 22:14:00 2023", 40),
         (str(int(NOW) + 40), 40), (f"{NOW + 40:.3f}", 40), (str(int(NOW + 40) * 10**3), 40),
         (str(int(NOW + 40) * 10**6), 40), (str(int(NOW + 40) * 10**9), 40), ("2023-11-14T22:14:00Z", 40),
         ("2023-11-15T00:14:00+02:00", 40), ("Tue, 14 Nov 2023 22:14:00 GMT", 40),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
 import logging
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from data_prep.captions.secrets import Secrets, of_url, shown_url
@@ -145,6 +147,18 @@ def test_a_key_where_its_variables_name_belongs_is_not_repeated(planned, ledger,
 )
 def test_what_is_shown_of_a_url(url, shown):
     assert shown_url(url) == shown
+
+
+@pytest.mark.parametrize("password", ['a"b\\c/d1', "grün&süß<7>", "tab\t12345"])
+def test_a_password_is_hidden_in_every_form_in_which_a_body_may_repeat_it(password):
+    secrets = Secrets("", of_url(f"http://team:{quote(password, safe='')}@host/v1"))
+    forms = [
+        password, quote(password), html.escape(password), json.dumps(password)[1:-1],
+        json.dumps(password, ensure_ascii=False)[1:-1], json.dumps(password)[1:-1].replace("/", "\\/"),
+    ]  # fmt: skip
+    for form in forms:
+        for message in (True, False):
+            assert secrets.hide(f"wrong password {form}!", message=message) == "wrong password [hidden]!"
 
 
 def test_a_password_that_is_a_word_stays_in_captions():

@@ -11,7 +11,7 @@ from data_prep.curation import passes
 from data_prep.curation.phash import perceptual_hash
 from data_prep.curation.text_duplicates import TELLING, information
 from data_prep.shards import Dataset, DatasetWriter
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from .conftest import contents, encoded, files, keys, photo, receipt, run, text
 
@@ -37,6 +37,30 @@ def test_pictures_that_differ_in_colour_alone_stay(write_images, tmp_path):
     assert keys(tmp_path / "out/image-short/n") == ["a-0", "a-1", "a-2", "a-3"]
     (example,) = receipt(tmp_path / "out/image-short/n")["examples"]["nearly the same as an earlier one"]
     assert example == f"{shards}: a-4, like {shards}: a-2"
+
+
+def labelled(words: str) -> Image.Image:
+    image = Image.new("RGB", (384, 384), (200, 220, 240))
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((40, 40, 344, 344), fill=(90, 140, 60))
+    draw.text((192, 300), words, font=ImageFont.load_default(28), fill="white", anchor="mm")
+    return image
+
+
+def test_pictures_that_differ_in_a_word_alone_stay_and_their_copies_go(write_images, tmp_path):
+    """A copy of 16 x 16 does not show the word; what goes is compared by pixels first."""
+    signs = [labelled(words) for words in ("Exit 1", "Exit 7", "Room 303", "Room 308")]
+    worse = [
+        encoded(signs[0], "JPEG", quality=40),
+        encoded(signs[1].resize((288, 288))),
+        encoded(signs[2].resize((192, 192), Image.Resampling.BILINEAR), "JPEG", quality=60),
+        encoded(signs[3].resize((500, 500)), "JPEG", quality=75),
+    ]
+    shards = write_images("a", [(data, [text("x")]) for data in [*map(encoded, signs), *worse]])
+    dedup(shards, "--out", tmp_path / "out", "--name", "n")
+    assert keys(tmp_path / "out/image-short/n") == ["a-0", "a-1", "a-2", "a-3"]
+    found = receipt(tmp_path / "out/image-short/n")["examples"]["nearly the same as an earlier one"]
+    assert found == [f"{shards}: a-{n + 4}, like {shards}: a-{n}" for n in range(4)][: len(found)]
 
 
 def test_the_first_of_the_same_pictures_takes_over_the_captions_of_the_others(write_images, tmp_path):

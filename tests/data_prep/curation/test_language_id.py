@@ -48,6 +48,8 @@ def test_an_ordinary_sentence_gets_its_language_though_others_are_near(language)
         "मुले शाळेजवळील मैदानात खेळत आहेत आणि मी बाजारातून भाकरी विकत घेतली.",  # Marathi
         "کودکان در زمین نزدیک مدرسه بازی می‌کنند و من نان خریدم.",  # Persian
         "აბ",
+        "Sva ljudska bića rađaju se slobodna i jednaka u dostojanstvu i pravima, pa i u ovom gradu.",  # Bosnian
+        "Žena u plavom kaputu čeka autobus ispred pekare.",  # Serbian in Latin letters
     ],
 )
 def test_too_little_or_another_language_is_undetermined(text):

@@ -129,7 +129,18 @@ def test_only_those_among_which_is_asked_fall_or_are_fallen_to():
     assert near_duplicates(signatures([]), text_of=texts.__getitem__).tolist() == []
 
 
-@pytest.mark.parametrize("others", [["C++?", "C#?", "C?"], ["5 %", "5 $", "5"], ["a+b", "a=b", "a b"]])
+@pytest.mark.parametrize(
+    "others",
+    [
+        ["C++?", "C#?", "C?"],
+        ["5 %", "5 $", "5"],
+        ["a+b", "a=b", "a b"],
+        ["10*5", "10/5", "10-5"],
+        ["5²", "52", "5 2"],
+        ["-5 °C", "5 °C", "5 °F"],
+        ["5 ‰", "5 %", "5"],
+    ],
+)
 def test_signs_that_say_something_are_no_punctuation(others):
     assert len({normalize_text(one) for one in others}) == len(others)
     assert near_duplicates(signatures(others), text_of=others.__getitem__).tolist() == [0, 1, 2]

@@ -207,6 +207,7 @@ def test_processes_and_array_tasks_give_the_same_bytes(downloads, tmp_path, file
 
     alone = run("alone", "--workers", "1")
     assert len(Dataset.open(tmp_path / "alone/image-short/img2dataset", verify=True)) == 108
+    assert alone["image-short/img2dataset/dropped.jsonl"].count(b"\n") == 12
     assert run("two", "--workers", "2") == alone
     for task in ("1/3", "0/3"):
         unfinished = run("array", "--workers", "1", "--task", task)

@@ -49,10 +49,13 @@ def test_what_is_chosen_is_the_hardest_that_breaks_no_rule(guards):
     asked, texts = draw.integers(0, 60, count), [tuple(draw.integers(0, 90, draw.integers(1, 3))) for _ in range(count)]
     items = draw.integers(0, 100, count)
 
-    def alike(one, others):  # 10 and 11, 20 and 21, … are nearly the same text
+    def alike(_, one, others):  # 10 and 11, 20 and 21, … are nearly the same text
         return any(one != other and one // 10 == other // 10 and {one % 10, other % 10} == {0, 1} for other in others)
 
-    known = Known(texts, items, lambda pair: set(np.flatnonzero(asked == asked[pair]).tolist()), alike)
+    def right_of(pair):
+        return {text for one in np.flatnonzero(asked == asked[pair]) for text in texts[one]}
+
+    known = Known(texts, items, right_of, alike)
     queries, answers = unit(draw.normal(size=(count, 6))), unit(draw.normal(size=(count, 6)))
     answers = unit(answers + queries)
     scores, neighbours = search(build_index(in_parts(answers), count), queries, count)
@@ -73,7 +76,7 @@ def test_what_is_chosen_is_the_hardest_that_breaks_no_rule(guards):
             pair
             for pair in window
             if queries[query] @ answers[pair] <= positive - guards.margin
-            and not any(alike(text, right) for text in texts[pair])
+            and not any(alike(query, text, right) for text in texts[pair])
         ]
         assert [pair for pair, _ in found] == allowed[: guards.count]
         assert all(places == list(range(len(texts[pair]))) for pair, places in found)
@@ -243,3 +246,22 @@ def test_no_alternative_of_a_negative_is_or_nearly_is_an_answer(text_tower, tmp_
         texts = [text["text"] for texts in sample["negatives"] for text in texts]
         assert len(texts) == 3
         assert not [text for text in texts if text.startswith("nobody knows")]
+
+
+def test_neither_the_query_itself_nor_what_it_answers_is_a_negative(text_tower, tmp_path):
+    """Pairs of equals, as of duplicate questions: the nearest text to a query is often itself, in another pair."""
+    draw = np.random.default_rng(2)
+    texts = [" ".join(draw.choice(WORDS, 14)) for _ in range(60)]
+    loud = [f"{text.upper()}!" for text in texts]
+    also = [f"{text} {draw.choice(WORDS)}" for text in texts]  # nearly the same
+    rows = [(texts[n], [f"a text about {texts[n - 1]}", (loud, also, texts)[n % 3][n - 1]]) for n in range(60)]
+    found = mined(text_tower[0], write(tmp_path / "pairs", rows), tmp_path, "--ranks", "1", "50")
+    assert len(found) > 40
+    for sample in found:
+        own = texts.index(sample["query"][0]["text"])
+        negatives = {text["text"] for texts in sample["negatives"] for text in texts}
+        assert not {texts[own], loud[own], also[own]} & negatives  # itself
+        assert not {texts[own - 1], loud[own - 1], also[own - 1]} & negatives  # its answer
+        after = (own + 1) % 60
+        if after % 3 != 1:  # its answer is this query, word for word
+            assert not {texts[after], loud[after]} & negatives

@@ -142,7 +142,7 @@ def test_ids_of_different_types_are_one_and_ids_that_meet_nowhere_an_error(run, 
     numbers = {name: place for place, name in enumerate([*CORPUS, *QUERIES, "gone", "nobody"])}
     mteb_folder(tmp_path / "set", number=numbers.get)
     judged = Dataset.from_parquet(str(tmp_path / "set/qrels/train-00000-of-00001.parquet")).to_list()
-    floats = [{**row, "query-id": float(row["query-id"]), "corpus-id": str(row["corpus-id"])} for row in judged]
+    floats = [{**row, "query-id": float(row["query-id"]), "corpus-id": f"{row['corpus-id']}.0 "} for row in judged]
     Dataset.from_list(floats).to_parquet(tmp_path / "set/qrels/train-00000-of-00001.parquet")
     check(run("beir", data=tmp_path / "set", language="en"))
     other = [{**row, "corpus-id": f"doc{row['corpus-id']}"} for row in floats]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 from data_prep.errors import UserError
 from pyarrow import Table, parquet
+
+ALONE = "no match, of a query without a match in any row"
 
 
 def write(path: Path, rows: list[dict]) -> Path:
@@ -36,13 +39,19 @@ def queries(found) -> list[str]:
 @pytest.mark.parametrize(
     ("column", "marks", "kept", "reason"),
     [
-        ("label", [1, 0, 1, 0], ["q0", "q2"], "labelled as no match"),
-        ("is_duplicate", [True, False, False], ["q0"], "labelled as no match"),
-        ("gold_label", ["entailment", "neutral", "contradiction"], ["q0"], "labelled as no match"),
+        ("label", [1, 0, 1, 0], ["q0", "q2"], ALONE),
+        ("is_duplicate", [True, False, False], ["q0"], ALONE),
+        ("gold_label", ["entailment", "contradiction"], ["q0"], ALONE),
+        ("gold_label", ["entailment", "neutral"], ["q0"], "labelled as no match"),
         ("gold_label", ["entailment", "-"], ["q0"], "without a label or score"),
         ("score", [0.98, 0.0, 0.79], ["q0"], "score below --min-score"),
         ("label", [0.98, 0.3], ["q0"], "score below --min-score"),
         ("Similarity", [1.0, 0.0], ["q0"], "score below --min-score"),
+        ("isDuplicate", ["Y", "N"], ["q0"], ALONE),
+        ("sentence_label", ["same", "not similar"], ["q0"], ALONE),
+        ("is_similar", ["t", "f"], ["q0"], ALONE),
+        ("cosine_similarity", [0.9, 0.2], ["q0"], "score below --min-score"),
+        ("Relevance", [1, 0], ["q0"], "score below --min-score"),
         ("label", ["entailment", "whatever"], ["q0"], "label that is not known; say --positives"),
     ],
 )
@@ -81,6 +90,25 @@ def test_graded_pairs_become_a_set_to_evaluate_on(run, tmp_path):
     assert found.dropped == {"pair without a score": 1}
 
 
+def test_a_label_that_is_a_score_is_one_at_the_ends_of_the_scale_too(run, tmp_path):
+    """GLUE calls the scores of STS-B, 0 to 5, label."""
+    path = write(tmp_path / "t.csv", pairs([5.0, 0.0, 1.0, 4.4]))
+    found = run("texts", files=[path], score_scale=5.0, out=tmp_path / "pairs")
+    assert queries(found) == ["q0", "q3"]
+    assert found.dropped == {"score below --min-score": 2}
+    whole = run("texts", files=[path], score_scale=5.0, graded="sts", out=tmp_path / "sts")
+    assert [sample.content["score"] for sample in whole.samples["text-pairs"]] == [5.0, 0.0, 1.0, 4.4]
+    ones = write(tmp_path / "ones.csv", pairs([1.0, 0.0, 0.5]))
+    found = run("texts", files=[ones], graded="sts", out=tmp_path / "ones")
+    assert [sample.content["score"] for sample in found.samples["text-pairs"]] == [1.0, 0.0, 0.5]
+
+
+def test_scores_of_something_else_and_columns_of_texts_are_no_labels(run, tmp_path):
+    rows = [{"text": f"q{n}", "match": f"t{n}", "language_score": 0.4} for n in range(2)]
+    found = run("texts", files=[write(tmp_path / "t.jsonl", rows)], query_column="text", target_column="match")
+    assert queries(found) == ["q0", "q1"]
+
+
 def test_a_column_that_says_nothing_of_the_pair_can_be_passed_over_and_another_be_named(run, tmp_path):
     path = write(tmp_path / "t.csv", [{**row, "gold": n} for n, row in enumerate(pairs([7, 8]))])
     assert queries(run("texts", files=[path], label_column="none")) == ["q0", "q1"]
@@ -95,3 +123,8 @@ def test_a_column_that_says_nothing_of_the_pair_can_be_passed_over_and_another_b
 def test_a_positive_says_itself_that_it_is_one(run, tmp_path):
     rows = [{"query": "q0", "positive": "p", "negative": "n", "score": 12.5}]
     assert queries(run("texts", files=[write(tmp_path / "t.jsonl", rows)])) == ["q0"]
+
+
+def test_labels_may_be_decimals(run, tmp_path):
+    path = write(tmp_path / "t.parquet", pairs([Decimal("1"), Decimal("0")]))
+    assert queries(run("texts", files=[path])) == ["q0"]

@@ -205,3 +205,17 @@ def test_rows_without_a_text_are_counted(save, write, run):
 def test_columns_that_are_not_there_are_named(save, run, name, columns, options, message):
     with pytest.raises(UserError, match=message):
         run("texts", files=[save(columns, name)], **options)
+
+
+def test_one_json_list_is_read_as_its_rows_and_json_lines_in_utf_16_are_refused_by_name(run, tmp_path):
+    rows = [{"query": "a", "target": "b"}, ["c", "d"], {"query": 5}]
+    (tmp_path / "l.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "pairs.json").write_text(json.dumps([["a", "b"], ["c", "d"]]))
+    found = run("texts", files=[tmp_path / "l.json", tmp_path / "pairs.json"])
+    texts = [(one.content["query"][0]["text"], one.content["target"][0]["text"]) for one in found.samples["text-pairs"]]
+    assert texts == [("a", "b"), ("c", "d")] * 2
+    assert found.receipt["examples"] == {"not one of the forms of pairs and triplets": ["l.json, element 2"]}
+    for encoding in ("utf-16", "utf-32"):
+        (tmp_path / "w.jsonl").write_text('["a", "b"]\n', encoding=encoding)
+        with pytest.raises(UserError, match=r"w\.jsonl: is UTF-16 or UTF-32; JSON lines are UTF-8"):
+            run("texts", files=[tmp_path / "w.jsonl"], out=tmp_path / "wide")

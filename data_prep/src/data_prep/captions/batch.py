@@ -51,25 +51,34 @@ async def submit(
 
     Raises:
         UserError: the service refuses a file or a batch, or another run holds the ledger; or, when all others are sent,
-            an image cannot be read or is no longer the one that was planned.
+            a model is unknown, or an image cannot be read or is no longer the one that was planned.
     """
     if most_requests < 1 or most_bytes < 1:
         raise UserError(f"{most_requests} requests and {most_bytes} bytes a file: expected at least 1")
     batches = requests = 0
     unreadable: list[str] = []
+    unknown: dict[str, Refused] = {}
     with ledger.exclusive():
         if settings.prices:
             price_unpriced(ledger, settings.prices, settings.image_tokens)
         lines = _lines(ledger, settings, unreadable)
         for model, file, costs in _files(ledger.path, lines, most_requests, most_bytes):
-            await _send(ledger, service, model, file, costs)
+            if model in unknown:
+                continue
+            try:
+                await _send(ledger, service, model, file, costs)
+            except Refused as error:
+                if error.status != faults.NO_MODEL:
+                    raise
+                unknown[model] = error
+                continue
             batches, requests = batches + 1, requests + len(costs)
             tick(requests)
+    why = [f"those of {model} stay planned: {error}" for model, error in unknown.items()]
     if unreadable:
-        raise UserError(
-            f"{requests} requests were sent in {batches} batches, {len(unreadable)} stay planned, as not all images "
-            f"can be used, the first: {unreadable[0]}"
-        )
+        why.append(f"{len(unreadable)} stay planned, as not all images can be used, the first: {unreadable[0]}")
+    if why:
+        raise UserError(f"{requests} requests were sent in {batches} batches, {'; '.join(why)}")
     return batches, requests
 
 

@@ -6,14 +6,16 @@ import itertools
 import sqlite3
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_prep.captions.images import ImageReader, image_of
 from data_prep.captions.ledger import RequestLedger
 from data_prep.curation.tokens import TokenCounter
 from data_prep.errors import UserError
+from data_prep.execute.dropped import NAME, DroppedList
 from data_prep.samples import Text, compact_json
-from data_prep.shards import Dataset, DatasetWriter
+from data_prep.shards import Dataset, DatasetWriter, ShardError
 from data_prep.shards.format import parse_json
 
 # The images one after another (CROSS JOIN keeps the order), or all captions would be sorted on the disk.
@@ -37,6 +39,14 @@ _SYNTHESIS = (
 )
 
 
+@dataclass
+class Exported:
+    """What was written. captions: how many, by language; left_out: images that cannot be used."""
+
+    captions: Counter[str] = field(default_factory=Counter)
+    left_out: int = 0
+
+
 def export(
     ledger: RequestLedger,
     out: str | Path,
@@ -45,22 +55,23 @@ def export(
     tokenizer: TokenCounter | None = None,
     samples_per_shard: int = 1000,
     tick: Callable[[], None] = lambda: None,
-) -> Counter[str]:
-    """Write the images with their accepted captions; returns the number of captions by language.
+) -> Exported:
+    """Write the images with their accepted captions.
 
     A sample is an image with its captions in all languages, `{"captions", "source", "item", "synthesis"}`; `synthesis`
     has for each caption, in the same order, the request's id, the model that was asked and the one that answered, its
     fingerprint, the tokens that it counted, prompt version and hash. Origin is "synthetic:MODEL:PROMPTVERSION". The
-    item is that of the image's source sample, so that its short and long captions are one item.
+    item is that of the image's source sample, so that its short and long captions are one item. An image that cannot be
+    read, or is no longer the one that was described, is left out and listed in `out`/dropped.jsonl; its captions stay.
 
     Raises:
-        UserError: no caption is accepted yet, or an image changed since it was described.
-        ShardError: `out` exists, the disk refuses, or a data set of images cannot be read.
+        UserError: no caption is accepted yet, or no image can be used.
+        ShardError: `out` exists, or the disk refuses.
     """
-    reader = ImageReader()
-    counts: Counter[str] = Counter()
+    done, first = Exported(), ""
     if ledger.db.execute("SELECT 1 FROM request WHERE state = 'accepted' LIMIT 1").fetchone() is None:
         raise UserError(f"{ledger.path}: no caption was accepted yet; see `data-prep captions status {ledger.path}`")
+    reader = ImageReader()
     with DatasetWriter(
         out,
         kind="image-long",
@@ -68,26 +79,40 @@ def export(
         samples_per_shard=samples_per_shard,
         tokenizer_sha256=tokenizer.sha256 if tokenizer else None,
     ) as writer:
+        dropped = DroppedList(writer.unpublished / NAME, str(ledger.path))
         rows = ledger.db.execute(_ACCEPTED)
         for sha256, group in itertools.groupby(rows, key=lambda row: row["sha256"]):
             captions = list(group)
-            directory, number = captions[0]["dataset"], captions[0]["number"]
-            members = reader.members(directory, number, sha256)
+            try:
+                members, item = _source(reader, captions[0])
+            except (UserError, ShardError) as error:
+                place = f"image {captions[0]['number']} of {captions[0]['dataset']}"
+                dropped.add(str(error), place, content=[row["caption"] for row in captions])
+                done.left_out, first = done.left_out + 1, first or str(error)
+                tick()
+                continue
             image = image_of(members)[1]
             extension = next(name for name, data in members.items() if data is image)
-            languages = sorted({row["language"] for row in captions})
-            item = _item(reader.dataset(directory), number, members)
             synthesis = [{"request": row["id"], **{name: row[name] for name in _SYNTHESIS}} for row in captions]
             content = {"captions": list(map(_text, captions)), "source": source, "item": item, "synthesis": synthesis}
             writer.write(
                 sha256[:32],
                 {extension: image, "json": compact_json(content)},
-                languages=languages,
+                languages=sorted({row["language"] for row in captions}),
                 tokens=max(tokenizer.counts([row["caption"] for row in captions])) if tokenizer else None,
             )
-            counts.update(row["language"] for row in captions)
+            done.captions.update(row["language"] for row in captions)
             tick()
-    return counts
+        if not done.captions:
+            raise UserError(f"none of {done.left_out} images can be used, the first: {first}")
+        dropped.finish()
+    return done
+
+
+def _source(reader: ImageReader, row: sqlite3.Row) -> tuple[dict[str, bytes], str]:
+    """The members and the item of the sample that an image is from; raises as `ImageReader.members` does."""
+    members = reader.members(row["dataset"], row["number"], row["sha256"])
+    return members, _item(reader.dataset(row["dataset"]), row["number"], members)
 
 
 def _item(dataset: Dataset, number: int, members: dict[str, bytes]) -> str:

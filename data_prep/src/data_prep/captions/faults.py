@@ -28,21 +28,41 @@ _MEANS = {code: status for status, codes in _CODES.items() for code in codes.spl
 _PHRASES = (
     (
         NO_KEY,
-        r"(invalid|incorrect|wrong|missing|expired|no) api[ _-]?key|api[ _-]?key (is )?(not valid|invalid|missing)",
+        r"(invalid|incorrect|wrong|missing|expired|no) api[ _-]?key|api[ _-]?key (is )?(not valid|invalid|missing)"
+        r"|authentication (error|fail)",
     ),
-    (NO_MONEY, r"insufficient (balance|credits?|funds|quota)|exceeded your current quota|account .{0,20}arrears"),
-    (LIMITED, r"rate[ _-]?limit|too many requests|throttl|requests? per (minute|second|day)"),
+    (
+        NO_MONEY,
+        r"insufficient (balance|credits?|funds|quota)|exceeded your current quota|account .{0,20}arrears|余额不足|欠费",
+    ),
+    (
+        LIMITED,
+        r"rate[ _-]?limit|too many requests|throttl|requests? per (minute|second|day)|qps|request limit"
+        r"|速率限制|限流|频率|频繁",
+    ),
+    (
+        NO_MODEL,
+        r"\bmodel [`'\"]?[^\s`'\"]+[`'\"]? (was |is )?(not found|does not exist)|(no such|unknown) model\b|"
+        r"is not a valid model",
+    ),
 )
+# Names of the fields of a body that say that, and what, went wrong.
+_TOLD = re.compile(r"err|message|msg|detail|fault|base_resp")
+_MESSAGES = (
+    "message", "msg", "error_msg", "error_message", "errorMessage", "errmsg", "status_msg", "faultstring", "detail",
+    "error",
+)  # fmt: skip
 _HINTS = re.compile(r"retry-after(-ms)?|x-ratelimit-[a-z-]+")
 
 
 def stopping(status: int, raw: bytes) -> int | None:
-    """One of `STOPPING` if an error means that no other request would be answered either, else None."""
+    """One of `STOPPING` if an error means that no other request (of this model) would be answered either, else None."""
     if (sure := _by_code(raw)) in STOPPING:
         return sure
     if status in (NO_KEY, NO_MONEY):
         return status
-    return None if limited(status, raw) else _by_phrase(raw, (NO_KEY, NO_MONEY))
+    among = (NO_KEY, NO_MONEY, NO_MODEL) if status in (400, 404) else (NO_KEY, NO_MONEY)
+    return None if limited(status, raw) else _by_phrase(raw, among)
 
 
 def limited(status: int, raw: bytes) -> bool:
@@ -54,7 +74,7 @@ def limited(status: int, raw: bytes) -> bool:
 def disguised(path: str, raw: bytes) -> int | None:
     """The status that a 2xx should have had: it holds an error, and nothing of what was asked for at `path`."""
     try:
-        body = parse_json(raw)
+        body = parse_json(_first_event(raw))
     except ValueError:
         return None
     if isinstance(body, list) and len(body) == 1:  # as Google's
@@ -66,12 +86,12 @@ def disguised(path: str, raw: bytes) -> int | None:
             return None
     elif body.get("id") or isinstance(body.get("data"), list):
         return None
-    told = any(body.get(name) for name in ("error", "detail", "message", "msg", "errors"))
-    if not told and body.get("object") != "error":
+    told = any(_TOLD.search(name.lower()) for name, value in body.items() if value)
+    if not told and body.get("object") != "error" and _status(body) is None:
         return None
     inner = _error(body)
     own = next(filter(None, (_status(holder) for holder in (inner, body))), None)
-    return own or _by_code(raw) or _by_phrase(raw, (NO_KEY, NO_MONEY, LIMITED)) or FAILED
+    return own or _by_code(raw) or _by_phrase(raw, (NO_KEY, NO_MONEY, NO_MODEL, LIMITED)) or FAILED
 
 
 def hints_inside(raw: bytes) -> dict[str, str]:
@@ -86,7 +106,7 @@ def error_message(raw: bytes) -> str:
     """The message of an error's body, in one short line."""
     body = _parsed(raw)
     inner = _error(body)
-    found = next((inner[name] for name in ("message", "msg", "detail", "error") if inner.get(name)), None)
+    found = next((inner[name] for name in _MESSAGES if inner.get(name)), None)
     message = raw.decode("utf-8", "replace") if found is None and not body else found
     return " ".join(str(message or "").split())[:300].encode("utf-8", "replace").decode() or "no message"
 
@@ -103,7 +123,7 @@ def _failed_choice(choices: Any) -> JsonObject | None:
 def _parsed(raw: bytes) -> JsonObject:
     """The object of an error's body; empty if it is none."""
     try:
-        body = parse_json(raw)
+        body = parse_json(_first_event(raw))
     except ValueError:
         return {}
     if isinstance(body, list) and len(body) == 1:
@@ -113,17 +133,28 @@ def _parsed(raw: bytes) -> JsonObject:
     return body if isinstance(body, dict) else {}
 
 
+def _first_event(raw: bytes) -> bytes:
+    """The data of the first event, where a service streams though it was not asked to; else `raw`."""
+    found = re.match(rb"\s*(?:event:[^\n]*\n)?data:([^\n]*)", raw)
+    return found[1] if found else raw
+
+
 def _error(body: JsonObject) -> JsonObject:
     """The error inside of a body, which may be the body itself."""
-    error = body.get("error")
-    if isinstance(error, dict):
-        return error
-    return {**body, "message": error} if isinstance(error, str) else body
+    for name in ("error", "errors", "base_resp", "fault", "detail"):
+        error = body.get(name)
+        if isinstance(error, list) and len(error) == 1:
+            (error,) = error
+        if isinstance(error, dict) and error:
+            return error
+        if isinstance(error, str) and error:
+            return {**body, "message": error}
+    return body
 
 
 def _status(holder: JsonObject) -> int | None:
     """The status of an error that an object names."""
-    for name in ("code", "status", "status_code", "http_status"):
+    for name in ("code", "status", "status_code", "statusCode", "http_status", "error_code"):
         value = holder.get(name)
         if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) == 3:
             value = int(value)

@@ -20,9 +20,12 @@ duplicate    nearly the caption of another image (found later, over all captions
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from data_prep.captions.answer import read_answer
 from data_prep.captions.ledger import Usage
@@ -37,6 +40,8 @@ _DENSITY = {"zh": 0.3, "ja": 0.4, "ko": 0.45}
 _REPEATED = 0.3  # share of 20-character windows that occurred before; prose has a few percent
 _THIRDS_FROM = 300  # characters; below that, a third is too little to tell a language by
 _SURE = 0.95
+_RULES = ("judge.py", "answer.py", "markup.py", "talk.py", "layout.py", "topics.py", "phrases.json")
+_RULES_OF_LANGUAGES = ("language_id.py", "scandinavian.py")
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,14 @@ class Verdict:
     caption: str | None
     reason: str | None
     usage: Usage
+
+
+@functools.cache
+def rules() -> int:
+    """A number that says by which rules this version judges: any change of their files makes another one."""
+    here = Path(__file__).parent
+    files = [*(here / name for name in _RULES), *(here.parent / "curation" / name for name in _RULES_OF_LANGUAGES)]
+    return int(hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8], 16)
 
 
 def judge(raw: bytes, language: str, limits: Limits = Limits(), *, prompts: Sequence[str] = ()) -> Verdict:

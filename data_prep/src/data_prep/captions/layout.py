@@ -1,4 +1,4 @@
-"""What the form of an answer says in any language: a question, a cry, a title, a line that leads to the caption."""
+"""What the form of an answer says in any language: a question, a cry, a title, a label, what leads to the caption."""
 
 from __future__ import annotations
 
@@ -13,6 +13,14 @@ _MOST_CRIED = 8  # words; letters by threes in languages without spaces
 _TITLE = re.compile(r"\s*[^\n]{1,60}\n\s*\n\s*\S")
 _LEAD = re.compile(r"[^\n]+[:：][\s*_]*\n\s*(?![-*•·\d“«„\"「『]|“”)")
 _COLON = re.compile(r"([^:：.!?。！？\n]+)[:：]\s*+(?!“”)")
+# "Translation: …", "[Description] …", "… Language: English", "… [end]": around what is said, not of it.
+_WORDS = r"[\w'’-]+(?: [\w'’-]+)"
+_LABELLED = re.compile(
+    rf"\s*[\[【][^\]】\n]{{1,40}}[\]】]|\s*{_WORDS}{{0,2}}\s?[:：]\s+(?!“”)\w|.*[\[【][^\]】\n]{{1,60}}[\]】]\s*$"
+    rf"|.*[.!?。！？।۔]\s+{_WORDS}?[:：]\s*(?!“”)\S[^.\n]{{0,40}}(?:\.\d+)?\.?\s*$"
+    rf"|.*[^:：\s]\s*\n\s*{_WORDS}{{0,2}}[:：](?!\s*“”)[^\n]*$",
+    re.DOTALL,
+)
 _OPENING = 160  # characters
 _MOST_LED = 8  # words before a colon
 
@@ -35,6 +43,11 @@ def cries(text: str, spaced: bool) -> bool:
 def titled(text: str) -> bool:
     """Whether a text has a short first line with an empty one behind it, or one that ends in a colon before no list."""
     return bool(_TITLE.match(text) or _LEAD.match(text))
+
+
+def labelled(text: str) -> bool:
+    """Whether a text begins with a label, or ends with one and what it labels."""
+    return bool(_LABELLED.match(text))
 
 
 def leads(text: str) -> list[str]:

@@ -117,9 +117,13 @@ class RequestLedger:
 
     def planned_images(self) -> array[int]:
         """The ledger's numbers of the images about which requests are planned."""
-        return array(
-            "q", (row[0] for row in self.db.execute("SELECT DISTINCT image FROM request WHERE state = 'planned'"))
-        )
+        rows = self.db.execute("SELECT DISTINCT image FROM request WHERE state = 'planned'")
+        return array("q", (row[0] for row in rows))
+
+    def planned_models(self) -> set[str]:
+        """The models of the planned requests."""
+        some = "SELECT 1 FROM request WHERE state = 'planned' AND recipe = recipe.id"
+        return {row[0] for row in self.db.execute(f"SELECT model FROM recipe WHERE EXISTS ({some})")}
 
     def planned_about(self, images: Sequence[int]) -> list[Request]:
         """The planned requests about these images."""

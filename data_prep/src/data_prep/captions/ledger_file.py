@@ -10,7 +10,8 @@ from pathlib import Path
 
 from data_prep.errors import UserError
 
-SCHEMA = 2
+SCHEMA = 3
+# `rules` are those by which a request's answer was judged (`judge.rules`), NULL of versions that did not say.
 # `place` is the order in which requests were planned. No index holds the ids, which are hashes: in a file of a million
 # rows each new one would go to another page. (image, recipe, language) says the same, in the order of the plan.
 _BATCH = """
@@ -29,8 +30,8 @@ CREATE TABLE image (id INTEGER PRIMARY KEY, sha256 TEXT NOT NULL UNIQUE, dataset
 CREATE TABLE request (place INTEGER PRIMARY KEY, id TEXT NOT NULL, image INTEGER NOT NULL REFERENCES image,
     language TEXT NOT NULL, recipe INTEGER NOT NULL REFERENCES recipe, batch INTEGER REFERENCES batch, reason TEXT,
     signed INTEGER, state TEXT NOT NULL CHECK (state IN ('planned', 'sent', 'received', 'accepted', 'rejected')),
-    caption TEXT, UNIQUE (image, recipe, language));
-CREATE INDEX request_by_state ON request (state, language, reason);
+    caption TEXT, rules INTEGER, UNIQUE (image, recipe, language));
+CREATE INDEX request_by_state ON request (state, language, reason, rules);
 CREATE INDEX request_planned ON request (image) WHERE state = 'planned';
 CREATE INDEX request_unsigned ON request (place) WHERE state = 'accepted' AND signed IS NULL;
 CREATE INDEX request_by_batch ON request (batch) WHERE batch IS NOT NULL;
@@ -52,7 +53,7 @@ INSERT INTO recipe SELECT recipe_1.id, recipe_1.model, prompt_version, options, 
     LEFT JOIN attempt_1 ON attempt_1.request = request_1.id GROUP BY recipe_1.id;
 INSERT INTO image SELECT rowid, sha256, dataset, number FROM image_1;
 INSERT INTO request SELECT request_1.rowid, request_1.id, image.id, language, recipe, batch, reason,
-    CASE WHEN signature IS NULL THEN NULL ELSE 1 END, state, caption
+    CASE WHEN signature IS NULL THEN NULL ELSE 1 END, state, caption, NULL
     FROM request_1 JOIN image ON image.sha256 = request_1.image ORDER BY request_1.rowid;
 INSERT INTO signature SELECT request_1.rowid, image.id, signature
     FROM request_1 JOIN image ON image.sha256 = request_1.image WHERE signature IS NOT NULL ORDER BY request_1.rowid;
@@ -61,6 +62,11 @@ INSERT INTO attempt SELECT attempt_1.id, request_1.rowid, sent_at, ended_at, sta
     FROM attempt_1 JOIN request_1 ON request_1.id = attempt_1.request ORDER BY attempt_1.id;
 DROP TABLE attempt_1; DROP TABLE request_1; DROP TABLE image_1; DROP TABLE recipe_1;
 """
+_FROM_2 = """
+ALTER TABLE request ADD COLUMN rules INTEGER;
+DROP INDEX request_by_state; CREATE INDEX request_by_state ON request (state, language, reason, rules);
+"""
+_UPGRADES = {1: _FROM_1, 2: _FROM_2}
 
 
 def open_ledger(path: Path, *, create: bool) -> sqlite3.Connection:
@@ -87,9 +93,9 @@ def open_ledger(path: Path, *, create: bool) -> sqlite3.Connection:
         found = db.execute("PRAGMA user_version").fetchone()[0]
         if not found:
             db.executescript(f"BEGIN; {_BATCH} {_TABLES} PRAGMA user_version = {SCHEMA}; COMMIT;")
-        elif found == 1:
+        elif found in _UPGRADES:
             with locked(path):
-                _upgrade(db)
+                _upgrade(db, _UPGRADES[found])
         elif found != SCHEMA:
             raise UserError(f"{path}: a ledger of schema {found}, expected {SCHEMA}; take another file")
     except (sqlite3.DatabaseError, OSError) as error:
@@ -108,10 +114,10 @@ def _check(path: Path) -> None:
         raise UserError(f"{path} is damaged ({' '.join(damage.split())}); restore it from a copy")
 
 
-def _upgrade(db: sqlite3.Connection) -> None:
-    """Bring a ledger of schema 1 up to date, all of it or nothing."""
+def _upgrade(db: sqlite3.Connection, statements: str) -> None:
+    """Bring an older ledger up to date, all of it or nothing."""
     try:
-        db.executescript(f"BEGIN IMMEDIATE; {_FROM_1} PRAGMA user_version = {SCHEMA}; COMMIT;")
+        db.executescript(f"BEGIN IMMEDIATE; {statements} PRAGMA user_version = {SCHEMA}; COMMIT;")
     except BaseException:
         if db.in_transaction:
             db.execute("ROLLBACK")

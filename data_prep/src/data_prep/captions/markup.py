@@ -30,7 +30,8 @@ _NAMES = (
 )
 _ROLE = r"(?:assistant|user|human|system|ai|bot|model|gpt)"
 _MARKUP = re.compile(
-    rf"</[a-z][\w:.-]*>|<(?:{_NAMES})(?:\s[^<>]*)?/?>|```|!\[[^\]]*\]\(|\\boxed\{{"
+    rf"</[a-z][\w:.-]*>|<(?:{_NAMES})(?:\s[^<>]*)?/?>|<[a-z]+ [a-z-]+=[^<>]*>|&(?:[a-z]{{2,6}}|#\d+);|```|!\[[^\]]*\]\("
+    rf"|\\boxed\{{|^\s*(?:>|[-*•]|\d{{1,2}}[.)])\s|(?:^|\n)\s*[-*_]{{3,}}\s*(?:\n|$)|\s#[^\W\d]\w*(?:\s+#\w+)*\s*$"
     rf"|(?:^|\n)\s*\W{{0,3}}{_ROLE}\W{{0,2}}:|###\s*\w+|(?:^|\n)\s*#{{1,6}}\s|^\s*(?:assistant|model)\s*\n",
     re.IGNORECASE,
 )

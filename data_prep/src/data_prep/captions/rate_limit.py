@@ -18,8 +18,9 @@ from email.utils import parsedate_to_datetime
 
 from data_prep.errors import UserError
 
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|h|m|s)?")
-_SECONDS = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}
+# "6m0s", "1 min 30 sec", and ISO 8601's "PT1M30S" without its beginning.
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|milli[a-z]*|s(?:ec[a-z]*)?|m(?:in[a-z]*)?|h(?:ours?)?|d(?:ays?)?)?")
+_SECONDS = {"s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _LONGEST_BACKOFF = 60.0
 LONGEST_WAIT = 300.0  # seconds; what a service asks for beyond that is a mistake, or no run can wait for it
 _ADVISED = 3  # rounds of failures in which a service's advice is taken for less than our own backoff
@@ -140,9 +141,10 @@ def _wait(text: str, now: float, headers: Mapping[str, str], *, unit: float = 1.
         return max(0.0, number) * unit
     until = _date(text) if number is None else number
     if until is None:
-        parts = _DURATION.findall(text)
-        whole = parts and "".join(digits + name for digits, name in parts) == text
-        return sum(float(digits) * _SECONDS[name] for digits, name in parts) if whole else None
+        spelled = re.sub(r"^p?t|\s", "", text.lower())
+        parts = _DURATION.findall(spelled)
+        whole = parts and "".join(digits + name for digits, name in parts) == spelled
+        return sum(float(digits) * _seconds(name) for digits, name in parts) if whole else None
     there = _date(headers.get("date", ""))
     here = now if there is None else there
     while until > 100 * _EPOCH:  # until the year 5138
@@ -150,9 +152,14 @@ def _wait(text: str, now: float, headers: Mapping[str, str], *, unit: float = 1.
     return max(0.0, until - here) or None
 
 
+def _seconds(unit: str) -> float:
+    return 0.001 if unit.startswith(("ms", "milli")) else _SECONDS[unit[:1]]
+
+
 def _date(text: str) -> float | None:
     try:
-        found = parsedate_to_datetime(text) if "," in text else datetime.fromisoformat(text)
+        asctime = re.match(r"[A-Z][a-z]{2} [A-Z]", text)
+        found = parsedate_to_datetime(text) if "," in text or asctime else datetime.fromisoformat(text)
         return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
     except (TypeError, ValueError, OverflowError):
         return None

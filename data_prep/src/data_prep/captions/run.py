@@ -1,8 +1,9 @@
 """Sends the planned requests as fast as the service allows, until all are answered or the budget is used up.
 
 What fails for one request is its own: it waits, is asked again, and after a few tries set aside, while the others go
-on. What holds for all ends the run: a wrong key, no money, or a service that answers nobody. The images come in another
-order in each run, so that no image and no source of which nothing can be described stands in the way of the rest.
+on; so do those of other models where one is unknown. What holds for all ends the run: a wrong key, no money, or a
+service that answers nobody. The images come in another order in each run, so that no image and no source of which
+nothing can be described stands in the way of the rest.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ import signal
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from data_prep.captions.faults import error_message
+from data_prep.captions.faults import NO_MODEL, error_message
 from data_prep.captions.images import ImageReader
 from data_prep.captions.ledger import Request, RequestLedger
 from data_prep.captions.pricing import Estimate, price_unpriced
 from data_prep.captions.rate_limit import LONGEST_WAIT, RateLimiter, retry_after
 from data_prep.captions.service import Answered, Declined, Lost, NotDone, Service, Stop
-from data_prep.captions.settings import RunSettings
+from data_prep.captions.settings import RunResult, RunSettings
 from data_prep.captions.verdicts import judge_one, judge_waiting
 from data_prep.errors import UserError
 from data_prep.shards import ShardError
@@ -37,23 +38,6 @@ _USELESS_AT_FIRST = 5  # before anything was answered
 _UNREADABLE = 20  # images in a row that cannot be read here
 _READ_AHEAD = 64  # images
 _LONG_PAUSE = 5.0  # seconds
-
-
-@dataclass
-class RunResult:
-    """What a run did. lost: perhaps paid; failed: set aside; later: requests that failed too often and stay planned;
-    unreadable: those whose image cannot be read, which stay planned, too.
-    """
-
-    asked: int = 0
-    accepted: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
-    not_done: int = 0
-    lost: int = 0
-    failed: int = 0
-    later: int = 0
-    unreadable: int = 0
-    stopped: str | None = None  # why the run ended before the work did
 
 
 def run(
@@ -71,8 +55,8 @@ def run(
     the service asks for a longer pause.
 
     Raises:
-        UserError: the service will answer nothing (wrong key, no money, no such model, every call fails), or another
-            run holds the ledger. What was answered before is kept.
+        UserError: the service will answer nothing (wrong key, no money, no model that it knows, every call fails), or
+            another run holds the ledger. What was answered before is kept.
         UserError, ShardError: no image can be read, or is the one that was planned.
     """
     with ledger.exclusive():
@@ -110,6 +94,7 @@ class _Run:
         self._last = ""  # failure, as it is shown
         self._useless_status, self._useless_message = 0, ""
         self._useless: dict[str, list[tuple[int, int, str]]] = {}  # image -> attempts since an answer was of use
+        self._unknown: set[str] = set()  # models
         self._unreadable: set[str] | None = set()  # images in a row; None as soon as one can be read
 
     async def drive(self) -> RunResult:
@@ -192,7 +177,7 @@ class _Run:
             images = [self._images.pop() for _ in range(min(_READ_AHEAD, len(self._images)))]
             about = self.ledger.planned_about(images)
             self._draw.shuffle(about)
-            self.queue.extend(about)
+            self.queue.extend(one for one in about if one.model not in self._unknown)
         if self.queue:
             return self.queue[0], 0.0
         return None, self._waiting[0][0] - now if self._waiting else None
@@ -250,10 +235,12 @@ class _Run:
                 self._hold_back(request, sent_at, outcome)
                 self._again(request, outcome, now)
             case Stop(status, message, means):
-                self.limiter.failed(now, sent_at, {})
+                self.limiter.set_aside()
                 self.ledger.not_done(attempt, status, message, now=now)
                 self.spent -= most or 0.0
-                self._stop(self.service.stopping_error(status, message, means))
+                error = self.service.stopping_error(status, message, means)
+                if means != NO_MODEL or not self._go_on_without(request.model, error):
+                    self._stop(error)
             case Lost(note):
                 self.ledger.lost(attempt, note, now=now)
                 self.result.lost += 1
@@ -322,6 +309,14 @@ class _Run:
             what = "asks all to wait" if limited else "failed"
             self._give_up(f"{self.service.url} {what}, {_ROUNDS} times in a row without an answer ({self._last})")
         return self.limiter.rounds > rounds
+
+    def _go_on_without(self, model: str, error: UserError) -> bool:
+        """Leave the requests of an unknown model planned; returns whether there are requests of others."""
+        self._unknown.add(model)
+        self.queue = deque(one for one in self.queue if one.model != model)
+        self._waiting = sorted(one for one in self._waiting if one[2].model != model)
+        self.result.stopped = self.result.stopped or f"{model}: {error}; its requests stay planned"
+        return bool(self.ledger.planned_models() - self._unknown)
 
     def _give_up(self, message: str) -> None:
         self._stop(UserError(f"{message}; see what is wrong and run again; the run continues from there"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import html
+import json
 import logging
 import re
 from collections.abc import Iterable, Iterator
@@ -57,9 +59,9 @@ class Secrets:
     Args:
         key: the API key, or nothing. others: passwords and the like.
 
-    As they are, percent-encoded, in base64 as a header has them, or in the middle masked by the service ("sk-te***xyz",
-    where the key begins with "sk-te"). A word of letters alone, or of fewer than six characters, is hidden in messages,
-    but not in captions, which may hold it.
+    As they are, percent-encoded, escaped as in JSON or HTML, in base64 as a header has them, or in the middle masked by
+    the service ("sk-te***xyz", where the key begins with "sk-te"). A word of letters alone, or of fewer than six
+    characters, is hidden in messages, but not in captions, which may hold it.
     """
 
     def __init__(self, key: str, others: Iterable[str]) -> None:
@@ -91,8 +93,9 @@ class Secrets:
 def _forms(secret: str) -> Iterator[str]:
     plain = unquote(secret)
     for one in {secret, plain}:
-        yield one
-        yield quote(one, safe="")
+        yield from (one, quote(one, safe=""), quote(one), html.escape(one))
+        for escaped in (json.dumps(one)[1:-1], json.dumps(one, ensure_ascii=False)[1:-1]):
+            yield from (escaped, escaped.replace("/", "\\/"))
         yield base64.b64encode(one.encode("utf-8", "replace")).decode().rstrip("=")
 
 

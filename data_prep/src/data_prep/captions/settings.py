@@ -1,7 +1,8 @@
-"""How a run judges answers, and what it may spend."""
+"""How a run judges answers, what it may spend, and what it did."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from data_prep.captions.judge import Limits
@@ -35,3 +36,20 @@ class RunSettings:
             )
         if self.image_tokens is not None and self.image_tokens < 0:
             raise UserError(f"image_tokens {self.image_tokens}: expected 0 or more")
+
+
+@dataclass
+class RunResult:
+    """What a run did. lost: perhaps paid; failed: set aside; later: requests that failed too often and stay planned;
+    unreadable: those whose image cannot be read, which stay planned, too.
+    """
+
+    asked: int = 0
+    accepted: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    not_done: int = 0
+    lost: int = 0
+    failed: int = 0
+    later: int = 0
+    unreadable: int = 0
+    stopped: str | None = None  # why the run ended before the work did

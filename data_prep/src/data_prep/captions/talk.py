@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from data_prep.captions.layout import asks, cries, leads, titled
+from data_prep.captions.layout import asks, cries, labelled, leads, titled
 from data_prep.captions.markup import without_quotations
 from data_prep.captions.topics import Sentences, words
 
@@ -34,7 +34,7 @@ def talk(text: str, language: str) -> str | None:
             return "thoughts"
         if _chats(said) or _replies(said, spoken) or _labels(said, spoken):
             return "chatter"
-    return "chatter" if asks(spoken, language) or titled(spoken) else None
+    return "chatter" if asks(spoken, language) or titled(spoken) or labelled(spoken) else None
 
 
 def refuses(text: str, language: str) -> bool:
@@ -76,7 +76,7 @@ def _thinks(said: Sentences) -> bool:
 def _chats(said: Sentences) -> bool:
     """Here is a description; I, or you and the description; an offer behind it; "If …", "Thank …" at the end."""
     return (
-        any(said.has(sentence, "here", "describe") for sentence in said.all[:2])
+        any(said.has(one, "here", what) for one in said.all[:2] for what in ("describe", "address"))
         or said.any_of("first")
         or said.any_of("address", "describe")
         or any(said.has(sentence, "offer") for sentence in said.all[-_ENDS:])

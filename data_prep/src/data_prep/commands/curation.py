@@ -59,8 +59,8 @@ def _add_dedup(commands: Subcommands) -> None:
         "dedup",
         "remove duplicates, and samples that evaluation sets hold",
         "Writes SHARDS, all of one kind, without duplicates, of which the first stays: images by their bytes, or by "
-        "perceptual hash and colours; text pairs and triplets by all their queries and targets, or by MinHash and "
-        "exact Jaccard similarity. An image that stays takes over the captions of those that go.",
+        "perceptual hash, colours and pixels; text pairs and triplets by all their queries and targets, or by MinHash "
+        "and exact Jaccard similarity. An image that stays takes over the captions of those that go.",
         "dedup:deduplicate",
     )
     parser.add_argument(

@@ -176,8 +176,8 @@ def _say_what_is_lost(receipt: JsonObject | None, out: str, name: str) -> None:
     dropped: dict[str, int] = (receipt or {}).get("dropped", {})
     if receipt and sum(dropped.values()) * 20 > receipt["came_in"]:
         share, most = sum(dropped.values()) / receipt["came_in"], max(dropped, key=dropped.__getitem__)
-        place = Path(out) / next(iter(receipt["went_out"])) / name / "receipt.json"
-        print(f"WARNING: {share:.0%} of what came in was dropped, most of it for: {most} (examples: {place})")
+        place = Path(out) / next(iter(receipt["went_out"])) / name / receipt.get("listed", "receipt.json")
+        print(f"WARNING: {share:.0%} of what came in was dropped, most of it for: {most} (all of it: {place})")
 
 
 def _import(options: argparse.Namespace) -> int:

@@ -36,7 +36,7 @@ def deduplicate(
     Args:
         similarity: texts with this Jaccard similarity or more are near-duplicates.
         distance: images whose perceptual hashes differ in at most so many bits, and that have the same colours in the
-            same places, are near-duplicates.
+            same places and nearly the same pixels, are near-duplicates.
         near: False: remove exact duplicates only.
         dry_run: print what would go, and write nothing but the survey, with which the next run goes on.
     """
@@ -52,7 +52,7 @@ def deduplicate(
     before = passes.pieces_of(tests)
     pieces = [*before, *passes.pieces_of(datasets)]
     signing = image_duplicates if images else text_duplicates
-    survey = passes.Survey(target, f"{signing.__name__}:sign", pieces, {"version": 2, "sides": bool(tests)})
+    survey = passes.Survey(target, f"{signing.__name__}:sign", pieces, {"version": 3, "sides": bool(tests)})
     numbered = [str(dataset.directory.resolve()) for dataset in [*tests, *datasets]]
     rules = {
         "similarity": similarity, "distance": distance, "near": near,
@@ -61,9 +61,9 @@ def deduplicate(
     job = passes.job_on(datasets, target, "dedup", f"{__name__}:drop", rules, survey)
 
     def decide(survey: passes.Survey) -> tuple[Verdicts, list[int]]:
-        if images:
-            return image_duplicates.decide(survey.files(), len(before), distance if near else -1)
         samples = passes.Numbered(numbered)
+        if images:
+            return image_duplicates.decide(survey.files(), len(before), distance if near else -1, samples)
         return text_duplicates.decide(survey.files(), len(before), similarity, near, samples)
 
     if dry_run:
@@ -89,7 +89,7 @@ def drop(piece: JsonObject, options: JsonObject, output: Output) -> None:
         output.came_in()
         if what != KEPT:
             other = "" if what == BROKEN else f", like {numbered.name(to)}"
-            output.drop(REASONS[what], f"{piece['dataset']}: {sample.row.key}{other}")
+            output.drop(REASONS[what], f"{piece['dataset']}: {sample.row.key}{other}", content=sample.words)
         elif place in taken and sample.kind.startswith("image"):
             _take_over(sample, [numbered.sample(number) for number in taken[place]], piece, output)
         else:

@@ -1,14 +1,15 @@
-"""Images that are the same, or nearly: by their bytes, or by perceptual hash and a second look at the colours."""
+"""Images that are the same, or nearly: by their bytes, or by perceptual hash, colours and then pixels."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from data_prep.curation import passes
 from data_prep.curation.phash import UNREADABLE, buckets_within, perceptual_hash
@@ -22,6 +23,10 @@ _SIDE = 16
 # Grey levels by which two small copies may differ, in the mean and in one place. JPEG at quality 60 makes a mean of up
 # to 5; flags in other colours, or drawings with another small part, differ by more in some place.
 _MEAN, _MOST = 6, 32
+# What is alike in that is decoded once more: larger copies, blurred by a pixel, may differ in the mean of a block of
+# 8 x 8 by so much. JPEG at quality 40 or another size make up to 19; two labels that differ in a digit, 21 and more.
+_LARGE, _BLOCK, _MOST_IN_A_BLOCK = 256, 8, 20
+_AT_HAND = 256  # decoded images, some 200 kB each
 
 
 def sign(piece: JsonObject, options: JsonObject, output: Output) -> None:
@@ -51,11 +56,12 @@ def sign(piece: JsonObject, options: JsonObject, output: Output) -> None:
     )
 
 
-def decide(files: Sequence[Path], tests: int, distance: int) -> tuple[Verdicts, list[int]]:
+def decide(files: Sequence[Path], tests: int, distance: int, samples: passes.Numbered) -> tuple[Verdicts, list[int]]:
     """The verdicts by the survey's files, of which the first `tests` are those of evaluation sets; sizes of the others.
 
     Args:
         distance: images whose hashes differ in at most so many bits are looked at again; -1: none.
+        samples: of all the files.
     """
     found = [passes.load(file) for file in files]
     sizes = [len(part["hashes"]) for part in found]
@@ -68,15 +74,39 @@ def decide(files: Sequence[Path], tests: int, distance: int) -> tuple[Verdicts, 
     if distance >= 0:
         places = np.flatnonzero(hashed & (verdicts.what == KEPT))
         items, buckets = buckets_within(hashes[places], distance)
+        same_pixels = _comparison(samples)
 
         def alike(item: int, near: np.ndarray) -> int:
             if item < verdicts.begin:  # those of evaluation sets all stay
                 return -1
             apart = np.abs(small[near].astype(np.int16) - small[item]).reshape(len(near), -1)
             same = (apart.mean(axis=1) <= _MEAN) & (apart.max(axis=1) <= _MOST)
-            return int(near[np.argmax(same)]) if same.any() else -1
+            return next((other for other in near[same].tolist() if same_pixels(item, other)), -1)
 
         pairs = np.array(list(fallen(places[items], buckets, alike)), np.int64).reshape(-1, 2)
         verdicts.fall(pairs[:, 0], pairs[:, 1], NEAR)
     verdicts.settle()
     return verdicts, sizes[tests:]
+
+
+def _comparison(samples: passes.Numbered) -> Callable[[int, int], bool]:
+    """Whether two images have nearly the same pixels, at the size of the smaller one."""
+
+    @functools.lru_cache(_AT_HAND)
+    def copy(number: int) -> Image.Image:
+        with Image.open(io.BytesIO(samples.sample(number).image), formats=STORED) as image:
+            size = min(image.width, _LARGE), min(image.height, _LARGE)
+            return image.convert("RGB").resize(size, Image.Resampling.BOX)
+
+    def alike(one: int, other: int) -> bool:
+        copies = copy(one), copy(other)
+        size = min(image.width for image in copies), min(image.height for image in copies)
+        blurred = (image.resize(size, Image.Resampling.BOX).filter(ImageFilter.GaussianBlur(1)) for image in copies)
+        first, second = (np.asarray(image, np.int16) for image in blurred)
+        apart = np.abs(first - second).mean(axis=2)
+        rows, columns = (np.arange(0, length, _BLOCK) for length in apart.shape)
+        sums = np.add.reduceat(np.add.reduceat(apart, rows, axis=0), columns, axis=1)
+        counts = np.outer(np.diff(rows, append=apart.shape[0]), np.diff(columns, append=apart.shape[1]))
+        return bool((sums / counts).max() <= _MOST_IN_A_BLOCK)
+
+    return alike

@@ -16,8 +16,9 @@ from data_prep.errors import needs
 from data_prep.languages import LANGUAGES
 
 _SCANDINAVIAN = ("da", "no", "sv")  # which py3langid confuses
-# Languages of py3langid that share the probability with one of the thirty: its dialects, and Malay with Indonesian.
-_VARIANTS = {"wuu": "zh", "yue": "zh", "ary": "ar", "arz": "ar", "ms": "id", "nn": "no"}
+# Languages of py3langid that share the probability with one of the thirty: its dialects, and Malay with Indonesian; and
+# with each other: Croatian, Bosnian and Serbian, each of them unlikely alone.
+_VARIANTS = {"wuu": "zh", "yue": "zh", "ary": "ar", "arz": "ar", "ms": "id", "nn": "no", "bs": "hr", "sr": "hr"}
 # By the first word of a character's name in Unicode.
 _SCRIPTS = {
     "CJK": ("zh",), "HIRAGANA": ("ja",), "KATAKANA": ("ja",), "HANGUL": ("ko",), "THAI": ("th",), "GEORGIAN": ("ka",),
@@ -28,7 +29,7 @@ _LATIN = tuple(code for code in LANGUAGES if not any(code in codes for codes in 
 # written like a Chinese one.
 MIN_LETTERS = 12
 _SURE = 0.9  # of py3langid, below which lingua is asked
-_PERHAPS = 0.3  # below which lingua's agreement does not help
+_PERHAPS = 0.5  # below which the agreement of lingua does not help: short texts in a kindred language
 _CLEAR = 0.62  # lingua's confidence that counts as sure
 _ONE_OF_THREE = 0.5  # py3langid's probability for the Scandinavian languages together, with which spelling decides
 _WORDS = 2  # that speak for a language against lingua
@@ -60,7 +61,7 @@ def identify(text: str, *, among_all: bool = False) -> tuple[str, float]:
     best = max(codes, key=lambda code: ranked[code])
     probability = ranked[best] / together if together else 1 / len(codes)
     if best in _SCANDINAVIAN:
-        return _scandinavian(text, sum(ranked[code] for code in _SCANDINAVIAN) / together)
+        return _scandinavian(text, {code: ranked[code] / together for code in _SCANDINAVIAN})
     if _PERHAPS <= probability < _SURE and _code(_lingua(codes).detect_language_of(text)) == best:
         return best, _SURE
     return best, probability
@@ -80,22 +81,22 @@ def _script(text: str) -> tuple[str, int]:
     return counts.most_common(1)[0] if counts else ("", 0)
 
 
-def _scandinavian(text: str, together: float) -> tuple[str, float]:
-    """lingua's choice, and its confidence times py3langid's that it is one of the three.
+def _scandinavian(text: str, ranked: dict[str, float]) -> tuple[str, float]:
+    """The one of the three of which the spelling of most words speaks, else lingua's choice; `ranked` is py3langid's.
 
-    Where the spelling of a word or more speaks for one of them and none against it, that is the choice: surely if
-    lingua's is the same, or not sure itself, or there are `_WORDS` such words; undetermined otherwise.
+    Spelling is sure if lingua's choice is the same, or it is not sure itself, or there are `_WORDS` such words. Without
+    it lingua has to be sure, and py3langid to agree.
     """
     values = _lingua(_SCANDINAVIAN).compute_language_confidence_values(text)
-    likeliest, against = _code(values[0].language), contradictions(text)
+    likeliest, clear = _code(values[0].language), values[0].value >= _CLEAR
+    together, against = sum(ranked.values()), contradictions(text)
     best, second, _ = sorted(against, key=lambda code: against[code])
     margin = against[second] - against[best]
-    probability = together * min(1.0, values[0].value / _CLEAR * _SURE)
     if not margin:
-        return likeliest, probability
-    agreed = likeliest == best or margin >= _WORDS or values[0].value < _CLEAR
-    sure = _SURE if agreed and together > _ONE_OF_THREE else together * _PERHAPS
-    return best, max(sure, probability) if likeliest == best else sure
+        agreed = clear and ranked[likeliest] == max(ranked.values())
+        return likeliest, together if agreed else together * _PERHAPS
+    agreed = together > _ONE_OF_THREE and (likeliest == best or margin >= _WORDS or not clear)
+    return best, max(_SURE, together) if agreed else together * _PERHAPS
 
 
 def _code(language: Any) -> str:

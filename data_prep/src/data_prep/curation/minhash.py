@@ -1,7 +1,7 @@
 """Near-duplicate texts by MinHash (Broder 1997) and banding.
 
-Not datasketch, whose MinHash LSH takes 25 times as long for each text (`benchmarks/near_duplicates.py`: a million texts
-take 29 processor seconds here, 5,000 take 3.6 there).
+Not datasketch, whose MinHash LSH takes ten times as long for each text (`benchmarks/near_duplicates.py`: a million
+texts take 36 processor seconds here, 10,000 take 3.6 there).
 
 A text is the set of its runs of five characters, after normalisation; that works for all thirty languages, with spaces
 between words or without. The probability that two texts agree in one of the `PERMUTATIONS` minima is the Jaccard
@@ -36,7 +36,7 @@ _VARIATION = range(0xFE00, 0xFE10)  # selectors of a sign's style
 
 
 # Signs that tell "C#" from "C" and "5 %" from "5", though Unicode has them among the punctuation.
-_TELLING = "#%&@"
+_TELLING = "#%&@‰"
 _DECORATION = "|~"  # lines of tables, though symbols of mathematics
 
 
@@ -55,6 +55,11 @@ def _inside() -> str:
 
 _BETWEEN_WORDS = re.compile(rf"[^\w{_inside()}{_TELLING}]+|_+")
 _BETWEEN_ASCII = re.compile(rf"[^a-z0-9$+<=>{_TELLING}]+")  # the same for ASCII, at less than half the cost
+# Signs of arithmetic, which are punctuation elsewhere: "-5", "10/5", "10 - 5", and 5² is not 52.
+_ARITHMETIC = re.compile(r"[-*/^](?=\d)(?<![^\d\s(=].)|[-*/^](?= \d)(?<=\d .)")
+_AS_SYMBOLS = {"-": "−", "*": "×", "/": "÷", "^": "↑"}
+_RAISED = re.compile(r"(?<=\w)(?=[²³¹⁰⁴-⁹])")
+_DASHES = str.maketrans(dict.fromkeys("‐‑‒–—−", "-"))
 _ARTICLES = re.compile(r"^(a|an|the|some)\s+")
 
 
@@ -63,7 +68,9 @@ def normalize_text(text: str) -> str:
 
     The corpus keeps a coarser rule (`corpus.items.normalized`), which its published figures rest on.
     """
-    folded = unicodedata.normalize("NFKC", text).casefold()
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", _RAISED.sub("↑", text)).translate(_DASHES)
+    folded = _ARITHMETIC.sub(lambda sign: _AS_SYMBOLS[sign[0]], text.casefold())
     between = _BETWEEN_ASCII if folded.isascii() else _BETWEEN_WORDS
     words = " ".join(between.sub(" ", folded).split())
     return _ARTICLES.sub("", words) or folded

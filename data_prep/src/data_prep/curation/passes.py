@@ -50,6 +50,11 @@ class Sample:
         return [self.content["query"], self.content["target"], *self.content.get("negatives", [])]
 
     @property
+    def words(self) -> list[str]:
+        """All its texts, for the list of what was dropped."""
+        return [text["text"] for texts in self.texts for text in texts]
+
+    @property
     def image(self) -> bytes:
         """The bytes of its image file."""
         return next(self.members[name] for name in IMAGE_TYPES if name in self.members)

@@ -46,6 +46,7 @@ def check(piece: JsonObject, options: JsonObject, output: Output) -> None:
     """The work of a unit."""
     for sample in samples_of(piece):
         output.came_in()
+        place, words = f"{piece['dataset']}: {sample.row.key}", sample.words
         taken_out = False
         for texts in sample.texts:
             judged = [_language_of(text, options["sure"]) for text in texts]
@@ -55,6 +56,7 @@ def check(piece: JsonObject, options: JsonObject, output: Output) -> None:
             for text, (language, why) in zip(texts, judged, strict=True):
                 if language is None:
                     output.note(f"texts out: {why}")
+                    output.mention(f"text out: {why}", place, content=f"{text['language']}: {text['text']}")
                     taken_out = True
                 elif text["language"] != language:
                     output.note("texts that got a language")
@@ -65,7 +67,7 @@ def check(piece: JsonObject, options: JsonObject, output: Output) -> None:
                 output, piece, sample, tokens=None if taken_out else sample.row.tokens
             )  # the longest text may be gone
         else:
-            output.drop("no text in a language that is known for sure", f"{piece['dataset']}: {sample.row.key}")
+            output.drop("no text in a language that is known for sure", place, content=words)
 
 
 def _language_of(text: TextDict, sure: float) -> tuple[str | None, str]:

@@ -121,14 +121,20 @@ def cut(piece: JsonObject, options: JsonObject, output: Output) -> None:
     kept = iter(passes.decision(piece)["values"].tolist())
     for sample in passes.samples_of(piece):
         output.came_in()
-        captions = sample.content["captions"]
-        stay = [caption for caption in captions if next(kept)]
+        captions, words = sample.content["captions"], sample.words
+        place = f"{piece['dataset']}: {sample.row.key}"
+        stay = []
+        for caption in captions:
+            if next(kept):
+                stay.append(caption)
+            else:
+                output.mention("caption that does not fit the image", place, content=caption["text"])
         output.note("captions out", len(captions) - len(stay))
         if stay:
             sample.content["captions"] = stay
             passes.write(output, piece, sample, tokens=sample.row.tokens if len(stay) == len(captions) else None)
         else:
-            output.drop("no caption fits the image", f"{piece['dataset']}: {sample.row.key}")
+            output.drop("no caption fits the image", place, content=words)
 
 
 def _image(sample: passes.Sample) -> Image.Image | None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_prep.errors import UserError
+from data_prep.execute import dropped
 from data_prep.execute.engines import ENGINES, run_units
 from data_prep.execute.progress import Progress
 from data_prep.execute.unit import Spec, read_receipt
@@ -40,6 +41,11 @@ class Target:
     def folder(self, kind: str) -> Path:
         """The data set of a kind."""
         return Path(self.out) / kind / self.name
+
+    @property
+    def dropped(self) -> Path:
+        """The list of what was dropped, if everything was and there is no data set to put it in."""
+        return Path(self.out) / f"{self.name}.{dropped.NAME}"
 
     def lock(self, task: str = "") -> Path:
         """The lock file for writing there, or that of one array task."""
@@ -147,8 +153,10 @@ def _go_on(job: Job, execution: Execution, log: Callable[[str], None]) -> JsonOb
         receipt = _publish(job)
     for line in table(receipt):
         log(line)
-    folders = ", ".join(str(job.target.folder(kind)) for kind in receipt["went_out"])
-    log(f"written: {folders}" + ("; receipt.json there has more places of each reason" if receipt["dropped"] else ""))
+    folders = [job.target.folder(kind) for kind in receipt["went_out"]]
+    log(f"written: {', '.join(map(str, folders))}")
+    if receipt.get("listed"):
+        log(f"each that was dropped: {folders[0] / dropped.NAME}")
     return receipt
 
 
@@ -190,6 +198,7 @@ def _begin(job: Job) -> None:
     mark, identity = job.partial / "job.json", job.identity()
     job.partial.mkdir(parents=True, exist_ok=True)
     if not mark.exists():
+        job.target.dropped.unlink(missing_ok=True)  # of an earlier try
         write_file(mark, _raw(identity))
     elif (other := _ours(mark)) != identity:
         raise UserError(
@@ -229,12 +238,14 @@ def _prepare(job: Job) -> bool:
     shards: dict[str, list[JsonObject]] = {}
     examples: dict[str, list[str]] = {}
     counts = {name: Counter[str]() for name in ("went_out", "dropped", "notes")}
-    came_in = 0
+    came_in = listed = 0
+    lists = [spec.dropped_path for spec in job.specs()]
     for spec in job.specs():
         receipt = read_receipt(spec)
         if receipt is None:
             return False
         came_in += receipt.came_in
+        listed += receipt.listed
         for name, counter in counts.items():
             counter.update(getattr(receipt, name))
         for reason, places in receipt.examples.items():
@@ -243,17 +254,20 @@ def _prepare(job: Job) -> bool:
         for kind, entries in receipt.shards.items():
             shards.setdefault(kind, []).extend(entries)
     if not shards:
-        dropped = ", ".join(
+        reasons = ", ".join(
             f"{reason}: {count}, first {(examples.get(reason) or ['?'])[0]}"
             for reason, count in sorted(counts["dropped"].items())
         )
+        dropped.put_together(lists, job.target.dropped)
         shutil.rmtree(job.partial)
-        raise UserError(f"{job.title}: {came_in} came in and nothing went out ({dropped or 'no samples'})")
+        place = f"; each that was dropped: {job.target.dropped}" if listed else ""
+        raise UserError(f"{job.title}: {came_in} came in and nothing went out ({reasons or 'no samples'}){place}")
     whole = {
         "job": job.identity(),
         "came_in": came_in,
         **{name: dict(sorted(counter.items())) for name, counter in counts.items()},
         "examples": dict(sorted(examples.items())),
+        **({"listed": dropped.NAME} if listed else {}),
     }
     raw = _raw(whole) + b"\n"
     for kind, entries in sorted(shards.items()):
@@ -261,6 +275,7 @@ def _prepare(job: Job) -> bool:
         write_manifest(folder, kind=kind, source=job.target.name, shards=entries, tokenizer_sha256=job.tokenizer_sha256)
         with writing(folder):
             write_file(folder / "receipt.json", raw)
+            dropped.put_together(lists, folder / dropped.NAME)
             for leftover in folder.glob("*.tmp"):  # left by a killed unit
                 leftover.unlink()
     with writing(job.partial):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
+from data_prep.execute.dropped import DroppedList
 from data_prep.shards import ShardError, ShardWriter
 from data_prep.shards.files import read_object, temporary, write_file, writing
 from data_prep.shards.format import JsonObject, index_name
@@ -42,6 +43,16 @@ class Spec:
     def receipt_path(self) -> Path:
         return Path(self.directory) / "receipts" / f"{self.number:05d}.json"
 
+    @property
+    def dropped_path(self) -> Path:
+        """The list of what the unit left out; no file if it left out nothing."""
+        return Path(self.directory) / "dropped" / f"{self.number:05d}.jsonl"
+
+    @property
+    def source(self) -> str:
+        """What the unit reads, for messages."""
+        return str(self.piece.get("file") or self.piece.get("dataset") or f"unit {self.number}")
+
 
 @dataclass(frozen=True)
 class Receipt:
@@ -49,6 +60,7 @@ class Receipt:
 
     came_in: records found in the piece. went_out: samples by kind. dropped: records left out, by reason; examples:
     where the first of them were found. notes: further counts, by name. shards: entries for the manifest, by kind.
+    listed: bytes of the list of what was dropped.
     """
 
     number: int
@@ -58,6 +70,7 @@ class Receipt:
     examples: dict[str, list[str]] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
     shards: dict[str, list[JsonObject]] = field(default_factory=dict)
+    listed: int = 0
 
 
 class Output:
@@ -71,21 +84,29 @@ class Output:
         self._dropped: Counter[str] = Counter()
         self._notes: Counter[str] = Counter()
         self._examples: dict[str, list[str]] = {}
+        self._list = DroppedList(spec.dropped_path, spec.source)
         self._came_in = 0
 
     def came_in(self, count: int = 1) -> None:
         """Count records found in the input."""
         self._came_in += count
 
-    def drop(self, reason: str, where: str, count: int = 1) -> None:
+    def drop(self, reason: str, where: str, count: int = 1, *, content: Any = None, source: str = "") -> None:
         """Count records that are left out, for one of a few fixed reasons; `where` names the first.
 
-        Bytes of a file name that are not UTF-8 are escaped.
+        Each is listed, with the beginning of the texts in `content`, and as of `source` if that is not what the unit
+        reads. Bytes of a file name that are not UTF-8 are escaped.
         """
         self._dropped[reason] += count
+        where = where.encode("utf-8", "backslashreplace").decode()
         examples = self._examples.setdefault(reason, [])
         if len(examples) < _EXAMPLES:
-            examples.append(where.encode("utf-8", "backslashreplace").decode())
+            examples.append(where)
+        self._list.add(reason, where, count, content, source)
+
+    def mention(self, reason: str, where: str, *, content: Any = None) -> None:
+        """List something that is left out of a sample, which itself is not dropped (one of its texts)."""
+        self._list.add(reason, where, content=content)
 
     def note(self, name: str, count: int = 1) -> None:
         """Count something else for the receipt ("images encoded anew")."""
@@ -136,16 +157,25 @@ class Output:
         self._shards[kind].append({**entry, "caption_keys": list(caption_keys)} if caption_keys else entry)
 
     def receipt(self) -> Receipt:
-        """Finish the open shards; returns the receipt."""
+        """Finish the open shards and the list; returns the receipt."""
         for kind in list(self._open):
             self._finish(kind)
-        parts: tuple[dict[str, Any], ...] = (self._went_out, self._dropped, self._examples, self._notes, self._shards)
-        return Receipt(self._spec.number, self._came_in, *(dict(sorted(part.items())) for part in parts))
+        return Receipt(
+            self._spec.number,
+            self._came_in,
+            went_out=dict(sorted(self._went_out.items())),
+            dropped=dict(sorted(self._dropped.items())),
+            examples=dict(sorted(self._examples.items())),
+            notes=dict(sorted(self._notes.items())),
+            shards=dict(sorted(self._shards.items())),
+            listed=self._list.finish(),
+        )
 
     def abandon(self) -> None:
-        """Remove the unfinished shards."""
+        """Remove the unfinished shards, and the unfinished list."""
         for shard in self._open.values():
             shard.abandon()
+        self._list.abandon()
 
     def _place(self, kind: str) -> Path:
         """The path of the next shard of a kind; creates its folder."""
@@ -177,8 +207,7 @@ def process_shard(spec: Spec) -> Receipt:
     except BaseException as error:
         output.abandon()
         if isinstance(error, OSError) and error.filename is None:  # what is written names its file; this was a read
-            where = spec.piece.get("file") or spec.piece.get("dataset") or f"unit {spec.number}"
-            raise UserError(f"{where}: cannot be read ({error.strerror or error}); run again") from error
+            raise UserError(f"{spec.source}: cannot be read ({error.strerror or error}); run again") from error
         raise
     with writing(spec.receipt_path):
         spec.receipt_path.parent.mkdir(parents=True, exist_ok=True)
@@ -196,6 +225,8 @@ def read_receipt(spec: Spec) -> Receipt | None:
                 for path, size in ((tar, shard["bytes"]), (tar.with_name(index_name(tar.name)), shard["index_bytes"])):
                     if not path.exists() or path.stat().st_size != size:
                         return None
+        if receipt.listed and (not spec.dropped_path.exists() or spec.dropped_path.stat().st_size != receipt.listed):
+            return None
     except FileNotFoundError:
         return None
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -37,14 +37,14 @@ class Known:
 
     answers: `[N]`, the texts of each pair's answer, all alternatives, as numbers; equal texts have equal ones.
     items: `[N]` int64, what each pair is about.
-    pairs_of: from a pair to all pairs that have (nearly) the same query, itself among them.
-    alike: whether a text is nearly one of some others.
+    right: from a pair to the texts that answer its query, or (nearly) the same query of another pair.
+    alike: called with a pair, a text and some others: whether the text is nearly one of them, or of the pair's query.
     """
 
     answers: Sequence[Sequence[int]]
     items: np.ndarray
-    pairs_of: Callable[[int], set[int]]
-    alike: Callable[[int, Sequence[int]], bool]
+    right: Callable[[int], set[int]]
+    alike: Callable[[int, int, Sequence[int]], bool]
 
 
 Negative = tuple[int, list[int]]
@@ -57,7 +57,7 @@ def choose(
     """(the hardest negatives of pair `query` that pass, up to `count`; others to fill up with; whether deeper
     neighbours may give more).
 
-    A candidate passes if none of its answers, any alternative, is (nearly) one of a pair with (nearly) this query.
+    A candidate passes if none of its answers, any alternative, is (nearly) a right one, or the query itself.
     Where some are, the rest may fill up: an alternative that many pairs share ("unknown") says little about them. Exact
     copies of answers do not count in the ranks.
 
@@ -65,7 +65,7 @@ def choose(
         near, scores: `[k]`, the pairs whose answers are nearest to the query, most similar first, and the similarities.
         positive: the similarity of the query to its own answer.
     """
-    right = {answer for pair in known.pairs_of(query) for answer in known.answers[pair]}
+    right = known.right(query)
     right_ones = sorted(right)
     taken: set[int] = set()
     found: list[Negative] = []
@@ -82,7 +82,9 @@ def choose(
             return found, spare, False
         if rank + len(spare) + (not clean) < guards.ranks[0] or score > positive - guards.margin:
             continue
-        wrong = [place for place, one in enumerate(answers) if one not in right and not known.alike(one, right_ones)]
+        wrong = [
+            place for place, one in enumerate(answers) if one not in right and not known.alike(query, one, right_ones)
+        ]
         if len(wrong) == len(answers):
             found.append((pair, wrong))
             if len(found) == guards.count:

@@ -72,7 +72,7 @@ def mine_negatives(
     datasets = passes.open_alike(directories)
     if datasets[0].kind != "text-pairs":
         raise UserError(f"{datasets[0].directory} holds {datasets[0].kind}; expected text-pairs")
-    encoding = {"version": 2, **asdict(embedding), "model": str(_text_folder(Path(embedding.model)).resolve())}
+    encoding = {"version": 3, **asdict(embedding), "model": str(_text_folder(Path(embedding.model)).resolve())}
     survey = passes.Survey(target, f"{__name__}:embed", passes.pieces_of(datasets), encoding)
     rules = {
         **encoding,
@@ -126,7 +126,8 @@ def compose(piece: JsonObject, options: JsonObject, output: Output) -> None:
     for sample, chosen, alternatives in rows:
         output.came_in()
         if chosen[0] < 0:
-            output.drop(f"fewer than {options['count']} negatives passed the guards", sample.row.key)
+            place = f"{piece['dataset']}: {sample.row.key}"
+            output.drop(f"fewer than {options['count']} negatives passed the guards", place, content=sample.words)
             continue
         sample.content["negatives"] = [
             [text for place, text in enumerate(corpus.sample(pair).texts[1]) if which >> place & 1]
@@ -144,8 +145,8 @@ def _decide(
         known = Known(
             answers=answers.by_pair(),
             items=np.concatenate([passes.load(file, "items")["items"] for file in files]),
-            pairs_of=queries.neighbours(asked, similarity),
-            alike=answers.comparison(answered, similarity),
+            right=_right(queries, answers, queries.neighbours(asked, similarity)),
+            alike=_alike(queries, asked, answers, answered, similarity),
         )
         index = build_index(
             lambda: (passes.load(file, "target")["target"] for file in files), len(known.items), exact_up_to=exact_up_to
@@ -194,11 +195,13 @@ class _Side:
 
     def __init__(self, files: Sequence[Path], side: str, samples: passes.Numbered) -> None:
         parts = [passes.load(file, f"{side}_keys", f"{side}_counts") for file in files]
-        keys = np.concatenate([part[f"{side}_keys"] for part in parts])
+        self.keys = np.concatenate([part[f"{side}_keys"] for part in parts])
         self.counts = np.concatenate([part[f"{side}_counts"] for part in parts])
         self.pair = np.repeat(np.arange(len(self.counts)), self.counts)  # of each text
-        _, first, group = np.unique(keys, return_index=True, return_inverse=True)
+        _, first, group = np.unique(self.keys, return_index=True, return_inverse=True)
         self.number = first[group]
+        self._order = np.argsort(self.number, kind="stable")
+        self._sorted = self.number[self._order]
         self._side, self._samples = side, samples
         self._begins = np.cumsum(self.counts) - self.counts
 
@@ -218,21 +221,48 @@ class _Side:
         for one, other in alike_pairs(signed, similarity=similarity, among=different, text_of=self.text):
             near[one].add(other)
             near[other].add(one)
-        order = np.argsort(self.number, kind="stable")
-        sorted_ = self.number[order]
         texts = self.by_pair()
+        return lambda pair: self.pairs_with({n for own in texts[pair] for n in (own, *near.get(own, ()))})
 
-        def pairs_of(pair: int) -> set[int]:
-            wanted = {number for own in texts[pair] for number in (own, *near.get(own, ()))}
-            places = (np.searchsorted(sorted_, [number, number + 1]) for number in wanted)
-            return {pair for begin, end in places for pair in self.pair[order[begin:end]].tolist()}
+    def pairs_with(self, numbers: set[int]) -> set[int]:
+        """The pairs that have one of these texts."""
+        places = (np.searchsorted(self._sorted, [number, number + 1]) for number in numbers)
+        return {pair for begin, end in places for pair in self.pair[self._order[begin:end]].tolist()}
 
-        return pairs_of
+    def numbers_in(self, other: _Side) -> list[list[int]]:
+        """The texts of each pair that the other side has too, by their numbers there."""
+        keys, first = np.unique(other.keys, return_index=True)
+        places = np.minimum(np.searchsorted(keys, self.keys), len(keys) - 1)
+        found = np.where(keys[places] == self.keys, first[places], -1)
+        return [part[part >= 0].tolist() for part in np.split(found, self._begins[1:])]
 
-    def comparison(self, signed: Signed, similarity: float) -> Callable[[int, Sequence[int]], bool]:
-        """Whether a text is nearly one of some others."""
-        compared = Comparison(signed, signed, similarity, self.text, self.text)
-        return lambda number, others: compared.first(number, np.array(others)) >= 0
+
+def _right(queries: _Side, answers: _Side, pairs_of: Callable[[int], set[int]]) -> Callable[[int], set[int]]:
+    """From a pair to the known answers of its query. Pairs may be of equals, as those of duplicate questions are: the
+    query itself, and what it answers, are among them where they answer some query.
+    """
+    texts, asked = answers.by_pair(), queries.numbers_in(answers)
+
+    def right(pair: int) -> set[int]:
+        found = {text for one in pairs_of(pair) for text in texts[one]}
+        own = set(asked[pair])
+        return found | own | {text for one in answers.pairs_with(own) for text in asked[one]}
+
+    return right
+
+
+def _alike(
+    queries: _Side, asked: Signed, answers: _Side, answered: Signed, similarity: float
+) -> Callable[[int, int, Sequence[int]], bool]:
+    """Whether an answer is nearly one of some others, or nearly a text of a pair's query."""
+    among_answers = Comparison(answered, answered, similarity, answers.text, answers.text)
+    among_queries = Comparison(answered, asked, similarity, answers.text, queries.text)
+    texts = queries.by_pair()
+
+    def alike(pair: int, text: int, others: Sequence[int]) -> bool:
+        return among_answers.first(text, np.array(others)) >= 0 or among_queries.first(text, np.array(texts[pair])) >= 0
+
+    return alike
 
 
 def _key(text: str) -> int:

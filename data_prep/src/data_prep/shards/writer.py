@@ -166,6 +166,11 @@ class DatasetWriter:
             raise refused(self._partial, error) from error
         return self
 
+    @property
+    def unpublished(self) -> Path:
+        """The folder until the end of the block; further files that are put there are published with it."""
+        return self._partial
+
     def write(self, key: str, members: dict[str, bytes], *, languages: Sequence[str], tokens: int | None) -> None:
         """Append one sample.
 

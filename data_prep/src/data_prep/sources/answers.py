@@ -69,18 +69,17 @@ def by_image(
     """
     asked = ((r.where, None, r) if isinstance(r, Dropped) else (r[0], *question(*r)) for r in objects(rows))
     for name, group in groupby(asked, key=lambda one: one[1] if isinstance(one[1], str) else None):
+        path = inside(folder, name) if name else None
         captions: list[Text] = []
         first = ""
         for where, _, caption in group:
             first = first or where
             if isinstance(caption, Dropped):
                 yield caption
+            elif path is None:
+                reason = "file name outside the folder" if name else "no image name"
+                yield Dropped(reason, where, content=caption.text)
             else:
                 captions.append(caption)
-        path = inside(folder, name) if name else None
-        if not captions:
-            continue
-        if path is None:
-            yield Dropped("file name outside the folder" if name else "no image name", first, len(captions))
-        else:
+        if captions and path is not None:
             yield ImageRecord(first, str(name), path, long=list(dict.fromkeys(captions)))

@@ -12,8 +12,9 @@ from typing import ClassVar
 from data_prep.errors import UserError
 from data_prep.image_rule import ImageRule
 from data_prep.shards.format import JsonObject
-from data_prep.sources.beir_files import ID, QRELS, Part, find_part, plain_id
+from data_prep.sources.beir_files import ID, QRELS, Part, find_part
 from data_prep.sources.beir_triples import Groups, triples
+from data_prep.sources.ids import same_id
 from data_prep.sources.judged import NO_POSITIVE, Passage, with_title, without_doubtful
 from data_prep.sources.records import Dropped, Found, Noted, argument, option
 from data_prep.sources.tables import checked_file_stat
@@ -134,7 +135,7 @@ def _judgements(part: Part, lost: list[Dropped | Noted]) -> Groups:
     """Query → (document, score) of each. Where a pair is judged twice, the last judgement counts, as in BEIR."""
     groups: Groups = {}
     for where, row in _good(part, QRELS, lost):
-        query, document, score = (plain_id(row.get(name)) for name in QRELS)
+        query, document, score = (same_id(row.get(name)) for name in QRELS)
         try:
             grade = float(score or "")
         except ValueError:
@@ -156,4 +157,4 @@ def _good(part: Part, columns: Sequence[str], lost: list[Dropped | Noted]) -> It
 
 
 def _id(row: JsonObject) -> str | None:
-    return next((name for column in ID if (name := plain_id(row.get(column))) is not None), None)
+    return next((name for column in ID if (name := same_id(row.get(column))) is not None), None)

@@ -144,7 +144,7 @@ def _table(path: Path, judged: bool) -> Iterator[tuple[str, JsonObject] | Droppe
         elif len(cells) == len(header):
             yield where, dict(zip(header, cells, strict=True))
         else:
-            yield Dropped("not as many values as columns", where)
+            yield Dropped("not as many values as columns", where, content=cells)
 
 
 def cells_of(path: Path) -> Iterator[tuple[str, list[str]] | Dropped]:
@@ -157,7 +157,7 @@ def cells_of(path: Path) -> Iterator[tuple[str, list[str]] | Dropped]:
                 try:
                     line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError:
-                    yield Dropped("not UTF-8", where)
+                    yield Dropped("not UTF-8", where, content=raw)
                 else:
                     yield where, line.removesuffix("\n").removesuffix("\r").split("\t")
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -168,10 +168,3 @@ def _judgement(line: str) -> dict[str, Any]:
     cells = next(csv.reader([line], delimiter="\t"), [])
     cells = line.split() if len(cells) == 1 else cells
     return dict(zip(QRELS, [cells[0], *cells[2:]] if len(cells) == 4 else cells, strict=False))
-
-
-def plain_id(value: Any) -> str | None:
-    """An id as text: 3, 3.0 and "3" are one. None if it is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str) or value != value:
-        return None
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

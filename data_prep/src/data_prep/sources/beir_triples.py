@@ -14,7 +14,8 @@ from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.shards.format import JsonObject
-from data_prep.sources.beir_files import cells_of, plain_id
+from data_prep.sources.beir_files import cells_of
+from data_prep.sources.ids import same_id
 from data_prep.sources.judged import judged
 from data_prep.sources.parquet import parquet_columns, parquet_pieces, read_parquet
 from data_prep.sources.records import Dropped, Noted, Row
@@ -91,7 +92,7 @@ def _named(value: Any) -> JsonObject | None:
     row: JsonObject = {_RENAMED.get(str(name), str(name)): each for name, each in value.items()}
     for name in list(row):
         if name == "query":
-            row[name] = plain_id(row[name])
+            row[name] = same_id(row[name])
         elif name in ("pos", "neg", "docs") or name.startswith(("positive", "negative")):
             row[name] = _passages(row[name])
     return row
@@ -114,4 +115,4 @@ def _passage(value: Any) -> Any:
     elif isinstance(value, dict):
         score = next((value[name] for name in _SCORE if name in value), None)
         value = next((value[name] for name in _PASSAGE if name in value), None)
-    return {"text": plain_id(value), "score": score}
+    return {"text": same_id(value), "score": score}

@@ -66,9 +66,9 @@ def import_piece(piece: JsonObject, options: JsonObject, output: Output) -> None
         if isinstance(found, Noted):
             output.note(found.name, found.count)
             continue
-        output.came_in(found.count if isinstance(found, Dropped) else 1)
+        output.came_in(found.count if isinstance(found, Dropped) else getattr(found, "rows", 1))
         if isinstance(found, Dropped):
-            output.drop(found.reason, found.where, found.count)
+            output.drop(found.reason, found.where, found.count, content=found.content, source=found.source)
         elif isinstance(found, TextRecord):
             _write_texts(found, name, output)
         else:
@@ -90,7 +90,8 @@ def _write_image(record: ImageRecord, rule: ImageRule, name: str, output: Output
     try:
         stored = _stored(record.image, rule)
     except ImageRefused as error:
-        output.drop(str(error), record.where)
+        texts = [text.text for text in (*record.short, *record.long)]
+        output.drop(str(error), record.where, content=texts)
         return
     if stored.encoded_anew:
         output.note("images encoded anew")
@@ -119,7 +120,7 @@ def _write(kind: str, members: dict[str, bytes], texts: Sequence[Text], where: s
             raise Unusable("text with half a character (a lone surrogate)")
         content_of(kind, members)
     except Unusable as error:
-        output.drop(error.reason, where)
+        output.drop(error.reason, where, content=[text.text for text in texts])
     else:
         output.write(kind, members, languages=languages)
 

@@ -80,7 +80,7 @@ def index_tar(piece: JsonObject, options: JsonObject, output: Output) -> None:
             continue
         output.came_in(sample.count if isinstance(sample, Dropped) else 1)
         if isinstance(sample, Dropped):
-            output.drop(sample.reason, sample.where, sample.count)
+            output.drop(sample.reason, sample.where, sample.count, content=sample.content)
             continue
         try:
             rows.append(_row(sample, rule))

@@ -59,9 +59,9 @@ def _one_by_one(raw: bytes, name: str, first: int) -> Iterator[Row | Dropped]:
         try:
             yield where, parse_json(raw[start:end])
         except UnicodeDecodeError:
-            yield Dropped("not UTF-8", where)
+            yield Dropped("not UTF-8", where, content=raw[start:end])
         except ValueError:
-            yield Dropped("not JSON", where)
+            yield Dropped("not JSON", where, content=raw[start:end])
 
 
 def _spans(raw: bytes) -> Iterator[tuple[int, int]]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Number
 from typing import Any
 
 from data_prep.errors import UserError
@@ -13,15 +15,22 @@ from data_prep.shards.format import JsonObject
 # What the options of sources that read labels say.
 COLUMN = "column that says whether texts match, or how much (default: label, score, …); or none"
 POSITIVES = "labels that say that texts match, with commas (default: 1, true, entailment, …)"
+NO_MATCH = (
+    "labels that say that texts do not match, with commas (default: 0, false, contradiction, …): hard negatives of the "
+    "matches of their query; none: drop them"
+)
 SCALE = "score of texts that say the same"
 LEAST = "share of the scale from which on a pair is a positive; others are dropped"
 GRADED = "sts: keep all pairs that have a score, with it, to evaluate on"
 
-_LABELS = ("label", "labels", "gold_label", "is_duplicate", "is_paraphrase", "is_match", "match", "relevant")
-_SCORES = ("score", "similarity", "similarity_score", "relatedness_score", "relevance", "sts_score", "cosine")
+_WORDS = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])")  # of a name: is_duplicate, isDuplicate, IS DUPLICATE
+_LABELS = {"label", "labels", "duplicate", "paraphrase", "match", "relevant", "equivalent", "judgment", "judgement"}
+_IS = {"similar", "related", "positive", "same", "correct"}  # labels behind is_ and are_ alone
+_SCORES = {"score", "similarity", "relatedness", "relevance", "rel", "cosine", "sim", "sts"}
+# Scores that say nothing about the pair.
+_OTHERS = {"language", "lang", "lid", "toxicity", "nsfw", "aesthetic", "quality", "perplexity", "length"}
 _YES = (
-    "true",
-    "yes",
+    *("true", "yes", "t", "y", "same", "related"),
     "match",
     "entailment",
     "duplicate",
@@ -32,20 +41,23 @@ _YES = (
     "similar",
 )
 _NO = (
-    *("false", "no", "neutral", "contradiction", "negative", "irrelevant", "different", "mismatch", "dissimilar"),
+    *("false", "no", "contradiction", "negative", "irrelevant", "different", "mismatch", "dissimilar"),
+    *("f", "n", "unrelated", "not_similar", "not_related", "not_match", "not_paraphrase"),
     *("not_duplicate", "not_entailment", "not_equivalent", "not_relevant", "non-match", "no_match"),
 )
+_NEITHER = ("neutral",)
 _NONE = ("", "-", "-1", "nan", "null", "none")  # as SNLI writes pairs on which people did not agree
 
 
 @dataclass(frozen=True)
 class Judgement:
     """What a row says of its pair. right: whether it is a positive; reason: why not. grade: the score as it stands in
-    the row, None for a label."""
+    the row, None for a label. against: a label says that the texts do not match."""
 
     right: bool
     reason: str = ""
     grade: float | None = None
+    against: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,8 +65,9 @@ class Labels:
     """How labels and scores are read.
 
     column: of the label or score; "" for the usual names, "none" for no such column. positives: the labels that say
-    yes, in place of 1, true, entailment and the like. scale: the score of equal texts. least: the share of it from
-    which on a pair is a positive.
+    yes, in place of 1, true, entailment and the like. no_match: those that say no, in place of 0, false, contradiction
+    and the like; other labels say neither. scale: the score of equal texts. least: the share of it from
+    which on a pair is a positive. graded: all numbers are scores, 0 and 1 as well. texts: columns that hold the texts.
 
     Raises:
         UserError: least and scale can be none.
@@ -62,8 +75,11 @@ class Labels:
 
     column: str = ""
     positives: tuple[str, ...] = ()
+    no_match: tuple[str, ...] = ()
     scale: float = 1.0
     least: float = 0.8
+    graded: bool = False
+    texts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.least <= 1:
@@ -75,7 +91,7 @@ class Labels:
         """Those of a table's columns that say it."""
         if self.column:
             return [] if self.column == "none" else [self.column]
-        return [name for name in names if name.strip().lower() in (*_LABELS, *_SCORES)]
+        return [name for name in names if (_is_label(name) or _is_score(name)) and name not in self.texts]
 
     def judge(self, row: JsonObject, where: str) -> Judgement | None:
         """What a row says; None if it has no such column. All its columns have to say yes.
@@ -87,22 +103,27 @@ class Labels:
         wrong = next((one for one in found if not one.right), None)
         graded = next((one.grade for one in found if one.grade is not None), None)
         if wrong is not None:
-            return Judgement(False, wrong.reason, graded)
+            return Judgement(False, wrong.reason, graded, wrong.against)
         return Judgement(True, grade=graded) if found else None
 
     def _one(self, name: str, value: Any, row: JsonObject, where: str) -> Judgement:
-        said = str(value).strip().lower() if isinstance(value, str | int | float) else ""
+        said = str(value).strip().lower().replace(" ", "_") if isinstance(value, str | Number) else ""
+        if _among(said, self.positives):
+            return Judgement(True)
+        if _among(said, self.no_match):
+            return Judgement(False, "labelled as no match", against=True)
         if self.positives:
-            right = any(_alike(said, other.strip().lower()) for other in self.positives)
-            return Judgement(right, "" if right else "labelled as no match")
+            against = not self.no_match and (said in _NO or _number(said) == 0)
+            return Judgement(False, "labelled as no match", against=against)
         if said in _NONE:
             return Judgement(False, "without a label or score")
         number = float(value) if isinstance(value, bool) else _number(said)
         if number is None:
-            known = said in (*_YES, *_NO)
+            known = said in (*_YES, *_NO, *_NEITHER)
             reason = "labelled as no match" if known else "label that is not known; say --positives"
-            return Judgement(said in _YES, "" if said in _YES else reason)
-        if {"premise", "hypothesis"} & {column.lower() for column in row} and name.lower() in _LABELS:
+            against = said in _NO and not self.no_match
+            return Judgement(said in _YES, "" if said in _YES else reason, against=against)
+        if {"premise", "hypothesis"} & {column.lower() for column in row} and _is_label(name):
             raise UserError(
                 f"{where}: {name} is {said}, and which number is entailment differs between sets of premises and "
                 "hypotheses; say the labels that match: --positives 0"
@@ -113,10 +134,27 @@ class Labels:
                 "(--score-scale 5); if it is a class, the labels that match (--positives 0); if it says nothing about "
                 "the pair, --label-column none"
             )
-        grade = None if name.lower() in _LABELS and number in (0, 1) else number
+        whether = number in (0, 1) and self.scale == 1 and not self.graded and _is_label(name)
+        grade = None if isinstance(value, bool) or whether else number
         if number >= self.least * self.scale:
             return Judgement(True, grade=grade)
-        return Judgement(False, "labelled as no match" if grade is None else "score below --min-score", grade)
+        if grade is not None:
+            return Judgement(False, "score below --min-score", grade)
+        return Judgement(False, "labelled as no match", against=not self.no_match)
+
+
+def _is_label(name: str) -> bool:
+    words = [word.lower() for word in _WORDS.findall(name)]
+    return bool(_LABELS & {*words}) or (len(words) == 2 and words[0] in ("is", "are") and words[1] in _IS)
+
+
+def _is_score(name: str) -> bool:
+    words = {word.lower() for word in _WORDS.findall(name)}
+    return bool(_SCORES & words) and not _OTHERS & words
+
+
+def _among(label: str, others: tuple[str, ...]) -> bool:
+    return any(_alike(label, other.strip().lower()) for other in others)
 
 
 def _alike(one: str, other: str) -> bool:

@@ -86,13 +86,14 @@ class Moses:
 
 def _record(where: str, first: bytes, second: bytes, languages: list[str], origin: str) -> Found:
     if max(len(first), len(second)) > _LONGEST:
-        return Dropped("line too long", where)
+        return Dropped("line too long", where, content=first[:1000])
     try:
         query, target = first.decode("utf-8"), second.decode("utf-8")
     except UnicodeDecodeError:
-        return Dropped("not UTF-8", where)
+        both = b" | ".join((first.strip(), second.strip()))
+        return Dropped("not UTF-8", where, content=both)
     if not query.strip() or not target.strip():
-        return Dropped("empty line", where)
+        return Dropped("empty line", where, content=[query, target])
     return TextRecord(where, [Text(query, languages[0], "body", origin)], [Text(target, languages[1], "body", origin)])
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from data_prep.image_rule import ImageRule
 from data_prep.samples import Text
@@ -31,7 +31,7 @@ class ImageRecord:
 class TextRecord:
     """Alternatives of a query and of its target; with `negatives` (alternatives of each) a triplet; one item each.
 
-    score: how alike people find the two, of a pair that is for evaluation.
+    score: how alike people find the two, of a pair that is for evaluation. rows: of the input that it stands for.
     """
 
     where: str
@@ -39,15 +39,31 @@ class TextRecord:
     target: Sequence[Text]
     negatives: Sequence[Sequence[Text]] | None = None
     score: float | None = None
+    rows: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class NoMatch:
+    """A query and a target that are labelled as no match: perhaps a hard negative, never a pair."""
+
+    where: str
+    query: Sequence[Text]
+    target: Sequence[Text]
 
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """`count` records left out, for one of a few fixed reasons; `where` names the first."""
+    """`count` records left out, for one of a few fixed reasons; `where` names the first.
+
+    content: what stood there, as far as it is known; the list of what was dropped shows the beginning of its texts.
+    source: the file, where it is not that of the piece.
+    """
 
     reason: str
     where: str
     count: int = 1
+    content: Any = None
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +75,7 @@ class Noted:
 
 
 Found = ImageRecord | TextRecord | Dropped | Noted
+_One = TypeVar("_One")
 Row = tuple[str, Any]  # place ("captions.csv, line 17") and content
 
 
@@ -68,7 +85,13 @@ def from_rows(rows: Iterable[Row | Dropped], record: Callable[[str, JsonObject],
         if isinstance(row, Dropped):
             yield row
         else:
-            yield from record(*row)
+            yield from showing(row[1], record(*row))
+
+
+def showing(content: Any, found: Iterable[_One]) -> Iterator[_One]:
+    """What was found in a row; where it is dropped, with the row's content."""
+    for one in found:
+        yield replace(one, content=content) if isinstance(one, Dropped) and one.content is None else one
 
 
 def objects(rows: Iterable[Row | Dropped]) -> Iterator[tuple[str, JsonObject] | Dropped]:
@@ -77,7 +100,7 @@ def objects(rows: Iterable[Row | Dropped]) -> Iterator[tuple[str, JsonObject] | 
         if isinstance(row, Dropped) or isinstance(row[1], dict):
             yield row
         else:
-            yield Dropped("not a JSON object", row[0])
+            yield Dropped("not a JSON object", *row[:1], content=row[1])
 
 
 def pick(values: JsonObject, named: str, usual: Sequence[str]) -> Any:

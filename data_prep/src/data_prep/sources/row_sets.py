@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,9 +15,10 @@ from data_prep.image_rule import ImageRule
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
 from data_prep.sources.folder import inside
-from data_prep.sources.labels import COLUMN, GRADED, LEAST, POSITIVES, SCALE
+from data_prep.sources.labels import COLUMN, GRADED, LEAST, NO_MATCH, POSITIVES, SCALE
+from data_prep.sources.no_match import hard_negatives, left_for_later
 from data_prep.sources.parquet import image_bytes
-from data_prep.sources.records import Dropped, Found, ImageRecord, Row, argument, option
+from data_prep.sources.records import Dropped, Found, ImageRecord, NoMatch, Row, argument, option, showing
 from data_prep.sources.row_columns import Columns, Kinds, caption_texts, find_columns, value_at
 from data_prep.sources.text_rows import TextRows
 from data_prep.sources.texts import Texts
@@ -26,7 +26,6 @@ from data_prep.sources.texts import Texts
 if TYPE_CHECKING:
     from zipfile import ZipFile
 
-_LOOK_AT = 1000  # rows of texts
 _MAX_BYTES = 256 * 2**20  # of an image in a zip
 
 
@@ -50,6 +49,7 @@ class RowSet(ABC):
     negative_columns: str = option("", "columns of negatives, with commas")
     label_column: str = option("", COLUMN)
     positives: str = option("", POSITIVES)
+    no_match: str = option("", NO_MATCH)
     score_scale: float = option(1.0, SCALE)
     min_score: float = option(0.8, LEAST)
     graded: str = option("pairs", GRADED, choices=("pairs", "sts"))
@@ -72,22 +72,37 @@ class RowSet(ABC):
             "language": self.language_column,
         }
         columns = find_columns(self.data, kinds, names)
+        labelled, again = False, list[JsonObject]()
         for number, piece in enumerate(pieces):
             whole = {**piece, "columns": columns.plain()}
             if not number and not columns.image:  # labels that cannot be read are refused before it begins
-                for _ in islice(self.read(whole), _LOOK_AT):
-                    pass
-            yield whole
+                labelled = self._texts().texts.labelled(self._rows(whole, columns))
+            again += [whole] * labelled
+            yield {**whole, "gathered": labelled}
+        if again:
+            yield {"file": self.data, "no_match": again}
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
+        if "no_match" in piece:
+            rows = ((one.get("file", self.data), found) for one in piece["no_match"] for found in self._found(one))
+            yield from hard_negatives(rows, self.negatives)
+        else:
+            yield from left_for_later(self._found(piece), gathered=piece["gathered"])
+
+    def _found(self, piece: JsonObject) -> Iterator[Found | NoMatch]:
         columns, texts = Columns(**piece["columns"]), self._texts()
-        for row in self.rows(piece, columns.needed):
+        for row in self._rows(piece, columns):
             if isinstance(row, Dropped):
                 yield row
             elif columns.image:
-                yield self._captioned(*row, columns, [self.data, *piece.get("roots", ())])
+                yield from showing(row[1], [self._captioned(*row, columns, [self.data, *piece.get("roots", ())])])
             else:
-                yield from texts.records(row[0], columns.named_labels(row[1]) if columns.labels else row[1])
+                yield from showing(row[1], texts.records(*row))
+
+    def _rows(self, piece: JsonObject, columns: Columns) -> Iterator[Row | Dropped]:
+        """The rows of a unit, with names for the numbers of classes."""
+        for row in self.rows(piece, columns.needed):
+            yield row if isinstance(row, Dropped) else (row[0], columns.named_labels(row[1]))
 
     def _captioned(self, where: str, row: JsonObject, columns: Columns, roots: list[str]) -> Found:
         image = self._image(value_at(row, columns.image), roots)

@@ -100,9 +100,16 @@ def noted(piece: JsonObject) -> list[Noted]:
 
 
 def line_pieces(path: str | Path) -> Iterator[JsonObject]:
-    """Pieces of whole lines, of some megabytes."""
+    """Pieces of whole lines, of some megabytes. UserError if it is UTF-16 or UTF-32, by its mark."""
     path = Path(path)
     stamped = checked_file_stat(path)
+    with open_bytes(path) as file:
+        try:
+            wide = file.read(4).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE))
+        except PACKED:  # said where it is read
+            wide = False
+    if wide:
+        raise UserError(f"{path}: is UTF-16 or UTF-32; JSON lines are UTF-8: `iconv -f UTF-16 -t UTF-8` makes it so")
     if path.suffix == ".gz":
         yield {"file": str(path), **stamped, "start": 0, "end": None}
         return
@@ -142,9 +149,9 @@ def read_table(piece: JsonObject) -> Iterator[Row | Dropped]:
 def _row(name: str, columns: list[str], row: TableRow) -> Iterator[Row | Dropped]:
     where = f"{name}, line {row.first}"
     if isinstance(row.values, str):
-        yield Dropped(row.values, where)
+        yield Dropped(row.values, where, content=row.raw)
     elif len(row.values) > len(columns):
-        yield Dropped("more values than columns", where)
+        yield Dropped("more values than columns", where, content=row.values)
     elif row.values != [""]:  # an empty line is no row
         yield where, dict(zip(columns, row.values, strict=False))
 
@@ -181,9 +188,9 @@ def read_lines(piece: JsonObject) -> Iterator[Row | Dropped]:
             try:
                 yield where, parse_json(line.decode("utf-8"))
             except UnicodeDecodeError:
-                yield Dropped("not UTF-8", where)
+                yield Dropped("not UTF-8", where, content=line)
             except ValueError:
-                yield Dropped("not JSON", where)
+                yield Dropped("not JSON", where, content=line)
 
 
 def is_json_lines(path: Path) -> bool:

@@ -22,8 +22,9 @@ from data_prep.shards import alone, sync, write_file
 from data_prep.shards.files import writing
 from data_prep.shards.format import JsonObject
 from data_prep.sources.arrow import read_arrow
-from data_prep.sources.beir_files import ID, QRELS, Part, find_part, plain_id
+from data_prep.sources.beir_files import ID, QRELS, Part, find_part
 from data_prep.sources.hf_files import find_files
+from data_prep.sources.ids import same_id
 from data_prep.sources.parquet import read_parquet
 from data_prep.sources.records import Dropped, Row, argument, objects, option
 from data_prep.sources.tables import read_lines
@@ -82,7 +83,7 @@ class BeirSet:
         """The last judgement of a pair counts, as in BEIR."""
         grades: dict[tuple[str, str], float] = {}
         for where, row in _whole(part.rows(QRELS)):
-            query, document, score = (plain_id(row.get(name)) for name in QRELS)
+            query, document, score = (same_id(row.get(name)) for name in QRELS)
             try:
                 grade = float(score or "")
             except ValueError:
@@ -211,7 +212,7 @@ def _whole(rows: Iterator[tuple[str, JsonObject] | Dropped]) -> Iterator[tuple[s
 
 
 def _named(where: str, row: JsonObject) -> tuple[str, str]:
-    name = next((found for column in ID if (found := plain_id(row.get(column))) is not None), None)
+    name = next((found for column in ID if (found := same_id(row.get(column))) is not None), None)
     text = next((row[column] for column in _TEXT if isinstance(row.get(column), str)), None)
     if name is None or text is None:
         raise UserError(f"{where}: expected an id and a text, found {row!s:.120}")

@@ -11,7 +11,7 @@ from data_prep.languages import house_language
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
 from data_prep.sources.judged import Judged, Passage, judged
-from data_prep.sources.records import Dropped, Found, Noted, TextRecord
+from data_prep.sources.records import Dropped, Found, NoMatch, Noted, TextRecord
 from data_prep.sources.texts import Texts
 
 _LANGUAGE = ("language", "lang", "locale")
@@ -39,7 +39,7 @@ class TextRows:
         if self.texts.negatives < 1:
             raise UserError(f"--negatives {self.texts.negatives}: expected at least 1")
 
-    def records(self, where: str, row: Any) -> Iterator[Found]:
+    def records(self, where: str, row: Any) -> Iterator[Found | NoMatch]:
         """What a row gives: an object, or a list as `import texts` knows it."""
         if not isinstance(row, dict):
             yield from self.texts.record(where, row)

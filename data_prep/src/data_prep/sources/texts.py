@@ -16,10 +16,33 @@ from data_prep.names import is_hidden
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
 from data_prep.sources.dialects import DELIMITER, ENCODING, ESCAPE, NO_HEADER, QUOTING, Said
-from data_prep.sources.labels import COLUMN, GRADED, LEAST, POSITIVES, SCALE, Judgement, Labels
+from data_prep.sources.json_lists import list_pieces, read_list
+from data_prep.sources.labels import COLUMN, GRADED, LEAST, NO_MATCH, POSITIVES, SCALE, Judgement, Labels
+from data_prep.sources.no_match import hard_negatives, left_for_later
 from data_prep.sources.parquet import parquet_columns, parquet_pieces, read_parquet
-from data_prep.sources.records import Dropped, Found, Noted, Row, TextRecord, argument, option, pick, usual_column
-from data_prep.sources.tables import check_columns, line_pieces, noted, open_table, read_lines, read_table, shown
+from data_prep.sources.records import (
+    Dropped,
+    Found,
+    NoMatch,
+    Noted,
+    Row,
+    TextRecord,
+    argument,
+    option,
+    pick,
+    showing,
+    usual_column,
+)
+from data_prep.sources.tables import (
+    check_columns,
+    line_pieces,
+    noted,
+    open_bytes,
+    open_table,
+    read_lines,
+    read_table,
+    shown,
+)
 
 _ROWS = 20_000
 _LOOK_AT = 1000  # rows of a file
@@ -42,7 +65,8 @@ class Texts:
     the columns of a table: query, target, and the negatives in one list or in a column each, found by their usual names
     or named by options. With enough negatives a line becomes a triplet; with fewer a pair, which the
     receipt counts. A column that is called label, score, similarity and the like says whether the texts match, or how
-    much: only those that do are positives.
+    much: only those that do are positives, and those labelled as no match are hard negatives of the matches of their
+    query.
     """
 
     image: ClassVar[ImageRule | None] = None
@@ -56,6 +80,7 @@ class Texts:
     negative_columns: str = option("", "columns of negatives, with commas (default: negative, neg, negative_1, …)")
     label_column: str = option("", COLUMN)
     positives: str = option("", POSITIVES)
+    no_match: str = option("", NO_MATCH)
     score_scale: float = option(1.0, SCALE)
     min_score: float = option(0.8, LEAST)
     graded: str = option("pairs", GRADED, choices=("pairs", "sts"))
@@ -72,14 +97,15 @@ class Texts:
         if self.negatives < 1:
             raise UserError(f"--negatives {self.negatives}: expected at least 1")
         self._labels()  # refuses what cannot be a scale
-        file = ""
+        file, labelled, again = "", False, list[JsonObject]()
         for piece in self._pieces():
             if piece["file"] != file:  # labels that cannot be read are refused before it begins
-                for row in islice(_rows(piece), _LOOK_AT):
-                    if not isinstance(row, Dropped) and isinstance(row[1], dict):
-                        self._judged(*row)
+                labelled = self.labelled(_rows(piece))
             file = piece["file"]
-            yield piece
+            again += [piece] * labelled
+            yield {**piece, "gathered": labelled}
+        if again:
+            yield {"file": again[0]["file"], "no_match": again}
 
     def _pieces(self) -> Iterator[JsonObject]:
         said = Said(self.delimiter, self.quoting, self.escape, self.encoding, not self.no_header)
@@ -94,19 +120,36 @@ class Texts:
                 self._needed(path, table.columns)
                 for piece in table.pieces(_ROWS):
                     yield {**piece, "shown": name}
+            elif _is_list(path):
+                yield from ({**piece, "format": "list"} for piece in list_pieces(path, _ROWS))
             else:
                 for piece in line_pieces(path):
                     yield {**piece, "shown": name}
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
-        yield from noted(piece)
+        if "no_match" in piece:
+            rows = ((one["file"], found) for one in piece["no_match"] for found in self._found(one))
+            yield from hard_negatives(rows, self.negatives)
+        else:
+            yield from noted(piece)
+            yield from left_for_later(self._found(piece), gathered=piece["gathered"])
+
+    def _found(self, piece: JsonObject) -> Iterator[Found | NoMatch]:
         for row in _rows(piece):
             if isinstance(row, Dropped):
                 yield row
             else:
-                yield from self.record(*row)
+                yield from showing(row[1], self.record(*row))
 
-    def record(self, where: str, value: Any) -> Iterator[Found]:
+    def labelled(self, rows: Iterable[Row | Dropped]) -> bool:
+        """Whether the first rows have labels of which those that are no match become hard negatives. UserError if they
+        have labels or scores that cannot be read."""
+        first = [row for row in islice(rows, _LOOK_AT) if not isinstance(row, Dropped) and isinstance(row[1], dict)]
+        said = [self._judged(*row) for row in first]
+        wanted = self.graded == "pairs" and self.no_match != "none"
+        return wanted and any(one is not None and one.grade is None for one in said)
+
+    def record(self, where: str, value: Any) -> Iterator[Found | NoMatch]:
         """What a line or row gives."""
         first, _, second = self.language.partition(",")
         parts = self._parts(value)
@@ -123,7 +166,10 @@ class Texts:
             yield Dropped("pair without a score", where)
             return
         if said and not said.right and score is None:
-            yield Dropped(said.reason, where)
+            if said.against and self.no_match != "none":
+                yield NoMatch(where, self._texts(query, first), self._texts(target, second or first))
+            else:
+                yield Dropped(said.reason, where)
             return
         enough = len(negatives) >= self.negatives
         if negatives and not enough:
@@ -144,8 +190,16 @@ class Texts:
         return self._labels().judge(values, where)
 
     def _labels(self) -> Labels:
-        positives = tuple(self.positives.split(",")) if self.positives else ()
-        return Labels(self.label_column, positives, self.score_scale, self.min_score)
+        positives, no_match = (tuple(said.split(",")) if said else () for said in (self.positives, self.no_match))
+        return Labels(
+            self.label_column,
+            positives,
+            no_match,
+            self.score_scale,
+            self.min_score,
+            graded=self.graded == "sts",
+            texts=(self.query_column, self.target_column, *self.negative_columns.split(",")),
+        )
 
     def _parts(self, value: Any) -> tuple[list[str], list[str], list[str]] | None:
         """Query, targets and negatives of a line; None if it has another form."""
@@ -234,7 +288,17 @@ def names_of(paths: Sequence[Path]) -> list[str]:
 def _rows(piece: JsonObject) -> Iterator[Row | Dropped]:
     if piece.get("format") == "parquet":
         return read_parquet(piece, piece["columns"], texts=piece["columns"])
+    if piece.get("format") == "list":
+        return read_list(piece)
     return read_table(piece) if piece.get("format") == "table" else read_lines(piece)
+
+
+def _is_list(path: Path) -> bool:
+    """Whether a file is one JSON list of objects or lists; a line of JSON lines does not begin so."""
+    if path.suffix == ".gz":
+        return False
+    with open_bytes(path) as file:
+        return re.match(rb"(\xef\xbb\xbf)?\s*\[\s*[\[{]", file.read(4096)) is not None
 
 
 def _listed(value: Any) -> list[Any]:

@@ -16,7 +16,7 @@ from data_prep.image_rule import ImageRule
 from data_prep.languages import house_language
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
-from data_prep.sources.records import Dropped, Found, TextRecord, argument, option
+from data_prep.sources.records import Dropped, Found, TextRecord, argument, option, showing
 from data_prep.sources.tables import checked_file_stat, open_bytes
 from data_prep.sources.texts import files_in
 
@@ -79,7 +79,7 @@ class Tmx:
             try:
                 for number, unit in enumerate(_units(_blocks(file, piece)), 1):
                     where = f"{path.name}, unit {number}{after}"
-                    yield self._pair(where, unit, wanted, house_language(piece["source"]))
+                    yield from showing(unit, [self._pair(where, unit, wanted, house_language(piece["source"]))])
             except _PACKED as error:
                 where = f"{path.name}{after}, after unit {number} ({error})"
                 yield Dropped("rest of a packed file that is cut short or damaged", where)

@@ -98,11 +98,11 @@ class VidoreBenchmark:
             columns = _columns(path, (_PAGE, ("image",)))
             for piece in parquet_pieces([path], _ROWS, columns=columns):
                 yield {**piece, "columns": columns, "lost": lost}
-                lost = 0
+                lost = []
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
-        if piece["lost"]:
-            yield Dropped("judgements of relevance whose query or page is not there", "qrels", piece["lost"])
+        for where in piece["lost"]:
+            yield Dropped("judgements of relevance whose query or page is not there", where)
         number, image = piece["columns"]
         for row in objects(read_parquet(piece, piece["columns"], texts=[number])):
             yield row if isinstance(row, Dropped) else self._record(row[0], row[1].get(number), row[1].get(image))
@@ -130,14 +130,14 @@ def _parts(folder: str, part: str) -> list[Path]:
 
 
 @cache
-def _relevant(folder: str, language: str) -> tuple[dict[str, list[Text]], int]:
-    """Page → the queries that it answers; and how many judgements have no query, or cannot be read.
+def _relevant(folder: str, language: str) -> tuple[dict[str, list[Text]], list[str]]:
+    """Page → the queries that it answers; and the judgements that have no query, or cannot be read.
 
     Raises:
         UserError: a part lacks columns, two queries have one id, or a score is none.
     """
     queries: dict[str, Text] = {}
-    lost = 0
+    lost: list[str] = []
     for row in _all(folder, "queries", (_QUERY, _TEXT), ("language",)):
         text, own, number = (None, None, None) if row is None else (row[1], row[2], same_id(row[0]))
         if number is None or not isinstance(text, str) or not text.strip():
@@ -148,7 +148,7 @@ def _relevant(folder: str, language: str) -> tuple[dict[str, list[Text]], int]:
     relevant: dict[str, list[Text]] = {}
     for row in _all(folder, "qrels", (_QUERY[:2], _PAGE[:2]), ("score", "relevance")):
         if row is None:
-            lost += 1
+            lost.append("qrels, a row that cannot be read")
             continue
         named = [value for value in row[2:] if value is not _ABSENT]
         score = named[0] if named else 1
@@ -156,14 +156,15 @@ def _relevant(folder: str, language: str) -> tuple[dict[str, list[Text]], int]:
             raise UserError(f"{folder}: qrels hold the score {score!r}; expected numbers, above 0 for what is relevant")
         if score > 0:
             asked, page = queries.get(same_id(row[0]) or ""), same_id(row[1])
-            lost += asked is None or page is None
             if asked is not None and page is not None:
                 relevant.setdefault(page, []).append(replace(asked, score=score))
+            else:
+                lost.append(f"qrels, query {row[0]!r:.80}, page {row[1]!r:.80}")
     return relevant, lost
 
 
-def _lost(folder: str, language: str) -> int:
-    """How many judgements of relevance have no query or no page.
+def _lost(folder: str, language: str) -> list[str]:
+    """The judgements of relevance that have no query or no page.
 
     Raises:
         UserError: no query asks for any page, or two pages have one id.
@@ -180,7 +181,8 @@ def _lost(folder: str, language: str) -> int:
             f"{folder}: no query asks for any page: judgements are of {_some(relevant)}, the corpus has "
             f"{_some(pages)}; are its parts those of one benchmark?"
         )
-    return lost + sum(len(queries) for page, queries in relevant.items() if page not in pages)
+    gone = {page: queries for page, queries in relevant.items() if page not in pages}
+    return [*lost, *(f"qrels, page {page!r:.80}, {one.text:.80}" for page, queries in gone.items() for one in queries)]
 
 
 def _some(ids: Collection[str]) -> str:

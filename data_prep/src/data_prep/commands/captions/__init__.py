@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from data_prep.commands import Subcommands
-from data_prep.commands.captions.ledger import add_export, add_plan, add_status
+from data_prep.commands.captions.ledger import add_export, add_plan, add_rejudge, add_status
 from data_prep.commands.captions.sending import add_batch, add_run
 
 
@@ -16,5 +16,5 @@ def add(commands: Subcommands) -> None:
         "any time, and nothing is paid for twice.",
     )
     steps = parser.add_subparsers(required=True, metavar="STEP")
-    for add_step in (add_plan, add_run, add_status, add_export, add_batch):
+    for add_step in (add_plan, add_run, add_status, add_rejudge, add_export, add_batch):
         add_step(steps)

@@ -1,4 +1,4 @@
-"""`data-prep captions plan`, `unplan`, `status` and `export`: what is done with the ledger alone."""
+"""`data-prep captions plan`, `unplan`, `status`, `rejudge` and `export`: what is done with the ledger alone."""
 
 from __future__ import annotations
 
@@ -148,6 +148,7 @@ def _status(options: argparse.Namespace) -> int:
     for row in ledger.db.execute("SELECT * FROM batch ORDER BY id"):
         print(f"batch {row['remote'] or row['name']}: {row['state']}{' (' + row['note'] + ')' if row['note'] else ''}")
     show_spent(ledger)
+    _show_other_rules(ledger)
     lost = ledger.perhaps_paid()
     if lost:
         print(f"perhaps paid (or under way, if a run is): {len(lost)}; `captions run --resend perhaps-paid` asks again")
@@ -170,8 +171,65 @@ def _show_trouble(ledger: RequestLedger, *, everything: bool) -> None:
         print(f"  and {len(images) - _LISTED} more images; --all lists them")
 
 
+def _show_other_rules(ledger: RequestLedger) -> None:
+    """Print how many answers another version of this program judged."""
+    from data_prep.captions.verdicts import by_other_rules
+
+    if found := by_other_rules(ledger):
+        counts = " and ".join(f"{count} {state}" for state, count in sorted(found.items()))
+        print(
+            f"{counts} by the rules of another version; `data-prep captions rejudge {ledger.path}` judges them again, "
+            "without a request"
+        )
+
+
+def add_rejudge(steps: Subcommands) -> None:
+    rejudge = steps.add_parser(
+        "rejudge",
+        help="judge the answers again, by the rules of this version",
+        description="Judges all answers in LEDGER again, accepted and rejected ones, and prints what changes. Sends "
+        "nothing and costs nothing. Give the --shortest and --longest of your runs.",
+    )
+    rejudge.add_argument("ledger", metavar="LEDGER")
+    rejudge.add_argument("--dry-run", action="store_true", help="change nothing, print what would change")
+    add_checks(rejudge)
+    rejudge.set_defaults(run=_rejudge)
+
+
+def add_checks(parser: argparse.ArgumentParser) -> None:
+    """Add the options for the length of a caption."""
+    parser.add_argument("--shortest", type=int, default=200, metavar="N", help="characters of a caption (default: 200)")
+    parser.add_argument("--longest", type=int, default=6000, metavar="N", help="(default: 6000)")
+
+
+def _rejudge(options: argparse.Namespace) -> int:
+    from data_prep.captions.judge import Limits
+    from data_prep.captions.verdicts import rejudge
+    from data_prep.execute.progress import Progress
+
+    ledger, limits = RequestLedger(options.ledger), Limits(options.shortest, options.longest)
+    with ledger.exclusive():
+        (answers,) = ledger.db.execute(
+            "SELECT count(*) FROM request WHERE state IN ('accepted', 'rejected')"
+        ).fetchone()
+        progress = Progress(max(1, answers))
+        changed = rejudge(ledger, limits, dry_run=options.dry_run, tick=lambda: progress.add(1))
+    progress.finish()
+    would = " would be" if options.dry_run else ""
+    print(f"{sum(changed.values())} verdicts{would} changed; nothing was sent")
+    for (before, now), count in sorted(changed.items()):
+        names = [one if one == "accepted" else f"rejected, {one}" for one in (before, now)]
+        print(f"  {names[0]} -> {names[1]}: {count}")
+    return 0
+
+
 def add_export(steps: Subcommands) -> None:
-    export = steps.add_parser("export", help="write accepted captions as a data set of images with long captions")
+    export = steps.add_parser(
+        "export",
+        help="write accepted captions as a data set of images with long captions",
+        description="Writes the images with their accepted captions to OUT. Images that cannot be read, or changed "
+        "since they were described, are left out and listed in OUT/dropped.jsonl; the exit status is then 2.",
+    )
     export.add_argument("ledger", metavar="LEDGER")
     export.add_argument("out", metavar="OUT", help="folder of the data set; must not exist")
     export.add_argument("--source", default="synthetic", metavar="NAME", help="source's name (default: synthetic)")
@@ -192,7 +250,7 @@ def _export(options: argparse.Namespace) -> int:
         reject_duplicates(ledger)
         (images,) = ledger.db.execute("SELECT count(DISTINCT image) FROM request WHERE state = 'accepted'").fetchone()
         progress = Progress(max(1, images))
-        counts = export(
+        done = export(
             ledger,
             options.out,
             source=options.source,
@@ -201,6 +259,13 @@ def _export(options: argparse.Namespace) -> int:
             tick=lambda: progress.add(1),
         )
     progress.finish()
-    print(f"{options.out}: {sum(counts.values())} captions")
-    print(", ".join(f"{language} {count}" for language, count in sorted(counts.items())))
+    _show_other_rules(ledger)
+    print(f"{options.out}: {done.captions.total()} captions")
+    print(", ".join(f"{language} {count}" for language, count in sorted(done.captions.items())))
+    if done.left_out:
+        place = Path(options.out) / "dropped.jsonl"
+        raise UserError(
+            f"{done.left_out} images were left out, as they cannot be read or changed since they were described: "
+            f"{place} lists each; their captions stay in the ledger"
+        )
     return 0

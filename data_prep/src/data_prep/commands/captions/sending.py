@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from data_prep.captions.judge import Limits
 from data_prep.captions.ledger import RequestLedger
 from data_prep.captions.pricing import Prices, forecast
 from data_prep.captions.service import Service
-from data_prep.captions.settings import RunSettings
+from data_prep.captions.settings import RunResult, RunSettings
 from data_prep.commands import Subcommands
-from data_prep.commands.captions.ledger import show_spent
+from data_prep.commands.captions.ledger import add_checks, show_spent
 from data_prep.errors import UserError
-
-if TYPE_CHECKING:
-    from data_prep.captions.run import RunResult
 
 
 def add_run(steps: Subcommands) -> None:
@@ -226,12 +222,6 @@ def prices_of(options: argparse.Namespace) -> Prices | None:
     if options.price_in is None:
         return None
     return Prices(options.price_in, options.price_out, options.batch_factor)
-
-
-def add_checks(parser: argparse.ArgumentParser) -> None:
-    """Add the options for the length of a caption."""
-    parser.add_argument("--shortest", type=int, default=200, metavar="N", help="characters of a caption (default: 200)")
-    parser.add_argument("--longest", type=int, default=6000, metavar="N", help="(default: 6000)")
 
 
 def settings_of(options: argparse.Namespace) -> RunSettings:
