@@ -21,16 +21,13 @@ if [ ! -x .venv/bin/python ] && ! "$python" -m venv .venv; then
   exit 2
 fi
 .venv/bin/python -m pip install --quiet uv
-# pip trusts the certificates of the system and those that it was told of; uv knows Mozilla's alone, which are of no use
-# behind a company's proxy. A system without a store (a bare container) keeps uv's.
-if .venv/bin/python -c 'import os, ssl, sys; paths = ssl.get_default_verify_paths()
-sys.exit(not (sys.platform == "darwin" or paths.cafile or paths.capath and os.listdir(paths.capath)))'; then
-  export UV_SYSTEM_CERTS=${UV_SYSTEM_CERTS:-true}
-fi
-certificates=${SSL_CERT_FILE:-${PIP_CERT:-$(.venv/bin/python -m pip config get global.cert 2>/dev/null || true)}}
-[ -z "$certificates" ] || export SSL_CERT_FILE=$certificates
+. launch/certificates.sh
 .venv/bin/uv pip install --quiet --python .venv/bin/python --constraint launch/constraints.txt --group dev \
   -e packages/contrastive-losses -e packages/text-tower -e packages/vision-tower -e 'packages/stage-trainer[onnx,parquet,report]' \
   -e 'data_prep[corpus,parquet,datasets,pdf,ray,captions,curation,negatives,test]'
+# Python keeps what it compiles of a module that it imports, but not under PYTHONDONTWRITEBYTECODE, which many containers
+# set: there each process would spend half of its start on compiling.
+env -u PYTHONDONTWRITEBYTECODE DS_ACCELERATOR=cpu .venv/bin/python -W ignore -c \
+  'import deepspeed, open_clip, peft, sentence_transformers, timm, torch._dynamo, torch._inductor, torch.utils.tensorboard'
 rm -f .venv/trilith-*
 touch "$stamp"

@@ -5,10 +5,12 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/environment.sh
 export PATH="$PWD/.venv/bin:$PATH"
+unset PYTHONDONTWRITEBYTECODE  # or each of hundreds of processes compiles all that it imports
 selection=(-m "not full")
 if [ "${1:-}" = --full ]; then selection=(); shift; fi
 ruff check .
 ruff format --check .
 mypy
-# Two cores or more: as many test processes, one thread each. Files stay whole, so their fixtures are made once.
-OMP_NUM_THREADS=1 pytest -n auto --dist loadfile ${selection[@]+"${selection[@]}"} "$@"
+# Two cores or more: as many test processes, one thread each. Files stay whole, so their fixtures are made once, and come
+# in their order: else those of few tests, which train for minutes, would come last, and all but one process would wait.
+OMP_NUM_THREADS=1 pytest -n auto --dist loadfile --no-loadscope-reorder ${selection[@]+"${selection[@]}"} "$@"

@@ -1,8 +1,7 @@
-import os
-import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 import torch.nn.functional as F
@@ -75,24 +74,9 @@ def run_on_ranks(tmp_path_factory):
     def run(cases):
         folder = tmp_path_factory.mktemp("ranks")
         torch.save(cases, folder / "cases.pt")
-        environment = dict(os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(WORKER), str(rank), str(folder)],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(4)
-        ]
-        try:
-            for rank, process in enumerate(processes):
-                output, _ = process.communicate(timeout=550)
-                assert process.returncode == 0, f"rank {rank}:\n{output}"
-        finally:
-            for process in processes:
-                process.kill()
+        ranks = [[sys.executable, str(WORKER), str(rank), str(folder)] for rank in range(4)]
+        done = forks.together(ranks, folder, [{"GLOO_SOCKET_IFNAME": "lo"}] * 4)
+        assert done.returncode == 0, done.stdout + done.stderr
         return [torch.load(folder / f"rank{rank}.pt") for rank in range(4)]
 
     return run

@@ -17,7 +17,7 @@ BY_ROW = ("scores", "negatives", "query_ids", "target_ids", "sample_weights")
 
 def main(rank: int, folder: Path) -> None:
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4, timeout=timedelta(seconds=500)
     )
     groups = {size: dist.new_group(members) for size, members in GROUPS.items()}
     cases = torch.load(folder / "cases.pt")

@@ -95,7 +95,7 @@ def train(names: list[str], corpus: Path, folder: Path) -> dict[str, dict[str, l
     """The curves, by name and tag, as rank 0 sees them. Libraries are imported once, ranks are forked.
 
     None of our own modules is imported here: their names differ between commits."""
-    for library in ("deepspeed", "timm", "torch.utils.tensorboard"):
+    for library in ("deepspeed", "torch.utils.tensorboard"):
         import_module(library)
     found = {}
     for number, name in enumerate(names):

@@ -1,13 +1,14 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forks
 import pytest
+from ports import free_port
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "launch/recipes/drawn.yaml"
@@ -34,17 +35,12 @@ def command(name: str) -> str:
 def run(tmp_path: Path, drawn_corpus: Path):
     """Runs a console command in an empty directory, `{corpus}` in its arguments being the drawn corpus."""
 
-    def execute(
-        *arguments: object, fails: bool = False, limit: str = "", **options
-    ) -> subprocess.CompletedProcess[str]:
+    def execute(*arguments: object, fails: bool = False, limit: str = "", env: dict[str, str] | None = None):
         words = [str(a).replace("{corpus}", str(drawn_corpus)) for a in arguments]
         words[0] = words[0] if os.sep in words[0] else command(words[0])
         if limit:
             words = ["bash", "-c", f'{limit}; exec "$@"', "bash", *words]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **options.pop("env", {})}
-        done = subprocess.run(
-            words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400, check=False, **options
-        )
+        done = forks.run(words, tmp_path, **env or {})
         assert (done.returncode != 0) == fails, done.stdout[-3000:] + done.stderr[-3000:]
         return done
 
@@ -54,26 +50,31 @@ def run(tmp_path: Path, drawn_corpus: Path):
 def arguments(
     corpus: Path, stage: int, settings: tuple[str, ...], output: str, ranks: int = 1, recipe: Path = RECIPE
 ) -> list[str]:
-    head = ["stage-trainer", "train", "--stage", str(stage)]
+    head = [command("stage-trainer"), "train", "--stage", str(stage)]
     if ranks > 1:
-        head = [
-            "deepspeed",
-            "--num_accelerators",
-            str(ranks),
-            "--master_port",
-            str(free_port()),
-            str(ROOT / f"launch/stage{stage}.sh"),
-        ]
+        head = [*launched(ranks), str(ROOT / f"launch/stage{stage}.sh")]
     here = [f"output={output}", f"corpus={corpus}", f"model.tokenizer={corpus}/tokenizer.model"]
     return [*head, "--recipe", str(recipe), *here, *settings]
 
 
-@pytest.fixture
-def train(run, drawn_corpus: Path):
-    """Trains a stage on the drawn corpus, with several ranks through its launch file: train(1, "steps=4", ranks=2)."""
+def launched(ranks: int) -> list[str]:
+    return [command("deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
 
-    def execute(stage: int, *settings: str, ranks: int = 1, output: str = "run", recipe: Path = RECIPE, **options):
-        return run(*arguments(drawn_corpus, stage, settings, output, ranks, recipe), **options)
+
+@pytest.fixture
+def train(run, tmp_path: Path, drawn_corpus: Path):
+    """Trains a stage on the drawn corpus: train(1, "steps=4", ranks=2); with `launcher` through its launch file."""
+
+    def execute(
+        stage: int, *settings: str, ranks: int = 1, output: str = "run", recipe: Path = RECIPE, launcher: bool = False,
+        **options,
+    ):  # fmt: skip
+        words = arguments(drawn_corpus, stage, settings, output, ranks if launcher else 1, recipe)
+        if launcher or ranks == 1:
+            return run(*words, **options)
+        done = forks.together([words] * ranks, tmp_path, forks.of_ranks(ranks))
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done
 
     execute.recipe = RECIPE
     return execute
@@ -83,38 +84,28 @@ def train(run, drawn_corpus: Path):
 def start(tmp_path: Path, drawn_corpus: Path):
     """Starts what `train` would run and returns the process."""
 
-    def execute(stage: int, *settings: str, output: str = "run", recipe: Path = RECIPE) -> subprocess.Popen:
-        words = arguments(drawn_corpus, stage, settings, output, recipe=recipe)
-        return started([command(words[0]), *words[1:]], tmp_path)
+    def execute(stage: int, *settings: str, output: str = "run", recipe: Path = RECIPE):
+        return started(arguments(drawn_corpus, stage, settings, output, recipe=recipe), tmp_path)
 
     return execute
 
 
-def started(words: list[str], folder: Path, **environment: str) -> subprocess.Popen:
+def started(words: list[str], folder: Path, **environment: str) -> forks.Process:
     """A process in a session of its own; what it says goes to a file, as a pipe that nobody reads would fill up and
     hold it, and can be read from `stdout` (both streams)."""
     log = folder / f"log-{len(list(folder.glob('log-*')))}"
     with log.open("w") as file:
-        process = subprocess.Popen(
-            words, cwd=folder, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment},
-        )  # fmt: skip
-    process.stdout = log.open(errors="replace")
-    return process
+        begun = forks.start(words, folder, environment, file, file)
+    begun.stdout = log.open(errors="replace")
+    return begun
 
 
-def until(condition, process: subprocess.Popen):
+def until(condition, process: forks.Process):
     """Waits for something that a process does while it lives; gives it."""
     while not (found := condition()):
         assert process.poll() is None, process.stdout.read()[-3000:]
         time.sleep(0.02)
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture
@@ -123,8 +114,7 @@ def launcher(drawn_corpus: Path):
 
     def words(script: Path, ranks: int, *settings: str, output: str = "run") -> list[str]:
         here = [f"output={output}", f"corpus={drawn_corpus}", f"model.tokenizer={drawn_corpus}/tokenizer.model"]
-        head = [command("deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port()), str(script)]
-        return [*head, "--recipe", str(RECIPE), *here, *settings]
+        return [*launched(ranks), str(script), "--recipe", str(RECIPE), *here, *settings]
 
     return words
 

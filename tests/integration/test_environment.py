@@ -20,7 +20,7 @@ PYTHON = """#!/usr/bin/env bash
 case "$*" in
   "-m venv .venv") mkdir -p .venv/bin; cp "$0" .venv/bin/python; cp "${0%/*}/uv" .venv/bin/uv ;;
   "-m pip config get global.cert") [ -n "${PIP_CONF_CERT:-}" ] || exit 1; echo "$PIP_CONF_CERT" ;;
-  "-m pip "*) ;;
+  "-m pip "* | "-W ignore -c import deepspeed"*) ;;
   *) exec REAL "$@" ;;
 esac
 """
@@ -30,7 +30,8 @@ UV = '#!/usr/bin/env bash\necho "${UV_SYSTEM_CERTS:-} ${SSL_CERT_FILE:-}" > uv-s
 @pytest.fixture
 def uv_saw(tmp_path):
     """What uv finds in UV_SYSTEM_CERTS and SSL_CERT_FILE when the environment is made with such variables set."""
-    for path in ["launch/environment.sh", "launch/constraints.txt", "pyproject.toml", "data_prep/pyproject.toml"]:
+    launch = ("environment.sh", "certificates.sh", "constraints.txt")
+    for path in [*(f"launch/{name}" for name in launch), "pyproject.toml", "data_prep/pyproject.toml"]:
         (tmp_path / path).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / path, tmp_path / path)
     for package in ROOT.glob("packages/*"):

@@ -6,11 +6,13 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import forks
 import pytest
 
-from .conftest import RECIPE, ROOT, command, free_port, started, until
+from .conftest import RECIPE, ROOT, command, started, until
 
 LONG = (
     "steps=5000",
@@ -79,7 +81,7 @@ def test_a_worker_that_is_killed_is_replaced_then_one_message_and_a_killed_run_l
     process.kill()
     process.wait()
     while any(alive(worker) for worker in workers):  # or this test never ends
-        pass
+        time.sleep(0.02)
 
 
 MOMENTS = """
@@ -191,8 +193,7 @@ def test_at_every_moment_a_run_saves_and_what_it_owes_is_made_up_for(tmp_path, d
 
 def ranks(words: list[str], folder: Path) -> list[subprocess.Popen]:
     """Two ranks without a launcher, as srun starts them."""
-    shared = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [started(words, folder, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
+    return [started(words, folder, **rank) for rank in forks.of_ranks(2)]
 
 
 @pytest.mark.full
@@ -284,7 +285,7 @@ def test_ranks_whose_launcher_was_ended_alone_save_and_leave(tmp_path, launcher,
     process.wait()
     log = Path(process.stdout.name)
     while "as asked; the same command goes on" not in log.read_text():  # the ranks are nobody's now
-        pass
+        time.sleep(0.02)
 
 
 @pytest.mark.full

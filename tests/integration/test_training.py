@@ -208,9 +208,11 @@ def opens_elsewhere(folder, corpus):
 
 
 def test_three_stages_end_in_a_model_that_finds_held_out_items(train, run, scalars, tmp_path, drawn_corpus):
-    """Stage by stage through the launch files, then export, evaluate, report and search, as quickstart does."""
+    """Stage by stage, the first through its launch file, then export, evaluate, report and search, as quickstart does.
+    A third of its steps are enough by far: nine of ten items are among the first five."""
+    fewer = ("stages.1.steps=80", "stages.1.resolution=[[0, 32], [64, 40]]", "stages.2.steps=30", "stages.3.steps=30")
     for stage in (1, 2, 3):
-        train(stage, ranks=2 if stage == 1 else 1)
+        train(stage, *fewer, ranks=2 if stage == 1 else 1, launcher=stage == 1)
         run("stage-trainer", "evaluate", f"run/stage{stage}", "{corpus}")
     run("stage-trainer", "export", "run/stage3", "model")
     table = run("stage-trainer", "evaluate", "model", "{corpus}", "--json", "figures.json", "--by-language").stdout
@@ -218,7 +220,7 @@ def test_three_stages_end_in_a_model_that_finds_held_out_items(train, run, scala
     assert "blind guess" in table
     exported = json.loads((tmp_path / "figures.json").read_text())
     of_stage = json.loads((tmp_path / "run/stage3/evaluation.json").read_text())
-    assert of_stage == {name: {**its, "checkpoint": "step-0000060"} for name, its in exported.items()}
+    assert of_stage == {name: {**its, "checkpoint": "step-0000030"} for name, its in exported.items()}
     opens_elsewhere(tmp_path / "model", drawn_corpus)
     assert {its["kind"] for its in exported.values()} == {"image-short", "image-long", "text-pairs", "text-triplets"}
     pool = exported["drawn"]
@@ -255,7 +257,7 @@ def test_three_stages_end_in_a_model_that_finds_held_out_items(train, run, scala
     assert losses[max(losses)] < 0.7 * losses[min(losses)]
     assert max(scalars("run/stage1", "learning_rate_adamw/image").values()) == pytest.approx(1e-3)
 
-    again = train(3)
+    again = train(3, *fewer)
     assert "stage 3 of drawn is complete" in again.stdout
 
 
@@ -292,7 +294,8 @@ def test_other_settings_are_refused_and_starting_over_keeps_the_old_run(train, t
     assert "stage.lr.image was 0.001 and is now 0.0005" in done.stderr
     path = tmp_path / "run/stage1/step-0000008/state.json"
     state = json.loads(path.read_text())
-    del state["settings"]["stage.loss.kind"]  # as a release wrote it that did not know the setting
+    for name in ("kind", "weights"):  # as a release wrote it that did not know these settings; one is a list
+        del state["settings"][f"stage.loss.{name}"]
     del state["sha256"]
     path.write_text(json.dumps(state))
     assert "is complete" in train(1, *QUICK).stdout

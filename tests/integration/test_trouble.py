@@ -1,14 +1,15 @@
 """What goes wrong in real runs, provoked: gradients that are not finite, ranks that fail, die or hang, slow disks."""
 
 import math
-import os
 import re
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
+from ports import free_port
+
+from .conftest import started, until
 
 QUICK = ("steps=8", "warmup_steps=2", "evaluation.every=0", "log_every=1", "resolution=[[0, 32]]")
 
@@ -32,22 +33,20 @@ launch(stage=1)
 def launch_tampered(tmp_path, launcher):
     """Starts stage 1 on the drawn corpus, with some lines that run before each step."""
 
-    def start(body: str, *settings: str, ranks: int = 2) -> subprocess.Popen:
+    def start(body: str, *settings: str, ranks: int = 2):
         script = tmp_path / "tampered.py"
         script.write_text(PRELUDE.format(body=body))
         words = launcher(script, ranks, *QUICK, *settings)
         if ranks == 1:
             words = [sys.executable, *words[words.index(str(script)) :]]
-        return subprocess.Popen(
-            words, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
-            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        return started(words, tmp_path)
 
     return start
 
 
-def ended(process: subprocess.Popen) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=400)
+def ended(process) -> tuple[int, str]:
+    process.wait(timeout=550)
+    output = process.stdout.read()
     # The launcher's own lines come and go beside those of the ranks.
     lines = [line for line in output.splitlines() if "launch.py" not in line and "signal_handler" not in line]
     return process.returncode, "\n".join(lines).strip()
@@ -144,52 +143,48 @@ print("done", flush=True)
 """
 
 
+@pytest.fixture
+def hearts(tmp_path):
+    """Three ranks with heartbeats, each to live so many seconds and then, perhaps, to fail."""
+    port, running = str(free_port()), []
+
+    def start(*lives: tuple[str, ...]) -> list:
+        for rank, life in enumerate(lives):
+            running.append(started([sys.executable, "-c", HEARTBEAT, str(rank), port, *life], tmp_path))
+        return running
+
+    yield start
+    for process in running:
+        process.kill()
+
+
 @pytest.mark.parametrize(("lost", "how"), [(0, signal.SIGKILL), (2, signal.SIGSTOP)])
-def test_ranks_without_a_launcher_end_when_one_is_lost(lost, how, port):
+def test_ranks_without_a_launcher_end_when_one_is_lost(hearts, lost, how):
     """As on several machines: nobody but the heartbeat sees that a rank is gone, or hangs."""
-    words = [sys.executable, "-c", HEARTBEAT]
-    ranks = [
-        subprocess.Popen([*words, str(r), port, "120"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for r in range(3)
-    ]
-    try:
-        for process in ranks:
-            assert process.stdout.readline() == "ready\n"
-        time.sleep(1)
-        ranks[lost].send_signal(how)
-        for rank, process in enumerate(ranks):
-            if rank != lost:
-                _, errors = process.communicate(timeout=60)
-                assert process.returncode == 1
-                assert f"rank {rank} ends: rank {0 if rank else lost}" in errors
-    finally:
-        for process in ranks:
-            process.kill()
+    ranks = hearts(*[("1000",)] * 3)
+    for process in ranks:
+        until(lambda process=process: process.stdout.readline() == "ready\n", process)
+    ranks[lost].send_signal(how)
+    for rank, process in enumerate(ranks):
+        if rank != lost:
+            assert process.wait(timeout=300) == 1
+            assert f"rank {rank} ends: rank {0 if rank else lost}" in process.stdout.read()
 
 
-def test_a_rank_that_leaves_by_an_exception_is_missed(port):
-    words = [sys.executable, "-c", HEARTBEAT]
-    ranks = [
-        subprocess.Popen(
-            [*words, str(r), port, "2" if r == 1 else "120", *(["fails"] if r == 1 else [])],
-            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-        )
-        for r in range(3)
-    ]  # fmt: skip
-    errors = [process.communicate(timeout=100)[1] for process in ranks]
-    assert "trouble of its own" in errors[1]
-    assert "rank 0 ends: rank 1 has given no sign of life" in errors[0]
-    assert "rank 2 ends: rank 0" in errors[2]
+def test_a_rank_that_leaves_by_an_exception_is_missed(hearts):
+    ranks = hearts(("1000",), ("1", "fails"), ("1000",))
+    for process in ranks:
+        process.wait(timeout=300)
+    said = [process.stdout.read() for process in ranks]
+    assert "trouble of its own" in said[1]
+    assert "rank 0 ends: rank 1 has given no sign of life" in said[0]
+    assert "rank 2 ends: rank 0" in said[2]
 
 
-def test_ranks_that_end_in_order_are_not_missed(port):
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", HEARTBEAT, str(r), port, str(2 + 3 * (r != 2))], stdout=subprocess.PIPE, text=True
-        )
-        for r in range(3)
-    ]
-    assert [process.communicate(timeout=100)[0].split() for process in ranks] == [["ready", "done"]] * 3
+def test_ranks_that_end_in_order_are_not_missed(hearts):
+    ranks = hearts(("5",), ("5",), ("1",))
+    assert [process.wait(timeout=300) for process in ranks] == [0, 0, 0]
+    assert [process.stdout.read().split() for process in ranks] == [["ready", "done"]] * 3
 
 
 def test_steps_go_on_while_a_checkpoint_is_written(launch_tampered, tmp_path):

@@ -1,9 +1,9 @@
 import io
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 import torch.distributed as dist
@@ -44,8 +44,9 @@ def png() -> bytes:
 def two_ranks() -> Callable[..., None]:
     def run(file: str, folder: Path, *more: str) -> None:
         """Runs a test file as a program, once as each of two ranks: FILE RANK FOLDER …. Both have to end well."""
-        ranks = [subprocess.Popen([sys.executable, file, str(rank), str(folder), *more]) for rank in (0, 1)]
-        assert [process.wait(timeout=550) for process in ranks] == [0, 0]  # a busy machine takes its time
+        ranks = [[sys.executable, file, str(rank), str(folder), *more] for rank in (0, 1)]
+        done = forks.together(ranks, ".", [{}, {}])
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
 
     return run
 

@@ -200,6 +200,8 @@ def test_moments_follow_the_position_table_to_another_resolution():
 def test_settings_and_data_that_differ_are_named_and_the_same_ones_pass(tmp_path):
     saved = {"settings": {"a": [1, 2], "b": 1, "gone": 0}, "data": {"x": "1", "y": "2"}}
     compatible(saved, RunState({"a": (1, 2), "b": 1, "gone": 0}, {"x": "1", "y": "2"}, {}), tmp_path)
+    newer = {"settings": {**saved["settings"], "weights": ()}, "data": saved["data"]}  # a default of this release
+    compatible(newer, RunState({"a": (1, 2), "b": 1, "gone": 0, "weights": ()}, {"x": "1", "y": "2"}, {}), tmp_path)
     now = RunState({"a": (1, 3), "b": 1, "new": None}, {"x": "1", "y": "3", "z": "4"}, {})
     with pytest.raises(UserError) as caught:
         compatible(saved, now, tmp_path)

@@ -1,11 +1,10 @@
 """A run that gets no further ends, and says which limit to raise."""
 
-import os
-import signal
-import socket
-import subprocess
 import sys
+import time
+from pathlib import Path
 
+import forks
 import pytest
 from stage_trainer.recipe.limits import LimitsConfig
 from stage_trainer.recipe.ranges import OF_RECIPE
@@ -29,9 +28,7 @@ with Watch(LimitsConfig(step=0.5), Path(sys.argv[1]), interval=0.05) as watch:
 
 
 def test_a_main_thread_that_is_stuck_ends_its_process_and_names_the_limit(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", STUCK, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False
-    )
+    done = forks.run([sys.executable, "-c", STUCK, str(tmp_path)], tmp_path)
     assert done.returncode == 1
     assert done.stdout == "steps are done\n"
     (line,) = done.stderr.splitlines()
@@ -40,18 +37,10 @@ def test_a_main_thread_that_is_stuck_ends_its_process_and_names_the_limit(tmp_pa
 
 
 def test_two_ranks_of_a_machine_say_it_once(tmp_path):
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", STUCK, str(tmp_path)],
-            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    assert [process.communicate(timeout=300)[1].count("limits.step") for process in ranks] in ([0, 1], [1, 0])
-    assert [process.returncode for process in ranks] == [1, 1]
+    ranks = [{"RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2)]
+    done = forks.together([[sys.executable, "-c", STUCK, str(tmp_path)]] * 2, tmp_path, ranks)
+    assert done.returncode == 1
+    assert done.stderr.count("limits.step") == 1
 
 
 class Clock:
@@ -116,39 +105,36 @@ def train_words(recipes, folder, *settings):
     return ["train", "--recipe", str(recipes / "drawn.yaml"), "--stage", "1", f"output={folder / 'run'}", *settings]
 
 
-def started_rank(number, port, words, program=("-m", "stage_trainer.cli")):
-    """One of two ranks, without a launcher."""
-    names = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return subprocess.Popen(
-        [sys.executable, *program, *words],
-        env={**os.environ, **{name: str(value) for name, value in names.items()}},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 @pytest.fixture
-def port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def start_rank(tmp_path):
+    """start_rank(number, program, words): one of two ranks, without a launcher; `said` reads what it has said."""
+    ranks, running = forks.of_ranks(2), []
+
+    def start(number, program, words):
+        log = tmp_path / f"rank-{number}"
+        with log.open("w") as file:
+            process = forks.start([*program, *words], tmp_path, ranks[number], file, file)
+        process.said = log.read_text
+        running.append(process)
+        return process
+
+    yield start
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+COMMAND = (str(Path(sys.executable).with_name("stage-trainer")),)
 
 
 @pytest.mark.parametrize("stopped", [False, True])
-def test_a_rank_that_never_comes_or_stops_at_once_ends_the_other(tmp_path, recipes, port, stopped):
+def test_a_rank_that_never_comes_or_stops_at_once_ends_the_other(tmp_path, recipes, start_rank, stopped):
     words = train_words(recipes, tmp_path, "limits.start=4")
-    other = started_rank(1, port, words) if stopped else None
-    if other:
-        other.send_signal(signal.SIGSTOP)
-    first = started_rank(0, port, words)
-    try:
-        output, _ = first.communicate(timeout=300)
-    finally:
-        if other:
-            other.kill()
-            other.wait()
-    assert first.returncode == 1, output
+    if stopped:
+        start_rank(1, ("bash", "-c", 'kill -STOP $$; exec "$@"', *COMMAND), (*COMMAND, *words))
+    first = start_rank(0, COMMAND, words)
+    code, output = first.wait(300), first.said()
+    assert code == 1, output
     assert "rank 0 was waiting for all ranks to meet for more than 4 seconds" in output
     assert "raise limits.start" in output.splitlines()[-1]
     assert "Traceback" not in output
@@ -172,38 +158,28 @@ sys.exit(main(sys.argv[2:]))
 
 
 @pytest.mark.parametrize("stopped", [1, pytest.param(0, marks=pytest.mark.full)])
-def test_a_rank_that_stops_while_it_loads_is_missed_by_one_that_may_load_for_long(tmp_path, recipes, port, stopped):
-    words = [str(stopped), *train_words(recipes, tmp_path, "limits.load=120")]
-    ranks = [started_rank(number, port, words, ("-c", LOADING)) for number in range(2)]
+def test_a_rank_that_stops_while_it_loads_is_missed_by_one_that_may_load_for_long(
+    tmp_path, recipes, start_rank, stopped
+):
+    words = [str(stopped), *train_words(recipes, tmp_path, "limits.load=300")]
+    ranks = [start_rank(number, (sys.executable, "-c", LOADING), words) for number in range(2)]
     left = ranks[1 - stopped]
-    try:
-        output, _ = left.communicate(timeout=300)
-    finally:
-        ranks[stopped].kill()
-    assert "stops\n" in ranks[stopped].communicate()[0]
-    assert left.returncode == 1, output
+    code, output = left.wait(300), left.said()
+    assert "stops\n" in ranks[stopped].said()
+    assert code == 1, output
     assert f"rank {1 - stopped} ends: rank {stopped} has given no sign of life for 4 seconds" in output
     assert "limits.load" not in output
     assert "Traceback" not in output
 
 
 @pytest.mark.full
-def test_a_rank_whose_fellow_was_asked_to_leave_while_it_loads_leaves_like_it(tmp_path, recipes, port):
-    words = ["no rank", *train_words(recipes, tmp_path, "limits.load=120")]
-    ranks = [
-        started_rank(
-            number, port, words, ("-c", LOADING.replace("threading.E", "print('loads', flush=True); threading.E"))
-        )
-        for number in range(2)
-    ]
-    try:
-        for line in ranks[0].stdout:
-            if line == "loads\n":
-                break
-        ranks[0].terminate()
-        outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [75, 75], outputs
-    assert "sign of life" not in outputs[1]
+def test_a_rank_whose_fellow_was_asked_to_leave_while_it_loads_leaves_like_it(tmp_path, recipes, start_rank):
+    words = ["no rank", *train_words(recipes, tmp_path, "limits.load=300")]
+    loading = LOADING.replace("threading.E", "print('loads', flush=True); threading.E")
+    ranks = [start_rank(number, (sys.executable, "-c", loading), words) for number in range(2)]
+    while "loads\n" not in ranks[0].said():
+        assert ranks[0].poll() is None, ranks[0].said()
+        time.sleep(0.02)
+    ranks[0].terminate()
+    assert [rank.wait(300) for rank in ranks] == [75, 75], [rank.said() for rank in ranks]
+    assert "sign of life" not in ranks[1].said()

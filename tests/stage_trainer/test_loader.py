@@ -88,7 +88,7 @@ def test_workers_are_started_again_once_and_bring_the_same_batches(tmp_path, har
     said = []
     with worker_deaths_explained(2):
         items = batches(
-            Numbered(tmp_path, harm), 0, 8, workers=2, limit=30 if harm == signal.SIGKILL else 3, say=said.append
+            Numbered(tmp_path, harm), 0, 8, workers=2, limit=300 if harm == signal.SIGKILL else 8, say=said.append
         )
         assert [item.tolist() for item in items] == [[step] * 3 for step in range(8)]
     (line,) = said
@@ -98,7 +98,7 @@ def test_workers_are_started_again_once_and_bring_the_same_batches(tmp_path, har
     if harm == signal.SIGKILL:
         assert ") was killed, most likely because" in line
     else:
-        assert "brought no batch in 3 seconds and is stuck or stopped; if it only took long, raise limits.batch" in line
+        assert "brought no batch in 8 seconds and is stuck or stopped; if it only took long, raise limits.batch" in line
     assert not multiprocessing.active_children()
 
 

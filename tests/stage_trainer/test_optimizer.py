@@ -1,13 +1,14 @@
 import dataclasses
 import inspect
 import re
-import subprocess
 import sys
 
+import forks
 import pytest
 import torch
 from stage_trainer.build import tower_configs
 from stage_trainer.dual_encoder import DualEncoder
+from stage_trainer.optim import eager
 from stage_trainer.optim.build import build_optimizer
 from stage_trainer.optim.groups import let_rest, named_states
 from stage_trainer.optim.muon import Muon, orthogonalise
@@ -90,6 +91,28 @@ def test_a_tower_without_a_part_in_the_step_stays_as_it_is(parts, name):
     optimizer.step()
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert changed == {n for n in before if n.startswith("text.")}
+
+
+def test_adamw_without_the_compiler_is_torchs_own():
+    """Bit for bit, with its hooks, and without gradients of its own."""
+    paths, hooked = [], []
+    for kind in (torch.optim.AdamW, eager.AdamW):
+        torch.manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(8, 5)), torch.nn.Parameter(torch.randn(3))]
+        optimizer = kind([{"params": weights[:1]}], lr=0.1, weight_decay=0.1, fused=True)
+        optimizer.add_param_group({"params": weights[1:], "lr": 0.2})
+        optimizer.register_step_post_hook(lambda *seen: hooked.append(seen))
+        path = []
+        for _ in range(4):
+            sum(weight.square().sum() for weight in weights).backward()
+            assert optimizer.step() is None
+            path += [weight.detach().clone() for weight in weights]
+            optimizer.zero_grad()
+            assert [weight.grad for weight in weights] == [None, None]
+        assert optimizer.step(lambda: torch.is_grad_enabled()) is True
+        paths.append(path)
+    assert all(map(torch.equal, *paths))
+    assert len(hooked) == 10
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.98), (0.9, 0.999)])
@@ -244,8 +267,9 @@ assert torch.equal(resting, before)
 torch.save(matrices, f"{tmp_path}/" + f"{{rank}}-of-{{world}}.pt")
 """
     for world in (1, 3):
-        ranks = [subprocess.Popen([sys.executable, "-c", worker, str(r), str(world)]) for r in range(world)]
-        assert [process.wait(timeout=300) for process in ranks] == [0] * world
+        ranks = [[sys.executable, "-c", worker, str(r), str(world)] for r in range(world)]
+        done = forks.together(ranks, tmp_path, [{}] * world)
+        assert done.returncode == 0, done.stderr[-3000:]
     alone = torch.load(tmp_path / "0-of-1.pt")
     for rank in range(3):
         together = torch.load(tmp_path / f"{rank}-of-3.pt")

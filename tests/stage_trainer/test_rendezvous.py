@@ -2,10 +2,11 @@
 
 import datetime
 import socket
-import subprocess
 import sys
 
+import forks
 import pytest
+from ports import free_port
 from stage_trainer.errors import UserError
 from stage_trainer.run import rendezvous
 
@@ -31,10 +32,7 @@ def test_ranks_that_nobody_told_of_rank_0_are_refused(monkeypatch):
 
 
 def test_a_rank_that_comes_to_another_runs_port_leaves_its_keys_alone(monkeypatch):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("CROSS_SIZE", raising=False)  # as from srun
     ours, strangers = rendezvous._store(0, 2, "a", BRIEFLY), rendezvous._store(1, 2, "b", BRIEFLY)
@@ -44,36 +42,37 @@ def test_a_rank_that_comes_to_another_runs_port_leaves_its_keys_alone(monkeypatc
     assert ours.get("address") == b"of a"
 
 
-RANK = """
-import datetime, os, sys
+RANKS = """
+import datetime, os, sys, time
 from stage_trainer.run import rendezvous
-store = rendezvous._store(int(sys.argv[1]), 3, "run", datetime.timedelta(seconds=300))
-store.add("ranks", 1)
-store.wait(["all"]) if sys.argv[1] != "0" else None
-while sys.argv[1] == "0" and store.add("ranks", 0) < 3: pass
-store.set("all", "here")
-print(store.add("ranks", 0), flush=True)
-if sys.argv[1] == "0": sys.stdin.readline()
+os.environ |= {"CROSS_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+def rank(number):
+    store = rendezvous._store(number, 3, "run", datetime.timedelta(seconds=300))
+    store.add("ranks", 1)
+    while store.add("ranks", 0) < 3:
+        time.sleep(0.02)
+    print(store.add("ranks", 0), flush=True)
+    store.add("told", 1)
+    while number == 0 and store.add("told", 0) < 3:  # the store ends with its process
+        time.sleep(0.02)
+
+for number in (2, 1, 0):
+    if not os.fork():
+        sys.exit(rank(number))
+sys.exit(any(os.wait()[1] for _ in range(3)))
 """
 
 
 def test_the_default_port_is_left_to_others_and_nothing_stays_behind(tmp_path, monkeypatch):
     """Three ranks of one parent, as of DeepSpeed's launcher, beside a file of a launcher that is no more."""
-    for name, value in {"CROSS_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
-        monkeypatch.setenv(name, value)
     (tmp_path / "run").mkdir()
-    stale = rendezvous._meeting_point(str(tmp_path / "run"))
+    with monkeypatch.context() as patch:
+        patch.setenv("CROSS_SIZE", "1")
+        stale = rendezvous._meeting_point(str(tmp_path / "run"))
     assert stale is not None
     stale = stale.with_name(f"{stale.name}0")
     stale.write_text("1")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank)], cwd=tmp_path, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )
-        for rank in (2, 1, 0)
-    ]  # fmt: skip
-    said = [rank.stdout.readline() for rank in ranks]
-    ranks[2].communicate("\n")
-    assert said == ["3\n"] * 3
+    done = forks.run([sys.executable, "-c", RANKS], tmp_path)
+    assert (done.returncode, done.stdout) == (0, "3\n" * 3), done.stderr
     assert [path.name for path in (tmp_path / "run").iterdir()] == [stale.name]

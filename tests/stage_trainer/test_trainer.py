@@ -2,12 +2,11 @@
 
 import datetime
 import gc
-import os
-import subprocess
 import sys
 import types
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from stage_trainer.errors import UserError
@@ -115,13 +114,10 @@ def one_process(folder: str) -> None:
 
 
 def test_the_former_engine_is_gone_before_the_next_is_made_and_its_groups_wait(tmp_path):
-    made = [Path(sys.executable).with_name("data-prep"), "corpus", tmp_path / "corpus", "--drawn"]
-    subprocess.run(made, check=True, capture_output=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    made = [str(Path(sys.executable).with_name("data-prep")), "corpus", str(tmp_path / "corpus"), "--drawn"]
+    for words in (made, [sys.executable, __file__, str(tmp_path)]):
+        done = forks.run(words, tmp_path)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
 
 
 if __name__ == "__main__":

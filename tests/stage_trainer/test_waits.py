@@ -1,12 +1,11 @@
 """How often a step reads numbers that a GPU computes: its host waits for each. `tests/gpu.sh` counts them there."""
 
 import json
-import os
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
+import forks
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -81,8 +80,7 @@ def one_process() -> None:
 
 
 def test_the_host_waits_for_a_device_no_more_often_than_it_must():
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
+    done = forks.run([sys.executable, __file__], ".")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert {caller: times for caller, times in found.items() if caller not in OF_A_CPU} == BUDGET

@@ -109,7 +109,7 @@ class SeerService(ThreadingHTTPServer):
         self.asked: list[Asked] = []
         self.times: list[float] = []
         self.computed: Counter[tuple[str, str]] = Counter()
-        self.under_way = self.most_under_way = 0
+        self.under_way = self.most_under_way = self.connections = 0
         self.authorization = f"Bearer {KEY}"
         self.paths: list[str] = []
         self.pages: Callable[[int], dict] | None = None
@@ -130,6 +130,24 @@ class SeerService(ThreadingHTTPServer):
             self.asked.append(Asked(len(self.asked), before, language, digest, body))
             self.times.append(time.time())
             return self.asked[-1]
+
+    def process_request(self, *of_it: object) -> None:
+        with self.lock:
+            self.connections += 1
+        super().process_request(*of_it)
+
+    def process_request_thread(self, *of_it: object) -> None:
+        super().process_request_thread(*of_it)
+        with self.lock:
+            self.connections -= 1
+
+    def settle(self) -> None:
+        """Waits until everything is answered that was asked for by processes that are gone."""
+        with socket.create_connection(self.server_address) as last:  # those before it are accepted before it
+            last.sendall(b"GET /v1/batches HTTP/1.0\r\n\r\n")
+            last.recv(1)
+        while self.connections:
+            time.sleep(0.01)
 
     def handle_error(self, *_: object) -> None:
         """A client that was killed has broken its connection; that is no fault of the service."""

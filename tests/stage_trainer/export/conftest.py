@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -142,17 +142,15 @@ def elsewhere() -> Callable[..., dict[str, np.ndarray]]:
     def run(code: str, folder: Path, *absent: str) -> dict[str, np.ndarray]:
         """Runs Python where `absent` and our packages cannot be imported; gives what it leaves in `out`."""
         script = (
-            "import sys\n"
+            "import sys, warnings\n"
+            "sys.path.pop(0)\n"
+            "warnings.simplefilter('ignore')\n"
             f"sys.modules.update(dict.fromkeys({(*OURS, *absent)!r}))\n"  # None: ImportError
             f"out = {{}}\n{code}\nimport numpy\nnumpy.savez('out.npz', **out)\n"
             f"assert not any(name.partition('.')[0] in {OURS!r} and sys.modules[name] for name in sys.modules)\n"
         )
-        (folder / "script.py").write_text(script)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "warning"}
-        done = subprocess.run(
-            [sys.executable, "-I", "-W", "ignore", folder / "script.py"],
-            cwd=folder, env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "warning"}
+        done = forks.run([sys.executable, "-c", script], folder, forks.FOREIGN, **offline)
         assert done.returncode == 0, done.stderr[-4000:]
         assert "newly initialized" not in done.stderr
         assert "MISSING" not in done.stderr, done.stderr

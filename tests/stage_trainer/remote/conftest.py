@@ -78,7 +78,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if fault == "hang up":
             return self.connection.close()
         if fault == "silence":
-            self.server.released.wait(5)
+            self.server.released.wait(300)
             return self.connection.close()
         if fault in ("slow bytes", "slow headers"):
             self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n" + b"\r\n" * (fault == "slow bytes"))
@@ -106,7 +106,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
         if hold:
             self.wfile.flush()
-            self.server.released.wait(20)
+            self.server.released.wait(300)
         if cut or hold:
             self.connection.close()
 
@@ -148,7 +148,7 @@ def opened(server, tmp_path):
     """Opens the data set at the server as a run does."""
 
     def execute(base=None, **settings):
-        options = {"cache": str(tmp_path / "cache"), "timeout": 5, "retries": 4, **settings}
+        options = {"cache": str(tmp_path / "cache"), "timeout": 60, "retries": 4, **settings}
         return RemotePlace(Address(base or server.url, "train/text-pairs/made"), RemoteConfig(**options)).open()
 
     return execute
@@ -170,7 +170,7 @@ def leftovers(tmp_path):
 def wait_for():
     """Returns once a condition holds."""
 
-    def execute(condition, seconds=20):
+    def execute(condition, seconds=300):
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, "it did not come"

@@ -47,14 +47,15 @@ class Attention:
 
     def __init__(self, layout: ByLength, positions: Positions, backend: str | Attend, compiled: bool = False):
         self.layout, self.positions = layout, positions
-        if callable(backend):
-            self.attend = backend
-        else:
-            self.attend = _outside_of_graphs(backend) if compiled and backend in EAGER else _ATTEND[backend]
-            if positions.slopes is not None:
-                self.attend = functools.partial(self.attend, slopes=positions.slopes)
         # xformers has its own description of the batch, which all blocks share.
         self.plan: Any = _block_diagonal(layout) if backend == "xformers" else layout
+        if callable(backend):
+            self.attend = backend
+            return
+        attend = _ATTEND[backend]
+        if compiled and backend in EAGER:
+            attend, self.plan = _outside_of_graphs(backend), _Unseen(self.plan)
+        self.attend = attend if positions.slopes is None else functools.partial(attend, slopes=positions.slopes)
 
     def __call__(self, qkv: Tensor) -> Tensor:
         """`[T, 3, heads, d]` -> `[T, heads, d]` in the same dtype, tokens in the order of the layout."""
@@ -189,10 +190,24 @@ def _block_diagonal(layout: ByLength) -> Any:
     return BlockDiagonalMask.from_seqlens([length for length, n in layout.groups for _ in range(n)])
 
 
+class _Unseen:
+    """A plan that compiled blocks hand on as it is. PyTorch 2.11's compiler looks into the lists and tensors among the
+    arguments of a function that it leaves out, and would compile anew for each number of lengths."""
+
+    def __init__(self, plan: Any):
+        self.plan = plan
+
+
 @functools.cache
 def _outside_of_graphs(backend: str) -> Any:
     """The backend for compiled blocks. Not a decorator: `torch.compiler.disable` takes seconds to import."""
-    return cast(Any, torch.compiler).disable(_ATTEND[backend])
+    attend = _ATTEND[backend]
+
+    @functools.wraps(attend)
+    def outside(q: Tensor, k: Tensor, v: Tensor, held: _Unseen, **slopes: Tensor) -> Tensor:
+        return attend(q, k, v, held.plan, **slopes)
+
+    return cast(Any, torch.compiler).disable(outside)
 
 
 _ATTEND: dict[str, Callable[..., Tensor]] = {

@@ -194,7 +194,8 @@ def compatible(saved: Mapping[str, Any], now: RunState, where: Path) -> None:
     """
     differences = []
     for part in ("settings", "data"):
-        before, after = saved.get(part, {}), json.loads(json.dumps(getattr(now, part)))
+        # Both as JSON has them: settings that an older run did not know are given as defaults, which may be tuples.
+        before, after = (json.loads(json.dumps(each)) for each in (saved.get(part, {}), getattr(now, part)))
         differences += [
             f"{name} was {before.get(name, 'absent')!r} and is now {after.get(name, 'absent')!r}"
             for name in sorted(set(before) | set(after))

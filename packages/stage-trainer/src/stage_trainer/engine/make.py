@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from stage_trainer.engine.base import Engine, Objective
 from stage_trainer.engine.partitioned import PartitionedEngine, Zero3Engine
 from stage_trainer.engine.plain import PlainEngine
 from stage_trainer.optim.build import build_optimizer
+from stage_trainer.optim.eager import AdamW
 from stage_trainer.optim.groups import ParamGroup
 from stage_trainer.recipe import OptimizerConfig
 
@@ -37,9 +39,10 @@ def make_engine(
         deepspeed: the stage's own options of DeepSpeed.
         saved: the optimizer state to continue with, as `optimizer_state` gave it.
     """
-    kind = KINDS[deepspeed.get("zero_optimization", {}).get("stage", 0)]
-    optimizer = build_optimizer(groups, config, precision)
-    engine = kind(objective, optimizer, deepspeed_config(deepspeed, config.gradient_clipping))
+    stage = deepspeed.get("zero_optimization", {}).get("stage", 0)
+    # ZeRO warns of an optimizer whose type it does not know.
+    optimizer = build_optimizer(groups, config, precision, torch.optim.AdamW if stage else AdamW)
+    engine = KINDS[stage](objective, optimizer, deepspeed_config(deepspeed, config.gradient_clipping))
     if saved:
         engine.load_optimizer_state(saved)
     return engine

@@ -7,16 +7,26 @@ from typing import Any
 
 import torch
 
+from stage_trainer.optim.eager import AdamW
 from stage_trainer.optim.groups import ParamGroup, let_rest
 from stage_trainer.optim.muon import MuonWithAdamW
 from stage_trainer.recipe import OptimizerConfig
 
 
-def build_optimizer(groups: Iterable[ParamGroup], config: OptimizerConfig, precision: str) -> torch.optim.Optimizer:
-    """AdamW over all groups, or Muon over those marked for it and AdamW over the rest; Muon computes in `precision`."""
+def build_optimizer(
+    groups: Iterable[ParamGroup], config: OptimizerConfig, precision: str, kind: type[torch.optim.AdamW] = AdamW
+) -> torch.optim.Optimizer:
+    """AdamW over all groups, or Muon over those marked for it and AdamW over the rest.
+
+    Args:
+        groups: of `optim.groups`.
+        config: the recipe's optimizer.
+        precision: in which Muon computes.
+        kind: of an AdamW over all groups.
+    """
     adamw: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "fused": True}
     if config.name == "adamw":
-        return let_rest(torch.optim.AdamW(list(groups), **adamw))
+        return let_rest(kind(list(groups), **adamw))
     several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
     muon = {
         "momentum": config.muon_momentum,

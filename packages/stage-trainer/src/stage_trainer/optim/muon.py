@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stage_trainer.optim.eager import AdamW, Optimizer
 from stage_trainer.optim.groups import ParamGroup
 
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -19,7 +20,7 @@ _STEPS = 5
 _EPS = 1e-7
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Optimizer):
     """Momentum, orthogonalised: the update of each weight matrix has singular values that are all about one.
 
     Args:
@@ -89,7 +90,7 @@ class Muon(torch.optim.Optimizer):
         return updates
 
 
-class MuonWithAdamW(torch.optim.Optimizer):
+class MuonWithAdamW(Optimizer):
     """Muon on the groups marked `muon` and torch's AdamW on the others, as one optimizer: DeepSpeed takes only one."""
 
     def __init__(self, groups: list[ParamGroup], muon: dict[str, Any], adamw: dict[str, Any]):
@@ -99,7 +100,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if matrices:
             self._parts.append(Muon(matrices, **muon))
         if rest:
-            self._parts.append(torch.optim.AdamW(rest, **adamw))
+            self._parts.append(AdamW(rest, **adamw))
         super().__init__([group for part in self._parts for group in part.param_groups], {})
         # The parts read the group dictionaries and keep the state that are seen from outside.
         self.param_groups = [group for part in self._parts for group in part.param_groups]

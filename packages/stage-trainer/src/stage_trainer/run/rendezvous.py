@@ -73,8 +73,9 @@ def initialize_distributed(
             timeout=LONGEST_WAIT,
             device_id=device if cuda and world > 1 else None,
         )
-    # Compiling DeepSpeed's shared-memory op takes a minute and a compiler; gloo does the same work.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # No op of DeepSpeed's is built here: the list is filled by trying a C compiler, and the one op that would be built,
+    # for shared memory, takes a minute; gloo does the same work.
+    deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     return rank, world, device
 

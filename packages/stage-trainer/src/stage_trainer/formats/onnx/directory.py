@@ -97,17 +97,18 @@ def _graphs(modules: Modules, precisions: Sequence[str], folder: Path) -> Iterat
     """(precision, name, graph), one after another, since each has all weights; `folder` takes what lies between."""
     half = modules.half() if "float16" in precisions else None
     for name in OUTPUTS:
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            graph = trace(modules, name)
-            if "float32" in precisions:
-                yield "float32", name, graph
-            if {"int8", "q4"} & {*precisions}:
-                source = Path(scratch) / f"{name}.onnx"
-                save(graph, source)
-                if "int8" in precisions:
-                    yield "int8", name, smaller.int8(source, Path(scratch))
-                if "q4" in precisions:
-                    yield "q4", name, smaller.q4(source)
+        if {"float32", "int8", "q4"} & {*precisions}:
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                graph = trace(modules, name)
+                if "float32" in precisions:
+                    yield "float32", name, graph
+                if {"int8", "q4"} & {*precisions}:
+                    source = Path(scratch) / f"{name}.onnx"
+                    save(graph, source)
+                    if "int8" in precisions:
+                        yield "int8", name, smaller.int8(source, Path(scratch))
+                    if "q4" in precisions:
+                        yield "q4", name, smaller.q4(source)
         if half:
             yield "float16", name, trace(half, name)
 
