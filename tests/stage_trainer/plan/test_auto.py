@@ -67,7 +67,7 @@ def test_little_memory_asks_for_chunks_and_they_do_without_checkpointing(drawn, 
 
 
 def test_very_little_memory_asks_for_checkpointing_where_small_chunks_are_slower_than_recomputation(drawn, needed):
-    memory = needed[1] / 6
+    memory = needed[1] / 5.6  # the images, all of them on the device, take a tenth of it
     # Only products count, whatever their size.
     starved = dataclasses.replace(CARD, fp32=1e9, bf16=1e9, fp16=1e9, bandwidth=1e18, cores=0)
     quick, slow = (decide(drawn(), memory, device) for device in (CARD, starved))
