@@ -1,4 +1,4 @@
-"""Every benchmark beside other trainers runs in a small size, in which it checks that all compute the same loss."""
+"""Every benchmark runs in a small size; those beside other trainers check there that all compute the same loss."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ def drawn_corpus(tmp_path_factory) -> Path:
 
 
 FEWER = ["images and captions: open_clip", "images and captions: ours", "text pairs: sentence-transformers"]
-SMALL = {"image_text": [], "text_pairs": [], "memory": [], "recall": ["--contenders", *FEWER]}
+SMALL = {"image_text": [], "text_pairs": [], "memory": [], "v1_beside_v2": [], "recall": ["--contenders", *FEWER]}
 
 
 @pytest.mark.full
