@@ -55,9 +55,8 @@ def load(
 ) -> TextTower:
     """Reads a tower, on the CPU in float32, with its tokenizer if the directory holds one.
 
-    It reads directories that `save_pretrained` wrote, transformers' own `jina_embeddings_v3`, XLM-RoBERTa's, jina's
-    remote-code layout with its parametrizations, jina-embeddings-v2 (JinaBERT, with WordPiece), jina-clip-v1 and -v2,
-    and models of open_clip with such a text tower; of the last three it takes the text half.
+    It reads what `save_pretrained` wrote, transformers' own `jina_embeddings_v3`, XLM-RoBERTa's, jina's remote-code
+    layout, jina-embeddings-v2 (JinaBERT), and of jina-clip-v1 and -v2 and open_clip's with such a tower the text half.
 
     Args:
         path: directory with config.json and model.safetensors (or pytorch_model.bin, read with `weights_only=True`).

@@ -1,9 +1,9 @@
 """Recipes: their schema, the rules for them, and reading them from a file. Nothing here imports torch."""
 
+from stage_trainer.recipe.loss import LossConfig
 from stage_trainer.recipe.schema import (
     BatchSizes,
     GradientCache,
-    LossConfig,
     ModelConfig,
     OptimizerConfig,
     Rates,

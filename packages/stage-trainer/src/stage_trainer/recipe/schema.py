@@ -8,30 +8,19 @@ from __future__ import annotations
 
 from dataclasses import asdict, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, ConfigDict
 from pydantic.dataclasses import dataclass
 
 from stage_trainer.errors import UserError
 from stage_trainer.recipe.limits import MAX_PIXELS, LimitsConfig
+from stage_trainer.recipe.loss import LossConfig
+from stage_trainer.recipe.values import STRICT, Float, Int
 
-_STRICT = ConfigDict(extra="forbid", strict=False)
 _T = TypeVar("_T")
 
 
-def _no_bool(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError("a number is expected here, and true or false is none")
-    return value
-
-
-Int = Annotated[int, BeforeValidator(_no_bool)]
-Float = Annotated[float, BeforeValidator(_no_bool)]
-"""Numbers of YAML. `true` is refused, which pydantic would take for 1; 1e5 is accepted as an integer."""
-
-
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class PerTask:
     """One number for each task: the step from which it takes part, or the global batch size."""
 
@@ -39,14 +28,14 @@ class PerTask:
     text: Int = 0
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class BatchSizes(PerTask):
     """Global batch sizes, in pairs; in a stage of masked-language-model training only `masked_lm`, in texts."""
 
     masked_lm: Int = 0
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class PerTower:
     """One number for each tower."""
 
@@ -54,7 +43,7 @@ class PerTower:
     text: Float = 1.0
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Rates:
     """Peak learning rates. The image tower and the temperature of the image-text loss train at `image`, the text tower
     and the temperature of the text loss at `text`. May be left out (None) only if nothing trains at it."""
@@ -63,7 +52,7 @@ class Rates:
     text: Float | None = None
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Trainable:
     """Which parameters train: `all`, `none`, or of the text tower only the LoRA `adapters`."""
 
@@ -71,7 +60,7 @@ class Trainable:
     text: Literal["all", "adapters", "none"] = "all"
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Source:
     """A data set (a directory with a manifest, below the corpus, or a URL) and how often it is drawn, relative to the
     others of its task.
@@ -89,7 +78,7 @@ class Source:
     graded: bool = False
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class StageData:
     """The data sets of each task. Those of `masked_lm` (text pairs or triplets, as single texts) have no rates: how
     often a language is drawn depends on its number of texts."""
@@ -99,48 +88,7 @@ class StageData:
     masked_lm: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, config=_STRICT)
-class LossConfig:
-    """A loss over pairs, summed over `dims`, each times its one of `weights` (none: 1).
-
-    `multi_task`: InfoNCE for each task (paper, 3.3, 3.4). `sigmoid`: SigLIP's loss for each task instead
-    (`contrastive_losses.matryoshka_sigmoid`), whose biases start at `bias` in a model that has none. `unified`: one
-    InfoNCE for the pairs of both tasks in one batch, and for two strongly augmented views of each image unless
-    `image_views` is false (section 5.2; `contrastive_losses.unified_info_nce`).
-
-    `temperature`: `each` task learns its own, both tasks learn one (`shared`), or they stay `fixed` where they start
-    (`model.temperature`). Those that learn stay at `min_temperature` or above. `false_negative_margin` leaves out what
-    is closer to a query than its positive by more than this cosine, as an unlabelled positive (arXiv 2506.05176)."""
-
-    kind: Literal["multi_task", "sigmoid", "unified"] = "multi_task"
-    dims: tuple[Int, ...] = ()
-    weights: tuple[Float, ...] = ()
-    image_views: bool = True
-    temperature: Literal["each", "shared", "fixed"] = "each"
-    min_temperature: Float = 0.01
-    bias: Float = -10.0
-    false_negative_margin: Float | None = None
-
-    @property
-    def one_temperature(self) -> bool:
-        """Whether that of the image-text loss serves text pairs too."""
-        return self.kind == "unified" or self.temperature == "shared"
-
-    def learns_temperature(self, task: str) -> bool:
-        """Whether a task that takes part ("image_text", "text") trains a temperature of its own."""
-        return self.temperature != "fixed" and (task == "image_text" or not self.one_temperature)
-
-    @property
-    def views(self) -> int:
-        """Augmented views of each image, in addition to the one that goes with its caption."""
-        return 2 if self.kind == "unified" and self.image_views else 0
-
-    def unified_pairs(self, captions: int, pairs: int) -> int:
-        """Pairs of a unified loss over so many captioned images and text pairs; 0 if each task has its own loss."""
-        return captions * (1 + self.views // 2) + pairs if self.kind == "unified" else 0
-
-
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class MaskingConfig:
     """Masked-language-model training: the `share` of words that are masked; languages are drawn in proportion to their
     number of texts to the power of `language_exponent` (both as in XLM-R, arXiv 1911.02116)."""
@@ -149,7 +97,7 @@ class MaskingConfig:
     language_exponent: Float = 0.3
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class AugmentationConfig:
     """Random resized crops of training images: share of the area kept, aspect ratios, flips, colour jitter."""
 
@@ -159,7 +107,7 @@ class AugmentationConfig:
     color: Float = 0.0
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class GradientCache:
     """Chunks of a rank's part of a batch, for gradient caching: images and text tokens in one forward pass (0: all).
     Masked-language-model training needs no cache: its chunks' gradients are added up. `auto` instead of sizes chooses
@@ -169,7 +117,7 @@ class GradientCache:
     tokens: Int = 0
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Stage:
     """One stage. `resolution` and `patch_dropout` are lists of [from_step, value]. It starts from the previous stage's
     model, and with `carry_optimizer` also from its optimizer's moments, by parameter name.
@@ -222,7 +170,7 @@ class Stage:
         return at_step(self.patch_dropout, step)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class OptimizerConfig:
     """`adamw` as in the paper, or `muon`: Muon on the weight matrices of the blocks, AdamW on everything else.
 
@@ -243,7 +191,7 @@ NEW_TEMPERATURE = 0.07
 """CLIP's (arXiv 2103.00020)."""
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Override:
     """What replaces the weights' own values: fields of a tower, and the initial value of both temperatures."""
 
@@ -252,7 +200,7 @@ class Override:
     temperature: Float | None = None
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class ModelConfig:
     """Fields of `TextTowerConfig` and `VisionTowerConfig`; weights to start from; the tokenizer's file.
 
@@ -280,7 +228,7 @@ class ModelConfig:
     override: Override = field(default_factory=Override)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class EvaluationConfig:
     """Validation every `every` steps (0: never): recall@5 on data sets of captioned images (also nDCG@5 on pages that
     answer queries), nDCG@10 on text pairs, Spearman's correlation where these have a "score". A stage of
@@ -290,7 +238,7 @@ class EvaluationConfig:
     pools: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class CheckpointConfig:
     """A checkpoint every `every` steps (0: only at the end and at a change of resolution); the newest `keep` stay.
 
@@ -303,7 +251,7 @@ class CheckpointConfig:
     best: str | None = None
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class RemoteConfig:
     """How data under URLs is read: a `corpus` or `path` that is https://…, s3://…, gs://…, hf://… or any other URL that
     fsspec opens.
@@ -325,7 +273,7 @@ class RemoteConfig:
     allow_pipe: bool = False
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Recipe:
     """A whole training, from the start to the last stage.
 
