@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # in place of tests/, where folders have the names of our packages
+sys.path[:1] = [str(ROOT), str(ROOT / "tests/support")]  # not tests/, where folders have the names of our packages
 
 from tests.chaos_faults import FAULTS, Hung, Late, Lost, Mounts, Trial  # noqa: E402
 from tests.chaos_tasks import SIDES, Task  # noqa: E402

@@ -53,7 +53,7 @@ COMMANDS = {"stage-trainer": "stage_trainer.cli", "data-prep": "data_prep.cli"}
 LATER = {
     *("PYTHONPATH", "RANK", "LOCAL_RANK", "LOCAL_SIZE", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS"),
     *("GLOO_SOCKET_IFNAME", "PYTHONUNBUFFERED", "PYTEST_CURRENT_TEST"),
-    *("DS_ACCELERATOR", "TORCHINDUCTOR_CACHE_DIR"),  # set by libraries, in the process of the tests
+    *("DS_ACCELERATOR", "RAY_AUTH_MODE", "TORCHINDUCTOR_CACHE_DIR"),  # set by libraries, in the process of the tests
 }
 LONGEST = 1500.0
 """Seconds that a program may take on a busy machine."""

@@ -166,7 +166,7 @@ def test_one_value_of_another_encoding_costs_its_row(ending):
     raw = b"\n".join([b"query\ttarget", *lines]).replace(b"\t", b"," if ending == "csv" else b"\t")
     found, dropped = read(raw, ending, Said(), 100)
     assert len(found) == 499
-    assert dropped == [Dropped("not UTF-8", f"t.{ending}, line 202")]
+    assert [(one.reason, one.where) for one in dropped] == [("not UTF-8", f"t.{ending}, line 202")]
 
 
 def test_a_file_that_is_not_utf8_is_asked_about_with_one_of_its_lines():

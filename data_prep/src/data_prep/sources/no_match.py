@@ -18,6 +18,7 @@ from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.samples import Text
+from data_prep.shards.format import parse_json
 from data_prep.sources.records import Dropped, Found, NoMatch, TextRecord
 
 LABELLED = "labelled as no match"
@@ -81,8 +82,8 @@ def _of_query(group: Iterable[tuple[Any, ...]], count: int) -> Iterator[Found]:
     known: set[str] = set()
     negatives: list[tuple[str, str, list[Text], list[Text]]] = []
     for _, match, source, where, *sides in group:
-        source, where = json.loads(source), json.loads(where)
-        query, target = ([Text(**text) for text in json.loads(side)] for side in sides)
+        source, where = parse_json(source), parse_json(where)
+        query, target = ([Text(**text) for text in parse_json(side)] for side in sides)
         if match:
             first = first or (where, query)
             known.update(_plain(text.text) for text in target)

@@ -76,7 +76,7 @@ class RowSet(ABC):
         for number, piece in enumerate(pieces):
             whole = {**piece, "columns": columns.plain()}
             if not number and not columns.image:  # labels that cannot be read are refused before it begins
-                labelled = self._texts().texts.labelled(self._rows(whole, columns))
+                labelled = self._texts().labelled(self._rows(whole, columns))
             again += [whole] * labelled
             yield {**whole, "gathered": labelled}
         if again:
@@ -102,7 +102,10 @@ class RowSet(ABC):
     def _rows(self, piece: JsonObject, columns: Columns) -> Iterator[Row | Dropped]:
         """The rows of a unit, with names for the numbers of classes."""
         for row in self.rows(piece, columns.needed):
-            yield row if isinstance(row, Dropped) else (row[0], columns.named_labels(row[1]))
+            if isinstance(row, Dropped) or not isinstance(row[1], dict):  # a list, as `import texts` knows it
+                yield row
+            else:
+                yield row[0], columns.named_labels(row[1])
 
     def _captioned(self, where: str, row: JsonObject, columns: Columns, roots: list[str]) -> Found:
         image = self._image(value_at(row, columns.image), roots)

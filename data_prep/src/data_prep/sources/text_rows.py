@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from data_prep.languages import house_language
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
 from data_prep.sources.judged import Judged, Passage, judged
-from data_prep.sources.records import Dropped, Found, NoMatch, Noted, TextRecord
+from data_prep.sources.records import Dropped, Found, NoMatch, Noted, Row, TextRecord
 from data_prep.sources.texts import Texts
 
 _LANGUAGE = ("language", "lang", "locale")
@@ -50,16 +50,27 @@ class TextRows:
             return
         names = (self.language_column,) if self.language_column else _LANGUAGE
         said = next((row[name] for name in names if isinstance(row.get(name), str) and row[name].strip()), "")
-        named = any((self.texts.query_column, self.texts.target_column, self.texts.negative_columns))
-        found = None if named or self.texts.graded == "sts" else judged(row, self.score_margin)
+        found = self._judged(row)
         if isinstance(found, str):
             yield Dropped(found, where)
-        elif not named and {"query_id", "positive_id"} <= row.keys() and "query" not in row:
-            yield Dropped("ids in place of texts; take the configuration with the texts, or join them", where)
         elif found is not None:
             yield from self.record(where, found, said)
         else:
             yield from (replace(self.texts, language=said) if said else self.texts).record(where, row)
+
+    def labelled(self, rows: Iterable[Row | Dropped]) -> bool:
+        """As `Texts.labelled`, of the rows whose labels are read: not those of judged passages, nor of ids."""
+        return self.texts.labelled(
+            row for row in rows if isinstance(row, Dropped) or not isinstance(row[1], dict) or not self._judged(row[1])
+        )
+
+    def _judged(self, row: JsonObject) -> Judged | str | None:
+        """A row's query and judged passages, or why it is of no use; None if it has another form."""
+        named = any((self.texts.query_column, self.texts.target_column, self.texts.negative_columns))
+        found = None if named or self.texts.graded == "sts" else judged(row, self.score_margin)
+        if found is None and not named and {"query_id", "positive_id"} <= row.keys() and "query" not in row:
+            return "ids in place of texts; take the configuration with the texts, or join them"
+        return found
 
     def record(self, where: str, found: Judged, language: str = "") -> Iterator[Found]:
         """A pair or triplet of a query and its judged passages, in `language` (default: as the options say)."""
