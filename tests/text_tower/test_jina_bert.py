@@ -458,5 +458,7 @@ def test_what_the_kind_does_not_have_is_refused_by_name(make_tower, published, l
         WholeWordMasking(Tokenizer.from_file(published()))
     with pytest.raises(ValueError, match=r"positions is 'alibi' and mlp 'gelu'; expected rotary with gelu .*JinaBERT"):
         TextTowerConfig(positions="alibi")
+    with pytest.raises(ValueError, match="rope_theta is 10000, and positions 'alibi' have none; leave it out"):
+        TextTowerConfig(positions="alibi", mlp="geglu", rope_theta=10_000)
     with pytest.raises(ValueError, match=r"mlp is 'swiglu'; expected one of \['gelu', 'geglu'\]"):
         TextTowerConfig(mlp="swiglu")

@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,8 @@ from stage_trainer.recipe import Recipe
 from stage_trainer.recipe.read import load
 from stage_trainer.tasks import make_task
 
-SHAPES = {
-    "v1": ("model.text.positions=alibi", "model.text.mlp=geglu", "model.text.token_types=2",
-           "model.vision.reference_grid=null"),
-    "v2": (),
-}  # fmt: skip
+V1 = {"positions": "alibi", "mlp": "geglu", "token_types": 2}
+SHAPES = ("v1", "v2")
 # Of pairs in two languages nothing is left in English.
 ENGLISH = {
     "laptop.yaml": ("data.text=[{path: text-pairs/emoji-keywords, rate: 2}, {path: text-pairs/packages, rate: 1}]",),
@@ -96,10 +93,15 @@ def train(options: argparse.Namespace, shape: str, corpus: Path, seed: int, scra
     """Trains one shape and measures it: steps, operations, recall@5 in percent at the full width."""
     recipe = common.RECIPES / ("drawn.yaml" if options.small else "laptop.yaml")
     its = ENGLISH[recipe.name] if corpus.name == "english" else ()
-    cost = {name: operations(load(recipe, [*settings(name, corpus, options.steps), *its], 1).recipe) for name in SHAPES}
+    text = load(recipe, stage=1).recipe.model.text
+    of_shape = {"v2": [], "v1": ["model.vision.reference_grid=null", f"model.text={json.dumps(v1_of(text))}"]}
+    cost = {}
+    for name, overrides in of_shape.items():
+        asked = [*settings(corpus, options.steps), *its, *overrides]
+        cost[name] = operations(load(recipe, asked, 1).recipe)
     steps = max(1, round(options.steps * cost["v2"] / cost[shape]))
     out, trainer = scratch / f"{shape}-{corpus.name}-{seed}", Path(sys.executable).with_name("stage-trainer")
-    asked = [*settings(shape, corpus, steps), *its, f"output={out}", f"seed={seed}", "evaluation.every=0"]
+    asked = [*settings(corpus, steps), *its, *of_shape[shape], f"output={out}", f"seed={seed}", "evaluation.every=0"]
     figures = out / "figures.json"
     for command in (
         [trainer, "train", "--recipe", recipe, "--stage", "1", *asked],
@@ -110,11 +112,16 @@ def train(options: argparse.Namespace, shape: str, corpus: Path, seed: int, scra
     return {"steps": steps, "operations": steps * cost[shape], **recalls(json.loads(figures.read_text()))}
 
 
-def settings(shape: str, corpus: Path, steps: int) -> list[str]:
+def v1_of(text: Mapping[str, object]) -> dict[str, object]:
+    """A text tower of the same size: without rotary positions, there is no theta."""
+    return {name: value for name, value in text.items() if name != "rope_theta"} | V1
+
+
+def settings(corpus: Path, steps: int) -> list[str]:
     """The recipe's first stage in so many steps, its parts of the same shares."""
     of_corpus = [f"corpus={corpus}", f"model.tokenizer={corpus}/tokenizer.model"]
     parts = [f"task_start={{image_text: {150 * steps // 700}}}", f"warmup_steps={50 * steps // 700}"]
-    return [*of_corpus, f"steps={steps}", *parts, "resolution=[[0, 36]]", "precision=fp32", *SHAPES[shape]]
+    return [*of_corpus, f"steps={steps}", *parts, "resolution=[[0, 36]]", "precision=fp32"]
 
 
 def operations(recipe: Recipe) -> int:

@@ -117,6 +117,10 @@ class TextTowerConfig:
                 raise ValueError(f"{name} is {value!r}; expected a number above 0")
             if not isinstance(value, int | float):  # a numpy scalar, which JSON does not know
                 object.__setattr__(self, name, float(value))
+        if self.positions != "rotary" and self.rope_theta != TextTowerConfig.rope_theta:
+            raise ValueError(
+                f"rope_theta is {self.rope_theta:g}, and positions {self.positions!r} have none; leave it out"
+            )
         if not 0 <= self.pad_id < self.vocab_size:
             raise ValueError(f"pad_id is {self.pad_id}; expected an id below vocab_size, {self.vocab_size}")
         if not isinstance(self.dropout, Real) or not 0 <= self.dropout < 1:
