@@ -18,7 +18,8 @@ sys.exit(3)
 """
 
 
-def test_a_fork_has_words_folder_environment_streams_and_an_end_of_its_own(tmp_path):
+def test_a_fork_has_words_folder_environment_streams_and_an_end_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("KMP_DUPLICATE_LIB_OK", "True")  # as faiss does when it is imported
     done = forks.run([sys.executable, "-c", SAY, "a", "b c"], tmp_path, RANK="7")
     assert (done.returncode, done.stderr) == (3, "trouble\n")
     assert done.stdout == f"{tmp_path} ['a', 'b c'] 7 True True\nat the end\n"

@@ -9,8 +9,9 @@ A server imports them once and forks itself for every process that is asked for:
 
 It is a process like any other, with a session, a working directory, an environment and streams of its own: it is
 killed, stopped and waited for by its number, and ends as Python ends. What it cannot have of its own are variables that
-libraries read when they are imported; `LATER` are those that none does. With others, and for programs that are not
-Python's or ours, `start` starts a fresh process.
+libraries read when they are imported; `LATER` are those that none does. If `changes` has others, and for programs that
+are not Python's or ours, `start` starts a fresh process. (What differs in the tests' own process does not count: there
+libraries set variables while tests run.)
 """
 
 from __future__ import annotations
@@ -52,8 +53,7 @@ FOREIGN = (
 COMMANDS = {"stage-trainer": "stage_trainer.cli", "data-prep": "data_prep.cli"}
 LATER = {
     *("PYTHONPATH", "RANK", "LOCAL_RANK", "LOCAL_SIZE", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS"),
-    *("GLOO_SOCKET_IFNAME", "PYTHONUNBUFFERED", "PYTEST_CURRENT_TEST"),
-    *("DS_ACCELERATOR", "RAY_AUTH_MODE", "TORCHINDUCTOR_CACHE_DIR"),  # set by libraries, in the process of the tests
+    "GLOO_SOCKET_IFNAME",
 }
 LONGEST = 1500.0
 """Seconds that a program may take on a busy machine."""
@@ -117,7 +117,7 @@ def start(
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **changes}
     if words[0] == sys.executable:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [environment.get("PYTHONPATH"), str(SUPPORT)]))
-    if not _can_be_forked(words, environment, LATER if libraries == LIBRARIES else LATER_OF_FOREIGN):
+    if not _can_be_forked(words, changes, LATER if libraries == LIBRARIES else LATER_OF_FOREIGN):
         return subprocess.Popen(
             words, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
             start_new_session=True,
@@ -170,8 +170,8 @@ def of_ranks(ranks: int) -> list[dict[str, str]]:
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
-def _can_be_forked(words: Sequence[str], environment: Mapping[str, str], later: set[str]) -> bool:
-    changed = {name for name in {*environment, *ENVIRONMENT} if environment.get(name) != ENVIRONMENT.get(name)}
+def _can_be_forked(words: Sequence[str], changes: Mapping[str, str], later: set[str]) -> bool:
+    changed = {name for name, value in changes.items() if value != ENVIRONMENT.get(name)}
     a_command = Path(words[0]).name in COMMANDS and Path(words[0]).parent == Path(sys.executable).parent
     return changed <= later and (a_command or words[0] == sys.executable)
 
