@@ -1,6 +1,6 @@
 """jina-clip-v1's shape beside jina-clip-v2's on the laptop corpus at equal compute: English alone, and all languages.
 
-    python packages/stage-trainer/benchmarks/v1_beside_v2.py --corpus runs/corpus     # half an hour on two cores; --steps 300 a third
+    python packages/stage-trainer/benchmarks/v1_beside_v2.py --corpus runs/corpus     # half an hour on two cores
 
 Both are the laptop recipe's size and train as its first stage says; of v1 are the text tower's blocks (JinaBERT: ALiBi,
 GEGLU) and the image tower's rotary positions (as they are, without a reference grid). A gated MLP of the same width has
