@@ -12,6 +12,7 @@ SAY = """
 import os, sys
 print(os.getcwd(), sys.argv[1:], os.environ.get("RANK"), "torch" in sys.modules, os.getsid(0) == os.getpid())
 print("trouble", file=sys.stderr)
+os.write(1, b"at once\\n")
 import atexit
 atexit.register(print, "at the end")
 sys.exit(3)
@@ -22,7 +23,7 @@ def test_a_fork_has_words_folder_environment_streams_and_an_end_of_its_own(tmp_p
     monkeypatch.setenv("KMP_DUPLICATE_LIB_OK", "True")  # as faiss does when it is imported
     done = forks.run([sys.executable, "-c", SAY, "a", "b c"], tmp_path, RANK="7")
     assert (done.returncode, done.stderr) == (3, "trouble\n")
-    assert done.stdout == f"{tmp_path} ['a', 'b c'] 7 True True\nat the end\n"
+    assert done.stdout == f"{tmp_path} ['a', 'b c'] 7 True True\nat once\nat the end\n"
     program = tmp_path / "program.py"
     program.write_text("import helper\nprint(__name__, __file__, helper.__name__)\nraise OSError('of its own')\n")
     (tmp_path / "helper.py").write_text("")

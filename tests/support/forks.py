@@ -58,8 +58,8 @@ LATER = {
 LONGEST = 1500.0
 """Seconds that a program may take on a busy machine."""
 LATER_OF_FOREIGN = {*LATER, "HF_HUB_OFFLINE", "TRANSFORMERS_VERBOSITY"}
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-"""The server's."""
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+"""The server's: its streams, which forks inherit, keep nothing back, so that both come in their order."""
 
 
 class Fork:
@@ -275,8 +275,6 @@ def _main() -> None:
     random.seed()
     if "triton" in sys.modules:
         atexit.register(gc.unfreeze)  # it complains of what is not freed
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(write_through=True)  # type: ignore[union-attr]
     _become(words)
 
 
