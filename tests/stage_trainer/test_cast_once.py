@@ -92,6 +92,7 @@ WAYS = {
     "adapters": {},
     "adapters alone": {"trains": "adapters"},
     "checkpointing": {"text": replace(LORA, checkpointing=True), "vision": replace(VISION, checkpointing=True)},
+    "JinaBERT with adapters": {"text": replace(LORA, positions="alibi", mlp="geglu")},  # a Linear of it has no bias
 }
 
 

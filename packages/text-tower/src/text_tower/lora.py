@@ -116,7 +116,7 @@ class AdaptedLinear(_Adapted, nn.Linear):
             return {name: parameter.to(dtype) for name, parameter in self.named_parameters(recurse=False)}
         self.summed = 0
         weight: Tensor = _Sum.apply(self.weight, *self.adapter(0), self.scale, dtype)
-        return {"weight": weight, "bias": self.bias.to(dtype)}
+        return {"weight": weight} if self.bias is None else {"weight": weight, "bias": self.bias.to(dtype)}
 
     def merged(self, adapter: int | None) -> Tensor:
         """Weight `[out, in]` with the adapter added."""
