@@ -80,8 +80,8 @@ def run(arguments: argparse.Namespace) -> None:
     from stage_trainer.formats.card import card
 
     model = DualEncoder.from_pretrained(found)
-    if model.logit_bias is not None and arguments.format not in ("common", "trilith"):
-        print("not in this directory: the sigmoid loss's biases, for which it has no place; vectors do not need them")
+    if model.logit_bias is not None and arguments.format == "onnx":
+        print("not in this directory: the sigmoid loss's biases, for which graphs have no place; vectors need none")
     name = arguments.repository or arguments.out.resolve().name
 
     def card_of(become: common.Adapters) -> str:
