@@ -240,8 +240,16 @@ class RequestLedger:
         """Commit a raw answer. Its cost stays the maximum until `judged` sets it."""
         self._note(attempt, "received", ended_at=now, status=status, raw=raw)
 
-    def judged(self, attempt: int, caption: str | None, reason: str | None, usage: Usage, cost: float | None) -> None:
-        """Commit the verdict on an answer: a caption, or the reason of its rejection."""
+    def judged(
+        self,
+        attempt: int,
+        caption: str | None,
+        reason: str | None,
+        usage: Usage,
+        cost: float | None,
+        rules: int | None = None,
+    ) -> None:
+        """Commit the verdict on an answer: a caption, or the reason of its rejection, and by which rules it is one."""
         known = asdict(usage) if cost is None else {**asdict(usage), "cost": cost}
         with self.transaction() as db:
             self._note(attempt, "rejected" if reason else "accepted", reason, caption, **known)
@@ -250,6 +258,8 @@ class RequestLedger:
                 "JOIN attempt ON attempt.request = request.place WHERE attempt.id = ?)",
                 (usage.prompt_tokens or 0, attempt),
             )
+            judged = "UPDATE request SET rules = ? WHERE place = (SELECT request FROM attempt WHERE id = ?)"
+            db.execute(judged, (rules, attempt))
 
     def not_done(self, attempt: int, status: int | None, note: str, *, now: float) -> None:
         """Commit that nothing was computed, so nothing is due: the request is planned again."""

@@ -104,11 +104,7 @@ def by_other_rules(ledger: RequestLedger) -> dict[str, int]:
 
 
 def _commit(ledger: RequestLedger, attempt: int, verdict: Verdict, cost: float | None) -> None:
-    """Commit a verdict, and by which rules it is one."""
-    with ledger.transaction() as db:
-        ledger.judged(attempt, verdict.caption, verdict.reason, verdict.usage, cost)
-        judged = "UPDATE request SET rules = ? WHERE place = (SELECT request FROM attempt WHERE id = ?)"
-        db.execute(judged, (rules(), attempt))
+    ledger.judged(attempt, verdict.caption, verdict.reason, verdict.usage, cost, rules())
 
 
 def _prompts(ledger: RequestLedger, language: str) -> list[str]:
