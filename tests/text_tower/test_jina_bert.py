@@ -1,149 +1,29 @@
-"""JinaBERT as jina-embeddings-v2-base is published: names, arithmetic and files written out here in plain PyTorch, so
-that the tower is compared with something else. (transformers has no such model without remote code.)"""
+"""JinaBERT, the tower: values and gradients against the published arithmetic, and what it can do with its blocks."""
 
 import importlib.machinery
 import itertools
-import json
 import math
 import sys
 import types
 
 import pytest
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
-from text_tower import MaskedLM, PackedTokens, TextTower, TextTowerConfig, Tokenizer, WholeWordMasking, attention
+from published_jina_bert import SHAPE, Published, published_weights, slopes_of_bloom, write
+from safetensors.torch import load_file
+from text_tower import MaskedLM, TextTower, TextTowerConfig, Tokenizer, WholeWordMasking, attention
 from text_tower.attention import Attention, choose_backend
 from text_tower.packed import ByLength
 from text_tower.positions import ALiBi
-from tokenizers import Tokenizer as Words
-from tokenizers import models, normalizers, pre_tokenizers, processors
 
-SHAPE = {"vocab_size": 48, "width": 48, "layers": 2, "heads": 6, "mlp_width": 40, "token_types": 2, "pad_id": 0,
-         "layer_norm_eps": 1e-12, "positions": "alibi", "mlp": "geglu", "max_length": 8192}  # fmt: skip
 LENGTHS = [*range(1, 10), 5, 5, 33, 97, 300]
-SPECIAL = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]",
-           "mask_token": "[MASK]"}  # fmt: skip
-
-
-def published_config(**changes):
-    """config.json of jina-embeddings-v2-base-en, in a small shape."""
-    return {
-        "_name_or_path": "jinaai/jina-bert-implementation", "architectures": ["JinaBertForMaskedLM"],
-        "attention_probs_dropout_prob": 0.0, "classifier_dropout": None, "emb_pooler": "mean",
-        "feed_forward_type": "geglu", "gradient_checkpointing": False, "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.1, "hidden_size": 48, "initializer_range": 0.02, "intermediate_size": 40,
-        "layer_norm_eps": 1e-12, "max_position_embeddings": 8192, "model_max_length": 8192, "model_type": "bert",
-        "num_attention_heads": 6, "num_hidden_layers": 2, "pad_token_id": 0, "position_embedding_type": "alibi",
-        "torch_dtype": "float32", "transformers_version": "4.26.0", "type_vocab_size": 2, "use_cache": True,
-        "vocab_size": 48, **changes,
-    }  # fmt: skip
-
-
-def published_weights(hidden=48, ff=40, vocab=48, layers=2, seed=0):
-    """Every tensor under its published name."""
-    shapes = {"embeddings.word_embeddings.weight": [vocab, hidden],
-              "embeddings.token_type_embeddings.weight": [2, hidden], "embeddings.LayerNorm.weight": [hidden],
-              "embeddings.LayerNorm.bias": [hidden], "pooler.dense.weight": [hidden, hidden],
-              "pooler.dense.bias": [hidden]}  # fmt: skip
-    for i in range(layers):
-        layer = f"encoder.layer.{i}."
-        for name in ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"):
-            shapes |= {f"{layer}{name}.weight": [hidden, hidden], f"{layer}{name}.bias": [hidden]}
-        for name in ("attention.output.LayerNorm", "mlp.layernorm"):
-            shapes |= {f"{layer}{name}.weight": [hidden], f"{layer}{name}.bias": [hidden]}
-        shapes |= {f"{layer}mlp.gated_layers.weight": [2 * ff, hidden], f"{layer}mlp.wo.weight": [hidden, ff],
-                   f"{layer}mlp.wo.bias": [hidden]}  # fmt: skip
-    generator = torch.Generator().manual_seed(seed)
-    return {name: 0.3 * torch.randn(shape, generator=generator) + ("ayer" in name.split(".")[-2] and "weight" in name)
-            if "orm" in name else 0.3 * torch.randn(shape, generator=generator)
-            for name, shape in shapes.items()}  # fmt: skip
-
-
-def slopes_of_bloom(heads):
-    """The slopes of transformers' BLOOM, whose own code is ALiBi's authors'."""
-    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
-
-    alibi = build_alibi_tensor(torch.ones(1, 2), heads, torch.float64)  # [heads, 1, 2], positions 0 and 1
-    return alibi[:, 0, 1]
-
-
-class Published:
-    """The published arithmetic on a padded batch, for weights under published names."""
-
-    def __init__(self, weights, heads, dtype=torch.float64):
-        self.w = {name: tensor.to(dtype).requires_grad_() for name, tensor in weights.items()}
-        self.heads = heads
-
-    def linear(self, x, name):
-        return F.linear(x, self.w[f"{name}.weight"], self.w.get(f"{name}.bias"))
-
-    def norm(self, x, name):
-        return F.layer_norm(x, x.shape[-1:], self.w[f"{name}.weight"], self.w[f"{name}.bias"], 1e-12)
-
-    def __call__(self, packed):
-        rows = packed.ids.split(list(packed.lengths))
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
-        keep = torch.arange(ids.shape[1]) < torch.tensor(packed.lengths)[:, None]
-        x = F.embedding(ids, self.w["embeddings.word_embeddings.weight"])
-        x = self.norm(x + self.w["embeddings.token_type_embeddings.weight"][0], "embeddings.LayerNorm")
-        places = torch.arange(ids.shape[1])
-        distance = (places[:, None] - places[None]).abs()
-        bias = -slopes_of_bloom(self.heads).to(x.dtype)[:, None, None] * distance
-        for i in range(1 + max(int(name.split(".")[2]) for name in self.w if name.startswith("encoder"))):
-            layer = f"encoder.layer.{i}."
-            q, k, v = (
-                self.linear(x, f"{layer}attention.self.{part}").unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                for part in ("query", "key", "value")
-            )
-            scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + bias
-            mixed = scores.masked_fill(~keep[:, None, None], -1e9).softmax(-1) @ v
-            mixed = self.linear(mixed.transpose(1, 2).flatten(2), f"{layer}attention.output.dense")
-            x = self.norm(x + mixed, f"{layer}attention.output.LayerNorm")
-            hidden = self.linear(x, f"{layer}mlp.gated_layers")
-            half = hidden.shape[-1] // 2
-            gated = F.gelu(hidden[..., :half]) * hidden[..., half:]
-            x = self.norm(x + self.linear(gated, f"{layer}mlp.wo"), f"{layer}mlp.layernorm")
-        return (x * keep[..., None]).sum(1) / keep.sum(1, keepdim=True)
-
-
-def words():
-    """BERT's tokenizer in small; 45 words, as the table has 48 rows."""
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", "##s", "##ing", "the",
-                  "dog", "run", "cafe", "##e", "##a", ",", ".", "!", "##x", "##y", "red"]  # fmt: skip
-    built = Words(models.WordPiece({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
-    built.normalizer = normalizers.BertNormalizer(lowercase=True)
-    built.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    built.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    built.add_special_tokens(list(SPECIAL.values()))
-    return built
-
-
-TOKENIZER_CONFIG = {**SPECIAL, "do_lower_case": True, "tokenizer_class": "BertTokenizer", "model_max_length": 8192,
-                    "strip_accents": None, "tokenize_chinese_chars": True, "do_basic_tokenize": True,
-                    "never_split": None, "clean_up_tokenization_spaces": True}  # fmt: skip
 
 
 @pytest.fixture
 def published(tmp_path):
-    """Writes a directory as jina-embeddings-v2-base-en is, with changed keys of its JSON files."""
+    def make(name="v2", **options):
+        return write(tmp_path / name, **options)
 
-    def write(name="v2", tokenizer=None, weights=None, **changes):
-        folder = tmp_path / name
-        folder.mkdir()
-        save_file(weights or published_weights(), folder / "model.safetensors", {"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(published_config(**changes)))
-        built = words()
-        built.save(str(folder / "tokenizer.json"))
-        listed = sorted(built.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1])
-        (folder / "vocab.txt").write_text("".join(f"{word}\n" for word, _ in listed))
-        (folder / "tokenizer_config.json").write_text(json.dumps({**TOKENIZER_CONFIG, **(tokenizer or {})}))
-        (folder / "special_tokens_map.json").write_text(json.dumps(SPECIAL))
-        return folder
-
-    return write
+    return make
 
 
 def grads_under_our_names(model):
@@ -196,126 +76,6 @@ def test_the_base_model_has_the_published_number_of_parameters():
         tower = TextTower(TextTowerConfig(**{**SHAPE, "vocab_size": 30528, "width": 768, "layers": 12, "heads": 12,
                                              "mlp_width": 3072}))  # fmt: skip
     assert sum(p.numel() for p in tower.parameters()) == 136_777_728
-
-
-def test_a_directory_comes_back_bit_for_bit_under_its_own_names(published, tmp_path):
-    folder = published()
-    tower = TextTower.from_pretrained(folder)
-    assert tower.config == TextTowerConfig(**SHAPE)
-    tower.save_pretrained(tmp_path / "again")
-    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "again/model.safetensors")
-    assert before.keys() == after.keys()
-    for name, tensor in before.items():
-        assert torch.equal(tensor, after[name]) or name.startswith("pooler"), name  # which the mean does not use
-    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
-        assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-    config = json.loads((tmp_path / "again/config.json").read_text())
-    shared = {k: v for k, v in published_config().items() if k in config and k != "hidden_dropout_prob"}
-    assert {k: config[k] for k in shared} == {**shared, "architectures": ["JinaBertModel"]}
-    back = TextTower.from_pretrained(tmp_path / "again")
-    assert back.config == tower.config
-    torch.testing.assert_close(dict(back.state_dict()), dict(tower.state_dict()), rtol=0, atol=0)
-
-
-def test_sentence_transformers_and_masked_lm_directories_are_read(published):
-    """jina-embeddings-v2-base-en is a sentence-transformers directory; JinaBertForMaskedLM has a prefix and a head."""
-    weights = {f"bert.{n}": t for n, t in published_weights().items()}
-    folder = published(weights={**weights, "cls.predictions.bias": torch.ones(48)})
-    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
-    modules = [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-               for i, (path, kind) in enumerate(kinds.items())]  # fmt: skip
-    (folder / "1_Pooling").mkdir()
-    pooling = {"word_embedding_dimension": 48, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
-    (folder / "1_Pooling/config.json").write_text(json.dumps(pooling))
-    (folder / "modules.json").write_text(json.dumps(modules))
-    settings = {"max_seq_length": 500, "do_lower_case": False}
-    (folder / "sentence_bert_config.json").write_text(json.dumps(settings))
-    tower = TextTower.from_pretrained(folder)
-    assert tower.config.max_length == 500
-    ids = [2, 9, 10, 3]
-    expected = Published(published_weights(), 6)(PackedTokens.from_lists([ids]))
-    torch.testing.assert_close(tower(PackedTokens.from_lists([ids])).double(), expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"position_embedding_type": "absolute"}, "position_embedding_type 'absolute'.*'alibi'"),
-        ({"position_embedding_type": None}, "position_embedding_type None; expected 'alibi'"),
-        ({"feed_forward_type": "reglu"}, "feed_forward_type 'reglu'.*'geglu'"),
-        ({"hidden_act": "relu"}, "hidden_act 'relu'"),
-        ({"emb_pooler": "cls"}, "emb_pooler 'cls'"),
-        ({"model_type": "xlm-roberta"}, "model_type 'xlm-roberta', but .*named as in JinaBERT"),
-        ({"gamma": 3}, "gamma 3, of which this tower does not know"),
-        ({"vocab_size": 50}, r"word_embeddings.weight \[48, 48\], expected \[50, 48\]"),
-        ({"intermediate_size": 41}, r"gated_layers.weight \[80, 48\], expected \[82, 48\]"),
-        ({"num_attention_heads": "6"}, "num_attention_heads '6'; expected a number"),
-        ({"type_vocab_size": 1}, r"token_type_embeddings.weight \[2, 48\], expected \[1, 48\]"),
-        ({"trilith": {"surprise": 1}}, "unknown keys \\['surprise'\\]"),
-    ],
-)
-def test_another_model_is_refused_by_name(published, changes, words):
-    with pytest.raises(ValueError, match=words):
-        TextTower.from_pretrained(published(**changes))
-
-
-def test_ids_are_those_of_transformers_for_the_same_files(published):
-    from transformers import AutoTokenizer
-
-    folder = published()
-    ours, theirs = Tokenizer.from_file(folder), AutoTokenizer.from_pretrained(folder)
-    texts = ["The dogs, running!", "", "Café CAFÉ", "中 x", "[MASK] dog [SEP]", "q" * 300, "red\tdog\n!"]
-    assert ours(texts) == theirs(texts)["input_ids"]
-    assert ours(texts, max_length=5) == theirs(texts, max_length=5, truncation=True)["input_ids"]
-    assert (ours.vocab_size, ours.bos, ours.eos, ours.pad) == (len(theirs), 2, 3, 0)
-    assert ours.model_max_length == 8192
-    assert [ours.fits(rows) for rows in (45, 48, 46, 56)] == [True, True, False, False]
-
-
-@pytest.mark.parametrize(
-    ("tokenizer", "words"),
-    [
-        ({"do_lower_case": False}, "do_lower_case False, and tokenizer.json lowercase True.*make them agree"),
-        ({"strip_accents": True}, "strip_accents True, and tokenizer.json strip_accents None"),
-        ({"tokenizer_class": "RobertaTokenizer"}, "tokenizer_class 'RobertaTokenizer'; expected 'BertTokenizer'"),
-        ({"cls_token": "<s>"}, "cls_token '<s>'; expected '.CLS.'"),
-        ({"truncation_side": "left"}, "truncation_side 'left'"),
-        ({"added_tokens_decoder": {"9": {"content": "new"}}}, "other added tokens than tokenizer.json"),
-        ({"gamma": 3}, "gamma 3, of which this tower does not know"),
-    ],
-)
-def test_a_tokenizer_that_says_two_things_is_refused(published, tokenizer, words):
-    with pytest.raises(ValueError, match=words):
-        TextTower.from_pretrained(published(tokenizer=tokenizer))
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda stored: stored.update(normalizer={"type": "Lowercase"}), "normalizer.type 'Lowercase'; expected"),
-        (lambda stored: stored.update(pre_tokenizer={"type": "Whitespace"}), "pre_tokenizer.type 'Whitespace'"),
-        (lambda stored: stored["model"].update(continuing_subword_prefix="@@"), "continuing_subword_prefix '@@'"),
-        (lambda stored: stored.update(post_processor=None), r"puts \['a'\] around a text"),
-    ],
-)
-def test_a_word_piece_that_is_not_berts_is_refused(published, change, words):
-    folder = published()
-    stored = json.loads((folder / "tokenizer.json").read_text())
-    change(stored)
-    (folder / "tokenizer.json").write_text(json.dumps(stored))
-    with pytest.raises(ValueError, match=words):
-        Tokenizer.from_file(folder)
-
-
-def test_a_list_of_other_words_beside_it_is_refused(published):
-    folder = published()
-    for content in (b"[PAD]\nother\n", b"\xff\xfe"):
-        (folder / "vocab.txt").write_bytes(content)
-        with pytest.raises(ValueError, match=r"vocab.txt beside it lists other words"):
-            Tokenizer.from_file(folder)
-
-
-# The tower's own abilities, with the new block.
 
 
 def padded(packed):

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from published_eva import image_half
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -46,24 +47,7 @@ def published_table(hidden, ff, vocab, text_layers, vision_layers, grid, patch, 
             shapes[f"{text}{layer}{name}.bias"] = [rows]
         norm(f"{text}{layer}norm1")
         norm(f"{text}{layer}norm2")
-    vision, inner = "vision_model.", int(hidden * 2.6667)
-    shapes[vision + "cls_token"] = [1, 1, hidden]
-    shapes[vision + "pos_embed"] = [1, grid * grid + 1, hidden]
-    shapes[vision + "patch_embed.proj.weight"] = [hidden, 3, patch, patch]
-    shapes[vision + "patch_embed.proj.bias"] = [hidden]
-    for i in range(vision_layers):
-        block = f"{vision}blocks.{i}."
-        for name in ("norm1", "norm2", "attn.inner_attn_ln"):
-            norm(block + name)
-        for name in ("q_proj.weight", "k_proj.weight", "v_proj.weight", "proj.weight"):
-            shapes[f"{block}attn.{name}"] = [hidden, hidden]
-        for name in ("q_bias", "v_bias", "proj.bias"):
-            shapes[f"{block}attn.{name}"] = [hidden]
-        for name, rows, columns in (("w1", inner, hidden), ("w2", inner, hidden), ("w3", hidden, inner)):
-            shapes[f"{block}mlp.{name}.weight"], shapes[f"{block}mlp.{name}.bias"] = [rows, columns], [rows]
-        norm(f"{block}mlp.ffn_ln", inner)
-    norm(vision + "norm")
-    return shapes
+    return shapes | image_half(hidden, vision_layers, grid, patch)
 
 
 def published_config(small=True, **options):

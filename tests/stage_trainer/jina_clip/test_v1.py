@@ -5,9 +5,12 @@ import math
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
+from bert_words import SPECIAL, word_piece
 from PIL import Image
+from published_eva import image_half
 from safetensors.torch import load_file, save_file
 from stage_trainer import DualEncoder
 from stage_trainer.cli import main
@@ -16,15 +19,11 @@ from stage_trainer.formats import jina_clip, jina_clip_v1
 from stage_trainer.formats.history import licence_of
 from stage_trainer.formats.jina_clip_v1_layout import tensors
 from text_tower import TextTower, TextTowerConfig, Tokenizer
-from tokenizers import Tokenizer as Words
-from tokenizers import models, normalizers, pre_tokenizers, processors
 from vision_tower import VisionTower, VisionTowerConfig
 
 CODE = "jinaai/jina-clip-implementation--"
 FULL = {"hidden": 768, "ff": 3072, "vocab": 30528, "layers": 12, "grid": 14, "patch": 16}
 SMALL = {"hidden": 32, "ff": 40, "vocab": 48, "layers": 2, "grid": 4, "patch": 16}
-SPECIAL = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]",
-           "mask_token": "[MASK]"}  # fmt: skip
 JINA_BERT = {"positions": "alibi", "mlp": "geglu", "token_types": 2, "pad_id": 0, "layer_norm_eps": 1e-12}
 TEXTS = ["a dog", "The dogs, running, and the cafe", "e", "x " * 600, "中"]
 
@@ -48,23 +47,7 @@ def published_table(hidden, ff, vocab, layers, grid, patch):
                    f"{layer}mlp.wo.bias": [hidden]}  # fmt: skip
         norm(layer + "norm1")
         norm(layer + "norm2")
-    vision, inner = "vision_model.", int(hidden * 2.6667)
-    shapes |= {vision + "cls_token": [1, 1, hidden], vision + "pos_embed": [1, grid * grid + 1, hidden],
-               vision + "patch_embed.proj.weight": [hidden, 3, patch, patch],
-               vision + "patch_embed.proj.bias": [hidden]}  # fmt: skip
-    for i in range(layers):
-        block = f"{vision}blocks.{i}."
-        for name in ("norm1", "norm2", "attn.inner_attn_ln"):
-            norm(block + name)
-        for name in ("q_proj.weight", "k_proj.weight", "v_proj.weight", "proj.weight"):
-            shapes[f"{block}attn.{name}"] = [hidden, hidden]
-        for name in ("q_bias", "v_bias", "proj.bias"):
-            shapes[f"{block}attn.{name}"] = [hidden]
-        for name, rows, columns in (("w1", inner, hidden), ("w2", inner, hidden), ("w3", hidden, inner)):
-            shapes |= {f"{block}mlp.{name}.weight": [rows, columns], f"{block}mlp.{name}.bias": [rows]}
-        norm(f"{block}mlp.ffn_ln", inner)
-    norm(vision + "norm")
-    return shapes
+    return shapes | image_half(hidden, layers, grid, patch)
 
 
 def published_config(small=True):
@@ -116,17 +99,7 @@ FILES = {
 }  # fmt: skip
 
 
-def words():
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", "##s", "##ing", "the",
-                  "dog", "run", "cafe", "##e", "##a", ",", ".", "!", "##n", "and", "red"]  # fmt: skip
-    built = Words(models.WordPiece({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
-    built.normalizer = normalizers.BertNormalizer(lowercase=True)
-    built.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    built.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    built.add_special_tokens(list(SPECIAL.values()))
-    return built
+WORDS = ["##s", "##ing", "the", "dog", "run", "cafe", "##e", "##a", ",", ".", "!", "##n", "and", "red"]
 
 
 @pytest.fixture
@@ -142,7 +115,7 @@ def v1(tmp_path):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     for name, content in {**FILES, "config.json": published_config()}.items():
         (folder / name).write_text(json.dumps(content, indent=2))
-    words().save(str(folder / "tokenizer.json"))
+    word_piece(WORDS).save(str(folder / "tokenizer.json"))
     return folder
 
 
@@ -152,7 +125,7 @@ class Published:
     def __init__(self, folder):
         self.w = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
         self.config = json.loads((folder / "config.json").read_text())
-        self.tokenizer = Words.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
 
     def norm(self, x, name, eps):
         return F.layer_norm(x, x.shape[-1:], self.w[f"{name}.weight"], self.w[f"{name}.bias"], eps)
