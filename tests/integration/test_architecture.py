@@ -29,6 +29,7 @@ FLOORS = (
     "tasks",
     "checkpoint",
     "evaluation formats.history formats.snippets formats.card formats.onnx.examples bulk",
+    "pages",
     "run",
     "trainer commands",
     "cli",

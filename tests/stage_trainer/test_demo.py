@@ -18,9 +18,9 @@ from data_prep.shards import DatasetWriter
 from PIL import Image
 from stage_trainer.cli import main
 from stage_trainer.errors import UserError
-from stage_trainer.evaluation import collection
-from stage_trainer.evaluation.collection import open_collection
-from stage_trainer.evaluation.demo import Searcher, cards
+from stage_trainer.pages import collection
+from stage_trainer.pages.collection import open_collection
+from stage_trainer.pages.demo import Searcher, cards
 from vision_tower import ImageError
 
 ROOT = Path(__file__).parents[2]

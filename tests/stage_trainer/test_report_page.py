@@ -15,8 +15,8 @@ from data_prep.shards import DatasetWriter
 from PIL import Image
 from stage_trainer.checkpoint.load import digest_of, sha256
 from stage_trainer.cli import main
-from stage_trainer.evaluation.report_charts import curves
-from stage_trainer.evaluation.report_runs import read_runs
+from stage_trainer.pages.charts import curves
+from stage_trainer.pages.runs import read_runs
 from torch.utils.tensorboard import SummaryWriter
 
 WORDS = {"en": "a red disk", "de": "ein roter Kreis", "ar": "دائرة حمراء"}
@@ -174,7 +174,7 @@ def test_a_resumed_run_shows_its_last_values(write_run, tmp_path):
 
 def test_a_chart_draws_its_values():
     """Two of the points, read back from the path in the SVG."""
-    from stage_trainer.evaluation.report_charts import Line
+    from stage_trainer.pages.charts import Line
 
     assert curves("x", "x", [Line("", np.arange(3.0), np.full(3, math.nan), 0)]) is None
     chart = curves("x", "x", [Line("", np.array([0.0, 10.0, 20.0]), np.array([1.0, 3.0, 2.0]), 0)])

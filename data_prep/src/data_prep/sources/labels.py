@@ -21,7 +21,7 @@ NO_MATCH = (
 )
 SCALE = "score of texts that say the same"
 LEAST = "share of the scale from which on a pair is a positive; others are dropped"
-GRADED = "sts: keep all pairs that have a score, with it, to evaluate on"
+GRADED = "sts: keep all pairs that have a score, with it, to evaluate on or to rank in training"
 
 _WORDS = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])")  # of a name: is_duplicate, isDuplicate, IS DUPLICATE
 _LABELS = {"label", "labels", "duplicate", "paraphrase", "match", "relevant", "equivalent", "judgment", "judgement"}

@@ -19,7 +19,7 @@ from stage_trainer.encoding.precision import AUTO, computing_in, dtype_of
 from stage_trainer.errors import UserError
 from stage_trainer.files import whole_directory
 from stage_trainer.formats import jina_clip_read, open_clip_read
-from stage_trainer.formats.jina_clip_read import BIASES, Parts
+from stage_trainer.formats.parts import BIASES, Parts
 
 if TYPE_CHECKING:
     from text_tower import TextTower

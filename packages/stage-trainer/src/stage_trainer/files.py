@@ -1,8 +1,9 @@
-"""Directories and files that appear complete or not at all, even after a power cut."""
+"""Directories and files that appear complete or not at all, even after a power cut; digests of what they hold."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -17,6 +18,8 @@ from stage_trainer.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_OF_A_MODEL = (".json", ".safetensors", ".model", ".bin", ".pt", ".txt")
 
 
 @contextlib.contextmanager
@@ -130,3 +133,16 @@ def free_name(path: Path, word: str) -> Path:
     while (free := path.with_name(f"{path.name}.{word}-{number}")).exists():
         number += 1
     return free
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_digests(folder: Path) -> dict[str, str]:
+    """{name within the folder: sha256} of a model's weights, configuration and tokenizer; not of hidden folders."""
+    within = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.suffix in _OF_A_MODEL}
+    shown = {name: path for name, path in within.items() if not any(part.startswith(".") for part in name.parts)}
+    return {name.as_posix(): sha256(path) for name, path in shown.items() if path.is_file()}

@@ -18,7 +18,7 @@ from stage_trainer.checkpoint.load import path_of
 from stage_trainer.checkpoint.resume import move_aside, settings, starting_point
 from stage_trainer.checkpoint.save import Saver
 from stage_trainer.checkpoint.state import RunState
-from stage_trainer.data.drawn import Drawn
+from stage_trainer.data.drawn import LEDGER, Drawn
 from stage_trainer.errors import UserError
 from stage_trainer.optim.schedule import schedule, set_rates
 from stage_trainer.plan.auto import planned_and_measured
@@ -268,7 +268,7 @@ class Trainer:
         say, best = self.monitor.say, recipe.checkpoint.best
         hooks = [
             Health(recipe.max_skipped, state, say),
-            Ledger(self.directory / "corrupt.jsonl", recipe.max_corrupt, self.rank == 0, say),
+            Ledger(self.directory / LEDGER, recipe.max_corrupt, self.rank == 0, say),
             self.monitor,
             Evaluation(validation, recipe.evaluation.every, best, state, self.monitor, self.saver, self.stop_signal),
             Saving(

@@ -19,7 +19,7 @@ import torch
 from stage_trainer import hub
 from stage_trainer.dual_encoder import FORMAT, read_config
 from stage_trainer.errors import UserError
-from stage_trainer.formats import jina_clip_read, open_clip_read
+from stage_trainer.formats import jina_clip_read, open_clip_read, parts
 from stage_trainer.recipe import ModelConfig
 from stage_trainer.recipe.schema import NEW_TEMPERATURE
 from stage_trainer.recipe.tower_rules import build_config
@@ -187,7 +187,7 @@ def biases(model: ModelConfig) -> tuple[float, float] | None:
         return read_config(whole).biases
     if open_clip_read.is_one(whole):
         return open_clip_read.held_biases(whole)
-    return jina_clip_read.stated_biases(whole) if jina_clip_read.is_one(whole) else None
+    return parts.stated_biases(whole) if jina_clip_read.is_one(whole) else None
 
 
 def _held_scales(whole: Path) -> tuple[float, float] | None:
@@ -196,11 +196,11 @@ def _held_scales(whole: Path) -> tuple[float, float] | None:
         return config.logit_scale, config.text_logit_scale
     if open_clip_read.is_one(whole):
         return open_clip_read.held_scales(whole)
-    scale = jina_clip_read.scalar(whole)
+    scale = parts.scalar(whole)
     if scale is None:
         return None
-    number = jina_clip_read.as_scale(scale, whole)
-    return number, jina_clip_read.stated_text_scale(whole, number) if jina_clip_read.is_one(whole) else number
+    number = parts.as_scale(scale, whole)
+    return number, parts.stated_text_scale(whole, number) if jina_clip_read.is_one(whole) else number
 
 
 def _is_ours(folder: Path) -> bool:

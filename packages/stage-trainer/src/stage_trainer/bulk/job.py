@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -18,11 +17,10 @@ from stage_trainer.bulk.entries import Entry, Input, name_of
 from stage_trainer.bulk.parts import Part, Parts, digest_of
 from stage_trainer.bulk.processes import Done, Task, encode_all
 from stage_trainer.errors import UserError
-from stage_trainer.files import writing
+from stage_trainer.files import model_digests, writing
 
 _TEXTS = 4096  # of a part; an image counts as sixteen
 _BYTES = 64 * 2**20  # of a part's images that are no files
-_PARTS_OF_A_MODEL = (".json", ".safetensors", ".bin", ".model", ".pt")
 
 
 @dataclass(frozen=True)
@@ -118,13 +116,8 @@ def chunks(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
 
 def key_of(settings: EncoderSettings) -> str:
     """What vectors follow from, apart from the inputs: the model's files, and options."""
-    files = {}
-    for path in sorted(settings.model.rglob("*")):
-        if path.suffix in _PARTS_OF_A_MODEL and path.is_file():
-            with path.open("rb") as file:
-                files[str(path.relative_to(settings.model))] = hashlib.file_digest(file, "sha256").hexdigest()
     options = {name: value for name, value in settings.options.items() if name not in ("batch_size", "threads")}
-    return json.dumps([files, options], sort_keys=True)
+    return json.dumps([model_digests(settings.model), options], sort_keys=True)
 
 
 def _refuse_faults(start: int, entries: list[Entry]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from stage_trainer.checkpoint.broadcast import copy_to_other_machines, from_rank_0
 from stage_trainer.checkpoint.state import RunState
 from stage_trainer.errors import UserError
-from stage_trainer.files import read_json
+from stage_trainer.files import read_json, sha256
 
 DIGEST = "sha256"
 BEST = "best.json"
@@ -206,8 +206,3 @@ def compatible(saved: Mapping[str, Any], now: RunState, where: Path) -> None:
             f"{where} was started with other settings or data: {'; '.join(differences)}. Use the former "
             "settings, another output=…, or --start-over, which moves the old run aside"
         )
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

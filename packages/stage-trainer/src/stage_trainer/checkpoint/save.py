@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from stage_trainer.checkpoint.broadcast import from_rank_0
-from stage_trainer.checkpoint.load import BEST, DIGEST, Saved, all_saved, digest_of, path_of, read_best, sha256
+from stage_trainer.checkpoint.load import BEST, DIGEST, Saved, all_saved, digest_of, path_of, read_best
 from stage_trainer.checkpoint.state import Best, RunState
 from stage_trainer.engine import Engine
 from stage_trainer.errors import UserError
-from stage_trainer.files import free_name, save_tensors, whole_directory, write_whole
+from stage_trainer.files import free_name, save_tensors, sha256, whole_directory, write_whole
 
 
 class Saveable(Protocol):

@@ -51,11 +51,11 @@ def run(arguments: argparse.Namespace) -> None:
     if missing := [path for path in arguments.data if not path.exists()]:
         raise UserError(f"there is no {missing[0]}; expected images, texts or data sets to search")
     model, _ = find_model(arguments.model)
-    from stage_trainer.evaluation import demo
+    from stage_trainer.pages import demo
 
     demo.gradio_needed()
     from stage_trainer.dual_encoder import DualEncoder
-    from stage_trainer.evaluation.collection import open_collection
+    from stage_trainer.pages.collection import open_collection
     from stage_trainer.run.device import uses_gpu
 
     device = "cuda" if uses_gpu(arguments.device, "fp32") else "cpu"

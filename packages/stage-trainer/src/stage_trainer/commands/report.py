@@ -81,7 +81,7 @@ def _page(arguments: argparse.Namespace, runs: list[Path]) -> None:
 
         find(arguments.data)
     say("loading PyTorch …")
-    from stage_trainer.evaluation.report_page import write_page
+    from stage_trainer.pages.report import write_page
 
     folder, pictures, lacks = write_page(runs, out, say, data=arguments.data, searched=searched, max_pixels=max_pixels)
     for line in lacks:

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 from text_tower import PackedTokens
 
+LEDGER = "corrupt.jsonl"
+"""Of the samples that were replaced, in a stage's folder."""
+
 
 @dataclass(frozen=True)
 class Corrupt:

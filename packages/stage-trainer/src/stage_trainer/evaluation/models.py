@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stage_trainer.errors import UserError
+from stage_trainer.files import model_digests
 
 if TYPE_CHECKING:
     from stage_trainer.dual_encoder import DualEncoder
 
 BATCH = 64
-_FILES = (".json", ".safetensors", ".model", ".bin", ".pt", ".txt")
 _SAME = 1e-6  # rows of length one that differ by less are one direction, in float32
 
 
@@ -145,11 +145,5 @@ def device_of(asked: Asked) -> str:
 
 def fingerprint_of(folder: Path) -> str:
     """sha256 of a model's weights, configuration and tokenizer, by their names in the folder and their content."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        within = path.relative_to(folder)
-        if path.is_file() and path.suffix in _FILES and not any(part.startswith(".") for part in within.parts):
-            with path.open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-            digest.update(f"{within.as_posix()}\0{content}\n".encode())
-    return digest.hexdigest()
+    lines = (f"{name}\0{content}\n" for name, content in model_digests(folder).items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -7,7 +7,6 @@ qrels/SPLIT.tsv (query, document, grade). A set of pairs is test.jsonl (`sentenc
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from stage_trainer.errors import UserError
 from stage_trainer.evaluation.measured import Measured, compared
 from stage_trainer.evaluation.models import Embedder
 from stage_trainer.evaluation.sets import SAME_IDS_LEFT_OUT, SET, EvalSet
-from stage_trainer.files import read_json
+from stage_trainer.files import read_json, sha256
 from stage_trainer.metrics.ranking import Best, ndcg
 from stage_trainer.metrics.retrieval import unit
 from stage_trainer.metrics.sts import spearman
@@ -230,9 +229,8 @@ def _check_whole(folder: Path) -> None:
         return
     try:
         for name, said in read_json(folder / SET)["files"].items():
-            with (folder / name).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != said["sha256"]:
-                    raise UserError(f"{folder / name} is not what set.json says (its hash differs); make the set again")
+            if sha256(folder / name) != said["sha256"]:
+                raise UserError(f"{folder / name} is not what set.json says (its hash differs); make the set again")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise

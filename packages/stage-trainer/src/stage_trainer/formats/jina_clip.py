@@ -25,7 +25,8 @@ from stage_trainer.errors import UserError
 from stage_trainer.files import whole_directory
 from stage_trainer.formats.common import Adapters, check_rotary
 from stage_trainer.formats.jina_clip_layout import TASK, tensors, with_an_adapter
-from stage_trainer.formats.jina_clip_read import BIASES, MODEL_TYPE
+from stage_trainer.formats.jina_clip_read import MODEL_TYPE
+from stage_trainer.formats.parts import BIASES
 
 PROCESSOR = "JinaCLIPProcessor"
 DTYPES = {"float16": torch.float16, "float32": torch.float32}

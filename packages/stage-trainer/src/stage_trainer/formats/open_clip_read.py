@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stage_trainer.errors import UserError
 from stage_trainer.files import read_json
-from stage_trainer.formats.jina_clip_read import (
+from stage_trainer.formats.parts import (
     BIASES,
     Parts,
     as_scale,

@@ -16,8 +16,8 @@ from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.errors import UserError
 from stage_trainer.evaluation.held_out import HeldOut, find
 from stage_trainer.evaluation.picture import Row, draw, fonts_of, own_rows
-from stage_trainer.evaluation.report_runs import Run, StageFolder
 from stage_trainer.evaluation.retrieval import Pool, embed
+from stage_trainer.pages.runs import Run, StageFolder
 from stage_trainer.recipe.limits import MAX_PIXELS
 
 _THUMBNAIL = 128  # pixels

@@ -14,8 +14,8 @@ from vision_tower import ImageError, load_image
 
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.errors import UserError
-from stage_trainer.evaluation.collection import Collection, Hit, content_of, label_of
-from stage_trainer.evaluation.report_gallery import thumbnail
+from stage_trainer.pages.collection import Collection, Hit, content_of, label_of
+from stage_trainer.pages.gallery import thumbnail
 
 WHAT = {"images": ("image",), "texts": ("text",), "images and texts": ("image", "text")}
 _MOST = 60  # found

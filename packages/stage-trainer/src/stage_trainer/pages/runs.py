@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from stage_trainer.checkpoint.load import Saved, all_saved
+from stage_trainer.data.drawn import LEDGER
 from stage_trainer.errors import UserError
 from stage_trainer.evaluation.report import EVALUATION, read_figures
 from stage_trainer.evaluation.tables import Pools
@@ -20,7 +21,6 @@ from stage_trainer.formats.history import TrainedStage
 
 _SHOWN = ("loss/", "temperature/", "bias/", "speed/", "validation_", "modality_gap/", "trouble/")
 """What of the scalars is read, by prefix."""
-LEDGER = "corrupt.jsonl"
 
 
 @dataclass(frozen=True)

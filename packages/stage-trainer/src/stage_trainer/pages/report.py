@@ -11,13 +11,13 @@ from typing import Any
 from data_prep.shards import write_file
 
 from stage_trainer.errors import UserError
-from stage_trainer.evaluation import report_sections as sections
-from stage_trainer.evaluation.report_charts import COLORS, Chart, matplotlib_needed
-from stage_trainer.evaluation.report_gallery import Gallery, gallery_of
-from stage_trainer.evaluation.report_runs import Run, read_runs
-from stage_trainer.evaluation.report_sections import Table
 from stage_trainer.evaluation.retrieval import DIRECTIONS
 from stage_trainer.files import write_whole, writing
+from stage_trainer.pages import sections
+from stage_trainer.pages.charts import COLORS, Chart, matplotlib_needed
+from stage_trainer.pages.gallery import Gallery, gallery_of
+from stage_trainer.pages.runs import Run, read_runs
+from stage_trainer.pages.sections import Table
 from stage_trainer.recipe.limits import MAX_PIXELS
 
 _TEMPLATE = "report.html.j2"

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from stage_trainer.evaluation import report_charts
-from stage_trainer.evaluation.report_charts import Bars, Chart, Line
-from stage_trainer.evaluation.report_runs import Run, StageFolder
 from stage_trainer.evaluation.retrieval import DIRECTIONS
 from stage_trainer.evaluation.tables import Figures
+from stage_trainer.pages import charts
+from stage_trainer.pages.charts import Bars, Chart, Line
+from stage_trainer.pages.runs import Run, StageFolder
 
 _TITLE = re.compile(r"validation_(recall|ndcg)_at_(\d+)_(.+)/([^/]+)")
 _HEADLINES = ("text to image", "image to text", "text to English text", "mean")
@@ -35,7 +35,7 @@ class Table:
 def training(runs: Sequence[Run]) -> list[Chart]:
     """Losses, temperatures, biases of sigmoid losses, and what was measured on held-out data meanwhile."""
     names = _tags(runs)
-    charts = [
+    found = [
         _over_steps(runs, tag, f"{what}, {tag.partition('/')[2]}", {tag: ""})
         for what in ("loss", "temperature", "bias")
         for tag in names
@@ -48,8 +48,8 @@ def training(runs: Sequence[Run]) -> list[Chart]:
             pools.setdefault((f"{measure} while it trained, %, {m[3]}", f"{m[1]}-{m[3]}"), {})[tag] = m[4]
         elif m := _OTHER.fullmatch(tag):
             pools[m[1].replace("_", " ") + " while it trained", m[1]] = {tag: ""}
-    charts += [_over_steps(runs, name, title, tags) for (title, name), tags in pools.items()]
-    return [chart for chart in charts if chart]
+    found += [_over_steps(runs, name, title, tags) for (title, name), tags in pools.items()]
+    return [chart for chart in found if chart]
 
 
 def modality_gap(runs: Sequence[Run]) -> list[Chart]:
@@ -67,8 +67,8 @@ def throughput(runs: Sequence[Run]) -> list[Chart]:
         "speed/mfu": "model FLOPs utilisation, %",
     }
     there = set(_tags(runs))
-    charts = [_over_steps(runs, tag, title, {tag: ""}) for tag, title in shown.items() if tag in there]
-    return [chart for chart in charts if chart]
+    found = [_over_steps(runs, tag, title, {tag: ""}) for tag, title in shown.items() if tag in there]
+    return [chart for chart in found if chart]
 
 
 def costs(runs: Sequence[Run]) -> Table:
@@ -130,12 +130,12 @@ def matryoshka(runs: Sequence[Run]) -> list[Chart]:
                 lines.setdefault(measure, []).append(Line(_label(runs, run, pool), x, y, number, kind))
                 if (guess := _number((chance or {}).get("mean"))) is not None:
                     guesses.setdefault(measure, []).append(100 * guess)
-    charts = []
+    drawn = []
     for measure, of in lines.items():
         levels = guesses.get(measure, [])
         one = levels[0] if levels and max(levels) - min(levels) < 0.05 else None  # else there is a level for each pool
-        charts.append(report_charts.by_dim(f"matryoshka-{_slug(measure)}", measure, of, one, len(runs)))
-    return [chart for chart in charts if chart]
+        drawn.append(charts.by_dim(f"matryoshka-{_slug(measure)}", measure, of, one, len(runs)))
+    return [chart for chart in drawn if chart]
 
 
 def languages(runs: Sequence[Run]) -> list[Chart]:
@@ -147,7 +147,7 @@ def languages(runs: Sequence[Run]) -> list[Chart]:
             if measure.startswith(DIRECTIONS[0]) or "→" not in measure:
                 found.setdefault((pool, measure), {})[number] = _full(by_dim)
                 guesses.setdefault((pool, measure), chance or {})
-    charts = []
+    drawn = []
     for (pool, measure), by_run in found.items():
         first = next(iter(by_run.values()))
         labels = {language for of in by_run.values() for language in of if language != "mean"}
@@ -155,8 +155,8 @@ def languages(runs: Sequence[Run]) -> list[Chart]:
         series = [Bars(runs[n].name, _in_percent(of, order), n) for n, of in by_run.items()]
         title = f"{pool}: {measure}"
         guess = _in_percent(guesses[pool, measure], order)
-        charts.append(report_charts.bars(f"languages-{_slug(title)}", title, order, series, guess))
-    return [chart for chart in charts if chart]
+        drawn.append(charts.bars(f"languages-{_slug(title)}", title, order, series, guess))
+    return [chart for chart in drawn if chart]
 
 
 def data_seen(runs: Sequence[Run]) -> Table | None:
@@ -256,7 +256,7 @@ def _over_steps(runs: Sequence[Run], name: str, title: str, tags: Mapping[str, s
                 label = _label(runs, run, called)
                 lines.append(Line(label, np.array(x[:-1]), np.array(y[:-1], dtype=np.float64), number, kind))
     last = max((sum(stage.steps for stage in run.stages) for run in runs), default=0)
-    return report_charts.curves(_slug(name), title, lines, sorted(ends - {last}), len(runs))
+    return charts.curves(_slug(name), title, lines, sorted(ends - {last}), len(runs))
 
 
 def _tags(runs: Sequence[Run]) -> list[str]:
