@@ -175,6 +175,55 @@ def test_an_interrupted_evaluation_goes_on_with_what_is_missing(xm3600, tmp_path
     assert f"{path} is damaged" in said[0]
 
 
+def beir(folder: Path, shift: int) -> None:
+    """A text set as mteb's repositories have it."""
+    folder.mkdir(parents=True)
+    rows = {
+        "corpus": [{"_id": f"d{n}", "title": "", "text": caption("d", n, shift)} for n in range(20)],
+        "queries": [{"_id": f"q{n}", "text": caption("q", n, shift)} for n in range(3)],
+        "qrels": [{"query-id": f"q{n}", "corpus-id": f"d{(n + shift) % 20}", "score": 1} for n in range(3)],
+    }
+    for name, of in rows.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, of)))
+    configs = "".join(
+        f"- config_name: {'default' if name == 'qrels' else name}\n  data_files:\n"
+        f"  - split: {'test' if name == 'qrels' else name}\n    path: {name}.jsonl\n"
+        for name in rows
+    )
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+
+
+@pytest.mark.full
+def test_a_task_of_twelve_sets_is_their_mean_and_missing_without_one_of_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    parts = [part.metadata.name for part in mteb.get_task("CQADupstackRetrieval").metadata.tasks]
+    for number, part in enumerate(parts):
+        beir(tmp_path / "data" / part, number)
+    model, cache, said = mteb_model.load(Known(random_vector, (8,))), mteb.ResultCache(tmp_path / "out"), []
+
+    def measure():
+        (task,) = mteb_run.asked_tasks(["CQADupstackRetrieval"], tmp_path / "data")
+        return mteb_run.scores_of(task, mteb_run.measure(model, task, cache, said.append))["ndcg_at_10"][0]
+
+    def mean():
+        return np.mean([kept(tmp_path / "out", part)[0]["scores"]["test"][0]["ndcg_at_10"] for part in parts])
+
+    first = measure()
+    assert len(parts) == 12
+    assert first == pytest.approx(mean(), abs=1e-12)
+    shutil.rmtree(tmp_path / "data" / parts[0])
+    beir(tmp_path / "data" / parts[0], 15)
+    assert measure() == pytest.approx(mean(), abs=1e-12)
+    assert mean() != first
+    shutil.rmtree(tmp_path / "data" / parts[5])
+    with pytest.raises(mteb_run.Missing, match=f"{parts[5]}: its data, mteb/cqadupstack-"):
+        measure()
+    assert all(
+        part.metadata.dataset["path"].startswith("mteb/") for part in mteb.get_task("CQADupstackRetrieval").tasks
+    )
+
+
 def test_a_task_without_its_data_is_named_after_the_others_are_measured(export, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)

@@ -68,22 +68,23 @@ def _named(word: str) -> list[AbsTask]:
 def _local(task: AbsTask, data: Path | None) -> AbsTask:
     """The task on the folder of its name, if there is one; its revision is then a hash of the files."""
     if isinstance(task, AbsTaskAggregate):
-        task.metadata.tasks = [_local(part, data) for part in task.metadata.tasks]
-        return task
+        return _changed(task, tasks=[_local(part, data) for part in task.metadata.tasks])
     folder = data / task.metadata.name if data else None
     if folder is None or not folder.is_dir():
         return task
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     lines = "".join(f"{path.relative_to(folder)}\0{sha256(path)}\n" for path in files)
-    where = {
-        **task.metadata.dataset,
-        "path": str(folder),
-        "revision": f"{_LOCAL}{hashlib.sha256(lines.encode()).hexdigest()}",
-    }
-    kind = type(task)  # whose metadata all of its tasks share
-    local: AbsTask = type(kind.__name__, (kind,), {"metadata": kind.metadata.model_copy(update={"dataset": where})})()
+    revision = _LOCAL + hashlib.sha256(lines.encode()).hexdigest()
+    local = _changed(task, dataset={**task.metadata.dataset, "path": str(folder), "revision": revision})
     local.hf_subsets, local._eval_splits = task.hf_subsets, task._eval_splits
     return local
+
+
+def _changed(task: AbsTask, **metadata: Any) -> AbsTask:
+    """A task of a class of its own, as mteb's classes share their metadata with all of their tasks."""
+    kind = type(task)
+    found: AbsTask = type(kind.__name__, (kind,), {"metadata": kind.metadata.model_copy(update=metadata)})()
+    return found
 
 
 def check_modalities(model: MtebModel, tasks: Iterable[AbsTask]) -> None:
@@ -122,7 +123,7 @@ def measure(model: MtebModel, task: AbsTask, cache: mteb.ResultCache, say: Calla
                 model, task, cache=cache, encode_kwargs={"batch_size": 64}, co2_tracker=False, show_progress_bar=False
             ).task_results[0]
     finally:
-        if not isinstance(task, AbsTaskAggregate):
+        if task.data_loaded:
             task.unload_data()
 
 
