@@ -1,10 +1,11 @@
-"""The evaluators of sentence-transformers and CLIP_benchmark run on our exports, and find what trec_eval, scipy and our
+"""Evaluators of sentence-transformers, CLIP_benchmark and mteb on our exports: they find what trec_eval, scipy and our
 own measures find in our own vectors."""
 
 import json
 import sys
 import types
 
+import mteb
 import numpy as np
 import pytest
 import pytrec_eval
@@ -16,6 +17,7 @@ from clip_benchmark.models import load_clip
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import evaluation
+from stage_trainer import mteb_model
 from stage_trainer.cli import main
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.evaluation.cross_modal import recall
@@ -73,6 +75,23 @@ def test_embedding_similarity_of_sentence_transformers(theirs, ours, sentences, 
     cosines = (ours.encode_text(left).astype(np.float64) * ours.encode_text(right)).sum(axis=1)
     expected = scipy.stats.spearmanr(cosines, said).statistic
     assert evaluator(theirs, str(tmp_path))["made_spearman_cosine"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_mteb_takes_models_of_other_libraries(exported, theirs, of_open_clip, sentences, photos):
+    """By `mteb_model` they are what their libraries say, and the modalities are those that they have."""
+    task = mteb.get_task("STSBenchmark").metadata
+    inputs = {"task_metadata": task, "hf_split": "test", "hf_subset": "default"}
+    of_texts = mteb_model(exported / "text")
+    assert of_texts.mteb_model_meta.modalities == ["text"]
+    assert of_texts.embedder.settings["library"].startswith("sentence-transformers")
+    found = of_texts.encode([{"text": sentences[:5]}, {"text": sentences[5:9]}], **inputs)
+    assert np.abs(found - theirs.encode(sentences[:9], normalize_embeddings=True)).max() < 1e-6
+    model, folder = of_open_clip
+    of_both = mteb_model(folder)
+    assert of_both.mteb_model_meta.modalities == ["text", "image"]
+    assert of_both.embedder.settings["library"].startswith("open_clip")
+    assert np.abs(of_both.encode([{"image": photos[:3]}], **inputs) - model.encode_image(photos[:3])).max() < 2e-6
+    assert of_both.mteb_model_meta.revision != of_texts.mteb_model_meta.revision
 
 
 @pytest.fixture(scope="module")
