@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,6 +93,20 @@ def test_a_folder_that_is_not_ours_is_never_replaced(job, tmp_path):
     with pytest.raises(UserError, match="exists already and is not ours to replace; choose another --name"):
         run_job(job(), ONE, log=silent)
     assert (tmp_path / "out/text-pairs/n/diary.txt").read_text() == "mine"
+
+
+def test_a_job_that_was_killed_while_it_cleared_up_leaves_nothing_to_the_next(job, tmp_path, files, monkeypatch):
+    def killed(path):  # in what order files go, the file system says
+        (path / "publish.json").unlink(missing_ok=True)
+        raise KeyboardInterrupt
+
+    run_job(job("undisturbed"), ONE, log=silent)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_job(job(), ONE, log=silent)
+    assert run_job(job(), ONE, log=silent)
+    assert not [name for name in files(tmp_path / "out") if "partial" in name or "lock" in name]
 
 
 def test_an_interrupted_job_goes_on_and_does_no_unit_twice(job, tmp_path, files):

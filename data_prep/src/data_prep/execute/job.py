@@ -293,6 +293,11 @@ def _publish(job: Job) -> JsonObject:
                 folder.parent.mkdir(exist_ok=True)
                 (job.partial / kind).rename(folder)
                 sync(folder.parent)
+        for leftover in job.partial.iterdir():  # the mark last, or a run after a kill would see nothing left to do
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            elif leftover.name != "publish.json":
+                leftover.unlink()
         shutil.rmtree(job.partial)
     return receipt
 
