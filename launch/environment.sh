@@ -23,7 +23,7 @@ fi
 .venv/bin/python -m pip install --quiet uv
 . launch/certificates.sh
 .venv/bin/uv pip install --quiet --python .venv/bin/python --constraint launch/constraints.txt --group dev \
-  -e packages/contrastive-losses -e packages/text-tower -e packages/vision-tower -e 'packages/stage-trainer[onnx,parquet,report]' \
+  -e packages/contrastive-losses -e packages/text-tower -e 'packages/vision-tower[jpeg]' -e 'packages/stage-trainer[onnx,parquet,report]' \
   -e 'data_prep[corpus,parquet,datasets,pdf,ray,captions,curation,negatives,test]'
 # Python keeps what it compiles of a module that it imports, but not under PYTHONDONTWRITEBYTECODE, which many containers
 # set: there each process would spend half of its start on compiling.
