@@ -63,7 +63,8 @@ def matryoshka_info_nce(
             errors of about 2^-9 / sqrt(D) in "bf16" and a quarter of it in "tf32".
         exchange: how ranks see each other's queries: "gather" holds those of all ranks, and their gradients, at once:
             O(B * D) on each. "ring" passes them round, a rank's rows at a time: O(B * D / W), for a third to a half
-            more bytes and W messages instead of one; the result is the same but for rounding. "auto" gathers up to 4 GiB.
+            more bytes and W messages instead of one; the result is the same but for rounding. "auto" gathers where
+            they take up to 4 GiB.
         group: a process group: the batch is then the rows of all its ranks, and every rank must call this, and then
             backward, even if its own inputs need no gradient. The number of rows may differ between ranks and be 0 on
             some; all else must agree. Every rank returns the identical loss of the whole batch. Its input gradients
@@ -75,7 +76,8 @@ def matryoshka_info_nce(
     Returns:
         The loss, 0-d: float64 if any embeddings are, else float32, whatever autocast says. It is nan if any embedding
         that a dim reads is nan or infinite, and so are the gradients that depend on it. Memory is O(B * D) on each
-        rank, B being the rows of all ranks (in a ring its own): forward and backward go over tiles of the logits and keep none.
+        rank, B being the rows of all ranks (in a ring its own): forward and backward go over tiles of the logits and
+        keep none.
 
     Raises:
         ValueError: shapes, dims, weights or temperature that do not fit. With a group, on every rank, whichever has
