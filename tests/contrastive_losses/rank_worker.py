@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from contrastive_losses import UnifiedInfoNCE, matryoshka_cosent, matryoshka_info_nce, matryoshka_sigmoid
+from contrastive_losses import UnifiedInfoNCE, matryoshka_cosent, matryoshka_info_nce, matryoshka_sigmoid, torch_tiles
+from storages import Memory
 
 # The group of each size leaves out rank 0 where it can, so that a rank of the group is not its global rank.
 GROUPS = {1: [1], 2: [2, 3], 4: [0, 1, 2, 3]}
@@ -36,6 +37,12 @@ def main(rank: int, folder: Path) -> None:
         (made, size): unified_step(cases["unified"], GROUPS[size].index(rank), size, groups[size], made)
         for size in (2, 4)
         for made in ("images", "images and texts")
+        if rank in GROUPS[size]
+    }
+    written["memory"] = {
+        (exchange, size): memory_of(exchange, GROUPS[size].index(rank), groups[size])
+        for exchange in ("gather", "ring")
+        for size in (2, 4)
         if rank in GROUPS[size]
     }
     written["unified ids"] = unified_error_of_ids(rank, groups[4])
@@ -126,6 +133,22 @@ def step_of_which_one_rank_needs_no_gradient(case: dict, rank: int, group: dist.
     loss = matryoshka_info_nce(queries, targets, temperature=0.2, group=group)
     loss.backward()
     return {"queries": queries.detach(), "targets": targets, "gradient": queries.grad}
+
+
+def memory_of(exchange: str, rank: int, group: dist.ProcessGroup) -> dict:
+    """Bytes, at most at a time and of the largest storage, of a step with 256 pairs of its own for each rank."""
+    torch_tiles.CPU_TILE, before = (32, 32), torch_tiles.CPU_TILE
+    generator = torch.Generator().manual_seed(rank)
+    try:
+        with Memory() as memory:
+            queries, targets = (torch.randn(256, 64, generator=generator).requires_grad_() for _ in range(2))
+            ids = torch.arange(256) + 256 * rank
+            options = {"dims": (32, 64), "query_ids": ids, "exchange": exchange, "return_stats": True}
+            loss, _ = matryoshka_info_nce(queries, targets, temperature=0.1, group=group, **options)
+            loss.backward()
+    finally:
+        torch_tiles.CPU_TILE = before
+    return {"peak": memory.peak, "largest": memory.largest}
 
 
 def unified_error_of_ids(rank: int, group: dist.ProcessGroup) -> str:

@@ -100,6 +100,7 @@ def test_a_learnable_temperature_falls_when_pairs_are_easy():
         ({"min_temperature": 0.0}, "min_temperature is 0.0"),
         ({"dims": (64, 0)}, "dims hold 0"),
         ({"dims": (64, 32), "weights": (1.0,)}, "1 weights for 2 dims"),
+        ({"exchange": "tree"}, "exchange is 'tree'; expected one of auto, gather, ring"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_when_the_module_is_made(options, message):

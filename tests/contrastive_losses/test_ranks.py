@@ -75,6 +75,13 @@ LOSS_CASES = {
 }
 
 
+LOSS_CASES |= {  # the same, their queries passed round instead of gathered
+    f"{name}, in a ring": {**case, "options": {**case["options"], "exchange": "ring"}}
+    for name, case in LOSS_CASES.items()
+    if "cosent" not in name
+}
+
+
 UNIFIED = {
     "parts": {
         name: (draw(rows, 6, seed=7 * k), draw(rows, 6, seed=7 * k + 1))
@@ -107,6 +114,7 @@ DISAGREEMENTS = {
     "dtype": (error_case(3, queries=torch.ones(2, 4, dtype=torch.float64)), "dtypes"),
     "margin": (error_case(3, false_negative_margin=0.1), "margin"),
     "temperature": (error_case(3, temperature=0.3), "temperature"),
+    "exchange": (error_case(3, exchange="ring"), "exchange"),
     "return_stats": (error_case(3, return_stats=True), r"return_stats: \[0, 0, 0, 1\]"),
     "grad mode": (error_case(3, grad_enabled=False), r"is_grad_enabled\(\): \[1, 1, 1, 0\]"),
     "nothing anywhere": (
@@ -121,6 +129,7 @@ UNUSABLE = {
     "dims of no dimension": (error_case(2, dims=torch.tensor(4)), 2, r"dims are tensor\(4\); expected a list"),
     "weights in a text": (error_case(1, dims=(4,), weights=["a"]), 1, r"weights are \('a',\); expected finite numbers"),
     "a list for a tensor": (error_case(0, targets=[1.0, 2.0]), 0, "arguments cannot be read .*AttributeError"),
+    "an exchange that there is not": (error_case(2, exchange="tree"), 2, "exchange is 'tree'; expected one of auto, "),
     "no queries": (error_case(1, queries=None), 1, "arguments cannot be read .*AttributeError"),
 }
 
@@ -132,8 +141,9 @@ def written(run_on_ranks):
 
 
 def one_process(case, info_nce=matryoshka_info_nce, sigmoid=matryoshka_sigmoid, **more):
+    """(loss, gradients), or with `more` what the function returns."""
     parameters = {name: value.clone().requires_grad_() for name, value in case["parameters"].items()}
-    options = dict(case["options"])
+    options = {name: value for name, value in case["options"].items() if name != "exchange"}
     if "negatives" in options:
         options["negatives"] = options["negatives"] @ parameters["target_encoder"]
     if "bias" in parameters:
@@ -174,6 +184,27 @@ def test_n_ranks_give_the_loss_and_gradients_of_one_process(name, ranks, written
         torch.testing.assert_close(own, gradients["temperature"], rtol=1e-12, atol=1e-12)
         for field, value in vars(stats).items() if stats else ():
             torch.testing.assert_close(result["stats"][field], value, rtol=1e-12, atol=1e-12)
+
+
+def test_a_rings_memory_is_that_of_a_ranks_own_rows_however_many_ranks_there_are(written):
+    memory = written[3]["memory"]
+    of_ring, of_gather = ({kind: [memory[name, size][kind] for size in (2, 4)] for kind in ("peak", "largest")}
+                          for name in ("ring", "gather"))  # fmt: skip
+    assert of_ring["peak"][1] < 1.02 * of_ring["peak"][0]
+    assert of_ring["largest"][1] == of_ring["largest"][0]
+    own = 256 * 64 * 4
+    assert of_gather["largest"] == [2 * own, 4 * own], "this measure sees what is gathered"
+    assert of_gather["peak"][1] > of_gather["peak"][0] + 4 * own
+
+
+def test_a_ring_is_taken_where_the_gathered_queries_would_not_fit():
+    from contrastive_losses import fused
+
+    assert not fused.goes_round("auto", 1, 10**9, 1024, 6), "there is nobody else"
+    assert not fused.goes_round("auto", 8, 2**15, 1024, 6)
+    assert fused.goes_round("auto", 256, 2**20, 1024, 6)
+    assert fused.goes_round("ring", 2, 4, 8, 8)
+    assert not fused.goes_round("gather", 256, 2**20, 1024, 6)
 
 
 def test_ids_hide_pairs_that_sit_on_different_ranks():

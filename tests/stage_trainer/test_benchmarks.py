@@ -19,7 +19,14 @@ def drawn_corpus(tmp_path_factory) -> Path:
 
 
 FEWER = ["images and captions: open_clip", "images and captions: ours", "text pairs: sentence-transformers"]
-SMALL = {"image_text": [], "text_pairs": [], "memory": [], "v1_beside_v2": [], "recall": ["--contenders", *FEWER]}
+SMALL = {
+    "image_text": [],
+    "loader": [],
+    "text_pairs": [],
+    "memory": [],
+    "v1_beside_v2": [],
+    "recall": ["--contenders", *FEWER],
+}
 
 
 @pytest.mark.full

@@ -167,10 +167,10 @@ def test_a_data_set_of_texts_is_no_pool(write):
         Pool.open(directory)
 
 
-def noise(seed: int) -> bytes:
+def noise(seed: int, kind: str = "png") -> bytes:
     pixels = torch.randint(0, 256, (24, 24, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(pixels.numpy()).save(buffer, "png")
+    Image.fromarray(pixels.numpy()).save(buffer, kind)
     return buffer.getvalue()
 
 
@@ -313,6 +313,18 @@ def test_decoded_samples_are_kept_until_the_room_is_full_and_what_came_first_sta
     cache.left = costs[3]
     cache.sample(data, 3)
     assert cache.left == 0, "what just fits has a place"
+
+
+def test_pixels_do_not_depend_on_what_was_read_before_nor_on_the_cache(write, stage):
+    """A cached image is the whole one, for any crop, resolution and epoch."""
+    captions = [{"text": "a", "language": "en"}]
+    images = [{"jpg": noise(n, "jpeg"), "json": {"captions": captions, "item": f"i{n}"}} for n in range(4)]
+    write("image-short", images)
+    plain, cached = (stage("image_text", "image-short", more=(f"cache_megabytes={size}",)) for size in (0, 8))
+    for step in (2, 0, 1, 2):
+        assert torch.equal(plain[step][0].images, cached[step][0].images)
+    assert len(cached.cache.kept) == 4
+    assert not plain.cache.kept
 
 
 def test_texts_alone_are_kept_too(write):

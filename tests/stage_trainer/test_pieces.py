@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -94,6 +95,35 @@ def test_no_piece_is_larger_than_said_and_few_are_under_way(stage, monkeypatch):
     assert sum(found) == 21 * 3 * 16 * 16
     ahead = pieces_ahead(data, 0, 4, pytest.fail)
     assert ahead * 4 < (shared_memory.BATCHES_AHEAD + 1) * data.pieces(0)
+
+
+class Makers(BatchesInPieces):
+    """Pieces, cut as the stage cuts them, that hold the process that made them."""
+
+    def __init__(self, stage):
+        self.stage = stage
+
+    def pieces(self, step):
+        return self.stage.pieces(step)
+
+    def piece(self, step, number):
+        return os.getpid()
+
+    def joined(self, step, pieces):
+        return list(pieces)
+
+
+@pytest.mark.parametrize("step", [0, 7])
+def test_the_first_batch_of_a_start_or_a_resume_is_the_work_of_all_workers(stage, monkeypatch, step):
+    """Small images, too: 36 pixels are decoded from large ones."""
+    data = stage("text-pairs", 0, 1, "resolution=[[0, 32]]")
+    monkeypatch.setattr(data, "_size", lambda *_: 2048)
+    assert data.pieces(step) >= 2048 / of_stage.IMAGES
+    items = batches(Makers(data), step, step + 1, workers=3)
+    with contextlib.closing(items):
+        counts = Counter(next(items))
+    assert len(counts) == 3
+    assert max(counts.values()) - min(counts.values()) <= 1
 
 
 class Images(BatchesInPieces):

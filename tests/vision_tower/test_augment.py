@@ -1,6 +1,9 @@
-"""Training's crops and colours: Pillow's pixels, torchvision's colours, the same for the same seed."""
+"""Training's crops and colours are torchvision's, the same for the same seed."""
 
+import hashlib
+import os
 import random
+import subprocess
 import sys
 
 import numpy as np
@@ -33,10 +36,12 @@ def test_augment_is_a_function_of_its_seed(noise):
 def test_augment_of_the_whole_image_equals_torchvisions_resize(noise):
     square = noise[:, :, :60]
     whole = augment(square, 1, 48, scale=(1, 1), ratio=(1, 1))
-    picture = v2.functional.to_pil_image(square)
-    reference = v2.functional.resize(picture, [48, 48], v2.InterpolationMode.BICUBIC)
-    assert torch.equal(whole, v2.functional.pil_to_tensor(reference))
-    assert torch.equal(augment(square, 1, 60, scale=(1, 1), ratio=(1, 1)), square)
+    assert torch.equal(whole, v2.functional.resize(square, [48, 48], v2.InterpolationMode.BICUBIC, antialias=True))
+    same = augment(square, 1, 60, scale=(1, 1), ratio=(1, 1))
+    assert torch.equal(same, square)
+    assert same.is_contiguous()
+    same.zero_()
+    assert square.any(), "the pixels are the caller's, who may keep the image"
 
 
 def test_augment_crops_within_the_ranges_and_anywhere():
@@ -153,19 +158,70 @@ def test_augment_refuses_wrong_images_and_ranges(noise):
             augment(noise, 0, 48, **options)
 
 
-def test_augment_gives_pillows_pixels_to_the_last_level():
-    """White noise and hard edges, up and down, wide and tall."""
+def crops(count: int):
+    """White noise and hard edges, up and down, wide and tall: pixels, seed, size, box of the crop, options."""
     generator = np.random.default_rng(0)
-    for seed in range(80):
-        height, width, rows, columns = (int(side) for side in generator.integers(8, 200, 4))
+    options = {"scale": (0.2, 1), "ratio": (0.5, 2)}
+    for seed in range(count):
+        height, width, rows, columns = (int(side) for side in generator.integers(1, 200, 4))
         array = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
         array = array if seed % 2 else ((array > 127) * 255).astype(np.uint8)
-        options = {"scale": (0.2, 1), "ratio": (0.5, 2)}
-        top, left, h, w = _crop(random.Random(seed), (height, width), columns / rows, **options)
-        crop = Image.fromarray(array).crop((left, top, left + w, top + h))
-        pixels = augment(torch.tensor(array).permute(2, 0, 1), seed, (rows, columns), **options)
-        expected = np.asarray(crop.resize((columns, rows), Image.Resampling.BICUBIC))
-        assert np.array_equal(pixels.permute(1, 2, 0).numpy(), expected)
+        box = _crop(random.Random(seed), (height, width), columns / rows, **options)
+        yield torch.tensor(array).permute(2, 0, 1), seed, (rows, columns), box, options
+
+
+def test_augment_gives_torchvisions_pixels_of_tensors():
+    for image, seed, size, box, options in crops(80):
+        expected = v2.functional.resized_crop(image, *box, list(size), v2.InterpolationMode.BICUBIC, antialias=True)
+        assert torch.equal(augment(image, seed, size, **options), expected)
+
+
+def test_one_value_in_ten_thousand_is_two_levels_from_pillows_and_none_is_further():
+    """Of Pillow's passes in the kernel's order: each row's columns first."""
+    counts = np.zeros(256, int)
+    for image, seed, (rows, columns), (top, left, h, w), options in crops(300):
+        crop = v2.functional.to_pil_image(image).crop((left, top, left + w, top + h))
+        for size in ((columns, h), (columns, rows)):
+            crop = crop.resize(size, Image.Resampling.BICUBIC)
+        pixels = augment(image, seed, (rows, columns), **options).int()
+        difference = (pixels - v2.functional.pil_to_tensor(crop)).abs()
+        counts += np.bincount(difference.flatten().numpy(), minlength=256)
+    assert counts[3:].sum() == 0
+    assert counts[2] < 1e-4 * counts.sum()
+    assert counts[1] < 0.05 * counts.sum()
+
+
+PIXELS = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_augment import crops, digest
+print(torch.backends.cpu.get_cpu_capability(), digest())
+"""
+
+
+def digest() -> str:
+    found = hashlib.sha256()
+    for image, seed, size, _, options in crops(20):
+        found.update(augment(image, seed, size, **options).numpy().tobytes())
+    return found.hexdigest()
+
+
+def test_pixels_are_the_same_on_every_processor_and_for_any_number_of_threads_and_layout():
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
+    command = [sys.executable, "-c", PIXELS, os.path.dirname(__file__)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.split()[-1] == digest()
+    threads = torch.get_num_threads()
+    try:
+        for image, seed, size, _, options in crops(20):
+            found = []
+            for number in (1, 2, 5):
+                torch.set_num_threads(number)
+                layouts = image, image.contiguous(), image.clone(memory_format=torch.preserve_format)
+                found += [augment(layout, seed, size, **options, color=0.3) for layout in layouts]
+            assert all(torch.equal(each, found[0]) for each in found)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_simclr_views_are_a_function_of_their_seed(noise):

@@ -73,12 +73,12 @@ def _peak_bytes(name: str, rows: int, width: int, dims: tuple[int, ...]) -> int:
     step(name, draw(64, width, "cpu", torch.float32), dims)  # loads what a first call loads
     inputs = draw(rows, width, "cpu", torch.float32)
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew from here
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     step(name, inputs, dims)
-    return max(_resident("VmHWM") - before, 1)  # a small batch fits into memory that was freed before
+    return max(resident("VmHWM") - before, 1)  # a small batch fits into memory that was freed before
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 

@@ -118,8 +118,18 @@ def test_adamw_takes_its_state_and_on_a_cpu_a_weight_at_a_time(profiled_peak):
     )
 
 
-@pytest.mark.parametrize(("own", "negatives", "ranks"), [(256, 0, 1), (512, 3, 1), (128, 0, 8), (128, 7, 8)])
-def test_the_loss_takes_what_the_profiler_measures(profiled_peak, own, negatives, ranks):
+@pytest.mark.parametrize(
+    ("own", "negatives", "ranks", "exchange"),
+    [
+        (256, 0, 1, "auto"),
+        (512, 3, 1, "auto"),
+        (128, 0, 8, "auto"),
+        (128, 7, 8, "auto"),
+        (512, 0, 8, "ring"),
+        (512, 3, 32, "ring"),
+    ],
+)
+def test_the_loss_takes_what_the_profiler_measures(profiled_peak, own, negatives, ranks, exchange):
     """Ranks as torch's fake process group has them: every other rank says what this one says."""
     from contrastive_losses import matryoshka_info_nce
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -130,8 +140,9 @@ def test_the_loss_takes_what_the_profiler_measures(profiled_peak, own, negatives
 
     def run():
         loss = matryoshka_info_nce(
-            queries, targets, negatives=hard, temperature=0.07, dims=dims, group=group, return_stats=True
-        )
+            queries, targets, negatives=hard, temperature=0.07, dims=dims, group=group, return_stats=True,
+            exchange=exchange,
+        )  # fmt: skip
         loss[0].backward()
         queries.grad = targets.grad = None
         if hard is not None:
@@ -145,6 +156,7 @@ def test_the_loss_takes_what_the_profiler_measures(profiled_peak, own, negatives
         torch.distributed.destroy_process_group()
     engine = PlainEngine(TEXT, VISION, "fp32")
     model = replace(planned_model(engine, "fp32", 0.0), text=replace(TEXT, width=width), dims=dims)
+    model = replace(model, exchange=exchange)
     sizes = Sizes(0, own * (2 + negatives), LENGTH, own, negatives, ranks)
     assert sum(loss_bytes(model, sizes, CPU)) == pytest.approx(measured, rel=0.15)
 

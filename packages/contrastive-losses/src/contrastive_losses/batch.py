@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from operator import index
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from contrastive_losses.precision import Precision, problem_with_precision
 
 SMALLEST_NORM = 1e-12  # a prefix no longer than this counts as the zero vector
+
+
+Exchange = Literal["auto", "gather", "ring"]
 
 
 class Batch(NamedTuple):
@@ -33,6 +36,7 @@ class Options(NamedTuple):
     weights: Sequence[float] | None
     margin: float | None
     precision: Precision | None
+    exchange: Exchange = "auto"
 
 
 def problem_with_call(batch: Batch, options: Options) -> str | None:
@@ -46,6 +50,7 @@ def problem_with_call(batch: Batch, options: Options) -> str | None:
             or problem_with_scalar("bias", options.bias)
             or problem_with_margin(options.margin)
             or problem_with_precision(options.precision, *batch[:3])
+            or problem_with_exchange(options.exchange)
         )
     except Exception as error:  # such as a list where a tensor belongs
         return f"the arguments cannot be read ({type(error).__name__}: {error}); see the documentation for their types"
@@ -145,6 +150,13 @@ def problem_with_scalar(name: str, value: float | Tensor, above: float = -math.i
     number = float(value)
     if not (number > above and math.isfinite(number)):
         return f"{name} is {number}; expected a finite number" + (f" above {above:g}" if above > -math.inf else "")
+    return None
+
+
+def problem_with_exchange(exchange: str) -> str | None:
+    """What is wrong with the name of an exchange between ranks, or None."""
+    if exchange not in get_args(Exchange):
+        return f"exchange is {exchange!r}; expected one of {', '.join(get_args(Exchange))}"
     return None
 
 

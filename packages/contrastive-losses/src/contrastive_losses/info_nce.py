@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from contrastive_losses.batch import Batch, Options
+from contrastive_losses.batch import Batch, Exchange, Options
 from contrastive_losses.fused import pair_loss
 from contrastive_losses.precision import Precision
 from contrastive_losses.ranks import Group
@@ -24,6 +24,7 @@ def matryoshka_info_nce(
     sample_weights: Tensor | None = None,
     false_negative_margin: float | None = None,
     precision: Precision | None = None,
+    exchange: Exchange = "auto",
     group: Group | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, LossStats]:
@@ -60,6 +61,10 @@ def matryoshka_info_nce(
             device, and computes from there what it does for bfloat16 embeddings; gradients stay float32. "tf32" and
             "ieee" count on a GPU. None leaves them to `torch.set_float32_matmul_precision`. Cosines of width D have
             errors of about 2^-9 / sqrt(D) in "bf16" and a quarter of it in "tf32".
+        exchange: how ranks see each other's queries: "gather" holds those of all ranks, and their gradients, at once:
+            O(B * D) on each. "ring" passes them round, a rank's rows at a time: O(B * D / W), for a third to a half
+            more bytes and W messages instead of one; the result is the same but for rounding. "auto" gathers where
+            they take up to 4 GiB.
         group: a process group: the batch is then the rows of all its ranks, and every rank must call this, and then
             backward, even if its own inputs need no gradient. The number of rows may differ between ranks and be 0 on
             some; all else must agree. Every rank returns the identical loss of the whole batch. Its input gradients
@@ -71,7 +76,8 @@ def matryoshka_info_nce(
     Returns:
         The loss, 0-d: float64 if any embeddings are, else float32, whatever autocast says. It is nan if any embedding
         that a dim reads is nan or infinite, and so are the gradients that depend on it. Memory is O(B * D) on each
-        rank, B being the rows of all ranks: forward and backward go over tiles of the logits and keep none.
+        rank, B being the rows of all ranks (in a ring its own): forward and backward go over tiles of the logits and
+        keep none.
 
     Raises:
         ValueError: shapes, dims, weights or temperature that do not fit. With a group, on every rank, whichever has
@@ -82,7 +88,7 @@ def matryoshka_info_nce(
     return pair_loss(
         "exp",
         Batch(queries, targets, negatives, query_ids, target_ids, sample_weights),
-        Options(temperature, 0.0, dims, weights, false_negative_margin, precision),
+        Options(temperature, 0.0, dims, weights, false_negative_margin, precision, exchange),
         group=group,
         return_stats=return_stats,
     )

@@ -8,7 +8,13 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from contrastive_losses.batch import problem_with_dims, problem_with_margin, problem_with_scalar
+from contrastive_losses.batch import (
+    Exchange,
+    problem_with_dims,
+    problem_with_exchange,
+    problem_with_margin,
+    problem_with_scalar,
+)
 from contrastive_losses.info_nce import matryoshka_info_nce
 from contrastive_losses.precision import Precision, problem_with_precision
 from contrastive_losses.ranks import Group
@@ -28,6 +34,7 @@ class _WithTemperature(nn.Module):
         min_temperature: float = 0.01,
         false_negative_margin: float | None = None,
         precision: Precision | None = None,
+        exchange: Exchange = "auto",
     ) -> None:
         super().__init__()
         problem = (
@@ -36,6 +43,7 @@ class _WithTemperature(nn.Module):
             or problem_with_scalar("min_temperature", min_temperature, above=0.0)
             or problem_with_margin(false_negative_margin)
             or problem_with_precision(precision)
+            or problem_with_exchange(exchange)
         )
         if problem is None and temperature < min_temperature:
             problem = f"temperature {temperature} is below min_temperature {min_temperature}; start at it or above"
@@ -46,6 +54,7 @@ class _WithTemperature(nn.Module):
         self.min_temperature = min_temperature
         self.false_negative_margin = false_negative_margin
         self.precision = precision
+        self.exchange = exchange
         start = torch.tensor([-math.log(temperature)], dtype=torch.float32)
         self.log_scale = nn.Parameter(start, requires_grad=learnable)
 
@@ -66,6 +75,7 @@ class _WithTemperature(nn.Module):
             "weights": self.weights,
             "false_negative_margin": self.false_negative_margin,
             "precision": self.precision,
+            "exchange": self.exchange,
         }
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -99,7 +109,7 @@ class InfoNCE(_WithTemperature):
         temperature: to start from, at least `min_temperature`.
         learnable: whether `log_scale` requires a gradient; a fixed one is still part of the state dict.
         min_temperature: what `clamp_()` holds the temperature above. 0.01 is CLIP's limit, a scale of 100.
-        false_negative_margin, precision: as for `matryoshka_info_nce`.
+        false_negative_margin, precision, exchange: as for `matryoshka_info_nce`.
 
     Raises:
         ValueError: settings that do not fit.
@@ -150,8 +160,11 @@ class SigmoidLoss(_WithTemperature):
         min_temperature: float = 0.01,
         false_negative_margin: float | None = None,
         precision: Precision | None = None,
+        exchange: Exchange = "auto",
     ) -> None:
-        super().__init__(dims, weights, temperature, learnable, min_temperature, false_negative_margin, precision)
+        super().__init__(
+            dims, weights, temperature, learnable, min_temperature, false_negative_margin, precision, exchange
+        )
         problem = problem_with_scalar("bias", bias)
         if problem is not None:
             raise ValueError(problem)

@@ -32,8 +32,8 @@ COMMON = (
     "return_stats",
     "torch.is_grad_enabled()",
     "the dtypes and devices of the inputs (checksum)",
-    "the loss, dims and their weights, margin, precision, temperature or bias given as a number, or which ids are made "
-    "(checksum)",
+    "the loss, dims and their weights, margin, precision, exchange, temperature or bias given as a number, or which "
+    "ids are made (checksum)",
 )
 
 
@@ -42,13 +42,14 @@ class Ranks:
 
     Attributes:
         counts: rows of each rank.
+        rank: this one's number in the group.
         first: the number of this rank's first row in the whole batch.
         queries_need_gradient, scalars_need_gradient, any_needs_gradient: whether so on any rank; then all ranks take
             part in the exchange of gradients.
     """
 
     def __init__(self, group: Group | None, told: list[list[int]], rank: int) -> None:
-        self.group = group
+        self.group, self.rank = group, rank
         self.counts = [row[1] for row in told]
         self.first, self.own = sum(self.counts[:rank]), self.counts[rank]
         self.queries_need_gradient, self.scalars_need_gradient, self.any_needs_gradient = (
@@ -64,7 +65,7 @@ class Ranks:
         if self.world_size == 1:
             return rows
         longest = max(self.counts)
-        padded = rows if len(rows) == longest else _resized(rows, longest)  # one shape on all ranks
+        padded = rows if len(rows) == longest else resized(rows, longest)  # one shape on all ranks
         gathered = rows.new_empty(self.world_size * longest, *rows.shape[1:])
         dist.all_gather_into_tensor(gathered, padded.contiguous(), group=self.group)
         if min(self.counts) == longest:
@@ -79,7 +80,7 @@ class Ranks:
             return rows
         longest = max(self.counts)
         if min(self.counts) < longest:
-            rows = torch.cat([_resized(piece, longest) for piece in torch.split(rows, self.counts)])
+            rows = torch.cat([resized(piece, longest) for piece in torch.split(rows, self.counts)])
         own = rows.new_empty(longest, *rows.shape[1:])
         dist.reduce_scatter_tensor(own, rows, group=self.group)
         return own[: self.own]
@@ -103,7 +104,7 @@ class Ranks:
         return values
 
 
-def _resized(rows: Tensor, length: int) -> Tensor:
+def resized(rows: Tensor, length: int) -> Tensor:
     resized = rows.new_zeros(length, *rows.shape[1:])
     resized[: len(rows)] = rows
     return resized

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from contrastive_losses.batch import Batch, Options
+from contrastive_losses.batch import Batch, Exchange, Options
 from contrastive_losses.fused import pair_loss
 from contrastive_losses.precision import Precision
 from contrastive_losses.ranks import Group
@@ -25,6 +25,7 @@ def matryoshka_sigmoid(
     sample_weights: Tensor | None = None,
     false_negative_margin: float | None = None,
     precision: Precision | None = None,
+    exchange: Exchange = "auto",
     group: Group | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, LossStats]:
@@ -49,7 +50,7 @@ def matryoshka_sigmoid(
     return pair_loss(
         "sigmoid",
         Batch(queries, targets, negatives, query_ids, target_ids, sample_weights),
-        Options(temperature, bias, dims, weights, false_negative_margin, precision),
+        Options(temperature, bias, dims, weights, false_negative_margin, precision, exchange),
         group=group,
         return_stats=return_stats,
     )

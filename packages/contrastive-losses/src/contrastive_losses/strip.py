@@ -67,6 +67,7 @@ class Strip(NamedTuple):
     negative_inverse_norm: Tensor  # [P, m] float64
     scale: Tensor  # 0-d float64, 1 / temperature: any positive number
     bias: Tensor  # 0-d float64, for "sigmoid"
+    # Of the pairs of all queries; where columns belong to none of these (`ring`), of the columns' pairs behind them.
     query_ids: Tensor | None  # [B] int64
     target_ids: Tensor | None  # [B] int64
     positive: Tensor  # [P, B] float64, cosines of the pairs

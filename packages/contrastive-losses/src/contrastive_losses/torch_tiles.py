@@ -47,7 +47,8 @@ def strip_sums(strip: Strip, *, maxima: bool) -> Sums:
         sums = _sums(strip, shift, maxima)
         positive = strip.scale * strip.positive
         own = positive[:, strip.first : strip.first + len(strip.targets)]
-        if _is_within_window(strip, shift, torch.logaddexp(positive, sums.row), torch.logaddexp(own, sums.column)):
+        of_rows = positive[:, : len(strip.queries)]
+        if _is_within_window(strip, shift, torch.logaddexp(of_rows, sums.row), torch.logaddexp(own, sums.column)):
             return sums
     return _sums(strip, None, maxima)
 

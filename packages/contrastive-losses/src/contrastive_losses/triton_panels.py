@@ -55,7 +55,7 @@ class Panels:
         self.row_limit = self.column_limit = None
         if strip.margin is not None:
             limit = LOG2E * strip.scale * (strip.positive + strip.margin)
-            self.row_limit, self.column_limit = self.vector(limit), self.vector(limit[:, own])
+            self.row_limit, self.column_limit = self.vector(limit[:, : len(strip.queries)]), self.vector(limit[:, own])
         self.ids = [
             None if ids is None else (self._whole_tiles(ids), self._whole_tiles(ids[own]))
             for ids in (strip.query_ids, strip.target_ids)

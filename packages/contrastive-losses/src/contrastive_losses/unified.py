@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from contrastive_losses.batch import Batch, Options, problem_with_batch
+from contrastive_losses.batch import Batch, Exchange, Options, problem_with_batch
 from contrastive_losses.fused import pair_loss
 from contrastive_losses.module import InfoNCE
 from contrastive_losses.precision import Precision
@@ -28,6 +28,7 @@ def unified_info_nce(
     weights: Sequence[float] | None = None,
     false_negative_margin: float | None = None,
     precision: Precision | None = None,
+    exchange: Exchange = "auto",
     image_ids: Tensor | None = None,
     text_ids: Tensor | None = None,
     group: Group | None = None,
@@ -50,7 +51,7 @@ def unified_info_nce(
         image_ids: `[I]` int64; images with equal ids are one image, on whichever ranks they are. None: all differ,
             which must then be so on every rank.
         text_ids: `[T]` int64, the same for text pairs. They are not compared with those of images.
-        temperature, dims, weights, false_negative_margin, precision, group, return_stats: as for
+        temperature, dims, weights, false_negative_margin, precision, exchange, group, return_stats: as for
             `matryoshka_info_nce`; the statistics are those of the union.
 
     Raises:
@@ -71,7 +72,7 @@ def unified_info_nce(
     return pair_loss(
         "exp",
         Batch(first, second, None, ids, None, None),
-        Options(temperature, 0.0, dims, weights, false_negative_margin, precision),
+        Options(temperature, 0.0, dims, weights, false_negative_margin, precision, exchange),
         group=group,
         return_stats=return_stats,
         shared=made,

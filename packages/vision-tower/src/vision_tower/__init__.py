@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vision_tower.augment import augment
 from vision_tower.config import VisionTowerConfig
 from vision_tower.errors import ImageError, WeightsError
-from vision_tower.preprocess import load_image, normalize, preprocess, preprocess_native
+from vision_tower.preprocess import load_image, load_pixels, normalize, preprocess, preprocess_native
 
 if TYPE_CHECKING:
     from vision_tower.packed import PackedPatches
@@ -27,6 +27,7 @@ __all__ = [
     "WeightsError",
     "augment",
     "load_image",
+    "load_pixels",
     "normalize",
     "patch_keep_indices",
     "preprocess",

@@ -18,7 +18,7 @@ from stage_trainer.batch import Batch
 from stage_trainer.data.config import DataConfig
 from stage_trainer.data.drawn import Corrupt, Drawn
 from stage_trainer.data.file_checks import FileChecks
-from stage_trainer.data.pieces import PIECE, BatchesInPieces
+from stage_trainer.data.pieces import IMAGES, PIECE, BatchesInPieces
 from stage_trainer.data.remote_data import RemotePlace, check_room, look_ahead, open_place, place
 from stage_trainer.data.sampler import Draw, SourceOrder, TaskSampler, slice_of
 from stage_trainer.data.samples import SampleCache, shard_errors_explained
@@ -95,7 +95,7 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
 
     def pieces(self, step: int) -> int:
         images = self._size(step, "image_text")
-        return max(1, -(-images // max(1, PIECE // self._image_bytes(step)))) if images else 1
+        return -(-images // max(1, min(IMAGES, PIECE // self._image_bytes(step)))) if images else 1
 
     def piece_bytes(self, step: int) -> int:
         return self._image_bytes(step) * -(-self._size(step, "image_text") // self.pieces(step))
@@ -137,24 +137,23 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
 
     def _images(self, step: int, share: tuple[int, int]) -> tuple[Samples, torch.Tensor | None, list[list[int]]]:
         """A share of this rank's captioned images of a step: (samples, pixels, seeds of the views)."""
-        found, pixels = Samples(), list[torch.Tensor]()
-        views: list[list[tuple[torch.Tensor, int]]] = [[] for _ in range(self.stage.loss.views)]
+        found, views = Samples(), self.stage.loss.views
+        seeds: list[list[int]] = [[] for _ in range(views)]
         start, size, a = self.stage.task_start.image_text, self.stage.resolution_at(step), self.stage.augmentation
-        for draw in self._draws(self.image_sampler, self.image_sources, step - start, share):
+        draws = self._draws(self.image_sampler, self.image_sources, step - start, share)
+        pixels = torch.empty(1 + views, len(draws), 3, size, size, dtype=torch.uint8)
+        for row, draw in enumerate(draws):
             data = self.image_sources[draw.source]
             decoded, content = self._sample(data, draw.index, found.drawn)
             seed = self._seed(data, draw)
             assert decoded is not None  # content_of guarantees it
-            pixels.append(augment(decoded, seed, size, scale=a.scale, ratio=a.ratio, flip=a.flip, color=a.color))
-            for number, of_all in enumerate(views):
-                of_view = key(seed, "view", number)
-                of_all.append((simclr_view(decoded, of_view, size, flip=a.flip), of_view))
+            pixels[0, row] = augment(decoded, seed, size, scale=a.scale, ratio=a.ratio, flip=a.flip, color=a.color)
+            for number, of_all in enumerate(seeds):
+                of_all.append(key(seed, "view", number))
+                pixels[1 + number, row] = simclr_view(decoded, of_all[-1], size, flip=a.flip)
             caption = self._choose(content["captions"], seed, data, found.drawn)["text"]
             found.add(seed, content["item"], _name(data), caption=[caption])
-        if not pixels:
-            return found, None, []
-        whole = [torch.stack(each) for each in (pixels, *([view for view, _ in of_all] for of_all in views))]
-        return found, torch.stack(whole), [[seed for _, seed in of_all] for of_all in views]
+        return found, pixels if draws else None, seeds
 
     def _pairs(self, step: int, share: tuple[int, int]) -> Samples:
         """A share of this rank's text pairs of a step."""

@@ -15,6 +15,10 @@ from torch.utils.data import Dataset as TorchDataset
 PIECE = 16 * 2**20
 """Bytes of a piece, at most, as far as a single sample has no more."""
 
+IMAGES = 64
+"""Images of a piece, at most: a second's work for photographs of 2,000 pixels, however small they are made. So the
+first batch, and the first one after a resume, is the work of all workers."""
+
 _Item = TypeVar("_Item")
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from text_tower import TextTowerConfig
 from vision_tower import VisionTowerConfig
@@ -83,6 +84,7 @@ class Model:
     matrices: int  # numbers that Muon trains, with half of AdamW's state
     deepspeed: tuple[tuple[str, int], ...] = ()  # zero_optimization's sizes, where the recipe gives them
     muon_shapes: tuple[tuple[int, int], ...] = ()  # of those matrices
+    exchange: Literal["auto", "gather", "ring"] = "auto"  # of the losses
 
 
 @dataclass(frozen=True)
@@ -210,9 +212,11 @@ def passes(
 def loss_bytes(model: Model, sizes: Sizes, device: Device) -> tuple[int, int]:
     """(kept from forward to backward, working space) of both losses; the logits are never there as a whole.
 
-    Each rank has the queries of all ranks, gathered, and their gradient; vectors are float64, one number for each
-    prefix and row (`contrastive_losses.fused`).
+    Each rank has the queries of all ranks, gathered, and their gradient; in a ring (`contrastive_losses.ring`) three
+    blocks of a rank's queries and four of their gradients. Vectors are float64, one number for each prefix and row.
     """
+    from contrastive_losses.fused import goes_round
+
     prefixes, width = len(model.dims), model.text.width
     kept, most = 0, 0
     of_tasks = (sizes.images, 0), (sizes.pairs, sizes.pairs * sizes.negatives)
@@ -220,13 +224,16 @@ def loss_bytes(model: Model, sizes: Sizes, device: Device) -> tuple[int, int]:
         if not own:
             continue
         everyone = own * sizes.ranks
-        gathered = FLOAT * everyone * width if sizes.ranks > 1 else 0
+        number = (2 if model.precision == "bf16" else FLOAT) + FLOAT
+        blocks = (3, 4) if goes_round(model.exchange, sizes.ranks, everyone, width, number) else (1, 1)
+        everyone = own if blocks > (1, 1) else everyone
+        gathered = FLOAT * blocks[0] * everyone * width if sizes.ranks > 1 else 0
         vectors = 8 * prefixes * (4 * everyone + 3 * own + negatives)
         height, columns = (min(a, b) for a, b in zip(TILE[device.kind], (everyone, max(own, negatives)), strict=True))
         tiles = FLOAT * (prefixes + 4) * height * columns
         if device.kind == "cuda" and device.capability >= (8, 0):
             tiles = min(DERIVATIVES, FLOAT * prefixes * everyone * max(own, negatives))
-        gradients = FLOAT * width * (everyone + own + negatives)
+        gradients = FLOAT * width * (blocks[1] * everyone + own + negatives)
         kept += gathered + vectors
         most = max(most, gradients + tiles + 2 * vectors)
     return kept, most

@@ -212,6 +212,7 @@ def model_of(recipe: Recipe, number: int, segment: Segment, precision: str) -> M
         precision=precision,
         optimizer=recipe.optimizer.name,
         dims=stage.loss.dims,
+        exchange=stage.loss.exchange,
         weights=_numbers(empty.parameters()),
         learning=_numbers(learning),
         largest=max((p.numel() for p in learning), default=0),

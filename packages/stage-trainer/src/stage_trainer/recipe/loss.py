@@ -20,7 +20,10 @@ class LossConfig:
 
     `temperature`: `each` task learns its own, both tasks learn one (`shared`), or they stay `fixed` where they start
     (`model.temperature`). Those that learn stay at `min_temperature` or above. `false_negative_margin` leaves out what
-    is closer to a query than its positive by more than this cosine, as an unlabelled positive (arXiv 2506.05176)."""
+    is closer to a query than its positive by more than this cosine, as an unlabelled positive (arXiv 2506.05176).
+
+    `exchange`: how ranks see each other's queries, gathered at once, or passed round in a `ring`, which keeps a rank's
+    memory at its own rows' (`contrastive_losses.matryoshka_info_nce`). `auto` gathers up to 4 GiB."""
 
     kind: Literal["multi_task", "sigmoid", "unified"] = "multi_task"
     dims: tuple[Int, ...] = ()
@@ -30,6 +33,7 @@ class LossConfig:
     min_temperature: Float = 0.01
     bias: Float = -10.0
     false_negative_margin: Float | None = None
+    exchange: Literal["auto", "gather", "ring"] = "auto"
 
     @property
     def one_temperature(self) -> bool:

@@ -113,6 +113,7 @@ class ContrastiveObjective(TrainedObjective):
         options: dict[str, Any] = {
             "dims": self.loss.dims, "weights": self.loss.weights or None, "precision": products, "group": group,
             "false_negative_margin": self.loss.false_negative_margin, "return_stats": True,
+            "exchange": self.loss.exchange,
         }  # fmt: skip
         if self.loss.kind == "unified":
             images, *views = embedded.images.view(1 + self.loss.views, count, embedded.images.shape[1])
