@@ -133,6 +133,16 @@ def test_a_cache_too_small_for_a_step_is_refused_with_what_it_needs(server, reci
         steps(recipe(server.url, "remote.gigabytes=0.0001"))
 
 
+def test_a_limit_has_to_hold_for_the_lanes_of_all_ranks_of_a_machine(server, recipe, monkeypatch):
+    """A shard is some 80 kB; each of two ranks has five of the ten."""
+    task = make_task(recipe(server.url, "remote.gigabytes=0.0006"), 1)
+    task.make_batches(Numbers(), 1, 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match=r"remote.gigabytes is 0.0006, but .* lower data.lanes"):
+        task.make_batches(Numbers(), 1, 2)
+
+
 def test_a_path_may_be_a_url_and_a_corpus_behind_a_command(data, server, recipe, tmp_path):
     here = steps(recipe(tmp_path / "corpus"))
     sources = (

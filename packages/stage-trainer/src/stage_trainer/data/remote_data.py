@@ -135,7 +135,7 @@ def check_room(
     if needed > settings.gigabytes * 1e9:
         raise UserError(
             f"remote.gigabytes is {settings.gigabytes:g}, but a step and the windows of shards that come next need "
-            f"{needed / 1e9:.3g}; set it higher, or leave it out for no limit"
+            f"{needed / 1e9:.3g}; set it higher, leave it out for no limit, or lower data.lanes"
         )
 
 
