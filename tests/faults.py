@@ -59,6 +59,7 @@ ROOMS = {
         tuple(
             f"{TRAINER}/{name}.py"
             for name in (
+                "data/lanes",
                 "data/sampler",
                 "data/stateless_rng",
                 "data/batches",

@@ -77,6 +77,11 @@ def test_a_url_trains_to_the_bits_of_its_folder(train, scalars, corpus, served, 
     assert all(scalars("url/stage1", tag) == scalars("folder/stage1", tag) for tag in recall)
     assert equal(weights(tmp_path / "url/stage1"), folder)
     files = {name: n for name, n in requests.items() if not name.endswith("manifest.json")}
+    train_data = sum(
+        p.stat().st_size for kind in ("image-short", "text-pairs") for p in (corpus / "train" / kind).rglob("*")
+    )
+    assert 0 < max(scalars("url/stage1", "fetched_gigabytes/machine 0").values()) <= train_data / 1e9
+    assert not [tag for tag in scalars("folder/stage1") if tag.startswith("fetched")]
     assert len(files) > 20
     assert set(files.values()) == {1}
 

@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from data_prep.shards import Dataset, DatasetWriter
 from safetensors.torch import load_file
 from stage_trainer import dual_encoder
 
@@ -303,6 +304,50 @@ def test_other_settings_are_refused_and_starting_over_keeps_the_old_run(train, t
     train(1, *QUICK, "lr.image=5e-4", "--start-over")
     assert equal(before, weights(tmp_path / "run/stage1.old-1"))
     assert not equal(before, weights(tmp_path / "run/stage1"))
+
+
+def test_a_run_of_a_release_without_lanes_does_not_go_on_with_other_samples(train, tmp_path):
+    """But once it is finished there is nothing to go on with."""
+    options = (*QUICK, "checkpoint={every: 4, keep: 2}")
+    train(1, *options)
+    for step in (4, 8):
+        path = tmp_path / f"run/stage1/step-000000{step}/state.json"
+        state = json.loads(path.read_text())
+        del state["settings"]["stage.data.lanes"], state["sha256"]
+        path.write_text(json.dumps(state))
+    assert "is complete" in train(1, *options).stdout
+    shutil.rmtree(tmp_path / "run/stage1/step-0000008")
+    refused = train(1, *options, fails=True).stderr
+    assert "drew samples in another order (its settings have no 'data.lanes'); finish it with that release" in refused
+    assert "Traceback" not in refused
+    assert "is complete" in train(1, *options, "--start-over").stdout
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.full), 3, pytest.param(4, marks=pytest.mark.full)])
+def test_any_number_of_ranks_goes_on_though_lanes_do_not_divide(train, scalars, tmp_path, copy_of_corpus, ranks):
+    """Of images five lanes and of texts seven, batches that the ranks share unequally, across epochs."""
+    for path, shards in (("image-short/drawn", 5), ("text-pairs/drawn", 7)):
+        in_shards(copy_of_corpus / "train" / path, shards)
+    options = (*QUICK, f"corpus={copy_of_corpus}", "batch={image_text: 46, text: 50}", "checkpoint={every: 4, keep: 2}")
+    train(1, *options, output="one")
+    shutil.copytree(tmp_path / "one/stage1/step-0000004", tmp_path / "more/stage1/step-0000004")
+    train(1, *options, output="more", ranks=ranks)
+    for tag in ("loss/text", "loss/image_text", "temperature/text", "temperature/image_text"):
+        rest = {step: value for step, value in scalars("one/stage1", tag).items() if step >= 4}
+        assert len(rest) == 4
+        assert scalars("more/stage1", tag) == pytest.approx(rest, rel=1e-5)
+
+
+def in_shards(folder, count):
+    """Writes a data set again, in so many shards."""
+    data = Dataset.open(folder)
+    samples = [(data.row(i), data.read(i)) for i in range(len(data))]
+    kind, source = data.kind, data.source
+    shutil.rmtree(folder)
+    with DatasetWriter(folder, kind=kind, source=source, samples_per_shard=-(-len(samples) // count)) as writer:
+        for row, members in samples:
+            writer.write(row.key, members, languages=row.languages, tokens=row.tokens)
+    assert len(Dataset.open(folder).shard_sizes) == count
 
 
 def test_a_full_disk_is_one_message_and_loses_nothing(train, tmp_path):

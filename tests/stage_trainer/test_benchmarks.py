@@ -30,6 +30,17 @@ SMALL = {
 
 
 @pytest.mark.full
+def test_orders_are_compared_in_a_small_size(tmp_path):
+    results = tmp_path / "results.json"
+    script = [sys.executable, str(FOLDER / "lanes.py"), "--small", "--results", str(results)]
+    run = subprocess.run(script, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = json.loads(results.read_text())["results"]
+    assert {"cost", "lanes: 64", "open_clip"} <= set(found)
+    assert found["lanes: 64"]["shards in a batch"] == 64
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("name", SMALL)
 def test_benchmarks_run_in_a_small_size(name, drawn_corpus, tmp_path):
     results = tmp_path / "results.json"

@@ -86,9 +86,9 @@ def test_a_batch_is_of_one_language_and_the_same_however_many_ranks_share_it(cor
         seen.add(language)
         assert all(FIRST[language] <= i < FIRST[language] + 10 for text in given(batch) for i in text[1:-1])
         shared = [part[step][0] for part in parts]
-        for rank, part in enumerate(shared):
-            assert given(part) == given(batch)[rank::4]
-            assert torch.equal(part.seeds, batch.seeds[rank::4])
+        assert [len(part.seeds) for part in shared] == [3, 2, 2, 2]
+        assert [text for part in shared for text in given(part)] == given(batch)
+        assert torch.equal(torch.cat([part.seeds for part in shared]), batch.seeds)
         labels = torch.cat([part.masked.labels for part in shared])
         assert torch.equal(labels.sort().values, batch.masked.labels.sort().values)
     assert seen == set(SIZES)
@@ -121,7 +121,7 @@ def test_a_url_gives_the_batches_and_the_held_out_texts_of_its_folder(corpus, wr
 def test_languages_are_drawn_by_their_smoothed_number_of_texts(corpus, batches, exponent):
     data = batches(f"masking.language_exponent={exponent}")
     steps = 400
-    found = Counter(data.languages[data.sampler.batch_at(n)[0].source] for n in range(steps))
+    found = Counter(data.languages[data.sampler.source_of(n)] for n in range(steps))
     weights = {language: size**exponent for language, size in SIZES.items()}
     for language, weight in weights.items():
         assert abs(found[language] - steps * weight / sum(weights.values())) <= 1
@@ -132,9 +132,14 @@ def test_an_epoch_takes_each_text_once_and_the_next_hides_other_words(corpus, ba
     epochs = {0: {}, 1: {}}
     for step in range(2 * sum(SIZES.values()) // 10 + 6):
         batch, _ = data[step]
-        draws = data.sampler.batch_at(step)
-        language = data.languages[draws[0].source]
-        rows = zip(draws, given(batch), batch.masked.packed.ids.split(batch.masked.packed.lengths), strict=True)
+        draws = data.sampler.part(step)
+        language = data.languages[data.sampler.source_of(step)]
+        rows = zip(
+            draws.within(0, len(draws)),
+            given(batch),
+            batch.masked.packed.ids.split(batch.masked.packed.lengths),
+            strict=True,
+        )
         for draw, text, hidden in rows:
             if language == "en" and draw.epoch in epochs:
                 assert text not in epochs[draw.epoch]
@@ -180,7 +185,7 @@ def test_a_bad_text_is_never_replaced_by_itself(write, batches, count, bad):
     for step in range(2):
         batch, drawn = data[step]
         assert len(given(batch)) == 9
-        assert len(drawn.corrupt) == sum(draw.index == bad for draw in data.sampler.batch_at(step))
+        assert len(drawn.corrupt) == (data.sampler.part(step).index == bad).sum()
 
 
 def test_the_fingerprint_names_every_data_set(corpus, batches, tmp_path):

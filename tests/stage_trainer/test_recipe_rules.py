@@ -20,7 +20,10 @@ def refused(recipe, overrides, message, **options):
     assert "stage-trainer" not in str(error.value)
 
 
+NO_LANES = "'stages.1.data.lanes': a whole number from 1 to 1,024 is expected here, or 'auto'; found "
 OUT_OF_RANGE = {
+    **{f"data.lanes={value}": NO_LANES for value in (0, -1, 1025, 2.5, "many", ".inf")},
+    "data.lanes=true": NO_LANES,
     "seed=-1": "seed is -1; expected at least 0",
     "workers=-1": "workers is -1",
     "cache_megabytes=-1": "cache_megabytes is -1",

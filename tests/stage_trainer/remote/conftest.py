@@ -18,15 +18,25 @@ SAMPLES, PER_SHARD, BYTES = 20, 2, 40_000  # ten shards of two samples
 
 
 @pytest.fixture
-def data(tmp_path) -> Path:
-    """corpus/train/text-pairs/made, ten shards of some 80 kB."""
-    directory = tmp_path / "corpus/train/text-pairs/made"
-    with DatasetWriter(directory, kind="text-pairs", source="made", samples_per_shard=PER_SHARD) as writer:
-        for number in range(SAMPLES):
-            sides = {side: [{"text": f"{side} {number}", "language": "en"}] for side in ("query", "target")}
-            content = json.dumps({**sides, "padding": "x" * BYTES}).encode()
-            writer.write(f"s{number}", {"json": content}, languages=["en"], tokens=None)
-    return directory
+def write_data(tmp_path):
+    """Writes corpus/train/text-pairs/made, shards of some 80 kB."""
+
+    def execute(samples: int) -> Path:
+        directory = tmp_path / "corpus/train/text-pairs/made"
+        with DatasetWriter(directory, kind="text-pairs", source="made", samples_per_shard=PER_SHARD) as writer:
+            for number in range(samples):
+                sides = {side: [{"text": f"{side} {number}", "language": "en"}] for side in ("query", "target")}
+                content = json.dumps({**sides, "padding": "x" * BYTES}).encode()
+                writer.write(f"s{number}", {"json": content}, languages=["en"], tokens=None)
+        return directory
+
+    return execute
+
+
+@pytest.fixture
+def data(write_data) -> Path:
+    """Ten of them."""
+    return write_data(SAMPLES)
 
 
 class Server(http.server.ThreadingHTTPServer):

@@ -10,7 +10,6 @@ from data_prep.shards import Dataset
 from PIL import Image
 from stage_trainer.data.batches import _replacement
 from stage_trainer.data.remote_data import RemotePlace, place
-from stage_trainer.data.sampler import SourceOrder
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import Recipe
 from stage_trainer.recipe.read import flatten, load
@@ -66,21 +65,37 @@ def test_two_ranks_of_two_workers_download_each_shard_once_and_read_the_same(dat
 
 
 def test_the_sampler_fetches_its_next_window_while_it_reads_this_one(data, server, recipe, wait_for):
-    made = make_task(recipe(server.url, batch=2), 1).make_batches(Numbers(), 0, 1)
+    settings = "data={text: [{path: text-pairs/made}], lanes: 1}"
+    made = make_task(recipe(server.url, settings, batch=2), 1).make_batches(Numbers(), 0, 1)
     made[0]
-    order = made.text_sampler.orders[0].shards(0, len(made.text_sources[0]))
     wait_for(lambda: len(list(made.text_sources[0].directory.glob("*.tar"))) >= 8)
-    assert {p.name for p in made.text_sources[0].directory.glob("*.tar")} == {f"{n:05d}.tar" for n in order[:8]}
+    order = made.text_sampler.orders[0].ahead(0, 4, 0, 1)
+    assert {p.name for p in made.text_sources[0].directory.glob("*.tar")} == {f"{n:05d}.tar" for n in order}
+    assert len(order) == 8
 
 
-def test_shards_ahead_are_those_that_the_stream_reads():
-    sizes = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
-    order, ends = SourceOrder(sizes, seed=3), [sum(sizes[: i + 1]) for i in range(10)]
-    for start, stop in ((0, 1), (5, 30), (38, 45), (0, 200)):
-        read = [next(i for i, end in enumerate(ends) if order.at(p)[1] < end) for p in range(start, stop)]
-        assert set(read) <= set(order.shards(start, stop))
-    assert len(order.shards(0, 1)) == 8
-    assert len(order.shards(0, 200)) == 10
+def machine(recipe, corpus, rank, world, cache):
+    """Six batches of a rank with a cache of its own, as ids, and the bytes that it fetched by its own account."""
+    made = make_task(recipe(corpus, f"remote.cache={cache}", batch=8), 1).make_batches(Numbers(), rank, world)
+    found = [made[step] for step in range(6)]
+    return [batch.text_ids.tolist() for batch, _ in found], sum(drawn.fetched for _, drawn in found)
+
+
+def test_four_machines_fetch_a_quarter_each_and_two_of_them_later_only_what_they_lack(
+    tmp_path, write_data, serve, recipe
+):
+    """Sixteen shards of which each is a lane, for more than an epoch."""
+    directory = write_data(32)
+    server = serve(tmp_path / "corpus")
+    whole = sum(path.stat().st_size for path in directory.iterdir())
+    alone, _ = machine(recipe, tmp_path / "corpus", 0, 1, tmp_path)
+    for world, shares in ((4, [0.25] * 4), (2, [0.25, 0.5])):
+        server.requests.clear()
+        found = [machine(recipe, server.url, rank, world, tmp_path / f"cache{rank}") for rank in range(world)]
+        assert [fetched for _, fetched in found] == pytest.approx([whole * share for share in shares], rel=0.1)
+        assert sum(n for name, n in server.requests.items() if name.endswith(".tar")) == 16 * sum(shares)
+        for step in range(6):
+            assert sorted(i for ids, _ in found for i in ids[step]) == sorted(alone[step])
 
 
 def test_the_samples_of_a_broken_shard_are_all_replaced_from_one_other(data):
@@ -114,8 +129,18 @@ def test_a_source_of_broken_shards_alone_is_one_message(server, recipe):
 
 
 def test_a_cache_too_small_for_a_step_is_refused_with_what_it_needs(server, recipe):
-    with pytest.raises(UserError, match=r"remote.gigabytes is 0.0001, but a step .* need 0.000[67]"):
+    with pytest.raises(UserError, match=r"remote.gigabytes is 0.0001, but a step .* need 0.0009"):
         steps(recipe(server.url, "remote.gigabytes=0.0001"))
+
+
+def test_a_limit_has_to_hold_for_the_lanes_of_all_ranks_of_a_machine(server, recipe, monkeypatch):
+    """A shard is some 80 kB; each of two ranks has five of the ten."""
+    task = make_task(recipe(server.url, "remote.gigabytes=0.0006"), 1)
+    task.make_batches(Numbers(), 1, 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match=r"remote.gigabytes is 0.0006, but .* lower data.lanes"):
+        task.make_batches(Numbers(), 1, 2)
 
 
 def test_a_path_may_be_a_url_and_a_corpus_behind_a_command(data, server, recipe, tmp_path):

@@ -26,10 +26,11 @@ from stage_trainer.plan.devices import peak_flops
 from stage_trainer.recipe import GradientCache, Recipe
 from stage_trainer.recipe.read import flatten
 from stage_trainer.recipe.rules import check_ranks
-from stage_trainer.run.agreement import check_same_data
+from stage_trainer.run.agreement import check_same_data, machines
 from stage_trainer.run.device import uses_gpu
 from stage_trainer.run.environment import keep_freed_memory, native_precision, quiet, set_threads, versions
 from stage_trainer.run.evaluation import Evaluation
+from stage_trainer.run.fetched import Fetched
 from stage_trainer.run.health import Health
 from stage_trainer.run.hooks import Hook, Step, Totals
 from stage_trainer.run.ledger import Ledger
@@ -124,6 +125,7 @@ class Trainer:
         self.tokenizer = load_tokenizer(recipe)
         self.data = self.task.make_batches(self.tokenizer, rank, world)
         check_same_data(self.data.fingerprint)
+        self.machine, self.machines = machines()
         if start_over and rank == 0:
             move_aside(self.directory)
         if world > 1:
@@ -269,6 +271,7 @@ class Trainer:
         hooks = [
             Health(recipe.max_skipped, state, say),
             Ledger(self.directory / LEDGER, recipe.max_corrupt, self.rank == 0, say),
+            Fetched(),
             self.monitor,
             Evaluation(validation, recipe.evaluation.every, best, state, self.monitor, self.saver, self.stop_signal),
             Saving(
@@ -310,14 +313,16 @@ class Trainer:
         Raises:
             UserError: rank 0 could not write the last checkpoint.
         """
-        asked, unsaved, corrupt, tokens, squared_tokens, *texts = self.stop_signal.agree(
+        fetched = [drawn.fetched if number == self.machine else 0 for number in range(self.machines)]
+        asked, unsaved, corrupt, tokens, squared_tokens, *others = self.stop_signal.agree(
             self.stop_signal.asked, self.saver.failed, len(drawn.corrupt), drawn.tokens, drawn.squared_tokens,
-            *drawn.of_sources(list(self.data.fingerprint)),
+            *fetched, *drawn.of_sources(list(self.data.fingerprint)),
         )  # fmt: skip
         if unsaved:
             self.saver.finish()
         replaced = self.stop_signal.gather(drawn.corrupt) if corrupt else []
-        return Totals(bool(asked), tokens, squared_tokens, texts, replaced)
+        texts, fetched = others[self.machines :], others[: self.machines]
+        return Totals(bool(asked), tokens, squared_tokens, texts, replaced, fetched)
 
     def _scalars(self, losses: Losses) -> dict[str, float]:
         """What is shown beside the losses: the task's figures, the rates of each tower, norms."""

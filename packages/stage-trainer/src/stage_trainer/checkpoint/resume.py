@@ -18,6 +18,7 @@ from stage_trainer.recipe.read import flatten
 from stage_trainer.tasks import Task
 
 _STAGE = Stage(steps=0, max_tokens=0, batch=BatchSizes(), lr=Rates(), data=StageData())
+_LANES = "stage.data.lanes"
 _DEFAULTS = Recipe(name="", output="", corpus="", model=ModelConfig(text={}, tokenizer=""), stages=(_STAGE,))
 
 
@@ -40,6 +41,12 @@ def starting_point(task: Task, state: RunState, tokenizer: Tokenizer) -> tuple[n
         state.data[grown_from] = finished.model_digest()
     if saved:
         former = saved.state()
+        if _LANES not in former.get("settings", {}) and saved.step < recipe.stage(number).steps:
+            raise UserError(
+                f"{recipe.stage_directory(number)} was begun by a release that drew samples in another order (its "
+                "settings have no 'data.lanes'); finish it with that release, name another output=…, or use "
+                "--start-over, which moves the old run aside"
+            )
         if not finished:  # it may be gone once the next stage has begun
             state.data |= {k: v for k, v in former.get("data", {}).items() if k == grown_from}
         # A setting that is newer than the release that started the run has its default.
@@ -68,7 +75,8 @@ def settings(recipe: Recipe, number: int) -> dict[str, Any]:
     tree = {k: v for k, v in everything.items() if k in ("model", "optimizer", "seed", "precision")}
     # A folder may be moved, also to a URL; what is in it has a fingerprint of its own.
     del tree["model"]["tokenizer"]
-    for source in (source for sources in stage["data"].values() for source in sources if isinstance(source, dict)):
+    stage["data"]["lanes"] = recipe.stage(number).data.lane_count
+    for source in (*stage["data"]["image_text"], *stage["data"]["text"]):
         source["path"] = "/".join(source["path"].partition("?")[0].rstrip("/").split("/")[-2:])
         if not source["graded"]:  # as of releases before there was this setting
             del source["graded"]

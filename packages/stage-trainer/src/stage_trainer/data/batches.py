@@ -18,9 +18,10 @@ from stage_trainer.batch import Batch
 from stage_trainer.data.config import DataConfig
 from stage_trainer.data.drawn import Corrupt, Drawn
 from stage_trainer.data.file_checks import FileChecks
+from stage_trainer.data.lanes import SourceOrder
 from stage_trainer.data.pieces import IMAGES, PIECE, BatchesInPieces
-from stage_trainer.data.remote_data import RemotePlace, check_room, look_ahead, open_place, place
-from stage_trainer.data.sampler import Draw, SourceOrder, TaskSampler, slice_of
+from stage_trainer.data.remote_data import RemotePlace, check_room, look_ahead, newly_fetched, open_place, place
+from stage_trainer.data.sampler import Draw, Draws, TaskSampler
 from stage_trainer.data.samples import SampleCache, shard_errors_explained
 from stage_trainer.data.sections import Piece, Samples, Section, batch_of
 from stage_trainer.data.stateless_rng import key
@@ -45,8 +46,7 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         self.stage, self.seed, self.rank, self.world = stage, seed, rank, world
         self.tokenizer = tokenizer
         self.cache = SampleCache(data.cache_megabytes, data.max_pixels)
-        # By sampler: a step's draws for all of its pieces, and the first one of all ranks.
-        self._last: dict[int, tuple[int, list[Draw], Draw]] = {}
+        self._last: dict[int, tuple[int, Draws]] = {}  # by sampler: a step's draws for all of its pieces
         self.image_sources = [_open(data, s, stage.batch.image_text, ("image-",)) for s in stage.data.image_text]
         self.text_sources = [_open(data, s, stage.batch.text, ("text-",)) for s in stage.data.text]
         self.files = FileChecks([*self.image_sources, *self.text_sources])
@@ -66,13 +66,15 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
             raise UserError("batch.text is 1, and a single pair has no negatives; raise it, or name triplets")
         self.image_sampler = self._sampler(stage.data.image_text, self.image_sources, stage.batch.image_text, False)
         self.text_sampler = self._sampler(stage.data.text, self.text_sources, stage.batch.text, True)
-        check_room(data.remote, [(self.image_sources, self.image_sampler), (self.text_sources, self.text_sampler)])
+        read = [(self.image_sources, self.image_sampler), (self.text_sources, self.text_sampler)]
+        check_room(data.remote, read, rank, world)
 
     def _sampler(self, sources: tuple[Source, ...], sets: list[Dataset], batch: int, one: bool) -> TaskSampler | None:
         if not batch:
             return None
         # The same data set may stand twice, with other settings: each has an order of its own.
-        orders = [SourceOrder(s.shard_sizes, key(self.seed, s.source, s.kind, i)) for i, s in enumerate(sets)]
+        lanes = self.stage.data.lane_count
+        orders = [SourceOrder(s.shard_sizes, key(self.seed, s.source, s.kind, i), lanes) for i, s in enumerate(sets)]
         return TaskSampler(orders, [s.rate for s in sources], batch, one_source=one)
 
     def _hard_negatives(self) -> int:
@@ -114,6 +116,7 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         images, pixels, seeds = self._images(step, share) if "image_text" in kinds else (Samples(), None, [])
         pairs = self._pairs(step, share) if "text" in kinds else Samples()
         of_views = np.array(seeds, dtype=np.int64).reshape(self.stage.loss.views, len(images.seeds))
+        images.drawn.fetched += newly_fetched([*self.image_sources, *self.text_sources])
         return Piece(self._section(images), pixels, of_views, self._section(pairs))
 
     def _section(self, samples: Samples) -> Section:
@@ -158,10 +161,10 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
     def _pairs(self, step: int, share: tuple[int, int]) -> Samples:
         """A share of this rank's text pairs of a step."""
         found, start = Samples(), self.stage.task_start.text
-        draws = self._draws(self.text_sampler, self.text_sources, step - start, share)
-        if self.stage.data.text[self._last[id(self.text_sampler)][2].source].graded:  # the whole batch is, or nothing
+        assert self.text_sampler is not None  # batch_at guarantees it
+        if self.stage.data.text[self.text_sampler.source_of(step - start)].graded:  # the whole batch is, or nothing
             found.scores = []
-        for draw in draws:
+        for draw in self._draws(self.text_sampler, self.text_sources, step - start, share):
             data = self.text_sources[draw.source]
             _, content = self._sample(data, draw.index, found.drawn)
             seed = self._seed(data, draw)
@@ -181,11 +184,10 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         """A share of this rank's part of a task's batch; what the next ones need is fetched from now on."""
         assert sampler is not None  # batch_at guarantees it
         if self._last.get(id(sampler), (None,))[0] != number:
-            of_all = sampler.batch_at(number)
-            self._last[id(sampler)] = number, slice_of(of_all, self.rank, self.world), of_all[0]
-            look_ahead(sources, sampler)
+            self._last[id(sampler)] = number, sampler.part(number, self.rank, self.world)
+            look_ahead(sources, sampler, number, self.rank, self.world)
         draws, (i, of) = self._last[id(sampler)][1], share
-        return draws[len(draws) * i // of : len(draws) * (i + 1) // of]
+        return draws.within(len(draws) * i // of, len(draws) * (i + 1) // of)
 
     def _sample(self, data: Dataset, index: int, drawn: Drawn) -> tuple[torch.Tensor | None, dict[str, Any]]:
         """(pixels, texts) of a sample, or of the one that takes its place."""

@@ -25,13 +25,14 @@ class Corrupt:
 class Drawn:
     """What went into a rank's part of a batch: texts by kind/source/language, how many of them `max_tokens` cut by
     kind/source, the sum of their tokens and that of the squares (attention's share), and samples that had to be
-    replaced."""
+    replaced; and the bytes of remote data that this process fetched since it was last asked."""
 
     texts: Counter[str] = field(default_factory=Counter)
     cut: Counter[str] = field(default_factory=Counter)
     tokens: int = 0
     squared_tokens: int = 0
     corrupt: list[Corrupt] = field(default_factory=list)
+    fetched: int = 0
 
     def count_tokens(self, texts: PackedTokens | None) -> None:
         for length in texts.lengths if texts is not None else ():
@@ -45,6 +46,7 @@ class Drawn:
         self.tokens += other.tokens
         self.squared_tokens += other.squared_tokens
         self.corrupt += other.corrupt
+        self.fetched += other.fetched
 
     def of_sources(self, sources: Sequence[str]) -> list[int]:
         """Texts from each of `sources` (kind/source), and then how many of these were cut."""

@@ -16,8 +16,9 @@ from stage_trainer.batch import MaskedBatch
 from stage_trainer.data.batches import REPLACEMENTS, another, open_data_set
 from stage_trainer.data.config import DataConfig
 from stage_trainer.data.drawn import Corrupt, Drawn
-from stage_trainer.data.remote_data import fetch_sidecars, place
-from stage_trainer.data.sampler import SourceOrder, TaskSampler, slice_of
+from stage_trainer.data.lanes import SourceOrder
+from stage_trainer.data.remote_data import fetch_sidecars, newly_fetched, place
+from stage_trainer.data.sampler import TaskSampler
 from stage_trainer.data.samples import SampleCache
 from stage_trainer.data.stateless_rng import key, permutation
 from stage_trainer.errors import UserError
@@ -104,7 +105,8 @@ class MaskedBatches(TorchDataset[tuple[MaskedBatch, Drawn]]):
         self.languages = list(self.texts.samples)
         if not self.languages:
             raise UserError(f"data.masked_lm, {list(stage.data.masked_lm)}, holds no text; name other data sets")
-        orders = [SourceOrder(self.texts.shard_sizes[name], key(self.seed, name)) for name in self.languages]
+        lanes = stage.data.lane_count
+        orders = [SourceOrder(self.texts.shard_sizes[name], key(self.seed, name), lanes) for name in self.languages]
         shares = [order.samples**stage.masking.language_exponent for order in orders]
         self.sampler = TaskSampler(orders, shares, stage.batch.masked_lm, one_source=True)
 
@@ -117,12 +119,13 @@ class MaskedBatches(TorchDataset[tuple[MaskedBatch, Drawn]]):
         return self.stage.steps
 
     def __getitem__(self, step: int) -> tuple[MaskedBatch, Drawn]:
-        draws = self.sampler.batch_at(step)
-        language = self.languages[draws[0].source]
-        mine = slice_of(draws, self.rank, self.world)
-        seeds = [key(self.seed, language, draw.epoch, draw.index) for draw in mine]
+        language = self.languages[self.sampler.source_of(step)]
+        mine = self.sampler.part(step, self.rank, self.world)
+        seeds = [key(self.seed, language, draw.epoch, draw.index) for draw in mine.within(0, len(mine))]
         drawn = Drawn()
-        return self.texts.batch(language, [draw.index for draw in mine], seeds, drawn), drawn
+        batch = self.texts.batch(language, mine.index.tolist(), seeds, drawn)
+        drawn.fetched += newly_fetched(self.texts.data_sets)
+        return batch, drawn
 
 
 def held_out(data: DataConfig, stage: Stage, tokenizer: Tokenizer) -> dict[str, MaskedBatch]:
@@ -145,9 +148,12 @@ def held_out(data: DataConfig, stage: Stage, tokenizer: Tokenizer) -> dict[str, 
 
 
 def _by_language(data_sets: Iterable[Dataset]) -> dict[str, list[np.ndarray]]:
-    """Numbers, int64, of the samples that have a text in a language, shard by shard, through all data sets."""
-    found: dict[str, list[np.ndarray]] = defaultdict(list)
-    first = 0
+    """Numbers, int64, of the samples that have a text in a language, shard by shard, through all data sets. A shard has
+    its place for every language, also where it has none of it, so that all languages' shards are dealt out alike."""
+    data_sets = list(data_sets)
+    shards = sum(len(data.shard_sizes) for data in data_sets)
+    found: dict[str, list[np.ndarray]] = defaultdict(lambda: [np.zeros(0, dtype=np.int64)] * shards)
+    first, number = 0, 0
     for data in data_sets:
         start = 0
         for size in data.shard_sizes:
@@ -156,8 +162,9 @@ def _by_language(data_sets: Iterable[Dataset]) -> dict[str, list[np.ndarray]]:
                 for language in set(data.row(index).languages):
                     here[language].append(first + index)
             for language, numbers in here.items():
-                found[language].append(np.array(numbers))
+                found[language][number] = np.array(numbers)
             start += size
+            number += 1
         first += len(data)
     return found
 

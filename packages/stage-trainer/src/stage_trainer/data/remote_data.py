@@ -12,6 +12,7 @@ import hashlib
 import mmap
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from stage_trainer.data.config import DataConfig
 from stage_trainer.data.download import FULL, Failure, check_command, fetch
 from stage_trainer.data.prefetch import Prefetcher
 from stage_trainer.data.sampler import TaskSampler
-from stage_trainer.data.shard_cache import CacheFolder, locked, part_name, try_lock
+from stage_trainer.data.shard_cache import CacheFolder, locked, part_name, ranks_here, try_lock
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import RemoteConfig
 from stage_trainer.recipe.address import Address, is_remote
@@ -99,31 +100,43 @@ def manifest_of(address: Address, settings: RemoteConfig) -> bytes:
         return path.read_bytes()
 
 
-def look_ahead(data_sets: Sequence[Dataset], sampler: TaskSampler) -> None:
-    """Tells remote data sets which shards a sampler reads now and next, so that they prefetch them."""
+def look_ahead(data_sets: Sequence[Dataset], sampler: TaskSampler, number: int, rank: int, world: int) -> None:
+    """Tells remote data sets which shards a rank reads for batch `number` and next, so that they prefetch them."""
     if any(isinstance(data, RemoteDataset) for data in data_sets):
-        for data, shards in zip(data_sets, sampler.shards_ahead(), strict=True):
+        for data, shards in zip(data_sets, sampler.shards_ahead(number, rank, world), strict=True):
             if isinstance(data, RemoteDataset):
-                data.expect(shards)
+                data.expect(shards, rank)
 
 
-def check_room(settings: RemoteConfig, read: Sequence[tuple[Sequence[Dataset], TaskSampler | None]]) -> None:
-    """UserError if the cache's limit is too small for a step's shards and those that come next.
+def newly_fetched(data_sets: Sequence[Dataset]) -> int:
+    """Bytes of remote data that this process has fetched since it was last asked."""
+    return sum(data.take_fetched() for data in data_sets if isinstance(data, RemoteDataset))
+
+
+def check_room(
+    settings: RemoteConfig, read: Sequence[tuple[Sequence[Dataset], TaskSampler | None]], rank: int, world: int
+) -> None:
+    """UserError if the cache's limit is too small for the shards of a step and those that come next, of all ranks of
+    this machine.
 
     Args:
         read: the data sets of each task, with the sampler that draws from them.
     """
-    needed = sum(
-        data.bytes_of(shards)
-        for data_sets, sampler in read
-        if sampler is not None
-        for data, shards in zip(data_sets, sampler.shards_ahead(), strict=True)
-        if isinstance(data, RemoteDataset)
-    )
-    if settings.gigabytes is not None and needed > settings.gigabytes * 1e9:
+    if settings.gigabytes is None:
+        return
+    shards: dict[RemoteDataset, set[int]] = {}
+    for data_sets, sampler in read:
+        if sampler is None:
+            continue
+        for other in ranks_here(rank):
+            for data, ahead in zip(data_sets, sampler.shards_ahead(0, other, world), strict=True):
+                if isinstance(data, RemoteDataset):
+                    shards.setdefault(data, set()).update(ahead)
+    needed = sum(data.bytes_of(list(numbers)) for data, numbers in shards.items())
+    if needed > settings.gigabytes * 1e9:
         raise UserError(
             f"remote.gigabytes is {settings.gigabytes:g}, but a step and the windows of shards that come next need "
-            f"{needed / 1e9:.3g}; set it higher, or leave it out for no limit"
+            f"{needed / 1e9:.3g}; set it higher, leave it out for no limit, or lower data.lanes"
         )
 
 
@@ -168,6 +181,7 @@ class RemoteDataset(Dataset):
         self._prefetcher: Prefetcher | None = None
         self._held: dict[str, FileIO] = {}
         self._verified: set[int] = set()
+        self._counting, self._fetched = threading.Lock(), 0
 
     def __reduce__(self) -> tuple[object, ...]:
         return RemoteDataset, (self.address, self.settings, self._raw, self.since)
@@ -229,17 +243,24 @@ class RemoteDataset(Dataset):
         """Fetches a file if there is no copy. Raises as `open_file`."""
         self.open_file(name).close()
 
-    def expect(self, shards: Sequence[int]) -> None:
-        """Takes the shards that are read now and next, in that order: prefetches them, and closes all others. Of the
-        processes that share the folder only one prefetches."""
+    def take_fetched(self) -> int:
+        """The bytes that this process has fetched since the last call."""
+        with self._counting:
+            fetched, self._fetched = self._fetched, 0
+        return fetched
+
+    def expect(self, shards: Sequence[int], rank: int = 0) -> None:
+        """Takes the shards that a rank reads now and next, in that order: prefetches them, and closes all others. Of
+        the rank's processes only one prefetches, and the machine's ranks share the number of downloads."""
         if self._expected == list(shards):
             return
         self._expected = list(shards)
         with self._lock:
             for number in [n for n in self._open_shards if n not in shards]:
                 del self._open_shards[number]
-        if self._prefetcher is None and (lock := try_lock(self._folder() / ".ahead")):
-            self._prefetcher = Prefetcher(self, lock, self.settings.downloads)
+        if self._prefetcher is None and (lock := try_lock(self._folder() / f".ahead-{rank}")):
+            threads = -(-self.settings.downloads // len(ranks_here(rank)))
+            self._prefetcher = Prefetcher(self, lock, threads)
         if self._prefetcher is not None:
             names = [name for number in shards for name in reversed(self.shard(number).files)]  # sidecars first
             for name in [n for n in list(self._held) if n not in names]:
@@ -303,6 +324,8 @@ class RemoteDataset(Dataset):
             finally:
                 part.unlink(missing_ok=True)
             broken.unlink(missing_ok=True)
+            with self._counting:
+                self._fetched += size
             return True
 
     def _why_unavailable(self, name: str, failure: Failure) -> str:

@@ -1,21 +1,21 @@
-"""Which samples make global batch *n*: a function of (seed, n), the same on every rank and for every world size.
+"""Which samples make global batch *n*, and which of them are a rank's: functions of (seed, n), in closed form.
 
-A source is an endless stream. Each epoch is a permutation of it: shards are permuted, then samples within windows of a
-few shards, so that reads stay local. A text batch comes from one source; an image batch mixes its sources by their
-rates.
+A text batch comes from one source; an image batch mixes its sources by their rates. The samples of a batch do not
+depend on the number of ranks, and a rank computes its own alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from stage_trainer.data.stateless_rng import key, permutation
+from stage_trainer.data.lanes import SourceOrder
 
-WINDOW = 4
-"""Shards whose samples are shuffled together."""
+MIXED = 8
+"""A source's share of a batch may miss its rate by one part in so many, so that a rank's lanes hold all of its own."""
 
 
 @dataclass(frozen=True)
@@ -27,62 +27,21 @@ class Draw:
     epoch: int
 
 
-class SourceOrder:
-    """The endless order of one source.
+@dataclass(frozen=True)
+class Draws:
+    """Samples of a batch, int64 `[n]` each: the number of the source, the sample in it, the source's epoch."""
 
-    Args:
-        shard_sizes: samples of each shard.
-        seed: any integer; it determines the order.
-    """
+    source: np.ndarray
+    index: np.ndarray
+    epoch: np.ndarray
 
-    def __init__(self, shard_sizes: Sequence[int], seed: int):
-        self.shard_sizes = np.asarray(shard_sizes, dtype=np.int64)
-        self.samples = int(self.shard_sizes.sum())
-        self.seed = seed
-        self._first = np.concatenate([[0], np.cumsum(self.shard_sizes)[:-1]])
-        self._cached: tuple[tuple[int, int], np.ndarray] | None = None
-        self._windows: dict[int, tuple[list[np.ndarray], np.ndarray]] = {}
+    def __len__(self) -> int:
+        return len(self.index)
 
-    def at(self, position: int) -> tuple[int, int]:
-        """(epoch, sample index) at a position of the stream."""
-        epoch, number, offset = self._window(position)
-        return epoch, int(self._order(epoch, number, self._of(epoch)[0][number])[offset])
-
-    def shards(self, start: int, stop: int) -> list[int]:
-        """The shards that are read from position `start` to `stop`, and those of the window after it, each once, in
-        the order in which the stream reads their windows."""
-        found: dict[int, None] = {}
-        position = start
-        while True:
-            epoch, number, offset = self._window(position)
-            window = self._of(epoch)[0][number]
-            found.update(dict.fromkeys(window.tolist()))
-            if position >= stop or len(found) == len(self.shard_sizes):
-                return list(found)
-            position += int(self.shard_sizes[window].sum()) - offset
-
-    def _window(self, position: int) -> tuple[int, int, int]:
-        """(epoch, number of the window in it, offset in the window) of a position."""
-        epoch, offset = divmod(position, self.samples)
-        _, ends = self._of(epoch)
-        number = int(np.searchsorted(ends, offset, side="right"))
-        return epoch, number, offset - (int(ends[number - 1]) if number else 0)
-
-    def _of(self, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
-        """The windows of an epoch, and the position within it at which each ends."""
-        if epoch not in self._windows:
-            shards = permutation(len(self.shard_sizes), key(self.seed, "shards", epoch))
-            windows = [shards[i : i + WINDOW] for i in range(0, len(shards), WINDOW)]
-            ends = np.cumsum([self.shard_sizes[w].sum() for w in windows])
-            near = {e: w for e, w in self._windows.items() if abs(e - epoch) == 1}  # reads cross epochs
-            self._windows = {**near, epoch: (windows, ends)}
-        return self._windows[epoch]
-
-    def _order(self, epoch: int, number: int, shards: np.ndarray) -> np.ndarray:
-        if self._cached is None or self._cached[0] != (epoch, number):
-            members = np.concatenate([self._first[s] + np.arange(self.shard_sizes[s]) for s in shards])
-            self._cached = (epoch, number), members[permutation(len(members), key(self.seed, "window", epoch, number))]
-        return self._cached[1]
+    def within(self, start: int, stop: int) -> list[Draw]:
+        """Those from number `start` to `stop`."""
+        columns = (column[start:stop].tolist() for column in (self.source, self.index, self.epoch))
+        return [Draw(*row) for row in zip(*columns, strict=True)]
 
 
 class TaskSampler:
@@ -96,52 +55,90 @@ class TaskSampler:
     """
 
     def __init__(self, orders: Sequence[SourceOrder], rates: Sequence[float], batch: int, *, one_source: bool):
-        self.orders, self.batch, self.one_source = list(orders), batch, one_source
-        self.shares = [rate / sum(rates) for rate in rates]
-        self._cursors = self._starts = [0] * len(self.orders)
-        self._next = 0
+        self.orders, self.batch = list(orders), batch
+        self.shares = np.array(rates, dtype=np.float64) / sum(rates)
+        alone = one_source or len(self.orders) == 1
+        self.unit = batch if alone else _unit(batch, max(o.lanes for o in self.orders), len(self.orders))
 
-    def batch_at(self, n: int) -> list[Draw]:
-        """The draws of global batch `n`. Calls with rising `n` cost one batch each, others replay the cursors."""
-        if n < self._next:
-            self._cursors, self._next = [0] * len(self.orders), 0
-        while self._next < n:
-            self._advance()
-        self._starts = list(self._cursors)
-        counts = self._advance()
-        draws = []
-        for source, (start, count) in enumerate(zip(self._starts, counts, strict=True)):
-            for position in range(start, start + count):
-                epoch, index = self.orders[source].at(position)
-                draws.append(Draw(source, index, epoch))
-        return draws
+    def bounds(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """The positions in each source's stream at which global batch `n` begins and ends, int64 `[sources]` each."""
+        start, stop = (apportioned(self.shares, each * self.batch // self.unit) * self.unit for each in (n, n + 1))
+        return start, stop
 
-    def shards_ahead(self) -> list[list[int]]:
-        """For each source the shards of the last requested batch and the next ones, in reading order."""
+    def source_of(self, n: int) -> int:
+        """The source of batch `n`, where a batch comes from a single one; else the one that it has most of."""
+        start, stop = self.bounds(n)
+        return int(np.argmax(stop - start))
+
+    def part(self, n: int, rank: int = 0, world: int = 1) -> Draws:
+        """A rank's part of global batch `n`, source after source and lane after lane. All ranks' parts together are the
+        part of a single rank; sizes differ by at most one, and so do those of each source's part.
+
+        If the batch and the numbers of lanes are multiples of the number of ranks, which is a power of two, a rank's
+        samples are all out of lanes that no other rank reads. Else neighbours share lanes.
+        """
+        starts, stops = self.bounds(n)
+        sizes = stops - starts
+        columns, before = [], 0
+        # Those that divide evenly come first, so that they do not get the rest of the others.
+        for source in sorted(range(len(sizes)), key=lambda s: (int(sizes[s]) % world != 0, s)):
+            size = int(sizes[source])
+            # As if draws were dealt out in turn, over all sources: how many are of ranks below this one, and the next.
+            low, high = (_dealt(before + size, r, world) - _dealt(before, r, world) for r in (rank, rank + 1))
+            before += size
+            index, epoch = self.orders[source].part(int(starts[source]), int(stops[source]), low, high)
+            columns.append((np.full(len(index), source), index, epoch))
+        return Draws(*(np.concatenate(each) for each in zip(*columns, strict=True)))
+
+    def shards_ahead(self, n: int, rank: int = 0, world: int = 1) -> list[list[int]]:
+        """For each source the shards of a rank's part of batch `n` and of the next ones, in the order of reading."""
+        starts, stops = self.bounds(n)
+        part = self.part(n, rank, world)
         return [
-            order.shards(start, cursor + self.batch)
-            for order, start, cursor in zip(self.orders, self._starts, self._cursors, strict=True)
+            list(
+                dict.fromkeys(
+                    [
+                        *order.shards_of(part.index[part.source == source]).tolist(),
+                        *order.ahead(int(starts[source]), int(stops[source]) + self.batch, rank, world),
+                    ]
+                )
+            )
+            for source, order in enumerate(self.orders)
         ]
 
-    def _advance(self) -> list[int]:
-        """Moves past one batch; returns its count per source. The source furthest behind its share comes first."""
-        total = (self._next + 1) * self.batch
-        due = [share * total - cursor for share, cursor in zip(self.shares, self._cursors, strict=True)]
-        counts = [0] * len(due)
-        if self.one_source:
-            counts[int(np.argmax(due))] = self.batch
-        else:
-            counts = [max(0, int(d)) for d in due]
-            while (missing := self.batch - sum(counts)) != 0:
-                step = 1 if missing > 0 else -1
-                lag = [step * (d - c) if step > 0 or c else -np.inf for d, c in zip(due, counts, strict=True)]
-                counts[int(np.argmax(lag))] += step
-        self._cursors = [cursor + count for cursor, count in zip(self._cursors, counts, strict=True)]
-        self._next += 1
-        return counts
+
+def apportioned(shares: np.ndarray, total: int) -> np.ndarray:
+    """How many of the first `total` turns are each source's, int64 `[sources]`, by `shares` that add up to 1.
+
+    Source s has its turn number j at the time (j + phase_s) / share_s, and turns are taken in the order of their times,
+    so a larger `total` never gives a source fewer. Phases are spread, so that sources of equal shares come apart.
+    """
+    phases = (0.5 + np.arange(len(shares)) * ((5**0.5 - 1) / 2)) % 1.0
+
+    def time(number: np.ndarray) -> np.ndarray:
+        times: np.ndarray = (number + phases) / shares
+        return times
+
+    taken: np.ndarray = np.maximum(np.floor(total * shares - phases).astype(np.int64) + 1, 0)
+    taken -= (taken > 0) & (time(taken - 1) > total)  # the division may have rounded another way
+    taken += time(taken) <= total
+    while (missing := total - int(taken.sum())) > 0:
+        taken[np.argmin(time(taken))] += 1
+    while missing < 0:
+        last = np.where(taken > 0, time(taken - 1), -np.inf)
+        taken[len(last) - 1 - np.argmax(last[::-1])] -= 1  # of equal ones the last source: turns go by (time, source)
+        missing += 1
+    return taken
 
 
-def slice_of(draws: list[Draw], rank: int, world: int) -> list[Draw]:
-    """A rank's part of a global batch: every `world`-th draw, so that each rank gets its share of every source and of
-    the long texts. Sizes differ by at most one."""
-    return draws[rank::world]
+def _unit(batch: int, lanes: int, sources: int) -> int:
+    """A divisor of every source's part of a batch. A rank gets its equal part of that out of its own lanes alone if the
+    number of ranks divides it, so it is the largest one that divides batch and lanes and leaves the rates nearly as
+    they are."""
+    both, most = math.gcd(batch, lanes), max(1, batch // (MIXED * sources))
+    return max(divisor for divisor in range(1, min(both, most) + 1) if both % divisor == 0)
+
+
+def _dealt(count: int, rank: int, world: int) -> int:
+    """How many of `count` things that are dealt to `world` ranks in turn are of those before `rank`."""
+    return count // world * rank + min(count % world, rank)

@@ -99,6 +99,13 @@ def locked(path: Path) -> Iterator[None]:
             return
 
 
+def ranks_here(rank: int) -> range:
+    """The ranks of this machine, which share its cache, as the launcher numbers them."""
+    here = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    first = rank - int(os.environ.get("LOCAL_RANK", "0")) if here > 1 else rank
+    return range(first, first + here)
+
+
 def try_lock(path: Path) -> IO[bytes] | None:
     """A lock file, held until it is closed; None if another process holds it."""
     try:

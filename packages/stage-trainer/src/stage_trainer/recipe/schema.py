@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 from stage_trainer.errors import UserError
 from stage_trainer.recipe.limits import MAX_PIXELS, LimitsConfig
 from stage_trainer.recipe.loss import LossConfig
-from stage_trainer.recipe.values import STRICT, Float, Int
+from stage_trainer.recipe.values import STRICT, Float, Int, Lanes
 
 _T = TypeVar("_T")
 
@@ -78,14 +78,28 @@ class Source:
     graded: bool = False
 
 
+LANES = 64
+"""Of `data.lanes: auto`."""
+
+
 @dataclass(frozen=True, config=STRICT)
 class StageData:
     """The data sets of each task. Those of `masked_lm` (text pairs or triplets, as single texts) have no rates: how
-    often a language is drawn depends on its number of texts."""
+    often a language is drawn depends on its number of texts.
+
+    The samples of each are drawn in `lanes`: the shards are dealt out into so many (of fewer shards each is one), every
+    batch takes an equal part from each, and each rank reads only some. `auto` is `LANES`. More of them mix more shards
+    in a batch; each has a shard open, and the next one fetched if data are remote."""
 
     image_text: tuple[Source, ...] = ()
     text: tuple[Source, ...] = ()
     masked_lm: tuple[str, ...] = ()
+    lanes: Lanes = "auto"
+
+    @property
+    def lane_count(self) -> int:
+        """The number that `lanes` stands for."""
+        return LANES if self.lanes == "auto" else self.lanes
 
 
 @dataclass(frozen=True, config=STRICT)

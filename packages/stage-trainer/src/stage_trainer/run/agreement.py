@@ -66,6 +66,16 @@ def check_same_data(fingerprint: Mapping[str, str]) -> None:
             raise UserError(text)
 
 
+def machines() -> tuple[int, int]:
+    """(the number of this rank's machine, how many there are), in the order of their first ranks; every rank has to
+    call."""
+    found: list[Any] = [platform.node()] * dist.get_world_size()
+    if len(found) > 1:
+        dist.all_gather_object(found, platform.node())
+    names = list(dict.fromkeys(found))
+    return names.index(platform.node()), len(names)
+
+
 def difference(
     what: str,
     one: tuple[int, str, Mapping[str, object]],

@@ -20,6 +20,7 @@ class Totals:
         tokens, squared_tokens: of texts, the sums of their lengths and of the squares.
         texts: by source, how many were drawn, then how many of them were cut (`Drawn.of_sources`).
         corrupt: samples that were replaced.
+        fetched: bytes of remote data, by machine.
     """
 
     asked: bool
@@ -27,6 +28,7 @@ class Totals:
     squared_tokens: int
     texts: Sequence[int]
     corrupt: Sequence[Corrupt]
+    fetched: Sequence[int] = ()
 
 
 @dataclass

@@ -31,6 +31,7 @@ HEALTH_CHARTS = {
     "size of an update": ["^update_norm/"],
     "share of the time spent waiting for data": ["^speed/data_wait_share$"],
     "skipped steps, samples that could not be read": ["^trouble/"],
+    "gigabytes that each machine has fetched": ["^fetched_gigabytes/"],
 }
 """Charts that every task has."""
 
