@@ -17,6 +17,7 @@ from vision_tower.preprocess import check_image
 from stage_trainer.data.remote_data import RemotePlace, open_place
 from stage_trainer.data.samples import image_of, shard_errors_explained, texts_of
 from stage_trainer.dual_encoder import DualEncoder
+from stage_trainer.metrics.rescoring import Index, exact
 from stage_trainer.metrics.retrieval import chance_at_k, ndcg_at_k, recall_at_k, unit
 from stage_trainer.recipe.limits import MAX_PIXELS
 
@@ -163,11 +164,14 @@ def _of_all_ranks(part: np.ndarray, total: int, world: int) -> np.ndarray:
     return whole
 
 
-def score(pool: Pool, embedded: EmbeddedPool, dims: Sequence[int]) -> tuple[Scores, Scores]:
+def score(pool: Pool, embedded: EmbeddedPool, dims: Sequence[int], index: Index = exact) -> tuple[Scores, Scores]:
     """(recall@5, level of a random guess), as direction → dim or "chance" → language → value.
 
     Every caption is a query, and any caption of an image is relevant to it. A text that several images share counts
     once: each of them is relevant to it, and it is relevant to each.
+
+    Args:
+        index: how candidates are stored.
     """
     recalls: Scores = {direction: {} for direction in DIRECTIONS}
     chances: Scores = {direction: {} for direction in DIRECTIONS}
@@ -189,7 +193,9 @@ def score(pool: Pool, embedded: EmbeddedPool, dims: Sequence[int]) -> tuple[Scor
                 asked = right.any(axis=1)
                 cases["text→English text"] = (vectors[asked], texts[[embedded.row[t] for t in targets]], right[asked])
             for direction, (queries, candidates, relevant) in cases.items():
-                recalls[direction].setdefault(str(dim), {})[language] = recall_at_k(queries, candidates, relevant)
+                recalls[direction].setdefault(str(dim), {})[language] = recall_at_k(
+                    queries, candidates, relevant, K, index
+                )
                 chances[direction].setdefault("chance", {})[language] = chance_at_k(relevant)
     for table in [*recalls.values(), *chances.values()]:
         for by_language in table.values():
@@ -197,15 +203,19 @@ def score(pool: Pool, embedded: EmbeddedPool, dims: Sequence[int]) -> tuple[Scor
     return recalls, chances
 
 
-def ndcg(pool: Pool, embedded: EmbeddedPool, dims: Sequence[int], k: int = K) -> Scores:
-    """nDCG@5 of retrieving the pages that answer each query, ViDoRe's metric (arXiv 2407.01449)."""
+def ndcg(pool: Pool, embedded: EmbeddedPool, dims: Sequence[int], k: int = K, index: Index = exact) -> Scores:
+    """nDCG@5 of retrieving the pages that answer each query, ViDoRe's metric (arXiv 2407.01449).
+
+    Args:
+        index: how pages are stored.
+    """
     found: Scores = {"text→image": {}}
     for dim in dims:
-        pages, texts = unit(embedded.images[:, :dim]), unit(embedded.texts[:, :dim])
+        scores_of, texts = index(unit(embedded.images[:, :dim])), unit(embedded.texts[:, :dim])
         by_language = found["text→image"].setdefault(str(dim), {})
         for language, entries in pool.texts.items():
-            queries, has = _texts_and_images(entries, len(pages))
-            scores = texts[[embedded.row[q] for q in queries]] @ pages.T
+            queries, has = _texts_and_images(entries, len(embedded.images))
+            scores = scores_of(texts[[embedded.row[q] for q in queries]])
             gains = [ndcg_at_k(own, set(np.flatnonzero(of)), k) for own, of in zip(scores, has, strict=True)]
             by_language[language] = float(np.mean(gains))
         by_language["mean"] = float(np.mean(list(by_language.values())))
