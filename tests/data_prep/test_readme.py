@@ -234,6 +234,10 @@ def evaluation_sets() -> None:
         "qrels": {"query-id": 1, "corpus-id": 1, "score": 1},
     }.items():
         table(f"arxivqa_test_subsampled_beir/{part}/0.parquet", [row])
+    row = {"image_id": "ab", "image": {"bytes": image, "path": ""}, "captions": ["ein Bild"]}
+    table("xm3600-mteb/data/de-00000-of-00001.parquet", [row])
+    row = {"query": "which page", "image": {"bytes": image, "path": ""}, "image_filename": "1.jpg"}
+    table("docvqa_test_subsampled/data/test-00000-of-00001.parquet", [row])
     save("wds_flickr30k/test/0.tar", "")
     with tarfile.open("wds_flickr30k/test/0.tar", "w") as tar:
         for name, data in (("0.jpg", image), ("0.txt", b"A man, a plan\nA canal")):

@@ -23,7 +23,8 @@ FLOORS = (
     "weights build",
     "optim",
     "engine",
-    "evaluation.measures evaluation.held_out evaluation.retrieval evaluation.text_retrieval evaluation.picture "
+    "evaluation.measures evaluation.held_out evaluation.ranks evaluation.retrieval evaluation.text_retrieval "
+    "evaluation.picture "
     "evaluation.tables evaluation.sets evaluation.measured evaluation.models evaluation.cross_modal",
     "plan",
     "tasks",

@@ -31,13 +31,16 @@ def equal(one, two):
 
 def test_two_processes_give_one_process_curve(train, scalars):
     """Dropout, patch dropout and augmentation on, under the launcher, to 1e-5 over the first 20 steps; with gradient
-    caching too."""
+    caching too. What two measure of held-out images, each of a part of them, is what one measures."""
     options = (
         *QUICK, "steps=20", "model.text.dropout=0.1", "patch_dropout=[[0, 0.5]]",
         "augmentation={scale: [0.5, 1.0], flip: true, color: 0.2}",
+        "evaluation={every: 20, pools: [image-short/drawn]}",
     )  # fmt: skip
     train(1, *options, output="one")
     train(1, *options, output="two", ranks=2)
+    for tag in ("validation_recall_at_5_drawn/text to image", "modality_gap/drawn"):
+        assert scalars("two/stage1", tag) == pytest.approx(scalars("one/stage1", tag), abs=0.02)
     train(1, *options, "gradient_cache={images: 5, tokens: 60}", output="cached", ranks=2)
     for tag in ("loss/text", "loss/image_text", "temperature/text", "temperature/image_text"):
         one = scalars("one/stage1", tag)

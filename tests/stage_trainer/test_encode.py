@@ -143,7 +143,7 @@ def test_options_have_our_names_and_sentence_transformers(model, picture, capsys
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"precision": "int8"}, "precision is 'int8'; embeddings are 'float32' here"),
+        ({"precision": "int4"}, "precision is 'int4'; expected one of float32, float16, int8"),
         ({"prompt": "x"}, "encode has no option 'prompt'; it has task, truncate_dim"),
         ({"task": "query", "prompt_name": "other"}, "prompt_name is 'other', and task, which means the same, 'query'"),
         ({"errors": "ignore"}, "errors is 'ignore'; expected 'raise' or 'skip'"),

@@ -227,10 +227,10 @@ def test_killed_at_any_write_it_goes_on_and_gives_the_same_file(model, tmp_path,
     for when in ("before", "after"):
         out, kills = tmp_path / f"{when}.npy", 0
         while not out.exists():
-            # Ten parts, the ids and the vectors take their places one by one.
+            # Ten parts, the statement, the ids and the vectors take their places one by one.
             pid = os.fork()
             if pid == 0:
-                _encode_and_die(model, lines, out, when, kills if when == "before" else 1 + kills // 10)
+                _encode_and_die(model, lines, out, when, kills if when == "before" else 1 + 2 * (kills // 10))
             assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == (-signal.SIGKILL)
             kills += 1
             assert kills < 20

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from data_prep.shards import DatasetWriter
@@ -181,8 +182,9 @@ def test_an_image_of_more_pixels_than_the_recipe_allows_is_refused_before_the_fi
     assert len(Pool.open(directory, 192).images) == 1
     with pytest.raises(ValueError, match=re.escape(said)):
         Pool.open(directory, 191)
+    engine = SimpleNamespace(forward_share=lambda: (0, 1))
     with pytest.raises(ValueError, match=re.escape(said)):
-        PoolValidation(DataConfig(str(tmp_path), RemoteConfig(), 0, 191), ["image-short/mine"], engine=None)
+        PoolValidation(DataConfig(str(tmp_path), RemoteConfig(), 0, 191), ["image-short/mine"], engine)
 
 
 def test_the_largest_limit_of_a_recipe_is_what_pillow_opens():

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import pytrec_eval
 from stage_trainer.evaluation import retrieval
+from stage_trainer.evaluation.ranks import part_of
 from stage_trainer.evaluation.retrieval import EmbeddedPool, Pool, ndcg, score
 from stage_trainer.evaluation.tables import table
 from stage_trainer.metrics.retrieval import chance_at_k, recall_at_k
@@ -126,13 +127,13 @@ class Lengths:
 
 @pytest.mark.parametrize("images", [0, 1, 4, 5, 9])
 def test_all_ranks_hear_of_an_end_before_every_batch_and_as_often(images, monkeypatch):
-    pool = Pool("p", [b"i" * n for n in range(images)], {"en": [(0, "x" * n) for n in (3, 9, 1, 4, 7)]})
     monkeypatch.setattr(retrieval, "BATCH", 2)
-    monkeypatch.setattr(retrieval, "_of_all_ranks", lambda part, total, world: part)
-    counts = []
+    monkeypatch.setattr(retrieval, "rows_together", lambda own, sizes: own)
+    counts, parts = [], [part_of(images, rank, 2) for rank in range(2)]
     for rank in range(2):
         heard = []
-        retrieval._embed(Lengths().encode, pool.images, rank, 2, lambda heard=heard: heard.append(1))
+        mine = [b"i" * n for n in parts[rank]]
+        retrieval._embed(Lengths().encode, mine, list(map(len, parts)), lambda heard=heard: heard.append(1))
         counts.append(len(heard))
     assert counts == [{0: 1, 1: 1, 4: 1, 5: 2, 9: 3}[images]] * 2
 

@@ -355,3 +355,49 @@ def test_a_piece_of_a_survey_whose_arrays_are_damaged_is_named_and_once_gone_sur
     assert main(command) == 0
     assert len(Dataset.open(tmp_path / "out/text-pairs/clean")) > 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["text-pairs"]
+
+
+def test_training_texts_are_told_by_the_sets_that_evalset_writes(tmp_path, capsys):
+    """A retrieval set and pairs of sentences, from the rows that MTEB's repositories hold."""
+    document = "The quick brown fox jumps over the lazy dog near the river bank at dawn"
+    rows = {
+        "corpus": [
+            {"_id": "d1", "title": "", "text": "something else that nobody asks about in this test"},
+            {"_id": "d2", "title": "fox", "text": document},
+        ],
+        "queries": [{"_id": "q1", "text": "which animal jumps over another animal at dawn near a river"}],
+        "pairs": [{"sentence1": "a man is playing a large wooden flute outside", "sentence2": "short", "score": 1.5}],
+    }
+    for name, of in rows.items():
+        folder = tmp_path / ("sts" if name == "pairs" else "beir")
+        folder.mkdir(exist_ok=True)
+        (folder / f"{'test' if name == 'pairs' else name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in of))
+    (tmp_path / "beir/qrels").mkdir()
+    (tmp_path / "beir/qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td2\t1\n")
+    for kind, source, name in (("beir", "beir", "Fox"), ("sts", "sts/test.jsonl", "STS12")):
+        assert main(["evalset", kind, str(tmp_path / source), "--name", name, "--out", str(tmp_path / "eval")]) == 0
+    lines = [
+        ("a question of our own, long enough to be looked for", document),
+        ("a man is playing a large wooden flute outside", "something that only training has, and long enough"),
+        ("short", "another text that only training has, of another topic"),
+        ("which animal jumps over another animal at dawn near a river", "the fox, says the book of animals"),
+    ]
+    with DatasetWriter(tmp_path / "train", kind="text-pairs", source="web") as writer:
+        for number, (query, other) in enumerate(lines):
+            content = {side: [{"text": text, "language": "en"}] for side, text in (("query", query), ("target", other))}
+            writer.write(f"s{number}", {"json": json.dumps(content).encode()}, languages=["en"], tokens=None)
+    sets = [str(tmp_path / "eval/test/text" / name) for name in ("Fox", "STS12")]
+    command = ["dedup", str(tmp_path / "train"), "--against", *sets, "--out", str(tmp_path / "out"), "--name", "web"]
+    capsys.readouterr()
+    assert main([*command, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    for like in ("Fox: corpus-2", "STS12: test-1-1", "Fox: queries-1"):
+        assert like in said
+    assert "1 of 4 would stay" in said
+    assert main([*command, "--workers", "1"]) == 0
+    kept = Dataset.open(tmp_path / "out/text-pairs/web")
+    assert [kept.row(number).key for number in range(len(kept))] == ["s2"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["text-pairs"]  # nothing of the comparison
+    (tmp_path / "eval/test/text/Fox/corpus.jsonl").write_text("{}\n")
+    assert main([*command[:-1], "again", "--dry-run"]) == 2
+    assert "corpus.jsonl has changed since it was written" in capsys.readouterr().err

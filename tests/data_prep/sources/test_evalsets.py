@@ -12,9 +12,13 @@ import pytest
 import webdataset
 from data_prep.cli import main
 from data_prep.errors import UserError
+from data_prep.sources import EVALSETS as SOURCES
 from data_prep.sources.evalsets import Coco, Flickr30k
+from datasets import Dataset as HubDataset
+from datasets import Features, Image, Value
 from pyarrow import parquet
 from stage_trainer.data.remote_data import place
+from stage_trainer.evaluation.documents import Pages
 from stage_trainer.evaluation.held_out import find
 from stage_trainer.evaluation.retrieval import Pool
 
@@ -210,3 +214,65 @@ def test_ids_of_images_and_captions_may_have_other_types(tmp_path, images, own, 
     (tmp_path / "coco.json").write_text(json.dumps(content))
     (photo,) = Coco(str(tmp_path / "coco.json"), str(images)).photos()
     assert [text.text for text in photo[1]] == ["text"]
+
+
+def test_crossmodal_3600_as_mteb_serves_it_is_the_set_of_its_authors(tmp_path, images, picture):
+    """The files are written by the library that wrote the published ones."""
+    captions = {"de": [["erste", "zweite"]] * 3, "en": [["first", "second"], ["first"], []], "quz": [["huk"]] * 3}
+    lines = []
+    for number in range(3):
+        of = {language: {"caption": texts[number]} for language, texts in captions.items()}
+        lines.append(json.dumps({"image/key": f"{number:016x}", **of}))
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    kinds = Features({
+        "image_id": Value("string"), "image_locale": Value("string"), "image": Image(),
+        "captions": [Value("string")], "captions_tokenized": [Value("string")],
+        "captions_tokenized_lowercase": [Value("string")],
+    })  # fmt: skip
+    for language, texts in captions.items():
+        order = [2, 0, 1] if language == "quz" else [0, 1, 2]
+        rows = [{"image_id": f"{n:016x}", "image_locale": "de", "image": {"bytes": picture(n), "path": f"{n}.jpg"},
+                 "captions": texts[n], "captions_tokenized": texts[n], "captions_tokenized_lowercase": texts[n]}
+                for n in order]  # fmt: skip
+        (tmp_path / "data").mkdir(exist_ok=True)
+        HubDataset.from_list(rows, kinds).to_parquet(tmp_path / f"data/{language}-00000-of-00001-abc.parquet")
+    theirs = pool(tmp_path / "theirs", ["xm3600", str(tmp_path / "captions.jsonl"), str(images)])
+    found = pool(tmp_path / "mteb", ["xm3600-parquet", str(tmp_path / "data"), "--name", "xm3600"])
+    assert (found.name, found.images, found.texts) == (theirs.name, theirs.images, theirs.texts)
+    assert found.texts["en"] == [(0, "first"), (1, "first")]
+
+
+def test_of_crossmodal_3600_what_has_no_image_is_counted_and_twice_the_same_refused(tmp_path, run, picture):
+    def write(name, numbers):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        rows = [{"image_id": f"{n}", "image": {"bytes": picture(n)}, "captions": [f"text {n}"]} for n in numbers]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / name)
+
+    write("a/en-0.parquet", [0, 1])
+    write("a/de-0.parquet", [0, 1, 2])
+    found = run("xm3600-parquet", evalset=True, files=(str(tmp_path / "a"),))
+    assert found.dropped == {"captions whose image is not there, or that cannot be read": 1}
+    write("b/en-0.parquet", [0, 1])
+    write("b/en-1.parquet", [1])
+    write("c/nothing.parquet", [1])
+    for folder, words in (("b", "the image '1' comes twice in en"), ("c", "expected LANGUAGE")):
+        with pytest.raises(UserError, match=words):
+            list(SOURCES["xm3600-parquet"]((str(tmp_path / folder),)).pieces())
+
+
+def test_vidore_as_published_has_each_page_once_with_all_its_questions(tmp_path, picture, capsys):
+    rows = [("what is a", 0), ("what is b", 1), (None, 2), ("what is a", 3), ("what is c", 0), ("what is b", 1)]
+    table = [{"query": query, "image": {"bytes": picture(page), "path": None}, "image_filename": f"p{page}.png",
+              "answer": "x"} for query, page in rows]  # fmt: skip
+    parquet.write_table(pyarrow.Table.from_pylist(table[:4]), tmp_path / "test-00000-of-00002.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(table[4:]), tmp_path / "test-00001-of-00002.parquet")
+    found = pool(tmp_path / "eval", ["vidore-rows", str(tmp_path), "--name", "DocQ"])
+    assert (len(found.images), found.documents) == (4, True)
+    asked = [(0, "what is a"), (0, "what is c"), (1, "what is b"), (3, "what is a")]
+    assert found.texts == {"en": asked}
+    pages = Pages.open(find(tmp_path / "eval").sets[0].directory)
+    assert [query.grades for query in pages.queries["en"].values()] == [{0: 1, 3: 1}, {0: 1}, {1: 1}]
+    other = tmp_path / "other.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(table[2:3]), other)
+    assert main(["evalset", "vidore-rows", str(other), "--name", "x", "--out", str(tmp_path / "e")]) == 2
+    assert "no row has a question and its page" in capsys.readouterr().err

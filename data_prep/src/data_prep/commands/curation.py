@@ -64,7 +64,11 @@ def _add_dedup(commands: Subcommands) -> None:
         "dedup:deduplicate",
     )
     parser.add_argument(
-        "--against", nargs="+", default=[], metavar="EVAL", help="evaluation sets; their samples are removed"
+        "--against",
+        nargs="+",
+        default=[],
+        metavar="EVAL",
+        help="evaluation sets, of texts also those of `evalset beir` and `sts`; what they hold is removed",
     )
     parser.add_argument(
         "--similarity", type=float, default=0.8, metavar="X", help="of near-duplicate texts (default: 0.8)"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from data_prep.curation import image_duplicates, passes, text_duplicates
+from data_prep.curation import image_duplicates, passes, text_duplicates, text_sets
 from data_prep.curation.verdicts import BROKEN, KEPT, REASONS, Verdicts
 from data_prep.errors import UserError
 from data_prep.execute import Execution, Output, Target
@@ -34,6 +34,7 @@ def deduplicate(
     pixels or exact similarity, and named with it.
 
     Args:
+        against: evaluation sets: data sets of the same kind, or sets of texts of `data-prep evalset beir` and `sts`.
         similarity: texts with this Jaccard similarity or more are near-duplicates.
         distance: images whose perceptual hashes differ in at most so many bits, and that have the same colours in the
             same places and nearly the same pixels, are near-duplicates.
@@ -43,7 +44,7 @@ def deduplicate(
     if not 0 <= distance <= 15 or not 0 < similarity <= 1:
         raise UserError("--distance is from 0 to 15 bits and --similarity above 0 and up to 1")
     datasets = passes.open_alike(directories)
-    tests = passes.open_alike(against) if against else []
+    tests = passes.open_alike(text_sets.as_data_sets(against, target)) if against else []
     images = datasets[0].kind.startswith("image")
     if tests and tests[0].kind.startswith("image") != images:
         raise UserError(

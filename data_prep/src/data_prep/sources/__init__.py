@@ -12,6 +12,7 @@ from data_prep.sources.captions import ArxivCap, Karpathy, ShareGpt4v
 from data_prep.sources.evalsets import Coco, Flickr30k, WdsPhotos, Xm3600, Xtd10
 from data_prep.sources.folder import Folder
 from data_prep.sources.hf import Hf
+from data_prep.sources.hub_evalsets import VidoreRows, Xm3600Parquet
 from data_prep.sources.img2dataset import DataComp, Img2dataset
 from data_prep.sources.mds import Mds
 from data_prep.sources.moses import Moses
@@ -47,11 +48,13 @@ SOURCES: dict[str, type[Any]] = {
 
 EVALSETS: dict[str, type[Any]] = {
     "xm3600": Xm3600,
+    "xm3600-parquet": Xm3600Parquet,
     "xtd10": Xtd10,
     "flickr30k": Flickr30k,
     "coco": Coco,
     "wds": WdsPhotos,
     "vidore": VidoreBenchmark,
+    "vidore-rows": VidoreRows,
 }
 
 __all__ = ["EVALSETS", "SOURCES"]

@@ -74,7 +74,8 @@ class DualEncoder(nn.Module):
             self.register_parameter(name, parameter)
 
     def encode(self, inputs: Any, **options: Any) -> Rows | Encoded:
-        """Embeds a list of texts and images: float32 `[N, D]`, or `[D]` of one that is not in a list.
+        """Embeds a list of texts and images: `[N, D]`, or `[D]` of one that is not in a list; float32 unless
+        `precision` says otherwise.
 
         A string is a text, unless it is the URL of an image (one word that begins with http:// or https://), a
         `data:image/…` URI, or the path of an image (it ends in .jpg, .png, … and has no spaces, or is a file). `Path`s,

@@ -146,3 +146,9 @@ def model_digests(folder: Path) -> dict[str, str]:
     within = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.suffix in _OF_A_MODEL}
     shown = {name: path for name, path in within.items() if not any(part.startswith(".") for part in name.parts)}
     return {name.as_posix(): sha256(path) for name, path in shown.items() if path.is_file()}
+
+
+def fingerprint_of(folder: Path) -> str:
+    """sha256 of a model's weights, configuration and tokenizer, by their names in the folder and their content."""
+    lines = (f"{name}\0{content}\n" for name, content in model_digests(folder).items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

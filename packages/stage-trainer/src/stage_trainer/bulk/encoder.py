@@ -21,14 +21,18 @@ from stage_trainer.errors import UserError
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """The model's directory, and how it encodes.
+    """The model's directory, how it encodes, and how the vectors are stored.
 
     Args:
         options: of `DualEncoder.encode`.
+        precision: of the file; parts are float32 always.
+        calibration: a file of vectors whose ranges int8 and uint8 get; None for those of the vectors themselves.
     """
 
     model: Path
     options: dict[str, Any]
+    precision: str = "float32"
+    calibration: Path | None = None
 
 
 class Encoder:
@@ -42,7 +46,8 @@ class Encoder:
         self.model = DualEncoder.from_pretrained(settings.model).eval().to(device)
         self.options = settings.options
         try:
-            self.model.encode([], **self.options)  # of nothing it checks the options
+            # Of nothing it checks the options, whether the dims fill bytes among them.
+            self.model.encode([], **self.options, precision=settings.precision)
         except ValueError as error:
             raise UserError(str(error)) from error
         self.data: dict[str, Dataset] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_prep.shards import alone
@@ -16,8 +16,11 @@ from stage_trainer.bulk.encoder import EncoderSettings
 from stage_trainer.bulk.entries import Entry, Input, name_of
 from stage_trainer.bulk.parts import Part, Parts, digest_of
 from stage_trainer.bulk.processes import Done, Task, encode_all
+from stage_trainer.bulk.statement import Statement, as_stated
+from stage_trainer.bulk.stored import Stored, ranges_in, ranges_of_blocks
 from stage_trainer.errors import UserError
-from stage_trainer.files import model_digests, writing
+from stage_trainer.files import fingerprint_of, model_digests, writing
+from stage_trainer.metrics.quantization import FEW, SCALARS
 
 _TEXTS = 4096  # of a part; an image counts as sixteen
 _BYTES = 64 * 2**20  # of a part's images that are no files
@@ -51,6 +54,7 @@ def run(job: Job, say: Callable[[str], None]) -> tuple[int, int]:
         with writing(job.out):
             lock = job.out.with_name(f".{job.out.name}.lock")
             stack.enter_context(alone(lock, f"{job.out} is being written: it"))
+        asked = _asked(job.settings)
         names = _encode(job, parts, say)
 
         def stored() -> Iterator[Part]:
@@ -59,9 +63,46 @@ def run(job: Job, say: Callable[[str], None]) -> tuple[int, int]:
                     raise UserError(f"{parts.folder} has lost a part since it was written; run the same command again")
                 yield part
 
-        found = vectors.write(job.out, stored, parts.folder, skipping=job.skipping)
+        statement = _whole(asked, stored, say)
+        found = vectors.write(job.out, stored, parts.folder, statement, skipping=job.skipping)
         parts.remove()
     return found
+
+
+def _asked(settings: EncoderSettings) -> Statement:
+    """What is known of the file before anything is encoded: all but its dims, and ranges that nothing was asked for.
+
+    Raises:
+        UserError: the calibration vectors cannot be read, or were made differently.
+    """
+    options = settings.options
+    calibration = None if settings.calibration is None else Stored(settings.calibration)
+    dims = options.get("truncate_dim") or (0 if calibration is None else calibration.statement.dims)
+    asked = Statement(
+        fingerprint_of(settings.model), dims, settings.precision, options.get("normalize", True), options.get("task")
+    )
+    if calibration is None:
+        return asked
+    return replace(asked, ranges=as_stated(ranges_in(calibration, asked)))
+
+
+def _whole(asked: Statement, parts: Callable[[], Iterator[Part]], say: Callable[[str], None]) -> Statement:
+    """The statement, with the vectors' dims, and with their own ranges where there are none yet.
+
+    Raises:
+        UserError: they have no ranges.
+    """
+    first = next(parts())
+    found = replace(asked, dims=first.vectors.shape[1])
+    if asked.precision not in SCALARS:
+        return found
+    if asked.ranges is not None:
+        if asked.dims != found.dims:
+            raise UserError(f"--calibration has vectors of {asked.dims} dims, and these have {found.dims}")
+        return found
+    if (count := sum(len(part.ids) for part in parts())) < FEW:
+        say(f"the ranges of {count:,} vectors are a poor guess of others'; --calibration takes those of more")
+    return replace(found, ranges=as_stated(ranges_of_blocks(part.vectors for part in parts())))
 
 
 def _encode(job: Job, parts: Parts, say: Callable[[str], None]) -> list[str]:

@@ -187,7 +187,7 @@ class Parquet:
         self.path, self.columns, self.library = path, columns, parquet_library()
         try:
             metadata = self.library.read_metadata(path)
-        except _failures() as error:
+        except failures() as error:
             raise UserError(f"{path} is no parquet file that can be read ({error})") from error
         self._count, self._names = metadata.num_rows, metadata.schema.to_arrow_schema().names
 
@@ -208,7 +208,7 @@ class Parquet:
                         yield _cell(self.path, number, self.columns, row)
         except UserError:
             raise
-        except _failures() as error:
+        except failures() as error:
             raise UserError(f"{self.path} is damaged after row {number:,} ({error}); write it again") from error
 
 
@@ -221,7 +221,7 @@ def parquet_library() -> Any:
     return pyarrow.parquet
 
 
-def _failures() -> tuple[type[Exception], ...]:
+def failures() -> tuple[type[Exception], ...]:
     """What pyarrow raises for a file that it cannot read; some of its own errors are none of Python's."""
     import pyarrow
 

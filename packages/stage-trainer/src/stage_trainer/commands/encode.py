@@ -9,6 +9,7 @@ from stage_trainer.commands.common import MODEL, a_path, add_max_pixels, check_o
 from stage_trainer.errors import UserError
 
 AUTO = "auto"
+PRECISIONS = ("float32", "float16", "int8", "uint8", "binary", "ubinary")  # `metrics.quantization`, without numpy
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -18,7 +19,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         description="Embeds what FILES hold, in their order: image files and folders of them, text files (one text a "
         "line), tables (JSON lines, CSV, TSV, also .gz, and parquet; --column), and data sets in our shards. Stopped "
         "or killed at any moment, the same command goes on where it was; OUT appears when it is whole. parquet: the "
-        "columns id and vector. npy: float32 [N, D], and the ids in NAME.ids.jsonl, one a line.",
+        "columns id and vector. npy: [N, D], the ids in NAME.ids.jsonl, one a line, and in NAME.vectors.json how they "
+        "are stored, as a parquet file's metadata say. `stage-trainer search` reads both.",
     )
     p.add_argument("model", type=a_path, help=MODEL)
     p.add_argument("files", type=a_path, nargs="+", metavar="FILES", help="files and folders")
@@ -42,6 +44,20 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     p.add_argument("--truncate-dim", type=int, metavar="N", help="keep the first N dims (default: all)")
     p.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of a text (default: %(default)s)")
     p.add_argument("--no-normalize", action="store_true", help="leave vectors as they are (default: length one)")
+    p.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default=PRECISIONS[0],
+        help="of the file, as sentence-transformers has it: int8 and uint8 divide each dim's range into 256 steps, "
+        "binary and ubinary keep the signs, eight dims in a byte (default: %(default)s)",
+    )
+    p.add_argument(
+        "--calibration",
+        type=a_path,
+        metavar="FILE",
+        help="of int8 and uint8: a file of vectors whose ranges are taken, so that both can be searched together "
+        "(default: the ranges of the vectors themselves)",
+    )
     p.add_argument("--batch-size", type=int, metavar="N", help="most texts or images in one forward pass")
     p.add_argument("--device", choices=(AUTO, "cpu"), default=AUTO, help="auto: all GPUs that there are, or the CPU")
     p.add_argument("--processes", type=int, metavar="N", help="default: one a GPU, or one on the CPU")
@@ -50,7 +66,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--dtype",
         choices=(AUTO, "float32", "bfloat16", "float16"),
         default=AUTO,
-        help="of the computation; auto: bfloat16 on GPUs (float16 on old ones), float32 on CPUs; vectors are float32",
+        help="of the computation; auto: bfloat16 on GPUs (float16 on old ones), float32 on CPUs; the vectors' own "
+        "is --precision",
     )
     add_max_pixels(p)
     p.set_defaults(run=run)
@@ -68,6 +85,8 @@ def run(arguments: argparse.Namespace) -> None:
     for name in ("task", "column", "id"):
         if (word := getattr(arguments, name)) is not None and not word.strip():
             raise UserError(f"--{name} is {word!r}; name one, or leave it out")
+    if arguments.calibration is not None and not arguments.precision.endswith("int8"):
+        raise UserError(f"--calibration is of int8 and uint8, and --precision is {arguments.precision}; leave it out")
     _check_out(arguments.out)
     files = [Path(file) for file in arguments.files]  # those after an option are strings still
     inputs = open_inputs(files, arguments.kind, Columns(arguments.column, arguments.id))
@@ -86,7 +105,8 @@ def run(arguments: argparse.Namespace) -> None:
         "threads": arguments.threads or _threads(len(devices)),
         "max_pixels": max_pixels,
     }
-    job = Job(inputs, arguments.out, EncoderSettings(model, options), devices, skipping=arguments.errors == "skip")
+    settings = EncoderSettings(model, options, arguments.precision, arguments.calibration)
+    job = Job(inputs, arguments.out, settings, devices, skipping=arguments.errors == "skip")
     vectors, left_out = run(job, say)
     print(f"wrote {arguments.out}: {vectors:,} vectors")
     _say_companions(arguments.out, left_out, skipping=job.skipping)
@@ -137,9 +157,10 @@ def _threads(processes: int) -> int:
 def _say_companions(out: Path, left_out: int, *, skipping: bool) -> None:
     from stage_trainer.bulk.vectors import companions
 
-    skipped, ids = companions(out)
+    skipped, ids, stated = companions(out)
     if ids is not None:
         print(f"  their ids, in order: {ids}")
+        print(f"  how they are stored: {stated}")
     if skipping:
         print(
             f"  left out: {left_out:,}, listed in {skipped}" if left_out else f"  left out: none ({skipped} is empty)"

@@ -41,6 +41,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     p.add_argument("data", type=a_path, nargs="?", help=f"{DATA}; of suites the OUT of `data-prep evalset` ({SETS})")
     p.add_argument("--json", type=a_path, help="also write every figure, by language, to this file")
     p.add_argument("--by-language", action="store_true", help="also print text→image (of texts nDCG) by language")
+    p.add_argument(
+        "--precision",
+        metavar="P,…",
+        help="also with candidates stored in float16, int8, uint8, binary or ubinary, beside float32 and from the same "
+        "embeddings; of bits four times as many as are wanted are rescored",
+    )
     add_max_pixels(p)
     group = p.add_argument_group("the paper's tables")
     which = group.add_mutually_exclusive_group()
@@ -82,6 +88,8 @@ def _run_tables(arguments: argparse.Namespace) -> None:
     from stage_trainer.evaluation.sets import find_sets
     from stage_trainer.recipe.limits import MAX_PIXELS
 
+    if arguments.precision is not None:
+        raise UserError("--precision is of held-out data; leave out --suite and --table, or it")
     if arguments.by_language:
         raise UserError("--by-language is of pools; the paper's tables have languages of their own")
     if arguments.max_length is not None and arguments.max_length < 2:
@@ -144,7 +152,7 @@ def _write_tables(arguments: argparse.Namespace, tables: list[Table], columns: l
 def _run_pools(arguments: argparse.Namespace) -> None:
     from stage_trainer.evaluation.held_out import find
 
-    max_pixels = max_pixels_of(arguments)
+    max_pixels, precisions = max_pixels_of(arguments), _precisions(arguments.precision)
     if arguments.json:
         check_output(arguments.json)
     find(arguments.data)  # before PyTorch is loaded
@@ -152,20 +160,39 @@ def _run_pools(arguments: argparse.Namespace) -> None:
     from stage_trainer.evaluation.evaluate import evaluate
     from stage_trainer.evaluation.report import EVALUATION
     from stage_trainer.evaluation.retrieval import DIRECTIONS
-    from stage_trainer.evaluation.tables import languages_table, table
+    from stage_trainer.evaluation.tables import languages_table, precision_table, table
     from stage_trainer.files import write_whole
 
     # The figures of a stage are written into its folder, where `report` looks for them.
     of_stage = [arguments.model / EVALUATION] if checkpoint and checkpoint.parent == arguments.model else []
     for path in of_stage:
         check_output(path)
-    pools = evaluate(model, arguments.data, say, max_pixels=max_pixels)
+    pools = evaluate(model, arguments.data, say, max_pixels=max_pixels, precisions=precisions)
     if checkpoint:
         pools = {name: {**figures, "checkpoint": checkpoint.name} for name, figures in pools.items()}
     print(table(pools))
+    if precisions:
+        print("\n" + precision_table(pools))
     if arguments.by_language:
         print("\n" + languages_table(pools, DIRECTIONS[0]))
     wanted = [arguments.json] if arguments.json else []
     for path in dict.fromkeys([*of_stage, *wanted]):
         write_whole(path, json.dumps(pools, indent=1, ensure_ascii=False) + "\n")
         print(f"\nevery figure, by language: {path}")
+
+
+def _precisions(asked: str | None) -> list[str]:
+    """Of --precision.
+
+    Raises:
+        UserError: one that there is not, that is there anyway, or that is named twice.
+    """
+    from stage_trainer.metrics.quantization import PRECISIONS
+
+    names = [] if asked is None else [name.strip() for name in asked.split(",")]
+    for number, name in enumerate(names):
+        if name not in PRECISIONS[1:]:
+            raise UserError(f"--precision has {name!r}; expected {', '.join(PRECISIONS[1:])}, beside float32")
+        if name in names[:number]:
+            raise UserError(f"--precision names {name} twice")
+    return names

@@ -18,6 +18,7 @@ from stage_trainer.encoding.inputs import Picture, Skipped, is_single, load, ref
 from stage_trainer.encoding.options import EncodeOptions
 from stage_trainer.encoding.precision import computing_in, dtype_of
 from stage_trainer.errors import UserError
+from stage_trainer.metrics.quantization import check_precision, quantize_embeddings
 
 if TYPE_CHECKING:
     from text_tower import TextTower
@@ -50,6 +51,7 @@ def encode(text: TextTower, vision: VisionTower, inputs: Any, options: EncodeOpt
         raise UserError(f"unknown task {options.task!r}; this model knows {known}")
     dims = options.truncate_dim if options.truncate_dim is not None else text.config.truncate_dim or text.config.width
     options = replace(options, truncate_dim=dims)
+    check_precision(options.precision, dims)
     device = text.emb_ln.weight.device
     rows: dict[int, np.ndarray] = {}
     skipped: list[Skipped] = []
@@ -64,6 +66,7 @@ def encode(text: TextTower, vision: VisionTower, inputs: Any, options: EncodeOpt
     kept = sorted(rows)
     whole = np.stack([rows[index] for index in kept]) if kept else np.empty((0, dims), np.float32)
     _check_finite(whole, kept, options.dtype)
+    whole = quantize_embeddings(whole, options.precision)
     result = _converted(whole[0] if single and kept else whole, options, device)
     return result if options.errors == "raise" else Encoded(result, kept, skipped)
 
@@ -134,7 +137,11 @@ def _converted(rows: np.ndarray, options: EncodeOptions, device: torch.device) -
 
 
 def similarity(first: Any, second: Any) -> Tensor:
-    """Cosine similarities `[N, M]` of rows `[N, D]` and `[M, D]`, or of single ones `[D]`."""
+    """Cosine similarities `[N, M]` of rows `[N, D]` and `[M, D]`, or of single ones `[D]`.
+
+    Raises:
+        UserError: they have different dims, or are quantized, so that their numbers are codes.
+    """
     a, b = (F.normalize(_tensor(rows), dim=-1) for rows in (first, second))
     if a.shape[-1] != b.shape[-1]:
         raise UserError(
@@ -145,5 +152,11 @@ def similarity(first: Any, second: Any) -> Tensor:
 
 def _tensor(rows: Any) -> Tensor:
     stacked = torch.stack(rows) if isinstance(rows, list) and rows and isinstance(rows[0], Tensor) else rows
-    tensor = torch.as_tensor(stacked).float()
+    tensor = torch.as_tensor(stacked)
+    if not tensor.is_floating_point():
+        raise UserError(
+            f"embeddings are of {str(tensor.dtype).removeprefix('torch.')}: codes, whose cosine says nothing; compare "
+            "those of precision float32 or float16"
+        )
+    tensor = tensor.float()
     return tensor[None] if tensor.ndim == 1 else tensor

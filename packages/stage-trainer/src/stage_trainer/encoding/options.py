@@ -8,6 +8,7 @@ from typing import Any
 
 from stage_trainer.encoding.fetch import UrlLimits
 from stage_trainer.errors import UserError
+from stage_trainer.metrics.quantization import check_precision
 
 _SYNONYMS = {"prompt_name": "task", "show_progress_bar": "show_progress", "normalize_embeddings": "normalize"}
 
@@ -27,7 +28,9 @@ class EncodeOptions:
         convert_to_numpy: an array of float32; without it, and without convert_to_tensor, a list of tensors.
         convert_to_tensor: one tensor, on the model's device; it goes before convert_to_numpy.
         device: where to encode: the model moves there, and stays. None for where it is.
-        precision: of the result. "float32" alone.
+        precision: of the result: "float32", "float16", "int8", "uint8", "binary" or "ubinary", as
+            `quantize_embeddings` makes them; int8 and uint8 by the ranges of these embeddings, so of two lists they
+            cannot be compared: encode in float32, and quantize both by the same ranges.
         dtype: in which the towers compute: "float32", "bfloat16", "float16"; "auto" is the second on GPUs (the third on
             those without it) and float32 on the CPU. Weights and results are float32.
         threads: that read, decode and resize images ahead of the tower; None for one a core, up to sixteen.
@@ -71,8 +74,7 @@ class EncodeOptions:
         if values.get("show_progress", False) is None:  # sentence-transformers' default
             values["show_progress"] = False
         made = cls(**values)
-        if made.precision != "float32":
-            raise UserError(f"precision is {made.precision!r}; embeddings are 'float32' here: quantise them afterwards")
+        check_precision(made.precision)
         for name in ("threads", "max_pixels"):
             value = getattr(made, name)
             if value is not None and (type(value) is not int or value < 1):

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from stage_trainer.errors import UserError
-from stage_trainer.evaluation.models import BATCH, Asked, Embedder, device_of, fingerprint_of, instruction
+from stage_trainer.evaluation.models import BATCH, Asked, Embedder, device_of, instruction
+from stage_trainer.files import fingerprint_of
 from stage_trainer.formats.jina_clip_read import MODEL_TYPE
 from stage_trainer.recipe.limits import MAX_PIXELS
 

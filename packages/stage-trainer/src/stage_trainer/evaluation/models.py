@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stage_trainer.errors import UserError
-from stage_trainer.files import model_digests
+from stage_trainer.files import fingerprint_of
 
 if TYPE_CHECKING:
     from stage_trainer.dual_encoder import DualEncoder
@@ -154,9 +153,3 @@ def device_of(asked: Asked) -> str:
     import torch
 
     return asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def fingerprint_of(folder: Path) -> str:
-    """sha256 of a model's weights, configuration and tokenizer, by their names in the folder and their content."""
-    lines = (f"{name}\0{content}\n" for name, content in model_digests(folder).items())
-    return hashlib.sha256("".join(lines).encode()).hexdigest()

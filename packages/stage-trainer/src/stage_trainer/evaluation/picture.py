@@ -134,7 +134,7 @@ def own_rows(pools: list[Pool], embedded: list[EmbeddedPool], fonts: list[Path])
         rank = int(np.where(order == number)[0][0]) + 1
         meaning = "" if language == "en" else dict(pool.texts.get("en", [])).get(number, "")
         note = f"{language}, own image: number {rank} of {len(order)}" + (f" ({meaning})" if meaning else "")
-        rows.append((text, note, [(pool.images[i], bool(i == number)) for i in order[:COLUMNS]]))
+        rows.append((text, note, [(pool.image(int(i)), bool(i == number)) for i in order[:COLUMNS]]))
     return rows
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from stage_trainer.checkpoint.load import all_saved
 from stage_trainer.errors import UserError
-from stage_trainer.evaluation.tables import Pools, stages_table
+from stage_trainer.evaluation.tables import Pools, precision_table, stages_table
 from stage_trainer.files import read_json, write_whole
 from stage_trainer.recipe import Recipe
 
@@ -68,6 +68,7 @@ def read_figures(path: Path) -> Pools:
         pools: Pools = read_json(path)
         if not stages_table({"": pools}):
             raise ValueError("it is empty")
+        precision_table(pools)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise UserError(
             f"{path} is not what `stage-trainer evaluate` writes ({error!r}); evaluate the stage again"

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, TypedDict
 
 from stage_trainer.evaluation.retrieval import DIRECTIONS, Scores
+from stage_trainer.metrics.quantization import stored_bytes
+
+
+class Stored(TypedDict, total=False):
+    """The same measures as of `Figures`, of candidates that are stored in fewer bits."""
+
+    recall_at_5: Scores
+    ndcg_at_5: Scores
+    ndcg_at_10: dict[str, dict[str, float]]
 
 
 class Figures(TypedDict, total=False):
@@ -21,6 +30,7 @@ class Figures(TypedDict, total=False):
         targets: the number of texts that queries look for, in a pool of text pairs.
         ndcg_at_10: dim → language.
         spearman: by dim, if pairs have scores.
+        stored: by precision, if that was asked for.
     """
 
     kind: str
@@ -34,6 +44,7 @@ class Figures(TypedDict, total=False):
     targets: int
     ndcg_at_10: dict[str, dict[str, float]]
     spearman: dict[str, float]
+    stored: dict[str, Stored]
 
 
 Pools = dict[str, Figures]
@@ -82,6 +93,39 @@ def stages_table(stages: dict[str, Pools]) -> str:
         (of_texts, ["text pairs, nDCG@10, %", *after, *columns, "Spearman"], 1 + len(after)),
     ]
     return "\n\n".join(aligned([header, *rows], words) for rows, header, words in parts if rows)
+
+
+def measures(pool: Figures | Stored) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
+    """(name, dim → language → value) of everything that ranks, measured on a pool."""
+    for direction, by_dim in pool.get("recall_at_5", {}).items():
+        yield f"{direction}, recall@5", by_dim
+    for direction, by_dim in pool.get("ndcg_at_5", {}).items():
+        yield f"{direction}, nDCG@5", by_dim
+    if of_texts := pool.get("ndcg_at_10"):
+        yield "text pairs, nDCG@10", of_texts
+
+
+def precision_rows(pools: Pools) -> tuple[list[str], list[list[str]]]:
+    """(head, rows): what pools that were measured in several precisions reach, by dim; no rows if none were. Figures in
+    percent, means over languages."""
+    those = {name: pool for name, pool in pools.items() if pool.get("stored")}
+    dims = sorted({int(d) for pool in those.values() for _, by_dim in measures(pool) for d in by_dim}, reverse=True)
+    rows = []
+    for name, pool in those.items():
+        for measure, full in measures(pool):
+            rows.append([name, measure, "float32", f"{stored_bytes('float32', dims[0]):,}", *_cells(full, dims)])
+            for precision, stored in pool["stored"].items():
+                if by_dim := dict(measures(stored)).get(measure):
+                    size = f"{stored_bytes(precision, dims[0]):,}"
+                    rows.append([name, measure, precision, size, *_cells(by_dim, dims)])
+    head = ["held-out data", "figure, %", "stored in", "bytes", *(f"{dim} dims" for dim in dims)]
+    return head, rows
+
+
+def precision_table(pools: Pools) -> str:
+    """`precision_rows` as text; empty if there are none."""
+    head, rows = precision_rows(pools)
+    return aligned([head, *rows], 3) if rows else ""
 
 
 def _having(stages: dict[str, Pools], pool: str) -> list[tuple[list[str], Figures]]:

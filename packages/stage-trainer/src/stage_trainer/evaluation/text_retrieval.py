@@ -10,8 +10,11 @@ import numpy as np
 
 from stage_trainer.data.remote_data import RemotePlace, open_place
 from stage_trainer.data.samples import shard_errors_explained, texts_of
+from stage_trainer.metrics.rescoring import Index, exact
 from stage_trainer.metrics.retrieval import ndcg_at_k, unit
 from stage_trainer.metrics.sts import spearman
+
+K = 10
 
 
 @dataclass(frozen=True)
@@ -59,23 +62,25 @@ class PairPool:
         return sorted({*self.targets, *(text for entries in self.queries.values() for _, text in entries)})
 
 
-def measure(pool: PairPool, vectors: Callable[[Sequence[str]], np.ndarray]) -> dict[str, float]:
+def measure(pool: PairPool, vectors: Callable[[Sequence[str]], np.ndarray], index: Index = exact) -> dict[str, float]:
     """{"ndcg_at_10/LANGUAGE", "ndcg_at_10/mean", "spearman"}, by the queries' language.
 
     Args:
         vectors: unit vectors `[N, D]` of N texts.
+        index: how targets are stored; the correlation is of exact vectors.
     """
     targets, place = vectors(pool.targets), {text: i for i, text in enumerate(pool.targets)}
     found: dict[str, float] = {}
+    scores_of = index(targets)
     for language, entries in pool.queries.items():
         relevant: dict[str, set[int]] = {}
         for number, text in entries:
             relevant.setdefault(text, set()).add(number)
         gains = []
-        for text, scores in zip(relevant, vectors(list(relevant)) @ targets.T, strict=True):
+        for text, scores in zip(relevant, scores_of(vectors(list(relevant))), strict=True):
             if text in place and place[text] not in relevant[text]:
                 scores[place[text]] = -np.inf  # a query does not retrieve itself
-            gains.append(ndcg_at_k(scores, relevant[text], k=10))
+            gains.append(ndcg_at_k(scores, relevant[text], k=K))
         found[f"ndcg_at_10/{language}"] = float(np.mean(gains))
     if found:
         found["ndcg_at_10/mean"] = float(np.mean(list(found.values())))

@@ -6,6 +6,8 @@ from math import comb
 
 import numpy as np
 
+from stage_trainer.metrics.rescoring import Index, exact
+
 _QUERIES = 1024  # compared at a time: 25,000 captions with as many images would be gigabytes
 
 
@@ -15,13 +17,19 @@ def unit(x: np.ndarray) -> np.ndarray:
     return scaled
 
 
-def recall_at_k(queries: np.ndarray, candidates: np.ndarray, relevant: np.ndarray, k: int = 5) -> float:
-    """The share of queries `[Q, D]` with something relevant (bool `[Q, C]`) among the k nearest candidates `[C, D]`."""
+def recall_at_k(
+    queries: np.ndarray, candidates: np.ndarray, relevant: np.ndarray, k: int = 5, index: Index = exact
+) -> float:
+    """The share of queries `[Q, D]` with something relevant (bool `[Q, C]`) among the k nearest candidates `[C, D]`.
+
+    Args:
+        index: how candidates are stored and scored.
+    """
     k = min(k, len(candidates))
-    hits = 0
+    hits, scores = 0, index(candidates)
     for first in range(0, len(queries), _QUERIES):
         part = slice(first, first + _QUERIES)
-        nearest = np.argpartition(-(queries[part] @ candidates.T), k - 1, axis=1)[:, :k]
+        nearest = np.argpartition(-scores(queries[part]), k - 1, axis=1)[:, :k]
         hits += int(np.take_along_axis(relevant[part], nearest, axis=1).any(axis=1).sum())
     return hits / len(queries)
 

@@ -94,7 +94,7 @@ def open_collection(
     else:
         say(f"embedding {len(entries):,} images and texts …")
         run(Job([_Listed(entries)], out, settings, [device], skipping=True), say)
-    skipped = companions(out)[0]
+    skipped = companions(out).skipped
     try:
         gone = {line["index"]: (str(line["name"]), str(line["reason"])) for line in _lines(skipped)}
         vectors = np.load(out, allow_pickle=False)

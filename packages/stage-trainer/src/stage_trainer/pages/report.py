@@ -87,8 +87,9 @@ def _found(runs: Sequence[Run]) -> list[Part]:
              "has every entry, a strong one over it their running mean.", sections.training(runs)),
         Part("Figures", "On held-out data after each stage, at the full width, means over languages. A blind guess is "
              "what chance would reach.", table=sections.figures(runs)),
-        Part("Matryoshka", "The last evaluated stage, with vectors cut to their first dims.",
-             sections.matryoshka(runs)),
+        Part("Matryoshka", "The last evaluated stage, with vectors cut to their first dims"
+             + (", and stored in fewer bits." if (stored := sections.precisions(runs)) else "."),
+             sections.matryoshka(runs), stored),
         Part("Languages", "The last evaluated stage, by the language of the query. The dark mark is a blind guess.",
              sections.languages(runs)),
     ]  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from stage_trainer.evaluation import tables
 from stage_trainer.evaluation.retrieval import DIRECTIONS
 from stage_trainer.evaluation.tables import Figures
 from stage_trainer.pages import charts
@@ -138,6 +139,16 @@ def matryoshka(runs: Sequence[Run]) -> list[Chart]:
     return [chart for chart in drawn if chart]
 
 
+def precisions(runs: Sequence[Run]) -> Table | None:
+    """The figures of each run's last evaluated stage with candidates stored in fewer bits, if they were measured."""
+    pools: tables.Pools = {}
+    for run in runs:
+        if run.evaluated:
+            pools |= {_label(runs, run, name): pool for name, pool in run.evaluated[-1].pools.items()}
+    head, rows = tables.precision_rows(pools)
+    return Table(head, rows, words=3) if rows else None
+
+
 def languages(runs: Sequence[Run]) -> list[Chart]:
     """text→image (of texts nDCG) by language at the full width, of each run's last evaluated stage."""
     found: dict[tuple[str, str], dict[int, Mapping[str, float]]] = {}
@@ -193,12 +204,9 @@ def corrupt(runs: Sequence[Run]) -> Table | None:
 
 def measures(pool: Figures) -> Iterator[tuple[str, Mapping[str, Mapping[str, float]], Mapping[str, float] | None]]:
     """(name, dim → language → value, language → chance or None) of everything measured on a pool."""
-    for direction, by_dim in pool.get("recall_at_5", {}).items():
-        yield f"{direction}, recall@5", by_dim, pool.get("chance", {}).get(direction)
-    for direction, by_dim in pool.get("ndcg_at_5", {}).items():
-        yield f"{direction}, nDCG@5", by_dim, None
-    if of_texts := pool.get("ndcg_at_10"):
-        yield "text pairs, nDCG@10", of_texts, None
+    for name, by_dim in tables.measures(pool):
+        direction, _, measure = name.partition(", ")
+        yield name, by_dim, pool.get("chance", {}).get(direction) if measure == "recall@5" else None
 
 
 def lacking(run: Run) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from data_prep.shards import ShardError
 
 from stage_trainer.data.batches import open_data_set
 from stage_trainer.data.config import DataConfig
@@ -36,7 +37,7 @@ class PoolValidation:
 
     Args:
         data: where they are.
-        paths: of the pools.
+        paths: of the pools. Of images each rank reads and embeds its part alone.
 
     Attributes:
         measures: by name in TensorBoard.
@@ -54,7 +55,7 @@ class PoolValidation:
             found = open_data_set(directory, ("image-", "text-"))
             if found.kind.startswith("image-"):
                 name = name_beside(self.images, found.source, found.kind, path)
-                self.images[name] = retrieval.Pool.open(directory, data.max_pixels)
+                self.images[name] = retrieval.Pool.open(directory, data.max_pixels, engine.forward_share())
             else:
                 name = name_beside(self.pairs, found.source, found.kind, path)
                 self.pairs[name] = text_retrieval.PairPool.open(directory)
@@ -95,7 +96,11 @@ class PoolValidation:
         if not (main and self.images):
             return Measured(values, shown)
         fonts, pools = picture.fonts_of(self.fonts), list(self.images.values())
-        drawn = picture.draw(picture.own_rows(pools, embedded, fonts), fonts)
+        try:
+            drawn = picture.draw(picture.own_rows(pools, embedded, fonts), fonts)
+        except ShardError as error:  # an image of another rank's part, which is read for the picture alone
+            drawn = None
+            shown.append(f"no picture of a search: {error}")
         return Measured(values, shown, drawn, *(_snapshot(pools[0], embedded[0]) if last else ()))
 
 
