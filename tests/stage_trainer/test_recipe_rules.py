@@ -120,6 +120,7 @@ CANNOT_BE_MEANT = {
     "loss.temperature=other": "Input should be 'each', 'shared' or 'fixed'",
     "max_tokens=129": "max_tokens is 129, more than the text tower takes",
     "trainable.text=adapters": "model.text.adapters names none",
+    "trainable.image=adapters": "model.vision.lora_rank is 0",
     "model.vision=null": "'model.vision' is missing",
     "model.vision.width=128": "model.text.width is 64 and model.vision.width 128",
     "model.vision.resolution=32": "model.vision.resolution is set by each stage's 'resolution'",

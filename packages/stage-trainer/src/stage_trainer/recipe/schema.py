@@ -54,9 +54,9 @@ class Rates:
 
 @dataclass(frozen=True, config=STRICT)
 class Trainable:
-    """Which parameters train: `all`, `none`, or of the text tower only the LoRA `adapters`."""
+    """Which parameters of each tower train: `all`, `none`, or only the LoRA `adapters`."""
 
-    image: Literal["all", "none"] = "all"
+    image: Literal["all", "adapters", "none"] = "all"
     text: Literal["all", "adapters", "none"] = "all"
 
 
@@ -214,6 +214,9 @@ class ModelConfig:
     and a whole model's temperatures and, if `tokenizer` is left out, its tokenizer. `text` and `vision` need not state
     these, and may state other values only under `override`. Dropout, lengths, checkpointing, attention and compilation
     are the recipe's (`max_length`, if it is left out, the weights').
+
+    A rank in `vision.lora_rank` (with `vision.lora_alpha`) gives the image tower one adapter, `text.lora_rank` with
+    `text.adapters` the text tower one for each name.
 
     `temperature` is the initial value of both temperatures of a new model (None: `NEW_TEMPERATURE`).
     """

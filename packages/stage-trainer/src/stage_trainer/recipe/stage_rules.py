@@ -141,11 +141,11 @@ def _check_rates(stage: Stage, here: str) -> None:
 
 # By the rate at which they train; see `ContrastiveObjective.parameter_groups` and `set_trainable`.
 def _learning_towers(stage: Stage) -> dict[str, str]:
-    found = {}
+    found, adapters = {}, "'s adapters"
     if stage.trainable.image != "none" and stage.batch.image_text:
-        found["image"] = "the image tower"
+        found["image"] = f"the image tower{adapters}" if stage.trainable.image == "adapters" else "the image tower"
     if stage.trainable.text != "none":
-        found["text"] = "the text tower's adapters" if stage.trainable.text == "adapters" else "the text tower"
+        found["text"] = f"the text tower{adapters}" if stage.trainable.text == "adapters" else "the text tower"
     return found
 
 

@@ -52,6 +52,8 @@ def check_towers(recipe: Recipe, where: str) -> None:
             raise UserError(f"{here}: loss.dims is {list(stage.loss.dims)}; expected prefixes of 1 to {width}")
         if stage.trainable.text == "adapters" and text.value("adapters") == ():
             raise UserError(f"{here}: trainable.text is 'adapters', but model.text.adapters names none; add one")
+        if stage.trainable.image == "adapters" and vision and vision.value("lora_rank") == 0:
+            raise UserError(f"{here}: trainable.image is 'adapters', but model.vision.lora_rank is 0; raise it")
         patch = vision.value("patch") if vision else None
         for start, resolution in stage.resolution:
             if resolution < (patch or 1):

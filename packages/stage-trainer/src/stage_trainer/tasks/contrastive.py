@@ -68,9 +68,10 @@ class ContrastiveTask(Task):
         assert isinstance(model, DualEncoder)
         text, vision = (sum(p.numel() for p in tower.parameters()) for tower in (model.text, model.vision))
         grid = " × ".join(map(str, model.vision.config.grid))
+        with_adapter = " with adapter" if model.vision.config.lora_rank else ""
         return [
             (text, "text with adapter" if model.text.config.adapters else "text"),
-            (vision, f"vision at {self.stage.resolution[-1][1]} px, a grid of {grid} patches"),
+            (vision, f"vision{with_adapter} at {self.stage.resolution[-1][1]} px, a grid of {grid} patches"),
             (text + vision, "together, without the two temperatures"),
         ]
 
