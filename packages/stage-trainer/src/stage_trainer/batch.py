@@ -16,7 +16,7 @@ class Part:
     """Images and texts to embed in one forward pass.
 
     Attributes:
-        images: uint8 `[I, 3, R, R]`, already augmented, or None.
+        images: uint8 `[I, 3, R, R]`, already augmented; of a frozen tower its embeddings, float32 `[I, D]`; or None.
         image_seeds: `[I]` int64, the seed of each image's patch dropout.
         texts: in one packed sequence, or None.
         text_seeds: int64, one for each text, for dropout.

@@ -17,6 +17,7 @@ from vision_tower import ImageError, augment, simclr_view
 from stage_trainer.batch import Batch
 from stage_trainer.data.config import DataConfig
 from stage_trainer.data.drawn import Corrupt, Drawn
+from stage_trainer.data.frozen_images import FrozenImages, view, view_seed
 from stage_trainer.data.pieces import PIECE, BatchesInPieces
 from stage_trainer.data.remote_data import RemotePlace, check_room, look_ahead, open_place, place
 from stage_trainer.data.sampler import Draw, SourceOrder, TaskSampler, slice_of
@@ -44,6 +45,7 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         self.stage, self.seed, self.rank, self.world = stage, seed, rank, world
         self.tokenizer = tokenizer
         self.cache = SampleCache(data.cache_megabytes, data.max_pixels)
+        self.frozen: FrozenImages | None = None  # in the place of pixels, see `ContrastiveTask.prepare`
         # By sampler: a step's draws for all of its pieces, and the first one of all ranks.
         self._last: dict[int, tuple[int, list[Draw], Draw]] = {}
         self.image_sources = [_open(data, s, stage.batch.image_text, ("image-",)) for s in stage.data.image_text]
@@ -99,7 +101,9 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         return self._image_bytes(step) * -(-self._size(step, "image_text") // self.pieces(step))
 
     def _image_bytes(self, step: int) -> int:
-        """Of an image with its views."""
+        """Of an image with its views; of an embedding, whose width is not known here, what a wide one has."""
+        if self.frozen:
+            return 2**14
         return 3 * self.stage.resolution_at(step) ** 2 * (1 + self.stage.loss.views)
 
     def _size(self, step: int, kind: str) -> int:
@@ -140,10 +144,16 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         start, size, a = self.stage.task_start.image_text, self.stage.resolution_at(step), self.stage.augmentation
         for draw in self._draws(self.image_sampler, self.image_sources, step - start, share):
             data = self.image_sources[draw.source]
-            decoded, content = self._sample(data, draw.index, found.drawn)
+            index, decoded, content = self._sample(data, draw.index, found.drawn, self.frozen or self.cache)
             seed = self._seed(data, draw)
             assert decoded is not None  # content_of guarantees it
-            pixels.append(augment(decoded, seed, size, scale=a.scale, ratio=a.ratio, flip=a.flip, color=a.color))
+            if self.frozen:
+                pixels.append(decoded[key(seed, "view") % a.views])
+            elif a.views:
+                number = key(seed, "view") % a.views
+                pixels.append(view(decoded, size, a, view_seed(self.seed, data, index), number))
+            else:
+                pixels.append(augment(decoded, seed, size, scale=a.scale, ratio=a.ratio, flip=a.flip, color=a.color))
             for number, of_all in enumerate(views):
                 of_view = key(seed, "view", number)
                 of_all.append((simclr_view(decoded, of_view, size, flip=a.flip), of_view))
@@ -162,7 +172,7 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
             found.scores = []
         for draw in draws:
             data = self.text_sources[draw.source]
-            _, content = self._sample(data, draw.index, found.drawn)
+            _, _, content = self._sample(data, draw.index, found.drawn, self.cache)
             seed = self._seed(data, draw)
             query, target, hard = self._texts(content, seed, draw.source, found.drawn)
             found.add(seed, content["item"], _name(data), query=[query], target=[target], negative=hard)
@@ -185,13 +195,15 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         draws, (i, of) = self._last[id(sampler)][1], share
         return draws[len(draws) * i // of : len(draws) * (i + 1) // of]
 
-    def _sample(self, data: Dataset, index: int, drawn: Drawn) -> tuple[torch.Tensor | None, dict[str, Any]]:
-        """(pixels, texts) of a sample, or of the one that takes its place."""
+    def _sample(
+        self, data: Dataset, index: int, drawn: Drawn, samples: SampleCache | FrozenImages
+    ) -> tuple[int, torch.Tensor | None, dict[str, Any]]:
+        """(its number, pixels, texts) of a sample, or of the one that takes its place."""
         for attempt in range(REPLACEMENTS):
             try:
-                pixels, content = self.cache.sample(data, index)
+                pixels, content = samples.sample(data, index)
                 self._check(data, index, content)
-                return pixels, content
+                return index, pixels, content
             except (ShardError, ImageError) as error:
                 shard, name = data.name(index)
                 drawn.corrupt.append(Corrupt(str(data.directory / shard), name, str(error)))

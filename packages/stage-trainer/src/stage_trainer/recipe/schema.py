@@ -99,12 +99,16 @@ class MaskingConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class AugmentationConfig:
-    """Random resized crops of training images: share of the area kept, aspect ratios, flips, colour jitter."""
+    """Random resized crops of training images: share of the area kept, aspect ratios, flips, colour jitter.
+
+    With `views` an image has so many fixed views, of which each draw takes one, instead of a new one each time: the
+    first is the image as in inference, the others are augmented once. 1 is no augmentation."""
 
     scale: tuple[Float, Float] = (0.9, 1.0)
     ratio: tuple[Float, Float] = (0.75, 1.3333)
     flip: bool = False
     color: Float = 0.0
+    views: Int = 0
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -121,6 +125,9 @@ class GradientCache:
 class Stage:
     """One stage. `resolution` and `patch_dropout` are lists of [from_step, value]. It starts from the previous stage's
     model, and with `carry_optimizer` also from its optimizer's moments, by parameter name.
+
+    `image_cache` is a folder for the embeddings of an image tower that does not train: each image's fixed views
+    (`augmentation.views`) go through it once, when the stage starts or by `stage-trainer embed`, and then no more.
 
     A stage with `batch.masked_lm` trains only the text tower, to predict masked words. Fields for images, pairs or
     embeddings do not apply to it, and it needs no `resolution` and no `loss`."""
@@ -140,6 +147,7 @@ class Stage:
     task_start: PerTask = field(default_factory=PerTask)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     trainable: Trainable = field(default_factory=Trainable)
+    image_cache: str | None = None
     carry_optimizer: bool = False
     gradient_cache: GradientCache | Literal["auto"] | None = None
     deepspeed: dict[str, Any] = field(default_factory=dict)

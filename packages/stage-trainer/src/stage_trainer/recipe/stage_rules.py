@@ -55,6 +55,7 @@ def _check_pairs(model: ModelConfig, stage: Stage, here: str) -> None:
         low, high = getattr(stage.augmentation, name)
         if low > high:
             raise UserError(f"{here}: augmentation.{name} is [{low:g}, {high:g}]; expected the lower one first")
+    _check_image_cache(stage, here)
     dims = stage.loss.dims
     if not dims or len(set(dims)) < len(dims):
         raise UserError(
@@ -75,6 +76,29 @@ def _check_pairs(model: ModelConfig, stage: Stage, here: str) -> None:
             f"{stage.loss.min_temperature:g}; raise the one or lower the other"
         )
     _check_tasks(stage, here)
+
+
+def _check_image_cache(stage: Stage, here: str) -> None:
+    """Fixed views, and embeddings that are kept of them."""
+    a = stage.augmentation
+    if a.views == 1 and (a.flip or a.color):
+        raise UserError(
+            f"{here}: augmentation.views is 1, the image as it is, so 'flip' and 'color' change nothing; leave them "
+            "out, or raise 'views'"
+        )
+    if stage.image_cache is None:
+        return
+    for found, wanted in (
+        (stage.trainable.image != "none" and f"trainable.image is {stage.trainable.image!r}", "set it to 'none'"),
+        (not stage.batch.image_text and "batch.image_text is 0", "raise it, or leave 'image_cache' out"),
+        (not a.views and "augmentation.views is 0, so every draw of an image is another", "set it to 1 or more"),
+        (any(rate for _, rate in stage.patch_dropout) and "'patch_dropout' is above 0", "leave it out"),
+        (stage.loss.views and "loss.image_views is true", "set it to false"),
+    ):
+        if found:
+            raise UserError(
+                f"{here}: 'image_cache' keeps the embeddings of images that never change, and {found}; {wanted}"
+            )
 
 
 def _check_schedule(stage: Stage, name: str, here: str) -> None:

@@ -18,9 +18,10 @@ from stage_trainer.data.batches import StageBatches
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.engine import Engine
 from stage_trainer.plan.auto import Choice, choose
-from stage_trainer.plan.flops import StepShape, kept_patches, step_flops
+from stage_trainer.plan.flops import StepShape, kept_patches, step_flops, vision_flops
 from stage_trainer.recipe import GradientCache
 from stage_trainer.tasks.contrastive_objective import ContrastiveObjective
+from stage_trainer.tasks.frozen_tower import Pass, Phase, keep_embeddings
 from stage_trainer.tasks.gradient_cache import backward_through_chunks, total
 from stage_trainer.tasks.pools import PoolValidation
 from stage_trainer.tasks.task import HEALTH_CHARTS, Charts, Losses, Task, TrainedObjective, Validation
@@ -81,6 +82,14 @@ class ContrastiveTask(Task):
         set_resolution(model, self.stage.resolution_at(step), optimizer)
         return min([start for start, _ in self.stage.resolution if start > step] + [self.stage.steps])
 
+    def prepare(self, model: nn.Module, batches: StageBatches, device: torch.device, phase: Phase) -> None:
+        """Embeddings of images, where the image tower is frozen and the stage keeps them."""
+        assert isinstance(model, DualEncoder)
+        if self.stage.image_cache is not None:
+            resolution = model.vision.config.resolution
+            assert isinstance(resolution, int)  # a stage's, as set_up_segment set it
+            keep_embeddings(model.vision, batches, self.stage, Pass(resolution, self.recipe.precision, device), phase)
+
     def choose_chunks(self, start: int, stop: int, device: torch.device) -> Choice | None:
         if self.stage.gradient_cache != "auto" and device.type != "cuda":
             return None
@@ -123,7 +132,8 @@ class ContrastiveTask(Task):
             unified=stage.loss.unified_pairs(images, pairs),
         )
         text, vision = model.text.config, model.vision.config
-        return step_flops(text, vision, shape, trainable=stage.trainable, dims=stage.loss.dims).model
+        work = step_flops(text, vision, shape, trainable=stage.trainable, dims=stage.loss.dims).model
+        return work - (vision_flops(vision, shape, "none").model if stage.image_cache and images else 0)
 
     def make_validation(self, engine: Engine, tokenizer: Tokenizer) -> Validation:
         pools = PoolValidation(self.data, self.recipe.evaluation.pools, engine)
