@@ -49,6 +49,7 @@ class Batch(Part):
         negatives: K.
         text_ids: `[P]` int64, equal for pairs about the same item.
         scores: `[P]` float64, how alike the texts of a pair are; None of pairs that are not graded.
+        teacher: `[P, T]` float32, a teacher's embedding of each pair; None without one.
     """
 
     image_ids: Tensor
@@ -56,6 +57,7 @@ class Batch(Part):
     negatives: int
     text_ids: Tensor
     scores: Tensor | None = None
+    teacher: Tensor | None = None
 
 
 @dataclass(frozen=True)

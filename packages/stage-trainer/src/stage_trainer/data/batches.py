@@ -24,6 +24,7 @@ from stage_trainer.data.sampler import Draw, SourceOrder, TaskSampler, slice_of
 from stage_trainer.data.samples import SampleCache, shard_errors_explained
 from stage_trainer.data.sections import Piece, Samples, Section, batch_of
 from stage_trainer.data.stateless_rng import key
+from stage_trainer.data.taught_texts import TaughtTexts
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import Source, Stage
 
@@ -45,7 +46,9 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         self.stage, self.seed, self.rank, self.world = stage, seed, rank, world
         self.tokenizer = tokenizer
         self.cache = SampleCache(data.cache_megabytes, data.max_pixels)
-        self.frozen: FrozenImages | None = None  # in the place of pixels, see `ContrastiveTask.prepare`
+        # What is read from the disk in the place of pixels, or beside texts; set by `Task.prepare`.
+        self.frozen: FrozenImages | None = None
+        self.taught: TaughtTexts | None = None
         # By sampler: a step's draws for all of its pieces, and the first one of all ranks.
         self._last: dict[int, tuple[int, list[Draw], Draw]] = {}
         self.image_sources = [_open(data, s, stage.batch.image_text, ("image-",)) for s in stage.data.image_text]
@@ -135,7 +138,8 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
             samples.drawn.squared_tokens += int((lengths**2).sum())
         seeds, ids = (np.array(numbers, dtype=np.int64) for numbers in (samples.seeds, samples.ids))
         scores = None if samples.scores is None else np.array(samples.scores, dtype=np.float64)
-        return Section(seeds, ids, texts, samples.drawn, scores)
+        teacher = torch.stack(samples.teacher).numpy() if samples.teacher else None
+        return Section(seeds, ids, texts, samples.drawn, scores, teacher)
 
     def _images(self, step: int, share: tuple[int, int]) -> tuple[Samples, torch.Tensor | None, list[list[int]]]:
         """A share of this rank's captioned images of a step: (samples, pixels, seeds of the views)."""
@@ -172,12 +176,14 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
             found.scores = []
         for draw in draws:
             data = self.text_sources[draw.source]
-            _, _, content = self._sample(data, draw.index, found.drawn, self.cache)
+            _, _, content = self._sample(data, draw.index, found.drawn, self.taught or self.cache)
             seed = self._seed(data, draw)
             query, target, hard = self._texts(content, seed, draw.source, found.drawn)
             found.add(seed, content["item"], _name(data), query=[query], target=[target], negative=hard)
             if found.scores is not None:
                 found.scores.append(content["score"])
+            if self.taught:
+                found.teacher.append(content["teacher"])
         return found
 
     def joined(self, step: int, pieces: Iterable[Piece]) -> tuple[Batch, Drawn]:
@@ -196,7 +202,7 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         return draws[len(draws) * i // of : len(draws) * (i + 1) // of]
 
     def _sample(
-        self, data: Dataset, index: int, drawn: Drawn, samples: SampleCache | FrozenImages
+        self, data: Dataset, index: int, drawn: Drawn, samples: SampleCache | FrozenImages | TaughtTexts
     ) -> tuple[int, torch.Tensor | None, dict[str, Any]]:
         """(its number, pixels, texts) of a sample, or of the one that takes its place."""
         for attempt in range(REPLACEMENTS):

@@ -60,6 +60,23 @@ class StoredVectors:
         except (OSError, ValueError):
             return True
 
+    def check_maker(self, maker: Mapping[str, object]) -> None:
+        """Notes who makes the vectors, as far as `origin` does not say it.
+
+        Raises:
+            UserError: somebody else began.
+        """
+        file = self.directory / "maker.json"
+        said = json.dumps(maker, sort_keys=True)
+        if file.exists() and file.read_text() != said:
+            raise UserError(
+                f"{self.directory} was made by other weights or settings ({file.read_text()}; now {said}); remove it, "
+                "or name another folder"
+            )
+        with writing(file):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_file(file, said.encode())
+
     def write(self, shard: int, vectors: np.ndarray, unusable: Mapping[int, str]) -> None:
         """Adds a shard.
 

@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from stage_trainer.errors import UserError
 from stage_trainer.recipe.limits import MAX_PIXELS, LimitsConfig
 from stage_trainer.recipe.loss import LossConfig
+from stage_trainer.recipe.teacher import TeacherConfig
 from stage_trainer.recipe.values import STRICT, Float, Int
 
 _T = TypeVar("_T")
@@ -148,6 +149,7 @@ class Stage:
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     trainable: Trainable = field(default_factory=Trainable)
     image_cache: str | None = None
+    teacher: TeacherConfig | None = None
     carry_optimizer: bool = False
     gradient_cache: GradientCache | Literal["auto"] | None = None
     deepspeed: dict[str, Any] = field(default_factory=dict)
@@ -160,7 +162,7 @@ class Stage:
     @property
     def task(self) -> str:
         """The name of what the stage does (`tasks.TASKS`)."""
-        return "masked_lm" if self.masked else "contrastive"
+        return "masked_lm" if self.masked else "distill" if self.teacher else "contrastive"
 
     def batch_at(self, step: int) -> dict[str, int]:
         """The global batch of a step: {kind: how many}, each kind from its `task_start` on."""

@@ -56,6 +56,7 @@ def _check_pairs(model: ModelConfig, stage: Stage, here: str) -> None:
         if low > high:
             raise UserError(f"{here}: augmentation.{name} is [{low:g}, {high:g}]; expected the lower one first")
     _check_image_cache(stage, here)
+    _check_teacher(stage, here)
     dims = stage.loss.dims
     if not dims or len(set(dims)) < len(dims):
         raise UserError(
@@ -99,6 +100,23 @@ def _check_image_cache(stage: Stage, here: str) -> None:
             raise UserError(
                 f"{here}: 'image_cache' keeps the embeddings of images that never change, and {found}; {wanted}"
             )
+
+
+def _check_teacher(stage: Stage, here: str) -> None:
+    """What can be drawn towards a teacher."""
+    if stage.teacher is None:
+        return
+    if stage.teacher.weight <= 0:
+        raise UserError(f"{here}: teacher.weight is {stage.teacher.weight:g}; expected above 0")
+    if not stage.batch.text:
+        raise UserError(f"{here}: 'teacher' is for the texts of data.text, and batch.text is 0; raise it")
+    if stage.trainable.text == "none":
+        raise UserError(f"{here}: 'teacher' draws the text tower, and trainable.text is 'none'; let it train")
+    if stage.teacher.alone and (stage.loss.kind == "unified" or any(source.graded for source in stage.data.text)):
+        raise UserError(
+            f"{here}: teacher.alone is true, and data.text is contrasted or ranked by loss.kind {stage.loss.kind!r} or "
+            "'graded'; leave 'alone' out"
+        )
 
 
 def _check_schedule(stage: Stage, name: str, here: str) -> None:
@@ -175,7 +193,7 @@ def _learning_towers(stage: Stage) -> dict[str, str]:
 
 def _learning_scalars(stage: Stage) -> Iterator[tuple[str, str]]:
     for tower, task, words in (("image", "image_text", "the image-text loss"), ("text", "text", "the text loss")):
-        if getattr(stage.batch, task):
+        if getattr(stage.batch, task) and not (task == "text" and stage.teacher and stage.teacher.alone):
             if stage.loss.learns_temperature(task):
                 yield tower, f"the temperature of {words}"
             if stage.loss.kind == "sigmoid":
