@@ -11,7 +11,7 @@ FROZEN = (
     "trainable.image=none", "patch_dropout=[[0, 0]]", "model.text.dropout=0.1", "max_corrupt=0.2",
     "resolution=[[0, 32], [5, 40]]",
 )  # fmt: skip
-CACHED = ("image_cache=kept",)
+CACHED = ("embedding_cache=kept",)
 TAGS = ("loss/image_text", "loss/text", "temperature/image_text")
 
 

@@ -224,6 +224,7 @@ def test_the_best_of_a_stage_that_measures_nothing_is_refused(recipes):
         ["model.text_weights=somewhere", "model.text={heads: 7}", "max_tokens=4096"],
         ["model.text_weights=somewhere", "model.text={adapters: [a]}", "trainable.text=adapters"],
         ["model.text_weights=somewhere", "model.text={lora_rank: 4}"],
+        ["model.vision_weights=somewhere", "model.vision={lora_rank: 4}", "trainable.image=adapters"],
         ["model.vision_weights=somewhere", "model.vision={}", "resolution=[[0, 13]]"],
     ],
 )

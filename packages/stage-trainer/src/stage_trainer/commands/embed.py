@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 CHUNK = 256
 """Texts that a teacher gets at once."""
-_DOES = """What a stage reads from the disk: the embeddings of a frozen image tower (`image_cache`), and what a teacher
-says of texts (`teacher`). What is there already stays: after an interruption the same command goes on."""
+_DOES = """What a stage reads from the disk: the embeddings of a frozen image tower (`embedding_cache`), and what a
+teacher says of texts (`teacher`). What is there already stays: after an interruption the same command goes on."""
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -41,15 +41,15 @@ def run(arguments: argparse.Namespace) -> None:
 
     recipe, number = load(arguments.recipe, arguments.settings, arguments.stage).recipe, arguments.stage
     stage = recipe.stage(number)
-    if stage.image_cache is None and stage.teacher is None:
+    if stage.embedding_cache is None and stage.teacher is None:
         raise UserError(
             f"{recipe.name}: stage {number} reads no embeddings from the disk; name a folder for those of a frozen "
-            "image tower as image_cache, or a model to learn from as teacher"
+            "image tower as embedding_cache, or a model to learn from as teacher"
         )
     say("loading PyTorch …")
     if stage.teacher is not None:
         _ask_teacher(recipe, number)
-    if stage.image_cache is not None:
+    if stage.embedding_cache is not None:
         _run_tower(recipe, number)
     print(f"everything that stage {number} reads from the disk is there")
 

@@ -20,8 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from data_prep.shards import Dataset
-from data_prep.shards.files import write_file
+from data_prep.shards import Dataset, write_file
 
 from stage_trainer.errors import UserError
 from stage_trainer.files import read_json, sha256, writing

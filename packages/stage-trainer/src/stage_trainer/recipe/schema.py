@@ -127,7 +127,7 @@ class Stage:
     """One stage. `resolution` and `patch_dropout` are lists of [from_step, value]. It starts from the previous stage's
     model, and with `carry_optimizer` also from its optimizer's moments, by parameter name.
 
-    `image_cache` is a folder for the embeddings of an image tower that does not train: each image's fixed views
+    `embedding_cache` is a folder for the embeddings of an image tower that does not train: each image's fixed views
     (`augmentation.views`) go through it once, when the stage starts or by `stage-trainer embed`, and then no more.
 
     A stage with `batch.masked_lm` trains only the text tower, to predict masked words. Fields for images, pairs or
@@ -148,7 +148,7 @@ class Stage:
     task_start: PerTask = field(default_factory=PerTask)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     trainable: Trainable = field(default_factory=Trainable)
-    image_cache: str | None = None
+    embedding_cache: str | None = None
     teacher: TeacherConfig | None = None
     carry_optimizer: bool = False
     gradient_cache: GradientCache | Literal["auto"] | None = None

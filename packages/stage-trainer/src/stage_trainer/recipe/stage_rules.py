@@ -55,7 +55,7 @@ def _check_pairs(model: ModelConfig, stage: Stage, here: str) -> None:
         low, high = getattr(stage.augmentation, name)
         if low > high:
             raise UserError(f"{here}: augmentation.{name} is [{low:g}, {high:g}]; expected the lower one first")
-    _check_image_cache(stage, here)
+    _check_embedding_cache(stage, here)
     _check_teacher(stage, here)
     dims = stage.loss.dims
     if not dims or len(set(dims)) < len(dims):
@@ -79,7 +79,7 @@ def _check_pairs(model: ModelConfig, stage: Stage, here: str) -> None:
     _check_tasks(stage, here)
 
 
-def _check_image_cache(stage: Stage, here: str) -> None:
+def _check_embedding_cache(stage: Stage, here: str) -> None:
     """Fixed views, and embeddings that are kept of them."""
     a = stage.augmentation
     if a.views == 1 and (a.flip or a.color):
@@ -87,18 +87,18 @@ def _check_image_cache(stage: Stage, here: str) -> None:
             f"{here}: augmentation.views is 1, the image as it is, so 'flip' and 'color' change nothing; leave them "
             "out, or raise 'views'"
         )
-    if stage.image_cache is None:
+    if stage.embedding_cache is None:
         return
     for found, wanted in (
         (stage.trainable.image != "none" and f"trainable.image is {stage.trainable.image!r}", "set it to 'none'"),
-        (not stage.batch.image_text and "batch.image_text is 0", "raise it, or leave 'image_cache' out"),
+        (not stage.batch.image_text and "batch.image_text is 0", "raise it, or leave 'embedding_cache' out"),
         (not a.views and "augmentation.views is 0, so every draw of an image is another", "set it to 1 or more"),
         (any(rate for _, rate in stage.patch_dropout) and "'patch_dropout' is above 0", "leave it out"),
         (stage.loss.views and "loss.image_views is true", "set it to false"),
     ):
         if found:
             raise UserError(
-                f"{here}: 'image_cache' keeps the embeddings of images that never change, and {found}; {wanted}"
+                f"{here}: 'embedding_cache' keeps the embeddings of images that never change, and {found}; {wanted}"
             )
 
 

@@ -68,14 +68,14 @@ class _Stated:
 
     def __init__(self, cls: type, values: dict[str, object], weights: str | None, where: str):
         self.stated, self.weights = set(values), weights
-        self.config = build_config(cls, _completed(values) if weights else values, where)
+        self.config = build_config(cls, _completed(cls, values) if weights else values, where)
 
     def value(self, name: str) -> Any:
         """None if the weights determine it."""
         return None if self.weights and name not in self.stated else getattr(self.config, name)
 
 
-def _completed(values: dict[str, object]) -> dict[str, object]:
+def _completed(cls: type, values: dict[str, object]) -> dict[str, object]:
     """`values` with placeholders for the weights' values of settings that a configuration checks against others."""
     missing: dict[str, object] = {}
     if "width" in values:
@@ -84,7 +84,7 @@ def _completed(values: dict[str, object]) -> dict[str, object]:
         missing["width"] = 64 * heads
     if values.get("adapters"):
         missing["lora_rank"] = 1
-    elif values.get("lora_rank"):
+    elif values.get("lora_rank") and "adapters" in fields_of(cls):
         missing["adapters"] = ("the weights' own",)
     return {**missing, **values}
 

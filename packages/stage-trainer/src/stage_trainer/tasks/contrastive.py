@@ -85,7 +85,7 @@ class ContrastiveTask(Task):
     def prepare(self, model: nn.Module, batches: StageBatches, device: torch.device, phase: Phase) -> None:
         """Embeddings of images, where the image tower is frozen and the stage keeps them."""
         assert isinstance(model, DualEncoder)
-        if self.stage.image_cache is not None:
+        if self.stage.embedding_cache is not None:
             resolution = model.vision.config.resolution
             assert isinstance(resolution, int)  # a stage's, as set_up_segment set it
             keep_embeddings(model.vision, batches, self.stage, Pass(resolution, self.recipe.precision, device), phase)
@@ -133,7 +133,7 @@ class ContrastiveTask(Task):
         )
         text, vision = model.text.config, model.vision.config
         work = step_flops(text, vision, shape, trainable=stage.trainable, dims=stage.loss.dims).model
-        return work - (vision_flops(vision, shape, "none").model if stage.image_cache and images else 0)
+        return work - (vision_flops(vision, shape, "none").model if stage.embedding_cache and images else 0)
 
     def make_validation(self, engine: Engine, tokenizer: Tokenizer) -> Validation:
         pools = PoolValidation(self.data, self.recipe.evaluation.pools, engine)

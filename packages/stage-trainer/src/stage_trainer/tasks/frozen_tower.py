@@ -43,11 +43,11 @@ def keep_embeddings(tower: VisionTower, batches: StageBatches, stage: Stage, how
         tower: on its device.
         phase: entered for each pass.
     """
-    assert stage.image_cache is not None
+    assert stage.embedding_cache is not None
     config = {name: value for name, value in asdict(tower.config).items() if name not in _OF_NO_INFLUENCE}
     weights = digest_of(tower, config)
     origin = origin_of(weights, how.resolution, how.precision, stage.augmentation, batches.seed)
-    frozen = FrozenImages(Path(stage.image_cache).expanduser(), batches.image_sources, origin)
+    frozen = FrozenImages(Path(stage.embedding_cache).expanduser(), batches.image_sources, origin)
     local = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
     # Then what other machines have in folders of their own.
