@@ -90,7 +90,7 @@ def test_what_contradicts_a_cache_is_refused(train, run):
         assert message in done.stderr
     recipe = ["--recipe", train.recipe, "--stage", 1]
     done = run("stage-trainer", "embed", *recipe, *FROZEN, "augmentation.views=1", fails=True)
-    assert "stage 1 keeps no embeddings" in done.stderr
+    assert "stage 1 reads no embeddings from the disk" in done.stderr
 
 
 @pytest.mark.full

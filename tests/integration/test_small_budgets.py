@@ -11,7 +11,7 @@ IMAGES = "data.image_text=[{path: image-short/drawn}]"
 DRAWN = {
     "lit": (
         "model.vision_weights=finished/vision", "model.text_weights=finished/text", "batch={image_text: 16}", IMAGES,
-        "embedding_cache=kept",
+        "embedding_cache=kept", "model.text={dropout: 0.1}",
     ),
     "teacher": (
         "model.weights=finished", "teacher.model=finished", "teacher.folder=said", "batch={text: 16}",
