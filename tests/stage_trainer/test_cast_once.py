@@ -39,7 +39,7 @@ class Engine:
                 nn.init.normal_(parameter, std=0.1)
         model.text.set_trainable(trains, adapter=next(iter(text.adapters), None))
         if trains == "adapters":
-            model.vision.set_trainable("none")
+            model.vision.set_trainable("adapters" if vision.lora_rank else "none")
         self.objective, self.once = ContrastiveObjective(model, LossConfig(dims=(32, 16)), "bf16"), once
 
     def upload(self, part):
@@ -91,6 +91,8 @@ WAYS = {
     "plain": {"text": TEXT},
     "adapters": {},
     "adapters alone": {"trains": "adapters"},
+    "both towers' adapters": {"vision": replace(VISION, lora_rank=2)},
+    "both towers' adapters alone": {"vision": replace(VISION, lora_rank=2), "trains": "adapters"},
     "checkpointing": {"text": replace(LORA, checkpointing=True), "vision": replace(VISION, checkpointing=True)},
     "JinaBERT with adapters": {"text": replace(LORA, positions="alibi", mlp="geglu")},  # a Linear of it has no bias
 }

@@ -58,6 +58,8 @@ TABLE = [
     *(["export", "model", "out", "--format=open-clip", f"--repository={value}"]
       for value in ("", "name", "a/b/c", "a/b\n")),
     ["export", "model", "out", "--repository=a/b"], ["export", "model", "out", "--format=open-clip", "--lora=kept"],
+    *(["embed", f"--recipe={value}", "--stage=1"] for value in ("", "missing", "data", LONG)),
+    *(["embed", f"--stage={value}"] for value in ("", "0", "nan", "1.5")),
     *(["encode", value, "data", "--out=x.npy"] for value in ("", "missing", "file", "data", LONG)),
     *(["encode", "model", value, "--out=x.npy"] for value in ("", "missing", "file", "model", "/dev/null", LONG)),
     *(["encode", "model", "data", f"--out={value}"] for value in

@@ -123,6 +123,7 @@ CANNOT_BE_MEANT = {
     "loss.temperature=other": "Input should be 'each', 'shared' or 'fixed'",
     "max_tokens=129": "max_tokens is 129, more than the text tower takes",
     "trainable.text=adapters": "model.text.adapters names none",
+    "trainable.image=adapters": "model.vision.lora_rank is 0",
     "model.vision=null": "'model.vision' is missing",
     "model.vision.width=128": "model.text.width is 64 and model.vision.width 128",
     "model.vision.resolution=32": "model.vision.resolution is set by each stage's 'resolution'",
@@ -226,6 +227,7 @@ def test_the_best_of_a_stage_that_measures_nothing_is_refused(recipes):
         ["model.text_weights=somewhere", "model.text={heads: 7}", "max_tokens=4096"],
         ["model.text_weights=somewhere", "model.text={adapters: [a]}", "trainable.text=adapters"],
         ["model.text_weights=somewhere", "model.text={lora_rank: 4}"],
+        ["model.vision_weights=somewhere", "model.vision={lora_rank: 4}", "trainable.image=adapters"],
         ["model.vision_weights=somewhere", "model.vision={}", "resolution=[[0, 13]]"],
     ],
 )

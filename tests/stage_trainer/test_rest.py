@@ -19,6 +19,7 @@ WAY = (
     ("trainable={image: all, text: all}", (TEXT, BOTH, LOST)),
     ("trainable={image: all, text: none}", (IMAGES, IMAGES, IMAGES)),
     ("trainable={image: all, text: all}", (BOTH, BOTH)),
+    ("trainable={image: adapters, text: none}", (IMAGES,)),
 )
 """What trains in each part, an engine of its own that goes on with the state of the one before, and its steps."""
 ZERO = (0, 1, 2, 3)
@@ -29,6 +30,7 @@ SETTINGS = (
     "lr={image: 0.01, text: 0.005}",
     "model.text.adapters=[a, b]",
     "model.text.lora_rank=2",
+    "model.vision.lora_rank=2",
     "model.temperature=1.0",
     "layer_decay={image: 0.9, text: 0.8}",
     f"loss={{dims: [32, 16], min_temperature: {FLOOR}}}",
@@ -68,10 +70,11 @@ def test_a_checkpoint_counts_the_steps_of_each_parameter(found, first):
     after_second, last = counts[1], counts[-1]
     assert after_second["vision.cls_token"] == after_second["logit_scale"] == 1
     assert after_second["text_logit_scale"] == 2 + 2
-    assert last["vision.cls_token"] == last["logit_scale"] == 1 + 3 + 2
+    assert last["vision.cls_token"] == 1 + 3 + 2
+    assert last["logit_scale"] == last["vision.blocks.0.mlp.fc2.lora_B"] == 1 + 3 + 2 + 1
     assert last["text.emb_ln.weight"] == 2 + 0 + 2
     assert last["text_logit_scale"] == 2 + 2 + 0 + 2
-    assert max(count for name, count in last.items() if ".lora_A" in name) == 2 + 2 + 0 + 2
+    assert max(count for name, count in last.items() if ".lora_A_" in name) == 2 + 2 + 0 + 2
 
 
 def test_a_temperature_stays_at_its_floor_under_every_zero_stage(found):
@@ -96,7 +99,7 @@ def a_batch(tasks, rows=slice(None)):
 def an_engine():
     from test_step import PlainEngine
 
-    return PlainEngine(dtype=torch.float32, adapters=("a", "b"), temperature=1.0)
+    return PlainEngine(dtype=torch.float32, adapters=("a", "b"), temperature=1.0, image_rank=2)
 
 
 def torch_alone(recipe_of) -> tuple[list, list, int]:

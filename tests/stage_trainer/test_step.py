@@ -38,13 +38,16 @@ LOSSES = {
 class PlainEngine:
     """No DeepSpeed, one or several ranks whose gradients are averaged after the last backward pass."""
 
-    def __init__(self, kind="multi_task", dtype=torch.float64, adapters=("a",), temperature=0.07, **block):
+    def __init__(
+        self, kind="multi_task", dtype=torch.float64, adapters=("a",), temperature=0.07, image_rank=0, **block
+    ):
         torch.manual_seed(0)
         text = TextTowerConfig(
             vocab_size=50, width=32, layers=2, heads=2, mlp_width=64, dropout=0.1, lora_rank=2, adapters=adapters,
             **block,
         )  # fmt: skip
-        vision = VisionTowerConfig(resolution=24, patch=8, width=32, layers=2, heads=2, mlp_width=48)
+        shape = {"resolution": 24, "patch": 8, "width": 32, "layers": 2, "heads": 2, "mlp_width": 48}
+        vision = VisionTowerConfig(**shape, lora_rank=image_rank)
         model = DualEncoder(TextTower(text), VisionTower(vision), temperature=temperature).to(dtype).train()
         for name, parameter in model.named_parameters():
             if "lora" in name:

@@ -41,7 +41,7 @@ def test_a_pass_of_images_takes_what_the_profiler_measures(profiled_peak, config
         out.sum().backward()
         tower.zero_grad()
 
-    assert peak_of(trace_images(config, images, dropout, Target.of(CPU, precision), True, False)) == pytest.approx(
+    assert peak_of(trace_images(config, images, dropout, Target.of(CPU, precision), "all", False)) == pytest.approx(
         profiled_peak(run), rel=0.05
     )
 
@@ -75,9 +75,9 @@ def test_a_pass_of_texts_takes_what_the_profiler_measures(profiled_peak, config,
 def test_depth_is_extended_exactly(monkeypatch, device, checkpointing):
     config = replace(VISION, layers=7, checkpointing=checkpointing)
     target = Target.of(device, "bf16" if device.bf16 else "fp32")
-    extended = trace_images(config, 8, 0.25, target, True, False)
+    extended = trace_images(config, 8, 0.25, target, "all", False)
     monkeypatch.setattr("stage_trainer.plan.trace.DEPTH", 7)
-    walked = trace_images.__wrapped__(config, 8, 0.25, target, True, False)
+    walked = trace_images.__wrapped__(config, 8, 0.25, target, "all", False)
     assert (extended.forward, extended.held, extended.gradients) == (walked.forward, walked.held, walked.gradients)
     assert peak_of(extended) == pytest.approx(peak_of(walked), rel=0.01)
 
@@ -85,7 +85,9 @@ def test_depth_is_extended_exactly(monkeypatch, device, checkpointing):
 def test_a_gpu_is_planned_with_its_own_ways():
     """Where there is no GPU, too: its kernels keep no scores, and LayerNorm works in float32 there."""
     long = replace(VISION, resolution=160)
-    gpu, cpu = (trace_images(long, 4, 0.0, Target.of(d, "bf16"), True, False).held for d in (DEVICES["h100-80gb"], CPU))
+    gpu, cpu = (
+        trace_images(long, 4, 0.0, Target.of(d, "bf16"), "all", False).held for d in (DEVICES["h100-80gb"], CPU)
+    )
     scores = long.layers * 4 * long.heads * (long.num_patches + 1) ** 2 * 2
     assert cpu > gpu + scores / 2
     text = [trace_texts(TEXT, 20, 24, Target.of(d, "bf16"), "all", False).held for d in (DEVICES["h100-80gb"], CPU)]
@@ -97,13 +99,13 @@ def test_towers_that_are_compiled_in_training_are_not_in_a_plan(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **options: compiled.append(options))
     target = Target.of(CPU, "bf16")
-    trace_images.__wrapped__(replace(VISION, compile=True), 4, 0.0, target, True, False)
+    trace_images.__wrapped__(replace(VISION, compile=True), 4, 0.0, target, "all", False)
     trace_texts.__wrapped__(replace(TEXT, compile=True), 4, 24, target, "all", False)
     assert not compiled
 
 
 def test_what_does_not_learn_keeps_nothing():
-    frozen = trace_images(VISION, 8, 0.0, Target.of(CPU, "fp32"), False, False)
+    frozen = trace_images(VISION, 8, 0.0, Target.of(CPU, "fp32"), "none", False)
     assert frozen.backward == ()
     assert frozen.gradients == 0
     assert frozen.held == 8 * VISION.width * 4

@@ -16,7 +16,7 @@ class Part:
     """Images and texts to embed in one forward pass.
 
     Attributes:
-        images: uint8 `[I, 3, R, R]`, already augmented, or None.
+        images: uint8 `[I, 3, R, R]`, already augmented; of a frozen tower its embeddings, float32 `[I, D]`; or None.
         image_seeds: `[I]` int64, the seed of each image's patch dropout.
         texts: in one packed sequence, or None.
         text_seeds: int64, one for each text, for dropout.
@@ -49,6 +49,7 @@ class Batch(Part):
         negatives: K.
         text_ids: `[P]` int64, equal for pairs about the same item.
         scores: `[P]` float64, how alike the texts of a pair are; None of pairs that are not graded.
+        teacher: `[P, T]` float32, a teacher's embedding of each pair; None without one.
     """
 
     image_ids: Tensor
@@ -56,6 +57,7 @@ class Batch(Part):
     negatives: int
     text_ids: Tensor
     scores: Tensor | None = None
+    teacher: Tensor | None = None
 
 
 @dataclass(frozen=True)

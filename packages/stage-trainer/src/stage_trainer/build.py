@@ -118,13 +118,13 @@ def _read_text(path: str, config: TextTowerConfig) -> TextTower:
 
 
 def _read_vision(path: str, config: VisionTowerConfig) -> VisionTower:
-    """From a directory or a file, or timm's weights of that name (`timm/eva02_…`)."""
+    """From a directory or a file, or timm's weights of that name (`timm/eva02_…`). Adapters that they lack are new."""
     options = weights.reading_options(config, weights.given(path, "vision")[0])
     if Path(path).exists():
         return VisionTower.from_pretrained(path, **{"num_classes": 0, **options})  # without a head, if they have one
     published = VisionTower.from_timm(path.removeprefix("timm/"), pretrained=True)
     tower = VisionTower(dataclasses.replace(published.config, **options))
-    tower.load_state_dict(published.state_dict())
+    tower.load_state_dict(tower.state_dict() | published.state_dict())  # its adapters, if it has any, stay new
     return tower
 
 

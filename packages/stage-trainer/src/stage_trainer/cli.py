@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from stage_trainer.commands import demo, encode, evaluate, export, mteb, plan, push, report, search, train
+from stage_trainer.commands import demo, embed, encode, evaluate, export, mteb, plan, push, report, search, train
 from stage_trainer.errors import Stopped, is_user_error
 from stage_trainer.run.forwarding import unpack
 
@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (train, plan, export, evaluate, mteb, report, search, demo, encode, push):
+    for module in (train, plan, export, evaluate, mteb, report, search, demo, embed, encode, push):
         module.add(commands)
     return top
 

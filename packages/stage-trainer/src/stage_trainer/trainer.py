@@ -150,6 +150,7 @@ class Trainer:
             self.say(f"going on from step {self.start} of {self.stage.steps} ({where})")
         self.stop = self.task.set_up_segment(model, self.start, optimizer)
         model.to(self.device)
+        self.task.prepare(model, self.data, self.device, lambda: self.watch.phase("load"))
         self.choice = self._planned(lambda: self.task.choose_chunks(min(self.start, last), self.stop, self.device))
         if self.choice:
             self.say(self.choice.line)

@@ -32,7 +32,7 @@ RECIPES_OWN = {
 _FROM_WEIGHTS_BY_DEFAULT = ("max_length", "resolution")  # those of them that a recipe may leave to the weights
 _FIXED = ("vocab_size", "width", "layers", "heads", "mlp_width", "patch", "mlp_ratio", "attention_norm", "positions",
           "mlp", "token_types")  # fmt: skip
-_ADAPTERS = ("adapters", "lora_rank", "lora_alpha")
+_ADAPTERS = ("adapters", "lora_rank", "lora_alpha")  # weights without any leave them to the recipe
 
 
 def tower_weights(model: ModelConfig, tower: str, fetch: bool) -> str | None:
@@ -100,8 +100,8 @@ def decided(model: ModelConfig, tower: str, given: Any, unsettled: frozenset[str
             f"model.override.{tower}.{name} is {_plain(override[name])}, but {holder} {_plain(_held(name, given))}; a "
             "shape cannot be overridden: leave it out, or name other weights"
         )
+    own |= {*_ADAPTERS} if not given.lora_rank else set()
     if tower == "text":
-        own |= {*_ADAPTERS} if not given.adapters else set()
         chosen = tuple(stated.get("adapters") or ())
         if chosen and set(chosen) <= set(given.adapters):  # a subset contradicts nothing
             own |= {"adapters"}

@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from vision_tower.attention import HALF, Attend, attend
 from vision_tower.config import VisionTowerConfig
+from vision_tower.lora import linear
 from vision_tower.packed import ByLength
 from vision_tower.positions import rotate
 
@@ -123,11 +124,11 @@ class SelfAttention(nn.Module):
         super().__init__()
         width = config.width
         self.heads = config.heads
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width, bias=False)
-        self.v_proj = nn.Linear(width, width)
+        self.q_proj = linear(config, width, width)
+        self.k_proj = linear(config, width, width, bias=False)
+        self.v_proj = linear(config, width, width)
         self.norm = LayerNorm(width, eps=config.layer_norm_eps) if config.attention_norm else nn.Identity()
-        self.proj = nn.Linear(width, width)
+        self.proj = linear(config, width, width)
 
     def forward(
         self, x: Tensor, rotary: Tensor, backend: str | Attend, layout: ByLength | None = None, class_only: bool = False
@@ -172,10 +173,10 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: VisionTowerConfig) -> None:
         super().__init__()
-        self.fc1_g = nn.Linear(config.width, config.mlp_width)
-        self.fc1_x = nn.Linear(config.width, config.mlp_width)
+        self.fc1_g = linear(config, config.width, config.mlp_width)
+        self.fc1_x = linear(config, config.width, config.mlp_width)
         self.norm = LayerNorm(config.mlp_width, eps=config.layer_norm_eps)
-        self.fc2 = nn.Linear(config.mlp_width, config.width)
+        self.fc2 = linear(config, config.mlp_width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = products(x, self.fc1_g, self.fc1_x)

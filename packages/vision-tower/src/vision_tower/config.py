@@ -92,6 +92,8 @@ class VisionTowerConfig:
         layer_norm_eps: of every LayerNorm.
         mean, std: of each RGB channel in 0 … 1, as the weights were trained; CLIP's by default.
         crop_pct, crop_mode, interpolation: how an image is brought to its size (`preprocess`), in timm's terms.
+        lora_rank: rank of the adapter (`lora`) on every product of the blocks; 0 for none.
+        lora_alpha: the adapter is scaled by `lora_alpha / lora_rank`.
         checkpointing: recompute the blocks in the backward pass: less memory, about a third more time.
         attention: one of `BACKENDS`. "sdpa" is PyTorch's; "xformers" and "flash-attn" need a GPU and the package;
             "auto" is xFormers where it is installed and the tower is on a GPU. Like the next two a setting of the
@@ -120,6 +122,8 @@ class VisionTowerConfig:
     crop_pct: float = 1.0
     crop_mode: str = "center"
     interpolation: str = "bicubic"
+    lora_rank: int = 0
+    lora_alpha: float = 1.0
     checkpointing: bool = False
     attention: str = "sdpa"
     compile: bool = False
@@ -135,6 +139,9 @@ class VisionTowerConfig:
             if number > (most := MOST_LAYERS if name == "layers" else LARGEST):
                 raise ValueError(f"{name} is {value!r}; expected at most {most:,}")
             object.__setattr__(self, name, number)
+        if (rank := whole(self.lora_rank)) is None or not 0 <= rank <= 2**16:
+            raise ValueError(f"lora_rank is {self.lora_rank!r}; expected an integer from 0 to {2**16}")
+        object.__setattr__(self, "lora_rank", rank)
         for name in ("mean", "std"):
             numbers = getattr(self, name)
             numbers = tuple(numbers) if isinstance(numbers, tuple | list) else (numbers,)
@@ -146,7 +153,7 @@ class VisionTowerConfig:
             object.__setattr__(self, name, tuple(map(float, numbers)))
         check_crop(self.crop_pct, self.crop_mode, self.interpolation)
         object.__setattr__(self, "crop_pct", float(self.crop_pct))
-        for name in ("mlp_ratio", "rope_theta", "layer_norm_eps"):
+        for name in ("mlp_ratio", "rope_theta", "layer_norm_eps", "lora_alpha"):
             value = getattr(self, name)
             if not is_number(value) or not 0 < value < float("inf"):
                 raise ValueError(f"{name} is {value!r}; expected a positive number")

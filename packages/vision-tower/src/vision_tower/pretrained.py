@@ -28,6 +28,7 @@ from vision_tower.foreign import (
     processor_settings,
     processor_values,
 )
+from vision_tower.lora import add_fresh_adapters, is_adapter, lacks_adapters
 from vision_tower.timm_models import (
     DIRECTORY_KEYS,
     TIMM_ENTRY,
@@ -74,7 +75,9 @@ def save(tower: VisionTower, path: str | PathLike[str]) -> None:
             f"{VisionTowerConfig.layer_norm_eps:g}: what is saved is for VisionTower alone",
             stacklevel=2,
         )
-    ours = {key: value for key, value in asdict(config).items() if key not in OF_THE_MACHINE}
+    timms = timms and not config.lora_rank  # timm has no adapters: `VisionTower.merged` is for it
+    left_out = OF_THE_MACHINE if config.lora_rank else (*OF_THE_MACHINE, "lora_rank", "lora_alpha")
+    ours = {key: value for key, value in asdict(config).items() if key not in left_out}
     processor = processor_values(config) if timms else None
     content = {"model_type": MODEL_TYPE} if not timms else timm_keys(config, with_processor=processor is not None)
     with whole_directory(target) as directory:
@@ -318,6 +321,8 @@ def _with_weights(
     with torch.device("meta"):
         tower = cls(config)
     expected = tower.state_dict()
+    if lacks_adapters(tower, weights):
+        expected = {key: value for key, value in expected.items() if not is_adapter(key)}
     shapes = {key: (list(weights[key].shape), list(expected[key].shape)) for key in expected.keys() & weights.keys()}
     wrong = {f"{key} {found} where {wanted} is needed" for key, (found, wanted) in shapes.items() if found != wanted}
     missing, unknown = expected.keys() - weights.keys(), weights.keys() - expected.keys()
@@ -339,5 +344,7 @@ def _with_weights(
             f"a {height}x{width} grid. {'; '.join(problems)}. Use the config.json that was written with these weights"
         )
     # Copies: the tensors of a file may be mapped from it.
-    tower.load_state_dict({key: weights[key].to(torch.float32, copy=True) for key in expected}, assign=True)
+    copies = {key: weights[key].to(torch.float32, copy=True) for key in expected}
+    tower.load_state_dict(copies, strict=False, assign=True)  # what may be missing are adapters
+    add_fresh_adapters(tower)
     return tower

@@ -16,6 +16,7 @@ from vision_tower.attention import Attend, choose_backend
 from vision_tower.blocks import Block, PatchEmbed, initialize, lowered
 from vision_tower.config import Resolution, VisionTowerConfig, as_pair, grid_of
 from vision_tower.encode import encode as _encode
+from vision_tower.lora import is_adapter, merged_state_dict
 from vision_tower.packed import ByLength, PackedPatches
 from vision_tower.patches import patchify, resample_position_table
 from vision_tower.positions import rotary_table
@@ -234,12 +235,27 @@ class VisionTower(nn.Module):
         names = [name for name, _ in self.named_parameters()]
         return {n: 1 + int(n.split(".")[1]) if n.startswith("blocks.") else others.get(n, 0) for n in names}
 
-    def set_trainable(self, what: Literal["all", "none"]) -> VisionTower:
-        """Chooses what learns: all parameters or none. Returns the tower.
+    def merged(self) -> VisionTower:
+        """The tower without its adapter, which is added to a copy of the weights; itself if it has none."""
+        if not self.config.lora_rank:
+            return self
+        with torch.device("meta"):
+            tower = VisionTower(replace(self.config, lora_rank=0))
+        ours = {parameter.data_ptr() for parameter in self.parameters()}
+        weights = merged_state_dict(self).items()
+        tower.load_state_dict({n: t.clone() if t.data_ptr() in ours else t for n, t in weights}, assign=True)
+        return tower.train(self.training)
+
+    def set_trainable(self, what: Literal["all", "adapters", "none"]) -> VisionTower:
+        """Chooses what learns: all parameters, the adapter alone, or none. Returns the tower.
 
         Raises:
-            ValueError: another word.
+            ValueError: another word, or "adapters" of a tower that has none.
         """
-        if what not in ("all", "none"):
-            raise ValueError(f"trainable is {what!r}; a vision tower knows 'all' and 'none'")
-        return self.requires_grad_(what == "all")
+        if what not in ("all", "adapters", "none"):
+            raise ValueError(f"trainable is {what!r}; a vision tower knows 'all', 'adapters' and 'none'")
+        if what == "adapters" and not self.config.lora_rank:
+            raise ValueError("this tower has no adapter to train; give it a lora_rank, or train 'all'")
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(what == "all" or (what == "adapters" and is_adapter(name)))
+        return self

@@ -70,7 +70,7 @@ def starting_point(task: Task, state: RunState, tokenizer: Tokenizer) -> tuple[n
 def settings(recipe: Recipe, number: int) -> dict[str, Any]:
     """What must not change between two runs of a stage: everything that affects its numbers."""
     everything = dataclasses.asdict(recipe)
-    how = ("deepspeed", "gradient_cache")  # what they change is rounding
+    how = ("deepspeed", "gradient_cache", "embedding_cache")  # what they change is rounding
     stage = {k: v for k, v in everything["stages"][number - 1].items() if k not in how}
     tree = {k: v for k, v in everything.items() if k in ("model", "optimizer", "seed", "precision")}
     # A folder may be moved, also to a URL; what is in it has a fingerprint of its own.

@@ -82,6 +82,8 @@ def run(arguments: argparse.Namespace) -> None:
     model = DualEncoder.from_pretrained(found)
     if model.logit_bias is not None and arguments.format == "onnx":
         print("not in this directory: the sigmoid loss's biases, for which graphs have no place; vectors need none")
+    if model.vision.config.lora_rank and arguments.format != "trilith":
+        print("the image tower's adapter is merged into its weights")
     name = arguments.repository or arguments.out.resolve().name
 
     def card_of(become: common.Adapters) -> str:

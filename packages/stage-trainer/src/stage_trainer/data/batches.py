@@ -18,6 +18,7 @@ from stage_trainer.batch import Batch
 from stage_trainer.data.config import DataConfig
 from stage_trainer.data.drawn import Corrupt, Drawn
 from stage_trainer.data.file_checks import FileChecks
+from stage_trainer.data.frozen_images import FrozenImages, view, view_seed
 from stage_trainer.data.lanes import SourceOrder
 from stage_trainer.data.pieces import IMAGES, PIECE, BatchesInPieces
 from stage_trainer.data.remote_data import RemotePlace, check_room, look_ahead, newly_fetched, open_place, place
@@ -25,6 +26,7 @@ from stage_trainer.data.sampler import Draw, Draws, TaskSampler
 from stage_trainer.data.samples import SampleCache, shard_errors_explained
 from stage_trainer.data.sections import Piece, Samples, Section, batch_of
 from stage_trainer.data.stateless_rng import key
+from stage_trainer.data.taught_texts import TaughtTexts
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import Source, Stage
 
@@ -46,6 +48,9 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         self.stage, self.seed, self.rank, self.world = stage, seed, rank, world
         self.tokenizer = tokenizer
         self.cache = SampleCache(data.cache_megabytes, data.max_pixels)
+        # What is read from the disk in the place of pixels, or beside texts; set by `Task.prepare`.
+        self.frozen: FrozenImages | None = None
+        self.taught: TaughtTexts | None = None
         self._last: dict[int, tuple[int, Draws]] = {}  # by sampler: a step's draws for all of its pieces
         self.image_sources = [_open(data, s, stage.batch.image_text, ("image-",)) for s in stage.data.image_text]
         self.text_sources = [_open(data, s, stage.batch.text, ("text-",)) for s in stage.data.text]
@@ -97,13 +102,16 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
 
     def pieces(self, step: int) -> int:
         images = self._size(step, "image_text")
-        return -(-images // max(1, min(IMAGES, PIECE // self._image_bytes(step)))) if images else 1
+        most = PIECE // self._image_bytes(step)
+        return -(-images // max(1, most if self.frozen else min(IMAGES, most))) if images else 1
 
     def piece_bytes(self, step: int) -> int:
         return self._image_bytes(step) * -(-self._size(step, "image_text") // self.pieces(step))
 
     def _image_bytes(self, step: int) -> int:
-        """Of an image with its views."""
+        """Of an image with its views; of an embedding, whose width is not known here, what a wide one has."""
+        if self.frozen:
+            return 2**14
         return 3 * self.stage.resolution_at(step) ** 2 * (1 + self.stage.loss.views)
 
     def _size(self, step: int, kind: str) -> int:
@@ -136,27 +144,45 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
             samples.drawn.squared_tokens += int((lengths**2).sum())
         seeds, ids = (np.array(numbers, dtype=np.int64) for numbers in (samples.seeds, samples.ids))
         scores = None if samples.scores is None else np.array(samples.scores, dtype=np.float64)
-        return Section(seeds, ids, texts, samples.drawn, scores)
+        teacher = torch.stack(samples.teacher).numpy() if samples.teacher else None
+        return Section(seeds, ids, texts, samples.drawn, scores, teacher)
 
     def _images(self, step: int, share: tuple[int, int]) -> tuple[Samples, torch.Tensor | None, list[list[int]]]:
         """A share of this rank's captioned images of a step: (samples, pixels, seeds of the views)."""
-        found, views = Samples(), self.stage.loss.views
+        found, views, pixels = Samples(), self.stage.loss.views, None
         seeds: list[list[int]] = [[] for _ in range(views)]
-        start, size, a = self.stage.task_start.image_text, self.stage.resolution_at(step), self.stage.augmentation
+        start, size = self.stage.task_start.image_text, self.stage.resolution_at(step)
         draws = self._draws(self.image_sampler, self.image_sources, step - start, share)
-        pixels = torch.empty(1 + views, len(draws), 3, size, size, dtype=torch.uint8)
         for row, draw in enumerate(draws):
             data = self.image_sources[draw.source]
-            decoded, content = self._sample(data, draw.index, found.drawn)
+            index, decoded, content = self._sample(data, draw.index, found.drawn, self.frozen or self.cache)
             seed = self._seed(data, draw)
             assert decoded is not None  # content_of guarantees it
-            pixels[0, row] = augment(decoded, seed, size, scale=a.scale, ratio=a.ratio, flip=a.flip, color=a.color)
+            shown = self._shown(decoded, size, seed, view_seed(self.seed, data, index))
+            if pixels is None:
+                pixels = shown.new_empty(1 + views, len(draws), *shown.shape)
+            pixels[0, row] = shown
             for number, of_all in enumerate(seeds):
                 of_all.append(key(seed, "view", number))
-                pixels[1 + number, row] = simclr_view(decoded, of_all[-1], size, flip=a.flip)
+                pixels[1 + number, row] = simclr_view(decoded, of_all[-1], size, flip=self.stage.augmentation.flip)
             caption = self._choose(content["captions"], seed, data, found.drawn)["text"]
             found.add(seed, content["item"], _name(data), caption=[caption])
-        return found, pixels if draws else None, seeds
+        return found, pixels, seeds
+
+    def _shown(self, decoded: torch.Tensor, size: int, seed: int, of_views: int) -> torch.Tensor:
+        """What a step gets of an image: uint8 `[3, R, R]`, or of a frozen tower the embedding `[D]`.
+
+        Args:
+            decoded: the pixels, or the embeddings of its fixed views.
+            seed: of this draw; of_views: of the fixed views.
+        """
+        a = self.stage.augmentation
+        number = key(seed, "view") % a.views if a.views else 0
+        if self.frozen:
+            return decoded[number]
+        if a.views:
+            return view(decoded, size, a, of_views, number)
+        return augment(decoded, seed, size, scale=a.scale, ratio=a.ratio, flip=a.flip, color=a.color)
 
     def _pairs(self, step: int, share: tuple[int, int]) -> Samples:
         """A share of this rank's text pairs of a step."""
@@ -166,12 +192,14 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
             found.scores = []
         for draw in self._draws(self.text_sampler, self.text_sources, step - start, share):
             data = self.text_sources[draw.source]
-            _, content = self._sample(data, draw.index, found.drawn)
+            _, _, content = self._sample(data, draw.index, found.drawn, self.taught or self.cache)
             seed = self._seed(data, draw)
             query, target, hard = self._texts(content, seed, draw.source, found.drawn)
             found.add(seed, content["item"], _name(data), query=[query], target=[target], negative=hard)
             if found.scores is not None:
                 found.scores.append(content["score"])
+            if self.taught:
+                found.teacher.append(content["teacher"])
         return found
 
     def joined(self, step: int, pieces: Iterable[Piece]) -> tuple[Batch, Drawn]:
@@ -189,13 +217,15 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         draws, (i, of) = self._last[id(sampler)][1], share
         return draws.within(len(draws) * i // of, len(draws) * (i + 1) // of)
 
-    def _sample(self, data: Dataset, index: int, drawn: Drawn) -> tuple[torch.Tensor | None, dict[str, Any]]:
-        """(pixels, texts) of a sample, or of the one that takes its place."""
+    def _sample(
+        self, data: Dataset, index: int, drawn: Drawn, samples: SampleCache | FrozenImages | TaughtTexts
+    ) -> tuple[int, torch.Tensor | None, dict[str, Any]]:
+        """(its number, pixels, texts) of a sample, or of the one that takes its place."""
         for attempt in range(REPLACEMENTS):
             try:
-                pixels, content = self.cache.sample(data, index)
+                pixels, content = samples.sample(data, index)
                 self._check(data, index, content)
-                return pixels, content
+                return index, pixels, content
             except (ShardError, ImageError) as error:
                 shard, name = data.name(index)
                 drawn.corrupt.append(Corrupt(str(data.directory / shard), name, str(error)))

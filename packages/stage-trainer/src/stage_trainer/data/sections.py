@@ -17,7 +17,7 @@ from stage_trainer.data.stateless_rng import key
 @dataclass
 class Samples:
     """Of each sample its seed, the key of what it shows, and its source; its texts by their part in the batch; what was
-    drawn for all of them; and the scores of graded pairs, None of others."""
+    drawn for all of them; the scores of graded pairs, None of others; and a teacher's embedding of each pair."""
 
     seeds: list[int] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
@@ -25,6 +25,7 @@ class Samples:
     texts: dict[str, list[str]] = field(default_factory=dict)
     drawn: Drawn = field(default_factory=Drawn)
     scores: list[float] | None = None
+    teacher: list[torch.Tensor] = field(default_factory=list)
 
     def add(self, seed: int, item: object, source: str, **texts: Sequence[str]) -> None:
         self.seeds.append(seed)
@@ -37,7 +38,8 @@ class Samples:
 @dataclass(frozen=True)
 class Section:
     """Samples of one kind in a piece: seeds and ids int64 `[n]`; of each part's texts the tokens, all in a row, and the
-    length of each; of graded pairs the scores, float64 `[n]`. Arrays, which travel between processes without shared
+    length of each; of graded pairs the scores, float64 `[n]`; of
+    taught ones the teacher's vectors, float32 `[n, T]`. Arrays, which travel between processes without shared
     memory."""
 
     seeds: np.ndarray
@@ -45,6 +47,7 @@ class Section:
     texts: dict[str, tuple[np.ndarray, np.ndarray]]
     drawn: Drawn
     scores: np.ndarray | None
+    teacher: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ def batch_of(pieces: Iterable[Piece], images: int, negatives: int) -> tuple[Batc
     parts = {"caption": seeds, "query": pair_seeds, "target": pair_seeds, "negative": np.repeat(pair_seeds, negatives)}
     text_seeds = [key(seed, part, i) for part, of in parts.items() for i, seed in enumerate_within(of.tolist())]
     scores = [section.scores for section in of_pairs if section.scores is not None]
+    taught = [section.teacher for section in of_pairs if section.teacher is not None]
     batch = Batch(
         images=None if pixels is None else pixels.flatten(0, 1),
         image_seeds=torch.from_numpy(np.concatenate([seeds, view_seeds])),
@@ -89,6 +93,7 @@ def batch_of(pieces: Iterable[Piece], images: int, negatives: int) -> tuple[Batc
         negatives=negatives,
         text_ids=torch.from_numpy(np.concatenate([section.ids for section in of_pairs])),
         scores=torch.from_numpy(np.concatenate(scores)) if scores else None,
+        teacher=torch.from_numpy(np.concatenate(taught)) if taught else None,
     )
     return batch, drawn
 

@@ -98,6 +98,7 @@ then scale to length one.{tasks}"""
 
 
 def _adapters(adapters: Adapters, name: str, form: str) -> str:
+    """Of the text tower; the image tower's is merged wherever there is a card."""
     if adapters.merged:
         lost = ", ".join(f"`{adapter}`" for adapter in adapters.left_out)
         rest = f" The adapters {lost} are not in this directory." if lost else ""

@@ -42,7 +42,7 @@ def write(model: DualEncoder, out: Path, lora: str, card: Callable[[Adapters], s
     """Writes the directory, completely or not at all.
 
     Args:
-        model: its text tower is replaced if an adapter is merged into it.
+        model: a tower is replaced if an adapter is merged into it; an image tower's always is.
         lora: "merged" adds the text tower's default adapter to its weights, for good. "kept" leaves the weights without
             it and writes each adapter as a PEFT folder, `text/NAME`; such a directory is not sentence-transformers',
             which would encode with the bare weights and say nothing.
@@ -56,6 +56,7 @@ def write(model: DualEncoder, out: Path, lora: str, card: Callable[[Adapters], s
     adapters = Adapters(merged=names[:1], left_out=names[1:]) if lora == "merged" else Adapters(kept=names)
     if adapters.merged:
         model.text = model.text.merged()
+    model.vision = model.vision.merged()
     with whole_directory(out) as directory:
         model.write_into(directory, layout="peft" if adapters.kept else "transformers")
         if not adapters.kept:

@@ -84,6 +84,7 @@ def write(
     check_rotary(model.text.config)
     check_fits(model.vision.config)
     merge = lora == "merged" and bool(adapters)
+    model.vision = model.vision.merged()  # the layout has no adapters of images
     text = model.text.merged() if merge else model.text
     if text.tokenizer is None:
         raise UserError("the text tower has no tokenizer, which the directory needs; set model.text.tokenizer")

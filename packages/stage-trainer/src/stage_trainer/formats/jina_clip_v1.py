@@ -62,6 +62,7 @@ def write(
             "are those of its own grid, as they are; a tower that is trained with reference_grid null can be exported"
         )
     text = model.text.merged() if adapters else model.text
+    model.vision = model.vision.merged()
     if text.tokenizer is None:
         raise UserError("the text tower has no tokenizer, which the directory needs; set model.text.tokenizer")
     if text.tokenizer.pad != text.config.pad_id:

@@ -54,6 +54,7 @@ def write(model: DualEncoder, out: Path, repository: str | None, card: Callable[
     names = model.text.config.adapters
     if names:
         model.text = model.text.merged()
+    model.vision = model.vision.merged()
     adapters = Adapters(merged=names[:1], left_out=names[1:])
     assert model.text.tokenizer is not None  # `check` saw it
     weights = named(model.text.state_dict(), model.vision.state_dict())

@@ -114,7 +114,7 @@ def step_flops(
         towers += vision_flops(vision, shape, trainable.image)
     if cached:
         towers += Flops(recomputed=towers.forward)
-    learns = "all" in (trainable.image, trainable.text) or trainable.text == "adapters"
+    learns = (trainable.image, trainable.text) != ("none", "none")
     return towers + loss_flops(shape, max(dims, default=text.width), learns)
 
 
@@ -162,12 +162,21 @@ def vision_flops(config: VisionTowerConfig, shape: StepShape, trainable: str = "
     blocks = (config.layers - 1) * block(tokens) + block(1)
     patch_projection = 2 * patches * 3 * config.patch**2 * width
     forward = shape.images * (blocks + patch_projection)
+    # The adapter: two thin products for each token beside each of a block's matrices.
+    halves = 4 * width, 4 * width + 3 * (width + hidden)  # keys and values; queries, projection and MLP
+    columns = (config.layers - 1) * tokens * sum(halves) + tokens * halves[0] + halves[1]
+    adapters = 2 * shape.images * config.lora_rank * columns
+    forward += adapters
     if trainable == "none":
         return Flops(forward)
     # Pixels have no gradient. A block is recomputed up to its last saved input, that of the MLP's last product.
-    backward = shape.images * (2 * blocks + patch_projection)
+    backward = shape.images * (2 * blocks + patch_projection) + 2 * adapters
+    if trainable == "adapters":  # gradients of inputs and of attention, none of weights, nor of the first block's input
+        weights = (config.layers - 1) * (8 * tokens * width**2 + mlp(tokens)) + 4 * (tokens + 1) * width**2 + mlp(1)
+        first = 6 * tokens * (width**2 + config.lora_rank * width)
+        backward -= shape.images * (weights + first + patch_projection)
     last = (config.layers - 1) * mlp(tokens) // 3 + mlp(1) // 3
-    return Flops(forward, backward, shape.images * (blocks - last) if config.checkpointing else 0)
+    return Flops(forward, backward, shape.images * (blocks - last) + adapters if config.checkpointing else 0)
 
 
 def loss_flops(shape: StepShape, dim: int, learns: bool = True) -> Flops:

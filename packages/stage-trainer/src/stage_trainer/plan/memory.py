@@ -198,14 +198,18 @@ def passes(
     (images, texts), nothing = chunk, Pass(0, 0, (), 0)
     vision = replace(model.vision, checkpointing=setting.checkpointing_image)
     text = replace(model.text, checkpointing=setting.checkpointing_text)
-    target, learns = Target.of(device, model.precision), model.trainable.image == "all"
+    target, trainable = Target.of(device, model.precision), model.trainable
     cast = target.bf16 and setting.cache is not None and setting.zero < 3
-    image = trace_images(vision, images, model.patch_dropout, target, learns, again[0], cast) if images else nothing
+    image = (
+        trace_images(vision, images, model.patch_dropout, target, trainable.image, again[0], cast)
+        if images
+        else nothing
+    )
     if vision.compile and not vision.checkpointing and device.kind == "cuda":
         image = image.keeping(COMPILED)
     return (
         image,
-        trace_texts(text, texts, sizes.length, target, model.trainable.text, again[1], cast) if texts else nothing,
+        trace_texts(text, texts, sizes.length, target, trainable.text, again[1], cast) if texts else nothing,
     )
 
 

@@ -16,7 +16,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import count
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from text_tower import PackedTokens, TextTower, TextTowerConfig
@@ -214,7 +214,7 @@ def trace_images(
     images: int,
     patch_dropout: float,
     target: Target,
-    learns: bool,
+    trainable: Literal["all", "adapters", "none"],
     again: bool,
     cast: bool = False,
 ) -> Pass:
@@ -226,13 +226,13 @@ def trace_images(
         images: of one forward pass.
         patch_dropout: share of the patches that images lose.
         target: what computes.
-        learns: whether the tower is trained.
+        trainable: what of the tower is trained, as in a recipe.
         again: whether gradients of the weights are there already, and added to.
         cast: whether weights are cast before it, once for several passes.
     """
     with torch.device("meta"):
         tower = VisionTower(replace(config, layers=min(config.layers, DEPTH), attention="sdpa", compile=False))
-    tower.set_trainable("all" if learns else "none")
+    tower.set_trainable(trainable)
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         tower.to_empty(device=target.device)
@@ -251,7 +251,7 @@ def trace_texts(
     config: TextTowerConfig, texts: int, length: int, target: Target, trainable: str, again: bool, cast: bool = False
 ) -> Pass:
     """A pass of so many texts of `length` tokens; only their product matters, and the embeddings. The rest as
-    `trace_images`, with `trainable` as in a recipe."""
+    `trace_images`."""
     with torch.device("meta"):
         tower = TextTower(replace(config, layers=min(config.layers, DEPTH), attention="sdpa", compile=False))
     tower.set_trainable(trainable)

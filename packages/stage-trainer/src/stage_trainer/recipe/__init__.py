@@ -2,6 +2,7 @@
 
 from stage_trainer.recipe.loss import LossConfig
 from stage_trainer.recipe.schema import (
+    AugmentationConfig,
     BatchSizes,
     GradientCache,
     ModelConfig,
@@ -17,6 +18,7 @@ from stage_trainer.recipe.schema import (
 )
 
 __all__ = [
+    "AugmentationConfig",
     "BatchSizes",
     "GradientCache",
     "LossConfig",

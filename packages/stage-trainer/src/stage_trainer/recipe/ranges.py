@@ -91,6 +91,7 @@ OF_STAGE = {
     "augmentation.scale": FACTOR,
     "augmentation.ratio": ABOVE_ZERO,
     "augmentation.color": PART,
+    "augmentation.views": ZERO_OR_MORE,
 }
 
 

@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from stage_trainer.errors import UserError
 from stage_trainer.recipe.limits import MAX_PIXELS, LimitsConfig
 from stage_trainer.recipe.loss import LossConfig
+from stage_trainer.recipe.teacher import TeacherConfig
 from stage_trainer.recipe.values import STRICT, Float, Int, Lanes
 
 _T = TypeVar("_T")
@@ -54,9 +55,9 @@ class Rates:
 
 @dataclass(frozen=True, config=STRICT)
 class Trainable:
-    """Which parameters train: `all`, `none`, or of the text tower only the LoRA `adapters`."""
+    """Which parameters of each tower train: `all`, `none`, or only the LoRA `adapters`."""
 
-    image: Literal["all", "none"] = "all"
+    image: Literal["all", "adapters", "none"] = "all"
     text: Literal["all", "adapters", "none"] = "all"
 
 
@@ -113,12 +114,16 @@ class MaskingConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class AugmentationConfig:
-    """Random resized crops of training images: share of the area kept, aspect ratios, flips, colour jitter."""
+    """Random resized crops of training images: share of the area kept, aspect ratios, flips, colour jitter.
+
+    With `views` an image has so many fixed views, of which each draw takes one, instead of a new one each time: the
+    first is the image as in inference, the others are augmented once. 1 is no augmentation."""
 
     scale: tuple[Float, Float] = (0.9, 1.0)
     ratio: tuple[Float, Float] = (0.75, 1.3333)
     flip: bool = False
     color: Float = 0.0
+    views: Int = 0
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -135,6 +140,9 @@ class GradientCache:
 class Stage:
     """One stage. `resolution` and `patch_dropout` are lists of [from_step, value]. It starts from the previous stage's
     model, and with `carry_optimizer` also from its optimizer's moments, by parameter name.
+
+    `embedding_cache` is a folder for the embeddings of an image tower that does not train: each image's fixed views
+    (`augmentation.views`) go through it once, when the stage starts or by `stage-trainer embed`, and then no more.
 
     A stage with `batch.masked_lm` trains only the text tower, to predict masked words. Fields for images, pairs or
     embeddings do not apply to it, and it needs no `resolution` and no `loss`."""
@@ -154,6 +162,8 @@ class Stage:
     task_start: PerTask = field(default_factory=PerTask)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     trainable: Trainable = field(default_factory=Trainable)
+    embedding_cache: str | None = None
+    teacher: TeacherConfig | None = None
     carry_optimizer: bool = False
     gradient_cache: GradientCache | Literal["auto"] | None = None
     deepspeed: dict[str, Any] = field(default_factory=dict)
@@ -166,7 +176,7 @@ class Stage:
     @property
     def task(self) -> str:
         """The name of what the stage does (`tasks.TASKS`)."""
-        return "masked_lm" if self.masked else "contrastive"
+        return "masked_lm" if self.masked else "distill" if self.teacher else "contrastive"
 
     def batch_at(self, step: int) -> dict[str, int]:
         """The global batch of a step: {kind: how many}, each kind from its `task_start` on."""
@@ -228,6 +238,9 @@ class ModelConfig:
     and a whole model's temperatures and, if `tokenizer` is left out, its tokenizer. `text` and `vision` need not state
     these, and may state other values only under `override`. Dropout, lengths, checkpointing, attention and compilation
     are the recipe's (`max_length`, if it is left out, the weights').
+
+    A rank in `vision.lora_rank` (with `vision.lora_alpha`) gives the image tower one adapter, `text.lora_rank` with
+    `text.adapters` the text tower one for each name.
 
     `temperature` is the initial value of both temperatures of a new model (None: `NEW_TEMPERATURE`).
     """

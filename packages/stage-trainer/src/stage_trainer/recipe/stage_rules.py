@@ -55,6 +55,8 @@ def _check_pairs(model: ModelConfig, stage: Stage, here: str) -> None:
         low, high = getattr(stage.augmentation, name)
         if low > high:
             raise UserError(f"{here}: augmentation.{name} is [{low:g}, {high:g}]; expected the lower one first")
+    _check_embedding_cache(stage, here)
+    _check_teacher(stage, here)
     dims = stage.loss.dims
     if not dims or len(set(dims)) < len(dims):
         raise UserError(
@@ -75,6 +77,46 @@ def _check_pairs(model: ModelConfig, stage: Stage, here: str) -> None:
             f"{stage.loss.min_temperature:g}; raise the one or lower the other"
         )
     _check_tasks(stage, here)
+
+
+def _check_embedding_cache(stage: Stage, here: str) -> None:
+    """Fixed views, and embeddings that are kept of them."""
+    a = stage.augmentation
+    if a.views == 1 and (a.flip or a.color):
+        raise UserError(
+            f"{here}: augmentation.views is 1, the image as it is, so 'flip' and 'color' change nothing; leave them "
+            "out, or raise 'views'"
+        )
+    if stage.embedding_cache is None:
+        return
+    for found, wanted in (
+        (stage.trainable.image != "none" and f"trainable.image is {stage.trainable.image!r}", "set it to 'none'"),
+        (not stage.batch.image_text and "batch.image_text is 0", "raise it, or leave 'embedding_cache' out"),
+        (not a.views and "augmentation.views is 0, so every draw of an image is another", "set it to 1 or more"),
+        (any(rate for _, rate in stage.patch_dropout) and "'patch_dropout' is above 0", "leave it out"),
+        (stage.loss.views and "loss.image_views is true", "set it to false"),
+    ):
+        if found:
+            raise UserError(
+                f"{here}: 'embedding_cache' keeps the embeddings of images that never change, and {found}; {wanted}"
+            )
+
+
+def _check_teacher(stage: Stage, here: str) -> None:
+    """What can be drawn towards a teacher."""
+    if stage.teacher is None:
+        return
+    if stage.teacher.weight <= 0:
+        raise UserError(f"{here}: teacher.weight is {stage.teacher.weight:g}; expected above 0")
+    if not stage.batch.text:
+        raise UserError(f"{here}: 'teacher' is for the texts of data.text, and batch.text is 0; raise it")
+    if stage.trainable.text == "none":
+        raise UserError(f"{here}: 'teacher' draws the text tower, and trainable.text is 'none'; let it train")
+    if stage.teacher.alone and (stage.loss.kind == "unified" or any(source.graded for source in stage.data.text)):
+        raise UserError(
+            f"{here}: teacher.alone is true, and data.text is contrasted or ranked by loss.kind {stage.loss.kind!r} or "
+            "'graded'; leave 'alone' out"
+        )
 
 
 def _check_schedule(stage: Stage, name: str, here: str) -> None:
@@ -141,17 +183,17 @@ def _check_rates(stage: Stage, here: str) -> None:
 
 # By the rate at which they train; see `ContrastiveObjective.parameter_groups` and `set_trainable`.
 def _learning_towers(stage: Stage) -> dict[str, str]:
-    found = {}
+    found, adapters = {}, "'s adapters"
     if stage.trainable.image != "none" and stage.batch.image_text:
-        found["image"] = "the image tower"
+        found["image"] = f"the image tower{adapters}" if stage.trainable.image == "adapters" else "the image tower"
     if stage.trainable.text != "none":
-        found["text"] = "the text tower's adapters" if stage.trainable.text == "adapters" else "the text tower"
+        found["text"] = f"the text tower{adapters}" if stage.trainable.text == "adapters" else "the text tower"
     return found
 
 
 def _learning_scalars(stage: Stage) -> Iterator[tuple[str, str]]:
     for tower, task, words in (("image", "image_text", "the image-text loss"), ("text", "text", "the text loss")):
-        if getattr(stage.batch, task):
+        if getattr(stage.batch, task) and not (task == "text" and stage.teacher and stage.teacher.alone):
             if stage.loss.learns_temperature(task):
                 yield tower, f"the temperature of {words}"
             if stage.loss.kind == "sigmoid":

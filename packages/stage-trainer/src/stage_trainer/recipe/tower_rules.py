@@ -52,6 +52,8 @@ def check_towers(recipe: Recipe, where: str) -> None:
             raise UserError(f"{here}: loss.dims is {list(stage.loss.dims)}; expected prefixes of 1 to {width}")
         if stage.trainable.text == "adapters" and text.value("adapters") == ():
             raise UserError(f"{here}: trainable.text is 'adapters', but model.text.adapters names none; add one")
+        if stage.trainable.image == "adapters" and vision and vision.value("lora_rank") == 0:
+            raise UserError(f"{here}: trainable.image is 'adapters', but model.vision.lora_rank is 0; raise it")
         patch = vision.value("patch") if vision else None
         for start, resolution in stage.resolution:
             if resolution < (patch or 1):
@@ -66,14 +68,14 @@ class _Stated:
 
     def __init__(self, cls: type, values: dict[str, object], weights: str | None, where: str):
         self.stated, self.weights = set(values), weights
-        self.config = build_config(cls, _completed(values) if weights else values, where)
+        self.config = build_config(cls, _completed(cls, values) if weights else values, where)
 
     def value(self, name: str) -> Any:
         """None if the weights determine it."""
         return None if self.weights and name not in self.stated else getattr(self.config, name)
 
 
-def _completed(values: dict[str, object]) -> dict[str, object]:
+def _completed(cls: type, values: dict[str, object]) -> dict[str, object]:
     """`values` with placeholders for the weights' values of settings that a configuration checks against others."""
     missing: dict[str, object] = {}
     if "width" in values:
@@ -82,7 +84,7 @@ def _completed(values: dict[str, object]) -> dict[str, object]:
         missing["width"] = 64 * heads
     if values.get("adapters"):
         missing["lora_rank"] = 1
-    elif values.get("lora_rank"):
+    elif values.get("lora_rank") and "adapters" in fields_of(cls):
         missing["adapters"] = ("the weights' own",)
     return {**missing, **values}
 

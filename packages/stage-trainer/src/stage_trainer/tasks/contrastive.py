@@ -18,9 +18,10 @@ from stage_trainer.data.batches import StageBatches
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.engine import Engine
 from stage_trainer.plan.auto import Choice, choose
-from stage_trainer.plan.flops import StepShape, kept_patches, step_flops
+from stage_trainer.plan.flops import StepShape, kept_patches, step_flops, vision_flops
 from stage_trainer.recipe import GradientCache
 from stage_trainer.tasks.contrastive_objective import ContrastiveObjective
+from stage_trainer.tasks.frozen_tower import Pass, Phase, keep_embeddings
 from stage_trainer.tasks.gradient_cache import backward_through_chunks, total
 from stage_trainer.tasks.pools import PoolValidation
 from stage_trainer.tasks.task import HEALTH_CHARTS, Charts, Losses, Task, TrainedObjective, Validation
@@ -68,9 +69,10 @@ class ContrastiveTask(Task):
         assert isinstance(model, DualEncoder)
         text, vision = (sum(p.numel() for p in tower.parameters()) for tower in (model.text, model.vision))
         grid = " × ".join(map(str, model.vision.config.grid))
+        with_adapter = " with adapter" if model.vision.config.lora_rank else ""
         return [
             (text, "text with adapter" if model.text.config.adapters else "text"),
-            (vision, f"vision at {self.stage.resolution[-1][1]} px, a grid of {grid} patches"),
+            (vision, f"vision{with_adapter} at {self.stage.resolution[-1][1]} px, a grid of {grid} patches"),
             (text + vision, "together, without the two temperatures"),
         ]
 
@@ -79,6 +81,14 @@ class ContrastiveTask(Task):
         assert isinstance(model, DualEncoder)
         set_resolution(model, self.stage.resolution_at(step), optimizer)
         return min([start for start, _ in self.stage.resolution if start > step] + [self.stage.steps])
+
+    def prepare(self, model: nn.Module, batches: StageBatches, device: torch.device, phase: Phase) -> None:
+        """Embeddings of images, where the image tower is frozen and the stage keeps them."""
+        assert isinstance(model, DualEncoder)
+        if self.stage.embedding_cache is not None:
+            resolution = model.vision.config.resolution
+            assert isinstance(resolution, int)  # a stage's, as set_up_segment set it
+            keep_embeddings(model.vision, batches, self.stage, Pass(resolution, self.recipe.precision, device), phase)
 
     def choose_chunks(self, start: int, stop: int, device: torch.device) -> Choice | None:
         if self.stage.gradient_cache != "auto" and device.type != "cuda":
@@ -122,7 +132,8 @@ class ContrastiveTask(Task):
             unified=stage.loss.unified_pairs(images, pairs),
         )
         text, vision = model.text.config, model.vision.config
-        return step_flops(text, vision, shape, trainable=stage.trainable, dims=stage.loss.dims).model
+        work = step_flops(text, vision, shape, trainable=stage.trainable, dims=stage.loss.dims).model
+        return work - (vision_flops(vision, shape, "none").model if stage.embedding_cache and images else 0)
 
     def make_validation(self, engine: Engine, tokenizer: Tokenizer) -> Validation:
         pools = PoolValidation(self.data, self.recipe.evaluation.pools, engine)

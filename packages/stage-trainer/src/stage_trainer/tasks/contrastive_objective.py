@@ -83,7 +83,9 @@ class ContrastiveObjective(TrainedObjective):
         some = scalars["text"]
         with torch.autocast(some.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             images = texts = some.new_zeros(0, self.model.text.config.width)
-            if part.images is not None:
+            if part.images is not None and part.images.ndim == 2:  # a frozen tower's, from the disk
+                images = part.images
+            elif part.images is not None:
                 keep = None
                 if patch_dropout:
                     keep = patch_keep_indices(part.image_seeds, self.model.vision.config.num_patches, patch_dropout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -162,6 +163,17 @@ class Task(ABC):
         """Prepares a model and its optimizer state for the steps from `step` on; returns the step before which this
         has to be repeated."""
         return self.stage.steps
+
+    def prepare(  # noqa: B027  # most tasks have nothing to prepare
+        self, model: nn.Module, batches: Any, device: torch.device, phase: Callable[[], AbstractContextManager[object]]
+    ) -> None:
+        """Computes what the steps up to the next change of the model read from the disk; every rank has to call.
+
+        Args:
+            model: as `set_up_segment` left it, on the device.
+            batches: of `make_batches`, which no process has begun to read.
+            phase: entered for each part of the work, so that a watch can tell long from stuck.
+        """
 
     def choose_chunks(self, start: int, stop: int, device: torch.device) -> Choice | None:
         """Sets `chunks` for these steps to what fits into memory; every rank has to call. None: nothing was chosen."""

@@ -46,7 +46,7 @@ def write(
     """Writes the directory, completely or not at all; each graph has then run in onnxruntime beside the model.
 
     Args:
-        model: is set to inference; its text tower is replaced if an adapter is merged into it.
+        model: is set to inference; a tower is replaced if an adapter is merged into it.
         out: a directory that does not exist.
         task: the adapter that is added to the text tower's weights, which a graph cannot choose; None for the first,
             if there is one; "none" for the bare weights.
@@ -68,6 +68,7 @@ def write(
     processor = _processor(model.vision.config)
     if names:
         model.text = model.text.merged(task)
+    model.vision = model.vision.merged()
     adapters = Adapters(merged=tuple(merged), left_out=tuple(name for name in names if name not in merged))
     with whole_directory(out) as directory:
         (directory / FOLDER).mkdir()

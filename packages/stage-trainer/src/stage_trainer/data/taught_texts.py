@@ -1,0 +1,70 @@
+"""Text pairs with what a teacher says of them, from the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from data_prep.shards import Dataset, ShardError
+
+from stage_trainer.data.samples import SampleCache
+from stage_trainer.data.stored_vectors import StoredVectors
+from stage_trainer.errors import UserError
+from stage_trainer.recipe.teacher import TeacherConfig
+
+
+class TaughtTexts:
+    """A stage's data sets of text pairs; a sample has the teacher's vector as `teacher` among its texts.
+
+    Args:
+        teacher: names the folder of the vectors.
+        sources: the data sets.
+        cache: gives their texts.
+    """
+
+    def __init__(self, teacher: TeacherConfig, sources: Iterable[Dataset], cache: SampleCache):
+        self.teacher, self.cache = teacher, cache
+        self.stores = {data.directory: _store(teacher, data) for data in sources}
+
+    def sample(self, data: Dataset, index: int) -> tuple[torch.Tensor | None, dict[str, Any]]:
+        """As `SampleCache.sample`, with the vector, float32 `[D]`."""
+        pixels, texts = self.cache.sample(data, index)
+        found = self.stores[data.directory].of(index)
+        if isinstance(found, str):
+            raise ShardError(found)
+        return pixels, {**texts, "teacher": found[0]}
+
+    def check(self) -> int:
+        """The width of the vectors.
+
+        Raises:
+            UserError: some are missing or damaged, or not all of one width.
+        """
+        for store in self.stores.values():
+            wrong = store.missing() or [n for n in range(len(store.data.shard_sizes)) if store.damaged(n)]
+            if wrong:
+                raise UserError(
+                    f"{store.directory} lacks what the teacher {self.teacher.model} says of shard {wrong[0]} of "
+                    f"{store.data.directory}, or it is damaged; run `stage-trainer embed` with this recipe and stage"
+                )
+        widths = {store.width for store in self.stores.values()}
+        if len(widths) != 1:
+            raise UserError(
+                f"the teacher's vectors in {self.teacher.folder} have {sorted(widths)} numbers; expected one width: "
+                "remove the folder and run `stage-trainer embed` again"
+            )
+        return widths.pop()
+
+
+def _store(teacher: TeacherConfig, data: Dataset) -> StoredVectors:
+    origin = {"teacher": teacher.model, "language": teacher.language}
+    return StoredVectors(Path(teacher.folder).expanduser(), data, origin)
+
+
+def read_by_teacher(content: dict[str, Any], language: str | None) -> str | None:
+    """The text of a sample that the teacher reads; None if there is none in its language."""
+    texts = [*content["query"], *content["target"]]
+    found = (text["text"] for text in texts if language in (None, text["language"]))
+    return next(found, None)

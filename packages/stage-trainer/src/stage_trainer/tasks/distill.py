@@ -1,0 +1,135 @@
+"""Distillation: texts are drawn towards a teacher's embeddings of them, alone or beside the contrastive tasks.
+
+The teacher's embeddings are on the disk (`stage-trainer embed`), one for each sample: of a pair in two languages that
+of the text which the teacher reads, towards which both texts go (Reimers and Gurevych, arXiv 2004.09813).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from text_tower.packed import to_device
+from torch import Tensor, nn
+
+from stage_trainer.batch import Batch, Embedded
+from stage_trainer.data.batches import StageBatches
+from stage_trainer.data.taught_texts import TaughtTexts
+from stage_trainer.dual_encoder import DualEncoder
+from stage_trainer.errors import UserError
+from stage_trainer.recipe import LossConfig, Stage
+from stage_trainer.recipe.teacher import TeacherConfig
+from stage_trainer.tasks.contrastive import ContrastiveTask
+from stage_trainer.tasks.contrastive_objective import ContrastiveObjective
+from stage_trainer.tasks.task import Charts, Losses, TrainedObjective
+
+
+class DistillTask(ContrastiveTask):
+    charts: ClassVar[Charts] = ContrastiveTask.charts
+
+    def make_objective(self, model: DualEncoder) -> TrainedObjective:
+        assert self.stage.teacher is not None
+        return DistillObjective(model, self.stage.loss, self.recipe.precision, self.stage.teacher)
+
+    def prepare(
+        self,
+        model: nn.Module,
+        batches: StageBatches,
+        device: torch.device,
+        phase: Callable[[], AbstractContextManager[object]],
+    ) -> None:
+        """Opens the teacher's embeddings; they have to be there."""
+        super().prepare(model, batches, device, phase)
+        teacher = self.stage.teacher
+        assert teacher is not None
+        assert isinstance(model, DualEncoder)
+        taught = TaughtTexts(teacher, batches.text_sources, batches.cache)
+        with phase():
+            found, ours = taught.check(), model.text.config.width
+        if teacher.loss == "cosine" and found > ours:
+            raise UserError(
+                f"the embeddings of {teacher.model} have {found} numbers and this model's {ours}; a cosine compares "
+                "them one by one: set teacher.loss to 'relational'"
+            )
+        batches.taught = taught
+
+
+class DistillObjective(ContrastiveObjective):
+    """The contrastive losses, and that of the teacher. Arguments as for `ContrastiveObjective`, and the teacher's."""
+
+    def __init__(self, model: DualEncoder, loss: LossConfig, precision: str, teacher: TeacherConfig):
+        super().__init__(model, loss, precision)
+        self.teacher = teacher
+
+    def set_trainable(self, stage: Stage) -> None:
+        super().set_trainable(stage)
+        if self.teacher.alone:  # nothing is contrasted that reads them
+            self.logit_scales["text"].requires_grad_(False)
+            if (bias := self.biases.get("text_bias")) is not None:
+                bias.requires_grad_(False)
+
+    def losses(self, embedded: Embedded, batch: Batch, *, pairs: tuple[str, ...], group: Any = None) -> Losses:
+        """Those of `ContrastiveObjective`, of the text task unless the teacher is alone, and "teacher"."""
+        contrasted = tuple(name for name in pairs if name != "text" or not self.teacher.alone)
+        found = super().losses(embedded, batch, pairs=contrasted, group=group) if contrasted else {}
+        if "text" not in pairs or batch.teacher is None:
+            return found
+        captions = len(batch.image_ids)
+        texts = embedded.texts[captions : captions + 2 * batch.pairs]
+        wanted = to_device(batch.teacher, texts.device).repeat(2, 1)
+        loss = teacher_loss(texts, wanted, self.teacher.loss, group)
+        return {**found, "teacher": (self.teacher.weight * loss, None)}
+
+
+def teacher_loss(texts: Tensor, wanted: Tensor, kind: str, group: Any = None) -> Tensor:
+    """How far embeddings are from a teacher's, 0-d float32, over the texts of all ranks.
+
+    Gradients are W times those of this rank's rows, for W ranks, whose gradients are averaged.
+
+    Args:
+        texts: this rank's, float `[N, D]`.
+        wanted: the teacher's, `[N, T]`.
+        kind: "cosine": the mean of 1 - cos, with the first T numbers of ours; "relational": the mean squared difference
+            of the cosines between texts, ours and the teacher's, over all pairs of two of them.
+        group: the ranks that share the batch.
+    """
+    with torch.autocast(texts.device.type, enabled=False):
+        texts, wanted = texts.float(), F.normalize(wanted.float(), dim=-1)
+        if kind == "cosine":
+            near = (F.normalize(texts[:, : wanted.shape[1]], dim=-1) * wanted).sum(-1)
+            return _mean_over_ranks(1 - near, group)
+        own, ours = F.normalize(texts, dim=-1), _gathered(F.normalize(texts, dim=-1), group)
+        differences = (own @ ours.T - wanted @ _gathered(wanted, group).T).square()
+        # A text with itself differs by nothing. Gathered rows have no gradient: by symmetry own rows get half of it.
+        others = max(1, len(ours) - 1)
+        halves = 2 * differences - differences.detach()
+        return _mean_over_ranks(halves.sum(1) / others, group)
+
+
+def _mean_over_ranks(rows: Tensor, group: Any) -> Tensor:
+    """The mean of all ranks' rows, whose gradient is W times that of this rank's."""
+    sums = torch.stack([rows.detach().sum(), rows.new_tensor(float(len(rows)))])
+    world = 1
+    if group is not None:
+        torch.distributed.all_reduce(sums, group=group)
+        world = torch.distributed.get_world_size(group)
+    own = world * rows.sum() / sums[1]
+    return own + (sums[0] / sums[1] - own).detach()
+
+
+def _gathered(rows: Tensor, group: Any) -> Tensor:
+    """The rows of all ranks, of which each may have another number, without their gradient."""
+    rows = rows.detach()
+    if group is None:
+        return rows
+    counts = rows.new_zeros(torch.distributed.get_world_size(group), dtype=torch.int64)
+    counts[torch.distributed.get_rank(group)] = len(rows)
+    torch.distributed.all_reduce(counts, group=group)
+    sizes = counts.tolist()
+    padded = F.pad(rows, (0, 0, 0, max(sizes) - len(rows))).contiguous()
+    found = rows.new_empty(len(sizes) * max(sizes), rows.shape[1])
+    torch.distributed.all_gather_into_tensor(found, padded, group=group)
+    return torch.cat([part[:size] for part, size in zip(torch.split(found, max(sizes)), sizes, strict=True)])
