@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import mmap
 import os
 import tempfile
 import threading
@@ -18,12 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 
-from data_prep.shards import MANIFEST, Dataset, ShardError, ShardUnavailable, index_name
+from data_prep.shards import MANIFEST, Dataset, Shard, ShardError, ShardUnavailable
 
 from stage_trainer.data.config import DataConfig
 from stage_trainer.data.download import FULL, Failure, check_command, fetch
 from stage_trainer.data.prefetch import Prefetcher
-from stage_trainer.data.sampler import TaskSampler
 from stage_trainer.data.shard_cache import CacheFolder, locked, part_name, ranks_here, try_lock
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import RemoteConfig
@@ -78,14 +78,14 @@ class RemotePlace:
             raise UserError(f"{self.address.shown(MANIFEST)}: {failure}; check the recipe's address of it") from failure
 
 
-def open_place(where: str | Path | RemotePlace) -> Dataset:
-    """The data set at a folder or elsewhere.
+def open_place(where: str | Path | RemotePlace, *, check: bool = True) -> Dataset:
+    """The data set at a folder or elsewhere; of a folder every file is looked at, unless `check` is false.
 
     Raises:
         ShardError, FileNotFoundError: it is missing or damaged.
         UserError: its manifest cannot be fetched.
     """
-    return where.open() if isinstance(where, RemotePlace) else Dataset.open(where)
+    return where.open() if isinstance(where, RemotePlace) else Dataset.open(where, check=check)
 
 
 def manifest_of(address: Address, settings: RemoteConfig) -> bytes:
@@ -99,46 +99,6 @@ def manifest_of(address: Address, settings: RemoteConfig) -> bytes:
         return path.read_bytes()
 
 
-def look_ahead(data_sets: Sequence[Dataset], sampler: TaskSampler, number: int, rank: int, world: int) -> None:
-    """Tells remote data sets which shards a rank reads for batch `number` and next, so that they prefetch them."""
-    if any(isinstance(data, RemoteDataset) for data in data_sets):
-        for data, shards in zip(data_sets, sampler.shards_ahead(number, rank, world), strict=True):
-            if isinstance(data, RemoteDataset):
-                data.expect(shards, rank)
-
-
-def newly_fetched(data_sets: Sequence[Dataset]) -> int:
-    """Bytes of remote data that this process has fetched since it was last asked."""
-    return sum(data.take_fetched() for data in data_sets if isinstance(data, RemoteDataset))
-
-
-def check_room(
-    settings: RemoteConfig, read: Sequence[tuple[Sequence[Dataset], TaskSampler | None]], rank: int, world: int
-) -> None:
-    """UserError if the cache's limit is too small for the shards of a step and those that come next, of all ranks of
-    this machine.
-
-    Args:
-        read: the data sets of each task, with the sampler that draws from them.
-    """
-    if settings.gigabytes is None:
-        return
-    shards: dict[RemoteDataset, set[int]] = {}
-    for data_sets, sampler in read:
-        if sampler is None:
-            continue
-        for other in ranks_here(rank):
-            for data, ahead in zip(data_sets, sampler.shards_ahead(0, other, world), strict=True):
-                if isinstance(data, RemoteDataset):
-                    shards.setdefault(data, set()).update(ahead)
-    needed = sum(data.bytes_of(list(numbers)) for data, numbers in shards.items())
-    if needed > settings.gigabytes * 1e9:
-        raise UserError(
-            f"remote.gigabytes is {settings.gigabytes:g}, but a step and the windows of shards that come next need "
-            f"{needed / 1e9:.3g}; set it higher, leave it out for no limit, or lower data.lanes"
-        )
-
-
 def fetch_sidecars(data_sets: Sequence[Dataset]) -> None:
     """Fetches all sidecars of remote data sets.
 
@@ -147,7 +107,7 @@ def fetch_sidecars(data_sets: Sequence[Dataset]) -> None:
     """
     for data in data_sets:
         if isinstance(data, RemoteDataset):
-            names = [index_name(shard["name"]) for shard in data.manifest["shards"]]
+            names = (data.shard(number).index for number in range(len(data.shards)))
             with ThreadPoolExecutor(data.settings.downloads) as pool:
                 for _ in pool.map(data.fetch, names):
                     pass
@@ -170,26 +130,38 @@ class RemoteDataset(Dataset):
         folder = address.folder
         name = f"{folder.name}@{hashlib.sha256(raw).hexdigest()[:16]}"
         cache = Path(settings.cache).expanduser()
-        super().__init__(cache / folder.with_name(name), raw)
         self.address, self.settings, self.since = address, settings, since
         self._raw = raw
+        self._counting, self._fetched = threading.Lock(), 0
         self._cache = CacheFolder(cache, settings.gigabytes)
-        shards = self.manifest["shards"]
-        self._files: dict[str, tuple[int, str]] = {s["name"]: (s["bytes"], s["sha256"]) for s in shards}
-        self._files |= {index_name(s["name"]): (s["index_bytes"], s["index_sha256"]) for s in shards}
+        # Sizes and checksums of files, as they come into use: there may be a hundred thousand.
+        self._files: dict[str, tuple[int, str]] = {}
+        super().__init__(cache / folder.with_name(name), raw)
         self._expected: list[int] | None = None
         self._prefetcher: Prefetcher | None = None
         self._held: dict[str, FileIO] = {}
         self._verified: set[int] = set()
-        self._counting, self._fetched = threading.Lock(), 0
 
     def __reduce__(self) -> tuple[object, ...]:
         return RemoteDataset, (self.address, self.settings, self._raw, self.since)
 
     def bytes_of(self, shards: Sequence[int]) -> int:
         """Bytes of some shards with their sidecars."""
-        entries = [self.manifest["shards"][number] for number in shards]
-        return sum(entry["bytes"] + entry["index_bytes"] for entry in entries)
+        entries = self.shards[list(shards)]
+        return int(entries["bytes"].sum() + entries["index_bytes"].sum())
+
+    def shard(self, number: int) -> Shard:
+        """As `Dataset.shard`."""
+        found = super().shard(number)
+        self._files |= found.files
+        return found
+
+    def check(self, *, verify: bool = False) -> None:
+        """Nothing: files are compared with the manifest when they are fetched."""
+
+    def _content(self, name: str, size: int, sha256: str) -> mmap.mmap | bytes:
+        self._files[name] = size, sha256  # of the table of shards, which names the others
+        return super()._content(name, size, sha256)
 
     def read(self, index: int) -> dict[str, bytes]:
         """As `Dataset.read`; a copy that was damaged after it was fetched is fetched once more."""
@@ -204,15 +176,15 @@ class RemoteDataset(Dataset):
 
     def _discard_damaged(self, number: int) -> bool:
         """Removes the copy of a tar if its checksum is no longer the manifest's; returns whether it did."""
-        entry = self.manifest["shards"][number]
-        with self.open_file(entry["name"]) as file:
-            if number in self._verified or hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]:
+        entry = self.shard(number)
+        with self.open_file(entry.name) as file:
+            if number in self._verified or hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256:
                 self._verified.add(number)  # so the error is in the data set itself
                 return False
-        (self.directory / entry["name"]).unlink(missing_ok=True)
+        (self.directory / entry.name).unlink(missing_ok=True)
         with self._lock:
             self._open_shards.pop(number, None)
-        self._held.pop(entry["name"], None)
+        self._held.pop(entry.name, None)
         return True
 
     def open_file(self, name: str) -> FileIO:
@@ -249,8 +221,7 @@ class RemoteDataset(Dataset):
             threads = -(-self.settings.downloads // len(ranks_here(rank)))
             self._prefetcher = Prefetcher(self, lock, threads)
         if self._prefetcher is not None:
-            tars = [self.manifest["shards"][number]["name"] for number in shards]
-            names = [name for tar in tars for name in (index_name(tar), tar)]
+            names = [name for number in shards for name in reversed(self.shard(number).files)]  # sidecars first
             for name in [n for n in list(self._held) if n not in names]:
                 del self._held[name]
             self._prefetcher.want([name for name in names if name not in self._held])
