@@ -20,8 +20,9 @@ from stage_trainer.data.drawn import Corrupt, Drawn
 from stage_trainer.data.file_checks import FileChecks
 from stage_trainer.data.frozen_images import FrozenImages, view, view_seed
 from stage_trainer.data.lanes import SourceOrder
+from stage_trainer.data.look_ahead import check_room, look_ahead, newly_fetched
 from stage_trainer.data.pieces import IMAGES, PIECE, BatchesInPieces
-from stage_trainer.data.remote_data import RemotePlace, check_room, look_ahead, newly_fetched, open_place, place
+from stage_trainer.data.remote_data import RemotePlace, open_place, place
 from stage_trainer.data.sampler import Draw, Draws, TaskSampler
 from stage_trainer.data.samples import SampleCache, shard_errors_explained
 from stage_trainer.data.sections import Piece, Samples, Section, batch_of
@@ -79,7 +80,9 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
             return None
         # The same data set may stand twice, with other settings: each has an order of its own.
         lanes = self.stage.data.lane_count
-        orders = [SourceOrder(s.shard_sizes, key(self.seed, s.source, s.kind, i), lanes) for i, s in enumerate(sets)]
+        orders = [
+            SourceOrder(s.shards["samples"], key(self.seed, s.source, s.kind, i), lanes) for i, s in enumerate(sets)
+        ]
         return TaskSampler(orders, [s.rate for s in sources], batch, one_source=one)
 
     def _hard_negatives(self) -> int:

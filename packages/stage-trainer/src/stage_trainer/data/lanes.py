@@ -34,16 +34,14 @@ class SourceOrder:
         window: shards whose samples are shuffled together, in each lane.
     """
 
-    def __init__(self, shard_sizes: Sequence[int], seed: int, lanes: int):
+    def __init__(self, shard_sizes: Sequence[int] | np.ndarray, seed: int, lanes: int):
         sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.seed, self.samples = seed, int(sizes.sum())
         self.lanes = max(1, min(lanes, int(np.count_nonzero(sizes))))
         self.window = -(-WINDOW // self.lanes)
         row = permutation(len(sizes), key("lanes"))
         self._row = row[sizes[row] > 0]
-        self._firsts = (np.cumsum(sizes) - sizes)[
-            self._row
-        ]  # each shard's first sample; all of these in the row's order
+        self._firsts = (np.cumsum(sizes) - sizes)[self._row]  # each shard's first sample; all in the row's order
         self._stops = np.cumsum(sizes[self._row])
         self._sample_starts, self._shards = np.sort(self._firsts), np.sort(self._row)
         self._turns = np.argsort(spread(self.lanes))  # of each lane

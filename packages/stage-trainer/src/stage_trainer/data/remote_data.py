@@ -24,7 +24,6 @@ from data_prep.shards import MANIFEST, Dataset, Shard, ShardError, ShardUnavaila
 from stage_trainer.data.config import DataConfig
 from stage_trainer.data.download import FULL, Failure, check_command, fetch
 from stage_trainer.data.prefetch import Prefetcher
-from stage_trainer.data.sampler import TaskSampler
 from stage_trainer.data.shard_cache import CacheFolder, locked, part_name, ranks_here, try_lock
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import RemoteConfig
@@ -100,46 +99,6 @@ def manifest_of(address: Address, settings: RemoteConfig) -> bytes:
         return path.read_bytes()
 
 
-def look_ahead(data_sets: Sequence[Dataset], sampler: TaskSampler, number: int, rank: int, world: int) -> None:
-    """Tells remote data sets which shards a rank reads for batch `number` and next, so that they prefetch them."""
-    if any(isinstance(data, RemoteDataset) for data in data_sets):
-        for data, shards in zip(data_sets, sampler.shards_ahead(number, rank, world), strict=True):
-            if isinstance(data, RemoteDataset):
-                data.expect(shards, rank)
-
-
-def newly_fetched(data_sets: Sequence[Dataset]) -> int:
-    """Bytes of remote data that this process has fetched since it was last asked."""
-    return sum(data.take_fetched() for data in data_sets if isinstance(data, RemoteDataset))
-
-
-def check_room(
-    settings: RemoteConfig, read: Sequence[tuple[Sequence[Dataset], TaskSampler | None]], rank: int, world: int
-) -> None:
-    """UserError if the cache's limit is too small for the shards of a step and those that come next, of all ranks of
-    this machine.
-
-    Args:
-        read: the data sets of each task, with the sampler that draws from them.
-    """
-    if settings.gigabytes is None:
-        return
-    shards: dict[RemoteDataset, set[int]] = {}
-    for data_sets, sampler in read:
-        if sampler is None:
-            continue
-        for other in ranks_here(rank):
-            for data, ahead in zip(data_sets, sampler.shards_ahead(0, other, world), strict=True):
-                if isinstance(data, RemoteDataset):
-                    shards.setdefault(data, set()).update(ahead)
-    needed = sum(data.bytes_of(list(numbers)) for data, numbers in shards.items())
-    if needed > settings.gigabytes * 1e9:
-        raise UserError(
-            f"remote.gigabytes is {settings.gigabytes:g}, but a step and the windows of shards that come next need "
-            f"{needed / 1e9:.3g}; set it higher, leave it out for no limit, or lower data.lanes"
-        )
-
-
 def fetch_sidecars(data_sets: Sequence[Dataset]) -> None:
     """Fetches all sidecars of remote data sets.
 
@@ -173,6 +132,7 @@ class RemoteDataset(Dataset):
         cache = Path(settings.cache).expanduser()
         self.address, self.settings, self.since = address, settings, since
         self._raw = raw
+        self._counting, self._fetched = threading.Lock(), 0
         self._cache = CacheFolder(cache, settings.gigabytes)
         # Sizes and checksums of files, as they come into use: there may be a hundred thousand.
         self._files: dict[str, tuple[int, str]] = {}
@@ -181,7 +141,6 @@ class RemoteDataset(Dataset):
         self._prefetcher: Prefetcher | None = None
         self._held: dict[str, FileIO] = {}
         self._verified: set[int] = set()
-        self._counting, self._fetched = threading.Lock(), 0
 
     def __reduce__(self) -> tuple[object, ...]:
         return RemoteDataset, (self.address, self.settings, self._raw, self.since)
