@@ -23,8 +23,10 @@ fi
 .venv/bin/python -m pip install --quiet uv
 . launch/certificates.sh
 .venv/bin/uv pip install --quiet --python .venv/bin/python --constraint launch/constraints.txt --group dev \
-  -e packages/contrastive-losses -e packages/text-tower -e packages/vision-tower -e 'packages/stage-trainer[onnx,parquet,report]' \
+  -e packages/contrastive-losses -e packages/text-tower -e packages/vision-tower -e 'packages/stage-trainer[onnx,parquet,report,mteb]' \
   -e 'data_prep[corpus,parquet,datasets,pdf,ray,captions,curation,negatives,test]'
+# Of what CLIP_benchmark asks for, only its measure of written captions needs what is not here: 100 MB of Java.
+.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --constraint launch/constraints.txt clip-benchmark
 # Python keeps what it compiles of a module that it imports, but not under PYTHONDONTWRITEBYTECODE, which many containers
 # set: there each process would spend half of its start on compiling.
 env -u PYTHONDONTWRITEBYTECODE DS_ACCELERATOR=cpu .venv/bin/python -W ignore -c \

@@ -292,7 +292,7 @@ def swap(trial: Trial) -> None:
     trial.begin()
     trial.killed()
     one, other = trial.draw.sample(trial.task.shards(trial.folder), 2)
-    suffixes = trial.draw.choice(((".tar", ".index.jsonl"), (".tar",)))
+    suffixes = trial.draw.choice(((".tar", ".index.npy"), (".tar",)))
 
     def exchange() -> None:
         for suffix in suffixes:

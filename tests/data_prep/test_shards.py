@@ -11,10 +11,12 @@ import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
-from data_prep.shards import Dataset, DatasetWriter, ShardError, ShardUnavailable
+from data_prep.shards import Dataset, DatasetWriter, ShardError, ShardUnavailable, writer
 from data_prep.shards.files import _header
 from data_prep.shards.format import parse_json
+from lines import as_lines
 
 import data_prep
 
@@ -22,16 +24,16 @@ import data_prep
 def test_same_samples_give_same_bytes(write_dataset):
     one, two = write_dataset("one"), write_dataset("two")
     names = sorted(path.name for path in one.iterdir())
-    assert names == [*sorted(f"0000{n}.{end}" for n in range(3) for end in ("tar", "index.jsonl")), "manifest.json"]
+    assert names == [*sorted(f"0000{n}.{end}" for n in range(3) for end in ("tar", "index.npy")), "manifest.json"]
     assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
 
 
 def test_tarfile_finds_every_member_at_the_offset_that_the_sidecar_gives(write_dataset):
     directory = write_dataset()
-    for index in sorted(directory.glob("*.index.jsonl")):
-        rows = [json.loads(line) for line in index.read_text().splitlines()]
-        places = {f"{row['key']}.{end}": place for row in rows for end, place in row["members"].items()}
-        with tarfile.open(directory / index.name.replace("index.jsonl", "tar")) as tar:
+    for index in sorted(directory.glob("*.index.npy")):
+        rows = np.load(index, mmap_mode="r")  # numpy's own reader
+        places = {f"{row['key'].decode()}.{end}": row[end].tolist() for row in rows for end in ("png", "json")}
+        with tarfile.open(directory / index.name.replace("index.npy", "tar")) as tar:
             assert {info.name: [info.offset_data, info.size] for info in tar.getmembers()} == places
             assert all((info.mtime, info.uid, info.gid, info.uname) == (0, 0, 0, "") for info in tar.getmembers())
 
@@ -80,7 +82,7 @@ def test_threads_and_worker_processes_read_what_one_reader_reads(write_dataset):
     assert pickle.loads(pickle.dumps(dataset)).read(6) == alone[6]
 
 
-@pytest.mark.parametrize("name", ["00001.tar", "00001.index.jsonl"])
+@pytest.mark.parametrize("name", ["00001.tar", "00001.index.npy"])
 def test_missing_file_is_named(write_dataset, name):
     directory = write_dataset()
     (directory / name).unlink()
@@ -88,7 +90,7 @@ def test_missing_file_is_named(write_dataset, name):
         Dataset.open(directory)
 
 
-@pytest.mark.parametrize("name", ["00001.tar", "00001.index.jsonl"])
+@pytest.mark.parametrize("name", ["00001.tar", "00001.index.npy"])
 def test_half_written_file_is_named(write_dataset, name):
     directory = write_dataset()
     data = (directory / name).read_bytes()
@@ -118,8 +120,10 @@ def test_no_manifest_no_folder_and_another_schema_say_what_to_do(write_dataset, 
     directory = write_dataset()
     manifest = directory / "manifest.json"
     text = manifest.read_text()
-    manifest.write_text(text.replace("trilith-shards/1", "trilith-shards/9"))
-    with pytest.raises(ShardError, match="schema 'trilith-shards/9', expected 'trilith-shards/1'"):
+    manifest.write_text(text.replace("trilith-shards/2", "trilith-shards/9"))
+    with pytest.raises(
+        ShardError, match="schema 'trilith-shards/9', expected 'trilith-shards/2' or 'trilith-shards/1'"
+    ):
         Dataset.open(directory)
     manifest.write_text(text[:50])
     with pytest.raises(ShardError, match=r"manifest\.json: not a manifest"):
@@ -186,8 +190,8 @@ def test_a_manifest_of_other_types_is_one_message(write_dataset, change, message
         lambda row: row.pop("tokens"),
     ],
 )
-def test_a_sidecar_of_other_types_is_one_message(write_dataset, change):
-    directory = write_dataset()
+def test_a_line_of_a_sidecar_of_other_types_is_one_message(write_dataset, change):
+    directory = as_lines(write_dataset())
     path, manifest = directory / "00000.index.jsonl", json.loads((directory / "manifest.json").read_bytes())
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     change(rows[1])
@@ -211,8 +215,8 @@ def test_a_shard_that_goes_missing_is_unavailable_and_its_samples_still_have_nam
     directory = write_dataset()
     dataset = Dataset.open(directory)
     (directory / "00000.tar").unlink()
-    (directory / "00001.index.jsonl").unlink()
-    for index, name in ((0, "00000.tar"), (3, "00001.index.jsonl")):
+    (directory / "00001.index.npy").unlink()
+    for index, name in ((0, "00000.tar"), (3, "00001.index.npy")):
         with pytest.raises(ShardUnavailable, match=f"{name}: cannot be read"):
             dataset.read(index)
     assert [dataset.name(index) for index in (0, 4, 6)] == [
@@ -229,7 +233,7 @@ def test_a_sidecar_that_is_not_the_manifests_is_noticed_where_it_is_read(tmp_pat
     with DatasetWriter(directory, kind="text-pairs", source="s", samples_per_shard=1) as writer:
         for key in "abc":
             writer.write(key, {"json": b"{}"}, languages=["en"], tokens=None)
-    for end in ("tar", "index.jsonl"):
+    for end in ("tar", "index.npy"):
         one, other = (directory / f"0000{number}.{end}" for number in (0, 1))
         one.chmod(0o644)
         if change == "swapped":
@@ -237,10 +241,10 @@ def test_a_sidecar_that_is_not_the_manifests_is_noticed_where_it_is_read(tmp_pat
             one.unlink()
             other.rename(one)
             other.write_bytes(content)
-        elif end == "index.jsonl":
-            one.write_text(one.read_text().replace('"en"', '"de"'))
+        elif end == "index.npy":
+            one.write_bytes(one.read_bytes().replace(b"en", b"de", 1))
     dataset = Dataset.open(directory)
-    with pytest.raises(ShardUnavailable, match=r"00000\.index\.jsonl: checksum differs from the manifest's"):
+    with pytest.raises(ShardUnavailable, match=r"00000\.index\.npy: checksum differs from the manifest's"):
         dataset.read(0)
     assert dataset.read(2) == {"json": b"{}"}
 
@@ -331,3 +335,11 @@ def test_json_is_parsed_in_one_place():
         if re.search(r"json\.loads?\((?!json\.dumps)", line)
     ]
     assert found == ["shards/format.py: return json.loads(raw)"]
+
+
+def test_a_shard_is_closed_at_a_number_of_samples_or_of_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "SHARD_BYTES", 10_000)
+    with DatasetWriter(tmp_path / "d", kind="text-pairs", source="s", samples_per_shard=3) as made:
+        for number, size in enumerate((1, 1, 1, 6000, 6000, 6000, 1)):
+            made.write(f"k{number}", {"json": b" " * size}, languages=["en"], tokens=None)
+    assert Dataset.open(tmp_path / "d", verify=True).shard_sizes == (3, 2, 2)

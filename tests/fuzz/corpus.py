@@ -7,6 +7,8 @@ An entry's `waits` names what is not mended yet (""): then its failure is expect
 from __future__ import annotations
 
 import base64
+import hashlib
+import io
 import json
 import re
 import zlib
@@ -14,7 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fuzz.data_sets import CONTENTS, described, tar, whole
+import numpy as np
+from fuzz.data_sets import CONTENTS, described, npy, sidecar_of, tar, whole, whole_of_lines, with_table
 from fuzz.harness import Files, Verdict
 from fuzz.images import picture, png
 from fuzz.model_folders import TIMM, pickled, whole_folders
@@ -124,8 +127,8 @@ def _manifest(change: Callable[[dict], object]) -> Callable[[], Files]:  # type:
 
 def _sidecar(**fields: object) -> Callable[[], Files]:
     def make() -> Files:
-        files = dict(whole("text-pairs"))
-        name = next(name for name in files if name.endswith(".index.jsonl"))
+        files = dict(whole_of_lines("text-pairs"))
+        name = sidecar_of(files)
         first, *rest = files[name].splitlines()
         files[name] = b"\n".join([dumped({**json.loads(first), **fields}), *rest, b""])
         return described(files)
@@ -135,6 +138,32 @@ def _sidecar(**fields: object) -> Callable[[], Files]:
 
 def _shard(**fields: object) -> Callable[[], Files]:
     return _manifest(lambda manifest: manifest["shards"][0].update(fields))
+
+
+def _table(name: str, raw: Callable[[bytes], bytes]) -> Callable[[], Files]:
+    """A sidecar or the table of shards, made of the right one, which the manifest describes correctly."""
+
+    def make() -> Files:
+        if name == "sidecar":
+            files = dict(whole("text-pairs"))
+            return described({**files, sidecar_of(files): raw(files[sidecar_of(files)])})
+        files = dict(with_table(whole("text-pairs")))
+        manifest, table = json.loads(files["manifest.json"]), raw(files["shards.npy"])
+        manifest["shards"] |= {"bytes": len(table), "sha256": hashlib.sha256(table).hexdigest()}
+        return {**files, "shards.npy": table, "manifest.json": dumped(manifest)}
+
+    return make
+
+
+def _column(name: str, value: object) -> Callable[[bytes], bytes]:
+    """The first record of a table has another value."""
+
+    def change(raw: bytes) -> bytes:
+        table = np.load(io.BytesIO(raw))
+        table[name][0] = value
+        return npy(table)
+
+    return change
 
 
 def _quotes() -> Files:
@@ -180,6 +209,19 @@ LARGE: dict[str, tuple[str, Callable[[], Files]]] = {
     "a sidecar with a 70-bit offset": ("sidecars", _sidecar(members={"json": [2**70, 1]})),
     "a sidecar whose key is a half pair": ("sidecars", _sidecar(key="\ud800")),
     "a sidecar whose key is a list": ("sidecars", _sidecar(key=["a"])),
+    "a table with a member outside": ("sidecars", _table("sidecar", _column("json", (512, 2**63)))),
+    "a table with a wrapping member": ("sidecars", _table("sidecar", _column("json", (2**64 - 512, 1024)))),
+    "a table whose key is no text": ("sidecars", _table("sidecar", _column("key", b"\xff"))),
+    "a table whose key ends in half a letter": ("sidecars", _table("sidecar", _column("key", b"a\xc3"))),
+    "a table whose language is no text": ("sidecars", _table("sidecar", _column("languages", b"\xff"))),
+    "a table of objects": ("sidecars", _table("sidecar", lambda raw: raw.replace(b"'<i4'", b"'|O'  "[:5]))),
+    "a table of 2^60 records": ("sidecars", _table("sidecar", lambda raw: raw.replace(b"(4,), }" + 14 * b" ",
+    b"(%d,), } " % 2**60))),
+    "a table that is cut": ("sidecars", _table("sidecar", lambda raw: raw[:-1])),
+    "a table that goes on": ("sidecars", _table("sidecar", lambda raw: raw + b"\0")),
+    "a table without records": ("sidecars", _table("sidecar", lambda raw: b"")),
+    "shards in a table that lie outside": ("manifests", _table("shards", _column("name", b"../a.tar"))),
+    "a table of negative samples": ("manifests", _table("shards", _column("samples", -4))),
     "a recipe of dates": ("recipes", _recipe("seed: 2020-01-01 25:61:61")),
     "a recipe's impossible timestamp": ("recipes", _recipe("seed: !!timestamp 2020-99-99")),
     "a recipe in Latin-1": ("recipes", lambda: {"recipe.yaml": "name: ü".encode("latin-1")}),

@@ -5,16 +5,21 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import struct
 import tarfile
 import tempfile
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 from fuzz.harness import Broken, Files, Kind, all_of, command
 from fuzz.images import picture
 from fuzz.values import changed, damaged, dumped, json_bytes, values
 from hypothesis import strategies as st
+from lines import as_lines
+from numpy.lib.recfunctions import repack_fields
 
 _RECIPE = Path(__file__).parents[2] / "launch/recipes/drawn.yaml"
 _TEXT = {"text": "ein Hund", "language": "de", "origin": "human", "role": "name"}
@@ -138,6 +143,26 @@ def whole(kind: str) -> Files:
         return {path.name: path.read_bytes() for path in sorted(made.iterdir()) if path.name != ".lock"}
 
 
+@cache
+def whole_of_lines(kind: str) -> Files:
+    """The same in the form before, whose sidecars are JSON lines."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in whole(kind).items():
+            Path(folder, name).write_bytes(content)
+        return {path.name: path.read_bytes() for path in sorted(as_lines(Path(folder)).iterdir())}
+
+
+def with_table(files: Files) -> Files:
+    """With the list of shards as a table."""
+    from data_prep.shards import manifest
+
+    document = json.loads(files["manifest.json"])
+    with mock.patch.object(manifest, "LISTED", 0):
+        document["shards"], table = manifest.shards_field(document["shards"])
+    assert table is not None
+    return {**files, "shards.npy": table, "manifest.json": dumped(document)}
+
+
 @st.composite
 def _tars(draw: st.DrawFn) -> Files:
     kind = draw(st.sampled_from(sorted(CONTENTS)))
@@ -166,9 +191,12 @@ def _tars(draw: st.DrawFn) -> Files:
 
 @st.composite
 def _sidecars(draw: st.DrawFn) -> Files:
-    """A foreign sidecar, which the manifest describes correctly."""
-    files = dict(whole(draw(st.sampled_from(sorted(CONTENTS)))))
-    name = next(name for name in files if name.endswith(".index.jsonl"))
+    """A foreign sidecar, which the manifest describes correctly: a table, or lines as before."""
+    of_lines = draw(st.booleans())
+    files = dict((whole_of_lines if of_lines else whole)(draw(st.sampled_from(sorted(CONTENTS)))))
+    name = sidecar_of(files)
+    if not of_lines:
+        return described({**files, name: draw(_tables(files[name]))})
     lines = files[name].splitlines()
     for place in draw(st.lists(st.integers(0, len(lines) - 1), min_size=1, max_size=3, unique=True)):
         lines[place] = draw(json_bytes(json.loads(lines[place])))
@@ -176,11 +204,48 @@ def _sidecars(draw: st.DrawFn) -> Files:
     return described(files)
 
 
+@st.composite
+def _tables(draw: st.DrawFn, raw: bytes) -> bytes:
+    """A .npy file that differs from this one in bytes, in its header, in its columns or in their values."""
+    how = draw(st.sampled_from(("bytes", "header", "columns", "values", "values")))
+    if how == "bytes":
+        return draw(damaged(raw))
+    table = np.load(io.BytesIO(raw))
+    if how == "header":
+        head, _, rest = raw.partition(b"\n")
+        names = (b"'<u8'", b"'<i4'", b"(4,)", b"'key'", b"'name'", b"'json'", b"False", b"'descr'")
+        odd = (b"'|O'", b"'<f8'", b"'>u8'", b"(2**62,)", b"(-1,)", b"()", b"'S0'", b"[" * 5000, b"'__class__'", b"\xff")
+        changed_head = head.replace(draw(st.sampled_from(names)), draw(st.sampled_from(odd)))
+        size = len(changed_head) + 1 - 10
+        return changed_head[:8] + struct.pack("<H", size % 2**16) + changed_head[10:] + b"\n" + rest
+    if how == "columns":
+        names = draw(st.permutations(table.dtype.names or ()))
+        return npy(repack_fields(table[list(names[: draw(st.integers(1, len(names)))])]))
+    for _ in range(draw(st.integers(1, 3))):
+        view = table[draw(st.sampled_from(table.dtype.names or ()))]
+        cells = np.frombuffer(draw(st.binary(min_size=view.nbytes, max_size=view.nbytes)), view.dtype)
+        high = np.frombuffer(b"\xff" * view.nbytes, view.dtype)
+        view[...] = draw(st.sampled_from((cells, high, np.zeros_like(cells)))).reshape(view.shape)
+    return npy(table)
+
+
+def npy(table: np.ndarray) -> bytes:
+    """A table as numpy writes it."""
+    file = io.BytesIO()
+    np.save(file, table)
+    return file.getvalue()
+
+
+def sidecar_of(files: Files) -> str:
+    """The name of the first sidecar."""
+    return next(name for name in files if ".index." in name)
+
+
 def described(files: Files) -> Files:
     """With a manifest whose sizes and hashes are those of the files."""
     manifest = json.loads(files["manifest.json"])
     for shard in manifest["shards"]:
-        index = shard["name"].removesuffix(".tar") + ".index.jsonl"
+        index = sidecar_of(files)  # there is one shard
         for field, name in (("", shard["name"]), ("index_", index)):
             shard[f"{field}bytes"] = len(files[name])
             shard[f"{field}sha256"] = hashlib.sha256(files[name]).hexdigest()
@@ -207,6 +272,12 @@ def _samples_of_a_set(draw: st.DrawFn) -> Files:
 @st.composite
 def _manifests(draw: st.DrawFn) -> Files:
     files = whole(draw(st.sampled_from(sorted(CONTENTS))))
+    if draw(st.booleans()):
+        files = with_table(files)
+        if draw(st.booleans()):  # a foreign table, which manifest.json describes correctly
+            manifest, raw = json.loads(files["manifest.json"]), draw(_tables(files["shards.npy"]))
+            manifest["shards"] |= {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+            return {**files, "shards.npy": raw, "manifest.json": dumped(manifest)}
     receipt = draw(st.one_of(st.none(), values.map(dumped), st.binary(max_size=9)))
     files = files if receipt is None else {**files, "receipt.json": receipt}
     manifest = draw(st.one_of(json_bytes(json.loads(files["manifest.json"])), _one_value(files["manifest.json"])))
@@ -225,7 +296,7 @@ def _indexed(kind: str) -> Files:
 
 
 def _valid() -> list[Files]:
-    return [whole(kind) for kind in CONTENTS]
+    return [form(kind) for kind in CONTENTS for form in (whole, whole_of_lines, lambda kind: with_table(whole(kind)))]
 
 
 KINDS = [

@@ -8,7 +8,7 @@ import pytest
 from stage_trainer.cli import main
 
 HEAVY = {"torch", "numpy", "yaml", "pydantic", "PIL", "deepspeed", "timm", "transformers", "data_prep"}
-COMMANDS = ("train", "plan", "export", "evaluate", "report", "search", "demo", "push")
+COMMANDS = ("train", "plan", "export", "evaluate", "mteb", "report", "search", "demo", "push")
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=" ".join)

@@ -29,6 +29,7 @@ DEEPSPEED = f"""#!{sys.executable}
 import os, subprocess, sys
 script = next(i for i, word in enumerate(sys.argv) if word.endswith("stage2.sh"))
 words = ['"' + word.replace('"', '\\\\"') + '"' if " " in word else word for word in sys.argv[script + 1 :]]
+print(os.environ["PDSH_SSH_ARGS_APPEND"], flush=True)
 line = " ".join([{sys.executable!r}, sys.argv[script], "--local_rank=0", *words])
 sys.exit(subprocess.run(["bash", "-c", line], env={{"PATH": os.environ["PATH"], "HF_DATASETS": "own"}}).returncode)
 """
@@ -48,15 +49,17 @@ def test_a_remote_rank_gets_the_arguments_as_they_are_and_the_variables(tmp_path
     words = ["--hostfile", "hosts", "--venv_script", "activate.sh", str(tmp_path / "stage2.sh"), *ARGUMENTS]
     done = subprocess.run(
         [sys.executable, "-m", "stage_trainer.run.launcher", *words],
-        env={**os.environ, **HERE, "HF_DATASETS": "sent", "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        env={**os.environ, **HERE, "HF_DATASETS": "sent", "PATH": f"{tmp_path}:{os.environ['PATH']}",
+             "PDSH_SSH_ARGS_APPEND": "-p 2222"},
         capture_output=True, text=True, check=True, timeout=120,
     )  # fmt: skip
-    said, (found, variables) = done.stdout.splitlines()[0], json.loads(done.stdout.splitlines()[-1])
+    (said, of_ssh), (found, variables) = done.stdout.splitlines()[:2], json.loads(done.stdout.splitlines()[-1])
     assert found == ["train", "--stage", "2", "--local_rank=0", *ARGUMENTS]
     for name in ("HF_HOME", "GLOO_SOCKET_IFNAME", "TOKENIZERS_PARALLELISM", "https_proxy"):
         assert variables[name] == HERE[name]
     assert not {"EDITOR", "TORCHELASTIC_RUN_ID", *SECRET} & variables.keys()
     assert variables["HF_DATASETS"] == "own"
+    assert of_ssh == "-p 2222 -o ServerAliveInterval=10 -o ServerAliveCountMax=3", "a machine that is lost ends ssh"
     assert said == f"{', '.join(SECRET)} stay on this machine; set them, or log in, on each of the others"
 
 

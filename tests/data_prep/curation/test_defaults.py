@@ -28,7 +28,7 @@ def test_a_command_and_its_function_have_the_same_defaults(command):
     options = _parser().parse_args([command, "shards", "--out", "out", "--name", "name", *needed])
     if embedding := parameters.get("embedding"):
         assert Embedding(model="x").dim == options.dim, embedding
-    assert Target("out", "name").samples_per_shard == options.samples_per_shard == 1000
+    assert Target("out", "name").samples_per_shard == options.samples_per_shard == 10_000
     for option, value in expected.items():
         default = parameters[option].default
         assert getattr(options, option) == value

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from data_prep.cli import main
 from data_prep.execute.progress import Progress
@@ -175,7 +176,7 @@ def test_each_fault_of_a_sample_is_named(tmp_path, image, content, languages, co
 @pytest.mark.parametrize("workers", [1, 2])
 def test_damage_after_writing_is_found_in_every_file_and_the_rest_is_still_checked(pictures, workers):
     directory = pictures([*((picture(n), caption()) for n in range(5)), (b"no picture", caption())])
-    for name in ("00000.index.jsonl", "00001.tar"):
+    for name in ("00000.index.npy", "00001.tar"):
         path = directory / name
         path.chmod(0o644)
         data = bytearray(path.read_bytes())
@@ -183,7 +184,7 @@ def test_damage_after_writing_is_found_in_every_file_and_the_rest_is_still_check
         path.write_bytes(data)
     checked = []
     problems = list(validate(directory, workers=workers, tick=checked.append))
-    assert [problem.where for problem in problems] == ["00000.index.jsonl", "00001.tar", "00002.tar, sample 'k5'"]
+    assert [problem.where for problem in problems] == ["00000.index.npy", "00001.tar", "00002.tar, sample 'k5'"]
     assert "checksum differs" in problems[0].what
     assert checked == [2, 2, 2]
 
@@ -223,9 +224,12 @@ def test_keys_name_samples_within_a_tar_and_a_sidecar_that_points_elsewhere_is_f
     assert list(validate(folder)) == []
     dataset = Dataset.open(folder)
     assert len({texts_of(dataset, number, dataset.read(number))["item"] for number in range(2)}) == 2
-    sidecar, manifest = folder / "00001-0000.index.jsonl", folder / "manifest.json"
-    raw, parsed = sidecar.read_bytes(), json.loads(manifest.read_text())
-    sidecar.write_bytes(twice := raw.replace(b'"png":[512', b'"png":[513') + raw)
+    sidecar, manifest = folder / "00001-0000.index.npy", folder / "manifest.json"
+    table, parsed = np.load(sidecar), json.loads(manifest.read_text())
+    table = np.concatenate([table, table])
+    table["png"][0, 0] += 1
+    np.save(sidecar, table)
+    twice = sidecar.read_bytes()
     parsed["samples"], parsed["shards"][1]["samples"] = 3, 2
     parsed["shards"][1] |= {"index_bytes": len(twice), "index_sha256": hashlib.sha256(twice).hexdigest()}
     manifest.write_text(json.dumps(parsed))

@@ -1,15 +1,17 @@
 """The folder of copies: what is fetched ahead, what goes when it is full, what was spoiled in it."""
 
 import errno
+import gc
 import hashlib
 import multiprocessing
 import os
+import pickle
 import resource
 import signal
 import time
 
 import pytest
-from data_prep.shards import Dataset, ShardError
+from data_prep.shards import Dataset, ShardError, ShardUnavailable, manifest, write_manifest
 from stage_trainer.data import remote_data
 from stage_trainer.errors import UserError
 
@@ -45,12 +47,12 @@ def test_a_copy_that_was_spoiled_on_the_disk_is_fetched_again_and_bad_data_is_no
     assert there.read(6) == here.read(6)
     assert server.requests["00003.tar"] == 2
 
-    manifest, index = data / "manifest.json", data / "00003.index.jsonl"  # the sidecar is at odds with the tar
+    manifest, index = data / "manifest.json", data / "00003.index.npy"  # the sidecar is at odds with the tar
     former = hashlib.sha256(index.read_bytes()).hexdigest()
-    content = index.read_text().replace(here.row(6).sha256, "0" * 64)
+    content = index.read_bytes().replace(bytes.fromhex(here.row(6).sha256), bytes(32))
     index.unlink()
-    index.write_text(content)
-    text = manifest.read_text().replace(former, hashlib.sha256(content.encode()).hexdigest())
+    index.write_bytes(content)
+    text = manifest.read_text().replace(former, hashlib.sha256(content).hexdigest())
     manifest.unlink()
     manifest.write_text(text)
     there = opened()
@@ -159,3 +161,26 @@ def test_a_process_that_is_killed_in_a_download_leaves_it_to_the_next(data, serv
     assert leftovers()
     assert there.read(0) == Dataset.open(data).read(0)
     assert leftovers() == []
+
+
+def test_the_table_of_many_shards_is_fetched_once_and_mapped_by_all(data, server, opened, everything, monkeypatch):
+    here = Dataset.open(data)
+    monkeypatch.setattr(manifest, "LISTED", 0)
+    write_manifest(data, kind=here.kind, source=here.source, shards=here.manifest["shards"])
+    there = opened()
+    assert set(server.requests) == {"manifest.json", "shards.npy"}
+    assert (
+        everything(there) == everything(opened()) == everything(pickle.loads(pickle.dumps(there))) == everything(here)
+    )
+    assert there.bytes_of([0, 3]) == sum(here.shard(n).bytes + here.shard(n).index_bytes for n in (0, 3))
+    assert server.requests["shards.npy"] == 1
+    cache, table = there._cache, there.directory / "shards.npy"
+    cache.clear()
+    assert table.exists()  # what is mapped is in use
+    del there
+    gc.collect()
+    assert cache.clear()
+    assert not table.exists()  # and counts as a copy like any other
+    server.faults = {"shards.npy": ["wrong bytes"]}
+    with pytest.raises(ShardUnavailable, match=r"shards\.npy: .*not those of the manifest's sha256"):
+        opened(retries=0)

@@ -38,12 +38,12 @@ def test_what_is_read_from_a_url_is_what_lies_in_the_folder(data, server, opened
 def test_what_passes_is_tried_again(data, server, opened, waits, fault, least_wait, everything, leftovers):
     server.faults = {
         "00003.tar": [fault, None],
-        "00004.index.jsonl": [fault, fault, None],
+        "00004.index.npy": [fault, fault, None],
         "manifest.json": [503, None],
     }
     patience = {"timeout": 1} if fault == "silence" else {}  # a busy machine is silent for a while, too
     assert everything(opened(**patience)) == everything(Dataset.open(data))
-    assert (server.requests["00003.tar"], server.requests["00004.index.jsonl"]) == (2, 3)
+    assert (server.requests["00003.tar"], server.requests["00004.index.npy"]) == (2, 3)
     assert len(waits) == 4
     assert min(waits[1:]) >= least_wait
     assert max(waits) <= download.LONGEST_WAIT
@@ -65,7 +65,7 @@ def test_a_date_in_retry_after_is_understood(monkeypatch):
         ("too long", "more than the [0-9]+ bytes", 3), ("silence", "no answer for 0.2 s", 5),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("name", ["00003.tar", "00003.index.jsonl"])
+@pytest.mark.parametrize("name", ["00003.tar", "00003.index.npy"])
 def test_a_shard_that_stays_broken_is_named_once_and_costs_the_others_nothing(
     data, server, opened, waits, name, fault, message, requests
 ):
@@ -81,7 +81,7 @@ def test_a_shard_that_stays_broken_is_named_once_and_costs_the_others_nothing(
     assert opened().read(6) == here.read(6)  # mended: the next run tries again
 
 
-@pytest.mark.parametrize("name", ["00000.tar", "00000.index.jsonl"])
+@pytest.mark.parametrize("name", ["00000.tar", "00000.index.npy"])
 def test_a_server_that_is_gone_ends_the_run_and_costs_no_samples(server, opened, waits, name):
     there = opened()
     server.faults = {name: [503] for name in ("manifest.json", name)}
@@ -105,7 +105,7 @@ def test_no_server_no_manifest_and_a_manifest_that_is_none_are_one_message(data,
     with pytest.raises(UserError, match=r"http://127.0.0.1:1/.*manifest.json: .*refused"):
         opened("http://127.0.0.1:1")
     (data / "manifest.json").write_text("<html>please log in</html>")
-    with pytest.raises(ShardError, match="not a manifest of trilith-shards/1"):
+    with pytest.raises(ShardError, match="not a manifest of trilith-shards/2"):
         opened()
 
 

@@ -126,3 +126,17 @@ def test_the_command_prints_a_row_for_each_language(export, tmp_path, capsys):
     assert [line.split()[:2] for line in shown.splitlines() if line.startswith("animals")] == 3 * [
         ["animals,", "en"], ["animals,", "de"]
     ]  # fmt: skip
+
+
+def test_the_last_images_may_look_alike(tmp_path, monkeypatch):
+    """Of blank pictures, say. They are embedded apart from the others; that all are the same is asked of all."""
+    folders(tmp_path / "animals")
+    blank = [jpg(98), jpg(99)]
+    for number, image in enumerate(blank):
+        (tmp_path / f"animals/n05/9{number}.jpg").write_bytes(image)
+    monkeypatch.setattr("stage_trainer.evaluation.classification._AT_ONCE", 17)
+    model = Known(lambda item: random_vector("blank" if item in blank else item))
+    found = measure(model, known_as("animals"), tmp_path / "animals")
+    assert found.counts["images"] == 19
+    with pytest.raises(UserError, match="embeddings of 19 images are all the same"):
+        measure(Known(lambda item: np.ones(8)), known_as("animals"), tmp_path / "animals")

@@ -16,7 +16,7 @@ from data_prep.errors import UserError
 from data_prep.execute.dropped import NAME, DroppedList
 from data_prep.samples import Text, compact_json
 from data_prep.shards import Dataset, DatasetWriter, ShardError
-from data_prep.shards.format import parse_json
+from data_prep.shards.format import SHARD_SAMPLES, parse_json
 
 # The images one after another (CROSS JOIN keeps the order), or all captions would be sorted on the disk.
 _ACCEPTED = (
@@ -53,7 +53,7 @@ def export(
     *,
     source: str,
     tokenizer: TokenCounter | None = None,
-    samples_per_shard: int = 1000,
+    samples_per_shard: int = SHARD_SAMPLES,
     tick: Callable[[], None] = lambda: None,
 ) -> Exported:
     """Write the images with their accepted captions.

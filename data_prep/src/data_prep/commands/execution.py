@@ -8,6 +8,7 @@ import math
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from data_prep.errors import UserError
+from data_prep.shards.format import SHARD_SAMPLES
 
 if TYPE_CHECKING:
     from data_prep.execute import Execution, Target
@@ -37,7 +38,7 @@ def check_values(options: argparse.Namespace) -> None:
                 )
 
 
-def add_execution(parser: argparse.ArgumentParser, *, samples_per_shard: int = 1000, cuts: bool = True) -> None:
+def add_execution(parser: argparse.ArgumentParser, *, cuts: bool = True) -> None:
     """Add --engine, --workers, --task and, if the command cuts its output into shards, --samples-per-shard."""
     group = parser.add_argument_group(
         "execution", "None of these changes a sample. To resume, run the same command again."
@@ -55,14 +56,18 @@ def add_execution(parser: argparse.ArgumentParser, *, samples_per_shard: int = 1
         metavar="I/N",
         help="do a share of the units, as task I of N (from 0) of a Slurm array; the last one publishes",
     )
-    if not cuts:
-        return
-    group.add_argument(
+    if cuts:
+        add_samples_per_shard(group)
+
+
+def add_samples_per_shard(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add --samples-per-shard."""
+    parser.add_argument(
         "--samples-per-shard",
         type=int,
-        default=samples_per_shard,
+        default=SHARD_SAMPLES,
         metavar="N",
-        help="samples in a tar at most (default: %(default)s)",
+        help="samples in a tar at most; at 1 GB a new one is begun, too (default: %(default)s)",
     )
 
 

@@ -101,7 +101,7 @@ def _add_source(sources: Subcommands, name: str, source: type[Any], *, out: str)
     one.add_argument("--name", default=name, help="name of what comes out (default: %(default)s)")
     if source.image is not None:
         _add_image_rule(one, source.image)
-    add_execution(one, samples_per_shard=1000 if source.image else 10_000)
+    add_execution(one)
     one.set_defaults(source=source, title=name)
     return one
 

@@ -54,7 +54,7 @@ def _inspect(options: argparse.Namespace) -> int:
     if options.look_at < 1 or options.examples < 0:
         raise UserError(f"--look-at {options.look_at}, --examples {options.examples}: expected 1 and 0 or more")
     directories = _find_datasets(options.shards)
-    sizes = [len(Dataset.open(directory)) for directory in directories]
+    sizes = [len(Dataset.open(directory, check=False)) for directory in directories]
     progress = Progress(max(1, sum(size + len(sampled(size, options.look_at)) for size in sizes)))
     findings = [
         summarize(path, look_at=options.look_at, examples=options.examples, tick=lambda: progress.add(1))
@@ -74,7 +74,7 @@ def _validate(options: argparse.Namespace) -> int:
 
     def shards(directory: Path) -> int:
         try:
-            return len(Dataset.open(directory).shard_sizes)
+            return len(Dataset.open(directory).shards)
         except ShardError:
             return 0  # `validate` reports the fault
 
@@ -96,7 +96,8 @@ def _validate(options: argparse.Namespace) -> int:
         progress.clear()
         if count > options.show:
             print(f"{directory}: {count - options.show} further problems (--show)", file=sys.stderr)
-        print(f"{directory}: {f'{count} problems' if count else f'{len(Dataset.open(directory))} samples, all sound'}")
+        sound = f"{len(Dataset.open(directory, check=False))} samples, all sound" if not count else ""
+        print(f"{directory}: {sound or f'{count} problems'}")
         wrong += count > 0
     progress.finish()
     return 1 if wrong else 0

@@ -21,7 +21,7 @@ from data_prep.execute.unit import Spec, read_receipt
 from data_prep.names import check_name
 from data_prep.shards import KINDS, ShardError, alone, write_manifest
 from data_prep.shards.files import read_object, sync, write_file, writing
-from data_prep.shards.format import JsonObject
+from data_prep.shards.format import SHARD_SAMPLES, JsonObject
 
 say = functools.partial(print, flush=True)  # a job runs for hours, often into a file
 _EXAMPLES = 5  # of what was dropped, per reason
@@ -33,7 +33,7 @@ class Target:
 
     out: str
     name: str
-    samples_per_shard: int = 1000
+    samples_per_shard: int = SHARD_SAMPLES
 
     def __post_init__(self) -> None:
         check_name(self.name, "name")

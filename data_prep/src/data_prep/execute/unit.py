@@ -13,9 +13,10 @@ from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.execute.dropped import DroppedList
-from data_prep.shards import ShardError, ShardWriter
+from data_prep.shards import Row, ShardError, ShardWriter
 from data_prep.shards.files import read_object, temporary, write_file, writing
-from data_prep.shards.format import JsonObject, index_name
+from data_prep.shards.format import SHARD_SAMPLES, JsonObject, index_name
+from data_prep.shards.sidecar import table_of
 from data_prep.shards.writer import manifest_entry
 
 _EXAMPLES = 5  # of what was dropped, per reason and unit
@@ -37,7 +38,7 @@ class Spec:
     number: int
     piece: JsonObject
     options: JsonObject = field(default_factory=dict)
-    samples_per_shard: int = 1000
+    samples_per_shard: int = SHARD_SAMPLES
 
     @property
     def receipt_path(self) -> Path:
@@ -135,15 +136,16 @@ class Output:
         shard = self._open[kind]
         shard.write(key, members, languages=languages, tokens=tokens)
         self._went_out[kind] += 1
-        if len(shard) == self._spec.samples_per_shard:
+        if shard.is_full(self._spec.samples_per_shard):
             self._finish(kind)
         return key
 
-    def adopt(self, kind: str, tar: Path, index: bytes, samples: int, caption_keys: Sequence[str] = ()) -> None:
-        """Use an existing tar as a shard: a link to it, and the sidecar `index` beside the link.
+    def adopt(self, kind: str, tar: Path, rows: Sequence[Row], caption_keys: Sequence[str] = ()) -> None:
+        """Use an existing tar as a shard: a link to it, and a sidecar of `rows` beside the link.
 
         caption_keys: the fields of its .json that hold the captions, where these are not as the format has them.
         """
+        index = table_of(rows)
         with tar.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         link = self._place(kind)
@@ -152,8 +154,8 @@ class Output:
             fresh.symlink_to(tar.resolve())
             fresh.rename(link)
             write_file(link.with_name(index_name(link.name)), index)
-        self._went_out[kind] += samples
-        entry = manifest_entry(link.name, samples, tar.stat().st_size, digest, index)
+        self._went_out[kind] += len(rows)
+        entry = manifest_entry(link.name, len(rows), tar.stat().st_size, digest, index)
         self._shards[kind].append({**entry, "caption_keys": list(caption_keys)} if caption_keys else entry)
 
     def receipt(self) -> Receipt:

@@ -71,13 +71,12 @@ def summarize(directory: Path, *, look_at: int, examples: int, tick: Callable[[]
         ShardError: the data set is not whole.
     """
     dataset = Dataset.open(directory)
-    shards = dataset.manifest["shards"]
     found = Summary(
         "/".join(directory.absolute().parts[-3:]),  # split, kind and source, as the folders are laid out
         dataset.kind,
         len(dataset),
-        len(shards),
-        sum(shard["bytes"] for shard in shards),
+        len(dataset.shards),
+        sum(dataset.shards["bytes"].tolist()),
     )
     _read_sidecars(dataset, found, tick)
     _read_samples(dataset, found, look_at, examples, tick)

@@ -13,7 +13,7 @@ from pathlib import Path
 from data_prep.execute.engines import worker_pool
 from data_prep.images import ImageRefused, check_stored
 from data_prep.shards import Dataset, Row, ShardError, Unusable, content_of, texts_in
-from data_prep.shards.format import IMAGE_TYPES, check_kind, index_name
+from data_prep.shards.format import IMAGE_TYPES
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def validate(
     _opened.cache_clear()  # the folder may hold another data set by now
     try:
         dataset = _opened(directory)
-        check_kind(dataset.kind)
+        dataset.check()
     except ShardError as error:
         yield Problem(str(directory), "", str(error))
         return
@@ -63,18 +63,17 @@ def _checked(check: Callable[[int], list[Problem]], shards: int, workers: int) -
 def _check_shard(directory: Path, decode: bool, number: int) -> list[Problem]:
     """The faults of one shard. Keys name samples within it: other people's tars may each count from 0."""
     dataset = _opened(directory)
-    first = sum(dataset.shard_sizes[:number])
     problems: list[Problem] = []
     keys: set[str] = set()
-    entry = dataset.manifest["shards"][number]
-    tar = directory / entry["name"]
-    for path, sha256 in ((tar, entry["sha256"]), (directory / index_name(tar.name), entry["index_sha256"])):
-        with path.open("rb") as file:
+    shard = dataset.shard(number)
+    tar = directory / shard.name
+    for name, (_, sha256) in shard.files.items():
+        with (directory / name).open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                 what = "checksum differs from the manifest's: damaged; build the data set again"
-                return [Problem(str(directory), path.name, what)]
+                return [Problem(str(directory), name, what)]
     places = _places(tar)
-    for index in range(first, first + dataset.shard_sizes[number]):
+    for index in dataset.samples_of(number):
         try:
             row = dataset.row(index)
         except ShardError as error:
@@ -91,8 +90,8 @@ def _check_shard(directory: Path, decode: bool, number: int) -> list[Problem]:
 
 @lru_cache(maxsize=1)
 def _opened(directory: Path) -> Dataset:
-    """A data set, opened once a process, since opening checks every shard."""
-    return Dataset.open(directory)
+    """A data set, opened once a process; `validate` itself looks whether all files are there."""
+    return Dataset.open(directory, check=False)
 
 
 def _check_sample(

@@ -4,48 +4,25 @@ from __future__ import annotations
 
 import bisect
 import errno
+import functools
 import hashlib
 import itertools
 import os
-import string
+import resource
 import threading
+import weakref
+from array import array
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from data_prep.shards.content import with_named_captions
-from data_prep.shards.format import (
-    MANIFEST,
-    SCHEMA,
-    JsonObject,
-    ShardError,
-    ShardUnavailable,
-    check_kind,
-    index_name,
-    parse_json,
-)
-
-# Shards whose index and file stay open; the usual limit of a process is 1,024 open files.
-_SHARDS_KEPT = 128
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a sidecar: where a sample is and what is known without reading it."""
-
-    key: str
-    members: dict[str, tuple[int, int]]  # extension -> offset and size of the data in the tar, in bytes
-    languages: tuple[str, ...]
-    tokens: int | None  # of its longest text; None if not counted
-    sha256: str  # of the members' bytes, in order
-    shard: str  # name of the tar
-
-    @property
-    def item(self) -> str:
-        """The identity of a sample that states none; with the tar, as those of others may each count from 0."""
-        return f"{self.shard}/{self.key}"
+from data_prep.shards.format import MANIFEST, SCHEMA_OF_LINES, JsonObject, ShardError, ShardUnavailable
+from data_prep.shards.manifest import Manifest, Shard, why
+from data_prep.shards.npy import Mapped, mapped
+from data_prep.shards.sidecar import Row, rows_in, rows_of_lines
 
 
 class Dataset:
@@ -60,43 +37,66 @@ class Dataset:
     Attributes:
         directory, kind, source: where it is, which of `KINDS`, the name of its source.
         fingerprint: sha256 of the manifest's bytes; two data sets with the same one hold the same samples.
-        manifest: the manifest, as parsed.
-        shard_sizes: samples in each shard, in order.
+        shards: a table with a record a shard (see `Manifest`), which processes share; `shard` gives one of them.
     """
 
     def __init__(self, directory: Path, raw: bytes) -> None:
         self.directory = directory
-        self.manifest = manifest = _parse_manifest(directory / MANIFEST, raw)
-        self.kind: str = manifest["kind"]
-        self.source: str = manifest["source"]
+        self._manifest = Manifest(directory / MANIFEST, raw, self._content)
+        self.kind: str = self._manifest.head["kind"]
+        self.source: str = self._manifest.head["source"]
         self.fingerprint = hashlib.sha256(raw).hexdigest()
-        self.shard_sizes: tuple[int, ...] = tuple(shard["samples"] for shard in manifest["shards"])
-        self._starts = [0, *itertools.accumulate(self.shard_sizes)]
+        self.shards = self._manifest.shards
+        self._starts = array("q", [0, *itertools.accumulate(self.shards["samples"].tolist())])
         self._open_shards: OrderedDict[int, _Shard] = OrderedDict()
         self._lock = threading.Lock()
+        _OPEN.add(self)
 
     @classmethod
-    def open(cls, directory: str | os.PathLike[str], *, verify: bool = False) -> Dataset:
+    def open(cls, directory: str | os.PathLike[str], *, verify: bool = False, check: bool = True) -> Dataset:
         """Open a data set after checking that it is whole.
 
         Args:
             directory: the folder that holds `manifest.json`.
             verify: also read every file and compare its checksum; without it, sizes are compared.
+            check: look at every file; without it only the manifest is read, and `Dataset.check` does the rest.
 
         Raises:
             ShardError: the manifest, a shard or a sidecar is missing, cut short, of another schema or (verify) damaged.
         """
         directory = Path(directory)
         data = cls(directory, _read_manifest(directory))
-        for shard in data.manifest["shards"]:
-            tar = directory / shard["name"]
-            _check_file(tar, shard["bytes"], shard["sha256"] if verify else None)
-            index = directory / index_name(shard["name"])
-            _check_file(index, shard["index_bytes"], shard["index_sha256"] if verify else None)
+        if check or verify:
+            data.check(verify=verify)
         return data
 
+    def check(self, *, verify: bool = False) -> None:
+        """Compare the size of every file with the manifest; with `verify` also its checksum. Raises as `open`."""
+        for number in range(len(self.shards)):
+            for name, (size, sha256) in self.shard(number).files.items():
+                _check_file(self.directory / name, size, sha256 if verify else None)
+
     def __len__(self) -> int:
-        return self._starts[-1]
+        return int(self._starts[-1])
+
+    @functools.cached_property
+    def shard_sizes(self) -> tuple[int, ...]:
+        """Samples in each shard, in order."""
+        return tuple(self.shards["samples"].tolist())
+
+    @property
+    def manifest(self) -> JsonObject:
+        """The manifest as JSON, every shard listed; made anew for each call."""
+        return self._manifest.whole()
+
+    @property
+    def tokenizer_sha256(self) -> str | None:
+        """Hash of the tokenizer that counted the tokens; None if nothing was counted."""
+        return self._manifest.head.get("tokenizer_sha256")
+
+    def shard(self, number: int) -> Shard:
+        """The manifest's entry of shard `number`."""
+        return self._manifest.shard(number)
 
     def row(self, index: int) -> Row:
         """What the sidecar says of sample `index` (from 0, in shard order). IndexError outside the data set."""
@@ -125,7 +125,7 @@ class Dataset:
             digest.update(data)
         if digest.hexdigest() != row.sha256:
             raise ShardError(f"{shard.path}: sample {row.key!r} is damaged (its bytes differ from the sidecar's hash)")
-        names = self.manifest["shards"][number].get("caption_keys")  # of a .json that is not of the format
+        names = shard.caption_keys
         return with_named_captions(self.kind, members, names) if names else members
 
     def name(self, index: int) -> tuple[str, str]:
@@ -135,7 +135,7 @@ class Dataset:
             key = self._shard(number).rows[place].key
         except ShardError:
             key = f"#{place}"
-        return self.manifest["shards"][number]["name"], key
+        return self.shard(number).name, key
 
     def shard_of(self, index: int) -> int:
         """The number of the shard that sample `index` is in."""
@@ -146,7 +146,7 @@ class Dataset:
         return range(self._starts[number], self._starts[number + 1])
 
     def open_file(self, name: str) -> FileIO:
-        """A tar or sidecar, opened for reading without a buffer.
+        """A tar, a sidecar or the table of shards, opened for reading without a buffer.
 
         Raises:
             OSError, ShardUnavailable: it cannot be opened.
@@ -154,7 +154,8 @@ class Dataset:
         return (self.directory / name).open("rb", buffering=0)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Dataset.open, (self.directory,)  # a worker process opens its own files
+        # A worker process opens its own files, and need not look at all of them again.
+        return functools.partial(Dataset.open, check=False), (self.directory,)
 
     def _locate(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
@@ -167,37 +168,48 @@ class Dataset:
             if number in self._open_shards:
                 self._open_shards.move_to_end(number)
                 return self._open_shards[number]
-            entry = self.manifest["shards"][number]
-            path = self.directory / entry["name"]
-            shard = self._open_shards[number] = _Shard(path, self._rows(path, entry))
-            if len(self._open_shards) > _SHARDS_KEPT:
+            entry = self.shard(number)
+            path = self.directory / entry.name
+            shard = self._open_shards[number] = _Shard(path, self._rows(entry), entry.caption_keys)
+            while len(self._open_shards) > _shards_kept():
                 self._open_shards.popitem(last=False)  # closed once no thread reads from it
             return shard
 
-    def _rows(self, tar: Path, entry: JsonObject) -> list[Row]:
-        index, samples = tar.with_name(index_name(tar.name)), entry["samples"]
+    def _rows(self, shard: Shard) -> Sequence[Row]:
+        index = self.directory / shard.index
+        raw = self._content(shard.index, shard.index_bytes, shard.index_sha256)
+        rows: Sequence[Row]
         try:
-            with self.open_file(index.name) as file:
-                raw = file.read()
-        except OSError as error:
-            _raise_if_the_process_is_short(error)
-            raise ShardUnavailable(f"{index}: cannot be read ({error.strerror})") from error
-        if (
-            hashlib.sha256(raw).hexdigest() != entry["index_sha256"]
-        ):  # or samples would be others, and nobody would know
-            raise ShardUnavailable(f"{index}: checksum differs from the manifest's: damaged; build the data set again")
-        try:
-            # Of bytes: a text's `splitlines` also splits at U+0085 and U+2028, inside names.
-            rows = [_row(line, tar.name, entry["bytes"]) for line in raw.splitlines()]
+            if self._manifest.head["schema"] == SCHEMA_OF_LINES:
+                rows = rows_of_lines(raw[:], shard.name, shard.bytes)
+            else:
+                rows = rows_in(raw, shard.name, shard.bytes)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
+            what = f"not a sidecar of {self._manifest.head['schema']} ({why(error)})"
+            raise ShardUnavailable(f"{index}: {what}; build the data set again") from error
+        if len(rows) != shard.samples:
             raise ShardUnavailable(
-                f"{index}: not a sidecar of {SCHEMA} ({_why(error)}); build the data set again"
-            ) from error
-        if len(rows) != samples:
-            raise ShardUnavailable(
-                f"{index}: has {len(rows)} samples, the manifest says {samples}; build the data set again"
+                f"{index}: has {len(rows)} samples, the manifest says {shard.samples}; build the data set again"
             )
         return rows
+
+    def _content(self, name: str, size: int, sha256: str) -> Mapped:
+        """A sidecar or the table of shards, with the size and the checksum of the manifest."""
+        path = self.directory / name
+        try:
+            with self.open_file(name) as file:
+                raw = mapped(file)
+        except OSError as error:
+            _raise_if_the_process_is_short(error)
+            raise ShardUnavailable(f"{path}: cannot be read ({error.strerror})") from error
+        if (
+            len(raw) != size or hashlib.sha256(raw).hexdigest() != sha256
+        ):  # or samples would be others, and nobody would know
+            found = "" if len(raw) == size else f" (it has {len(raw)} bytes in place of {size})"
+            raise ShardUnavailable(
+                f"{path}: checksum differs from the manifest's{found}: damaged; build the data set again"
+            )
+        return raw
 
     def _tar(self, shard: _Shard) -> FileIO:
         with shard.lock:
@@ -210,11 +222,23 @@ class Dataset:
             return shard.tar
 
 
-class _Shard:
-    """A parsed sidecar, and its tar once it is open."""
+_OPEN: weakref.WeakSet[Dataset] = weakref.WeakSet()
+"""The data sets of this process, among which it shares the files that it may open."""
 
-    def __init__(self, path: Path, rows: list[Row]) -> None:
-        self.path, self.rows = path, rows
+_MOST_KEPT = 1024
+
+
+def _shards_kept() -> int:
+    """How many shards of a data set stay open: with two files each, half of those that this process may open."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(4, min(_MOST_KEPT, limit // 4 // len(_OPEN))) if limit != resource.RLIM_INFINITY else _MOST_KEPT
+
+
+class _Shard:
+    """The rows of a sidecar, and its tar once it is open."""
+
+    def __init__(self, path: Path, rows: Sequence[Row], caption_keys: tuple[str, ...]) -> None:
+        self.path, self.rows, self.caption_keys = path, rows, caption_keys
         self.tar: FileIO | None = None
         self.lock = threading.Lock()
 
@@ -223,58 +247,6 @@ def _raise_if_the_process_is_short(error: OSError) -> None:
     """Raises what is no fault of the data: a process that may open no more files would pass all of them over."""
     if error.errno in (errno.EMFILE, errno.ENFILE):
         raise error
-
-
-def _row(line: bytes, shard: str, size: int) -> Row:
-    """A line of the sidecar of a tar of `size` bytes. KeyError, TypeError, ValueError, RecursionError if it is none."""
-    entry = parse_json(line)
-    members = {name: (_count(start), _count(length)) for name, (start, length) in entry["members"].items()}
-    for name, (start, length) in members.items():
-        if start + length > size:
-            raise ValueError(f"member {name} ends at byte {start + length:,} of a tar of {size:,}")
-    if not isinstance(entry["languages"], list):
-        raise TypeError(f"languages are {shown(entry['languages'])}, expected a list")
-    return Row(
-        key=_text(entry["key"]),
-        members=members,
-        languages=tuple(map(_text, entry["languages"])),
-        tokens=None if entry["tokens"] is None else _count(entry["tokens"]),
-        sha256=_hash(entry["sha256"]),
-        shard=shard,
-    )
-
-
-def shown(value: object) -> str:
-    """A foreign value, short enough for a message."""
-    text = ascii(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _count(value: object) -> int:
-    """A number of samples or bytes, as JSON's readers in other languages can hold it."""
-    if type(value) is not int or not 0 <= value < 1 << 53:
-        raise ValueError(f"{shown(value)}, expected a whole number from 0 to 2^53")
-    return value
-
-
-def _text(value: object) -> str:
-    """A key, an extension, a language: as foreign tars have them, so perhaps not UTF-8."""
-    if not isinstance(value, str):
-        raise TypeError(f"{shown(value)}, expected a text")
-    return value
-
-
-def _name(value: object) -> str:
-    """A name that becomes a path, or is looked up."""
-    if not (name := _text(value)) or not name.isprintable():
-        raise ValueError(f"{shown(name)}, expected a name of printable characters")
-    return name
-
-
-def _hash(value: object) -> str:
-    if not isinstance(value, str) or len(value) != 64 or not set(value) <= set(string.hexdigits):
-        raise ValueError(f"{shown(value)}, expected a sha256 of 64 hex digits")
-    return value
 
 
 def _read_manifest(directory: Path) -> bytes:
@@ -287,52 +259,6 @@ def _read_manifest(directory: Path) -> bytes:
     raise ShardError(
         f"{directory / MANIFEST}: missing, so this is no finished data set; remove {directory} and build it again"
     )
-
-
-def _parse_manifest(path: Path, raw: bytes) -> JsonObject:
-    """The manifest, in which every field that is read later has its type. ShardError if it is none."""
-    try:
-        manifest: JsonObject = parse_json(raw)
-        if manifest["schema"] != SCHEMA:
-            raise ShardError(
-                f"{path}: schema {shown(manifest['schema'])}, expected {SCHEMA!r}; build the data set again"
-            )
-        check_kind(_name(manifest["kind"]))
-        _name(manifest["source"])
-        names = set()
-        for shard in manifest["shards"]:
-            for field, check in _SHARD_FIELDS.items():
-                check(shard[field])
-            list(map(_name, shard.get("caption_keys", ())))
-            name = shard["name"]
-            if Path(name).name != name or name == "..":
-                raise ShardError(f"{path}: names the shard {name!r}, which would lie outside of the data set")
-            if name in names:
-                raise ShardError(f"{path}: lists the shard {name!r} twice; build the data set again")
-            names.add(name)
-        if _count(manifest["samples"]) != sum(shard["samples"] for shard in manifest["shards"]):
-            raise ShardError(
-                f"{path}: its shards do not add up to {manifest['samples']} samples; build the data set again"
-            )
-    except ShardError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{path}: not a manifest of {SCHEMA} ({_why(error)}); build the data set again") from error
-    return manifest
-
-
-_SHARD_FIELDS = {
-    "name": _name,
-    "samples": _count,
-    "bytes": _count,
-    "sha256": _hash,
-    "index_bytes": _count,
-    "index_sha256": _hash,
-}
-
-
-def _why(error: Exception) -> str:
-    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
 
 
 def _check_file(path: Path, size: int, sha256: str | None) -> None:

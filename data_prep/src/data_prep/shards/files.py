@@ -27,6 +27,11 @@ class TarFile:
         self._offset = 0
         self._digest = hashlib.sha256()
 
+    @property
+    def size(self) -> int:
+        """Bytes that were written."""
+        return self._offset
+
     def add(self, name: str, data: bytes) -> list[int]:
         """Append a member; returns [offset, size] of its data."""
         self._write(_header(name, len(data)))

@@ -1,4 +1,4 @@
-"""Names, kinds and rules of schema "trilith-shards/1", shared by the writer and the reader."""
+"""Names, kinds and rules of the shard format, shared by the writer and the reader."""
 
 from __future__ import annotations
 
@@ -8,8 +8,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-SCHEMA = "trilith-shards/1"
+SCHEMA = "trilith-shards/2"
+SCHEMA_OF_LINES = "trilith-shards/1"
+"""The one before, whose sidecars are JSON lines: read, no longer written."""
 MANIFEST = "manifest.json"
+SHARDS = "shards.npy"
+"""The table of a manifest's shards, where they are many."""
+
+SHARD_SAMPLES, SHARD_BYTES = 10_000, 10**9
+"""A shard is closed at so many samples, or at so many bytes: 10,000 images of 100 kB. Larger ones are not read faster,
+and take longer to fetch before a first batch; of smaller ones a large set has too many files."""
 
 JsonObject = dict[str, Any]
 """A parsed JSON object, or one to be written; values from outside are checked where they are used."""
@@ -56,9 +64,9 @@ def shard_name(number: int) -> str:
     return f"{number:05d}.tar"
 
 
-def index_name(tar_name: str) -> str:
+def index_name(tar_name: str, schema: str = SCHEMA) -> str:
     """File name of the sidecar that belongs to the tar `tar_name`."""
-    return tar_name.removesuffix(".tar") + ".index.jsonl"
+    return tar_name.removesuffix(".tar") + (".index.jsonl" if schema == SCHEMA_OF_LINES else ".index.npy")
 
 
 def check_new_folder(path: Path) -> Path:

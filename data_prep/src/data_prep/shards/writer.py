@@ -7,13 +7,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.shards.files import TarFile, refused, sync, write_file, writing
 from data_prep.shards.format import (
     MANIFEST,
     SCHEMA,
+    SHARD_BYTES,
+    SHARD_SAMPLES,
+    SHARDS,
     JsonObject,
     ShardError,
     check_kind,
@@ -24,8 +27,8 @@ from data_prep.shards.format import (
     shard_name,
 )
 from data_prep.shards.lock import alone
-
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+from data_prep.shards.manifest import shards_field
+from data_prep.shards.sidecar import Row, row_of, table_of
 
 
 class ShardWriter:
@@ -38,12 +41,16 @@ class ShardWriter:
     def __init__(self, path: str | os.PathLike[str], kind: str) -> None:
         self.path = Path(path)
         self._kind = kind
-        self._rows: dict[str, str] = {}
+        self._rows: dict[str, Row] = {}
         with writing(self.path):
             self._tar = TarFile(self.path)
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def is_full(self, samples: int = SHARD_SAMPLES) -> bool:
+        """Whether it has so many samples, or `SHARD_BYTES`: then it is to be finished."""
+        return len(self) >= samples or self._tar.size >= SHARD_BYTES
 
     def write(self, key: str, members: dict[str, bytes], *, languages: Sequence[str], tokens: int | None) -> None:
         """Append one sample; the arguments are those of `DatasetWriter.write`."""
@@ -52,11 +59,11 @@ class ShardWriter:
             raise ShardError(f"sample key {key!r} comes twice in {self.path}; keys name samples and must differ")
         with writing(self.path):
             places = {extension: self._tar.add(f"{key}.{extension}", data) for extension, data in members.items()}
-        self._rows[key] = sidecar_row(key, places, members.values(), languages, tokens)
+        self._rows[key] = row_of(key, places, members, languages=languages, tokens=tokens, shard=self.path.name)
 
     def finish(self) -> JsonObject:
         """Flush and rename both files; returns the shard's entry in the manifest."""
-        index = "".join(row + "\n" for row in self._rows.values()).encode("utf-8", "replace")  # as in the .json
+        index = table_of(list(self._rows.values()))
         with writing(self.path):
             size, digest = self._tar.finish()
             write_file(self.path.with_name(index_name(self.path.name)), index)
@@ -65,17 +72,6 @@ class ShardWriter:
     def abandon(self) -> None:
         """Remove the unfinished files; no effect after `finish`."""
         self._tar.abandon()
-
-
-def sidecar_row(
-    key: str, places: Mapping[str, Sequence[int]], data: Iterable[bytes], languages: Sequence[str], tokens: int | None
-) -> str:
-    """A line of a sidecar: offset and size of each member, and the hash of the members' `data` in this order."""
-    digest = hashlib.sha256()
-    for part in data:
-        digest.update(part)
-    row = {"key": key, "members": places, "languages": list(languages), "tokens": tokens, "sha256": digest.hexdigest()}
-    return _encode(row)
 
 
 def manifest_entry(name: str, samples: int, size: int, sha256: str, index: bytes) -> JsonObject:
@@ -94,14 +90,18 @@ def write_manifest(
     directory: Path, *, kind: str, source: str, shards: Sequence[JsonObject], tokenizer_sha256: str | None = None
 ) -> None:
     """Write the manifest of the shards in `directory`: the entries that `ShardWriter.finish` returned, in order."""
+    listed, table = shards_field(shards)
     manifest = {
         "schema": SCHEMA,
         "kind": check_kind(kind),
         "source": check_source(source),
         "samples": sum(shard["samples"] for shard in shards),
-        "shards": list(shards),
+        "shards": listed,
         "tokenizer_sha256": tokenizer_sha256,
     }
+    if table is not None:
+        with writing(directory / SHARDS):
+            write_file(directory / SHARDS, table)
     with writing(directory / MANIFEST):
         write_file(directory / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
         sync(directory)
@@ -119,7 +119,7 @@ class DatasetWriter:
         directory: where the data set shall be; its parents are made.
         kind: one of `KINDS`.
         source: name of the source, as the recipe will call it ("emoji").
-        samples_per_shard: a new tar is begun after so many samples.
+        samples_per_shard: a new tar is begun after so many samples, or after `SHARD_BYTES`.
         tokenizer_sha256: hash of the tokenizer file that counted the tokens, None if nothing was counted.
 
     Raises:
@@ -133,7 +133,7 @@ class DatasetWriter:
         *,
         kind: str,
         source: str,
-        samples_per_shard: int = 1000,
+        samples_per_shard: int = SHARD_SAMPLES,
         tokenizer_sha256: str | None = None,
     ) -> None:
         self.directory = check_new_folder(Path(directory))
@@ -186,7 +186,7 @@ class DatasetWriter:
         if self._shard is None:
             self._shard = ShardWriter(self._partial / shard_name(len(self._finished)), self.kind)
         self._shard.write(key, members, languages=languages, tokens=tokens)
-        if len(self._shard) == self._samples_per_shard:
+        if self._shard.is_full(self._samples_per_shard):
             self._finish_shard(self._shard)
 
     def __exit__(self, exception: type[BaseException] | None, *_: object) -> None:

@@ -9,10 +9,10 @@ from data_prep.errors import UserError
 from data_prep.execute import Execution, Job, Output, Target, run_job
 from data_prep.images import ImageRefused, check_stored
 from data_prep.names import is_hidden
-from data_prep.shards import Unusable, content_of, texts_in
+from data_prep.shards import Row, Unusable, content_of, texts_in
 from data_prep.shards.content import with_named_captions
 from data_prep.shards.format import IMAGE_TYPES, JsonObject
-from data_prep.shards.writer import sidecar_row
+from data_prep.shards.sidecar import key_fault, row_of
 from data_prep.sources.records import Dropped, Noted, file_stat
 from data_prep.sources.tars import TarSample, tar_samples
 
@@ -73,7 +73,7 @@ def index_shards(
 def index_tar(piece: JsonObject, options: JsonObject, output: Output) -> None:
     """The work of one unit: the sidecar of one tar."""
     path, rule = Path(piece["file"]), IndexRule(**{**options, "caption_keys": tuple(options["caption_keys"])})
-    rows: list[str] = []
+    rows: list[Row] = []
     for sample in tar_samples(path):
         if isinstance(sample, Noted):
             output.note(sample.name, sample.count)
@@ -87,17 +87,16 @@ def index_tar(piece: JsonObject, options: JsonObject, output: Output) -> None:
         except Unusable as error:
             output.drop(error.reason, f"{path.name}: {sample.name}")
     if rows:
-        index = "".join(row + "\n" for row in rows).encode()
-        output.adopt(rule.kind, path, index, len(rows), rule.caption_keys)
+        output.adopt(rule.kind, path, rows, rule.caption_keys)
 
 
-def _row(sample: TarSample, rule: IndexRule) -> str:
-    """The line of the sidecar: the members that a trainer needs, and the languages. Unusable if it must be dropped.
+def _row(sample: TarSample, rule: IndexRule) -> Row:
+    """The row of the sidecar: the members that a trainer needs, and the languages. Unusable if it must be dropped.
 
     img2dataset's .json holds metadata instead of captions; then the .txt is used.
     """
-    if any("\ud800" <= sign <= "\udfff" for sign in sample.name):  # tarfile's form of bytes that are not UTF-8
-        raise Unusable("name that is not UTF-8")
+    if fault := key_fault(sample.name):  # tarfile has bytes that are not UTF-8 as half characters
+        raise Unusable(fault)
     image = next((extension for extension in IMAGE_TYPES if extension in sample.members), None)
     images = {image: sample.read(image)} if image is not None and rule.kind.startswith("image") else {}
     reasons = []
@@ -116,5 +115,5 @@ def _row(sample: TarSample, rule: IndexRule) -> str:
             raise Unusable(str(error)) from error
         languages = {text["language"] for _, group in texts_in(rule.kind, content) for text in group}
         places = {name: sample.members[name] for name in data}
-        return sidecar_row(sample.name, places, data.values(), sorted(languages), None)
+        return row_of(sample.name, places, data, languages=sorted(languages), tokens=None, shard="")
     raise reasons[0] if "json" in sample.members else reasons[-1]

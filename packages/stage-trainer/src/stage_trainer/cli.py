@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from stage_trainer.commands import demo, encode, evaluate, export, plan, push, report, search, train
+from stage_trainer.commands import demo, encode, evaluate, export, mteb, plan, push, report, search, train
 from stage_trainer.errors import Stopped, is_user_error
 from stage_trainer.run.forwarding import unpack
 
@@ -20,6 +20,7 @@ EPILOG = """examples:
   deepspeed -q --num_gpus 8 launch/stage1.sh --recipe launch/recipes/jina-clip-v2.yaml
   stage-trainer export runs/laptop/stage3 my-model
   stage-trainer evaluate my-model runs/corpus
+  stage-trainer mteb my-model STSBenchmark Flickr30kT2IRetrieval
   stage-trainer report runs/laptop
   stage-trainer search my-model runs/corpus "ein Hund" --out found.png
   stage-trainer demo my-model photos
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     top = parser()
     arguments, rest = top.parse_known_args(argv)
     # argparse takes a command's free words only in one row; people also write them between options.
-    free = next((name for name in ("settings", "queries", "files") if name in arguments), "")
+    free = next((name for name in ("settings", "queries", "files", "tasks") if name in arguments), "")
     if rest and (not free or any(word.startswith("-") for word in rest)):
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -72,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (train, plan, export, evaluate, report, search, demo, encode, push):
+    for module in (train, plan, export, evaluate, mteb, report, search, demo, encode, push):
         module.add(commands)
     return top
 

@@ -11,7 +11,7 @@ from data_prep.captions.faults import error_message
 from data_prep.captions.ledger import RequestLedger
 from data_prep.captions.texts import PROMPTS, check_languages
 from data_prep.commands import Subcommands
-from data_prep.commands.execution import made
+from data_prep.commands.execution import add_samples_per_shard, made
 from data_prep.curation.tokens import TokenCounter
 from data_prep.errors import UserError
 from data_prep.shards import Dataset
@@ -238,7 +238,7 @@ def add_export(steps: Subcommands) -> None:
     export.add_argument(
         "--tokenizer", metavar="PATH", help="count tokens with this sentencepiece model or tokenizer.json"
     )
-    export.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="(default: 1000)")
+    add_samples_per_shard(export)
     export.set_defaults(run=_export)
 
 

@@ -17,6 +17,7 @@ from vision_tower import ImageError, augment, simclr_view
 from stage_trainer.batch import Batch
 from stage_trainer.data.config import DataConfig
 from stage_trainer.data.drawn import Corrupt, Drawn
+from stage_trainer.data.file_checks import FileChecks
 from stage_trainer.data.pieces import PIECE, BatchesInPieces
 from stage_trainer.data.remote_data import RemotePlace, check_room, look_ahead, open_place, place
 from stage_trainer.data.sampler import Draw, SourceOrder, TaskSampler, slice_of
@@ -48,6 +49,7 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         self._last: dict[int, tuple[int, list[Draw], Draw]] = {}
         self.image_sources = [_open(data, s, stage.batch.image_text, ("image-",)) for s in stage.data.image_text]
         self.text_sources = [_open(data, s, stage.batch.text, ("text-",)) for s in stage.data.text]
+        self.files = FileChecks([*self.image_sources, *self.text_sources])
         if len({source.kind for source in self.text_sources}) > 1:
             raise UserError("data.text mixes pairs and triplets; a stage takes one kind, because their losses differ")
         self.graded = [data for data, source in zip(self.text_sources, stage.data.text, strict=True) if source.graded]
@@ -171,6 +173,7 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         return found
 
     def joined(self, step: int, pieces: Iterable[Piece]) -> tuple[Batch, Drawn]:
+        self.files.raise_fault()
         return batch_of(pieces, self._size(step, "image_text"), self.hard_negatives)
 
     def _draws(
@@ -265,21 +268,21 @@ def another(number: int, count: int, draw: int) -> int:
     return (number + 1 + draw % max(1, count - 1)) % count
 
 
-def open_data_set(directory: Path | RemotePlace, kinds: tuple[str, ...]) -> Dataset:
-    """A data set of one of `kinds` (the beginnings of their names).
+def open_data_set(directory: Path | RemotePlace, kinds: tuple[str, ...], *, check: bool = True) -> Dataset:
+    """A data set of one of `kinds` (the beginnings of their names); `check`: look at every file of a folder.
 
     Raises:
         UserError: it is missing, damaged or of another kind.
     """
     with shard_errors_explained():
-        data = open_place(directory)
+        data = open_place(directory, check=check)
     if not data.kind.startswith(kinds):
         raise UserError(f"{data.directory} holds {data.kind}, which cannot serve here; expected {kinds[0]}…")
     return data
 
 
 def _open(config: DataConfig, source: Source, batch: int, kinds: tuple[str, ...]) -> Dataset:
-    data = open_data_set(place(config, "train", source.path), kinds)
+    data = open_data_set(place(config, "train", source.path), kinds, check=False)  # `FileChecks` does
     if len(data) < batch:
         raise UserError(
             f"{data.directory} has {len(data)} samples, too few for one batch of {batch}; "

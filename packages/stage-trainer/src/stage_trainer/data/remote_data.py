@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import mmap
 import os
 import tempfile
 import time
@@ -17,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 
-from data_prep.shards import MANIFEST, Dataset, ShardError, ShardUnavailable, index_name
+from data_prep.shards import MANIFEST, Dataset, Shard, ShardError, ShardUnavailable
 
 from stage_trainer.data.config import DataConfig
 from stage_trainer.data.download import FULL, Failure, check_command, fetch
@@ -77,14 +78,14 @@ class RemotePlace:
             raise UserError(f"{self.address.shown(MANIFEST)}: {failure}; check the recipe's address of it") from failure
 
 
-def open_place(where: str | Path | RemotePlace) -> Dataset:
-    """The data set at a folder or elsewhere.
+def open_place(where: str | Path | RemotePlace, *, check: bool = True) -> Dataset:
+    """The data set at a folder or elsewhere; of a folder every file is looked at, unless `check` is false.
 
     Raises:
         ShardError, FileNotFoundError: it is missing or damaged.
         UserError: its manifest cannot be fetched.
     """
-    return where.open() if isinstance(where, RemotePlace) else Dataset.open(where)
+    return where.open() if isinstance(where, RemotePlace) else Dataset.open(where, check=check)
 
 
 def manifest_of(address: Address, settings: RemoteConfig) -> bytes:
@@ -134,7 +135,7 @@ def fetch_sidecars(data_sets: Sequence[Dataset]) -> None:
     """
     for data in data_sets:
         if isinstance(data, RemoteDataset):
-            names = [index_name(shard["name"]) for shard in data.manifest["shards"]]
+            names = (data.shard(number).index for number in range(len(data.shards)))
             with ThreadPoolExecutor(data.settings.downloads) as pool:
                 for _ in pool.map(data.fetch, names):
                     pass
@@ -157,13 +158,12 @@ class RemoteDataset(Dataset):
         folder = address.folder
         name = f"{folder.name}@{hashlib.sha256(raw).hexdigest()[:16]}"
         cache = Path(settings.cache).expanduser()
-        super().__init__(cache / folder.with_name(name), raw)
         self.address, self.settings, self.since = address, settings, since
         self._raw = raw
         self._cache = CacheFolder(cache, settings.gigabytes)
-        shards = self.manifest["shards"]
-        self._files: dict[str, tuple[int, str]] = {s["name"]: (s["bytes"], s["sha256"]) for s in shards}
-        self._files |= {index_name(s["name"]): (s["index_bytes"], s["index_sha256"]) for s in shards}
+        # Sizes and checksums of files, as they come into use: there may be a hundred thousand.
+        self._files: dict[str, tuple[int, str]] = {}
+        super().__init__(cache / folder.with_name(name), raw)
         self._expected: list[int] | None = None
         self._prefetcher: Prefetcher | None = None
         self._held: dict[str, FileIO] = {}
@@ -174,8 +174,21 @@ class RemoteDataset(Dataset):
 
     def bytes_of(self, shards: Sequence[int]) -> int:
         """Bytes of some shards with their sidecars."""
-        entries = [self.manifest["shards"][number] for number in shards]
-        return sum(entry["bytes"] + entry["index_bytes"] for entry in entries)
+        entries = self.shards[list(shards)]
+        return int(entries["bytes"].sum() + entries["index_bytes"].sum())
+
+    def shard(self, number: int) -> Shard:
+        """As `Dataset.shard`."""
+        found = super().shard(number)
+        self._files |= found.files
+        return found
+
+    def check(self, *, verify: bool = False) -> None:
+        """Nothing: files are compared with the manifest when they are fetched."""
+
+    def _content(self, name: str, size: int, sha256: str) -> mmap.mmap | bytes:
+        self._files[name] = size, sha256  # of the table of shards, which names the others
+        return super()._content(name, size, sha256)
 
     def read(self, index: int) -> dict[str, bytes]:
         """As `Dataset.read`; a copy that was damaged after it was fetched is fetched once more."""
@@ -190,15 +203,15 @@ class RemoteDataset(Dataset):
 
     def _discard_damaged(self, number: int) -> bool:
         """Removes the copy of a tar if its checksum is no longer the manifest's; returns whether it did."""
-        entry = self.manifest["shards"][number]
-        with self.open_file(entry["name"]) as file:
-            if number in self._verified or hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]:
+        entry = self.shard(number)
+        with self.open_file(entry.name) as file:
+            if number in self._verified or hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256:
                 self._verified.add(number)  # so the error is in the data set itself
                 return False
-        (self.directory / entry["name"]).unlink(missing_ok=True)
+        (self.directory / entry.name).unlink(missing_ok=True)
         with self._lock:
             self._open_shards.pop(number, None)
-        self._held.pop(entry["name"], None)
+        self._held.pop(entry.name, None)
         return True
 
     def open_file(self, name: str) -> FileIO:
@@ -228,8 +241,7 @@ class RemoteDataset(Dataset):
         if self._prefetcher is None and (lock := try_lock(self._folder() / ".ahead")):
             self._prefetcher = Prefetcher(self, lock, self.settings.downloads)
         if self._prefetcher is not None:
-            tars = [self.manifest["shards"][number]["name"] for number in shards]
-            names = [name for tar in tars for name in (index_name(tar), tar)]
+            names = [name for number in shards for name in reversed(self.shard(number).files)]  # sidecars first
             for name in [n for n in list(self._held) if n not in names]:
                 del self._held[name]
             self._prefetcher.want([name for name in names if name not in self._held])

@@ -18,7 +18,7 @@ from typing import IO
 from stage_trainer.errors import UserError
 
 _FOLDER = re.compile(r".*@[0-9a-f]{16}")  # of a data set; nothing outside such folders is ever removed
-_COPY = re.compile(r"[^.].*\.(tar|index\.jsonl)")
+_COPY = re.compile(r"[^.].*\.(tar|index\.jsonl|npy)")
 _PART = re.compile(r"\.(?P<name>.+)-(?P<size>\d+)\.part")
 
 

@@ -29,7 +29,7 @@ from stage_trainer.recipe.limits import MAX_PIXELS
 
 FIRST, FIVE, BY_CLASS = "accuracy", "accuracy among the first five", "mean accuracy of the classes"
 TEMPLATES = "zeroshot_classification_templates"
-_IMAGES = 256  # read and embedded at a time
+_AT_ONCE = 256  # read and embedded at a time
 
 Labelled = tuple[bytes, int, str]
 """An encoded image, the number of its class, and its name for messages."""
@@ -47,18 +47,11 @@ def measure(model: Embedder, known: EvalSet, folder: Path, max_pixels: int = MAX
     if len(set(counts.values())) > 1:
         raise UserError(f"{folder} has different numbers of class names: {counts}; expected as many in each language")
     classes = next(iter(counts.values()))
-    rows, labels = [], []
-    images = _labelled(folder, classes)
-    while part := list(islice(images, _IMAGES)):
-        for image, label, name in part:
-            check_image(image, max_pixels=max_pixels, name=name)
-            if not 0 <= label < classes:
-                raise UserError(f"{name} is of class {label}; there are {classes} class names, from 0")
-            labels.append(label)
-        rows.append(model.embed_images([image for image, _, _ in part]))
+    labels: list[int] = []
+    pictures = model.embed_image_batches(_images(_labelled(folder, classes), labels, classes, max_pixels))
     if not labels:
         raise UserError(f"{folder} has class names and no images: neither tars nor folders of {', '.join(IMAGE_TYPES)}")
-    pictures, right = np.concatenate(rows), np.array(labels)
+    right = np.array(labels)
     figures: Figures = {}
     for language, of in names.items():
         templates = _templates(folder, language)
@@ -106,6 +99,17 @@ def _lines(path: Path) -> list[str]:
     if not all(lines):
         raise UserError(f"{path}: line {lines.index('') + 1} is empty; expected one name or sentence a line")
     return lines
+
+
+def _images(images: Iterator[Labelled], labels: list[int], classes: int, max_pixels: int) -> Iterator[list[bytes]]:
+    """The images in parts; their classes are appended to `labels`."""
+    while part := list(islice(images, _AT_ONCE)):
+        for image, label, name in part:
+            check_image(image, max_pixels=max_pixels, name=name)
+            if not 0 <= label < classes:
+                raise UserError(f"{name} is of class {label}; there are {classes} class names, from 0")
+            labels.append(label)
+        yield [image for image, _, _ in part]
 
 
 def _labelled(folder: Path, classes: int) -> Iterator[Labelled]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,9 +76,22 @@ class Embedder(ABC):
         Raises:
             UserError: the model has no image tower, or as `embed_texts`.
         """
-        if not self.sees:
-            raise UserError(f"{self.name} has no image tower; measure it with --suite text")
-        return self._checked(self._images(images), images, "images")
+        return self.embed_image_batches([images])
+
+    def embed_image_batches(self, batches: Iterable[Sequence[bytes]]) -> np.ndarray:
+        """`embed_images` of images that come in parts and are not kept. Whether all embeddings are the same is asked of
+        all of them together: the few images of a last part may well look alike, as blank pages do.
+        """
+        rows: list[np.ndarray] = []
+        different: set[bytes] = set()
+        for images in batches:
+            if not self.sees:
+                raise UserError(f"{self.name} has no image tower; measure it with --suite text")
+            rows.append(self._images(images))
+            different.update(hashlib.sha256(image).digest() for image in images)
+        if not rows:
+            return np.empty((0, self.dims[0]), np.float32)
+        return self._checked(np.concatenate(rows), list(different), "images")
 
     def _checked(self, rows: np.ndarray, items: Sequence[object], what: str) -> np.ndarray:
         rows = np.asarray(rows, dtype=np.float32)

@@ -137,7 +137,7 @@ def _counted(config: DataConfig, source: Source, max_tokens: int, tokenizer: Tok
     if not isinstance(where, Path):
         return None
     try:
-        data = Dataset.open(where)
+        data = Dataset.open(where, check=False)
         chosen = _spread(data)
         if tokenizer is None:
             lengths = [tokens for index in chosen if (tokens := data.row(index).tokens)]

@@ -21,6 +21,11 @@ from stage_trainer.run.stop import SIGNALS
 _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 """NVIDIA's, Windows' for WSL, AMD's."""
 
+_NOTICE_LOST_MACHINES = "-o ServerAliveInterval=10 -o ServerAliveCountMax=3"
+"""For ssh, which `deepspeed` runs through pdsh: without it the command waits for ever for a machine that has lost its
+power or its network, though all ranks have ended. What the user's own PDSH_SSH_ARGS_APPEND says comes first, and ssh
+takes the first value."""
+
 
 def main(options: Sequence[str] | None = None) -> int:
     """Runs `deepspeed` with these options and returns its exit code."""
@@ -30,6 +35,8 @@ def main(options: Sequence[str] | None = None) -> int:
         words, secret = pack(words, os.environ)
         if secret:
             print(f"{', '.join(secret)} stay on this machine; set them, or log in, on each of the others", flush=True)
+        given = os.environ.get("PDSH_SSH_ARGS_APPEND", "")
+        os.environ["PDSH_SSH_ARGS_APPEND"] = f"{given} {_NOTICE_LOST_MACHINES}".strip()
         os.execvp(words[0], words)
     if not any(map(os.path.exists, _GPU_DRIVERS)):  # DeepSpeed would warn in every process
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -215,7 +215,10 @@ def _explained(*texts: str) -> str | None:
         seconds = by.removeprefix(_STUCK)
         reason = f"brought no batch in{seconds} and is stuck or stopped; if it only took long, raise limits.batch"
     elif by == "Bus error":
-        reason = "ran out of shared memory (/dev/shm; of a container, --shm-size or --ipc=host)"
+        reason = (
+            "ran out of shared memory (/dev/shm; of a container, --shm-size or --ipc=host), or a file of its data was "
+            "cut short while it was read"
+        )
     else:
         reason = f"ended by itself ({by or 'no signal'}), perhaps out of memory"
     return f"a process that loads data (number {number}) {reason}"
