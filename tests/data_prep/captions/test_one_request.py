@@ -172,18 +172,23 @@ def damaged(tmp_path):
     return damage
 
 
-def test_an_image_that_cannot_be_read_holds_nobody_up(seer, planned, run, ledger, damaged, capsys):
+def test_an_image_that_cannot_be_read_holds_nobody_up(seer, planned, run, ledger, damaged, tmp_path, capsys):
     total = planned(6)
     damaged(2)
     prices = ("--price-in", "1", "--price-out", "10")
     assert run("--dry-run", *prices) == 0
     assert run(*prices) == 2
     out, error = capsys.readouterr()
-    assert "not sent and stay planned, as their images cannot be used: 3" in out
+    assert f"not sent and stay planned, as their images cannot be used: 3; {ledger}.run-dropped.jsonl lists them" in out
     assert "sample 'key-2' is damaged" in error
     assert states(ledger) == {"accepted": total - 3, "planned": 3}
     assert main(["captions", "batch", "submit", ledger, "--url", seer.url]) == 2
-    assert "0 requests were sent in 0 batches, 3 stay planned" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "0 requests were sent in 0 batches, 3 stay planned" in error
+    assert f"{ledger}.batch-dropped.jsonl lists them" in error
+    for command in ("run", "batch"):
+        listed = Path(f"{ledger}.{command}-dropped.jsonl").read_text().splitlines()
+        assert [json.loads(line)["where"] for line in listed] == [f"image 2 of {(tmp_path / 'images').resolve()}"]
 
 
 def test_a_plan_leaves_out_what_cannot_be_read_and_says_so(make_images, ledger, damaged, capsys):
@@ -198,6 +203,23 @@ def test_a_plan_leaves_out_what_cannot_be_read_and_says_so(make_images, ledger, 
     damaged(4)  # which mends it
     assert main(plan) == 0
     assert "1 requests planned, 5 were in" in capsys.readouterr().out
+
+
+def test_all_images_that_a_plan_leaves_out_are_listed_in_a_file(make_images, ledger, damaged, capsys):
+    shards = make_images(26)
+    for number in range(23):
+        damaged(number)
+    plan = ["captions", "plan", ledger, str(shards), "--model", "m", "--languages", "en"]
+    assert main(plan) == 0
+    listed = Path(f"{ledger}.plan-dropped.jsonl")
+    assert f"23 images cannot be read and are left out; {listed} lists them" in capsys.readouterr().out
+    lines = list(map(json.loads, listed.read_text().splitlines()))
+    assert [line["where"] for line in lines] == [f"image {number} of {shards}" for number in range(23)]
+    assert all("is damaged" in line["reason"] for line in lines)
+    for number in range(23):
+        damaged(number)  # which mends them
+    assert main(plan) == 0
+    assert not listed.exists()
 
 
 def test_unpriced_attempts_about_an_image_that_is_gone_stop_no_run(seer, planned, run, ledger, damaged):

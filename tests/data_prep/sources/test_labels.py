@@ -53,6 +53,8 @@ def queries(found) -> list[str]:
         ("cosine_similarity", [0.9, 0.2], ["q0"], "score below --min-score"),
         ("Relevance", [1, 0], ["q0"], "score below --min-score"),
         ("label", ["entailment", "whatever"], ["q0"], "label that is not known; say --positives"),
+        ("gold", ["1", "0"], ["q0"], ALONE),
+        ("gold_rating", [0.9, 0.2], ["q0"], "score below --min-score"),
     ],
 )
 def test_only_what_is_said_to_match_is_a_positive(run, tmp_path, name, column, marks, kept, reason):
@@ -101,6 +103,34 @@ def test_a_label_that_is_a_score_is_one_at_the_ends_of_the_scale_too(run, tmp_pa
     ones = write(tmp_path / "ones.csv", pairs([1.0, 0.0, 0.5]))
     found = run("texts", files=[ones], graded="sts", out=tmp_path / "ones")
     assert [sample.content["score"] for sample in found.samples["text-pairs"]] == [1.0, 0.0, 0.5]
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.parquet"])
+@pytest.mark.parametrize(
+    ("column", "marks"),
+    [
+        ("Quality", [1, 0, 1]),
+        ("y", [True, False]),
+        ("target", ["0", "1", "0"]),
+        ("class", ["entailment", "contradiction"]),
+    ],
+)
+def test_a_column_of_another_name_that_may_be_a_label_is_asked_about(run, tmp_path, name, column, marks):
+    path = write(tmp_path / name, pairs(marks, column))
+    with pytest.raises(UserError, match=f"{column} is .*--label-column {column}, else --label-column none"):
+        run("texts", files=[path], out=tmp_path / "asked")
+    right = [f"q{n}" for n, mark in enumerate(marks) if mark in (1, "1", "entailment")]
+    assert queries(run("texts", files=[path], label_column=column)) == right
+    whole = run("texts", files=[path], label_column="none", out=tmp_path / "none")
+    assert queries(whole) == [f"q{n}" for n in range(len(marks))]
+    assert {sample.content["target"][0]["text"] for sample in whole.samples["text-pairs"]} == {
+        f"t{n}" for n in range(len(marks))
+    }
+
+
+def test_numbers_of_rows_are_no_labels(run, tmp_path):
+    path = write(tmp_path / "t.csv", pairs([0, 1], "Unnamed: 0"))
+    assert queries(run("texts", files=[path])) == ["q0", "q1"]
 
 
 def test_scores_of_something_else_and_columns_of_texts_are_no_labels(run, tmp_path):

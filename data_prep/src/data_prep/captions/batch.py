@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.captions import faults
-from data_prep.captions.images import ImageReader
+from data_prep.captions.images import ImageReader, list_unusable, place_of
 from data_prep.captions.ledger import Request, RequestLedger
 from data_prep.captions.pricing import Estimate, price_unpriced
 from data_prep.captions.service import Service, request_body
@@ -56,7 +56,7 @@ async def submit(
     if most_requests < 1 or most_bytes < 1:
         raise UserError(f"{most_requests} requests and {most_bytes} bytes a file: expected at least 1")
     batches = requests = 0
-    unreadable: list[str] = []
+    unreadable: list[tuple[str, str]] = []
     unknown: dict[str, Refused] = {}
     with ledger.exclusive():
         if settings.prices:
@@ -75,19 +75,22 @@ async def submit(
             batches, requests = batches + 1, requests + len(costs)
             tick(requests)
     why = [f"those of {model} stay planned: {error}" for model, error in unknown.items()]
-    if unreadable:
-        why.append(f"{len(unreadable)} stay planned, as not all images can be used, the first: {unreadable[0]}")
+    if listed := list_unusable(ledger.path, "batch", dict(unreadable)):
+        first = unreadable[0][1]
+        why.append(
+            f"{len(unreadable)} stay planned, as not all images can be used ({listed} lists them), the first: {first}"
+        )
     if why:
         raise UserError(f"{requests} requests were sent in {batches} batches, {'; '.join(why)}")
     return batches, requests
 
 
 def _lines(
-    ledger: RequestLedger, settings: RunSettings, unreadable: list[str]
+    ledger: RequestLedger, settings: RunSettings, unreadable: list[tuple[str, str]]
 ) -> Iterator[tuple[Request, bytes, float | None]]:
     """(request, its line, its maximal cost) of the planned requests, until budget or limit are reached.
 
-    What is wrong with the image of a request that is left out goes into `unreadable`.
+    The image of a request that is left out, and what is wrong with it, go into `unreadable`.
     """
     prices, reader, estimate = settings.prices, ImageReader(), Estimate(ledger, settings.image_tokens)
     spent, place, taken = ledger.spent(), 0, 0
@@ -97,7 +100,7 @@ def _lines(
             try:
                 mime, image = reader.of(request)
             except (UserError, ShardError) as error:
-                unreadable.append(str(error))
+                unreadable.append((place_of(request.dataset, request.number), str(error)))
                 if not taken and len(unreadable) >= _UNREADABLE:
                     raise
                 continue

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_prep.captions.images import ImageReader, image_of
+from data_prep.captions.images import ImageReader, image_of, place_of
 from data_prep.captions.ledger import RequestLedger
 from data_prep.curation.tokens import TokenCounter
 from data_prep.errors import UserError
@@ -86,7 +86,7 @@ def export(
             try:
                 members, item = _source(reader, captions[0])
             except (UserError, ShardError) as error:
-                place = f"image {captions[0]['number']} of {captions[0]['dataset']}"
+                place = place_of(captions[0]["dataset"], captions[0]["number"])
                 dropped.add(str(error), place, content=[row["caption"] for row in captions])
                 done.left_out, first = done.left_out + 1, first or str(error)
                 tick()

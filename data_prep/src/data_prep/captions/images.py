@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from data_prep.captions.ledger import Request
 from data_prep.errors import UserError
+from data_prep.execute.dropped import DroppedList
 from data_prep.shards import Dataset
 from data_prep.shards.format import IMAGE_TYPES
 
@@ -18,6 +20,27 @@ def image_of(members: dict[str, bytes]) -> tuple[str, bytes]:
     if extension is None:
         raise UserError(f"a sample of {', '.join(members)} has no image; `data-prep validate` finds all such samples")
     return IMAGE_TYPES[extension], members[extension]
+
+
+def place_of(dataset: str | Path, number: int) -> str:
+    """How lists and messages call an image of a data set."""
+    return f"image {number} of {dataset}"
+
+
+def list_unusable(ledger: Path, command: str, images: Mapping[str, str]) -> Path | None:
+    """Write the images that a command could not use, place → why, to LEDGER.COMMAND-dropped.jsonl, and return its path.
+
+    Without any, the list of the last such command is removed. ShardError if the disk refuses.
+    """
+    path = ledger.with_name(f"{ledger.name}.{command}-dropped.jsonl")
+    if not images:
+        path.unlink(missing_ok=True)
+        return None
+    dropped = DroppedList(path, str(ledger))
+    for place, why in images.items():
+        dropped.add(why, place)
+    dropped.finish()
+    return path
 
 
 class ImageReader:

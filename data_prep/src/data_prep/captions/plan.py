@@ -6,11 +6,11 @@ import hashlib
 import heapq
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_prep.captions.images import image_of
+from data_prep.captions.images import image_of, place_of
 from data_prep.captions.ledger import RequestLedger, request_id
 from data_prep.captions.texts import PROMPTS, Prompt, read_prompt
 from data_prep.errors import UserError
@@ -78,14 +78,14 @@ def _names(body: object) -> Iterator[str]:
 @dataclass(frozen=True)
 class Planned:
     """images: distinct ones; twice: repeated ones; new: requests added; known: requests that were there before;
-    unreadable: of each image that cannot be read, why.
+    unreadable: the place of each image that cannot be read → why.
     """
 
     images: int
     twice: int
     new: int
     known: int
-    unreadable: tuple[str, ...] = ()
+    unreadable: Mapping[str, str] = field(default_factory=dict)
 
 
 def plan(
@@ -149,7 +149,7 @@ class _Planning:
                         if digest != _NONE:
                             self._image(digest, directory, number)
         known = self.described * len(self.wanted.languages) - self.new
-        return Planned(len(self.seen), self.twice, self.new, known, tuple(self.unreadable.values()))
+        return Planned(len(self.seen), self.twice, self.new, known, self.unreadable)
 
     def _image(self, digest: bytes, directory: str, number: int) -> None:
         """Note where an image is, and add the requests about it that are not there yet."""
@@ -213,7 +213,7 @@ def _hash(dataset: Dataset, number: int, unreadable: dict[str, str]) -> bytes:
     except ShardUnavailable:
         raise
     except (ShardError, UserError) as error:
-        unreadable[f"{dataset.directory}: image {number}"] = str(error)
+        unreadable[place_of(dataset.directory, number)] = str(error)
         return _NONE
 
 

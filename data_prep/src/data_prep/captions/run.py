@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from data_prep.captions.faults import NO_MODEL, error_message
-from data_prep.captions.images import ImageReader
+from data_prep.captions.images import ImageReader, place_of
 from data_prep.captions.ledger import Request, RequestLedger
 from data_prep.captions.pricing import Estimate, price_unpriced
 from data_prep.captions.rate_limit import LONGEST_WAIT, RateLimiter, retry_after
@@ -188,6 +188,7 @@ class _Run:
             image = self._reader.of(request)
         except (UserError, ShardError) as error:
             self.result.unreadable += 1
+            self.result.unusable[place_of(request.dataset, request.number)] = str(error)
             self.result.stopped = self.result.stopped or f"not all images can be used, the first: {error}"
             if self._unreadable is not None:
                 self._unreadable.add(request.image)

@@ -41,7 +41,7 @@ class RunSettings:
 @dataclass
 class RunResult:
     """What a run did. lost: perhaps paid; failed: set aside; later: requests that failed too often and stay planned;
-    unreadable: those whose image cannot be read, which stay planned, too.
+    unreadable: those whose image cannot be read, which stay planned, too; unusable: the place of each such image → why.
     """
 
     asked: int = 0
@@ -52,4 +52,5 @@ class RunResult:
     failed: int = 0
     later: int = 0
     unreadable: int = 0
+    unusable: dict[str, str] = field(default_factory=dict)
     stopped: str | None = None  # why the run ended before the work did

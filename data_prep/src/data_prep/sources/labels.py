@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Number
 from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.shards.format import JsonObject
+from data_prep.sources.records import Row
 
 # What the options of sources that read labels say.
 COLUMN = "column that says whether texts match, or how much (default: label, score, …); or none"
@@ -24,9 +25,12 @@ LEAST = "share of the scale from which on a pair is a positive; others are dropp
 GRADED = "sts: keep all pairs that have a score, with it, to evaluate on or to rank in training"
 
 _WORDS = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])")  # of a name: is_duplicate, isDuplicate, IS DUPLICATE
-_LABELS = {"label", "labels", "duplicate", "paraphrase", "match", "relevant", "equivalent", "judgment", "judgement"}
+_LABELS = {
+    *("label", "labels", "duplicate", "paraphrase", "match", "relevant", "equivalent", "judgment", "judgement"),
+    *("gold", "truth", "verdict", "dup", "duplicates", "paraphrases", "matches", "equivalence", "entailment"),
+}
 _IS = {"similar", "related", "positive", "same", "correct"}  # labels behind is_ and are_ alone
-_SCORES = {"score", "similarity", "relatedness", "relevance", "rel", "cosine", "sim", "sts"}
+_SCORES = {"score", "similarity", "relatedness", "relevance", "rel", "cosine", "sim", "sts", "rating", "grade"}
 # Scores that say nothing about the pair.
 _OTHERS = {"language", "lang", "lid", "toxicity", "nsfw", "aesthetic", "quality", "perplexity", "length"}
 _YES = (
@@ -93,6 +97,28 @@ class Labels:
             return [] if self.column == "none" else [self.column]
         return [name for name in names if (_is_label(name) or _is_score(name)) and name not in self.texts]
 
+    def check_others(self, rows: Sequence[Row]) -> None:
+        """Refuse a column of another name that may be a label, where none is named and none has a usual name.
+
+        Raises:
+            UserError: besides its texts, a table has a column that says yes in some rows and no in others.
+        """
+        if not rows or self.column or self.columns(rows[0][1]):
+            return
+        where, first = rows[0]
+        for name in first:
+            said = [_said(row[name]) for _, row in rows if row.get(name) is not None]
+            known = {*said} <= {*_YES, *_NO, *_NEITHER, *_NONE, "0", "1", "0.0", "1.0"}
+            numbers = {*said} <= {"0", "1", "0.0", "1.0", ""}  # each once may be ids
+            if name in self.texts or not known or (numbers and len({*said}) == len(said)):
+                continue
+            yes, no = ([one for one in said if one in known] for known in ((*_YES, "1", "1.0"), (*_NO, "0", "0.0")))
+            if yes and no:
+                raise UserError(
+                    f"{where}: {name} is {yes[0]} in some rows and {no[0]} in others, and may say whether the texts "
+                    f"match; if it does, say --label-column {name}, else --label-column none"
+                )
+
     def judge(self, row: JsonObject, where: str) -> Judgement | None:
         """What a row says; None if it has no such column. All its columns have to say yes.
 
@@ -107,7 +133,7 @@ class Labels:
         return Judgement(True, grade=graded) if found else None
 
     def _one(self, name: str, value: Any, row: JsonObject, where: str) -> Judgement:
-        said = str(value).strip().lower().replace(" ", "_") if isinstance(value, str | Number) else ""
+        said = _said(value)
         if _among(said, self.positives):
             return Judgement(True)
         if _among(said, self.no_match):
@@ -141,6 +167,11 @@ class Labels:
         if grade is not None:
             return Judgement(False, "score below --min-score", grade)
         return Judgement(False, "labelled as no match", against=not self.no_match)
+
+
+def _said(value: Any) -> str:
+    """A label as it is compared; of a value that is none a text that no label is."""
+    return str(value).strip().lower().replace(" ", "_") if isinstance(value, str | Number) else ""
 
 
 def _is_label(name: str) -> bool:

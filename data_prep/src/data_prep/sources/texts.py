@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -54,6 +54,12 @@ _POSITIVE = ("pos", "positive")
 _TARGET = (
     *_POSITIVE, "target", "answer", "document", "passage", "sentence2", "text2", "question2", "hypothesis"
 )  # fmt: skip
+_PARTNERS = {
+    "sentence1": "sentence2",
+    "text1": "text2",
+    "question1": "question2",
+    "premise": "hypothesis",
+}
 _NEGATIVE = re.compile(r"(hard_)?neg(ative)?s?(_\d+)?")
 
 
@@ -100,7 +106,7 @@ class Texts:
         file, labelled, again = "", False, list[JsonObject]()
         for piece in self._pieces():
             if piece["file"] != file:  # labels that cannot be read are refused before it begins
-                labelled = self.labelled(_rows(piece))
+                labelled = self.labelled(_rows(_all_columns(piece)))
             file = piece["file"]
             again += [piece] * labelled
             yield {**piece, "gathered": labelled}
@@ -146,6 +152,8 @@ class Texts:
         have labels or scores that cannot be read."""
         first = [row for row in islice(rows, _LOOK_AT) if not isinstance(row, Dropped) and isinstance(row[1], dict)]
         said = [self._judged(*row) for row in first]
+        if first and not self._positive(first[0][1]):
+            self._labels(self._pair(first[0][1])).check_others(first)
         wanted = self.graded == "pairs" and self.no_match != "none"
         return wanted and any(one is not None and one.grade is None for one in said)
 
@@ -185,11 +193,21 @@ class Texts:
     def _judged(self, where: str, values: JsonObject) -> Judgement | None:
         """What labels and scores of a row say of its pair. A column that is called positive says it itself, and a score
         beside it is a teacher's."""
-        if not self.label_column and (self.target_column or usual_column(values, _TARGET)) in _POSITIVE:
-            return None
-        return self._labels().judge(values, where)
+        return None if self._positive(values) else self._labels(self._pair(values)).judge(values, where)
 
-    def _labels(self) -> Labels:
+    def _positive(self, values: JsonObject) -> bool:
+        return not self.label_column and self._pair(values)[1] in _POSITIVE
+
+    def _pair(self, columns: Container[str]) -> tuple[str, str]:
+        """The columns of query and target that are named, or there by their usual names; "" for none.
+
+        sentence1 has sentence2 for its target, whatever else there is: "target" is a label then, 0 or 1.
+        """
+        query = self.query_column or usual_column(columns, self._usual(_QUERY))
+        beside = [_PARTNERS[query]] if query in _PARTNERS else []
+        return query, self.target_column or usual_column(columns, (*beside, *self._usual(_TARGET)))
+
+    def _labels(self, texts: tuple[str, ...] = ()) -> Labels:
         positives, no_match = (tuple(said.split(",")) if said else () for said in (self.positives, self.no_match))
         return Labels(
             self.label_column,
@@ -198,7 +216,7 @@ class Texts:
             self.score_scale,
             self.min_score,
             graded=self.graded == "sts",
-            texts=(self.query_column, self.target_column, *self.negative_columns.split(",")),
+            texts=(*texts, self.query_column, self.target_column, *self.negative_columns.split(",")),
         )
 
     def _parts(self, value: Any) -> tuple[list[str], list[str], list[str]] | None:
@@ -209,10 +227,7 @@ class Texts:
             parts = value["set"][:1], value["set"][1:], []
         elif isinstance(value, dict):
             negatives = [text for name in self._negatives(value) for text in _listed(pick(value, name, ()))]
-            query, target = (
-                pick(value, self.query_column, self._usual(_QUERY)),
-                pick(value, self.target_column, self._usual(_TARGET)),
-            )
+            query, target = (pick(value, name, ()) for name in self._pair(value))
             if query is None or target is None:
                 return None
             parts = [query], _listed(target), negatives
@@ -232,9 +247,8 @@ class Texts:
             raise UserError(
                 f"{path}: has {len(columns)} columns without names; say which: --query-column 1 --target-column 2"
             )
-        needed = [*self._negatives(columns), *self._labels().columns(columns)]
-        for what, named, usual in (("query", self.query_column, _QUERY), ("target", self.target_column, _TARGET)):
-            found = named or usual_column(columns, self._usual(usual))
+        needed = [*self._negatives(columns), *self._labels(self._pair(columns)).columns(columns)]
+        for what, found in zip(("query", "target"), self._pair(columns), strict=True):
             if not found:
                 raise UserError(
                     f"{path}: none of {shown(columns)} is known for the {what}; name it: --{what}-column; if they are "
@@ -291,6 +305,13 @@ def _rows(piece: JsonObject) -> Iterator[Row | Dropped]:
     if piece.get("format") == "list":
         return read_list(piece)
     return read_table(piece) if piece.get("format") == "table" else read_lines(piece)
+
+
+def _all_columns(piece: JsonObject) -> JsonObject:
+    """The piece with all columns of its file, those that are not needed as well."""
+    if piece.get("format") != "parquet":
+        return piece
+    return {**piece, "columns": [name for name in parquet_columns(Path(piece["file"])) if "." not in name]}
 
 
 def _is_list(path: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+from itertools import islice
 from pathlib import Path
 
 from data_prep.captions.faults import error_message
@@ -60,6 +61,7 @@ def add_plan(steps: Subcommands) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    from data_prep.captions.images import list_unusable
     from data_prep.captions.plan import Plan, passes, plan
     from data_prep.execute.progress import Progress
 
@@ -82,9 +84,9 @@ def _plan(options: argparse.Namespace) -> int:
     progress.finish()
     print(f"{done.images} different images ({done.twice} more occurred again)")
     print(f"{done.new} requests planned, {done.known} were in {options.ledger} before")
-    if done.unreadable:
-        print(f"{len(done.unreadable)} images cannot be read and are left out:")
-        for why in done.unreadable[:_LISTED]:
+    if path := list_unusable(ledger.path, "plan", done.unreadable):
+        print(f"{len(done.unreadable)} images cannot be read and are left out; {path} lists them:")
+        for why in islice(done.unreadable.values(), _LISTED):
             print(f"  {why}")
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 
+from data_prep.captions.images import list_unusable
 from data_prep.captions.judge import Limits
 from data_prep.captions.ledger import RequestLedger
 from data_prep.captions.pricing import Prices, forecast
@@ -94,7 +95,8 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _show(result: RunResult, duplicates: int, ledger: RequestLedger) -> None:
-    """Print what a run did."""
+    """Print what a run did, and list the images that it could not use."""
+    unusable = list_unusable(ledger.path, "run", result.unusable)
     print(f"asked {result.asked} times; accepted {result.accepted - duplicates}")
     show_rejected(result.rejected, duplicates, ledger)
     if result.not_done:
@@ -104,7 +106,9 @@ def _show(result: RunResult, duplicates: int, ledger: RequestLedger) -> None:
     if result.later:
         print(f"  met too many failures and stay planned: {result.later}")
     if result.unreadable:
-        print(f"  not sent and stay planned, as their images cannot be used: {result.unreadable}")
+        print(
+            f"  not sent and stay planned, as their images cannot be used: {result.unreadable}; {unusable} lists them"
+        )
     if result.lost:
         print(f"  perhaps paid, the connection broke: {result.lost}; see `data-prep captions status {ledger.path}`")
 
