@@ -24,7 +24,7 @@ PLACES = ("missing/x.png", "file/x.png", "data", "/dev/null", "/proc/x.png", f"{
 
 TABLE = [
     *([*PLAN, f"--{name}={value}"] for value in NUMBERS
-      for name in ("gpus", "peak", "bandwidth", "loader", "price", "mean-tokens", "memory", "stage")),
+      for name in ("gpus", "peak", "bandwidth", "loader", "price", "cores", "fetch", "mean-tokens", "memory", "stage")),
     *([*PLAN, f"--gpu={value}"] for value in ("", "h1000", "h100-80gb\n")),
     [*PLAN, "--gpus=1000001"], [*PLAN, "--peak=165"], [*PLAN, "--price=1e300"], [*PLAN, "--bandwidth=900"],
     [*PLAN, f"--memory={'9' * 400}TB"], [*PLAN, "--memory=24 GiBs"], [*PLAN, "--memory=0.0GiB"],
