@@ -61,7 +61,7 @@ def _draw(arguments: argparse.Namespace) -> None:
     from stage_trainer.evaluation.held_out import find
 
     for name in ("also", "top_k", "rescore_multiplier", "task"):
-        if getattr(arguments, name):
+        if getattr(arguments, name) is not None:
             raise UserError(
                 f"--{name.replace('_', '-')} is of files of vectors (.parquet, .npy); {arguments.data} is none"
             )

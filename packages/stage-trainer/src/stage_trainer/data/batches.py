@@ -211,7 +211,9 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
 
     def joined(self, step: int, pieces: Iterable[Piece]) -> tuple[Batch, Drawn]:
         self.files.raise_fault()
-        return batch_of(pieces, self._size(step, "image_text"), self.hard_negatives)
+        batch, drawn = batch_of(pieces, self._size(step, "image_text"), self.hard_negatives)
+        drawn.fetched += newly_fetched([*self.image_sources, *self.text_sources])  # by the process that joins
+        return batch, drawn
 
     def _draws(
         self, sampler: TaskSampler | None, sources: list[Dataset], number: int, share: tuple[int, int]

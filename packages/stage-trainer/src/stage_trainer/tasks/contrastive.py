@@ -19,7 +19,7 @@ from stage_trainer.data.frozen_images import inference_of
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.engine import Engine
 from stage_trainer.plan.auto import Choice, choose
-from stage_trainer.plan.flops import StepShape, kept_patches, step_flops, vision_flops
+from stage_trainer.plan.flops import StepShape, kept_patches, step_flops
 from stage_trainer.recipe import GradientCache
 from stage_trainer.tasks.contrastive_objective import ContrastiveObjective
 from stage_trainer.tasks.frozen_tower import Pass, Phase, keep_embeddings
@@ -132,10 +132,10 @@ class ContrastiveTask(Task):
             pairs=pairs,
             negatives=batch.negatives,
             unified=stage.loss.unified_pairs(images, pairs),
+            stored=stage.embedding_cache is not None,
         )
         text, vision = model.text.config, model.vision.config
-        work = step_flops(text, vision, shape, trainable=stage.trainable, dims=stage.loss.dims).model
-        return work - (vision_flops(vision, shape, "none").model if stage.embedding_cache and images else 0)
+        return step_flops(text, vision, shape, trainable=stage.trainable, dims=stage.loss.dims).model
 
     def make_validation(self, engine: Engine, tokenizer: Tokenizer) -> Validation:
         pools = PoolValidation(self.data, self.recipe.evaluation.pools, engine)
