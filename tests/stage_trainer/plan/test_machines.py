@@ -6,8 +6,9 @@ import json
 import pytest
 from data_prep.shards import DatasetWriter
 from stage_trainer.plan.devices import DEVICES
+from stage_trainer.plan.flops import StepShape, kept_patches, vision_flops
 from stage_trainer.plan.machines import ASSUMED, DECODED, load_of, machines_table
-from stage_trainer.plan.planner import Cluster, plan_stage
+from stage_trainer.plan.planner import Cluster, model_of, plan_stage
 from stage_trainer.recipe.read import load
 
 SETTINGS = ["optimizer.name=adamw", "resolution=[[0, 32]]", "batch={image_text: 64, text: 32}"]
@@ -85,3 +86,21 @@ def test_nothing_is_said_of_a_device_of_which_too_little_is_known(planned):
     unknown = dataclasses.replace(DEVICES["h100-80gb"], bandwidth=None)
     recipe, plan = planned(Cluster(unknown, 16))
     assert machines_table(recipe, plan, Cluster(unknown, 16), 8, 1e9) == ""
+
+
+def test_images_whose_embeddings_come_from_the_disk_are_neither_decoded_nor_computed(planned):
+    """As much as is left of a step when its images are taken away from it, but for the loss."""
+    cluster = Cluster(DEVICES["h100-80gb"])
+    frozen = ("trainable.image=none", "patch_dropout=[[0, 0]]", "augmentation.views=1")
+    found = {}
+    for name, more in (("runs", ()), ("stored", ("embedding_cache=kept",))):
+        recipe, plan = planned(cluster, *frozen, *more)
+        found[name] = plan.segments[0].as_written, load_of(recipe, plan, plan.segments[0], cluster)
+    (runs, carried), (stored, less) = found["runs"], found["stored"]
+    assert carried.images > 0 == less.images
+    assert less.fetched > carried.fetched  # bytes of as many samples, in less time
+    vision = model_of(recipe, 1, plan.segments[0].segment, "fp32").vision
+    shape = StepShape(images=64, kept_patches=kept_patches(vision, 0.0))
+    assert runs.flops.model - stored.flops.model == vision_flops(vision, shape, "none").model
+    assert stored.time.total < runs.time.total
+    assert stored.memory.total < runs.memory.total

@@ -34,7 +34,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     p.add_argument("queries", nargs="*", help="texts; without any, twelve of the data's own captions are searched for")
     add_max_pixels(p)
     group = p.add_argument_group("of files of vectors")
-    group.add_argument("--also", type=a_path, action="append", default=[], metavar="FILE",
+    group.add_argument("--also", type=a_path, action="append", metavar="FILE",
                        help="a further one, searched with it; may be repeated")  # fmt: skip
     group.add_argument("--top-k", type=int, metavar="N", help=f"how many are found (default: {TOP_K})")
     group.add_argument("--rescore-multiplier", type=int, metavar="N",
@@ -61,7 +61,7 @@ def _draw(arguments: argparse.Namespace) -> None:
     from stage_trainer.evaluation.held_out import find
 
     for name in ("also", "top_k", "rescore_multiplier", "task"):
-        if getattr(arguments, name):
+        if getattr(arguments, name) is not None:
             raise UserError(
                 f"--{name.replace('_', '-')} is of files of vectors (.parquet, .npy); {arguments.data} is none"
             )
@@ -89,7 +89,7 @@ def _search_vectors(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {number}; expected a whole number from 1")
     from stage_trainer.bulk.stored import open_together
 
-    files = open_together([arguments.data, *arguments.also])
+    files = open_together([arguments.data, *(arguments.also or [])])
     stated = files[0].statement
     folder, _ = find_model(arguments.model)
     from stage_trainer.bulk.search import search
