@@ -29,8 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from common import machine, write
-from data_prep.captions.ledger import RequestLedger, Usage
+from data_prep.captions.ledger import RequestLedger
 from data_prep.captions.plan import Plan
+from data_prep.captions.request import Usage
 from data_prep.languages import LANGUAGES
 from data_prep.shards import DatasetWriter
 

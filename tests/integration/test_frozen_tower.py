@@ -5,6 +5,9 @@ import shutil
 
 import numpy as np
 import pytest
+from stage_trainer.cli import main
+from stage_trainer.errors import UserError
+from stage_trainer.recipe.read import load
 
 FROZEN = (
     "steps=8", "warmup_steps=0", "evaluation.every=0", "checkpoint.every=3", "checkpoint.keep=9", "log_every=1",
@@ -32,8 +35,15 @@ def test_the_curve_with_embeddings_from_the_disk_is_the_one_without(train, run, 
     out = train(1, *settings, *CACHED, output="with").stdout
     assert out.count("the frozen image tower runs once") == 2  # each resolution has its own
     assert_equal(curve(scalars, "with"), expected)
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+@pytest.mark.full
+def test_a_resume_ranks_and_chunks_read_what_is_there(train, scalars, tmp_path):
+    settings = (*FROZEN, "augmentation.views=1")
+    train(1, *settings, *CACHED, output="with")
+    expected = curve(scalars, "with")
     kept = sorted(path.name for path in (tmp_path / "kept").iterdir())
-    assert len(kept) == 2
     # A resume from the first resolution, two ranks, and gradient caching read what is there.
     for saved in sorted((tmp_path / "with/stage1").glob("step-*"))[1:]:
         shutil.rmtree(saved)
@@ -78,7 +88,7 @@ def test_embeddings_are_made_beforehand_and_again_only_where_they_do_not_fit(tra
     assert len(list((tmp_path / "kept").iterdir())) == 3
 
 
-def test_what_contradicts_a_cache_is_refused(train, run):
+def test_what_contradicts_a_cache_is_refused(train, capsys):
     for setting, message in (
         ("trainable.image=all", "trainable.image is 'all'; set it to 'none'"),
         ("augmentation.views=0", "augmentation.views is 0, so every draw of an image is another; set it to 1 or more"),
@@ -86,11 +96,11 @@ def test_what_contradicts_a_cache_is_refused(train, run):
         ("augmentation={views: 1, flip: true}", "augmentation.views is 1, the image as it is"),
         ("loss.kind=unified", "loss.image_views is true; set it to false"),
     ):
-        done = train(1, *FROZEN, "augmentation.views=1", *CACHED, setting, fails=True)
-        assert message in done.stderr
-    recipe = ["--recipe", train.recipe, "--stage", 1]
-    done = run("stage-trainer", "embed", *recipe, *FROZEN, "augmentation.views=1", fails=True)
-    assert "stage 1 reads no embeddings from the disk" in done.stderr
+        with pytest.raises(UserError) as error:
+            load(train.recipe, [*FROZEN, "augmentation.views=1", *CACHED, setting], 1)
+        assert message in str(error.value)
+    assert main(["embed", "--recipe", str(train.recipe), "--stage", "1", *FROZEN, "augmentation.views=1"]) == 2
+    assert "stage 1 reads no embeddings from the disk" in capsys.readouterr().err
 
 
 @pytest.mark.full

@@ -7,7 +7,7 @@ Every machine has an address, a disk and an ssh server of its own (`network.py`)
 data come over HTTP from a store that counts what each machine fetches. A trial passes if losses are those of one
 process (relative 1e-4, since sums over more processes are rounded otherwise), and
 
-    hostfile   `deepspeed` with a hostfile, through pdsh and ssh, trains to the end
+    hostfile   `deepspeed` with a hostfile, through pdsh and ssh, trains to the end; each machine fetches its part
     slurm      so does launch/slurm.sh, with stand-ins for srun and scontrol that start on each machine
     cut        a machine loses its power in the middle: the command ends by itself, and says why
     return     after that, with the machine back, the same command goes on from the last checkpoint
@@ -45,8 +45,10 @@ from tests.machines.network import Network, has_delay, store  # noqa: E402
 STEPS = 12
 SETTINGS = (
     f"steps={STEPS}", "warmup_steps=2", "evaluation.every=0", "log_every=1", "resolution=[[0, 32]]",
-    "checkpoint={every: 4, keep: 3}", "workers=1",
+    "checkpoint={every: 4, keep: 3}", "workers=1", "data.lanes=8",
 )  # fmt: skip
+SHARED = 0.06
+"""Of the data: the shards that two machines' lanes share, at both ends of a machine's lanes."""
 PATIENCE = 300.0
 """Seconds after which a command that should have ended hangs."""
 TELLING = ("is lost", "sign of life", "killed", "not reached")
@@ -99,7 +101,10 @@ class Trials:
         self._end(self._start("hostfile"), 0)
         self._compare("hostfile")
         total = self._bytes_of_corpus()
-        return {"fetched": {m.name: round(self.sent[m.address] / total, 3) for m in self.network.machines}}
+        parts = {m.name: round(self.sent[m.address] / total, 3) for m in self.network.machines}
+        if max(parts.values()) > 1.1 / self.network.count + SHARED:
+            raise Failed(f"of the data the machines fetched {parts}, instead of their lanes' shards alone")
+        return {"fetched": parts}
 
     def slurm(self) -> dict[str, Any]:
         self._end(self._slurm("slurm"), 0)

@@ -24,7 +24,7 @@ PLACES = ("missing/x.png", "file/x.png", "data", "/dev/null", "/proc/x.png", f"{
 
 TABLE = [
     *([*PLAN, f"--{name}={value}"] for value in NUMBERS
-      for name in ("gpus", "peak", "bandwidth", "loader", "price", "mean-tokens", "memory", "stage")),
+      for name in ("gpus", "peak", "bandwidth", "loader", "price", "cores", "fetch", "mean-tokens", "memory", "stage")),
     *([*PLAN, f"--gpu={value}"] for value in ("", "h1000", "h100-80gb\n")),
     [*PLAN, "--gpus=1000001"], [*PLAN, "--peak=165"], [*PLAN, "--price=1e300"], [*PLAN, "--bandwidth=900"],
     [*PLAN, f"--memory={'9' * 400}TB"], [*PLAN, "--memory=24 GiBs"], [*PLAN, "--memory=0.0GiB"],
@@ -70,6 +70,25 @@ TABLE = [
       for name in ("task", "column", "id", "kind", "errors", "device", "dtype")),
     *(["encode", "model", "data", "--out=x.npy", *more] for more in
       (["--column=a"], ["--id=a"], ["--kind=picture"], ["--errors=ignore"], ["--device=tpu"], ["--dtype=half"])),
+    *(["evaluate", "model", "data", f"--precision={value}"] for value in ("", "  ", "float32", "half", "int8,int8")),
+    *(["encode", "model", "data", "--out=x.npy", f"--precision={value}"] for value in ("", "  ", "half", "float64")),
+    *(["encode", "model", "data", "--out=x.npy", "--precision=int8", f"--calibration={value}"] for value in
+      ("", "missing", "file", "data", "/dev/null", LONG)),
+    ["encode", "model", "data", "--out=x.npy", "--calibration=file"],
+    *(["search", "model", value, "a", f"--{name}={number}"] for value in ("data", "vectors.npy") for number in NUMBERS
+      for name in ("top-k", "rescore-multiplier")),
+    *(["search", "model", "vectors.npy", "a", f"--also={value}"] for value in ("", "missing", "file", "data", LONG)),
+    *(["search", "model", "vectors.npy", "a", f"--task={value}"] for value in ("", "  ", "\n")),
+    *(["search", "model", "data", "a", f"--{name}"] for name in ("also=vectors.npy", "task=a")),
+    *(["mteb", value, "STSBenchmark"] for value in ("", "missing", LONG)),
+    *(["mteb", "model", "STSBenchmark", f"--dim={value}"] for value in NUMBERS),
+    *(["mteb", "model", "STSBenchmark", f"--data={value}"] for value in ("", "missing", "file", LONG)),
+    *(["mteb", "model", "STSBenchmark", f"--out={value}"] for value in
+      ("", "file", "file/out", "/dev/null", "/proc/out", LONG)),
+    *(["mteb", "model", "STSBenchmark", f"--max-length={value}"] for value in (*NUMBERS, "1")),
+    *(["mteb", "model", "STSBenchmark", f"--query-task={value}"] for value in ("", "  ", "\n")),
+    *(["mteb", "model", "STSBenchmark", f"--max-pixels={value}"] for value in NUMBERS),
+    *(["mteb", "model", value] for value in ("", "  ", "NoSuchTask", "STSBenchmark:", f"STSBenchmark:{LONG}")),
     ["evaluate", "stage1", "data"], ["evaluate", "model"], ["evaluate", "model", "data", "--max-length=77"],
     ["evaluate", "model", "data", "--beside=model"], ["evaluate", "model", "data", "--query-task=a"],
     *(["evaluate", "model", "sets", f"--suite={value}"] for value in ("", "nan", "both", "text", "documents")),
@@ -99,6 +118,7 @@ TABLE = [
       if (name, value) != ("searched", "0")),
 ]  # fmt: skip
 SWITCHES = {
+    "--other-files",
     "--private",
     "--dry-run",
     "--no-normalize",
@@ -153,7 +173,8 @@ def test_what_cannot_be_meant_is_one_line_before_anything_expensive(folder, monk
     said = capsys.readouterr()
     assert code == 2
     assert said.out == ""
-    lines = [line for line in said.err.splitlines() if line != "loading PyTorch …" and not line.startswith("taking ")]
+    progress = ("loading PyTorch …", "loading mteb …")
+    lines = [line for line in said.err.splitlines() if line not in progress and not line.startswith("taking ")]
     usage = lines[0].startswith("usage: ")
     assert lines[-1 if usage else 0].startswith("stage-trainer")
     assert usage or len(lines) == 1 or words[0] == "report", said.err

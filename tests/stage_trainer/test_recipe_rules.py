@@ -20,6 +20,9 @@ def refused(recipe, overrides, message, **options):
     assert "stage-trainer" not in str(error.value)
 
 
+MASKED = ("batch={masked_lm: 8}", "data={masked_lm: [text-pairs/drawn]}", OFF)
+
+
 NO_LANES = "'stages.1.data.lanes': a whole number from 1 to 1,024 is expected here, or 'auto'; found "
 OUT_OF_RANGE = {
     **{f"data.lanes={value}": NO_LANES for value in (0, -1, 1025, 2.5, "many", ".inf")},
@@ -176,6 +179,9 @@ def test_what_cannot_be_meant_is_refused_when_it_is_read(recipes, override):
          "lr.text is missing, and the text tower's adapters and"),
         (["batch={text: 8}", "lr={image: 1e-3, text: 0}"], "every rate under 'lr' at which a tower trains is 0"),
         (["trainable={image: none}", "lr={image: 1e-3, text: 0}"], "every rate under .* at which a tower trains"),
+        (["teacher={model: a, folder: b, loss: relational}", "loss.exchange=ring"], "teacher.loss 'relational' comp"),
+        *(([*MASKED, setting], f"'{setting.partition('=')[0]}' is for stages of pairs, and batch.masked_lm")
+          for setting in ("embedding_cache=a", "teacher={model: a, folder: b}", "loss.exchange=ring")),
         (["checkpoint.best=loss/image_text"], "which is not measured on held-out data; .*modality_gap"),
         (["checkpoint.best=a", OFF], "checkpoint.best is 'a', but evaluation.every is 0"),
     ],

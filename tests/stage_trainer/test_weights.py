@@ -288,3 +288,11 @@ def test_both_towers_of_one_hub_name_bring_its_temperature(ours, recipe_from, mo
     monkeypatch.setattr(hub, "local", lambda name: ours)
     recipe = recipe_from("model.text_weights=some/hub-name", "model.vision_weights=some/hub-name", "model.weights=null")
     assert weights.log_scales(recipe.model) == pytest.approx((math.log(1 / 0.05), math.log(1 / 0.2)))
+
+
+@pytest.mark.parametrize("name", ["lit", "joined", "teacher", "documents"])
+def test_a_recipe_whose_weights_are_elsewhere_is_shown_by_a_dry_run(recipes, name):
+    """Adapters that it chooses from those weights have their rank."""
+    said = dry_run(load(recipes / f"{name}.yaml", (), 1), 1)
+    assert " is not on this machine: its sizes are the recipe's, or else the towers' defaults" in said
+    assert ("text with adapter" in said) == (name in ("lit", "joined"))

@@ -15,8 +15,9 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from data_prep.captions.ledger import RequestLedger, request_id
+from data_prep.captions.ledger import RequestLedger
 from data_prep.captions.ledger_file import SCHEMA
+from data_prep.captions.request import request_id
 from data_prep.cli import main
 from data_prep.shards import Dataset, DatasetWriter
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from data_prep.captions.judge import Limits, fault, in_language, repeated
-from data_prep.captions.ledger import request_id
 from data_prep.captions.pricing import image_tokens
+from data_prep.captions.request import request_id
 from data_prep.captions.talk import refuses
 from data_prep.captions.texts import PROMPTS, read_prompt
 from data_prep.captions.topics import phrases, words

@@ -154,7 +154,7 @@ def test_the_readme_shows_the_examples_of_the_cards_and_all_say_normalize_embedd
     codes = [make(about) for make in makers]
     codes += [examples.onnxruntime(of_graphs), examples.transformers_js(of_graphs)]
     blocks = re.findall(r"```(?:python|js)\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert sorted(blocks[1:]) == sorted(codes)  # the first is of a new model
+    assert sorted(block for block in blocks if block in codes) == sorted(codes)  # others are of other things
     (code,) = [code for code in codes if "SentenceTransformer(" in code]
     assert code.count("model.encode(") == code.count("normalize_embeddings=True") == 3
 

@@ -130,7 +130,7 @@ def test_products_of_a_pass_are_those_of_the_formula(target, checkpointing):
     shape = StepShape(images, kept_patches(vision, 0.5), texts, texts * length, texts * length**2)
     for traced, expected in (
         (trace_texts(text, texts, length, target, "all", False), text_flops(text, shape)),
-        (trace_images(vision, images, 0.5, target, True, False), vision_flops(vision, shape)),
+        (trace_images(vision, images, 0.5, target, "all", False), vision_flops(vision, shape)),
     ):
         there, back = (
             sum(kernel.operations * times for kernel, times in work.items()) for work in (traced.there, traced.back)
@@ -151,7 +151,7 @@ def backward(kernel: Kernel, traced) -> bool:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_compiled_pass_has_the_same_products_and_less_traffic(checkpointing):
     eager, compiled = (
-        trace_images(replace(VISION, compile=of, checkpointing=checkpointing), 5, 0.0, H100, True, False)
+        trace_images(replace(VISION, compile=of, checkpointing=checkpointing), 5, 0.0, H100, "all", False)
         for of in (False, True)
     )
     assert eager.forward == compiled.forward, "memory is counted alike"

@@ -206,3 +206,13 @@ def test_other_peoples_tars_with_their_sidecars_beside_them_serve(tmp_path, reci
     here, there = (steps(recipe(corpus, *settings)) for corpus in (tmp_path / "corpus", server.url))
     assert len(here) == 8
     assert all(torch.equal(a.images, b.images) for (a, _), (b, _) in zip(here, there, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_was_fetched_before_processes_were_started_is_counted_once(data, server, recipe, workers):
+    """Here a sample is read before, as the first one of triplets is."""
+    made = make_task(recipe(server.url), 1).make_batches(Numbers(), 0, 1)
+    made.text_sources[0].read(0)
+    found = sum(drawn.fetched for _, drawn in batches(made, 0, 8, workers))
+    files = [path for path in data.iterdir() if path.name not in ("manifest.json", "summary.json")]
+    assert found == sum(path.stat().st_size for path in files)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.captions.ledger import Usage
+from data_prep.captions.request import Usage
 from data_prep.shards.format import parse_json
 
 # `finish_reason` of services for the two that have a name of their own in the ledger.

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 from data_prep.captions import faults
 from data_prep.captions.images import ImageReader, list_unusable, place_of
-from data_prep.captions.ledger import Request, RequestLedger
+from data_prep.captions.ledger import RequestLedger
 from data_prep.captions.pricing import Estimate, price_unpriced
+from data_prep.captions.request import Request
 from data_prep.captions.service import Service, request_body
 from data_prep.captions.settings import RunSettings
 from data_prep.errors import UserError

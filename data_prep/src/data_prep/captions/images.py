@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from data_prep.captions.ledger import Request
+from data_prep.captions.request import Request
 from data_prep.errors import UserError
 from data_prep.execute.dropped import DroppedList
 from data_prep.shards import Dataset

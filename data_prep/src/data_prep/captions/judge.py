@@ -28,8 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.captions.answer import read_answer
-from data_prep.captions.ledger import Usage
 from data_prep.captions.markup import has_markup, without_thoughts
+from data_prep.captions.request import Usage
 from data_prep.captions.talk import repeats, talk
 from data_prep.curation.language_id import identify
 from data_prep.errors import UserError

@@ -11,20 +11,19 @@ request that failed again and again while others were answered is set aside: `re
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import random
 import sqlite3
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from data_prep.captions.ledger_file import locked, open_ledger
+from data_prep.captions.request import Request, Usage
 from data_prep.errors import UserError
-from data_prep.shards.format import JsonObject, parse_json
+from data_prep.shards.format import parse_json
 
 _NO_BATCH_WILL_ANSWER = "(batch IS NULL OR batch NOT IN (SELECT id FROM batch WHERE state IN ('creating', 'open')))"
 _REQUESTS = (
@@ -34,38 +33,6 @@ _REQUESTS = (
     "JOIN prompt ON prompt.version = recipe.prompt_version AND prompt.language = request.language"
 )
 _LAST_ATTEMPT = "(SELECT max(id) FROM attempt WHERE request = place)"
-
-
-@dataclass(frozen=True)
-class Request:
-    """A request to send: `options` are fields of the body, `text` is the prompt, `place` its number in the ledger."""
-
-    id: str
-    image: str
-    language: str
-    model: str
-    prompt_version: str
-    options: JsonObject
-    text: str
-    dataset: str
-    number: int
-    place: int
-
-
-@dataclass(frozen=True)
-class Usage:
-    """The metadata of an answer; None where the service gives none."""
-
-    model: str | None = None
-    fingerprint: str | None = None
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-
-
-def request_id(image: str, language: str, prompt_version: str, model: str, options: JsonObject) -> str:
-    """The key of a request: 128 bits of the sha256 of everything that the caption depends on."""
-    parts = json.dumps([image, language, prompt_version, model, options], sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 
 class RequestLedger:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_prep.captions.images import image_of, place_of
-from data_prep.captions.ledger import RequestLedger, request_id
+from data_prep.captions.ledger import RequestLedger
+from data_prep.captions.request import request_id
 from data_prep.captions.texts import PROMPTS, Prompt, read_prompt
 from data_prep.errors import UserError
 from data_prep.shards import Dataset, ShardError, ShardUnavailable

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from math import ceil
 
 from data_prep.captions.images import ImageReader
-from data_prep.captions.ledger import Request, RequestLedger, Usage
+from data_prep.captions.ledger import RequestLedger
+from data_prep.captions.request import Request, Usage
 from data_prep.errors import UserError
 from data_prep.shards import ShardError
 

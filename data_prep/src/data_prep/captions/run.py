@@ -19,9 +19,10 @@ from dataclasses import dataclass
 
 from data_prep.captions.faults import NO_MODEL, error_message
 from data_prep.captions.images import ImageReader, place_of
-from data_prep.captions.ledger import Request, RequestLedger
+from data_prep.captions.ledger import RequestLedger
 from data_prep.captions.pricing import Estimate, price_unpriced
 from data_prep.captions.rate_limit import LONGEST_WAIT, RateLimiter, retry_after
+from data_prep.captions.request import Request
 from data_prep.captions.service import Answered, Declined, Lost, NotDone, Service, Stop
 from data_prep.captions.settings import RunResult, RunSettings
 from data_prep.captions.verdicts import judge_one, judge_waiting

@@ -17,8 +17,8 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from data_prep.captions import faults, secrets
 from data_prep.captions.faults import error_message
-from data_prep.captions.ledger import Request
 from data_prep.captions.limited import limited_client
+from data_prep.captions.request import Request
 from data_prep.errors import UserError, needs
 from data_prep.shards.format import JsonObject
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 from data_prep.captions.duplicates import reject_duplicates
 from data_prep.captions.judge import Limits, Verdict, judge, rules
-from data_prep.captions.ledger import RequestLedger, Usage
+from data_prep.captions.ledger import RequestLedger
+from data_prep.captions.request import Usage
 from data_prep.captions.settings import RunSettings
 
 _AT_A_TIME = 500

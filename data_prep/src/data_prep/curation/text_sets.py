@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from data_prep.errors import UserError
 from data_prep.execute import Target
 from data_prep.samples import compact_json
 from data_prep.shards import DatasetWriter
-from data_prep.shards.format import JsonObject
+from data_prep.shards.format import JsonObject, parse_json
 from data_prep.sources.judged import with_title
 from data_prep.sources.text_evalsets import SCHEMA
 
@@ -58,7 +57,7 @@ def _converted(folder: Path, target: Target) -> Path:
 def _check(folder: Path, raw: bytes) -> None:
     """UserError unless the set's files are those that its set.json names."""
     try:
-        content: JsonObject = json.loads(raw)
+        content: JsonObject = parse_json(raw)
         if content["schema"] != SCHEMA:
             raise ValueError(f"its schema is {content['schema']!r:.80}, expected {SCHEMA!r}")
         for name, stated in content["files"].items():
@@ -80,7 +79,7 @@ def _texts(folder: Path) -> Iterator[tuple[str, str]]:
         number = count(1)
         with path.open(encoding="utf-8") as lines:
             for line in lines:
-                row, place = json.loads(line), next(number)
+                row, place = parse_json(line), next(number)
                 texts = [row[name] for name in _FIELDS if isinstance(row.get(name), str) and row[name].strip()]
                 for side, text in enumerate(texts):
                     yield f"{path.stem}-{place}" + (f"-{side + 1}" if len(texts) > 1 else ""), text

@@ -19,6 +19,9 @@ from stage_trainer.recipe import LossConfig, ModelConfig, Recipe, Stage
 from stage_trainer.recipe.address import is_remote
 from stage_trainer.recipe.tower_rules import build_config, check_towers
 
+_ABSENT_RANK = 4
+"""Taken for that of adapters whose weights are not here: jina-embeddings-v3's."""
+
 
 def check_configs(recipe: Recipe, number: int, fetch: bool = False) -> None:
     """`Task.check_configs` of a stage of two towers."""
@@ -56,7 +59,11 @@ def tower_config(model: ModelConfig, tower: str, fetch: bool, **more: Any) -> An
         path = weights.tower_weights(model, tower, fetch)
         if path is None:
             cls = TextTowerConfig if tower == "text" else VisionTowerConfig
-            return build_config(cls, getattr(model, tower) | getattr(model.override, tower), f"model.{tower}")
+            values = getattr(model, tower) | getattr(model.override, tower)
+            named = getattr(model, f"{tower}_weights") or model.weights
+            if named and values.get("adapters") and "lora_rank" not in values:
+                values["lora_rank"] = _ABSENT_RANK
+            return build_config(cls, values, f"model.{tower}")
         return weights.decided(model, tower, *weights.given(path, tower), f"the weights in {path} say")
 
 

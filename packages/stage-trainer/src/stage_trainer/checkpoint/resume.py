@@ -73,8 +73,11 @@ def settings(recipe: Recipe, number: int) -> dict[str, Any]:
     how = ("deepspeed", "gradient_cache", "embedding_cache")  # what they change is rounding
     stage = {k: v for k, v in everything["stages"][number - 1].items() if k not in how}
     tree = {k: v for k, v in everything.items() if k in ("model", "optimizer", "seed", "precision")}
+    del stage["loss"]["exchange"]  # rounding, too
     # A folder may be moved, also to a URL; what is in it has a fingerprint of its own.
     del tree["model"]["tokenizer"]
+    if stage["teacher"]:
+        del stage["teacher"]["folder"]
     stage["data"]["lanes"] = recipe.stage(number).data.lane_count
     for source in (*stage["data"]["image_text"], *stage["data"]["text"]):
         source["path"] = "/".join(source["path"].partition("?")[0].rstrip("/").split("/")[-2:])

@@ -14,11 +14,10 @@ from stage_trainer.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-    from stage_trainer.data.samples import SampleCache
     from stage_trainer.data.stored_vectors import StoredVectors
     from stage_trainer.data.taught_texts import TaughtTexts
     from stage_trainer.evaluation.models import Embedder
-    from stage_trainer.recipe import Recipe
+    from stage_trainer.recipe import Recipe, Stage
 
 CHUNK = 256
 """Texts that a teacher gets at once."""
@@ -64,7 +63,7 @@ def _run_tower(recipe: Recipe, number: int) -> None:
     from stage_trainer.run.device import uses_gpu
     from stage_trainer.run.environment import native_precision, quiet, set_threads, versions
     from stage_trainer.run.rendezvous import initialize_distributed
-    from stage_trainer.tasks.contrastive import ContrastiveTask
+    from stage_trainer.tasks import make_task
 
     quiet()
     cuda = uses_gpu(recipe.device, recipe.precision, say)
@@ -72,7 +71,7 @@ def _run_tower(recipe: Recipe, number: int) -> None:
     set_threads(world)
     if recipe.precision == "auto":
         recipe = dataclasses.replace(recipe, precision=native_precision(device))
-    task = ContrastiveTask(recipe, number)  # a teacher is no concern of the image tower's
+    task = make_task(recipe, number)
     torch.manual_seed(task.seed)
     task.check_configs(fetch=True)
     tokenizer = load_tokenizer(recipe)
@@ -81,43 +80,74 @@ def _run_tower(recipe: Recipe, number: int) -> None:
     model, _ = starting_point(task, state, tokenizer)
     step = min(state.step, task.stage.steps - 1)
     while step < task.stage.steps:
-        step = task.set_up_segment(model, step, None)
+        step = task.set_up_segment(model.cpu(), step, None)  # where training resamples, whose bits these have to be
         model.to(device)
         task.prepare(model, batches, device, contextlib.nullcontext)
 
 
-def _ask_teacher(recipe: Recipe, number: int) -> None:
-    """What the teacher says of each sample of the stage's text data."""
-    from stage_trainer.commands.any_model import check_any, open_any
+def check_teacher(recipe: Recipe, number: int) -> None:
+    """UserError if the stage's teacher is here and is not the one whose embeddings are on the disk. Training can do
+    without it: where it is not, they stand for it."""
+    from stage_trainer.commands.common import find_model
+    from stage_trainer.evaluation.foreign_models import library_of
+    from stage_trainer.files import fingerprint_of
+
+    stage = recipe.stage(number)
+    if stage.teacher is None or not (model := Path(stage.teacher.model)).exists():
+        return
+    maker = _maker(fingerprint_of(find_model(model)[0] if library_of(model) is None else model), stage)
+    for store in _taught(recipe, stage).stores.values():
+        store.check_maker(maker)
+
+
+def _maker(weights: str, stage: Stage) -> dict[str, object]:
+    return {"weights": weights, "max_tokens": stage.max_tokens}
+
+
+def _taught(recipe: Recipe, stage: Stage) -> TaughtTexts:
+    """The stage's text data with what the teacher says of them, whose texts are not kept."""
     from stage_trainer.data.batches import open_data_set
     from stage_trainer.data.config import DataConfig
     from stage_trainer.data.remote_data import place
     from stage_trainer.data.samples import SampleCache
     from stage_trainer.data.taught_texts import TaughtTexts
+
+    assert stage.teacher is not None
+    config = DataConfig.of(recipe)
+    paths = dict.fromkeys(source.path for source in stage.data.text)
+    sources = [open_data_set(place(config, "train", path), ("text-",), check=False) for path in paths]
+    return TaughtTexts(stage.teacher, sources, SampleCache(0, config.max_pixels))
+
+
+def _ask_teacher(recipe: Recipe, number: int) -> None:
+    """What the teacher says of each sample of the stage's text data."""
+    from stage_trainer.commands.any_model import check_any, open_any
+    from stage_trainer.data.samples import shard_errors_explained
     from stage_trainer.evaluation.models import Asked
 
-    stage, config = recipe.stage(number), DataConfig.of(recipe)
+    stage = recipe.stage(number)
     assert stage.teacher is not None
-    cache = SampleCache(0, config.max_pixels)
-    paths = dict.fromkeys(source.path for source in stage.data.text)
-    taught = TaughtTexts(stage.teacher, [open_data_set(place(config, "train", p), ("text-",)) for p in paths], cache)
+    taught = _taught(recipe, stage)
+    for store in taught.stores.values():
+        with shard_errors_explained():
+            store.data.check()
     check_any(Path(stage.teacher.model))
     device = "cpu" if recipe.device == "cpu" else None
     teacher = open_any(Path(stage.teacher.model), Asked(max_length=stage.max_tokens, device=device))
     for store in taught.stores.values():
-        store.check_maker({"weights": teacher.fingerprint, "max_tokens": stage.max_tokens})
+        store.note_maker(_maker(teacher.fingerprint, stage))
         for shard in range(len(store.data.shard_sizes)):
             if store.damaged(shard):
                 say(f"{teacher.name}: shard {shard + 1} of {len(store.data.shard_sizes)} of {store.data.directory}")
-                store.write(shard, *_said(teacher, store, shard, taught, cache))
+                store.write(shard, *_said(teacher, store, shard, taught))
 
 
 def _said(
-    teacher: Embedder, store: StoredVectors, shard: int, taught: TaughtTexts, cache: SampleCache
+    teacher: Embedder, store: StoredVectors, shard: int, taught: TaughtTexts
 ) -> tuple[np.ndarray, dict[int, str]]:
     """The vectors `[n, 1, D]` of a shard's samples, and why some have none."""
     import numpy as np
-    from data_prep.shards import ShardError
+    from data_prep.shards import ShardError, ShardUnavailable
 
     from stage_trainer.data.taught_texts import read_by_teacher
 
@@ -126,7 +156,9 @@ def _said(
     unusable: dict[int, str] = {}
     for row, index in enumerate(samples):
         try:
-            content: dict[str, Any] = cache.sample(store.data, index)[1]
+            content: dict[str, Any] = taught.cache.sample(store.data, index)[1]
+        except ShardUnavailable as error:  # it may be there tomorrow: nothing is written that says otherwise
+            raise UserError(str(error)) from error
         except ShardError as error:
             unusable[row] = str(error)
             continue

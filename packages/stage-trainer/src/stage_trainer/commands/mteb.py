@@ -82,10 +82,8 @@ def run(arguments: argparse.Namespace) -> None:
     max_pixels = _check(arguments)
     say("loading mteb …")
     from stage_trainer.evaluation.mteb_run import asked_tasks, check_modalities
-    from stage_trainer.files import check_can_write
 
     tasks = asked_tasks(arguments.tasks, arguments.data)
-    check_can_write(arguments.out / "results")
     model = mteb_model(
         arguments.model,
         dim=arguments.dim,
@@ -99,6 +97,15 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> int:
     """--max-pixels. UserError for what can be refused before mteb and PyTorch are loaded."""
+    from stage_trainer.files import check_can_write
+
+    for task in arguments.tasks:
+        if not task.strip() or task.rstrip().endswith(":"):
+            raise UserError(f"a task is {task!r}; expected one such as STSBenchmark, or STS17:en-en for a subset")
+    if arguments.dim is not None and arguments.dim < 1:
+        raise UserError(f"--dim is {arguments.dim}; expected one of the model's dims")
+    if arguments.query_task is not None and not arguments.query_task.strip():
+        raise UserError(f"--query-task is {arguments.query_task!r}; name one, or leave it out")
     if arguments.max_length is not None and arguments.max_length < 2:
         raise UserError(f"--max-length is {arguments.max_length}; expected a whole number from 2")
     if arguments.data is not None and not arguments.data.is_dir():
@@ -106,6 +113,7 @@ def _check(arguments: argparse.Namespace) -> int:
     max_pixels = max_pixels_of(arguments)
     check_any(arguments.model)
     _check_installed()
+    check_can_write(arguments.out / "results")
     return max_pixels
 
 

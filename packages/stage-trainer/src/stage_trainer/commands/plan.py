@@ -13,7 +13,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "plan",
         help="what fits, how long training takes and what it costs, before it runs",
         description="Plans a recipe's stages for given devices: which settings fit, memory by part, operations, "
-        "where the time of a step goes, days and money, and how many texts max_tokens cuts. It needs neither a GPU nor "
+        "where the time of a step goes, days and money, how many texts max_tokens cuts, and what each machine decodes, "
+        "fetches, sends and writes. It needs neither a GPU nor "
         "the data; of data on this machine a sample is counted. It takes about a minute for each stage of a large "
         "model.",
     )
@@ -29,6 +30,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--bandwidth", type=float, help="of its memory, in bytes a second, over what the table says, as 1e12"
     )
     p.add_argument("--loader", type=float, help="images a second that are read for one device (default: enough)")
+    p.add_argument("--cores", type=int, help="of a machine, of 8 devices or fewer: says whether decoding holds them up")
+    p.add_argument(
+        "--fetch", type=float, help="bytes a second that a machine can fetch, as 1e9: says whether that holds them up"
+    )
     p.add_argument("--price", type=float, help="of one device for one hour, in any currency")
     p.add_argument("--mean-tokens", type=float, help="of a text (default: counted on the data, or half of max_tokens)")
     add_settings(p)
@@ -44,6 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_best_of(recipe, [arguments.stage] if arguments.stage else range(1, len(recipe.stages) + 1))
     say("loading PyTorch …")  # only now, so that mistakes are reported at once
     from stage_trainer.plan.devices import device
+    from stage_trainer.plan.machines import machines_table
     from stage_trainer.plan.planner import Cluster, plan_stage
     from stage_trainer.plan.table import heading, stage_table
     from stage_trainer.weights import absent
@@ -57,6 +63,8 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.stage == number or (arguments.stage is None and not stage.masked):
             planned = plan_stage(recipe, number, cluster, mean_tokens=arguments.mean_tokens, say=say)
             print("\n" + stage_table(planned, cluster), flush=True)
+            if carried := machines_table(recipe, planned, cluster, arguments.cores, arguments.fetch):
+                print("\n" + carried, flush=True)
         elif arguments.stage is None:
             print(f"\nstage {number} is masked-language-model training, which is not planned", flush=True)
 
@@ -66,6 +74,8 @@ _RANGES = {
     "peak": (1e9, 1e18, "operations a second, 1e9 to 1e18, such as 165e12"),
     "bandwidth": (1e6, 1e15, "bytes a second, 1e6 to 1e15, such as 1e12"),
     "loader": (1e-3, 1e9, "images a second, above 0 and up to 1e9"),
+    "cores": (1, 10**5, "cores, 1 to 100,000"),
+    "fetch": (1, 1e15, "bytes a second, 1 to 1e15, such as 1e9"),
     "price": (1e-6, 1e9, "a price above 0, up to 1e9"),
     "mean_tokens": (1, 1e9, "tokens of a text, at least 1"),
 }

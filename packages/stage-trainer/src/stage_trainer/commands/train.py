@@ -6,9 +6,13 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stage_trainer.commands.common import add_recipe, add_settings
 from stage_trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from stage_trainer.recipe import Recipe
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -47,6 +51,17 @@ def run(arguments: argparse.Namespace) -> None:
     with leave_when_asked(rank), hold_folder(Path(loaded.recipe.output), rank) as refusal:
         if rank == 0:
             print("loading PyTorch …", flush=True)
+            refusal = refusal or _changed_teacher(loaded.recipe, arguments.stage)
         from stage_trainer.trainer import train
 
         train(loaded.recipe, arguments.stage, start_over=arguments.start_over, refusal=refusal)
+
+
+def _changed_teacher(recipe: Recipe, number: int) -> UserError | None:
+    from stage_trainer.commands.embed import check_teacher
+
+    try:
+        check_teacher(recipe, number)
+    except UserError as error:
+        return error
+    return None

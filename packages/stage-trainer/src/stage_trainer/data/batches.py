@@ -49,9 +49,10 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         self.stage, self.seed, self.rank, self.world = stage, seed, rank, world
         self.tokenizer = tokenizer
         self.cache = SampleCache(data.cache_megabytes, data.max_pixels)
-        # What is read from the disk in the place of pixels, or beside texts; set by `Task.prepare`.
+        # What is read from the disk in the place of pixels, or beside texts; set by the task.
         self.frozen: FrozenImages | None = None
         self.taught: TaughtTexts | None = None
+        self.inference: dict[str, Any] = {}  # how its images come to their size, as the tower says; set by `prepare`
         self._last: dict[int, tuple[int, Draws]] = {}  # by sampler: a step's draws for all of its pieces
         self.image_sources = [_open(data, s, stage.batch.image_text, ("image-",)) for s in stage.data.image_text]
         self.text_sources = [_open(data, s, stage.batch.text, ("text-",)) for s in stage.data.text]
@@ -97,8 +98,11 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
 
     @property
     def fingerprint(self) -> dict[str, str]:
-        """What data this is: {directory of a data set: hash of its manifest}."""
-        return {_name(d): d.fingerprint for d in [*self.image_sources, *self.text_sources]}
+        """What data this is: {directory of a data set: hash of its manifest, and who its teacher was}."""
+        found = {_name(d): d.fingerprint for d in [*self.image_sources, *self.text_sources]}
+        if self.taught:
+            found |= {_name(d): f"{d.fingerprint}, taught by {self.taught.said_by(d)}" for d in self.text_sources}
+        return found
 
     def __len__(self) -> int:
         return self.stage.steps
@@ -184,7 +188,7 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         if self.frozen:
             return decoded[number]
         if a.views:
-            return view(decoded, size, a, of_views, number)
+            return view(decoded, size, a, of_views, number, self.inference)
         return augment(decoded, seed, size, scale=a.scale, ratio=a.ratio, flip=a.flip, color=a.color)
 
     def _pairs(self, step: int, share: tuple[int, int]) -> Samples:
@@ -207,7 +211,9 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
 
     def joined(self, step: int, pieces: Iterable[Piece]) -> tuple[Batch, Drawn]:
         self.files.raise_fault()
-        return batch_of(pieces, self._size(step, "image_text"), self.hard_negatives)
+        batch, drawn = batch_of(pieces, self._size(step, "image_text"), self.hard_negatives)
+        drawn.fetched += newly_fetched([*self.image_sources, *self.text_sources])  # by the process that joins
+        return batch, drawn
 
     def _draws(
         self, sampler: TaskSampler | None, sources: list[Dataset], number: int, share: tuple[int, int]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from data_prep.shards import Dataset
-from vision_tower import ImageError, augment, preprocess
+from vision_tower import ImageError, VisionTowerConfig, augment, preprocess
 
 from stage_trainer.data.samples import texts_of
 from stage_trainer.data.stateless_rng import key
@@ -17,11 +17,23 @@ from stage_trainer.data.stored_vectors import StoredVectors
 from stage_trainer.recipe import AugmentationConfig
 
 
-def view(image: torch.Tensor, size: int, a: AugmentationConfig, seed: int, number: int) -> torch.Tensor:
+def inference_of(tower: VisionTowerConfig) -> dict[str, Any]:
+    """How a tower's images are brought to their size, as options of `vision_tower.preprocess`."""
+    return {name: getattr(tower, name) for name in ("crop_pct", "crop_mode", "interpolation")} | {"fill": tower.mean}
+
+
+def view(
+    image: torch.Tensor, size: int, a: AugmentationConfig, seed: int, number: int, inference: Mapping[str, Any]
+) -> torch.Tensor:
     """One of the fixed views of an image (`augmentation.views`), uint8 `[3, R, R]`: the first is the image as in
-    inference, the others are augmented. `seed` is the image's, the same at every draw."""
+    inference, the others are augmented.
+
+    Args:
+        seed: the image's, the same at every draw.
+        inference: `inference_of` the tower.
+    """
     if number == 0:
-        return preprocess(image, size)
+        return preprocess(image, size, **inference)
     seed = key(seed, "fixed view", number)
     return augment(image, seed, size, scale=a.scale, ratio=a.ratio, flip=a.flip, color=a.color)
 

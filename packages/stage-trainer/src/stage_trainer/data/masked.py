@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from data_prep.shards import Dataset, ShardError
 from text_tower import PackedTokens, Tokenizer, WholeWordMasking
-from torch.utils.data import Dataset as TorchDataset
 
 from stage_trainer.batch import MaskedBatch
 from stage_trainer.data.batches import REPLACEMENTS, another, open_data_set
@@ -18,6 +17,7 @@ from stage_trainer.data.config import DataConfig
 from stage_trainer.data.drawn import Corrupt, Drawn
 from stage_trainer.data.lanes import SourceOrder
 from stage_trainer.data.look_ahead import newly_fetched
+from stage_trainer.data.pieces import BatchesInPieces
 from stage_trainer.data.remote_data import fetch_sidecars, place
 from stage_trainer.data.sampler import TaskSampler
 from stage_trainer.data.samples import SampleCache
@@ -88,7 +88,7 @@ class Texts:
         )
 
 
-class MaskedBatches(TorchDataset[tuple[MaskedBatch, Drawn]]):
+class MaskedBatches(BatchesInPieces[tuple[MaskedBatch, Drawn]]):
     """The batches of a stage for one rank; item n is (MaskedBatch, Drawn), a function of these arguments and n alone.
 
     Languages take turns in proportion to their number of samples to the power of `masking.language_exponent`. Each goes
@@ -119,7 +119,15 @@ class MaskedBatches(TorchDataset[tuple[MaskedBatch, Drawn]]):
     def __len__(self) -> int:
         return self.stage.steps
 
-    def __getitem__(self, step: int) -> tuple[MaskedBatch, Drawn]:
+    def pieces(self, step: int) -> int:
+        return 1
+
+    def joined(self, step: int, pieces: Iterable[tuple[MaskedBatch, Drawn]]) -> tuple[MaskedBatch, Drawn]:
+        ((batch, drawn),) = pieces
+        drawn.fetched += newly_fetched(self.texts.data_sets)  # by the process that joins: sidecars
+        return batch, drawn
+
+    def piece(self, step: int, number: int) -> tuple[MaskedBatch, Drawn]:
         language = self.languages[self.sampler.source_of(step)]
         mine = self.sampler.part(step, self.rank, self.world)
         seeds = [key(self.seed, language, draw.epoch, draw.index) for draw in mine.within(0, len(mine))]

@@ -132,7 +132,7 @@ class RemoteDataset(Dataset):
         cache = Path(settings.cache).expanduser()
         self.address, self.settings, self.since = address, settings, since
         self._raw = raw
-        self._counting, self._fetched = threading.Lock(), 0
+        self._counting, self._fetched, self._counted_by = threading.Lock(), 0, os.getpid()
         self._cache = CacheFolder(cache, settings.gigabytes)
         # Sizes and checksums of files, as they come into use: there may be a hundred thousand.
         self._files: dict[str, tuple[int, str]] = {}
@@ -204,9 +204,16 @@ class RemoteDataset(Dataset):
 
     def take_fetched(self) -> int:
         """The bytes that this process has fetched since the last call."""
+        return self._count(0, take=True)
+
+    def _count(self, size: int, *, take: bool = False) -> int:
+        """Adds bytes that were fetched; gives those so far, which begin anew where they are taken."""
         with self._counting:
-            fetched, self._fetched = self._fetched, 0
-        return fetched
+            if self._counted_by != os.getpid():  # forked: what was fetched before is for the other process to tell
+                self._fetched, self._counted_by = 0, os.getpid()
+            found = self._fetched + size
+            self._fetched = 0 if take else found
+        return found
 
     def expect(self, shards: Sequence[int], rank: int = 0) -> None:
         """Takes the shards that a rank reads now and next, in that order: prefetches them, and closes all others. Of
@@ -283,8 +290,7 @@ class RemoteDataset(Dataset):
             finally:
                 part.unlink(missing_ok=True)
             broken.unlink(missing_ok=True)
-            with self._counting:
-                self._fetched += size
+            self._count(size)
             return True
 
     def _why_unavailable(self, name: str, failure: Failure) -> str:

@@ -1,6 +1,7 @@
 """Vectors of a data set's samples on the disk, made once by a model that does not train: `[samples, V, D]` float32.
 
     FOLDER/NAME-DIGEST/origin.json      what they are of, and by which model
+    FOLDER/NAME-DIGEST/maker.json       a teacher's weights and settings, which `origin` does not say
     FOLDER/NAME-DIGEST/000000.npy       those of the data set's shard 0, to be mapped into memory
     FOLDER/NAME-DIGEST/000000.json      its sidecar: sha256, and the samples that have none, each with the reason
 
@@ -59,22 +60,37 @@ class StoredVectors:
         except (OSError, ValueError):
             return True
 
-    def check_maker(self, maker: Mapping[str, object]) -> None:
-        """Notes who makes the vectors, as far as `origin` does not say it.
+    @property
+    def maker(self) -> dict[str, Any]:
+        """Who made the vectors, as far as `origin` does not say it; empty if it is not known.
 
         Raises:
-            UserError: somebody else began.
+            UserError: the file that says it is damaged.
         """
         file = self.directory / "maker.json"
-        said = json.dumps(maker, sort_keys=True)
-        if file.exists() and file.read_text() != said:
+        if not file.exists():
+            return {}
+        try:
+            return read_json(file)
+        except ValueError as error:
+            raise UserError(f"{file} cannot be read ({error}); remove {self.directory}, and it is made anew") from error
+
+    def check_maker(self, maker: Mapping[str, object]) -> None:
+        """UserError if somebody else made the vectors that there are."""
+        found = self.maker
+        if found != maker and (found or len(self.missing()) < len(self.data.shard_sizes)):
             raise UserError(
-                f"{self.directory} was made by other weights or settings ({file.read_text()}; now {said}); remove it, "
-                "or name another folder"
+                f"{self.directory} was made by other weights or settings ({_said(found)}; now {_said(maker)}); remove "
+                "it and run `stage-trainer embed` again, or name another folder"
             )
+
+    def note_maker(self, maker: Mapping[str, object]) -> None:
+        """Notes who makes the vectors; errors as `check_maker`."""
+        self.check_maker(maker)
+        file = self.directory / "maker.json"
         with writing(file):
             self.directory.mkdir(parents=True, exist_ok=True)
-            write_file(file, said.encode())
+            write_file(file, _said(maker).encode())
 
     def write(self, shard: int, vectors: np.ndarray, unusable: Mapping[int, str]) -> None:
         """Adds a shard.
@@ -142,6 +158,10 @@ class StoredVectors:
 
     def _sidecar(self, shard: int) -> Path:
         return self.directory / f"{shard:06}.json"
+
+
+def _said(maker: Mapping[str, object]) -> str:
+    return json.dumps(maker, sort_keys=True) if maker else "nobody knows whose"
 
 
 def digest_of(model: torch.nn.Module, settings: Mapping[str, object]) -> str:

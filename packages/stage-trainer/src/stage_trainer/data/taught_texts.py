@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -36,19 +37,34 @@ class TaughtTexts:
             raise ShardError(found)
         return pixels, {**texts, "teacher": found[0]}
 
-    def check(self) -> int:
-        """The width of the vectors.
+    def said_by(self, data: Dataset) -> str:
+        """Who the teacher of a data set was, for the fingerprint of a run: the hash of its weights and settings.
 
         Raises:
-            UserError: some are missing or damaged, or not all of one width.
+            UserError: it said nothing yet.
         """
+        store = self.stores[data.directory]
+        if not store.maker:
+            raise self._lacking(store, 0)
+        return f"{self.teacher.model} {store.maker}"
+
+    def check(self, max_tokens: int) -> int:
+        """The width of the vectors. The first rank of each machine reads them all, for all of its ranks.
+
+        Args:
+            max_tokens: of a text, as the stage has it.
+
+        Raises:
+            UserError: some are missing or damaged, of another teacher than the others, of texts that were cut
+                elsewhere, or not all of one width.
+        """
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
         for store in self.stores.values():
-            wrong = store.missing() or [n for n in range(len(store.data.shard_sizes)) if store.damaged(n)]
-            if wrong:
-                raise UserError(
-                    f"{store.directory} lacks what the teacher {self.teacher.model} says of shard {wrong[0]} of "
-                    f"{store.data.directory}, or it is damaged; run `stage-trainer embed` with this recipe and stage"
-                )
+            shards = range(len(store.data.shard_sizes))
+            if wrong := store.missing() or [n for n in shards if first and store.damaged(n)]:
+                raise self._lacking(store, wrong[0])
+            weights = next(iter(self.stores.values())).maker.get("weights")
+            store.check_maker({"weights": weights, "max_tokens": max_tokens})
         widths = {store.width for store in self.stores.values()}
         if len(widths) != 1:
             raise UserError(
@@ -56,6 +72,12 @@ class TaughtTexts:
                 "remove the folder and run `stage-trainer embed` again"
             )
         return widths.pop()
+
+    def _lacking(self, store: StoredVectors, shard: int) -> UserError:
+        return UserError(
+            f"{store.directory} lacks what the teacher {self.teacher.model} says of shard {shard} of "
+            f"{store.data.directory}, or it is damaged; run `stage-trainer embed` with this recipe and stage"
+        )
 
 
 def _store(teacher: TeacherConfig, data: Dataset) -> StoredVectors:

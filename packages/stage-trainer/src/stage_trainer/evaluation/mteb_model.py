@@ -49,7 +49,7 @@ class MtebModel(AbsEncoder):
     mteb_model_meta: ModelMeta
 
     def __init__(self, embedder: Embedder, dim: int | None = None, max_pixels: int | None = None):
-        self.embedder, self.dim = embedder, dim or embedder.dims[0]
+        self.embedder, self.dim = embedder, embedder.dims[0] if dim is None else dim
         self.max_pixels = max_pixels or MAX_PIXELS
 
     def encode(

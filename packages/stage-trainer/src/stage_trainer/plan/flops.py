@@ -44,7 +44,7 @@ class Flops:
 
 @dataclass(frozen=True)
 class StepShape:
-    """Sizes of a step's batch. All but `kept_patches` and `negatives` add up over ranks.
+    """Sizes of a step's batch. All but `kept_patches`, `negatives` and `stored` add up over ranks.
 
     Attributes:
         images: I, each with its caption, or views of these too.
@@ -53,6 +53,7 @@ class StepShape:
         pairs: P, text pairs.
         negatives: K, hard negatives of each text pair.
         unified: pairs of a unified loss; 0 for a loss for each task.
+        stored: whether the images' embeddings come from the disk (`embedding_cache`), so that no tower runs over them.
     """
 
     images: int = 0
@@ -63,10 +64,12 @@ class StepShape:
     pairs: int = 0
     negatives: int = 0
     unified: int = 0
+    stored: bool = False
 
     def __add__(self, other: StepShape) -> StepShape:
         """Of two ranks' parts the whole."""
-        shared = {name: max(getattr(self, name), getattr(other, name)) for name in ("kept_patches", "negatives")}
+        alike = ("kept_patches", "negatives", "stored")
+        shared = {name: max(getattr(self, name), getattr(other, name)) for name in alike}
         sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name not in shared}
         return StepShape(**sums, **shared)
 
@@ -110,7 +113,7 @@ def step_flops(
     """
     trainable = trainable or Trainable()
     towers = text_flops(text, shape, trainable.text)
-    if shape.images:
+    if shape.images and not shape.stored:
         towers += vision_flops(vision, shape, trainable.image)
     if cached:
         towers += Flops(recomputed=towers.forward)

@@ -85,6 +85,7 @@ class Model:
     deepspeed: tuple[tuple[str, int], ...] = ()  # zero_optimization's sizes, where the recipe gives them
     muon_shapes: tuple[tuple[int, int], ...] = ()  # of those matrices
     exchange: Literal["auto", "gather", "ring"] = "auto"  # of the losses
+    stored: bool = False  # embeddings of images come from the disk
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def passes(
     cast = target.bf16 and setting.cache is not None and setting.zero < 3
     image = (
         trace_images(vision, images, model.patch_dropout, target, trainable.image, again[0], cast)
-        if images
+        if images and not model.stored
         else nothing
     )
     if vision.compile and not vision.checkpointing and device.kind == "cuda":
@@ -248,7 +249,9 @@ def _embedding_bytes(model: Model, sizes: Sizes) -> int:
 
 
 def image_bytes(model: Model, images: int) -> int:
-    """uint8 pixels, and a seed for each."""
+    """uint8 pixels, or float32 embeddings from the disk, and a seed for each."""
+    if model.stored:
+        return images * (FLOAT * model.vision.width + 8)
     height, width = as_pair(model.vision.resolution)
     return images * (3 * height * width + 8)
 

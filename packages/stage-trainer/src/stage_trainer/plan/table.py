@@ -32,7 +32,7 @@ def heading(name: str, precision: str, cluster: Cluster) -> str:
         )
     else:
         lines.append("too little is known of this device, so no times; give it with --peak and --bandwidth")
-    return "\n".join(_wrapped(lines))
+    return "\n".join(wrapped(lines))
 
 
 def stage_table(plan: StagePlan, cluster: Cluster) -> str:
@@ -52,10 +52,10 @@ def stage_table(plan: StagePlan, cluster: Cluster) -> str:
     else:
         lines.append(f"  {'fastest' if best.time else 'first'} that fits: {_in_recipe(best.setting)}")
     lines += _totals(plan, cluster)
-    return "\n".join(_wrapped(lines))
+    return "\n".join(wrapped(lines))
 
 
-def _wrapped(lines: list[str]) -> list[str]:
+def wrapped(lines: list[str]) -> list[str]:
     """Lines that are too long go on below, further to the right."""
     parts = []
     for line in lines:

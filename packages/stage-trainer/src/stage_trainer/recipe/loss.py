@@ -23,7 +23,8 @@ class LossConfig:
     is closer to a query than its positive by more than this cosine, as an unlabelled positive (arXiv 2506.05176).
 
     `exchange`: how ranks see each other's queries, gathered at once, or passed round in a `ring`, which keeps a rank's
-    memory at its own rows' (`contrastive_losses.matryoshka_info_nce`). `auto` gathers up to 4 GiB."""
+    memory at its own rows' (`contrastive_losses.matryoshka_info_nce`). `auto` gathers up to 4 GiB. Of graded
+    pairs ranks see no embeddings at all, only cosines."""
 
     kind: Literal["multi_task", "sigmoid", "unified"] = "multi_task"
     dims: tuple[Int, ...] = ()

@@ -112,6 +112,11 @@ def _check_teacher(stage: Stage, here: str) -> None:
         raise UserError(f"{here}: 'teacher' is for the texts of data.text, and batch.text is 0; raise it")
     if stage.trainable.text == "none":
         raise UserError(f"{here}: 'teacher' draws the text tower, and trainable.text is 'none'; let it train")
+    if stage.teacher.loss == "relational" and stage.loss.exchange == "ring":
+        raise UserError(
+            f"{here}: loss.exchange is 'ring', and teacher.loss 'relational' compares each text with those of all "
+            "ranks at once; set teacher.loss to 'cosine', or leave 'exchange' out"
+        )
     if stage.teacher.alone and (stage.loss.kind == "unified" or any(source.graded for source in stage.data.text)):
         raise UserError(
             f"{here}: teacher.alone is true, and data.text is contrasted or ranked by loss.kind {stage.loss.kind!r} or "
@@ -222,6 +227,15 @@ def _check_masked_lm(recipe: Recipe, number: int, here: str) -> None:
             raise UserError(
                 f"{here}: batch.masked_lm and batch.{task} are both set; masked-language-model training is a stage of "
                 f"its own, so set batch.{task} to 0 or move one of them to another stage"
+            )
+    for key, set_ in (
+        ("embedding_cache", stage.embedding_cache), ("teacher", stage.teacher),
+        ("loss.exchange", stage.loss.exchange != "auto"),
+    ):  # fmt: skip
+        if set_:
+            raise UserError(
+                f"{here}: {key!r} is for stages of pairs, and batch.masked_lm makes this one of masked-language-model "
+                "training; leave it out"
             )
     if number > 1 and not recipe.stage(number - 1).masked:
         raise UserError(

@@ -20,7 +20,8 @@ class TeacherConfig:
 
     `cosine` is one minus the cosine with the first T numbers of ours, for a teacher of T numbers. `relational` is for
     one of any width: the mean squared difference of our cosines from the teacher's, over all pairs of texts in the
-    global batch. The loss counts `weight` times beside the contrastive ones; `alone` it replaces that of text pairs."""
+    global batch, whose embeddings every rank gathers. The loss counts `weight` times beside the contrastive ones;
+    `alone` it replaces that of text pairs."""
 
     model: str
     folder: str

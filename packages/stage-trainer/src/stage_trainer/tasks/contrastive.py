@@ -15,10 +15,11 @@ from vision_tower import resample_optimizer_state
 from stage_trainer.batch import Batch
 from stage_trainer.build import build_model, check_configs, empty_model, load_model
 from stage_trainer.data.batches import StageBatches
+from stage_trainer.data.frozen_images import inference_of
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.engine import Engine
 from stage_trainer.plan.auto import Choice, choose
-from stage_trainer.plan.flops import StepShape, kept_patches, step_flops, vision_flops
+from stage_trainer.plan.flops import StepShape, kept_patches, step_flops
 from stage_trainer.recipe import GradientCache
 from stage_trainer.tasks.contrastive_objective import ContrastiveObjective
 from stage_trainer.tasks.frozen_tower import Pass, Phase, keep_embeddings
@@ -83,8 +84,9 @@ class ContrastiveTask(Task):
         return min([start for start, _ in self.stage.resolution if start > step] + [self.stage.steps])
 
     def prepare(self, model: nn.Module, batches: StageBatches, device: torch.device, phase: Phase) -> None:
-        """Embeddings of images, where the image tower is frozen and the stage keeps them."""
+        """Tells how images come to their size; makes their embeddings, where the tower is frozen and they are kept."""
         assert isinstance(model, DualEncoder)
+        batches.inference = inference_of(model.vision.config)
         if self.stage.embedding_cache is not None:
             resolution = model.vision.config.resolution
             assert isinstance(resolution, int)  # a stage's, as set_up_segment set it
@@ -130,10 +132,10 @@ class ContrastiveTask(Task):
             pairs=pairs,
             negatives=batch.negatives,
             unified=stage.loss.unified_pairs(images, pairs),
+            stored=stage.embedding_cache is not None,
         )
         text, vision = model.text.config, model.vision.config
-        work = step_flops(text, vision, shape, trainable=stage.trainable, dims=stage.loss.dims).model
-        return work - (vision_flops(vision, shape, "none").model if stage.embedding_cache and images else 0)
+        return step_flops(text, vision, shape, trainable=stage.trainable, dims=stage.loss.dims).model
 
     def make_validation(self, engine: Engine, tokenizer: Tokenizer) -> Validation:
         pools = PoolValidation(self.data, self.recipe.evaluation.pools, engine)

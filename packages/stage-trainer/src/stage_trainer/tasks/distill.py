@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from text_tower import Tokenizer
 from text_tower.packed import to_device
 from torch import Tensor, nn
 
@@ -34,6 +35,13 @@ class DistillTask(ContrastiveTask):
         assert self.stage.teacher is not None
         return DistillObjective(model, self.stage.loss, self.recipe.precision, self.stage.teacher)
 
+    def make_batches(self, tokenizer: Tokenizer, rank: int, world: int) -> StageBatches:
+        """With the teacher's embeddings, which so are part of the run's fingerprint."""
+        assert self.stage.teacher is not None
+        batches = super().make_batches(tokenizer, rank, world)
+        batches.taught = TaughtTexts(self.stage.teacher, batches.text_sources, batches.cache)
+        return batches
+
     def prepare(
         self,
         model: nn.Module,
@@ -41,20 +49,19 @@ class DistillTask(ContrastiveTask):
         device: torch.device,
         phase: Callable[[], AbstractContextManager[object]],
     ) -> None:
-        """Opens the teacher's embeddings; they have to be there."""
+        """Checks the teacher's embeddings; they have to be there."""
         super().prepare(model, batches, device, phase)
         teacher = self.stage.teacher
         assert teacher is not None
+        assert batches.taught is not None
         assert isinstance(model, DualEncoder)
-        taught = TaughtTexts(teacher, batches.text_sources, batches.cache)
         with phase():
-            found, ours = taught.check(), model.text.config.width
+            found, ours = batches.taught.check(self.stage.max_tokens), model.text.config.width
         if teacher.loss == "cosine" and found > ours:
             raise UserError(
                 f"the embeddings of {teacher.model} have {found} numbers and this model's {ours}; a cosine compares "
                 "them one by one: set teacher.loss to 'relational'"
             )
-        batches.taught = taught
 
 
 class DistillObjective(ContrastiveObjective):

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data_prep.shards import Dataset, ShardError
+from data_prep.shards import Dataset, ShardError, ShardUnavailable
 from vision_tower import ImageError, VisionTower
 
 from stage_trainer.data.batches import StageBatches
 from stage_trainer.data.frozen_images import FrozenImages, origin_of, view, view_seed
 from stage_trainer.data.samples import SampleCache
 from stage_trainer.data.stored_vectors import StoredVectors, digest_of
+from stage_trainer.errors import UserError
 from stage_trainer.recipe import Stage
 
 CHUNK = 64
@@ -47,6 +48,7 @@ def keep_embeddings(tower: VisionTower, batches: StageBatches, stage: Stage, how
     config = {name: value for name, value in asdict(tower.config).items() if name not in _OF_NO_INFLUENCE}
     weights = digest_of(tower, config)
     origin = origin_of(weights, how.resolution, how.precision, stage.augmentation, batches.seed)
+    origin |= {"max_pixels": batches.cache.max_pixels}  # it decides which images have no embedding
     frozen = FrozenImages(Path(stage.embedding_cache).expanduser(), batches.image_sources, origin)
     local = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
@@ -108,13 +110,15 @@ def _views(
     for place, index in enumerate(samples):
         try:
             image, _ = decoded.sample(data, index)
+        except ShardUnavailable as error:  # it may be there tomorrow: nothing is written that says otherwise
+            raise UserError(str(error)) from error
         except (ShardError, ImageError) as error:
             unusable[place] = str(error)
             continue
         assert image is not None  # content_of guarantees it
         for number in range(stage.augmentation.views):
             seed = view_seed(batches.seed, data, index)
-            yield place, number, view(image, resolution, stage.augmentation, seed, number)
+            yield place, number, view(image, resolution, stage.augmentation, seed, number, batches.inference)
 
 
 @torch.no_grad()
