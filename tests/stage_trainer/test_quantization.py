@@ -1,6 +1,7 @@
 """Vectors in few bits: sentence-transformers' bytes, files that say how they are stored, search with rescoring."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import faiss
@@ -219,6 +220,30 @@ def test_search_finds_a_text_by_itself_in_every_precision(model, reader, lines, 
     capsys.readouterr()
     assert main(["search", str(model), str(parts[0].path), TEXTS[3], "--top-k", "2"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_vectors_of_another_model_are_searched_only_if_the_user_says_that_it_is_the_same(
+    model, lines, tmp_path, capsys
+):
+    file = encoded(model, lines, tmp_path / "v.npy")
+    copy = tmp_path / "copy"
+    shutil.copytree(model, copy)
+    config = copy / "config.json"
+    config.write_text(config.read_text() + "\n")
+    asked = ["search", str(copy), str(file.path), TEXTS[3], "--top-k", "1"]
+    assert main(asked) == 2
+    assert "was made by another model" in capsys.readouterr().err
+    assert main([*asked, "--other-files"]) == 0
+    assert f"{lines}:4" in capsys.readouterr().out
+
+
+def test_what_has_no_effect_on_a_search_is_refused(model, lines, tmp_path, capsys):
+    file = encoded(model, lines, tmp_path / "v.npy")
+    assert main(["search", str(model), str(file.path), "a disk", "--rescore-multiplier", "8"]) == 2
+    assert "--rescore-multiplier is of binary and ubinary" in capsys.readouterr().err
+    for option in (["--top-k", "0"], ["--rescore-multiplier", "0"], ["--other-files"]):
+        assert main(["search", str(model), str(tmp_path), "a disk", *option]) == 2
+        assert f"{option[0]} is of files of vectors" in capsys.readouterr().err
 
 
 def test_files_that_do_not_say_how_they_are_stored_are_refused(model, lines, tmp_path, capsys):

@@ -360,9 +360,10 @@ def test_a_piece_of_a_survey_whose_arrays_are_damaged_is_named_and_once_gone_sur
 def test_training_texts_are_told_by_the_sets_that_evalset_writes(tmp_path, capsys):
     """A retrieval set and pairs of sentences, from the rows that MTEB's repositories hold."""
     document = "The quick brown fox jumps over the lazy dog near the river bank at dawn"
+    title = "A title as long as its text, with which importers join it"
     rows = {
         "corpus": [
-            {"_id": "d1", "title": "", "text": "something else that nobody asks about in this test"},
+            {"_id": "d1", "title": title, "text": "something else that nobody asks about in this test"},
             {"_id": "d2", "title": "fox", "text": document},
         ],
         "queries": [{"_id": "q1", "text": "which animal jumps over another animal at dawn near a river"}],
@@ -381,6 +382,7 @@ def test_training_texts_are_told_by_the_sets_that_evalset_writes(tmp_path, capsy
         ("a man is playing a large wooden flute outside", "something that only training has, and long enough"),
         ("short", "another text that only training has, of another topic"),
         ("which animal jumps over another animal at dawn near a river", "the fox, says the book of animals"),
+        ("what else does the book say", f"{title} something else that nobody asks about in this test"),
     ]
     with DatasetWriter(tmp_path / "train", kind="text-pairs", source="web") as writer:
         for number, (query, other) in enumerate(lines):
@@ -391,9 +393,9 @@ def test_training_texts_are_told_by_the_sets_that_evalset_writes(tmp_path, capsy
     capsys.readouterr()
     assert main([*command, "--dry-run"]) == 0
     said = capsys.readouterr().out
-    for like in ("Fox: corpus-2", "STS12: test-1-1", "Fox: queries-1"):
+    for like in ("Fox: corpus-2", "STS12: test-1-1", "Fox: queries-1", "Fox: corpus-1-titled"):
         assert like in said
-    assert "1 of 4 would stay" in said
+    assert "1 of 5 would stay" in said
     assert main([*command, "--workers", "1"]) == 0
     kept = Dataset.open(tmp_path / "out/text-pairs/web")
     assert [kept.row(number).key for number in range(len(kept))] == ["s2"]

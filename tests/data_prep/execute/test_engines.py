@@ -149,6 +149,26 @@ def test_another_job_does_not_go_on_from_what_one_left(job):
         run_job(job(), ONE, log=silent)
 
 
+def test_a_job_of_the_former_default_goes_on_with_that_size_of_shards_and_leaves_no_sidecars_of_lines(job, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run_job(job(stop=3), ONE, log=silent)
+    mark, identity = tmp_path / "out/n.partial/job.json", job().identity()
+    mark.write_text(json.dumps({**identity, "samples_per_shard": 1000}))
+    with pytest.raises(UserError, match="samples_per_shard 1000, now 3.*the same job with --samples-per-shard 1000"):
+        run_job(job(), ONE, log=silent)
+    mark.write_text(json.dumps(identity))
+    for index in (tmp_path / "out/n.partial").rglob("*.index.npy"):  # as an earlier release left them
+        index.rename(index.with_name(index.name.replace(".npy", ".jsonl")))
+    run_job(job(), ONE, log=silent)
+    assert calls(tmp_path) == ["0", "1", "1", "2", "2", "3", "3", "4"]  # unit 0 has no shards
+    assert len(Dataset.open(tmp_path / "out/text-pairs/n", verify=True)) == 10
+    assert not list((tmp_path / "out").rglob("*.index.jsonl"))
+    receipt = tmp_path / "out/text-pairs/n/receipt.json"
+    receipt.write_text(receipt.read_text().replace('"samples_per_shard": 3', '"samples_per_shard": 1000'))
+    with pytest.raises(UserError, match="exists already.*the same job with --samples-per-shard 1000"):
+        run_job(job(), ONE, log=silent)
+
+
 def test_stopped_between_two_data_sets_publishing_goes_on(job, tmp_path, monkeypatch):
     real = Path.rename
 

@@ -53,6 +53,15 @@ def index(tmp_path: Path, *options: str) -> tuple[Dataset, dict]:
     return Dataset.open(folder, verify=True), json.loads((folder / "receipt.json").read_text())
 
 
+def test_an_index_of_an_earlier_release_is_the_same_job(write_tar, tmp_path, capsys):
+    """It cuts nothing, so the default size of shards, which was 1,000 then, is no part of it."""
+    write_tar(tmp_path / "theirs/a.tar", [("0.png", picture(0)), ("0.txt", b"zero")])
+    receipt = index(tmp_path)[1]
+    assert receipt["job"]["samples_per_shard"] == 1000
+    index(tmp_path)
+    assert "nothing to do" in capsys.readouterr().out
+
+
 def captions_of(dataset: Dataset) -> dict[str, list[str]]:
     """The captions of each sample, by key, as training reads them."""
     found = {}

@@ -14,6 +14,7 @@ from data_prep.execute import Target
 from data_prep.samples import compact_json
 from data_prep.shards import DatasetWriter
 from data_prep.shards.format import JsonObject, parse_json
+from data_prep.sources.judged import with_title
 from data_prep.sources.text_evalsets import SCHEMA
 
 _SET = "set.json"
@@ -70,7 +71,10 @@ def _check(folder: Path, raw: bytes) -> None:
 
 
 def _texts(folder: Path) -> Iterator[tuple[str, str]]:
-    """(a sample's key, a text): queries-7 is that of line 7 of queries.jsonl."""
+    """(a sample's key, a text): queries-7 is that of line 7 of queries.jsonl.
+
+    A document with a title comes without and with it, as corpus-7 and corpus-7-titled: importers put both into a text.
+    """
     for path in sorted(folder.glob("*.jsonl")):
         number = count(1)
         with path.open(encoding="utf-8") as lines:
@@ -79,3 +83,5 @@ def _texts(folder: Path) -> Iterator[tuple[str, str]]:
                 texts = [row[name] for name in _FIELDS if isinstance(row.get(name), str) and row[name].strip()]
                 for side, text in enumerate(texts):
                     yield f"{path.stem}-{place}" + (f"-{side + 1}" if len(texts) > 1 else ""), text
+                if (titled := with_title(row.get("title"), row.get("text", "")).text) not in ("", *texts):
+                    yield f"{path.stem}-{place}-titled", titled

@@ -21,7 +21,7 @@ from data_prep.execute.unit import Spec, read_receipt
 from data_prep.names import check_name
 from data_prep.shards import KINDS, ShardError, alone, write_manifest
 from data_prep.shards.files import read_object, sync, write_file, writing
-from data_prep.shards.format import SHARD_SAMPLES, JsonObject
+from data_prep.shards.format import SCHEMA_OF_LINES, SHARD_SAMPLES, JsonObject, index_name
 
 say = functools.partial(print, flush=True)  # a job runs for hours, often into a file
 _EXAMPLES = 5  # of what was dropped, per reason
@@ -187,7 +187,7 @@ def _published(job: Job, log: Callable[[str], None]) -> JsonObject | None:
         if other != job.identity():
             raise UserError(
                 f"{folder}: exists already, from something else ({_difference(other, job.identity())}); remove it or "
-                f"choose another --name"
+                f"choose another --name{_same_cut(other, job.identity())}"
             )
     log(f"{job.target.out}: {job.target.name} is there already, from the same input and options; nothing to do")
     return receipt
@@ -203,7 +203,7 @@ def _begin(job: Job) -> None:
     elif (other := _ours(mark)) != identity:
         raise UserError(
             f"{job.partial}: holds another unfinished job ({_difference(other, identity)}); finish that one, or "
-            "remove the folder"
+            f"remove the folder{_same_cut(other, identity)}"
         )
 
 
@@ -276,7 +276,8 @@ def _prepare(job: Job) -> bool:
         with writing(folder):
             write_file(folder / "receipt.json", raw)
             dropped.put_together(lists, folder / dropped.NAME)
-            for leftover in folder.glob("*.tmp"):  # left by a killed unit
+            # Left by a killed unit, or of a unit that an earlier release began and this one did anew.
+            for leftover in [*folder.glob("*.tmp"), *folder.glob(index_name("*", SCHEMA_OF_LINES))]:
                 leftover.unlink()
     with writing(job.partial):
         write_file(job.partial / "publish.json", raw)
@@ -323,3 +324,11 @@ def _difference(other: object, ours: JsonObject) -> str:
         "the input is not the same" if name == "pieces" else f"{name} {flat[0].get(name)!r}, now {flat[1].get(name)!r}"
         for name in names
     )
+
+
+def _same_cut(other: object, ours: JsonObject) -> str:
+    """What to do if two identities differ in the size of shards, whose default was another one in earlier releases."""
+    size = other.get("samples_per_shard") if isinstance(other, dict) else None
+    if size is None or {**ours, "samples_per_shard": size} != other:
+        return ""
+    return f". It is the same job with --samples-per-shard {size}"

@@ -16,6 +16,9 @@ from data_prep.shards.sidecar import key_fault, row_of
 from data_prep.sources.records import Dropped, Noted, file_stat
 from data_prep.sources.tars import TarSample, tar_samples
 
+_SAMPLES_PER_SHARD = 1000
+"""Tars are not cut. But it is part of every job's identity, and indexes that there are have this number."""
+
 
 @dataclass(frozen=True)
 class IndexRule:
@@ -62,7 +65,7 @@ def index_shards(
         raise UserError(f"{', '.join(shards)}: no .tar there (packed ones must be unpacked: they have no offsets)")
     job = Job(
         title="index",
-        target=Target(out, name),
+        target=Target(out, name, _SAMPLES_PER_SHARD),
         work="data_prep.sources.indexing:index_tar",
         pieces=[{"file": str(tar), **file_stat(tar)} for tar in dict.fromkeys(tars)],
         options=asdict(rule),

@@ -43,6 +43,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     group.add_argument(
         "--task", "--prompt-name", help="of the queries: its instruction, and its adapter if there is one"
     )
+    group.add_argument("--other-files", action="store_true", default=None,
+                       help="search although other files of a model made the vectors: an export and its stage are the "
+                       "same model in different files")  # fmt: skip
     p.set_defaults(run=run)
 
 
@@ -60,7 +63,7 @@ def _draw(arguments: argparse.Namespace) -> None:
 
     from stage_trainer.evaluation.held_out import find
 
-    for name in ("also", "top_k", "rescore_multiplier", "task"):
+    for name in ("also", "top_k", "rescore_multiplier", "task", "other_files"):
         if getattr(arguments, name) is not None:
             raise UserError(
                 f"--{name.replace('_', '-')} is of files of vectors (.parquet, .npy); {arguments.data} is none"
@@ -88,17 +91,28 @@ def _search_vectors(arguments: argparse.Namespace) -> None:
         if (number := getattr(arguments, name)) is not None and number < 1:
             raise UserError(f"--{name.replace('_', '-')} is {number}; expected a whole number from 1")
     from stage_trainer.bulk.stored import open_together
+    from stage_trainer.metrics.quantization import BITS
 
     files = open_together([arguments.data, *(arguments.also or [])])
     stated = files[0].statement
+    if arguments.rescore_multiplier is not None and stated.precision not in BITS:
+        raise UserError(
+            f"--rescore-multiplier is of binary and ubinary; {files[0].path} holds {stated.precision}, of which every "
+            "vector is compared with the query's own numbers; leave it out"
+        )
     folder, _ = find_model(arguments.model)
+    from stage_trainer.files import fingerprint_of
+
+    if not arguments.other_files and (ours := fingerprint_of(folder)) != stated.model:
+        raise UserError(
+            f"{files[0].path} was made by another model ({stated.model[:12]}; {arguments.model} is {ours[:12]}), so a "
+            "search would mean nothing; name that model, or encode again. If both are the same model in different "
+            "files (an export and its stage), say --other-files"
+        )
     from stage_trainer.bulk.search import search
     from stage_trainer.dual_encoder import DualEncoder
-    from stage_trainer.files import fingerprint_of
     from stage_trainer.metrics.rescoring import MULTIPLIER
 
-    if fingerprint_of(folder) != stated.model:
-        say(f"{files[0].path} was made by another model, or by other files of this one: what is found may be wrong")
     model = DualEncoder.from_pretrained(folder).eval()
     try:
         queries = model.encode_text(arguments.queries, task=arguments.task, truncate_dim=stated.dims, max_length=512)
