@@ -24,7 +24,7 @@ fi
 . launch/certificates.sh
 .venv/bin/uv pip install --quiet --python .venv/bin/python --constraint launch/constraints.txt --group dev \
   -e packages/contrastive-losses -e packages/text-tower -e 'packages/vision-tower[jpeg]' \
-  -e 'packages/stage-trainer[onnx,parquet,report,mteb]' \
+  -e 'packages/stage-trainer[onnx,parquet,report,mteb,webdataset]' \
   -e 'data_prep[corpus,parquet,datasets,pdf,ray,captions,curation,negatives,test]'
 # Of what CLIP_benchmark asks for, only its measure of written captions needs what is not here: 100 MB of Java.
 .venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --constraint launch/constraints.txt clip-benchmark

@@ -7,9 +7,8 @@ import pytest
 import torch
 from data_prep.shards import Dataset, DatasetWriter
 from PIL import Image
-from stage_trainer.data.batches import REPLACEMENTS, _replacement
 from stage_trainer.data.drawn import Corrupt
-from stage_trainer.data.samples import SampleCache
+from stage_trainer.data.samples import REPLACEMENTS, SampleCache, replacement
 from stage_trainer.data.sections import enumerate_within
 from stage_trainer.errors import UserError
 from stage_trainer.evaluation.retrieval import Pool
@@ -266,7 +265,7 @@ def test_a_replacement_is_never_the_bad_sample_itself(sizes):
     for index in range(sum(sizes)):
         home = data.shard_of(index)
         for attempt in range(REPLACEMENTS):
-            found = _replacement(data, index, attempt, False)
+            found = replacement(data, index, attempt, False)
             assert found != index
             assert 0 <= found < sum(sizes)
             if attempt < 2 and sizes[home] > 1:
@@ -274,16 +273,16 @@ def test_a_replacement_is_never_the_bad_sample_itself(sizes):
                 seen.add((index, found))
             elif len(sizes) > 1:
                 assert data.shard_of(found) != home
-            gone = _replacement(data, index, attempt, True)
+            gone = replacement(data, index, attempt, True)
             assert (data.shard_of(gone) != home) == (len(sizes) > 1), "a shard that is gone has none to give"
-        targets = {data.shard_of(_replacement(data, i, 0, True)) for i in data.samples_of(home)}
+        targets = {data.shard_of(replacement(data, i, 0, True)) for i in data.samples_of(home)}
         assert len(targets) == 1, "one other shard is fetched for all of its samples"
     if sizes == [7]:
         assert len({(found - index) % 7 for index, found in seen}) > 3, "any other may be it"
 
 
 def test_one_sample_alone_is_replaced_by_itself_until_it_is_given_up():
-    assert _replacement(Shards([1]), 0, 0, False) == 0
+    assert replacement(Shards([1]), 0, 0, False) == 0
 
 
 def test_a_bad_sample_costs_one_entry_where_shards_hold_one_each(write, stage, tmp_path):

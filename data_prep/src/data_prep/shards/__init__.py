@@ -12,7 +12,7 @@ mapped: a process reads the pages that it needs, and shares them with all others
 not before a data set is read or written.
 """
 
-from data_prep.shards.content import Unusable, content_of, encodes, texts_in
+from data_prep.shards.content import Unusable, content_of, encodes, texts_in, with_named_captions
 from data_prep.shards.dataset import Dataset
 from data_prep.shards.files import sync, write_file
 from data_prep.shards.format import KINDS, MANIFEST, SCHEMA, ShardError, ShardUnavailable, index_name
@@ -42,6 +42,7 @@ __all__ = [
     "index_name",
     "sync",
     "texts_in",
+    "with_named_captions",
     "write_file",
     "write_manifest",
 ]

@@ -142,6 +142,7 @@ class Trainer:
     def _resume(self) -> bool:
         # Also after the last step: machines with folders of their own get its checkpoint, which the next stage needs.
         model, optimizer = starting_point(self.task, self.state, self.tokenizer)
+        self.data.load_state_dict(self.state.reading)
         self.start, last = self.state.step, self.stage.steps - 1
         if self.start > last and (self.started or not self.state.unmeasured):
             return False
@@ -280,6 +281,7 @@ class Trainer:
                 self.engine,
                 state,
                 self.stop_signal,
+                self.data,
                 every=recipe.checkpoint.every,
                 stop=self.stop,
                 steps=stage.steps,

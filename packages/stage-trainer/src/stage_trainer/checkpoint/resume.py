@@ -14,6 +14,7 @@ from stage_trainer.checkpoint.state import RunState
 from stage_trainer.errors import UserError
 from stage_trainer.files import free_name
 from stage_trainer.recipe import BatchSizes, ModelConfig, Rates, Recipe, Stage, StageData
+from stage_trainer.recipe.address import names_shards
 from stage_trainer.recipe.read import flatten
 from stage_trainer.tasks import Task
 
@@ -83,6 +84,8 @@ def settings(recipe: Recipe, number: int) -> dict[str, Any]:
         source["path"] = "/".join(source["path"].partition("?")[0].rstrip("/").split("/")[-2:])
         if not source["graded"]:  # as of releases before there was this setting
             del source["graded"]
+        if not names_shards(source["path"]):  # these are for shards alone
+            del source["shuffle_buffer"], source["caption_key"]
     return flatten({**tree, "stage": stage})
 
 

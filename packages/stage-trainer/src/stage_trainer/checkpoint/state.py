@@ -29,6 +29,7 @@ class RunState:
         best: the best value so far of `checkpoint.best`.
         unmeasured: whether the evaluation after the last step was postponed.
         texts_drawn, texts_cut: texts by source, and how many of them were cut to `max_tokens`.
+        reading: how the reading of data goes on (`Batches.state_dict`).
         step: steps done.
     """
 
@@ -42,6 +43,7 @@ class RunState:
     unmeasured: bool = False
     texts_drawn: dict[str, int] = field(default_factory=dict)
     texts_cut: dict[str, int] = field(default_factory=dict)
+    reading: dict[str, list[int]] = field(default_factory=dict)
     step: int = 0
 
     def state_dict(self) -> dict[str, Any]:

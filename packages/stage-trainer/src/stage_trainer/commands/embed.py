@@ -106,10 +106,9 @@ def _maker(weights: str, stage: Stage) -> dict[str, object]:
 
 def _taught(recipe: Recipe, stage: Stage) -> TaughtTexts:
     """The stage's text data with what the teacher says of them, whose texts are not kept."""
-    from stage_trainer.data.batches import open_data_set
     from stage_trainer.data.config import DataConfig
     from stage_trainer.data.remote_data import place
-    from stage_trainer.data.samples import SampleCache
+    from stage_trainer.data.samples import SampleCache, open_data_set
     from stage_trainer.data.taught_texts import TaughtTexts
 
     assert stage.teacher is not None

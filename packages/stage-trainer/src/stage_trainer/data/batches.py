@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,23 +15,23 @@ from vision_tower import ImageError, augment, simclr_view
 
 from stage_trainer.batch import Batch
 from stage_trainer.data.config import DataConfig
-from stage_trainer.data.drawn import Corrupt, Drawn
+from stage_trainer.data.drawn import Corrupt, Drawn, Position
 from stage_trainer.data.file_checks import FileChecks
 from stage_trainer.data.frozen_images import FrozenImages, view, view_seed
 from stage_trainer.data.lanes import SourceOrder
 from stage_trainer.data.look_ahead import check_room, look_ahead, newly_fetched
 from stage_trainer.data.pieces import IMAGES, PIECE, BatchesInPieces
-from stage_trainer.data.remote_data import RemotePlace, open_place, place
+from stage_trainer.data.remote_data import place
 from stage_trainer.data.sampler import Draw, Draws, TaskSampler
-from stage_trainer.data.samples import SampleCache, shard_errors_explained
+from stage_trainer.data.samples import REPLACEMENTS, SampleCache, open_data_set, replacement
 from stage_trainer.data.sections import Piece, Samples, Section, batch_of
 from stage_trainer.data.stateless_rng import key
+from stage_trainer.data.streamed import StreamedShards, streamed_sources
 from stage_trainer.data.taught_texts import TaughtTexts
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import Source, Stage
 
-REPLACEMENTS = 16
-"""So many samples in a row may be corrupt before a source is given up."""
+ImageSource = Dataset | StreamedShards
 
 
 class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
@@ -53,10 +52,16 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         self.frozen: FrozenImages | None = None
         self.taught: TaughtTexts | None = None
         self.inference: dict[str, Any] = {}  # how its images come to their size, as the tower says; set by `prepare`
+        self.workers = data.workers
+        self._positions: dict[tuple[int, int], Position] = {}
         self._last: dict[int, tuple[int, Draws]] = {}  # by sampler: a step's draws for all of its pieces
-        self.image_sources = [_open(data, s, stage.batch.image_text, ("image-",)) for s in stage.data.image_text]
+        streamed = streamed_sources(data, stage.data.image_text, seed, stage.data.lane_count)
+        self.image_sources = [
+            streamed.get(number) or _open(data, source, stage.batch.image_text, ("image-",))
+            for number, source in enumerate(stage.data.image_text)
+        ]
         self.text_sources = [_open(data, s, stage.batch.text, ("text-",)) for s in stage.data.text]
-        self.files = FileChecks([*self.image_sources, *self.text_sources])
+        self.files = FileChecks([*self.indexed_images, *self.text_sources])
         if len({source.kind for source in self.text_sources}) > 1:
             raise UserError("data.text mixes pairs and triplets; a stage takes one kind, because their losses differ")
         self.graded = [data for data, source in zip(self.text_sources, stage.data.text, strict=True) if source.graded]
@@ -73,16 +78,27 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
             raise UserError("batch.text is 1, and a single pair has no negatives; raise it, or name triplets")
         self.image_sampler = self._sampler(stage.data.image_text, self.image_sources, stage.batch.image_text, False)
         self.text_sampler = self._sampler(stage.data.text, self.text_sources, stage.batch.text, True)
+        read: list[tuple[Sequence[ImageSource], TaskSampler | None]]
         read = [(self.image_sources, self.image_sampler), (self.text_sources, self.text_sampler)]
         check_room(data.remote, read, rank, world)
 
-    def _sampler(self, sources: tuple[Source, ...], sets: list[Dataset], batch: int, one: bool) -> TaskSampler | None:
+    @property
+    def indexed_images(self) -> list[Dataset]:
+        """The image sources that have sidecars."""
+        return [data for data in self.image_sources if isinstance(data, Dataset)]
+
+    def _sampler(
+        self, sources: tuple[Source, ...], sets: Sequence[ImageSource], batch: int, one: bool
+    ) -> TaskSampler | None:
         if not batch:
             return None
         # The same data set may stand twice, with other settings: each has an order of its own.
         lanes = self.stage.data.lane_count
         orders = [
-            SourceOrder(s.shards["samples"], key(self.seed, s.source, s.kind, i), lanes) for i, s in enumerate(sets)
+            SourceOrder(s.shards["samples"], key(self.seed, s.source, s.kind, i), lanes)
+            if isinstance(s, Dataset)
+            else s.order
+            for i, s in enumerate(sets)
         ]
         return TaskSampler(orders, [s.rate for s in sources], batch, one_source=one)
 
@@ -107,10 +123,33 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
     def __len__(self) -> int:
         return self.stage.steps
 
+    def state_dict(self) -> dict[str, list[int]]:
+        """{source/lane: `Position`}: what the next batches need beside their numbers, of the lanes that this rank read.
+        Of data sets with sidecars nothing is needed."""
+        return {f"{source}/{lane}": list(position) for (source, lane), position in self._positions.items()}
+
+    def load_state_dict(self, state: Mapping[str, Sequence[int]]) -> None:
+        """Where lanes go on from, whichever rank read them before."""
+        for name, position in state.items():
+            source, lane = map(int, name.split("/"))
+            self._go_on({(source, lane): Position(*position)})
+
+    def _go_on(self, positions: Mapping[tuple[int, int], Position]) -> None:
+        """Also processes that load data and are begun later know these positions."""
+        self._positions |= positions
+        for (source, lane), position in positions.items():
+            data = self.image_sources[source]
+            assert isinstance(data, StreamedShards)
+            data.go_on(lane, position)
+
     def pieces(self, step: int) -> int:
         images = self._size(step, "image_text")
         most = PIECE // self._image_bytes(step)
-        return -(-images // max(1, most if self.frozen else min(IMAGES, most))) if images else 1
+        count = -(-images // max(1, most if self.frozen else min(IMAGES, most))) if images else 1
+        if images and len(self.indexed_images) < len(self.image_sources):
+            # Then a piece has much the same lanes in every step, and is always made by the process that has them open.
+            count = -(-count // max(1, self.workers)) * max(1, self.workers)
+        return count
 
     def piece_bytes(self, step: int) -> int:
         return self._image_bytes(step) * -(-self._size(step, "image_text") // self.pieces(step))
@@ -212,11 +251,12 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
     def joined(self, step: int, pieces: Iterable[Piece]) -> tuple[Batch, Drawn]:
         self.files.raise_fault()
         batch, drawn = batch_of(pieces, self._size(step, "image_text"), self.hard_negatives)
+        self._go_on(drawn.positions)
         drawn.fetched += newly_fetched([*self.image_sources, *self.text_sources])  # by the process that joins
         return batch, drawn
 
     def _draws(
-        self, sampler: TaskSampler | None, sources: list[Dataset], number: int, share: tuple[int, int]
+        self, sampler: TaskSampler | None, sources: Sequence[ImageSource], number: int, share: tuple[int, int]
     ) -> list[Draw]:
         """A share of this rank's part of a task's batch; what the next ones need is fetched from now on."""
         assert sampler is not None  # batch_at guarantees it
@@ -227,9 +267,11 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         return draws.within(len(draws) * i // of, len(draws) * (i + 1) // of)
 
     def _sample(
-        self, data: Dataset, index: int, drawn: Drawn, samples: SampleCache | FrozenImages | TaughtTexts
+        self, data: ImageSource, index: int, drawn: Drawn, samples: SampleCache | FrozenImages | TaughtTexts
     ) -> tuple[int, torch.Tensor | None, dict[str, Any]]:
         """(its number, pixels, texts) of a sample, or of the one that takes its place."""
+        if isinstance(data, StreamedShards):
+            return index, *data.sample(index, drawn)
         for attempt in range(REPLACEMENTS):
             try:
                 pixels, content = samples.sample(data, index)
@@ -238,7 +280,7 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
             except (ShardError, ImageError) as error:
                 shard, name = data.name(index)
                 drawn.corrupt.append(Corrupt(str(data.directory / shard), name, str(error)))
-                index = _replacement(data, index, attempt, isinstance(error, ShardUnavailable))
+                index = replacement(data, index, attempt, isinstance(error, ShardUnavailable))
         raise UserError(
             f"{data.directory}: {REPLACEMENTS} samples in a row were of no use, the last one because: "
             f"{drawn.corrupt[-1].reason}"
@@ -257,7 +299,7 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
                 f"{data.directory}: sample {data.row(index).key} has no score, and the recipe says 'graded'"
             )
 
-    def _seed(self, data: Dataset, draw: Draw) -> int:
+    def _seed(self, data: ImageSource, draw: Draw) -> int:
         return key(self.seed, data.kind, data.source, draw.epoch, draw.index)
 
     def _texts(self, content: dict[str, Any], seed: int, source: int, drawn: Drawn) -> tuple[str, str, list[str]]:
@@ -274,7 +316,7 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         return query, target, hard
 
     @staticmethod
-    def _choose(alternatives: list[dict[str, Any]], seed: int, data: Dataset, drawn: Drawn) -> dict[str, Any]:
+    def _choose(alternatives: list[dict[str, Any]], seed: int, data: ImageSource, drawn: Drawn) -> dict[str, Any]:
         text = alternatives[key(seed, "text") % len(alternatives)]
         drawn.texts[f"{_name(data)}/{text['language']}"] += 1
         return text
@@ -285,40 +327,8 @@ def shortened(ids: list[int], longest: int) -> list[int]:
     return ids if len(ids) <= longest else [*ids[: longest - 1], ids[-1]]
 
 
-def _name(data: Dataset) -> str:
+def _name(data: ImageSource) -> str:
     return f"{data.kind}/{data.source}"
-
-
-def _replacement(data: Dataset, index: int, attempt: int, whole_shard: bool) -> int:
-    """The sample that takes the place of `index`: another of its shard, which is at hand; where that did not help, or
-    there is none, one of another shard, the same for all of its samples, so that a shard that is gone does not cost
-    many others. It is `index` itself in a data set of one sample alone."""
-    shard = data.shard_of(index)
-    seed = key("replacement", data.kind, data.source, attempt)
-    if whole_shard or attempt > 1 or len(data.samples_of(shard)) == 1:
-        shard = another(shard, len(data.shard_sizes), key(seed, shard))
-    samples = data.samples_of(shard)
-    if index not in samples:
-        return samples[key(seed, index) % len(samples)]
-    return samples[another(index - samples.start, len(samples), key(seed, index))]
-
-
-def another(number: int, count: int, draw: int) -> int:
-    """One of `count` numbers, drawn, but not `number`; that one if there is no other."""
-    return (number + 1 + draw % max(1, count - 1)) % count
-
-
-def open_data_set(directory: Path | RemotePlace, kinds: tuple[str, ...], *, check: bool = True) -> Dataset:
-    """A data set of one of `kinds` (the beginnings of their names); `check`: look at every file of a folder.
-
-    Raises:
-        UserError: it is missing, damaged or of another kind.
-    """
-    with shard_errors_explained():
-        data = open_place(directory, check=check)
-    if not data.kind.startswith(kinds):
-        raise UserError(f"{data.directory} holds {data.kind}, which cannot serve here; expected {kinds[0]}…")
-    return data
 
 
 def _open(config: DataConfig, source: Source, batch: int, kinds: tuple[str, ...]) -> Dataset:

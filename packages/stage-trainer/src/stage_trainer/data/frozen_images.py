@@ -14,6 +14,7 @@ from vision_tower import ImageError, VisionTowerConfig, augment, preprocess
 from stage_trainer.data.samples import texts_of
 from stage_trainer.data.stateless_rng import key
 from stage_trainer.data.stored_vectors import StoredVectors
+from stage_trainer.data.streamed import StreamedShards
 from stage_trainer.recipe import AugmentationConfig
 
 
@@ -38,7 +39,7 @@ def view(
     return augment(image, seed, size, scale=a.scale, ratio=a.ratio, flip=a.flip, color=a.color)
 
 
-def view_seed(seed: int, data: Dataset, index: int) -> int:
+def view_seed(seed: int, data: Dataset | StreamedShards, index: int) -> int:
     """Of an image's fixed views, from the stage's seed."""
     return key(seed, data.kind, data.source, index, "views")
 

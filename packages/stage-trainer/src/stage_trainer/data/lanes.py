@@ -117,7 +117,7 @@ class SourceOrder:
 
     def _before(self, offset: int) -> np.ndarray:
         """How many samples of each lane come before an offset in an epoch, int64 `[L]`."""
-        return (offset - self._turns + self.lanes - 1) // self.lanes
+        return _turns_before(offset, self._turns)
 
     def _in_lane(self, lane: int, epoch: int, first: int, last: int) -> np.ndarray:
         """The samples from number `first` to `last` of a lane in an epoch."""
@@ -160,6 +160,44 @@ class SourceOrder:
             sizes = np.minimum(stops, high) - starts - skipped
             self._pieces[lane] = self._row[here], self._firsts[here] + skipped, sizes
         return self._pieces[lane]
+
+
+class UncountedOrder:
+    """The order of a source whose samples nobody has counted: sample `n · lanes + lane` is number n of a lane's stream,
+    which has no end (`streamed.StreamedShards` reads it). Methods as those of `SourceOrder`.
+
+    Args:
+        lanes: how many.
+    """
+
+    def __init__(self, lanes: int):
+        self.lanes = lanes
+        self._turns = np.argsort(spread(lanes))
+
+    def part(self, start: int, stop: int, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
+        """(sample, 0), int64 `[high - low]`; as `SourceOrder.part`."""
+        first, last = _turns_before(start, self._turns), _turns_before(stop, self._turns)
+        ends, found = np.cumsum(last - first), [np.zeros(0, dtype=np.int64)]
+        for lane in _touched(ends, low, high):
+            before = int(ends[lane] - (last - first)[lane])
+            numbers = np.arange(max(low - before, 0), min(high, int(ends[lane])) - before) + first[lane]
+            found.append(numbers * self.lanes + lane)
+        samples = np.concatenate(found)
+        return samples, np.zeros_like(samples)
+
+    def shards_of(self, samples: np.ndarray) -> np.ndarray:
+        """None: which shard a sample is in is known when it has been read."""
+        return np.zeros(0, dtype=np.int64)
+
+    def ahead(self, start: int, stop: int, rank: int, world: int) -> list[int]:
+        """None: each lane's reader looks ahead by itself."""
+        return []
+
+
+def _turns_before(offset: int, turns: np.ndarray) -> np.ndarray:
+    """How many of the first `offset` turns are each lane's, int64 `[L]`."""
+    found: np.ndarray = (offset - turns + len(turns) - 1) // len(turns)
+    return found
 
 
 def _touched(ends: np.ndarray, low: int, high: int) -> range:

@@ -9,11 +9,14 @@ from data_prep.shards import Dataset
 from stage_trainer.data.remote_data import RemoteDataset
 from stage_trainer.data.sampler import TaskSampler
 from stage_trainer.data.shard_cache import ranks_here
+from stage_trainer.data.streamed import StreamedShards
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import RemoteConfig
 
 
-def look_ahead(data_sets: Sequence[Dataset], sampler: TaskSampler, number: int, rank: int, world: int) -> None:
+def look_ahead(
+    data_sets: Sequence[Dataset | StreamedShards], sampler: TaskSampler, number: int, rank: int, world: int
+) -> None:
     """Tells remote data sets which shards a rank reads for batch `number` and next, so that they prefetch them."""
     if any(isinstance(data, RemoteDataset) for data in data_sets):
         for data, shards in zip(data_sets, sampler.shards_ahead(number, rank, world), strict=True):
@@ -21,13 +24,16 @@ def look_ahead(data_sets: Sequence[Dataset], sampler: TaskSampler, number: int, 
                 data.expect(shards, rank)
 
 
-def newly_fetched(data_sets: Sequence[Dataset]) -> int:
+def newly_fetched(data_sets: Sequence[Dataset | StreamedShards]) -> int:
     """Bytes of remote data that this process has fetched since it was last asked."""
-    return sum(data.take_fetched() for data in data_sets if isinstance(data, RemoteDataset))
+    return sum(data.take_fetched() for data in data_sets if isinstance(data, RemoteDataset | StreamedShards))
 
 
 def check_room(
-    settings: RemoteConfig, read: Sequence[tuple[Sequence[Dataset], TaskSampler | None]], rank: int, world: int
+    settings: RemoteConfig,
+    read: Sequence[tuple[Sequence[Dataset | StreamedShards], TaskSampler | None]],
+    rank: int,
+    world: int,
 ) -> None:
     """UserError if the cache's limit is too small for the shards of a step and those that come next, of all ranks of
     this machine.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ from data_prep.shards import Dataset, ShardError
 from text_tower import PackedTokens, Tokenizer, WholeWordMasking
 
 from stage_trainer.batch import MaskedBatch
-from stage_trainer.data.batches import REPLACEMENTS, another, open_data_set
 from stage_trainer.data.config import DataConfig
 from stage_trainer.data.drawn import Corrupt, Drawn
 from stage_trainer.data.lanes import SourceOrder
@@ -20,7 +19,7 @@ from stage_trainer.data.look_ahead import newly_fetched
 from stage_trainer.data.pieces import BatchesInPieces
 from stage_trainer.data.remote_data import fetch_sidecars, place
 from stage_trainer.data.sampler import TaskSampler
-from stage_trainer.data.samples import SampleCache
+from stage_trainer.data.samples import REPLACEMENTS, SampleCache, another, open_data_set
 from stage_trainer.data.stateless_rng import key, permutation
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import Stage
@@ -118,6 +117,13 @@ class MaskedBatches(BatchesInPieces[tuple[MaskedBatch, Drawn]]):
 
     def __len__(self) -> int:
         return self.stage.steps
+
+    def state_dict(self) -> dict[str, list[int]]:
+        """Empty: a batch is a function of its number alone."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Sequence[int]]) -> None:
+        """Nothing to take."""
 
     def pieces(self, step: int) -> int:
         return 1

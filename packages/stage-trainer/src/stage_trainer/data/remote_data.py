@@ -22,7 +22,8 @@ from pathlib import Path
 from data_prep.shards import MANIFEST, Dataset, Shard, ShardError, ShardUnavailable
 
 from stage_trainer.data.config import DataConfig
-from stage_trainer.data.download import FULL, Failure, check_command, fetch
+from stage_trainer.data.download import check_command, fetch
+from stage_trainer.data.http import FULL, Failure
 from stage_trainer.data.prefetch import Prefetcher
 from stage_trainer.data.shard_cache import CacheFolder, locked, part_name, ranks_here, try_lock
 from stage_trainer.errors import UserError

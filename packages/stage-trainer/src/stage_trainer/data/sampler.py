@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stage_trainer.data.lanes import SourceOrder
+from stage_trainer.data.lanes import SourceOrder, UncountedOrder
 
 MIXED = 8
 """A source's share of a batch may miss its rate by one part in so many, so that a rank's lanes hold all of its own."""
@@ -54,7 +54,9 @@ class TaskSampler:
         one_source: whether a batch comes from a single source (text) or mixes them (images).
     """
 
-    def __init__(self, orders: Sequence[SourceOrder], rates: Sequence[float], batch: int, *, one_source: bool):
+    def __init__(
+        self, orders: Sequence[SourceOrder | UncountedOrder], rates: Sequence[float], batch: int, *, one_source: bool
+    ):
         self.orders, self.batch = list(orders), batch
         self.shares = np.array(rates, dtype=np.float64) / sum(rates)
         alone = one_source or len(self.orders) == 1

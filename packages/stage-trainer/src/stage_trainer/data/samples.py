@@ -11,8 +11,13 @@ import torch
 from data_prep.shards import Dataset, ShardError, Unusable, content_of
 from vision_tower import load_pixels
 
+from stage_trainer.data.remote_data import RemotePlace, open_place
+from stage_trainer.data.stateless_rng import key
 from stage_trainer.errors import UserError
 from stage_trainer.recipe.limits import MAX_PIXELS
+
+REPLACEMENTS = 16
+"""So many samples in a row may be corrupt before a source is given up."""
 
 IMAGE_TYPES = ("png", "jpg", "jpeg", "webp")
 
@@ -73,3 +78,35 @@ class SampleCache:
             self.left -= cost
             self.kept[data.directory, index] = found
         return found
+
+
+def replacement(data: Dataset, index: int, attempt: int, whole_shard: bool) -> int:
+    """The sample that takes the place of `index`: another of its shard, which is at hand; where that did not help, or
+    there is none, one of another shard, the same for all of its samples, so that a shard that is gone does not cost
+    many others. It is `index` itself in a data set of one sample alone."""
+    shard = data.shard_of(index)
+    seed = key("replacement", data.kind, data.source, attempt)
+    if whole_shard or attempt > 1 or len(data.samples_of(shard)) == 1:
+        shard = another(shard, len(data.shard_sizes), key(seed, shard))
+    samples = data.samples_of(shard)
+    if index not in samples:
+        return samples[key(seed, index) % len(samples)]
+    return samples[another(index - samples.start, len(samples), key(seed, index))]
+
+
+def another(number: int, count: int, draw: int) -> int:
+    """One of `count` numbers, drawn, but not `number`; that one if there is no other."""
+    return (number + 1 + draw % max(1, count - 1)) % count
+
+
+def open_data_set(directory: Path | RemotePlace, kinds: tuple[str, ...], *, check: bool = True) -> Dataset:
+    """A data set of one of `kinds` (the beginnings of their names); `check`: look at every file of a folder.
+
+    Raises:
+        UserError: it is missing, damaged or of another kind.
+    """
+    with shard_errors_explained():
+        data = open_place(directory, check=check)
+    if not data.kind.startswith(kinds):
+        raise UserError(f"{data.directory} holds {data.kind}, which cannot serve here; expected {kinds[0]}…")
+    return data

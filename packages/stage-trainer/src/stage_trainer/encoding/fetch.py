@@ -9,7 +9,8 @@ import urllib.error
 import urllib.parse
 from dataclasses import dataclass
 
-from stage_trainer.data.download import CHUNK, Deadline, Failure, opener_with, request_of
+from stage_trainer.data.download import CHUNK
+from stage_trainer.data.http import Deadline, Failure, opener_with, request_of
 from stage_trainer.errors import UserError
 from stage_trainer.recipe.address import without_credentials
 

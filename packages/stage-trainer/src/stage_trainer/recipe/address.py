@@ -72,6 +72,11 @@ def is_remote(place: str) -> bool:
     return place.startswith("pipe:") or _URL.fullmatch(place) is not None
 
 
+def names_shards(path: str) -> bool:
+    """Whether a recipe's `path` names tars one by one, in webdataset's notation, rather than a data set."""
+    return all(each.partition("?")[0].endswith((".tar", ".tar.gz", ".tgz")) for each in path.split("::"))
+
+
 def without_credentials(text: str, url: str = "") -> str:
     """A text with the user and the query removed from every URL in it, and those of `url` wherever they occur."""
     if parts := _URL.fullmatch(url):

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 from pydantic.dataclasses import dataclass
 
 from stage_trainer.errors import UserError
+from stage_trainer.recipe.address import names_shards
 from stage_trainer.recipe.limits import MAX_PIXELS, LimitsConfig
 from stage_trainer.recipe.loss import LossConfig
 from stage_trainer.recipe.teacher import TeacherConfig
@@ -71,12 +72,24 @@ class Source:
 
     `graded` text pairs have a "score" each, as those of STS: their batches (each is from one source) are ranked by
     CoSENT (`contrastive_losses.matryoshka_cosent`) at the temperature of the text loss, instead of being contrasted.
+
+    A `path` that ends in .tar names webdataset's shards one by one, `laion/{00000..41455}.tar`, which need no index:
+    they are read in sequence, and shuffled in blocks of `shuffle_buffer` samples a lane. `caption_key`: the fields of
+    their .json that hold the captions ("caption", or "meta.alt,title"); without it their .txt, or what a .json of this
+    project's format says.
     """
 
     path: str
     rate: Float = 1.0
     target_language: str | None = None
     graded: bool = False
+    shuffle_buffer: Int = 128
+    caption_key: str | None = None
+
+    @property
+    def names_shards(self) -> bool:
+        """Whether `path` names shards without a manifest."""
+        return names_shards(self.path)
 
 
 LANES = 64

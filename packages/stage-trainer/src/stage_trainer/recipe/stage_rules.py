@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from stage_trainer.errors import UserError
-from stage_trainer.recipe.schema import NEW_TEMPERATURE, GradientCache, ModelConfig, Recipe, Stage
+from stage_trainer.recipe.address import names_shards
+from stage_trainer.recipe.schema import NEW_TEMPERATURE, GradientCache, ModelConfig, Recipe, Source, Stage
 
 
 def check_stage(recipe: Recipe, number: int, here: str) -> None:
@@ -55,6 +56,7 @@ def _check_pairs(model: ModelConfig, stage: Stage, here: str) -> None:
         low, high = getattr(stage.augmentation, name)
         if low > high:
             raise UserError(f"{here}: augmentation.{name} is [{low:g}, {high:g}]; expected the lower one first")
+    _check_shards(stage, here)
     _check_embedding_cache(stage, here)
     _check_teacher(stage, here)
     dims = stage.loss.dims
@@ -77,6 +79,29 @@ def _check_pairs(model: ModelConfig, stage: Stage, here: str) -> None:
             f"{stage.loss.min_temperature:g}; raise the one or lower the other"
         )
     _check_tasks(stage, here)
+
+
+def _check_shards(stage: Stage, here: str) -> None:
+    """Shards that a path names one by one, and settings that are for these alone."""
+    if named := [source.path for source in stage.data.text if source.names_shards]:
+        raise UserError(
+            f"{here}: data.text has {named[0]!r}, and only data.image_text takes shards without a manifest; name the "
+            "folder of a data set (data-prep import, data-prep index)"
+        )
+    for source in (*stage.data.image_text, *stage.data.text):
+        if source.shuffle_buffer < 1:
+            raise UserError(f"{here}: {source.path!r} has shuffle_buffer {source.shuffle_buffer}; expected at least 1")
+        for key, default in (("shuffle_buffer", Source.shuffle_buffer), ("caption_key", None)):
+            if not source.names_shards and getattr(source, key) != default:
+                raise UserError(
+                    f"{here}: {source.path!r} has {key!r}, which is for shards that a path names one by one "
+                    "({00000..00099}.tar); leave it out"
+                )
+    if stage.augmentation.views and any(source.names_shards for source in stage.data.image_text):
+        raise UserError(
+            f"{here}: augmentation.views is {stage.augmentation.views}, and of shards without a manifest an image has "
+            "no number by which its views could stay the same; set it to 0, or index the shards (data-prep index)"
+        )
 
 
 def _check_embedding_cache(stage: Stage, here: str) -> None:
@@ -249,3 +274,5 @@ def _check_masked_lm(recipe: Recipe, number: int, here: str) -> None:
         )
     if twice := sorted({path for path in stage.data.masked_lm if stage.data.masked_lm.count(path) > 1}):
         raise UserError(f"{here}: data.masked_lm names {twice[0]!r} more than once; leave one out")
+    if named := [path for path in stage.data.masked_lm if names_shards(path)]:
+        raise UserError(f"{here}: data.masked_lm has {named[0]!r}; shards without a manifest are for data.image_text")

@@ -13,6 +13,7 @@ from stage_trainer.errors import Stopped, UserError
 from stage_trainer.run.environment import peak_memory
 from stage_trainer.run.hooks import Hook, Step
 from stage_trainer.run.stop_signal import StopSignal
+from stage_trainer.tasks.task import Batches
 
 
 class Saving(Hook):
@@ -21,6 +22,7 @@ class Saving(Hook):
 
     Args:
         state: saved in every checkpoint; its seconds are counted here.
+        data: what the steps read.
         stop: the step before which this part of the stage ends.
         steps: of the stage.
     """
@@ -33,12 +35,14 @@ class Saving(Hook):
         engine: Engine,
         state: RunState,
         stop_signal: StopSignal,
+        data: Batches,
         *,
         every: int,
         stop: int,
         steps: int,
     ):
         self.saver, self.engine, self.state, self.stop_signal = saver, engine, state, stop_signal
+        self.data = data
         self.every, self.stop, self.steps = every, stop, steps
         self._began, self._seconds = time.perf_counter(), state.seconds
 
@@ -57,6 +61,9 @@ class Saving(Hook):
     def _save(self, step: Step) -> None:
         self._check_parameters(step.number)
         self.state.step = step.done
+        # Of lanes that several ranks read, where the last of them is.
+        reading = sorted(item for rank in self.stop_signal.gather([self.data.state_dict()]) for item in rank.items())
+        self.state.reading = dict(reading)
         self.state.seconds = self._seconds + time.perf_counter() - self._began
         self.state.peak_memory_bytes = max(peak_memory(), self.state.peak_memory_bytes)
         self.saver.save(self.engine, self.state, step.best)

@@ -49,12 +49,12 @@ def keep_embeddings(tower: VisionTower, batches: StageBatches, stage: Stage, how
     weights = digest_of(tower, config)
     origin = origin_of(weights, how.resolution, how.precision, stage.augmentation, batches.seed)
     origin |= {"max_pixels": batches.cache.max_pixels}  # it decides which images have no embedding
-    frozen = FrozenImages(Path(stage.embedding_cache).expanduser(), batches.image_sources, origin)
+    frozen = FrozenImages(Path(stage.embedding_cache).expanduser(), batches.indexed_images, origin)
     local = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
     # Then what other machines have in folders of their own.
     for rank, world in ((batches.rank, batches.world), local) if several else ((0, 1),):
-        for data in batches.image_sources:
+        for data in batches.indexed_images:
             store = frozen.stores[data.directory]
             _fill(store, rank, world, lambda n, data=data: _shard(tower, data, n, batches, stage, how, phase))  # type: ignore[misc]
         if several:

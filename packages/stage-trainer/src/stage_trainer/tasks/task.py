@@ -48,6 +48,12 @@ class Batches(Protocol):
 
     def __getitem__(self, step: int) -> tuple[Any, Any]: ...
 
+    def state_dict(self) -> dict[str, list[int]]:
+        """What this rank's next batches need beside their numbers; those of all ranks together are the run's."""
+
+    def load_state_dict(self, state: Mapping[str, Sequence[int]]) -> None:
+        """Takes the run's."""
+
 
 @dataclass(frozen=True)
 class Measured:
