@@ -46,6 +46,8 @@ class Server(http.server.ThreadingHTTPServer):
         faults: what befalls the next requests for a file name, in order; the last one befalls all that follow.
         requests: {file name: number of requests}.
         headers: of each request, with its path.
+        ranges: whether ranges of a file are sent, or always the whole.
+        sent: bytes of files.
     """
 
     daemon_threads = True
@@ -57,6 +59,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.faults: dict[str, list] = {}
         self.requests: collections.Counter[str] = collections.Counter()
         self.headers: list[tuple[str, dict]] = []
+        self.ranges, self.sent = True, 0
         self.released = threading.Event()
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -96,6 +99,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self.wfile.write(b"x")
             return None
         body = file.read_bytes()
+        if self.server.ranges and (span := self.headers.get("Range")):
+            first, last = map(int, span.removeprefix("bytes=").split("-"))
+            part = body[first : last + 1]
+            span = f"bytes {first}-{first + len(part) - 1}/{len(body) + (fault == 'grows' and first > 0)}"
+            return self._answer(206, part, {"Content-Range": span}, cut=fault == "cut")
         if fault == "wrong bytes":
             body = body[:100] + bytes([body[100] ^ 1]) + body[101:]
         if fault == "too short":
@@ -113,6 +121,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if cut or hold:
             body = body[: len(body) // 2]
+        self.server.sent += len(body)
         self.wfile.write(body)
         if hold:
             self.wfile.flush()

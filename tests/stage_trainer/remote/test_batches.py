@@ -8,8 +8,8 @@ import pytest
 import torch
 from data_prep.shards import Dataset
 from PIL import Image
-from stage_trainer.data.batches import _replacement
 from stage_trainer.data.remote_data import RemotePlace, place
+from stage_trainer.data.samples import replacement
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import Recipe
 from stage_trainer.recipe.read import flatten, load
@@ -101,11 +101,11 @@ def test_four_machines_fetch_a_quarter_each_and_two_of_them_later_only_what_they
 def test_the_samples_of_a_broken_shard_are_all_replaced_from_one_other(data):
     here = Dataset.open(data)
     for shard in range(10):
-        of_whole = [_replacement(here, index, 0, True) for index in here.samples_of(shard)]
+        of_whole = [replacement(here, index, 0, True) for index in here.samples_of(shard)]
         assert len({here.shard_of(index) for index in of_whole}) == 1
-        of_one = {index: _replacement(here, index, 0, False) for index in here.samples_of(shard)}
+        of_one = {index: replacement(here, index, 0, False) for index in here.samples_of(shard)}
         assert all(index != other and here.shard_of(other) == shard for index, other in of_one.items())
-        assert {here.shard_of(_replacement(here, here.samples_of(shard)[0], n, False)) for n in range(16)} != {shard}
+        assert {here.shard_of(replacement(here, here.samples_of(shard)[0], n, False)) for n in range(16)} != {shard}
 
 
 def test_a_broken_shard_becomes_entries_of_the_ledger(data, server, recipe):
