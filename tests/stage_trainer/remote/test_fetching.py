@@ -8,7 +8,7 @@ import urllib.request
 import fsspec
 import pytest
 from data_prep.shards import Dataset, ShardError, ShardUnavailable
-from stage_trainer.data import download
+from stage_trainer.data import download, http
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import RemoteConfig
 from stage_trainer.recipe.address import Address, without_credentials
@@ -51,9 +51,9 @@ def test_what_passes_is_tried_again(data, server, opened, waits, fault, least_wa
 
 
 def test_a_date_in_retry_after_is_understood(monkeypatch):
-    monkeypatch.setattr(download.time, "time", lambda: 1445412480.0)  # RFC 9110's own example of a date
-    assert download._retry_after("Wed, 21 Oct 2015 07:28:30 GMT") == 30
-    assert download._retry_after("Wed, 21 Oct 2015 07:27:30 GMT") == 0
+    monkeypatch.setattr(http.time, "time", lambda: 1445412480.0)  # RFC 9110's own example of a date
+    assert http._retry_after("Wed, 21 Oct 2015 07:28:30 GMT") == 30
+    assert http._retry_after("Wed, 21 Oct 2015 07:27:30 GMT") == 0
 
 
 @pytest.mark.parametrize(
@@ -168,8 +168,8 @@ def test_no_redirection_leads_to_files_to_ftp_or_into_this_machine(server, serve
 
 def test_a_redirection_from_https_to_http_is_not_followed():
     request = urllib.request.Request("https://data.example/a")
-    with pytest.raises(download.Failure, match="redirects to http://data.example/b"):
-        download.Redirects().redirect_request(request, None, 302, "", {}, "http://data.example/b")
+    with pytest.raises(http.Failure, match="redirects to http://data.example/b"):
+        http.Redirects().redirect_request(request, None, 302, "", {}, "http://data.example/b")
 
 
 @pytest.mark.parametrize("fault", ["slow bytes", "slow headers"])
@@ -182,7 +182,7 @@ def test_a_byte_at_a_time_does_not_outlive_the_deadline(server, opened, waits, f
 
 def test_a_command_that_never_ends_does_not_outlive_the_deadline(tmp_path):
     settings = RemoteConfig(deadline=0.3, retries=0, allow_pipe=True)
-    with pytest.raises(download.Failure, match=r"not done after remote.deadline=0.3 s"):
+    with pytest.raises(http.Failure, match=r"not done after remote.deadline=0.3 s"):
         download.fetch(Address("pipe:while sleep 0.05; do printf {name}; done"), "x", tmp_path / "x", settings, 10**9)
 
 
