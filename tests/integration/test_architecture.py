@@ -16,7 +16,7 @@ SOURCES = {
 }
 FLOORS = (
     "errors files hub metrics",
-    "recipe data.download",
+    "recipe data.http data.download",
     "batch data.stateless_rng",
     "dual_encoder formats encoding",
     "data",

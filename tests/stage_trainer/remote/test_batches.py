@@ -1,5 +1,6 @@
 """Batches of a stage out of data under URLs, of many processes, with broken shards, behind commands."""
 
+import dataclasses
 import io
 import json
 import multiprocessing
@@ -216,3 +217,52 @@ def test_what_was_fetched_before_processes_were_started_is_counted_once(data, se
     found = sum(drawn.fetched for _, drawn in batches(made, 0, 8, workers))
     files = [path for path in data.iterdir() if path.name not in ("manifest.json", "summary.json")]
     assert found == sum(path.stat().st_size for path in files)
+
+
+def by_ranges(made):
+    return made.text_sources[0].by_ranges
+
+
+def test_a_source_of_which_little_is_drawn_is_fetched_sample_by_sample(tmp_path, write_data, serve, recipe, capsys):
+    """Sixteen lanes of a shard of 80 kB each, of which three batches draw less than a quarter."""
+    write_data(32)
+    server = serve(tmp_path / "corpus")
+    few, many = recipe(server.url, "steps=3", "warmup_steps=0", batch=2), recipe(server.url, batch=2)
+    many_made, made = (make_task(each, 1).make_batches(Numbers(), 0, 1) for each in (many, few))
+    assert (by_ranges(many_made), by_ranges(made)) == (False, True)
+    assert "draws 6 samples of shards that hold 32" in capsys.readouterr().out
+    sent = server.sent
+    found = [made[step] for step in range(3)]
+    here = steps(recipe(tmp_path / "corpus", batch=2), stop=3)
+    assert [batch.text_ids.tolist() for batch, _ in found] == [batch.text_ids.tolist() for batch, _ in here]
+    fetched = sum(drawn.fetched for _, drawn in found)
+    assert 6 * 40_000 < fetched <= server.sent - sent < 6 * 60_000
+    assert not list(made.text_sources[0].directory.glob("*.tar"))
+
+
+def test_ranges_are_forced_or_forbidden_and_a_server_without_them_sends_whole_shards(data, server, recipe, caplog):
+    whole = steps(recipe(server.url, "remote.ranges=never"))
+    always = make_task(recipe(server.url, "remote.ranges=always", f"remote.cache={data}/other"), 1)
+    found = [always.make_batches(Numbers(), 0, 1)[step] for step in range(8)]
+    assert [b.text_ids.tolist() for b, _ in found] == [b.text_ids.tolist() for b, _ in whole]
+    server.ranges = False
+    again = make_task(recipe(server.url, "remote.ranges=always", f"remote.cache={data}/third"), 1)
+    made = again.make_batches(Numbers(), 0, 1)
+    assert [made[step][0].text_ids.tolist() for step in range(8)] == [b.text_ids.tolist() for b, _ in whole]
+    assert not by_ranges(made)
+    assert "sends no ranges" in caplog.text
+
+
+def test_a_sample_that_is_damaged_on_the_way_is_fetched_with_its_shard(data, server, recipe, monkeypatch):
+    """Its hash tells; a copy of the shard has the manifest's checksum."""
+    from stage_trainer.data import remote_data
+
+    right = remote_data.fetch_span
+    monkeypatch.setattr(
+        remote_data,
+        "fetch_span",
+        lambda *a: dataclasses.replace(found := right(*a), content=b"?" + found.content[1:]),
+    )
+    made = make_task(recipe(server.url, "remote.ranges=always"), 1).make_batches(Numbers(), 0, 1)
+    assert not made[0][1].corrupt
+    assert list(made.text_sources[0].directory.glob("*.tar"))

@@ -128,7 +128,7 @@ def test_credentials_are_used_and_never_shown(data, server, opened, waits, caplo
 
 
 def test_a_redirection_is_followed_and_takes_no_password_along(data, server, serve, opened, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "_is_local", lambda host: False)  # as for two servers of the internet
+    monkeypatch.setattr(http, "_is_local", lambda host: False)  # as for two servers of the internet
     other = serve(tmp_path / "corpus")
     target = f"{other.url}/train/text-pairs/made/00000.tar"
     server.faults = {"00000.tar": [(302, {"Location": target})]}
@@ -140,7 +140,7 @@ def test_a_redirection_is_followed_and_takes_no_password_along(data, server, ser
 
 @pytest.mark.parametrize("size", ["9" * 20, "1000000"])
 def test_the_body_of_a_redirection_is_not_read(data, server, serve, opened, waits, tmp_path, monkeypatch, size):
-    monkeypatch.setattr(download, "_is_local", lambda host: False)
+    monkeypatch.setattr(http, "_is_local", lambda host: False)
     target = f"{serve(tmp_path / 'corpus').url}/train/text-pairs/made/00000.tar"
     server.faults = {"00000.tar": [(302, {"Location": target, "Content-Length": size})]}
     assert opened(retries=0).read(0) == Dataset.open(data).read(0)

@@ -13,7 +13,7 @@ not before a data set is read or written.
 """
 
 from data_prep.shards.content import Unusable, content_of, encodes, texts_in, with_named_captions
-from data_prep.shards.dataset import Dataset
+from data_prep.shards.dataset import Dataset, OpenShard
 from data_prep.shards.files import sync, write_file
 from data_prep.shards.format import KINDS, MANIFEST, SCHEMA, ShardError, ShardUnavailable, index_name
 from data_prep.shards.lock import InUse, alone
@@ -29,6 +29,7 @@ __all__ = [
     "Dataset",
     "DatasetWriter",
     "InUse",
+    "OpenShard",
     "Row",
     "Shard",
     "ShardError",

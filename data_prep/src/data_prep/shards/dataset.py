@@ -48,7 +48,7 @@ class Dataset:
         self.fingerprint = hashlib.sha256(raw).hexdigest()
         self.shards = self._manifest.shards
         self._starts = array("q", [0, *itertools.accumulate(self.shards["samples"].tolist())])
-        self._open_shards: OrderedDict[int, _Shard] = OrderedDict()
+        self._open_shards: OrderedDict[int, OpenShard] = OrderedDict()
         self._lock = threading.Lock()
         _OPEN.add(self)
 
@@ -113,20 +113,23 @@ class Dataset:
         number, place = self._locate(index)
         shard = self._shard(number)
         row = shard.rows[place]
-        tar = self._tar(shard)  # this reference keeps it open
+        members = self._members(shard, row)
         digest = hashlib.sha256()
-        members = {}
-        for extension, (offset, size) in row.members.items():
-            try:
-                # pread does not use the file's position, so threads do not disturb one another.
-                members[extension] = data = os.pread(tar.fileno(), size, offset)
-            except OSError as error:
-                raise ShardError(f"{shard.path}: sample {row.key!r} cannot be read ({error.strerror})") from error
+        for data in members.values():
             digest.update(data)
         if digest.hexdigest() != row.sha256:
             raise ShardError(f"{shard.path}: sample {row.key!r} is damaged (its bytes differ from the sidecar's hash)")
         names = shard.caption_keys
         return with_named_captions(self.kind, members, names) if names else members
+
+    def _members(self, shard: OpenShard, row: Row) -> dict[str, bytes]:
+        """The bytes of a sample, where its row says that they are."""
+        tar = self._tar(shard)  # this reference keeps it open
+        try:
+            # pread does not use the file's position, so threads do not disturb one another.
+            return {name: os.pread(tar.fileno(), size, offset) for name, (offset, size) in row.members.items()}
+        except OSError as error:
+            raise ShardError(f"{shard.path}: sample {row.key!r} cannot be read ({error.strerror})") from error
 
     def name(self, index: int) -> tuple[str, str]:
         """(tar, key) of sample `index`, for messages; where the sidecar cannot be read the key is "#" and its place."""
@@ -163,14 +166,14 @@ class Dataset:
         number = bisect.bisect_right(self._starts, index) - 1
         return number, index - self._starts[number]
 
-    def _shard(self, number: int) -> _Shard:
+    def _shard(self, number: int) -> OpenShard:
         with self._lock:
             if number in self._open_shards:
                 self._open_shards.move_to_end(number)
                 return self._open_shards[number]
             entry = self.shard(number)
             path = self.directory / entry.name
-            shard = self._open_shards[number] = _Shard(path, self._rows(entry), entry.caption_keys)
+            shard = self._open_shards[number] = OpenShard(path, self._rows(entry), entry.caption_keys)
             while len(self._open_shards) > _shards_kept():
                 self._open_shards.popitem(last=False)  # closed once no thread reads from it
             return shard
@@ -211,7 +214,7 @@ class Dataset:
             )
         return raw
 
-    def _tar(self, shard: _Shard) -> FileIO:
+    def _tar(self, shard: OpenShard) -> FileIO:
         with shard.lock:
             if shard.tar is None:
                 try:
@@ -234,7 +237,7 @@ def _shards_kept() -> int:
     return max(4, min(_MOST_KEPT, limit // 4 // len(_OPEN))) if limit != resource.RLIM_INFINITY else _MOST_KEPT
 
 
-class _Shard:
+class OpenShard:
     """The rows of a sidecar, and its tar once it is open."""
 
     def __init__(self, path: Path, rows: Sequence[Row], caption_keys: tuple[str, ...]) -> None:

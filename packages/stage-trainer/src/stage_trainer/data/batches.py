@@ -19,7 +19,7 @@ from stage_trainer.data.drawn import Corrupt, Drawn, Position
 from stage_trainer.data.file_checks import FileChecks
 from stage_trainer.data.frozen_images import FrozenImages, view, view_seed
 from stage_trainer.data.lanes import SourceOrder
-from stage_trainer.data.look_ahead import check_room, look_ahead, newly_fetched
+from stage_trainer.data.look_ahead import check_room, choose_ranges, look_ahead, newly_fetched
 from stage_trainer.data.pieces import IMAGES, PIECE, BatchesInPieces
 from stage_trainer.data.remote_data import place
 from stage_trainer.data.sampler import Draw, Draws, TaskSampler
@@ -78,6 +78,13 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
             raise UserError("batch.text is 1, and a single pair has no negatives; raise it, or name triplets")
         self.image_sampler = self._sampler(stage.data.image_text, self.image_sources, stage.batch.image_text, False)
         self.text_sampler = self._sampler(stage.data.text, self.text_sources, stage.batch.text, True)
+        for sources, sampler, first in (
+            (self.image_sources, self.image_sampler, stage.task_start.image_text),
+            (self.text_sources, self.text_sampler, stage.task_start.text),
+        ):
+            lines = choose_ranges(sources, sampler, max(0, stage.steps - first)) if sampler else ()
+            for line in lines if rank == 0 else ():
+                print(line, flush=True)
         read: list[tuple[Sequence[ImageSource], TaskSampler | None]]
         read = [(self.image_sources, self.image_sampler), (self.text_sources, self.text_sampler)]
         check_room(data.remote, read, rank, world)

@@ -47,6 +47,8 @@ def check_command(base: str, settings: RemoteConfig) -> None:
         raise UserError(
             "the recipe has data behind pipe:, which runs a shell command; if you trust it, set remote.allow_pipe=true"
         )
+    if settings.ranges == "always":
+        raise UserError("remote.ranges is 'always', and a pipe: prints whole files; leave it out")
     if "{name}" not in base:
         raise UserError(
             "the recipe has data behind a pipe: without {name}, which stands for the file wanted; "

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, overload
 
 from stage_trainer.data.download import CHUNK, opened_by_fsspec, repeated
 from stage_trainer.data.http import FULL, Failure, request_of, response_to
@@ -24,6 +24,10 @@ SPAN = 4 * 2**20
 """Bytes of a range. Each file that is open has two in memory, the one that is read and the next."""
 
 _CONTENT_RANGE = re.compile(r"bytes (?P<first>\d+)-(?P<last>\d+)/(?P<total>\d+)")
+
+
+class NoRanges(Failure):
+    """The server sends whole files alone."""
 
 
 @dataclass(frozen=True)
@@ -104,22 +108,7 @@ class RangedFile(io.RawIOBase):
         return found
 
     def _fetch(self, start: int) -> Span | IO[bytes]:
-        once = self._by_http if self.url.startswith(("http://", "https://")) else self._by_fsspec
-        return repeated(lambda: once(start), without_credentials(self.url), self.settings.retries)
-
-    def _by_http(self, start: int) -> Span | IO[bytes]:
-        request = request_of(self.url)
-        request.add_header("Range", f"bytes={start}-{start + SPAN - 1}")
-        with response_to(request, self.url, self.settings) as response:
-            if response.status != 206:
-                return self._all_of(response)
-            said = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-            if said is None or int(said["first"]) != start:
-                raise Failure(f"the server answered with another range, {response.headers.get('Content-Range')!r}")
-            content = response.read(SPAN + 1)
-            if len(content) != min(SPAN, int(said["total"]) - start):
-                raise Failure(f"{len(content)} bytes came of the range {said[0]!r}", again=True)
-            return Span(start, content, int(said["total"]), response.headers.get("ETag"))
+        return fetch_span(self.url, start, SPAN, self.settings, self._all_of)
 
     def _all_of(self, response: http.client.HTTPResponse) -> IO[bytes]:
         """The whole file, in an unnamed one."""
@@ -146,10 +135,48 @@ class RangedFile(io.RawIOBase):
         self.count(came)
         return file
 
-    def _by_fsspec(self, start: int) -> Span:
-        with opened_by_fsspec(self.url) as (system, inside):
+
+Whole = Callable[[http.client.HTTPResponse], IO[bytes]]
+
+
+@overload
+def fetch_span(url: str, start: int, size: int, settings: RemoteConfig) -> Span: ...
+@overload
+def fetch_span(url: str, start: int, size: int, settings: RemoteConfig, whole: Whole) -> Span | IO[bytes]: ...
+def fetch_span(url: str, start: int, size: int, settings: RemoteConfig, whole: Whole | None = None) -> Span | IO[bytes]:
+    """Up to `size` bytes of a remote file from `start` on; fewer at its end.
+
+    Args:
+        whole: reads the answer of a server that sends the whole file instead.
+
+    Raises:
+        Failure: they cannot be fetched; `NoRanges` where the server sends the whole file, and `whole` is missing.
+        UserError: nothing installed opens such a URL.
+    """
+
+    def by_http() -> Span | IO[bytes]:
+        request = request_of(url)
+        request.add_header("Range", f"bytes={start}-{start + size - 1}")
+        with response_to(request, url, settings) as response:
+            if response.status != 206:
+                if whole is None:
+                    raise NoRanges("the server sends no ranges of a file")
+                return whole(response)
+            said = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+            if said is None or int(said["first"]) != start:
+                raise Failure(f"the server answered with another range, {response.headers.get('Content-Range')!r}")
+            content = response.read(size + 1)
+            if len(content) != min(size, int(said["total"]) - start):
+                raise Failure(f"{len(content)} bytes came of the range {said[0]!r}", again=True)
+            return Span(start, content, int(said["total"]), response.headers.get("ETag"))
+
+    def by_fsspec() -> Span:
+        with opened_by_fsspec(url) as (system, inside):
             total = int(system.size(inside) or 0)
-            content = bytes(system.cat_file(inside, start=start, end=min(start + SPAN, total)))
-            if len(content) != min(SPAN, total - start):
+            content = bytes(system.cat_file(inside, start=start, end=min(start + size, total)))
+            if len(content) != min(size, total - start):
                 raise Failure(f"{len(content)} bytes came from byte {start} on, of {total}", again=True)
             return Span(start, content, total, None)
+
+    once: Callable[[], Span | IO[bytes]] = by_http if url.startswith(("http://", "https://")) else by_fsspec
+    return repeated(once, without_credentials(url), settings.retries)

@@ -9,22 +9,23 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import mmap
 import os
 import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 
-from data_prep.shards import MANIFEST, Dataset, Shard, ShardError, ShardUnavailable
+from data_prep.shards import MANIFEST, Dataset, OpenShard, Row, Shard, ShardError, ShardUnavailable
 
 from stage_trainer.data.config import DataConfig
 from stage_trainer.data.download import check_command, fetch
 from stage_trainer.data.http import FULL, Failure
 from stage_trainer.data.prefetch import Prefetcher
+from stage_trainer.data.ranges import NoRanges, fetch_span
 from stage_trainer.data.shard_cache import CacheFolder, locked, part_name, ranks_here, try_lock
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import RemoteConfig
@@ -100,20 +101,6 @@ def manifest_of(address: Address, settings: RemoteConfig) -> bytes:
         return path.read_bytes()
 
 
-def fetch_sidecars(data_sets: Sequence[Dataset]) -> None:
-    """Fetches all sidecars of remote data sets.
-
-    Raises:
-        ShardUnavailable, UserError: one cannot be fetched.
-    """
-    for data in data_sets:
-        if isinstance(data, RemoteDataset):
-            names = (data.shard(number).index for number in range(len(data.shards)))
-            with ThreadPoolExecutor(data.settings.downloads) as pool:
-                for _ in pool.map(data.fetch, names):
-                    pass
-
-
 class RemoteDataset(Dataset):
     """A data set under a URL, whose sidecars and tars are fetched when they are first needed, or before.
 
@@ -138,6 +125,7 @@ class RemoteDataset(Dataset):
         # Sizes and checksums of files, as they come into use: there may be a hundred thousand.
         self._files: dict[str, tuple[int, str]] = {}
         super().__init__(cache / folder.with_name(name), raw)
+        self.by_ranges = settings.ranges == "always"
         self._expected: list[int] | None = None
         self._prefetcher: Prefetcher | None = None
         self._held: dict[str, FileIO] = {}
@@ -147,9 +135,9 @@ class RemoteDataset(Dataset):
         return RemoteDataset, (self.address, self.settings, self._raw, self.since)
 
     def bytes_of(self, shards: Sequence[int]) -> int:
-        """Bytes of some shards with their sidecars."""
+        """Bytes that the cache needs for some shards with their sidecars."""
         entries = self.shards[list(shards)]
-        return int(entries["bytes"].sum() + entries["index_bytes"].sum())
+        return int((0 if self.by_ranges else entries["bytes"].sum()) + entries["index_bytes"].sum())
 
     def shard(self, number: int) -> Shard:
         """As `Dataset.shard`."""
@@ -164,6 +152,24 @@ class RemoteDataset(Dataset):
         self._files[name] = size, sha256  # of the table of shards, which names the others
         return super()._content(name, size, sha256)
 
+    def _members(self, shard: OpenShard, row: Row) -> dict[str, bytes]:
+        """As `Dataset._members`; of a tar that is not here, where it is read `by_ranges`, the sample's bytes alone."""
+        name = shard.path.name
+        if self.by_ranges and shard.tar is None and not shard.path.exists():
+            start = min(offset for offset, _ in row.members.values())
+            stop = max(offset + size for offset, size in row.members.values())
+            try:
+                content = fetch_span(self.address.of(name), start, stop - start, self.settings).content
+            except NoRanges:
+                self.by_ranges = False
+                logging.getLogger(__name__).warning("%s sends no ranges; its shards are fetched whole", self.address)
+                return super()._members(shard, row)
+            except Failure as failure:
+                raise ShardUnavailable(self._why_unavailable(name, failure)) from failure
+            self._count(len(content))
+            return {k: content[offset - start :][:size] for k, (offset, size) in row.members.items()}
+        return super()._members(shard, row)
+
     def read(self, index: int) -> dict[str, bytes]:
         """As `Dataset.read`; a copy that was damaged after it was fetched is fetched once more."""
         try:
@@ -171,7 +177,11 @@ class RemoteDataset(Dataset):
         except ShardUnavailable:
             raise
         except ShardError:
-            if not self._discard_damaged(self.shard_of(index)):
+            number = self.shard_of(index)
+            name = self.shard(number).name
+            if self.by_ranges and not (self.directory / name).exists():
+                self.fetch(name)  # of a whole shard the manifest has the checksum
+            elif not self._discard_damaged(number):
                 raise
             return super().read(index)
 
@@ -230,6 +240,8 @@ class RemoteDataset(Dataset):
             self._prefetcher = Prefetcher(self, lock, threads)
         if self._prefetcher is not None:
             names = [name for number in shards for name in reversed(self.shard(number).files)]  # sidecars first
+            if self.by_ranges:
+                names = [name for name in names if not name.endswith(".tar")]
             for name in [n for n in list(self._held) if n not in names]:
                 del self._held[name]
             self._prefetcher.want([name for name in names if name not in self._held])

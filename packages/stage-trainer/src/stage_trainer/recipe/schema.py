@@ -300,6 +300,8 @@ class RemoteConfig:
     Beyond `gigabytes` (None: no limit) the least recently read files are evicted. Up to `downloads` files are
     prefetched at once. If a server is silent for `timeout` seconds, a file is not whole after `deadline` seconds, or a
     request fails in a way that may pass, it is repeated up to `retries` times; manifests: `manifest_megabytes` at most.
+    Of a source from which the stage draws less than `FEW` of the samples of the shards that it would fetch, samples are
+    fetched one by one, by `ranges` of their shard (auto; or always, never).
     `pipe:COMMAND` is a shell command that prints the file whose name replaces its {name}; it needs `allow_pipe`.
     """
 
@@ -310,6 +312,7 @@ class RemoteConfig:
     deadline: Float = 3600.0
     retries: Int = 6
     manifest_megabytes: Float = 128.0
+    ranges: Literal["auto", "always", "never"] = "auto"
     allow_pipe: bool = False
 
 
