@@ -7,9 +7,9 @@ import pytest
 import torch
 from data_prep.shards import Dataset, DatasetWriter
 from PIL import Image
-from stage_trainer.data.batches import REPLACEMENTS, _replacement
+from stage_trainer.data.batches import _replacement
 from stage_trainer.data.drawn import Corrupt
-from stage_trainer.data.samples import SampleCache
+from stage_trainer.data.samples import REPLACEMENTS, SampleCache
 from stage_trainer.data.sections import enumerate_within
 from stage_trainer.errors import UserError
 from stage_trainer.evaluation.retrieval import Pool

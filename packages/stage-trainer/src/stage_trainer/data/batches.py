@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -24,15 +23,12 @@ from stage_trainer.data.look_ahead import check_room, look_ahead, newly_fetched
 from stage_trainer.data.pieces import IMAGES, PIECE, BatchesInPieces
 from stage_trainer.data.remote_data import RemotePlace, open_place, place
 from stage_trainer.data.sampler import Draw, Draws, TaskSampler
-from stage_trainer.data.samples import SampleCache, shard_errors_explained
+from stage_trainer.data.samples import REPLACEMENTS, SampleCache, negatives_of, shard_errors_explained
 from stage_trainer.data.sections import Piece, Samples, Section, batch_of
 from stage_trainer.data.stateless_rng import key
-from stage_trainer.data.taught_texts import TaughtTexts
+from stage_trainer.data.taught_texts import Taught
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import Source, Stage
-
-REPLACEMENTS = 16
-"""So many samples in a row may be corrupt before a source is given up."""
 
 
 class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
@@ -51,7 +47,7 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         self.cache = SampleCache(data.cache_megabytes, data.max_pixels)
         # What is read from the disk in the place of pixels, or beside texts; set by the task.
         self.frozen: FrozenImages | None = None
-        self.taught: TaughtTexts | None = None
+        self.taught: Taught | None = None
         self.inference: dict[str, Any] = {}  # how its images come to their size, as the tower says; set by `prepare`
         self._last: dict[int, tuple[int, Draws]] = {}  # by sampler: a step's draws for all of its pieces
         self.image_sources = [_open(data, s, stage.batch.image_text, ("image-",)) for s in stage.data.image_text]
@@ -69,7 +65,8 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
             raise UserError(
                 "a unified loss has no place for the hard negatives of triplets; name text pairs in data.text"
             )
-        if stage.batch.text == 1 and not self.hard_negatives and stage.loss.kind == "multi_task":
+        unread = stage.teacher is not None and stage.teacher.only_embeds
+        if stage.batch.text == 1 and not self.hard_negatives and stage.loss.kind == "multi_task" and not unread:
             raise UserError("batch.text is 1, and a single pair has no negatives; raise it, or name triplets")
         self.image_sampler = self._sampler(stage.data.image_text, self.image_sources, stage.batch.image_text, False)
         self.text_sampler = self._sampler(stage.data.text, self.text_sources, stage.batch.text, True)
@@ -87,14 +84,13 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         return TaskSampler(orders, [s.rate for s in sources], batch, one_source=one)
 
     def _hard_negatives(self) -> int:
-        """K of the stage's triplets, as the first sample of the first source has it; 0 for pairs."""
+        """K of the stage's triplets, as the first sample of the first source has it; 0 for pairs, and if nothing reads
+        them."""
         if not (self.text_sources and self.text_sources[0].kind == "text-triplets"):
             return 0
-        data = self.text_sources[0]
-        for index in range(min(REPLACEMENTS, len(data))):
-            with contextlib.suppress(ShardError):  # it is entered in the ledger when it is drawn
-                return len(self.cache.sample(data, index)[1]["negatives"])
-        raise UserError(f"{data.directory}: none of its first {REPLACEMENTS} triplets can be read")
+        if self.stage.teacher is not None and self.stage.teacher.only_embeds:
+            return 0
+        return negatives_of(self.text_sources[0], self.cache)
 
     @property
     def fingerprint(self) -> dict[str, str]:
@@ -227,7 +223,7 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         return draws.within(len(draws) * i // of, len(draws) * (i + 1) // of)
 
     def _sample(
-        self, data: Dataset, index: int, drawn: Drawn, samples: SampleCache | FrozenImages | TaughtTexts
+        self, data: Dataset, index: int, drawn: Drawn, samples: SampleCache | FrozenImages | Taught
     ) -> tuple[int, torch.Tensor | None, dict[str, Any]]:
         """(its number, pixels, texts) of a sample, or of the one that takes its place."""
         for attempt in range(REPLACEMENTS):
@@ -247,7 +243,7 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
     def _check(self, data: Dataset, index: int, content: dict[str, Any]) -> None:
         """What a triplet or a graded pair needs in this stage."""
         found = len(content.get("negatives", ()))
-        if data.kind == "text-triplets" and found != self.hard_negatives:
+        if data.kind == "text-triplets" and found != self.hard_negatives and self.hard_negatives:
             raise ShardError(
                 f"{data.directory}: sample {data.row(index).key} has {found} negatives; the first triplet of "
                 f"{self.text_sources[0].directory} has {self.hard_negatives}, and all triplets of a stage need as many"
@@ -269,7 +265,7 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         target = self._choose(wanted, key(seed, "target"), data, drawn)["text"]
         hard = [
             self._choose(alternatives, key(seed, "negative", i), data, drawn)["text"]
-            for i, alternatives in enumerate(content.get("negatives", []))
+            for i, alternatives in enumerate(content["negatives"] if self.hard_negatives else [])
         ]
         return query, target, hard
 

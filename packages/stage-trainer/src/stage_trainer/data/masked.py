@@ -12,7 +12,7 @@ from data_prep.shards import Dataset, ShardError
 from text_tower import PackedTokens, Tokenizer, WholeWordMasking
 
 from stage_trainer.batch import MaskedBatch
-from stage_trainer.data.batches import REPLACEMENTS, another, open_data_set
+from stage_trainer.data.batches import another, open_data_set
 from stage_trainer.data.config import DataConfig
 from stage_trainer.data.drawn import Corrupt, Drawn
 from stage_trainer.data.lanes import SourceOrder
@@ -20,7 +20,7 @@ from stage_trainer.data.look_ahead import newly_fetched
 from stage_trainer.data.pieces import BatchesInPieces
 from stage_trainer.data.remote_data import fetch_sidecars, place
 from stage_trainer.data.sampler import TaskSampler
-from stage_trainer.data.samples import SampleCache
+from stage_trainer.data.samples import REPLACEMENTS, SampleCache
 from stage_trainer.data.stateless_rng import key, permutation
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import Stage

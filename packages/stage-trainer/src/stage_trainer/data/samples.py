@@ -14,6 +14,8 @@ from vision_tower import load_pixels
 from stage_trainer.errors import UserError
 from stage_trainer.recipe.limits import MAX_PIXELS
 
+REPLACEMENTS = 16
+"""So many samples in a row may be corrupt before a source is given up."""
 IMAGE_TYPES = ("png", "jpg", "jpeg", "webp")
 
 
@@ -73,3 +75,15 @@ class SampleCache:
             self.left -= cost
             self.kept[data.directory, index] = found
         return found
+
+
+def negatives_of(data: Dataset, cache: SampleCache) -> int:
+    """K of a data set's triplets, as the first of them has it.
+
+    Raises:
+        UserError: none of the first ones can be read.
+    """
+    for index in range(min(REPLACEMENTS, len(data))):
+        with contextlib.suppress(ShardError):  # it is entered in the ledger when it is drawn
+            return len(cache.sample(data, index)[1]["negatives"])
+    raise UserError(f"{data.directory}: none of its first {REPLACEMENTS} triplets can be read")

@@ -176,7 +176,7 @@ class Stage:
     @property
     def task(self) -> str:
         """The name of what the stage does (`tasks.TASKS`)."""
-        return "masked_lm" if self.masked else "distill" if self.teacher else "contrastive"
+        return "masked_lm" if self.masked else self.teacher.task if self.teacher else "contrastive"
 
     def batch_at(self, step: int) -> dict[str, int]:
         """The global batch of a step: {kind: how many}, each kind from its `task_start` on."""
