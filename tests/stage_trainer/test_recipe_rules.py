@@ -128,7 +128,7 @@ CANNOT_BE_MEANT = {
     "trainable.text=adapters": "model.text.adapters names none",
     "trainable.image=adapters": "model.vision.lora_rank is 0",
     "model.vision=null": "'model.vision' is missing",
-    "model.vision.width=128": "model.text.width is 64 and model.vision.width 128",
+    "model.vision.width=128": "texts have 64 numbers (model.text.width) and images 128 (model.vision.width or",
     "model.vision.resolution=32": "model.vision.resolution is set by each stage's 'resolution'",
     "model.vision.patch=0": "model.vision: patch is 0",
     "model.vision.heads=3": "model.vision: width 64 over heads 3",
@@ -251,7 +251,7 @@ def test_what_can_be_meant_is_read(recipes, overrides):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.text={width: 66}"], "loss.dims is .*prefixes of 1 to 64|model.text.width is 66"),
+        (["model.text={width: 66}"], "loss.dims is .*prefixes of 1 to 64|texts have 66 numbers"),
         (["model.text={dropout: 2}"], "model.text: dropout is 2"),
         (["model.text={widht: 64}"], "did you mean 'width'"),
         (["model.text={adapters: []}", "trainable.text=adapters"], "names none"),

@@ -10,6 +10,7 @@ that a fused attention kernel computes again in its backward pass count nowhere.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 from text_tower import TextTowerConfig
 from text_tower.masked_lm import MAX_LOGITS
@@ -170,16 +171,24 @@ def vision_flops(config: VisionTowerConfig, shape: StepShape, trainable: str = "
     columns = (config.layers - 1) * tokens * sum(halves) + tokens * halves[0] + halves[1]
     adapters = 2 * shape.images * config.lora_rank * columns
     forward += adapters
-    if trainable == "none":
-        return Flops(forward)
+    projector = shape.images * _projector(config)
+    if trainable in ("none", "projector"):
+        return Flops(forward + projector, 2 * projector * (trainable == "projector"))
+    forward += projector
     # Pixels have no gradient. A block is recomputed up to its last saved input, that of the MLP's last product.
-    backward = shape.images * (2 * blocks + patch_projection) + 2 * adapters
+    backward = shape.images * (2 * blocks + patch_projection) + 2 * adapters + 2 * projector
     if trainable == "adapters":  # gradients of inputs and of attention, none of weights, nor of the first block's input
         weights = (config.layers - 1) * (8 * tokens * width**2 + mlp(tokens)) + 4 * (tokens + 1) * width**2 + mlp(1)
         first = 6 * tokens * (width**2 + config.lora_rank * width)
         backward -= shape.images * (weights + first + patch_projection)
     last = (config.layers - 1) * mlp(tokens) // 3 + mlp(1) // 3
     return Flops(forward, backward, shape.images * (blocks - last) + adapters if config.checkpointing else 0)
+
+
+def _projector(config: VisionTowerConfig) -> int:
+    """An image's embedding through the projector."""
+    sides = [config.width, *([config.projector_hidden] if config.projector_hidden else []), config.projector]
+    return sum(2 * rows * columns for rows, columns in pairwise(sides))
 
 
 def loss_flops(shape: StepShape, dim: int, learns: bool = True) -> Flops:

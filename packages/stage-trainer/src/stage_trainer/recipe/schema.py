@@ -55,9 +55,10 @@ class Rates:
 
 @dataclass(frozen=True, config=STRICT)
 class Trainable:
-    """Which parameters of each tower train: `all`, `none`, or only the LoRA `adapters`."""
+    """Which parameters of each tower train: `all`, `none`, only the LoRA `adapters`, with which a projector trains, or
+    of images the `projector` alone."""
 
-    image: Literal["all", "adapters", "none"] = "all"
+    image: Literal["all", "adapters", "projector", "none"] = "all"
     text: Literal["all", "adapters", "none"] = "all"
 
 
@@ -141,8 +142,8 @@ class Stage:
     """One stage. `resolution` and `patch_dropout` are lists of [from_step, value]. It starts from the previous stage's
     model, and with `carry_optimizer` also from its optimizer's moments, by parameter name.
 
-    `embedding_cache` is a folder for the embeddings of an image tower that does not train: each image's fixed views
-    (`augmentation.views`) go through it once, when the stage starts or by `stage-trainer embed`, and then no more.
+    `embedding_cache` is a folder for the embeddings of an image tower that does not train, but for its projector: each
+    image's fixed views (`augmentation.views`) go through it once, at the start or by `stage-trainer embed`.
 
     A stage with `batch.masked_lm` trains only the text tower, to predict masked words. Fields for images, pairs or
     embeddings do not apply to it, and it needs no `resolution` and no `loss`."""
@@ -228,19 +229,18 @@ class Override:
 class ModelConfig:
     """Fields of `TextTowerConfig` and `VisionTowerConfig`; weights to start from; the tokenizer's file.
 
-    A recipe whose stages are all masked-language-model training needs no `vision`.
-
-    `weights` is a whole model: a directory that `export` wrote or a checkpoint's `model/`, or one of jina-clip-v2;
-    `text_weights` and `vision_weights` are single towers, directories or hub names that their `from_pretrained` (or
-    timm) reads, and take precedence. Without any of them the towers start from random weights.
+    A recipe whose stages are all masked-language-model training needs no `vision`. `weights` is a whole model: a
+    directory that `export` wrote or a checkpoint's `model/`, or one of jina-clip-v2; `text_weights` and
+    `vision_weights` are single towers, directories or hub names that their `from_pretrained` (or timm) reads, and take
+    precedence. Without any of them the towers start from random weights.
 
     Weights bring what belongs to them: shapes, rotary base, epsilons, adapters with their rank and alpha, instructions,
     and a whole model's temperatures and, if `tokenizer` is left out, its tokenizer. `text` and `vision` need not state
     these, and may state other values only under `override`. Dropout, lengths, checkpointing, attention and compilation
     are the recipe's (`max_length`, if it is left out, the weights').
 
-    A rank in `vision.lora_rank` (with `vision.lora_alpha`) gives the image tower one adapter, `text.lora_rank` with
-    `text.adapters` the text tower one for each name.
+    `vision.lora_rank` (with `vision.lora_alpha`) gives the image tower one adapter, `text.lora_rank` with
+    `text.adapters` the text tower one for each name; `vision.projector` a projector to that width.
 
     `temperature` is the initial value of both temperatures of a new model (None: `NEW_TEMPERATURE`).
     """

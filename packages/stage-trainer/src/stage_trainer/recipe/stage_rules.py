@@ -91,7 +91,10 @@ def _check_embedding_cache(stage: Stage, here: str) -> None:
     if stage.embedding_cache is None:
         return
     for found, wanted in (
-        (stage.trainable.image != "none" and f"trainable.image is {stage.trainable.image!r}", "set it to 'none'"),
+        (
+            stage.trainable.image not in ("none", "projector") and f"trainable.image is {stage.trainable.image!r}",
+            "set it to 'none', or to 'projector'",
+        ),
         (not stage.batch.image_text and "batch.image_text is 0", "raise it, or leave 'embedding_cache' out"),
         (not a.views and "augmentation.views is 0, so every draw of an image is another", "set it to 1 or more"),
         (any(rate for _, rate in stage.patch_dropout) and "'patch_dropout' is above 0", "leave it out"),
@@ -214,11 +217,12 @@ def _check_rates(stage: Stage, here: str) -> None:
 
 # By the rate at which they train; see `ContrastiveObjective.parameter_groups` and `set_trainable`.
 def _learning_towers(stage: Stage) -> dict[str, str]:
-    found, adapters = {}, "'s adapters"
+    parts = {"adapters": "'s adapters", "projector": "'s projector", "all": ""}
+    found = {}
     if stage.trainable.image != "none" and stage.batch.image_text:
-        found["image"] = f"the image tower{adapters}" if stage.trainable.image == "adapters" else "the image tower"
+        found["image"] = f"the image tower{parts[stage.trainable.image]}"
     if stage.trainable.text != "none":
-        found["text"] = f"the text tower{adapters}" if stage.trainable.text == "adapters" else "the text tower"
+        found["text"] = f"the text tower{parts[stage.trainable.text]}"
     return found
 
 

@@ -84,7 +84,7 @@ class ContrastiveObjective(TrainedObjective):
         with torch.autocast(some.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             images = texts = some.new_zeros(0, self.model.text.config.width)
             if part.images is not None and part.images.ndim == 2:  # a frozen tower's, from the disk
-                images = part.images
+                images = self.model.vision.project(part.images)
             elif part.images is not None:
                 keep = None
                 if patch_dropout:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from data_prep.shards import Dataset, ShardError, ShardUnavailable
 from vision_tower import ImageError, VisionTower
+from vision_tower.projector import is_projector
 
 from stage_trainer.data.batches import StageBatches
 from stage_trainer.data.frozen_images import FrozenImages, origin_of, view, view_seed
@@ -22,7 +23,7 @@ from stage_trainer.recipe import Stage
 
 CHUNK = 64
 """Images of one forward pass."""
-_OF_NO_INFLUENCE = ("resolution", "checkpointing", "attention", "compile")
+_OF_NO_INFLUENCE = ("resolution", "checkpointing", "attention", "compile", "projector", "projector_hidden")
 Phase = Callable[[], AbstractContextManager[object]]
 """Entered for each pass: what is not stuck may take long."""
 
@@ -37,8 +38,8 @@ class Pass:
 
 
 def keep_embeddings(tower: VisionTower, batches: StageBatches, stage: Stage, how: Pass, phase: Phase) -> None:
-    """Gives batches the tower's embeddings in the place of images; those that are not on the disk yet are made, by all
-    ranks together, every one of which has to call.
+    """Gives batches the tower's embeddings, before a projector, in the place of images; those that are not on the disk
+    yet are made, by all ranks together, every one of which has to call.
 
     Args:
         tower: on its device.
@@ -46,7 +47,7 @@ def keep_embeddings(tower: VisionTower, batches: StageBatches, stage: Stage, how
     """
     assert stage.embedding_cache is not None
     config = {name: value for name, value in asdict(tower.config).items() if name not in _OF_NO_INFLUENCE}
-    weights = digest_of(tower, config)
+    weights = digest_of({n: t for n, t in tower.state_dict().items() if not is_projector(n)}, config)
     origin = origin_of(weights, how.resolution, how.precision, stage.augmentation, batches.seed)
     origin |= {"max_pixels": batches.cache.max_pixels}  # it decides which images have no embedding
     frozen = FrozenImages(Path(stage.embedding_cache).expanduser(), batches.image_sources, origin)
@@ -124,5 +125,5 @@ def _views(
 @torch.no_grad()
 def _embed(tower: VisionTower, images: torch.Tensor, how: Pass) -> np.ndarray:
     with torch.autocast(how.device.type, torch.bfloat16, enabled=how.precision == "bf16"):
-        found: torch.Tensor = tower(tower.normalize(images.to(how.device)))
+        found: torch.Tensor = tower.pooled(tower.normalize(images.to(how.device)))
     return found.float().cpu().numpy()
