@@ -84,7 +84,7 @@ def test_a_projector_that_is_missing_or_leads_elsewhere_is_refused(train):
         (("model.vision.projector=32",), "texts have 64 numbers .* and images 32"),
         (("trainable.image=projector",), "model.vision.projector is 0; set it to the text tower's width"),
         (("model.vision.projector_hidden=8",), "projector_hidden is 8 and projector 0"),
-        (("embedding_cache=kept", "augmentation.views=1", "patch_dropout=[[0, 0]]"), "or to 'projector'"),
+        (("embedding_cache=kept", "augmentation.views=1", "patch_dropout=[[0, 0]]"), "perhaps to 'projector'"),
     ):
         with pytest.raises(UserError, match=message):
             load(train.recipe, settings, 1)

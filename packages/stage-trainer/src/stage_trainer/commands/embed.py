@@ -13,7 +13,7 @@ from stage_trainer.errors import UserError
 if TYPE_CHECKING:
     from stage_trainer.recipe import Recipe
 
-_DOES = """What a stage reads from the disk: the embeddings of a frozen image tower (`embedding_cache`), and what a
+_DOES = """What a stage reads from the disk: the embeddings of a frozen tower (`embedding_cache`), and what a
 teacher says of texts (`teacher`). What is there already stays: after an interruption the same command goes on."""
 
 
@@ -37,18 +37,18 @@ def run(arguments: argparse.Namespace) -> None:
     if stage.embedding_cache is None and not asked:
         raise UserError(
             f"{recipe.name}: stage {number} reads no embeddings from the disk; name a folder for those of a frozen "
-            "image tower as embedding_cache, or a model to learn from as teacher.model"
+            "tower as embedding_cache, or a model to learn from as teacher.model"
         )
     say("loading PyTorch …")
     if asked:
         ask_teacher(recipe, stage)
     if stage.embedding_cache is not None:
-        _run_tower(recipe, number)
+        _run_towers(recipe, number)
     print(f"everything that stage {number} reads from the disk is there")
 
 
-def _run_tower(recipe: Recipe, number: int) -> None:
-    """The frozen image tower over the stage's images, at each of its resolutions, as the stage itself would."""
+def _run_towers(recipe: Recipe, number: int) -> None:
+    """The frozen towers over the stage's texts and images, at each resolution, as the stage itself would."""
     import torch
 
     from stage_trainer.build import load_tokenizer

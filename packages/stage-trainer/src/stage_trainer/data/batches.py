@@ -18,6 +18,7 @@ from stage_trainer.data.config import DataConfig
 from stage_trainer.data.drawn import Corrupt, Drawn
 from stage_trainer.data.file_checks import FileChecks
 from stage_trainer.data.frozen_images import FrozenImages, view, view_seed
+from stage_trainer.data.frozen_texts import FrozenTexts
 from stage_trainer.data.lanes import SourceOrder
 from stage_trainer.data.look_ahead import check_room, look_ahead, newly_fetched
 from stage_trainer.data.pieces import IMAGES, PIECE, BatchesInPieces
@@ -48,6 +49,7 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         # What is read from the disk in the place of pixels, or beside texts; set by the task.
         self.frozen: FrozenImages | None = None
         self.taught: Taught | None = None
+        self.read_texts: FrozenTexts | None = None  # embeddings in the place of texts
         self.inference: dict[str, Any] = {}  # how its images come to their size, as the tower says; set by `prepare`
         self._last: dict[int, tuple[int, Draws]] = {}  # by sampler: a step's draws for all of its pieces
         self.image_sources = [_open(data, s, stage.batch.image_text, ("image-",)) for s in stage.data.image_text]
@@ -136,6 +138,9 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         for part, given in samples.texts.items():
             if not given:
                 continue
+            if self.read_texts:
+                texts[part] = torch.stack(given).numpy(), np.zeros(len(given), np.int64)
+                continue
             found = self.tokenizer(given, max_length=None)
             sources = [name for name in samples.sources for _ in range(len(given) // len(samples.sources))]
             cut = (name for name, ids in zip(sources, found, strict=True) if len(ids) > self.stage.max_tokens)
@@ -168,8 +173,8 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
             for number, of_all in enumerate(seeds):
                 of_all.append(key(seed, "view", number))
                 pixels[1 + number, row] = simclr_view(decoded, of_all[-1], size, flip=self.stage.augmentation.flip)
-            caption = self._choose(content["captions"], seed, data, found.drawn)["text"]
-            found.add(seed, content["item"], _name(data), caption=[caption])
+            caption = self._choose(content["captions"], seed, data, found.drawn)
+            found.add(seed, content["item"], _name(data), caption=[caption[self._form]])
         return found, pixels, seeds
 
     def _shown(self, decoded: torch.Tensor, size: int, seed: int, of_views: int) -> torch.Tensor:
@@ -229,6 +234,7 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         for attempt in range(REPLACEMENTS):
             try:
                 pixels, content = samples.sample(data, index)
+                content = self.read_texts.attached(data, index, content) if self.read_texts else content
                 self._check(data, index, content)
                 return index, pixels, content
             except (ShardError, ImageError) as error:
@@ -256,18 +262,24 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
     def _seed(self, data: Dataset, draw: Draw) -> int:
         return key(self.seed, data.kind, data.source, draw.epoch, draw.index)
 
-    def _texts(self, content: dict[str, Any], seed: int, source: int, drawn: Drawn) -> tuple[str, str, list[str]]:
-        """A query, its target (other words, in the language that the recipe wants) and its hard negatives."""
+    @property
+    def _form(self) -> str:
+        """What a batch has of a text: itself, or a frozen tower's embedding."""
+        return "embedding" if self.read_texts else "text"
+
+    def _texts(self, content: dict[str, Any], seed: int, source: int, drawn: Drawn) -> tuple[Any, Any, list[Any]]:
+        """A query, its target (other words, in the language that the recipe wants) and its hard negatives, in the
+        batch's form."""
         data, language = self.text_sources[source], self.stage.data.text[source].target_language
-        query = self._choose(content["query"], seed, data, drawn)["text"]
-        others = [t for t in content["target"] if t["text"] != query] or content["target"]
+        query, form = self._choose(content["query"], seed, data, drawn), self._form
+        others = [t for t in content["target"] if t["text"] != query["text"]] or content["target"]
         wanted = [t for t in others if t["language"] == language] or others
-        target = self._choose(wanted, key(seed, "target"), data, drawn)["text"]
+        target = self._choose(wanted, key(seed, "target"), data, drawn)[form]
         hard = [
-            self._choose(alternatives, key(seed, "negative", i), data, drawn)["text"]
+            self._choose(alternatives, key(seed, "negative", i), data, drawn)[form]
             for i, alternatives in enumerate(content["negatives"] if self.hard_negatives else [])
         ]
-        return query, target, hard
+        return query[form], target, hard
 
     @staticmethod
     def _choose(alternatives: list[dict[str, Any]], seed: int, data: Dataset, drawn: Drawn) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from itertools import pairwise
 
-from text_tower import TextTowerConfig
+from text_tower import PackedTokens, TextTowerConfig
 from text_tower.masked_lm import MAX_LOGITS
 from vision_tower import VisionTowerConfig
 
@@ -54,7 +54,8 @@ class StepShape:
         pairs: P, text pairs.
         negatives: K, hard negatives of each text pair.
         unified: pairs of a unified loss; 0 for a loss for each task.
-        stored: whether the images' embeddings come from the disk (`embedding_cache`), so that no tower runs over them.
+        stored: the towers ("image", "text") that do not run, since their embeddings come from the disk
+            (`embedding_cache`).
     """
 
     images: int = 0
@@ -65,7 +66,7 @@ class StepShape:
     pairs: int = 0
     negatives: int = 0
     unified: int = 0
-    stored: bool = False
+    stored: tuple[str, ...] = ()
 
     def __add__(self, other: StepShape) -> StepShape:
         """Of two ranks' parts the whole."""
@@ -77,7 +78,8 @@ class StepShape:
     @classmethod
     def of(cls, batch: Batch, vision: VisionTowerConfig, patch_dropout: float = 0.0) -> StepShape:
         """That of one rank's batch, by its shapes alone."""
-        images, lengths = 0 if batch.images is None else len(batch.images), batch.texts.lengths if batch.texts else ()
+        images = 0 if batch.images is None else len(batch.images)
+        lengths = batch.texts.lengths if isinstance(batch.texts, PackedTokens) else ()
         return cls(
             images=images,
             kept_patches=kept_patches(vision, patch_dropout) if images else 0,
@@ -113,8 +115,8 @@ def step_flops(
         cached: whether gradients are cached, which embeds everything twice.
     """
     trainable = trainable or Trainable()
-    towers = text_flops(text, shape, trainable.text)
-    if shape.images and not shape.stored:
+    towers = Flops() if "text" in shape.stored else text_flops(text, shape, trainable.text)
+    if shape.images and "image" not in shape.stored:
         towers += vision_flops(vision, shape, trainable.image)
     if cached:
         towers += Flops(recomputed=towers.forward)

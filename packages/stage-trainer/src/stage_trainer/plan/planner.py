@@ -213,7 +213,7 @@ def model_of(recipe: Recipe, number: int, segment: Segment, precision: str) -> M
         optimizer=recipe.optimizer.name,
         dims=stage.loss.dims,
         exchange=stage.loss.exchange,
-        stored=stage.embedding_cache is not None,
+        stored=stage.stored,
         weights=_numbers(empty.parameters()),
         learning=_numbers(learning),
         largest=max((p.numel() for p in learning), default=0),
@@ -326,7 +326,7 @@ def shape_of(stage: Stage, segment: Segment, sizes: Sizes, vision: VisionTowerCo
         pairs=pairs,
         negatives=sizes.negatives,
         unified=stage.loss.unified_pairs(images, pairs),
-        stored=stage.embedding_cache is not None,
+        stored=stage.stored,
     )
 
 

@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from stage_trainer.errors import UserError
 from stage_trainer.recipe.limits import MAX_PIXELS, LimitsConfig
 from stage_trainer.recipe.loss import LossConfig
+from stage_trainer.recipe.remote import RemoteConfig
 from stage_trainer.recipe.teacher import TeacherConfig
 from stage_trainer.recipe.values import STRICT, Float, Int, Lanes
 
@@ -142,8 +143,9 @@ class Stage:
     """One stage. `resolution` and `patch_dropout` are lists of [from_step, value]. It starts from the previous stage's
     model, and with `carry_optimizer` also from its optimizer's moments, by parameter name.
 
-    `embedding_cache` is a folder for the embeddings of an image tower that does not train, but for its projector: each
-    image's fixed views (`augmentation.views`) go through it once, at the start or by `stage-trainer embed`.
+    `embedding_cache` is a folder for the embeddings of a tower that does not train (an image tower's projector may):
+    all of the data's texts, or each image's fixed views (`augmentation.views`), go through it once, when the stage
+    starts or by `stage-trainer embed`, and then no more.
 
     A stage with `batch.masked_lm` trains only the text tower, to predict masked words. Fields for images, pairs or
     embeddings do not apply to it, and it needs no `resolution` and no `loss`."""
@@ -182,6 +184,13 @@ class Stage:
     def batch_at(self, step: int) -> dict[str, int]:
         """The global batch of a step: {kind: how many}, each kind from its `task_start` on."""
         return {k: size for k, size in asdict(self.batch).items() if size and step >= getattr(self.task_start, k, 0)}
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """The towers ("image", "text") whose embeddings come from the disk."""
+        images = self.batch.image_text and self.trainable.image in ("none", "projector")
+        frozen = {"image": images, "text": self.trainable.text == "none"}
+        return tuple(name for name, still in frozen.items() if still and self.embedding_cache is not None)
 
     @property
     def chunks(self) -> GradientCache | None:
@@ -276,28 +285,6 @@ class CheckpointConfig:
     every: Int = 0
     keep: Int = 2
     best: str | None = None
-
-
-@dataclass(frozen=True, config=STRICT)
-class RemoteConfig:
-    """How data under URLs is read: a `corpus` or `path` that is https://…, s3://…, gs://…, hf://… or any other URL that
-    fsspec opens.
-
-    Whole shards are fetched into the folder `cache`, which all processes of a machine share, also those of other runs.
-    Beyond `gigabytes` (None: no limit) the least recently read files are evicted. Up to `downloads` files are
-    prefetched at once. If a server is silent for `timeout` seconds, a file is not whole after `deadline` seconds, or a
-    request fails in a way that may pass, it is repeated up to `retries` times; manifests: `manifest_megabytes` at most.
-    `pipe:COMMAND` is a shell command that prints the file whose name replaces its {name}; it needs `allow_pipe`.
-    """
-
-    cache: str = "~/.cache/trilith"
-    gigabytes: Float | None = None
-    downloads: Int = 8
-    timeout: Float = 60.0
-    deadline: Float = 3600.0
-    retries: Int = 6
-    manifest_megabytes: Float = 128.0
-    allow_pipe: bool = False
 
 
 @dataclass(frozen=True, config=STRICT)

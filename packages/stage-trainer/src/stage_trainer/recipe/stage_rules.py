@@ -90,12 +90,16 @@ def _check_embedding_cache(stage: Stage, here: str) -> None:
         )
     if stage.embedding_cache is None:
         return
+    if not stage.stored:
+        idle = "" if stage.batch.image_text else " (batch.image_text is 0, so the image tower takes no part)"
+        raise UserError(
+            f"{here}: 'embedding_cache' keeps the embeddings of a tower that does not train, and trainable.image is "
+            f"{stage.trainable.image!r}{idle} and trainable.text {stage.trainable.text!r}; set one to 'none', that of "
+            "images perhaps to 'projector', or leave 'embedding_cache' out"
+        )
+    if "image" not in stage.stored:
+        return
     for found, wanted in (
-        (
-            stage.trainable.image not in ("none", "projector") and f"trainable.image is {stage.trainable.image!r}",
-            "set it to 'none', or to 'projector'",
-        ),
-        (not stage.batch.image_text and "batch.image_text is 0", "raise it, or leave 'embedding_cache' out"),
         (not a.views and "augmentation.views is 0, so every draw of an image is another", "set it to 1 or more"),
         (any(rate for _, rate in stage.patch_dropout) and "'patch_dropout' is above 0", "leave it out"),
         (stage.loss.views and "loss.image_views is true", "set it to false"),

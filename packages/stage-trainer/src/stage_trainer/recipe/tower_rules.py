@@ -59,6 +59,11 @@ def check_towers(recipe: Recipe, where: str) -> None:
                 f"{here}: trainable.image is 'projector', but model.vision.projector is 0; set it to the text tower's "
                 "width"
             )
+        if "text" in stage.stored and text.value("dropout"):
+            raise UserError(
+                f"{here}: 'embedding_cache' keeps the embeddings of texts that never change, and model.text.dropout is "
+                f"{text.value('dropout'):g}; set it to 0"
+            )
         patch = vision.value("patch") if vision else None
         for start, resolution in stage.resolution:
             if resolution < (patch or 1):

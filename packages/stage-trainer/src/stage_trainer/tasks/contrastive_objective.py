@@ -90,7 +90,9 @@ class ContrastiveObjective(TrainedObjective):
                 if patch_dropout:
                     keep = patch_keep_indices(part.image_seeds, self.model.vision.config.num_patches, patch_dropout)
                 images = self.model.vision(self.model.vision.normalize(part.images), keep=keep)
-            if part.texts is not None:
+            if isinstance(part.texts, Tensor):  # a frozen tower's, from the disk
+                texts = part.texts
+            elif part.texts is not None:
                 texts = self.model.text(part.texts, sample_seeds=part.text_seeds)
         return Embedded(images, texts, scalars)
 

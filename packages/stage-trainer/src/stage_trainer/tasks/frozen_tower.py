@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,29 +51,44 @@ def keep_embeddings(tower: VisionTower, batches: StageBatches, stage: Stage, how
     origin = origin_of(weights, how.resolution, how.precision, stage.augmentation, batches.seed)
     origin |= {"max_pixels": batches.cache.max_pixels}  # it decides which images have no embedding
     frozen = FrozenImages(Path(stage.embedding_cache).expanduser(), batches.image_sources, origin)
+    make_missing(
+        frozen.stores,
+        batches,
+        "image",
+        lambda store, n: _shard(tower, store.data, n, batches, stage, how, phase),
+        phase,
+    )
+    batches.frozen = frozen
+
+
+def make_missing(
+    stores: Mapping[Path, StoredVectors],
+    batches: StageBatches,
+    tower: str,
+    make: Callable[[StoredVectors, int], tuple[np.ndarray, dict[int, str]]],
+    phase: Phase,
+) -> None:
+    """Makes the shards that are missing or damaged, by all ranks together, every one of which has to call.
+
+    Args:
+        tower: "image" or "text", for the message.
+        make: what `StoredVectors.write` gets of a shard.
+    """
     local = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
     # Then what other machines have in folders of their own.
     for rank, world in ((batches.rank, batches.world), local) if several else ((0, 1),):
-        for data in batches.image_sources:
-            store = frozen.stores[data.directory]
-            _fill(store, rank, world, lambda n, data=data: _shard(tower, data, n, batches, stage, how, phase))  # type: ignore[misc]
+        for store in stores.values():
+            missing = set(store.missing())
+            own = [n for n in range(rank, len(store.data.shard_sizes), world) if n in missing or store.damaged(n)]
+            if own and rank == 0:
+                where = f"{store.data.directory}: {store.directory}"
+                print(f"the frozen {tower} tower runs once over {where}", flush=True)
+            for number in own:
+                store.write(number, *make(store, number))
         if several:
             with phase():
                 torch.distributed.barrier()
-    batches.frozen = frozen
-
-
-def _fill(
-    store: StoredVectors, rank: int, world: int, make: Callable[[int], tuple[np.ndarray, dict[int, str]]]
-) -> None:
-    """Makes this rank's share of the shards that are missing or damaged."""
-    missing = set(store.missing())
-    own = [n for n in range(rank, len(store.data.shard_sizes), world) if n in missing or store.damaged(n)]
-    if own and rank == 0:
-        print(f"the frozen image tower runs once over {store.data.directory}: {store.directory}", flush=True)
-    for number in own:
-        store.write(number, *make(number))
 
 
 def _shard(
