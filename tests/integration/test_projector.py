@@ -53,7 +53,10 @@ def test_a_projector_trains_on_a_frozen_tower_of_another_width_and_is_exported(
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
     ours = model.encode_image(list(images))
     assert ours.shape == (3, 64)
-    run("stage-trainer", "export", "with/stage1", "clip", "--format", "open-clip")
+    said = run("stage-trainer", "export", "with/stage1", "clip", "--format", "open-clip").stdout
+    assert "for open_clip alone: Trilith reads a projector from --format trilith" in said
+    with pytest.raises(UserError, match="timm_proj"):
+        DualEncoder.from_pretrained(tmp_path / "clip")
     import open_clip
 
     theirs, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'clip'}")
@@ -64,6 +67,12 @@ def test_a_projector_trains_on_a_frozen_tower_of_another_width_and_is_exported(
     for form in ("common", "jina-clip"):
         said = run("stage-trainer", "export", "with/stage1", form, "--format", form, fails=True).stderr
         assert "the image tower has a projector" in said
+
+
+def test_a_new_projector_that_nothing_trains_is_refused(other, train):
+    said = train(1, *recipe("linear"), "trainable.image=none", fails=True).stderr
+    assert "the weights have no projector" in said
+    assert "set it to 'projector'" in said
 
 
 @pytest.mark.full
