@@ -7,7 +7,14 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from contrastive_losses import UnifiedInfoNCE, matryoshka_cosent, matryoshka_info_nce, matryoshka_sigmoid, torch_tiles
+from contrastive_losses import (
+    UnifiedInfoNCE,
+    matryoshka_cosent,
+    matryoshka_info_nce,
+    matryoshka_margin_mse,
+    matryoshka_sigmoid,
+    torch_tiles,
+)
 from storages import Memory
 
 # The group of each size leaves out rank 0 where it can, so that a rank of the group is not its global rank.
@@ -76,7 +83,8 @@ def one_step(case: dict, split: list[int], rank: int, group: dist.ProcessGroup) 
         options["bias"] = parameters["bias"]
     options |= {"temperature": parameters["temperature"], "group": group}
     if "scores" in options:
-        loss, stats = matryoshka_cosent(queries, targets, **options), SimpleNamespace()
+        without_stats = matryoshka_margin_mse if "negatives" in options else matryoshka_cosent
+        loss, stats = without_stats(queries, targets, **options), SimpleNamespace()
     else:
         pair_loss = matryoshka_sigmoid if "bias" in parameters else matryoshka_info_nce
         loss, stats = pair_loss(queries, targets, return_stats=True, **options)

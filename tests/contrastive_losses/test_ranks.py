@@ -3,7 +3,7 @@
 import pytest
 import torch
 from contrastive_losses import UnifiedInfoNCE, matryoshka_info_nce, matryoshka_sigmoid
-from contrastive_losses.plain import plain_cosent, plain_info_nce, plain_sigmoid
+from contrastive_losses.plain import plain_cosent, plain_info_nce, plain_margin_mse, plain_sigmoid
 
 ROWS, WIDTH, HARD, INPUTS = 8, 6, 3, 5
 EVEN = {1: [8], 2: [4, 4], 4: [2, 2, 2, 2]}
@@ -39,6 +39,7 @@ IDS_ACROSS_RANKS = {  # pairs 0 and 6 share a query, 1, 4 and 7 a target: on dif
 }
 SAMPLE_WEIGHTS = torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0, 3.0, 0.0, 1.0], dtype=torch.float64)
 SCORES = torch.tensor([0.0, 4.0, 2.5, 2.5, 5.0, 1.0, 0.0, 4.0])
+MARGIN_SCORES = 5 * draw(ROWS, 1 + HARD, seed=6)
 LOSS_CASES = {
     "even": loss_case(EVEN),
     "uneven": loss_case(UNEVEN, dims=(2, 6)),
@@ -51,6 +52,10 @@ LOSS_CASES = {
     "margin": loss_case(UNEVEN, negatives=HARD_INPUTS, dims=(3, 6), false_negative_margin=0.2),
     "cosent": loss_case(EMPTY_RANKS, upstream=0.3, scores=SCORES, dims=(6, 3), weights=(0.5, 2.0)),
     "cosent, uneven": loss_case(UNEVEN, scores=SCORES),
+    "margin-mse": loss_case(
+        EMPTY_RANKS, upstream=0.3, negatives=HARD_INPUTS, scores=MARGIN_SCORES, dims=(6, 3), weights=(0.5, 2.0)
+    ),
+    "margin-mse, uneven": loss_case(UNEVEN, negatives=HARD_INPUTS, scores=MARGIN_SCORES),
     "sigmoid": loss_case(UNEVEN, bias=-2.0, dims=(3, 6)),
     "sigmoid, all at once": loss_case(
         EMPTY_RANKS,
@@ -78,7 +83,7 @@ LOSS_CASES = {
 LOSS_CASES |= {  # the same, their queries passed round instead of gathered
     f"{name}, in a ring": {**case, "options": {**case["options"], "exchange": "ring"}}
     for name, case in LOSS_CASES.items()
-    if "cosent" not in name
+    if "scores" not in case["options"]
 }
 
 
@@ -172,7 +177,8 @@ def assert_as_one_process(result, loss, gradients):
 def test_n_ranks_give_the_loss_and_gradients_of_one_process(name, ranks, written):
     case = LOSS_CASES[name]
     graded = "scores" in case["options"]
-    loss, gradients = one_process(case, plain_cosent if graded else plain_info_nce, plain_sigmoid)
+    plain = (plain_margin_mse if "negatives" in case["options"] else plain_cosent) if graded else plain_info_nce
+    loss, gradients = one_process(case, plain, plain_sigmoid)
     stats = None if graded else one_process(case, return_stats=True)[1]
     results = [rank["loss"][name, ranks] for rank in written if (name, ranks) in rank["loss"]]
     assert len(results) == ranks

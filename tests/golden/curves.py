@@ -4,7 +4,8 @@
     python tests/golden/curves.py compare OLD NEW      # two commits, bit for bit, on this machine
 
 A change of numbers is a decision: record in a commit of its own, whose message says why. curves.json names the
-processor and the versions it was made with. There, test_curves.py holds them bit-equal; elsewhere to 1e-5.
+processor and the versions it was made with. There, test_curves.py holds them bit-equal; elsewhere to 1e-5. Curves that
+are recorded by name on another machine stand under "elsewhere", with that machine, and leave the others as they are.
 """
 
 from __future__ import annotations
@@ -37,17 +38,22 @@ HIDDEN_WORDS = (
     "model.text={vocab_size: 386, width: 64, layers: 1, heads: 2, mlp_width: 256, max_length: 128, dropout: 0.1}",
     "data.masked_lm=[text-pairs/drawn]", "batch.masked_lm=32", "max_tokens=32", "lr.text=1e-3",
 )  # fmt: skip
+TEXTS = ("resolution=[[0, 32]]", "patch_dropout=[[0, 0]]", "batch={text: 24}", "model.text.dropout=0.1")
+TAUGHT = (*TEXTS, "teacher={model: {folder}/teacher/stage1, folder: {folder}/said, language: en, loss: relational}")
+SCORED = (*TEXTS, "data.text=[{path: text-triplets/scored}]", "teacher={loss: margin_mse, weight: 0.1}")
 ADAMW = ("optimizer={name: adamw}",)
 CACHED = ("gradient_cache={images: 5, tokens: 60}",)
 
 
 class Curve(NamedTuple):
-    """What is trained: a recipe with settings, by so many ranks; with `resumed`, once more from step 5."""
+    """What is trained: a recipe with settings, by so many ranks; with `resumed`, once more from step 5; `taught` by
+    what the recipe's model says after a few steps."""
 
     settings: tuple[str, ...]
     ranks: int = 1
     recipe: str = "drawn"
     resumed: bool = False
+    taught: bool = False
 
 
 def _curves() -> dict[str, Curve]:
@@ -61,6 +67,10 @@ def _curves() -> dict[str, Curve]:
         "two resolutions": Curve(changing),
         "two resolutions, resumed": Curve(changing, resumed=True),
         "masked language model": Curve(HIDDEN_WORDS, recipe="masked-lm"),
+        "distillation": Curve(TAUGHT, taught=True),
+        "margins of scores": Curve(SCORED),
+        "image adapter": Curve((*one_resolution, "model.vision.lora_rank=4", "trainable.image=adapters")),
+        "projector": Curve((*one_resolution, "model.vision.projector=64", "trainable.image=projector")),
     }
     curves = kinds | {f"{name}, two ranks": curve._replace(ranks=2) for name, curve in kinds.items()}
     for zero in (1, 2, 3):
@@ -100,10 +110,15 @@ def train(names: list[str], corpus: Path, folder: Path) -> dict[str, dict[str, l
     found = {}
     for number, name in enumerate(names):
         curve, output = CURVES[name], folder / str(number)
-        here = (f"output={output}", f"corpus={corpus}", f"model.tokenizer={corpus}/tokenizer.model")
-        recipe = str(ROOT / f"launch/recipes/{curve.recipe}.yaml")
-        words = ["train", "--stage", "1", "--recipe", recipe, *here, *COMMON, *curve.settings]
+        here = (f"corpus={corpus}", f"model.tokenizer={corpus}/tokenizer.model")
+        recipe = ["--stage", "1", "--recipe", str(ROOT / f"launch/recipes/{curve.recipe}.yaml"), *here, *COMMON]
+        settings = [setting.replace("{folder}", str(folder)) for setting in curve.settings]
+        words = ["train", *recipe, f"output={output}", *settings]
         with (folder / f"{number}.log").open("w") as log:
+            if curve.taught:
+                first = ("steps=5", "resolution=[[0, 32]]", "patch_dropout=[[0, 0]]", f"output={folder}/teacher")
+                _run(["train", *recipe, *first], 1, log.fileno(), f"{name}, its teacher: see {log.name}")
+                _run(["embed", *recipe, *settings], 1, log.fileno(), f"{name}, what it says: see {log.name}")
             _run(words, curve.ranks, log.fileno(), f"{name}: see {log.name}")
             if curve.resumed:
                 for saved in sorted((output / "stage1").glob("step-*"))[1:]:
@@ -156,23 +171,50 @@ def _scalars(stage: Path) -> dict[str, list[float]]:
 
 
 def draw_corpus(folder: Path) -> Path:
-    corpus = folder / "corpus"
+    """The drawn corpus, and triplets with scores."""
+    corpus, rows = folder / "corpus", folder / "scored.jsonl"
     data_prep = Path(sys.executable).with_name("data-prep")
     subprocess.run([data_prep, "corpus", corpus, "--drawn"], check=True, stdout=subprocess.DEVNULL)
+    colors, shapes = ("red", "blue", "green", "yellow", "black", "white"), ("circle", "square", "star", "cross")
+    things = [f"{color} {shape}" for color in colors for shape in shapes]
+    rows.write_text("".join(f"{json.dumps(_scored(things, i))}\n" for i in range(len(things))))
+    out = ["--name", "scored", "--negatives", "3", "--language", "en", "--out", corpus / "train"]
+    subprocess.run([data_prep, "import", "hf", rows, *out], check=True, stdout=subprocess.DEVNULL)
     return corpus
 
 
+def _scored(things: list[str], i: int) -> dict[str, Any]:
+    """A query with scores of its target and of three others."""
+    others = [things[(i + step) % len(things)] for step in (1, 4, 9)]
+    query, target = f"a {things[i]}", f"this is a {things[i]}"
+    return {"query": query, "pos": [target], "neg": others, "pos_scores": [9.5], "neg_scores": [4.0, i / 8, -3.0]}
+
+
 def record(names: list[str]) -> None:
-    golden = json.loads(GOLDEN.read_text()) if names else {"curves": {}}
-    if names and golden["machine"] != machine():
-        raise SystemExit(f"{GOLDEN} was made on {golden['machine']}, this is {machine()}; record all curves")
+    golden = json.loads(GOLDEN.read_text()) if names else {}
     with tempfile.TemporaryDirectory() as folder:
-        golden["curves"] |= train(names or list(CURVES), draw_corpus(Path(folder)), Path(folder))
-    golden = {"machine": machine(), "curves": golden["curves"]}
+        found = train(names or list(CURVES), draw_corpus(Path(folder)), Path(folder))
+    parts = [golden, *golden.get("elsewhere", [])] if names else []
+    for part in parts:  # a curve has one recording
+        part["curves"] = {name: curve for name, curve in part["curves"].items() if name not in found}
+    if not names:
+        golden = {"machine": machine(), "curves": found}
+    elif here := next((part for part in parts if part["machine"] == machine()), None):
+        here["curves"] |= found
+    else:
+        golden.setdefault("elsewhere", []).append({"machine": machine(), "curves": found})
+    golden["elsewhere"] = [part for part in golden.get("elsewhere", []) if part["curves"]]
     lines = json.dumps(golden, indent=1)
     # One curve a line: a change of numbers is then a diff that can be read.
     GOLDEN.write_text(_one_line_a_list(lines) + "\n")
     print(f"wrote {GOLDEN}")
+
+
+def recorded() -> dict[str, tuple[dict[str, str], dict[str, list[float]]]]:
+    """{name: (the machine that it was recorded on, the curve)}."""
+    golden = json.loads(GOLDEN.read_text())
+    parts = [golden, *golden.get("elsewhere", [])]
+    return {name: (part["machine"], curve) for part in parts for name, curve in part["curves"].items()}
 
 
 def _one_line_a_list(text: str) -> str:

@@ -90,7 +90,7 @@ def test_embeddings_are_made_beforehand_and_again_only_where_they_do_not_fit(tra
 
 def test_what_contradicts_a_cache_is_refused(train, capsys):
     for setting, message in (
-        ("trainable.image=all", "trainable.image is 'all'; set it to 'none'"),
+        ("trainable.image=all", "trainable.image is 'all' and trainable.text 'all'; set one to 'none'"),
         ("augmentation.views=0", "augmentation.views is 0, so every draw of an image is another; set it to 1 or more"),
         ("patch_dropout=[[0, 0.5]]", "'patch_dropout' is above 0; leave it out"),
         ("augmentation={views: 1, flip: true}", "augmentation.views is 1, the image as it is"),

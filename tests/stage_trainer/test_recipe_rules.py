@@ -128,7 +128,7 @@ CANNOT_BE_MEANT = {
     "trainable.text=adapters": "model.text.adapters names none",
     "trainable.image=adapters": "model.vision.lora_rank is 0",
     "model.vision=null": "'model.vision' is missing",
-    "model.vision.width=128": "model.text.width is 64 and model.vision.width 128",
+    "model.vision.width=128": "texts have 64 numbers (model.text.width) and images 128 (model.vision.width or",
     "model.vision.resolution=32": "model.vision.resolution is set by each stage's 'resolution'",
     "model.vision.patch=0": "model.vision: patch is 0",
     "model.vision.heads=3": "model.vision: width 64 over heads 3",
@@ -180,6 +180,13 @@ def test_what_cannot_be_meant_is_refused_when_it_is_read(recipes, override):
         (["batch={text: 8}", "lr={image: 1e-3, text: 0}"], "every rate under 'lr' at which a tower trains is 0"),
         (["trainable={image: none}", "lr={image: 1e-3, text: 0}"], "every rate under .* at which a tower trains"),
         (["teacher={model: a, folder: b, loss: relational}", "loss.exchange=ring"], "teacher.loss 'relational' comp"),
+        (["teacher={model: a}"], "teacher.folder is missing; name a folder for what a says"),
+        (["teacher={loss: cosine}"], "teacher.model is missing; .* whose embeddings teacher.loss 'cosine' compares"),
+        (["teacher={loss: margin_mse, folder: b}"], "teacher.folder is 'b' and there is no teacher.model, so"),
+        (["teacher={loss: margin_mse, language: en}"], "teacher.language is 'en' and there is no teacher.model"),
+        (["teacher={loss: margin_mse}", "loss.kind=unified", "loss.temperature=each"], "for triplets with hard negat"),
+        (["teacher={loss: margin_mse, alone: true}", "trainable.image=none", "lr={image: 1e-3}", "batch={text: 8}",
+          "model.text.adapters=[a]", "model.text.lora_rank=2"], "and the temperature of the text loss train at it"),
         *(([*MASKED, setting], f"'{setting.partition('=')[0]}' is for stages of pairs, and batch.masked_lm")
           for setting in ("embedding_cache=a", "teacher={model: a, folder: b}", "loss.exchange=ring")),
         (["checkpoint.best=loss/image_text"], "which is not measured on held-out data; .*modality_gap"),
@@ -244,7 +251,7 @@ def test_what_can_be_meant_is_read(recipes, overrides):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.text={width: 66}"], "loss.dims is .*prefixes of 1 to 64|model.text.width is 66"),
+        (["model.text={width: 66}"], "loss.dims is .*prefixes of 1 to 64|texts have 66 numbers"),
         (["model.text={dropout: 2}"], "model.text: dropout is 2"),
         (["model.text={widht: 64}"], "did you mean 'width'"),
         (["model.text={adapters: []}", "trainable.text=adapters"], "names none"),

@@ -13,7 +13,7 @@ from PIL import Image
 from stage_trainer.checkpoint.load import compatible
 from stage_trainer.checkpoint.resume import settings
 from stage_trainer.checkpoint.state import RunState
-from stage_trainer.commands.embed import check_teacher
+from stage_trainer.commands.ask_teacher import check_teacher
 from stage_trainer.errors import UserError
 from stage_trainer.files import fingerprint_of
 from stage_trainer.recipe.read import load

@@ -59,13 +59,17 @@ def texts_json(
     source: str,
     item: str,
     score: float | None = None,
+    scores: Sequence[float] | None = None,
 ) -> bytes:
-    """The .json of a text pair, or with `negatives` of a triplet. score: how alike the two are, for evaluation."""
+    """The .json of a text pair, or with `negatives` of a triplet. score: how alike the two are, for evaluation. scores:
+    a teacher's, of the query with the target and with each negative."""
     fields: JsonObject = {"query": _records(query), "target": _records(target)}
     if negatives is not None:
         fields["negatives"] = [_records(negative) for negative in negatives]
     if score is not None:
         fields["score"] = score
+    if scores is not None:
+        fields["scores"] = list(scores)
     return compact_json({**fields, "source": source, "item": item})
 
 

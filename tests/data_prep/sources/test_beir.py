@@ -201,6 +201,12 @@ def test_triples_of_ids_become_triplets_of_texts_without_what_a_teacher_likes(ru
     assert texts(triplet.content["target"]) == ["Ice Frozen  water. "]
     negatives = [text for negative in triplet.content["negatives"] for text in texts(negative)]
     assert sorted(negatives) == [f"no answer {number}" for number in range(1, 8)]
+    # Each score goes with its text, whatever their order.
+    scores = triplet.content.get("scores")
+    assert (scores is None) == (name in ("triples.tsv", "hard.jsonl") and "ce-score" not in content)
+    if scores:
+        assert scores[0] == 9.5
+        assert [f"no answer {score + 1:g}" for score in scores[1:]] == negatives
 
 
 def test_triples_in_parquet_and_those_that_cannot_be_read(run, tmp_path):

@@ -235,6 +235,20 @@ def test_a_margin_keeps_only_negatives_that_are_clearly_below(run, tmp_path):
     (sample,) = found.samples["text-triplets"]
     assert [texts(negative) for negative in sample.content["negatives"]] == [[text] for text in NEGATIVES[1:]]
     assert sum(found.receipt["notes"].values()) == 1
+    assert sample.content["scores"] == [9.0, *[5.0] * 7]
+
+
+def test_scores_stay_only_where_each_text_has_its_own(run, tmp_path):
+    """Of several positives any may be drawn; a margin alone says what the positive is better by."""
+    seven = NEGATIVES[1:]
+    rows = [
+        {"query": "a", "pos": ["p", "r"], "neg": seven, "pos_scores": [9.0, 8.0], "neg_scores": [1.0] * 7},
+        {"query": "b", "pos": ["p"], "neg": seven, "pos_scores": [9.0], "neg_scores": [None, *[1.0] * 6]},
+        {"query": "c", "pos": ["p"], "neg": seven, "score": [2.0, *[3.0] * 6]},
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = run("hf", data=tmp_path / "data.jsonl").samples["text-triplets"]
+    assert [sample.content.get("scores") for sample in found] == [None, None, [0.0, -2.0, *[-3.0] * 6]]
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,8 @@ def content_of(kind: str, members: Mapping[str, bytes], language: str = "und") -
     """The texts of a sample, as its kind has them: `captions` of an image, or `query` and `target` (and `negatives`).
 
     Every list of texts has one or more, and every text has a `text` and a `language`. `origin` and `role`, of the
-    sample its `item` and `score`, are as the format has them where they are there at all. A .txt is a caption; it
-    counts where there is no .json of the format, as img2dataset's is none.
+    sample its `item`, `score` and `scores`, are as the format has them where they are there at all. A .txt is a
+    caption; it counts where there is no .json of the format, as img2dataset's is none.
 
     Args:
         kind: one of `KINDS`.
@@ -147,7 +147,7 @@ def _check_texts(part: str, texts: Any) -> None:
 
 
 def _check_rest(content: JsonObject) -> None:
-    """`item` and `score`; an `item` of null is none."""
+    """`item`, `score` and `scores`; an `item` of null is none."""
     if content.get("item", "") is None:
         del content["item"]
     if not isinstance(content.get("item", ""), str | int):
@@ -155,6 +155,14 @@ def _check_rest(content: JsonObject) -> None:
     score = content.get("score", 0)
     if not isinstance(score, int | float) or not abs(score) <= sys.float_info.max:
         raise Unusable("its score is no number", f" but {_seen(score)}")
+    if "negatives" in content and (scores := content.get("scores")) is not None:
+        wanted = 1 + len(content["negatives"])
+        if not isinstance(scores, list) or len(scores) != wanted or not all(map(_is_finite, scores)):
+            raise Unusable("its scores are not one for the target and one for each negative", f" but {_seen(scores)}")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def encodes(text: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
@@ -13,7 +13,7 @@ from data_prep.errors import UserError
 from data_prep.image_rule import ImageRule
 from data_prep.shards.format import JsonObject
 from data_prep.sources.beir_files import ID, QRELS, Part, find_part
-from data_prep.sources.beir_triples import Groups, triples
+from data_prep.sources.beir_triples import Groups, Mark, triples
 from data_prep.sources.ids import same_id
 from data_prep.sources.judged import NO_POSITIVE, Passage, with_title, without_doubtful
 from data_prep.sources.records import Dropped, Found, Noted, argument, option
@@ -68,15 +68,19 @@ class Beir:
             if query not in joined.queries:
                 yield Dropped("query with judgements that is not among the queries", where)
                 continue
-            known = [(joined.documents[name], score) for name, score in judgements if name in joined.documents]
+            known = [
+                (replace(joined.documents[name], score=mark.score), mark.grade)
+                for name, mark in judgements
+                if name in joined.documents
+            ]
             if len(known) < len(judgements):
                 yield Noted("judgements of documents that are not in the corpus", len(judgements) - len(known))
-            positives = [passage for passage, score in known if score >= self.min_score]
-            negatives = [passage for passage, score in known if score <= 0]
+            positives = [passage for passage, grade in known if grade >= self.min_score]
+            negatives = [passage for passage, grade in known if grade <= 0]
             text, language = joined.queries[query]
-            found = without_doubtful(text, positives, negatives, 0.0)
+            found = without_doubtful(text, positives, negatives, -math.inf)  # scores have had their say in `triples`
             if isinstance(found, str):
-                missing = any(score >= self.min_score and name not in joined.documents for name, score in judgements)
+                missing = any(m.grade >= self.min_score and name not in joined.documents for name, m in judgements)
                 yield Dropped("no relevant document in the corpus" if missing else NO_POSITIVE, where)
             else:
                 yield from rows.record(where, found, language)
@@ -87,10 +91,10 @@ class Beir:
 
 @dataclass(frozen=True)
 class _Joined:
-    """groups: query → (document, score) of each, in the order of the judgements; queries: texts and languages;
+    """groups: query → (document, mark) of each, in the order of the judgements; queries: texts and languages;
     documents: those that are judged; lost: rows that could not be read."""
 
-    groups: list[tuple[str, list[tuple[str, float]]]]
+    groups: list[tuple[str, list[tuple[str, Mark]]]]
     queries: dict[str, tuple[str, str]]
     documents: dict[str, Passage]
     lost: list[Dropped | Noted]
@@ -143,7 +147,7 @@ def _judgements(part: Part, lost: list[Dropped | Noted]) -> Groups:
         if query is None or document is None or not math.isfinite(grade):
             lost.append(Dropped("judgement without query-id, corpus-id and a number as score", where))
         else:
-            groups.setdefault(query, {})[document] = grade
+            groups.setdefault(query, {})[document] = Mark(grade)
     return groups
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_prep.errors import UserError
 from data_prep.shards.format import JsonObject
@@ -27,8 +27,16 @@ _PASSAGE = ("pid", "docid", "doc_id", "passage_id", "id")
 _SCORE = ("ce-score", "ce_score", "score")
 _ODD = "ids of no known form"
 
-Groups = dict[str, dict[str, float]]
-"""Query → document → its judgement."""
+
+class Mark(NamedTuple):
+    """A judgement of a document, and a teacher's score of it with the query; None if there is none."""
+
+    grade: float
+    score: float | None = None
+
+
+Groups = dict[str, dict[str, Mark]]
+"""Query → document → its mark."""
 
 
 def triples(path: Path, margin: float, relevant: float, most: int, lost: list[Dropped | Noted]) -> Groups:
@@ -54,9 +62,9 @@ def triples(path: Path, margin: float, relevant: float, most: int, lost: list[Dr
         if found.left_out:
             lost.append(Noted("negatives left out: scored nearly as high as the positive", found.left_out))
         group = groups.setdefault(found.query, {})
-        group.update((passage.text, relevant) for passage in found.positives)
+        group.update((passage.text, Mark(relevant, passage.score)) for passage in found.positives)
         for passage in found.negatives[: max(0, most + len(found.positives) - len(group))]:
-            group.setdefault(passage.text, 0.0)
+            group.setdefault(passage.text, Mark(0.0, passage.score))
     return groups
 
 

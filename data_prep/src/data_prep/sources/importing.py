@@ -81,7 +81,7 @@ def _write_texts(record: TextRecord, name: str, output: Output) -> None:
     negatives = None if record.negatives is None else [_ours(negative, output) for negative in record.negatives]
     kind = "text-pairs" if record.negatives is None else "text-triplets"
     item = f"{name}/{output.next_key(kind)}"
-    content = texts_json(query, target, negatives, source=name, item=item, score=record.score)
+    content = texts_json(query, target, negatives, source=name, item=item, score=record.score, scores=record.scores)
     texts = [text for group in (query, target, *(negatives or ())) for text in group]
     _write(kind, {"json": content}, texts, record.where, output)
 

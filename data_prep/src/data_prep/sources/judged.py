@@ -1,12 +1,13 @@
 """Queries with judged passages, as retrieval sets publish them: which are positives, which are negatives.
 
 What a row says about its passages is read as what it is. 0/1 judgements (`is_selected`, `labels`) part positives from
-negatives. Scores of a teacher (FlagEmbedding's `pos_scores` and `neg_scores`, sentence-transformers' `score`) only take
+negatives. Scores of a teacher (FlagEmbedding's `pos_scores` and `neg_scores`, sentence-transformers' `score`) take
 negatives away: one that the teacher likes as much as the positive is probably an answer. No score makes a positive.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,13 @@ class Judged:
     positives: list[Passage]
     negatives: list[Passage]
     left_out: int = 0
+
+    def scores(self, count: int) -> list[float] | None:
+        """A teacher's scores of the positive and of the first `count` negatives; None unless each has one and there is
+        one positive: of several any may be drawn, and one score cannot be that of all."""
+        found = [passage.score for passage in (*self.positives, *self.negatives[:count])]
+        known = [score for score in found if score is not None and math.isfinite(score)]
+        return known if len(self.positives) == 1 and len(known) == len(found) else None
 
 
 def judged(row: JsonObject, margin: float) -> Judged | str | None:

@@ -31,7 +31,8 @@ class ImageRecord:
 class TextRecord:
     """Alternatives of a query and of its target; with `negatives` (alternatives of each) a triplet; one item each.
 
-    score: how alike people find the two, of a pair that is for evaluation. rows: of the input that it stands for.
+    score: how alike people find the two, of a pair that is for evaluation. scores: a teacher's, of a triplet's query
+    with its target and with each negative. rows: of the input that it stands for.
     """
 
     where: str
@@ -39,6 +40,7 @@ class TextRecord:
     target: Sequence[Text]
     negatives: Sequence[Sequence[Text]] | None = None
     score: float | None = None
+    scores: Sequence[float] | None = None
     rows: int = 1
 
 

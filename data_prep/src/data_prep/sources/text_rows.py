@@ -90,6 +90,7 @@ class TextRows:
             [[self._text(passage, second or first)] for passage in found.negatives[: self.texts.negatives]]
             if enough
             else None,
+            scores=found.scores(self.texts.negatives) if enough else None,
         )
 
     def _text(self, passage: Passage, language: str) -> Text:

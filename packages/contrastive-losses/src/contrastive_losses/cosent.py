@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from operator import index
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from contrastive_losses.batch import Batch, Options, problem_with_call
 from contrastive_losses.plain import unit_rows
-from contrastive_losses.ranks import Group, Ranks, agree
+from contrastive_losses.ranks import Gathered, Group, agree
 
 
 def matryoshka_cosent(
@@ -64,27 +63,13 @@ def matryoshka_cosent(
         pairs = [(unit_rows(queries[:, :d].to(dtype)) * unit_rows(targets[:, :d].to(dtype))).sum(1) for d in dims]
         order = ranks.gather(scores.detach().double()).sort(stable=True)
         # [P, B]; float64, because terms of a running sum over the whole batch are subtracted in the backward pass.
-        cosines = _Gathered.apply(torch.stack(pairs, 1).double(), ranks).T[:, order.indices]
+        cosines = Gathered.apply(torch.stack(pairs, 1).double(), ranks).T[:, order.indices]
         logits = cosines / (temperature.double() if isinstance(temperature, Tensor) else temperature)
         lower = torch.searchsorted(order.values, order.values)  # [B]: pairs with a lower score come before this place
         sums = F.pad(logits.logcumsumexp(1), (1, 0), value=-torch.inf)[:, lower]
         worse = (sums - logits).masked_fill(lower == 0, torch.finfo(torch.float64).min)
         losses = F.softplus(worse.logsumexp(1), threshold=50)
         return (losses * losses.new_tensor(weights)).sum().to(dtype)
-
-
-class _Gathered(torch.autograd.Function):
-    """`Ranks.gather`, whose gradient is W times that of this rank's rows: each rank has the whole loss's."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, ranks: Ranks) -> Tensor:
-        ctx.ranks = ranks
-        return ranks.gather(rows)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        ranks = ctx.ranks
-        return upstream[ranks.first : ranks.first + ranks.own] * ranks.world_size, None
 
 
 def _problem_with_scores(scores: Tensor, queries: Tensor) -> str | None:

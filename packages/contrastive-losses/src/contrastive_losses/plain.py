@@ -1,7 +1,7 @@
 """The losses in plain PyTorch: what the fused ones compute, one prefix and one matrix at a time.
 
-Read this to learn what a loss is; train with `matryoshka_info_nce`, `matryoshka_sigmoid` or
-`matryoshka_cosent`. Tests compare the two.
+Read this to learn what a loss is; train with `matryoshka_info_nce`, `matryoshka_sigmoid`, `matryoshka_cosent` or
+`matryoshka_margin_mse`. Tests compare the two.
 """
 
 from collections.abc import Sequence
@@ -109,6 +109,28 @@ def plain_cosent(
         logits = (unit_rows(queries[:, :dim]) * unit_rows(targets[:, :dim])).sum(1) / temperature
         wrong = (logits[None, :] - logits[:, None])[scores[:, None] > scores[None, :]]
         loss = loss + weight * F.pad(wrong, (1, 0)).logsumexp(0)
+    return loss
+
+
+def plain_margin_mse(
+    queries: Tensor,
+    targets: Tensor,
+    negatives: Tensor,
+    scores: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    dims: Sequence[int] | None = None,
+    weights: Sequence[float] | None = None,
+) -> Tensor:
+    """`matryoshka_margin_mse` of one process, of cosines. The arguments are the same, and are not checked."""
+    dims = queries.shape[1:] if dims is None else dims
+    weights = (1.0,) * len(dims) if weights is None else weights
+    candidates = torch.cat([targets[:, None], negatives], 1)
+    loss = queries.new_zeros(())
+    for dim, weight in zip(dims, weights, strict=True):
+        logits = (unit_rows(queries[:, None, :dim]) * unit_rows(candidates[..., :dim])).sum(-1) / temperature
+        ours, theirs = (rows[:, :1] - rows[:, 1:] for rows in (logits, scores))
+        loss = loss + weight * F.mse_loss(ours, theirs)
     return loss
 
 

@@ -104,6 +104,20 @@ class Ranks:
         return values
 
 
+class Gathered(torch.autograd.Function):
+    """`Ranks.gather`, whose gradient is W times that of this rank's rows: each rank has the whole loss's."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return ranks.gather(rows)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        ranks = ctx.ranks
+        return upstream[ranks.first : ranks.first + ranks.own] * ranks.world_size, None
+
+
 def resized(rows: Tensor, length: int) -> Tensor:
     resized = rows.new_zeros(length, *rows.shape[1:])
     resized[: len(rows)] = rows

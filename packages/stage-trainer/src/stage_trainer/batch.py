@@ -18,20 +18,20 @@ class Part:
     Attributes:
         images: uint8 `[I, 3, R, R]`, already augmented; of a frozen tower its embeddings, float32 `[I, D]`; or None.
         image_seeds: `[I]` int64, the seed of each image's patch dropout.
-        texts: in one packed sequence, or None.
+        texts: in one packed sequence; of a frozen tower their embeddings, float32 `[N, D]`; or None.
         text_seeds: int64, one for each text, for dropout.
     """
 
     images: Tensor | None
     image_seeds: Tensor
-    texts: PackedTokens | None
+    texts: PackedTokens | Tensor | None
     text_seeds: Tensor
 
     def to(self, device: torch.device) -> Part:
         return Part(
             None if self.images is None else to_device(self.images, device),
             to_device(self.image_seeds, device),
-            None if self.texts is None else self.texts.to(device, non_blocking=True),
+            self.texts.to(device, non_blocking=True) if self.texts is not None else None,
             to_device(self.text_seeds, device),
         )
 
@@ -114,8 +114,12 @@ def image_chunks(batch: Batch, size: int) -> Iterator[Part]:
 
 
 def text_chunks(batch: Batch, tokens: int) -> Iterator[Part]:
-    """Parts of consecutive texts with at most `tokens` tokens (0: all in one); a longer text is a part of its own."""
+    """Parts of consecutive texts with at most `tokens` tokens (0: all in one); a longer text is a part of its own.
+    Embeddings from the disk, which cost nothing, are one part."""
     if batch.texts is None:
+        return
+    if isinstance(batch.texts, Tensor):
+        yield Part(None, batch.image_seeds[:0], batch.texts, batch.text_seeds)
         return
     for rows, _, packed in packed_chunks(batch.texts, tokens):
         yield Part(None, batch.image_seeds[:0], packed, batch.text_seeds[rows])

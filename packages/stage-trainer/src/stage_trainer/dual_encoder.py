@@ -30,7 +30,7 @@ TEXT, VISION = "text", "vision"  # the towers' folders
 
 
 class DualEncoder(nn.Module):
-    """A text tower and a vision tower of the same width.
+    """A text tower and a vision tower whose embeddings have the same width.
 
     Args:
         text: encodes text, `[N, D]`.
@@ -56,10 +56,10 @@ class DualEncoder(nn.Module):
         matryoshka_dims: Sequence[int] | None = None,
     ):
         super().__init__()
-        if text.config.width != vision.config.width:
+        if text.config.width != vision.config.output_width:
             raise UserError(
-                f"the text tower is {text.config.width} wide and the vision tower {vision.config.width}; "
-                "they share one space without a projection, so their widths should be equal"
+                f"embeddings of the text tower have {text.config.width} numbers and those of the vision tower "
+                f"{vision.config.output_width}; they share one space: give the vision tower a projector of that width"
             )
         self.text, self.vision = text, vision
         self.matryoshka_dims = tuple(matryoshka_dims) if matryoshka_dims else None

@@ -31,8 +31,9 @@ RECIPES_OWN = {
 """What the recipe decides about a tower, not its weights."""
 _FROM_WEIGHTS_BY_DEFAULT = ("max_length", "resolution")  # those of them that a recipe may leave to the weights
 _FIXED = ("vocab_size", "width", "layers", "heads", "mlp_width", "patch", "mlp_ratio", "attention_norm", "positions",
-          "mlp", "token_types")  # fmt: skip
+          "mlp", "token_types", "projector", "projector_hidden")  # fmt: skip
 _ADAPTERS = ("adapters", "lora_rank", "lora_alpha")  # weights without any leave them to the recipe
+_PROJECTOR = ("projector", "projector_hidden")  # likewise
 
 
 def tower_weights(model: ModelConfig, tower: str, fetch: bool) -> str | None:
@@ -101,6 +102,7 @@ def decided(model: ModelConfig, tower: str, given: Any, unsettled: frozenset[str
             "shape cannot be overridden: leave it out, or name other weights"
         )
     own |= {*_ADAPTERS} if not given.lora_rank else set()
+    own |= {*_PROJECTOR} if not getattr(given, "projector", 0) else set()
     if tower == "text":
         chosen = tuple(stated.get("adapters") or ())
         if chosen and set(chosen) <= set(given.adapters):  # a subset contradicts nothing

@@ -80,7 +80,8 @@ class VisionTowerConfig:
     Args:
         resolution: pixels, one number or (height, width); `VisionTower.set_resolution` changes it later.
         patch: side of a patch, in pixels.
-        width: channels of a token and of an embedding; each head has width / heads of them, a multiple of 4.
+        width: channels of a token and, without a projector, of an embedding; each head has width / heads of them, a
+            multiple of 4.
         layers: number of blocks.
         heads: attention heads of each block.
         mlp_ratio: sets `mlp_width` to floor(width * mlp_ratio) where that is None.
@@ -94,6 +95,8 @@ class VisionTowerConfig:
         crop_pct, crop_mode, interpolation: how an image is brought to its size (`preprocess`), in timm's terms.
         lora_rank: rank of the adapter (`lora`) on every product of the blocks; 0 for none.
         lora_alpha: the adapter is scaled by `lora_alpha / lora_rank`.
+        projector: width of what a projector after the final norm gives (`projector`); 0 for none.
+        projector_hidden: hidden units of a projector of two products with a GELU between them; 0 for one product.
         checkpointing: recompute the blocks in the backward pass: less memory, about a third more time.
         attention: one of `BACKENDS`. "sdpa" is PyTorch's; "xformers" and "flash-attn" need a GPU and the package;
             "auto" is xFormers where it is installed and the tower is on a GPU. Like the next two a setting of the
@@ -124,6 +127,8 @@ class VisionTowerConfig:
     interpolation: str = "bicubic"
     lora_rank: int = 0
     lora_alpha: float = 1.0
+    projector: int = 0
+    projector_hidden: int = 0
     checkpointing: bool = False
     attention: str = "sdpa"
     compile: bool = False
@@ -142,6 +147,14 @@ class VisionTowerConfig:
         if (rank := whole(self.lora_rank)) is None or not 0 <= rank <= 2**16:
             raise ValueError(f"lora_rank is {self.lora_rank!r}; expected an integer from 0 to {2**16}")
         object.__setattr__(self, "lora_rank", rank)
+        for name in ("projector", "projector_hidden"):
+            if (number := whole(value := getattr(self, name))) is None or not 0 <= number <= LARGEST:
+                raise ValueError(f"{name} is {value!r}; expected an integer from 0 to {LARGEST:,}")
+            object.__setattr__(self, name, number)
+        if self.projector_hidden and not self.projector:
+            raise ValueError(
+                f"projector_hidden is {self.projector_hidden} and projector 0; state the projector's width"
+            )
         for name in ("mean", "std"):
             numbers = getattr(self, name)
             numbers = tuple(numbers) if isinstance(numbers, tuple | list) else (numbers,)
@@ -217,6 +230,11 @@ class VisionTowerConfig:
     @property
     def head_dim(self) -> int:
         return self.width // self.heads
+
+    @property
+    def output_width(self) -> int:
+        """Numbers of an embedding."""
+        return self.projector or self.width
 
     def timm_arguments(self) -> dict[str, Any]:
         """Keyword arguments for timm's `eva02_large_patch14_clip_224` that give this shape and fit these weights.

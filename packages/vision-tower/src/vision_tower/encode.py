@@ -54,7 +54,7 @@ def encode(
         FileNotFoundError: no such file.
         ValueError: a number out of range, or a dict, a set or a whole table, whose parts are names or in no order.
     """
-    width = self.config.width
+    width = self.config.output_width
     dims = width if truncate_dim is None else whole(truncate_dim)
     if dims is None or not 1 <= dims <= width:
         raise ValueError(f"truncate_dim is {truncate_dim!r}; expected 1 … {width}, this tower's width")

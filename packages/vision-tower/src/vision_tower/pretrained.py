@@ -28,7 +28,7 @@ from vision_tower.foreign import (
     processor_settings,
     processor_values,
 )
-from vision_tower.lora import add_fresh_adapters, is_adapter, lacks_adapters
+from vision_tower.projector import add_fresh, brought, check_projector
 from vision_tower.timm_models import (
     DIRECTORY_KEYS,
     TIMM_ENTRY,
@@ -75,9 +75,10 @@ def save(tower: VisionTower, path: str | PathLike[str]) -> None:
             f"{VisionTowerConfig.layer_norm_eps:g}: what is saved is for VisionTower alone",
             stacklevel=2,
         )
-    timms = timms and not config.lora_rank  # timm has no adapters: `VisionTower.merged` is for it
-    left_out = OF_THE_MACHINE if config.lora_rank else (*OF_THE_MACHINE, "lora_rank", "lora_alpha")
-    ours = {key: value for key, value in asdict(config).items() if key not in left_out}
+    # timm has no adapters, for which there is `VisionTower.merged`, and no projector.
+    timms = timms and not config.lora_rank and not config.projector
+    lacking = *(() if config.lora_rank else ("lora",)), *(() if config.projector else ("projector",))
+    ours = {k: v for k, v in asdict(config).items() if k not in OF_THE_MACHINE and not k.startswith(lacking)}
     processor = processor_values(config) if timms else None
     content = {"model_type": MODEL_TYPE} if not timms else timm_keys(config, with_processor=processor is not None)
     with whole_directory(target) as directory:
@@ -156,6 +157,7 @@ def load(
             f"{source} has fc_norm, the norm of a model that averages its patches, and a VisionTower gives the class "
             "token; state global_pool='token' to take its weights all the same, to train on"
         )
+    check_projector(config, stated, weights, source)
     tower = _with_weights(cls, config, to_timm_names(weights), str(source))
     return tower if resolution is None else tower.set_resolution(resolution)
 
@@ -320,9 +322,7 @@ def _with_weights(
     """Builds the tower around the weights: none is initialised first, or held twice."""
     with torch.device("meta"):
         tower = cls(config)
-    expected = tower.state_dict()
-    if lacks_adapters(tower, weights):
-        expected = {key: value for key, value in expected.items() if not is_adapter(key)}
+    expected = brought(tower, weights)
     shapes = {key: (list(weights[key].shape), list(expected[key].shape)) for key in expected.keys() & weights.keys()}
     wrong = {f"{key} {found} where {wanted} is needed" for key, (found, wanted) in shapes.items() if found != wanted}
     missing, unknown = expected.keys() - weights.keys(), weights.keys() - expected.keys()
@@ -345,6 +345,6 @@ def _with_weights(
         )
     # Copies: the tensors of a file may be mapped from it.
     copies = {key: weights[key].to(torch.float32, copy=True) for key in expected}
-    tower.load_state_dict(copies, strict=False, assign=True)  # what may be missing are adapters
-    add_fresh_adapters(tower)
+    tower.load_state_dict(copies, strict=False, assign=True)  # what may be missing is added new
+    add_fresh(tower)
     return tower

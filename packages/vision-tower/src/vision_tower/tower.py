@@ -21,6 +21,7 @@ from vision_tower.packed import ByLength, PackedPatches
 from vision_tower.patches import patchify, resample_position_table
 from vision_tower.positions import rotary_table
 from vision_tower.preprocess import MAX_PIXELS, normalize, preprocess
+from vision_tower.projector import is_projector, make_projector
 
 
 class VisionTower(nn.Module):
@@ -41,6 +42,7 @@ class VisionTower(nn.Module):
         self.patch_embed = PatchEmbed(config.patch, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.projector = make_projector(config)
         if not self.pos_embed.is_meta:  # drawing numbers there imports PyTorch's compiler, and is for nothing
             nn.init.trunc_normal_(self.cls_token, std=0.02)
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -60,13 +62,26 @@ class VisionTower(nn.Module):
             attend: computes attention, instead of what `config.attention` and the device choose.
 
         Returns:
-            `[N, width]`: the class token after the final norm, not L2-normalised, float32 under autocast and for
-            bfloat16 weights too (float64 from a float64 tower).
+            `[N, config.output_width]`: the class token after the final norm and the projector, if there is one, not
+            L2-normalised, float32 under autocast and for bfloat16 weights too (float64 from a float64 tower).
 
         Raises:
             ValueError: images of another size or kind, or an attention backend that cannot run on this device.
             ImportError: an attention backend that is not installed.
         """
+        return self.project(self.pooled(images, keep=keep, attend=attend))
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """What the projector makes of rows of `pooled`; the rows themselves if there is none."""
+        if self.projector is None:
+            return pooled
+        projected: Tensor = self.projector(pooled.to(next(self.projector.parameters()).dtype))
+        return projected.to(torch.promote_types(projected.dtype, torch.float32))
+
+    def pooled(
+        self, images: Tensor | PackedPatches, *, keep: Tensor | None = None, attend: Attend | None = None
+    ) -> Tensor:
+        """`[N, width]`: as `forward`, before the projector."""
         backend = attend or choose_backend(self.config.attention, self.pos_embed.device)
         layout = restore = None
         if isinstance(images, PackedPatches):
@@ -229,10 +244,10 @@ class VisionTower(nn.Module):
 
     def layer_ids(self) -> dict[str, int]:
         """Depth of every parameter, for layer-wise learning rates: 0 for the patch embedding, class token and position
-        table, 1 to `num_layers` for the blocks; the final norm counts as the last block, as in timm's `group_matcher`.
-        """
-        others = dict.fromkeys(("norm.weight", "norm.bias"), self.num_layers)
+        table, 1 to `num_layers` for the blocks; the final norm counts as the last block, as in timm's `group_matcher`,
+        and so does a projector."""
         names = [name for name, _ in self.named_parameters()]
+        others = {n: self.num_layers for n in names if is_projector(n) or n.startswith("norm.")}
         return {n: 1 + int(n.split(".")[1]) if n.startswith("blocks.") else others.get(n, 0) for n in names}
 
     def merged(self) -> VisionTower:
@@ -246,16 +261,21 @@ class VisionTower(nn.Module):
         tower.load_state_dict({n: t.clone() if t.data_ptr() in ours else t for n, t in weights}, assign=True)
         return tower.train(self.training)
 
-    def set_trainable(self, what: Literal["all", "adapters", "none"]) -> VisionTower:
-        """Chooses what learns: all parameters, the adapter alone, or none. Returns the tower.
+    def set_trainable(self, what: Literal["all", "adapters", "projector", "none"]) -> VisionTower:
+        """Chooses what learns: all parameters, the adapter and the projector, the projector alone, or none. Returns the
+        tower.
 
         Raises:
-            ValueError: another word, or "adapters" of a tower that has none.
+            ValueError: another word, or one for what the tower does not have.
         """
-        if what not in ("all", "adapters", "none"):
-            raise ValueError(f"trainable is {what!r}; a vision tower knows 'all', 'adapters' and 'none'")
+        if what not in ("all", "adapters", "projector", "none"):
+            known = "'all', 'adapters', 'projector' and 'none'"
+            raise ValueError(f"trainable is {what!r}; a vision tower knows {known}")
         if what == "adapters" and not self.config.lora_rank:
             raise ValueError("this tower has no adapter to train; give it a lora_rank, or train 'all'")
+        if what == "projector" and not self.config.projector:
+            raise ValueError("this tower has no projector to train; give it a projector's width, or train 'all'")
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(what == "all" or (what == "adapters" and is_adapter(name)))
+            added = (what == "adapters" and is_adapter(name)) or (what != "none" and is_projector(name))
+            parameter.requires_grad_(what == "all" or added)
         return self

@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _changed_teacher(recipe: Recipe, number: int) -> UserError | None:
-    from stage_trainer.commands.embed import check_teacher
+    from stage_trainer.commands.ask_teacher import check_teacher
 
     try:
         check_teacher(recipe, number)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -18,16 +17,17 @@ from stage_trainer.data.config import DataConfig
 from stage_trainer.data.drawn import Corrupt, Drawn, Position
 from stage_trainer.data.file_checks import FileChecks
 from stage_trainer.data.frozen_images import FrozenImages, view, view_seed
+from stage_trainer.data.frozen_texts import FrozenTexts
 from stage_trainer.data.lanes import SourceOrder
 from stage_trainer.data.look_ahead import check_room, choose_ranges, look_ahead, newly_fetched
 from stage_trainer.data.pieces import IMAGES, PIECE, BatchesInPieces
 from stage_trainer.data.remote_data import place
 from stage_trainer.data.sampler import Draw, Draws, TaskSampler
-from stage_trainer.data.samples import REPLACEMENTS, SampleCache, open_data_set, replacement
+from stage_trainer.data.samples import REPLACEMENTS, SampleCache, negatives_of, open_data_set, replacement
 from stage_trainer.data.sections import Piece, Samples, Section, batch_of
 from stage_trainer.data.stateless_rng import key
 from stage_trainer.data.streamed import StreamedShards, streamed_sources
-from stage_trainer.data.taught_texts import TaughtTexts
+from stage_trainer.data.taught_texts import Taught
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import Source, Stage
 
@@ -50,7 +50,8 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         self.cache = SampleCache(data.cache_megabytes, data.max_pixels)
         # What is read from the disk in the place of pixels, or beside texts; set by the task.
         self.frozen: FrozenImages | None = None
-        self.taught: TaughtTexts | None = None
+        self.taught: Taught | None = None
+        self.read_texts: FrozenTexts | None = None  # embeddings in the place of texts
         self.inference: dict[str, Any] = {}  # how its images come to their size, as the tower says; set by `prepare`
         self.workers = data.workers
         self._positions: dict[tuple[int, int], Position] = {}
@@ -74,7 +75,8 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
             raise UserError(
                 "a unified loss has no place for the hard negatives of triplets; name text pairs in data.text"
             )
-        if stage.batch.text == 1 and not self.hard_negatives and stage.loss.kind == "multi_task":
+        unread = stage.teacher is not None and stage.teacher.only_embeds
+        if stage.batch.text == 1 and not self.hard_negatives and stage.loss.kind == "multi_task" and not unread:
             raise UserError("batch.text is 1, and a single pair has no negatives; raise it, or name triplets")
         self.image_sampler = self._sampler(stage.data.image_text, self.image_sources, stage.batch.image_text, False)
         self.text_sampler = self._sampler(stage.data.text, self.text_sources, stage.batch.text, True)
@@ -110,14 +112,13 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         return TaskSampler(orders, [s.rate for s in sources], batch, one_source=one)
 
     def _hard_negatives(self) -> int:
-        """K of the stage's triplets, as the first sample of the first source has it; 0 for pairs."""
+        """K of the stage's triplets, as the first sample of the first source has it; 0 for pairs, and if nothing reads
+        them."""
         if not (self.text_sources and self.text_sources[0].kind == "text-triplets"):
             return 0
-        data = self.text_sources[0]
-        for index in range(min(REPLACEMENTS, len(data))):
-            with contextlib.suppress(ShardError):  # it is entered in the ledger when it is drawn
-                return len(self.cache.sample(data, index)[1]["negatives"])
-        raise UserError(f"{data.directory}: none of its first {REPLACEMENTS} triplets can be read")
+        if self.stage.teacher is not None and self.stage.teacher.only_embeds:
+            return 0
+        return negatives_of(self.text_sources[0], self.cache)
 
     @property
     def fingerprint(self) -> dict[str, str]:
@@ -186,6 +187,9 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         for part, given in samples.texts.items():
             if not given:
                 continue
+            if self.read_texts:
+                texts[part] = torch.stack(given).numpy(), np.zeros(len(given), np.int64)
+                continue
             found = self.tokenizer(given, max_length=None)
             sources = [name for name in samples.sources for _ in range(len(given) // len(samples.sources))]
             cut = (name for name, ids in zip(sources, found, strict=True) if len(ids) > self.stage.max_tokens)
@@ -218,8 +222,8 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
             for number, of_all in enumerate(seeds):
                 of_all.append(key(seed, "view", number))
                 pixels[1 + number, row] = simclr_view(decoded, of_all[-1], size, flip=self.stage.augmentation.flip)
-            caption = self._choose(content["captions"], seed, data, found.drawn)["text"]
-            found.add(seed, content["item"], _name(data), caption=[caption])
+            caption = self._choose(content["captions"], seed, data, found.drawn)
+            found.add(seed, content["item"], _name(data), caption=[caption[self._form]])
         return found, pixels, seeds
 
     def _shown(self, decoded: torch.Tensor, size: int, seed: int, of_views: int) -> torch.Tensor:
@@ -274,7 +278,7 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         return draws.within(len(draws) * i // of, len(draws) * (i + 1) // of)
 
     def _sample(
-        self, data: ImageSource, index: int, drawn: Drawn, samples: SampleCache | FrozenImages | TaughtTexts
+        self, data: ImageSource, index: int, drawn: Drawn, samples: SampleCache | FrozenImages | Taught
     ) -> tuple[int, torch.Tensor | None, dict[str, Any]]:
         """(its number, pixels, texts) of a sample, or of the one that takes its place."""
         if isinstance(data, StreamedShards):
@@ -282,6 +286,7 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         for attempt in range(REPLACEMENTS):
             try:
                 pixels, content = samples.sample(data, index)
+                content = self.read_texts.attached(data, index, content) if self.read_texts else content
                 self._check(data, index, content)
                 return index, pixels, content
             except (ShardError, ImageError) as error:
@@ -296,7 +301,7 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
     def _check(self, data: Dataset, index: int, content: dict[str, Any]) -> None:
         """What a triplet or a graded pair needs in this stage."""
         found = len(content.get("negatives", ()))
-        if data.kind == "text-triplets" and found != self.hard_negatives:
+        if data.kind == "text-triplets" and found != self.hard_negatives and self.hard_negatives:
             raise ShardError(
                 f"{data.directory}: sample {data.row(index).key} has {found} negatives; the first triplet of "
                 f"{self.text_sources[0].directory} has {self.hard_negatives}, and all triplets of a stage need as many"
@@ -309,18 +314,24 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
     def _seed(self, data: ImageSource, draw: Draw) -> int:
         return key(self.seed, data.kind, data.source, draw.epoch, draw.index)
 
-    def _texts(self, content: dict[str, Any], seed: int, source: int, drawn: Drawn) -> tuple[str, str, list[str]]:
-        """A query, its target (other words, in the language that the recipe wants) and its hard negatives."""
+    @property
+    def _form(self) -> str:
+        """What a batch has of a text: itself, or a frozen tower's embedding."""
+        return "embedding" if self.read_texts else "text"
+
+    def _texts(self, content: dict[str, Any], seed: int, source: int, drawn: Drawn) -> tuple[Any, Any, list[Any]]:
+        """A query, its target (other words, in the language that the recipe wants) and its hard negatives, in the
+        batch's form."""
         data, language = self.text_sources[source], self.stage.data.text[source].target_language
-        query = self._choose(content["query"], seed, data, drawn)["text"]
-        others = [t for t in content["target"] if t["text"] != query] or content["target"]
+        query, form = self._choose(content["query"], seed, data, drawn), self._form
+        others = [t for t in content["target"] if t["text"] != query["text"]] or content["target"]
         wanted = [t for t in others if t["language"] == language] or others
-        target = self._choose(wanted, key(seed, "target"), data, drawn)["text"]
+        target = self._choose(wanted, key(seed, "target"), data, drawn)[form]
         hard = [
-            self._choose(alternatives, key(seed, "negative", i), data, drawn)["text"]
-            for i, alternatives in enumerate(content.get("negatives", []))
+            self._choose(alternatives, key(seed, "negative", i), data, drawn)[form]
+            for i, alternatives in enumerate(content["negatives"] if self.hard_negatives else [])
         ]
-        return query, target, hard
+        return query[form], target, hard
 
     @staticmethod
     def _choose(alternatives: list[dict[str, Any]], seed: int, data: ImageSource, drawn: Drawn) -> dict[str, Any]:

@@ -110,3 +110,15 @@ def open_data_set(directory: Path | RemotePlace, kinds: tuple[str, ...], *, chec
     if not data.kind.startswith(kinds):
         raise UserError(f"{data.directory} holds {data.kind}, which cannot serve here; expected {kinds[0]}…")
     return data
+
+
+def negatives_of(data: Dataset, cache: SampleCache) -> int:
+    """K of a data set's triplets, as the first of them has it.
+
+    Raises:
+        UserError: none of the first ones can be read.
+    """
+    for index in range(min(REPLACEMENTS, len(data))):
+        with contextlib.suppress(ShardError):  # it is entered in the ledger when it is drawn
+            return len(cache.sample(data, index)[1]["negatives"])
+    raise UserError(f"{data.directory}: none of its first {REPLACEMENTS} triplets can be read")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,18 +17,19 @@ from stage_trainer.data.stateless_rng import key
 
 @dataclass
 class Samples:
-    """Of each sample its seed, the key of what it shows, and its source; its texts by their part in the batch; what was
-    drawn for all of them; the scores of graded pairs, None of others; and a teacher's embedding of each pair."""
+    """Of each sample its seed, the key of what it shows, and its source; its texts (of a frozen tower their embeddings,
+    `[D]`) by their part in the batch; what was drawn for all of them; the scores of graded pairs, None of others; and
+    a teacher's embedding of each pair."""
 
     seeds: list[int] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
-    texts: dict[str, list[str]] = field(default_factory=dict)
+    texts: dict[str, list[Any]] = field(default_factory=dict)
     drawn: Drawn = field(default_factory=Drawn)
     scores: list[float] | None = None
     teacher: list[torch.Tensor] = field(default_factory=list)
 
-    def add(self, seed: int, item: object, source: str, **texts: Sequence[str]) -> None:
+    def add(self, seed: int, item: object, source: str, **texts: Sequence[Any]) -> None:
         self.seeds.append(seed)
         self.ids.append(key(item))
         self.sources.append(source)
@@ -38,9 +40,8 @@ class Samples:
 @dataclass(frozen=True)
 class Section:
     """Samples of one kind in a piece: seeds and ids int64 `[n]`; of each part's texts the tokens, all in a row, and the
-    length of each; of graded pairs the scores, float64 `[n]`; of
-    taught ones the teacher's vectors, float32 `[n, T]`. Arrays, which travel between processes without shared
-    memory."""
+    length of each, or their embeddings, float32 `[n, D]`; of graded pairs the scores, float64 `[n]`; of taught ones the
+    teacher's vectors, float32 `[n, T]`. Arrays, which travel between processes without shared memory."""
 
     seeds: np.ndarray
     ids: np.ndarray
@@ -98,11 +99,13 @@ def batch_of(pieces: Iterable[Piece], images: int, negatives: int) -> tuple[Batc
     return batch, drawn
 
 
-def _texts_of(sections: list[Section], parts: list[str]) -> PackedTokens | None:
+def _texts_of(sections: list[Section], parts: list[str]) -> PackedTokens | torch.Tensor | None:
     """The texts of all sections, part by part."""
     found = [section.texts[part] for part in parts for section in sections if part in section.texts]
     if not found:
         return None
+    if found[0][0].ndim == 2:
+        return torch.from_numpy(np.concatenate([embeddings for embeddings, _ in found]))
     lengths = np.concatenate([of for _, of in found])
     bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     ids = torch.from_numpy(np.concatenate([ids for ids, _ in found]))

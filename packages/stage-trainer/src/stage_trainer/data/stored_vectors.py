@@ -164,10 +164,10 @@ def _said(maker: Mapping[str, object]) -> str:
     return json.dumps(maker, sort_keys=True) if maker else "nobody knows whose"
 
 
-def digest_of(model: torch.nn.Module, settings: Mapping[str, object]) -> str:
-    """sha256 of a model's weights and of the settings that they compute with."""
+def digest_of(weights: Mapping[str, torch.Tensor], settings: Mapping[str, object]) -> str:
+    """sha256 of a model's weights, by name, and of the settings that they compute with."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

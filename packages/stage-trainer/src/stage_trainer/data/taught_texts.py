@@ -5,15 +5,28 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from data_prep.shards import Dataset, ShardError
+from data_prep.shards import Dataset, ShardError, Unusable
 
 from stage_trainer.data.samples import SampleCache
 from stage_trainer.data.stored_vectors import StoredVectors
 from stage_trainer.errors import UserError
 from stage_trainer.recipe.teacher import TeacherConfig
+
+
+class Taught(Protocol):
+    """Texts with what a teacher says of them, float32 `[T]`, as `teacher` among a sample's texts."""
+
+    def sample(self, data: Dataset, index: int) -> tuple[torch.Tensor | None, dict[str, Any]]:
+        """As `SampleCache.sample`."""
+
+    def said_by(self, data: Dataset) -> str:
+        """Who the teacher of a data set was, for the fingerprint of a run."""
+
+    def check(self, max_tokens: int) -> int:
+        """T; UserError if what the teacher says is not there, or of texts that were cut elsewhere."""
 
 
 class TaughtTexts:
@@ -27,7 +40,24 @@ class TaughtTexts:
 
     def __init__(self, teacher: TeacherConfig, sources: Iterable[Dataset], cache: SampleCache):
         self.teacher, self.cache = teacher, cache
-        self.stores = {data.directory: _store(teacher, data) for data in sources}
+        self.stores = {data.directory: self._store(data) for data in sources}
+
+    def question(self, data: Dataset, content: dict[str, Any]) -> Any:
+        """What the teacher reads of a sample: its first text in the teacher's language.
+
+        Raises:
+            Unusable: there is none.
+        """
+        language = self.teacher.language
+        texts = [*content["query"], *content["target"]]
+        if (found := first_in(language, texts)) is None:
+            raise Unusable(f"no text in {language!r}, which the teacher reads")
+        return found
+
+    def maker(self, weights: str, max_tokens: int) -> dict[str, object]:
+        """What the vectors depend on beside the data and the name of the teacher: its weights (their hash), and where
+        a stage cuts texts."""
+        return {"weights": weights, "max_tokens": max_tokens}
 
     def sample(self, data: Dataset, index: int) -> tuple[torch.Tensor | None, dict[str, Any]]:
         """As `SampleCache.sample`, with the vector, float32 `[D]`."""
@@ -63,8 +93,8 @@ class TaughtTexts:
             shards = range(len(store.data.shard_sizes))
             if wrong := store.missing() or [n for n in shards if first and store.damaged(n)]:
                 raise self._lacking(store, wrong[0])
-            weights = next(iter(self.stores.values())).maker.get("weights")
-            store.check_maker({"weights": weights, "max_tokens": max_tokens})
+            weights = next(iter(self.stores.values())).maker.get("weights", "")
+            store.check_maker(self.maker(weights, max_tokens))
         widths = {store.width for store in self.stores.values()}
         if len(widths) != 1:
             raise UserError(
@@ -79,14 +109,14 @@ class TaughtTexts:
             f"{store.data.directory}, or it is damaged; run `stage-trainer embed` with this recipe and stage"
         )
 
+    def _store(self, data: Dataset) -> StoredVectors:
+        assert self.teacher.folder is not None  # a rule of recipes
+        return StoredVectors(Path(self.teacher.folder).expanduser(), data, self._origin(data))
 
-def _store(teacher: TeacherConfig, data: Dataset) -> StoredVectors:
-    origin = {"teacher": teacher.model, "language": teacher.language}
-    return StoredVectors(Path(teacher.folder).expanduser(), data, origin)
+    def _origin(self, data: Dataset) -> dict[str, object]:
+        return {"teacher": self.teacher.model, "language": self.teacher.language}
 
 
-def read_by_teacher(content: dict[str, Any], language: str | None) -> str | None:
-    """The text of a sample that the teacher reads; None if there is none in its language."""
-    texts = [*content["query"], *content["target"]]
-    found = (text["text"] for text in texts if language in (None, text["language"]))
-    return next(found, None)
+def first_in(language: str | None, texts: Iterable[dict[str, Any]]) -> str | None:
+    """The first of some texts that is in a language; of all for None. None if there is none."""
+    return next((text["text"] for text in texts if language in (None, text["language"])), None)

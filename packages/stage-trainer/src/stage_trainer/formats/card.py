@@ -92,7 +92,7 @@ A text encoder and an image encoder that share one space: vectors of texts and i
 - Texts: {_TEXT_TOWERS[text.positions]}, {text.layers} layers, {text.width} wide, {text.vocab_size:,} tokens in the \
 vocabulary, up to {text.max_length:,} tokens of a text, {sizes[0]:,} parameters; the mean over tokens.
 - Images: EVA02, {vision.layers} layers, {vision.width} wide, {size[0]}x{size[1]} pixels in patches of {vision.patch}, \
-{sizes[1]:,} parameters; the class token.
+{sizes[1]:,} parameters; the class token{f", projected to {vision.projector}" if vision.projector else ""}.
 - Vectors: {text.width} numbers. {f"Trained to be cut to their first {dims} (Matryoshka)." if dims else ""} Cut first, \
 then scale to length one.{tasks}"""
 

@@ -52,6 +52,11 @@ def write(model: DualEncoder, out: Path, lora: str, card: Callable[[Adapters], s
         UserError: `out` exists, the disk is full, or the model cannot be said in one of the formats.
     """
     check(model)
+    if model.vision.config.projector:
+        raise UserError(
+            "the image tower has a projector, for which timm and transformers have no place; export it as open-clip or "
+            f"onnx, which have{_ALONE}"
+        )
     names = model.text.config.adapters
     adapters = Adapters(merged=names[:1], left_out=names[1:]) if lora == "merged" else Adapters(kept=names)
     if adapters.merged:

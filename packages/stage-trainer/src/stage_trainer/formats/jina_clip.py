@@ -136,6 +136,11 @@ def misfits(config: VisionTowerConfig) -> dict[str, str]:
 
 def check_fits(config: VisionTowerConfig, layout: str = "jina-clip-v2") -> None:
     """UserError for an image tower that the published code cannot be."""
+    if config.projector:
+        raise UserError(
+            f"the image tower has a projector, for which {layout}'s layout has no place; export it as open-clip, onnx "
+            "or trilith"
+        )
     for key, expected in misfits(config).items():
         raise UserError(
             f"the vision tower has {key} {getattr(config, key)}, and {layout}'s layout knows {expected} only; "

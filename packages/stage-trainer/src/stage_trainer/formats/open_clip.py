@@ -22,9 +22,11 @@ from text_tower.config_keys import CLIP_KEY, OPEN_CLIP_RENAMES
 from text_tower.files import write_json, write_weights
 from text_tower.open_clip_folder import CONFIG_FILE
 from text_tower.st_folder import MAX_LENGTH
-from vision_tower import VisionTowerConfig
+from torch import Tensor
+from vision_tower import VisionTower, VisionTowerConfig
 from vision_tower.config import as_pair
 from vision_tower.pretrained import timm_keys
+from vision_tower.projector import is_projector
 
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.errors import UserError
@@ -51,13 +53,15 @@ def write(model: DualEncoder, out: Path, repository: str | None, card: Callable[
     """
     check(model)
     _check_images(model.vision.config)
+    _projection(model.vision.config)
     names = model.text.config.adapters
     if names:
         model.text = model.text.merged()
     model.vision = model.vision.merged()
     adapters = Adapters(merged=names[:1], left_out=names[1:])
     assert model.text.tokenizer is not None  # `check` saw it
-    weights = named(model.text.state_dict(), model.vision.state_dict())
+    tower = {name: tensor for name, tensor in model.vision.state_dict().items() if not is_projector(name)}
+    weights = named(model.text.state_dict(), tower) | _projector(model.vision)
     weights[SCALE] = model.logit_scale.detach().reshape(())
     if model.logit_bias is not None:
         weights[BIAS] = model.logit_bias.detach().reshape(())
@@ -86,6 +90,25 @@ def _check_images(config: VisionTowerConfig) -> None:
         raise UserError(f"open_clip has no word for the image tower's {found}. Export it in another format")
 
 
+def _projection(config: VisionTowerConfig) -> dict[str, Any]:
+    """What open_clip is told of the projector; UserError for one that it does not have."""
+    if not config.projector:
+        return {"timm_proj": "none"}
+    if config.projector_hidden not in (0, 2 * config.projector):
+        raise UserError(
+            f"the image tower's projector has {config.projector_hidden} hidden units, and open_clip's twice as many as "
+            f"outputs, {2 * config.projector}; export it in another format"
+        )
+    return {"timm_proj": "mlp" if config.projector_hidden else "linear", "timm_proj_bias": True}
+
+
+def _projector(tower: VisionTower) -> dict[str, Tensor]:
+    """The projector's weights under open_clip's names."""
+    names = {"projector.": "proj.", "projector.0.": "mlp.fc1.", "projector.2.": "mlp.fc2."}
+    found = {name.rpartition(".")[::2]: tensor for name, tensor in tower.state_dict().items() if is_projector(name)}
+    return {f"visual.head.{names[f'{module}.']}{part}": tensor for (module, part), tensor in found.items()}
+
+
 def _config(model: DualEncoder) -> dict[str, Any]:
     """config.json, for transformers and timm."""
     dtype = str(next(model.text.parameters()).dtype).removeprefix("torch.")
@@ -112,7 +135,7 @@ def _open_clip_config(model: DualEncoder, place: str, local: bool) -> dict[str, 
                 "timm_model_name": f"{'local-dir' if local else 'hf-hub'}:{place}",
                 "timm_model_pretrained": False,
                 "timm_pool": "token",
-                "timm_proj": "none",
+                **_projection(vision),
             },
             "text_cfg": {
                 "context_length": context_length(text),

@@ -86,8 +86,9 @@ class ParameterGroups:
 
 
 def is_muon_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether Muon, where a recipe asks for it, updates a parameter: weight matrices of the blocks, no adapters."""
-    in_block = "embeddings" not in name and not name.startswith("lm_head.")
+    """Whether Muon, where a recipe asks for it, updates a parameter: weight matrices of the blocks, no adapters, no
+    projector."""
+    in_block = not any(word in name for word in ("embeddings", "projector.")) and not name.startswith("lm_head.")
     return parameter.ndim == 2 and in_block and not is_adapter(name)
 
 

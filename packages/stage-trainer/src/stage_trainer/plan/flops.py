@@ -10,8 +10,9 @@ that a fused attention kernel computes again in its backward pass count nowhere.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
-from text_tower import TextTowerConfig
+from text_tower import PackedTokens, TextTowerConfig
 from text_tower.masked_lm import MAX_LOGITS
 from vision_tower import VisionTowerConfig
 
@@ -53,7 +54,8 @@ class StepShape:
         pairs: P, text pairs.
         negatives: K, hard negatives of each text pair.
         unified: pairs of a unified loss; 0 for a loss for each task.
-        stored: whether the images' embeddings come from the disk (`embedding_cache`), so that no tower runs over them.
+        stored: the towers ("image", "text") that do not run, since their embeddings come from the disk
+            (`embedding_cache`).
     """
 
     images: int = 0
@@ -64,7 +66,7 @@ class StepShape:
     pairs: int = 0
     negatives: int = 0
     unified: int = 0
-    stored: bool = False
+    stored: tuple[str, ...] = ()
 
     def __add__(self, other: StepShape) -> StepShape:
         """Of two ranks' parts the whole."""
@@ -76,7 +78,8 @@ class StepShape:
     @classmethod
     def of(cls, batch: Batch, vision: VisionTowerConfig, patch_dropout: float = 0.0) -> StepShape:
         """That of one rank's batch, by its shapes alone."""
-        images, lengths = 0 if batch.images is None else len(batch.images), batch.texts.lengths if batch.texts else ()
+        images = 0 if batch.images is None else len(batch.images)
+        lengths = batch.texts.lengths if isinstance(batch.texts, PackedTokens) else ()
         return cls(
             images=images,
             kept_patches=kept_patches(vision, patch_dropout) if images else 0,
@@ -112,8 +115,8 @@ def step_flops(
         cached: whether gradients are cached, which embeds everything twice.
     """
     trainable = trainable or Trainable()
-    towers = text_flops(text, shape, trainable.text)
-    if shape.images and not shape.stored:
+    towers = Flops() if "text" in shape.stored else text_flops(text, shape, trainable.text)
+    if shape.images and "image" not in shape.stored:
         towers += vision_flops(vision, shape, trainable.image)
     if cached:
         towers += Flops(recomputed=towers.forward)
@@ -170,16 +173,24 @@ def vision_flops(config: VisionTowerConfig, shape: StepShape, trainable: str = "
     columns = (config.layers - 1) * tokens * sum(halves) + tokens * halves[0] + halves[1]
     adapters = 2 * shape.images * config.lora_rank * columns
     forward += adapters
-    if trainable == "none":
-        return Flops(forward)
+    projector = shape.images * _projector(config)
+    if trainable in ("none", "projector"):
+        return Flops(forward + projector, 2 * projector * (trainable == "projector"))
+    forward += projector
     # Pixels have no gradient. A block is recomputed up to its last saved input, that of the MLP's last product.
-    backward = shape.images * (2 * blocks + patch_projection) + 2 * adapters
+    backward = shape.images * (2 * blocks + patch_projection) + 2 * adapters + 2 * projector
     if trainable == "adapters":  # gradients of inputs and of attention, none of weights, nor of the first block's input
         weights = (config.layers - 1) * (8 * tokens * width**2 + mlp(tokens)) + 4 * (tokens + 1) * width**2 + mlp(1)
         first = 6 * tokens * (width**2 + config.lora_rank * width)
         backward -= shape.images * (weights + first + patch_projection)
     last = (config.layers - 1) * mlp(tokens) // 3 + mlp(1) // 3
     return Flops(forward, backward, shape.images * (blocks - last) + adapters if config.checkpointing else 0)
+
+
+def _projector(config: VisionTowerConfig) -> int:
+    """An image's embedding through the projector."""
+    sides = [config.width, *([config.projector_hidden] if config.projector_hidden else []), config.projector]
+    return sum(2 * rows * columns for rows, columns in pairwise(sides))
 
 
 def loss_flops(shape: StepShape, dim: int, learns: bool = True) -> Flops:

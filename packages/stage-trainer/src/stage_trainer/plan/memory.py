@@ -85,7 +85,7 @@ class Model:
     deepspeed: tuple[tuple[str, int], ...] = ()  # zero_optimization's sizes, where the recipe gives them
     muon_shapes: tuple[tuple[int, int], ...] = ()  # of those matrices
     exchange: Literal["auto", "gather", "ring"] = "auto"  # of the losses
-    stored: bool = False  # embeddings of images come from the disk
+    stored: tuple[str, ...] = ()  # towers whose embeddings come from the disk
 
 
 @dataclass(frozen=True)
@@ -203,15 +203,14 @@ def passes(
     cast = target.bf16 and setting.cache is not None and setting.zero < 3
     image = (
         trace_images(vision, images, model.patch_dropout, target, trainable.image, again[0], cast)
-        if images and not model.stored
+        if images and "image" not in model.stored
         else nothing
     )
     if vision.compile and not vision.checkpointing and device.kind == "cuda":
         image = image.keeping(COMPILED)
-    return (
-        image,
-        trace_texts(text, texts, sizes.length, target, trainable.text, again[1], cast) if texts else nothing,
-    )
+    if not texts or "text" in model.stored:
+        return image, nothing
+    return image, trace_texts(text, texts, sizes.length, target, trainable.text, again[1], cast)
 
 
 def loss_bytes(model: Model, sizes: Sizes, device: Device) -> tuple[int, int]:
@@ -250,7 +249,7 @@ def _embedding_bytes(model: Model, sizes: Sizes) -> int:
 
 def image_bytes(model: Model, images: int) -> int:
     """uint8 pixels, or float32 embeddings from the disk, and a seed for each."""
-    if model.stored:
+    if "image" in model.stored:
         return images * (FLOAT * model.vision.width + 8)
     height, width = as_pair(model.vision.resolution)
     return images * (3 * height * width + 8)

@@ -213,7 +213,7 @@ def model_of(recipe: Recipe, number: int, segment: Segment, precision: str) -> M
         optimizer=recipe.optimizer.name,
         dims=stage.loss.dims,
         exchange=stage.loss.exchange,
-        stored=stage.embedding_cache is not None,
+        stored=stage.stored,
         weights=_numbers(empty.parameters()),
         learning=_numbers(learning),
         largest=max((p.numel() for p in learning), default=0),
@@ -326,13 +326,14 @@ def shape_of(stage: Stage, segment: Segment, sizes: Sizes, vision: VisionTowerCo
         pairs=pairs,
         negatives=sizes.negatives,
         unified=stage.loss.unified_pairs(images, pairs),
-        stored=stage.embedding_cache is not None,
+        stored=stage.stored,
     )
 
 
 def hard_negatives(recipe: Recipe, stage: Stage) -> int:
-    """K of the stage's triplets, read from the first sample; guessed from the folder's name if the data is missing."""
-    if not stage.data.text:
+    """K of the stage's triplets, read from the first sample; guessed from the folder's name if the data is missing. 0
+    if nothing reads them."""
+    if not stage.data.text or (stage.teacher and stage.teacher.only_embeds):
         return 0
     path = stage.data.text[0].path
     try:

@@ -214,7 +214,7 @@ def trace_images(
     images: int,
     patch_dropout: float,
     target: Target,
-    trainable: Literal["all", "adapters", "none"],
+    trainable: Literal["all", "adapters", "projector", "none"],
     again: bool,
     cast: bool = False,
 ) -> Pass:

@@ -16,6 +16,7 @@ from stage_trainer.errors import UserError
 from stage_trainer.recipe.address import names_shards
 from stage_trainer.recipe.limits import MAX_PIXELS, LimitsConfig
 from stage_trainer.recipe.loss import LossConfig
+from stage_trainer.recipe.remote import RemoteConfig
 from stage_trainer.recipe.teacher import TeacherConfig
 from stage_trainer.recipe.values import STRICT, Float, Int, Lanes
 
@@ -56,9 +57,10 @@ class Rates:
 
 @dataclass(frozen=True, config=STRICT)
 class Trainable:
-    """Which parameters of each tower train: `all`, `none`, or only the LoRA `adapters`."""
+    """Which parameters of each tower train: `all`, `none`, only the LoRA `adapters`, with which a projector trains, or
+    of images the `projector` alone."""
 
-    image: Literal["all", "adapters", "none"] = "all"
+    image: Literal["all", "adapters", "projector", "none"] = "all"
     text: Literal["all", "adapters", "none"] = "all"
 
 
@@ -154,8 +156,9 @@ class Stage:
     """One stage. `resolution` and `patch_dropout` are lists of [from_step, value]. It starts from the previous stage's
     model, and with `carry_optimizer` also from its optimizer's moments, by parameter name.
 
-    `embedding_cache` is a folder for the embeddings of an image tower that does not train: each image's fixed views
-    (`augmentation.views`) go through it once, when the stage starts or by `stage-trainer embed`, and then no more.
+    `embedding_cache` is a folder for the embeddings of a tower that does not train (an image tower's projector may):
+    all of the data's texts, or each image's fixed views (`augmentation.views`), go through it once, when the stage
+    starts or by `stage-trainer embed`, and then no more.
 
     A stage with `batch.masked_lm` trains only the text tower, to predict masked words. Fields for images, pairs or
     embeddings do not apply to it, and it needs no `resolution` and no `loss`."""
@@ -189,11 +192,18 @@ class Stage:
     @property
     def task(self) -> str:
         """The name of what the stage does (`tasks.TASKS`)."""
-        return "masked_lm" if self.masked else "distill" if self.teacher else "contrastive"
+        return "masked_lm" if self.masked else self.teacher.task if self.teacher else "contrastive"
 
     def batch_at(self, step: int) -> dict[str, int]:
         """The global batch of a step: {kind: how many}, each kind from its `task_start` on."""
         return {k: size for k, size in asdict(self.batch).items() if size and step >= getattr(self.task_start, k, 0)}
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """The towers ("image", "text") whose embeddings come from the disk."""
+        images = self.batch.image_text and self.trainable.image in ("none", "projector")
+        frozen = {"image": images, "text": self.trainable.text == "none"}
+        return tuple(name for name, still in frozen.items() if still and self.embedding_cache is not None)
 
     @property
     def chunks(self) -> GradientCache | None:
@@ -241,19 +251,18 @@ class Override:
 class ModelConfig:
     """Fields of `TextTowerConfig` and `VisionTowerConfig`; weights to start from; the tokenizer's file.
 
-    A recipe whose stages are all masked-language-model training needs no `vision`.
-
-    `weights` is a whole model: a directory that `export` wrote or a checkpoint's `model/`, or one of jina-clip-v2;
-    `text_weights` and `vision_weights` are single towers, directories or hub names that their `from_pretrained` (or
-    timm) reads, and take precedence. Without any of them the towers start from random weights.
+    A recipe whose stages are all masked-language-model training needs no `vision`. `weights` is a whole model: a
+    directory that `export` wrote or a checkpoint's `model/`, or one of jina-clip-v2; `text_weights` and
+    `vision_weights` are single towers, directories or hub names that their `from_pretrained` (or timm) reads, and take
+    precedence. Without any of them the towers start from random weights.
 
     Weights bring what belongs to them: shapes, rotary base, epsilons, adapters with their rank and alpha, instructions,
     and a whole model's temperatures and, if `tokenizer` is left out, its tokenizer. `text` and `vision` need not state
     these, and may state other values only under `override`. Dropout, lengths, checkpointing, attention and compilation
     are the recipe's (`max_length`, if it is left out, the weights').
 
-    A rank in `vision.lora_rank` (with `vision.lora_alpha`) gives the image tower one adapter, `text.lora_rank` with
-    `text.adapters` the text tower one for each name.
+    `vision.lora_rank` (with `vision.lora_alpha`) gives the image tower one adapter, `text.lora_rank` with
+    `text.adapters` the text tower one for each name; `vision.projector` a projector to that width.
 
     `temperature` is the initial value of both temperatures of a new model (None: `NEW_TEMPERATURE`).
     """
@@ -289,31 +298,6 @@ class CheckpointConfig:
     every: Int = 0
     keep: Int = 2
     best: str | None = None
-
-
-@dataclass(frozen=True, config=STRICT)
-class RemoteConfig:
-    """How data under URLs is read: a `corpus` or `path` that is https://…, s3://…, gs://…, hf://… or any other URL that
-    fsspec opens.
-
-    Whole shards are fetched into the folder `cache`, which all processes of a machine share, also those of other runs.
-    Beyond `gigabytes` (None: no limit) the least recently read files are evicted. Up to `downloads` files are
-    prefetched at once. If a server is silent for `timeout` seconds, a file is not whole after `deadline` seconds, or a
-    request fails in a way that may pass, it is repeated up to `retries` times; manifests: `manifest_megabytes` at most.
-    Of a source from which the stage draws less than `FEW` of the samples of the shards that it would fetch, samples are
-    fetched one by one, by `ranges` of their shard (auto; or always, never).
-    `pipe:COMMAND` is a shell command that prints the file whose name replaces its {name}; it needs `allow_pipe`.
-    """
-
-    cache: str = "~/.cache/trilith"
-    gigabytes: Float | None = None
-    downloads: Int = 8
-    timeout: Float = 60.0
-    deadline: Float = 3600.0
-    retries: Int = 6
-    manifest_megabytes: Float = 128.0
-    ranges: Literal["auto", "always", "never"] = "auto"
-    allow_pipe: bool = False
 
 
 @dataclass(frozen=True, config=STRICT)

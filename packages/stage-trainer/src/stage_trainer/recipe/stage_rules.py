@@ -8,6 +8,7 @@ from dataclasses import asdict
 from stage_trainer.errors import UserError
 from stage_trainer.recipe.address import names_shards
 from stage_trainer.recipe.schema import NEW_TEMPERATURE, GradientCache, ModelConfig, Recipe, Source, Stage
+from stage_trainer.recipe.teacher import TeacherConfig
 
 
 def check_stage(recipe: Recipe, number: int, here: str) -> None:
@@ -114,9 +115,16 @@ def _check_embedding_cache(stage: Stage, here: str) -> None:
         )
     if stage.embedding_cache is None:
         return
+    if not stage.stored:
+        idle = "" if stage.batch.image_text else " (batch.image_text is 0, so the image tower takes no part)"
+        raise UserError(
+            f"{here}: 'embedding_cache' keeps the embeddings of a tower that does not train, and trainable.image is "
+            f"{stage.trainable.image!r}{idle} and trainable.text {stage.trainable.text!r}; set one to 'none', that of "
+            "images perhaps to 'projector', or leave 'embedding_cache' out"
+        )
+    if "image" not in stage.stored:
+        return
     for found, wanted in (
-        (stage.trainable.image != "none" and f"trainable.image is {stage.trainable.image!r}", "set it to 'none'"),
-        (not stage.batch.image_text and "batch.image_text is 0", "raise it, or leave 'embedding_cache' out"),
         (not a.views and "augmentation.views is 0, so every draw of an image is another", "set it to 1 or more"),
         (any(rate for _, rate in stage.patch_dropout) and "'patch_dropout' is above 0", "leave it out"),
         (stage.loss.views and "loss.image_views is true", "set it to false"),
@@ -131,6 +139,7 @@ def _check_teacher(stage: Stage, here: str) -> None:
     """What can be drawn towards a teacher."""
     if stage.teacher is None:
         return
+    _check_teachers_words(stage.teacher, here)
     if stage.teacher.weight <= 0:
         raise UserError(f"{here}: teacher.weight is {stage.teacher.weight:g}; expected above 0")
     if not stage.batch.text:
@@ -142,11 +151,35 @@ def _check_teacher(stage: Stage, here: str) -> None:
             f"{here}: loss.exchange is 'ring', and teacher.loss 'relational' compares each text with those of all "
             "ranks at once; set teacher.loss to 'cosine', or leave 'exchange' out"
         )
-    if stage.teacher.alone and (stage.loss.kind == "unified" or any(source.graded for source in stage.data.text)):
+    graded = any(source.graded for source in stage.data.text)
+    if stage.teacher.alone and (stage.loss.kind == "unified" or graded):
         raise UserError(
             f"{here}: teacher.alone is true, and data.text is contrasted or ranked by loss.kind {stage.loss.kind!r} or "
             "'graded'; leave 'alone' out"
         )
+    if stage.teacher.scores and (stage.loss.kind == "unified" or graded):
+        raise UserError(
+            f"{here}: teacher.loss 'margin_mse' is for triplets with hard negatives, for which loss.kind 'unified' and "
+            "'graded' pairs have no place; leave them out, or take another teacher.loss"
+        )
+
+
+def _check_teachers_words(teacher: TeacherConfig, here: str) -> None:
+    """Where what the teacher says comes from."""
+    if teacher.model is not None and teacher.folder is None:
+        raise UserError(f"{here}: teacher.folder is missing; name a folder for what {teacher.model} says")
+    if teacher.model is not None:
+        return
+    if not teacher.scores:
+        raise UserError(
+            f"{here}: teacher.model is missing; name a model whose embeddings teacher.loss {teacher.loss!r} compares"
+        )
+    for key in ("folder", "language"):
+        if getattr(teacher, key) is not None:
+            raise UserError(
+                f"{here}: teacher.{key} is {getattr(teacher, key)!r} and there is no teacher.model, so the scores are "
+                "those of the data; leave it out, or name a cross-encoder"
+            )
 
 
 def _check_schedule(stage: Stage, name: str, here: str) -> None:
@@ -213,20 +246,22 @@ def _check_rates(stage: Stage, here: str) -> None:
 
 # By the rate at which they train; see `ContrastiveObjective.parameter_groups` and `set_trainable`.
 def _learning_towers(stage: Stage) -> dict[str, str]:
-    found, adapters = {}, "'s adapters"
+    parts = {"adapters": "'s adapters", "projector": "'s projector", "all": ""}
+    found = {}
     if stage.trainable.image != "none" and stage.batch.image_text:
-        found["image"] = f"the image tower{adapters}" if stage.trainable.image == "adapters" else "the image tower"
+        found["image"] = f"the image tower{parts[stage.trainable.image]}"
     if stage.trainable.text != "none":
-        found["text"] = f"the text tower{adapters}" if stage.trainable.text == "adapters" else "the text tower"
+        found["text"] = f"the text tower{parts[stage.trainable.text]}"
     return found
 
 
 def _learning_scalars(stage: Stage) -> Iterator[tuple[str, str]]:
     for tower, task, words in (("image", "image_text", "the image-text loss"), ("text", "text", "the text loss")):
-        if getattr(stage.batch, task) and not (task == "text" and stage.teacher and stage.teacher.alone):
-            if stage.loss.learns_temperature(task):
+        teacher = stage.teacher if task == "text" else None
+        if getattr(stage.batch, task):
+            if stage.loss.learns_temperature(task) and not (teacher and teacher.only_embeds):
                 yield tower, f"the temperature of {words}"
-            if stage.loss.kind == "sigmoid":
+            if stage.loss.kind == "sigmoid" and not (teacher and teacher.alone):
                 yield tower, f"the bias of {words}"
 
 

@@ -1,4 +1,4 @@
-"""A model whose embeddings a stage learns to give."""
+"""A model from which a stage learns."""
 
 from __future__ import annotations
 
@@ -11,21 +11,42 @@ from stage_trainer.recipe.values import STRICT, Float
 
 @dataclass(frozen=True, config=STRICT)
 class TeacherConfig:
-    """Draws the texts of data.text towards what a teacher says of one of them, in the manner of Reimers and Gurevych
-    (arXiv 2004.09813): of a pair in two languages both texts, towards the teacher's embedding of the one that it reads.
+    """Draws the texts of data.text towards what a teacher says of them. `folder` holds that, made by `stage-trainer
+    embed`; training itself does not need the teacher. The loss counts `weight` times beside the contrastive ones;
+    `alone` it replaces that of text pairs.
 
-    `model` is any that `stage-trainer evaluate` takes: ours, sentence-transformers', open_clip's. `folder` holds what
-    it gives, made by `stage-trainer embed`; training itself does not need it. It reads a sample's first text in
-    `language` (None: the first of the query).
+    `cosine` and `relational` compare embeddings, in the manner of Reimers and Gurevych (arXiv 2004.09813): of a pair in
+    two languages both texts go towards the teacher's embedding of the one that it reads, a sample's first text in
+    `language` (None: the first of the query). `model` is any that `stage-trainer evaluate` takes: ours,
+    sentence-transformers', open_clip's. `cosine` is one minus the cosine with the first T numbers of ours, for a
+    teacher of T numbers. `relational` is for one of any width: the mean squared difference of our cosines from the
+    teacher's, over all pairs of texts in the global batch, whose embeddings every rank gathers.
 
-    `cosine` is one minus the cosine with the first T numbers of ours, for a teacher of T numbers. `relational` is for
-    one of any width: the mean squared difference of our cosines from the teacher's, over all pairs of texts in the
-    global batch, whose embeddings every rank gathers. The loss counts `weight` times beside the contrastive ones;
-    `alone` it replaces that of text pairs."""
+    `margin_mse` compares scores (Hofstätter et al., arXiv 2010.02666): of a triplet, by how much the query is closer to
+    its target than to each hard negative; our scores are cosines over the temperature of the text loss, which learns
+    here, too (`contrastive_losses.matryoshka_margin_mse`). `model` is a cross-encoder of sentence-transformers, whose
+    logits are the scores; without `model` and `folder` they are those that the data have themselves ("scores"). Of
+    alternative texts the teacher reads the first one in `language`, and the student any; without `language` both
+    read the first."""
 
-    model: str
-    folder: str
+    model: str | None = None
+    folder: str | None = None
     language: str | None = None
-    loss: Literal["cosine", "relational"] = "cosine"
+    loss: Literal["cosine", "relational", "margin_mse"] = "cosine"
     weight: Float = 1.0
     alone: bool = False
+
+    @property
+    def scores(self) -> bool:
+        """Whether it scores triplets, instead of embedding texts."""
+        return self.loss == "margin_mse"
+
+    @property
+    def only_embeds(self) -> bool:
+        """Whether no text is compared with another one of ours by a temperature, nor any hard negative read."""
+        return self.alone and not self.scores
+
+    @property
+    def task(self) -> str:
+        """The name of what a stage with this teacher does (`tasks.TASKS`)."""
+        return "margins" if self.scores else "distill"

@@ -27,11 +27,11 @@ def check_towers(recipe: Recipe, where: str) -> None:
         if "resolution" in stated:
             raise UserError(f"{where}: model.vision.resolution is set by each stage's 'resolution'; take it out")
         vision = _Stated(VisionTowerConfig, stated, weights, f"{where}: model.vision")
-    widths = [tower.value("width") for tower in (text, vision) if tower]
+    widths = [text.value("width"), *((vision.value("projector") or vision.value("width"),) if vision else ())]
     if pairs and None not in widths and len(set(widths)) > 1:
         raise UserError(
-            f"{where}: model.text.width is {widths[0]} and model.vision.width {widths[1]}; the towers share one space "
-            "without a projection, so make them equal"
+            f"{where}: texts have {widths[0]} numbers (model.text.width) and images {widths[1]} (model.vision.width or "
+            f"its projector's); they share one space, so set model.vision.projector to {widths[0]}"
         )
     width = next((width for width in widths if width is not None), None)
     for number, stage in enumerate(recipe.stages, 1):
@@ -54,6 +54,16 @@ def check_towers(recipe: Recipe, where: str) -> None:
             raise UserError(f"{here}: trainable.text is 'adapters', but model.text.adapters names none; add one")
         if stage.trainable.image == "adapters" and vision and vision.value("lora_rank") == 0:
             raise UserError(f"{here}: trainable.image is 'adapters', but model.vision.lora_rank is 0; raise it")
+        if stage.trainable.image == "projector" and vision and vision.value("projector") == 0:
+            raise UserError(
+                f"{here}: trainable.image is 'projector', but model.vision.projector is 0; set it to the text tower's "
+                "width"
+            )
+        if "text" in stage.stored and text.value("dropout"):
+            raise UserError(
+                f"{here}: 'embedding_cache' keeps the embeddings of texts that never change, and model.text.dropout is "
+                f"{text.value('dropout'):g}; set it to 0"
+            )
         patch = vision.value("patch") if vision else None
         for start, resolution in stage.resolution:
             if resolution < (patch or 1):

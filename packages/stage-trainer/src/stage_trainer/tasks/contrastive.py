@@ -22,6 +22,7 @@ from stage_trainer.plan.auto import Choice, choose
 from stage_trainer.plan.flops import StepShape, kept_patches, step_flops
 from stage_trainer.recipe import GradientCache
 from stage_trainer.tasks.contrastive_objective import ContrastiveObjective
+from stage_trainer.tasks.frozen_text import keep_texts
 from stage_trainer.tasks.frozen_tower import Pass, Phase, keep_embeddings
 from stage_trainer.tasks.gradient_cache import backward_through_chunks, total
 from stage_trainer.tasks.pools import PoolValidation
@@ -87,7 +88,9 @@ class ContrastiveTask(Task):
         """Tells how images come to their size; makes their embeddings, where the tower is frozen and they are kept."""
         assert isinstance(model, DualEncoder)
         batches.inference = inference_of(model.vision.config)
-        if self.stage.embedding_cache is not None:
+        if "text" in self.stage.stored:
+            keep_texts(model.text, batches, self.stage, self.recipe.precision, phase)
+        if "image" in self.stage.stored:
             resolution = model.vision.config.resolution
             assert isinstance(resolution, int)  # a stage's, as set_up_segment set it
             keep_embeddings(model.vision, batches, self.stage, Pass(resolution, self.recipe.precision, device), phase)
@@ -132,7 +135,7 @@ class ContrastiveTask(Task):
             pairs=pairs,
             negatives=batch.negatives,
             unified=stage.loss.unified_pairs(images, pairs),
-            stored=stage.embedding_cache is not None,
+            stored=stage.stored,
         )
         text, vision = model.text.config, model.vision.config
         return step_flops(text, vision, shape, trainable=stage.trainable, dims=stage.loss.dims).model

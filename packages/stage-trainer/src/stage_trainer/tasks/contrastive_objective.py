@@ -84,13 +84,15 @@ class ContrastiveObjective(TrainedObjective):
         with torch.autocast(some.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             images = texts = some.new_zeros(0, self.model.text.config.width)
             if part.images is not None and part.images.ndim == 2:  # a frozen tower's, from the disk
-                images = part.images
+                images = self.model.vision.project(part.images)
             elif part.images is not None:
                 keep = None
                 if patch_dropout:
                     keep = patch_keep_indices(part.image_seeds, self.model.vision.config.num_patches, patch_dropout)
                 images = self.model.vision(self.model.vision.normalize(part.images), keep=keep)
-            if part.texts is not None:
+            if isinstance(part.texts, Tensor):  # a frozen tower's, from the disk
+                texts = part.texts
+            elif part.texts is not None:
                 texts = self.model.text(part.texts, sample_seeds=part.text_seeds)
         return Embedded(images, texts, scalars)
 
@@ -107,8 +109,7 @@ class ContrastiveObjective(TrainedObjective):
         sizes = [count, batch.pairs, batch.pairs, batch.pairs * batch.negatives]
         captions, queries, targets, negatives = torch.split(embedded.texts, sizes)
         image_ids, text_ids = (to_device(ids, device) for ids in (batch.image_ids, batch.text_ids))
-        scale_of = dict.fromkeys(pairs, "image_text") if self.loss.one_temperature else {name: name for name in pairs}
-        temperatures = {name: torch.exp(-embedded.scalars[scale]) for name, scale in scale_of.items()}
+        temperatures = {name: self.temperature_of(name, embedded) for name in pairs}
         # Embeddings are float32 but have the towers' error, beside which that of rounding them is small; a GPU's tensor
         # cores do not take float32.
         products: Any = "bf16" if self.precision == "bf16" else None
@@ -142,6 +143,10 @@ class ContrastiveObjective(TrainedObjective):
             else:
                 losses[name] = matryoshka_info_nce(queries, targets, **options)
         return losses
+
+    def temperature_of(self, task: str, embedded: Embedded) -> Tensor:
+        """The temperature, `[1]`, of a task's loss."""
+        return torch.exp(-embedded.scalars["image_text" if self.loss.one_temperature else task])
 
     def _graded_loss(self, queries: Tensor, targets: Tensor, scores: Tensor, temperature: Tensor, group: Any) -> Tensor:
         scores = to_device(scores, queries.device)

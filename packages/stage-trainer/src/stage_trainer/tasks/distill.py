@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from stage_trainer.batch import Batch, Embedded
 from stage_trainer.data.batches import StageBatches
-from stage_trainer.data.taught_texts import TaughtTexts
+from stage_trainer.data.taught_texts import Taught, TaughtTexts
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import LossConfig, Stage
@@ -31,16 +31,23 @@ from stage_trainer.tasks.task import Charts, Losses, TrainedObjective
 class DistillTask(ContrastiveTask):
     charts: ClassVar[Charts] = ContrastiveTask.charts
 
+    @property
+    def teacher(self) -> TeacherConfig:
+        assert self.stage.teacher is not None  # or the stage would have another task
+        return self.stage.teacher
+
     def make_objective(self, model: DualEncoder) -> TrainedObjective:
-        assert self.stage.teacher is not None
-        return DistillObjective(model, self.stage.loss, self.recipe.precision, self.stage.teacher)
+        return DistillObjective(model, self.stage.loss, self.recipe.precision, self.teacher)
 
     def make_batches(self, tokenizer: Tokenizer, rank: int, world: int) -> StageBatches:
-        """With the teacher's embeddings, which so are part of the run's fingerprint."""
-        assert self.stage.teacher is not None
+        """With what the teacher says, which so is part of the run's fingerprint."""
         batches = super().make_batches(tokenizer, rank, world)
-        batches.taught = TaughtTexts(self.stage.teacher, batches.text_sources, batches.cache)
+        batches.taught = self.taught(batches)
         return batches
+
+    def taught(self, batches: StageBatches) -> Taught:
+        """The batches' texts with what the teacher says of them."""
+        return TaughtTexts(self.teacher, batches.text_sources, batches.cache)
 
     def prepare(
         self,
@@ -49,18 +56,21 @@ class DistillTask(ContrastiveTask):
         device: torch.device,
         phase: Callable[[], AbstractContextManager[object]],
     ) -> None:
-        """Checks the teacher's embeddings; they have to be there."""
+        """Checks what the teacher says; it has to be there."""
         super().prepare(model, batches, device, phase)
-        teacher = self.stage.teacher
-        assert teacher is not None
         assert batches.taught is not None
         assert isinstance(model, DualEncoder)
         with phase():
-            found, ours = batches.taught.check(self.stage.max_tokens), model.text.config.width
-        if teacher.loss == "cosine" and found > ours:
+            found = batches.taught.check(self.stage.max_tokens)
+        self.check_width(found, model)
+
+    def check_width(self, found: int, model: DualEncoder) -> None:
+        """UserError if the teacher's numbers are not comparable with the model's."""
+        ours = model.text.config.width
+        if self.teacher.loss == "cosine" and found > ours:
             raise UserError(
-                f"the embeddings of {teacher.model} have {found} numbers and this model's {ours}; a cosine compares "
-                "them one by one: set teacher.loss to 'relational'"
+                f"the embeddings of {self.teacher.model} have {found} numbers and this model's {ours}; a cosine "
+                "compares them one by one: set teacher.loss to 'relational'"
             )
 
 
@@ -73,10 +83,11 @@ class DistillObjective(ContrastiveObjective):
 
     def set_trainable(self, stage: Stage) -> None:
         super().set_trainable(stage)
-        if self.teacher.alone:  # nothing is contrasted that reads them
+        # Nothing is contrasted that reads them.
+        if self.teacher.only_embeds:
             self.logit_scales["text"].requires_grad_(False)
-            if (bias := self.biases.get("text_bias")) is not None:
-                bias.requires_grad_(False)
+        if self.teacher.alone and (bias := self.biases.get("text_bias")) is not None:
+            bias.requires_grad_(False)
 
     def losses(self, embedded: Embedded, batch: Batch, *, pairs: tuple[str, ...], group: Any = None) -> Losses:
         """Those of `ContrastiveObjective`, of the text task unless the teacher is alone, and "teacher"."""
@@ -84,11 +95,16 @@ class DistillObjective(ContrastiveObjective):
         found = super().losses(embedded, batch, pairs=contrasted, group=group) if contrasted else {}
         if "text" not in pairs or batch.teacher is None:
             return found
+        loss = self.teachers_loss(embedded, batch, group)
+        return {**found, "teacher": (self.teacher.weight * loss, None)}
+
+    def teachers_loss(self, embedded: Embedded, batch: Batch, group: Any) -> Tensor:
+        """That of what the teacher says of the batch, over all ranks."""
+        assert batch.teacher is not None
         captions = len(batch.image_ids)
         texts = embedded.texts[captions : captions + 2 * batch.pairs]
         wanted = to_device(batch.teacher, texts.device).repeat(2, 1)
-        loss = teacher_loss(texts, wanted, self.teacher.loss, group)
-        return {**found, "teacher": (self.teacher.weight * loss, None)}
+        return teacher_loss(texts, wanted, self.teacher.loss, group)
 
 
 def teacher_loss(texts: Tensor, wanted: Tensor, kind: str, group: Any = None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from data_prep.shards import Dataset, ShardError, ShardUnavailable
 from vision_tower import ImageError, VisionTower
+from vision_tower.projector import is_projector
 
 from stage_trainer.data.batches import StageBatches
 from stage_trainer.data.frozen_images import FrozenImages, origin_of, view, view_seed
@@ -22,7 +23,7 @@ from stage_trainer.recipe import Stage
 
 CHUNK = 64
 """Images of one forward pass."""
-_OF_NO_INFLUENCE = ("resolution", "checkpointing", "attention", "compile")
+_OF_NO_INFLUENCE = ("resolution", "checkpointing", "attention", "compile", "projector", "projector_hidden")
 Phase = Callable[[], AbstractContextManager[object]]
 """Entered for each pass: what is not stuck may take long."""
 
@@ -37,8 +38,8 @@ class Pass:
 
 
 def keep_embeddings(tower: VisionTower, batches: StageBatches, stage: Stage, how: Pass, phase: Phase) -> None:
-    """Gives batches the tower's embeddings in the place of images; those that are not on the disk yet are made, by all
-    ranks together, every one of which has to call.
+    """Gives batches the tower's embeddings, before a projector, in the place of images; those that are not on the disk
+    yet are made, by all ranks together, every one of which has to call.
 
     Args:
         tower: on its device.
@@ -46,33 +47,48 @@ def keep_embeddings(tower: VisionTower, batches: StageBatches, stage: Stage, how
     """
     assert stage.embedding_cache is not None
     config = {name: value for name, value in asdict(tower.config).items() if name not in _OF_NO_INFLUENCE}
-    weights = digest_of(tower, config)
+    weights = digest_of({n: t for n, t in tower.state_dict().items() if not is_projector(n)}, config)
     origin = origin_of(weights, how.resolution, how.precision, stage.augmentation, batches.seed)
     origin |= {"max_pixels": batches.cache.max_pixels}  # it decides which images have no embedding
     frozen = FrozenImages(Path(stage.embedding_cache).expanduser(), batches.indexed_images, origin)
+    make_missing(
+        frozen.stores,
+        batches,
+        "image",
+        lambda store, n: _shard(tower, store.data, n, batches, stage, how, phase),
+        phase,
+    )
+    batches.frozen = frozen
+
+
+def make_missing(
+    stores: Mapping[Path, StoredVectors],
+    batches: StageBatches,
+    tower: str,
+    make: Callable[[StoredVectors, int], tuple[np.ndarray, dict[int, str]]],
+    phase: Phase,
+) -> None:
+    """Makes the shards that are missing or damaged, by all ranks together, every one of which has to call.
+
+    Args:
+        tower: "image" or "text", for the message.
+        make: what `StoredVectors.write` gets of a shard.
+    """
     local = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
     # Then what other machines have in folders of their own.
     for rank, world in ((batches.rank, batches.world), local) if several else ((0, 1),):
-        for data in batches.indexed_images:
-            store = frozen.stores[data.directory]
-            _fill(store, rank, world, lambda n, data=data: _shard(tower, data, n, batches, stage, how, phase))  # type: ignore[misc]
+        for store in stores.values():
+            missing = set(store.missing())
+            own = [n for n in range(rank, len(store.data.shard_sizes), world) if n in missing or store.damaged(n)]
+            if own and rank == 0:
+                where = f"{store.data.directory}: {store.directory}"
+                print(f"the frozen {tower} tower runs once over {where}", flush=True)
+            for number in own:
+                store.write(number, *make(store, number))
         if several:
             with phase():
                 torch.distributed.barrier()
-    batches.frozen = frozen
-
-
-def _fill(
-    store: StoredVectors, rank: int, world: int, make: Callable[[int], tuple[np.ndarray, dict[int, str]]]
-) -> None:
-    """Makes this rank's share of the shards that are missing or damaged."""
-    missing = set(store.missing())
-    own = [n for n in range(rank, len(store.data.shard_sizes), world) if n in missing or store.damaged(n)]
-    if own and rank == 0:
-        print(f"the frozen image tower runs once over {store.data.directory}: {store.directory}", flush=True)
-    for number in own:
-        store.write(number, *make(number))
 
 
 def _shard(
@@ -124,5 +140,5 @@ def _views(
 @torch.no_grad()
 def _embed(tower: VisionTower, images: torch.Tensor, how: Pass) -> np.ndarray:
     with torch.autocast(how.device.type, torch.bfloat16, enabled=how.precision == "bf16"):
-        found: torch.Tensor = tower(tower.normalize(images.to(how.device)))
+        found: torch.Tensor = tower.pooled(tower.normalize(images.to(how.device)))
     return found.float().cpu().numpy()

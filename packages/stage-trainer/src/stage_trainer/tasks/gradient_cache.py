@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
+from text_tower import PackedTokens
 from text_tower.packed import to_device
 from torch import Tensor
 
@@ -93,8 +94,8 @@ def total(losses: Losses) -> Tensor:
 
 def _by_length(batch: Batch) -> tuple[Batch, Tensor]:
     """The batch with its texts sorted by length, and the position that each had before."""
-    if batch.texts is None:
-        return batch, batch.text_seeds[:0]
+    if not isinstance(batch.texts, PackedTokens):  # none, or embeddings
+        return batch, torch.arange(0 if batch.texts is None else len(batch.texts), device="cpu")
     packed, order = batch.texts.by_length()
     return dataclasses.replace(batch, texts=packed, text_seeds=batch.text_seeds[order]), order
 

@@ -1,0 +1,105 @@
+"""Runs a text tower that does not train over all texts of a stage's data, once, and keeps what it gives on the disk."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from data_prep.shards import ShardError, ShardUnavailable, texts_in
+from text_tower import PackedTokens, TextTower
+
+from stage_trainer.data.batches import StageBatches, shortened
+from stage_trainer.data.frozen_texts import FrozenTexts
+from stage_trainer.data.samples import texts_of
+from stage_trainer.data.stored_vectors import StoredVectors, digest_of
+from stage_trainer.errors import UserError
+from stage_trainer.recipe import Stage
+from stage_trainer.tasks.frozen_tower import Phase, make_missing
+
+CHUNK = 64
+"""Texts of one forward pass."""
+_OF_NO_INFLUENCE = ("max_length", "instructions", "truncate_dim", "checkpointing", "attention", "compile")
+
+
+class _Reader(NamedTuple):
+    """What reads texts, and how: the batches have the tokenizer."""
+
+    tower: TextTower
+    batches: StageBatches
+    max_tokens: int
+    precision: str
+    phase: Phase
+
+
+def keep_texts(tower: TextTower, batches: StageBatches, stage: Stage, precision: str, phase: Phase) -> None:
+    """Gives batches the tower's embeddings in the place of texts; those that are not on the disk yet are made, by all
+    ranks together, every one of which has to call.
+
+    Args:
+        tower: on its device.
+        phase: entered for each pass.
+
+    Raises:
+        UserError: the tower has dropout, so that it says something else at each draw of a text.
+    """
+    assert stage.embedding_cache is not None
+    if tower.config.dropout:
+        raise UserError(
+            "'embedding_cache' keeps the embeddings of texts that never change, and model.text.dropout is "
+            f"{tower.config.dropout:g}; set it to 0"
+        )
+    config = {name: value for name, value in asdict(tower.config).items() if name not in _OF_NO_INFLUENCE}
+    origin = {
+        "weights": digest_of(tower.state_dict(), config),
+        "tokenizer": batches.tokenizer.fingerprint,
+        "max_tokens": stage.max_tokens,
+        "precision": precision,
+    }
+    of_tasks = ((batches.image_sources, stage.batch.image_text), (batches.text_sources, stage.batch.text))
+    sources = {data.directory: data for found, size in of_tasks if size for data in found}
+    frozen = FrozenTexts(Path(stage.embedding_cache).expanduser(), sources.values(), origin)
+    reader = _Reader(tower, batches, stage.max_tokens, precision, phase)
+    make_missing(frozen.stores, batches, "text", lambda store, n: _shard(reader, store, n), phase)
+    batches.read_texts = frozen
+
+
+def _shard(reader: _Reader, store: StoredVectors, number: int) -> tuple[np.ndarray, dict[int, str]]:
+    """Embeddings `[n, V, D]` of the texts of a shard's samples, V of the one that has most, and which are unusable."""
+    data, samples = store.data, store.data.samples_of(number)
+    unusable: dict[int, str] = {}
+    texts: dict[int, list[str]] = {}
+    for place, index in enumerate(samples):
+        try:
+            content = texts_of(data, index, data.read(index))
+        except ShardUnavailable as error:  # it may be there tomorrow: nothing is written that says otherwise
+            raise UserError(str(error)) from error
+        except ShardError as error:
+            unusable[place] = str(error)
+            continue
+        texts[place] = [text["text"] for _, alternatives in texts_in(data.kind, content) for text in alternatives]
+    rows = _embedded(reader, list(dict.fromkeys(text for found in texts.values() for text in found)))
+    most = max((len(found) for found in texts.values()), default=1)
+    vectors = np.zeros((len(samples), most, reader.tower.config.width), np.float32)
+    for place, found in texts.items():
+        vectors[place, : len(found)] = [rows[text] for text in found]
+    return vectors, unusable
+
+
+@torch.no_grad()
+def _embedded(reader: _Reader, texts: list[str]) -> dict[str, np.ndarray]:
+    """{text: its embedding, `[D]`}."""
+    found = reader.batches.tokenizer(texts, max_length=None) if texts else []
+    tokens = [shortened(ids, reader.max_tokens) for ids in found]
+    order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))  # those of one length are one call
+    device = next(reader.tower.parameters()).device
+    rows: dict[str, np.ndarray] = {}
+    for start in range(0, len(order), CHUNK):
+        chunk = order[start : start + CHUNK]
+        packed = PackedTokens.from_lists([tokens[i] for i in chunk]).to(device)
+        with reader.phase(), torch.autocast(device.type, torch.bfloat16, enabled=reader.precision == "bf16"):
+            made = reader.tower(packed).float().cpu().numpy()
+        rows |= dict(zip((texts[i] for i in chunk), made, strict=True))
+    return rows

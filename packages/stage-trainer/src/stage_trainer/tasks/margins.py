@@ -1,0 +1,54 @@
+"""Triplets by the margins of a teacher's scores, alone or beside the contrastive tasks.
+
+By how much a query is closer to its target than to each of its hard negatives, a cross-encoder says, whose scores are
+on the disk (`stage-trainer embed`) or in the data (margin-MSE; Hofstätter et al., arXiv 2010.02666).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from contrastive_losses import matryoshka_margin_mse
+from text_tower.packed import to_device
+from torch import Tensor
+
+from stage_trainer.batch import Batch, Embedded
+from stage_trainer.data.batches import StageBatches
+from stage_trainer.data.scored_texts import OwnScores, ScoredTexts
+from stage_trainer.dual_encoder import DualEncoder
+from stage_trainer.tasks.distill import DistillObjective, DistillTask
+from stage_trainer.tasks.task import TrainedObjective
+
+
+class MarginsTask(DistillTask):
+    def make_objective(self, model: DualEncoder) -> TrainedObjective:
+        return MarginsObjective(model, self.stage.loss, self.recipe.precision, self.teacher)
+
+    def taught(self, batches: StageBatches) -> ScoredTexts | OwnScores:
+        if self.teacher.model is None:
+            return OwnScores(batches.text_sources, batches.cache)
+        return ScoredTexts(self.teacher, batches.text_sources, batches.cache)
+
+    def check_width(self, found: int, model: DualEncoder) -> None:
+        """Scores have no width to agree with ours."""
+
+
+class MarginsObjective(DistillObjective):
+    """The contrastive losses, and that of the teacher's margins. Arguments as for `DistillObjective`."""
+
+    def teachers_loss(self, embedded: Embedded, batch: Batch, group: Any) -> Tensor:
+        assert batch.teacher is not None
+        queries, targets, negatives = torch.split(
+            embedded.texts[len(batch.image_ids) :], [batch.pairs, batch.pairs, batch.pairs * batch.negatives]
+        )
+        return matryoshka_margin_mse(
+            queries,
+            targets,
+            negatives.view(batch.pairs, batch.negatives, -1),
+            to_device(batch.teacher, queries.device),
+            temperature=self.temperature_of("text", embedded),
+            dims=self.loss.dims,
+            weights=self.loss.weights or None,
+            group=group,
+        )
