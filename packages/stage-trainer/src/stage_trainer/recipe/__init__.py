@@ -1,6 +1,7 @@
 """Recipes: their schema, the rules for them, and reading them from a file. Nothing here imports torch."""
 
 from stage_trainer.recipe.loss import LossConfig
+from stage_trainer.recipe.remote import RemoteConfig
 from stage_trainer.recipe.schema import (
     AugmentationConfig,
     BatchSizes,
@@ -9,7 +10,6 @@ from stage_trainer.recipe.schema import (
     OptimizerConfig,
     Rates,
     Recipe,
-    RemoteConfig,
     Source,
     Stage,
     StageData,

@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from stage_trainer.errors import UserError
 from stage_trainer.recipe.limits import MAX_PIXELS, LimitsConfig
 from stage_trainer.recipe.loss import LossConfig
+from stage_trainer.recipe.remote import RemoteConfig
 from stage_trainer.recipe.teacher import TeacherConfig
 from stage_trainer.recipe.values import STRICT, Float, Int, Lanes
 
@@ -144,6 +145,10 @@ class Stage:
     `embedding_cache` is a folder for the embeddings of an image tower that does not train: each image's fixed views
     (`augmentation.views`) go through it once, when the stage starts or by `stage-trainer embed`, and then no more.
 
+    With `fp8` the blocks of both towers multiply in 8 bits, on a GPU of compute capability 8.9 or later
+    (`engine.float8`): in every pass of a step, since both passes of gradient caching have to be the same function.
+    `emulate` computes the same on a CPU, slowly. Validation, and what a checkpoint holds, stay as they are.
+
     A stage with `batch.masked_lm` trains only the text tower, to predict masked words. Fields for images, pairs or
     embeddings do not apply to it, and it needs no `resolution` and no `loss`."""
 
@@ -166,6 +171,7 @@ class Stage:
     teacher: TeacherConfig | None = None
     carry_optimizer: bool = False
     gradient_cache: GradientCache | Literal["auto"] | None = None
+    fp8: bool | Literal["emulate"] = False
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -276,28 +282,6 @@ class CheckpointConfig:
     every: Int = 0
     keep: Int = 2
     best: str | None = None
-
-
-@dataclass(frozen=True, config=STRICT)
-class RemoteConfig:
-    """How data under URLs is read: a `corpus` or `path` that is https://…, s3://…, gs://…, hf://… or any other URL that
-    fsspec opens.
-
-    Whole shards are fetched into the folder `cache`, which all processes of a machine share, also those of other runs.
-    Beyond `gigabytes` (None: no limit) the least recently read files are evicted. Up to `downloads` files are
-    prefetched at once. If a server is silent for `timeout` seconds, a file is not whole after `deadline` seconds, or a
-    request fails in a way that may pass, it is repeated up to `retries` times; manifests: `manifest_megabytes` at most.
-    `pipe:COMMAND` is a shell command that prints the file whose name replaces its {name}; it needs `allow_pipe`.
-    """
-
-    cache: str = "~/.cache/trilith"
-    gigabytes: Float | None = None
-    downloads: Int = 8
-    timeout: Float = 60.0
-    deadline: Float = 3600.0
-    retries: Int = 6
-    manifest_megabytes: Float = 128.0
-    allow_pipe: bool = False
 
 
 @dataclass(frozen=True, config=STRICT)
