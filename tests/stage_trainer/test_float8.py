@@ -304,8 +304,9 @@ def part_of(batch, rank: int):
     rows = [*range(8)[images], *(8 + n for n in range(4)[pairs]), *(12 + n for n in range(4)[pairs])]
     texts = [batch.texts.ids[batch.texts.cu_seqlens[n] : batch.texts.cu_seqlens[n + 1]].tolist() for n in rows]
     return replace(
-        batch, images=batch.images[images], image_seeds=batch.image_seeds[images], image_ids=batch.image_ids[images], pairs=2,
-        texts=PackedTokens.from_lists(texts), text_seeds=batch.text_seeds[rows], text_ids=batch.text_ids[pairs],
+        batch, images=batch.images[images], image_seeds=batch.image_seeds[images], image_ids=batch.image_ids[images],
+        texts=PackedTokens.from_lists(texts), text_seeds=batch.text_seeds[rows],
+        text_ids=batch.text_ids[pairs], pairs=2,
     )  # fmt: skip
 
 
