@@ -8,9 +8,9 @@ in bfloat16. That is torchao's recipe "rowwise_with_gw_hp", but that its weights
 Gradients in e4m3, since with a scale for each row they do not need e5m2's range: gradients of the weights of a small
 text tower are off by 4.8 % instead of 6.3.
 
-Why rows: the scale of a row is known where the row is made, so a compiler rounds tokens in the kernel that makes them, and
-an embedding does not depend on what else is in its chunk. One scale for all tokens takes a pass over them first, and
-for gradients of weights in 8 bits tensor cores would need x and the gradient of y transposed as well.
+Why rows: the scale of a row is known where the row is made, so a compiler can round tokens in the kernel that makes
+them, and an embedding does not depend on what else is in its chunk. One scale for all tokens takes a pass over them
+first, and for gradients of weights in 8 bits tensor cores would need x and the gradient of y transposed as well.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from stage_trainer.engine.cast_once import cast_once
 DTYPE = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
 SMALLEST = 2.0**-100  # of a row's largest number: rows of zeros need a scale, too
-ALIGNED = 16  # numbers of 8 bits in the 16 bytes that tensor cores load at once; other widths are refused
+ALIGNED = 16  # numbers of 8 bits in the 16 bytes that a GPU loads at once; it refuses widths that are no multiple
 
 
 @contextmanager
@@ -130,7 +130,8 @@ def _multiplied(x: Tensor, rows: Tensor, row_scales: Tensor, bias: Tensor | None
         y = (left.float() @ rows.float().T) * scales * row_scales.T
         y = (y if bias is None else y + bias.float()).to(torch.bfloat16)
     else:
-        y = torch._scaled_mm(  # sums of 22 bits, of fewer than 6,000 numbers that have 4
+        # Fast sums have 22 bits; the numbers have 4.
+        y = torch._scaled_mm(
             left, rows.T, scales, row_scales.T, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
         )
     return y.view(*x.shape[:-1], -1)

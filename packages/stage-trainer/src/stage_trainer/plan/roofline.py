@@ -77,7 +77,7 @@ def kernel_seconds(kernel: Kernel, device: Device) -> tuple[float, float]:
     if kernel.kind == "attention":
         return _whole_blocks(kernel, device) / (peak * device.attention), memory
     rate = peak * device.products * _filled(kernel, device) * (1.0 if kernel.aligned else UNALIGNED)
-    rate *= FP8 if kernel.dtype == "fp8" else 1.0
+    rate *= FP8 if kernel.dtype == "fp8" and device.fp8 else 1.0
     writing = 0.0 if device.kind == "cpu" else kernel.written / speed
     return kernel.operations / rate + writing, memory
 
