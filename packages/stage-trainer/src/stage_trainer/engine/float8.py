@@ -15,6 +15,7 @@ first, and for gradients of weights in 8 bits tensor cores would need x and the 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -43,6 +44,8 @@ def in_float8(model: nn.Module) -> Iterator[list[Tensor]]:
     with cast_once(model) as casts:
         try:
             for tower in [module for module in model.modules() if isinstance(module, TextTower | VisionTower)]:
+                if tower.config.compile:
+                    _known_to_the_compiler()
                 for linears in tower.joined_linears():
                     holder: Any = linears[0]
                     holder.joined = Float8Product(linears)
@@ -112,6 +115,13 @@ class _Product(torch.autograd.Function):
             of_bias = _split(flat.sum(0), ctx.pieces, 0)
             learned[count:] = [part for part, (_, biased) in zip(of_bias, ctx.pieces, strict=True) if biased]
         return of_x, *[None] * 5, *learned, None
+
+
+@functools.cache
+def _known_to_the_compiler() -> None:
+    """Dynamo leaves what is in the function to AOTAutograd, which PyTorch 2.11's cannot look into. Not a decorator:
+    that takes seconds to import."""
+    torch.compiler.allow_in_graph(_Product)  # type: ignore[no-untyped-call]
 
 
 def scaled(x: Tensor) -> tuple[Tensor, Tensor]:
