@@ -28,7 +28,7 @@ PARTS = {
     "loss": 97,
     "towers": 64,
     "engine": 65,
-    "step": 171,
+    "step": 200,
     "workers": 10,
     "lora": 15,
     "chunk_profile": 38,

@@ -94,7 +94,9 @@ class Rank:
         engine.train()
         return cls(recipe, engine, model, stage.chunks)
 
-    def configure(self, *, checkpointing: bool, compiled: bool) -> None:
+    def configure(self, *, checkpointing: bool, compiled: bool, fp8: bool = False) -> None:
+        objective = self.engine.objective
+        objective.fp8, objective.precision = fp8, "bf16" if fp8 else self.recipe.precision
         for tower in (self.model.text, self.model.vision):
             tower.configure(checkpointing=checkpointing, compile=compiled)
 

@@ -1,7 +1,8 @@
 """A training step of L/14 and the 561M text tower as one of eight ranks: time, memory, MFU, and what the planner says.
 
 Without gradient caching on one chunk of 256 images and 16,384 tokens, with it on two; with and without activation
-checkpointing; eager and compiled. Then the whole share of a rank of the paper's batch, in chunks of two sizes.
+checkpointing; eager and compiled. Then blocks compiled in FP8, and the whole share of a rank of the paper's batch, in
+chunks of two sizes and once more in FP8. A CPU emulates FP8.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import torch
 from report import NEEDS_CUDA, Report, peak_of, run_part, seconds_of
 from shapes import RANKS, Rank, drawn_batch
 from stage_trainer.batch import Batch
+from stage_trainer.errors import UserError
 from stage_trainer.plan.devices import Device, peak_flops, present
 from stage_trainer.plan.memory import Model, Setting, Sizes, estimate
 from stage_trainer.plan.planner import model_of, segments
 from stage_trainer.plan.step import predict
 from stage_trainer.recipe import GradientCache
+from stage_trainer.run.device import check_fp8
 
 SAME_LOSS = 2e-3
 """Relative, of a compiled step and an eager one in bfloat16."""
@@ -48,6 +51,11 @@ def measure(report: Report) -> None:
         way = Way(rank, planned, whole, True, False, True)
         title = f"the paper's batch in chunks of {rank.chunks.images}: {way.name}"
         report.note(title, report.tried(title, partial(way.figures, report, 1, int(report.cuda))))
+    for size in ("the paper's batch", "two chunks"):  # last, so that no other figure pays for what it costs
+        way = Way(rank, planned, whole if size != "two chunks" else rank.batch(2), True, False, report.cuda, fp8=True)
+        title, measured = f"{size} in chunks of {rank.chunks.images}: {way.name}", partial(way.figures, report, 1)
+        report.note(title, report.tried(title, partial(measured, 2 * report.cuda), absent=(UserError,)))
+        rank.chunks = half(rank.chunks)
 
 
 def compare_losses(report: Report, rank: Rank) -> None:
@@ -87,11 +95,12 @@ class Way:
     cached: bool
     checkpointing: bool
     compiled: bool
+    fp8: bool = False
 
     @property
     def name(self) -> str:
         words = "cached" if self.cached else "at once", "checkpointing" if self.checkpointing else "all kept"
-        return ", ".join(["compiled" if self.compiled else "eager", *words])
+        return ", ".join(["compiled" if self.compiled else "eager", *words, *(["FP8"] if self.fp8 else [])])
 
     @property
     def cache(self) -> GradientCache | None:
@@ -99,7 +108,9 @@ class Way:
 
     def figures(self, report: Report, repeats: int, warm: int) -> dict[str, Any]:
         device = report.device
-        self.rank.configure(checkpointing=self.checkpointing, compiled=self.compiled)
+        if self.fp8:
+            check_fp8(True if report.cuda else "emulate", "bf16", device)
+        self.rank.configure(checkpointing=self.checkpointing, compiled=self.compiled, fp8=self.fp8)
         step = partial(self.rank.step, self.batch, self.cache)
         times = seconds_of(step, device, repeats, warm)
         flops = self.rank.flops(self.batch, self.cache, self.checkpointing)
@@ -126,7 +137,7 @@ class Way:
         zero = self.rank.recipe.stage(1).deepspeed["zero_optimization"]["stage"]
         setting = Setting(self.cache, self.checkpointing, self.checkpointing, zero)
         towers = (replace(tower, compile=self.compiled) for tower in (self.planned.text, self.planned.vision))
-        model = replace(self.planned, **dict(zip(("text", "vision"), towers, strict=True)))
+        model = replace(self.planned, **dict(zip(("text", "vision"), towers, strict=True)), fp8=self.fp8)
         here, sizes = device_of(device), self.rank.sizes(self.batch)
         planned = estimate(model, sizes, setting, here).total
         return {"predicted_peak_bytes": planned, **predicted_time(model, sizes, setting, here)}

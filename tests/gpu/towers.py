@@ -1,8 +1,8 @@
 """Both towers on the device against float32 on the CPU, in every library for attention, and twice for the same bits.
-What a residual stream in 16 bits, weights that are cast once for several passes, and uploads on a stream of their own
-change.
+What a residual stream in 16 bits, blocks in FP8, weights that are cast once for several passes, and uploads on a stream
+of their own change.
 
-Bfloat16 is judged by its own error: that of the same tower in bfloat16 on the CPU.
+Bfloat16 is judged by its own error: that of the same tower in bfloat16 on the CPU; FP8 by that of FP8 emulated there.
 """
 
 from __future__ import annotations
@@ -18,13 +18,17 @@ import torch
 from report import NEEDS_CUDA, Report, difference, peak_of, run_part, seconds_of
 from stage_trainer.batch import Part
 from stage_trainer.engine.cast_once import cast_once
+from stage_trainer.engine.float8 import in_float8
 from stage_trainer.engine.upload import Uploader
+from stage_trainer.errors import UserError
+from stage_trainer.run.device import check_fp8
 from text_tower import PackedTokens, TextTower, TextTowerConfig
 from torch import Tensor, nn
 from vision_tower import PackedPatches, VisionTower, VisionTowerConfig, patch_keep_indices
 
 Run = Callable[[Any, torch.device], Tensor]
 TIMES_OWN_ERROR = 3.0
+TIMES_EMULATED = 1.5
 ROUNDING = 2.0**-8  # of bfloat16
 PASSES = 4
 FLOAT32_ERROR = 1e-3
@@ -64,6 +68,9 @@ def measure(report: Report) -> None:
         for what, error in found.items():
             limit = TIMES_OWN_ERROR * errors[what] + rounded
             report.check(error < limit, f"{name}, residual in 16 bits: {what} are off by {error:.1e} of {limit:.1e}")
+        tower.configure(residual_in_fp32=True)  # type: ignore[operator]
+        in_8_bits = partial(of_float8, report, name, (tower, run), expected)
+        report.note(f"{name}: FP8", report.tried(f"{name}, FP8", in_8_bits, absent=(UserError,)))
     chunks: dict[str, tuple[nn.Module, Run]] = {
         "vision": (VisionTower(vision), images(vision, 64 if report.cuda else 2)),
         "text": (TextTower(text), texts(text, LENGTHS * (20 if report.cuda else 1))),
@@ -139,13 +146,29 @@ def of_backend(
     return {**errors, "same_bits_twice": same}
 
 
-def embed(tower: Any, run: Run, device: torch.device, in_bfloat16: bool) -> list[Tensor]:
+def of_float8(report: Report, name: str, contender: tuple[Any, Run], expected: list[Tensor]) -> dict[str, Any]:
+    """Errors, those of emulating it on the CPU, and whether a second run gives the same bits."""
+    check_fp8(True if report.cuda else "emulate", "bf16", report.device)
+    tower, run = contender
+    own = compared(embed(tower, run, torch.device("cpu"), True, fp8=True), expected)
+    first, again = (embed(tower, run, report.device, True, fp8=True) for _ in range(2))
+    errors = compared(first, expected)
+    for what, error in errors.items():
+        limit = TIMES_EMULATED * own[what]
+        report.check(error < limit, f"{name}, FP8: {what} are off by {error:.1e}, more than {limit:.1e}")
+    same = all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    report.check(same or "packed" in name, f"{name}: two runs in FP8 differ")
+    return {**errors, "same_bits_twice": same, "emulated_on_the_cpu": own}
+
+
+def embed(tower: Any, run: Run, device: torch.device, in_bfloat16: bool, fp8: bool = False) -> list[Tensor]:
     """Embeddings, then all gradients of a loss on them, in main memory."""
     moved = copy.deepcopy(tower).to(device).train()
-    with torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16):
-        embeddings = run(moved, device)
-    aim = torch.linspace(-1, 1, embeddings.numel(), device=device).view_as(embeddings).sin()
-    (embeddings * aim).sum().backward()
+    with in_float8(moved) if fp8 else nullcontext():
+        with torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16):
+            embeddings = run(moved, device)
+        aim = torch.linspace(-1, 1, embeddings.numel(), device=device).view_as(embeddings).sin()
+        (embeddings * aim).sum().backward()
     return [embeddings.detach().cpu(), *(p.grad.cpu() for p in moved.parameters() if p.grad is not None)]
 
 

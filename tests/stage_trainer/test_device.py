@@ -1,5 +1,6 @@
 """A run computes on the CPU where the recipe means it, and never because a GPU cannot be used."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from stage_trainer.errors import UserError
 from stage_trainer.recipe.read import load
 from stage_trainer.run import device
-from stage_trainer.run.device import uses_gpu
+from stage_trainer.run.device import check_fp8, uses_gpu
 
 
 @pytest.fixture
@@ -90,3 +91,28 @@ def test_the_shipped_recipes_for_laptops_mean_the_cpu_too(recipes, machine):
     recipe = load(recipes / "jina-clip-v2.yaml").recipe
     with pytest.raises(UserError):
         uses_gpu(recipe.device, recipe.precision)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "where", "found", "reason"),
+    [
+        (True, "cpu", {}, r"capability 8.9 \(Ada\), 9.0 \(Hopper\) or later, and this run is on a CPU; .*'emulate'"),
+        (True, "cuda", {"capability": (8, 0)}, "capability 8.9 .*, and NVIDIA A100 has 8.0; leave 'fp8' out"),
+        (True, "cuda", {"capability": (8, 9), "torch": "2.11.0+cu130"}, r"needs PyTorch 2.12 or later.*pytorch#177651"),
+        (True, "cuda", {"hip": "7.0"}, "AMD's have another format"),
+        ("emulate", "cuda", {}, "'emulate', which is for CPUs.*set it to true"),
+        (True, "cuda", {"precision": "fp32"}, "precision: auto is fp32 on this machine"),
+        (True, "cuda", {"capability": (8, 9), "torch": "2.12.0"}, ""),
+        (True, "cuda", {"torch": "2.11.0+cu130"}, ""),
+        ("emulate", "cpu", {}, ""),
+        (False, "cuda", {"capability": (7, 0), "precision": "fp32"}, ""),
+    ],
+)
+def test_products_in_8_bits_are_refused_where_they_cannot_be_had(monkeypatch, wanted, where, found, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: found.get("capability", (9, 0)))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
+    monkeypatch.setattr(torch.version, "hip", found.get("hip"))
+    monkeypatch.setattr(torch, "__version__", found.get("torch", "2.15.0"))
+    refused = pytest.raises(UserError, match=reason) if reason else contextlib.nullcontext()
+    with refused:
+        check_fp8(wanted, found.get("precision", "bf16"), torch.device(where))

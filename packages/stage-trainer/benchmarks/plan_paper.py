@@ -5,7 +5,8 @@
 
 Before: in chunks and with checkpointing, nothing compiled, adapters multiplied with each token, weights cast in each
 pass, every LayerNorm in float32. After: the recipe as it
-is, compiled and with `gradient_cache: auto`; the same without compiling; and with the residual streams in 16 bits.
+is, compiled and with `gradient_cache: auto`; the same without compiling; and with the residual streams in 16 bits, the
+blocks' products in FP8, or both.
 `tests/integration/test_plan_paper.py` compares.
 """
 
@@ -66,7 +67,9 @@ def columns() -> list[Column]:
         cached = ["gradient_cache={images: 256, tokens: 16384}", *both("checkpointing", "true")]
         found = [column("chunks and checkpointing, eager", recipe(*cached, *eager))]
     found += [column("auto, eager", recipe(*eager)), column("the recipe: auto, compiled", recipe())]
-    return [*found, column("residual in 16 bits, too", recipe(*both("residual_in_fp32", "false")))]
+    narrow = both("residual_in_fp32", "false")
+    found += [column("in FP8", recipe("fp8=true")), column("residual in 16 bits", recipe(*narrow))]
+    return [*found, column("both", recipe("fp8=true", *narrow))]
 
 
 def both(key: str, value: str) -> list[str]:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from stage_trainer.plan.devices import DEVICES, Device
 from stage_trainer.plan.flops import StepShape, kept_patches, text_flops, vision_flops
 from stage_trainer.plan.kernels import Kernel, fused, of_pass, one_by_one
-from stage_trainer.plan.trace import LiveBytes, Target, trace_images, trace_texts
+from stage_trainer.plan.target import Target
+from stage_trainer.plan.trace import LiveBytes, trace_images, trace_texts
 from text_tower import TextTowerConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 from vision_tower import VisionTowerConfig

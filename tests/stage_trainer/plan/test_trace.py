@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from stage_trainer.plan.devices import DEVICES, Device
-from stage_trainer.plan.trace import Target, trace_images, trace_texts
+from stage_trainer.plan.target import Target
+from stage_trainer.plan.trace import trace_images, trace_texts
 from text_tower import PackedTokens, TextTower, TextTowerConfig
 from vision_tower import VisionTower, VisionTowerConfig, normalize, patch_keep_indices
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from stage_trainer.plan.backward import run_backward
 from stage_trainer.plan.devices import DEVICES
-from stage_trainer.plan.trace import Target
+from stage_trainer.plan.target import Target
 from text_tower import PackedTokens, TextTowerConfig
 from text_tower.attention import Attention
 from text_tower.blocks import Block as TextBlock

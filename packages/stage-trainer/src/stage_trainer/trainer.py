@@ -27,7 +27,7 @@ from stage_trainer.recipe import GradientCache, Recipe
 from stage_trainer.recipe.read import flatten
 from stage_trainer.recipe.rules import check_ranks
 from stage_trainer.run.agreement import check_same_data, machines
-from stage_trainer.run.device import uses_gpu
+from stage_trainer.run.device import check_fp8, uses_gpu
 from stage_trainer.run.environment import keep_freed_memory, native_precision, quiet, set_threads, versions
 from stage_trainer.run.evaluation import Evaluation
 from stage_trainer.run.fetched import Fetched
@@ -116,6 +116,7 @@ class Trainer:
         if recipe.precision == "auto":
             recipe = dataclasses.replace(recipe, precision=native_precision(device))
             self.say(f"precision: auto is {recipe.precision} here")
+        check_fp8(recipe.stage(number).fp8, recipe.precision, device)
         self.recipe, self.number = recipe, number
         self.stage, self.directory = recipe.stage(number), recipe.stage_directory(number)
         check_ranks(self.stage, world, f"{recipe.name}: stage {number}")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 INIT_STD = 0.02  # as XLM-RoBERTa
+Joined = Callable[[Tensor], tuple[Tensor, ...]]
+"""What computes a Linear's `x Wᵀ + b` in its place, as one of a tuple (`TextTower.joined_linears`)."""
 _OWN = re.compile(r"(.+\.lora_[AB])_(\d+)")
 
 
@@ -73,6 +75,7 @@ class AdaptedLinear(_Adapted, nn.Linear):
         nn.Linear.__init__(self, in_features, out_features, bias)
         self.scale, self.adapters = scale, adapters
         self.summed: int | None = None  # the adapter that is in the weight for the moment, see `cast`
+        self.joined: Joined | None = None
         self._add_adapters((rank, in_features), (out_features, rank))
 
     def reset_parameters(self) -> None:
@@ -86,13 +89,16 @@ class AdaptedLinear(_Adapted, nn.Linear):
         if self.summed is not None and adapter != self.summed:
             raise RuntimeError(f"the weight holds adapter {self.summed} for the moment, and {adapter} was asked for")
         if not self.adapters or adapter is None or self.summed is not None:
-            return F.linear(x, self.weight, self.bias)
-        if self.forms_sum(x.shape[0], adapter):
+            return self._product(x)
+        if self.joined is None and self.forms_sum(x.shape[0], adapter):
             with torch.autocast(x.device.type, enabled=False):  # the sum is rounded once, by the product that reads it
                 weight = self.merged(adapter)
             return F.linear(x, weight, self.bias)
         a, b = self.adapter(adapter)
-        return torch.add(F.linear(x, self.weight, self.bias), F.linear(F.linear(x, a), b), alpha=self.scale)
+        return torch.add(self._product(x), F.linear(F.linear(x, a), b), alpha=self.scale)
+
+    def _product(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias) if self.joined is None else self.joined(x)[0]
 
     def forms_sum(self, tokens: int, adapter: int) -> bool:
         """Whether a call forms `W + scale · B A`, in · out numbers, rather than two thin products for each token, of

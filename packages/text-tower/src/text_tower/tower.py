@@ -177,6 +177,11 @@ class TextTower(nn.Module):
         cast(Any, super()).__setstate__(state)
         self.configure()
 
+    def joined_linears(self) -> list[tuple[AdaptedLinear]]:
+        """The Linears of the blocks, those of one product together; here each is by itself. What an engine sets as
+        `joined` of a first one computes `x Wᵀ + b` of them all, as a tuple, until it is None again."""
+        return [(module,) for module in self.encoder.modules() if isinstance(module, AdaptedLinear)]
+
     @property
     def num_layers(self) -> int:
         """Depth of the top block as `layer_ids` counts it."""

@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from vision_tower.attention import HALF, Attend, attend
 from vision_tower.config import VisionTowerConfig
-from vision_tower.lora import linear
+from vision_tower.lora import joined_of, linear
 from vision_tower.packed import ByLength
 from vision_tower.positions import rotate
 
@@ -69,6 +69,10 @@ def products(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
     One product reads x once and, backward, adds up its gradient in float32. Whoever hooks into a Linear's call gets its
     call: ZeRO 3 makes weights whole there. So does another class in its place, such as an adapter's or a quantized one.
     """
+    if not all(type(each) is nn.Linear for each in linears):
+        return tuple(each(x) for each in linears)
+    if (joined := joined_of(linears[0])) is not None:
+        return joined(x)
     if not _in_half(x, *linears):
         return tuple(each(x) for each in linears)
     pads = [-each.out_features % ALIGNED for each in linears]
@@ -88,6 +92,8 @@ def _with_zeros(rows: Tensor, count: int) -> Tensor:
 
 def product(x: Tensor, linear: nn.Linear) -> Tensor:
     """What the Linear gives for x; under autocast in 16 bits with zeros after the last number of each row."""
+    if (joined := joined_of(linear)) is not None and type(linear) is nn.Linear:
+        return joined(x)[0]
     x, pad = lowered(x), -linear.in_features % ALIGNED
     if not pad or not _in_half(x, linear):
         out: Tensor = linear(x)
@@ -135,7 +141,7 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """Arguments as for `Block.forward`; returns what is added to the tokens."""
         if class_only:
-            q = self.q_proj(class_tokens(x, layout))
+            q = product(class_tokens(x, layout), self.q_proj)
             k, v = products(x, self.k_proj, self.v_proj)
         else:
             q, k, v = products(x, self.q_proj, self.k_proj, self.v_proj)
@@ -144,8 +150,7 @@ class SelfAttention(nn.Module):
         k = rotate(k, rotary)
         if not class_only:  # a class token turns by zero
             q = rotate(q, rotary)
-        out: Tensor = self.proj(self.norm(attend(q, k, v, backend, layout).flatten(-2)))
-        return out
+        return product(self.norm(attend(q, k, v, backend, layout).flatten(-2)), self.proj)
 
 
 class Gate(torch.autograd.Function):
@@ -211,6 +216,14 @@ class Block(nn.Module):
         x = (class_tokens(x, layout) if class_only else x) + attended
         out: Tensor = x + self.mlp(lowered(self.norm2(x)))
         return out
+
+    def joined_linears(self, class_only: bool) -> list[tuple[nn.Linear, ...]]:
+        """As `VisionTower.joined_linears`."""
+        attn, mlp = self.attn, self.mlp
+        of_x: list[tuple[nn.Linear, ...]] = [(attn.q_proj, attn.k_proj, attn.v_proj)]
+        if class_only:
+            of_x = [(attn.q_proj,), (attn.k_proj, attn.v_proj)]
+        return [*of_x, (attn.proj,), (mlp.fc1_g, mlp.fc1_x), (mlp.fc2,)]
 
 
 def class_tokens(x: Tensor, layout: ByLength | None) -> Tensor:

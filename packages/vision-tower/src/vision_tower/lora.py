@@ -7,7 +7,7 @@ one, which is always on; `VisionTower.merged` adds it to the weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -41,11 +41,22 @@ class AdaptedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         added = F.linear(F.linear(x, self.lora_A), self.lora_B)
-        return torch.add(F.linear(x, self.weight, self.bias), added, alpha=self.scale)
+        joined = joined_of(self)
+        own = F.linear(x, self.weight, self.bias) if joined is None else joined(x)[0]
+        return torch.add(own, added, alpha=self.scale)
 
     def merged(self) -> Tensor:
         """Weight `[out, in]` with the adapter added."""
         return torch.add(self.weight, self.lora_B @ self.lora_A, alpha=self.scale)
+
+
+Joined = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+def joined_of(linear: nn.Linear) -> Joined | None:
+    """What computes its `x Wᵀ + b` in its place (`VisionTower.joined_linears`)."""
+    found: Joined | None = getattr(linear, "joined", None)
+    return found
 
 
 def linear(config: VisionTowerConfig, in_features: int, out_features: int, bias: bool = True) -> nn.Linear:

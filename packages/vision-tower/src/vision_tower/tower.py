@@ -237,6 +237,14 @@ class VisionTower(nn.Module):
         """`vision_tower.normalize` with the mean and std of these weights: uint8 to float32."""
         return normalize(images, self.config.mean, self.config.std)
 
+    def joined_linears(self) -> list[tuple[nn.Linear, ...]]:
+        """The Linears of the blocks, those of one product together; with an adapter each is by itself. What an engine
+        sets as `joined` of a first one computes `x Wᵀ + b` of them all, as a tuple, until it is None."""
+        found: list[tuple[nn.Linear, ...]] = []
+        for block in cast("list[Block]", list(self.blocks)):
+            found += block.joined_linears(block is self.blocks[-1])
+        return [(each,) for linears in found for each in linears] if self.config.lora_rank else found
+
     @property
     def num_layers(self) -> int:
         """Depth of the top block as `layer_ids` counts it."""

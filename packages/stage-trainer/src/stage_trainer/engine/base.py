@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from stage_trainer.batch import MaskedBatch, Part
 from stage_trainer.engine import deepspeed_private
 from stage_trainer.engine.cast_once import cast_once
+from stage_trainer.engine.float8 import in_float8
 from stage_trainer.engine.upload import Uploader
 from stage_trainer.optim.update_norms import UpdateNorms
 
@@ -26,10 +27,12 @@ class Objective(nn.Module):
     Attributes:
         model: what a checkpoint holds. All parameters are its own.
         precision: `bf16` (under autocast) or `fp32`.
+        fp8: whether, in bf16, the blocks of its towers multiply in 8 bits (`engine.float8`).
     """
 
     model: nn.Module
     precision: str
+    fp8: bool = False
 
 
 class Engine(ABC):
@@ -90,8 +93,11 @@ class Engine(ABC):
 
     def cast_once(self) -> AbstractContextManager[object]:
         """For passes with the same weights, to be left before `backwards` is: in bf16 these are cast once for all of
-        them, not under ZeRO 3, where a weight is whole only while its module computes."""
-        return cast_once(self.objective) if self.objective.precision == "bf16" else nullcontext()
+        them, not under ZeRO 3, where a weight is whole only while its module computes. With `fp8` all passes of a step
+        have to be within it."""
+        if self.objective.precision != "bf16":
+            return nullcontext()
+        return in_float8(self.objective) if self.objective.fp8 else cast_once(self.objective)
 
     @abstractmethod
     def backwards(self) -> AbstractContextManager[Callable[[Tensor, bool], None]]:

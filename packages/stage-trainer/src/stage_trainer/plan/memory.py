@@ -18,7 +18,8 @@ from vision_tower import VisionTowerConfig
 from vision_tower.config import as_pair
 
 from stage_trainer.plan.devices import Device
-from stage_trainer.plan.trace import Pass, Target, trace_images, trace_texts
+from stage_trainer.plan.target import Target
+from stage_trainer.plan.trace import Pass, trace_images, trace_texts
 from stage_trainer.recipe import GradientCache, Trainable
 
 PARTS = (
@@ -86,6 +87,7 @@ class Model:
     muon_shapes: tuple[tuple[int, int], ...] = ()  # of those matrices
     exchange: Literal["auto", "gather", "ring"] = "auto"  # of the losses
     stored: tuple[str, ...] = ()  # towers whose embeddings come from the disk
+    fp8: bool = False  # blocks multiply in 8 bits
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ def _whole(model: Model, sizes: Sizes, setting: Setting, device: Device) -> dict
     """Without caching: images forward, texts forward, loss, texts backward, images backward."""
     image, text = passes(model, sizes, setting, device, (sizes.images, sizes.texts), (False, False))
     fixed = {"batch": image_bytes(model, sizes.images) + _token_bytes(sizes.tokens)}
+    fixed["weights"] = image.casts + text.casts  # none unless blocks multiply in 8 bits
     embeddings = {"embeddings": 2 * _embedding_bytes(model, sizes)}  # with their gradients
     saved, working = loss_bytes(model, sizes, device)
     moments = {
@@ -199,8 +202,8 @@ def passes(
     (images, texts), nothing = chunk, Pass(0, 0, (), 0)
     vision = replace(model.vision, checkpointing=setting.checkpointing_image)
     text = replace(model.text, checkpointing=setting.checkpointing_text)
-    target, trainable = Target.of(device, model.precision), model.trainable
-    cast = target.bf16 and setting.cache is not None and setting.zero < 3
+    target, trainable = Target.of(device, model.precision, model.fp8), model.trainable
+    cast = target.bf16 and (setting.cache is not None or model.fp8) and setting.zero < 3
     image = (
         trace_images(vision, images, model.patch_dropout, target, trainable.image, again[0], cast)
         if images and "image" not in model.stored

@@ -117,6 +117,7 @@ class StagePlan:
     lengths: Lengths
     precision: str
     segments: tuple[SegmentPlan, ...]
+    fp8: bool = False
 
     @property
     def deciding(self) -> SegmentPlan:
@@ -147,6 +148,11 @@ def plan_stage(
             f"stage {number} is masked-language-model training, which is not planned: its gradients add up over chunks "
             "of any size, so gradient_cache.tokens alone decides what fits"
         )
+    if stage.fp8 and cluster.device.kind == "cuda" and cluster.device.capability < (8, 9):
+        raise UserError(
+            f"stage {number}: 'fp8' needs a GPU of compute capability 8.9, 9.0 or later, and {cluster.device.name} is "
+            "none; leave 'fp8' out, or plan for another"
+        )
     check_configs(recipe, number)
     say(f"stage {number}: counting texts …")
     lengths = text_lengths(recipe, stage, mean_tokens)
@@ -169,7 +175,7 @@ def plan_stage(
             tried.append(option)
         samples = sum(getattr(stage.batch, task) for task in segment.tasks)
         plans.append(SegmentPlan(segment, samples, sizes, written, tuple(tried)))
-    return StagePlan(number, stage.steps, lengths, precision, tuple(plans))
+    return StagePlan(number, stage.steps, lengths, precision, tuple(plans), bool(stage.fp8))
 
 
 def segments(stage: Stage) -> list[Segment]:
@@ -214,6 +220,7 @@ def model_of(recipe: Recipe, number: int, segment: Segment, precision: str) -> M
         dims=stage.loss.dims,
         exchange=stage.loss.exchange,
         stored=stage.stored,
+        fp8=bool(stage.fp8),
         weights=_numbers(empty.parameters()),
         learning=_numbers(learning),
         largest=max((p.numel() for p in learning), default=0),

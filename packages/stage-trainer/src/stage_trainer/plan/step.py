@@ -77,8 +77,9 @@ def _towers(model: Model, sizes: Sizes, setting: Setting, device: Device) -> Ite
     of_chunks = passes(model, sizes, setting, device, chunks, several)
     of_rests = passes(model, sizes, setting, device, rests, several)
     for i, factor in enumerate((1.0, sizes.squares)):
-        casts = of_chunks[i].casts  # made from numbers of twice as many bytes
-        work: Work = Counter({Kernel("memory", 3 * casts, casts): 1} if casts else {})
+        # Made from numbers of twice as many bytes; in 8 bits one by one, by rows and by columns, eager.
+        casts, passes_over = of_chunks[i].casts, 8 if model.fp8 else 3
+        work: Work = Counter({Kernel("memory", passes_over * casts, casts): 1} if casts else {})
         for one, times in ((of_chunks[i], whole[i] // max(1, chunks[i])), (of_rests[i], 1)):
             for part in (one.first, one.there, one.back) if setting.cache else (one.there, one.back):
                 work.update({kernel: often * times for kernel, often in part.items()})

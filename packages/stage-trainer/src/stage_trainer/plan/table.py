@@ -37,7 +37,8 @@ def heading(name: str, precision: str, cluster: Cluster) -> str:
 
 def stage_table(plan: StagePlan, cluster: Cluster) -> str:
     """Each segment's ways to run, and the memory, operations, time and money of the recipe's own and the best."""
-    lines = [f"stage {plan.number}: {plan.steps:,} steps, {plan.precision}; {plan.lengths.origin}"]
+    computed = f"{plan.precision}, blocks in FP8" if plan.fp8 else plan.precision
+    lines = [f"stage {plan.number}: {plan.steps:,} steps, {computed}; {plan.lengths.origin}"]
     lines += [f"  {line}" for line in plan.lengths.cut]
     for segment_plan in plan.segments:
         lines += ["", *_segment(segment_plan, plan, cluster)]

@@ -14,14 +14,12 @@ import weakref
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache
 from itertools import count
 from typing import Any, Literal
 
 import torch
 from text_tower import PackedTokens, TextTower, TextTowerConfig
-from text_tower.attention import Attend, sdpa
-from text_tower.packed import ByLength
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.autograd.graph import Node, get_gradient_edge
@@ -31,13 +29,13 @@ from vision_tower import VisionTower, VisionTowerConfig, patch_keep_indices
 from vision_tower.config import as_pair
 
 from stage_trainer.engine.cast_once import cast_once
+from stage_trainer.engine.float8 import in_float8
 from stage_trainer.plan.backward import run_backward
-from stage_trainer.plan.devices import Device
 from stage_trainer.plan.kernels import Tape, Work, of_pass
+from stage_trainer.plan.target import HOST, Target
 
 DEPTH = 4
 """Blocks that are run: in a vision tower the last one is of another kind, and two in a row give the difference."""
-HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -67,63 +65,6 @@ class Pass:
         """The same with so much of its memory, but for the gradients."""
         backward = tuple((int(share * (whole - own)) + own, own) for whole, own in self.backward)
         return replace(self, forward=int(share * self.forward), held=int(share * self.held), backward=backward)
-
-
-@dataclass(frozen=True)
-class Target:
-    """What of a device decides which kernels run: passes for two devices that agree in it are one.
-
-    Attributes:
-        cuda: a GPU, or else a CPU.
-        flash: whether PyTorch's variable-length attention runs there.
-        bf16: whether autocast computes in bfloat16.
-    """
-
-    cuda: bool
-    flash: bool
-    bf16: bool
-
-    @classmethod
-    def of(cls, device: Device, precision: str) -> Target:
-        """That of a device that computes in "bf16" or "fp32"."""
-        bf16 = precision == "bf16"
-        return cls(device.kind == "cuda", bf16 and device.capability >= (8, 0), bf16)
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cuda", 0) if self.cuda else HOST
-
-    def attend_images(self) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-        """The kernel that PyTorch chooses there, which keeps what others do; None: the tower's own choice is right."""
-        if not self.cuda:
-            return None
-        return _flash if self.bf16 else _efficient
-
-    def attend_texts(self) -> Attend | None:
-        """Likewise, for packed texts."""
-        if not self.cuda:
-            return None
-        return _flash_varlen if self.flash else partial(sdpa, kernel=self.attend_images())
-
-    def switch_autocast(self) -> None:
-        """torch.autocast switches itself off for "cuda" where there is no GPU."""
-        torch.set_autocast_enabled(self.device.type, self.bf16)
-
-
-def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
-    return out
-
-
-def _efficient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[0]
-    return out
-
-
-def _flash_varlen(q: Tensor, k: Tensor, v: Tensor, layout: ByLength) -> Tensor:
-    cu, longest = layout.cu_seqlens, layout.max_seqlen
-    out: Tensor = torch.ops.aten._flash_attention_forward(q, k, v, cu, cu, longest, longest, 0.0, False, False)[0]
-    return out
 
 
 def _flash_backward_workspace(grad: Tensor, query: Tensor, *_: object) -> int:
@@ -305,7 +246,8 @@ def _run(
     for block in blocks:
         block.register_forward_pre_hook(before_block)
     with warnings.catch_warnings(), ExitStack() as stack:
-        casts = stack.enter_context(cast_once(tower)) if cast else []
+        way = in_float8 if target.fp8 else cast_once
+        casts = stack.enter_context(way(tower)) if cast else []
         live.know(*casts)  # they are older than all else, so their gradients' turn comes last
         borders.add(max((each.grad_fn._sequence_nr() for each in casts if each.grad_fn), default=-1))
         stack.enter_context(live)

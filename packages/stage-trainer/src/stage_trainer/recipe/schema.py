@@ -160,6 +160,10 @@ class Stage:
     all of the data's texts, or each image's fixed views (`augmentation.views`), go through it once, when the stage
     starts or by `stage-trainer embed`, and then no more.
 
+    With `fp8` the blocks of both towers multiply in 8 bits, on a GPU of compute capability 8.9 or later
+    (`engine.float8`): in every pass of a step, since both passes of gradient caching have to be the same function.
+    `emulate` computes the same on a CPU, slowly. Validation, and what a checkpoint holds, stay as they are.
+
     A stage with `batch.masked_lm` trains only the text tower, to predict masked words. Fields for images, pairs or
     embeddings do not apply to it, and it needs no `resolution` and no `loss`."""
 
@@ -182,6 +186,7 @@ class Stage:
     teacher: TeacherConfig | None = None
     carry_optimizer: bool = False
     gradient_cache: GradientCache | Literal["auto"] | None = None
+    fp8: bool | Literal["emulate"] = False
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -23,6 +23,7 @@ def check_stage(recipe: Recipe, number: int, here: str) -> None:
             raise UserError(f"{here}: batch.{task} is {size} but data.{task} names no data; add sources or set it to 0")
     _check_rates(stage, here)
     _check_gradient_cache(stage, here)
+    _check_fp8(recipe.precision, stage, here)
     if stage.carry_optimizer and (number == 1 or recipe.stage(number - 1).task != stage.task):
         raise UserError(
             f"{here}: 'carry_optimizer' continues with the moments of a previous stage of the same kind, and there is "
@@ -276,6 +277,18 @@ def _check_gradient_cache(stage: Stage, here: str) -> None:
         raise UserError(
             f"{here}: 'gradient_cache' should give the images and the tokens of one forward pass, such as "
             "{images: 256, tokens: 16384} (0: all of them), or be 'auto'; leave it out for none"
+        )
+
+
+def _check_fp8(precision: str, stage: Stage, here: str) -> None:
+    if not stage.fp8:
+        return
+    if precision == "fp32":
+        raise UserError(f"{here}: 'fp8' is for towers in bfloat16, and precision is 'fp32'; leave one of them out")
+    if stage.deepspeed.get("zero_optimization", {}).get("stage") == 3:
+        raise UserError(
+            f"{here}: 'fp8' casts weights once a step, and under deepspeed.zero_optimization.stage 3 they are not "
+            "whole so long; set the stage to 2 or less, or leave 'fp8' out"
         )
 
 

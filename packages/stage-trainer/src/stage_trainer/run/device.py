@@ -17,6 +17,8 @@ _OLDEST_DRIVER = {11: "450.80", 12: "525.60", 13: "580.65"}
 """Of Linux, by CUDA's major version (CUDA Toolkit release notes, table "Minimum Required Driver Version for CUDA Minor
 Version Compatibility")."""
 
+_FP8 = "8.9 (Ada), 9.0 (Hopper) or later"
+
 
 def uses_gpu(device: str, precision: str, say: Callable[[str], None] = print) -> bool:
     """Whether this rank computes on a GPU; with `device: cpu` GPUs are hidden from this process.
@@ -46,6 +48,44 @@ def uses_gpu(device: str, precision: str, say: Callable[[str], None] = print) ->
             "precision=auto or device=cpu to train on the CPU"
         )
     return False
+
+
+def check_fp8(wanted: bool | str, precision: str, device: torch.device) -> None:
+    """Whether a stage's `fp8` can run here.
+
+    Args:
+        wanted: the stage's.
+        precision: "bf16" or "fp32", as it is on this device.
+
+    Raises:
+        UserError: what is missing.
+    """
+    if not wanted:
+        return
+    if precision != "bf16":
+        raise UserError("'fp8' is for towers in bfloat16, and precision: auto is fp32 on this machine; leave 'fp8' out")
+    if device.type == "cpu":
+        if wanted != "emulate":
+            raise UserError(
+                f"'fp8' needs a GPU of compute capability {_FP8}, and this run is on a CPU; leave 'fp8' out, or set it "
+                "to 'emulate', which computes the same numbers on a CPU, slowly"
+            )
+        return
+    if wanted == "emulate":
+        raise UserError("'fp8' is 'emulate', which is for CPUs, and this run is on a GPU; set it to true")
+    if torch.version.hip:
+        raise UserError("'fp8' is for NVIDIA GPUs: AMD's have another format of 8 bits; leave it out")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 9):
+        raise UserError(
+            f"'fp8' needs a GPU of compute capability {_FP8}, and {torch.cuda.get_device_name(device)} has "
+            f"{capability[0]}.{capability[1]}; leave 'fp8' out"
+        )
+    if capability == (8, 9) and _numbers(torch.__version__.partition("+")[0])[:2] < (2, 12):
+        raise UserError(
+            f"'fp8' on a GPU of compute capability 8.9 needs PyTorch 2.12 or later, and this is {torch.__version__}, "
+            "whose products in 8 bits may hang there (pytorch#177651); install a newer one, or leave 'fp8' out"
+        )
 
 
 def _nvidia_gpu() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -170,8 +171,8 @@ def forward_backward(
     losses_of = partial(engine.objective.losses, batch=batch, pairs=pairs, group=group)
     if cache:
         return backward_through_chunks(engine, batch, losses_of, cache, patch_dropout=patch_dropout)
-    losses: Losses = losses_of(engine.forward(batch, patch_dropout=patch_dropout))
-    with engine.backwards() as backward:
+    with engine.backwards() as backward, engine.cast_once() if engine.objective.fp8 else nullcontext():
+        losses: Losses = losses_of(engine.forward(batch, patch_dropout=patch_dropout))
         backward(total(losses), True)
     return losses
 

@@ -4,6 +4,9 @@ The batch is embedded in chunks without keeping anything for the backward pass, 
 gradients, and each chunk is embedded again, now to send its part of the gradient into the towers. Dropout and patch
 dropout are functions of each sample's seed, so the second pass repeats the first.
 
+Both passes compute in 8 bits, or neither does (`Stage.fp8`). The first alone would be faster, too, but not the gradient
+of anything: the loss's gradients at its embeddings would go into towers that give others.
+
 (Plain accumulation, with a loss for each chunk, would compute another loss: the negatives of a contrastive loss are
 those of its batch, and chunks would not see one another's.)
 """

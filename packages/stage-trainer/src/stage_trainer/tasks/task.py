@@ -192,6 +192,7 @@ class Task(ABC):
     def make_engine(self, model: nn.Module, optimizer: dict[str, Tensor] | None) -> Engine:
         """An engine for the model, with the optimizer state to continue with."""
         objective, recipe = self.make_objective(model), self.recipe
+        objective.fp8 = bool(self.stage.fp8)
         objective.set_trainable(self.stage)
         return make_engine(
             objective,
