@@ -111,7 +111,7 @@ class Folder:
             yield Dropped("file name outside the folder", where)
             return
         found = pick(values, self.language_column, self._usual(_LANGUAGE))
-        language = found if isinstance(found, str) and found else self.language
+        language = found if isinstance(found, str) and found.strip() else self.language
         short = self._captions(pick(values, self.caption_column, self._usual(_CAPTION)), language, "name")
         long = self._captions(pick(values, self.long_column, self._usual(_LONG)), language, "long")
         if short is None or long is None:

@@ -43,6 +43,7 @@ from data_prep.sources.tables import (
     read_table,
     shown,
 )
+from data_prep.sources.unnamed_labels import check_lists, check_others
 
 _ROWS = 20_000
 _LOOK_AT = 1000  # rows of a file
@@ -150,10 +151,12 @@ class Texts:
     def labelled(self, rows: Iterable[Row | Dropped]) -> bool:
         """Whether the first rows have labels of which those that are no match become hard negatives. UserError if they
         have labels or scores that cannot be read."""
-        first = [row for row in islice(rows, _LOOK_AT) if not isinstance(row, Dropped) and isinstance(row[1], dict)]
+        found = [row for row in islice(rows, _LOOK_AT) if not isinstance(row, Dropped)]
+        first = [row for row in found if isinstance(row[1], dict)]
         said = [self._judged(*row) for row in first]
+        check_lists(self._labels(), found)
         if first and not self._positive(first[0][1]):
-            self._labels(self._pair(first[0][1])).check_others(first)
+            check_others(self._labels(self._pair(first[0][1])), first)
         wanted = self.graded == "pairs" and self.no_match != "none"
         return wanted and any(one is not None and one.grade is None for one in said)
 
