@@ -253,3 +253,20 @@ def test_shares_of_a_hundred_and_decimal_commas_are_scores(run, tmp_path, marks)
 def test_a_comma_that_may_be_a_thousands_mark_makes_no_score(run, tmp_path):
     found = run("texts", files=(str(write(tmp_path / "t.csv", pairs(["1,000", "1"], "similarity"))),))
     assert queries(found) == ["q1"]
+
+
+@pytest.mark.parametrize(("label", "kept"), [("label", ["q0"]), ("is_duplicate", ["q0"]), ("score", ["q0", "q1"])])
+def test_a_positive_column_does_not_overrule_a_label_that_says_no(run, tmp_path, label, kept):
+    rows = [{"anchor": f"q{n}", "positive": f"t{n}", label: mark} for n, mark in enumerate((1, 0))]
+    assert queries(run("texts", files=(str(write(tmp_path / "t.csv", rows)),))) == kept
+    rows = [{**row, "negative": "n"} for row in rows]  # a label of a triplet is a margin
+    path = write(tmp_path / "n.csv", rows)
+    assert queries(run("texts", files=(str(path),), out=tmp_path / "more")) == ["q0", "q1"]
+
+
+def test_texts_that_may_be_missing_values_are_counted_and_kept(run, tmp_path):
+    found = run(
+        "texts", files=(str(write(tmp_path / "t.csv", [{"query": "q", "target": t} for t in ("nan", "None", "b")])),)
+    )
+    assert found.receipt["notes"]["texts that may stand for a missing value (NULL, nan, None); they are kept"] == 2
+    assert len(found.samples["text-pairs"]) == 3

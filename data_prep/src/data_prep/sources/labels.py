@@ -129,6 +129,11 @@ class Labels:
             return Judgement(False, wrong.reason, graded, wrong.against)
         return Judgement(True, grade=graded) if found else None
 
+    def contradicts(self, row: JsonObject) -> bool:
+        """Whether a label of a row says that its texts do not match; scores do not count."""
+        said = [said_of(row[name]) for name in self.columns(row) if _is_label(name) and not _is_turned(name)]
+        return any(is_no(one) or number_of(one) == 0 for one in said)
+
     def _one(self, name: str, value: Any, row: JsonObject, where: str) -> Judgement:
         said = said_of(value)
         if _is_turned(name) and (self.graded or not self.positives):
