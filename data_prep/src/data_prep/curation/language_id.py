@@ -33,8 +33,8 @@ _PERHAPS = 0.5  # below which the agreement of lingua does not help: short texts
 _CLEAR = 0.62  # lingua's confidence that counts as sure
 _ONE_OF_THREE = 0.5  # py3langid's probability for the Scandinavian languages together, with which spelling decides
 _LONG = 30  # letters from which on it is enough that both tend to the same of the three, if their spelling is the same
-_TENDENCY = (0.5, 0.6)  # of lingua and of py3langid among the three; of shorter texts _SHORT
-_SHORT = (0.5, 0.8)
+_TENDENCY = (0.55, 0.6)  # of lingua and of py3langid among the three; of shorter texts _SHORT
+_SHORT = (0.55, 0.8)
 _WORDS = 2  # that speak for a language against lingua
 
 
