@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from functools import cache
 
 LANGUAGES = tuple(
@@ -12,18 +13,24 @@ LANGUAGES = tuple(
 # The locales of Debian's packages that are "no", "zh" and "pt" here; others of these languages are left out.
 OTHER_CODES = {"nb": "no", "zh_CN": "zh", "pt_BR": "pt"}
 
-# In the order of LANGUAGES.
+# In the order of LANGUAGES, in English and as its speakers call it.
 _NAMES = (
     "arabic bengali chinese danish dutch english finnish french georgian german greek hindi indonesian italian "
     "japanese korean latvian norwegian polish portuguese romanian russian slovak spanish swedish thai turkish "
     "ukrainian urdu vietnamese"
 )
-# What langcodes leaves as it is: written standards and spoken variants of one of the thirty, English names, and
-# countries' codes where they are no language's.
+_OWN_NAMES = (
+    "العربية বাংলা 中文 dansk nederlands english suomi français ქართული deutsch ελληνικά हिन्दी bahasa italiano 日本語 "
+    "한국어 latviešu norsk polski português română русский slovenčina español svenska ไทย türkçe українська اردو "
+    "tiếngviệt"
+)
+# What langcodes leaves as it is: written standards and spoken variants of one of the thirty, names, and countries'
+# codes where they are no language's.
 _MORE = {
     **dict(zip(_NAMES.split(), LANGUAGES, strict=True)),
-    **dict.fromkeys(("nb", "nn"), "no"),
-    **dict.fromkeys(("yue", "wuu", "hak", "nan", "gan", "hsn", "cdo", "cjy", "lzh"), "zh"),
+    **dict(zip(_OWN_NAMES.split(), LANGUAGES, strict=True)),
+    **dict.fromkeys(("nb", "nn", "bokmål", "bokmal", "nynorsk"), "no"),
+    **dict.fromkeys("yue wuu hak nan gan hsn cdo cjy lzh mandarin cantonese 汉语 漢語 zhs zht".split(), "zh"),  # noqa: SIM905
     **dict.fromkeys("acm acq aeb afb ajp apc ars ary arz ayl".split(), "ar"),  # noqa: SIM905
     "jp": "ja",
     "cn": "zh",
@@ -31,23 +38,45 @@ _MORE = {
     "dk": "da",
     "ua": "uk",
     "vn": "vi",
+    "bangla": "bn",
+    "flemish": "nl",
+    "castilian": "es",
+    "simple": "en",  # Wikipedia's
+}
+# How a missing value is written; "nan", a missing number to pandas, is also the code of Min Nan.
+_NOTHING = {"unknown", "unk", "none", "null", "nan", "na", "n/a", "undefined", "undetermined", "default", "x-default"}
+# What stands beside a name and says which kind of the language: "Chinese (Simplified)", "Brazilian Portuguese".
+_KINDS = {
+    *("simplified", "traditional", "mandarin", "cantonese", "classical", "modern", "standard", "han", "latin"),
+    *("american", "british", "brazilian", "european", "canadian", "mexican", "bokmål", "bokmal", "nynorsk"),
+    *("brazil", "portugal", "spain", "mexico", "china", "taiwan", "us", "uk", "gb", "indonesia", "language"),
 }
 
 
 @cache
 def house_language(code: str) -> str:
     """The ISO 639-1 code, or where there is none the 639-3 code, of what others write: en-US, zh_Hant, deu_Latn, nb,
-    French. What is no code of a language is returned as it is."""
+    French, __label__fr; "und" for none, null, unknown and the like. What is no code of a language is returned as it
+    is."""
     if code in LANGUAGES:
         return code
-    plain = re.split(r"[.@]", code.strip().lower())[0]  # pt_BR.UTF-8, de_DE@euro
-    if plain in _MORE:
-        return _MORE[plain]
+    plain = unicodedata.normalize("NFKC", code).strip("\ufeff \t\r\n\"'()[]").lower()
+    plain = re.split(r"[.@;]", re.sub(r"^(__label__|lang[_-])", "", plain))[0]  # pt_BR.UTF-8, de_DE@euro, en;q=0.9
+    if plain in _NOTHING:
+        return "und"
+    if plain in LANGUAGES or plain.replace(" ", "") in _MORE:
+        return _MORE.get(plain.replace(" ", ""), plain)
+    words = [word for word in re.split(r"[\s_()-]+", plain) if word]
+    named = {_MORE[word] for word in words if len(word) > 3 and word in _MORE}
+    if len(named) == 1 and all(word in _KINDS or _MORE.get(word) in named for word in words):
+        return named.pop()
     from langcodes import Language  # only where it is needed: most data say it as the house does
 
     try:
         language = Language.get(plain)
     except ValueError:
-        return code
+        return words[0] if len(words) > 1 and words[0] in LANGUAGES and words[1] in _KINDS else code
+    if len(words) == 2 and words[1] in LANGUAGES and not Language.make(territory=words[1].upper()).is_valid():
+        return code  # de-en: two languages
     own, whole = language.language or code, language.prefer_macrolanguage().language
     return _MORE.get(own, whole if whole in LANGUAGES else own)

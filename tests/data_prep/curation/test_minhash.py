@@ -205,3 +205,10 @@ def test_as_datasketch_sees_them():
         assert (near_duplicates(signatures(pair), similarity=0.75)[1] == 0) == same
         low = signatures(pair).low
         assert estimate(low[:1], low[1:])[0] == pytest.approx(theirs, abs=0.15)
+
+
+def test_signs_without_a_width_are_no_difference():
+    text = "The quick brown fox jumps over the lazy dog"
+    for sign in "\u00ad\u200b\u200e\u2060\ufeff\u202a":
+        assert normalize_text(text.replace("o", f"o{sign}")) == normalize_text(text)
+    assert normalize_text("👨\u200d👩") != normalize_text("👨👩")

@@ -233,3 +233,44 @@ def test_a_set_on_a_hub_is_read_part_by_part(hub, say_to_hub, read_back, tmp_pat
     other = say_to_hub("beir", "someone/something", "--config", "fr", "--out", str(tmp_path / "out2"))
     assert other.returncode == 2
     assert "has no configuration fr-queries" in other.stderr
+
+
+def small(place: Path, corpus: list, queries: list, judgements: list) -> Path:
+    (place / "qrels").mkdir(parents=True)
+    (place / "corpus.jsonl").write_text("".join(json.dumps({"_id": i, "text": t}) + "\n" for i, t in corpus))
+    (place / "queries.jsonl").write_text("".join(json.dumps({"_id": i, "text": t}) + "\n" for i, t in queries))
+    rows = "".join(f"{query}\t{document}\t1\n" for query, document in judgements)
+    (place / "qrels/train.tsv").write_text("query-id\tcorpus-id\tscore\n" + rows)
+    return place
+
+
+def test_an_id_of_two_texts_joins_neither(run, tmp_path):
+    corpus = [("1", "one"), ("2", "two"), ("1.0", "another one"), (1, "a third"), ("2", "two")]
+    queries = [("a", "asks one"), ("b", "asks two"), ("c", "asks two, too"), ("c", "and again")]
+    found = run("beir", data=small(tmp_path / "set", corpus, queries, [("a", 1), ("b", 2), ("c", 2)]))
+    assert [sample.content["query"][0]["text"] for sample in found.samples["text-pairs"]] == ["asks two"]
+    assert found.dropped["document id of two different texts"] == 3
+    assert found.dropped["query id of two different texts"] == 2
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("550E8400-E29B-41D4-A716-446655440000", "{550e8400-e29b-41d4-a716-446655440000}"),
+        ("caf\u00e9", "cafe\u0301"),
+        (1e3, "1000"),
+        (2**63 + 5, str(2**63 + 5)),
+        (" 7", "7.0"),
+    ],
+)
+def test_ids_that_are_one_join(run, tmp_path, ours, theirs):
+    found = run("beir", data=small(tmp_path / "set", [(ours, "d"), ("x", "e")], [("q", "asks")], [("q", theirs)]))
+    assert len(found.samples["text-pairs"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [("01", "1"), ("1e3", "1000"), (2**53 + 2, f"{2**53 + 2}.0"), ("A", "a"), ("", "x1")]
+)
+def test_ids_that_are_not_one_do_not_join(run, tmp_path, ours, theirs):
+    place = small(tmp_path / "set", [(ours, "d"), ("x", "e")], [("q", "asks"), ("r", "r")], [("q", theirs), ("r", "x")])
+    assert [each.content["query"][0]["text"] for each in run("beir", data=place).samples["text-pairs"]] == ["r"]

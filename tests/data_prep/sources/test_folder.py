@@ -220,7 +220,7 @@ def test_a_delimiter_that_is_none_is_refused_with_one_line(folder, tmp_path, cap
     assert "expected one character" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("raw", [b"file,caption\n", gzip.compress(b"file,caption\n" * 99, mtime=0)[:14]])
+@pytest.mark.parametrize("raw", [b"\x1f\x8bfile,caption\n", gzip.compress(b"file,caption\n" * 99, mtime=0)[:14]])
 def test_a_table_that_is_no_gzip_or_cut_in_its_first_line_is_refused(folder, run, raw):
     (folder / "t.csv.gz").write_bytes(raw)
     with pytest.raises(UserError, match="its first line cannot be unpacked"):
@@ -351,7 +351,7 @@ def test_no_picture_is_on_both_sides_of_a_split(folder, tmp_path, picture):
 
 def test_languages_that_no_sample_may_have_are_counted_instead_of_published(tmp_path, run, picture):
     (tmp_path / "a.png").write_bytes(picture(0, encoding="PNG"))
-    languages = ["de", "a/b", "e\u2028n", "\x1b[31m", "\ud800", "\x85"]
+    languages = ["de", "a/b", "e\u2028n", "\x1b[31m", "\ud800", "d\x85e"]
     lines = [json.dumps({"image": "a.png", "caption": "c", "language": language}) for language in languages]
     (tmp_path / "table.jsonl").write_text("\n".join(lines))
     found = run("images", folder=tmp_path)
@@ -385,3 +385,37 @@ def test_a_table_that_does_not_fit_its_folder_is_said_loudly(folder, tmp_path, c
     write_table(folder / "t.csv", rows[:2])
     assert main([*command, "--name", "fits"]) == 0
     assert "WARNING" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("there", "named"),
+    [
+        ("sub/a b.jpg", "sub\\a b.jpg"),
+        ("a b.jpg", "a%20b.jpg"),
+        ("caf\u00e9.jpg", "cafe\u0301.jpg"),
+        ("na\u0308ch.jpg", "n\u00e4ch.jpg"),
+        ("a.JPG", "a.jpg"),
+        ("a.jpg", " a.JPG "),
+    ],
+)
+def test_a_name_that_is_spelt_otherwise_is_found_and_counted(tmp_path, run, picture, there, named):
+    root = tmp_path / "photos"
+    (root / there).parent.mkdir(parents=True)
+    (root / there).write_bytes(picture())
+    (root / "100%25.jpg").write_bytes(picture(1))
+    write_table(root / "t.csv", [["file", "caption"], [named, "one"], [there, "two"], ["100%25.jpg", "as it stands"]])
+    found = run("images", folder=root)
+    assert len({sample.content["item"] for sample in found.samples["image-short"]}) == 2
+    assert [sample.captions for sample in found.samples["image-short"]] == [["one"], ["two"], ["as it stands"]]
+    assert found.receipt["notes"]["images under another spelling of their name"] == 1
+
+
+def test_other_spellings_lead_to_no_other_file(tmp_path, run, picture):
+    root = tmp_path / "photos"
+    root.mkdir()
+    for number, name in enumerate(("a.jpg", "b.jpg")):
+        (root / name).write_bytes(picture(number))
+    (tmp_path / "out.jpg").write_bytes(picture(3))
+    rows = [["a.jpg", "one"], ["A.jpg", "x"], ["..%2Fout.jpg", "y"], ["..\\out.jpg", "z"], ["a.png", "w"]]
+    write_table(root / "t.csv", [["file", "caption"], *rows])
+    assert run("images", folder=root).dropped == {"no such image file": 4}

@@ -158,3 +158,115 @@ def test_a_positive_says_itself_that_it_is_one(run, tmp_path):
 def test_labels_may_be_decimals(run, tmp_path):
     path = write(tmp_path / "t.parquet", pairs([Decimal("1"), Decimal("0")]))
     assert queries(run("texts", files=[path])) == ["q0"]
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.parquet"])
+@pytest.mark.parametrize(
+    ("column", "marks"),
+    [
+        ("distance", ["0.05", "0.9", "0.2"]),
+        ("cosine_distance", [0.05, 0.9, 0.2]),
+        ("edit_distance", [1, 12, 3]),
+        ("dissimilarity", ["0.05", "0.9", "0.2"]),
+        ("contradiction_score", [0.9, 0.1, 0.8]),
+        ("is_not_duplicate", [1, 0, 1]),
+        ("nonDuplicate", [True, False, True]),
+        ("mismatch", [1, 0, 1]),
+    ],
+)
+def test_what_says_how_different_texts_are_is_no_likeness(run, tmp_path, name, column, marks):
+    path = write(tmp_path / name, pairs(marks, column))
+    with pytest.raises(UserError, match=f"{column} is .* how different the texts are.*--label-column none"):
+        run("texts", files=(str(path),))
+    with pytest.raises(UserError, match="how different"):
+        run("texts", files=(str(path),), label_column=column, graded="sts")
+    assert queries(run("texts", files=(str(path),), label_column="none")) == ["q0", "q1", "q2"]
+
+
+def test_a_label_that_is_turned_round_is_read_by_its_positives(run, tmp_path):
+    path = write(tmp_path / "t.csv", pairs([1, 0, 1], "is_not_duplicate"))
+    assert queries(run("texts", files=(str(path),), label_column="is_not_duplicate", positives="0")) == ["q1"]
+
+
+@pytest.mark.parametrize(
+    ("column", "marks"),
+    [
+        ("confidence", [0.9, 0.1, 0.8]),
+        ("class", ["paraphrase", "not a paraphrase", "paraphrase"]),
+        ("annotation", ["good", "bad", "good"]),
+        ("is_valid", ["valid", "invalid", "valid"]),
+        ("opinion", [1, -1, 1]),
+    ],
+)
+def test_shares_and_opposites_under_any_name_are_asked_about(run, tmp_path, column, marks):
+    path = write(tmp_path / "t.csv", pairs(marks, column))
+    with pytest.raises(UserError, match=f"{column} is .*--label-column {column}, else --label-column none"):
+        run("texts", files=(str(path),))
+    assert len(queries(run("texts", files=(str(path),), label_column="none"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("language", ["no", "sv", "da"]),
+        ("lid_score", [0.9, 0.2, 0.5]),
+        ("split", ["train", "test", "train"]),
+        ("id", [0, 1, 2]),
+        ("note", ["Yes, it is.", "No, never.", "good"]),
+        ("words", [3, 1, 7]),
+    ],
+)
+def test_what_says_something_else_is_not_asked_about(run, tmp_path, column, values):
+    path = write(tmp_path / "t.csv", pairs(values, column))
+    assert len(queries(run("texts", files=(str(path),)))) == 3
+
+
+def test_labels_in_lists_are_asked_about(run, tmp_path):
+    path = tmp_path / "t.jsonl"
+    for marks in (["1", "0", "1"], ["entailment", "contradiction", "entailment"], [0.2, 0.9, 0.2]):
+        for place in (0, 2):
+            rows = [[f"q{n}", f"t{n}"] for n in range(3)]
+            for row, mark in zip(rows, marks, strict=True):
+                row.insert(place, mark)
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            with pytest.raises(UserError, match=f"element {place + 1} of the lists .* may be a label"):
+                run("texts", files=(str(path),))
+    path.write_text('["a", "b", "c"]\n["d", "e", "f"]\n')
+    assert queries(run("texts", files=(str(path),))) == ["a", "d"]
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.parquet"])
+def test_labels_in_objects_are_asked_about(run, tmp_path, name):
+    rows = [{"query": f"q{n}", "target": f"t{n}", "annotation": {"label": mark}} for n, mark in enumerate("101")]
+    path = write(tmp_path / name, rows)
+    with pytest.raises(UserError, match=r"--label-column annotation\.label"):
+        run("texts", files=(str(path),))
+    assert queries(run("texts", files=(str(path),), label_column="annotation.label")) == ["q0", "q2"]
+
+
+@pytest.mark.parametrize("marks", [["95%", "10 %", "80%"], ["0,95", "0,1", "0,8"], ["1,0", "0,1", "0,85"]])
+def test_shares_of_a_hundred_and_decimal_commas_are_scores(run, tmp_path, marks):
+    path = write(tmp_path / "t.csv", pairs(marks, "similarity"))
+    assert queries(run("texts", files=(str(path),))) == ["q0", "q2"]
+
+
+def test_a_comma_that_may_be_a_thousands_mark_makes_no_score(run, tmp_path):
+    found = run("texts", files=(str(write(tmp_path / "t.csv", pairs(["1,000", "1"], "similarity"))),))
+    assert queries(found) == ["q1"]
+
+
+@pytest.mark.parametrize(("label", "kept"), [("label", ["q0"]), ("is_duplicate", ["q0"]), ("score", ["q0", "q1"])])
+def test_a_positive_column_does_not_overrule_a_label_that_says_no(run, tmp_path, label, kept):
+    rows = [{"anchor": f"q{n}", "positive": f"t{n}", label: mark} for n, mark in enumerate((1, 0))]
+    assert queries(run("texts", files=(str(write(tmp_path / "t.csv", rows)),))) == kept
+    rows = [{**row, "negative": "n"} for row in rows]  # a label of a triplet is a margin
+    path = write(tmp_path / "n.csv", rows)
+    assert queries(run("texts", files=(str(path),), out=tmp_path / "more")) == ["q0", "q1"]
+
+
+def test_texts_that_may_be_missing_values_are_counted_and_kept(run, tmp_path):
+    found = run(
+        "texts", files=(str(write(tmp_path / "t.csv", [{"query": "q", "target": t} for t in ("nan", "None", "b")])),)
+    )
+    assert found.receipt["notes"]["texts that may stand for a missing value (NULL, nan, None); they are kept"] == 2
+    assert len(found.samples["text-pairs"]) == 3

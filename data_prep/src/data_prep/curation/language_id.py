@@ -32,6 +32,9 @@ _SURE = 0.9  # of py3langid, below which lingua is asked
 _PERHAPS = 0.5  # below which the agreement of lingua does not help: short texts in a kindred language
 _CLEAR = 0.62  # lingua's confidence that counts as sure
 _ONE_OF_THREE = 0.5  # py3langid's probability for the Scandinavian languages together, with which spelling decides
+_LONG = 30  # letters from which on it is enough that both tend to the same of the three, if their spelling is the same
+_TENDENCY = (0.55, 0.6)  # of lingua and of py3langid among the three; of shorter texts _SHORT
+_SHORT = (0.55, 0.8)
 _WORDS = 2  # that speak for a language against lingua
 
 
@@ -85,7 +88,7 @@ def _scandinavian(text: str, ranked: dict[str, float]) -> tuple[str, float]:
     """The one of the three of which the spelling of most words speaks, else lingua's choice; `ranked` is py3langid's.
 
     Spelling is sure if lingua's choice is the same, or it is not sure itself, or there are `_WORDS` such words. Without
-    it lingua has to be sure, and py3langid to agree.
+    it py3langid has to agree, and one of them to be sure enough.
     """
     values = _lingua(_SCANDINAVIAN).compute_language_confidence_values(text)
     likeliest, clear = _code(values[0].language), values[0].value >= _CLEAR
@@ -93,8 +96,12 @@ def _scandinavian(text: str, ranked: dict[str, float]) -> tuple[str, float]:
     best, second, _ = sorted(against, key=lambda code: against[code])
     margin = against[second] - against[best]
     if not margin:
-        agreed = clear and ranked[likeliest] == max(ranked.values())
-        return likeliest, together if agreed else together * _PERHAPS
+        least = _TENDENCY if letters(text) >= _LONG else _SHORT
+        tend = values[0].value >= least[0] and ranked[likeliest] >= least[1] * together > least[1] * _ONE_OF_THREE
+        agreed = ranked[likeliest] == max(ranked.values()) and against[likeliest] == against[best]
+        if agreed and tend:
+            return likeliest, max(_SURE, together)
+        return likeliest, together if agreed and clear else together * _PERHAPS
     agreed = together > _ONE_OF_THREE and (likeliest == best or margin >= _WORDS or not clear)
     return best, max(_SURE, together) if agreed else together * _PERHAPS
 

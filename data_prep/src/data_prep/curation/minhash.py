@@ -59,7 +59,10 @@ _BETWEEN_ASCII = re.compile(rf"[^a-z0-9$+<=>{_TELLING}]+")  # the same for ASCII
 _ARITHMETIC = re.compile(r"[-*/^](?=\d)(?<![^\d\s(=].)|[-*/^](?= \d)(?<=\d .)")
 _AS_SYMBOLS = {"-": "−", "*": "×", "/": "÷", "^": "↑"}
 _RAISED = re.compile(r"(?<=\w)(?=[²³¹⁰⁴-⁹])")
-_DASHES = str.maketrans(dict.fromkeys("‐‑‒–—−", "-"))
+# Signs without a width (soft hyphens, marks of direction, breaks) are in one copy of a text and not in the other; the
+# joiner of emoji (200D) says something.
+_INVISIBLE = (0xAD, 0x200B, 0x200C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2060, 0x206A), 0xFEFF)
+_DASHES = str.maketrans(dict.fromkeys("‐‑‒–—−", "-")) | dict.fromkeys(_INVISIBLE, "")
 _ARTICLES = re.compile(r"^(a|an|the|some)\s+")
 
 

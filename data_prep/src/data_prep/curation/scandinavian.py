@@ -23,7 +23,8 @@ _SIGNS = {
         tusind\w* tyve kvinder? piger? dreng\w* fjeld\w* farver? vinduer? tag \w*arbej\w* spil forskel\w* giver?
         gives fuld\w* tynde? åbne\w* åben tyvende billet\w* koldt kold
         \w*æ[bdfgkmnv]\w* \w*(?:læs|præs|græs|næst|sæt|tæt|jælp|tæll|fælle|vælg|sælg|gæld|mælk|bælt|hæld|vælt)\w*
-        \w*(?:søg|bøg|nøgl)\w* \w{2,}(?:is|iv|ul|id|ic|ik|ur|og|um|ll|in|gn)ere(?:de?|t)s?
+        \w*(?:søg|bøg|nøgl)\w* billed\w* adgangskode\w*
+        \w{2,}(?:is|iv|ul|id|ic|ik|ur|og|um|ll|in|gn)ere(?:de?|t)s?
         \w*(?:fejl|vej|rejs|sejl|plej)\w* i?gennem\w* kend(?:e|er|es|te?)\w* kør(?:e|er|te?|sel)\w* gør(?:e|es)? køb\w*
         find(?:e|er|es) ind(?:hold|tast|stil|gå|led|byg|før|kom|sam|send|del|til|eholde)\w*
         tillad\w* understøt\w* nulstil\w* oplys\w* yderligere nemt? nemme\w*
@@ -45,6 +46,7 @@ _SIGNS = {
         nett(?:side|sted|les|verk|adresse|tjen)\w* \w+(?<!s)sett(?:e|es|er|else\w*|ing\w*) finne finnes funnet mellom
         \w*(?:lisens|aksept|sentral|prosess|suksess|prosent)\w* \w*grunn\w* gitte? blitt tatt dere blant aldri
         krev\w* les(?:e|er|es|te?) \w*(?:sertifi|spesi)\w* ukentlig\w* sjekk\w* vennlig\w* understrek\w*
+        velg\w* hendels\w* \w*passord\w* inn angre[st]? \w*bilde[rt]?
         kanskje ennå neste måte[nr]? takk \w*(?:frykt|slekt)\w* opplys\w* ytterligere
     """,
     "no sv": r"""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from data_prep.errors import UserError
 from data_prep.image_rule import ImageRule
@@ -89,6 +89,9 @@ class Beir:
         return TextRows(Texts((), self.language, self.origin, self.negatives), self.language_column)
 
 
+_Content = TypeVar("_Content")
+
+
 @dataclass(frozen=True)
 class _Joined:
     """groups: query → (document, mark) of each, in the order of the judgements; queries: texts and languages;
@@ -111,21 +114,25 @@ def _join(source: Beir, parts: tuple[Part, ...]) -> _Joined:
         groups = _judgements(parts[2], lost)
     languages = (source.language_column,) if source.language_column else ("language", "lang", "locale")
     queries: dict[str, tuple[str, str]] = {}
+    twice: list[str] = []
     for where, row in _good(parts[0], (*ID, *_TEXT, *languages), lost):
         name, text = _id(row), next((row[column] for column in _TEXT if isinstance(row.get(column), str)), None)
         if name is None or text is None:
             lost.append(Dropped("query without an id or text", where))
         elif name in groups:
             said = next((row[column] for column in languages if isinstance(row.get(column), str)), "")
-            queries[name] = text, said
+            _put(queries, name, (text, said), twice)
     wanted = {name for judgements in groups.values() for name in judgements}
+    _forget(queries, twice, "query", lost)
     documents: dict[str, Passage] = {}
+    twice = []
     for where, row in _good(parts[1], (*ID, *_TEXT, "title"), lost):
         name, text = _id(row), next((row[column] for column in _TEXT if isinstance(row.get(column), str)), None)
         if name is None or text is None:
             lost.append(Dropped("document without an id or text", where))
         elif name in wanted:
-            documents[name] = with_title(row.get("title"), text)
+            _put(documents, name, with_title(row.get("title"), text), twice)
+    _forget(documents, twice, "document", lost)
     for what, found, asked in (("queries", queries, set(groups)), ("corpus", documents, wanted)):
         if not asked & found.keys():
             example = f"{min(asked)!r}, for example" if asked else "none"
@@ -133,6 +140,18 @@ def _join(source: Beir, parts: tuple[Part, ...]) -> _Joined:
                 f"{source.data}: no id of the judgements is among those of the {what}; they ask for {example}"
             )
     return _Joined([(query, list(found.items())) for query, found in groups.items()], queries, documents, lost)
+
+
+def _put(found: dict[str, _Content], name: str, content: _Content, twice: list[str]) -> None:
+    if found.setdefault(name, content) != content:
+        twice.append(name)
+
+
+def _forget(found: dict[str, _Content], twice: list[str], what: str, lost: list[Dropped | Noted]) -> None:
+    """Takes out what two rows with one id say differently: nobody knows which of them is judged."""
+    for name in dict.fromkeys(twice):
+        del found[name]
+        lost.append(Dropped(f"{what} id of two different texts", f"{what} {name}", 1 + twice.count(name)))
 
 
 def _judgements(part: Part, lost: list[Dropped | Noted]) -> Groups:

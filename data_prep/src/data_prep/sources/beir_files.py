@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from data_prep.names import is_hidden
 from data_prep.shards.format import JsonObject
 from data_prep.sources.arrow import read_arrow
 from data_prep.sources.hf_files import HfFiles, config_names, find_files
+from data_prep.sources.packed import PACKED
 from data_prep.sources.parquet import read_parquet
 from data_prep.sources.records import Dropped, Row, file_stat, objects
 from data_prep.sources.tables import open_bytes, read_lines
@@ -160,7 +159,7 @@ def cells_of(path: Path) -> Iterator[tuple[str, list[str]] | Dropped]:
                     yield Dropped("not UTF-8", where, content=raw)
                 else:
                     yield where, line.removesuffix("\n").removesuffix("\r").split("\t")
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        except PACKED as error:
             raise UserError(f"{path}: cannot be unpacked after line {number} ({error}); expected it whole") from error
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import unquote
 
 from data_prep.errors import UserError
 from data_prep.image_rule import ImageRule
@@ -15,7 +17,18 @@ from data_prep.names import is_hidden
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
 from data_prep.sources.dialects import DELIMITER, ENCODING, ESCAPE, NO_HEADER, QUOTING, Said
-from data_prep.sources.records import Dropped, Found, ImageRecord, argument, from_rows, option, pick, usual_column
+from data_prep.sources.packed import unpacked_name
+from data_prep.sources.records import (
+    Dropped,
+    Found,
+    ImageRecord,
+    Noted,
+    argument,
+    from_rows,
+    option,
+    pick,
+    usual_column,
+)
 from data_prep.sources.tables import (
     check_columns,
     is_json_lines,
@@ -23,7 +36,7 @@ from data_prep.sources.tables import (
     noted,
     open_table,
     read_table,
-    shown,
+    unknown,
 )
 
 _ROWS = 500
@@ -87,8 +100,7 @@ class Folder:
         ):
             if not found:
                 raise UserError(
-                    f"{table}: none of {shown(columns)} is known for {what}-column; if they are the first row, say "
-                    "--no-header"
+                    f"{table}: {unknown(columns)} for {what}-column; if they are the first row, say --no-header"
                 )
         language = self.language_column or usual_column(columns, self._usual(_LANGUAGE))
         check_columns(table, columns, filter(None, (image, *captions, language)))
@@ -110,8 +122,11 @@ class Folder:
         if path is None:
             yield Dropped("file name outside the folder", where)
             return
+        if not os.path.isfile(path) and (other := _spelt(Path(self.folder), name)) is not None:
+            yield Noted("images under another spelling of their name")
+            path, name = other, os.path.relpath(other, self.folder)
         found = pick(values, self.language_column, self._usual(_LANGUAGE))
-        language = found if isinstance(found, str) and found else self.language
+        language = found if isinstance(found, str) and found.strip() else self.language
         short = self._captions(pick(values, self.caption_column, self._usual(_CAPTION)), language, "name")
         long = self._captions(pick(values, self.long_column, self._usual(_LONG)), language, "long")
         if short is None or long is None:
@@ -158,10 +173,24 @@ def inside(folder: Path, name: str) -> Path | None:
     return Path(path) if possible and path.startswith(os.path.join(root, "")) else None
 
 
+def _spelt(folder: Path, name: str) -> Path | None:
+    """The file that a table may mean by a name under which there is none: with the slashes of Windows, the escapes of
+    an address, accents in one piece or two (macOS), or an ending in other letters."""
+    plain = name.strip().replace("\\", "/")
+    for text in (plain, unquote(plain)):
+        for form in ("NFC", "NFD"):
+            stem, ending = os.path.splitext(unicodedata.normalize(form, text))
+            for spelling in (stem + ending, stem + ending.lower(), stem + ending.upper()):
+                path = inside(folder, spelling)
+                if path is not None and os.path.isfile(path):
+                    return path
+    return None
+
+
 def _only_table(folder: Path) -> Path:
-    endings = (".csv", ".tsv", ".jsonl", ".csv.gz", ".tsv.gz", ".jsonl.gz")
+    endings = (".csv", ".tsv", ".jsonl")
     found = sorted(
-        path for path in folder.iterdir() if path.name.lower().endswith(endings) and not is_hidden(path.name)
+        path for path in folder.iterdir() if unpacked_name(path.name).endswith(endings) and not is_hidden(path.name)
     )
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"

@@ -18,6 +18,8 @@ from data_prep.shards.format import JsonObject
 from data_prep.sources import EVALSETS, SOURCES
 from data_prep.sources.records import Dropped, ImageRecord, Noted, Source, TextRecord
 
+# As pandas, R, MySQL and Python write a value that is not there; "None" may be an answer, too.
+_NOTHING = {"NULL", "null", "nan", "NaN", "None", "N/A", "#N/A", "<NA>", "NA", "\\N"}
 _MAX_BYTES = 256 * 2**20  # of an image file; no photograph or page is larger
 
 
@@ -107,6 +109,8 @@ def _ours(texts: Sequence[Text], output: Output) -> list[Text]:
     ours = [replace(text, language=house_language(text.language)) for text in texts]
     if strangers := sum(text.language not in LANGUAGES and text.language != "und" for text in ours):
         output.note("texts in a language that is none of the thirty", strangers)
+    if nothing := sum(text.text.strip() in _NOTHING for text in ours):
+        output.note("texts that may stand for a missing value (NULL, nan, None); they are kept", nothing)
     return ours
 
 

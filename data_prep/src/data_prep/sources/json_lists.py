@@ -32,9 +32,15 @@ def list_pieces(path: str | Path, elements: int, *, key: str | None = None) -> I
     path = Path(path)
     spans = _element_spans(path, key)
     number, stamped = 0, checked_file_stat(path)
-    while span := list(islice(spans, elements)):
-        yield {"file": str(path), **stamped, "start": span[0][0], "end": span[-1][1], "row": number}
-        number += len(span)
+    (start, _), span = next(spans), list(islice(spans, elements))
+    while span:
+        following = list(islice(spans, elements))
+        if len(following) == 1 and following[0][0] == following[0][1]:  # the list's end alone
+            span, following = [*span, *following], []
+        # What stands between the elements belongs to a piece, too: a number is none, and is counted all the same.
+        if start < span[-1][1]:
+            yield {"file": str(path), **stamped, "start": start, "end": span[-1][1], "row": number}
+        number, start, span = number + len(span), span[-1][1], following
 
 
 def read_list(piece: JsonObject) -> Iterator[Row | Dropped]:
@@ -44,7 +50,7 @@ def read_list(piece: JsonObject) -> Iterator[Row | Dropped]:
         file.seek(piece["start"])
         raw = file.read(piece["end"] - piece["start"])
     try:
-        values = parse_json(b"[" + raw + b"]")
+        values = parse_json(b"[" + raw.strip(b", \t\r\n") + b"]")
     except ValueError:
         yield from _one_by_one(raw, path.name, piece["row"])
         return
@@ -65,21 +71,31 @@ def _one_by_one(raw: bytes, name: str, first: int) -> Iterator[Row | Dropped]:
 
 
 def _spans(raw: bytes) -> Iterator[tuple[int, int]]:
-    """Where the objects and lists of a piece begin and end, by their brackets alone."""
-    depth = start = 0
+    """Where the objects and lists of a piece begin and end, by their brackets alone, and what stands between them."""
+    depth = start = end = 0
     for token in _TOKENS.finditer(raw):
         text = token.group()
         if text in (b"[", b"{"):
-            start = start if depth else token.start()
+            if not depth:
+                start = token.start()
+                yield from _between(raw, end, start)
             depth += 1
         elif text in (b"]", b"}"):
             depth -= 1
             if not depth:
-                yield start, token.end()
+                end = token.end()
+                yield start, end
+    yield from _between(raw, end, len(raw))
+
+
+def _between(raw: bytes, start: int, end: int) -> Iterator[tuple[int, int]]:
+    if raw[start:end].strip(b", \t\r\n"):
+        yield start, end
 
 
 def _element_spans(path: Path, key: str | None) -> Iterator[tuple[int, int]]:
-    """Where the elements of the list begin and end, by their brackets alone; the file is memory-mapped."""
+    """Where the list begins (twice), where its elements begin and end, by their brackets alone, and where it ends
+    (twice). The file is memory-mapped."""
     checked_file_stat(path)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         depth, inside, start, name = 0, None, 0, b""  # `inside`: the depth of the list's elements, once it is found
@@ -92,6 +108,7 @@ def _element_spans(path: Path, key: str | None) -> Iterator[tuple[int, int]]:
                 if inside is None:
                     if text == b"[" and (depth == 1 or (depth == 2 and key and name == json.dumps(key).encode())):
                         inside = depth
+                        yield token.end(), token.end()
                 elif depth == inside + 1:
                     start = token.start()
             else:
@@ -99,6 +116,7 @@ def _element_spans(path: Path, key: str | None) -> Iterator[tuple[int, int]]:
                 if inside is not None and depth == inside:
                     yield start, token.end()
                 elif inside is not None and depth < inside:
+                    yield token.start(), token.start()
                     return
     raise UserError(
         f"{path}: is cut short, or holds no list{f' under {key!r}' if key else ''}; expected JSON of the source's form"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Number
 from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.shards.format import JsonObject
-from data_prep.sources.records import Row
+from data_prep.sources.records import pick
 
 # What the options of sources that read labels say.
 COLUMN = "column that says whether texts match, or how much (default: label, score, …); or none"
@@ -31,6 +31,21 @@ _LABELS = {
 }
 _IS = {"similar", "related", "positive", "same", "correct"}  # labels behind is_ and are_ alone
 _SCORES = {"score", "similarity", "relatedness", "relevance", "rel", "cosine", "sim", "sts", "rating", "grade"}
+# Words of columns that are the larger, or true, the less two texts have in common: alone, and with one of the above.
+_DISTANCES = {"distance", "dissimilarity", "divergence", "mismatch", "ter", "wer", "cer"}
+_NOT = {
+    "not",
+    "non",
+    "no",
+    "dist",
+    "different",
+    "difference",
+    "contradiction",
+    "negative",
+    "error",
+    "loss",
+    *_DISTANCES,
+}
 # Scores that say nothing about the pair.
 _OTHERS = {"language", "lang", "lid", "toxicity", "nsfw", "aesthetic", "quality", "perplexity", "length"}
 _YES = (
@@ -49,6 +64,8 @@ _NO = (
     *("f", "n", "unrelated", "not_similar", "not_related", "not_match", "not_paraphrase"),
     *("not_duplicate", "not_entailment", "not_equivalent", "not_relevant", "non-match", "no_match"),
 )
+_NEGATED = re.compile(r"(?:not?|non|isn't)[_-](?:an?_)?(?=.)")  # not_a_paraphrase, non-duplicate
+_COMMA = re.compile(r"[+-]?(?:0,\d+|\d+,(?:\d\d?|\d{4,}))")  # 0,95; 1,000 may be a thousand
 _NEITHER = ("neutral",)
 _NONE = ("", "-", "-1", "nan", "null", "none")  # as SNLI writes pairs on which people did not agree
 
@@ -95,59 +112,52 @@ class Labels:
         """Those of a table's columns that say it."""
         if self.column:
             return [] if self.column == "none" else [self.column]
-        return [name for name in names if (_is_label(name) or _is_score(name)) and name not in self.texts]
-
-    def check_others(self, rows: Sequence[Row]) -> None:
-        """Refuse a column of another name that may be a label, where none is named and none has a usual name.
-
-        Raises:
-            UserError: besides its texts, a table has a column that says yes in some rows and no in others.
-        """
-        if not rows or self.column or self.columns(rows[0][1]):
-            return
-        where, first = rows[0]
-        for name in first:
-            said = [_said(row[name]) for _, row in rows if row.get(name) is not None]
-            known = {*said} <= {*_YES, *_NO, *_NEITHER, *_NONE, "0", "1", "0.0", "1.0"}
-            numbers = {*said} <= {"0", "1", "0.0", "1.0", ""}  # each once may be ids
-            if name in self.texts or not known or (numbers and len({*said}) == len(said)):
-                continue
-            yes, no = ([one for one in said if one in known] for known in ((*_YES, "1", "1.0"), (*_NO, "0", "0.0")))
-            if yes and no:
-                raise UserError(
-                    f"{where}: {name} is {yes[0]} in some rows and {no[0]} in others, and may say whether the texts "
-                    f"match; if it does, say --label-column {name}, else --label-column none"
-                )
+        return [name for name in names if says_match(name) and name not in self.texts]
 
     def judge(self, row: JsonObject, where: str) -> Judgement | None:
         """What a row says; None if it has no such column. All its columns have to say yes.
 
         Raises:
-            UserError: a number says nothing, as it is not on the scale; the numbers before it were misread then.
+            UserError: a number says nothing, as it is not on the scale; the numbers before it were misread then. Or a
+                column says by its name how different texts are.
         """
-        found = [self._one(name, row[name], row, where) for name in self.columns(row) if name in row]
+        names = [name for name in self.columns(row) if name in row or (self.column and name.partition(".")[0] in row)]
+        found = [self._one(name, pick(row, name, ()), row, where) for name in names]
         wrong = next((one for one in found if not one.right), None)
         graded = next((one.grade for one in found if one.grade is not None), None)
         if wrong is not None:
             return Judgement(False, wrong.reason, graded, wrong.against)
         return Judgement(True, grade=graded) if found else None
 
+    def contradicts(self, row: JsonObject) -> bool:
+        """Whether a label of a row says that its texts do not match; scores do not count."""
+        said = [said_of(row[name]) for name in self.columns(row) if _is_label(name) and not _is_turned(name)]
+        return any(is_no(one) or number_of(one) == 0 for one in said)
+
     def _one(self, name: str, value: Any, row: JsonObject, where: str) -> Judgement:
-        said = _said(value)
+        said = said_of(value)
+        if _is_turned(name) and (self.graded or not self.positives):
+            raise UserError(
+                f"{where}: {name} is {said}; by its name it says how different the texts are. Say the labels that "
+                "match (--positives 0), or which column counts: --label-column NAME, of a score one that is larger "
+                "the more alike they are, or --label-column none"
+            )
         if _among(said, self.positives):
             return Judgement(True)
         if _among(said, self.no_match):
             return Judgement(False, "labelled as no match", against=True)
         if self.positives:
-            against = not self.no_match and (said in _NO or _number(said) == 0)
+            against = not self.no_match and (is_no(said) or number_of(said) == 0)
             return Judgement(False, "labelled as no match", against=against)
         if said in _NONE:
             return Judgement(False, "without a label or score")
-        number = float(value) if isinstance(value, bool) else _number(said)
+        number = float(value) if isinstance(value, bool) else number_of(said)
+        if number is None and said.endswith("%") and (share := number_of(said.rstrip("%_"))) is not None:
+            number = share / 100 * self.scale
         if number is None:
-            known = said in (*_YES, *_NO, *_NEITHER)
+            known = said in (*_YES, *_NEITHER) or is_no(said)
             reason = "labelled as no match" if known else "label that is not known; say --positives"
-            against = said in _NO and not self.no_match
+            against = is_no(said) and not self.no_match
             return Judgement(said in _YES, "" if said in _YES else reason, against=against)
         if {"premise", "hypothesis"} & {column.lower() for column in row} and _is_label(name):
             raise UserError(
@@ -169,9 +179,38 @@ class Labels:
         return Judgement(False, "labelled as no match", against=not self.no_match)
 
 
-def _said(value: Any) -> str:
+def said_of(value: Any) -> str:
     """A label as it is compared; of a value that is none a text that no label is."""
     return str(value).strip().lower().replace(" ", "_") if isinstance(value, str | Number) else ""
+
+
+def is_yes(said: str) -> bool:
+    """Whether a label says that texts match; a number does not."""
+    return said in _YES
+
+
+def is_no(said: str) -> bool:
+    """Whether a label says that texts do not match; a number does not."""
+    return said in _NO or (_NEGATED.sub("", said, count=1) in _YES and said not in _YES)
+
+
+def is_known(said: str) -> bool:
+    """Whether a text is a label: that texts match, do not, or neither, or that nobody knows."""
+    return is_yes(said) or is_no(said) or said in (*_NEITHER, *_NONE)
+
+
+def says_match(name: str) -> bool:
+    """Whether a column says by its name whether two texts match, or how much."""
+    return _is_label(name) or _is_score(name) or _is_turned(name)
+
+
+def says_other(name: str) -> bool:
+    """Whether a column says by its name something that is not about the pair: how toxic a text is, how long."""
+    return bool(_OTHERS & _words(name))
+
+
+def _words(name: str) -> set[str]:
+    return {word.lower() for word in _WORDS.findall(name)}
 
 
 def _is_label(name: str) -> bool:
@@ -180,8 +219,13 @@ def _is_label(name: str) -> bool:
 
 
 def _is_score(name: str) -> bool:
-    words = {word.lower() for word in _WORDS.findall(name)}
+    words = _words(name)
     return bool(_SCORES & words) and not _OTHERS & words
+
+
+def _is_turned(name: str) -> bool:
+    words = _words(name)
+    return bool(_DISTANCES & words) or bool(_NOT & words and (_is_label(name) or _is_score(name)))
 
 
 def _among(label: str, others: tuple[str, ...]) -> bool:
@@ -190,12 +234,13 @@ def _among(label: str, others: tuple[str, ...]) -> bool:
 
 def _alike(one: str, other: str) -> bool:
     """Whether two labels are one: 1 and 1.0 are."""
-    return one == other or (_number(one) is not None and _number(one) == _number(other))
+    return one == other or (number_of(one) is not None and number_of(one) == number_of(other))
 
 
-def _number(text: str) -> float | None:
+def number_of(text: str) -> float | None:
+    """The number that a label or score is, also with a decimal comma; None for everything else."""
     try:
-        number = float(text)
+        number = float(text.replace(",", ".") if _COMMA.fullmatch(text) else text)
     except ValueError:
         return None
     return number if math.isfinite(number) else None

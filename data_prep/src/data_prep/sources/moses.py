@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import codecs
-import gzip
 import re
-import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,13 +17,14 @@ from data_prep.languages import house_language
 from data_prep.names import is_hidden
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
+from data_prep.sources.packed import PACKED, is_packed
 from data_prep.sources.records import Dropped, Found, TextRecord, argument, option
 from data_prep.sources.tables import checked_file_stat, open_bytes
 
 _LINES = 20_000  # of a piece
 _LONGEST = 2**20  # bytes of a line
 _CODE = re.compile(r"(?!(txt|xml|ids|tok)$)[a-z]{2,3}([_-][A-Za-z]{2,4})?")
-_PACKED = (EOFError, zlib.error, gzip.BadGzipFile, NotImplementedError, RuntimeError)
+_PACKED = (*PACKED, NotImplementedError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Moses:
             raise UserError(f"{names[0]}, {names[1]}: do not end in languages; say --languages QUERY,TARGET")
         piece: JsonObject = {"file": archive or names[0], "names": names, "zip": bool(archive), "languages": languages}
         piece["stamps"] = [checked_file_stat(Path(name)) for name in ([archive] if archive else names)]
-        if archive or any(name.endswith(".gz") for name in names):
+        if archive or any(is_packed(Path(name)) for name in names):
             yield {**piece, "starts": [0, 0], "lines": None, "line": 0}
             return
         (first, count), (second, other) = (_starts(Path(name)) for name in names)
@@ -161,7 +160,8 @@ def _opened(piece: JsonObject) -> Iterator[IO[bytes]]:
         return
     for name, start in zip(piece["names"], piece["starts"], strict=True):
         file = open_bytes(Path(name))
-        file.seek(start)
+        if start:
+            file.seek(start)
         yield file
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -117,9 +117,12 @@ def pick(values: JsonObject, named: str, usual: Sequence[str]) -> Any:
     return pick(inner, rest, ()) if isinstance(inner := values.get(name), dict) else None
 
 
-def usual_column(columns: Container[str], usual: Sequence[str]) -> str:
-    """The first of the usual columns that is there, "" if none is."""
-    return next((name for name in usual if name in columns), "")
+def usual_column(columns: Collection[str], usual: Sequence[str]) -> str:
+    """The first of the usual columns that is there, "" if none is; in capitals if there is none in small letters."""
+    if found := next((name for name in usual if name in columns), ""):
+        return found
+    small = {name.lower(): name for name in columns}
+    return next((small[name] for name in usual if name in small), "")
 
 
 def file_stat(path: Path) -> JsonObject:

@@ -7,21 +7,16 @@ a text, and cannot say which row it was.
 from __future__ import annotations
 
 import codecs
-import gzip
 import io
 import re
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import IO, NamedTuple
 
-from data_prep.errors import UserError
-
 FIELD = 16 * 2**20  # bytes of a line at most
+MARKS = (",", ";", "\t", "|")  # delimiters that are tried if none is given
 NO_TEXT = "not UTF-8"
-PACKED = (EOFError, zlib.error, gzip.BadGzipFile)  # a packed file that is damaged
 _QUOTED = 1000  # lines of one row at most; more means an unclosed quote
 _OPEN = f"quote that nobody closed, or over {_QUOTED} lines of text in quotes"
 _AFTER = "text after a quote that closes"
@@ -141,7 +136,7 @@ def rows(lines: Lines, dialect: Dialect) -> Iterator[TableRow]:
         elif '"' in line.text:
             values = _quoted(lines, taken, dialect)
         else:
-            values = [_missing(value, dialect) for value in _content(line.text).split(dialect.delimiter)]
+            values = [_missing(value, dialect) for value in content(line.text).split(dialect.delimiter)]
         if isinstance(values, str):
             lines.give_back(taken[1:])
             del taken[1:]
@@ -154,9 +149,9 @@ def rows(lines: Lines, dialect: Dialect) -> Iterator[TableRow]:
             yield TableRow(fault or values, first, "".join(one.text for one in taken))
 
 
-def _content(text: str) -> str:
-    """A line without its end."""
-    return text.removesuffix("\n").removesuffix("\r")
+def content(text: str) -> str:
+    """A line without its end; "\\r\\r\\n" is one that was written as "\\r\\n" to a text file of Windows."""
+    return text.removesuffix("\n").rstrip("\r")
 
 
 def _missing(value: str, dialect: Dialect) -> str:
@@ -170,7 +165,7 @@ def _quoted(lines: Lines, taken: list[Line], dialect: Dialect) -> list[str] | st
     while True:
         if not text.startswith('"', at):
             end = text.find(dialect.delimiter, at)
-            values.append(_missing(_content(text[at:]) if end < 0 else text[at:end], dialect))
+            values.append(_missing(content(text[at:]) if end < 0 else text[at:end], dialect))
             if end < 0:
                 return values
             at = end + 1
@@ -189,7 +184,7 @@ def _quoted(lines: Lines, taken: list[Line], dialect: Dialect) -> list[str] | st
         values.append(_unescaped("".join(parts), dialect))
         at = end + 1
         if not text.startswith(dialect.delimiter, at):
-            if _content(text[at:]):
+            if content(text[at:]):
                 return _OPEN if len(taken) > 1 else _AFTER
             return values
         at += 1
@@ -199,14 +194,14 @@ def _unquoted(lines: Lines, taken: list[Line], dialect: Dialect) -> list[str] | 
     """The values of a row in which quotes are text."""
     text = taken[0].text
     if not dialect.escape or dialect.escape not in text:
-        return _content(text).split(dialect.delimiter)
-    while text.endswith("\n") and _is_escaped(_content(text), dialect.escape):
+        return content(text).split(dialect.delimiter)
+    while text.endswith("\n") and _is_escaped(content(text), dialect.escape):
         more = lines.take() if len(taken) < _QUOTED else None
         if more is None:
             return "escape that stands before nothing"
         taken.append(more)
         text += more.text
-    values = dialect.value.findall(_content(text))
+    values = dialect.value.findall(content(text))
     end = next(number for number, (_, mark) in enumerate(values, 1) if mark != dialect.delimiter)
     return [_unescaped(_missing(value, dialect), dialect) for value, _ in values[:end]]
 
@@ -223,14 +218,6 @@ def _unescaped(value: str, dialect: Dialect) -> str:
         return value.replace('""', '"')
     both = re.compile(f'{dialect.escaped.pattern}|(")"', re.DOTALL)
     return both.sub(lambda match: match[1] or match[2], value)
-
-
-def open_bytes(path: Path) -> IO[bytes]:
-    """A file, unpacked if its name ends in .gz. UserError if it cannot be read."""
-    try:
-        return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def next_line(file: IO[bytes], limit: int) -> tuple[bytes | None, int]:

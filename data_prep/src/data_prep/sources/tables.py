@@ -17,13 +17,17 @@ from typing import IO
 from data_prep.errors import UserError
 from data_prep.shards.format import JsonObject, parse_json
 from data_prep.sources.dialects import Said, described, find_dialect
+from data_prep.sources.packed import PACKED, is_packed, unpacked_name
+from data_prep.sources.packed import open_bytes as open_bytes
 from data_prep.sources.records import Dropped, Noted, Row, file_stat, objects
-from data_prep.sources.table_rows import FIELD, PACKED, Dialect, Lines, TableRow, next_line, rows
-from data_prep.sources.table_rows import open_bytes as open_bytes
+from data_prep.sources.table_rows import FIELD, Dialect, Lines, TableRow, next_line, rows
 
 _LINES = 16 * 2**20  # bytes of JSON lines in a piece
 _FIELD = FIELD  # bytes in a line of JSON at most
 _SHOWN = 30  # columns in a message
+_HEAD = 2**16  # bytes that show whether a file has JSON lines
+_SHAPE = 20  # rows that show whether they have a value more than the first line
+_ROW_NAMES, _ENDS = "row names", "a delimiter at the ends of rows"
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Table:
     dialect: Dialect
     header: bool
     columns: Sequence[str]
+    more: str = ""  # what the value is that rows have and the header has not
 
     def pieces(self, count: int) -> Iterator[JsonObject]:
         """Pieces of so many rows."""
@@ -43,9 +48,10 @@ class Table:
             "format": "table",
             "dialect": asdict(self.dialect),
             "header": self.header,
+            "more": self.more,
         }
-        found = {"read as": described(self.dialect, header=self.header)}  # once a file
-        if self.path.suffix == ".gz" or self.dialect.whole:
+        found = {"read as": described(self.dialect, header=self.header, more=self.more)}  # once a file
+        if self.dialect.whole or is_packed(self.path):
             yield {**whole, **found, "start": 0, "end": None}
             return
         with self.path.open("rb") as file:
@@ -70,13 +76,30 @@ def open_table(path: str | Path, said: Said) -> Table:
     try:
         dialect = find_dialect(path, said)
         with open_bytes(path) as file:
-            first = next(islice(rows(Lines(file, dialect), dialect), dialect.skip, None), None)
+            found = islice(rows(Lines(file, dialect), dialect), dialect.skip, dialect.skip + 1 + _SHAPE)
+            first = next(found, None)
+            try:
+                following = [row.values for row in found if isinstance(row.values, list) and row.values != [""]]
+            except PACKED:  # said where it is read
+                following = []
     except PACKED as error:
-        raise UserError(f"{path}: its first line cannot be unpacked ({error}); expected gzip, whole") from error
+        raise UserError(f"{path}: its first line cannot be unpacked ({error}); expected it whole") from error
     columns = [] if first is None else first.values
     if isinstance(columns, str):
         raise UserError(f"{path}: its first line names no columns ({columns}); say --no-header if it is a row")
-    return Table(path, dialect, said.header, _names(columns, header=said.header))
+    more = _more(columns, following) if said.header else ""
+    return Table(path, dialect, said.header, _names(columns, header=said.header, more=more), more)
+
+
+def _more(columns: Sequence[str], following: Sequence[Sequence[str]]) -> str:
+    """What all rows have more than the header: R writes numbers of rows before them, others a delimiter behind them."""
+    if len(columns) < 2 or not following or any(len(row) != len(columns) + 1 for row in following):
+        return ""
+    if not any(row[-1] for row in following):
+        return _ENDS
+    first = following[0][0]
+    counted = first.isdecimal() and all(row[0] == str(int(first) + number) for number, row in enumerate(following))
+    return _ROW_NAMES if counted else ""
 
 
 def check_columns(path: Path, columns: Sequence[str], used: Iterable[str]) -> None:
@@ -99,18 +122,30 @@ def noted(piece: JsonObject) -> list[Noted]:
     return [Noted(f"tables read as: {piece['read as']}")] if piece.get("read as") else []
 
 
+def unknown(columns: Sequence[str]) -> str:
+    """For a message: that none of a table's columns is known, and why that may be."""
+    one = ", the only column (if that is several, say what parts them: --delimiter)" if len(columns) == 1 else ""
+    return f"none of {shown(columns)}{one} is known"
+
+
 def line_pieces(path: str | Path) -> Iterator[JsonObject]:
-    """Pieces of whole lines, of some megabytes. UserError if it is UTF-16 or UTF-32, by its mark."""
+    """Pieces of whole lines, of some megabytes. UserError if the first ones are no JSON lines: UTF-16, or values that
+    go on over several lines."""
     path = Path(path)
     stamped = checked_file_stat(path)
     with open_bytes(path) as file:
         try:
-            wide = file.read(4).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE))
+            head = file.read(_HEAD)
         except PACKED:  # said where it is read
-            wide = False
-    if wide:
+            head = b""
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)) or b"\0" in head[:4]:
         raise UserError(f"{path}: is UTF-16 or UTF-32; JSON lines are UTF-8: `iconv -f UTF-16 -t UTF-8` makes it so")
-    if path.suffix == ".gz":
+    if _goes_on(head):
+        raise UserError(
+            f"{path}: its values go on in the next line or are parted by commas; expected one in each line, or a list: "
+            "`jq -c .` writes lines, `jq -c '.data[]'` those of a list under a name"
+        )
+    if is_packed(path):
         yield {"file": str(path), **stamped, "start": 0, "end": None}
         return
     with path.open("rb") as file:
@@ -121,6 +156,20 @@ def line_pieces(path: str | Path) -> Iterator[JsonObject]:
             end = file.tell()
             yield {"file": str(path), **stamped, "start": start, "end": end}
             start = end
+
+
+def _goes_on(head: bytes) -> bool:
+    """Whether the first lines end as JSON does that goes on in the next line, and none is a value."""
+    lines = [line for line in head.removeprefix(codecs.BOM_UTF8).split(b"\n")[:-1] if line.strip()][:3]
+    return len(lines) > 1 and lines[0].rstrip().endswith((b"{", b"[", b",")) and not any(map(_is_json, lines))
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        parse_json(line)
+    except ValueError:
+        return False
+    return True
 
 
 def read_table(piece: JsonObject) -> Iterator[Row | Dropped]:
@@ -134,14 +183,18 @@ def read_table(piece: JsonObject) -> Iterator[Row | Dropped]:
         try:
             lines = Lines(file, dialect)
             first = next(islice(rows(lines, dialect), dialect.skip, None), None)
-            columns = _names(first.values if first and isinstance(first.values, list) else [], header=piece["header"])
+            named = first.values if first and isinstance(first.values, list) else []
+            columns = _names(named, header=piece["header"], more=piece["more"])
             if piece["start"]:
                 file.seek(piece["start"])
                 lines = Lines(file, dialect, piece["start"], piece["end"], piece["line"])
             elif first and not piece["header"]:
                 yield from _row(name, columns, first)
             for row in rows(lines, dialect):
-                yield from _row(name, columns, row)
+                if piece["header"] and _is_header(row.values, named):
+                    yield Dropped("the table's first line again", f"{name}, line {row.first}", content=row.values)
+                else:
+                    yield from _row(name, columns, row)
         except PACKED as error:
             yield _cut(path, error)
 
@@ -156,15 +209,24 @@ def _row(name: str, columns: list[str], row: TableRow) -> Iterator[Row | Dropped
         yield where, dict(zip(columns, row.values, strict=False))
 
 
-def _names(values: list[str], *, header: bool) -> list[str]:
-    return [value.strip() for value in values] if header else [str(number) for number in range(1, len(values) + 1)]
+def _is_header(values: list[str] | str, header: list[str]) -> bool:
+    """Whether a row is the header of another file that was put behind this one, perhaps with its byte order mark."""
+    return bool(header) and values[0].removeprefix("\ufeff") == header[0] and values[1:] == header[1:]
+
+
+def _names(values: list[str], *, header: bool, more: str) -> list[str]:
+    if not header:
+        return [str(number) for number in range(1, len(values) + 1)]
+    names = [value.strip() for value in values]
+    return ["", *names] if more == _ROW_NAMES else [*names, ""] if more == _ENDS else names
 
 
 def read_lines(piece: JsonObject) -> Iterator[Row | Dropped]:
     """The JSON values of a piece of `line_pieces`."""
     path = Path(piece["file"])
     with open_bytes(path) as file:
-        file.seek(piece["start"])
+        if piece["start"]:
+            file.seek(piece["start"])
         place, number = piece["start"], 0
         while piece["end"] is None or place < piece["end"]:
             try:
@@ -194,8 +256,8 @@ def read_lines(piece: JsonObject) -> Iterator[Row | Dropped]:
 
 
 def is_json_lines(path: Path) -> bool:
-    """Whether the name ends in .jsonl or .ndjson, also with .gz."""
-    return path.name.lower().removesuffix(".gz").endswith((".jsonl", ".ndjson"))
+    """Whether the name ends in .jsonl or .ndjson, also packed."""
+    return unpacked_name(path.name).endswith((".jsonl", ".ndjson"))
 
 
 def _cut(path: Path, error: Exception) -> Dropped:

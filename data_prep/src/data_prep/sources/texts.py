@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,7 @@ from data_prep.sources.dialects import DELIMITER, ENCODING, ESCAPE, NO_HEADER, Q
 from data_prep.sources.json_lists import list_pieces, read_list
 from data_prep.sources.labels import COLUMN, GRADED, LEAST, NO_MATCH, POSITIVES, SCALE, Judgement, Labels
 from data_prep.sources.no_match import hard_negatives, left_for_later
+from data_prep.sources.packed import ENDINGS, PACKED, is_packed, unpacked_name
 from data_prep.sources.parquet import parquet_columns, parquet_pieces, read_parquet
 from data_prep.sources.records import (
     Dropped,
@@ -28,6 +30,7 @@ from data_prep.sources.records import (
     Row,
     TextRecord,
     argument,
+    file_stat,
     option,
     pick,
     showing,
@@ -41,14 +44,15 @@ from data_prep.sources.tables import (
     open_table,
     read_lines,
     read_table,
-    shown,
+    unknown,
 )
+from data_prep.sources.unnamed_labels import check_lists, check_others
 
 _ROWS = 20_000
 _LOOK_AT = 1000  # rows of a file
-_TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
-_ALSO_TABLES = (*_TABLES, ".txt", ".txt.gz", ".tab")  # where they are named one by one
-_ENDINGS = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", *_TABLES, ".parquet")
+_TABLES = (".csv", ".tsv")
+_ALSO_TABLES = (*_TABLES, ".txt", ".tab")  # where they are named one by one
+_ENDINGS = (*(name + end for name in (".jsonl", ".ndjson", *_TABLES) for end in ("", *ENDINGS)), ".parquet")
 _QUERY = ("query", "anchor", "question", "sentence1", "text1", "question1", "premise", "source")
 _POSITIVE = ("pos", "positive")
 _TARGET = (
@@ -60,12 +64,12 @@ _PARTNERS = {
     "question1": "question2",
     "premise": "hypothesis",
 }
-_NEGATIVE = re.compile(r"(hard_)?neg(ative)?s?(_\d+)?")
+_NEGATIVE = re.compile(r"(hard_)?neg(ative)?s?(_\d+)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Texts:
-    """text pairs and triplets: JSON lines, CSV, TSV (also .gz) or parquet
+    """text pairs and triplets: JSON lines, CSV, TSV (also packed) or parquet
 
     A JSON line is [query, target], [query, target, negative, …], {"set": [texts that say the same]}, or an object with
     the columns of a table: query, target, and the negatives in one list or in a column each, found by their usual names
@@ -117,11 +121,13 @@ class Texts:
         said = Said(self.delimiter, self.quoting, self.escape, self.encoding, not self.no_header)
         paths = files_in(self.files, _ENDINGS)
         for path, name in zip(paths, names_of(paths), strict=True):
-            if path.suffix.lower() == ".parquet":
+            if str(path) not in self.files and not path.stat().st_size:
+                yield {"file": str(path), **file_stat(path), "format": "empty", "shown": name}
+            elif path.suffix.lower() == ".parquet":
                 columns = self._needed(path, parquet_columns(path))
                 for piece in parquet_pieces([path], _ROWS, columns=columns):
                     yield {**piece, "format": "parquet", "columns": columns, "shown": name}
-            elif path.name.lower().endswith(_ALSO_TABLES):
+            elif unpacked_name(path.name).endswith(_ALSO_TABLES):
                 table = open_table(path, said)
                 self._needed(path, table.columns)
                 for piece in table.pieces(_ROWS):
@@ -150,10 +156,12 @@ class Texts:
     def labelled(self, rows: Iterable[Row | Dropped]) -> bool:
         """Whether the first rows have labels of which those that are no match become hard negatives. UserError if they
         have labels or scores that cannot be read."""
-        first = [row for row in islice(rows, _LOOK_AT) if not isinstance(row, Dropped) and isinstance(row[1], dict)]
+        found = [row for row in islice(rows, _LOOK_AT) if not isinstance(row, Dropped)]
+        first = [row for row in found if isinstance(row[1], dict)]
         said = [self._judged(*row) for row in first]
+        check_lists(self._labels(), found)
         if first and not self._positive(first[0][1]):
-            self._labels(self._pair(first[0][1])).check_others(first)
+            check_others(self._labels(self._pair(first[0][1])), first)
         wanted = self.graded == "pairs" and self.no_match != "none"
         return wanted and any(one is not None and one.grade is None for one in said)
 
@@ -191,20 +199,24 @@ class Texts:
         )
 
     def _judged(self, where: str, values: JsonObject) -> Judgement | None:
-        """What labels and scores of a row say of its pair. A column that is called positive says it itself, and a score
-        beside it is a teacher's."""
-        return None if self._positive(values) else self._labels(self._pair(values)).judge(values, where)
+        """What labels and scores of a row say of its pair. A column that is called positive says it itself: a score
+        beside it is a teacher's, and only a label of a row without negatives can say no."""
+        labels = self._labels(self._pair(values))
+        if not self._positive(values):
+            return labels.judge(values, where)
+        against = not self._negatives(values) and labels.contradicts(values)
+        return Judgement(False, "labelled as no match", against=True) if against else None
 
     def _positive(self, values: JsonObject) -> bool:
-        return not self.label_column and self._pair(values)[1] in _POSITIVE
+        return not self.label_column and self._pair(values)[1].lower() in _POSITIVE
 
-    def _pair(self, columns: Container[str]) -> tuple[str, str]:
+    def _pair(self, columns: Collection[str]) -> tuple[str, str]:
         """The columns of query and target that are named, or there by their usual names; "" for none.
 
         sentence1 has sentence2 for its target, whatever else there is: "target" is a label then, 0 or 1.
         """
         query = self.query_column or usual_column(columns, self._usual(_QUERY))
-        beside = [_PARTNERS[query]] if query in _PARTNERS else []
+        beside = [_PARTNERS[query.lower()]] if query.lower() in _PARTNERS else []
         return query, self.target_column or usual_column(columns, (*beside, *self._usual(_TARGET)))
 
     def _labels(self, texts: tuple[str, ...] = ()) -> Labels:
@@ -251,8 +263,8 @@ class Texts:
         for what, found in zip(("query", "target"), self._pair(columns), strict=True):
             if not found:
                 raise UserError(
-                    f"{path}: none of {shown(columns)} is known for the {what}; name it: --{what}-column; if they are "
-                    "the first row, say --no-header"
+                    f"{path}: {unknown(columns)} for the {what}; name it: --{what}-column; if they are the first row, "
+                    "say --no-header"
                 )
             needed.append(found)
         check_columns(path, columns, needed)
@@ -277,7 +289,8 @@ def files_in(paths: tuple[str, ...], endings: tuple[str, ...]) -> list[Path]:
                 if file.name.lower().endswith(endings) and file.is_file() and not is_hidden(str(file.relative_to(path)))
             )
             if not inside:
-                raise UserError(f"{path}: holds no {' or '.join(endings)} file")
+                plain = dict.fromkeys(ending for ending in endings if not ending.endswith(ENDINGS))
+                raise UserError(f"{path}: holds no {' or '.join(plain)} file")
             found += inside
         elif path.exists():
             found.append(path)
@@ -304,6 +317,8 @@ def _rows(piece: JsonObject) -> Iterator[Row | Dropped]:
         return read_parquet(piece, piece["columns"], texts=piece["columns"])
     if piece.get("format") == "list":
         return read_list(piece)
+    if piece.get("format") == "empty":  # Spark writes one for each part without rows
+        return iter([Dropped("file without rows", piece["shown"])])
     return read_table(piece) if piece.get("format") == "table" else read_lines(piece)
 
 
@@ -315,11 +330,14 @@ def _all_columns(piece: JsonObject) -> JsonObject:
 
 
 def _is_list(path: Path) -> bool:
-    """Whether a file is one JSON list of objects or lists; a line of JSON lines does not begin so."""
-    if path.suffix == ".gz":
-        return False
-    with open_bytes(path) as file:
-        return re.match(rb"(\xef\xbb\xbf)?\s*\[\s*[\[{]", file.read(4096)) is not None
+    """Whether a file is one JSON list of objects or lists; a line of JSON lines does not begin so. UserError if it is
+    packed: a list is read from several places."""
+    with open_bytes(path) as file, suppress(*PACKED):
+        found = re.match(rb"(\xef\xbb\xbf)?\s*\[\s*[\[{]", file.read(4096)) is not None
+        if found and is_packed(path):
+            raise UserError(f"{path}: a JSON list that is packed; unpack it, or write lines (`jq -c '.[]'`)")
+        return found
+    return False
 
 
 def _listed(value: Any) -> list[Any]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import codecs
-import gzip
 import re
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from data_prep.image_rule import ImageRule
 from data_prep.languages import house_language
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
+from data_prep.sources.packed import PACKED, is_packed
 from data_prep.sources.records import Dropped, Found, TextRecord, argument, option, showing
 from data_prep.sources.tables import checked_file_stat, open_bytes
 from data_prep.sources.texts import files_in
@@ -55,7 +54,7 @@ class Tmx:
             with open_bytes(path) as file:
                 try:
                     head = file.read(2**16)
-                except _PACKED as error:
+                except PACKED as error:
                     raise UserError(f"{path}: cannot be unpacked ({error}); expected gzip, whole") from error
             wide = head.startswith(_WIDE)
             text = head.decode("utf-16", "replace").encode() if wide else head
@@ -63,7 +62,7 @@ class Tmx:
                 raise UserError(f"{path}: is no TMX; expected <tmx …> near its beginning")
             source = _SOURCE.search(text)
             piece["source"] = source[1].decode("utf-8", "replace") if source else ""
-            if wide or path.suffix == ".gz":
+            if wide or is_packed(path):
                 yield {**piece, "start": 0, "end": None, "wide": wide}
                 continue
             for start, end in _spans(path):
@@ -75,12 +74,13 @@ class Tmx:
         after = f" after byte {piece['start']}" if piece["start"] else ""
         number = 0
         with open_bytes(path) as file:
-            file.seek(piece["start"])
+            if piece["start"]:
+                file.seek(piece["start"])
             try:
                 for number, unit in enumerate(_units(_blocks(file, piece)), 1):
                     where = f"{path.name}, unit {number}{after}"
                     yield from showing(unit, [self._pair(where, unit, wanted, house_language(piece["source"]))])
-            except _PACKED as error:
+            except PACKED as error:
                 where = f"{path.name}{after}, after unit {number} ({error})"
                 yield Dropped("rest of a packed file that is cut short or damaged", where)
 
@@ -105,9 +105,6 @@ class Tmx:
         if not all(text.text.strip() for text in (*query, *target)):
             return Dropped("empty text", where)
         return TextRecord(where, query, target)
-
-
-_PACKED = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
 def _texts(unit: Element) -> dict[str, list[str]]:
