@@ -111,6 +111,8 @@ def _join(source: Beir, parts: tuple[Part, ...]) -> _Joined:
         name, text = _id(row), next((row[column] for column in _TEXT if isinstance(row.get(column), str)), None)
         if name is None or text is None:
             lost.append(Dropped("query without an id or text", where))
+        elif queries.get(name, (text,))[0] != text:
+            lost.append(Dropped("second query of one id", f"{where}: {name}"))
         elif name in groups:
             said = next((row[column] for column in languages if isinstance(row.get(column), str)), "")
             queries[name] = text, said
@@ -120,8 +122,8 @@ def _join(source: Beir, parts: tuple[Part, ...]) -> _Joined:
         name, text = _id(row), next((row[column] for column in _TEXT if isinstance(row.get(column), str)), None)
         if name is None or text is None:
             lost.append(Dropped("document without an id or text", where))
-        elif name in wanted:
-            documents[name] = with_title(row.get("title"), text)
+        elif name in wanted and documents.setdefault(name, whole := with_title(row.get("title"), text)) != whole:
+            lost.append(Dropped("second document of one id", f"{where}: {name}"))
     for what, found, asked in (("queries", queries, set(groups)), ("corpus", documents, wanted)):
         if not asked & found.keys():
             example = f"{min(asked)!r}, for example" if asked else "none"

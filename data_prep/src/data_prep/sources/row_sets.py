@@ -72,11 +72,12 @@ class RowSet(ABC):
             "language": self.language_column,
         }
         columns = find_columns(self.data, kinds, names)
-        labelled, again = False, list[JsonObject]()
-        for number, piece in enumerate(pieces):
+        file, labelled, again = "", False, list[JsonObject]()
+        for piece in pieces:
             whole = {**piece, "columns": columns.plain()}
-            if not number and not columns.image:  # labels that cannot be read are refused before it begins
+            if piece["file"] != file and not columns.image:  # labels that cannot be read are refused before it begins
                 labelled = self._texts().labelled(self._rows(whole, columns))
+            file = piece["file"]
             again += [whole] * labelled
             yield {**whole, "gathered": labelled}
         if again:
@@ -105,7 +106,7 @@ class RowSet(ABC):
             if isinstance(row, Dropped) or not isinstance(row[1], dict):  # a list, as `import texts` knows it
                 yield row
             else:
-                yield row[0], columns.named_labels(row[1])
+                yield row[0], columns.named_labels(_with_texts(row[1], columns.image))
 
     def _captioned(self, where: str, row: JsonObject, columns: Columns, roots: list[str]) -> Found:
         image = self._image(value_at(row, columns.image), roots)
@@ -150,6 +151,21 @@ class RowSet(ABC):
         return TextRows(
             Texts((), **{name: getattr(self, name) for name in shared}), self.language_column, self.score_margin
         )
+
+
+def _with_texts(row: JsonObject, image: str) -> JsonObject:
+    """The row, with text in place of bytes that are UTF-8: not all writers mark it. Not those of its image."""
+    image = image if image in row else image.partition(".")[0]
+    return {name: value if name == image else _text(value) for name, value in row.items()}
+
+
+def _text(value: Any) -> Any:
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value
+    return list(map(_text, value)) if isinstance(value, list) else value
 
 
 @lru_cache(maxsize=4)
