@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pytest
+from data_prep.errors import UserError
 from pyarrow import parquet
 
 QUERIES, TARGETS = ["what is ice", "café ☕"], ["frozen water", "a drink"]
@@ -98,10 +99,20 @@ def test_captions_by_what_are_no_languages_are_no_captions(run, tmp_path, pictur
     image = pyarrow.array([[{"bytes": picture(), "path": None}]])
     turns = pyarrow.array([[{"user": "What is this?", "assistant": "A dog."}]])
     write(tmp_path / "in/a.parquet", images=image, texts=turns)
-    with pytest.raises(Exception, match="caption is no text"):
+    with pytest.raises(UserError, match="caption is no text"):
         run("hf", data=tmp_path / "in")
     named = run("hf", data=tmp_path / "in", caption_column="texts.assistant", out=tmp_path / "again")
     assert [sample.captions for sample in named.samples["image-short"]] == [["A dog."]]
+
+
+def test_columns_of_which_nothing_is_known_are_named_before_anything_is_read(run, tmp_path):
+    write(tmp_path / "in/a.parquet", instruction=QUERIES, output=TARGETS)
+    with pytest.raises(UserError, match=r"none of its columns \(instruction, output\) is known for texts, or holds im"):
+        run("hf", data=tmp_path / "in")
+    named = run("hf", data=tmp_path / "in", query_column="instruction", target_column="output", out=tmp_path / "again")
+    assert pairs(named) == list(zip(QUERIES, TARGETS, strict=True))
+    write(tmp_path / "b/a.parquet", query=[None, "q"], target=["t", "t"])  # known, though the first row has no form
+    assert pairs(run("hf", data=tmp_path / "b", out=tmp_path / "third")) == [("q", "t")]
 
 
 def test_a_date_that_python_does_not_have_costs_nothing(run, tmp_path):

@@ -8,9 +8,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from data_prep.errors import UserError
 from data_prep.image_rule import ImageRule
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
@@ -21,11 +23,12 @@ from data_prep.sources.parquet import image_bytes
 from data_prep.sources.records import Dropped, Found, ImageRecord, NoMatch, Row, argument, option, showing
 from data_prep.sources.row_columns import Columns, Kinds, caption_texts, find_columns, value_at
 from data_prep.sources.text_rows import TextRows
-from data_prep.sources.texts import Texts
+from data_prep.sources.texts import NO_FORM, Texts
 
 if TYPE_CHECKING:
     from zipfile import ZipFile
 
+_LOOK_AT = 100  # rows of a file
 _MAX_BYTES = 256 * 2**20  # of an image in a zip
 
 
@@ -77,11 +80,25 @@ class RowSet(ABC):
             whole = {**piece, "columns": columns.plain()}
             if piece["file"] != file and not columns.image:  # labels that cannot be read are refused before it begins
                 labelled = self._texts().labelled(self._rows(whole, columns))
+                if kinds is not None:
+                    self._check_form(self._rows(whole, columns))
             file = piece["file"]
             again += [whole] * labelled
             yield {**whole, "gathered": labelled}
         if again:
             yield {"file": self.data, "no_match": again}
+
+    def _check_form(self, rows: Iterator[Row | Dropped]) -> None:
+        """UserError if no column is known: none of the first rows has a form, though one has all values."""
+        first = [row for row in islice(rows, _LOOK_AT) if not isinstance(row, Dropped) and isinstance(row[1], dict)]
+        found = [one for row in first for one in self._texts().records(*row)]
+        strange = all(isinstance(one, Dropped) and one.reason == NO_FORM for one in found)
+        whole = next((row for row in first if None not in row[1].values()), None)
+        if strange and whole is not None:
+            raise UserError(
+                f"{whole[0]}: none of its columns ({', '.join(whole[1])}) is known for texts, or holds images; name "
+                "them: --query-column and --target-column, or --image-column and --caption-column"
+            )
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
         if "no_match" in piece:
