@@ -53,6 +53,7 @@ def house_language(code: str) -> str:
     return _MORE.get(own, whole if whole in LANGUAGES else own)
 
 
+@cache
 def is_code(name: str) -> bool:
     """Whether a name is that of a language, as a key of texts by language is, and not "alt", "raw" or "user"."""
     if house_language(name) in LANGUAGES:

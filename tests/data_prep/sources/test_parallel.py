@@ -259,5 +259,8 @@ def test_the_encoding_that_a_memory_states_is_its_encoding(run, tmp_path):
     found = run("tmx", files=[memory("a.tmx", "windows-1252")])
     assert [sample.content["query"][0]["text"] for sample in found.samples["text-pairs"]] == ["grün"]
     assert found.dropped == {"unit that is not XML": 1}  # windows-1252 has no 0x81
+    converted = memory("c.tmx", "UTF-16")  # it was, until someone converted it
+    converted.write_bytes(converted.read_bytes().decode("latin-1").replace("\x81", "ü").encode())
+    assert len(run("tmx", files=[converted], out=tmp_path / "third").samples["text-pairs"]) == 2
     with pytest.raises(UserError, match="states the encoding 'ebcdic-cp-us', which is not read here"):
         run("tmx", files=[memory("b.tmx", "ebcdic-cp-us")], out=tmp_path / "again")

@@ -80,7 +80,7 @@ class RowSet(ABC):
             whole = {**piece, "columns": columns.plain()}
             if piece["file"] != file and not columns.image:  # labels that cannot be read are refused before it begins
                 labelled = self._texts().labelled(self._rows(whole, columns))
-                if kinds is not None:
+                if kinds is not None and not file:
                     self._check_form(self._rows(whole, columns))
             file = piece["file"]
             again += [whole] * labelled

@@ -113,11 +113,15 @@ _PACKED = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
 def _encoding(path: Path, head: bytes) -> str:
-    """The encoding that an XML declaration states. UserError if it is none that has tags in ASCII."""
+    """The encoding that an XML declaration states; UTF-8 where it says UTF-16 and the tags are ASCII all the same.
+
+    Raises:
+        UserError: one that is not known, or has no tags in ASCII.
+    """
     stated = _ENCODING.search(head[:1000])
     name = stated[1].decode("ascii", "replace").lower() if stated else "utf-8"
     try:
-        codec = codecs.lookup(name).name
+        codec = codecs.lookup("utf-8" if re.match(r"utf-?(16|32)|ucs", name) else name).name
         if "<tu>".encode(codec) != b"<tu>":
             raise LookupError(name)
     except (LookupError, UnicodeError) as error:
