@@ -80,3 +80,13 @@ def house_language(code: str) -> str:
         return code  # de-en: two languages
     own, whole = language.language or code, language.prefer_macrolanguage().language
     return _MORE.get(own, whole if whole in LANGUAGES else own)
+
+
+@cache
+def is_code(name: str) -> bool:
+    """Whether a name is that of a language, as a key of texts by language is, and not "alt", "raw" or "user"."""
+    if house_language(name) in LANGUAGES:
+        return True
+    from langcodes import tag_is_valid
+
+    return (len(name) == 2 or "_" in name or "-" in name) and tag_is_valid(name)

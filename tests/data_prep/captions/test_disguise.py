@@ -87,11 +87,39 @@ def test_what_holds_for_all_stops_the_run_whatever_it_comes_as(seer, planned, ru
         (b'{"fault": {"faultstring": "Spike arrest", "detail": {"errorcode": "x"}}}', 500, "Spike arrest"),
         (b'{"errorMessage": "Task timed out"}', 500, "Task timed out"),
         (b'{"status": "error", "status_code": 503}', 503, "no message"),
+        (b'{"data": {"error": {"message": "overloaded", "code": 503}}}', 503, "overloaded"),
+        (b'{"response": {"status": "failed", "error": {"code": "server_error", "message": "boom"}}}', 500, "boom"),
+        (b'"Internal server error"', 500, '"Internal server error"'),
+        (b"<!DOCTYPE html><title>502 Bad Gateway</title>", 500, "<!DOCTYPE html><title>502 Bad Gateway</title>"),
+        (b"upstream connect error or disconnect/reset", 500, "upstream connect error or disconnect/reset"),
     ],
 )
 def test_an_event_or_another_form_of_error_in_a_200_is_none_of_an_answer(raw, status, message):
     assert disguised(CHAT, raw) == status
     assert error_message(raw) == message
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b'{"choices": [{"message": {"content": "Half an ans',
+        b'{"model": "m", "message": {"role": "assistant", "content": "of another API"}, "done": true}',
+        json.dumps({**completion("A dog."), "error": None}).encode(),
+        json.dumps({**completion("A dog."), "prompt_filter_results": [{"error": {"code": "x"}}]}).encode(),
+    ],
+)
+def test_what_may_be_paid_is_no_error_in_disguise(raw):
+    assert disguised(CHAT, raw) is None
+
+
+def test_an_answer_with_an_error_beside_it_is_unfinished(seer, planned, run, ledger):
+    planned(1, languages=["en"])
+    text = caption("en", "x")
+    body = {**completion(text), "error": {"message": "the provider broke off", "code": 502}}
+    seer.behave = lambda asked: Reply(200, json.dumps(body).encode())
+    assert run() == 0
+    assert states(ledger) == {"rejected:unfinished": 1}
 
 
 @pytest.mark.parametrize("status", [400, 403, 503])

@@ -196,3 +196,22 @@ def test_what_is_exported_after_thoughts_is_the_caption_alone(seer, planned, run
     assert main(["captions", "export", ledger, str(tmp_path / "long")]) == 0
     (text,) = json.loads(Dataset.open(tmp_path / "long").read(0)["json"])["captions"]
     assert text["text"] == caption("en", seer.asked[0].image)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("marks", ['""', "“”", "«»", "「」"])
+def test_a_prompt_in_quotation_marks_is_no_sign_in_the_picture(language, marks):
+    prompt = read_prompt("v1", language).text
+    raw = json.dumps(completion(f"{marks[0]}{prompt}{marks[1]}")).encode()
+    assert judge(raw, language, prompts=[prompt]).reason in ("prompt", "chatter", "refusal")
+
+
+@pytest.mark.parametrize("left", ["final\n{}", "<ctrl94>thought\nA boat.<ctrl95>{}", "/no_think {}", "{} /think"])
+def test_what_reasoning_models_leave_around_a_caption_is_markup(left):
+    assert verdict(left.replace("{}", PROSE)).reason == "markup"
+    assert verdict(PROSE + " A sign points to the final/think tank.").reason is None
+
+
+def test_an_answer_of_megabytes_is_too_long_before_anything_else_is_asked(monkeypatch):
+    monkeypatch.setattr("data_prep.captions.judge.has_markup", lambda text: pytest.fail("it takes minutes"))
+    assert verdict("word " * 1_000_000).reason == "length"

@@ -12,7 +12,7 @@ from data_prep.captions.ledger import RequestLedger
 from data_prep.cli import main
 from data_prep.shards import Dataset
 
-from .conftest import Reply, build_backwards, good, states
+from .conftest import Reply, build_backwards, completion, good, states
 
 SOON = {"retry-after-ms": "1"}
 
@@ -41,7 +41,8 @@ FAULTS = {
         "rejected:declined",
     ),
     "413": (Reply(413, b"<html>too large</html>"), "rejected:declined"),
-    "no JSON": (Reply(200, b"<html>hello</html>"), "rejected:malformed"),
+    "a page in a 200": (Reply(200, b"<html>hello</html>", SOON), "rejected:failed"),
+    "no JSON": (Reply(200, b'{"choices": [{"message": {"conte'), "rejected:malformed"),
     "hangs up": (Reply(drop=True), "sent"),
 }
 
@@ -124,12 +125,41 @@ def test_what_is_declined_to_all_is_the_services_fault_and_planned_again(
     assert set(states(ledger)) == {"accepted", "planned"} if answered else {"planned"}
 
 
-def test_a_service_that_sends_pages_to_everybody_is_not_asked_a_thousand_times(seer, planned, run, ledger, capsys):
+def test_a_service_that_sends_pages_to_everybody_is_not_asked_a_thousand_times(
+    seer, planned, run, ledger, capsys, monkeypatch
+):
+    monkeypatch.setattr("data_prep.captions.rate_limit._LONGEST_BACKOFF", 0.01)
     planned(40, languages=["en"])
     seer.behave = lambda asked: Reply(200, b"<html>Please log in</html>")
     assert run() == 2
-    assert "no answer of a chat completion (<html>Please log in</html>)" in capsys.readouterr().err
+    assert "9 times in a row without an answer (status 500: <html>Please log in</html>)" in capsys.readouterr().err
     assert len(seer.asked) < 20
+    assert states(ledger) == {"planned": 40}
+
+
+def test_a_service_that_sends_answers_of_another_kind_is_not_asked_a_thousand_times(seer, planned, run, capsys):
+    planned(40, languages=["en"])
+    seer.behave = lambda asked: Reply(200, b'{"object": "chat.completion", "id": "x"}')
+    assert run() == 2
+    assert "no answer of a chat completion" in capsys.readouterr().err
+    assert len(seer.asked) < 20
+
+
+@pytest.mark.parametrize("accepted", [0, 5])
+def test_answers_that_are_all_no_captions_stop_the_run_before_all_is_spent(
+    seer, planned, run, ledger, capsys, monkeypatch, accepted
+):
+    """A reasoning model that never gets to its answer, a service with a `finish_reason` of its own."""
+    monkeypatch.setattr("data_prep.captions.run._REJECTED", 20)
+    planned(60, languages=["en"])
+    ends = json.dumps(completion("", finish="length")).encode()
+    seer.behave = lambda asked: good(asked) if asked.number < accepted else Reply(200, ends)
+    assert run("--concurrency", "1") == 2
+    assert "20 answers in a row are no captions (truncated 20), and all are paid" in capsys.readouterr().err
+    assert len(seer.asked) == accepted + 20
+    seer.behave = good
+    assert run() == 0
+    assert states(ledger) == {"accepted": 40, "rejected:truncated": 20}
 
 
 def test_a_request_that_fails_in_two_runs_is_set_aside_though_nobody_else_is_asked(seer, planned, run, ledger, capsys):

@@ -191,6 +191,19 @@ def test_captions_are_those_of_the_named_fields_word_for_word(shard, folder, run
     assert found.dropped == {"no caption": 1}
 
 
+def test_captions_by_language_come_in_their_languages(shard, folder, run, picture):
+    fields = {"caption": {"en": "a dog", "pt-BR": ["um cão", ""]}, "language": "fr"}
+    said = {"caption": {"user": "what is it?", "assistant": "a dog"}}
+    members = [each for n, one in enumerate((fields, said)) for each in
+               ((f"{n}.jpg", picture()), (f"{n}.json", json.dumps(one).encode()))]  # fmt: skip
+    shard(0, members=members)
+    found = run("img2dataset", folder=folder)
+    (sample,) = found.samples["image-short"]
+    captions = [(text["text"], text["language"]) for text in sample.content["captions"]]
+    assert captions == [("a dog", "en"), ("um cão", "pt")]
+    assert found.dropped == {"no caption": 1}
+
+
 def test_a_caption_that_is_no_utf8_is_dropped_and_half_a_character_too(shard, folder, run, picture):
     captions = [("txt", b"fine"), ("txt", b"Caf\xe9"), ("txt", b" \n"), ("json", b'{"caption": "a \\ud83d dog"}')]
     members = []

@@ -187,3 +187,77 @@ def test_a_field_of_captions_is_refused_where_there_are_none(write_tar, tmp_path
     assert "text-pairs has no captions" in capsys.readouterr().err
     assert main([*command, "--caption-key", "alt,"]) == 2
     assert "expected names of fields" in capsys.readouterr().err
+
+
+def test_tars_joined_by_cat_and_second_names_of_a_file_are_read_whole(write_tar, tmp_path):
+    """What stands behind the end of the first tar was lost without a word."""
+    first = write_tar(tmp_path / "a.tar", [("a.png", picture(0)), ("a.txt", b"a")])
+    second = write_tar(tmp_path / "b.tar", [("b.png", picture(1)), ("b.txt", b"b"), ("a.txt", b"another a")])
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/joined.tar").write_bytes(first.read_bytes() + second.read_bytes())
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "c.png").write_bytes(picture(2))
+    (folder / "c.txt").write_bytes(b"c")
+    (folder / "d.png").hardlink_to(folder / "c.png")
+    (folder / "d.txt").write_bytes(b"d")
+    (folder / "e.png").symlink_to("c.png")
+    with tarfile.open(tmp_path / "theirs/linked.tar", "w") as tar:
+        for name in ("c.png", "c.txt", "d.png", "d.txt", "e.png"):
+            tar.add(folder / name, name)
+    dataset, receipt = index(tmp_path)
+    assert captions_of(dataset) == {"a": ["a"], "b": ["b"], "c": ["c"], "d": ["d"]}
+    assert [dataset.read(number)["png"] for number in range(4)] == [picture(0), picture(1), picture(2), picture(2)]
+    assert receipt["dropped"] == {"a link or device in a tar": 1, "second sample of one name": 1}
+
+
+@pytest.mark.parametrize("left", ["half of the last member", "no end"])
+def test_an_index_of_a_tar_that_is_cut_short_is_sound(write_tar, tmp_path, left):
+    members = [member for n in range(3) for member in ((f"{n}.png", picture(n)), (f"{n}.txt", b"a caption"))]
+    tar = write_tar(tmp_path / "theirs/a.tar", members)
+    end = tar.read_bytes().rindex(b"a caption")
+    tar.write_bytes(tar.read_bytes()[: end + (4 if left == "half of the last member" else 9)])
+    dataset, receipt = index(tmp_path)
+    assert len(dataset) == (2 if left == "half of the last member" else 3)
+    assert receipt["dropped"]["rest of a tar that is cut short or damaged"] == 1
+
+
+def test_utf_16_without_a_mark_and_what_nobody_can_see_are_no_captions(write_tar, tmp_path):
+    texts = {
+        "utf16": "Brücke".encode("utf-16-le"),
+        "ascii16": "bridge".encode("utf-16-be"),
+        "padded": b"a bridge\0\0\0",
+        "widthless": "\u200b\ufeff\u2060".encode(),
+        "flag": "🏴".encode(),
+    }
+    members = [each for key, text in texts.items() for each in ((f"{key}.png", picture(0)), (f"{key}.txt", text))]
+    blank = {"captions": [{"text": "\u200d", "language": "en"}]}
+    members += [("json.png", picture(0)), ("json.json", json.dumps(blank).encode())]
+    write_tar(tmp_path / "theirs/a.tar", members)
+    dataset, receipt = index(tmp_path)
+    assert captions_of(dataset) == {"flag": ["🏴"]}
+    assert receipt["dropped"] == {
+        "a text of its captions lacks text": 1,
+        "caption that is not UTF-8": 1,
+        "caption with a NUL, as UTF-16 has where it is taken for UTF-8": 2,
+        "no caption: its .txt is empty": 1,
+    }
+
+
+def test_a_file_that_is_no_tar_is_called_what_it_is(write_tar, tmp_path):
+    write_tar(tmp_path / "theirs/a.tar", [("a.png", picture(0)), ("a.txt", b"a")])
+    for name, data in {"b": b"", "c": b"<html>404</html>" * 100, "d": b"PK\3\4" + bytes(600)}.items():
+        (tmp_path / f"theirs/{name}.tar").write_bytes(data)
+    assert index(tmp_path)[1]["dropped"] == {
+        "a file that is no tar": 1,
+        "a packed tar, which has no offsets: unpack it": 1,
+        "an empty file in place of a tar": 1,
+    }
+
+
+def test_captions_by_language_in_a_field_keep_their_languages(write_tar, tmp_path):
+    fields = {"alt": {"en": "a dog", "pt-BR": ["um cão", "o cão"]}, "turns": {"user": "what?", "model": "a dog"}}
+    write_tar(tmp_path / "theirs/a.tar", [("a.png", picture(0)), ("a.json", json.dumps(fields).encode())])
+    dataset, _ = index(tmp_path, "--caption-key", "alt,turns")
+    assert captions_of(dataset) == {"a": ["a dog", "um cão", "o cão"]}
+    assert dataset.row(0).languages == ("en", "pt-BR")

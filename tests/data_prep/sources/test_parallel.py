@@ -245,3 +245,22 @@ def test_codes_of_translators_are_the_house_s(run, tmp_path):
     found = run("tmx", files=[tmp_path])
     assert [s.content["target"][0]["language"] for s in found.samples["text-pairs"]] == list(codes.values())
     assert {s.content["query"][0]["language"] for s in found.samples["text-pairs"]} == {"fr"}
+
+
+def test_the_encoding_that_a_memory_states_is_its_encoding(run, tmp_path):
+    def memory(name: str, encoding: str) -> Path:
+        text = f'<?xml version="1.0" encoding="{encoding}"?><tmx version="1.4"><header srclang="de"/><body>' + "".join(
+            f'<tu><tuv xml:lang="de"><seg>{first}</seg></tuv><tuv xml:lang="en"><seg>{second}</seg></tuv></tu>'
+            for first, second in [("grün", "green"), ("gr\x81n", "broken")]
+        )
+        (tmp_path / name).write_bytes(text.encode("latin-1"))
+        return tmp_path / name
+
+    found = run("tmx", files=[memory("a.tmx", "windows-1252")])
+    assert [sample.content["query"][0]["text"] for sample in found.samples["text-pairs"]] == ["grün"]
+    assert found.dropped == {"unit that is not XML": 1}  # windows-1252 has no 0x81
+    converted = memory("c.tmx", "UTF-16")  # it was, until someone converted it
+    converted.write_bytes(converted.read_bytes().decode("latin-1").replace("\x81", "ü").encode())
+    assert len(run("tmx", files=[converted], out=tmp_path / "third").samples["text-pairs"]) == 2
+    with pytest.raises(UserError, match="states the encoding 'ebcdic-cp-us', which is not read here"):
+        run("tmx", files=[memory("b.tmx", "ebcdic-cp-us")], out=tmp_path / "again")

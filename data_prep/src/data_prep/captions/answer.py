@@ -34,6 +34,7 @@ def read_answer(raw: bytes) -> Answer:
         text, refused = _content(message.get("content"))
         text.encode()  # or ValueError: half a character could not be stored
         fault = "refusal" if refused or message.get("refusal") else _unfinished(choice.get("finish_reason"))
+        fault = fault or ("unfinished" if body.get("error") else None)  # it broke off, whatever is said of the end
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         return Answer(None, "malformed", _usage(body))
     return Answer(text, fault, _usage(body))

@@ -52,6 +52,7 @@ _MESSAGES = (
     "message", "msg", "error_msg", "error_message", "errorMessage", "errmsg", "status_msg", "faultstring", "detail",
     "error",
 )  # fmt: skip
+_NO_JSON = re.compile(rb"\s*(<[!?A-Za-z]|[A-Za-z][a-z]+ [a-z]+ )")
 _HINTS = re.compile(r"retry-after(-ms)?|x-ratelimit-[a-z-]+")
 
 
@@ -75,8 +76,10 @@ def disguised(path: str, raw: bytes) -> int | None:
     """The status that a 2xx should have had: it holds an error, and nothing of what was asked for at `path`."""
     try:
         body = parse_json(_first_event(raw))
-    except ValueError:
-        return None
+    except ValueError:  # a page or a sentence of something on the way to the service; half an answer may be paid
+        return FAILED if _NO_JSON.match(raw) else None
+    if isinstance(body, str) and _NO_JSON.match(body.encode("utf-8", "replace")):
+        return FAILED
     if isinstance(body, list) and len(body) == 1:  # as Google's
         (body,) = body
     if not isinstance(body, dict):
@@ -86,10 +89,10 @@ def disguised(path: str, raw: bytes) -> int | None:
             return None
     elif body.get("id") or isinstance(body.get("data"), list):
         return None
-    told = any(_TOLD.search(name.lower()) for name, value in body.items() if value)
-    if not told and body.get("object") != "error" and _status(body) is None:
-        return None
     inner = _error(body)
+    told = any(_TOLD.search(name.lower()) for name, value in body.items() if value and not _is_said(value))
+    if not told and inner is body and body.get("object") != "error" and _status(body) is None:
+        return None
     own = next(filter(None, (_status(holder) for holder in (inner, body))), None)
     return own or _by_code(raw) or _by_phrase(raw, (NO_KEY, NO_MONEY, NO_MODEL, LIMITED)) or FAILED
 
@@ -149,7 +152,13 @@ def _error(body: JsonObject) -> JsonObject:
             return error
         if isinstance(error, str) and error:
             return {**body, "message": error}
-    return body
+    nested = (each for each in body.values() if isinstance(each, dict) and each.get("error"))
+    return next(map(_error, nested), body)
+
+
+def _is_said(value: Any) -> bool:
+    """Whether this is the message of an assistant, in whatever API's answer, and not that of an error."""
+    return isinstance(value, dict) and "content" in value
 
 
 def _status(holder: JsonObject) -> int | None:

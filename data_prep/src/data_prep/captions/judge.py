@@ -40,6 +40,7 @@ _DENSITY = {"zh": 0.3, "ja": 0.4, "ko": 0.45}
 _REPEATED = 0.3  # share of 20-character windows that occurred before; prose has a few percent
 _THIRDS_FROM = 300  # characters; below that, a third is too little to tell a language by
 _SURE = 0.95
+_FAR_TOO_LONG = 4  # times as long as a caption may be: loops up to the last token
 _RULES = ("judge.py", "answer.py", "markup.py", "talk.py", "layout.py", "topics.py", "phrases.json")
 _RULES_OF_LANGUAGES = ("language_id.py", "scandinavian.py")
 
@@ -83,6 +84,8 @@ def judge(raw: bytes, language: str, limits: Limits = Limits(), *, prompts: Sequ
 
 def fault(text: str, language: str, limits: Limits, prompts: Sequence[str] = ()) -> str | None:
     """The fault of a caption, by its text alone, with the lines that it came in; None if there is none."""
+    if len(text) > _FAR_TOO_LONG * limits.longest:  # before anything that takes a second for each megabyte
+        return "length"
     caption = clean(text)
     density = _DENSITY.get(language, 1.0)
     if not caption:

@@ -20,6 +20,7 @@ _CLOSE = re.compile(
 # Tokenizers read these as special tokens wherever they stand; so they are faults even in a quotation.
 _TOKENS = re.compile(
     r"<[|｜][^<>|｜\n]{1,40}[|｜]>|</?s>|<(?:bos|eos|pad|unk|mask|image|img|video|audio|image_soft_token)\d*>"
+    r"|<(?:ctrl|unused|extra_id_|special_token_)\d+>|(?<!\S)/(?:no_?)?think(?!\S)"
     r"|<0x[0-9a-f]{2}>|<loc_?\d+>|<(?:start|end)_of_\w+>|\[/?INST\]|<</?SYS>>|\[/?(?:IMG|BOS|EOS|PAD|UNK|SEP|CLS)\]"
     r"|Ċ|(?-i:\wĠ\w)|▁\w|\ufffd|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]",
     re.IGNORECASE,
@@ -32,7 +33,7 @@ _ROLE = r"(?:assistant|user|human|system|ai|bot|model|gpt)"
 _MARKUP = re.compile(
     rf"</[a-z][\w:.-]*>|<(?:{_NAMES})(?:\s[^<>]*)?/?>|<[a-z]+ [a-z-]+=[^<>]*>|&(?:[a-z]{{2,6}}|#\d+);|```|!\[[^\]]*\]\("
     rf"|\\boxed\{{|^\s*(?:>|[-*•]|\d{{1,2}}[.)])\s|(?:^|\n)\s*[-*_]{{3,}}\s*(?:\n|$)|\s#[^\W\d]\w*(?:\s+#\w+)*\s*$"
-    rf"|(?:^|\n)\s*\W{{0,3}}{_ROLE}\W{{0,2}}:|###\s*\w+|(?:^|\n)\s*#{{1,6}}\s|^\s*(?:assistant|model)\s*\n",
+    rf"|(?:^|\n)\s*\W{{0,3}}{_ROLE}\W{{0,2}}:|###\s*\w+|(?:^|\n)\s*#{{1,6}}\s|^\s*(?:assistant|model|analysis|final)\s*\n",
     re.IGNORECASE,
 )
 _JSON = re.compile(r"\s*[\[{]\s*[\"{\[].*[\]}]\s*", re.DOTALL)
@@ -66,5 +67,6 @@ def has_markup(text: str) -> bool:
 
 
 def without_quotations(text: str) -> str:
-    """A text with “” for its short quotations: they are what a sign or a person in the picture says."""
-    return _QUOTED.sub(" “” ", text)
+    """A text with “” for its short quotations: they are what a sign or a person in the picture says. An answer that is
+    one as a whole is none, however short: Chinese says a prompt in few characters."""
+    return text if _QUOTED.fullmatch(text.strip()) else _QUOTED.sub(" “” ", text)

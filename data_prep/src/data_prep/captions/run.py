@@ -36,6 +36,7 @@ _LOSSES = 5  # these may have cost money
 # After so many images in a row about which it declines to talk, or about which it says what nobody can read.
 _USELESS = 20
 _USELESS_AT_FIRST = 5  # before anything was answered
+_REJECTED = 100  # paid answers in a row that are no captions: model, prompt or options are wrong
 _UNREADABLE = 20  # images in a row that cannot be read here
 _READ_AHEAD = 64  # images
 _LONG_PAUSE = 5.0  # seconds
@@ -90,6 +91,7 @@ class _Run:
         self._waiting: list[tuple[float, int, Request]] = []  # a heap: until when, place, request
         self.failures: Counter[int] = Counter()  # by place
         self._answers = 0
+        self._rejected: Counter[str] = Counter()  # since one was accepted
         self._suspects: dict[str, int] = {}  # images about which a call failed -> how many answers there were before
         self._losses = 0  # rounds in a row
         self._last = ""  # failure, as it is shown
@@ -263,11 +265,17 @@ class _Run:
         self.spent += (cost - most) if cost is not None and most is not None else 0.0
         if verdict.reason is None:
             self.result.accepted += 1
+            self._rejected.clear()
         else:
             self.result.rejected[verdict.reason] += 1
+            self._rejected[verdict.reason] += 1
         if verdict.reason in ("declined", "malformed"):
             self._of_no_use(request, attempt, status, raw)
             return
+        if self._rejected.total() >= _REJECTED:
+            reasons = ", ".join(f"{reason} {count}" for reason, count in self._rejected.most_common(3))
+            found = f"{_REJECTED} answers in a row are no captions ({reasons}), and all are paid"
+            self._give_up(f"{self.service.url}: {found}")
         self._answers += 1
         self._losses = 0
         self._useless.clear()

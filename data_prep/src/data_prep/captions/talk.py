@@ -43,8 +43,12 @@ def refuses(text: str, language: str) -> bool:
 
 
 def repeats(text: str, prompt: str, density: float) -> bool:
-    """Whether a text has a long run of letters out of its prompt, quotations aside. density: see `judge`."""
-    own, given = (words(without_quotations(one)).replace(" ", "") for one in (text, prompt))
+    """Whether a text has a long run of letters out of its prompt, quotations aside. density: see `judge`.
+
+    Marks around the whole are none of a quotation: a prompt that has one inside would hide behind them.
+    """
+    bare = text.strip().strip("\"'“”„«»‹›「」『』《》‘’")
+    own, given = (words(without_quotations(one)).replace(" ", "") for one in (bare, prompt))
     run = round(_PROMPT_RUN * density)
     return any(own[start : start + run] in given for start in range(len(own) - run + 1))
 

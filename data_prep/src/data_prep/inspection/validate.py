@@ -14,6 +14,7 @@ from data_prep.execute.engines import worker_pool
 from data_prep.images import ImageRefused, check_stored
 from data_prep.shards import Dataset, Row, ShardError, Unusable, content_of, texts_in
 from data_prep.shards.format import IMAGE_TYPES
+from data_prep.sources.tars import tar_members
 
 
 @dataclass(frozen=True)
@@ -134,14 +135,15 @@ def _check_texts(members: dict[str, bytes], kind: str, row: Row) -> Iterator[str
 
 
 def _places(tar: Path) -> dict[str, tuple[int, int]]:
-    """Name → offset and size of each member, from the tar itself; extensions in lower case, as in sidecars."""
+    """Name → offset and size of each member, from the tar itself; extensions in lower case, as in sidecars.
+
+    A tar that is cut short counts up to there: what stands behind is in no sidecar.
+    """
     places: dict[str, tuple[int, int]] = {}
-    try:
-        with tarfile.open(tar, mode="r:") as file:
-            for member in file:
+    with tar.open("rb") as file:
+        for member in tar_members(tar, file):
+            if isinstance(member, tarfile.TarInfo):
                 head, dot, extension = member.name.rpartition(".")
                 name = f"{head}{dot}{extension.lower()}"
                 places.setdefault(name, (member.offset_data, member.size))  # of equal names the first is the sample's
-    except (tarfile.TarError, OSError):
-        return {}
     return places

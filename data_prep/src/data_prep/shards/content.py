@@ -7,11 +7,17 @@ that another one stumbles over.
 from __future__ import annotations
 
 import json
+import re
 import sys
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data_prep.shards.format import IMAGE_TYPES, KINDS, JsonObject, ShardError, parse_json
+
+_NUL = "a NUL, as UTF-16 has where it is taken for UTF-8"
+_LANGUAGE = re.compile(r"[a-z]{2}([_-][A-Za-z]{2,4})*")  # of three letters may be "alt", "raw" or "url"
+_UNSEEN = ("Cc", "Cf", "Zl", "Zp", "Zs")  # categories of Unicode
 
 
 class Unusable(ShardError):
@@ -52,25 +58,40 @@ def content_of(kind: str, members: Mapping[str, bytes], language: str = "und") -
             text = members["txt"].decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise Unusable("caption that is not UTF-8", f" ({error.reason} at byte {error.start})") from None
-        if not text.strip():
+        if "\0" in text:
+            raise Unusable(f"caption with {_NUL}") from None
+        if is_blank(text):
             raise Unusable("no caption: its .txt is empty") from None
         return {"captions": [_caption(kind, text, language)]}
 
 
-def named_texts(fields: Any, names: Sequence[str]) -> list[str]:
+def named_texts(fields: Any, names: Sequence[str]) -> list[tuple[str, str]]:
     """The texts that a .json of others has under `names`, word for word, each once, without empty ones.
 
-    A name is a field's, or a path of names: "meta.alt" is `alt` of `meta`, or of every object in the list `meta`. What
-    it leads to is a text or a list of texts.
+    With each the language that it is said to be in, "" for none: what a name leads to is a text, a list of texts, or
+    texts by language ({"en": …, "pt-BR": […]}). A name is a field's, or a path of names: "meta.alt" is `alt` of `meta`,
+    or of every object in the list `meta`.
     """
-    found: dict[str, None] = {}
+    found: dict[str, str] = {}
     for name in names:
         exact = isinstance(fields, dict) and name in fields
         values = [fields]
         for step in [name] if exact else name.split("."):
             values = _flat([value[step] for value in values if isinstance(value, dict) and step in value])
-        found.update({value: None for value in values if isinstance(value, str) and value.strip()})
-    return list(found)
+        for value in values:
+            for code, text in _by_language(value):
+                if isinstance(text, str) and not is_blank(text):
+                    found.setdefault(text, code)
+    return list(found.items())
+
+
+def _by_language(value: Any) -> Iterator[tuple[str, Any]]:
+    """(language, text) of each text of an object by language; of anything else ("", value)."""
+    if not isinstance(value, dict):
+        yield "", value
+    elif all(_LANGUAGE.fullmatch(code) for code in value):
+        for code, texts in value.items():
+            yield from ((code, text) for text in _flat([texts]))
 
 
 def with_named_captions(kind: str, members: Mapping[str, bytes], names: Sequence[str]) -> dict[str, bytes]:
@@ -82,7 +103,7 @@ def with_named_captions(kind: str, members: Mapping[str, bytes], names: Sequence
         texts = named_texts(parse_json(members.get("json", b"{}")), names)
     except ValueError:
         return dict(members)
-    captions = [_caption(kind, text, "und") for text in texts]
+    captions = [_caption(kind, text, code or "und") for text, code in texts]
     # Half a character stays an escape, so that `content_of` finds it.
     return {**members, "json": json.dumps({"captions": captions}).encode()}
 
@@ -134,7 +155,7 @@ def _check_texts(part: str, texts: Any) -> None:
         if not isinstance(text, dict):
             raise Unusable(f"a text of {part} is no object", f' with "text" and "language" but {_seen(text)}')
         for field in ("text", "language"):
-            if not isinstance(text.get(field), str) or not text[field].strip():
+            if not isinstance(text.get(field), str) or is_blank(text[field]):
                 raise Unusable(f"a text of {part} lacks {field}", f", which is {_seen(text.get(field))}")
         for field in ("text", "language", "origin", "role"):
             value = text.get(field, "")
@@ -142,6 +163,8 @@ def _check_texts(part: str, texts: Any) -> None:
                 raise Unusable(f"{field} of a text of {part} is no text", f" but {_seen(value)}")
             if not encodes(value):
                 raise Unusable(f"{field} of a text of {part} has half a character", " (a lone surrogate)")
+            if "\0" in value:
+                raise Unusable(f"{field} of a text of {part} has {_NUL}")
         if not is_language(text["language"]):
             raise Unusable(f"language of a text of {part} is none", f" but {_seen(text['language'])}")
 
@@ -163,6 +186,11 @@ def _check_rest(content: JsonObject) -> None:
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text can be seen: it is empty, or spaces, controls and marks of no width alone."""
+    return not text.strip() or all(unicodedata.category(sign) in _UNSEEN for sign in text)
 
 
 def encodes(text: str) -> bool:

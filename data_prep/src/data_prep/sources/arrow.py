@@ -14,10 +14,10 @@ _BATCH = 16  # rows as Python values at a time: each may hold an image
 
 
 def read_arrow(piece: JsonObject, columns: Sequence[str]) -> Iterator[Values | Dropped]:
-    """Rows `first` to `end` of an Arrow file, with those of `columns` that it has."""
+    """Rows `first` to `end` of an Arrow file, with those of `columns` that it has; () for all."""
     library = needs("datasets", extra="datasets", what="reading Arrow files")
     path = Path(piece["file"])
     table = library.Dataset.from_file(str(path)).data.table
-    table = table.select([name for name in columns if name in table.column_names])
+    table = table.select([name for name in columns or table.column_names if name in table.column_names])
     for first in range(piece["first"], piece["end"], _BATCH):
         yield from rows_of(table.slice(first, min(_BATCH, piece["end"] - first)), path.name, first)

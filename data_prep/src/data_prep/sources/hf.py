@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from data_prep.shards.format import JsonObject
 from data_prep.sources.arrow import read_arrow
 from data_prep.sources.hf_files import find_files, kinds_of
-from data_prep.sources.parquet import read_parquet
+from data_prep.sources.parquet import partitions, read_parquet, whole_columns
 from data_prep.sources.records import Dropped, Row, argument, option
 from data_prep.sources.row_columns import Kinds
 from data_prep.sources.row_sets import RowSet
@@ -34,9 +35,15 @@ class Hf(RowSet):
     def found(self) -> tuple[Kinds | None, Iterator[JsonObject]]:
         files = find_files(self.data, self.config, self.split, self.revision)
         pieces = ({**piece, "roots": files.roots} for piece in files.pieces(_ROWS))
-        return None if files.features is None else kinds_of(files.features), pieces
+        if files.features is None:
+            return None, pieces
+        kinds = kinds_of(files.features)
+        folders = dict.fromkeys(partitions(files.files[0]), "") if files.form == "parquet" else {}
+        return replace(kinds, columns={**folders, **kinds.columns}), pieces
 
     def rows(self, piece: JsonObject, columns: Sequence[str]) -> Iterator[Row | Dropped]:
         if piece["format"] == "lines":
             return read_lines(piece)
-        return (read_parquet if piece["format"] == "parquet" else read_arrow)(piece, columns)
+        if piece["format"] == "parquet":
+            return read_parquet(piece, columns or whole_columns(Path(piece["file"])))
+        return read_arrow(piece, columns)

@@ -55,6 +55,13 @@ class HfFiles:
                     yield {"file": str(path), **stamp, "format": "arrow", "first": first, "end": end}
 
 
+@dataclass(frozen=True)
+class _Unknown:
+    """A column of a type that the library has no feature for: Arrow's name of it."""
+
+    dtype: str
+
+
 def find_files(data: str, config: str, split: str, revision: str, *, lone: bool = False) -> HfFiles:
     """The files of a split of `data`: a folder of `save_to_disk`, a file or folder of files, or a name on the hub.
 
@@ -135,9 +142,21 @@ def _arrow(dataset: Any, data: str, roots: tuple[str, ...] = ()) -> HfFiles:
 
 def _parquet_features(path: Path) -> Any:
     """The features that the library wrote into a parquet file, else those of its columns' types."""
+    pyarrow = needs("pyarrow", extra="datasets", what="reading parquet")
     parquet = needs("pyarrow.parquet", extra="datasets", what="reading parquet")
+    of_schema = _library().Features.from_arrow_schema
     with _said(str(path)):
-        return _library().Features.from_arrow_schema(parquet.read_schema(path))
+        schema = parquet.read_schema(path)
+        try:
+            return of_schema(schema)
+        except ValueError:  # a map, which the library does not know
+            found = dict[str, Any]()
+            for field in schema:
+                try:
+                    found |= of_schema(pyarrow.schema([field]))
+                except ValueError:
+                    found[field.name] = _Unknown(str(field.type))
+            return found
 
 
 def _split_among(splits: Iterable[str], split: str, data: str, lone: bool = False) -> str:
@@ -170,9 +189,9 @@ def kinds_of(features: Any) -> Kinds:
     """What columns hold, by the library's features."""
     kinds = {name: "image" if _is_image(kind) else "text" if _is_text(kind) else "" for name, kind in features.items()}
     kinds |= {
-        name: "image"
+        name: "image" if is_image_name(name) else "bytes"
         for name, kind in features.items()
-        if is_image_name(name) and _type(kind) == "Value" and "binary" in kind.dtype
+        if _type(kind) == "Value" and "binary" in kind.dtype
     }
     labels = {name: list(map(str, kind.names)) for name, kind in features.items() if _type(kind) == "ClassLabel"}
     return Kinds(kinds, labels)

@@ -13,7 +13,7 @@ from data_prep.errors import UserError
 from data_prep.image_rule import ImageRule
 from data_prep.names import is_hidden
 from data_prep.samples import Text
-from data_prep.shards.content import named_texts
+from data_prep.shards.content import is_blank, named_texts
 from data_prep.shards.format import IMAGE_TYPES, JsonObject, parse_json
 from data_prep.sources.records import Dropped, Found, ImageRecord, Noted, argument, file_stat, option
 from data_prep.sources.tars import TarSample, tar_samples
@@ -52,27 +52,27 @@ class Img2dataset:
                 yield found
                 continue
             where, sample, fields = found
-            texts = self._captions(sample, fields)
+            captions = self._captions(sample, fields)
             if not self.selects(fields):
                 yield Dropped("uid not in the list", where)
-            elif not texts:
-                yield Dropped("no caption" if texts is not None else "caption that is not UTF-8", where)
+            elif not captions:
+                yield Dropped("no caption" if captions is not None else "caption that is not UTF-8", where)
             else:
-                found_language = fields.get(self.language_column)
-                language = found_language if isinstance(found_language, str) else self.language
-                captions = [Text(text.strip(), language, "name", self.origin) for text in texts]
                 yield image_record(where, sample, fields, short=captions)
 
-    def _captions(self, sample: TarSample, fields: JsonObject) -> list[str] | None:
+    def _captions(self, sample: TarSample, fields: JsonObject) -> list[Text] | None:
         """The captions of the .json, else of the .txt, unless another field is named; None if that is no UTF-8."""
+        said = fields.get(self.language_column)
+        language = said if isinstance(said, str) and said.strip() else self.language
         texts = named_texts(fields, self.caption_key.split(","))
-        if texts or "txt" not in sample.members or self.caption_key != _CAPTION:
-            return texts
+        found = [Text(text.strip(), code or language, "name", self.origin) for text, code in texts]
+        if found or "txt" not in sample.members or self.caption_key != _CAPTION:
+            return found
         try:
             text = sample.read("txt").decode("utf-8-sig")
         except UnicodeDecodeError:
             return None
-        return [text] if text.strip() else []
+        return [] if is_blank(text) else [Text(text.strip(), language, "name", self.origin)]
 
     def selects(self, fields: JsonObject) -> bool:
         """Whether an image is selected, by its metadata."""

@@ -48,7 +48,8 @@ class Mds(RowSet):
         shards = _shards(folder)
         kinds: dict[str, str] = {}
         for name, encoding in zip(shards[0]["column_names"], shards[0]["column_encodings"], strict=True):
-            kinds[name] = "image" if _is_image(name, encoding) else "text" if encoding in ("str", "json") else ""
+            text = {"str": "text", "json": "text", "bytes": "bytes"}.get(encoding, "")
+            kinds[name] = "image" if _is_image(name, encoding) else text
         return Kinds(kinds), self._pieces(folder, shards)
 
     def rows(self, piece: JsonObject, columns: Sequence[str]) -> Iterator[Row | Dropped]:
@@ -160,7 +161,8 @@ def _is_image(name: str, encoding: str) -> bool:
 
 
 def _sample(data: bytes, shard: JsonObject, columns: Sequence[str]) -> JsonObject:
-    """The values of those of `columns` that the sample has; None for one of an encoding that is not read."""
+    """The values of those of `columns` (() for all) that the sample has; None for one of an encoding that is not
+    read."""
     sizes, place = [], 0
     for size in shard["column_sizes"]:
         if not size:
@@ -171,7 +173,7 @@ def _sample(data: bytes, shard: JsonObject, columns: Sequence[str]) -> JsonObjec
     for name, encoding, size in zip(shard["column_names"], shard["column_encodings"], sizes, strict=True):
         if place + size > len(data):
             raise ValueError("it is cut short")
-        if name in columns:
+        if not columns or name in columns:
             row[name] = _value(encoding, data[place : place + size])
         place += size
     return row

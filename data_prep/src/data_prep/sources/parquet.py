@@ -7,10 +7,12 @@ of a row group ahead.
 from __future__ import annotations
 
 import mmap
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from data_prep.errors import UserError, needs
 from data_prep.shards.format import JsonObject
@@ -22,6 +24,8 @@ _BATCH = 8 * 2**20  # bytes of rows that are Python values at a time; of _ROWS r
 _ROWS = 1000
 _BUFFER = 2**20  # bytes that are read at a time
 _LARGE = 64 * 2**20  # bytes of a row group from which the file is mapped
+_PARTITION = re.compile(r"([A-Za-z_][\w.-]*)=(.+)")
+_DATES = ("date", "time", "duration", "month")  # how the names of such types begin
 
 
 def parquet_pieces(paths: Sequence[Path], rows: int, *, columns: Sequence[str]) -> Iterator[JsonObject]:
@@ -49,6 +53,18 @@ def parquet_columns(path: Path) -> list[str]:
     return _read_footer(path)[1]
 
 
+def whole_columns(path: Path) -> list[str]:
+    """The names of a file's columns, without those of fields. UserError as of `parquet_pieces`."""
+    metadata, _ = _read_footer(path)
+    return [*partitions(path), *metadata.schema.to_arrow_schema().names]
+
+
+def partitions(path: Path) -> dict[str, str | None]:
+    """The columns that a file's folders stand for, as Spark and Hive write them: `language=de/part-0.parquet`."""
+    found = [match.groups() for part in path.parts[:-1] if (match := _PARTITION.fullmatch(part))]
+    return {name: None if value == "__HIVE_DEFAULT_PARTITION__" else unquote(value) for name, value in found}
+
+
 def _read_footer(path: Path) -> tuple[Any, list[str]]:
     parquet = needs("pyarrow.parquet", extra="parquet", what="reading parquet")
     try:
@@ -58,7 +74,8 @@ def _read_footer(path: Path) -> tuple[Any, list[str]]:
         raise UserError(f"{path}: not a parquet file that can be read ({error})") from error
     if twice := [name for name in schema.names if schema.names.count(name) > 1]:
         raise UserError(f"{path}: has the column {twice[0]!r} twice; rename one")
-    return metadata, [*schema.names, *(name for name in _paths(schema) if name not in schema.names)]
+    names = [*schema.names, *(name for name in partitions(path) if name not in schema.names)]
+    return metadata, [*names, *(name for name in _paths(schema) if name not in names)]
 
 
 def _paths(fields: Iterable[Any], before: str = "") -> Iterator[str]:
@@ -78,11 +95,14 @@ def read_parquet(piece: JsonObject, columns: Sequence[str], *, texts: Sequence[s
     path = Path(piece["file"])
     metadata, names = _read_footer(path)
     file, release = _opened(path, metadata, piece["groups"])
+    folders = {name: value for name, value in partitions(path).items() if name in columns}
     with file:
-        present = [name for name in columns if name in names]
+        present = [name for name in columns if name in names and name not in folders]
         first = piece["row"]
         for group in piece["groups"]:
             for row in _group(file, group, present, piece.get("shown", path.name), first, release):
+                if not isinstance(row, Dropped) and folders:
+                    row = row[0], {**row[1], **folders}
                 yield row if isinstance(row, Dropped) or not texts else _decoded(row, texts)
             first += metadata.row_group(group).num_rows
 
@@ -94,16 +114,16 @@ def _opened(path: Path, metadata: Any, groups: Sequence[int]) -> tuple[Any, Call
     """
     pyarrow = needs("pyarrow", extra="parquet", what="reading parquet")
     parquet = needs("pyarrow.parquet", extra="parquet", what="reading parquet")
+    # Many writers give pages a checksum; without it a damaged page may be texts like any other.
+    opened = partial(parquet.ParquetFile, metadata=metadata, pre_buffer=False, page_checksum_verification=True)
     try:
         if all(metadata.row_group(group).total_byte_size < _LARGE for group in groups):
-            file = parquet.ParquetFile(path, metadata=metadata, pre_buffer=False, buffer_size=_BUFFER)
-            return file, lambda: None
+            return opened(path, buffer_size=_BUFFER), lambda: None
         pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # the usual one keeps what it frees
         with path.open("rb") as raw:
             mapped = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
         reader = pyarrow.BufferReader(pyarrow.py_buffer(mapped))
-        file = parquet.ParquetFile(reader, metadata=metadata, pre_buffer=False)
-        return file, partial(mapped.madvise, mmap.MADV_DONTNEED)
+        return opened(reader), partial(mapped.madvise, mmap.MADV_DONTNEED)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a parquet file that can be read ({error})") from error
 
@@ -126,20 +146,33 @@ def _group(
 
 
 def rows_of(batch: Any, name: str, first: int) -> Iterator[Values | Dropped]:
-    """The rows of a record batch or table of Arrow, the first being number `first` from 0 in the file `name`. Arrow
-    does not check texts: one that cannot be read costs its row alone."""
+    """The rows of a record batch or table of Arrow, the first being number `first` from 0 in the file `name`. Maps
+    become objects. Arrow does not check texts: one that cannot be read costs its row alone."""
     try:
-        values = batch.to_pylist()
-    except (ValueError, OverflowError) as error:  # not UTF-8; a date that Python does not have
+        values = batch.to_pylist(maps_as_pydicts="strict")
+    except (ValueError, OverflowError, KeyError):  # not UTF-8; a date that Python does not have; a key twice
         if batch.num_rows > 1:
             for number in range(batch.num_rows):
                 yield from rows_of(batch.slice(number, 1), name, first + number)
-            return
-        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "a value that cannot be read"
-        yield Dropped(reason, f"{name}, row {first + 1}")
+        else:
+            yield _one_row(batch, f"{name}, row {first + 1}")
         return
     for number, row in enumerate(values, first + 1):
         yield f"{name}, row {number}", row
+
+
+def _one_row(batch: Any, where: str) -> Values | Dropped:
+    """The row of a batch of one that holds a value which cannot be read; a date is no text, so it is left out."""
+    row = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            (row[name],) = column.to_pylist(maps_as_pydicts="strict")
+        except (ValueError, OverflowError, KeyError) as error:
+            if not str(column.type).startswith(_DATES):
+                reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "a value that cannot be read"
+                return Dropped(reason, where)
+            row[name] = None
+    return where, row
 
 
 def _decoded(row: Values, texts: Sequence[str]) -> Values | Dropped:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from data_prep.errors import UserError
-from data_prep.languages import house_language
+from data_prep.languages import house_language, is_code
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
 
@@ -36,7 +36,8 @@ _TEXT = ("text", "caption", "raw", "sentence", "value")
 class Kinds:
     """What the columns hold.
 
-    columns: in their order, each with "image", "text" (texts in lists and structs, too) or "". labels: of a column of
+    columns: in their order, each with "image", "text" (texts in lists and structs, too), "bytes" (which may be texts)
+        or "". labels: of a column of
         class numbers the names of the classes.
     """
 
@@ -48,7 +49,8 @@ class Kinds:
 class Columns:
     """Names of columns, "" for none; `a.b` is the field b of a column a.
 
-    needed: those to read. labels: of a column of class numbers the names of the classes.
+    needed: those to read; of rows of texts none is named here, and each file's own columns say what they are.
+    labels: of a column of class numbers the names of the classes.
     """
 
     image: str = ""
@@ -93,15 +95,17 @@ def find_columns(data: str, kinds: Kinds | None, named: dict[str, str]) -> Colum
             raise UserError(f"{data}: has no column {given!r}; it has {', '.join(names)}")
     image = named["image"] or _only([name for name in names if features[name] == "image"], data, "image")
     if not image:
-        return Columns(language=named["language"], needed=names, labels=kinds.labels)
+        return Columns(language=named["language"], labels=kinds.labels)
     language = named["language"] or _first(_LANGUAGE, names)
-    long = named["long"] or _first([name for name in _LONG if name in names and features[name] == "text"], names)
+    read = [name for name in names if features[name] in ("text", "bytes")]
+    long = named["long"] or _first(_LONG, read)
     captions = named["captions"].split(",") if named["captions"] else []
     if not captions:
-        texts = [name for name in names if name not in (image, language, long) and features[name] == "text"]
+        texts = [name for name in read if name not in (image, language, long)]
         usual = _first(_CAPTIONS, texts)
         captions = [usual] if usual else []
         if not usual and not long:
+            texts = [name for name in texts if features[name] == "text"]
             others = [name for name in texts if name.lower().rpartition("_")[2] not in _NO_CAPTIONS]
             captions = [_only(others, data, "caption")]
             if not captions[0]:
@@ -117,19 +121,24 @@ def is_image_name(name: str) -> bool:
 
 
 def value_at(row: JsonObject, name: str) -> Any:
-    """The value of a column, or of a field of one: "json.caption". None if it is not there."""
+    """The value of a column, or of a field of one: "json.caption"; of a list of objects those of all. None if it is not
+    there."""
     if name in row:
         return row[name]
     value: Any = row
     for step in name.split("."):
-        value = value.get(step) if isinstance(value, dict) else None
+        if isinstance(value, list):
+            value = [each.get(step) for each in value if isinstance(each, dict)]
+        else:
+            value = value.get(step) if isinstance(value, dict) else None
     return value
 
 
 def caption_texts(value: Any, language: str, role: str, origin: str) -> list[Text] | None:
     """The captions that a value holds, word for word, without empty ones; None if it holds something else.
 
-    A value is a text, an object with a text (and perhaps its language), an object of texts by language, or a list.
+    A value is a text (or its bytes), an object with a text (and perhaps its language), an object of texts by language,
+    or a list.
     """
     if value is None:
         return []
@@ -140,6 +149,8 @@ def caption_texts(value: Any, language: str, role: str, origin: str) -> list[Tex
         if text is not None:
             own = next((value[name] for name in _LANGUAGE if isinstance(value.get(name), str)), language)
             return caption_texts(text, own, role, origin)
+        if not all(map(is_code, value)):  # {"user": …, "assistant": …}
+            return None
         parts = [caption_texts(each, code, role, origin) for code, each in value.items()]
     elif isinstance(value, list):
         parts = [caption_texts(each, language, role, origin) for each in value]

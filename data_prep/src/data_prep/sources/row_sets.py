@@ -8,9 +8,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from data_prep.errors import UserError
 from data_prep.image_rule import ImageRule
 from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
@@ -21,11 +23,12 @@ from data_prep.sources.parquet import image_bytes
 from data_prep.sources.records import Dropped, Found, ImageRecord, NoMatch, Row, argument, option, showing
 from data_prep.sources.row_columns import Columns, Kinds, caption_texts, find_columns, value_at
 from data_prep.sources.text_rows import TextRows
-from data_prep.sources.texts import Texts
+from data_prep.sources.texts import NO_FORM, Texts
 
 if TYPE_CHECKING:
     from zipfile import ZipFile
 
+_LOOK_AT = 100  # rows of a file
 _MAX_BYTES = 256 * 2**20  # of an image in a zip
 
 
@@ -72,15 +75,30 @@ class RowSet(ABC):
             "language": self.language_column,
         }
         columns = find_columns(self.data, kinds, names)
-        labelled, again = False, list[JsonObject]()
-        for number, piece in enumerate(pieces):
+        file, labelled, again = "", False, list[JsonObject]()
+        for piece in pieces:
             whole = {**piece, "columns": columns.plain()}
-            if not number and not columns.image:  # labels that cannot be read are refused before it begins
+            if piece["file"] != file and not columns.image:  # labels that cannot be read are refused before it begins
                 labelled = self._texts().labelled(self._rows(whole, columns))
+                if kinds is not None and not file:
+                    self._check_form(self._rows(whole, columns))
+            file = piece["file"]
             again += [whole] * labelled
             yield {**whole, "gathered": labelled}
         if again:
             yield {"file": self.data, "no_match": again}
+
+    def _check_form(self, rows: Iterator[Row | Dropped]) -> None:
+        """UserError if no column is known: none of the first rows has a form, though one has all values."""
+        first = [row for row in islice(rows, _LOOK_AT) if not isinstance(row, Dropped) and isinstance(row[1], dict)]
+        found = [one for row in first for one in self._texts().records(*row)]
+        strange = all(isinstance(one, Dropped) and one.reason == NO_FORM for one in found)
+        whole = next((row for row in first if None not in row[1].values()), None)
+        if strange and whole is not None:
+            raise UserError(
+                f"{whole[0]}: none of its columns ({', '.join(whole[1])}) is known for texts, or holds images; name "
+                "them: --query-column and --target-column, or --image-column and --caption-column"
+            )
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
         if "no_match" in piece:
@@ -105,7 +123,7 @@ class RowSet(ABC):
             if isinstance(row, Dropped) or not isinstance(row[1], dict):  # a list, as `import texts` knows it
                 yield row
             else:
-                yield row[0], columns.named_labels(row[1])
+                yield row[0], columns.named_labels(_with_texts(row[1], columns.image))
 
     def _captioned(self, where: str, row: JsonObject, columns: Columns, roots: list[str]) -> Found:
         image = self._image(value_at(row, columns.image), roots)
@@ -150,6 +168,21 @@ class RowSet(ABC):
         return TextRows(
             Texts((), **{name: getattr(self, name) for name in shared}), self.language_column, self.score_margin
         )
+
+
+def _with_texts(row: JsonObject, image: str) -> JsonObject:
+    """The row, with text in place of bytes that are UTF-8: not all writers mark it. Not those of its image."""
+    image = image if image in row else image.partition(".")[0]
+    return {name: value if name == image else _text(value) for name, value in row.items()}
+
+
+def _text(value: Any) -> Any:
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value
+    return list(map(_text, value)) if isinstance(value, list) else value
 
 
 @lru_cache(maxsize=4)

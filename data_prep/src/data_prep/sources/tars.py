@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -22,7 +22,7 @@ _HIDDEN = "hidden members passed over (._NAME, .DS_Store, __MACOSX)"
 _UNREAD = "further images and texts of a sample, not read"
 _LARGEST = 256 * 2**20  # bytes of a member that is read; no photograph, page or text has more
 _TEXTS = ("json", "txt")
-_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
 
 _Place = tuple[int, int]  # offset and size of a member's data, in bytes
 
@@ -63,7 +63,7 @@ def tar_samples(path: Path) -> Iterator[TarSample | Dropped | Noted]:
     with file:
         groups: dict[str, dict[str, _Place]] = {}
         torn: set[str] = set()
-        for run in _runs(_members(path, file), path.name):
+        for run in _runs(tar_members(path, file), path.name):
             if not isinstance(run, tuple):
                 yield run
                 continue
@@ -134,33 +134,69 @@ def _known(members: Iterable[str]) -> list[str]:
     return [ending for ending in members if ending.rpartition(".")[2] in (*IMAGE_TYPES, *_TEXTS)]
 
 
-def _members(path: Path, file: IO[bytes]) -> Iterator[tarfile.TarInfo | Dropped | Noted]:
-    """The regular files of a tar; what follows a damaged place is one `Dropped` at the end."""
+def tar_members(path: Path, file: IO[bytes]) -> Iterator[tarfile.TarInfo | Dropped | Noted]:
+    """The regular files of a tar, also of further ones behind its end (tars that were joined by `cat`).
+
+    What follows a damaged place is one `Dropped` at the end.
+    """
     start = os.pread(file.fileno(), 6, 0)
     if packed := next((name for mark, name in _PACKED.items() if start.startswith(mark)), None):
         yield Dropped("a packed tar, which has no offsets: unpack it", f"{path.name} ({packed})")
         return
-    size = os.fstat(file.fileno()).st_size
+    if not start:
+        yield Dropped("an empty file in place of a tar", path.name)
+        return
+    place: int | None = 0
+    while place is not None:
+        file.seek(place)
+        try:
+            tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - it borrows the file
+        except (tarfile.TarError, ValueError, OverflowError):
+            yield Dropped(CUT if place else "a file that is no tar", path.name)
+            return
+        if not (yield from _members(tar, path.name, file)):
+            yield Dropped(CUT, path.name)
+            return
+        place = _next_archive(file, tar.offset)
+
+
+def _members(
+    tar: tarfile.TarFile, name: str, file: IO[bytes]
+) -> Generator[tarfile.TarInfo | Dropped | Noted, None, bool]:
+    """The regular files up to the end of an archive; returns whether it has one.
+
+    A hard link, as tar stores a file's second name, is what stands under the first.
+    """
+    size, places = os.fstat(file.fileno()).st_size, dict[str, _Place]()
     try:
-        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - it borrows the file
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # or it would keep them all in memory
             if member.isdir():
                 continue
+            if member.islnk() and member.linkname in places:
+                member.type, (member.offset_data, member.size) = tarfile.REGTYPE, places[member.linkname]
             if is_hidden(member.name):
                 yield Noted(_HIDDEN)
             elif reason := _refused(member):
-                yield Dropped(reason, f"{path.name}: {member.name}")
+                yield Dropped(reason, f"{name}: {member.name}")
             elif member.offset_data + member.size > size:
-                break
+                return False
             else:
+                places[member.name] = member.offset_data, member.size
                 yield member
-        # tarfile mistakes a broken header for the end of the archive; the real end is a block of zeros.
-        whole = member is None and os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) == bytes(tarfile.BLOCKSIZE)
     except (tarfile.TarError, ValueError, OverflowError):
-        whole = False
-    if not whole:
-        yield Dropped(CUT, path.name)
+        return False
+    # tarfile mistakes a broken header for the end of the archive; the real end is a block of zeros.
+    return os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) == bytes(tarfile.BLOCKSIZE)
+
+
+def _next_archive(file: IO[bytes], place: int) -> int | None:
+    """The first block after `place` that is not all zeros; None if there is none."""
+    while block := os.pread(file.fileno(), 2**20, place):
+        if rest := block.lstrip(b"\0"):
+            return place + (len(block) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+        place += len(block)
+    return None
 
 
 def _refused(member: tarfile.TarInfo) -> str | None:

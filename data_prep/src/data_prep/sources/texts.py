@@ -48,6 +48,7 @@ from data_prep.sources.tables import (
 )
 from data_prep.sources.unnamed_labels import check_lists, check_others
 
+NO_FORM = "not one of the forms of pairs and triplets"
 _ROWS = 20_000
 _LOOK_AT = 1000  # rows of a file
 _TABLES = (".csv", ".tsv")
@@ -170,7 +171,7 @@ class Texts:
         first, _, second = self.language.partition(",")
         parts = self._parts(value)
         if parts is None:
-            yield Dropped("not one of the forms of pairs and triplets", where)
+            yield Dropped(NO_FORM, where)
             return
         query, target, negatives = ([text for text in part if text.strip()] for part in parts)
         if not query or not target:

@@ -27,6 +27,7 @@ _LONGEST = 16 * 2**20  # bytes of a unit
 _END = b"</tu>"
 _BEGIN = re.compile(rb"<tu[\s>]")
 _COMMENT = re.compile(rb"<!--.*?-->", re.DOTALL)
+_ENCODING = re.compile(rb"<\?xml[^>]*?\bencoding\s*=\s*[\"']([\w.:-]+)")
 _SOURCE = re.compile(rb"<header\b[^>]*?\bsrclang\s*=\s*[\"']([^\"']*)", re.DOTALL)
 _XML_LANG = "{http://www.w3.org/XML/1998/namespace}lang"
 _WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -62,6 +63,7 @@ class Tmx:
                 raise UserError(f"{path}: is no TMX; expected <tmx …> near its beginning")
             source = _SOURCE.search(text)
             piece["source"] = source[1].decode("utf-8", "replace") if source else ""
+            piece["encoding"] = "utf-8" if wide else _encoding(path, text)
             if wide or is_packed(path):
                 yield {**piece, "start": 0, "end": None, "wide": wide}
                 continue
@@ -79,18 +81,18 @@ class Tmx:
             try:
                 for number, unit in enumerate(_units(_blocks(file, piece)), 1):
                     where = f"{path.name}, unit {number}{after}"
-                    yield from showing(unit, [self._pair(where, unit, wanted, house_language(piece["source"]))])
+                    yield from showing(unit, [self._pair(where, unit, wanted, piece)])
             except PACKED as error:
                 where = f"{path.name}{after}, after unit {number} ({error})"
                 yield Dropped("rest of a packed file that is cut short or damaged", where)
 
-    def _pair(self, where: str, unit: bytes | None, wanted: list[str], source: str) -> Found:
+    def _pair(self, where: str, unit: bytes | None, wanted: list[str], piece: JsonObject) -> Found:
         if unit is None:
             return Dropped("unit that does not end", where)
         from xml.etree import ElementTree  # here: `--help` needs none of it
 
         try:
-            texts = _texts(ElementTree.fromstring(unit))
+            texts = _texts(ElementTree.fromstring(unit.decode(piece["encoding"])))
         except (ElementTree.ParseError, ValueError) as error:
             return Dropped("unit that is not XML", f"{where} ({error})")
         if not wanted:
@@ -98,13 +100,33 @@ class Tmx:
                 return Dropped(
                     f"unit in {'one language' if len(texts) < 2 else 'several languages: say --languages'}", where
                 )
-            wanted = sorted(texts, key=lambda code: code != source)
+            wanted = sorted(texts, key=lambda code: code != house_language(piece["source"]))
         if not all(code in texts for code in wanted):
             return Dropped("unit without both languages", where)
         query, target = ([Text(text, code, "body", self.origin) for text in texts[code]] for code in wanted)
         if not all(text.text.strip() for text in (*query, *target)):
             return Dropped("empty text", where)
         return TextRecord(where, query, target)
+
+
+def _encoding(path: Path, head: bytes) -> str:
+    """The encoding that an XML declaration states; UTF-8 where it says UTF-16 and the tags are ASCII all the same.
+
+    Raises:
+        UserError: one that is not known, or has no tags in ASCII.
+    """
+    stated = _ENCODING.search(head[:1000])
+    name = stated[1].decode("ascii", "replace").lower() if stated else "utf-8"
+    try:
+        codec = codecs.lookup("utf-8" if re.match(r"utf-?(16|32)|ucs", name) else name).name
+        if "<tu>".encode(codec) != b"<tu>":
+            raise LookupError(name)
+    except (LookupError, UnicodeError) as error:
+        raise UserError(
+            f"{path}: states the encoding {name!r}, which is not read here; expected UTF-8, UTF-16 with its mark, or "
+            "one like ISO-8859-1"
+        ) from error
+    return codec
 
 
 def _texts(unit: Element) -> dict[str, list[str]]:
