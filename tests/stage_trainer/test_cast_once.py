@@ -1,13 +1,12 @@
 """Weights that are cast once for all passes of a step, with the bits of casting them in each."""
 
 import contextlib
-import os
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from stage_trainer.batch import Batch
@@ -162,10 +161,7 @@ def test_meanwhile_another_adapter_is_refused():
 @pytest.mark.parametrize("stages", ["01", pytest.param("23", marks=pytest.mark.full)])
 def test_under_deepspeed_updates_have_the_bits_of_casting_in_each_pass(stages):
     """Under ZeRO 0 to 3; under 3 weights are whole too short a time, and are cast in each pass."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, __file__, stages], env=environment, capture_output=True, text=True, check=False
-    )
+    done = forks.run([sys.executable, __file__, stages], ".")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
 
 
