@@ -1,8 +1,6 @@
 """Weights that are cast once for all passes of a step, with the bits of casting them in each."""
 
 import contextlib
-import os
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -96,10 +94,7 @@ def test_meanwhile_another_adapter_is_refused():
 def test_under_deepspeed_updates_have_the_bits_of_casting_in_each_pass(stages):
     """Under ZeRO 0 to 3; under 3 weights are whole too short a time, and are cast in each pass."""
     support = Path(__file__).parents[1] / "support"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(support)}
-    done = subprocess.run(
-        [sys.executable, __file__, stages], env=environment, capture_output=True, text=True, check=False
-    )
+    done = forks.run([sys.executable, __file__, stages], ".", PYTHONPATH=str(support))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
 
 

@@ -1,4 +1,5 @@
-"""Processes that begin with PyTorch, DeepSpeed and our packages imported, which costs any other one five seconds.
+"""Processes that begin with PyTorch, DeepSpeed and our packages imported, which costs any other one two and a half
+seconds of processor time.
 
 A server imports them once and forks itself for every process that is asked for:
 

@@ -289,6 +289,12 @@ def test_images_are_told_apart_by_shard_and_key(made, shards):
         ((), "plain/00000.tar::plain/00000.tar", "", "more than once"),
         ((), "pipe:cat x.tar", "", "pipe:, which cannot go on in the middle"),
         (("augmentation={views: 1}",), "plain/{00000..00005}.tar", "", "augmentation.views is 1"),
+        (
+            ("embedding_cache=kept", "trainable.text=none"),
+            "plain/{00000..00005}.tar",
+            "",
+            "keeps embeddings by the number",
+        ),
         ((), "plain/{00000..00005}.tar", ", shuffle_buffer: 0", "shuffle_buffer 0; expected at least 1"),
         ((), "image-short/drawn", ", caption_key: alt", "'caption_key', which is for shards"),
         (("data.text=[{path: a.tar}]",), "plain/00000.tar", "", "only data.image_text takes shards without a manifest"),

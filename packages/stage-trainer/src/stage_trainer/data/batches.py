@@ -21,9 +21,8 @@ from stage_trainer.data.frozen_texts import FrozenTexts
 from stage_trainer.data.lanes import SourceOrder
 from stage_trainer.data.look_ahead import check_room, choose_ranges, look_ahead, newly_fetched
 from stage_trainer.data.pieces import IMAGES, PIECE, BatchesInPieces
-from stage_trainer.data.remote_data import place
 from stage_trainer.data.sampler import Draw, Draws, TaskSampler
-from stage_trainer.data.samples import REPLACEMENTS, SampleCache, negatives_of, open_data_set, replacement
+from stage_trainer.data.samples import REPLACEMENTS, SampleCache, negatives_of, open_source, replacement
 from stage_trainer.data.sections import Piece, Samples, Section, batch_of
 from stage_trainer.data.stateless_rng import key
 from stage_trainer.data.streamed import StreamedShards, streamed_sources
@@ -58,10 +57,10 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         self._last: dict[int, tuple[int, Draws]] = {}  # by sampler: a step's draws for all of its pieces
         streamed = streamed_sources(data, stage.data.image_text, seed, stage.data.lane_count)
         self.image_sources = [
-            streamed.get(number) or _open(data, source, stage.batch.image_text, ("image-",))
+            streamed.get(number) or open_source(data, source, stage.batch.image_text, ("image-",))
             for number, source in enumerate(stage.data.image_text)
         ]
-        self.text_sources = [_open(data, s, stage.batch.text, ("text-",)) for s in stage.data.text]
+        self.text_sources = [open_source(data, s, stage.batch.text, ("text-",)) for s in stage.data.text]
         self.files = FileChecks([*self.indexed_images, *self.text_sources])
         if len({source.kind for source in self.text_sources}) > 1:
             raise UserError("data.text mixes pairs and triplets; a stage takes one kind, because their losses differ")
@@ -347,13 +346,3 @@ def shortened(ids: list[int], longest: int) -> list[int]:
 
 def _name(data: ImageSource) -> str:
     return f"{data.kind}/{data.source}"
-
-
-def _open(config: DataConfig, source: Source, batch: int, kinds: tuple[str, ...]) -> Dataset:
-    data = open_data_set(place(config, "train", source.path), kinds, check=False)  # `FileChecks` does
-    if len(data) < batch:
-        raise UserError(
-            f"{data.directory} has {len(data)} samples, too few for one batch of {batch}; "
-            "lower the batch size or add data"
-        )
-    return data

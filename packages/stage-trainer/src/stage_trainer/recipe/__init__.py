@@ -10,12 +10,11 @@ from stage_trainer.recipe.schema import (
     OptimizerConfig,
     Rates,
     Recipe,
-    Source,
     Stage,
-    StageData,
     Trainable,
     at_step,
 )
+from stage_trainer.recipe.sources import Source, StageData
 
 __all__ = [
     "AugmentationConfig",

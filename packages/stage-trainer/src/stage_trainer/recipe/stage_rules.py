@@ -7,7 +7,8 @@ from dataclasses import asdict
 
 from stage_trainer.errors import UserError
 from stage_trainer.recipe.address import names_shards
-from stage_trainer.recipe.schema import NEW_TEMPERATURE, GradientCache, ModelConfig, Recipe, Source, Stage
+from stage_trainer.recipe.schema import NEW_TEMPERATURE, GradientCache, ModelConfig, Recipe, Stage
+from stage_trainer.recipe.sources import Source
 from stage_trainer.recipe.teacher import TeacherConfig
 
 
@@ -99,6 +100,11 @@ def _check_shards(stage: Stage, here: str) -> None:
                     f"{here}: {source.path!r} has {key!r}, which is for shards that a path names one by one "
                     "({00000..00099}.tar); leave it out"
                 )
+    if stage.embedding_cache is not None and any(source.names_shards for source in stage.data.image_text):
+        raise UserError(
+            f"{here}: 'embedding_cache' keeps embeddings by the number of a sample, and samples of shards without a "
+            "manifest have none; leave it out, or index the shards (data-prep index)"
+        )
     if stage.augmentation.views and any(source.names_shards for source in stage.data.image_text):
         raise UserError(
             f"{here}: augmentation.views is {stage.augmentation.views}, and of shards without a manifest an image has "
