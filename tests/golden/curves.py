@@ -5,8 +5,8 @@
 
 A change of numbers is a decision: record in a commit of its own, whose message says why. curves.json has a recording
 for each kind of machine, with its processor and versions. There, test_curves.py holds the curves bit-equal; on other
-kinds, and of curves that were not recorded there, to `CLOSE` of another recording. `record` replaces this machine's; one
-of numbers that changed has to be made anew on each kind.
+kinds, and of curves that were not recorded there, to `CLOSE` of another recording. `record` replaces this machine's; of
+numbers that changed a recording has to be made anew on each kind.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from bare_engine import CHUNKS, LORA, VISION, WAYS, Engine, make_batch
