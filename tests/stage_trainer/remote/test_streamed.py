@@ -315,3 +315,47 @@ def test_images_are_decoded_as_those_of_data_sets(made, shards):
     assert batch.images.dtype == torch.uint8
     assert batch.images.shape == (4, 3, 32, 32)
     assert batch.images[:, 0].flatten(1).float().mean(1).round().int().tolist() == numbers(batch)
+
+
+def test_an_empty_shard_of_a_server_is_passed_over(made, serve, tmp_path, shards):
+    (shards / "00002.tar").write_bytes(b"")
+    server = serve(tmp_path / "corpus")
+    server.faults = {"00002.tar": [416]}
+    there = made(f"corpus={server.url}", lanes=2)
+    assert {n // SAMPLES for batch in read(there, 0, 20) for n in batch} == {0, 1, 3, 4, 5}
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("plain/{00000..00005}.tar::nosuch://bucket/x.tar", "nosuch://bucket/x.tar cannot be opened here"),
+        ("plain/{00000..00005.tar", "is no list of shards"),
+        ("plain/${NO_SUCH}.tar", "is no list of shards"),
+    ],
+)
+def test_shards_that_nothing_here_opens_end_the_run_by_name(made, path, said):
+    with pytest.raises(UserError, match=said):
+        read(made(path=path), 0, 20)
+
+
+def test_two_sources_of_one_name_are_refused(made, tmp_path, shards):
+    other = tmp_path / "corpus/train/more/plain"
+    other.mkdir(parents=True)
+    for path in shards.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match="2 sources of shards in folders called 'plain'"):
+        made(source='}, {path: "more/plain/{00000..00005}.tar"')
+
+
+def test_too_many_open_files_are_no_fault_of_a_shard(made, monkeypatch):
+    import errno
+    import os
+
+    there = made()
+
+    def no_more(place):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), place)
+
+    monkeypatch.setattr("builtins.open", lambda place, mode="r", **_: no_more(place))
+    with pytest.raises(OSError, match="Too many open files"):
+        there[0]

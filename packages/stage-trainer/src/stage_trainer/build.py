@@ -88,7 +88,7 @@ def build_model(recipe: Recipe, number: int, tokenizer: Tokenizer | None = None)
     with named_weights(recipe.model, "vision"):
         path = weights.tower_weights(recipe.model, "vision", fetch=True)
         if path:
-            _check_projector(recipe.stage(number), weights.given(path, "vision")[0], vision_config)
+            _check_projector(recipe.stages[number - 1 :], weights.given(path, "vision")[0], vision_config)
         vision = _read_vision(path, vision_config) if path else VisionTower(vision_config)
     model = DualEncoder(text, vision)
     model.set_biases(weights.biases(recipe.model))
@@ -121,9 +121,10 @@ def with_tokenizer(tower: TextTower, tokenizer: Tokenizer | None, model: ModelCo
     tower.tokenizer = tokenizer
 
 
-def _check_projector(stage: Stage, given: VisionTowerConfig, config: VisionTowerConfig) -> None:
+def _check_projector(stages: Sequence[Stage], given: VisionTowerConfig, config: VisionTowerConfig) -> None:
     """UserError for a new projector that nothing trains while others learn from what it gives."""
-    if config.projector and not given.projector and stage.batch.image_text and stage.trainable.image == "none":
+    first = next((stage for stage in stages if stage.batch.image_text), None)
+    if config.projector and not given.projector and first and first.trainable.image == "none":
         raise UserError(
             "the weights have no projector, so model.vision.projector makes a new one, of random numbers, and "
             "trainable.image is 'none': set it to 'projector'"

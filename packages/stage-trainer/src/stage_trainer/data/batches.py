@@ -83,7 +83,7 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
             (self.image_sources, self.image_sampler, stage.task_start.image_text),
             (self.text_sources, self.text_sampler, stage.task_start.text),
         ):
-            lines = choose_ranges(sources, sampler, max(0, stage.steps - first)) if sampler else ()
+            lines = choose_ranges(sources, sampler, max(0, stage.steps - first)) if sampler and not stage.stored else ()
             for line in lines if rank == 0 else ():
                 print(line, flush=True)
         read: list[tuple[Sequence[ImageSource], TaskSampler | None]]

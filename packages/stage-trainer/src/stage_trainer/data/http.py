@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Iterator
 from typing import IO
 
+from stage_trainer.errors import UserError
 from stage_trainer.recipe import RemoteConfig
 from stage_trainer.recipe.address import without_credentials
 
@@ -52,6 +53,8 @@ def response_to(
     try:
         with deadline, opener_with(deadline).open(request, timeout=settings.timeout) as response:
             yield response
+    except UserError:
+        raise
     except urllib.error.HTTPError as error:
         raise _http_failure(error) from error
     except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: read1 from a closed connection

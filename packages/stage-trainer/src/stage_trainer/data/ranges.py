@@ -60,10 +60,9 @@ class RangedFile(io.RawIOBase):
         self.url, self.settings, self.pool, self.count = url, settings, pool, count
         self._whole: IO[bytes] | None = None
         self._next: Future[Span] | None = None
-        self._first = Span(0, b"", 0, None)
         found = self._fetch(0)
         if isinstance(found, Span):
-            self._first = found
+            self._whose = found.total, found.version
             self._take(found)
         else:
             self._whole = found
@@ -93,7 +92,7 @@ class RangedFile(io.RawIOBase):
 
     def _take(self, span: Span) -> None:
         """Begins to read a range, and to fetch the one after it."""
-        if (span.total, span.version) != (self._first.total, self._first.version):
+        if (span.total, span.version) != self._whose:
             raise Failure("the file changed while it was read")
         self._span, self._at = span, 0
         self.count(len(span.content))
@@ -157,18 +156,26 @@ def fetch_span(url: str, start: int, size: int, settings: RemoteConfig, whole: W
     def by_http() -> Span | IO[bytes]:
         request = request_of(url)
         request.add_header("Range", f"bytes={start}-{start + size - 1}")
-        with response_to(request, url, settings) as response:
-            if response.status != 206:
-                if whole is None:
-                    raise NoRanges("the server sends no ranges of a file")
-                return whole(response)
-            said = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-            if said is None or int(said["first"]) != start:
-                raise Failure(f"the server answered with another range, {response.headers.get('Content-Range')!r}")
-            content = response.read(size + 1)
-            if len(content) != min(size, int(said["total"]) - start):
-                raise Failure(f"{len(content)} bytes came of the range {said[0]!r}", again=True)
-            return Span(start, content, int(said["total"]), response.headers.get("ETag"))
+        try:
+            with response_to(request, url, settings) as response:
+                return answered(response)
+        except Failure as failure:
+            if start == 0 and getattr(failure.__cause__, "code", None) == 416:
+                return Span(0, b"", 0, None)  # of an empty file every range lies beyond its end
+            raise
+
+    def answered(response: http.client.HTTPResponse) -> Span | IO[bytes]:
+        if response.status != 206:
+            if whole is None:
+                raise NoRanges("the server sends no ranges of a file")
+            return whole(response)
+        said = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        if said is None or int(said["first"]) != start:
+            raise Failure(f"the server answered with another range, {response.headers.get('Content-Range')!r}")
+        content = response.read(size + 1)
+        if len(content) != min(size, int(said["total"]) - start):
+            raise Failure(f"{len(content)} bytes came of the range {said[0]!r}", again=True)
+        return Span(start, content, int(said["total"]), response.headers.get("ETag"))
 
     def by_fsspec() -> Span:
         with opened_by_fsspec(url) as (system, inside):

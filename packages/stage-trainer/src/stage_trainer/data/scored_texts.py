@@ -61,7 +61,7 @@ class OwnScores:
     def sample(self, data: Dataset, index: int) -> tuple[torch.Tensor | None, dict[str, Any]]:
         """As `ScoredTexts.sample`."""
         pixels, texts = self.cache.sample(data, index)
-        if "scores" not in texts:
+        if texts.get("scores") is None:
             raise ShardError(
                 f"{data.directory}: sample {data.row(index).key} has no scores, and the recipe names no teacher.model"
             )

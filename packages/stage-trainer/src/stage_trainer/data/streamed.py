@@ -118,7 +118,9 @@ class StreamedShards:
     def _decoded(self, sample: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
         members = {name: content for name, content in sample.items() if not name.startswith("__")}
         if self.settings.caption_key:
-            members = with_named_captions(self.kind, members, self.settings.caption_key.split(","))
+            members = with_named_captions(
+                self.kind, members, [name.strip() for name in self.settings.caption_key.split(",")]
+            )
             members.pop("txt", None)  # the recipe says where captions are
         content = content_of(self.kind, members)
         image = image_of(members)
@@ -150,8 +152,8 @@ def streamed_sources(config: DataConfig, sources: Sequence[Source], seed: int, l
         for number, source in enumerate(sources)
         if source.names_shards
     }
-    prints = {(each.source, each.fingerprint) for each in found.values()}
-    for name, count in Counter(name for name, _ in prints).items():
+    known = {(each.source, tuple(each.names)) for each in found.values()}
+    for name, count in Counter(name for name, _ in known).items():
         if count > 1:
             raise UserError(
                 f"data.image_text has {count} sources of shards in folders called {name!r}, and figures would not tell "
@@ -169,7 +171,13 @@ def _expanded(config: DataConfig, path: str) -> list[str]:
             f"{path} names shards without a manifest, which webdataset reads: pip install "
             "'trilith-stage-trainer[webdataset]'; or index them (data-prep index), and name the folder"
         ) from None
-    places = [_placed(config, each) for each in expand_urls(path)]
+    try:
+        expanded = expand_urls(path)
+    except (ValueError, AssertionError) as error:
+        raise UserError(
+            f"{without_credentials(path)}: is no list of shards ({error}); expected braces like {{00000..00099}}.tar"
+        ) from error
+    places = [_placed(config, each) for each in expanded]
     if twice := [place for place, count in Counter(places).items() if count > 1]:
         raise UserError(f"{without_credentials(path)} names {without_credentials(twice[0])} more than once")
     missing = [place for place in places if not is_remote(place) and not Path(place).is_file()]

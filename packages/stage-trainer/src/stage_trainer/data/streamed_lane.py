@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -145,8 +146,12 @@ class StreamedLane:
         from webdataset.tariterators import group_by_keys, tar_file_expander
 
         def at_fault(error: Exception, key: str = "") -> bool:
-            if not isinstance(error, _DAMAGE):
+            if isinstance(error, UserError) or not isinstance(error, _DAMAGE):
                 raise error
+            if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    raise error
+                raise UserError(f"{shard.name}: cannot be read ({error.strerror})") from error
             if isinstance(error, Failure) and not error.missing:  # what follows must not depend on a server's health
                 raise UserError(
                     f"{shard.name}: {error.args[0]}; once it can be fetched, the same command goes on from the last "

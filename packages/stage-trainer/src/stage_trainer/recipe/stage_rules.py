@@ -164,6 +164,11 @@ def _check_teacher(stage: Stage, here: str) -> None:
             f"{here}: teacher.alone is true, and data.text is contrasted or ranked by loss.kind {stage.loss.kind!r} or "
             "'graded'; leave 'alone' out"
         )
+    if stage.teacher.scores and not stage.teacher.language and any(s.target_language for s in stage.data.text):
+        raise UserError(
+            f"{here}: data.text has a 'target_language', and without teacher.language the student reads the texts that "
+            "the teacher read, the first ones; set teacher.language, or leave 'target_language' out"
+        )
     if stage.teacher.scores and (stage.loss.kind == "unified" or graded):
         raise UserError(
             f"{here}: teacher.loss 'margin_mse' is for triplets with hard negatives, for which loss.kind 'unified' and "
