@@ -90,3 +90,8 @@ def test_labels_of_regions_are_kept_by_languages_and_options_may_be_regions_too(
     assert len(Dataset.open(tmp_path / "out/text-pairs/some")) == 2
     assert check_languages(["zh-CN", "nb", "zh"]) == ["zh", "no"]
     assert set(check_languages(["all"])) == set(LANGUAGES)
+
+
+def test_a_region_that_looks_like_a_language_is_a_region_and_two_languages_are_none():
+    assert [house_language(code) for code in ("en_UK", "en-EN", "ja_JA", "uk_UK")] == ["en", "en", "ja", "uk"]
+    assert [house_language(code) for code in ("de-en", "de-uk")] == ["de-en", "de-uk"]

@@ -76,7 +76,13 @@ def house_language(code: str) -> str:
         language = Language.get(plain)
     except ValueError:
         return words[0] if len(words) > 1 and words[0] in LANGUAGES and words[1] in _KINDS else code
-    if len(words) == 2 and words[1] in LANGUAGES and not Language.make(territory=words[1].upper()).is_valid():
+    region = len(words) == 2 and (words[0] == words[1] or words == ["en", "uk"])  # ja_JA, en-UK
+    if (
+        len(words) == 2
+        and not region
+        and words[1] in LANGUAGES
+        and not Language.make(territory=words[1].upper()).is_valid()
+    ):
         return code  # de-en: two languages
     own, whole = language.language or code, language.prefer_macrolanguage().language
     return _MORE.get(own, whole if whole in LANGUAGES else own)

@@ -176,21 +176,6 @@ def test_rows_that_cannot_be_read_are_named_and_cost_themselves(run, tmp_path):
     assert bad == [f"train.tsv, line {number}" for number in (17, 18, 19)]
 
 
-def test_two_documents_or_queries_of_one_id_are_not_mixed_up(run, tmp_path):
-    place = tmp_path / "set"
-    beir_folder(place)
-    with (place / "corpus.jsonl").open("a") as file:
-        file.write('{"_id": "d1", "title": "Ice", "text": "Frozen  water. "}\n')
-        file.write('{"_id": "d1", "text": "Of another set"}\n')
-    with (place / "queries.jsonl").open("a") as file:
-        file.write('{"_id": "q1", "text": "What is of another set?"}\n')
-    found = run("beir", data=place, language="en")
-    texts = json.dumps([sample.content for samples in found.samples.values() for sample in samples])
-    assert "Frozen  water. " in texts
-    assert "another set" not in texts
-    assert found.dropped["second document of one id"] == found.dropped["second query of one id"] == 1
-
-
 MINED = [f"n{number}" for number in range(8)]
 SCORED = [9.5, 9.6, *range(7)]  # of d1 and the eight; n0 is liked more than the answer
 

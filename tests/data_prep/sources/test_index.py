@@ -257,7 +257,8 @@ def test_a_file_that_is_no_tar_is_called_what_it_is(write_tar, tmp_path):
 
 def test_captions_by_language_in_a_field_keep_their_languages(write_tar, tmp_path):
     fields = {"alt": {"en": "a dog", "pt-BR": ["um cão", "o cão"]}, "turns": {"user": "what?", "model": "a dog"}}
+    fields["meta"] = {"id": "12", "by": "Jo"}
     write_tar(tmp_path / "theirs/a.tar", [("a.png", picture(0)), ("a.json", json.dumps(fields).encode())])
-    dataset, _ = index(tmp_path, "--caption-key", "alt,turns")
+    dataset, _ = index(tmp_path, "--caption-key", "alt,turns,meta")
     assert captions_of(dataset) == {"a": ["a dog", "um cão", "o cão"]}
-    assert dataset.row(0).languages == ("en", "pt-BR")
+    assert dataset.row(0).languages == ("en", "pt")

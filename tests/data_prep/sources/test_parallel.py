@@ -264,3 +264,12 @@ def test_the_encoding_that_a_memory_states_is_its_encoding(run, tmp_path):
     assert len(run("tmx", files=[converted], out=tmp_path / "third").samples["text-pairs"]) == 2
     with pytest.raises(UserError, match="states the encoding 'ebcdic-cp-us', which is not read here"):
         run("tmx", files=[memory("b.tmx", "ebcdic-cp-us")], out=tmp_path / "again")
+
+
+@pytest.mark.parametrize("stated", ["ISO-8859-1", "us-ascii"])
+def test_a_memory_in_utf_8_is_that_whatever_it_states(run, tmp_path, stated):
+    unit = "<tu><tuv xml:lang='de'><seg>schön</seg></tuv><tuv xml:lang='en-UK'><seg>nice</seg></tuv></tu>"
+    head = f'<?xml version="1.0" encoding="{stated}"?><tmx version="1.4"><header srclang="de"/><body>'
+    (tmp_path / "a.tmx").write_text(f"{head}{unit}</body></tmx>", encoding="utf-8")
+    (pair,) = run("tmx", files=[tmp_path / "a.tmx"], languages="de,en").samples["text-pairs"]
+    assert pair.content["query"][0]["text"] == "schön"

@@ -143,3 +143,8 @@ def test_bytes_of_numbers_are_left_alone(run, tmp_path):
     vectors = [np.arange(4, dtype=np.float32).tobytes()] * 2
     write(tmp_path / "in/a.parquet", query=QUERIES, target=TARGETS, vector=vectors)
     assert pairs(run("hf", data=tmp_path / "in")) == list(zip(QUERIES, TARGETS, strict=True))
+
+
+def test_what_a_file_says_counts_before_the_name_of_its_folder(run, tmp_path):
+    write(tmp_path / "in/query=v2/part-0.parquet", query=["a"], target=["A"])
+    assert pairs(run("hf", data=tmp_path / "in")) == [("a", "A")]

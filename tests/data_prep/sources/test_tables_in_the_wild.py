@@ -165,3 +165,20 @@ def test_a_first_line_that_is_cut_costs_itself(run, tmp_path):
 def test_names_of_columns_are_known_in_capitals(run, tmp_path):
     (tmp_path / "t.csv").write_text("Sentence1,Sentence2,Label\na,b,1\nc,d,0\n")
     assert run("texts", files=(str(tmp_path / "t.csv"),)).receipt["went_out"] == {"text-pairs": 1}
+
+
+def test_a_comma_without_quotes_is_no_row_name_where_the_first_column_is_an_id(tmp_path):
+    rows, dropped = read(tmp_path, b"id,query,target\n" + b"".join(b"%d,Hello, world,Hallo\n" % n for n in range(1, 9)))
+    assert rows == []
+    assert len(dropped) == 8
+
+
+def test_classes_beside_a_positive_are_asked_about(run, tmp_path):
+    """Class 0 says nothing of the pair; a label of 0 and 1 does."""
+    path = tmp_path / "t.jsonl"
+    rows = [{"anchor": f"a{number}", "positive": f"p{number}", "label": number % 4} for number in range(8)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"label is 2, in other rows 0.*--label-column none"):
+        run("texts", files=(str(path),))
+    found = run("texts", files=(str(path),), label_column="none", out=tmp_path / "all")
+    assert found.receipt["went_out"] == {"text-pairs": 8}

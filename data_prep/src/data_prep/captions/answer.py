@@ -34,10 +34,17 @@ def read_answer(raw: bytes) -> Answer:
         text, refused = _content(message.get("content"))
         text.encode()  # or ValueError: half a character could not be stored
         fault = "refusal" if refused or message.get("refusal") else _unfinished(choice.get("finish_reason"))
-        fault = fault or ("unfinished" if body.get("error") else None)  # it broke off, whatever is said of the end
+        fault = fault or (
+            "unfinished" if _says(body.get("error")) else None
+        )  # it broke off, whatever is said of the end
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         return Answer(None, "malformed", _usage(body))
     return Answer(text, fault, _usage(body))
+
+
+def _says(error: object) -> bool:
+    """Whether an error says anything; some gateways send one of zeros and empty texts with every answer."""
+    return any(error.values()) if isinstance(error, dict) else bool(error)
 
 
 def _content(content: object) -> tuple[str, bool]:

@@ -16,7 +16,15 @@ from typing import Any
 from data_prep.shards.format import IMAGE_TYPES, KINDS, JsonObject, ShardError, parse_json
 
 _NUL = "a NUL, as UTF-16 has where it is taken for UTF-8"
-_LANGUAGE = re.compile(r"[a-z]{2}([_-][A-Za-z]{2,4})*")  # of three letters may be "alt", "raw" or "url"
+_LANGUAGE = re.compile(r"(?P<code>[a-z]{2})([_-][A-Za-z]{2,4})*")  # of three letters may be "alt", "raw" or "url"
+_CODES = (
+    "aa ab ae af ak am an ar as av ay az ba be bg bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de dv dz ee el en eo "
+    "es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu hy hz ia id ie ig ii ik io is it iu ja jv ka "
+    "kg ki kj kk kl km kn ko kr ks ku kv kw ky la lb lg li ln lo lt lu lv mg mh mi mk ml mn mr ms mt my na nb nd ne ng "
+    "nl nn no nr nv ny oc oj om or os pa pi pl ps pt qu rm rn ro ru rw sa sc sd se sg si sk sl sm sn so sq sr ss st su "
+    "sv sw ta te tg th ti tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh zu"
+)
+"""ISO 639-1."""
 _UNSEEN = ("Cc", "Cf", "Zl", "Zp", "Zs")  # categories of Unicode
 
 
@@ -89,9 +97,9 @@ def _by_language(value: Any) -> Iterator[tuple[str, Any]]:
     """(language, text) of each text of an object by language; of anything else ("", value)."""
     if not isinstance(value, dict):
         yield "", value
-    elif all(_LANGUAGE.fullmatch(code) for code in value):
+    elif all((match := _LANGUAGE.fullmatch(code)) and match["code"] in _CODES.split() for code in value):
         for code, texts in value.items():
-            yield from ((code, text) for text in _flat([texts]))
+            yield from ((code[:2], text) for text in _flat([texts]))
 
 
 def with_named_captions(kind: str, members: Mapping[str, bytes], names: Sequence[str]) -> dict[str, bytes]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from data_prep.errors import UserError
 from data_prep.image_rule import ImageRule
@@ -89,9 +90,6 @@ class Beir:
         return TextRows(Texts((), self.language, self.origin, self.negatives), self.language_column)
 
 
-_Content = TypeVar("_Content")
-
-
 @dataclass(frozen=True)
 class _Joined:
     """groups: query → (document, mark) of each, in the order of the judgements; queries: texts and languages;
@@ -121,7 +119,8 @@ def _join(source: Beir, parts: tuple[Part, ...]) -> _Joined:
             lost.append(Dropped("query without an id or text", where))
         elif name in groups:
             said = next((row[column] for column in languages if isinstance(row.get(column), str)), "")
-            _put(queries, name, (text, said), twice)
+            if queries.setdefault(name, (text, said))[0] != text:
+                twice.append(name)
     wanted = {name for judgements in groups.values() for name in judgements}
     _forget(queries, twice, "query", lost)
     documents: dict[str, Passage] = {}
@@ -130,8 +129,8 @@ def _join(source: Beir, parts: tuple[Part, ...]) -> _Joined:
         name, text = _id(row), next((row[column] for column in _TEXT if isinstance(row.get(column), str)), None)
         if name is None or text is None:
             lost.append(Dropped("document without an id or text", where))
-        elif name in wanted:
-            _put(documents, name, with_title(row.get("title"), text), twice)
+        elif name in wanted and documents.setdefault(name, whole := with_title(row.get("title"), text)) != whole:
+            twice.append(name)
     _forget(documents, twice, "document", lost)
     for what, found, asked in (("queries", queries, set(groups)), ("corpus", documents, wanted)):
         if not asked & found.keys():
@@ -142,16 +141,11 @@ def _join(source: Beir, parts: tuple[Part, ...]) -> _Joined:
     return _Joined([(query, list(found.items())) for query, found in groups.items()], queries, documents, lost)
 
 
-def _put(found: dict[str, _Content], name: str, content: _Content, twice: list[str]) -> None:
-    if found.setdefault(name, content) != content:
-        twice.append(name)
-
-
-def _forget(found: dict[str, _Content], twice: list[str], what: str, lost: list[Dropped | Noted]) -> None:
+def _forget(found: dict[str, Any], twice: list[str], what: str, lost: list[Dropped | Noted]) -> None:
     """Takes out what two rows with one id say differently: nobody knows which of them is judged."""
-    for name in dict.fromkeys(twice):
+    for name, count in Counter(twice).items():
         del found[name]
-        lost.append(Dropped(f"{what} id of two different texts", f"{what} {name}", 1 + twice.count(name)))
+        lost.append(Dropped(f"{what} id of two different texts", f"{what} {name}", 1 + count))
 
 
 def _judgements(part: Part, lost: list[Dropped | Noted]) -> Groups:

@@ -134,6 +134,21 @@ class Labels:
         said = [said_of(row[name]) for name in self.columns(row) if _is_label(name) and not _is_turned(name)]
         return any(is_no(one) or number_of(one) == 0 for one in said)
 
+    def check_classes(self, rows: Iterable[tuple[str, JsonObject]]) -> None:
+        """UserError if a label beside a positive is 0 in some rows and a class in others: 0 would be taken for no."""
+        found: dict[str, dict[str, str]] = {}
+        for where, row in rows:
+            for name in self.columns(row):
+                if name in row and _is_label(name) and not self.positives and not self.no_match:
+                    found.setdefault(name, {}).setdefault(said_of(row[name]), where)
+        for name, said in found.items():
+            numbers = {number_of(one) for one in said}
+            if 0 in numbers and (strange := next((one for one in said if number_of(one) not in (0, 1, None)), None)):
+                raise UserError(
+                    f"{said[strange]}: {name} is {strange}, in other rows 0, which would mean that a pair is no match; "
+                    "say the labels that match (--positives 1), or --label-column none if it says nothing of the pair"
+                )
+
     def _one(self, name: str, value: Any, row: JsonObject, where: str) -> Judgement:
         said = said_of(value)
         if _is_turned(name) and (self.graded or not self.positives):

@@ -95,7 +95,8 @@ def read_parquet(piece: JsonObject, columns: Sequence[str], *, texts: Sequence[s
     path = Path(piece["file"])
     metadata, names = _read_footer(path)
     file, release = _opened(path, metadata, piece["groups"])
-    folders = {name: value for name, value in partitions(path).items() if name in columns}
+    own = metadata.schema.to_arrow_schema().names  # what a file says itself counts before its folders' names
+    folders = {name: value for name, value in partitions(path).items() if name in columns and name not in own}
     with file:
         present = [name for name in columns if name in names and name not in folders]
         first = piece["row"]

@@ -149,9 +149,10 @@ def caption_texts(value: Any, language: str, role: str, origin: str) -> list[Tex
         if text is not None:
             own = next((value[name] for name in _LANGUAGE if isinstance(value.get(name), str)), language)
             return caption_texts(text, own, role, origin)
-        if not all(map(is_code, value)):  # {"user": …, "assistant": …}
+        by_code = {code: each for code, each in value.items() if code != "default"}  # one of the others again
+        if not by_code or not all(map(is_code, by_code)):  # {"user": …, "assistant": …}
             return None
-        parts = [caption_texts(each, code, role, origin) for code, each in value.items()]
+        parts = [caption_texts(each, code, role, origin) for code, each in by_code.items()]
     elif isinstance(value, list):
         parts = [caption_texts(each, language, role, origin) for each in value]
     else:

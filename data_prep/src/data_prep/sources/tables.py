@@ -27,6 +27,7 @@ _FIELD = FIELD  # bytes in a line of JSON at most
 _SHOWN = 30  # columns in a message
 _HEAD = 2**16  # bytes that show whether a file has JSON lines
 _SHAPE = 20  # rows that show whether they have a value more than the first line
+_NUMBERED = ("id", "_id", "idx", "index", "no", "nr", "number", "n", "#", "row", "")  # names of columns of numbers
 _ROW_NAMES, _ENDS = "row names", "a delimiter at the ends of rows"
 
 
@@ -97,6 +98,8 @@ def _more(columns: Sequence[str], following: Sequence[Sequence[str]]) -> str:
         return ""
     if not any(row[-1] for row in following):
         return _ENDS
+    if columns[0].strip().lower() in _NUMBERED:  # then the value too many is in a text, whose comma is not quoted
+        return ""
     first = following[0][0]
     counted = first.isdecimal() and all(row[0] == str(int(first) + number) for number, row in enumerate(following))
     return _ROW_NAMES if counted else ""

@@ -161,6 +161,8 @@ class Texts:
         first = [row for row in found if isinstance(row[1], dict)]
         said = [self._judged(*row) for row in first]
         check_lists(self._labels(), found)
+        if first and self._positive(first[0][1]):
+            self._labels().check_classes(first)
         if first and not self._positive(first[0][1]):
             check_others(self._labels(self._pair(first[0][1])), first)
         wanted = self.graded == "pairs" and self.no_match != "none"

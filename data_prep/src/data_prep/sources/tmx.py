@@ -92,7 +92,7 @@ class Tmx:
         from xml.etree import ElementTree  # here: `--help` needs none of it
 
         try:
-            texts = _texts(ElementTree.fromstring(unit.decode(piece["encoding"])))
+            texts = _texts(ElementTree.fromstring(_decoded(unit, piece["encoding"])))
         except (ElementTree.ParseError, ValueError) as error:
             return Dropped("unit that is not XML", f"{where} ({error})")
         if not wanted:
@@ -107,6 +107,14 @@ class Tmx:
         if not all(text.text.strip() for text in (*query, *target)):
             return Dropped("empty text", where)
         return TextRecord(where, query, target)
+
+
+def _decoded(unit: bytes, stated: str) -> str:
+    """UTF-8 wherever it is that: files often state another encoding than their tool wrote."""
+    try:
+        return unit.decode()
+    except UnicodeDecodeError:
+        return unit.decode(stated)
 
 
 def _encoding(path: Path, head: bytes) -> str:
