@@ -28,7 +28,7 @@ PARTS = {
     "loss": 97,
     "towers": 64,
     "engine": 65,
-    "step": 200,
+    "step": 170,
     "workers": 10,
     "lora": 15,
     "chunk_profile": 38,

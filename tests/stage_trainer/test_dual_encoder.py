@@ -69,7 +69,7 @@ def test_temperatures_start_at_what_the_paper_says_and_learn():
 
 
 def test_towers_of_different_widths_are_refused():
-    with pytest.raises(UserError, match="text tower is 32 wide and the vision tower 16"):
+    with pytest.raises(UserError, match="text tower have 32 numbers and those of the vision tower 16"):
         make_model(text_width=32)
 
 

@@ -28,12 +28,12 @@ def found(tmp_path_factory, two_ranks):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("zero", ZERO)
 def test_caching_gives_one_big_batchs_gradients(found, zero, kind):
-    """To 1e-6 of their norm, float32; dropout, patch dropout, LoRA, hard negatives and views among it."""
+    """To 3e-6 of their norm, float32; dropout, patch dropout, LoRA, hard negatives and views among it."""
     gradients = found[zero, kind]
     assert SCALARS[kind] == {name for name in gradients if "logit" in name}
     assert any("lora" in name for name in gradients)
     ours, plain = (torch.cat([pair[i].flatten().double() for pair in gradients.values()]) for i in (0, 1))
-    assert (ours - plain).norm() < 1e-6 * plain.norm()
+    assert (ours - plain).norm() < 3e-6 * plain.norm()
     for name, (mine, expected) in gradients.items():
         assert (mine - expected).norm() < 3e-6 * expected.norm() + 1e-7 * plain.norm(), name
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from data_prep.shards.format import IMAGE_TYPES, KINDS, JsonObject, ShardError, parse_json
 
-_NUL = "a NUL, as UTF-16 has where it is taken for UTF-8"
+_NUL = "NULs between its letters, as UTF-16 has where it is taken for UTF-8"
 _LANGUAGE = re.compile(r"(?P<code>[a-z]{2})([_-][A-Za-z]{2,4})*")  # of three letters may be "alt", "raw" or "url"
 _CODES = (
     "aa ab ae af ak am an ar as av ay az ba be bg bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de dv dz ee el en eo "
@@ -66,11 +66,16 @@ def content_of(kind: str, members: Mapping[str, bytes], language: str = "und") -
             text = members["txt"].decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise Unusable("caption that is not UTF-8", f" ({error.reason} at byte {error.start})") from None
-        if "\0" in text:
+        if _is_wide(text):
             raise Unusable(f"caption with {_NUL}") from None
         if is_blank(text):
             raise Unusable("no caption: its .txt is empty") from None
         return {"captions": [_caption(kind, text, language)]}
+
+
+def _is_wide(text: str) -> bool:
+    """Whether a text is UTF-16 that was taken for UTF-8, in which every second letter, in Latin, is a NUL."""
+    return text.count("\0") * 3 > len(text)
 
 
 def named_texts(fields: Any, names: Sequence[str]) -> list[tuple[str, str]]:
@@ -171,7 +176,7 @@ def _check_texts(part: str, texts: Any) -> None:
                 raise Unusable(f"{field} of a text of {part} is no text", f" but {_seen(value)}")
             if not encodes(value):
                 raise Unusable(f"{field} of a text of {part} has half a character", " (a lone surrogate)")
-            if "\0" in value:
+            if _is_wide(value):
                 raise Unusable(f"{field} of a text of {part} has {_NUL}")
         if not is_language(text["language"]):
             raise Unusable(f"language of a text of {part} is none", f" but {_seen(text['language'])}")
