@@ -66,8 +66,8 @@ def content_of(kind: str, members: Mapping[str, bytes], language: str = "und") -
             text = members["txt"].decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise Unusable("caption that is not UTF-8", f" ({error.reason} at byte {error.start})") from None
-        if _is_wide(text):
-            raise Unusable(f"caption with {_NUL}") from None
+        if "\0" in text:
+            raise Unusable("caption with a NUL, as padding has, or UTF-16 that is taken for UTF-8") from None
         if is_blank(text):
             raise Unusable("no caption: its .txt is empty") from None
         return {"captions": [_caption(kind, text, language)]}
