@@ -239,7 +239,7 @@ def test_utf_16_without_a_mark_and_what_nobody_can_see_are_no_captions(write_tar
     assert receipt["dropped"] == {
         "a text of its captions lacks text": 1,
         "caption that is not UTF-8": 1,
-        "caption with a NUL, as UTF-16 has where it is taken for UTF-8": 2,
+        "caption with a NUL, as padding has, or UTF-16 that is taken for UTF-8": 2,
         "no caption: its .txt is empty": 1,
     }
 
