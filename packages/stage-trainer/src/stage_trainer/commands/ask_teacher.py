@@ -72,8 +72,9 @@ def check_teacher(recipe: Recipe, number: int) -> None:
 def _taught(recipe: Recipe, stage: Stage) -> TaughtTexts:
     """The stage's text data with what the teacher says of them, whose texts are not kept."""
     from stage_trainer.data.config import DataConfig
+    from stage_trainer.data.opening import open_data_set
     from stage_trainer.data.remote_data import place
-    from stage_trainer.data.samples import SampleCache, open_data_set
+    from stage_trainer.data.samples import SampleCache
     from stage_trainer.data.scored_texts import ScoredTexts
     from stage_trainer.data.taught_texts import TaughtTexts
 

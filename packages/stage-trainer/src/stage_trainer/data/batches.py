@@ -20,9 +20,10 @@ from stage_trainer.data.frozen_images import FrozenImages, view, view_seed
 from stage_trainer.data.frozen_texts import FrozenTexts
 from stage_trainer.data.lanes import SourceOrder
 from stage_trainer.data.look_ahead import check_room, choose_ranges, look_ahead, newly_fetched
+from stage_trainer.data.opening import open_source
 from stage_trainer.data.pieces import IMAGES, PIECE, BatchesInPieces
 from stage_trainer.data.sampler import Draw, Draws, TaskSampler
-from stage_trainer.data.samples import REPLACEMENTS, SampleCache, negatives_of, open_source, replacement
+from stage_trainer.data.samples import REPLACEMENTS, SampleCache, negatives_of, replacement
 from stage_trainer.data.sections import Piece, Samples, Section, batch_of
 from stage_trainer.data.stateless_rng import key
 from stage_trainer.data.streamed import StreamedShards, streamed_sources
@@ -50,7 +51,7 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         # What is read from the disk in the place of pixels, or beside texts; set by the task.
         self.frozen: FrozenImages | None = None
         self.taught: Taught | None = None
-        self.read_texts: FrozenTexts | None = None  # embeddings in the place of texts
+        self.frozen_texts: FrozenTexts | None = None
         self.inference: dict[str, Any] = {}  # how its images come to their size, as the tower says; set by `prepare`
         self.workers = data.workers
         self._positions: dict[tuple[int, int], Position] = {}
@@ -186,7 +187,7 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         for part, given in samples.texts.items():
             if not given:
                 continue
-            if self.read_texts:
+            if self.frozen_texts:
                 texts[part] = torch.stack(given).numpy(), np.zeros(len(given), np.int64)
                 continue
             found = self.tokenizer(given, max_length=None)
@@ -285,7 +286,7 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         for attempt in range(REPLACEMENTS):
             try:
                 pixels, content = samples.sample(data, index)
-                content = self.read_texts.attached(data, index, content) if self.read_texts else content
+                content = self.frozen_texts.attached(data, index, content) if self.frozen_texts else content
                 self._check(data, index, content)
                 return index, pixels, content
             except (ShardError, ImageError) as error:
@@ -316,7 +317,7 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
     @property
     def _form(self) -> str:
         """What a batch has of a text: itself, or a frozen tower's embedding."""
-        return "embedding" if self.read_texts else "text"
+        return "embedding" if self.frozen_texts else "text"
 
     def _texts(self, content: dict[str, Any], seed: int, source: int, drawn: Drawn) -> tuple[Any, Any, list[Any]]:
         """A query, its target (other words, in the language that the recipe wants) and its hard negatives, in the

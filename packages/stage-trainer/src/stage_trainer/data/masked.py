@@ -16,10 +16,11 @@ from stage_trainer.data.config import DataConfig
 from stage_trainer.data.drawn import Corrupt, Drawn
 from stage_trainer.data.lanes import SourceOrder
 from stage_trainer.data.look_ahead import fetch_sidecars, newly_fetched
+from stage_trainer.data.opening import open_data_set
 from stage_trainer.data.pieces import BatchesInPieces
 from stage_trainer.data.remote_data import place
 from stage_trainer.data.sampler import TaskSampler
-from stage_trainer.data.samples import REPLACEMENTS, SampleCache, another, open_data_set
+from stage_trainer.data.samples import REPLACEMENTS, SampleCache, another
 from stage_trainer.data.stateless_rng import key, permutation
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import Stage

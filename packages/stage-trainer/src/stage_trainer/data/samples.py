@@ -11,11 +11,8 @@ import torch
 from data_prep.shards import Dataset, ShardError, Unusable, content_of
 from vision_tower import load_pixels
 
-from stage_trainer.data.config import DataConfig
-from stage_trainer.data.remote_data import RemotePlace, open_place, place
 from stage_trainer.data.stateless_rng import key
 from stage_trainer.errors import UserError
-from stage_trainer.recipe import Source
 from stage_trainer.recipe.limits import MAX_PIXELS
 
 REPLACEMENTS = 16
@@ -101,19 +98,6 @@ def another(number: int, count: int, draw: int) -> int:
     return (number + 1 + draw % max(1, count - 1)) % count
 
 
-def open_data_set(directory: Path | RemotePlace, kinds: tuple[str, ...], *, check: bool = True) -> Dataset:
-    """A data set of one of `kinds` (the beginnings of their names); `check`: look at every file of a folder.
-
-    Raises:
-        UserError: it is missing, damaged or of another kind.
-    """
-    with shard_errors_explained():
-        data = open_place(directory, check=check)
-    if not data.kind.startswith(kinds):
-        raise UserError(f"{data.directory} holds {data.kind}, which cannot serve here; expected {kinds[0]}…")
-    return data
-
-
 def negatives_of(data: Dataset, cache: SampleCache) -> int:
     """K of a data set's triplets, as the first of them has it.
 
@@ -124,18 +108,3 @@ def negatives_of(data: Dataset, cache: SampleCache) -> int:
         with contextlib.suppress(ShardError):  # it is entered in the ledger when it is drawn
             return len(cache.sample(data, index)[1]["negatives"])
     raise UserError(f"{data.directory}: none of its first {REPLACEMENTS} triplets can be read")
-
-
-def open_source(config: DataConfig, source: Source, batch: int, kinds: tuple[str, ...]) -> Dataset:
-    """A training source of a recipe, of one of `kinds`.
-
-    Raises:
-        UserError: as `open_data_set`; one that is smaller than a batch.
-    """
-    data = open_data_set(place(config, "train", source.path), kinds, check=False)  # `FileChecks` does
-    if len(data) < batch:
-        raise UserError(
-            f"{data.directory} has {len(data)} samples, too few for one batch of {batch}; "
-            "lower the batch size or add data"
-        )
-    return data

@@ -63,7 +63,7 @@ def keep_texts(tower: TextTower, batches: StageBatches, stage: Stage, precision:
     frozen = FrozenTexts(Path(stage.embedding_cache).expanduser(), sources.values(), origin)
     reader = _Reader(tower, batches, stage.max_tokens, precision, phase)
     make_missing(frozen.stores, batches, "text", lambda store, n: _shard(reader, store, n), phase)
-    batches.read_texts = frozen
+    batches.frozen_texts = frozen
 
 
 def _shard(reader: _Reader, store: StoredVectors, number: int) -> tuple[np.ndarray, dict[int, str]]:

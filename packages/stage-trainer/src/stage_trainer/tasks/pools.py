@@ -11,8 +11,8 @@ import torch
 from data_prep.shards import ShardError
 
 from stage_trainer.data.config import DataConfig
+from stage_trainer.data.opening import open_data_set
 from stage_trainer.data.remote_data import place
-from stage_trainer.data.samples import open_data_set
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.engine import Engine
 from stage_trainer.evaluation import cross_modal, picture, retrieval, text_retrieval
