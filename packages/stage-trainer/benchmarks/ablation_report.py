@@ -220,11 +220,14 @@ def chart(path: Path, label: str, lines: Mapping[str, list[tuple[str, list[float
 
 
 def temperatures(found: Found, path: Path) -> None:
-    """Of the first stage: of both tasks and of the unified batch, a line for each seed."""
+    """Of the first stage: of both tasks and of the unified batch, a line for each seed.
+
+    The unified batch has one temperature; the other, which no loss uses, stays where it began.
+    """
     from matplotlib import pyplot
 
-    drawn = [(run, tag, of[run].curves[tag]) for of in found.values() for run in NAMES if run in of
-             for tag in of[run].curves]  # fmt: skip
+    drawn = [(run, tag, points) for of in found.values() for run in NAMES if run in of
+             for tag, points in of[run].curves.items() if len({value for _, value in points}) > 1]  # fmt: skip
     if not drawn:
         return
     figure, axes = pyplot.subplots(figsize=(5, 3.2), layout="constrained")

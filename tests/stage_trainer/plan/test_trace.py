@@ -42,7 +42,7 @@ def test_a_pass_of_images_takes_what_the_profiler_measures(profiled_peak, config
         out.sum().backward()
         tower.zero_grad()
 
-    # Bytes that oneDNN takes on processors with AMX, and the plan does not know.
+    # Bytes that oneDNN takes on some Intel processors, and the plan does not know.
     scratch = 170_000 if precision == "bf16" else 0
     assert peak_of(trace_images(config, images, dropout, Target.of(CPU, precision), "all", False)) == pytest.approx(
         profiled_peak(run), rel=0.05, abs=scratch
