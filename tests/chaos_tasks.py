@@ -71,9 +71,12 @@ class Task:
 
     def result(self, out: Path, run: Callable[..., int]) -> dict[str, Any]:
         """What is compared, by name, after the last run; `run(*words)` runs another command in the folder. By default,
-        all files by their bytes, but for the folder's name in receipts."""
+        all files by their bytes, but for the folder's name, which lists of dropped rows and receipts have."""
         files = {str(path.relative_to(out)): path for path in sorted(out.rglob("*")) if path.is_file()}
-        found: dict[str, Any] = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+        folder = str(out.parent).encode()
+        found: dict[str, Any] = {
+            name: hashlib.sha256(path.read_bytes().replace(folder, b"")).hexdigest() for name, path in files.items()
+        }
         for name in [name for name in files if name.endswith("receipt.json")]:
             receipt = json.loads(files[name].read_text())
             found[name] = {part: receipt[part] for part in ("came_in", "went_out", "dropped", "notes")}
@@ -114,8 +117,7 @@ class Training(Task):
         shutil.copytree(self.corpus, folder / "corpus", copy_function=os.link)
 
     def words(self) -> list[str]:
-        words = arguments(Path("corpus"), 1, (*self.settings, f"workers={self.workers}"), "out/run", self.ranks)
-        return [command(words[0]), *words[1:]]
+        return arguments(Path("corpus"), 1, (*self.settings, f"workers={self.workers}"), "out/run", self.ranks)
 
     def damageable(self, folder: Path, out: Path) -> list[Path]:
         stage = out / "run/stage1"
