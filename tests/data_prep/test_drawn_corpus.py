@@ -137,7 +137,7 @@ def test_another_corpus_in_the_way_is_named_and_not_touched(drawn, drawn_setting
     folder = tmp_path / "older"
     folder.mkdir()
     (folder / "corpus.json").write_text(json.dumps(json.loads(before["corpus.json"]) | {"version": 0}))
-    with pytest.raises(UserError, match="version 0, this program writes 1"):
+    with pytest.raises(UserError, match="version 0, this program writes 2"):
         build_corpus(folder, drawn_settings)
     (folder / "corpus.json").write_text("my notes")
     with pytest.raises(UserError, match="exists and is no corpus"):

@@ -9,7 +9,7 @@ import itertools
 import json
 
 import pytest
-from data_prep.corpus import Settings, build_corpus, debian
+from data_prep.corpus import Settings, build_corpus, debian, handbook
 from data_prep.corpus.cldr import emoji_groups, emoji_order, read_locale, read_world
 from data_prep.corpus.deb import Package, find_package, find_translations, read_members, read_translations
 from data_prep.corpus.emoji import emoji_candidates, emoji_item, flag_territory
@@ -151,6 +151,10 @@ def packages(tmp_path, make_deb):
         for n in range(6)
     }
     make_deb(folder, "gnome-user-docs_43.0", {path: text.encode() for path, text in pages.items()})
+    section = '<h3 class="title"><a id="_part_{0}' + "_long" * 20 + '"/>1.{0}. {1} heading {0}</h3><p>{1} text {0}.</p>'
+    for name, code in handbook.PACKAGES.items():
+        page = "".join(section.format(number, code + " of the handbook" * 5) for number in range(9)).encode()
+        make_deb(folder, f"{name}_2", {f"usr/share/debian-reference/ch01.{code}.html": page})
     names = tool_names(20)
     (folder / "x_Translation-en").write_bytes(translation("en", names))
     (folder / "x_i18n_Translation-de.bz2").write_bytes(bz2.compress(translation("de", names[:15])))
@@ -159,7 +163,7 @@ def packages(tmp_path, make_deb):
 
 @pytest.fixture
 def small_pools(monkeypatch):
-    monkeypatch.setattr(debian, "HELD_OUT", {"emoji": 12, "stamps": 2, "packages": 2, "help": 1})
+    monkeypatch.setattr(debian, "HELD_OUT", {"emoji": 12, "stamps": 2, "packages": 2, "help": 1, "handbook": 3})
 
 
 def test_from_deb_files_to_a_corpus(packages, small_pools, tmp_path, read_all):
@@ -181,14 +185,16 @@ def test_from_deb_files_to_a_corpus(packages, small_pools, tmp_path, read_all):
     }
     assert corpus["dropped"]["packages"]["in English only"] == 5
     assert corpus["dropped"]["pictures"]["the same picture as another"] >= 1  # the two ducks
-    assert {record["name"]: record.get("version") for record in corpus["packages"]} == {
+    found = {record["name"]: record.get("version") for record in corpus["packages"]}
+    assert {found.pop(name) for name in handbook.PACKAGES} == {"2"}
+    assert found == {
         "fonts-noto-color-emoji": "2.0", "unicode-cldr-core": "41", "tuxpaint-stamps-default": "1.0",
         "gnome-user-docs": "43.0", "x_Translation-en": None, "x_i18n_Translation-de.bz2": None,
     }  # fmt: skip
     assert all(leak["english_texts"] == 0 for leak in corpus["leaks"].values())
     everything = [name for counts in corpus["samples"].values() for name in counts]
     assert {"image-short/emoji", "image-short/stamps", "image-long/stamps", "text-pairs/help", "text-pairs/packages",
-            "text-triplets/emoji", "image-long/flags"} <= set(everything)  # fmt: skip
+            "text-pairs/handbook", "text-triplets/emoji", "image-long/flags"} <= set(everything)  # fmt: skip
     seen = {}
     for split, counts in corpus["samples"].items():
         for name, count in counts.items():
@@ -414,6 +420,17 @@ def test_help_page_is_title_and_description_and_body():
     )
     assert read_page(b"<page>") is None
     assert read_page(b'<page xmlns="http://projectmallard.org/1.0/"><title>T</title><p>Short.</p></page>') is None
+
+
+def test_sections_of_the_handbook_by_their_ids():
+    page = (
+        '<h1 class="title"><a id="_one"/>Chapter 1. One</h1><p>Before all.</p>\n<h2 class="title" style="clear: both">'
+        '<a id="_two"/>1.1. Two &amp;\n <code>three</code></h2><p>First <a href="x">link</a>.</p><table><tr><td>no</td>'
+        '</tr></table><p>Second.</p><h3 class="title"><a id="_four"/>1.1.1. 4 ways</h3>'
+    )
+    assert handbook.read_sections(page) == [
+        ("_two", "Two & three", "First link . Second."), ("_four", "4 ways", "")
+    ]  # fmt: skip
 
 
 def test_latest_version_of_a_package_counts(tmp_path):

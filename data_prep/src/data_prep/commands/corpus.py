@@ -13,7 +13,7 @@ def add(commands: Subcommands) -> None:
         "corpus",
         help="build the laptop corpus",
         description="Builds the laptop corpus in OUT: emoji, stamps, flags, package descriptions and help pages in "
-        "thirty languages, from Debian packages that apt fetches into a cache (240 MB, once; no root, nothing on the "
+        "thirty languages, from Debian packages that apt fetches into a cache (260 MB, once; no root, nothing on the "
         "system is changed). If OUT holds the same corpus already, nothing is done.",
     )
     parser.add_argument("out", metavar="OUT", help="folder to build; must not exist, or hold this very corpus")

@@ -1,4 +1,4 @@
-"""The laptop corpus: real pictures with real captions in thirty languages from four Debian packages, or a drawn one."""
+"""The laptop corpus: real pictures with real captions in thirty languages from Debian packages, or a drawn one."""
 
 from data_prep.corpus.build import CORPUS_VERSION, build_corpus
 from data_prep.corpus.items import Settings

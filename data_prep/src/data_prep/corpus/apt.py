@@ -22,7 +22,8 @@ PACKAGES = (FONT, CLDR, STAMPS, HELP)
 
 _ELSEWHERE = (
     f"fetch {', '.join(PACKAGES[:-1])} and {PACKAGES[-1]} (https://packages.debian.org/bookworm/NAME, 'all') into a "
-    "folder and pass `--packages DIR`, or pass `--drawn` for a corpus that needs no packages"
+    "folder and pass `--packages DIR` (which names the others that are missing), or pass `--drawn` for a corpus that "
+    "needs no packages"
 )
 
 

@@ -26,7 +26,7 @@ from data_prep.shards import Dataset, ShardError, alone
 from data_prep.shards.files import read_object, sync, write_file
 from data_prep.shards.format import JsonObject, check_new_folder
 
-CORPUS_VERSION = 1
+CORPUS_VERSION = 2
 """Raised when the same packages and settings give other bytes."""
 
 

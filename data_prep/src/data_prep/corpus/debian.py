@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from data_prep.corpus import apt, cldr, emoji, stamps, text_items
+from data_prep.corpus import apt, cldr, emoji, handbook, stamps, text_items
 from data_prep.corpus.deb import Package, file_sha256, find_package, find_translations, read_members
 from data_prep.corpus.items import ImageItem, Settings, TextItem
 from data_prep.corpus.render import RenderJob, render_images
@@ -21,7 +21,7 @@ Places = tuple[dict[str, int], dict[str, tuple[str, str]]]  # of each emoji: in 
 Log = Callable[[str], None]
 
 # Items in each held-out pool. The project's figures are measured on the image pools.
-HELD_OUT = {"emoji": 240, "stamps": 138, "packages": 300, "help": 24}
+HELD_OUT = {"emoji": 240, "stamps": 138, "packages": 300, "help": 24, "handbook": 120}
 
 
 @dataclass
@@ -43,7 +43,7 @@ def needed_packages(without: Collection[str]) -> list[str]:
     if "stamps" not in without:
         needed.append(apt.STAMPS)
     if "help" not in without:
-        needed.append(apt.HELP)
+        needed += [apt.HELP, *handbook.PACKAGES]
     return needed
 
 
@@ -77,6 +77,10 @@ def read_material(directory: Path, settings: Settings, workers: int, log: Log) -
         pages, material.dropped["help"] = text_items.read_help(packages[apt.HELP])
         log(f"read {len(pages)} help pages")
         material.texts += pages
+        handbooks = [packages[name] for name in handbook.PACKAGES]
+        sections, material.dropped["handbook"] = handbook.read_handbook(handbooks)
+        log(f"read {len(sections)} sections of the handbook")
+        material.texts += sections
     if (letters := find_package(directory, apt.LETTERS)) is not None:
         fonts = read_members(letters, lambda path: path.endswith("/DejaVuSans.ttf"))
         material.fonts = {Path(path).name: font for path, font in fonts.items()}
@@ -93,8 +97,8 @@ def _find_all(directory: Path, without: Collection[str]) -> dict[str, Package]:
     missing = [f"{name}_*.deb" for name, package in packages.items() if package is None]
     if missing:
         raise UserError(
-            f"{directory}: lacks {' and '.join(missing)}; fetch from https://packages.debian.org/bookworm/NAME, or "
-            "pass `--drawn` for a corpus that needs no packages"
+            f"{directory}: lacks {' and '.join(missing)}; fetch from https://packages.debian.org/bookworm/NAME, leave "
+            "their source out (`--without`), or pass `--drawn` for a corpus that needs no packages"
         )
     return {name: package for name, package in packages.items() if package is not None}
 
