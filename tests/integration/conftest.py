@@ -13,8 +13,11 @@ from ports import free_port
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "launch/recipes/drawn.yaml"
 
-# A shell starts what it runs in the background deaf to SIGINT, and its children inherit that; the tests send it.
+# A shell starts what it runs in the background deaf to SIGINT, and nohup to SIGHUP; children inherit that, and the
+# tests send both. What has a handler is the default again in children, so the tests themselves stay under nohup.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 @pytest.fixture(scope="session")
