@@ -6,12 +6,15 @@ import math
 import random
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from data_prep.shards import Dataset, DatasetWriter
 from safetensors.torch import load_file
 from stage_trainer import dual_encoder
+
+from .conftest import until
 
 QUICK = ("steps=8", "warmup_steps=2", "evaluation.every=0", "log_every=1", "resolution=[[0, 32]]")
 
@@ -133,28 +136,31 @@ def test_a_temperature_stops_at_its_floor(train, scalars, tmp_path):
 
 @pytest.mark.full
 def test_twenty_kills_at_random_moments_leave_no_trace(train, start, tmp_path):
-    """kill -9 in a step, in a save, in the start; two checkpoints are kept, saved every third step."""
-    options = ("steps=150", "checkpoint={every: 3, keep: 2}", "resolution=[[0, 32], [70, 40]]", "evaluation.every=0")
-    train(1, *options, output="straight")
-    moments, kills = random.Random(0), 0
-    while kills < 20:
-        before = time.monotonic()
+    """kill -9 in a step, in a save, in the start; two checkpoints are kept, saved every third step. How long to wait is
+    told by the undisturbed run, so that a fast machine does not come to the end first."""
+    options = ("steps=200", "checkpoint={every: 3, keep: 2}", "resolution=[[0, 32], [70, 40]]", "evaluation.every=0")
+
+    def last(run: str) -> Path | None:  # also one that is being saved
+        return max((tmp_path / run / "stage1").glob("step-*"), default=None)
+
+    begun = time.monotonic()
+    process = start(1, *options, output="straight")
+    until(lambda: last("straight"), process)
+    to_start = time.monotonic() - begun
+    assert process.wait() == 0, process.stdout.read()
+    step = (time.monotonic() - begun - to_start) / 200
+    moments = random.Random(0)
+    for kill in range(20):
         process = start(1, *options, output="killed")
-        seen = len(list((tmp_path / "killed/stage1").glob("step-*")))
-        if kills % 5:  # most of the time once it trains again, else whenever it may be
-            newest = max((tmp_path / "killed/stage1").glob("step-*"), default=None)
-            while max((tmp_path / "killed/stage1").glob("step-*"), default=None) == newest and process.poll() is None:
-                time.sleep(0.01)
-            time.sleep(moments.uniform(0, 0.6))
+        if kill % 5:  # most of the time once it trains again, else whenever it may be
+            before = last("killed")
+            until(lambda before=before: last("killed") != before, process)
+            time.sleep(moments.uniform(0, 4 * step))
         else:
-            time.sleep(moments.uniform(0, 10 + 5 * (not seen)))
-        if process.poll() is not None:
-            break  # it came to its end; the rest of the kills would find nothing to do
+            time.sleep(moments.uniform(0, to_start))
+        assert process.poll() is None, "the stage was too short"
         process.kill()
         process.wait()
-        kills += 1
-        print(f"killed after {time.monotonic() - before:.1f} s")
-    assert kills == 20, "the stage was too short"
     train(1, *options, output="killed")
     assert equal(weights(tmp_path / "straight/stage1"), weights(tmp_path / "killed/stage1"))
 
