@@ -148,7 +148,7 @@ class Source(Protocol):
         ...
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
-        """Yield all records of a piece, by nothing but the piece and the fields: it may run in another process, or anew.
+        """Yield all records of a piece, by nothing but piece and fields: it may run in another process, or again.
 
         What cannot be used is `Dropped`, a file that is not UTF-8 for example. UserError only if it makes no sense to
         continue.

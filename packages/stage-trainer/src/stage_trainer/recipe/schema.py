@@ -148,7 +148,9 @@ class Stage:
     @property
     def unplanned(self) -> str:
         """Why `stage-trainer plan` leaves the stage out; "" if it does not."""
-        return "masked-language-model training adds up chunks of any size (gradient_cache.tokens)" if self.masked else ""
+        return (
+            "masked-language-model training adds up chunks of any size (gradient_cache.tokens)" if self.masked else ""
+        )
 
     def batch_at(self, step: int) -> dict[str, int]:
         """The global batch of a step: {kind: how many}, each kind from its `task_start` on."""
