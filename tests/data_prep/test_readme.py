@@ -49,11 +49,14 @@ SEQUENCES = [found for block in blocks("bash") if (found := commands_of(block))]
 TABLE = re.findall(r"\| `(data-prep .*?)` \|$", README.read_text(encoding="utf-8"), re.M)
 
 
-def say(command: str) -> None:
+def status_of(command: str) -> int:
     """Give a command, as a shell would."""
     parts = shlex.split(os.path.expandvars(command), comments=True)[1:]
-    arguments = [word for part in parts for word in sorted(glob.glob(part)) or [part]]
-    assert main(arguments) == 0, command
+    return main([word for part in parts for word in sorted(glob.glob(part)) or [part]])
+
+
+def say(command: str) -> None:
+    assert status_of(command) == 0, command
 
 
 def save(path: str, data: bytes | str) -> None:
@@ -198,11 +201,16 @@ def reports() -> None:
 
 
 @pytest.mark.parametrize("command", TABLE)
-def test_an_import_of_the_table(here, command):
+def test_an_import_of_the_table_is_made_and_tells_edited_files(here, command, capsys):
     makers = (images_and_a_table, texts, wit, tars, questions, parquets, captioned, reports)
     for make in (*makers, hugging_face, parallel, retrieval, mosaic):
         make()
+    files = [path for path in Path().rglob("*") if path.is_file()]
     say(command)
+    for path in files:  # perhaps edited, to as many bytes
+        os.utime(path, ns=(1, 1))
+    assert status_of(command) == 2
+    assert "the input is not the same" in capsys.readouterr().err
 
 
 PUBLIC = re.findall(r"\| `(data-prep import [^`]*)` \| [^|`]* \|$", README.read_text(encoding="utf-8"), re.M)

@@ -231,6 +231,13 @@ def _checkout(commit: str) -> Iterator[Path]:
             subprocess.run(["git", "worktree", "remove", "--force", folder], cwd=ROOT, check=True)
 
 
+def _curves_of(commit: str) -> list[str]:
+    """Those that a commit had recorded: what a newer one can do besides, it cannot."""
+    show = ["git", "show", f"{commit}:{GOLDEN.relative_to(ROOT).as_posix()}"]
+    found = json.loads(subprocess.run(show, cwd=ROOT, check=True, capture_output=True).stdout)
+    return [name for name in CURVES if any(name in each["curves"] for each in found)]
+
+
 def _of_commit(commit: str, names: list[str], corpus: Path) -> dict[str, Any]:
     """The curves that a commit's source gives, with this file, this corpus and this environment."""
     with _checkout(commit) as tree, tempfile.TemporaryDirectory() as folder:
@@ -244,10 +251,11 @@ def _of_commit(commit: str, names: list[str], corpus: Path) -> dict[str, Any]:
 
 
 def compare(old: str, new: str, names: list[str]) -> int:
-    """Prints where two commits differ; 1 if they do."""
+    """Prints where two commits differ; 1 if they do. Without names, in the curves that the old one had."""
+    names = names or _curves_of(old)
     with tempfile.TemporaryDirectory() as folder:
         corpus = draw_corpus(Path(folder))
-        before, after = (_of_commit(commit, names or list(CURVES), corpus) for commit in (old, new))
+        before, after = (_of_commit(commit, names, corpus) for commit in (old, new))
     lines = list(differences(before, after))
     print("\n".join(lines) or f"{len(before)} curves, bit-equal")
     return bool(lines)

@@ -1,7 +1,10 @@
-"""Who imports whom: the arrows of the house, read from the code."""
+"""Who imports whom, and how long things are: the arrows and measures of the house, read from the code."""
 
 import ast
 import graphlib
+import io
+import re
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -128,3 +131,39 @@ def test_the_top_level_holds_the_rooms_and_nothing_else():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     top = {name.split("/")[0] for name in tracked if not name.startswith(".")}
     assert top <= {"pyproject.toml", "README.md", "LICENSE", "packages", "launch", "data_prep", "tests"}
+
+
+def lines_of_code(source: str, tree: ast.Module) -> set[int]:
+    """Numbers of the lines that hold more than comments and docstrings."""
+    skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    tokens = [t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type not in skipped]
+    lines = {line for token in tokens for line in range(token.start[0], token.end[0] + 1)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            lines -= set(range(node.lineno, node.end_lineno + 1))
+    return lines
+
+
+def parameters(function: ast.FunctionDef) -> int:
+    of = function.args
+    names = [each.arg for each in (*of.posonlyargs, *of.args, *of.kwonlyargs, of.vararg, of.kwarg) if each]
+    return len([name for name in names if name not in ("self", "cls")])
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_files_and_functions_are_short(name):
+    """Files of at most 350 lines; functions of at most 50 lines of code and 8 parameters."""
+    long = []
+    for file in SOURCES[name].rglob("*.py"):
+        source = file.read_text(encoding="utf-8")
+        tree = ast.parse(source)
+        lines, code = len(source.splitlines()), lines_of_code(source, tree)
+        long += [f"{file.name}: {lines} lines"] * (lines > 350)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                size, given = len(code & set(range(node.lineno, node.end_lineno + 1))), parameters(node)
+                long += [f"{file.stem}.{node.name}: {size} lines, {given} parameters"] * (size > 50 or given > 8)
+    if name == "contrastive_losses":  # public losses, and what computes them
+        kernels_and_losses = r"(triton_kernels|ring|fused|plain|module)\.|\w+\.(matryoshka|unified)_"
+        long = [each for each in long if not re.match(kernels_and_losses, each)]
+    assert long == []

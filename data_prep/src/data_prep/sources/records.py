@@ -132,16 +132,27 @@ def file_stat(path: Path) -> JsonObject:
 
 
 class Source(Protocol):
-    """An importer: a frozen dataclass of plain values (they go into the receipt), made from the command line."""
+    """An importer: a frozen dataclass of plain values (they go into the receipt), made from the command line.
+
+    Of its docstring the first line is what `data-prep import --help` lists, all of it what the importer's own shows.
+    """
 
     image: ClassVar[ImageRule | None]  # the default for images; None if the source has none
 
     def pieces(self) -> Iterator[JsonObject]:
-        """Cut the input into units of work. UserError if it is missing or of another format."""
+        """Cut the input into units of work, each some seconds of it. UserError if it is missing or of another format.
+
+        Pieces are plain JSON values. Each has the `file_stat` of its files, or an import that goes on would not notice
+        that they were edited; those of `tables`, `parquet` and `json_lists` have it.
+        """
         ...
 
     def read(self, piece: JsonObject) -> Iterator[Found]:
-        """Yield all records of a piece. UserError only if it makes no sense to continue."""
+        """Yield all records of a piece, by nothing but piece and fields: it may run in another process, or again.
+
+        What cannot be used is `Dropped`, a file that is not UTF-8 for example. UserError only if it makes no sense to
+        continue.
+        """
         ...
 
 

@@ -135,6 +135,21 @@ class VisionTowerConfig:
     residual_in_fp32: bool = True
 
     def __post_init__(self) -> None:
+        self._check_whole_numbers()
+        self._check_images()
+        for name in ("mlp_ratio", "rope_theta", "layer_norm_eps", "lora_alpha"):
+            value = getattr(self, name)
+            if not is_number(value) or not 0 < value < float("inf"):
+                raise ValueError(f"{name} is {value!r}; expected a positive number")
+            object.__setattr__(self, name, float(value))
+        for name in ("attention_norm", "checkpointing", "compile", "residual_in_fp32"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected true or false")
+        if self.attention not in BACKENDS:
+            raise ValueError(f"attention is {self.attention!r}; expected one of {', '.join(BACKENDS)}")
+        self._check_shape()
+
+    def _check_whole_numbers(self) -> None:
         for name in ("patch", "width", "layers", "heads", "mlp_width", "reference_grid"):
             value = getattr(self, name)
             if value is None and name in ("mlp_width", "reference_grid"):
@@ -155,6 +170,8 @@ class VisionTowerConfig:
             raise ValueError(
                 f"projector_hidden is {self.projector_hidden} and projector 0; state the projector's width"
             )
+
+    def _check_images(self) -> None:
         for name in ("mean", "std"):
             numbers = getattr(self, name)
             numbers = tuple(numbers) if isinstance(numbers, tuple | list) else (numbers,)
@@ -166,16 +183,8 @@ class VisionTowerConfig:
             object.__setattr__(self, name, tuple(map(float, numbers)))
         check_crop(self.crop_pct, self.crop_mode, self.interpolation)
         object.__setattr__(self, "crop_pct", float(self.crop_pct))
-        for name in ("mlp_ratio", "rope_theta", "layer_norm_eps", "lora_alpha"):
-            value = getattr(self, name)
-            if not is_number(value) or not 0 < value < float("inf"):
-                raise ValueError(f"{name} is {value!r}; expected a positive number")
-            object.__setattr__(self, name, float(value))
-        for name in ("attention_norm", "checkpointing", "compile", "residual_in_fp32"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected true or false")
-        if self.attention not in BACKENDS:
-            raise ValueError(f"attention is {self.attention!r}; expected one of {', '.join(BACKENDS)}")
+
+    def _check_shape(self) -> None:
         grid_of(self.resolution, self.patch)
         height, width = as_pair(self.resolution)
         pair = isinstance(self.resolution, tuple | list)  # a list, as JSON and YAML give it

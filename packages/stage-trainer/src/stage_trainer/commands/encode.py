@@ -40,6 +40,13 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="at what cannot be encoded: stop and name it, or leave it out and list it in NAME.skipped.jsonl (default: "
         "%(default)s)",
     )
+    _add_vectors(p)
+    _add_machine(p)
+    add_max_pixels(p)
+    p.set_defaults(run=run)
+
+
+def _add_vectors(p: argparse.ArgumentParser) -> None:
     p.add_argument("--task", "--prompt-name", help="of the texts: its instruction, and its adapter if there is one")
     p.add_argument("--truncate-dim", type=int, metavar="N", help="keep the first N dims (default: all)")
     p.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of a text (default: %(default)s)")
@@ -58,6 +65,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="of int8 and uint8: a file of vectors whose ranges are taken, so that both can be searched together "
         "(default: the ranges of the vectors themselves)",
     )
+
+
+def _add_machine(p: argparse.ArgumentParser) -> None:
     p.add_argument("--batch-size", type=int, metavar="N", help="most texts or images in one forward pass")
     p.add_argument("--device", choices=(AUTO, "cpu"), default=AUTO, help="auto: all GPUs that there are, or the CPU")
     p.add_argument("--processes", type=int, metavar="N", help="default: one a GPU, or one on the CPU")
@@ -69,8 +79,6 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="of the computation; auto: bfloat16 on GPUs (float16 on old ones), float32 on CPUs; the vectors' own "
         "is --precision",
     )
-    add_max_pixels(p)
-    p.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:

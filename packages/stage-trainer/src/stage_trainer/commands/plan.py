@@ -60,13 +60,13 @@ def run(arguments: argparse.Namespace) -> None:
     for name in absent(recipe.model):
         say(f"{name} is not on this machine: its sizes are the recipe's, or else the towers' defaults")
     for number, stage in enumerate(recipe.stages, 1):
-        if arguments.stage == number or (arguments.stage is None and not stage.masked):
+        if arguments.stage is None and stage.unplanned:
+            print(f"\nstage {number} is not planned: {stage.unplanned}", flush=True)
+        elif arguments.stage in (None, number):
             planned = plan_stage(recipe, number, cluster, mean_tokens=arguments.mean_tokens, say=say)
             print("\n" + stage_table(planned, cluster), flush=True)
             if carried := machines_table(recipe, planned, cluster, arguments.cores, arguments.fetch):
                 print("\n" + carried, flush=True)
-        elif arguments.stage is None:
-            print(f"\nstage {number} is masked-language-model training, which is not planned", flush=True)
 
 
 _RANGES = {

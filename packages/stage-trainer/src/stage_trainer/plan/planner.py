@@ -140,14 +140,11 @@ def plan_stage(
         say: called with a line of progress before each slow part.
 
     Raises:
-        UserError: a stage of masked-language-model training, or a model configuration that is not valid.
+        UserError: a stage that is not planned (`Stage.unplanned`), or a model configuration that is not valid.
     """
     stage = recipe.stage(number)
-    if stage.masked:
-        raise UserError(
-            f"stage {number} is masked-language-model training, which is not planned: its gradients add up over chunks "
-            "of any size, so gradient_cache.tokens alone decides what fits"
-        )
+    if stage.unplanned:
+        raise UserError(f"stage {number} is not planned: {stage.unplanned}")
     if stage.fp8 and cluster.device.kind == "cuda" and cluster.device.capability < (8, 9):
         raise UserError(
             f"stage {number}: 'fp8' needs a GPU of compute capability 8.9, 9.0 or later, and {cluster.device.name} is "

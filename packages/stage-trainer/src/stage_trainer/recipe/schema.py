@@ -145,6 +145,13 @@ class Stage:
         """The name of what the stage does (`tasks.TASKS`)."""
         return "masked_lm" if self.masked else self.teacher.task if self.teacher else "contrastive"
 
+    @property
+    def unplanned(self) -> str:
+        """Why `stage-trainer plan` leaves the stage out; "" if it does not."""
+        return (
+            "masked-language-model training adds up chunks of any size (gradient_cache.tokens)" if self.masked else ""
+        )
+
     def batch_at(self, step: int) -> dict[str, int]:
         """The global batch of a step: {kind: how many}, each kind from its `task_start` on."""
         return {k: size for k, size in asdict(self.batch).items() if size and step >= getattr(self.task_start, k, 0)}

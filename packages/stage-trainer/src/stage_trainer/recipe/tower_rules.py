@@ -13,7 +13,7 @@ from text_tower.config import TextTowerConfig
 from vision_tower.config import VisionTowerConfig
 
 from stage_trainer.errors import UserError
-from stage_trainer.recipe.schema import Recipe
+from stage_trainer.recipe.schema import Recipe, Stage
 
 
 def check_towers(recipe: Recipe, where: str) -> None:
@@ -35,42 +35,45 @@ def check_towers(recipe: Recipe, where: str) -> None:
         )
     width = next((width for width in widths if width is not None), None)
     for number, stage in enumerate(recipe.stages, 1):
-        here = f"{where}: stage {number}"
-        longest = text.value("max_length")
-        if longest is not None and stage.max_tokens > longest:
+        _check_stage(stage, text, vision, width, f"{where}: stage {number}")
+
+
+def _check_stage(stage: Stage, text: _Stated, vision: _Stated | None, width: int | None, here: str) -> None:
+    """What a stage requires of the towers, whose embeddings have `width` numbers (None: the weights know)."""
+    longest = text.value("max_length")
+    if longest is not None and stage.max_tokens > longest:
+        raise UserError(
+            f"{here}: max_tokens is {stage.max_tokens}, more than the text tower takes (model.text.max_length "
+            f"{longest}); lower the one or raise the other"
+        )
+    if stage.masked:
+        if (found := text.value("positions")) not in (None, "rotary"):
             raise UserError(
-                f"{here}: max_tokens is {stage.max_tokens}, more than the text tower takes (model.text.max_length "
-                f"{longest}); lower the one or raise the other"
+                f"{here}: model.text.positions is {found!r}; masked-language-model training is for rotary towers"
             )
-        if stage.masked:
-            if (found := text.value("positions")) not in (None, "rotary"):
-                raise UserError(
-                    f"{here}: model.text.positions is {found!r}; masked-language-model training is for rotary towers"
-                )
-            continue
-        if width is not None and max(stage.loss.dims) > width:
-            raise UserError(f"{here}: loss.dims is {list(stage.loss.dims)}; expected prefixes of 1 to {width}")
-        if stage.trainable.text == "adapters" and text.value("adapters") == ():
-            raise UserError(f"{here}: trainable.text is 'adapters', but model.text.adapters names none; add one")
-        if stage.trainable.image == "adapters" and vision and vision.value("lora_rank") == 0:
-            raise UserError(f"{here}: trainable.image is 'adapters', but model.vision.lora_rank is 0; raise it")
-        if stage.trainable.image == "projector" and vision and vision.value("projector") == 0:
+        return
+    if width is not None and max(stage.loss.dims) > width:
+        raise UserError(f"{here}: loss.dims is {list(stage.loss.dims)}; expected prefixes of 1 to {width}")
+    if stage.trainable.text == "adapters" and text.value("adapters") == ():
+        raise UserError(f"{here}: trainable.text is 'adapters', but model.text.adapters names none; add one")
+    if stage.trainable.image == "adapters" and vision and vision.value("lora_rank") == 0:
+        raise UserError(f"{here}: trainable.image is 'adapters', but model.vision.lora_rank is 0; raise it")
+    if stage.trainable.image == "projector" and vision and vision.value("projector") == 0:
+        raise UserError(
+            f"{here}: trainable.image is 'projector', but model.vision.projector is 0; set it to the text tower's width"
+        )
+    if "text" in stage.stored and text.value("dropout"):
+        raise UserError(
+            f"{here}: 'embedding_cache' keeps the embeddings of texts that never change, and model.text.dropout is "
+            f"{text.value('dropout'):g}; set it to 0"
+        )
+    patch = vision.value("patch") if vision else None
+    for start, resolution in stage.resolution:
+        if resolution < (patch or 1):
             raise UserError(
-                f"{here}: trainable.image is 'projector', but model.vision.projector is 0; set it to the text tower's "
-                "width"
+                f"{here}: the resolution from step {start} on is {resolution} pixels, below one patch of the image "
+                f"tower (model.vision.patch, {patch or 'unknown'}); raise it"
             )
-        if "text" in stage.stored and text.value("dropout"):
-            raise UserError(
-                f"{here}: 'embedding_cache' keeps the embeddings of texts that never change, and model.text.dropout is "
-                f"{text.value('dropout'):g}; set it to 0"
-            )
-        patch = vision.value("patch") if vision else None
-        for start, resolution in stage.resolution:
-            if resolution < (patch or 1):
-                raise UserError(
-                    f"{here}: the resolution from step {start} on is {resolution} pixels, below one patch of the image "
-                    f"tower (model.vision.patch, {patch or 'unknown'}); raise it"
-                )
 
 
 class _Stated:
