@@ -56,10 +56,11 @@ class DualEncoder(nn.Module):
         matryoshka_dims: Sequence[int] | None = None,
     ):
         super().__init__()
-        if text.config.width != vision.config.output_width:
+        if text.config.output_width != vision.config.output_width:
             raise UserError(
-                f"embeddings of the text tower have {text.config.width} numbers and those of the vision tower "
-                f"{vision.config.output_width}; they share one space: give the vision tower a projector of that width"
+                f"embeddings of the text tower have {text.config.output_width} numbers and those of the vision tower "
+                f"{vision.config.output_width}; they share one space: give one of the towers a projector to the "
+                "other's width"
             )
         self.text, self.vision = text, vision
         self.matryoshka_dims = tuple(matryoshka_dims) if matryoshka_dims else None

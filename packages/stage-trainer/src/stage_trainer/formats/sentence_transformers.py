@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _MODULES = "sentence_transformers.base.modules"
 _TRANSFORMER = f"{_MODULES}.transformer.Transformer"
+_DENSE = f"{_MODULES}.dense.Dense"
 _POOLING = "sentence_transformers.sentence_transformer.modules.pooling.Pooling"
 
 
@@ -27,15 +28,17 @@ def write(directory: Path, config: TextTowerConfig) -> None:
         config: of the text tower; its instructions become prompts.
     """
     from text_tower.files import write_json
+    from text_tower.projector import denses
     from text_tower.st_folder import model_settings
 
     pooling = f"{TEXT}/1_Pooling"
+    projector = [f"{TEXT}/{dense.folder}" for dense in denses(config)]
     normalize = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"}
     files: dict[str, Any] = {
         "modules.json": _then_normalize(f"{_MODULES}.router.Router"),
         "router_config.json": {
-            "types": {TEXT: _TRANSFORMER, pooling: _POOLING, VISION: _TRANSFORMER},
-            "structure": {"text": [TEXT, pooling], "image": [VISION]},
+            "types": {TEXT: _TRANSFORMER, pooling: _POOLING, **dict.fromkeys(projector, _DENSE), VISION: _TRANSFORMER},
+            "structure": {"text": [TEXT, pooling, *projector], "image": [VISION]},
             "parameters": {
                 "default_route": "text",
                 "allow_empty_key": True,

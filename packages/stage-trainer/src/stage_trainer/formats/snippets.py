@@ -19,6 +19,7 @@ class Model(NamedTuple):
         task: a task with an instruction, if there is one.
         adapter: the name of a kept adapter (a PEFT folder), the default one; None if there is none.
         any_mode: whether transformers' image processor takes pictures that are not RGB.
+        projector: the folders in `text/` of the text tower's projector; none without one.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Model(NamedTuple):
     task: str | None
     adapter: str | None
     any_mode: bool
+    projector: tuple[str, ...] = ()
 
 
 def trilith(model: Model) -> str:
@@ -65,28 +67,28 @@ print(model.similarity(text, image))
 def transformers_texts(model: Model) -> str:
     adapter = f"\nmodel.load_adapter({_text(f'{model.name}/text/{model.adapter}')})" if model.adapter else ""
     return f"""\
-import torch
+import torch{_load_file(model)}
 from transformers import AutoModel, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained({_text(model.name)}, subfolder="text")
-model = AutoModel.from_pretrained({_text(model.name)}, subfolder="text").eval(){adapter}
+model = AutoModel.from_pretrained({_text(model.name)}, subfolder="text").eval(){adapter}{_weights(model)}
 texts = {TEXTS}
 batch = tokenizer(texts, padding=True, truncation=True, max_length={model.max_length}, return_tensors="pt")
 with torch.no_grad():
     states = model(**batch).last_hidden_state
 mask = batch["attention_mask"][..., None]
-text = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+text = torch.nn.functional.normalize({_projected(model, "(states * mask).sum(1) / mask.sum(1)")}, dim=-1)
 """
 
 
 def pipeline(model: Model) -> str:
     return f"""\
-import torch
+import torch{_load_file(model)}
 from transformers import pipeline
 
-extract = pipeline("feature-extraction", model={_text(f"{model.name}/text")})
+extract = pipeline("feature-extraction", model={_text(f"{model.name}/text")}){_weights(model)}
 states = torch.tensor(extract("a red apple"))  # [1, tokens, width]
-text = torch.nn.functional.normalize(states.mean(1), dim=-1)
+text = torch.nn.functional.normalize({_projected(model, "states.mean(1)")}, dim=-1)
 """
 
 
@@ -145,6 +147,24 @@ with torch.no_grad():
     image = model.encode_image(preprocess(Image.open("photo.jpg"))[None], normalize=True)
 print(text @ image.T)
 """
+
+
+def _load_file(model: Model) -> str:
+    return "\nfrom safetensors.torch import load_file" if model.projector else ""
+
+
+def _weights(model: Model) -> str:
+    """Lines that read the projector."""
+    names = ("first", "last")[-len(model.projector) :] if model.projector else ()
+    files = (_text(f"{model.name}/text/{folder}/model.safetensors") for folder in model.projector)
+    return "".join(f'\n{name} = load_file({file})["linear.weight"]' for name, file in zip(names, files, strict=True))
+
+
+def _projected(model: Model, mean: str) -> str:
+    """What the projector makes of the mean."""
+    if len(model.projector) > 1:
+        mean = f"torch.nn.functional.gelu({mean} @ first.T)"
+    return f"{mean} @ last.T" if model.projector else mean
 
 
 def _text(value: str) -> str:

@@ -121,7 +121,7 @@ def step_flops(
     if cached:
         towers += Flops(recomputed=towers.forward)
     learns = (trainable.image, trainable.text) != ("none", "none")
-    return towers + loss_flops(shape, max(dims, default=text.width), learns)
+    return towers + loss_flops(shape, max(dims, default=text.output_width), learns)
 
 
 def masked_lm_flops(text: TextTowerConfig, shape: StepShape, hidden: int) -> Flops:
@@ -145,12 +145,13 @@ def text_flops(config: TextTowerConfig, shape: StepShape, trainable: str = "all"
     block = weights + adapters + attention
     # Adapters of the tables: [T, rank] rows of the words, one of the token type, times [rank, width].
     table = 2 * (shape.tokens + 1) * rank * width if shape.texts else 0
-    forward = config.layers * block + table
-    if trainable == "none":
-        return Flops(forward)
+    projector = shape.texts * _projector(config)
+    forward = config.layers * block + table + projector
+    if trainable in ("none", "projector"):
+        return Flops(forward, 2 * projector * (trainable == "projector"))
     # Gradients of inputs go down to the tables; those of weights are for weights that learn.
     backward = config.layers * ((2 if trainable == "all" else 1) * weights + 2 * adapters + 2 * attention) + 2 * table
-    return Flops(forward, backward, config.layers * block if config.checkpointing else 0)
+    return Flops(forward, backward + 2 * projector, config.layers * block if config.checkpointing else 0)
 
 
 def vision_flops(config: VisionTowerConfig, shape: StepShape, trainable: str = "all") -> Flops:
@@ -187,8 +188,8 @@ def vision_flops(config: VisionTowerConfig, shape: StepShape, trainable: str = "
     return Flops(forward, backward, shape.images * (blocks - last) + adapters if config.checkpointing else 0)
 
 
-def _projector(config: VisionTowerConfig) -> int:
-    """An image's embedding through the projector."""
+def _projector(config: TextTowerConfig | VisionTowerConfig) -> int:
+    """An embedding through the projector."""
     sides = [config.width, *([config.projector_hidden] if config.projector_hidden else []), config.projector]
     return sum(2 * rows * columns for rows, columns in pairwise(sides))
 
