@@ -80,9 +80,9 @@ def folder(tokenizer, words, tmp_path) -> Callable[[str], tuple[Path, Callable[[
     adapters = {"lora_rank": 2, "lora_alpha": 3.0, "adapters": ("query", "other"), "instructions": {"query": "q: "}}
 
     def text(path: Path, layout: str) -> None:
-        tower = TextTower(
-            TextTowerConfig(**small, **({} if layout in ("plain", "masked", "st", "index") else adapters))
-        )
+        bare = {"projector": {"projector": 8, "projector_hidden": 12}}
+        bare |= {name: {} for name in ("plain", "masked", "st", "index")}
+        tower = TextTower(TextTowerConfig(**small, **bare.get(layout, adapters)))
         tower.tokenizer = tokenizer
         if layout == "masked":
             MaskedLM(tower).save_pretrained(path)
@@ -250,6 +250,15 @@ FOUND: list[tuple[str, str, tuple[Any, ...], Any]] = [
     ("plain", "sentence_bert_config.json", ("max_seq_length",), "8"),
     ("plain", "1_Pooling/config.json", ("pooling_mode",), "cls"),
     ("plain", "config_sentence_transformers.json", ("prompts",), [1]),
+    ("projector", "config.json", ("trilith", "projector"), 10**9),
+    ("projector", "config.json", ("trilith", "projector_hidden"), "12"),
+    ("projector", "modules.json", (2, "path"), "../../x"),
+    ("projector", "modules.json", (3, "path"), "2_Dense"),
+    ("projector", "2_Dense/config.json", ("activation_function",), [1]),
+    ("projector", "2_Dense/config.json", ("in_features",), 10**400),
+    ("projector", "3_Dense/config.json", ("out_features",), 10**400),
+    ("projector", "3_Dense/config.json", ("out_features",), REMOVED),
+    ("projector", "3_Dense/config.json", ("bias",), 4),
     ("timm", "config.json", ("architecture",), [1]),
     ("timm", "config.json", ("pretrained_cfg", "input_size"), 3),
     ("timm", "config.json", ("model_args", "depth"), 10**9),
@@ -295,6 +304,7 @@ def test_what_once_got_through_is_refused_in_one_message_that_names_the_folder(l
         "remote",
         "clip",
         "masked",
+        "projector",
         "st",
         "index",
         "own",

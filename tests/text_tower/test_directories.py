@@ -194,7 +194,7 @@ def test_dense_modules_without_biases_are_a_projector(tower, sentences, tmp_path
     ("modules", "message"),
     [
         ([Dense(32, 16)], "has bias True; a projector knows False only"),
-        ([Dense(32, 16, bias=False)], "activation_function .*Tanh.*; expected torch.nn.modules.linear.Identity"),
+        ([Dense(32, 16, bias=False)], "activation_function .*Tanh.*; expected 32 and torch.nn.modules.linear.Identity"),
         ([Dense(32, 32, bias=False, activation_function=None, use_residual=True)], "use_residual True"),
     ],
 )

@@ -105,7 +105,10 @@ def test_what_cannot_be_is_refused(plain, tmp_path):
     said = json.loads(file.read_text())
     for change, message in (
         ({"bias": True}, "bias True; a projector knows False only"),
-        ({"activation_function": "torch.nn.modules.activation.Tanh"}, "expected torch.nn.modules.linear.Identity"),
+        (
+            {"activation_function": "torch.nn.modules.activation.Tanh"},
+            "expected 16 and torch.nn.modules.linear.Identity",
+        ),
         ({"out_features": 20}, "projector to 24 by its config.json, .* and Dense modules of"),
         ({"odd": 1}, "unknown keys .'odd'."),
     ):

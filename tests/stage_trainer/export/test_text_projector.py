@@ -89,10 +89,10 @@ def test_a_graph_has_the_projector(kind, make, save, tmp_path):
 
 def test_a_layout_without_a_place_for_it_refuses_it_by_name(make, save, tmp_path, capsys):
     model = make("linear")
-    assert export(model, save, tmp_path, "jina-clip") == 1
+    assert export(model, save, tmp_path, "jina-clip") == 2
     assert "the text tower has a projector, for which jina-clip-v2's layout has no place" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "run")
-    assert export(make("linear", projector_hidden=8), save, tmp_path, "open-clip") == 1
+    assert export(make("linear", projector_hidden=8), save, tmp_path, "open-clip") == 2
     said = capsys.readouterr().err
     assert (
         "the text tower's projector has 8 hidden units, and open_clip's the mean of its inputs and outputs, 40" in said

@@ -123,20 +123,23 @@ def read(
     if not folders:
         return config, {}
     said = [_settings(folder / "config.json") for folder in folders]
-    outputs = [out for out, _ in said]
+    outputs = [out for _, out, _ in said]
     width, hidden = outputs[-1], outputs[0] if len(outputs) > 1 else 0
     if config.projector and (config.projector, config.projector_hidden) != (width, hidden):
         raise ValueError(
             f"{directory} has a projector to {config.projector} by its config.json, with "
             f"{config.projector_hidden} hidden units, and Dense modules of {outputs}; copy or download it again"
         )
-    config = replace(config, projector=width, projector_hidden=hidden)
+    try:
+        config = replace(config, projector=width, projector_hidden=hidden)
+    except ValueError as error:
+        raise ValueError(f"{folders[-1]}: {error}") from error
     weights: dict[str, Tensor] = {}
-    for folder, dense, (_, activation) in zip(folders, denses(config), said, strict=True):
-        if activation != dense.activation:
+    for folder, dense, (inputs, _, activation) in zip(folders, denses(config), said, strict=True):
+        if (inputs, activation) != (dense.inputs, dense.activation):
             raise ValueError(
-                f"{folder / 'config.json'} has activation_function {shown(activation)}; expected {dense.activation}: a "
-                "projector is one product, or two with a GELU between them"
+                f"{folder / 'config.json'} has {inputs} in_features and activation_function {shown(activation)}; "
+                f"expected {dense.inputs} and {dense.activation}: one product, or two with a GELU between"
             )
         found = reader(folder)
         check_keys({"linear.weight": [dense.outputs, dense.inputs]}, found, str(folder))
@@ -144,13 +147,13 @@ def read(
     return config, weights
 
 
-def _settings(file: Path) -> tuple[int, object]:
-    """(outputs, activation) of a Dense module."""
+def _settings(file: Path) -> tuple[int, int, object]:
+    """(inputs, outputs, activation) of a Dense module."""
     said = read_json(file)
     for key, allowed in _ONLY.items():
         if (value := said.get(key, True if key == "bias" else None)) not in allowed:
             raise ValueError(f"{file} has {key} {shown(value)}; a projector knows {allowed[0]!r} only")
     if unknown := sorted(said.keys() - _ONLY.keys() - {"in_features", "out_features", "activation_function"}):
         raise ValueError(f"{file} has unknown keys {unknown}; expected sentence-transformers' Dense")
-    outputs: int = field(said, "out_features", COUNT, file)
-    return outputs, said.get("activation_function")
+    inputs, outputs = (field(said, key, COUNT, file) for key in ("in_features", "out_features"))
+    return inputs, outputs, said.get("activation_function")
