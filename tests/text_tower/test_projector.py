@@ -46,6 +46,15 @@ def test_a_new_projector_stands_after_weights_without_one_and_is_kept(plain, hid
     torch.testing.assert_close(tower.padded()(ids), found)
 
 
+def test_jina_bert_keeps_one_too(tmp_path):
+    jina_bert = {"positions": "alibi", "mlp": "geglu", "token_types": 2, "pad_id": 0}
+    tower = TextTower(TextTowerConfig(**SHAPE, **jina_bert, projector=24))
+    tower.save_pretrained(tmp_path / "out")
+    again = TextTower.from_pretrained(tmp_path / "out")
+    assert again.config == tower.config
+    assert torch.equal(again(TEXTS), tower(TEXTS))
+
+
 def test_an_adapter_is_merged_before_the_projector(plain, tmp_path):
     options = {"projector": 24, "adapters": ("a",), "lora_rank": 2}
     tower = TextTower.from_pretrained(tmp_path / "plain", **options)
