@@ -72,8 +72,8 @@ class TextTower(nn.Module):
             ValueError: an unknown adapter, a sequence longer than `config.max_length`, ids outside the vocabulary
                 (checked on a CPU), dropout without seeds, or an attention backend that cannot run here.
         """
-        options: dict[str, Any] = {"adapter": adapter, "sample_seeds": sample_seeds}
-        return self.project(self.pooled(packed, **options, training=training, attend=attend))
+        pooled = self.pooled(packed, adapter=adapter, sample_seeds=sample_seeds, training=training, attend=attend)
+        return self.project(pooled)
 
     def project(self, pooled: Tensor) -> Tensor:
         """What the projector makes of rows of `pooled`; the rows themselves if there is none."""
