@@ -130,8 +130,9 @@ class DualEncoder(nn.Module):
         with whole_directory(path) as directory:
             self.write_into(directory)
 
-    def write_into(self, directory: Path, layout: str = "transformers") -> None:
-        """What `save_pretrained` writes, into a directory that exists; `layout` is `TextTower.save_pretrained`'s."""
+    def write_into(self, directory: Path, layout: str = "transformers", *, apart: bool = False) -> None:
+        """What `save_pretrained` writes, into a directory that exists; `layout` is `TextTower.save_pretrained`'s, and
+        `apart` `VisionTower.save_pretrained`'s."""
         config = {
             "format": FORMAT,
             "logit_scale": float(self.logit_scale.detach()),
@@ -140,7 +141,7 @@ class DualEncoder(nn.Module):
         }
         config |= {name: float(bias.detach()) for name in BIASES if (bias := getattr(self, name)) is not None}
         self.text.save_pretrained(directory / TEXT, layout=layout)
-        self.vision.save_pretrained(directory / VISION)
+        self.vision.save_pretrained(directory / VISION, apart=apart)
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod

@@ -123,8 +123,9 @@ def _adapters(adapters: Adapters, name: str, form: str) -> str:
 
 def _model(name: str, model: DualEncoder, adapters: Adapters) -> snippets.Model:
     """What the examples depend on."""
-    from text_tower.projector import denses
+    from text_tower import projector as of_texts
     from text_tower.st_folder import MAX_LENGTH
+    from vision_tower import projector as of_images
     from vision_tower.foreign import processor_values
 
     text = model.text.config
@@ -135,7 +136,8 @@ def _model(name: str, model: DualEncoder, adapters: Adapters) -> snippets.Model:
         task=next((task for task in text.tasks if text.instructions.get(task)), None),
         adapter=next(iter(adapters.kept), None),
         any_mode=processor_values(model.vision.config) is not None,
-        projector=tuple(dense.folder for dense in denses(text)),
+        text_projector=tuple(dense.folder for dense in of_texts.denses(text)),
+        image_projector=tuple(dense.folder for dense in of_images.denses(model.vision.config)),
     )
 
 

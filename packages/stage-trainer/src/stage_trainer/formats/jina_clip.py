@@ -140,8 +140,8 @@ def check_fits(model: DualEncoder, layout: str = "jina-clip-v2") -> None:
     for name, tower in (("image", config), ("text", model.text.config)):
         if tower.projector:
             raise UserError(
-                f"the {name} tower has a projector, for which {layout}'s layout has no place; export it as open-clip, "
-                "onnx or trilith"
+                f"the {name} tower has a projector, for which {layout}'s layout has no place; export it in another "
+                "format"
             )
     for key, expected in misfits(config).items():
         raise UserError(

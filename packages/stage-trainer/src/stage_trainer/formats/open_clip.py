@@ -26,8 +26,9 @@ from text_tower.st_folder import MAX_LENGTH
 from torch import Tensor
 from vision_tower import VisionTowerConfig
 from vision_tower.config import as_pair
-from vision_tower.pretrained import timm_keys
+from vision_tower.foreign import timm_keys
 from vision_tower.projector import is_projector
+from vision_tower.projector import without_projector as without_images_projector
 
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.errors import UserError
@@ -62,8 +63,8 @@ def write(model: DualEncoder, out: Path, repository: str | None, card: Callable[
     model.vision = model.vision.merged()
     adapters = Adapters(merged=names[:1], left_out=names[1:])
     assert model.text.tokenizer is not None  # `check` saw it
-    tower = {name: tensor for name, tensor in model.vision.state_dict().items() if not is_projector(name)}
-    weights = named(without_projector(model.text.state_dict()), tower) | _projectors(model)
+    towers = without_projector(model.text.state_dict()), without_images_projector(model.vision.state_dict())
+    weights = named(*towers) | _projectors(model)
     weights[SCALE] = model.logit_scale.detach().reshape(())
     if model.logit_bias is not None:
         weights[BIAS] = model.logit_bias.detach().reshape(())
