@@ -75,6 +75,7 @@ def _curves() -> dict[str, Curve]:
         "margins of scores": Curve(SCORED),
         "image adapter": Curve((*one_resolution, "model.vision.lora_rank=4", "trainable.image=adapters")),
         "projector": Curve((*one_resolution, "model.vision.projector=64", "trainable.image=projector")),
+        "text projector": Curve((*one_resolution, "model.text.projector=64", "trainable.text=projector")),
     }
     curves = kinds | {f"{name}, two ranks": curve._replace(ranks=2) for name, curve in kinds.items()}
     for zero in (1, 2, 3):

@@ -80,9 +80,9 @@ def folder(tokenizer, words, tmp_path) -> Callable[[str], tuple[Path, Callable[[
     adapters = {"lora_rank": 2, "lora_alpha": 3.0, "adapters": ("query", "other"), "instructions": {"query": "q: "}}
 
     def text(path: Path, layout: str) -> None:
-        tower = TextTower(
-            TextTowerConfig(**small, **({} if layout in ("plain", "masked", "st", "index") else adapters))
-        )
+        bare = {"projector": {"projector": 8, "projector_hidden": 12}}
+        bare |= {name: {} for name in ("plain", "masked", "st", "index")}
+        tower = TextTower(TextTowerConfig(**small, **bare.get(layout, adapters)))
         tower.tokenizer = tokenizer
         if layout == "masked":
             MaskedLM(tower).save_pretrained(path)
@@ -121,8 +121,11 @@ def folder(tokenizer, words, tmp_path) -> Callable[[str], tuple[Path, Callable[[
             (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
 
     def vision(path: Path, layout: str) -> None:
-        tower = VisionTower(VisionTowerConfig(resolution=16, patch=8, width=16, layers=1, heads=2, mlp_width=24))
-        tower.save_pretrained(path)
+        added = {"projector": 8} if layout == "apart" else {}
+        tower = VisionTower(
+            VisionTowerConfig(resolution=16, patch=8, width=16, layers=1, heads=2, mlp_width=24, **added)
+        )
+        tower.save_pretrained(path, apart=True)
         values = json.loads((path / "config.json").read_text())
         if layout == "timm":
             keys = ("architecture", "num_classes", "model_args", "pretrained_cfg")
@@ -171,7 +174,7 @@ def folder(tokenizer, words, tmp_path) -> Callable[[str], tuple[Path, Callable[[
             model = DualEncoder(TextTower(TextTowerConfig(**small), tokenizer), image, matryoshka_dims=(8, 16))
             open_clip.write(model, path, None, lambda _: "")
             return path, DualEncoder.from_pretrained
-        if layout in ("own", "timm", "jina"):
+        if layout in ("own", "apart", "timm", "jina"):
             vision(path, layout)
             return path, lambda path: VisionTower.from_pretrained(path, num_classes=0)
         text(path, layout)
@@ -250,6 +253,19 @@ FOUND: list[tuple[str, str, tuple[Any, ...], Any]] = [
     ("plain", "sentence_bert_config.json", ("max_seq_length",), "8"),
     ("plain", "1_Pooling/config.json", ("pooling_mode",), "cls"),
     ("plain", "config_sentence_transformers.json", ("prompts",), [1]),
+    ("apart", "config.json", ("trilith", "projector"), 10**9),
+    ("apart", "config.json", ("trilith", "projector"), "8"),
+    ("apart", "1_Dense/config.json", ("bias",), 4),
+    ("apart", "1_Dense/config.json", (), [1]),
+    ("projector", "config.json", ("trilith", "projector"), 10**9),
+    ("projector", "config.json", ("trilith", "projector_hidden"), "12"),
+    ("projector", "modules.json", (2, "path"), "../../x"),
+    ("projector", "modules.json", (3, "path"), "2_Dense"),
+    ("projector", "2_Dense/config.json", ("activation_function",), [1]),
+    ("projector", "2_Dense/config.json", ("in_features",), 10**400),
+    ("projector", "3_Dense/config.json", ("out_features",), 10**400),
+    ("projector", "3_Dense/config.json", ("out_features",), REMOVED),
+    ("projector", "3_Dense/config.json", ("bias",), 4),
     ("timm", "config.json", ("architecture",), [1]),
     ("timm", "config.json", ("pretrained_cfg", "input_size"), 3),
     ("timm", "config.json", ("model_args", "depth"), 10**9),
@@ -295,9 +311,11 @@ def test_what_once_got_through_is_refused_in_one_message_that_names_the_folder(l
         "remote",
         "clip",
         "masked",
+        "projector",
         "st",
         "index",
         "own",
+        "apart",
         "timm",
         "jina",
         "dual",

@@ -172,8 +172,35 @@ def test_another_pooling_is_refused_by_name(tower, tmp_path, mode):
 
 
 def test_a_further_module_is_refused_by_name(tower, tmp_path):
-    path = sentence_transformer(tmp_path, tower, [Dense(32, 16), Normalize()])
-    with pytest.raises(ValueError, match="has the modules Transformer, Pooling, Dense, Normalize; this tower is"):
+    path = sentence_transformer(tmp_path, tower, [Normalize(), Dense(32, 16)])
+    with pytest.raises(ValueError, match="has the modules Transformer, Pooling, Normalize, Dense; this tower is"):
+        TextTower.from_pretrained(path)
+
+
+@pytest.mark.parametrize("first", [[], [Dense(32, 40, bias=False, activation_function=torch.nn.GELU())]])
+def test_dense_modules_without_biases_are_a_projector(tower, sentences, tmp_path, first):
+    last = Dense(40 if first else 32, 16, bias=False, activation_function=torch.nn.Identity())
+    path = sentence_transformer(tmp_path, tower, [*first, last, Normalize()], truncate_dim=12)
+    ours, texts = TextTower.from_pretrained(path), list(sentences.values())
+    assert (ours.config.projector, ours.config.projector_hidden) == (16, 40 if first else 0)
+    theirs = SentenceTransformer(str(path), device="cpu").encode(texts, normalize_embeddings=True)
+    np.testing.assert_allclose(ours.encode(texts), theirs, atol=1e-5)
+    ours.save_pretrained(tmp_path / "again")
+    theirs = SentenceTransformer(str(tmp_path / "again"), device="cpu").encode(texts, normalize_embeddings=True)
+    np.testing.assert_allclose(ours.encode(texts), theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        ([Dense(32, 16)], "has bias True; a projector knows False only"),
+        ([Dense(32, 16, bias=False)], "activation_function .*Tanh.*; expected 32 and torch.nn.modules.linear.Identity"),
+        ([Dense(32, 32, bias=False, activation_function=None, use_residual=True)], "use_residual True"),
+    ],
+)
+def test_dense_modules_that_are_no_projector_are_refused_by_name(tower, tmp_path, modules, message):
+    path = sentence_transformer(tmp_path, tower, modules)
+    with pytest.raises(ValueError, match=message):
         TextTower.from_pretrained(path)
 
 

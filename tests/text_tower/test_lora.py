@@ -208,7 +208,7 @@ def test_trainable_chooses_what_learns(make_tower, lora):
     assert learning() == set()
     tower.set_trainable("all")
     assert learning() == everything == dict(tower.named_parameters()).keys()
-    with pytest.raises(ValueError, match="expected 'all', 'adapters' or 'none'"):
+    with pytest.raises(ValueError, match="expected 'all', 'adapters', 'projector' or 'none'"):
         tower.set_trainable("some")
     with pytest.raises(ValueError, match="no adapters to train"):
         make_tower().set_trainable("adapters")

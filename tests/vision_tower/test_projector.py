@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 from vision_tower import VisionTower, VisionTowerConfig, WeightsError
@@ -43,6 +44,25 @@ def test_a_new_projector_stands_after_weights_without_one_and_is_kept(plain, ima
     assert again.encode([torch.zeros(3, 40, 40, dtype=torch.uint8)], truncate_dim=20).shape == (1, 20)
     with torch.autocast("cpu", torch.bfloat16):
         assert tower(images).dtype == torch.float32
+
+
+@pytest.mark.parametrize("hidden", [0, 40])
+def test_apart_it_leaves_a_directory_that_timm_loads(images, hidden, tmp_path):
+    tower = VisionTower(VisionTowerConfig(**SHAPE, projector=24, projector_hidden=hidden))
+    tower.save_pretrained(tmp_path / "out", apart=True)
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    torch.testing.assert_close(theirs(images), tower.pooled(images))
+    for options in ({}, {"projector": 24, "projector_hidden": hidden}):
+        again = VisionTower.from_pretrained(tmp_path / "out", **options)
+        assert again.config == tower.config
+        assert torch.equal(again(images), tower(images))
+    with pytest.raises(FileExistsError, match="a projector apart needs a new directory"):
+        tower.save_pretrained(tmp_path / "out", apart=True)
+    with pytest.raises(WeightsError, match="[12]_Dense is not of the projector"):
+        VisionTower.from_pretrained(tmp_path / "out", projector=20)
+    (tmp_path / "out/1_Dense/model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(WeightsError, match="1_Dense has no weights to read"):
+        VisionTower.from_pretrained(tmp_path / "out")
 
 
 def test_the_projector_alone_learns_and_beside_an_adapter_both(images):

@@ -49,7 +49,7 @@ class Measured:
 def measure(stage: Path, corpus: Path, documents: bool, mark: str) -> Measured:
     """Measures the last checkpoint of a stage on the test split: emoji and stamps, or pages."""
     model = DualEncoder.from_pretrained(all_saved(stage)[-1].path / "model")
-    dims = sorted({*(model.matryoshka_dims or ()), model.text.config.width}, reverse=True)
+    dims = sorted({*(model.matryoshka_dims or ()), model.text.config.output_width}, reverse=True)
     items: dict[str, np.ndarray] = {}
     scalars: dict[str, float] = {}
     test = corpus / "test"

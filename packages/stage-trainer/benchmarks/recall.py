@@ -175,7 +175,7 @@ def of_texts(options: argparse.Namespace, model: DualEncoder, _: Recipe | None =
     captions' pools, nDCG@10 of the text pairs'."""
     recalls, gains = {}, {}
     model.eval()
-    width = model.text.config.width
+    width = model.text.config.output_width
     for directory in held_out(options, "image-short"):
         pool = retrieval.Pool.open(directory)
         found, _chances = retrieval.score(pool, retrieval.embed(model, pool), [width])

@@ -1,5 +1,7 @@
 """Operations counted from shapes, against torch's counter over the real modules, forward and backward."""
 
+import dataclasses
+
 import pytest
 import torch
 from stage_trainer.plan.flops import (
@@ -54,6 +56,30 @@ def test_text_flops_are_those_of_the_tower(adapters, trainable, checkpointing, b
     ours = text_flops(config, texts(), trainable)
     assert (ours.forward, ours.backward + ours.recomputed) == (forward, backward)
     assert bool(ours.recomputed) == (checkpointing and trainable != "none")
+
+
+@pytest.mark.parametrize("trainable", ["all", "adapters", "projector", "none"])
+@pytest.mark.parametrize("hidden", [0, 40])
+def test_a_projector_is_counted_and_alone_where_the_tower_is_stored(hidden, trainable):
+    projector = {"projector": 24, "projector_hidden": hidden}
+    text = TextTower(TextTowerConfig(**TEXT, **projector, adapters=("a",), lora_rank=4))
+    vision = VisionTower(VisionTowerConfig(**VISION, **projector, lora_rank=2)).set_trainable(trainable)
+    text.set_trainable(trainable)
+    packed, images = PackedTokens.from_lists([[7] * n for n in LENGTHS]), torch.randn(4, 3, 45, 45)
+    shape = StepShape(images=4, kept_patches=kept_patches(vision.config, 0.0))
+    for tower, forward, ours in (
+        (text, lambda: text(packed), text_flops(text.config, texts(), trainable)),
+        (vision, lambda: vision(images), vision_flops(vision.config, shape, trainable)),
+    ):
+        assert (ours.forward, ours.backward) == counted(tower, forward)
+    if trainable in ("projector", "none"):
+        stored = dataclasses.replace(shape, texts=6, stored=("image", "text"))
+        ours = step_flops(text.config, vision.config, stored, trainable=Trainable(image=trainable, text=trainable))
+        loss = loss_flops(stored, 24, trainable != "none")
+        rows = torch.randn(6, 32), torch.randn(4, 32)
+        found = [counted(t, lambda t=t, r=r: t.project(r)) for t, r in zip((text, vision), rows, strict=True)]
+        sums = map(sum, zip(*found, strict=True))
+        assert (ours.forward - loss.forward, ours.backward - loss.backward) == tuple(sums)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

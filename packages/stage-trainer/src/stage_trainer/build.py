@@ -19,6 +19,7 @@ from stage_trainer.recipe import LossConfig, ModelConfig, Recipe, Stage
 from stage_trainer.recipe.address import is_remote
 from stage_trainer.recipe.tower_rules import build_config, check_towers
 
+_TowerConfig = TextTowerConfig | VisionTowerConfig
 _ABSENT_RANK = 4
 """Taken for that of adapters whose weights are not here: jina-embeddings-v3's."""
 
@@ -84,11 +85,13 @@ def build_model(recipe: Recipe, number: int, tokenizer: Tokenizer | None = None)
     text_config, vision_config = tower_configs(recipe, number, fetch=True)
     with named_weights(recipe.model, "text"):
         path = weights.tower_weights(recipe.model, "text", fetch=True)
+        if path:
+            _check_projector("text", recipe.stages[number - 1 :], weights.given(path, "text")[0], text_config)
         text = _read_text(path, text_config) if path else TextTower(text_config)
     with named_weights(recipe.model, "vision"):
         path = weights.tower_weights(recipe.model, "vision", fetch=True)
         if path:
-            _check_projector(recipe.stages[number - 1 :], weights.given(path, "vision")[0], vision_config)
+            _check_projector("vision", recipe.stages[number - 1 :], weights.given(path, "vision")[0], vision_config)
         vision = _read_vision(path, vision_config) if path else VisionTower(vision_config)
     model = DualEncoder(text, vision)
     model.set_biases(weights.biases(recipe.model))
@@ -121,13 +124,14 @@ def with_tokenizer(tower: TextTower, tokenizer: Tokenizer | None, model: ModelCo
     tower.tokenizer = tokenizer
 
 
-def _check_projector(stages: Sequence[Stage], given: VisionTowerConfig, config: VisionTowerConfig) -> None:
+def _check_projector(tower: str, stages: Sequence[Stage], given: _TowerConfig, config: _TowerConfig) -> None:
     """UserError for a new projector that nothing trains while others learn from what it gives."""
-    first = next((stage for stage in stages if stage.batch.image_text), None)
-    if config.projector and not given.projector and first and first.trainable.image == "none":
+    first = next((stage for stage in stages if tower == "text" or stage.batch.image_text), None)
+    name = "text" if tower == "text" else "image"
+    if config.projector and not given.projector and first and getattr(first.trainable, name) == "none":
         raise UserError(
-            "the weights have no projector, so model.vision.projector makes a new one, of random numbers, and "
-            "trainable.image is 'none': set it to 'projector'"
+            f"the weights have no projector, so model.{tower}.projector makes a new one, of random numbers, and "
+            f"trainable.{name} is 'none': set it to 'projector'"
         )
 
 

@@ -56,10 +56,11 @@ class DualEncoder(nn.Module):
         matryoshka_dims: Sequence[int] | None = None,
     ):
         super().__init__()
-        if text.config.width != vision.config.output_width:
+        if text.config.output_width != vision.config.output_width:
             raise UserError(
-                f"embeddings of the text tower have {text.config.width} numbers and those of the vision tower "
-                f"{vision.config.output_width}; they share one space: give the vision tower a projector of that width"
+                f"embeddings of the text tower have {text.config.output_width} numbers and those of the vision tower "
+                f"{vision.config.output_width}; they share one space: give one of the towers a projector to the "
+                "other's width"
             )
         self.text, self.vision = text, vision
         self.matryoshka_dims = tuple(matryoshka_dims) if matryoshka_dims else None
@@ -129,8 +130,9 @@ class DualEncoder(nn.Module):
         with whole_directory(path) as directory:
             self.write_into(directory)
 
-    def write_into(self, directory: Path, layout: str = "transformers") -> None:
-        """What `save_pretrained` writes, into a directory that exists; `layout` is `TextTower.save_pretrained`'s."""
+    def write_into(self, directory: Path, layout: str = "transformers", *, apart: bool = False) -> None:
+        """What `save_pretrained` writes, into a directory that exists; `layout` is `TextTower.save_pretrained`'s, and
+        `apart` `VisionTower.save_pretrained`'s."""
         config = {
             "format": FORMAT,
             "logit_scale": float(self.logit_scale.detach()),
@@ -139,7 +141,7 @@ class DualEncoder(nn.Module):
         }
         config |= {name: float(bias.detach()) for name in BIASES if (bias := getattr(self, name)) is not None}
         self.text.save_pretrained(directory / TEXT, layout=layout)
-        self.vision.save_pretrained(directory / VISION)
+        self.vision.save_pretrained(directory / VISION, apart=apart)
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod

@@ -102,7 +102,7 @@ def decided(model: ModelConfig, tower: str, given: Any, unsettled: frozenset[str
             "shape cannot be overridden: leave it out, or name other weights"
         )
     own |= {*_ADAPTERS} if not given.lora_rank else set()
-    own |= {*_PROJECTOR} if not getattr(given, "projector", 0) else set()
+    own |= {*_PROJECTOR} if not given.projector else set()
     if tower == "text":
         chosen = tuple(stated.get("adapters") or ())
         if chosen and set(chosen) <= set(given.adapters):  # a subset contradicts nothing

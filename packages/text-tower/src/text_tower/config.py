@@ -46,7 +46,7 @@ class TextTowerConfig:
 
     Args:
         vocab_size: rows of the word table.
-        width: channels of a token and of an embedding.
+        width: channels of a token and, without a projector, of an embedding.
         layers: number of blocks.
         heads: attention heads; `width / heads` is even, because rotary positions turn pairs of channels.
         mlp_width: hidden channels of the MLP.
@@ -63,6 +63,8 @@ class TextTowerConfig:
         lora_alpha: adapters are scaled by `lora_alpha / lora_rank`.
         adapters: names of the LoRA adapters; the first one is the default. jina-clip-v2 has one that is always on:
             `adapters=("retrieval.query",), lora_rank=4, lora_alpha=4.0`.
+        projector: width of what a projector after the mean gives (`projector`); 0 for none.
+        projector_hidden: hidden units of a projector of two products with a GELU between them; 0 for one product.
         instructions: task name -> text that `encode(task=…)` prepends to every text.
         truncate_dim: dims that `encode` keeps by default; None for all.
         checkpointing: recompute each block in the backward pass instead of keeping its activations.
@@ -92,6 +94,8 @@ class TextTowerConfig:
     lora_rank: int = 0
     lora_alpha: float = 1.0
     adapters: tuple[str, ...] = ()
+    projector: int = 0
+    projector_hidden: int = 0
     instructions: Mapping[str, str] = field(default_factory=dict, hash=False)
     truncate_dim: int | None = None
     checkpointing: bool = False
@@ -108,8 +112,10 @@ class TextTowerConfig:
             if number > most:
                 raise ValueError(f"{name} is {number}; expected at most {most:,}")
             object.__setattr__(self, name, number)
+        self._check_projector()
         if self.truncate_dim is not None:
-            object.__setattr__(self, "truncate_dim", whole_number("truncate_dim", self.truncate_dim, 1, self.width))
+            dims = whole_number("truncate_dim", self.truncate_dim, 1, self.output_width)
+            object.__setattr__(self, "truncate_dim", dims)
         self._check_block()
         for name in ("rope_theta", "layer_norm_eps", "lora_alpha"):
             value = getattr(self, name)
@@ -152,6 +158,14 @@ class TextTowerConfig:
                 "channels, but rotary positions need an even number"
             )
 
+    def _check_projector(self) -> None:
+        for name in ("projector", "projector_hidden"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), 0, _MOST["width"]))
+        if self.projector_hidden and not self.projector:
+            raise ValueError(
+                f"projector_hidden is {self.projector_hidden} and projector 0; state the projector's width"
+            )
+
     def _check_adapters(self) -> None:
         if isinstance(self.adapters, str):
             raise ValueError(f"adapters is the string {self.adapters!r}; expected a tuple of names")
@@ -174,6 +188,11 @@ class TextTowerConfig:
     def head_dim(self) -> int:
         """Channels of one attention head."""
         return self.width // self.heads
+
+    @property
+    def output_width(self) -> int:
+        """Numbers of an embedding."""
+        return self.projector or self.width
 
     @property
     def mlp_matrices(self) -> int:

@@ -28,6 +28,7 @@ COMMON = {
 OUR_KEY = "trilith"
 TOKENIZER_KEY = "tokenizer_fingerprint"
 OURS = ("dropout", "lora_rank", "lora_alpha", "adapters", "instructions", "truncate_dim", "checkpointing")
+PROJECTOR = ("projector", "projector_hidden")  # stated where there is one
 _V3 = "jinaai/jina-embeddings-v3"
 _UNUSED_POSITIONS = 2  # max_position_embeddings counts two positions that XLM-RoBERTa never used
 
@@ -189,6 +190,13 @@ def _remote_adapters(options: dict[str, Any], file: Path) -> dict[str, Any]:
     }
 
 
+def of_us(config: TextTowerConfig, tokenizer: str | None) -> dict[str, Any]:
+    """What stands under OUR_KEY."""
+    names = (*OURS, *(PROJECTOR if config.projector else ()))
+    ours = asdict(config)
+    return {**{name: ours[name] for name in names}, **({TOKENIZER_KEY: tokenizer} if tokenizer else {})}
+
+
 def to_json(config: TextTowerConfig, dtype: str, architecture: str, tokenizer: str | None) -> dict[str, Any]:
     """config.json for transformers and for us; `tokenizer` is the fingerprint of the one that is saved with it."""
     ours = asdict(config)
@@ -200,7 +208,7 @@ def to_json(config: TextTowerConfig, dtype: str, architecture: str, tokenizer: s
         "attention_probs_dropout_prob": 0.0,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "dtype": dtype,
-        OUR_KEY: {**{name: ours[name] for name in OURS}, **({TOKENIZER_KEY: tokenizer} if tokenizer else {})},
+        OUR_KEY: of_us(config, tokenizer),
     }
 
 

@@ -29,7 +29,7 @@ def encode(
     normalize: bool = True,
     show_progress: bool = False,
 ) -> np.ndarray:
-    """Embeds texts: float32 `[N, truncate_dim or width]`, in the order given.
+    """Embeds texts: float32 `[N, truncate_dim or output_width]`, in the order given.
 
     Dropout is off and there are no gradients, whatever the tower's mode, which does not change: threads may share a
     tower. Texts run sorted by length, longest first.
@@ -50,8 +50,8 @@ def encode(
     """
     from tqdm.auto import tqdm
 
-    dims = truncate_dim if truncate_dim is not None else self.config.truncate_dim or self.config.width
-    dims = whole_number("truncate_dim", dims, 1, self.config.width)
+    dims = truncate_dim if truncate_dim is not None else self.config.truncate_dim or self.config.output_width
+    dims = whole_number("truncate_dim", dims, 1, self.config.output_width)
     batch_size = whole_number("batch_size", batch_size, 1)
     batch_tokens = whole_number("batch_tokens", batch_tokens, 1)
     max_length = whole_number("max_length", max_length, 2)

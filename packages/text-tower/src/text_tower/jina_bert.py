@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from text_tower.config import TextTowerConfig
-from text_tower.config_json import COMMON, OUR_KEY, OURS, TOKENIZER_KEY, checked, ours_of
+from text_tower.config_json import COMMON, OUR_KEY, OURS, PROJECTOR, checked, of_us, ours_of
 from text_tower.config_keys import CLIP_KEY, check_keys_of
 from text_tower.fields import COUNT, NUMBER, OBJECT, TEXT_OF_NAME, field
 from text_tower.layouts import Layout
@@ -57,7 +57,7 @@ def from_json(stored: dict[str, Any], weights: Mapping[str, Tensor], layout: Lay
     values |= {**JINA_BERT, "max_length": field(stored, "max_position_embeddings", COUNT, file, 8192)}
     values["truncate_dim"] = stored.get("truncate_dim")
     ours = ours_of(stored, file)
-    if unknown := sorted(ours.keys() - set(OURS)):
+    if unknown := sorted(ours.keys() - {*OURS, *PROJECTOR}):
         raise ValueError(f"{file} has unknown keys {unknown} under {OUR_KEY!r}")
     return checked({**values, **ours}, file)
 
@@ -140,5 +140,5 @@ def to_json(config: TextTowerConfig, dtype: str, architecture: str, tokenizer: s
         "emb_pooler": "mean",
         "max_position_embeddings": config.max_length,
         "torch_dtype": dtype,
-        OUR_KEY: {**{name: ours[name] for name in OURS}, **({TOKENIZER_KEY: tokenizer} if tokenizer else {})},
+        OUR_KEY: of_us(config, tokenizer),
     }

@@ -68,11 +68,11 @@ class MaskedLM(nn.Module):
     """A tower with a head that predicts masked tokens; the head's projection is the tower's word table.
 
     Args:
-        tower: a tower without adapters. Add adapters afterwards, when reading the trained weights:
+        tower: a tower without adapters or projector. Add adapters afterwards, when reading the trained weights:
             `TextTower.from_pretrained(path, adapters=…)`.
 
     Raises:
-        ValueError: a tower with adapters, or JinaBERT.
+        ValueError: a tower with adapters or a projector, or JinaBERT.
     """
 
     def __init__(self, tower: TextTower):
@@ -86,6 +86,10 @@ class MaskedLM(nn.Module):
             raise ValueError(
                 f"the tower has the adapters {list(tower.config.adapters)}; expected none: masked-language-model "
                 "training is for the weights themselves"
+            )
+        if tower.config.projector:
+            raise ValueError(
+                "the tower has a projector, which masked-language-model training has no use for: add one afterwards"
             )
         self.tower = tower
         self.lm_head = LMHead(tower.config)

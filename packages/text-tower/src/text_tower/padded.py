@@ -14,6 +14,7 @@ from text_tower.blocks import Embeddings, Encoder
 from text_tower.config import TextTowerConfig
 from text_tower.norm import LayerNorm
 from text_tower.positions import Positions, scheme
+from text_tower.projector import project
 
 
 class PaddedTower(nn.Module):
@@ -23,10 +24,17 @@ class PaddedTower(nn.Module):
     any number of texts and any length.
     """
 
-    def __init__(self, config: TextTowerConfig, embeddings: Embeddings, emb_ln: LayerNorm, encoder: Encoder):
+    def __init__(
+        self,
+        config: TextTowerConfig,
+        embeddings: Embeddings,
+        emb_ln: LayerNorm,
+        encoder: Encoder,
+        projector: nn.Module | None = None,
+    ):
         super().__init__()
         self.config = config
-        self.embeddings, self.emb_ln, self.encoder = embeddings, emb_ln, encoder
+        self.embeddings, self.emb_ln, self.encoder, self.projector = embeddings, emb_ln, encoder, projector
 
     def forward(self, ids: Tensor) -> Tensor:
         """Embeds N texts.
@@ -36,8 +44,8 @@ class PaddedTower(nn.Module):
                 are not checked.
 
         Returns:
-            Float32 `[N, width]`, as `TextTower.forward` of the same texts without padding; zeros for a text that is
-            padding alone.
+            Float32 `[N, output_width]`, as `TextTower.forward` of the same texts without padding; zeros for a text that
+            is padding alone.
         """
         real = ids != self.config.pad_id
         count = real.sum(1, keepdim=True)
@@ -48,7 +56,7 @@ class PaddedTower(nn.Module):
         h = self.emb_ln(self.embeddings(ids.flatten(), None))
         h = self.encoder(h, attention, None, None, False)
         h = torch.unflatten(h.to(torch.promote_types(h.dtype, torch.float32)), 0, ids.shape)
-        return h.masked_fill(~real[..., None], 0.0).sum(1) / count.clamp(min=1)
+        return project(self.projector, h.masked_fill(~real[..., None], 0.0).sum(1) / count.clamp(min=1))
 
 
 class _Masked:

@@ -10,13 +10,17 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from text_tower.fields import shown
 from text_tower.files import is_real, read_json, read_weights, write_json, write_weights
+from text_tower.lora import AdaptedEmbedding, AdaptedLinear
+
+if TYPE_CHECKING:
+    from text_tower.tower import TextTower
 
 TARGETS = ["word_embeddings", "token_type_embeddings", "q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 _TABLES = ("embeddings.word_embeddings", "embeddings.token_type_embeddings")
@@ -51,6 +55,26 @@ class Adapter(NamedTuple):
 
     modules: dict[str, tuple[Tensor, Tensor]]
     scale: float
+
+
+def save_adapter(tower: TextTower, folder: str | Path, name: str | None = None) -> None:
+    """Writes one adapter (None: the first) as a PEFT folder, for transformers' `load_adapter` and for PEFT.
+
+    Raises:
+        FileExistsError: `folder` exists.
+        ValueError: no such adapter.
+    """
+    if not tower.config.adapters or tower.config.positions != "rotary":
+        raise ValueError("this tower has no adapter to save, or is JinaBERT, which PEFT's folders are not for")
+    k = tower.config.adapters.index(name) if name in tower.config.adapters else None if name else 0
+    if k is None:
+        raise ValueError(f"there is no adapter {name!r}; this tower has {list(tower.config.adapters)}")
+    modules = {
+        name: (module.adapter(k)[0].detach(), module.adapter(k)[1].detach())
+        for name, module in tower.named_modules()
+        if isinstance(module, AdaptedLinear | AdaptedEmbedding)
+    }
+    write_adapter(modules, tower.config.lora_rank, tower.config.lora_alpha, Path(folder))
 
 
 def write_adapter(modules: Mapping[str, tuple[Tensor, Tensor]], rank: int, alpha: float, folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from text_tower import config_json, jina_bert, open_clip_folder, peft_folders, st_folder
+from text_tower import config_json, jina_bert, open_clip_folder, peft_folders, projector, st_folder
 from text_tower.config import TextTowerConfig
 from text_tower.files import (
     check_keys,
@@ -24,8 +24,6 @@ from text_tower.files import (
 )
 from text_tower.layouts import Layout
 from text_tower.lora import (
-    AdaptedEmbedding,
-    AdaptedLinear,
     adapter_number,
     add_fresh_adapters,
     is_adapter,
@@ -42,7 +40,7 @@ LAYOUTS = ("transformers", "peft", "remote-code")
 _WRITTEN_AS = {"rotary": (config_json.to_json, "transformers", "JinaEmbeddingsV3Model"),
                "alibi": (jina_bert.to_json, "jina-bert", "JinaBertModel")}  # fmt: skip
 OVERRIDES = ("rope_theta", "max_length", "layer_norm_eps", "pad_id", "attention", "compile", "residual_in_fp32",
-             *config_json.OURS)  # fmt: skip
+             *config_json.OURS, *config_json.PROJECTOR)  # fmt: skip
 
 
 def load(
@@ -64,8 +62,9 @@ def load(
             folder, whose own name is the adapter's.
         overrides: fields of `TextTowerConfig` that are not the shape of the base weights: dropout, checkpointing,
             attention, compile, residual_in_fp32, instructions, truncate_dim, max_length, layer_norm_eps, pad_id,
-            lora_rank, lora_alpha, adapters (some of the directory's, or new ones for a directory that has none), and
-            rope_theta for XLM-RoBERTa weights, which have none.
+            lora_rank, lora_alpha, adapters (some of the directory's, or new ones for a directory that has none),
+            projector and projector_hidden (a new one for a directory that has none), and rope_theta for XLM-RoBERTa
+            weights, which have none.
 
     Raises:
         FileNotFoundError: no such directory or file.
@@ -112,15 +111,18 @@ def load_with_head(
     if folders:
         adapters, config = _from_folders(cls, folders, config)
     shapes = {name: list(tensor.shape) for name, tensor in stacked(_empty(cls, config).state_dict()).items()}
+    shapes = {name: shape for name, shape in shapes.items() if not projector.is_projector(name)}
     expected = {name: shape for name, shape in shapes.items() if in_file or not is_adapter(name)}
     check_keys(layout.expected(expected), weights, f"{path} (it looks like {layout})")
     state = unstacked(layout.to_ours(expected, weights) | adapters)
     wanted = _overridden(config, overrides, path)
     state = _with_adapters_of(wanted, config, state)
     tower = _empty(cls, wanted)
-    # Adapters that are neither in the file nor in folders are new.
-    tower.load_state_dict(state, assign=True, strict=set(wanted.adapters) <= set(config.adapters))
+    # Adapters that are neither in the file nor in folders are new, and so is a projector.
+    settled = set(wanted.adapters) <= set(config.adapters) and wanted.projector == config.projector
+    tower.load_state_dict(state | found.projector, assign=True, strict=settled)
     add_fresh_adapters(tower)
+    projector.add_fresh(tower)
     if config.positions == "rotary" and str(stored.get("_name_or_path", "")).startswith("jinaai/"):
         warnings.warn(
             f"{stored['_name_or_path']} is published under CC-BY-NC-4.0: not for commercial use", stacklevel=3
@@ -142,7 +144,7 @@ def read_config(path: str | Path) -> tuple[TextTowerConfig, frozenset[str]]:
 @dataclass(frozen=True)
 class _Found:
     """The content of a directory: `path` is where the transformer itself is, `unmerged` whether a separate file has
-    weights and adapters apart, and `config` what all its files say together."""
+    weights and adapters apart, `config` what all its files say together, and `projector` its weights."""
 
     path: Path
     stored: dict[str, Any]
@@ -151,10 +153,11 @@ class _Found:
     layout: Layout
     config: TextTowerConfig
     tokenizer: Tokenizer | None
+    projector: dict[str, Tensor]
 
     @classmethod
     def of(cls, path: Path, reader: Callable[..., dict[str, Tensor]]) -> _Found:
-        said = st_folder.read(path)
+        directory, said = path, st_folder.read(path)
         path = said.transformer
         open_clip = open_clip_folder.read(path)
         stored = read_json(path / "config.json")
@@ -182,10 +185,11 @@ class _Found:
             layout, weights = layout.without_merged(weights)
         if open_clip:
             config = open_clip.applied(config)
+        config, projecting = projector.read(config, directory, said.dense if said.is_one else None, reader)
         said = st_folder.without_ours(said, config) if said.is_one and ours else said
         # A tokenizer's limit is not jina-clip's: its encode_text cuts at 512, whatever the tokenizer says.
         config = _with_what_else_is_said(config, said, None if layout.is_half else tokenizer)
-        return cls(path, stored, weights, unmerged, layout, config, tokenizer)
+        return cls(path, stored, weights, unmerged, layout, config, tokenizer, projecting)
 
 
 def _empty(cls: type[TextTower], config: TextTowerConfig) -> TextTower:
@@ -204,6 +208,9 @@ def _overridden(config: TextTowerConfig, overrides: Mapping[str, Any], path: Pat
         overrides = {"instructions": instructions, **overrides, **({} if chosen else {"lora_rank": 0})}
         if (rank := overrides.get("lora_rank", config.lora_rank)) != config.lora_rank and chosen:
             raise ValueError(f"lora_rank is {rank}, but the adapters {list(chosen)} have {config.lora_rank}")
+    for name in config_json.PROJECTOR if config.projector else ():
+        if overrides.get(name, getattr(config, name)) != getattr(config, name):
+            raise ValueError(f"{name} is {overrides[name]}, but {path} has a projector with {getattr(config, name)}")
     return replace(config, **overrides)
 
 
@@ -236,10 +243,10 @@ def _with_what_else_is_said(
             f"{said.transformer} says that the instruction of {task!r} is {config.instructions[task]!r} in its "
             f"config.json, and {prompt!r} in config_sentence_transformers.json; make them agree"
         )
-    if said.truncate_dim is not None and said.truncate_dim > config.width:
+    if said.truncate_dim is not None and said.truncate_dim > config.output_width:
         raise ValueError(
             f"{said.transformer}: in config_sentence_transformers.json truncate_dim is {said.truncate_dim}; "
-            f"expected 1 to {config.width}"
+            f"expected 1 to {config.output_width}"
         )
     return replace(
         config,
@@ -257,7 +264,7 @@ def _from_folders(
     shapes = {
         name.removesuffix(".weight"): list(p.shape)
         for name, p in plain.named_parameters()
-        if name.endswith(".weight") and p.dim() == 2
+        if name.endswith(".weight") and p.dim() == 2 and not projector.is_projector(name)
     }
     adapters = [peft_folders.read_adapter(folder, shapes) for folder in folders.values()]
     weights, rank, alpha = peft_folders.stack(adapters, shapes)
@@ -286,18 +293,20 @@ def save(tower: TextTower, path: str | Path, *, merge: bool = False, layout: str
 
     Raises:
         FileExistsError: `path` exists and is not empty.
-        ValueError: an unknown layout, or one that the tower's kind does not have.
+        ValueError: an unknown layout, or one that has no place for what the tower is.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}; expected one of {list(LAYOUTS)}")
     if tower.config.positions != "rotary" and layout != "transformers":
         raise ValueError(f"layout is {layout!r}, and a JinaBERT tower is written as 'transformers' only")
+    if tower.config.projector and layout == "remote-code":
+        raise ValueError("jina's remote code has no place for a projector; save the tower as 'transformers' or 'peft'")
     save_with_head(tower.merged() if merge else tower, path, layout, {})
 
 
 def save_with_head(tower: TextTower, path: str | Path, layout: str, head: Mapping[str, Tensor]) -> None:
     """Writes a tower and, if `head` is not empty, a masked-language-model head under transformers' names."""
-    config, state, target = tower.config, stacked(tower.state_dict()), Path(path)
+    config, state, target = tower.config, stacked(projector.without_projector(tower.state_dict())), Path(path)
     dtype = str(next(tower.parameters()).dtype).removeprefix("torch.")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not empty; choose another path, or remove it first")
@@ -315,7 +324,7 @@ def save_with_head(tower: TextTower, path: str | Path, layout: str, head: Mappin
             to_json, named, kind = _WRITTEN_AS[config.positions]
             named_for = "JinaEmbeddingsV3ForMaskedLM" if head else kind
             write_json(to_json(config, dtype, named_for, fingerprint), directory / "config.json")
-            weights = tower.merged_state_dict("none" if layout == "peft" else None)
+            weights = projector.without_projector(tower.merged_state_dict("none" if layout == "peft" else None))
             if head:
                 weights = {**{f"roberta.{name}": tensor for name, tensor in weights.items()}, **head}
             else:  # AutoModel makes a pooler, a random one unless the file has it
@@ -323,28 +332,9 @@ def save_with_head(tower: TextTower, path: str | Path, layout: str, head: Mappin
                 weights |= {"pooler.dense.weight": bias.repeat(config.width, 1), "pooler.dense.bias": bias}
             weights = Layout(named).from_ours(weights)
         write_weights(weights, directory / "model.safetensors")
+        projector.write(config, tower.state_dict(), directory)
         if config.adapters and layout == "transformers":
             write_weights(state, directory / f"{UNMERGED}.safetensors")
         if config.adapters and layout == "peft":
             for name in config.adapters:
-                save_adapter(tower, directory / name, name)
-
-
-def save_adapter(tower: TextTower, folder: str | Path, name: str | None = None) -> None:
-    """Writes one adapter (None: the first) as a PEFT folder, for transformers' `load_adapter` and for PEFT.
-
-    Raises:
-        FileExistsError: `folder` exists.
-        ValueError: no such adapter.
-    """
-    if not tower.config.adapters or tower.config.positions != "rotary":
-        raise ValueError("this tower has no adapter to save, or is JinaBERT, which PEFT's folders are not for")
-    k = tower.config.adapters.index(name) if name in tower.config.adapters else None if name else 0
-    if k is None:
-        raise ValueError(f"there is no adapter {name!r}; this tower has {list(tower.config.adapters)}")
-    modules = {
-        name: (module.adapter(k)[0].detach(), module.adapter(k)[1].detach())
-        for name, module in tower.named_modules()
-        if isinstance(module, AdaptedLinear | AdaptedEmbedding)
-    }
-    peft_folders.write_adapter(modules, tower.config.lora_rank, tower.config.lora_alpha, Path(folder))
+                peft_folders.save_adapter(tower, directory / name, name)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from text_tower.config import TextTowerConfig
 from text_tower.fields import COUNT, TEXT, TEXT_OF_NAME, field, within
 from text_tower.files import read_json, read_json_value, write_json
+from text_tower.projector import denses
 
 # In the order in which sentence-transformers looks for them.
 _TRANSFORMER_FILES = tuple(
@@ -39,6 +40,7 @@ class Said(NamedTuple):
         instructions: {prompt name: prompt}.
         truncate_dim: dims that `encode` keeps by default; None for all.
         is_one: whether the directory is sentence-transformers' at all.
+        dense: the folders of its Dense modules (`projector`), in their order.
     """
 
     transformer: Path
@@ -46,6 +48,7 @@ class Said(NamedTuple):
     instructions: Mapping[str, str] = {}
     truncate_dim: int | None = None
     is_one: bool = False
+    dense: tuple[Path, ...] = ()
 
 
 def read(path: Path) -> Said:
@@ -64,20 +67,24 @@ def read(path: Path) -> Said:
     # Jina's own Transformer pools by itself if no Pooling follows.
     custom = bool(modules) and modules[0]["type"] == "custom_st.Transformer"
     expected = ["Transformer"] if custom and "Pooling" not in kinds else ["Transformer", "Pooling"]
+    expected += ["Dense"] * min(kinds.count("Dense"), 2)
     rest = kinds[len(expected) :]
     if kinds[: len(expected)] != expected or set(rest) - {"Normalize", "Dropout"}:
         raise ValueError(
             f"{path / 'modules.json'} has the modules {', '.join(kinds) or 'none'}; this tower is Transformer, Pooling "
-            "(a mean over tokens) and, if wanted, Normalize: another module would be left out of its embeddings"
+            "(a mean over tokens) and, if wanted, one or two Dense and Normalize: another module would be left out of "
+            "its embeddings"
         )
     if not custom and not all(str(m["type"]).startswith("sentence_transformers.") for m in modules):
         raise ValueError(f"{path / 'modules.json'} names code of its own, {[m['type'] for m in modules]}; expected "
                          "sentence-transformers' modules")  # fmt: skip
+    places = [within(path, module.get("path", ""), path / "modules.json") for module in modules]
+    dense = tuple(place for place, kind in zip(places, kinds, strict=True) if kind == "Dense")
+    transformer = places[0]
     if "Pooling" in kinds:
-        _check_pooling(within(path, modules[1].get("path", ""), path / "modules.json") / "config.json")
-    transformer = within(path, modules[0].get("path", ""), path / "modules.json")
+        _check_pooling(places[1] / "config.json")
     instructions, truncate_dim = _model(path / "config_sentence_transformers.json")
-    return Said(transformer, _transformer(transformer), instructions, truncate_dim, True)
+    return Said(transformer, _transformer(transformer), instructions, truncate_dim, True, dense)
 
 
 def _check_pooling(file: Path) -> None:
@@ -132,10 +139,13 @@ def _model(file: Path) -> tuple[dict[str, str], int | None]:
 def write(config: TextTowerConfig, directory: Path) -> None:
     """Makes a directory of transformers' form, whose weights have the first adapter of `config` merged in, one of
     sentence-transformers too: for `SentenceTransformer(directory)`."""
+    products = [dense.folder for dense in denses(config)]  # `projector.write` fills them
+    normalize = f"{2 + len(products)}_Normalize"
     kinds = {
         "": "base.modules.transformer.Transformer",
         "1_Pooling": "sentence_transformer.modules.pooling.Pooling",
-        "2_Normalize": "base.modules.normalize.Normalize",
+        **dict.fromkeys(products, "base.modules.dense.Dense"),
+        normalize: "base.modules.normalize.Normalize",
     }
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.{kind}"}
@@ -146,12 +156,12 @@ def write(config: TextTowerConfig, directory: Path) -> None:
     transformer = {key: values[0] for key, values in _ONLY_TRANSFORMER.items()}
     limit = {"max_seq_length": min(MAX_LENGTH, config.max_length)}
     write_json({**transformer, **limit}, directory / "sentence_bert_config.json")
-    for path in list(kinds)[1:]:
+    for path in ("1_Pooling", normalize):
         (directory / path).mkdir()
     pooling = {"embedding_dimension": config.width, "pooling_mode": "mean", "include_prompt": True}
     write_json(pooling, directory / "1_Pooling" / "config.json")
     one = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"}
-    write_json(one, directory / "2_Normalize" / "config.json")
+    write_json(one, directory / normalize / "config.json")
 
 
 def model_settings(config: TextTowerConfig) -> dict[str, Any]:

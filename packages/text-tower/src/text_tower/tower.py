@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from text_tower import pretrained
+from text_tower import peft_folders, pretrained
 from text_tower.attention import Attend, Attention, choose_backend
 from text_tower.blocks import Embeddings, Encoder
 from text_tower.config import NO_ADAPTER, TextTowerConfig
@@ -20,6 +20,7 @@ from text_tower.norm import LayerNorm
 from text_tower.packed import ByLength, PackedTokens
 from text_tower.padded import PaddedTower
 from text_tower.positions import scheme
+from text_tower.projector import is_projector, make_projector, project
 from text_tower.tokenizer import Tokenizer
 
 
@@ -41,6 +42,7 @@ class TextTower(nn.Module):
         self.embeddings = Embeddings(config)
         self.emb_ln = LayerNorm(config.width, eps=config.layer_norm_eps)
         self.encoder = Encoder(config)
+        self.projector = make_projector(config)
         self.configure()
 
     def forward(
@@ -63,13 +65,30 @@ class TextTower(nn.Module):
             attend: computes attention, instead of what `config.attention` and the device choose.
 
         Returns:
-            `[N, width]`: the mean over each text's tokens, float32 under autocast and for bfloat16 weights too, not
-            normalised.
+            `[N, config.output_width]`: the mean over each text's tokens, after the projector, if there is one; float32
+            under autocast and for bfloat16 weights too, not normalised.
 
         Raises:
             ValueError: an unknown adapter, a sequence longer than `config.max_length`, ids outside the vocabulary
                 (checked on a CPU), dropout without seeds, or an attention backend that cannot run here.
         """
+        pooled = self.pooled(packed, adapter=adapter, sample_seeds=sample_seeds, training=training, attend=attend)
+        return self.project(pooled)
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """What the projector makes of rows of `pooled`; the rows themselves if there is none."""
+        return project(self.projector, pooled)
+
+    def pooled(
+        self,
+        packed: PackedTokens,
+        *,
+        adapter: str | None = None,
+        sample_seeds: Tensor | None = None,
+        training: bool | None = None,
+        attend: Attend | None = None,
+    ) -> Tensor:
+        """`[N, width]`: as `forward`, before the projector."""
         training = self.training if training is None else training
         h, layout = self._states(packed, adapter, sample_seeds, training, attend)
         return layout.mean(h)
@@ -117,7 +136,7 @@ class TextTower(nn.Module):
     encode = _encode
     from_pretrained = classmethod(pretrained.load)
     save_pretrained = pretrained.save
-    save_adapter = pretrained.save_adapter
+    save_adapter = peft_folders.save_adapter
 
     def configure(self, **changes: Any) -> None:
         """Changes settings that no weight depends on: attention, compile, residual_in_fp32, checkpointing, dropout,
@@ -160,7 +179,7 @@ class TextTower(nn.Module):
         """The tower on padded ids `[N, L]` instead of packed ones, with one adapter (None: the first) in its weights:
         plain tensors in and out, as `torch.export` and other runtimes take them."""
         tower = self.merged(adapter) if self.config.adapters else self
-        return PaddedTower(tower.config, tower.embeddings, tower.emb_ln, tower.encoder).eval()
+        return PaddedTower(tower.config, tower.embeddings, tower.emb_ln, tower.encoder, tower.projector).eval()
 
     def merged_state_dict(self, adapter: str | None = None) -> dict[str, Tensor]:
         """Weights under their published names, with one adapter (None: the first) added to them; not copies."""
@@ -188,28 +207,38 @@ class TextTower(nn.Module):
         return self.config.layers
 
     def layer_ids(self) -> dict[str, int]:
-        """Depth of every parameter: 0 for embeddings, 1 to `num_layers` for the blocks, bottom to top."""
-        return {n: int(n.split(".")[2]) + 1 if n.startswith("encoder.") else 0 for n, _ in self.named_parameters()}
+        """Depth of every parameter: 0 for embeddings, 1 to `num_layers` for the blocks, bottom to top; a projector
+        counts as the last block."""
+        names = [name for name, _ in self.named_parameters()]
+        others = {name: self.num_layers for name in names if is_projector(name)}
+        return {n: int(n.split(".")[2]) + 1 if n.startswith("encoder.") else others.get(n, 0) for n in names}
 
     def set_trainable(self, what: str, *, adapter: str | None = None) -> None:
         """Chooses what learns.
 
         Args:
-            what: "all", "adapters" (needs adapters) or "none".
+            what: "all", "adapters" (a projector, too), "projector" (that alone) or "none".
             adapter: the one adapter that learns with "all" or "adapters", the others being frozen; None for each one.
 
         Raises:
-            ValueError: another word, "adapters" for a tower that has none, or an unknown adapter.
+            ValueError: another word, one for what the tower does not have, or an unknown adapter.
         """
-        if what not in ("all", "adapters", "none"):
-            raise ValueError(f"trainable is {what!r}; expected 'all', 'adapters' or 'none'")
+        if what not in ("all", "adapters", "projector", "none"):
+            raise ValueError(f"trainable is {what!r}; expected 'all', 'adapters', 'projector' or 'none'")
         if what == "adapters" and not self.config.adapters:
             raise ValueError("this tower has no adapters to train; name some in config.adapters, or train 'all'")
+        if what == "projector" and not self.config.projector:
+            raise ValueError("this tower has no projector to train; give it a projector's width, or train 'all'")
         chosen = None if adapter is None else self._adapter_index(adapter)
         for name, parameter in self.named_parameters():
             k = adapter_number(name)
-            shared = k is None
-            parameter.requires_grad_(what != "none" and (what == "all" if shared else adapter is None or k == chosen))
+            if is_projector(name):
+                learns = what != "none"
+            elif k is None:
+                learns = what == "all"
+            else:
+                learns = what in ("all", "adapters") and (adapter is None or k == chosen)
+            parameter.requires_grad_(learns)
 
     @property
     def tokenizer(self) -> Tokenizer | None:

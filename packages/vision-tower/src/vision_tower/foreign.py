@@ -13,7 +13,7 @@ from typing import Any
 
 from vision_tower.config import PREPROCESSING, VisionTowerConfig, as_pair
 from vision_tower.fields import COUNT, FLAG, NUMBER, OBJECT, TEXT, field, read_json, shown
-from vision_tower.timm_models import DIRECTORY_KEYS, config_of, directory_config, meta_model
+from vision_tower.timm_models import DIRECTORY_KEYS, TIMM_ENTRY, config_of, directory_config, meta_model
 
 PROCESSOR_NAME = "preprocessor_config.json"
 PROCESSOR_TYPE = "CLIPImageProcessor"
@@ -283,3 +283,24 @@ def _pixels(size: Any, name: str) -> int | tuple[int, int]:
     if len(sides) != 2 or not all(map(COUNT.fits, sides)):
         raise ValueError(f"{name} is {size!r}; expected pixels, or height and width")
     return sides[0] if sides[0] == sides[1] else (sides[0], sides[1])
+
+
+def timm_keys(config: VisionTowerConfig, *, with_processor: bool) -> dict[str, Any]:
+    """The keys of config.json that timm reads, and transformers' wrapper of timm's models."""
+    arguments = config.timm_arguments()
+    return {
+        "architectures": ["TimmWrapperModel"],
+        "model_type": "timm_wrapper",
+        "architecture": TIMM_ENTRY,
+        "num_classes": arguments.pop("num_classes"),
+        "num_features": config.width,
+        "do_pooling": True,
+        # Of a local timm directory AutoImageProcessor reads this file first, of one on a hub the processor's own.
+        **({"image_processor_type": PROCESSOR_TYPE} if with_processor else {}),
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "input_size": [3, *as_pair(config.resolution)],
+            **{name: getattr(config, name) for name in PREPROCESSING},
+            "num_classes": 0,
+        },
+    }

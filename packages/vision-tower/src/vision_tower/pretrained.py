@@ -22,16 +22,15 @@ from vision_tower.files import whole_directory, write_json, write_weights
 from vision_tower.foreign import (
     OPEN_CLIP_NAME,
     PROCESSOR_NAME,
-    PROCESSOR_TYPE,
     jina_settings,
     open_clip_settings,
     processor_settings,
     processor_values,
+    timm_keys,
 )
-from vision_tower.projector import add_fresh, brought, check_projector
+from vision_tower.projector import add_fresh, brought, with_projector, without_projector, write_dense
 from vision_tower.timm_models import (
     DIRECTORY_KEYS,
-    TIMM_ENTRY,
     check_stated,
     config_of,
     directory_config,
@@ -49,7 +48,7 @@ MODEL_TYPE = "trilith_vision_tower"
 _FOR_TIMM = ("architecture", "num_classes", "model_args", "pretrained_cfg")
 
 
-def save(tower: VisionTower, path: str | PathLike[str]) -> None:
+def save(tower: VisionTower, path: str | PathLike[str], *, apart: bool = False) -> None:
     """Writes `config.json`, `preprocessor_config.json` and `model.safetensors` (timm's names, the parameters' dtype)
     into the directory `path`.
 
@@ -62,12 +61,19 @@ def save(tower: VisionTower, path: str | PathLike[str]) -> None:
     `foreign.processor_values` for the images. A `layer_norm_eps` that is not timm's warns, and the directory is then
     for VisionTower alone.
 
+    Args:
+        apart: write a projector beside the weights, as sentence-transformers' Dense modules (`1_Dense`, `2_Dense`): the
+            others then load the tower without it. Otherwise a directory with a projector is for VisionTower alone.
+
     Raises:
-        FileExistsError: `path` is a file.
+        FileExistsError: `path` is a file, or, for a projector apart, a directory that is not empty.
     """
     target, config = Path(path), tower.config
+    apart = apart and config.projector > 0
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file; save_pretrained needs a directory, new or existing")
+    if apart and target.exists() and any(target.iterdir()):
+        raise FileExistsError(f"{target} is not empty; a projector apart needs a new directory")
     timms = config.layer_norm_eps == VisionTowerConfig.layer_norm_eps
     if not timms:
         warnings.warn(
@@ -76,39 +82,21 @@ def save(tower: VisionTower, path: str | PathLike[str]) -> None:
             stacklevel=2,
         )
     # timm has no adapters, for which there is `VisionTower.merged`, and no projector.
-    timms = timms and not config.lora_rank and not config.projector
+    timms = timms and not config.lora_rank and (apart or not config.projector)
     lacking = *(() if config.lora_rank else ("lora",)), *(() if config.projector else ("projector",))
     ours = {k: v for k, v in asdict(config).items() if k not in OF_THE_MACHINE and not k.startswith(lacking)}
     processor = processor_values(config) if timms else None
     content = {"model_type": MODEL_TYPE} if not timms else timm_keys(config, with_processor=processor is not None)
     with whole_directory(target) as directory:
-        write_weights(tower.state_dict(), directory / WEIGHTS_NAME)
+        weights = tower.state_dict()
+        if apart:
+            write_dense(config, weights, directory)
+        write_weights(without_projector(weights) if apart else weights, directory / WEIGHTS_NAME)
         if processor is not None:
             write_json(processor, directory / PROCESSOR_NAME)
         write_json({**content, OUR_KEY: ours}, directory / CONFIG_NAME)
     if processor is None:  # of a tower that stood here before
         (target / PROCESSOR_NAME).unlink(missing_ok=True)
-
-
-def timm_keys(config: VisionTowerConfig, *, with_processor: bool) -> dict[str, Any]:
-    """The keys of config.json that timm reads, and transformers' wrapper of timm's models."""
-    arguments = config.timm_arguments()
-    return {
-        "architectures": ["TimmWrapperModel"],
-        "model_type": "timm_wrapper",
-        "architecture": TIMM_ENTRY,
-        "num_classes": arguments.pop("num_classes"),
-        "num_features": config.width,
-        "do_pooling": True,
-        # Of a local timm directory AutoImageProcessor reads this file first, of one on a hub the processor's own.
-        **({"image_processor_type": PROCESSOR_TYPE} if with_processor else {}),
-        "model_args": arguments,
-        "pretrained_cfg": {
-            "input_size": [3, *as_pair(config.resolution)],
-            **{name: getattr(config, name) for name in PREPROCESSING},
-            "num_classes": 0,
-        },
-    }
 
 
 def load(
@@ -157,7 +145,7 @@ def load(
             f"{source} has fc_norm, the norm of a model that averages its patches, and a VisionTower gives the class "
             "token; state global_pool='token' to take its weights all the same, to train on"
         )
-    check_projector(config, stated, weights, source)
+    weights = with_projector(config, weights, source, new="projector" in stated)
     tower = _with_weights(cls, config, to_timm_names(weights), str(source))
     return tower if resolution is None else tower.set_resolution(resolution)
 

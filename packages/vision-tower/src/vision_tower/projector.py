@@ -6,12 +6,18 @@ Weights from elsewhere have none, and it is made new beside them, as an adapter 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vision_tower.config import VisionTowerConfig
 from vision_tower.errors import WeightsError
+from vision_tower.fields import read_json
+from vision_tower.files import write_json, write_weights
 from vision_tower.lora import add_fresh_adapters, is_adapter, lacks_adapters
 
 
@@ -30,6 +36,11 @@ def is_projector(name: str) -> bool:
     return name.startswith("projector.")
 
 
+def without_projector(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a state dict is the tower's own."""
+    return {name: tensor for name, tensor in state.items() if not is_projector(name)}
+
+
 def brought(tower: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The part of a tower's state dict that weights have to bring: all but an adapter and a projector of which they
     know nothing, which stay new."""
@@ -37,7 +48,7 @@ def brought(tower: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor
     if lacks_adapters(tower, weights):
         expected = {name: tensor for name, tensor in expected.items() if not is_adapter(name)}
     if not any(map(is_projector, weights)):
-        expected = {name: tensor for name, tensor in expected.items() if not is_projector(name)}
+        expected = without_projector(expected)
     return expected
 
 
@@ -50,9 +61,64 @@ def add_fresh(tower: nn.Module) -> None:
             module.reset_parameters()
 
 
-def check_projector(
-    config: VisionTowerConfig, stated: Mapping[str, Any], weights: Mapping[str, Tensor], source: object
-) -> None:
-    """WeightsError if a directory says that there is a projector, and its weights have none."""
-    if config.projector and "projector" not in stated and not any(map(is_projector, weights)):
-        raise WeightsError(f"{source} lacks the projector that its config.json states; copy or download it again")
+class Dense(NamedTuple):
+    """One product of a projector as sentence-transformers' Dense module: its folder, our name of the module, and its
+    config.json."""
+
+    folder: str
+    module: str
+    settings: dict[str, Any]
+
+
+def denses(config: VisionTowerConfig) -> list[Dense]:
+    """The products of a tower's projector, in their order."""
+    sides = [config.width, *([config.projector_hidden] if config.projector_hidden else []), config.projector]
+    activations = ["activation.GELU"] * (len(sides) - 2) + ["linear.Identity"]
+    names = ("projector.0", "projector.2") if config.projector_hidden else ("projector",)
+    places = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"}
+    found: list[Dense] = []
+    for (inputs, outputs), activation, name in zip(pairwise(sides), activations, names, strict=True):
+        said: dict[str, Any] = {"in_features": inputs, "out_features": outputs, "bias": True, **places}
+        said["activation_function"] = f"torch.nn.modules.{activation}"
+        found.append(Dense(f"{len(found) + 1}_Dense", name, said))
+    return found if config.projector else []
+
+
+def write_dense(config: VisionTowerConfig, state: Mapping[str, Tensor], directory: Path) -> None:
+    """Writes a folder for each product of a tower's projector."""
+    for dense in denses(config):
+        folder = directory / dense.folder
+        folder.mkdir()
+        write_json(dense.settings, folder / "config.json")
+        parts = {f"linear.{part}": state[f"{dense.module}.{part}"] for part in ("weight", "bias")}
+        write_weights(parts, folder / "model.safetensors")
+
+
+def with_projector(
+    config: VisionTowerConfig, weights: dict[str, Tensor], source: Path, *, new: bool
+) -> dict[str, Tensor]:
+    """The weights in `source`, with those of a projector that `write_dense` wrote beside them.
+
+    Args:
+        new: whether there may be none, since it is asked for.
+
+    Raises:
+        WeightsError: a directory says that there is a projector and holds none, or its folders are of another.
+    """
+    if any(map(is_projector, weights)):
+        return weights
+    found, products = dict(weights), denses(config)
+    if new and not any((source.parent / dense.folder).is_dir() for dense in products):
+        return weights
+    for dense in products:
+        folder = source.parent / dense.folder
+        if not folder.is_dir():
+            raise WeightsError(f"{source} lacks the projector that its config.json states; copy or download it again")
+        if read_json(folder / "config.json") != dense.settings:
+            raise WeightsError(f"{folder} is not of the projector that {source.parent} states; copy it again")
+        try:
+            parts = load_file(folder / "model.safetensors")
+        except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+            raise WeightsError(f"{folder} has no weights to read ({error}); copy or download it again") from error
+        found |= {f"{dense.module}.{name.removeprefix('linear.')}": tensor for name, tensor in parts.items()}
+    return found

@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
         if adapters.kept:
             kept = ", ".join(adapters.kept)
             print(f"the adapters {kept} are PEFT folders; sentence-transformers needs --lora merged")
-    if arguments.format == "open-clip" and model.vision.config.projector:
+    if arguments.format == "open-clip" and (model.vision.config.projector or model.text.config.projector):
         print(f"wrote {arguments.out}, for open_clip alone: Trilith reads a projector from --format trilith")
         return
     print(

@@ -49,7 +49,8 @@ def encode(text: TextTower, vision: VisionTower, inputs: Any, options: EncodeOpt
     if options.task is not None and options.task not in text.config.tasks:
         known = list(text.config.tasks) or "no tasks: leave task out"
         raise UserError(f"unknown task {options.task!r}; this model knows {known}")
-    dims = options.truncate_dim if options.truncate_dim is not None else text.config.truncate_dim or text.config.width
+    default = text.config.truncate_dim or text.config.output_width
+    dims = default if options.truncate_dim is None else options.truncate_dim
     options = replace(options, truncate_dim=dims)
     check_precision(options.precision, dims)
     device = text.emb_ln.weight.device

@@ -39,7 +39,7 @@ def evaluate(
     """
     found = find(data)
     model = DualEncoder.from_pretrained(model_directory)
-    dims = sorted({*(model.matryoshka_dims or ()), model.text.config.width}, reverse=True)
+    dims = sorted({*(model.matryoshka_dims or ()), model.text.config.output_width}, reverse=True)
     for precision, dim in product(precisions, dims):
         check_precision(precision, dim)
     say(joined(f"measuring on {found.where}:", [f"{s.kind}/{s.directory.name}" for s in found.sets]))

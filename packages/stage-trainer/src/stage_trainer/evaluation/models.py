@@ -122,7 +122,7 @@ class Ours(Embedder):
         self.model.to(device)
         config = self.model.text.config
         self.name, self.fingerprint, self.sees = name, fingerprint_of(folder), True
-        self.dims = tuple(sorted({*(self.model.matryoshka_dims or ()), config.width}, reverse=True))
+        self.dims = tuple(sorted({*(self.model.matryoshka_dims or ()), config.output_width}, reverse=True))
         self._max_pixels = asked.max_pixels or MAX_PIXELS
         self._length = min(asked.max_length or 512, config.max_length)
         self._task = asked.query_task if asked.query_task in config.tasks else None

@@ -90,11 +90,16 @@ def _about(model: DualEncoder) -> str:
 A text encoder and an image encoder that share one space: vectors of texts and images are compared by their cosine.
 
 - Texts: {_TEXT_TOWERS[text.positions]}, {text.layers} layers, {text.width} wide, {text.vocab_size:,} tokens in the \
-vocabulary, up to {text.max_length:,} tokens of a text, {sizes[0]:,} parameters; the mean over tokens.
+vocabulary, up to {text.max_length:,} tokens of a text, {sizes[0]:,} parameters; the mean over \
+tokens{_projected(text.projector)}.
 - Images: EVA02, {vision.layers} layers, {vision.width} wide, {size[0]}x{size[1]} pixels in patches of {vision.patch}, \
-{sizes[1]:,} parameters; the class token{f", projected to {vision.projector}" if vision.projector else ""}.
-- Vectors: {text.width} numbers. {f"Trained to be cut to their first {dims} (Matryoshka)." if dims else ""} Cut first, \
-then scale to length one.{tasks}"""
+{sizes[1]:,} parameters; the class token{_projected(vision.projector)}.
+- Vectors: {text.output_width} numbers. {f"Trained to be cut to their first {dims} (Matryoshka)." if dims else ""} \
+Cut first, then scale to length one.{tasks}"""
+
+
+def _projected(width: int) -> str:
+    return f", projected to {width}" if width else ""
 
 
 def _adapters(adapters: Adapters, name: str, form: str) -> str:
@@ -118,17 +123,21 @@ def _adapters(adapters: Adapters, name: str, form: str) -> str:
 
 def _model(name: str, model: DualEncoder, adapters: Adapters) -> snippets.Model:
     """What the examples depend on."""
+    from text_tower import projector as of_texts
     from text_tower.st_folder import MAX_LENGTH
+    from vision_tower import projector as of_images
     from vision_tower.foreign import processor_values
 
     text = model.text.config
     return snippets.Model(
         name=name,
-        dim=min(model.matryoshka_dims or (text.width,)),
+        dim=min(model.matryoshka_dims or (text.output_width,)),
         max_length=min(MAX_LENGTH, text.max_length),
         task=next((task for task in text.tasks if text.instructions.get(task)), None),
         adapter=next(iter(adapters.kept), None),
         any_mode=processor_values(model.vision.config) is not None,
+        text_projector=tuple(dense.folder for dense in of_texts.denses(text)),
+        image_projector=tuple(dense.folder for dense in of_images.denses(model.vision.config)),
     )
 
 
@@ -179,9 +188,9 @@ def _use_in_open_clip(name: str, model: DualEncoder, adapters: Adapters) -> list
 
     about = _model(name, model, adapters)
     said = model.text.config.instructions.get(about.task, "") if about.task else ""
+    projected = model.text.config.projector or model.vision.config.projector
     return [
-        "**Trilith**",
-        _code(snippets.trilith(about)),
+        *([] if projected else ["**Trilith**", _code(snippets.trilith(about))]),
         "**open_clip** (3.3, with transformers 5.4 or newer and timm)",
         _code(snippets.open_clip(about)),
         f"It pads every text to {context_length(model.text.config)} tokens, which costs time; "

@@ -52,20 +52,15 @@ def write(model: DualEncoder, out: Path, lora: str, card: Callable[[Adapters], s
         UserError: `out` exists, the disk is full, or the model cannot be said in one of the formats.
     """
     check(model)
-    if model.vision.config.projector:
-        raise UserError(
-            "the image tower has a projector, for which timm and transformers have no place; export it as open-clip or "
-            f"onnx, which have{_ALONE}"
-        )
     names = model.text.config.adapters
     adapters = Adapters(merged=names[:1], left_out=names[1:]) if lora == "merged" else Adapters(kept=names)
     if adapters.merged:
         model.text = model.text.merged()
     model.vision = model.vision.merged()
     with whole_directory(out) as directory:
-        model.write_into(directory, layout="peft" if adapters.kept else "transformers")
+        model.write_into(directory, layout="peft" if adapters.kept else "transformers", apart=True)
         if not adapters.kept:
-            sentence_transformers.write(directory, model.text.config)
+            sentence_transformers.write(directory, model.text.config, model.vision.config)
         (directory / "README.md").write_text(card(adapters), encoding="utf-8")
     return adapters
 

@@ -82,7 +82,7 @@ def write(
             f"on; with --lora merged {adapters[0]} is added to the weights, and the others are left out"
         )
     check_rotary(model.text.config)
-    check_fits(model.vision.config)
+    check_fits(model)
     merge = lora == "merged" and bool(adapters)
     model.vision = model.vision.merged()  # the layout has no adapters of images
     text = model.text.merged() if merge else model.text
@@ -134,13 +134,15 @@ def misfits(config: VisionTowerConfig) -> dict[str, str]:
     return wrong
 
 
-def check_fits(config: VisionTowerConfig, layout: str = "jina-clip-v2") -> None:
-    """UserError for an image tower that the published code cannot be."""
-    if config.projector:
-        raise UserError(
-            f"the image tower has a projector, for which {layout}'s layout has no place; export it as open-clip, onnx "
-            "or trilith"
-        )
+def check_fits(model: DualEncoder, layout: str = "jina-clip-v2") -> None:
+    """UserError for an image tower or a projector that the published code cannot be."""
+    config = model.vision.config
+    for name, tower in (("image", config), ("text", model.text.config)):
+        if tower.projector:
+            raise UserError(
+                f"the {name} tower has a projector, for which {layout}'s layout has no place; export it in another "
+                "format"
+            )
     for key, expected in misfits(config).items():
         raise UserError(
             f"the vision tower has {key} {getattr(config, key)}, and {layout}'s layout knows {expected} only; "
@@ -170,7 +172,7 @@ def shared_json(
     model: DualEncoder, text_config: dict[str, Any], ours: dict[str, Any], computed_in: str
 ) -> dict[str, Any]:
     """The keys of config.json that jina-clip-v1 and -v2 share; `ours` is what only we say of the text tower."""
-    width = model.text.config.width
+    width = model.text.config.output_width
     of_us = _ours(model, ours)
     return {
         "add_projections": False,

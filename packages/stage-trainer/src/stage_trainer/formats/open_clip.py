@@ -21,12 +21,14 @@ from text_tower.config_json import to_json
 from text_tower.config_keys import CLIP_KEY, OPEN_CLIP_RENAMES
 from text_tower.files import write_json, write_weights
 from text_tower.open_clip_folder import CONFIG_FILE
+from text_tower.projector import without_projector
 from text_tower.st_folder import MAX_LENGTH
 from torch import Tensor
-from vision_tower import VisionTower, VisionTowerConfig
+from vision_tower import VisionTowerConfig
 from vision_tower.config import as_pair
-from vision_tower.pretrained import timm_keys
+from vision_tower.foreign import timm_keys
 from vision_tower.projector import is_projector
+from vision_tower.projector import without_projector as without_images_projector
 
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.errors import UserError
@@ -54,14 +56,15 @@ def write(model: DualEncoder, out: Path, repository: str | None, card: Callable[
     check(model)
     _check_images(model.vision.config)
     _projection(model.vision.config)
+    _text_projection(model.text.config)
     names = model.text.config.adapters
     if names:
         model.text = model.text.merged()
     model.vision = model.vision.merged()
     adapters = Adapters(merged=names[:1], left_out=names[1:])
     assert model.text.tokenizer is not None  # `check` saw it
-    tower = {name: tensor for name, tensor in model.vision.state_dict().items() if not is_projector(name)}
-    weights = named(model.text.state_dict(), tower) | _projector(model.vision)
+    towers = without_projector(model.text.state_dict()), without_images_projector(model.vision.state_dict())
+    weights = named(*towers) | _projectors(model)
     weights[SCALE] = model.logit_scale.detach().reshape(())
     if model.logit_bias is not None:
         weights[BIAS] = model.logit_bias.detach().reshape(())
@@ -102,11 +105,27 @@ def _projection(config: VisionTowerConfig) -> dict[str, Any]:
     return {"timm_proj": "mlp" if config.projector_hidden else "linear", "timm_proj_bias": True}
 
 
-def _projector(tower: VisionTower) -> dict[str, Tensor]:
-    """The projector's weights under open_clip's names."""
+def _text_projection(config: TextTowerConfig) -> str | None:
+    """The kind of the text tower's projector in open_clip; UserError for one that it does not have."""
+    if not config.projector:
+        return None
+    if config.projector_hidden not in (0, half := (config.width + config.projector) // 2):
+        raise UserError(
+            f"the text tower's projector has {config.projector_hidden} hidden units, and open_clip's the mean of its "
+            f"inputs and outputs, {half}; export it in another format"
+        )
+    return "mlp" if config.projector_hidden else "linear"
+
+
+def _projectors(model: DualEncoder) -> dict[str, Tensor]:
+    """The projectors' weights under open_clip's names."""
     names = {"projector.": "proj.", "projector.0.": "mlp.fc1.", "projector.2.": "mlp.fc2."}
-    found = {name.rpartition(".")[::2]: tensor for name, tensor in tower.state_dict().items() if is_projector(name)}
-    return {f"visual.head.{names[f'{module}.']}{part}": tensor for (module, part), tensor in found.items()}
+    found = {
+        name.rpartition(".")[::2]: tensor for name, tensor in model.vision.state_dict().items() if is_projector(name)
+    }
+    images = {f"visual.head.{names[f'{module}.']}{part}": tensor for (module, part), tensor in found.items()}
+    texts = model.text.state_dict().items()
+    return images | {f"text.{name.replace('projector', 'proj')}": t for name, t in texts if is_projector(name)}
 
 
 def _config(model: DualEncoder) -> dict[str, Any]:
@@ -128,7 +147,7 @@ def _open_clip_config(model: DualEncoder, place: str, local: bool) -> dict[str, 
     size = vision.resolution if isinstance(vision.resolution, int) else list(vision.resolution)
     return {
         "model_cfg": {
-            "embed_dim": text.width,
+            "embed_dim": text.output_width,
             **({} if model.logit_bias is None else {"init_logit_bias": float(model.logit_bias.detach())}),
             "vision_cfg": {
                 "image_size": size,
@@ -143,7 +162,7 @@ def _open_clip_config(model: DualEncoder, place: str, local: bool) -> dict[str, 
                 "hf_model_name": place,
                 "hf_tokenizer_name": place,
                 "hf_pooler_type": "mean_pooler",
-                "hf_proj_type": None,
+                "hf_proj_type": _text_projection(text),
             },
         },
         "preprocess_cfg": {

@@ -19,6 +19,8 @@ class Model(NamedTuple):
         task: a task with an instruction, if there is one.
         adapter: the name of a kept adapter (a PEFT folder), the default one; None if there is none.
         any_mode: whether transformers' image processor takes pictures that are not RGB.
+        text_projector, image_projector: the folders of a tower's projector, in `text/` and in `vision/`; none without
+            one.
     """
 
     name: str
@@ -27,6 +29,8 @@ class Model(NamedTuple):
     task: str | None
     adapter: str | None
     any_mode: bool
+    text_projector: tuple[str, ...] = ()
+    image_projector: tuple[str, ...] = ()
 
 
 def trilith(model: Model) -> str:
@@ -63,59 +67,63 @@ print(model.similarity(text, image))
 
 
 def transformers_texts(model: Model) -> str:
+    projector = _Projector(f"{model.name}/text", model.text_projector)
     adapter = f"\nmodel.load_adapter({_text(f'{model.name}/text/{model.adapter}')})" if model.adapter else ""
     return f"""\
-import torch
+import torch{projector.imported}
 from transformers import AutoModel, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained({_text(model.name)}, subfolder="text")
-model = AutoModel.from_pretrained({_text(model.name)}, subfolder="text").eval(){adapter}
+model = AutoModel.from_pretrained({_text(model.name)}, subfolder="text").eval(){adapter}{projector.read}
 texts = {TEXTS}
 batch = tokenizer(texts, padding=True, truncation=True, max_length={model.max_length}, return_tensors="pt")
 with torch.no_grad():
     states = model(**batch).last_hidden_state
 mask = batch["attention_mask"][..., None]
-text = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+text = torch.nn.functional.normalize({projector.of("(states * mask).sum(1) / mask.sum(1)")}, dim=-1)
 """
 
 
 def pipeline(model: Model) -> str:
+    projector = _Projector(f"{model.name}/text", model.text_projector)
     return f"""\
-import torch
+import torch{projector.imported}
 from transformers import pipeline
 
-extract = pipeline("feature-extraction", model={_text(f"{model.name}/text")})
+extract = pipeline("feature-extraction", model={_text(f"{model.name}/text")}){projector.read}
 states = torch.tensor(extract("a red apple"))  # [1, tokens, width]
-text = torch.nn.functional.normalize(states.mean(1), dim=-1)
+text = torch.nn.functional.normalize({projector.of("states.mean(1)")}, dim=-1)
 """
 
 
 def transformers_images(model: Model) -> str:
     pillow = ', backend="pil"' if model.any_mode else ""
+    projector = _Projector(f"{model.name}/vision", model.image_projector)
     return f"""\
 import torch
-from PIL import Image
+from PIL import Image{projector.imported}
 from transformers import AutoImageProcessor, AutoModel
 
 processor = AutoImageProcessor.from_pretrained({_text(model.name)}, subfolder="vision"{pillow})
-model = AutoModel.from_pretrained({_text(model.name)}, subfolder="vision").eval()
+model = AutoModel.from_pretrained({_text(model.name)}, subfolder="vision").eval(){projector.read}
 pixels = processor([Image.open("photo.jpg"){_rgb(model)}], return_tensors="pt").pixel_values
 with torch.no_grad():
-    image = torch.nn.functional.normalize(model(pixels).pooler_output, dim=-1)
+    image = torch.nn.functional.normalize({projector.of("model(pixels).pooler_output")}, dim=-1)
 """
 
 
 def timm(model: Model) -> str:
+    projector = _Projector(f"{model.name}/vision", model.image_projector)
     return f"""\
 import timm
 import torch
-from PIL import Image
+from PIL import Image{projector.imported}
 
-model = timm.create_model({_text(f"local-dir:{model.name}/vision")}, pretrained=True).eval()
+model = timm.create_model({_text(f"local-dir:{model.name}/vision")}, pretrained=True).eval(){projector.read}
 transform = timm.data.create_transform(**timm.data.resolve_data_config({{}}, model=model))
 with torch.no_grad():
     image = model(transform(Image.open("photo.jpg").convert("RGB"))[None])
-image = torch.nn.functional.normalize(image, dim=-1)
+image = torch.nn.functional.normalize({projector.of("image")}, dim=-1)
 """
 
 
@@ -145,6 +153,30 @@ with torch.no_grad():
     image = model.encode_image(preprocess(Image.open("photo.jpg"))[None], normalize=True)
 print(text @ image.T)
 """
+
+
+class _Projector(NamedTuple):
+    """A tower's projector in an example: the import, lines that read it, and what it makes of a value."""
+
+    place: str
+    folders: tuple[str, ...]
+
+    @property
+    def imported(self) -> str:
+        return "\nfrom safetensors.torch import load_file" if self.folders else ""
+
+    @property
+    def read(self) -> str:
+        files = [_text(f"{self.place}/{folder}/model.safetensors") for folder in self.folders]
+        names = ("first", "last")[2 - len(files) :]
+        return "".join(f"\n{name} = load_file({file})" for name, file in zip(names, files, strict=True))
+
+    def of(self, value: str) -> str:
+        names = ("first", "last")[2 - len(self.folders) :]
+        for name in names:
+            value = f'torch.nn.functional.linear({value}, {name}["linear.weight"], {name}.get("linear.bias"))'
+            value = f"torch.nn.functional.gelu({value})" if name == "first" else value
+        return value
 
 
 def _text(value: str) -> str:

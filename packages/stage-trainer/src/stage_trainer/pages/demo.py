@@ -39,7 +39,7 @@ class Searcher:
 
     def __init__(self, model: DualEncoder, collection: Collection, max_pixels: int):
         self.model, self.collection, self.max_pixels = model, collection, max_pixels
-        self.width = model.text.config.width
+        self.width = model.text.config.output_width
 
     def kinds(self) -> list[str]:
         """What can be asked for: of what the collection has."""

@@ -115,13 +115,18 @@ def step_flops(
         cached: whether gradients are cached, which embeds everything twice.
     """
     trainable = trainable or Trainable()
-    towers = Flops() if "text" in shape.stored else text_flops(text, shape, trainable.text)
-    if shape.images and "image" not in shape.stored:
+    if "text" in shape.stored:
+        towers = projector_flops(text, shape.texts, trainable.text)
+    else:
+        towers = text_flops(text, shape, trainable.text)
+    if "image" in shape.stored:
+        towers += projector_flops(vision, shape.images, trainable.image)
+    elif shape.images:
         towers += vision_flops(vision, shape, trainable.image)
     if cached:
         towers += Flops(recomputed=towers.forward)
     learns = (trainable.image, trainable.text) != ("none", "none")
-    return towers + loss_flops(shape, max(dims, default=text.width), learns)
+    return towers + loss_flops(shape, max(dims, default=text.output_width), learns)
 
 
 def masked_lm_flops(text: TextTowerConfig, shape: StepShape, hidden: int) -> Flops:
@@ -145,12 +150,12 @@ def text_flops(config: TextTowerConfig, shape: StepShape, trainable: str = "all"
     block = weights + adapters + attention
     # Adapters of the tables: [T, rank] rows of the words, one of the token type, times [rank, width].
     table = 2 * (shape.tokens + 1) * rank * width if shape.texts else 0
-    forward = config.layers * block + table
-    if trainable == "none":
-        return Flops(forward)
+    forward, projector = config.layers * block + table, projector_flops(config, shape.texts, trainable)
+    if trainable in ("none", "projector"):
+        return Flops(forward) + projector
     # Gradients of inputs go down to the tables; those of weights are for weights that learn.
     backward = config.layers * ((2 if trainable == "all" else 1) * weights + 2 * adapters + 2 * attention) + 2 * table
-    return Flops(forward, backward, config.layers * block if config.checkpointing else 0)
+    return Flops(forward, backward, config.layers * block if config.checkpointing else 0) + projector
 
 
 def vision_flops(config: VisionTowerConfig, shape: StepShape, trainable: str = "all") -> Flops:
@@ -173,24 +178,28 @@ def vision_flops(config: VisionTowerConfig, shape: StepShape, trainable: str = "
     columns = (config.layers - 1) * tokens * sum(halves) + tokens * halves[0] + halves[1]
     adapters = 2 * shape.images * config.lora_rank * columns
     forward += adapters
-    projector = shape.images * _projector(config)
+    projector = projector_flops(config, shape.images, trainable)
     if trainable in ("none", "projector"):
-        return Flops(forward + projector, 2 * projector * (trainable == "projector"))
-    forward += projector
+        return Flops(forward) + projector
     # Pixels have no gradient. A block is recomputed up to its last saved input, that of the MLP's last product.
-    backward = shape.images * (2 * blocks + patch_projection) + 2 * adapters + 2 * projector
+    backward = shape.images * (2 * blocks + patch_projection) + 2 * adapters
     if trainable == "adapters":  # gradients of inputs and of attention, none of weights, nor of the first block's input
         weights = (config.layers - 1) * (8 * tokens * width**2 + mlp(tokens)) + 4 * (tokens + 1) * width**2 + mlp(1)
         first = 6 * tokens * (width**2 + config.lora_rank * width)
         backward -= shape.images * (weights + first + patch_projection)
     last = (config.layers - 1) * mlp(tokens) // 3 + mlp(1) // 3
-    return Flops(forward, backward, shape.images * (blocks - last) + adapters if config.checkpointing else 0)
+    recomputed = shape.images * (blocks - last) + adapters if config.checkpointing else 0
+    return Flops(forward, backward, recomputed) + projector
 
 
-def _projector(config: VisionTowerConfig) -> int:
-    """An image's embedding through the projector."""
+def projector_flops(config: TextTowerConfig | VisionTowerConfig, rows: int, trainable: str) -> Flops:
+    """The projector over so many embeddings, which need no gradient where it learns alone."""
+    if not config.projector:
+        return Flops()
     sides = [config.width, *([config.projector_hidden] if config.projector_hidden else []), config.projector]
-    return sum(2 * rows * columns for rows, columns in pairwise(sides))
+    products = [2 * rows * inputs * outputs for inputs, outputs in pairwise(sides)]
+    backward = {"none": 0, "projector": 2 * sum(products) - products[0]}
+    return Flops(sum(products), backward.get(trainable, 2 * sum(products)))
 
 
 def loss_flops(shape: StepShape, dim: int, learns: bool = True) -> Flops:

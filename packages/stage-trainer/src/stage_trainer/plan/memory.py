@@ -224,7 +224,7 @@ def loss_bytes(model: Model, sizes: Sizes, device: Device) -> tuple[int, int]:
     """
     from contrastive_losses.fused import goes_round
 
-    prefixes, width = len(model.dims), model.text.width
+    prefixes, width = len(model.dims), model.text.output_width
     kept, most = 0, 0
     of_tasks = (sizes.images, 0), (sizes.pairs, sizes.pairs * sizes.negatives)
     for own, negatives in ((sizes.unified, 0),) if sizes.unified else of_tasks:
@@ -247,7 +247,7 @@ def loss_bytes(model: Model, sizes: Sizes, device: Device) -> tuple[int, int]:
 
 
 def _embedding_bytes(model: Model, sizes: Sizes) -> int:
-    return FLOAT * model.text.width * (sizes.images + sizes.texts)
+    return FLOAT * model.text.output_width * (sizes.images + sizes.texts)
 
 
 def image_bytes(model: Model, images: int) -> int:

@@ -89,7 +89,7 @@ def _towers(model: Model, sizes: Sizes, setting: Setting, device: Device) -> Ite
 def _loss(model: Model, sizes: Sizes) -> Work:
     """The logits forward and again backward, then the gradients of both sides; logits stay on the chip."""
     work: Work = Counter()
-    width = max(model.dims, default=model.text.width)
+    width = max(model.dims, default=model.text.output_width)
     of_tasks = (sizes.images, 0), (sizes.pairs, sizes.pairs * sizes.negatives)
     for own, negatives in ((sizes.unified, 0),) if sizes.unified else of_tasks:
         rows, columns = own * sizes.ranks, own + negatives
@@ -106,7 +106,7 @@ def exchanged(model: Model, sizes: Sizes, setting: Setting) -> dict[str, int]:
     (ranks - 1) / ranks of them."""
     own = sizes.unified or sizes.images + sizes.pairs
     moved = {
-        "embeddings and their gradients": 2 * FLOAT * own * sizes.ranks * model.text.width,
+        "embeddings and their gradients": 2 * FLOAT * own * sizes.ranks * model.text.output_width,
         # Reduced to all, or under ZeRO to the rank that updates them, which then sends the weights.
         "gradients and weights": 2 * FLOAT * model.learning,
     }

@@ -58,10 +58,10 @@ class Rates:
 @dataclass(frozen=True, config=STRICT)
 class Trainable:
     """Which parameters of each tower train: `all`, `none`, only the LoRA `adapters`, with which a projector trains, or
-    of images the `projector` alone."""
+    the `projector` alone."""
 
     image: Literal["all", "adapters", "projector", "none"] = "all"
-    text: Literal["all", "adapters", "none"] = "all"
+    text: Literal["all", "adapters", "projector", "none"] = "all"
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -102,7 +102,7 @@ class Stage:
     """One stage. `resolution` and `patch_dropout` are lists of [from_step, value]. It starts from the previous stage's
     model, and with `carry_optimizer` also from its optimizer's moments, by parameter name.
 
-    `embedding_cache` is a folder for the embeddings of a tower that does not train (an image tower's projector may):
+    `embedding_cache` is a folder for the embeddings of a tower that does not train (its projector may):
     all of the data's texts, or each image's fixed views (`augmentation.views`), go through it once, when the stage
     starts or by `stage-trainer embed`, and then no more.
 
@@ -159,9 +159,10 @@ class Stage:
     @property
     def stored(self) -> tuple[str, ...]:
         """The towers ("image", "text") whose embeddings come from the disk."""
-        images = self.batch.image_text and self.trainable.image in ("none", "projector")
-        frozen = {"image": images, "text": self.trainable.text == "none"}
-        return tuple(name for name, still in frozen.items() if still and self.embedding_cache is not None)
+        still = ("none", "projector")
+        images = self.batch.image_text and self.trainable.image in still
+        frozen = {"image": images, "text": self.trainable.text in still}
+        return tuple(name for name, is_frozen in frozen.items() if is_frozen and self.embedding_cache is not None)
 
     @property
     def chunks(self) -> GradientCache | None:
@@ -220,7 +221,7 @@ class ModelConfig:
     are the recipe's (`max_length`, if it is left out, the weights').
 
     `vision.lora_rank` (with `vision.lora_alpha`) gives the image tower one adapter, `text.lora_rank` with
-    `text.adapters` the text tower one for each name; `vision.projector` a projector to that width.
+    `text.adapters` the text tower one for each name; `vision.projector` and `text.projector` a projector to that width.
 
     `temperature` is the initial value of both temperatures of a new model (None: `NEW_TEMPERATURE`).
     """

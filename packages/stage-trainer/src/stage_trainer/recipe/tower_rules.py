@@ -27,11 +27,12 @@ def check_towers(recipe: Recipe, where: str) -> None:
         if "resolution" in stated:
             raise UserError(f"{where}: model.vision.resolution is set by each stage's 'resolution'; take it out")
         vision = _Stated(VisionTowerConfig, stated, weights, f"{where}: model.vision")
-    widths = [text.value("width"), *((vision.value("projector") or vision.value("width"),) if vision else ())]
+    widths = [tower.output_width for tower in (text, vision) if tower]
     if pairs and None not in widths and len(set(widths)) > 1:
         raise UserError(
-            f"{where}: texts have {widths[0]} numbers (model.text.width) and images {widths[1]} (model.vision.width or "
-            f"its projector's); they share one space, so set model.vision.projector to {widths[0]}"
+            f"{where}: texts have {widths[0]} numbers (model.text.width or its projector's) and images {widths[1]} "
+            f"(model.vision.width or its projector's); they share one space, so set model.vision.projector to "
+            f"{widths[0]}, or model.text.projector to {widths[1]}"
         )
     width = next((width for width in widths if width is not None), None)
     for number, stage in enumerate(recipe.stages, 1):
@@ -58,10 +59,12 @@ def _check_stage(stage: Stage, text: _Stated, vision: _Stated | None, width: int
         raise UserError(f"{here}: trainable.text is 'adapters', but model.text.adapters names none; add one")
     if stage.trainable.image == "adapters" and vision and vision.value("lora_rank") == 0:
         raise UserError(f"{here}: trainable.image is 'adapters', but model.vision.lora_rank is 0; raise it")
-    if stage.trainable.image == "projector" and vision and vision.value("projector") == 0:
-        raise UserError(
-            f"{here}: trainable.image is 'projector', but model.vision.projector is 0; set it to the text tower's width"
-        )
+    for name, key, tower, other in (("image", "vision", vision, "text"), ("text", "text", text, "image")):
+        if getattr(stage.trainable, name) == "projector" and tower and tower.value("projector") == 0:
+            raise UserError(
+                f"{here}: trainable.{name} is 'projector', but model.{key}.projector is 0; set it to the {other} "
+                "tower's width"
+            )
     if "text" in stage.stored and text.value("dropout"):
         raise UserError(
             f"{here}: 'embedding_cache' keeps the embeddings of texts that never change, and model.text.dropout is "
@@ -82,6 +85,11 @@ class _Stated:
     def __init__(self, cls: type, values: dict[str, object], weights: str | None, where: str):
         self.stated, self.weights = set(values), weights
         self.config = build_config(cls, _completed(cls, values) if weights else values, where)
+
+    @property
+    def output_width(self) -> Any:
+        """Numbers of an embedding; None if the weights determine it."""
+        return self.value("projector") or self.value("width")
 
     def value(self, name: str) -> Any:
         """None if the weights determine it."""

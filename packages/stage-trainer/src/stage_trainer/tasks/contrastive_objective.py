@@ -82,7 +82,7 @@ class ContrastiveObjective(TrainedObjective):
         scalars = {name: scalar() for name, scalar in self.scalars.items()}
         some = scalars["text"]
         with torch.autocast(some.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            images = texts = some.new_zeros(0, self.model.text.config.width)
+            images = texts = some.new_zeros(0, self.model.text.config.output_width)
             if part.images is not None and part.images.ndim == 2:  # a frozen tower's, from the disk
                 images = self.model.vision.project(part.images)
             elif part.images is not None:
@@ -91,7 +91,7 @@ class ContrastiveObjective(TrainedObjective):
                     keep = patch_keep_indices(part.image_seeds, self.model.vision.config.num_patches, patch_dropout)
                 images = self.model.vision(self.model.vision.normalize(part.images), keep=keep)
             if isinstance(part.texts, Tensor):  # a frozen tower's, from the disk
-                texts = part.texts
+                texts = self.model.text.project(part.texts)
             elif part.texts is not None:
                 texts = self.model.text(part.texts, sample_seeds=part.text_seeds)
         return Embedded(images, texts, scalars)

@@ -66,7 +66,7 @@ class DistillTask(ContrastiveTask):
 
     def check_width(self, found: int, model: DualEncoder) -> None:
         """UserError if the teacher's numbers are not comparable with the model's."""
-        ours = model.text.config.width
+        ours = model.text.config.output_width
         if self.teacher.loss == "cosine" and found > ours:
             raise UserError(
                 f"the embeddings of {self.teacher.model} have {found} numbers and this model's {ours}; a cosine "

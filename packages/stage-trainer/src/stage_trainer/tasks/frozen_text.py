@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from data_prep.shards import ShardError, ShardUnavailable, texts_in
 from text_tower import PackedTokens, TextTower
+from text_tower.projector import without_projector
 
 from stage_trainer.data.batches import StageBatches, shortened
 from stage_trainer.data.frozen_texts import FrozenTexts
@@ -21,7 +22,10 @@ from stage_trainer.tasks.frozen_tower import Phase, make_missing
 
 CHUNK = 64
 """Texts of one forward pass."""
-_OF_NO_INFLUENCE = ("max_length", "instructions", "truncate_dim", "checkpointing", "attention", "compile")
+_OF_NO_INFLUENCE = (
+    "max_length", "instructions", "truncate_dim", "checkpointing", "attention", "compile", "projector",
+    "projector_hidden",
+)  # fmt: skip
 
 
 class _Reader(NamedTuple):
@@ -35,8 +39,8 @@ class _Reader(NamedTuple):
 
 
 def keep_texts(tower: TextTower, batches: StageBatches, stage: Stage, precision: str, phase: Phase) -> None:
-    """Gives batches the tower's embeddings in the place of texts; those that are not on the disk yet are made, by all
-    ranks together, every one of which has to call.
+    """Gives batches the tower's embeddings, before a projector, in the place of texts; those that are not on the disk
+    yet are made, by all ranks together, every one of which has to call.
 
     Args:
         tower: on its device.
@@ -53,7 +57,7 @@ def keep_texts(tower: TextTower, batches: StageBatches, stage: Stage, precision:
         )
     config = {name: value for name, value in asdict(tower.config).items() if name not in _OF_NO_INFLUENCE}
     origin = {
-        "weights": digest_of(tower.state_dict(), config),
+        "weights": digest_of(without_projector(tower.state_dict()), config),
         "tokenizer": batches.tokenizer.fingerprint,
         "max_tokens": stage.max_tokens,
         "precision": precision,
@@ -100,6 +104,6 @@ def _embedded(reader: _Reader, texts: list[str]) -> dict[str, np.ndarray]:
         chunk = order[start : start + CHUNK]
         packed = PackedTokens.from_lists([tokens[i] for i in chunk]).to(device)
         with reader.phase(), torch.autocast(device.type, torch.bfloat16, enabled=reader.precision == "bf16"):
-            made = reader.tower(packed).float().cpu().numpy()
+            made = reader.tower.pooled(packed).float().cpu().numpy()
         rows |= dict(zip((texts[i] for i in chunk), made, strict=True))
     return rows

@@ -60,10 +60,10 @@ class PoolValidation:
                 name = name_beside(self.pairs, found.source, found.kind, path)
                 self.pairs[name] = text_retrieval.PairPool.open(directory)
         model = engine.objective.model
-        self.dims = model.matryoshka_dims or (model.text.config.width,)
+        self.dims = model.matryoshka_dims or (model.text.config.output_width,)
         self.measures: dict[str, Measure] = {}
         for name, pool in self.images.items():
-            width = model.text.config.width
+            width = model.text.config.output_width
             self.measures |= of_images(name, pool.texts, self.dims, width, documents=pool.documents, source=pool.name)
         for name, pair_pool in self.pairs.items():
             self.measures |= of_pairs(name, pair_pool.queries, scored=bool(pair_pool.scores))
