@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, is_dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, is_dataclass
 
 import torch
 from text_tower import MaskedTokens, PackedTokens
@@ -49,7 +49,8 @@ class Batch(Part):
         negatives: K.
         text_ids: `[P]` int64, equal for pairs about the same item.
         scores: `[P]` float64, how alike the texts of a pair are; None of pairs that are not graded.
-        teacher: `[P, T]` float32, a teacher's embedding of each pair; None without one.
+        teacher: what a teacher says, float32, by what it says it of: of each pair of "texts" `[P, T]`, of the "images"
+            or their "captions" `[I, T]`; empty without one.
     """
 
     image_ids: Tensor
@@ -57,7 +58,7 @@ class Batch(Part):
     negatives: int
     text_ids: Tensor
     scores: Tensor | None = None
-    teacher: Tensor | None = None
+    teacher: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -340,7 +340,7 @@ def shape_of(stage: Stage, segment: Segment, sizes: Sizes, vision: VisionTowerCo
 def hard_negatives(recipe: Recipe, stage: Stage) -> int:
     """K of the stage's triplets, read from the first sample; guessed from the folder's name if the data is missing. 0
     if nothing reads them."""
-    if not stage.data.text or (stage.teacher and stage.teacher.only_embeds):
+    if not stage.data.text or stage.only_embeds("text"):
         return 0
     path = stage.data.text[0].path
     try:

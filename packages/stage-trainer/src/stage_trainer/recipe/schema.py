@@ -149,11 +149,27 @@ class Stage:
         """The global batch of a step: {kind: how many}, each kind from its `task_start` on."""
         return {k: size for k, size in asdict(self.batch).items() if size and step >= getattr(self.task_start, k, 0)}
 
+    def only_embeds(self, task: str) -> bool:
+        """Whether a teacher's loss alone reads the embeddings of a task ("image_text", "text")."""
+        return self.teacher is not None and self.teacher.only_embeds(task)
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """What no loss reads of image-text pairs ("images", "captions")."""
+        if self.teacher is None or not self.teacher.replaces("image_text"):
+            return ()
+        return tuple(what for what in ("images", "captions") if what not in self.teacher.of)
+
+    def reads(self, what: str) -> bool:
+        """Whether a loss reads the "images" or "captions" of image-text pairs, or the "texts" of text pairs."""
+        return bool(self.batch.text if what == "texts" else self.batch.image_text and what not in self.unread)
+
     @property
     def stored(self) -> tuple[str, ...]:
         """The towers ("image", "text") whose embeddings come from the disk."""
-        images = self.batch.image_text and self.trainable.image in ("none", "projector")
-        frozen = {"image": images, "text": self.trainable.text == "none"}
+        images = self.reads("images") and self.trainable.image in ("none", "projector")
+        texts = (self.reads("captions") or self.reads("texts")) and self.trainable.text == "none"
+        frozen = {"image": images, "text": texts}
         return tuple(name for name, still in frozen.items() if still and self.embedding_cache is not None)
 
     @property

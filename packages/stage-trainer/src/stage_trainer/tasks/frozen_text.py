@@ -11,9 +11,10 @@ import torch
 from data_prep.shards import ShardError, ShardUnavailable, texts_in
 from text_tower import PackedTokens, TextTower
 
-from stage_trainer.data.batches import StageBatches, shortened
+from stage_trainer.data.batches import StageBatches
 from stage_trainer.data.frozen_texts import FrozenTexts
 from stage_trainer.data.samples import texts_of
+from stage_trainer.data.sections import shortened
 from stage_trainer.data.stored_vectors import StoredVectors, digest_of
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import Stage
