@@ -41,7 +41,8 @@ class Batch(Part):
     """One rank's part of a global batch: I image-caption pairs and P text pairs with K hard negatives each.
 
     Its images are the I of the captions and, in a unified batch with views, twice as many more: a view of each, then
-    another. Its texts are I captions, P queries, P targets and P·K hard negatives, in this order.
+    another. Its texts are I captions, P queries, P targets and P·K hard negatives, in this order. Images or captions
+    that no loss reads are left out.
 
     Attributes:
         image_ids: `[I]` int64, equal for samples that show the same item.
@@ -59,6 +60,11 @@ class Batch(Part):
     text_ids: Tensor
     scores: Tensor | None = None
     teacher: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def captions(self) -> int:
+        """How many of its texts are captions."""
+        return len(self.text_seeds) - self.pairs * (2 + self.negatives)
 
 
 @dataclass(frozen=True)

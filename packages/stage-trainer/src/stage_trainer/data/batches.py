@@ -22,7 +22,7 @@ from stage_trainer.data.look_ahead import check_room, choose_ranges, look_ahead,
 from stage_trainer.data.opening import open_source
 from stage_trainer.data.pieces import IMAGES, PIECE, BatchesInPieces
 from stage_trainer.data.sampler import Draw, Draws, TaskSampler
-from stage_trainer.data.samples import REPLACEMENTS, SampleCache, negatives_of, replacement
+from stage_trainer.data.samples import REPLACEMENTS, SampleCache, TextsAlone, negatives_of, replacement
 from stage_trainer.data.sections import Piece, Samples, batch_of, section_of
 from stage_trainer.data.stateless_rng import key
 from stage_trainer.data.streamed import StreamedShards, streamed_sources
@@ -48,7 +48,7 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         self.tokenizer = tokenizer
         self.cache = SampleCache(data.cache_megabytes, data.max_pixels)
         # What is read from the disk in the place of pixels, or beside them and texts; set by the task.
-        self.frozen: FrozenImages | None = None
+        self.frozen: FrozenImages | TextsAlone | None = TextsAlone() if "images" in stage.unread else None
         self.taught: Sequence[Taught] = ()
         self.frozen_texts: FrozenTexts | None = None
         self.inference: dict[str, Any] = {}  # how its images come to their size, as the tower says; set by `prepare`
@@ -162,7 +162,8 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         return self._image_bytes(step) * -(-self._size(step, "image_text") // self.pieces(step))
 
     def _image_bytes(self, step: int) -> int:
-        """Of an image with its views; of an embedding, whose width is not known here, what a wide one has."""
+        """Of an image with its views; of an embedding, whose width is not known here, or of what has none, what a wide
+        one has."""
         if self.frozen:
             return 2**14
         return 3 * self.stage.resolution_at(step) ** 2 * (1 + self.stage.loss.views)
@@ -191,19 +192,24 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
             data = self.image_sources[draw.source]
             index, decoded, content = self._sample(data, draw.index, found.drawn, self.frozen or self.cache)
             seed = self._seed(data, draw)
-            assert decoded is not None  # content_of guarantees it
-            shown = self._shown(decoded, size, seed, view_seed(self.seed, data, index))
-            if pixels is None:
-                pixels = shown.new_empty(1 + views, len(draws), *shown.shape)
-            pixels[0, row] = shown
-            for number, of_all in enumerate(seeds):
-                of_all.append(key(seed, "view", number))
-                pixels[1 + number, row] = simclr_view(decoded, of_all[-1], size, flip=self.stage.augmentation.flip)
-            caption = self._choose(content["captions"], seed, data, found.drawn)
-            found.add(seed, content["item"], _name(data), caption=[caption[self._form]])
-            if self.taught:
-                found.teach(content["teacher"] | caption["teacher"])
+            if decoded is not None:
+                shown = self._shown(decoded, size, seed, view_seed(self.seed, data, index))
+                if pixels is None:
+                    pixels = shown.new_empty(1 + views, len(draws), *shown.shape)
+                pixels[0, row] = shown
+                for number, of_all in enumerate(seeds):
+                    of_all.append(key(seed, "view", number))
+                    pixels[1 + number, row] = simclr_view(decoded, of_all[-1], size, flip=self.stage.augmentation.flip)
+            self._add_captioned(found, data, seed, content)
         return found, pixels, seeds
+
+    def _add_captioned(self, found: Samples, data: ImageSource, seed: int, content: dict[str, Any]) -> None:
+        """Adds a captioned image: one of its captions, if a loss reads it, and what a teacher says."""
+        read = self.stage.reads("captions")
+        captions = [self._choose(content["captions"], seed, data, found.drawn)] if read else []
+        found.add(seed, content["item"], _name(data), caption=[caption[self._form] for caption in captions])
+        for taught in [content, *captions] if self.taught else ():
+            found.teach(taught["teacher"])
 
     def _shown(self, decoded: torch.Tensor, size: int, seed: int, of_views: int) -> torch.Tensor:
         """What a step gets of an image: uint8 `[3, R, R]`, or of a frozen tower the embedding `[D]`.
@@ -257,7 +263,7 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         return draws.within(len(draws) * i // of, len(draws) * (i + 1) // of)
 
     def _sample(
-        self, data: ImageSource, index: int, drawn: Drawn, samples: SampleCache | FrozenImages
+        self, data: ImageSource, index: int, drawn: Drawn, samples: SampleCache | FrozenImages | TextsAlone
     ) -> tuple[int, torch.Tensor | None, dict[str, Any]]:
         """(its number, pixels, texts) of a sample, or of the one that takes its place."""
         if isinstance(data, StreamedShards):
@@ -265,7 +271,8 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         for attempt in range(REPLACEMENTS):
             try:
                 pixels, content = samples.sample(data, index)
-                content = self.frozen_texts.attached(data, index, content) if self.frozen_texts else content
+                if self.frozen_texts and data.directory in self.frozen_texts.stores:
+                    content = self.frozen_texts.attached(data, index, content)
                 content = with_said(self.taught, data, index, content) if self.taught else content
                 self._check(data, index, content)
                 return index, pixels, content

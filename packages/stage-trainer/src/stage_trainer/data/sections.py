@@ -115,7 +115,9 @@ def batch_of(pieces: Iterable[Piece], images: int, negatives: int) -> tuple[Batc
         drawn.add(section.drawn)
     view_seeds = np.concatenate([piece.view_seeds for piece in found], axis=1).flatten()
     seeds, pair_seeds = (np.concatenate([section.seeds for section in of]) for of in (of_images, of_pairs))
-    parts = {"caption": seeds, "query": pair_seeds, "target": pair_seeds, "negative": np.repeat(pair_seeds, negatives)}
+    captioned = seeds if any("caption" in section.texts for section in of_images) else seeds[:0]
+    hard_seeds = np.repeat(pair_seeds, negatives)
+    parts = {"caption": captioned, "query": pair_seeds, "target": pair_seeds, "negative": hard_seeds}
     text_seeds = [key(seed, part, i) for part, of in parts.items() for i, seed in enumerate_within(of.tolist())]
     scores = [section.scores for section in of_pairs if section.scores is not None]
     taught = dict.fromkeys(what for section in sections for what in section.teacher)

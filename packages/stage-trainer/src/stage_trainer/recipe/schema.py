@@ -6,6 +6,7 @@ The classes below are the whole schema. A value that the paper does not give is 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -163,6 +164,11 @@ class Stage:
     def reads(self, what: str) -> bool:
         """Whether a loss reads the "images" or "captions" of image-text pairs, or the "texts" of text pairs."""
         return bool(self.batch.text if what == "texts" else self.batch.image_text and what not in self.unread)
+
+    def counts(self, tasks: Collection[str]) -> tuple[int, int, int]:
+        """How many images, captions and text pairs a global batch of these tasks has that a loss reads."""
+        captioned, pairs = (getattr(self.batch, task) if task in tasks else 0 for task in ("image_text", "text"))
+        return captioned * self.reads("images"), captioned * self.reads("captions"), pairs
 
     @property
     def stored(self) -> tuple[str, ...]:

@@ -109,15 +109,15 @@ class DistillObjective(ContrastiveObjective):
 
     def image_text_loss(self, embedded: Embedded, batch: Batch, group: Any) -> Tensor:
         """That of what the teacher says of the batch's images and captions, over all ranks."""
-        count = len(batch.image_ids)
-        rows = {"images": embedded.images[:count], "captions": embedded.texts[:count]}  # views of images come later
+        images = embedded.images[: len(batch.image_ids)]  # views come later
+        rows = {"images": images, "captions": embedded.texts[: batch.captions]}
         taught = [what for what in rows if what in self.teacher.of]
         wanted = torch.cat([to_device(batch.teacher[what], embedded.images.device) for what in taught])
         return teacher_loss(torch.cat([rows[what] for what in taught]), wanted, self.teacher.loss, group)
 
     def text_loss(self, embedded: Embedded, batch: Batch, group: Any) -> Tensor:
         """That of what the teacher says of the batch's text pairs, over all ranks."""
-        texts = embedded.texts[len(batch.image_ids) :][: 2 * batch.pairs]
+        texts = embedded.texts[batch.captions :][: 2 * batch.pairs]
         wanted = to_device(batch.teacher["texts"], texts.device).repeat(2, 1)
         return teacher_loss(texts, wanted, self.teacher.loss, group)
 

@@ -59,8 +59,8 @@ def keep_texts(tower: TextTower, batches: StageBatches, stage: Stage, precision:
         "max_tokens": stage.max_tokens,
         "precision": precision,
     }
-    of_tasks = ((batches.indexed_images, stage.batch.image_text), (batches.text_sources, stage.batch.text))
-    sources = {data.directory: data for found, size in of_tasks if size for data in found}
+    of_tasks = ((batches.indexed_images, "captions"), (batches.text_sources, "texts"))
+    sources = {data.directory: data for found, what in of_tasks if stage.reads(what) for data in found}
     frozen = FrozenTexts(Path(stage.embedding_cache).expanduser(), sources.values(), origin)
     reader = _Reader(tower, batches, stage.max_tokens, precision, phase)
     make_missing(frozen.stores, batches, "text", lambda store, n: _shard(reader, store, n), phase)

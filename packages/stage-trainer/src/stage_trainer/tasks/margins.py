@@ -41,7 +41,7 @@ class MarginsObjective(DistillObjective):
 
     def text_loss(self, embedded: Embedded, batch: Batch, group: Any) -> Tensor:
         queries, targets, negatives = torch.split(
-            embedded.texts[len(batch.image_ids) :], [batch.pairs, batch.pairs, batch.pairs * batch.negatives]
+            embedded.texts[batch.captions :], [batch.pairs, batch.pairs, batch.pairs * batch.negatives]
         )
         return matryoshka_margin_mse(
             queries,
