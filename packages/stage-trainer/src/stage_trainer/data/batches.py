@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -249,7 +250,9 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         batch, drawn = batch_of(pieces, self._size(step, "image_text"), self.hard_negatives)
         self._go_on(drawn.positions)
         drawn.fetched += newly_fetched([*self.image_sources, *self.text_sources])  # by the process that joins
-        return batch, drawn
+        # A rank with no sample of a task takes part in its loss, too.
+        nothing = {taught.of: torch.zeros(0, taught.width) for taught in self.taught if taught.of not in batch.teacher}
+        return replace(batch, teacher={**batch.teacher, **nothing}), drawn
 
     def _draws(
         self, sampler: TaskSampler | None, sources: Sequence[ImageSource], number: int, share: tuple[int, int]

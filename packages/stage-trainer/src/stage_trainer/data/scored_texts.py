@@ -53,12 +53,13 @@ class ScoredTexts(Said):
 class OwnScores:
     """In the place of `ScoredTexts`, of triplets whose data have the scores themselves, as `scores`."""
 
+    of: ClassVar[str] = "texts"
     weights = ""
 
     def __init__(self, sources: Iterable[Dataset], cache: SampleCache):
         found = list(sources)
         self.directories = {data.directory for data in found}
-        self.negatives = _negatives_of_all(found, cache)
+        self.width = 1 + _negatives_of_all(found, cache)
 
     def attached(self, data: Dataset, index: int, content: dict[str, Any]) -> dict[str, Any]:
         """As `ScoredTexts.attached`."""
@@ -76,7 +77,7 @@ class OwnScores:
 
     def check(self, weights: str, max_tokens: int) -> int:
         """1 + K. There is nothing to check: a triplet without scores is replaced when it is drawn."""
-        return 1 + self.negatives
+        return self.width
 
 
 def as_read(content: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -18,7 +19,13 @@ from stage_trainer.recipe.teacher import TeacherConfig
 
 
 class Taught(Protocol):
-    """Data sets of whose samples a teacher says something: numbers, float32 `[T]`, of each."""
+    """Data sets of whose samples a teacher says something: numbers, float32 `[T]`, of each.
+
+    Attributes:
+        of: what it says it of ("texts", "images", "captions").
+    """
+
+    of: ClassVar[str]
 
     def attached(self, data: Dataset, index: int, content: dict[str, Any]) -> dict[str, Any]:
         """A sample's texts, as `with_said` has them, with what this teacher says added to `teacher`: `{"texts" or
@@ -30,6 +37,10 @@ class Taught(Protocol):
 
     def said_by(self, data: Dataset) -> str | None:
         """Who the teacher of a data set was, for the fingerprint of a run; None if the data set is none of these."""
+
+    @property
+    def width(self) -> int:
+        """T."""
 
     @property
     def weights(self) -> str:
@@ -93,6 +104,11 @@ class Said(ABC):
             raise self._lacking(store, 0)
         return f"{self.teacher.model} {store.maker}"
 
+    @cached_property
+    def width(self) -> int:
+        """As `Taught.width`, of the first data set."""
+        return next(iter(self.stores.values())).width
+
     @property
     def weights(self) -> str:
         """As `Taught.weights`, of the first data set."""
@@ -116,12 +132,12 @@ class Said(ABC):
                 raise self._lacking(store, wrong[0])
             store.check_maker(self.maker(weights, max_tokens))
         widths = {store.width for store in self.stores.values()}
-        if len(widths) != 1:
+        if len(widths) > 1:
             raise UserError(
                 f"the teacher's vectors in {self.teacher.folder} have {sorted(widths)} numbers; expected one width: "
                 "remove the folder and run `stage-trainer embed` again"
             )
-        return widths.pop()
+        return self.width
 
     def _lacking(self, store: StoredVectors, shard: int) -> UserError:
         return UserError(

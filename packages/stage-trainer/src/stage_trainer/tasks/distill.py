@@ -123,7 +123,7 @@ class DistillObjective(ContrastiveObjective):
 
 
 def teacher_loss(ours: Tensor, wanted: Tensor, kind: str, group: Any = None) -> Tensor:
-    """How far embeddings are from a teacher's, 0-d float32, over those of all ranks.
+    """How far embeddings are from a teacher's, 0-d, float32 or as precise as ours, over those of all ranks.
 
     Gradients are W times those of this rank's rows, for W ranks, whose gradients are averaged.
 
@@ -135,7 +135,8 @@ def teacher_loss(ours: Tensor, wanted: Tensor, kind: str, group: Any = None) -> 
         group: the ranks that share the batch.
     """
     with torch.autocast(ours.device.type, enabled=False):
-        ours, wanted = ours.float(), F.normalize(wanted.float(), dim=-1)
+        kind_of_number = torch.promote_types(ours.dtype, torch.float32)
+        ours, wanted = ours.to(kind_of_number), F.normalize(wanted.to(kind_of_number), dim=-1)
         if kind == "cosine":
             near = (F.normalize(ours[:, : wanted.shape[1]], dim=-1) * wanted).sum(-1)
             return _mean_over_ranks(1 - near, group)
