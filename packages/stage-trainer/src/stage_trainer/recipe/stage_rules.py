@@ -124,10 +124,12 @@ def _check_embedding_cache(stage: Stage, here: str) -> None:
         return
     if not stage.stored:
         idle = "" if stage.batch.image_text else " (batch.image_text is 0, so the image tower takes no part)"
+        idle = " (no loss reads an image)" if "images" in stage.unread else idle
+        silent = "" if stage.reads("captions") or stage.reads("texts") else " (no loss reads a text)"
         raise UserError(
             f"{here}: 'embedding_cache' keeps the embeddings of a tower that does not train, and trainable.image is "
-            f"{stage.trainable.image!r}{idle} and trainable.text {stage.trainable.text!r}; set one to 'none', that of "
-            "images perhaps to 'projector', or leave 'embedding_cache' out"
+            f"{stage.trainable.image!r}{idle} and trainable.text {stage.trainable.text!r}{silent}; set one to 'none', "
+            "that of images perhaps to 'projector', or leave 'embedding_cache' out"
         )
     if "image" not in stage.stored:
         return
