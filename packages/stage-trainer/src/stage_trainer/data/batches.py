@@ -323,10 +323,11 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         ]
         return query[form], target, hard
 
-    @staticmethod
-    def _choose(alternatives: list[dict[str, Any]], seed: int, data: ImageSource, drawn: Drawn) -> dict[str, Any]:
+    def _choose(self, alternatives: list[dict[str, Any]], seed: int, data: ImageSource, drawn: Drawn) -> dict[str, Any]:
         text = alternatives[key(seed, "text") % len(alternatives)]
         drawn.texts[f"{_name(data)}/{text['language']}"] += 1
+        if self.frozen_texts and text["cut"]:  # of others the tokens say it
+            drawn.cut[_name(data)] += 1
         return text
 
 
