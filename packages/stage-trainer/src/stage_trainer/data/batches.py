@@ -48,7 +48,7 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         self.stage, self.seed, self.rank, self.world = stage, seed, rank, world
         self.tokenizer = tokenizer
         self.cache = SampleCache(data.cache_megabytes, data.max_pixels)
-        # What is read from the disk in the place of pixels, or beside them and texts; set by the task.
+        # What is read in the place of pixels, and from the disk beside them and texts; set by the task.
         self.frozen: FrozenImages | TextsAlone | None = TextsAlone() if "images" in stage.unread else None
         self.taught: Sequence[Taught] = ()
         self.frozen_texts: FrozenTexts | None = None

@@ -23,8 +23,8 @@ def check_teacher(stage: Stage, here: str) -> None:
         )
     if stage.teacher.loss == "relational" and stage.loss.exchange == "ring":
         raise UserError(
-            f"{here}: loss.exchange is 'ring', and teacher.loss 'relational' compares each text with those of all "
-            "ranks at once; set teacher.loss to 'cosine', or leave 'exchange' out"
+            f"{here}: loss.exchange is 'ring', and teacher.loss 'relational' compares each embedding with those of "
+            "all ranks at once; set teacher.loss to 'cosine', or leave 'exchange' out"
         )
     if stage.teacher.alone:
         _check_alone(stage, here)

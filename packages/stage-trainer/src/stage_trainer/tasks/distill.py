@@ -135,8 +135,8 @@ def teacher_loss(ours: Tensor, wanted: Tensor, kind: str, group: Any = None) -> 
         group: the ranks that share the batch.
     """
     with torch.autocast(ours.device.type, enabled=False):
-        kind_of_number = torch.promote_types(ours.dtype, torch.float32)
-        ours, wanted = ours.to(kind_of_number), F.normalize(wanted.to(kind_of_number), dim=-1)
+        dtype = torch.promote_types(ours.dtype, torch.float32)
+        ours, wanted = ours.to(dtype), F.normalize(wanted.to(dtype), dim=-1)
         if kind == "cosine":
             near = (F.normalize(ours[:, : wanted.shape[1]], dim=-1) * wanted).sum(-1)
             return _mean_over_ranks(1 - near, group)
