@@ -44,6 +44,11 @@ HIDDEN_WORDS = (
 )  # fmt: skip
 TEXTS = ("resolution=[[0, 32]]", "patch_dropout=[[0, 0]]", "batch={text: 24}", "model.text.dropout=0.1")
 TAUGHT = (*TEXTS, "teacher={model: {folder}/teacher/stage1, folder: {folder}/said, language: en, loss: relational}")
+SHOWN = (
+    *DRAWN, "resolution=[[0, 32]]", "batch={image_text: 24}",
+    "teacher={model: {folder}/teacher/stage1, folder: {folder}/said, of: [images, captions], language: en}",
+    "teacher.loss=relational",
+)  # fmt: skip
 SCORED = (*TEXTS, "data.text=[{path: text-triplets/scored}]", "teacher={loss: margin_mse, weight: 0.1}")
 ADAMW = ("optimizer={name: adamw}",)
 CACHED = ("gradient_cache={images: 5, tokens: 60}",)
@@ -72,6 +77,7 @@ def _curves() -> dict[str, Curve]:
         "two resolutions, resumed": Curve(changing, resumed=True),
         "masked language model": Curve(HIDDEN_WORDS, recipe="masked-lm"),
         "distillation": Curve(TAUGHT, taught=True),
+        "distillation of images": Curve(SHOWN, taught=True),
         "margins of scores": Curve(SCORED),
         "image adapter": Curve((*one_resolution, "model.vision.lora_rank=4", "trainable.image=adapters")),
         "projector": Curve((*one_resolution, "model.vision.projector=64", "trainable.image=projector")),

@@ -32,6 +32,11 @@ def test_the_curve_with_texts_from_the_disk_is_the_one_without(train, scalars, t
     out = train(1, *settings, *CACHED, output="with").stdout
     assert out.count(SAID) == 2  # captions and triplets
     assert_equal(curve(scalars, "with"), curve(scalars, "without"))
+    cut = [tag for tag in scalars("without/stage1") if tag.startswith("texts_cut/")]
+    assert len(cut) == 2
+    for tag in cut:
+        assert (found := scalars("with/stage1", tag)) == scalars("without/stage1", tag)
+        assert max(found.values()) > 0
     assert SAID not in train(1, *settings, *CACHED, "seed=0", output="again").stdout
     (one, *_) = (tmp_path / "kept").iterdir()
     origin = json.loads((one / "origin.json").read_text())

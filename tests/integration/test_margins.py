@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from bert_words import SPECIAL, word_piece
+from bert_words import cross_encoder
 from data_prep.shards import Dataset, DatasetWriter
 
 HERE = ("model.tokenizer={corpus}/tokenizer.model", "corpus={corpus}")
@@ -22,15 +22,7 @@ TAUGHT = (*TRIPLETS, "teacher={model: scorer, folder: said, loss: margin_mse}")
 @pytest.fixture
 def scorer(tmp_path):
     """A cross-encoder with random weights, in the folder that transformers writes."""
-    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=word_piece([]), **SPECIAL, model_max_length=64)
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    config = BertConfig(vocab_size=len(tokenizer), num_labels=1, initializer_range=0.3, **shape)
-    model = BertForSequenceClassification(config).eval()
-    model.save_pretrained(tmp_path / "scorer")
-    tokenizer.save_pretrained(tmp_path / "scorer")
+    model, tokenizer = cross_encoder(tmp_path / "scorer")
 
     def scores(content):
         """Logits of the first query with the first target and the first text of each negative, by transformers."""

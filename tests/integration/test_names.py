@@ -87,7 +87,7 @@ def test_a_model_that_the_readme_scores_with_exists():
 
 def test_every_recipe_is_looked_at():
     seen = {"drawn", "finetune", "finetune-small", "jina-clip-v1", "jina-clip-v2", "laptop", "masked-lm"}
-    seen |= {"documents", "joined", "lit", "teacher"}  # `test_small_budgets`
+    seen |= {"documents", "joined", "lit", "margins", "smaller", "teacher"}  # `test_small_budgets`
     seen |= {"jina-clip-v2-unified", "jina-clip-v2-resolution"}  # test_paper_ablations.py
     assert {file.stem for file in RECIPES} == seen
 

@@ -1,6 +1,7 @@
 """The recipes for small budgets, each in small on the drawn corpus, from towers that were finished before."""
 
 import pytest
+from bert_words import cross_encoder
 
 SMALL = (
     "steps=4", "warmup_steps=0", "precision=fp32", "device=cpu", "workers=0", "evaluation.every=0",
@@ -16,6 +17,14 @@ DRAWN = {
     "teacher": (
         "model.weights=finished", "teacher.model=finished", "teacher.folder=said", "batch={text: 16}",
         "data.text=[{path: text-pairs/drawn}]",
+    ),
+    "smaller": (
+        "model.vision_weights=finished/vision", "model.text_weights=finished/text", "teacher.model=finished",
+        "teacher.folder=said", "batch={image_text: 16}", IMAGES, "model.text={}",
+    ),
+    "margins": (
+        "model.weights=finished", "teacher.model=scorer", "teacher.folder=said", "batch={text: 8}",
+        "data.text=[{path: text-triplets/drawn}]",
     ),
     "joined": (
         "model.vision_weights=finished/vision", "model.text_weights=finished/text", "batch={image_text: 16}", IMAGES,
@@ -33,6 +42,7 @@ def test_each_recipe_runs_in_small_from_finished_towers(train, run, scalars, tmp
     recipes = train.recipe.parent
     train(1, "steps=4", "warmup_steps=0", "resolution=[[0, 32]]", "evaluation.every=0", output="before")
     run("stage-trainer", "export", "before/stage1", "finished")
+    cross_encoder(tmp_path / "scorer")
     for name, settings in DRAWN.items():
         recipe = recipes / f"{name}.yaml"
         here = ("corpus={corpus}", "model.tokenizer={corpus}/tokenizer.model", f"output={name}")

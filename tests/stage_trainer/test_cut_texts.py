@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 from data_prep.shards import DatasetWriter
-from stage_trainer.data.batches import shortened
+from stage_trainer.data.sections import shortened
 from stage_trainer.plan.lengths import text_lengths
 from stage_trainer.recipe.read import load
 from stage_trainer.run.text_counts import TextCounts

@@ -31,7 +31,7 @@ def test_in_bf16_the_losses_take_the_products_of_bfloat16_embeddings(monkeypatch
     )
     images, texts = torch.randn(9, 16), torch.randn(9, 16)
     seeds, ids = torch.arange(0), torch.arange(3)
-    batch = Batch(None, seeds, None, seeds, image_ids=ids, text_ids=ids, pairs=3, negatives=0)
+    batch = Batch(None, seeds, None, torch.arange(9), image_ids=ids, text_ids=ids, pairs=3, negatives=0)
     scales = {name: torch.tensor([2.0]) for name in ("image_text", "text")}
     for kind in ("multi_task", "unified"):
         config = LossConfig(kind=kind, dims=(16, 8))

@@ -199,6 +199,32 @@ def test_what_cannot_go_together_is_refused(recipes, overrides, message):
     refused(recipes / "drawn.yaml", overrides, message)
 
 
+@pytest.mark.parametrize(
+    ("teacher", "more", "message"),
+    [
+        ("loss: cosine", [], "texts of data.text, and batch.text is 0; raise it, or let teacher.of name images or cap"),
+        ("of: [images]", ["batch={text: 8}"], "for the images of data.image_text, and batch.image_text is 0; .* texts"),
+        ("of: []", [], r"teacher.of is \[\]; expected one or more of texts, images and captions, each once"),
+        ("of: [images, images]", [], "of texts, images and captions, each once"),
+        ("of: [images], language: en", [], r"language is 'en', and teacher.of is \[images\], which have no language"),
+        ("of: [images, captions]", ["trainable.image=none"], "draws the image tower by images, and trainable.image is"),
+        ("of: [images, captions]", ["trainable.text=none"], "draws the text tower by captions, and trainable.text is"),
+        ("of: [images], loss: margin_mse", [], r"\['images'\], and teacher.loss 'margin_mse' is for triplets of texts"),
+        ("of: [images], alone: true", [], "nothing reads captions, and trainable.text is 'all'; set it to 'none', add"),
+        ("of: [captions], alone: true", ["batch.text=8"], "nothing reads images, and trainable.image is 'all'; set"),
+        ("of: [images], alone: true", ["batch.text=8", "loss.temperature=shared"], "leaves image-text pairs no temper"),
+        ("of: [images], alone: true", ["batch.text=8", "loss.kind=unified"], "contrasted or ranked by loss.kind 'unif"),
+        ("of: [images], alone: true", ["trainable.text=none", "embedding_cache=a"], r"'none' \(no loss reads a text"),
+        ("of: [captions], alone: true", ["trainable.image=none", "embedding_cache=a"], r"'none' \(no loss reads an im"),
+        ("of: [images, captions], alone: true", ["lr={image: 1e-3}"], "lr.text is missing, and the text tower trains"),
+        ("of: [images]", ["data.image_text=[{path: 'a/{0..3}.tar'}]"], "of shards without a manifest .* of teacher.of"),
+    ],
+)  # fmt: skip
+def test_what_a_teacher_of_images_cannot_be_asked_is_refused(recipes, teacher, more, message):
+    overrides = ["batch={image_text: 8}", f"teacher={{model: a, folder: b, {teacher}}}", *more]
+    refused(recipes / "drawn.yaml", overrides, message)
+
+
 def test_the_best_of_a_stage_that_measures_nothing_is_refused(recipes):
     masked_then_pairs = [
         "stages.1.batch={masked_lm: 8}", "stages.1.data={masked_lm: [text-pairs/drawn]}",

@@ -8,6 +8,7 @@ import torch
 from data_prep.shards import Dataset, DatasetWriter, ShardError, Unusable
 from stage_trainer.data.samples import SampleCache
 from stage_trainer.data.scored_texts import OwnScores, ScoredTexts
+from stage_trainer.data.taught import with_said
 from stage_trainer.errors import UserError
 from stage_trainer.recipe.read import load
 from stage_trainer.recipe.teacher import TeacherConfig
@@ -45,43 +46,46 @@ def scored(tmp_path, data, language=None):
     return taught
 
 
+def attached(taught, data, index):
+    """A sample's texts with what the teacher says of them."""
+    return with_said([taught], data, index, SampleCache(0).sample(data, index)[1])
+
+
 def test_without_a_language_the_student_reads_what_the_teacher_read(write, tmp_path):
     data = write(triplet(), triplet(3))
     taught = scored(tmp_path, data)
-    content = taught.cache.sample(data, 0)[1]
-    assert taught.question(data, content) == [("q de", "t de"), ("q de", "n0 de"), ("q de", "n1 de")]
-    _, texts = taught.sample(data, 0)
-    assert torch.equal(texts["teacher"], torch.tensor([3.0, 1, 2]))
+    assert taught.questions(data, 0) == [[("q de", "t de"), ("q de", "n0 de"), ("q de", "n1 de")]]
+    texts = attached(taught, data, 0)
+    assert torch.equal(texts["teacher"]["texts"], torch.tensor([3.0, 1, 2]))
     assert (texts["query"], texts["negatives"]) == (both("q")[:1], [both("n0")[:1], both("n1")[:1]])
     with pytest.raises(Unusable, match="3 negatives, and the first triplet has 2"):
-        taught.question(data, taught.cache.sample(data, 1)[1])
+        taught.questions(data, 1)
 
 
 def test_scores_in_one_language_teach_all_of_them(write, tmp_path):
     data = write(triplet())
     taught = scored(tmp_path, data, "en")
-    content = taught.cache.sample(data, 0)[1]
-    assert taught.question(data, content)[1] == ("q en", "n0 en")
-    assert taught.sample(data, 0)[1]["negatives"] == [both("n0"), both("n1")]
+    assert taught.questions(data, 0)[0][1] == ("q en", "n0 en")
+    assert attached(taught, data, 0)["negatives"] == [both("n0"), both("n1")]
     assert (
         scored(tmp_path, data, "en").stores[data.directory].directory
         != scored(tmp_path, data).stores[data.directory].directory
     )
     french = ScoredTexts(TeacherConfig(model="m", folder="f", language="fr", loss="margin_mse"), [data], taught.cache)
     with pytest.raises(Unusable, match="not all texts in 'fr', which the teacher reads"):
-        french.question(data, content)
+        french.questions(data, 0)
 
 
 def test_the_datas_own_scores_and_one_without_is_of_no_use(write):
     data = write(triplet(scores=[3, 1.5, 2]), triplet(), triplet(scores=[3, 1]), triplet(scores=[3, 1, True]))
     own = OwnScores([data], SampleCache(0))
-    assert own.check(16) == 3
-    assert torch.equal(own.sample(data, 0)[1]["teacher"], torch.tensor([3.0, 1.5, 2]))
+    assert own.check("", 16) == 3
+    assert torch.equal(attached(own, data, 0)["teacher"]["texts"], torch.tensor([3.0, 1.5, 2]))
     with pytest.raises(ShardError, match="sample s1 has no scores, and the recipe names no teacher.model"):
-        own.sample(data, 1)
+        attached(own, data, 1)
     for index in (2, 3):
         with pytest.raises(ShardError, match="its scores are not one for the target and one for each negative but a"):
-            own.sample(data, index)
+            attached(own, data, index)
 
 
 def test_what_is_no_triplet_and_data_sets_that_differ_are_refused(write):
@@ -102,7 +106,7 @@ def test_hard_negatives_are_embedded_only_where_a_loss_reads_them(write, tmp_pat
     )  # fmt: skip
     task = make_task(load(recipes / "drawn.yaml", settings, 1).recipe, 1)
     batches = task.make_batches(lambda texts, max_length: [[0, len(words), 2] for words in texts], 0, 1)
-    batches.taught = batches.taught if negatives else OwnScores(batches.text_sources, SampleCache(0))
+    batches.taught = batches.taught if negatives else [OwnScores(batches.text_sources, SampleCache(0))]
     assert batches.hard_negatives == negatives
     batch, _ = batches[0]
     assert (batch.negatives, len(batch.texts.lengths)) == (negatives, 4 * (2 + negatives))

@@ -128,10 +128,11 @@ def test_a_shard_that_cannot_be_fetched_today_is_not_kept_as_unusable(recipe, mo
 
 def say(recipe, weights, max_tokens=32, width=64):
     """What a teacher with these weights would have `stage-trainer embed` write."""
-    for store in batches_of(recipe).taught.stores.values():
-        store.note_maker({"weights": weights, "max_tokens": max_tokens})
-        for shard in store.missing():
-            store.write(shard, np.ones((store.data.shard_sizes[shard], 1, width), np.float32), {})
+    for said in batches_of(recipe).taught:
+        for store in said.stores.values():
+            store.note_maker(said.maker(weights, max_tokens))
+            for shard in store.missing():
+                store.write(shard, np.ones((store.data.shard_sizes[shard], 1, width), np.float32), {})
 
 
 def forget(tmp_path):
@@ -186,7 +187,9 @@ def test_a_teacher_that_is_here_is_the_one_that_spoke(recipe, tmp_path):
 def test_the_vectors_of_all_data_sets_are_one_teachers_of_texts_of_one_length(recipe):
     taught = recipe(*TAUGHT)
     say(taught, "one")
-    found = batches_of(taught).taught
-    assert found.check(32) == 64
+    (found,) = batches_of(taught).taught
+    assert found.check("one", 32) == 64
     with pytest.raises(UserError, match=r"max_tokens.* 32.*; now .*max_tokens.* 16"):
-        found.check(16)
+        found.check("one", 16)
+    with pytest.raises(UserError, match=r"weights.*one.*; now .*weights.*two"):
+        found.check("two", 32)

@@ -290,7 +290,7 @@ def test_both_towers_of_one_hub_name_bring_its_temperature(ours, recipe_from, mo
     assert weights.log_scales(recipe.model) == pytest.approx((math.log(1 / 0.05), math.log(1 / 0.2)))
 
 
-@pytest.mark.parametrize("name", ["lit", "joined", "teacher", "documents"])
+@pytest.mark.parametrize("name", ["lit", "joined", "teacher", "documents", "smaller", "margins"])
 def test_a_recipe_whose_weights_are_elsewhere_is_shown_by_a_dry_run(recipes, name):
     """Adapters that it chooses from those weights have their rank."""
     said = dry_run(load(recipes / f"{name}.yaml", (), 1), 1)

@@ -1,6 +1,8 @@
-"""BERT's tokenizer in small, as the tokenizers library makes it."""
+"""BERT in small: its tokenizer, as the tokenizers library makes it, and a cross-encoder, as transformers writes it."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
@@ -19,3 +21,18 @@ def word_piece(more: Sequence[str]) -> Tokenizer:
     )
     built.add_special_tokens(list(SPECIAL.values()))
     return built
+
+
+def cross_encoder(folder: Path) -> tuple[Any, Any]:
+    """(model, tokenizer) of transformers with random weights, which are in the folder then."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=word_piece([]), **SPECIAL, model_max_length=64)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = BertConfig(vocab_size=len(tokenizer), num_labels=1, initializer_range=0.3, **shape)
+    model = BertForSequenceClassification(config).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model, tokenizer

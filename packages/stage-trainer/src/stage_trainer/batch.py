@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, is_dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, is_dataclass
 
 import torch
 from text_tower import MaskedTokens, PackedTokens
@@ -41,7 +41,8 @@ class Batch(Part):
     """One rank's part of a global batch: I image-caption pairs and P text pairs with K hard negatives each.
 
     Its images are the I of the captions and, in a unified batch with views, twice as many more: a view of each, then
-    another. Its texts are I captions, P queries, P targets and P·K hard negatives, in this order.
+    another. Its texts are I captions, P queries, P targets and P·K hard negatives, in this order. Images or captions
+    that no loss reads are left out.
 
     Attributes:
         image_ids: `[I]` int64, equal for samples that show the same item.
@@ -49,7 +50,8 @@ class Batch(Part):
         negatives: K.
         text_ids: `[P]` int64, equal for pairs about the same item.
         scores: `[P]` float64, how alike the texts of a pair are; None of pairs that are not graded.
-        teacher: `[P, T]` float32, a teacher's embedding of each pair; None without one.
+        teacher: what a teacher says, float32, by what it says it of: of each pair of "texts" `[P, T]`, of the "images"
+            or their "captions" `[I, T]`; empty without one.
     """
 
     image_ids: Tensor
@@ -57,7 +59,12 @@ class Batch(Part):
     negatives: int
     text_ids: Tensor
     scores: Tensor | None = None
-    teacher: Tensor | None = None
+    teacher: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def captions(self) -> int:
+        """How many of its texts are captions."""
+        return len(self.text_seeds) - self.pairs * (2 + self.negatives)
 
 
 @dataclass(frozen=True)

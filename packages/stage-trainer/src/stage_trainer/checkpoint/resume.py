@@ -79,6 +79,8 @@ def settings(recipe: Recipe, number: int) -> dict[str, Any]:
     del tree["model"]["tokenizer"]
     if stage["teacher"]:
         del stage["teacher"]["folder"]
+        if stage["teacher"]["of"] == ("texts",):  # as of releases before there was this setting
+            del stage["teacher"]["of"]
     stage["data"]["lanes"] = recipe.stage(number).data.lane_count
     for source in (*stage["data"]["image_text"], *stage["data"]["text"]):
         source["path"] = "/".join(source["path"].partition("?")[0].rstrip("/").split("/")[-2:])

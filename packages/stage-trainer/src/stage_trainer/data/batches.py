@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,11 @@ from stage_trainer.data.look_ahead import check_room, choose_ranges, look_ahead,
 from stage_trainer.data.opening import open_source
 from stage_trainer.data.pieces import IMAGES, PIECE, BatchesInPieces
 from stage_trainer.data.sampler import Draw, Draws, TaskSampler
-from stage_trainer.data.samples import REPLACEMENTS, SampleCache, negatives_of, replacement
-from stage_trainer.data.sections import Piece, Samples, Section, batch_of
+from stage_trainer.data.samples import REPLACEMENTS, SampleCache, TextsAlone, negatives_of, replacement
+from stage_trainer.data.sections import Piece, Samples, batch_of, section_of
 from stage_trainer.data.stateless_rng import key
 from stage_trainer.data.streamed import StreamedShards, streamed_sources
-from stage_trainer.data.taught_texts import Taught
+from stage_trainer.data.taught import Taught, with_said
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import Source, Stage
 
@@ -48,9 +48,9 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         self.stage, self.seed, self.rank, self.world = stage, seed, rank, world
         self.tokenizer = tokenizer
         self.cache = SampleCache(data.cache_megabytes, data.max_pixels)
-        # What is read from the disk in the place of pixels, or beside texts; set by the task.
-        self.frozen: FrozenImages | None = None
-        self.taught: Taught | None = None
+        # What is read in the place of pixels, and from the disk beside them and texts; set by the task.
+        self.frozen: FrozenImages | TextsAlone | None = TextsAlone() if "images" in stage.unread else None
+        self.taught: Sequence[Taught] = ()
         self.frozen_texts: FrozenTexts | None = None
         self.inference: dict[str, Any] = {}  # how its images come to their size, as the tower says; set by `prepare`
         self.workers = data.workers
@@ -75,8 +75,8 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
             raise UserError(
                 "a unified loss has no place for the hard negatives of triplets; name text pairs in data.text"
             )
-        unread = stage.teacher is not None and stage.teacher.only_embeds
-        if stage.batch.text == 1 and not self.hard_negatives and stage.loss.kind == "multi_task" and not unread:
+        contrasted = stage.loss.kind == "multi_task" and not stage.only_embeds("text")
+        if stage.batch.text == 1 and not self.hard_negatives and contrasted:
             raise UserError("batch.text is 1, and a single pair has no negatives; raise it, or name triplets")
         self.image_sampler = self._sampler(stage.data.image_text, self.image_sources, stage.batch.image_text, False)
         self.text_sampler = self._sampler(stage.data.text, self.text_sources, stage.batch.text, True)
@@ -114,18 +114,18 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
     def _hard_negatives(self) -> int:
         """K of the stage's triplets, as the first sample of the first source has it; 0 for pairs, and if nothing reads
         them."""
-        if not (self.text_sources and self.text_sources[0].kind == "text-triplets"):
-            return 0
-        if self.stage.teacher is not None and self.stage.teacher.only_embeds:
+        triplets = self.text_sources and self.text_sources[0].kind == "text-triplets"
+        if not triplets or self.stage.only_embeds("text"):
             return 0
         return negatives_of(self.text_sources[0], self.cache)
 
     @property
     def fingerprint(self) -> dict[str, str]:
         """What data this is: {directory of a data set: hash of its manifest, and who its teacher was}."""
-        found = {_name(d): d.fingerprint for d in [*self.image_sources, *self.text_sources]}
-        if self.taught:
-            found |= {_name(d): f"{d.fingerprint}, taught by {self.taught.said_by(d)}" for d in self.text_sources}
+        found = {}
+        for data in [*self.image_sources, *self.text_sources]:
+            teachers = [taught.said_by(data) for taught in self.taught if isinstance(data, Dataset)]
+            found[_name(data)] = ", taught by ".join([data.fingerprint, *filter(None, teachers)])
         return found
 
     def __len__(self) -> int:
@@ -163,7 +163,8 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         return self._image_bytes(step) * -(-self._size(step, "image_text") // self.pieces(step))
 
     def _image_bytes(self, step: int) -> int:
-        """Of an image with its views; of an embedding, whose width is not known here, what a wide one has."""
+        """Of an image with its views; of an embedding, whose width is not known here, or of what has none, what a wide
+        one has."""
         if self.frozen:
             return 2**14
         return 3 * self.stage.resolution_at(step) ** 2 * (1 + self.stage.loss.views)
@@ -179,30 +180,8 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         pairs = self._pairs(step, share) if "text" in kinds else Samples()
         of_views = np.array(seeds, dtype=np.int64).reshape(self.stage.loss.views, len(images.seeds))
         images.drawn.fetched += newly_fetched([*self.image_sources, *self.text_sources])
-        return Piece(self._section(images), pixels, of_views, self._section(pairs))
-
-    def _section(self, samples: Samples) -> Section:
-        """Tokenises."""
-        texts = {}
-        for part, given in samples.texts.items():
-            if not given:
-                continue
-            if self.frozen_texts:
-                texts[part] = torch.stack(given).numpy(), np.zeros(len(given), np.int64)
-                continue
-            found = self.tokenizer(given, max_length=None)
-            sources = [name for name in samples.sources for _ in range(len(given) // len(samples.sources))]
-            cut = (name for name, ids in zip(sources, found, strict=True) if len(ids) > self.stage.max_tokens)
-            samples.drawn.cut.update(cut)
-            short = [shortened(ids, self.stage.max_tokens) for ids in found]
-            lengths = np.fromiter(map(len, short), np.int64, len(short))
-            texts[part] = np.fromiter(chain.from_iterable(short), np.int64, int(lengths.sum())), lengths
-            samples.drawn.tokens += int(lengths.sum())
-            samples.drawn.squared_tokens += int((lengths**2).sum())
-        seeds, ids = (np.array(numbers, dtype=np.int64) for numbers in (samples.seeds, samples.ids))
-        scores = None if samples.scores is None else np.array(samples.scores, dtype=np.float64)
-        teacher = torch.stack(samples.teacher).numpy() if samples.teacher else None
-        return Section(seeds, ids, texts, samples.drawn, scores, teacher)
+        of_images, of_pairs = (section_of(of, self.tokenizer, self.stage.max_tokens) for of in (images, pairs))
+        return Piece(of_images, pixels, of_views, of_pairs)
 
     def _images(self, step: int, share: tuple[int, int]) -> tuple[Samples, torch.Tensor | None, list[list[int]]]:
         """A share of this rank's captioned images of a step: (samples, pixels, seeds of the views)."""
@@ -214,17 +193,24 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
             data = self.image_sources[draw.source]
             index, decoded, content = self._sample(data, draw.index, found.drawn, self.frozen or self.cache)
             seed = self._seed(data, draw)
-            assert decoded is not None  # content_of guarantees it
-            shown = self._shown(decoded, size, seed, view_seed(self.seed, data, index))
-            if pixels is None:
-                pixels = shown.new_empty(1 + views, len(draws), *shown.shape)
-            pixels[0, row] = shown
-            for number, of_all in enumerate(seeds):
-                of_all.append(key(seed, "view", number))
-                pixels[1 + number, row] = simclr_view(decoded, of_all[-1], size, flip=self.stage.augmentation.flip)
-            caption = self._choose(content["captions"], seed, data, found.drawn)
-            found.add(seed, content["item"], _name(data), caption=[caption[self._form]])
+            if decoded is not None:
+                shown = self._shown(decoded, size, seed, view_seed(self.seed, data, index))
+                if pixels is None:
+                    pixels = shown.new_empty(1 + views, len(draws), *shown.shape)
+                pixels[0, row] = shown
+                for number, of_all in enumerate(seeds):
+                    of_all.append(key(seed, "view", number))
+                    pixels[1 + number, row] = simclr_view(decoded, of_all[-1], size, flip=self.stage.augmentation.flip)
+            self._add_captioned(found, data, seed, content)
         return found, pixels, seeds
+
+    def _add_captioned(self, found: Samples, data: ImageSource, seed: int, content: dict[str, Any]) -> None:
+        """Adds a captioned image: one of its captions, if a loss reads it, and what a teacher says."""
+        read = self.stage.reads("captions")
+        captions = [self._choose(content["captions"], seed, data, found.drawn)] if read else []
+        found.add(seed, content["item"], _name(data), caption=[caption[self._form] for caption in captions])
+        for taught in [content, *captions] if self.taught else ():
+            found.teach(taught["teacher"])
 
     def _shown(self, decoded: torch.Tensor, size: int, seed: int, of_views: int) -> torch.Tensor:
         """What a step gets of an image: uint8 `[3, R, R]`, or of a frozen tower the embedding `[D]`.
@@ -249,14 +235,14 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
             found.scores = []
         for draw in self._draws(self.text_sampler, self.text_sources, step - start, share):
             data = self.text_sources[draw.source]
-            _, _, content = self._sample(data, draw.index, found.drawn, self.taught or self.cache)
+            _, _, content = self._sample(data, draw.index, found.drawn, self.cache)
             seed = self._seed(data, draw)
             query, target, hard = self._texts(content, seed, draw.source, found.drawn)
             found.add(seed, content["item"], _name(data), query=[query], target=[target], negative=hard)
             if found.scores is not None:
                 found.scores.append(content["score"])
             if self.taught:
-                found.teacher.append(content["teacher"])
+                found.teach(content["teacher"])
         return found
 
     def joined(self, step: int, pieces: Iterable[Piece]) -> tuple[Batch, Drawn]:
@@ -264,7 +250,9 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         batch, drawn = batch_of(pieces, self._size(step, "image_text"), self.hard_negatives)
         self._go_on(drawn.positions)
         drawn.fetched += newly_fetched([*self.image_sources, *self.text_sources])  # by the process that joins
-        return batch, drawn
+        # A rank with no sample of a task takes part in its loss, too.
+        nothing = {taught.of: torch.zeros(0, taught.width) for taught in self.taught if taught.of not in batch.teacher}
+        return replace(batch, teacher={**batch.teacher, **nothing}), drawn
 
     def _draws(
         self, sampler: TaskSampler | None, sources: Sequence[ImageSource], number: int, share: tuple[int, int]
@@ -278,7 +266,7 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         return draws.within(len(draws) * i // of, len(draws) * (i + 1) // of)
 
     def _sample(
-        self, data: ImageSource, index: int, drawn: Drawn, samples: SampleCache | FrozenImages | Taught
+        self, data: ImageSource, index: int, drawn: Drawn, samples: SampleCache | FrozenImages | TextsAlone
     ) -> tuple[int, torch.Tensor | None, dict[str, Any]]:
         """(its number, pixels, texts) of a sample, or of the one that takes its place."""
         if isinstance(data, StreamedShards):
@@ -286,7 +274,9 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         for attempt in range(REPLACEMENTS):
             try:
                 pixels, content = samples.sample(data, index)
-                content = self.frozen_texts.attached(data, index, content) if self.frozen_texts else content
+                if self.frozen_texts and data.directory in self.frozen_texts.stores:
+                    content = self.frozen_texts.attached(data, index, content)
+                content = with_said(self.taught, data, index, content) if self.taught else content
                 self._check(data, index, content)
                 return index, pixels, content
             except (ShardError, ImageError) as error:
@@ -333,16 +323,12 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         ]
         return query[form], target, hard
 
-    @staticmethod
-    def _choose(alternatives: list[dict[str, Any]], seed: int, data: ImageSource, drawn: Drawn) -> dict[str, Any]:
+    def _choose(self, alternatives: list[dict[str, Any]], seed: int, data: ImageSource, drawn: Drawn) -> dict[str, Any]:
         text = alternatives[key(seed, "text") % len(alternatives)]
         drawn.texts[f"{_name(data)}/{text['language']}"] += 1
+        if self.frozen_texts and text["cut"]:  # of others the tokens say it
+            drawn.cut[_name(data)] += 1
         return text
-
-
-def shortened(ids: list[int], longest: int) -> list[int]:
-    """A text's ids, of which at most `longest` stay: the first ones and `</s>`, as `Tokenizer` does with max_length."""
-    return ids if len(ids) <= longest else [*ids[: longest - 1], ids[-1]]
 
 
 def _name(data: ImageSource) -> str:

@@ -79,6 +79,14 @@ class SampleCache:
         return found
 
 
+class TextsAlone:
+    """In the place of a `SampleCache` of captioned images whose pixels nothing reads."""
+
+    def sample(self, data: Dataset, index: int) -> tuple[None, dict[str, Any]]:
+        """As `SampleCache.sample`."""
+        return None, texts_of(data, index, data.read(index))
+
+
 def replacement(data: Dataset, index: int, attempt: int, whole_shard: bool) -> int:
     """The sample that takes the place of `index`: another of its shard, which is at hand; where that did not help, or
     there is none, one of another shard, the same for all of its samples, so that a shard that is gone does not cost

@@ -3,77 +3,81 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from data_prep.shards import Dataset, ShardError, Unusable
 
 from stage_trainer.data.samples import SampleCache, negatives_of
-from stage_trainer.data.taught_texts import TaughtTexts, first_in
+from stage_trainer.data.taught import Said, first_in
 from stage_trainer.errors import UserError
 from stage_trainer.recipe.teacher import TeacherConfig
 
 
-class ScoredTexts(TaughtTexts):
+class ScoredTexts(Said):
     """A stage's data sets of triplets; a sample has the teacher's scores, of the query with the target and with each of
-    the K hard negatives, float32 `[1 + K]`, as `teacher` among its texts."""
+    the K hard negatives, float32 `[1 + K]`."""
+
+    of: ClassVar[str] = "texts"
 
     def __init__(self, teacher: TeacherConfig, sources: Iterable[Dataset], cache: SampleCache):
         found = list(sources)
         self.negatives = _negatives_of_all(found, cache)
         super().__init__(teacher, found, cache)
 
-    def question(self, data: Dataset, content: dict[str, Any]) -> list[tuple[str, str]]:
-        """The pairs that the teacher reads of a triplet: the query with the target and with each hard negative.
-
-        Raises:
-            Unusable: a text is missing in its language, or the triplet has not K negatives.
-        """
-        language = self.teacher.language
+    def questions(self, data: Dataset, index: int) -> list[Any]:
+        """The pairs that the teacher reads of a triplet, in one list: the query with the target and with each hard
+        negative. Errors as `Said.questions`; Unusable also if the triplet has not K negatives."""
+        content, language = self.cache.sample(data, index)[1], self.teacher.language
         if len(content["negatives"]) != self.negatives:
             raise Unusable(f"{len(content['negatives'])} negatives, and the first triplet has {self.negatives}")
         query, *others = (first_in(language, texts) for texts in _parts(content))
         pairs = [(query, other) for other in others if query is not None and other is not None]
         if len(pairs) < len(others):
             raise Unusable(f"not all texts in {language!r}, which the teacher reads")
-        return pairs
+        return [pairs]
 
-    def sample(self, data: Dataset, index: int) -> tuple[torch.Tensor | None, dict[str, Any]]:
-        """As `TaughtTexts.sample`. Without a `language` alternatives need not say the same: then only those that the
-        teacher read are there."""
-        pixels, texts = super().sample(data, index)
-        return pixels, texts if self.teacher.language else {**texts, **as_read(texts)}
+    def _with(self, content: dict[str, Any], vectors: torch.Tensor) -> dict[str, Any]:
+        """Without a `language` alternatives need not say the same: then only those that the teacher read are there."""
+        found = super()._with(content, vectors)
+        return found if self.teacher.language else {**found, **as_read(found)}
 
     def maker(self, weights: str, max_tokens: int) -> dict[str, object]:
         """The weights alone: a cross-encoder cuts where it says itself."""
         return {"weights": weights}
 
-    def _origin(self, data: Dataset) -> dict[str, object]:
-        return {**super()._origin(data), "scores": 1 + self.negatives}
+    def _origin(self) -> dict[str, object]:
+        return {**super()._origin(), "scores": 1 + self.negatives}
 
 
 class OwnScores:
     """In the place of `ScoredTexts`, of triplets whose data have the scores themselves, as `scores`."""
 
-    def __init__(self, sources: Iterable[Dataset], cache: SampleCache):
-        self.cache, self.negatives = cache, _negatives_of_all(list(sources), cache)
+    of: ClassVar[str] = "texts"
+    weights = ""
 
-    def sample(self, data: Dataset, index: int) -> tuple[torch.Tensor | None, dict[str, Any]]:
-        """As `ScoredTexts.sample`."""
-        pixels, texts = self.cache.sample(data, index)
-        if texts.get("scores") is None:
+    def __init__(self, sources: Iterable[Dataset], cache: SampleCache):
+        found = list(sources)
+        self.directories = {data.directory for data in found}
+        self.width = 1 + _negatives_of_all(found, cache)
+
+    def attached(self, data: Dataset, index: int, content: dict[str, Any]) -> dict[str, Any]:
+        """As `ScoredTexts.attached`."""
+        if data.directory not in self.directories:
+            return content
+        if content.get("scores") is None:
             raise ShardError(
                 f"{data.directory}: sample {data.row(index).key} has no scores, and the recipe names no teacher.model"
             )
-        scores = torch.tensor(texts["scores"], dtype=torch.float32)
-        return pixels, {**texts, **as_read(texts), "teacher": scores}
+        scores = torch.tensor(content["scores"], dtype=torch.float32)
+        return {**content, **as_read(content), "teacher": {"texts": scores}}
 
-    def said_by(self, data: Dataset) -> str:
-        return "its own scores"
+    def said_by(self, data: Dataset) -> str | None:
+        return "its own scores" if data.directory in self.directories else None
 
-    def check(self, max_tokens: int) -> int:
+    def check(self, weights: str, max_tokens: int) -> int:
         """1 + K. There is nothing to check: a triplet without scores is replaced when it is drawn."""
-        return 1 + self.negatives
+        return self.width
 
 
 def as_read(content: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
     FOLDER/NAME-DIGEST/origin.json      what they are of, and by which model
     FOLDER/NAME-DIGEST/maker.json       a teacher's weights and settings, which `origin` does not say
     FOLDER/NAME-DIGEST/000000.npy       those of the data set's shard 0, to be mapped into memory
-    FOLDER/NAME-DIGEST/000000.json      its sidecar: sha256, and the samples that have none, each with the reason
+    FOLDER/NAME-DIGEST/000000.json      its sidecar: sha256; the samples that have none, each with the reason; and which
+                                        vectors are of texts that were cut
 
 The digest is of everything in origin.json: vectors of other weights, data or settings are in another folder. A shard's
 sidecar is written after its vectors, and both appear whole or not at all: what is there is finished, and work that was
@@ -15,8 +16,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -47,7 +49,7 @@ class StoredVectors:
         self._about = json.dumps(about, indent=2, sort_keys=True)
         digest = hashlib.sha256(self._about.encode()).hexdigest()[:16]
         self.directory = folder / f"{data.kind}-{data.source}-{digest}"
-        self._open: dict[int, tuple[np.ndarray, dict[int, str]]] = {}
+        self._open: dict[int, tuple[np.ndarray, dict[int, str], dict[int, list[int]]]] = {}
 
     def missing(self) -> list[int]:
         """The shards without vectors."""
@@ -92,12 +94,19 @@ class StoredVectors:
             self.directory.mkdir(parents=True, exist_ok=True)
             write_file(file, _said(maker).encode())
 
-    def write(self, shard: int, vectors: np.ndarray, unusable: Mapping[int, str]) -> None:
+    def write(
+        self,
+        shard: int,
+        vectors: np.ndarray,
+        unusable: Mapping[int, str],
+        cut: Mapping[int, Sequence[int]] = MappingProxyType({}),
+    ) -> None:
         """Adds a shard.
 
         Args:
             vectors: float32 `[n, V, D]`, rows of zeros where there is none.
             unusable: {place in the shard: why there is none}.
+            cut: {place in the shard: which of its V are of texts of which the end was cut off}.
 
         Raises:
             UserError: the disk is full, or the folder cannot be written.
@@ -112,6 +121,7 @@ class StoredVectors:
             about = {
                 "sha256": hashlib.sha256(raw).hexdigest(),
                 "unusable": {str(place): reason for place, reason in unusable.items()},
+                "cut": {str(place): list(which) for place, which in cut.items()},
             }
             write_file(self._sidecar(shard), json.dumps(about).encode())
         self._open.pop(shard, None)
@@ -122,12 +132,13 @@ class StoredVectors:
         Raises:
             UserError: its shard is not there, or cannot be read.
         """
-        shard = self.data.shard_of(index)
-        if shard not in self._open:
-            self._open[shard] = self._read(shard)
-        vectors, unusable = self._open[shard]
-        place = index - self.data.samples_of(shard).start
+        (vectors, unusable, _), place = self._place(index)
         return unusable[place] if place in unusable else torch.from_numpy(vectors[place].copy())
+
+    def cut(self, index: int) -> list[int]:
+        """Which of sample `index`'s vectors are of texts of which the end was cut off; errors as `of`."""
+        (_, _, cut), place = self._place(index)
+        return cut.get(place, [])
 
     @property
     def width(self) -> int:
@@ -137,12 +148,21 @@ class StoredVectors:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_open": {}}  # a worker process maps its own
 
-    def _read(self, shard: int) -> tuple[np.ndarray, dict[int, str]]:
+    def _place(self, index: int) -> tuple[tuple[np.ndarray, dict[int, str], dict[int, list[int]]], int]:
+        """(what `_read` gives of the sample's shard, its place there)"""
+        shard = self.data.shard_of(index)
+        if shard not in self._open:
+            self._open[shard] = self._read(shard)
+        return self._open[shard], index - self.data.samples_of(shard).start
+
+    def _read(self, shard: int) -> tuple[np.ndarray, dict[int, str], dict[int, list[int]]]:
         array, expected = self._array(shard), self.data.shard_sizes[shard]
         try:
             vectors = np.load(array, mmap_mode="r", allow_pickle=False)
-            unusable = {int(place): str(why) for place, why in read_json(self._sidecar(shard))["unusable"].items()}
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+            about = read_json(self._sidecar(shard))
+            unusable = {int(place): str(why) for place, why in about["unusable"].items()}
+            cut = {int(place): [int(one) for one in which] for place, which in about.get("cut", {}).items()}
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(
                 f"{array} cannot be read ({error}); remove {self.directory}, and it is made anew"
             ) from error
@@ -151,7 +171,7 @@ class StoredVectors:
                 f"{array} holds {vectors.dtype} {list(vectors.shape)}; expected float32 [{expected}, views, width]: "
                 f"remove {self.directory}, and it is made anew"
             )
-        return vectors, unusable
+        return vectors, unusable, cut
 
     def _array(self, shard: int) -> Path:
         return self.directory / f"{shard:06}.npy"

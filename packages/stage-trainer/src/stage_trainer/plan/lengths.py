@@ -74,8 +74,8 @@ def text_lengths(recipe: Recipe, stage: Stage, mean_tokens: float | None) -> Len
     """Mean tokens: `mean_tokens` if given, else counted on the data where they are, else half of `max_tokens`."""
     tokenizer = _tokenizer(recipe.model)
     found: dict[str, list[Counted | None]] = {}
-    for task in ("image_text", "text"):
-        sources = getattr(stage.data, task) if getattr(stage.batch, task) else ()
+    for task, what in (("image_text", "captions"), ("text", "texts")):
+        sources = getattr(stage.data, task) if stage.reads(what) else ()
         found[task] = [_counted(DataConfig.of(recipe), source, stage.max_tokens, tokenizer) for source in sources]
     counted = [each for task in found.values() for each in task if each]
     unknown = sum(each is None for task in found.values() for each in task)

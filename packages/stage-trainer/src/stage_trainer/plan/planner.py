@@ -233,11 +233,10 @@ def _numbers(parameters: Iterator[nn.Parameter] | list[nn.Parameter]) -> int:
 
 def sizes_of(stage: Stage, segment: Segment, ranks: int, lengths: Lengths, negatives: int) -> Sizes:
     """One rank's part of a step; the largest part, where the ranks' differ."""
-    images = -(-stage.batch.image_text // ranks) if "image_text" in segment.tasks else 0
-    pairs = -(-stage.batch.text // ranks) if "text" in segment.tasks else 0
-    texts = images + pairs * (2 + negatives)
-    tokens = images * lengths.captions + pairs * (2 + negatives) * lengths.texts
-    length, unified = max(1, round(tokens / texts)), stage.loss.unified_pairs(images, pairs)
+    images, captions, pairs = (-(-count // ranks) for count in stage.counts(segment.tasks))
+    texts = captions + pairs * (2 + negatives)
+    tokens = captions * lengths.captions + pairs * (2 + negatives) * lengths.texts
+    length, unified = max(1, round(tokens / max(1, texts))), stage.loss.unified_pairs(images, pairs)
     return Sizes(images * (1 + stage.loss.views), texts, length, pairs, negatives, ranks, unified, lengths.squares)
 
 
@@ -318,9 +317,8 @@ def _option(model: Model, shape: StepShape, sizes: Sizes, setting: Setting, clus
 
 def shape_of(stage: Stage, segment: Segment, sizes: Sizes, vision: VisionTowerConfig) -> StepShape:
     """The global batch, every text of the mean length."""
-    images = stage.batch.image_text if "image_text" in segment.tasks else 0
-    pairs = stage.batch.text if "text" in segment.tasks else 0
-    texts = images + pairs * (2 + sizes.negatives)
+    images, captions, pairs = stage.counts(segment.tasks)
+    texts = captions + pairs * (2 + sizes.negatives)
     return StepShape(
         images=images * (1 + stage.loss.views),
         kept_patches=kept_patches(vision, segment.patch_dropout) if images else 0,
@@ -337,7 +335,7 @@ def shape_of(stage: Stage, segment: Segment, sizes: Sizes, vision: VisionTowerCo
 def hard_negatives(recipe: Recipe, stage: Stage) -> int:
     """K of the stage's triplets, read from the first sample; guessed from the folder's name if the data is missing. 0
     if nothing reads them."""
-    if not stage.data.text or (stage.teacher and stage.teacher.only_embeds):
+    if not stage.data.text or stage.only_embeds("text"):
         return 0
     path = stage.data.text[0].path
     try:

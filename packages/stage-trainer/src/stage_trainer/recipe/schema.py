@@ -6,6 +6,7 @@ The classes below are the whole schema. A value that the paper does not give is 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -156,12 +157,33 @@ class Stage:
         """The global batch of a step: {kind: how many}, each kind from its `task_start` on."""
         return {k: size for k, size in asdict(self.batch).items() if size and step >= getattr(self.task_start, k, 0)}
 
+    def only_embeds(self, task: str) -> bool:
+        """Whether a teacher's loss alone reads the embeddings of a task ("image_text", "text")."""
+        return self.teacher is not None and self.teacher.only_embeds(task)
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """What no loss reads of image-text pairs ("images", "captions")."""
+        if self.teacher is None or not self.teacher.replaces("image_text"):
+            return ()
+        return tuple(what for what in ("images", "captions") if what not in self.teacher.of)
+
+    def reads(self, what: str) -> bool:
+        """Whether a loss reads the "images" or "captions" of image-text pairs, or the "texts" of text pairs."""
+        return bool(self.batch.text if what == "texts" else self.batch.image_text and what not in self.unread)
+
+    def counts(self, tasks: Collection[str]) -> tuple[int, int, int]:
+        """How many images, captions and text pairs a global batch of these tasks has that a loss reads."""
+        captioned, pairs = (getattr(self.batch, task) if task in tasks else 0 for task in ("image_text", "text"))
+        return captioned * self.reads("images"), captioned * self.reads("captions"), pairs
+
     @property
     def stored(self) -> tuple[str, ...]:
         """The towers ("image", "text") whose embeddings come from the disk."""
         still = ("none", "projector")
-        images = self.batch.image_text and self.trainable.image in still
-        frozen = {"image": images, "text": self.trainable.text in still}
+        images = self.reads("images") and self.trainable.image in still
+        texts = (self.reads("captions") or self.reads("texts")) and self.trainable.text in still
+        frozen = {"image": images, "text": texts}
         return tuple(name for name, is_frozen in frozen.items() if is_frozen and self.embedding_cache is not None)
 
     @property

@@ -9,7 +9,7 @@ from stage_trainer.errors import UserError
 from stage_trainer.recipe.address import names_shards
 from stage_trainer.recipe.schema import NEW_TEMPERATURE, GradientCache, ModelConfig, Recipe, Stage
 from stage_trainer.recipe.sources import Source
-from stage_trainer.recipe.teacher import TeacherConfig
+from stage_trainer.recipe.teacher_rules import check_teacher
 
 
 def check_stage(recipe: Recipe, number: int, here: str) -> None:
@@ -61,7 +61,7 @@ def _check_pairs(model: ModelConfig, stage: Stage, here: str) -> None:
             raise UserError(f"{here}: augmentation.{name} is [{low:g}, {high:g}]; expected the lower one first")
     _check_shards(stage, here)
     _check_embedding_cache(stage, here)
-    _check_teacher(stage, here)
+    check_teacher(stage, here)
     dims = stage.loss.dims
     if not dims or len(set(dims)) < len(dims):
         raise UserError(
@@ -124,9 +124,11 @@ def _check_embedding_cache(stage: Stage, here: str) -> None:
         return
     if not stage.stored:
         idle = "" if stage.batch.image_text else " (batch.image_text is 0, so the image tower takes no part)"
+        idle = " (no loss reads an image)" if "images" in stage.unread else idle
+        silent = "" if stage.reads("captions") or stage.reads("texts") else " (no loss reads a text)"
         raise UserError(
             f"{here}: 'embedding_cache' keeps the embeddings of a tower that does not train, and trainable.image is "
-            f"{stage.trainable.image!r}{idle} and trainable.text {stage.trainable.text!r}; set one to 'none' or "
+            f"{stage.trainable.image!r}{idle} and trainable.text {stage.trainable.text!r}{silent}; set one to 'none' or "
             "'projector', or leave 'embedding_cache' out"
         )
     if "image" not in stage.stored:
@@ -139,58 +141,6 @@ def _check_embedding_cache(stage: Stage, here: str) -> None:
         if found:
             raise UserError(
                 f"{here}: 'embedding_cache' keeps the embeddings of images that never change, and {found}; {wanted}"
-            )
-
-
-def _check_teacher(stage: Stage, here: str) -> None:
-    """What can be drawn towards a teacher."""
-    if stage.teacher is None:
-        return
-    _check_teachers_words(stage.teacher, here)
-    if stage.teacher.weight <= 0:
-        raise UserError(f"{here}: teacher.weight is {stage.teacher.weight:g}; expected above 0")
-    if not stage.batch.text:
-        raise UserError(f"{here}: 'teacher' is for the texts of data.text, and batch.text is 0; raise it")
-    if stage.trainable.text == "none":
-        raise UserError(f"{here}: 'teacher' draws the text tower, and trainable.text is 'none'; let it train")
-    if stage.teacher.loss == "relational" and stage.loss.exchange == "ring":
-        raise UserError(
-            f"{here}: loss.exchange is 'ring', and teacher.loss 'relational' compares each text with those of all "
-            "ranks at once; set teacher.loss to 'cosine', or leave 'exchange' out"
-        )
-    graded = any(source.graded for source in stage.data.text)
-    if stage.teacher.alone and (stage.loss.kind == "unified" or graded):
-        raise UserError(
-            f"{here}: teacher.alone is true, and data.text is contrasted or ranked by loss.kind {stage.loss.kind!r} or "
-            "'graded'; leave 'alone' out"
-        )
-    if stage.teacher.scores and not stage.teacher.language and any(s.target_language for s in stage.data.text):
-        raise UserError(
-            f"{here}: data.text has a 'target_language', and without teacher.language the student reads the texts that "
-            "the teacher read, the first ones; set teacher.language, or leave 'target_language' out"
-        )
-    if stage.teacher.scores and (stage.loss.kind == "unified" or graded):
-        raise UserError(
-            f"{here}: teacher.loss 'margin_mse' is for triplets with hard negatives, for which loss.kind 'unified' and "
-            "'graded' pairs have no place; leave them out, or take another teacher.loss"
-        )
-
-
-def _check_teachers_words(teacher: TeacherConfig, here: str) -> None:
-    """Where what the teacher says comes from."""
-    if teacher.model is not None and teacher.folder is None:
-        raise UserError(f"{here}: teacher.folder is missing; name a folder for what {teacher.model} says")
-    if teacher.model is not None:
-        return
-    if not teacher.scores:
-        raise UserError(
-            f"{here}: teacher.model is missing; name a model whose embeddings teacher.loss {teacher.loss!r} compares"
-        )
-    for key in ("folder", "language"):
-        if getattr(teacher, key) is not None:
-            raise UserError(
-                f"{here}: teacher.{key} is {getattr(teacher, key)!r} and there is no teacher.model, so the scores are "
-                "those of the data; leave it out, or name a cross-encoder"
             )
 
 
@@ -227,7 +177,7 @@ def _check_tasks(stage: Stage, here: str) -> None:
             f"{here}: loss.temperature is 'shared', and only batch.{next(iter(starts))} is above 0; give 'batch' both "
             "tasks, or leave it out"
         )
-    if stage.batch.image_text == 1 and stage.loss.kind != "unified":
+    if stage.batch.image_text == 1 and stage.loss.kind != "unified" and not stage.only_embeds("image_text"):
         raise UserError(f"{here}: batch.image_text is 1, and a single pair has no negatives; raise it")
 
 
@@ -269,11 +219,10 @@ def _learning_towers(stage: Stage) -> dict[str, str]:
 
 def _learning_scalars(stage: Stage) -> Iterator[tuple[str, str]]:
     for tower, task, words in (("image", "image_text", "the image-text loss"), ("text", "text", "the text loss")):
-        teacher = stage.teacher if task == "text" else None
         if getattr(stage.batch, task):
-            if stage.loss.learns_temperature(task) and not (teacher and teacher.only_embeds):
+            if stage.loss.learns_temperature(task) and not stage.only_embeds(task):
                 yield tower, f"the temperature of {words}"
-            if stage.loss.kind == "sigmoid" and not (teacher and teacher.alone):
+            if stage.loss.kind == "sigmoid" and not (stage.teacher and stage.teacher.replaces(task)):
                 yield tower, f"the bias of {words}"
 
 

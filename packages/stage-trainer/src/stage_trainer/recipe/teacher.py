@@ -11,16 +11,20 @@ from stage_trainer.recipe.values import STRICT, Float
 
 @dataclass(frozen=True, config=STRICT)
 class TeacherConfig:
-    """Draws the texts of data.text towards what a teacher says of them. `folder` holds that, made by `stage-trainer
-    embed`; training itself does not need the teacher. The loss counts `weight` times beside the contrastive ones;
-    `alone` it replaces that of text pairs.
+    """Draws our embeddings towards what a teacher says: `of` the `texts` of data.text, or of the `images` or `captions`
+    of data.image_text. `folder` holds that, made by `stage-trainer embed`; training itself does not need the teacher.
+    Each task's loss counts `weight` times beside the contrastive ones; `alone` it replaces that of its task.
 
-    `cosine` and `relational` compare embeddings, in the manner of Reimers and Gurevych (arXiv 2004.09813): of a pair in
-    two languages both texts go towards the teacher's embedding of the one that it reads, a sample's first text in
-    `language` (None: the first of the query). `model` is any that `stage-trainer evaluate` takes: ours,
+    `cosine` and `relational` compare embeddings. `model` is any that `stage-trainer evaluate` takes: ours,
     sentence-transformers', open_clip's. `cosine` is one minus the cosine with the first T numbers of ours, for a
-    teacher of T numbers. `relational` is for one of any width: the mean squared difference of our cosines from the
-    teacher's, over all pairs of texts in the global batch, whose embeddings every rank gathers.
+    teacher of T numbers, the mean over texts, or over images and captions. `relational` is for one of any width: the
+    mean squared difference of our cosines from the teacher's, over all pairs of two texts in the global batch, or of
+    two among its images and captions, whose embeddings every rank gathers.
+
+    Of a pair of texts in two languages both go towards the teacher's embedding of the one that it reads, a sample's
+    first text in `language` (None: the first of the query), in the manner of Reimers and Gurevych (arXiv 2004.09813).
+    With `language` all captions of an image go towards the embedding of the first one in it; without, each goes towards
+    its own. Images have the teacher's embedding of the image as it is, whatever view of it a step shows.
 
     `margin_mse` compares scores (Hofstätter et al., arXiv 2010.02666): of a triplet, by how much the query is closer to
     its target than to each hard negative; our scores are cosines over the temperature of the text loss, which learns
@@ -33,6 +37,7 @@ class TeacherConfig:
     folder: str | None = None
     language: str | None = None
     loss: Literal["cosine", "relational", "margin_mse"] = "cosine"
+    of: tuple[Literal["texts", "images", "captions"], ...] = ("texts",)
     weight: Float = 1.0
     alone: bool = False
 
@@ -41,10 +46,17 @@ class TeacherConfig:
         """Whether it scores triplets, instead of embedding texts."""
         return self.loss == "margin_mse"
 
-    @property
-    def only_embeds(self) -> bool:
-        """Whether no text is compared with another one of ours by a temperature, nor any hard negative read."""
-        return self.alone and not self.scores
+    def teaches(self, task: str) -> bool:
+        """Whether it says something of the pairs of a task ("image_text", "text")."""
+        return any((what == "texts") == (task == "text") for what in self.of)
+
+    def replaces(self, task: str) -> bool:
+        """Whether there is no contrastive loss of the task."""
+        return self.alone and self.teaches(task)
+
+    def only_embeds(self, task: str) -> bool:
+        """Whether nothing of the task is compared by a temperature, nor any hard negative read."""
+        return self.replaces(task) and not self.scores
 
     @property
     def task(self) -> str:

@@ -110,7 +110,10 @@ class ContrastiveTask(Task):
         return StageBatches(self.data, self.stage, self.seed, tokenizer, rank, world)
 
     def towers_at(self, step: int) -> tuple[str, ...]:
-        return ("text", "image") if "image_text" in self.stage.batch_at(step) else ("text",)
+        kinds, unread = self.stage.batch_at(step), self.stage.unread
+        texts = "text" in kinds or "captions" not in unread
+        images = "image_text" in kinds and "images" not in unread
+        return ("text",) * texts + ("image",) * images
 
     def forward_backward(self, engine: Engine, batch: Batch, step: int) -> Losses:
         return forward_backward(
@@ -125,12 +128,11 @@ class ContrastiveTask(Task):
 
     def operations(self, engine: Engine, batch: Batch, step: int, tokens: int, squared_tokens: int) -> int:
         model, stage = engine.objective.model, self.stage
-        images = stage.batch.image_text if len(batch.image_ids) else 0
-        pairs = stage.batch.text if batch.pairs else 0
+        images, captions, pairs = stage.counts(tuple(stage.batch_at(step)))
         shape = StepShape(
             images=images * (1 + stage.loss.views),
             kept_patches=kept_patches(model.vision.config, stage.patch_dropout_at(step)),
-            texts=images + pairs * (2 + batch.negatives),
+            texts=captions + pairs * (2 + batch.negatives),
             tokens=tokens,
             squared_tokens=squared_tokens,
             pairs=pairs,

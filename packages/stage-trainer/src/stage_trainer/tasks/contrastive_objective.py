@@ -106,7 +106,7 @@ class ContrastiveObjective(TrainedObjective):
             group: the ranks whose parts make the global batch.
         """
         device, count = embedded.images.device, len(batch.image_ids)
-        sizes = [count, batch.pairs, batch.pairs, batch.pairs * batch.negatives]
+        sizes = [batch.captions, batch.pairs, batch.pairs, batch.pairs * batch.negatives]
         captions, queries, targets, negatives = torch.split(embedded.texts, sizes)
         image_ids, text_ids = (to_device(ids, device) for ids in (batch.image_ids, batch.text_ids))
         temperatures = {name: self.temperature_of(name, embedded) for name in pairs}

@@ -1,12 +1,14 @@
-"""Distillation: texts are drawn towards a teacher's embeddings of them, alone or beside the contrastive tasks.
+"""Distillation: texts, images and captions are drawn towards a teacher's embeddings of them, alone or beside the
+contrastive tasks.
 
-The teacher's embeddings are on the disk (`stage-trainer embed`), one for each sample: of a pair in two languages that
-of the text which the teacher reads, towards which both texts go (Reimers and Gurevych, arXiv 2004.09813).
+The teacher's embeddings are on the disk (`stage-trainer embed`): of a pair in two languages that of the text which the
+teacher reads, towards which both texts go (Reimers and Gurevych, arXiv 2004.09813); of an image that of the image as it
+is, towards which all of its augmented views go; of captions those of each or, in a language of the teacher's, of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -18,7 +20,8 @@ from torch import Tensor, nn
 
 from stage_trainer.batch import Batch, Embedded
 from stage_trainer.data.batches import StageBatches
-from stage_trainer.data.taught_texts import Taught, TaughtTexts
+from stage_trainer.data.taught import Taught
+from stage_trainer.data.teachers import said
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import LossConfig, Stage
@@ -45,9 +48,9 @@ class DistillTask(ContrastiveTask):
         batches.taught = self.taught(batches)
         return batches
 
-    def taught(self, batches: StageBatches) -> Taught:
-        """The batches' texts with what the teacher says of them."""
-        return TaughtTexts(self.teacher, batches.text_sources, batches.cache)
+    def taught(self, batches: StageBatches) -> Sequence[Taught]:
+        """The batches' data sets with what the teacher says of them."""
+        return said(self.teacher, batches.text_sources, batches.indexed_images, batches.cache)
 
     def prepare(
         self,
@@ -58,11 +61,12 @@ class DistillTask(ContrastiveTask):
     ) -> None:
         """Checks what the teacher says; it has to be there."""
         super().prepare(model, batches, device, phase)
-        assert batches.taught is not None
         assert isinstance(model, DualEncoder)
-        with phase():
-            found = batches.taught.check(self.stage.max_tokens)
-        self.check_width(found, model)
+        weights = batches.taught[0].weights
+        for taught in batches.taught:
+            with phase():
+                found = taught.check(weights, self.stage.max_tokens)
+            self.check_width(found, model)
 
     def check_width(self, found: int, model: DualEncoder) -> None:
         """UserError if the teacher's numbers are not comparable with the model's."""
@@ -84,50 +88,62 @@ class DistillObjective(ContrastiveObjective):
     def set_trainable(self, stage: Stage) -> None:
         super().set_trainable(stage)
         # Nothing is contrasted that reads them.
-        if self.teacher.only_embeds:
-            self.logit_scales["text"].requires_grad_(False)
-        if self.teacher.alone and (bias := self.biases.get("text_bias")) is not None:
-            bias.requires_grad_(False)
+        for task, scale in self.logit_scales.items():
+            if self.teacher.only_embeds(task):
+                scale.requires_grad_(False)
+            if self.teacher.replaces(task) and (bias := self.biases.get(f"{task}_bias")) is not None:
+                bias.requires_grad_(False)
 
     def losses(self, embedded: Embedded, batch: Batch, *, pairs: tuple[str, ...], group: Any = None) -> Losses:
-        """Those of `ContrastiveObjective`, of the text task unless the teacher is alone, and "teacher"."""
-        contrasted = tuple(name for name in pairs if name != "text" or not self.teacher.alone)
+        """Those of `ContrastiveObjective`, of the tasks in which the teacher is not alone; "teacher" of text pairs, and
+        "teacher_image_text" of images and captions."""
+        contrasted = tuple(name for name in pairs if not self.teacher.replaces(name))
         found = super().losses(embedded, batch, pairs=contrasted, group=group) if contrasted else {}
-        if "text" not in pairs or batch.teacher is None:
-            return found
-        loss = self.teachers_loss(embedded, batch, group)
-        return {**found, "teacher": (self.teacher.weight * loss, None)}
+        for task, name, loss in (
+            ("image_text", "teacher_image_text", self.image_text_loss),
+            ("text", "teacher", self.text_loss),
+        ):
+            if task in pairs and self.teacher.teaches(task):
+                found[name] = self.teacher.weight * loss(embedded, batch, group), None
+        return found
 
-    def teachers_loss(self, embedded: Embedded, batch: Batch, group: Any) -> Tensor:
-        """That of what the teacher says of the batch, over all ranks."""
-        assert batch.teacher is not None
-        captions = len(batch.image_ids)
-        texts = embedded.texts[captions : captions + 2 * batch.pairs]
-        wanted = to_device(batch.teacher, texts.device).repeat(2, 1)
+    def image_text_loss(self, embedded: Embedded, batch: Batch, group: Any) -> Tensor:
+        """That of what the teacher says of the batch's images and captions, over all ranks."""
+        images = embedded.images[: len(batch.image_ids)]  # views come later
+        rows = {"images": images, "captions": embedded.texts[: batch.captions]}
+        taught = [what for what in rows if what in self.teacher.of]
+        wanted = torch.cat([to_device(batch.teacher[what], embedded.images.device) for what in taught])
+        return teacher_loss(torch.cat([rows[what] for what in taught]), wanted, self.teacher.loss, group)
+
+    def text_loss(self, embedded: Embedded, batch: Batch, group: Any) -> Tensor:
+        """That of what the teacher says of the batch's text pairs, over all ranks."""
+        texts = embedded.texts[batch.captions :][: 2 * batch.pairs]
+        wanted = to_device(batch.teacher["texts"], texts.device).repeat(2, 1)
         return teacher_loss(texts, wanted, self.teacher.loss, group)
 
 
-def teacher_loss(texts: Tensor, wanted: Tensor, kind: str, group: Any = None) -> Tensor:
-    """How far embeddings are from a teacher's, 0-d float32, over the texts of all ranks.
+def teacher_loss(ours: Tensor, wanted: Tensor, kind: str, group: Any = None) -> Tensor:
+    """How far embeddings are from a teacher's, 0-d, float32 or as precise as ours, over those of all ranks.
 
     Gradients are W times those of this rank's rows, for W ranks, whose gradients are averaged.
 
     Args:
-        texts: this rank's, float `[N, D]`.
+        ours: this rank's, float `[N, D]`.
         wanted: the teacher's, `[N, T]`.
         kind: "cosine": the mean of 1 - cos, with the first T numbers of ours; "relational": the mean squared difference
-            of the cosines between texts, ours and the teacher's, over all pairs of two of them.
+            of the cosines between them, ours and the teacher's, over all pairs of two of all ranks.
         group: the ranks that share the batch.
     """
-    with torch.autocast(texts.device.type, enabled=False):
-        texts, wanted = texts.float(), F.normalize(wanted.float(), dim=-1)
+    with torch.autocast(ours.device.type, enabled=False):
+        dtype = torch.promote_types(ours.dtype, torch.float32)
+        ours, wanted = ours.to(dtype), F.normalize(wanted.to(dtype), dim=-1)
         if kind == "cosine":
-            near = (F.normalize(texts[:, : wanted.shape[1]], dim=-1) * wanted).sum(-1)
+            near = (F.normalize(ours[:, : wanted.shape[1]], dim=-1) * wanted).sum(-1)
             return _mean_over_ranks(1 - near, group)
-        own, ours = F.normalize(texts, dim=-1), _gathered(F.normalize(texts, dim=-1), group)
-        differences = (own @ ours.T - wanted @ _gathered(wanted, group).T).square()
-        # A text with itself differs by nothing. Gathered rows have no gradient: by symmetry own rows get half of it.
-        others = max(1, len(ours) - 1)
+        own, all_ours = F.normalize(ours, dim=-1), _gathered(F.normalize(ours, dim=-1), group)
+        differences = (own @ all_ours.T - wanted @ _gathered(wanted, group).T).square()
+        # A row with itself differs by nothing. Gathered rows have no gradient: by symmetry own rows get half of it.
+        others = max(1, len(all_ours) - 1)
         halves = 2 * differences - differences.detach()
         return _mean_over_ranks(halves.sum(1) / others, group)
 

@@ -12,9 +12,10 @@ from data_prep.shards import ShardError, ShardUnavailable, texts_in
 from text_tower import PackedTokens, TextTower
 from text_tower.projector import without_projector
 
-from stage_trainer.data.batches import StageBatches, shortened
+from stage_trainer.data.batches import StageBatches
 from stage_trainer.data.frozen_texts import FrozenTexts
 from stage_trainer.data.samples import texts_of
+from stage_trainer.data.sections import shortened
 from stage_trainer.data.stored_vectors import StoredVectors, digest_of
 from stage_trainer.errors import UserError
 from stage_trainer.recipe import Stage
@@ -62,16 +63,19 @@ def keep_texts(tower: TextTower, batches: StageBatches, stage: Stage, precision:
         "max_tokens": stage.max_tokens,
         "precision": precision,
     }
-    of_tasks = ((batches.indexed_images, stage.batch.image_text), (batches.text_sources, stage.batch.text))
-    sources = {data.directory: data for found, size in of_tasks if size for data in found}
+    of_tasks = ((batches.indexed_images, "captions"), (batches.text_sources, "texts"))
+    sources = {data.directory: data for found, what in of_tasks if stage.reads(what) for data in found}
     frozen = FrozenTexts(Path(stage.embedding_cache).expanduser(), sources.values(), origin)
     reader = _Reader(tower, batches, stage.max_tokens, precision, phase)
     make_missing(frozen.stores, batches, "text", lambda store, n: _shard(reader, store, n), phase)
     batches.frozen_texts = frozen
 
 
-def _shard(reader: _Reader, store: StoredVectors, number: int) -> tuple[np.ndarray, dict[int, str]]:
-    """Embeddings `[n, V, D]` of the texts of a shard's samples, V of the one that has most, and which are unusable."""
+def _shard(
+    reader: _Reader, store: StoredVectors, number: int
+) -> tuple[np.ndarray, dict[int, str], dict[int, list[int]]]:
+    """Embeddings `[n, V, D]` of the texts of a shard's samples, V of the one that has most; which samples are unusable,
+    and which texts of each are cut."""
     data, samples = store.data, store.data.samples_of(number)
     unusable: dict[int, str] = {}
     texts: dict[int, list[str]] = {}
@@ -84,26 +88,30 @@ def _shard(reader: _Reader, store: StoredVectors, number: int) -> tuple[np.ndarr
             unusable[place] = str(error)
             continue
         texts[place] = [text["text"] for _, alternatives in texts_in(data.kind, content) for text in alternatives]
-    rows = _embedded(reader, list(dict.fromkeys(text for found in texts.values() for text in found)))
+    different = list(dict.fromkeys(text for found in texts.values() for text in found))
+    tokens = dict(
+        zip(different, reader.batches.tokenizer(different, max_length=None) if different else [], strict=True)
+    )
+    rows = _embedded(reader, {text: shortened(ids, reader.max_tokens) for text, ids in tokens.items()})
     most = max((len(found) for found in texts.values()), default=1)
     vectors = np.zeros((len(samples), most, reader.tower.config.width), np.float32)
     for place, found in texts.items():
         vectors[place, : len(found)] = [rows[text] for text in found]
-    return vectors, unusable
+    long = {text for text, ids in tokens.items() if len(ids) > reader.max_tokens}
+    cut = {place: which for place, found in texts.items() if (which := [n for n, t in enumerate(found) if t in long])}
+    return vectors, unusable, cut
 
 
 @torch.no_grad()
-def _embedded(reader: _Reader, texts: list[str]) -> dict[str, np.ndarray]:
-    """{text: its embedding, `[D]`}."""
-    found = reader.batches.tokenizer(texts, max_length=None) if texts else []
-    tokens = [shortened(ids, reader.max_tokens) for ids in found]
-    order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))  # those of one length are one call
+def _embedded(reader: _Reader, tokens: dict[str, list[int]]) -> dict[str, np.ndarray]:
+    """{text: its embedding, `[D]`}, of texts with their tokens."""
+    order = sorted(tokens, key=lambda text: len(tokens[text]))  # those of one length are one call
     device = next(reader.tower.parameters()).device
     rows: dict[str, np.ndarray] = {}
     for start in range(0, len(order), CHUNK):
         chunk = order[start : start + CHUNK]
-        packed = PackedTokens.from_lists([tokens[i] for i in chunk]).to(device)
+        packed = PackedTokens.from_lists([tokens[text] for text in chunk]).to(device)
         with reader.phase(), torch.autocast(device.type, torch.bfloat16, enabled=reader.precision == "bf16"):
             made = reader.tower.pooled(packed).float().cpu().numpy()
-        rows |= dict(zip((texts[i] for i in chunk), made, strict=True))
+        rows |= dict(zip(chunk, made, strict=True))
     return rows

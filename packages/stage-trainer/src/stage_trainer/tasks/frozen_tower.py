@@ -55,7 +55,7 @@ def keep_embeddings(tower: VisionTower, batches: StageBatches, stage: Stage, how
         frozen.stores,
         batches,
         "image",
-        lambda store, n: _shard(tower, store.data, n, batches, stage, how, phase),
+        lambda store, n: (*_shard(tower, store.data, n, batches, stage, how, phase), {}),
         phase,
     )
     batches.frozen = frozen
@@ -65,7 +65,7 @@ def make_missing(
     stores: Mapping[Path, StoredVectors],
     batches: StageBatches,
     tower: str,
-    make: Callable[[StoredVectors, int], tuple[np.ndarray, dict[int, str]]],
+    make: Callable[[StoredVectors, int], tuple[np.ndarray, dict[int, str], dict[int, list[int]]]],
     phase: Phase,
 ) -> None:
     """Makes the shards that are missing or damaged, by all ranks together, every one of which has to call.

@@ -6,6 +6,7 @@ on the disk (`stage-trainer embed`) or in the data (margin-MSE; Hofstätter et a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from stage_trainer.batch import Batch, Embedded
 from stage_trainer.data.batches import StageBatches
-from stage_trainer.data.scored_texts import OwnScores, ScoredTexts
+from stage_trainer.data.scored_texts import OwnScores
+from stage_trainer.data.taught import Taught
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.tasks.distill import DistillObjective, DistillTask
 from stage_trainer.tasks.task import TrainedObjective
@@ -25,10 +27,10 @@ class MarginsTask(DistillTask):
     def make_objective(self, model: DualEncoder) -> TrainedObjective:
         return MarginsObjective(model, self.stage.loss, self.recipe.precision, self.teacher)
 
-    def taught(self, batches: StageBatches) -> ScoredTexts | OwnScores:
+    def taught(self, batches: StageBatches) -> Sequence[Taught]:
         if self.teacher.model is None:
-            return OwnScores(batches.text_sources, batches.cache)
-        return ScoredTexts(self.teacher, batches.text_sources, batches.cache)
+            return (OwnScores(batches.text_sources, batches.cache),)
+        return super().taught(batches)
 
     def check_width(self, found: int, model: DualEncoder) -> None:
         """Scores have no width to agree with ours."""
@@ -37,16 +39,15 @@ class MarginsTask(DistillTask):
 class MarginsObjective(DistillObjective):
     """The contrastive losses, and that of the teacher's margins. Arguments as for `DistillObjective`."""
 
-    def teachers_loss(self, embedded: Embedded, batch: Batch, group: Any) -> Tensor:
-        assert batch.teacher is not None
+    def text_loss(self, embedded: Embedded, batch: Batch, group: Any) -> Tensor:
         queries, targets, negatives = torch.split(
-            embedded.texts[len(batch.image_ids) :], [batch.pairs, batch.pairs, batch.pairs * batch.negatives]
+            embedded.texts[batch.captions :], [batch.pairs, batch.pairs, batch.pairs * batch.negatives]
         )
         return matryoshka_margin_mse(
             queries,
             targets,
             negatives.view(batch.pairs, batch.negatives, -1),
-            to_device(batch.teacher, queries.device),
+            to_device(batch.teacher["texts"], queries.device),
             temperature=self.temperature_of("text", embedded),
             dims=self.loss.dims,
             weights=self.loss.weights or None,
