@@ -11,8 +11,9 @@ from stage_trainer.cli import main
 from stage_trainer.errors import UserError
 from stage_trainer.plan import auto
 from stage_trainer.plan.devices import DEVICES, GIB, Device, device, peak_flops, read_bytes
+from stage_trainer.plan.hard_negatives import TRIPLETS, hard_negatives
 from stage_trainer.plan.memory import Setting
-from stage_trainer.plan.planner import TRIPLETS, Cluster, hard_negatives, plan_stage, segments
+from stage_trainer.plan.planner import Cluster, plan_stage, segments
 from stage_trainer.plan.table import WIDTH, describe, stage_table
 from stage_trainer.recipe import GradientCache
 from stage_trainer.recipe.read import load

@@ -40,8 +40,9 @@ class Part:
 class Batch(Part):
     """One rank's part of a global batch: I image-caption pairs and P text pairs with K hard negatives each.
 
-    Its images are the I of the captions and, in a unified batch with views, twice as many more: a view of each, then
-    another. Its texts are I captions, P queries, P targets and P·K hard negatives, in this order.
+    Its images are the I of the captions and perhaps more, I at a time: in a unified batch with views a view of each,
+    then another; with M hard-negative images for each caption the first of each, then the second. Its texts are I
+    captions, P queries, P targets and P·K hard negatives, in this order.
 
     Attributes:
         image_ids: `[I]` int64, equal for samples that show the same item.
@@ -50,6 +51,7 @@ class Batch(Part):
         text_ids: `[P]` int64, equal for pairs about the same item.
         scores: `[P]` float64, how alike the texts of a pair are; None of pairs that are not graded.
         teacher: `[P, T]` float32, a teacher's embedding of each pair; None without one.
+        image_negatives: M.
     """
 
     image_ids: Tensor
@@ -58,6 +60,7 @@ class Batch(Part):
     text_ids: Tensor
     scores: Tensor | None = None
     teacher: Tensor | None = None
+    image_negatives: int = 0
 
 
 @dataclass(frozen=True)

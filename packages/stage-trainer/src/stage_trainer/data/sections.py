@@ -53,7 +53,8 @@ class Section:
 
 @dataclass(frozen=True)
 class Piece:
-    """Some of a batch's samples; pixels `[1 + V, n, 3, R, R]` with V views and their seeds `[V, n]`."""
+    """Some of a batch's samples; pixels `[1 + V, n, 3, R, R]` with V views or hard-negative images and their seeds
+    `[V, n]`."""
 
     images: Section
     pixels: torch.Tensor | None
@@ -61,9 +62,9 @@ class Piece:
     pairs: Section
 
 
-def batch_of(pieces: Iterable[Piece], images: int, negatives: int) -> tuple[Batch, Drawn]:
-    """A batch of so many images, with so many hard negatives for each pair, from its pieces in their order. Pixels are
-    copied as soon as a piece is there, which frees its shared memory for the next one."""
+def batch_of(pieces: Iterable[Piece], images: int, negatives: int, image_negatives: int = 0) -> tuple[Batch, Drawn]:
+    """A batch of so many images, with so many hard negatives for each pair (images: for each caption), from its pieces
+    in their order. Pixels are copied as soon as a piece is there, which frees its shared memory for the next one."""
     found, pixels, filled = list[Piece](), None, 0
     for piece in pieces:
         if piece.pixels is not None:
@@ -95,6 +96,7 @@ def batch_of(pieces: Iterable[Piece], images: int, negatives: int) -> tuple[Batc
         text_ids=torch.from_numpy(np.concatenate([section.ids for section in of_pairs])),
         scores=torch.from_numpy(np.concatenate(scores)) if scores else None,
         teacher=torch.from_numpy(np.concatenate(taught)) if taught else None,
+        image_negatives=image_negatives,
     )
     return batch, drawn
 

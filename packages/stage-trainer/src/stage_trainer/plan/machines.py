@@ -72,7 +72,9 @@ def load_of(recipe: Recipe, plan: StagePlan, part: SegmentPlan, cluster: Cluster
     return Load(
         machines=machines,
         devices=devices,
-        images=0.0 if "image" in model.stored else samples.get("image_text", 0.0) / seconds,
+        images=0.0
+        if "image" in model.stored
+        else samples.get("image_text", 0.0) * (1 + part.sizes.image_negatives) / seconds,
         fetched=per_step / seconds,
         data=sum(each.whole or 0 for found in sizes.values() for each in found) // machines,
         assumed=any(each.whole is None for found in sizes.values() for each in found),

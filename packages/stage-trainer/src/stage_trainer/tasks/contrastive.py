@@ -128,7 +128,7 @@ class ContrastiveTask(Task):
         images = stage.batch.image_text if len(batch.image_ids) else 0
         pairs = stage.batch.text if batch.pairs else 0
         shape = StepShape(
-            images=images * (1 + stage.loss.views),
+            images=images * (1 + stage.loss.views + batch.image_negatives),
             kept_patches=kept_patches(model.vision.config, stage.patch_dropout_at(step)),
             texts=images + pairs * (2 + batch.negatives),
             tokens=tokens,
@@ -137,6 +137,7 @@ class ContrastiveTask(Task):
             negatives=batch.negatives,
             unified=stage.loss.unified_pairs(images, pairs),
             stored=stage.stored,
+            image_negatives=batch.image_negatives,
         )
         text, vision = model.text.config, model.vision.config
         return step_flops(text, vision, shape, trainable=stage.trainable, dims=stage.loss.dims).model
