@@ -1,5 +1,7 @@
 """Operations counted from shapes, against torch's counter over the real modules, forward and backward."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from stage_trainer.plan.flops import (
@@ -80,6 +82,7 @@ def test_one_product_serves_all_prefixes_of_the_loss():
     ours = loss_flops(StepShape(pairs=6, negatives=3), 32)
     assert (ours.forward, ours.backward) == (forward, backward)
     assert ours.recomputed == ours.forward
+    assert loss_flops(StepShape(images=6 * 4, image_negatives=3), 32) == ours
 
 
 def test_a_step_is_both_towers_and_both_losses():
@@ -99,6 +102,8 @@ def test_a_step_is_both_towers_and_both_losses():
 def test_parts_of_ranks_add_up():
     one = StepShape(images=2, kept_patches=25, texts=3, tokens=9, squared_tokens=29, pairs=1, negatives=7)
     assert one + one == StepShape(4, 25, 6, 18, 58, 2, 7)
+    shared = replace(one, image_negatives=3)
+    assert (shared + shared).image_negatives == 3
 
 
 def test_hidden_words_cost_the_head_and_the_word_table():

@@ -103,6 +103,11 @@ def find_columns(data: str, kinds: Kinds | None, named: dict[str, str]) -> Colum
             raise UserError(f"{data}: has no column {given!r}; it has {', '.join(names)}")
     images = [name for name in names if features[name] == "image"]
     negatives = named["negatives"].split(",") if named["negatives"] else usual_negatives(images)
+    if texts := [name for name in negatives if features.get(name) == "text"]:
+        raise UserError(
+            f"{data}: {texts[0]!r} holds texts, and hard negatives of captions are images; if these are ids of other "
+            "rows, put the images of those rows in their place"
+        )
     image = named["image"] or _only([name for name in images if name not in negatives], data, "image")
     if not image:
         return Columns(language=named["language"], labels=kinds.labels)
@@ -132,7 +137,8 @@ def usual_negatives(names: Collection[str]) -> list[str]:
 
 def is_image_name(name: str) -> bool:
     """Whether a column of bytes is one of images, by its name."""
-    return name.lower() in ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")
+    plain = re.sub(r"^(hard_)?neg(ative)?_|_?\d+$", "", name.lower())
+    return plain in ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")
 
 
 def value_at(row: JsonObject, name: str) -> Any:
