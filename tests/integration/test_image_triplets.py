@@ -30,8 +30,8 @@ def triplets(run, drawn_corpus, tmp_path) -> str:
     return f"data.image_text=[{{path: {tmp_path}/mine/image-triplets/mine}}]"
 
 
-def curve(scalars, output):
-    return {tag: list(scalars(f"{output}/stage1", tag).values()) for tag in TAGS}
+def curve(scalars, output, tags=TAGS):
+    return {tag: list(scalars(f"{output}/stage1", tag).values()) for tag in tags}
 
 
 def assert_equal(found, expected):
@@ -60,3 +60,16 @@ def test_ranks_of_a_ring_zero_3_and_texts_from_the_disk_have_that_curve_too(trai
     out = train(1, *frozen, "embedding_cache=kept", output="with").stdout
     assert out.count("the frozen text tower runs once") == 2
     assert_equal(curve(scalars, "with"), curve(scalars, "without"))
+
+
+@pytest.mark.full
+def test_texts_beside_them_may_have_a_teacher(train, run, scalars, triplets):
+    train(1, *SMALL, triplets, output="one")
+    run("stage-trainer", "export", "one/stage1", "teacher")
+    taught = (*SMALL, triplets, "teacher={model: teacher, folder: said}")
+    here = ("corpus={corpus}", "model.tokenizer={corpus}/tokenizer.model")
+    run("stage-trainer", "embed", "--recipe", train.recipe, "--stage", 1, *here, *taught)
+    train(1, *taught, output="taught")
+    train(1, *taught, "gradient_cache={images: 5, tokens: 60}", output="ranks", ranks=2)
+    expected = curve(scalars, "taught", (*TAGS, "loss/teacher"))
+    assert_equal(curve(scalars, "ranks", (*TAGS, "loss/teacher")), expected)
