@@ -89,6 +89,14 @@ def images_and_a_table() -> None:
         save(f"photos/{number}.jpg", encoded(photo(number), "JPEG"))
 
 
+def pages_with_negatives() -> None:
+    for number in (3, 7, 8):
+        save(f"pages/{number}.png", encoded(photo(number), "PNG"))
+    shown = re.search(r"^cat pages/pages.jsonl\n((?:# .*\n)+)", README.read_text(encoding="utf-8"), re.M)
+    assert shown
+    save("pages/pages.jsonl", shown[1].replace("# ", ""))
+
+
 def texts() -> None:
     save("pairs/a.jsonl", '["Guten Tag.", "Good day."]\n')
     with gzip.open("pairs/b.jsonl.gz", "wt") as file:
@@ -295,7 +303,7 @@ def test_commands_one_after_the_other(here, sequence, seer, monkeypatch, request
     monkeypatch.setenv("OPENAI_BASE_URL", seer.url)
     seer.behave = in_three_languages
     for word, make in (
-        (" import images", lambda: (images_and_a_table(), texts(), reports())),
+        (" import images", lambda: (images_and_a_table(), texts(), reports(), pages_with_negatives())),
         (" import img2dataset", tars),
         (" split-long", lambda: many_images(("data/raw", "web"), ("eval/test", "photos"), ("data/train", "photos"))),
         (" negatives", many_pairs),

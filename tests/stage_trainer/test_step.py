@@ -24,6 +24,9 @@ OF_KIND = {
     "graded": {"negatives": 0, "graded": True},
     "sigmoid": {},
     "unified": {"negatives": 0, "views": 2},
+    "image_negatives": {"image_negatives": 2},
+    "image_negatives, ring": {"image_negatives": 2},
+    "image_negatives, sigmoid": {"image_negatives": 2},
 }
 LOSSES = {
     "multi_task": LossConfig(dims=(32, 16)),
@@ -32,7 +35,10 @@ LOSSES = {
         "sigmoid", dims=(32, 16), weights=(1.0, 2.5), temperature="shared", false_negative_margin=0.1
     ),
     "unified": LossConfig("unified", dims=(32, 16)),
+    "image_negatives": LossConfig(dims=(32, 16)),
+    "image_negatives, ring": LossConfig(dims=(32, 16), exchange="ring"),
 }
+LOSSES["image_negatives, sigmoid"] = LOSSES["sigmoid"]
 
 
 class PlainEngine:
@@ -52,7 +58,7 @@ class PlainEngine:
         for name, parameter in model.named_parameters():
             if "lora" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
-        model.set_biases((-3.0, -1.0) if kind == "sigmoid" else None)
+        model.set_biases((-3.0, -1.0) if LOSSES[kind].kind == "sigmoid" else None)
         self.objective = ContrastiveObjective(model, LOSSES[kind], "fp32")
         self.passes = 0
 
@@ -95,8 +101,10 @@ def deepspeed_engine(objective, recipe, saved=None):
     return engine
 
 
-def make_batch(images=7, pairs=6, negatives=3, seed=0, rows=slice(None), views=0, graded=False) -> Batch:
-    """The rows of a global batch: of its pairs of both kinds, and of its views of each image."""
+def make_batch(
+    images=7, pairs=6, negatives=3, seed=0, rows=slice(None), views=0, graded=False, image_negatives=0
+) -> Batch:
+    """The rows of a global batch: of its pairs of both kinds, and of its views or hard negatives of each image."""
     g = torch.Generator().manual_seed(seed)
     texts = [
         torch.randint(3, 50, (n,), generator=g).tolist()
@@ -105,10 +113,11 @@ def make_batch(images=7, pairs=6, negatives=3, seed=0, rows=slice(None), views=0
     i, p = range(images)[rows], range(pairs)[rows]
     hard = [images + 2 * pairs + k * negatives + n for k in p for n in range(negatives)]
     chosen = [*i, *[images + k for k in p], *[images + pairs + k for k in p], *hard]
-    pixels = torch.randint(0, 256, (1 + views, images, 3, 24, 24), generator=g, dtype=torch.uint8)
+    shown = 1 + views + image_negatives
+    pixels = torch.randint(0, 256, (shown, images, 3, 24, 24), generator=g, dtype=torch.uint8)
     return Batch(
         images=pixels[:, rows].flatten(0, 1),
-        image_seeds=torch.arange((1 + views) * images).view(1 + views, images)[:, rows].flatten(),
+        image_seeds=torch.arange(shown * images).view(shown, images)[:, rows].flatten(),
         texts=PackedTokens.from_lists([texts[n] for n in chosen]),
         text_seeds=torch.tensor(chosen),
         image_ids=torch.arange(images)[rows] // 2,
@@ -116,6 +125,7 @@ def make_batch(images=7, pairs=6, negatives=3, seed=0, rows=slice(None), views=0
         negatives=negatives,
         text_ids=torch.arange(pairs)[rows],
         scores=torch.tensor([0.5, 3, 0.5, 2, 5, 1, 4][:pairs], dtype=torch.float64)[rows] if graded else None,
+        image_negatives=image_negatives,
     )
 
 
@@ -194,6 +204,54 @@ def info_nce(queries, targets, negatives, ids, temperature, dims):
         places = torch.arange(len(q))
         total = total + cross_entropy(torch.cat([logits, hard], 1), places) + cross_entropy(logits.T, places)
     return total
+
+
+def image_text_by_hand(captions, images, ids, scale, bias=None):
+    """The loss of captions with hard-negative images, `[1 + M, I, D]` in all, written out for each caption: to the
+    images it is told apart from all images of the batch, hard negatives among them, from an image from the captions."""
+    positives, total = images[0], captions.new_zeros(())
+    for dim, weight in ((32, 1.0), (16, 1.0 if bias is None else 2.5)):
+        c, p, every = (x[..., :dim] / x[..., :dim].norm(dim=-1, keepdim=True) for x in (captions, positives, images))
+        for i in range(len(ids)):
+            others = [j for j in range(len(ids)) if ids[j] != ids[i]]
+            hard = every[1:].flatten(0, 1)  # of every caption, whatever it shows
+            own = c[i] @ p[i]
+            further = torch.cat([p[others] @ c[i], hard @ c[i]])
+            if bias is None:
+                to_images = -torch.log_softmax(torch.cat([own[None], further]) * torch.exp(scale), 0)[0]
+                to_captions = -torch.log_softmax(torch.cat([own[None], c[others] @ p[i]]) * torch.exp(scale), 0)[0]
+                total = total + weight * (to_images + to_captions) / len(ids)
+            else:
+                far = further[further <= own + 0.1]  # the sigmoid loss's margin here
+                no = softplus(far * torch.exp(scale) + bias).sum()
+                total = total + weight * (softplus(-(own * torch.exp(scale) + bias)) + no).squeeze() / len(ids)
+    return total
+
+
+@pytest.mark.parametrize("cache", [None, GradientCache(2, 10)])
+@pytest.mark.parametrize("kind", ["image_negatives", "image_negatives, sigmoid"])
+def test_a_captions_hard_negative_images_are_negatives_of_every_caption_and_of_no_image(kind, cache):
+    """Each image's place among the batch's counts, and patch dropout's seed with it: in float64, by hand."""
+    batch, engine = make_batch(**OF_KIND[kind]), PlainEngine(kind)
+    model = engine.objective.model
+    embedded = engine.forward(batch, patch_dropout=0.5)
+    images = torch.stack([embedded.images[:7], embedded.images[7:14], embedded.images[14:]])
+    loss = image_text_by_hand(embedded.texts[:7], images, batch.image_ids, model.logit_scale, model.logit_bias)
+    loss.backward()
+    losses, gradients, _ = step(batch, cache, pairs=("image_text",), kind=kind)
+    assert losses == {"image_text": pytest.approx(loss.item(), rel=1e-12)}
+    expected = engine.gradients()
+    assert gradients.keys() == expected.keys() >= {"logit_scale", "vision.pos_embed"}
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_a_rank_without_pairs_of_a_kind_has_its_hard_negatives_by_number():
+    """Where a task begins later, or other ranks have the few samples of a batch."""
+    batch = make_batch(images=0, image_negatives=2)
+    losses, _, _ = step(Batch(**{**vars(batch), "images": None}), pairs=("text",))
+    others, _, _ = step(make_batch(pairs=0, image_negatives=2), pairs=("image_text",))
+    assert (losses.keys(), others.keys()) == ({"text"}, {"image_text"})
 
 
 def expected_losses(engine, batch, scales):

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 ZERO = (0, 1, 2, 3)
-KINDS = ("multi_task", "unified", "sigmoid")
+KINDS = ("multi_task", "unified", "sigmoid", "image_negatives")
 OPTIONS = {"sigmoid": ", weights: [1, 2.5], temperature: shared, false_negative_margin: 0.1"}
 SCALARS = {
     "multi_task": {"logit_scale", "text_logit_scale"},
     "unified": {"logit_scale"},
     "sigmoid": {"logit_scale", "logit_bias", "text_logit_bias"},
+    "image_negatives": {"logit_scale", "text_logit_scale"},
 }
 
 
@@ -63,7 +64,7 @@ def test_the_size_of_the_towers_is_known_but_under_zero_3(found, zero, kind):
         norms["image" if name.startswith(("vision.", "logit_")) else "text"].append(value.flatten())
     expected = {f"parameter_norm/{tower}": torch.cat(values).norm().item() for tower, values in norms.items()}
     expected |= {f"update_norm/{tower}": 0.0 for tower in norms}
-    if kind != "multi_task":  # the one temperature is the images'
+    if "text_logit_scale" not in SCALARS[kind]:  # the one temperature is the images'
         of_text = weights["text_logit_scale"].item()
         expected["parameter_norm/text"] = (expected["parameter_norm/text"] ** 2 - of_text**2) ** 0.5
     assert measured == ({} if zero == 3 else pytest.approx(expected, rel=1e-4))
@@ -95,6 +96,7 @@ def one_rank(rank: int, folder: str) -> None:
     found = {}
     for kind in KINDS:
         options = {"pairs": BOTH, "patch_dropout": 0.5}
+        of_loss = "multi_task" if kind == "image_negatives" else kind
         plain = PlainEngine(kind, torch.float32)
         # The plain engine averages over ranks, if there are any: here both run the same whole batch.
         forward_backward(plain, make_batch(**OF_KIND[kind]), **options)
@@ -103,7 +105,9 @@ def one_rank(rank: int, folder: str) -> None:
             whole = ", stage3_param_persistence_threshold: 0" if zero == 3 else ""
             under = f"deepspeed={{zero_optimization: {{stage: {zero}{whole}}}}}"
             settings = ["optimizer.name=adamw", "optimizer.gradient_clipping=0", under]
-            recipe = load(drawn, [*settings, f"loss={{kind: {kind}, dims: [32, 16]{OPTIONS.get(kind, '')}}}"], 1).recipe
+            recipe = load(
+                drawn, [*settings, f"loss={{kind: {of_loss}, dims: [32, 16]{OPTIONS.get(kind, '')}}}"], 1
+            ).recipe
             objective = ContrastiveObjective(
                 PlainEngine(kind, torch.float32).objective.model, recipe.stage(1).loss, "fp32"
             )

@@ -23,12 +23,14 @@ from PIL import Image
 
 @dataclass
 class Sample:
-    """A sample that was read back: its row, its image and extension if it has one, its parsed .json."""
+    """A sample that was read back: its row, its image and extension if it has one, its parsed .json, its hard-negative
+    images."""
 
     row: Any
     image: bytes | None
     extension: str | None
     content: dict[str, Any]
+    negatives: list[bytes]
 
     @property
     def captions(self) -> list[str]:
@@ -61,7 +63,9 @@ def read_back(directory: Path) -> list[Sample]:
         members = dataset.read(index)
         extension = next((name for name in ("jpg", "png", "webp") if name in members), None)
         image = members[extension] if extension else None
-        found.append(Sample(dataset.row(index), image, extension, json.loads(members["json"])))
+        further = sorted((name for name in members if name.startswith("negative-")), key=lambda name: int(name[9:-4]))
+        negatives = [members[name] for name in further]
+        found.append(Sample(dataset.row(index), image, extension, json.loads(members["json"]), negatives))
     return found
 
 

@@ -1,6 +1,6 @@
 """Operations counted from shapes, against torch's counter over the real modules, forward and backward."""
 
-import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def test_a_projector_is_counted_and_alone_where_the_tower_is_stored(hidden, trai
     ):
         assert (ours.forward, ours.backward) == counted(tower, forward)
     if trainable in ("projector", "none"):
-        stored = dataclasses.replace(shape, texts=6, stored=("image", "text"))
+        stored = replace(shape, texts=6, stored=("image", "text"))
         ours = step_flops(text.config, vision.config, stored, trainable=Trainable(image=trainable, text=trainable))
         loss = loss_flops(stored, 24, trainable != "none")
         rows = torch.randn(6, 32), torch.randn(4, 32)
@@ -106,6 +106,7 @@ def test_one_product_serves_all_prefixes_of_the_loss():
     ours = loss_flops(StepShape(pairs=6, negatives=3), 32)
     assert (ours.forward, ours.backward) == (forward, backward)
     assert ours.recomputed == ours.forward
+    assert loss_flops(StepShape(images=6 * 4, image_negatives=3), 32) == ours
 
 
 def test_a_step_is_both_towers_and_both_losses():
@@ -125,6 +126,8 @@ def test_a_step_is_both_towers_and_both_losses():
 def test_parts_of_ranks_add_up():
     one = StepShape(images=2, kept_patches=25, texts=3, tokens=9, squared_tokens=29, pairs=1, negatives=7)
     assert one + one == StepShape(4, 25, 6, 18, 58, 2, 7)
+    shared = replace(one, image_negatives=3)
+    assert (shared + shared).image_negatives == 3
 
 
 def test_hidden_words_cost_the_head_and_the_word_table():

@@ -54,17 +54,18 @@ def planned_model(engine: PlainEngine, precision: str, patch_dropout: float) -> 
     )  # fmt: skip
 
 
-def a_batch(images: int, pairs: int, negatives: int) -> Batch:
-    texts = images + pairs * (2 + negatives)
+def a_batch(images: int, pairs: int, negatives: int, image_negatives: int = 0) -> Batch:
+    texts, shown = images + pairs * (2 + negatives), images * (1 + image_negatives)
     return Batch(
-        images=torch.randint(0, 256, (images, 3, 48, 48), dtype=torch.uint8),
-        image_seeds=torch.arange(images),
+        images=torch.randint(0, 256, (shown, 3, 48, 48), dtype=torch.uint8),
+        image_seeds=torch.arange(shown),
         texts=PackedTokens.from_lists([[5] * LENGTH] * texts),
         text_seeds=torch.arange(texts),
         image_ids=torch.arange(images),
         pairs=pairs,
         negatives=negatives,
         text_ids=torch.arange(pairs),
+        image_negatives=image_negatives,
     )
 
 
@@ -95,6 +96,28 @@ def test_a_step_takes_what_the_profiler_measures(
     planned = estimate(model, sizes, Setting(cache, checkpointing, checkpointing, 0), CPU)
     ours = planned.total - sum(resting_parts(model, 0, 1).values()) - planned.parts["batch"]
     assert ours == pytest.approx(profiled_peak(run), rel=0.15)
+
+
+@pytest.mark.parametrize("cache", [None, GradientCache(16, 16 * LENGTH)])
+def test_hard_negative_images_take_what_the_profiler_measures(profiled_peak, cache):
+    engine, batch = PlainEngine(TEXT, VISION, "fp32"), a_batch(16, 0, 0, image_negatives=4)
+
+    def run():
+        engine.model.zero_grad()
+        forward_backward(engine, batch, pairs=("image_text",), cache=cache)
+        engine.model.zero_grad()
+
+    model, sizes = planned_model(engine, "fp32", 0.0), Sizes(80, 16, LENGTH, 0, 0, 1, image_negatives=4)
+    planned = estimate(model, sizes, Setting(cache, False, False, 0), CPU)
+    ours = planned.total - sum(resting_parts(model, 0, 1).values()) - planned.parts["batch"]
+    assert planned.parts["batch"] == 80 * (3 * 48 * 48 + 8) + 8 * 16 * LENGTH
+    assert ours == pytest.approx(profiled_peak(run), rel=0.15)
+
+
+def test_the_loss_of_images_with_negatives_takes_what_that_of_texts_does():
+    model = planned_model(PlainEngine(TEXT, VISION, "fp32"), "fp32", 0.0)
+    of_images = Sizes(64 * 4, 64, LENGTH, 0, 0, 8, image_negatives=3)
+    assert loss_bytes(model, of_images, CPU) == loss_bytes(model, Sizes(0, 64 * 5, LENGTH, 64, 3, 8), CPU)
 
 
 def test_on_a_gpu_chunks_lie_in_one_upload_of_the_whole_batch():

@@ -11,8 +11,11 @@ from stage_trainer.cli import main
 from stage_trainer.errors import UserError
 from stage_trainer.plan import auto
 from stage_trainer.plan.devices import DEVICES, GIB, Device, device, peak_flops, read_bytes
+from stage_trainer.plan.flops import StepShape, kept_patches, text_flops, vision_flops
+from stage_trainer.plan.hard_negatives import TRIPLETS, hard_negatives
+from stage_trainer.plan.machines import load_of
 from stage_trainer.plan.memory import Setting
-from stage_trainer.plan.planner import TRIPLETS, Cluster, hard_negatives, plan_stage, segments
+from stage_trainer.plan.planner import Cluster, model_of, plan_stage, segments
 from stage_trainer.plan.table import WIDTH, describe, stage_table
 from stage_trainer.recipe import GradientCache
 from stage_trainer.recipe.read import load
@@ -86,9 +89,39 @@ def test_hard_negatives_are_those_of_the_data_whatever_its_folder_is_called(draw
             sample = json.dumps({"query": text, "target": text, "negatives": [text] * found}).encode()
             writer.write("s0", {"json": sample}, languages=["en"], tokens=None)
         recipe = drawn(f"corpus={tmp_path}", f"data.text=[{{path: {folder}/made}}]")
-        assert hard_negatives(recipe, recipe.stage(1)) == found
+        assert hard_negatives(recipe, recipe.stage(1)) == (found, 0)
     absent = drawn("data.text=[{path: text-triplets/absent}]")
-    assert hard_negatives(absent, absent.stage(1)) == TRIPLETS
+    assert hard_negatives(absent, absent.stage(1)) == (TRIPLETS, 0)
+
+
+def test_hard_negative_images_are_computed_decoded_and_fetched(drawn, tmp_path, png):
+    """Those of the data, or seven where it is not here; as if the captions had so many images more."""
+    sample = {"png": png, "negative-0.png": png, "negative-1.png": png, "txt": b"a"}
+    with DatasetWriter(tmp_path / "train/mine", kind="image-triplets", source="mine") as writer:
+        writer.write("s0", sample, languages=["en"], tokens=None)
+    cluster, loads = Cluster(DEVICES["h100-80gb"]), []
+    settings = ("resolution=[[0, 32]]", "loss.dims=[64]", "batch={image_text: 16, text: 0}")
+    for negatives, more in (
+        (0, ()),
+        (2, (f"corpus={tmp_path}", "data.image_text=[{path: mine}]")),
+        (TRIPLETS, ("data.image_text=[{path: image-triplets/absent}]",)),
+    ):
+        recipe = drawn(*settings, *more)
+        assert hard_negatives(recipe, recipe.stage(1)) == (0, negatives)
+        plan = plan_stage(recipe, 1, cluster)
+        (part,) = plan.segments
+        assert part.sizes.images == 16 * (1 + negatives)
+        assert part.sizes.texts == 16
+        model = model_of(recipe, 1, part.segment, plan.precision)
+        kept = kept_patches(model.vision, part.segment.patch_dropout)
+        shape = StepShape(16 * (1 + negatives), kept, 16, 16 * part.sizes.length, 16 * part.sizes.length**2)
+        towers = vision_flops(model.vision, shape).model + text_flops(model.text, shape, "all").model
+        products = 16 * 16 * (1 + negatives) * 64
+        assert part.as_written.flops.model == towers + 3 * 2 * products
+        load, seconds = load_of(recipe, plan, part, cluster), part.seconds(part.as_written, cluster)
+        loads.append((load.images * seconds, load.fetched * seconds))
+    assert [images for images, _ in loads] == pytest.approx([16, 48, 128])
+    assert loads[2][1] == pytest.approx(8 * loads[0][1])
 
 
 def test_masked_language_modelling_is_not_planned(recipes):

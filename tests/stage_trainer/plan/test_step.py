@@ -6,7 +6,7 @@ import pytest
 from stage_trainer.plan.devices import DEVICES, Device
 from stage_trainer.plan.memory import Model, Setting, Sizes, estimate
 from stage_trainer.plan.roofline import ATTENTION, ELEMENTWISE, LAUNCHES, MEMORY, PRODUCTS
-from stage_trainer.plan.step import COMMUNICATION, COPIES, HOST_LINK, LOSS, OPTIMIZER, PARTS, predict
+from stage_trainer.plan.step import COMMUNICATION, COPIES, HOST_LINK, LOSS, OPTIMIZER, PARTS, exchanged, predict
 from stage_trainer.recipe import GradientCache, Trainable
 from text_tower import TextTowerConfig
 from vision_tower import VisionTowerConfig
@@ -40,6 +40,7 @@ def total(**given):
         {"sizes": replace(SIZES, length=48)},
         {"sizes": replace(SIZES, images=128)},
         {"sizes": replace(SIZES, texts=256)},
+        {"sizes": replace(SIZES, images=256, image_negatives=3)},
         {"model": replace(MODEL, precision="fp32")},
         {"model": replace(MODEL, learning=2 * LEARNING)},
         {"setting": Setting(CHUNKS)},
@@ -152,3 +153,10 @@ def test_what_is_frozen_is_not_differentiated():
 
 def test_no_time_without_a_speed():
     assert predict(MODEL, SIZES, Setting(), Device("cpu", 2**33, 1.0, None, 1.0, None, kind="cpu"), None) is None
+
+
+def test_ranks_send_captions_but_no_hard_negatives():
+    """Each keeps its own, and gathers the others' captions (`contrastive_losses`)."""
+    many = replace(SIZES, images=4 * 64, image_negatives=3, ranks=8)
+    name = "embeddings and their gradients"
+    assert exchanged(MODEL, many, Setting())[name] == exchanged(MODEL, replace(SIZES, ranks=8), Setting())[name]

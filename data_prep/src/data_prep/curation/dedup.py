@@ -10,7 +10,7 @@ from data_prep.curation import image_duplicates, passes, text_duplicates, text_s
 from data_prep.curation.verdicts import BROKEN, KEPT, REASONS, Verdicts
 from data_prep.errors import UserError
 from data_prep.execute import Execution, Output, Target
-from data_prep.shards.format import JsonObject
+from data_prep.shards.format import IMAGE_TRIPLETS, JsonObject
 
 _SHOWN = 20  # pairs for each reason that a dry run prints
 
@@ -46,6 +46,11 @@ def deduplicate(
     datasets = passes.open_alike(directories)
     tests = passes.open_alike(text_sets.as_data_sets(against, target)) if against else []
     images = datasets[0].kind.startswith("image")
+    if datasets[0].kind == IMAGE_TRIPLETS:
+        raise UserError(
+            f"{datasets[0].directory} holds {IMAGE_TRIPLETS}, and captions of equal images cannot be put together: a "
+            "hard negative of one may be what another describes. Remove duplicates from the table, and import it again"
+        )
     if tests and tests[0].kind.startswith("image") != images:
         raise UserError(
             f"{tests[0].directory} holds {tests[0].kind}; {datasets[0].kind} can only be compared with its kind"

@@ -13,7 +13,7 @@ from pathlib import Path
 from data_prep.execute.engines import worker_pool
 from data_prep.images import ImageRefused, check_stored
 from data_prep.shards import Dataset, Row, ShardError, Unusable, content_of, texts_in
-from data_prep.shards.format import IMAGE_TYPES
+from data_prep.shards.format import IMAGE_TYPES, negatives_among
 from data_prep.sources.tars import tar_members
 
 
@@ -112,7 +112,7 @@ def _check_sample(
     else:
         yield from _check_texts(members, dataset.kind, row)
     if decode:
-        for extension in images:
+        for extension in (*images, *negatives_among(members)):
             try:
                 check_stored(members[extension], max_pixels=sys.maxsize)
             except ImageRefused as error:

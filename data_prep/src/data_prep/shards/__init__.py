@@ -12,10 +12,10 @@ mapped: a process reads the pages that it needs, and shares them with all others
 not before a data set is read or written.
 """
 
-from data_prep.shards.content import Unusable, content_of, encodes, texts_in, with_named_captions
+from data_prep.shards.content import Unusable, content_of, encodes, negative_images, texts_in, with_named_captions
 from data_prep.shards.dataset import Dataset, OpenShard
 from data_prep.shards.files import sync, write_file
-from data_prep.shards.format import KINDS, MANIFEST, SCHEMA, ShardError, ShardUnavailable, index_name
+from data_prep.shards.format import IMAGE_TRIPLETS, KINDS, MANIFEST, SCHEMA, ShardError, ShardUnavailable, index_name
 from data_prep.shards.lock import InUse, alone
 from data_prep.shards.manifest import Shard
 from data_prep.shards.sidecar import Row
@@ -23,6 +23,7 @@ from data_prep.shards.terminal import escaped_output
 from data_prep.shards.writer import DatasetWriter, ShardWriter, write_manifest
 
 __all__ = [
+    "IMAGE_TRIPLETS",
     "KINDS",
     "MANIFEST",
     "SCHEMA",
@@ -41,6 +42,7 @@ __all__ = [
     "encodes",
     "escaped_output",
     "index_name",
+    "negative_images",
     "sync",
     "texts_in",
     "with_named_captions",

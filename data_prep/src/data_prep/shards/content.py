@@ -13,7 +13,15 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from data_prep.shards.format import IMAGE_TYPES, KINDS, JsonObject, ShardError, parse_json
+from data_prep.shards.format import (
+    IMAGE_TRIPLETS,
+    IMAGE_TYPES,
+    KINDS,
+    JsonObject,
+    ShardError,
+    negatives_among,
+    parse_json,
+)
 
 _NUL = "NULs between its letters, as UTF-16 has where it is taken for UTF-8"
 _LANGUAGE = re.compile(r"(?P<code>[a-z]{2})([_-][A-Za-z]{2,4})*")  # of three letters may be "alt", "raw" or "url"
@@ -57,6 +65,8 @@ def content_of(kind: str, members: Mapping[str, bytes], language: str = "und") -
     """
     if kind.startswith("image") and not any(extension in members for extension in IMAGE_TYPES):
         raise Unusable("no image", f" among {', '.join(IMAGE_TYPES)}")
+    if kind == IMAGE_TRIPLETS:
+        negative_images(kind, members)
     try:
         return _checked(kind, members)
     except Unusable:
@@ -71,6 +81,20 @@ def content_of(kind: str, members: Mapping[str, bytes], language: str = "und") -
         if is_blank(text):
             raise Unusable("no caption: its .txt is empty") from None
         return {"captions": [_caption(kind, text, language)]}
+
+
+def negative_images(kind: str, members: Mapping[str, bytes]) -> list[bytes]:
+    """The encoded hard-negative images of a sample, in their order; of other kinds than `image-triplets` none.
+
+    Raises:
+        Unusable: there are none, or one between them is missing.
+    """
+    if kind != IMAGE_TRIPLETS:
+        return []
+    found = negatives_among(members)
+    if not found or len(found) < sum(extension.startswith("negative-") for extension in members):
+        raise Unusable("no negative images negative-0, negative-1, …", f" but {_seen(sorted(members))}")
+    return [members[extension] for extension in found]
 
 
 def _is_wide(text: str) -> bool:

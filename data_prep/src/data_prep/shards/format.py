@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,24 @@ and take longer to fetch before a first batch; of smaller ones a large set has t
 JsonObject = dict[str, Any]
 """A parsed JSON object, or one to be written; values from outside are checked where they are used."""
 
-# Each kind of data set, with the lists of texts that the .json of its samples must have.
+# Each kind of data set, with the lists of texts that the .json of its samples must have. Those of `image-triplets` also
+# have hard-negative images for their captions.
 KINDS = {
     "text-pairs": ("query", "target"),
     "text-triplets": ("query", "target", "negatives"),
     "image-short": ("captions",),
     "image-long": ("captions",),
+    "image-triplets": ("captions",),
 }
 
 # The extensions that a sample's image may have, with their media types. We never write "jpeg".
 IMAGE_TYPES = {"jpg": "image/jpeg", "jpeg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
+
+IMAGE_TRIPLETS = "image-triplets"
+MOST_NEGATIVES = 64
+"""Hard-negative images of a sample, at most."""
+NEGATIVES = tuple(tuple(f"negative-{number}.{of}" for of in IMAGE_TYPES) for number in range(MOST_NEGATIVES))
+"""The extensions that a sample's hard-negative images may have, by their number."""
 
 # webdataset splits a member's name at its first dot; a plain tar header holds names of 100 bytes at most.
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")
@@ -97,6 +106,13 @@ def is_key(key: str) -> bool:
     return _KEY.fullmatch(key) is not None
 
 
+def negatives_among(extensions: Iterable[str]) -> list[str]:
+    """The extensions of hard-negative images, one of each number from 0 on, up to the first number without one."""
+    found = set(extensions)
+    of_each = ([extension for extension in of if extension in found] for of in NEGATIVES)
+    return [extension for extension, *_ in takewhile(bool, of_each)]
+
+
 def check_sample(kind: str, key: str, extensions: Iterable[str]) -> None:
     """ShardError if a sample of this kind cannot have such a key or such members."""
     found = sorted(extensions)
@@ -110,6 +126,10 @@ def check_sample(kind: str, key: str, extensions: Iterable[str]) -> None:
         return
     images = [extension for extension in found if extension in IMAGE_TYPES]
     captions = [extension for extension in found if extension in ("json", "txt")]
-    if len(images) != 1 or not captions or len(images) + len(captions) != len(found):
+    negatives = negatives_among(found) if kind == IMAGE_TRIPLETS else []
+    known = len(images) + len(captions) + len(negatives)
+    if len(images) != 1 or not captions or known != len(found) or (kind == IMAGE_TRIPLETS and not negatives):
         expected = f"one of {', '.join(IMAGE_TYPES)} and json or txt"
+        if kind == IMAGE_TRIPLETS:
+            expected += f" and negative-0.jpg, negative-1.jpg, …, at most {MOST_NEGATIVES}"
         raise ShardError(f"sample {key!r} of {kind} has the members {found}; expected {expected}")

@@ -9,17 +9,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, overload
 
 from data_prep.shards.content import encodes
 from data_prep.shards.fields import as_count, as_hash, as_text, shown
-from data_prep.shards.format import IMAGE_TYPES, ShardError, parse_json
+from data_prep.shards.format import IMAGE_TYPES, NEGATIVES, ShardError, parse_json
 from data_prep.shards.npy import Mapped, packed, table_in
 
 if TYPE_CHECKING:
     import numpy as np
 
-MEMBERS = (*IMAGE_TYPES, "json", "txt")
+MEMBERS = (*IMAGE_TYPES, "json", "txt", *chain.from_iterable(NEGATIVES))
 """The extensions that members may have, in the order in which a sample's hash takes them."""
 
 LONGEST_KEY = 1000
@@ -71,7 +72,10 @@ def row_of(
     if tokens is not None and not 0 <= tokens < 1 << 31:
         raise ShardError(f"sample {key!r}: {tokens} tokens, expected a number from 0 to 2^31")
     if foreign := data.keys() - set(MEMBERS):
-        raise ShardError(f"sample {key!r} has the members {sorted(foreign)}; expected {', '.join(MEMBERS)}")
+        raise ShardError(
+            f"sample {key!r} has the members {sorted(foreign)}; expected "
+            f"{', '.join(IMAGE_TYPES)}, json, txt or negative-0.jpg, negative-1.jpg, …"
+        )
     digest, members = hashlib.sha256(), {}
     for name in MEMBERS:
         if name in data:

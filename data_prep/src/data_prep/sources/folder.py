@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,6 +29,7 @@ from data_prep.sources.records import (
     pick,
     usual_column,
 )
+from data_prep.sources.row_columns import NEGATIVE_COLUMNS, usual_negatives
 from data_prep.sources.tables import (
     check_columns,
     is_json_lines,
@@ -62,6 +63,8 @@ class Folder:
     caption_column: str = option("", f"column of the short caption (default: the first of {', '.join(_CAPTION)})")
     long_column: str = option("", f"column of the long caption (default: the first of {', '.join(_LONG)})")
     language_column: str = option("", f"column of the language (default: the first of {', '.join(_LANGUAGE)})")
+    negative_columns: str = option("", NEGATIVE_COLUMNS)
+    negatives: int = option(7, "negative images of a triplet; what has more is cut, what has fewer is a pair")
     language: str = option("und", "language where no column says it")
     origin: str = option("human", "where the captions came from: human, machine-translation, synthetic:MODEL")
     delimiter: str = option("", DELIMITER)
@@ -78,6 +81,8 @@ class Folder:
         table = Path(self.table) if self.table else _only_table(Path(self.folder))
         if not 0 <= self.held_out < 1:
             raise UserError(f"--held-out {self.held_out:g}: expected a share of the images, such as 0.1")
+        if self.negatives < 1:
+            raise UserError(f"--negatives {self.negatives}: expected at least 1")
         if self.split and not self.held_out:
             raise UserError(f"--split {self.split}: of what? say the share of the other one, too: --held-out 0.1")
         if is_json_lines(table):
@@ -103,7 +108,10 @@ class Folder:
                     f"{table}: {unknown(columns)} for {what}-column; if they are the first row, say --no-header"
                 )
         language = self.language_column or usual_column(columns, self._usual(_LANGUAGE))
-        check_columns(table, columns, filter(None, (image, *captions, language)))
+        check_columns(table, columns, filter(None, (image, *captions, language, *self._negative_columns(columns))))
+
+    def _negative_columns(self, columns: Collection[str]) -> list[str]:
+        return self.negative_columns.split(",") if self.negative_columns else usual_negatives(columns)
 
     def _usual(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """The usual names of a column; without a header the places of file name and caption."""
@@ -118,13 +126,13 @@ class Folder:
         if not isinstance(name, str) or not name:
             yield Dropped("no file name", where)
             return
-        path = inside(Path(self.folder), name)
+        path = _file(self.folder, name)
         if path is None:
             yield Dropped("file name outside the folder", where)
             return
-        if not os.path.isfile(path) and (other := _spelt(Path(self.folder), name)) is not None:
+        if path != inside(Path(self.folder), name):
             yield Noted("images under another spelling of their name")
-            path, name = other, os.path.relpath(other, self.folder)
+            name = os.path.relpath(path, self.folder)
         found = pick(values, self.language_column, self._usual(_LANGUAGE))
         language = found if isinstance(found, str) and found.strip() else self.language
         short = self._captions(pick(values, self.caption_column, self._usual(_CAPTION)), language, "name")
@@ -136,7 +144,28 @@ class Folder:
         elif self.held_out and _side(path, self.held_out) != self.split:
             yield Dropped("of the other split", where)
         else:
-            yield ImageRecord(where, os.path.normpath(name), path, short, long)
+            negatives = list[bytes | Path]()
+            for negative in self._negatives(values):
+                if isinstance(negative, Path):
+                    negatives.append(negative)
+                else:
+                    yield Noted(f"negative images left out: {negative}")
+            yield ImageRecord(where, os.path.normpath(name), path, short, long, negatives, self.negatives)
+
+    def _negatives(self, values: JsonObject) -> Iterator[Path | str]:
+        """The file of each negative image of a row, or why it is left out."""
+        for column in self._negative_columns(values):
+            value = pick(values, column, ())
+            for name in value if isinstance(value, list) else [value]:
+                path = _file(self.folder, name) if isinstance(name, str) and name else None
+                if name is None or name == "":
+                    continue
+                if path is None:
+                    yield "no file name, or one outside the folder"
+                elif self.held_out and _side(path, self.held_out) != self.split:
+                    yield "of the other split"
+                else:
+                    yield path
 
     def _captions(self, value: Any, language: str, role: str) -> list[Text] | None:
         texts = value if isinstance(value, list) else [] if value is None else [value]
@@ -171,6 +200,13 @@ def inside(folder: Path, name: str) -> Path | None:
     except UnicodeEncodeError:
         possible = False
     return Path(path) if possible and path.startswith(os.path.join(root, "")) else None
+
+
+def _file(folder: str, name: str) -> Path | None:
+    """The file that a table means by a name, perhaps under another spelling; None if the name leads out of the
+    folder."""
+    path = inside(Path(folder), name)
+    return path if path is None or os.path.isfile(path) else _spelt(Path(folder), name) or path
 
 
 def _spelt(folder: Path, name: str) -> Path | None:

@@ -14,7 +14,7 @@ from data_prep.languages import LANGUAGES, house_language
 from data_prep.samples import Text, captions_json, languages_of, texts_json
 from data_prep.shards import Unusable, content_of
 from data_prep.shards.content import encodes, is_language
-from data_prep.shards.format import JsonObject
+from data_prep.shards.format import IMAGE_TRIPLETS, JsonObject
 from data_prep.sources import EVALSETS, SOURCES
 from data_prep.sources.records import Dropped, ImageRecord, Noted, Source, TextRecord
 
@@ -95,13 +95,38 @@ def _write_image(record: ImageRecord, rule: ImageRule, name: str, output: Output
         texts = [text.text for text in (*record.short, *record.long)]
         output.drop(str(error), record.where, content=texts)
         return
-    if stored.encoded_anew:
-        output.note("images encoded anew")
-    for kind, found in (("image-short", record.short), ("image-long", record.long)):
+    negatives = _negatives(record, stored, rule, output)
+    if encoded := sum(image.encoded_anew for image in (stored, *negatives)):
+        output.note("images encoded anew", encoded)
+    members = {stored.extension: stored.data}
+    members |= {f"negative-{number}.{image.extension}": image.data for number, image in enumerate(negatives)}
+    by_kind = {"image-short": record.short, "image-long": record.long}
+    for kind, found in ({IMAGE_TRIPLETS: [*record.short, *record.long]} if negatives else by_kind).items():
         captions = _ours(found, output)
         if captions:
             content = captions_json(captions, source=name, item=f"{name}/{record.item}")
-            _write(kind, {stored.extension: stored.data, "json": content}, captions, record.where, output)
+            _write(kind, {**members, "json": content}, captions, record.where, output)
+
+
+def _negatives(record: ImageRecord, image: StoredImage, rule: ImageRule, output: Output) -> list[StoredImage]:
+    """The first `record.triplet` of a record's negative images that can be stored; none if there are fewer."""
+    found: dict[bytes, StoredImage] = {}
+    for negative in record.negatives:
+        if len(found) == record.triplet:
+            break
+        try:
+            stored = _stored(negative, rule)
+        except ImageRefused as error:
+            output.note(f"negative images left out: {error}")
+            continue
+        if stored.data == image.data or stored.data in found:
+            output.note("negative images left out: equal to the positive, or there twice")
+        else:
+            found[stored.data] = stored
+    if record.negatives and len(found) < record.triplet:
+        output.note(f"with fewer than {record.triplet} negative images (--negatives), as pairs")
+        return []
+    return list(found.values())
 
 
 def _ours(texts: Sequence[Text], output: Output) -> list[Text]:

@@ -17,6 +17,8 @@ class ImageRecord:
     """An image with captions. `item` is its identity: equal ones are never each other's negatives.
 
     image: the file's bytes, or its path. short, long: captions; each list that is not empty gives a sample of its kind.
+    negatives: images that the captions do not describe, the hardest first; with `triplet` of them that can be stored
+        the record is a triplet, whose captions are those of both lists.
     where: for the receipt, in case the image is broken.
     """
 
@@ -25,6 +27,8 @@ class ImageRecord:
     image: bytes | Path
     short: Sequence[Text] = ()
     long: Sequence[Text] = ()
+    negatives: Sequence[bytes | Path] = ()
+    triplet: int = 0
 
 
 @dataclass(frozen=True, slots=True)

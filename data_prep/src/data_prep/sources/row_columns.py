@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -29,6 +30,10 @@ _NO_CAPTIONS = (
     "sha256",
     "hash",
 )
+_NEGATIVE = re.compile(
+    r"(hard_)?neg(ative)?s?(_(image|img|picture|photo|page|passage)s?)?(_(file|filename|file_name|path)s?)?(_?\d+)?"
+)
+NEGATIVE_COLUMNS = "columns of hard-negative images, with commas (default: negative, neg_image, negative_1, …)"
 _TEXT = ("text", "caption", "raw", "sentence", "value")
 
 
@@ -50,7 +55,7 @@ class Columns:
     """Names of columns, "" for none; `a.b` is the field b of a column a.
 
     needed: those to read; of rows of texts none is named here, and each file's own columns say what they are.
-    labels: of a column of class numbers the names of the classes.
+    labels: of a column of class numbers the names of the classes. negatives: columns of hard-negative images.
     """
 
     image: str = ""
@@ -59,6 +64,7 @@ class Columns:
     language: str = ""
     needed: Sequence[str] = ()
     labels: dict[str, list[str]] = field(default_factory=dict)
+    negatives: Sequence[str] = ()
 
     def plain(self) -> JsonObject:
         """Plain values, from which `Columns(**values)` is the same."""
@@ -75,7 +81,8 @@ class Columns:
 
 
 def find_columns(data: str, kinds: Kinds | None, named: dict[str, str]) -> Columns:
-    """The columns that the user `named` (image, captions, long, language), else those of the usual types and names.
+    """The columns that the user `named` (image, captions, long, language, negatives), else those of the usual types and
+    names.
 
     Args:
         kinds: None for JSON lines, which hold texts.
@@ -90,10 +97,18 @@ def find_columns(data: str, kinds: Kinds | None, named: dict[str, str]) -> Colum
             )
         return Columns(language=named["language"])
     names, features = list(kinds.columns), kinds.columns
-    for given in (*named["captions"].split(","), named["image"], named["long"], named["language"]):
+    several = (*named["captions"].split(","), *named["negatives"].split(","))
+    for given in (*several, named["image"], named["long"], named["language"]):
         if given and given not in features and given.partition(".")[0] not in features:
             raise UserError(f"{data}: has no column {given!r}; it has {', '.join(names)}")
-    image = named["image"] or _only([name for name in names if features[name] == "image"], data, "image")
+    images = [name for name in names if features[name] == "image"]
+    negatives = named["negatives"].split(",") if named["negatives"] else usual_negatives(images)
+    if texts := [name for name in negatives if features.get(name) == "text"]:
+        raise UserError(
+            f"{data}: {texts[0]!r} holds texts, and hard negatives of captions are images; if these are ids of other "
+            "rows, put the images of those rows in their place"
+        )
+    image = named["image"] or _only([name for name in images if name not in negatives], data, "image")
     if not image:
         return Columns(language=named["language"], labels=kinds.labels)
     language = named["language"] or _first(_LANGUAGE, names)
@@ -110,14 +125,20 @@ def find_columns(data: str, kinds: Kinds | None, named: dict[str, str]) -> Colum
             captions = [_only(others, data, "caption")]
             if not captions[0]:
                 raise UserError(f"{data}: no column of texts beside {image!r}; it has {', '.join(names)}")
-    used = [image, *captions, long, language]
+    used = [image, *captions, long, language, *negatives]
     needed = [name if name in features else name.partition(".")[0] for name in used if name]
-    return Columns(image, captions, long, language, list(dict.fromkeys(needed)))
+    return Columns(image, captions, long, language, list(dict.fromkeys(needed)), negatives=negatives)
+
+
+def usual_negatives(names: Collection[str]) -> list[str]:
+    """Those of a table's columns that hold hard-negative images by their names."""
+    return [name for name in names if _NEGATIVE.fullmatch(name.lower())]
 
 
 def is_image_name(name: str) -> bool:
     """Whether a column of bytes is one of images, by its name."""
-    return name.lower() in ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")
+    plain = re.sub(r"^(hard_)?neg(ative)?_|_?\d+$", "", name.lower())
+    return plain in ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")
 
 
 def value_at(row: JsonObject, name: str) -> Any:

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from data_prep.errors import UserError
 from data_prep.image_rule import ImageRule
-from data_prep.samples import Text
 from data_prep.shards.format import JsonObject
 from data_prep.sources.folder import inside
 from data_prep.sources.labels import COLUMN, GRADED, LEAST, NO_MATCH, POSITIVES, SCALE
 from data_prep.sources.no_match import hard_negatives, left_for_later
 from data_prep.sources.parquet import image_bytes
-from data_prep.sources.records import Dropped, Found, ImageRecord, NoMatch, Row, argument, option, showing
+from data_prep.sources.records import Dropped, Found, ImageRecord, NoMatch, Noted, Row, argument, option, showing
 from data_prep.sources.row_columns import Columns, Kinds, caption_texts, find_columns, value_at
 from data_prep.sources.text_rows import TextRows
 from data_prep.sources.texts import NO_FORM, Texts
@@ -49,7 +48,7 @@ class RowSet(ABC):
     score_margin: float = option(0.0, "leave out negatives that a teacher scores less than this below the positive")
     query_column: str = option("", "column of the query")
     target_column: str = option("", "column of the target")
-    negative_columns: str = option("", "columns of negatives, with commas")
+    negative_columns: str = option("", "columns of negatives, texts or images, with commas (default: by usual names)")
     label_column: str = option("", COLUMN)
     positives: str = option("", POSITIVES)
     no_match: str = option("", NO_MATCH)
@@ -73,6 +72,7 @@ class RowSet(ABC):
             "captions": self.caption_column,
             "long": self.long_column,
             "language": self.language_column,
+            "negatives": self.negative_columns,
         }
         columns = find_columns(self.data, kinds, names)
         file, labelled, again = "", False, list[JsonObject]()
@@ -113,7 +113,7 @@ class RowSet(ABC):
             if isinstance(row, Dropped):
                 yield row
             elif columns.image:
-                yield from showing(row[1], [self._captioned(*row, columns, [self.data, *piece.get("roots", ())])])
+                yield from showing(row[1], self._captioned(*row, columns, [self.data, *piece.get("roots", ())]))
             else:
                 yield from showing(row[1], texts.records(*row))
 
@@ -125,25 +125,32 @@ class RowSet(ABC):
             else:
                 yield row[0], columns.named_labels(_with_texts(row[1], columns.image))
 
-    def _captioned(self, where: str, row: JsonObject, columns: Columns, roots: list[str]) -> Found:
+    def _captioned(self, where: str, row: JsonObject, columns: Columns, roots: list[str]) -> Iterator[Found]:
         image = self._image(value_at(row, columns.image), roots)
         if isinstance(image, str):
-            return Dropped(image, where)
+            yield Dropped(image, where)
+            return
         said = value_at(row, columns.language) if columns.language else None
         language = said if isinstance(said, str) and said.strip() else self.language
-        short: list[Text] = []
-        for name in columns.captions:
-            texts = caption_texts(value_at(row, name), language, "name", self.origin)
-            if texts is None:
-                return Dropped("caption is no text", where)
-            short += texts
+        of_short = [caption_texts(value_at(row, name), language, "name", self.origin) for name in columns.captions]
         long = caption_texts(value_at(row, columns.long) if columns.long else None, language, "long", self.origin)
-        if long is None:
-            return Dropped("caption is no text", where)
+        if long is None or None in of_short:
+            yield Dropped("caption is no text", where)
+            return
+        short = [text for texts in of_short for text in texts or ()]
         if not short and not long:
-            return Dropped("no caption", where)
+            yield Dropped("no caption", where)
+            return
+        negatives = list[bytes | Path]()
+        for value in _in_columns(row, columns.negatives):
+            negative = self._image(value, roots)
+            if isinstance(negative, str):
+                yield Noted(f"negative images left out: {negative}")
+            else:
+                negatives.append(negative)
         raw = image if isinstance(image, bytes) else str(image).encode()
-        return ImageRecord(where, hashlib.sha256(raw).hexdigest()[:32], image, short, long)
+        item = hashlib.sha256(raw).hexdigest()[:32]
+        yield ImageRecord(where, item, image, short, long, negatives, self.negatives)
 
     def _image(self, value: Any, roots: list[str]) -> bytes | Path | str:
         """The image's bytes, its file below one of the folders, or why there is none."""
@@ -168,6 +175,13 @@ class RowSet(ABC):
         return TextRows(
             Texts((), **{name: getattr(self, name) for name in shared}), self.language_column, self.score_margin
         )
+
+
+def _in_columns(row: JsonObject, columns: Sequence[str]) -> Iterator[Any]:
+    """The values of columns, those of a list one by one, without those that are not there."""
+    for name in columns:
+        value = value_at(row, name)
+        yield from (each for each in (value if isinstance(value, list) else [value]) if each is not None)
 
 
 def _with_texts(row: JsonObject, image: str) -> JsonObject:

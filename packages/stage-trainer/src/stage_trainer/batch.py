@@ -40,9 +40,10 @@ class Part:
 class Batch(Part):
     """One rank's part of a global batch: I image-caption pairs and P text pairs with K hard negatives each.
 
-    Its images are the I of the captions and, in a unified batch with views, twice as many more: a view of each, then
-    another. Its texts are I captions, P queries, P targets and P·K hard negatives, in this order. Images or captions
-    that no loss reads are left out.
+    Its images are the I of the captions and perhaps more, I at a time: in a unified batch with views a view of each,
+    then another; with M hard-negative images for each caption the first of each, then the second. Its texts are I
+    captions, P queries, P targets and P·K hard negatives, in this order. Images or captions that no loss reads are left
+    out.
 
     Attributes:
         image_ids: `[I]` int64, equal for samples that show the same item.
@@ -52,6 +53,7 @@ class Batch(Part):
         scores: `[P]` float64, how alike the texts of a pair are; None of pairs that are not graded.
         teacher: what a teacher says, float32, by what it says it of: of each pair of "texts" `[P, T]`, of the "images"
             or their "captions" `[I, T]`; empty without one.
+        image_negatives: M.
     """
 
     image_ids: Tensor
@@ -60,6 +62,7 @@ class Batch(Part):
     text_ids: Tensor
     scores: Tensor | None = None
     teacher: Mapping[str, Tensor] = field(default_factory=dict)
+    image_negatives: int = 0
 
     @property
     def captions(self) -> int:

@@ -13,17 +13,19 @@ from text_tower import Tokenizer
 from vision_tower import ImageError, augment, simclr_view
 
 from stage_trainer.batch import Batch
+from stage_trainer.data import hard_negatives
 from stage_trainer.data.config import DataConfig
 from stage_trainer.data.drawn import Corrupt, Drawn, Position
 from stage_trainer.data.file_checks import FileChecks
 from stage_trainer.data.frozen_images import FrozenImages, view, view_seed
 from stage_trainer.data.frozen_texts import FrozenTexts
+from stage_trainer.data.hard_negatives import check_as_many
 from stage_trainer.data.lanes import SourceOrder
 from stage_trainer.data.look_ahead import check_room, choose_ranges, look_ahead, newly_fetched
 from stage_trainer.data.opening import open_source
 from stage_trainer.data.pieces import IMAGES, PIECE, BatchesInPieces
 from stage_trainer.data.sampler import Draw, Draws, TaskSampler
-from stage_trainer.data.samples import REPLACEMENTS, SampleCache, TextsAlone, negatives_of, replacement
+from stage_trainer.data.samples import REPLACEMENTS, SampleCache, TextsAlone, replacement
 from stage_trainer.data.sections import Piece, Samples, batch_of, section_of
 from stage_trainer.data.stateless_rng import key
 from stage_trainer.data.streamed import StreamedShards, streamed_sources
@@ -70,11 +72,8 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
             raise UserError(
                 f"{self.graded[0].directory} is 'graded' and holds {self.graded[0].kind}; expected text-pairs"
             )
-        self.hard_negatives = self._hard_negatives()
-        if stage.loss.kind == "unified" and self.hard_negatives:
-            raise UserError(
-                "a unified loss has no place for the hard negatives of triplets; name text pairs in data.text"
-            )
+        self.hard_negatives = hard_negatives.of_texts(stage, self.text_sources, self.cache)
+        self.image_negatives = hard_negatives.of_images(stage, self.image_sources, self.cache)
         contrasted = stage.loss.kind == "multi_task" and not stage.only_embeds("text")
         if stage.batch.text == 1 and not self.hard_negatives and contrasted:
             raise UserError("batch.text is 1, and a single pair has no negatives; raise it, or name triplets")
@@ -110,14 +109,6 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
             for i, s in enumerate(sets)
         ]
         return TaskSampler(orders, [s.rate for s in sources], batch, one_source=one)
-
-    def _hard_negatives(self) -> int:
-        """K of the stage's triplets, as the first sample of the first source has it; 0 for pairs, and if nothing reads
-        them."""
-        triplets = self.text_sources and self.text_sources[0].kind == "text-triplets"
-        if not triplets or self.stage.only_embeds("text"):
-            return 0
-        return negatives_of(self.text_sources[0], self.cache)
 
     @property
     def fingerprint(self) -> dict[str, str]:
@@ -163,11 +154,11 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         return self._image_bytes(step) * -(-self._size(step, "image_text") // self.pieces(step))
 
     def _image_bytes(self, step: int) -> int:
-        """Of an image with its views; of an embedding, whose width is not known here, or of what has none, what a wide
-        one has."""
+        """Of an image with its views or hard negatives; of an embedding, whose width is not known here, or of what has
+        none, what a wide one has."""
         if self.frozen:
             return 2**14
-        return 3 * self.stage.resolution_at(step) ** 2 * (1 + self.stage.loss.views)
+        return 3 * self.stage.resolution_at(step) ** 2 * (1 + self.stage.loss.views + self.image_negatives)
 
     def _size(self, step: int, kind: str) -> int:
         """How many of a step's samples are this rank's."""
@@ -178,14 +169,15 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         kinds, share = self.stage.batch_at(step), (number, self.pieces(step))
         images, pixels, seeds = self._images(step, share) if "image_text" in kinds else (Samples(), None, [])
         pairs = self._pairs(step, share) if "text" in kinds else Samples()
-        of_views = np.array(seeds, dtype=np.int64).reshape(self.stage.loss.views, len(images.seeds))
+        of_views = np.array(seeds, dtype=np.int64).reshape(len(seeds), len(images.seeds))
         images.drawn.fetched += newly_fetched([*self.image_sources, *self.text_sources])
         of_images, of_pairs = (section_of(of, self.tokenizer, self.stage.max_tokens) for of in (images, pairs))
         return Piece(of_images, pixels, of_views, of_pairs)
 
     def _images(self, step: int, share: tuple[int, int]) -> tuple[Samples, torch.Tensor | None, list[list[int]]]:
-        """A share of this rank's captioned images of a step: (samples, pixels, seeds of the views)."""
-        found, views, pixels = Samples(), self.stage.loss.views, None
+        """A share of this rank's captioned images of a step: (samples, pixels, seeds of the views, or of the
+        hard-negative images)."""
+        found, views, pixels = Samples(), self.stage.loss.views or self.image_negatives, None
         seeds: list[list[int]] = [[] for _ in range(views)]
         start, size = self.stage.task_start.image_text, self.stage.resolution_at(step)
         draws = self._draws(self.image_sampler, self.image_sources, step - start, share)
@@ -194,11 +186,18 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
             index, decoded, content = self._sample(data, draw.index, found.drawn, self.frozen or self.cache)
             seed = self._seed(data, draw)
             if decoded is not None:
-                shown = self._shown(decoded, size, seed, view_seed(self.seed, data, index))
+                of_views = view_seed(self.seed, data, index)
+                shown = self._shown(decoded, size, seed, of_views)
                 if pixels is None:
                     pixels = shown.new_empty(1 + views, len(draws), *shown.shape)
                 pixels[0, row] = shown
                 for number, of_all in enumerate(seeds):
+                    if self.image_negatives:
+                        of_all.append(key(seed, "negative image", number))
+                        further = content["negative_images"][number]
+                        of_negative = key(of_views, "negative", number)
+                        pixels[1 + number, row] = self._shown(further, size, of_all[-1], of_negative)
+                        continue
                     of_all.append(key(seed, "view", number))
                     pixels[1 + number, row] = simclr_view(decoded, of_all[-1], size, flip=self.stage.augmentation.flip)
             self._add_captioned(found, data, seed, content)
@@ -247,7 +246,7 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
 
     def joined(self, step: int, pieces: Iterable[Piece]) -> tuple[Batch, Drawn]:
         self.files.raise_fault()
-        batch, drawn = batch_of(pieces, self._size(step, "image_text"), self.hard_negatives)
+        batch, drawn = batch_of(pieces, self._size(step, "image_text"), self.hard_negatives, self.image_negatives)
         self._go_on(drawn.positions)
         drawn.fetched += newly_fetched([*self.image_sources, *self.text_sources])  # by the process that joins
         # A rank with no sample of a task takes part in its loss, too.
@@ -290,12 +289,8 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
 
     def _check(self, data: Dataset, index: int, content: dict[str, Any]) -> None:
         """What a triplet or a graded pair needs in this stage."""
-        found = len(content.get("negatives", ()))
-        if data.kind == "text-triplets" and found != self.hard_negatives and self.hard_negatives:
-            raise ShardError(
-                f"{data.directory}: sample {data.row(index).key} has {found} negatives; the first triplet of "
-                f"{self.text_sources[0].directory} has {self.hard_negatives}, and all triplets of a stage need as many"
-            )
+        images = data.kind.startswith("image-")
+        check_as_many(data, index, content, self.image_negatives if images else self.hard_negatives)
         if "score" not in content and any(data is graded for graded in self.graded):
             raise ShardError(
                 f"{data.directory}: sample {data.row(index).key} has no score, and the recipe says 'graded'"

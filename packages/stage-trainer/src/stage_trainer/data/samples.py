@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data_prep.shards import Dataset, ShardError, Unusable, content_of
+from data_prep.shards import Dataset, ShardError, Unusable, content_of, negative_images
 from vision_tower import load_pixels
 
 from stage_trainer.data.stateless_rng import key
@@ -62,21 +62,25 @@ class SampleCache:
         self.kept: dict[tuple[Path, int], tuple[torch.Tensor | None, dict[str, Any]]] = {}
 
     def sample(self, data: Dataset, index: int) -> tuple[torch.Tensor | None, dict[str, Any]]:
-        """(uint8 pixels [3, H, W] if there is an image, the texts) of a sample; errors as `load_image`, `texts_of`."""
+        """(uint8 pixels [3, H, W] if there is an image, the texts) of a sample; with hard-negative images also their
+        pixels, `negative_images`. Errors as `load_image`, `texts_of`."""
         if (found := self.kept.get((data.directory, index))) is not None:
             return found
         members = data.read(index)
         image = image_of(members)
-        pixels = None
-        if image is not None:
-            name = f"{data.directory}, sample {data.row(index).key}"
-            pixels = load_pixels(image, name=name, max_pixels=self.max_pixels)
-        found = pixels, texts_of(data, index, members)
-        cost = sum(map(len, members.values())) * 4 + (0 if pixels is None else pixels.numel())
+        pixels = None if image is None else self._pixels(data, index, image)
+        content = texts_of(data, index, members)
+        more = [self._pixels(data, index, negative) for negative in negative_images(data.kind, members)]
+        found = pixels, {**content, "negative_images": more} if more else content
+        decoded = sum(each.numel() for each in (*more, *([] if pixels is None else [pixels])))
+        cost = sum(map(len, members.values())) * 4 + decoded
         if cost <= self.left:
             self.left -= cost
             self.kept[data.directory, index] = found
         return found
+
+    def _pixels(self, data: Dataset, index: int, image: bytes) -> torch.Tensor:
+        return load_pixels(image, name=f"{data.directory}, sample {data.row(index).key}", max_pixels=self.max_pixels)
 
 
 class TextsAlone:
@@ -104,15 +108,3 @@ def replacement(data: Dataset, index: int, attempt: int, whole_shard: bool) -> i
 def another(number: int, count: int, draw: int) -> int:
     """One of `count` numbers, drawn, but not `number`; that one if there is no other."""
     return (number + 1 + draw % max(1, count - 1)) % count
-
-
-def negatives_of(data: Dataset, cache: SampleCache) -> int:
-    """K of a data set's triplets, as the first of them has it.
-
-    Raises:
-        UserError: none of the first ones can be read.
-    """
-    for index in range(min(REPLACEMENTS, len(data))):
-        with contextlib.suppress(ShardError):  # it is entered in the ledger when it is drawn
-            return len(cache.sample(data, index)[1]["negatives"])
-    raise UserError(f"{data.directory}: none of its first {REPLACEMENTS} triplets can be read")

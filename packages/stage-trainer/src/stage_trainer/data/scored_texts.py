@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from data_prep.shards import Dataset, ShardError, Unusable
 
-from stage_trainer.data.samples import SampleCache, negatives_of
+from stage_trainer.data.hard_negatives import negatives_of
+from stage_trainer.data.samples import SampleCache
 from stage_trainer.data.taught import Said, first_in
 from stage_trainer.errors import UserError
 from stage_trainer.recipe.teacher import TeacherConfig

@@ -59,7 +59,8 @@ class Section:
 
 @dataclass(frozen=True)
 class Piece:
-    """Some of a batch's samples; pixels `[1 + V, n, 3, R, R]` with V views and their seeds `[V, n]`."""
+    """Some of a batch's samples; pixels `[1 + V, n, 3, R, R]` with V views or hard-negative images and their seeds
+    `[V, n]`."""
 
     images: Section
     pixels: torch.Tensor | None
@@ -95,9 +96,9 @@ def shortened(ids: list[int], longest: int) -> list[int]:
     return ids if len(ids) <= longest else [*ids[: longest - 1], ids[-1]]
 
 
-def batch_of(pieces: Iterable[Piece], images: int, negatives: int) -> tuple[Batch, Drawn]:
-    """A batch of so many images, with so many hard negatives for each pair, from its pieces in their order. Pixels are
-    copied as soon as a piece is there, which frees its shared memory for the next one."""
+def batch_of(pieces: Iterable[Piece], images: int, negatives: int, image_negatives: int = 0) -> tuple[Batch, Drawn]:
+    """A batch of so many images, with so many hard negatives for each pair (images: for each caption), from its pieces
+    in their order. Pixels are copied as soon as a piece is there, which frees its shared memory for the next one."""
     found, pixels, filled = list[Piece](), None, 0
     for piece in pieces:
         if piece.pixels is not None:
@@ -135,6 +136,7 @@ def batch_of(pieces: Iterable[Piece], images: int, negatives: int) -> tuple[Batc
             what: torch.from_numpy(np.concatenate([of.teacher[what] for of in sections if what in of.teacher]))
             for what in taught
         },
+        image_negatives=image_negatives,
     )
     return batch, drawn
 

@@ -122,6 +122,11 @@ class StreamedShards:
                 self.kind, members, [name.strip() for name in self.settings.caption_key.split(",")]
             )
             members.pop("txt", None)  # the recipe says where captions are
+        if any(name.startswith("negative-0.") for name in members):
+            raise UserError(
+                f"{self.settings.path}: its samples have hard-negative images, which shards read without a manifest "
+                "have no place for; name the folder of the data set"
+            )
         content = content_of(self.kind, members)
         image = image_of(members)
         assert image is not None  # content_of guarantees it

@@ -13,7 +13,7 @@ from stage_trainer.evaluation.measures import name_beside
 from stage_trainer.evaluation.sets import SPLITS
 from stage_trainer.recipe.address import is_remote
 
-_ORDER = ("image-short", "image-long", "text-pairs", "text-triplets")
+_ORDER = ("image-short", "image-long", "image-triplets", "text-pairs", "text-triplets")
 
 
 @dataclass(frozen=True)

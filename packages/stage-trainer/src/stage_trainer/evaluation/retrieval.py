@@ -111,7 +111,7 @@ class Pool:
 
 def _counted(data: Dataset) -> set[str]:
     """Roles of captions that are measured by."""
-    return {"name", "query", *(["long"] if data.kind == "image-long" else [])}
+    return {"name", "query", *(["long"] if data.kind != "image-short" else [])}
 
 
 def _read_part(data: Dataset, numbers: range, max_pixels: int) -> tuple[list[bytes], dict[str, Any]]:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.plan.devices import GIB, Device, alike, free_memory, present
+from stage_trainer.plan.hard_negatives import hard_negatives
 from stage_trainer.plan.lengths import Lengths, text_lengths
 from stage_trainer.plan.memory import Model, Setting, Sizes, estimate
 from stage_trainer.plan.planner import (
     FRAGMENTED,
     Cluster,
     as_written,
-    hard_negatives,
     model_of,
     segments,
     sizes_of,

@@ -45,10 +45,11 @@ class Flops:
 
 @dataclass(frozen=True)
 class StepShape:
-    """Sizes of a step's batch. All but `kept_patches`, `negatives` and `stored` add up over ranks.
+    """Sizes of a step's batch. All but `kept_patches`, `negatives`, `stored` and `image_negatives` add up over
+    ranks.
 
     Attributes:
-        images: I, each with its caption, or views of these too.
+        images: I, each with its caption, or views or hard negatives of these too.
         kept_patches: patches of an image that patch dropout leaves.
         texts, tokens, squared_tokens: how many texts, the sum of their lengths, the sum of the squares of these.
         pairs: P, text pairs.
@@ -56,6 +57,7 @@ class StepShape:
         unified: pairs of a unified loss; 0 for a loss for each task.
         stored: the towers ("image", "text") that do not run, since their embeddings come from the disk
             (`embedding_cache`).
+        image_negatives: hard-negative images of each caption.
     """
 
     images: int = 0
@@ -67,10 +69,11 @@ class StepShape:
     negatives: int = 0
     unified: int = 0
     stored: tuple[str, ...] = ()
+    image_negatives: int = 0
 
     def __add__(self, other: StepShape) -> StepShape:
         """Of two ranks' parts the whole."""
-        alike = ("kept_patches", "negatives", "stored")
+        alike = ("kept_patches", "negatives", "stored", "image_negatives")
         shared = {name: max(getattr(self, name), getattr(other, name)) for name in alike}
         sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name not in shared}
         return StepShape(**sums, **shared)
@@ -88,6 +91,7 @@ class StepShape:
             squared_tokens=sum(n * n for n in lengths),
             pairs=batch.pairs,
             negatives=batch.negatives,
+            image_negatives=batch.image_negatives,
         )
 
 
@@ -204,6 +208,8 @@ def projector_flops(config: TextTowerConfig | VisionTowerConfig, rows: int, trai
 
 def loss_flops(shape: StepShape, dim: int, learns: bool = True) -> Flops:
     """The contrastive losses: each query of the global batch against each target and hard negative."""
-    logits = shape.unified**2 or shape.images**2 + shape.pairs**2 * (1 + shape.negatives)
+    captions = shape.images // (1 + shape.image_negatives)
+    of_images, of_pairs = captions * shape.images, shape.pairs**2 * (1 + shape.negatives)
+    logits = shape.unified**2 or of_images + of_pairs
     forward = 2 * logits * dim
     return Flops(forward, 2 * forward, forward) if learns else Flops(forward)

@@ -65,14 +65,16 @@ def load_of(recipe: Recipe, plan: StagePlan, part: SegmentPlan, cluster: Cluster
     stage, ranks = recipe.stage(plan.number), cluster.ranks
     machines, devices = -(-ranks // cluster.machine), min(ranks, cluster.machine)
     samples = {task: getattr(stage.batch, task) / machines for task in part.segment.tasks}
-    sizes = {task: list(_sizes(recipe, getattr(stage.data, task), task)) for task in part.segment.tasks}
+    shown = 1 + part.sizes.image_negatives
+    assumed = {"image_text": shown * ASSUMED["image_text"], "text": ASSUMED["text"]}
+    sizes = {task: list(_sizes(recipe, getattr(stage.data, task), assumed[task])) for task in part.segment.tasks}
     per_step = sum(count * _mean(sizes[task]) for task, count in samples.items())
     model = model_of(recipe, plan.number, part.segment, plan.precision)
     moved = sum(exchanged(model, part.sizes, option.setting).values())
     return Load(
         machines=machines,
         devices=devices,
-        images=0.0 if "image" in model.stored else samples.get("image_text", 0.0) / seconds,
+        images=0.0 if "image" in model.stored else samples.get("image_text", 0.0) * shown / seconds,
         fetched=per_step / seconds,
         data=sum(each.whole or 0 for found in sizes.values() for each in found) // machines,
         assumed=any(each.whole is None for found in sizes.values() for each in found),
@@ -140,7 +142,7 @@ class _Size:
     whole: int | None
 
 
-def _sizes(recipe: Recipe, sources: tuple[Source, ...], task: str) -> Iterator[_Size]:
+def _sizes(recipe: Recipe, sources: tuple[Source, ...], assumed: int) -> Iterator[_Size]:
     for source in sources:
         where = place(DataConfig.of(recipe), "train", source.path)
         try:
@@ -148,7 +150,7 @@ def _sizes(recipe: Recipe, sources: tuple[Source, ...], task: str) -> Iterator[_
         except (ShardError, OSError):  # a run says what is wrong with it
             data = None
         if data is None or not len(data):
-            yield _Size(source.rate, ASSUMED[task], None)
+            yield _Size(source.rate, assumed, None)
         else:
             whole = int(data.shards["bytes"].sum())
             yield _Size(source.rate, whole / len(data), whole)

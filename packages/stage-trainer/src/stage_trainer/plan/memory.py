@@ -37,11 +37,12 @@ DERIVATIVES = 512 * 2**20  # of the loss on CUDA (contrastive_losses.triton_tile
 
 @dataclass(frozen=True)
 class Sizes:
-    """What one rank has to do in a step: `images` (with views, if there are any), `texts` (captions, and of each text
-    pair both sides and its hard negatives) of `length` tokens on average, over `ranks` ranks.
+    """What one rank has to do in a step: `images` (with views or hard negatives, if there are any), `texts` (captions,
+    and of each text pair both sides and its hard negatives) of `length` tokens on average, over `ranks` ranks.
 
     `pairs` text pairs with `negatives` hard negatives each are among the texts; `unified` is what a unified loss has
     for pairs, 0 for a loss for each task. `squares` is the mean of the lengths' squares over the square of their mean.
+    Each caption has `image_negatives` hard-negative images, which are among the images.
     """
 
     images: int
@@ -52,6 +53,19 @@ class Sizes:
     ranks: int
     unified: int = 0
     squares: float = 1.0
+    image_negatives: int = 0
+
+    @property
+    def captions(self) -> int:
+        """Images that are a caption's own; with views, these too."""
+        return self.images // (1 + self.image_negatives)
+
+    @property
+    def of_losses(self) -> tuple[tuple[int, int], ...]:
+        """(pairs, hard negatives) of each loss."""
+        if self.unified:
+            return ((self.unified, 0),)
+        return (self.captions, self.captions * self.image_negatives), (self.pairs, self.pairs * self.negatives)
 
     @property
     def tokens(self) -> int:
@@ -226,8 +240,7 @@ def loss_bytes(model: Model, sizes: Sizes, device: Device) -> tuple[int, int]:
 
     prefixes, width = len(model.dims), model.text.output_width
     kept, most = 0, 0
-    of_tasks = (sizes.images, 0), (sizes.pairs, sizes.pairs * sizes.negatives)
-    for own, negatives in ((sizes.unified, 0),) if sizes.unified else of_tasks:
+    for own, negatives in sizes.of_losses:
         if not own:
             continue
         everyone = own * sizes.ranks

@@ -6,19 +6,17 @@ import bisect
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from data_prep.shards import Dataset, ShardError
 from torch import nn
 from vision_tower import VisionTowerConfig
 
 from stage_trainer.build import check_configs, empty_model, tower_configs
-from stage_trainer.data.samples import texts_of
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.errors import UserError
 from stage_trainer.optim.groups import is_muon_matrix
 from stage_trainer.plan.devices import GIB, Device
 from stage_trainer.plan.flops import Flops, StepShape, kept_patches, step_flops
+from stage_trainer.plan.hard_negatives import Negatives, hard_negatives
 from stage_trainer.plan.lengths import Lengths, text_lengths
 from stage_trainer.plan.memory import Estimate, Model, Setting, Sizes, estimate
 from stage_trainer.plan.step import Prediction, predict
@@ -29,7 +27,6 @@ FRAGMENTED = 0.05  # of the memory, lost between blocks that the allocator canno
 SMALLEST_CHUNK = 8  # images, or texts of the greatest length: below, products are too small to be worth running
 LARGEST_CHUNK = 1024, 8192  # images and texts: larger products run no faster
 COMPARED = 4  # sizes of chunks whose times are compared, each half of the one before
-TRIPLETS = 7  # hard negatives of a triplet, where no data says otherwise (arXiv 2412.08802, section 3.4)
 
 
 @dataclass(frozen=True)
@@ -231,13 +228,16 @@ def _numbers(parameters: Iterator[nn.Parameter] | list[nn.Parameter]) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def sizes_of(stage: Stage, segment: Segment, ranks: int, lengths: Lengths, negatives: int) -> Sizes:
+def sizes_of(stage: Stage, segment: Segment, ranks: int, lengths: Lengths, negatives: Negatives) -> Sizes:
     """One rank's part of a step; the largest part, where the ranks' differ."""
     images, captions, pairs = (-(-count // ranks) for count in stage.counts(segment.tasks))
-    texts = captions + pairs * (2 + negatives)
-    tokens = captions * lengths.captions + pairs * (2 + negatives) * lengths.texts
+    texts = captions + pairs * (2 + negatives.texts)
+    tokens = captions * lengths.captions + pairs * (2 + negatives.texts) * lengths.texts
     length, unified = max(1, round(tokens / max(1, texts))), stage.loss.unified_pairs(images, pairs)
-    return Sizes(images * (1 + stage.loss.views), texts, length, pairs, negatives, ranks, unified, lengths.squares)
+    return Sizes(
+        images * (1 + stage.loss.views + negatives.images), texts, length, pairs, negatives.texts, ranks, unified,
+        lengths.squares, negatives.images,
+    )  # fmt: skip
 
 
 def as_written(stage: Stage, model: Model) -> Setting:
@@ -320,7 +320,7 @@ def shape_of(stage: Stage, segment: Segment, sizes: Sizes, vision: VisionTowerCo
     images, captions, pairs = stage.counts(segment.tasks)
     texts = captions + pairs * (2 + sizes.negatives)
     return StepShape(
-        images=images * (1 + stage.loss.views),
+        images=images * (1 + stage.loss.views + sizes.image_negatives),
         kept_patches=kept_patches(vision, segment.patch_dropout) if images else 0,
         texts=texts,
         tokens=texts * sizes.length,
@@ -329,17 +329,5 @@ def shape_of(stage: Stage, segment: Segment, sizes: Sizes, vision: VisionTowerCo
         negatives=sizes.negatives,
         unified=stage.loss.unified_pairs(images, pairs),
         stored=stage.stored,
+        image_negatives=sizes.image_negatives,
     )
-
-
-def hard_negatives(recipe: Recipe, stage: Stage) -> int:
-    """K of the stage's triplets, read from the first sample; guessed from the folder's name if the data is missing. 0
-    if nothing reads them."""
-    if not stage.data.text or stage.only_embeds("text"):
-        return 0
-    path = stage.data.text[0].path
-    try:
-        data = Dataset.open(Path(recipe.corpus) / "train" / path, check=False)
-        return len(texts_of(data, 0, data.read(0))["negatives"]) if data.kind == "text-triplets" else 0
-    except (ShardError, OSError, IndexError):
-        return TRIPLETS if "text-triplets" in path.split("/") else 0

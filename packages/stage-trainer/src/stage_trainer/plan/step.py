@@ -90,8 +90,7 @@ def _loss(model: Model, sizes: Sizes) -> Work:
     """The logits forward and again backward, then the gradients of both sides; logits stay on the chip."""
     work: Work = Counter()
     width = max(model.dims, default=model.text.output_width)
-    of_tasks = (sizes.images, 0), (sizes.pairs, sizes.pairs * sizes.negatives)
-    for own, negatives in ((sizes.unified, 0),) if sizes.unified else of_tasks:
+    for own, negatives in sizes.of_losses:
         rows, columns = own * sizes.ranks, own + negatives
         if own:
             moved, out = FLOAT * (rows + columns) * width, FLOAT * max(rows, columns) * width
@@ -104,7 +103,7 @@ def _loss(model: Model, sizes: Sizes) -> Work:
 def exchanged(model: Model, sizes: Sizes, setting: Setting) -> dict[str, int]:
     """Bytes that a collective of each kind moves in a step, one that reduces to all as twice as many: a rank sends
     (ranks - 1) / ranks of them."""
-    own = sizes.unified or sizes.images + sizes.pairs
+    own = sizes.unified or sizes.captions + sizes.pairs
     moved = {
         "embeddings and their gradients": 2 * FLOAT * own * sizes.ranks * model.text.output_width,
         # Reduced to all, or under ZeRO to the rank that updates them, which then sends the weights.

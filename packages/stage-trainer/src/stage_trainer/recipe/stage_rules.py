@@ -128,8 +128,8 @@ def _check_embedding_cache(stage: Stage, here: str) -> None:
         silent = "" if stage.reads("captions") or stage.reads("texts") else " (no loss reads a text)"
         raise UserError(
             f"{here}: 'embedding_cache' keeps the embeddings of a tower that does not train, and trainable.image is "
-            f"{stage.trainable.image!r}{idle} and trainable.text {stage.trainable.text!r}{silent}; set one to 'none' or "
-            "'projector', or leave 'embedding_cache' out"
+            f"{stage.trainable.image!r}{idle} and trainable.text {stage.trainable.text!r}{silent}; set one to 'none' "
+            "or 'projector', or leave 'embedding_cache' out"
         )
     if "image" not in stage.stored:
         return

@@ -130,7 +130,7 @@ class ContrastiveTask(Task):
         model, stage = engine.objective.model, self.stage
         images, captions, pairs = stage.counts(tuple(stage.batch_at(step)))
         shape = StepShape(
-            images=images * (1 + stage.loss.views),
+            images=images * (1 + stage.loss.views + batch.image_negatives),
             kept_patches=kept_patches(model.vision.config, stage.patch_dropout_at(step)),
             texts=captions + pairs * (2 + batch.negatives),
             tokens=tokens,
@@ -139,6 +139,7 @@ class ContrastiveTask(Task):
             negatives=batch.negatives,
             unified=stage.loss.unified_pairs(images, pairs),
             stored=stage.stored,
+            image_negatives=batch.image_negatives,
         )
         text, vision = model.text.config, model.vision.config
         return step_flops(text, vision, shape, trainable=stage.trainable, dims=stage.loss.dims).model

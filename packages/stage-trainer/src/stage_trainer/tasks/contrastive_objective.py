@@ -125,9 +125,13 @@ class ContrastiveObjective(TrainedObjective):
                 image_ids=image_ids, text_ids=text_ids, **options,
             )  # fmt: skip
             return {"unified": found}  # type: ignore[dict-item]
-        hard = negatives.view(batch.pairs, batch.negatives, -1) if batch.negatives else None
+        width = embedded.texts.shape[1]  # -1 in its place would be ambiguous where a rank has none
+        hard = negatives.view(batch.pairs, batch.negatives, width) if batch.negatives else None
+        images, further = embedded.images[:count], None
+        if batch.image_negatives:
+            further = embedded.images[count:].view(batch.image_negatives, count, width).transpose(0, 1)
         of_pairs = {
-            "image_text": (captions, embedded.images, None, image_ids),
+            "image_text": (captions, images, further, image_ids),
             "text": (queries, targets, hard, text_ids),
         }
         losses: dict[str, Any] = {}

@@ -46,7 +46,7 @@ class MarginsObjective(DistillObjective):
         return matryoshka_margin_mse(
             queries,
             targets,
-            negatives.view(batch.pairs, batch.negatives, -1),
+            negatives.view(batch.pairs, batch.negatives, embedded.texts.shape[1]),
             to_device(batch.teacher["texts"], queries.device),
             temperature=self.temperature_of("text", embedded),
             dims=self.loss.dims,
