@@ -78,8 +78,8 @@ def first_batches(recipe: Recipe, count: int) -> list[Batch]:
 
 
 def model_of(recipe: Recipe) -> DualEncoder:
-    """The model of stage 1, with the same random weights each time."""
-    torch.manual_seed(0)
+    """The model of stage 1, with the same random weights for each seed."""
+    torch.manual_seed(recipe.seed)
     model = build_model(recipe, 1, load_tokenizer(recipe))
     assert isinstance(model, DualEncoder)
     return model
