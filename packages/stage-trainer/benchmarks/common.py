@@ -54,10 +54,15 @@ def recipe_of(options: argparse.Namespace, *overrides: str) -> Recipe:
     return load(path, [*corpus, "precision=fp32", *overrides], stage=1).recipe
 
 
-def start() -> None:
-    """One process, one thread, as `stage-trainer train` sets itself up; what it does to malloc serves everybody."""
+def start(*, group: bool = True) -> None:
+    """One process, one thread, as `stage-trainer train` sets itself up; what it does to malloc serves everybody.
+
+    Args:
+        group: with a process group of one rank, which ours needs. accelerate would wrap a model for it.
+    """
     quiet()
-    initialize_distributed()
+    if group:
+        initialize_distributed()
     torch.set_num_threads(1)
     keep_freed_memory()
 

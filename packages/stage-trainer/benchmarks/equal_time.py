@@ -9,7 +9,8 @@ sentence-transformers' on text pairs; ours learns both.
 Every training is a process of one thread. It may spend so many seconds of processor time, of which reading, augmenting
 and tokenising are a part and importing, building and measuring are not; other work on the machine changes little. What
 has been measured is kept (`--out`), so an interrupted run goes on, and more seeds or seconds add to it. The whole takes
-four hours of processor time, one of which is choosing.
+three hours of processor time, one of which is choosing. Two runs at a time, with other --contenders and --results, share
+what they keep; the command above then writes the table.
 
 All start from the same weights of the same towers (see peers.py), take the same data sets at the recipe's rates, in the
 order of the same sampler, in batches of the same size at one resolution, cut texts at the same length, and follow one
@@ -172,7 +173,7 @@ def candidates(job: Job, tried: list[tuple[Settings, float]]) -> Iterator[Settin
 
 def trained_and_measured(job: Job) -> dict[str, Any]:
     """{steps, processor_seconds, items: {"POOL DIRECTION": recall@5 of each item}}; see `of_pool` and `to_english`."""
-    common.start()
+    common.start(group=job.contender == "ours")
     model, figures = TRAINERS[job.contender](job)
     model.eval()
     items: dict[str, list[float]] = {}

@@ -26,7 +26,7 @@ from PIL import Image
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from stage_trainer.build import load_tokenizer
 from stage_trainer.data.batches import StageBatches
-from stage_trainer.data.samples import image_of
+from stage_trainer.data.samples import image_of, texts_of
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.optim.schedule import schedule, set_rates
 from stage_trainer.recipe import Recipe
@@ -111,6 +111,7 @@ class Clock:
 def open_clip(job: Job) -> tuple[DualEncoder, dict[str, float]]:
     recipe = job.recipe("batch.text=0", "task_start.image_text=0")
     model, stage, settings = common.model_of(recipe), recipe.stage(1), job.settings
+    random.seed(job.seed)  # its colours
     theirs = peers.OpenClip(
         model,
         optimizer(settings, recipe),
@@ -164,9 +165,9 @@ class Captioned(IterableDataset[tuple[Tensor, str]]):
     def sample(self, source: int, index: int) -> tuple[Image.Image, list[str]]:
         if (source, index) not in self.decoded:
             data: Any = self.data.image_sources[source]
-            image = image_of(data.read(index))
+            members = data.read(index)
+            image, content = image_of(members), texts_of(data, index, members)
             assert image is not None
-            _, content = self.data.cache.sample(data, index)
             captions = [caption["text"] for caption in content["captions"]]
             self.decoded[source, index] = Image.open(io.BytesIO(image)).convert("RGB"), captions
         return self.decoded[source, index]
