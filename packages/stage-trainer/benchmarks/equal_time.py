@@ -9,7 +9,7 @@ sentence-transformers' on text pairs; ours learns both.
 Every training is a process of one thread. It may spend so many seconds of processor time, of which reading, augmenting
 and tokenising are a part and importing, building and measuring are not; other work on the machine changes little. What
 has been measured is kept (`--out`), so an interrupted run goes on, and more seeds or seconds add to it. The whole takes
-three hours of processor time, one of which is choosing. Two runs at a time, with other --contenders and --results, share
+three hours of processor time, one of which is choosing. Two runs at once, with other --contenders and --results, share
 what they keep; the command above then writes the table.
 
 All start from the same weights of the same towers (see peers.py), take the same data sets at the recipe's rates, in the
