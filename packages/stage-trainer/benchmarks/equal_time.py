@@ -42,6 +42,7 @@ from typing import Any
 import common
 import numpy as np
 import torch
+import yaml
 from ablation_measure import IMAGES, of_pool, top
 from ablation_report import paired
 from equal_time_trainers import TRAINERS, Job, Settings
@@ -128,7 +129,8 @@ class Store:
 
     def measured(self, job: Job) -> dict[str, Any] | None:
         recipe = common.RECIPES / ("drawn.yaml" if job.small else "laptop.yaml")
-        depends = [asdict(replace(job, corpus="")), recipe.read_text(), (self.corpus / "corpus.json").read_text()]
+        corpus = (self.corpus / "corpus.json").read_text()
+        depends = [asdict(replace(job, corpus="")), yaml.safe_load(recipe.read_text()), corpus]
         mark = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
         path = self.folder / f"{job.contender}-{job.split}-{job.seconds:g}s-seed{job.seed}-{mark}.json"
         if not path.exists() and self.train:
