@@ -54,10 +54,15 @@ def recipe_of(options: argparse.Namespace, *overrides: str) -> Recipe:
     return load(path, [*corpus, "precision=fp32", *overrides], stage=1).recipe
 
 
-def start() -> None:
-    """One process, one thread, as `stage-trainer train` sets itself up; what it does to malloc serves everybody."""
+def start(*, group: bool = True) -> None:
+    """One process, one thread, as `stage-trainer train` sets itself up; what it does to malloc serves everybody.
+
+    Args:
+        group: with a process group of one rank, which ours needs. accelerate would wrap a model for it.
+    """
     quiet()
-    initialize_distributed()
+    if group:
+        initialize_distributed()
     torch.set_num_threads(1)
     keep_freed_memory()
 
@@ -78,8 +83,8 @@ def first_batches(recipe: Recipe, count: int) -> list[Batch]:
 
 
 def model_of(recipe: Recipe) -> DualEncoder:
-    """The model of stage 1, with the same random weights each time."""
-    torch.manual_seed(0)
+    """The model of stage 1, with the same random weights for each seed."""
+    torch.manual_seed(recipe.seed)
     model = build_model(recipe, 1, load_tokenizer(recipe))
     assert isinstance(model, DualEncoder)
     return model
