@@ -25,7 +25,6 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from stage_trainer.batch import Batch
 from stage_trainer.dual_encoder import DualEncoder
 from text_tower import TextTower
-from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
@@ -187,11 +186,6 @@ def adamw(lr: float, weight_decay: float, betas: tuple[float, float], eps: float
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
     return make
-
-
-def timm_optimizer(name: str, lr: float, weight_decay: float) -> Callable[[nn.Module], Any]:
-    """What open_clip makes of `--opt timm/NAME`."""
-    return lambda model: create_optimizer_v2(model, name, lr=lr, weight_decay=weight_decay)
 
 
 def _take_text(model: DualEncoder, trained: Any) -> None:
