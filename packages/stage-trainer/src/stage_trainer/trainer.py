@@ -209,38 +209,33 @@ class Trainer:
 
     def train_step(self, number: int, data: Iterator[tuple[Any, Drawn]]) -> Step:
         """One forward and backward pass over a global batch, and one update."""
+        engine, task, stage = self.engine, self.task, self.stage
         began = time.perf_counter()
         with self.watch.phase("batch", times=1 + WORKER_STARTS if self.recipe.workers else 1):
             batch, drawn = next(data)
         waited = time.perf_counter() - began
         with self.watch.phase("compile" if number == self.start else "step"):
-            return self._update(number, batch, drawn, waited)
-
-    def _update(self, number: int, batch: Any, drawn: Drawn, waited: float) -> Step:
-        engine, task, stage = self.engine, self.task, self.stage
-        rate = schedule(number, stage.steps, stage.warmup_steps, stage.min_lr_ratio)
-        set_rates(engine.optimizer, rate, task.towers_at(number))
-        engine.train()
-        losses = task.forward_backward(engine, batch, number)
-        if logged := self.monitor.should_log(number):
-            engine.update_norms.before()
-        applied = engine.step()
-        engine.objective.after_step(engine)
-        totals = self._totals(drawn)
-        return Step(
-            number,
-            losses,
-            applied,
-            diagnosis="" if applied else engine.diagnosis(),
-            scalars=self._scalars(losses) if logged and applied else None,
-            samples=sum(stage.batch_at(number).values()),
-            operations=self._planned(
-                lambda: task.operations(engine, batch, number, totals.tokens, totals.squared_tokens)
+            rate = schedule(number, stage.steps, stage.warmup_steps, stage.min_lr_ratio)
+            set_rates(engine.optimizer, rate, task.towers_at(number))
+            engine.train()
+            losses = task.forward_backward(engine, batch, number)
+            if logged := self.monitor.should_log(number):
+                engine.update_norms.before()
+            applied = engine.step()
+            engine.objective.after_step(engine)
+            totals = self._totals(drawn)
+            tokens = totals.tokens, totals.squared_tokens
+            return Step(
+                number,
+                losses,
+                applied,
+                diagnosis="" if applied else engine.diagnosis(),
+                scalars=self._scalars(losses) if logged and applied else None,
+                samples=sum(stage.batch_at(number).values()),
+                operations=self._planned(lambda: task.operations(engine, batch, number, *tokens)) or 0,
+                waited=waited,
+                totals=totals,
             )
-            or 0,
-            waited=waited,
-            totals=totals,
-        )
 
     def _planned(self, compute: Callable[[], _T]) -> _T | None:
         """What the planner computes. On GPUs, where a run is dear, its fault costs the plan alone, with a warning."""
