@@ -17,6 +17,7 @@ from stage_trainer.evaluation.retrieval import Pool
 from stage_trainer.recipe.read import load
 from stage_trainer.run.loader import batches
 from stage_trainer.tasks import make_task
+from vision_tower import ImageError
 
 SIZE = 16
 PLAIN = ("augmentation={views: 1}", f"resolution=[[0, {SIZE}]]")
@@ -139,6 +140,17 @@ def test_a_sample_with_another_number_of_negatives_or_a_bad_one_is_replaced_and_
     assert ("cannot be decoded" if what == "broken" else "the first triplet of the stage has 2") in entry.reason
     letters = [int(ids[1]) for ids in batch.texts.ids.split(batch.texts.lengths)]
     assert sorted({*letters}) == [1, 2, 3]
+
+
+def test_negatives_that_nothing_reads_are_not_decoded(write, tmp_path):
+    """As where a teacher's loss alone reads the images: a broken one costs no sample."""
+    write([triplet(0) | {"negative-0.png": b"broken"}])
+    data = Dataset.open(tmp_path / "train/image-triplets/made")
+    pixels, content = SampleCache(0, negatives=False).sample(data, 0)
+    assert pixels.shape == (3, SIZE, SIZE)
+    assert "negative_images" not in content
+    with pytest.raises(ImageError):
+        SampleCache(0).sample(data, 0)
 
 
 def test_the_number_is_that_of_the_first_sample_that_can_be_read(write, stage):

@@ -120,6 +120,26 @@ def test_what_no_loss_reads_is_not_in_the_batch(batches):
     assert (texts.images, texts.captions, len(texts.image_ids)) == (None, 6, 6)
 
 
+def test_of_shards_without_an_index_nothing_is_said_and_their_own_json_is_not_asked(corpus, recipes):
+    """Beside text pairs that have a teacher."""
+    with DatasetWriter(corpus / "train/text-pairs/made", kind="text-pairs", source="made") as writer:
+        for number in range(4):
+            pair = {side: [{"text": str(number), "language": "en"}] for side in ("query", "target")}
+            writer.write(f"p{number}", {"json": json.dumps(pair).encode()}, languages=["en"], tokens=None)
+    (shard,) = (corpus / "train/image-short/made").glob("*.tar")
+    more = [f"corpus={corpus}", "batch={image_text: 3, text: 3}", f"teacher={{model: m, folder: {corpus}/said}}",
+            f"data={{image_text: [{{path: {shard}}}], text: [{{path: text-pairs/made}}]}}"]  # fmt: skip
+    found = make_task(load(recipes / "drawn.yaml", more, 1).recipe, 1).make_batches(
+        lambda texts, max_length: [[0, 3, 2] for _ in texts], 0, 1
+    )
+    for said in found.taught:
+        (store,) = said.stores.values()
+        store.write(0, np.ones((4, 1, 2), np.float32), {})
+    batch, _ = found[0]
+    assert {what: list(rows.shape) for what, rows in batch.teacher.items()} == {"texts": [3, 2]}
+    assert batch.captions == 3
+
+
 def plain(ours, wanted, kind):
     """The teacher's loss, by torch's own cosines."""
     if kind == "cosine":

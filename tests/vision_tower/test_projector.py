@@ -46,6 +46,16 @@ def test_a_new_projector_stands_after_weights_without_one_and_is_kept(plain, ima
         assert tower(images).dtype == torch.float32
 
 
+def test_folders_of_a_projector_that_a_directory_does_not_state_are_not_read(plain, tmp_path):
+    """A tower without one was saved over a tower with one."""
+    VisionTower(VisionTowerConfig(**SHAPE, projector=24)).save_pretrained(tmp_path / "out", apart=True)
+    left = load_file(tmp_path / "out/1_Dense/model.safetensors")["linear.weight"]
+    plain.save_pretrained(tmp_path / "out")
+    new = VisionTower.from_pretrained(tmp_path / "out", projector=24)
+    assert not torch.equal(new.state_dict()["projector.weight"], left)
+    assert torch.isfinite(new.state_dict()["projector.weight"]).all()
+
+
 @pytest.mark.parametrize("hidden", [0, 40])
 def test_apart_it_leaves_a_directory_that_timm_loads(images, hidden, tmp_path):
     tower = VisionTower(VisionTowerConfig(**SHAPE, projector=24, projector_hidden=hidden))

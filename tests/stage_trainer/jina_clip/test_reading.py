@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from stage_trainer import DualEncoder
+from stage_trainer import DualEncoder, hub
 from stage_trainer.errors import UserError
 
 TEXTS = ["a dog", "the query for a dog, the dog", "e", "x " * 900, "unknown ßß letters"]
@@ -230,6 +230,21 @@ def hub_of(folder, files):
             pass
 
     return Handler
+
+
+@pytest.mark.parametrize(
+    ("files", "patterns"),
+    [
+        (["model.safetensors", "2_Dense/model.safetensors"], []),
+        (["model.safetensors", "2_Dense/config.json"], ["2_Dense/*.bin"]),
+        (["config.json", "2_Dense/model.safetensors"], ["*.bin"]),
+    ],
+)
+def test_of_each_part_that_has_no_other_weights_the_older_form_is_fetched(tmp_path, files, patterns):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert list(hub._older_forms(tmp_path)) == patterns
 
 
 @pytest.mark.parametrize("binary", [False, True])

@@ -125,9 +125,9 @@ def with_tokenizer(tower: TextTower, tokenizer: Tokenizer | None, model: ModelCo
 
 
 def _check_projector(tower: str, stages: Sequence[Stage], given: _TowerConfig, config: _TowerConfig) -> None:
-    """UserError for a new projector that nothing trains while others learn from what it gives."""
-    first = next((stage for stage in stages if tower == "text" or stage.batch.image_text), None)
-    name = "text" if tower == "text" else "image"
+    """UserError for a new projector that nothing trains while a loss reads what it gives."""
+    name, parts = ("text", ("captions", "texts")) if tower == "text" else ("image", ("images",))
+    first = next((stage for stage in stages if any(map(stage.reads, parts))), None)
     if config.projector and not given.projector and first and getattr(first.trainable, name) == "none":
         raise UserError(
             f"the weights have no projector, so model.{tower}.projector makes a new one, of random numbers, and "

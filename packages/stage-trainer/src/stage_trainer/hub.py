@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from stage_trainer.errors import UserError
@@ -31,14 +32,24 @@ def local(name: str | Path) -> Path:
 
     try:
         folder = Path(snapshot_download(str(name), allow_patterns=_FILES, ignore_patterns=_OTHER_FORMS))
-        if not any(folder.rglob("*.safetensors")):
-            folder = Path(snapshot_download(str(name), allow_patterns=[*_FILES, "*.bin"], ignore_patterns=_OTHER_FORMS))
+        if older := [*_older_forms(folder)]:
+            folder = Path(snapshot_download(str(name), allow_patterns=[*_FILES, *older], ignore_patterns=_OTHER_FORMS))
     except (OSError, ValueError) as error:  # the hub's own, and those of a name that none can have
         raise UserError(
             f"there is no {name} here, and the Hugging Face hub did not give it ({_first_line(error)}). Where there is "
             f"network, fetch it with `hf download {name} --local-dir FOLDER`, and name FOLDER instead"
         ) from error
     return folder
+
+
+def _older_forms(folder: Path) -> Iterator[str]:
+    """Patterns of weights in PyTorch's own format: of the model, and of sentence-transformers' Dense modules beside it,
+    wherever there are no others."""
+    if all(path.parent.name.endswith("_Dense") for path in folder.rglob("*.safetensors")):
+        yield "*.bin"
+    for dense in folder.glob("*_Dense"):
+        if not any(dense.glob("*.safetensors")):
+            yield f"{dense.name}/*.bin"
 
 
 def _first_line(error: BaseException) -> str:

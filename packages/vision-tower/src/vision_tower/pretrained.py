@@ -145,7 +145,9 @@ def load(
             f"{source} has fc_norm, the norm of a model that averages its patches, and a VisionTower gives the class "
             "token; state global_pool='token' to take its weights all the same, to train on"
         )
-    weights = with_projector(config, weights, source, new="projector" in stated)
+    said = values.get(OUR_KEY, values)
+    if isinstance(said, dict) and said.get("projector"):  # or folders of one would be another tower's
+        weights = with_projector(config, weights, source)
     tower = _with_weights(cls, config, to_timm_names(weights), str(source))
     return tower if resolution is None else tower.set_resolution(resolution)
 

@@ -94,23 +94,16 @@ def write_dense(config: VisionTowerConfig, state: Mapping[str, Tensor], director
         write_weights(parts, folder / "model.safetensors")
 
 
-def with_projector(
-    config: VisionTowerConfig, weights: dict[str, Tensor], source: Path, *, new: bool
-) -> dict[str, Tensor]:
+def with_projector(config: VisionTowerConfig, weights: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
     """The weights in `source`, with those of a projector that `write_dense` wrote beside them.
-
-    Args:
-        new: whether there may be none, since it is asked for.
 
     Raises:
         WeightsError: a directory says that there is a projector and holds none, or its folders are of another.
     """
     if any(map(is_projector, weights)):
         return weights
-    found, products = dict(weights), denses(config)
-    if new and not any((source.parent / dense.folder).is_dir() for dense in products):
-        return weights
-    for dense in products:
+    found = dict(weights)
+    for dense in denses(config):
         folder = source.parent / dense.folder
         if not folder.is_dir():
             raise WeightsError(f"{source} lacks the projector that its config.json states; copy or download it again")

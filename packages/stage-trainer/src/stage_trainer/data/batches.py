@@ -49,7 +49,8 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
     def __init__(self, data: DataConfig, stage: Stage, seed: int, tokenizer: Tokenizer, rank: int, world: int):
         self.stage, self.seed, self.rank, self.world = stage, seed, rank, world
         self.tokenizer = tokenizer
-        self.cache = SampleCache(data.cache_megabytes, data.max_pixels)
+        negatives = not stage.only_embeds("image_text")
+        self.cache = SampleCache(data.cache_megabytes, data.max_pixels, negatives=negatives)
         # What is read in the place of pixels, and from the disk beside them and texts; set by the task.
         self.frozen: FrozenImages | TextsAlone | None = TextsAlone() if "images" in stage.unread else None
         self.taught: Sequence[Taught] = ()
@@ -208,7 +209,8 @@ class StageBatches(BatchesInPieces[tuple[Batch, Drawn]]):
         read = self.stage.reads("captions")
         captions = [self._choose(content["captions"], seed, data, found.drawn)] if read else []
         found.add(seed, content["item"], _name(data), caption=[caption[self._form] for caption in captions])
-        for taught in [content, *captions] if self.taught else ():
+        # Nothing is said of streamed shards, whose own JSON may have that name.
+        for taught in [content, *captions] if self.taught and isinstance(data, Dataset) else ():
             found.teach(taught["teacher"])
 
     def _shown(self, decoded: torch.Tensor, size: int, seed: int, of_views: int) -> torch.Tensor:

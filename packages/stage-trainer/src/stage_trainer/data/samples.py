@@ -52,13 +52,13 @@ def shard_errors_explained() -> Iterator[None]:
 
 class SampleCache:
     """Decoded samples, kept until `megabytes` are full; what came first stays, so small data sets are decoded once.
-    An image of more than `max_pixels` is refused by its header.
+    An image of more than `max_pixels` is refused by its header. `negatives`: decodes hard-negative images, too.
 
     Images are decoded at their full size. Decoded at half of it, 3 % of a photograph's values and 25 % of a page of
     text's are more than one level off after the resize (2,000 pixels to 224, `benchmarks/loader.py`)."""
 
-    def __init__(self, megabytes: int, max_pixels: int = MAX_PIXELS):
-        self.left, self.max_pixels = megabytes * 2**20, max_pixels
+    def __init__(self, megabytes: int, max_pixels: int = MAX_PIXELS, *, negatives: bool = True):
+        self.left, self.max_pixels, self.negatives = megabytes * 2**20, max_pixels, negatives
         self.kept: dict[tuple[Path, int], tuple[torch.Tensor | None, dict[str, Any]]] = {}
 
     def sample(self, data: Dataset, index: int) -> tuple[torch.Tensor | None, dict[str, Any]]:
@@ -70,7 +70,8 @@ class SampleCache:
         image = image_of(members)
         pixels = None if image is None else self._pixels(data, index, image)
         content = texts_of(data, index, members)
-        more = [self._pixels(data, index, negative) for negative in negative_images(data.kind, members)]
+        negatives = negative_images(data.kind, members) if self.negatives else ()
+        more = [self._pixels(data, index, negative) for negative in negatives]
         found = pixels, {**content, "negative_images": more} if more else content
         decoded = sum(each.numel() for each in (*more, *([] if pixels is None else [pixels])))
         cost = sum(map(len, members.values())) * 4 + decoded

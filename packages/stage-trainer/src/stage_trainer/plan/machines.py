@@ -70,11 +70,12 @@ def load_of(recipe: Recipe, plan: StagePlan, part: SegmentPlan, cluster: Cluster
     sizes = {task: list(_sizes(recipe, getattr(stage.data, task), assumed[task])) for task in part.segment.tasks}
     per_step = sum(count * _mean(sizes[task]) for task, count in samples.items())
     model = model_of(recipe, plan.number, part.segment, plan.precision)
+    decoded = part.sizes.images and "image" not in model.stored
     moved = sum(exchanged(model, part.sizes, option.setting).values())
     return Load(
         machines=machines,
         devices=devices,
-        images=0.0 if "image" in model.stored else samples.get("image_text", 0.0) * shown / seconds,
+        images=samples["image_text"] * shown / seconds if decoded else 0.0,
         fetched=per_step / seconds,
         data=sum(each.whole or 0 for found in sizes.values() for each in found) // machines,
         assumed=any(each.whole is None for found in sizes.values() for each in found),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +28,10 @@ from stage_trainer.recipe import LossConfig, Stage
 from stage_trainer.recipe.teacher import TeacherConfig
 from stage_trainer.tasks.contrastive import ContrastiveTask
 from stage_trainer.tasks.contrastive_objective import ContrastiveObjective
-from stage_trainer.tasks.task import Charts, Losses, TrainedObjective
+from stage_trainer.tasks.task import Losses, TrainedObjective
 
 
 class DistillTask(ContrastiveTask):
-    charts: ClassVar[Charts] = ContrastiveTask.charts
 
     @property
     def teacher(self) -> TeacherConfig:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from data_prep.shards import Dataset, ShardError, ShardUnavailable
 from vision_tower import ImageError, VisionTower
-from vision_tower.projector import is_projector
+from vision_tower.projector import without_projector
 
 from stage_trainer.data.batches import StageBatches
 from stage_trainer.data.frozen_images import FrozenImages, origin_of, view, view_seed
@@ -47,7 +47,7 @@ def keep_embeddings(tower: VisionTower, batches: StageBatches, stage: Stage, how
     """
     assert stage.embedding_cache is not None
     config = {name: value for name, value in asdict(tower.config).items() if name not in _OF_NO_INFLUENCE}
-    weights = digest_of({n: t for n, t in tower.state_dict().items() if not is_projector(n)}, config)
+    weights = digest_of(without_projector(tower.state_dict()), config)
     origin = origin_of(weights, how.resolution, how.precision, stage.augmentation, batches.seed)
     origin |= {"max_pixels": batches.cache.max_pixels}  # it decides which images have no embedding
     frozen = FrozenImages(Path(stage.embedding_cache).expanduser(), batches.indexed_images, origin)

@@ -186,7 +186,7 @@ def held_out_losses(
 
 def masked_lm_config(model: ModelConfig, fetch: bool = False) -> TextTowerConfig:
     """The text tower's configuration in a stage of this task: adapters and a projector come later."""
-    later = ("adapters", "lora_rank", "lora_alpha", "projector", "projector_hidden")
+    later = ("adapters", "lora_rank", "lora_alpha", "projector", "projector_hidden", "truncate_dim")
     plain = {k: v for k, v in model.text.items() if k not in later}
     config: TextTowerConfig = tower_config(dataclasses.replace(model, text=plain), "text", fetch)
     return config
