@@ -32,7 +32,6 @@ from stage_trainer.tasks.task import Losses, TrainedObjective
 
 
 class DistillTask(ContrastiveTask):
-
     @property
     def teacher(self) -> TeacherConfig:
         assert self.stage.teacher is not None  # or the stage would have another task
