@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md speaks of is there, and the other way round: rooms, modules, files, dependencies."""
+"""What CONTRIBUTING.md speaks of is there: rooms, modules, files, dependencies; and it speaks of every room."""
 
 import re
 import subprocess

@@ -12,10 +12,11 @@ has been measured is kept (`--out`), so an interrupted run goes on, and more see
 three hours of processor time, one of which is choosing. Two runs at once, with other --contenders and --results, share
 what they keep; the command above then writes the table.
 
-All start from the same weights of the same towers (see peers.py), take the same data sets at the recipe's rates, in the
-order of the same sampler, in batches of the same size at one resolution, cut texts at the same length, and follow one
-schedule by the clock: the recipe's share of warm-up, then a cosine to nothing. Each chooses first: of the settings in
-ROUNDS those that are best on the validation split after --choose-seconds. The test split is measured with these alone.
+All start from the same weights of the same towers (see peers.py), take the same data sets at the recipe's rates, as one
+sampler draws them (sentence-transformers orders what was drawn itself), in batches of the same size at one resolution,
+cut texts at the same length, and follow one schedule by the clock: the recipe's share of warm-up, then a cosine to
+nothing. Each chooses first: of the settings in ROUNDS those that are best on the validation split after
+--choose-seconds. The test split is measured with these alone.
 
 - open_clip: its CustomTextCLIP, `train_one_epoch`, its transforms, and its tokenizer, filled up to the longest text of
   the batch rather than to the context length. A torch DataLoader gives images that are decoded once.

@@ -43,13 +43,17 @@ def test_a_list_of_names_gives_triplets_in_its_order_and_too_short_a_list_a_pair
         {"query": "two", "image": "1.jpg", "negatives": ["2.jpg"]},
         {"query": "three", "image": "2.jpg", "negatives": None},
         {"query": "four", "image": "3.jpg"},
+        {"query": "five", "image": "4.jpg", "negatives": ["../3.jpg", 7]},
     )
     found = run("images", folder=folder, caption_column="query", negatives=2, language="en")
     (triplet,) = found.samples["image-triplets"]
     assert (triplet.image, triplet.negatives) == (picture(0), [picture(3), picture(1)])
     assert triplet.captions == ["one", "a page"]
-    assert [sample.captions for sample in found.samples["image-short"]] == [["two"], ["three"], ["four"]]
-    assert found.receipt["notes"] == {"with fewer than 2 negative images (--negatives), as pairs": 1}
+    assert [sample.captions for sample in found.samples["image-short"]] == [["two"], ["three"], ["four"], ["five"]]
+    assert found.receipt["notes"] == {
+        "with fewer than 2 negative images (--negatives), as pairs": 2,
+        "negative images left out: no file name, or one outside the folder": 2,
+    }
 
 
 def test_eleven_and_more_stand_in_the_order_of_their_numbers(folder, lines, run, picture):
@@ -120,21 +124,22 @@ def test_what_cannot_be_meant_is_refused(folder, run, options, complaint):
 
 
 @pytest.mark.parametrize("several", [False, True])
-@pytest.mark.parametrize("form", ["saved", "parquet"])
+@pytest.mark.parametrize("form", ["saved", "parquet", "bytes"])
 def test_columns_of_images_and_lists_of_them_are_read_from_hugging_faces_data(run, picture, tmp_path, form, several):
     """A list, or columns of their own; the rows' own image is told from them without being named."""
 
     def image(n):
-        return {"bytes": picture(n), "path": None}
+        return picture(n) if form == "bytes" else {"bytes": picture(n), "path": None}
 
+    kind = Value("binary") if form == "bytes" else Image()
     columns = {"query": ["one", "two"], "image": [image(0), image(1)]}
-    features = {"query": Value("string"), "image": Image()}
+    features = {"query": Value("string"), "image": kind}
     if several:
         columns |= {"negative_1": [image(2), image(3)], "negative_2": [image(4), None]}
-        features |= {"negative_1": Image(), "negative_2": Image()}
+        features |= {"negative_1": kind, "negative_2": kind}
     else:
         columns |= {"negatives": [[image(2), image(4)], [image(3)]]}
-        features |= {"negatives": List(Image())}
+        features |= {"negatives": List(kind)}
     made = datasets.Dataset.from_dict(columns, features=Features(features))
     made.save_to_disk(tmp_path / "data") if form == "saved" else made.to_parquet(tmp_path / "data.parquet")
     place = tmp_path / ("data" if form == "saved" else "data.parquet")
@@ -143,6 +148,14 @@ def test_columns_of_images_and_lists_of_them_are_read_from_hugging_faces_data(ru
     assert (triplet.captions, triplet.image) == (["one"], picture(0))
     assert triplet.negatives == [picture(2), picture(4)]
     assert found.samples["image-short"][0].captions == ["two"]
+
+
+def test_a_second_column_of_bytes_is_none_of_negatives(run, picture, tmp_path):
+    columns = {"caption": ["one"], "image": [picture(0)], "image_2": [picture(1)], "negatively": [picture(2)]}
+    features = Features({name: Value("string" if name == "caption" else "binary") for name in columns})
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "data.parquet")
+    found = run("hf", data=tmp_path / "data.parquet", language="en")
+    assert [sample.image for sample in found.samples["image-short"]] == [picture(0)]
 
 
 def test_ids_in_the_place_of_images_are_refused_where_they_are_named(run, picture, tmp_path):

@@ -26,6 +26,8 @@ MEMBERS = (*IMAGE_TYPES, "json", "txt", *chain.from_iterable(NEGATIVES))
 LONGEST_KEY = 1000
 """Bytes: the keys of a table are as wide as its longest one."""
 
+_PLACES = {name: place for place, name in enumerate(MEMBERS)}
+
 _ABSENT = (1 << 64) - 1  # offset and size of a member that a sample lacks
 _NOT_COUNTED = -1  # tokens
 
@@ -71,17 +73,16 @@ def row_of(
         raise ShardError(f"sample {key!r}: languages {shown(list(languages))}, expected names without / and NUL")
     if tokens is not None and not 0 <= tokens < 1 << 31:
         raise ShardError(f"sample {key!r}: {tokens} tokens, expected a number from 0 to 2^31")
-    if foreign := data.keys() - set(MEMBERS):
+    if foreign := data.keys() - _PLACES.keys():
         raise ShardError(
             f"sample {key!r} has the members {sorted(foreign)}; expected "
             f"{', '.join(IMAGE_TYPES)}, json, txt or negative-0.jpg, negative-1.jpg, …"
         )
     digest, members = hashlib.sha256(), {}
-    for name in MEMBERS:
-        if name in data:
-            digest.update(data[name])
-            offset, size = places[name]
-            members[name] = offset, size
+    for name in sorted(data, key=_PLACES.__getitem__):
+        digest.update(data[name])
+        offset, size = places[name]
+        members[name] = offset, size
     return Row(key, members, tuple(languages), tokens, digest.hexdigest(), shard)
 
 
@@ -100,7 +101,7 @@ def table_of(rows: Sequence[Row]) -> bytes:
 
     keys = [row.key.encode() for row in rows]
     languages = ["/".join(row.languages).encode() for row in rows]
-    members = [name for name in MEMBERS if any(name in row.members for row in rows)]
+    members = sorted({name for row in rows for name in row.members}, key=_PLACES.__getitem__)
     table = np.empty(len(rows), _form(max(1, *map(len, keys)), max(1, *map(len, languages)), members))
     table["key"], table["languages"] = keys, languages
     table["tokens"] = [_NOT_COUNTED if row.tokens is None else row.tokens for row in rows]

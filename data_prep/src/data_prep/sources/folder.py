@@ -144,13 +144,13 @@ class Folder:
         elif self.held_out and _side(path, self.held_out) != self.split:
             yield Dropped("of the other split", where)
         else:
-            negatives = list[bytes | Path]()
-            for negative in self._negatives(values):
-                if isinstance(negative, Path):
-                    negatives.append(negative)
-                else:
-                    yield Noted(f"negative images left out: {negative}")
-            yield ImageRecord(where, os.path.normpath(name), path, short, long, negatives, self.negatives)
+            named = list(self._negatives(values))
+            negatives = [negative for negative in named if isinstance(negative, Path)]
+            for why in named:
+                if isinstance(why, str):
+                    yield Noted(f"negative images left out: {why}")
+            left_out = len(negatives) < len(named)
+            yield ImageRecord(where, os.path.normpath(name), path, short, long, negatives, self.negatives, left_out)
 
     def _negatives(self, values: JsonObject) -> Iterator[Path | str]:
         """The file of each negative image of a row, or why it is left out."""

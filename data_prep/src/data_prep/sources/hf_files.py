@@ -189,9 +189,9 @@ def kinds_of(features: Any) -> Kinds:
     """What columns hold, by the library's features."""
     kinds = {name: "image" if _is_image(kind) else "text" if _is_text(kind) else "" for name, kind in features.items()}
     kinds |= {
-        name: "image" if is_image_name(name) else "bytes"
+        name: "image" if is_image_name(name, features) else "bytes" if kind is inner else ""
         for name, kind in features.items()
-        if _type(kind) == "Value" and "binary" in kind.dtype
+        if _type(inner := _inner(kind)) == "Value" and "binary" in inner.dtype
     }
     labels = {name: list(map(str, kind.names)) for name, kind in features.items() if _type(kind) == "ClassLabel"}
     return Kinds(kinds, labels)

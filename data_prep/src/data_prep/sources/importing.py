@@ -123,7 +123,7 @@ def _negatives(record: ImageRecord, image: StoredImage, rule: ImageRule, output:
             output.note("negative images left out: equal to the positive, or there twice")
         else:
             found[stored.data] = stored
-    if record.negatives and len(found) < record.triplet:
+    if (record.negatives or record.left_out) and len(found) < record.triplet:
         output.note(f"with fewer than {record.triplet} negative images (--negatives), as pairs")
         return []
     return list(found.values())

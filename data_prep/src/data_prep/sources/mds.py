@@ -47,9 +47,10 @@ class Mds(RowSet):
         folder = self._folder()
         shards = _shards(folder)
         kinds: dict[str, str] = {}
-        for name, encoding in zip(shards[0]["column_names"], shards[0]["column_encodings"], strict=True):
+        names = shards[0]["column_names"]
+        for name, encoding in zip(names, shards[0]["column_encodings"], strict=True):
             text = {"str": "text", "json": "text", "bytes": "bytes"}.get(encoding, "")
-            kinds[name] = "image" if _is_image(name, encoding) else text
+            kinds[name] = "image" if _is_image(name, encoding, names) else text
         return Kinds(kinds), self._pieces(folder, shards)
 
     def rows(self, piece: JsonObject, columns: Sequence[str]) -> Iterator[Row | Dropped]:
@@ -156,8 +157,8 @@ def _opened(path: Path, shard: JsonObject) -> Any:
         ) from error
 
 
-def _is_image(name: str, encoding: str) -> bool:
-    return encoding in (*_IMAGES, *_LISTS) or (encoding == "bytes" and is_image_name(name))
+def _is_image(name: str, encoding: str, beside: Sequence[str]) -> bool:
+    return encoding in (*_IMAGES, *_LISTS) or (encoding == "bytes" and is_image_name(name, beside))
 
 
 def _sample(data: bytes, shard: JsonObject, columns: Sequence[str]) -> JsonObject:

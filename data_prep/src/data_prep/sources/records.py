@@ -18,7 +18,8 @@ class ImageRecord:
 
     image: the file's bytes, or its path. short, long: captions; each list that is not empty gives a sample of its kind.
     negatives: images that the captions do not describe, the hardest first; with `triplet` of them that can be stored
-        the record is a triplet, whose captions are those of both lists.
+        the record is a triplet, whose captions are those of both lists. left_out: whether there were others, which
+        cannot be used.
     where: for the receipt, in case the image is broken.
     """
 
@@ -29,6 +30,7 @@ class ImageRecord:
     long: Sequence[Text] = ()
     negatives: Sequence[bytes | Path] = ()
     triplet: int = 0
+    left_out: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,10 +135,11 @@ def usual_negatives(names: Collection[str]) -> list[str]:
     return [name for name in names if _NEGATIVE.fullmatch(name.lower())]
 
 
-def is_image_name(name: str) -> bool:
-    """Whether a column of bytes is one of images, by its name."""
-    plain = re.sub(r"^(hard_)?neg(ative)?_|_?\d+$", "", name.lower())
-    return plain in ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")
+def is_image_name(name: str, beside: Collection[str] = ()) -> bool:
+    """Whether a column of bytes is one of images, by its name, or as negatives among columns `beside` with images."""
+    if name.lower() in ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo"):
+        return True
+    return _NEGATIVE.fullmatch(name.lower()) is not None and any(map(is_image_name, beside))
 
 
 def value_at(row: JsonObject, name: str) -> Any:

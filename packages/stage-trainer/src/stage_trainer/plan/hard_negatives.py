@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from data_prep.shards import IMAGE_TRIPLETS, Dataset, ShardError, negative_images
 
+from stage_trainer.data.config import DataConfig
+from stage_trainer.data.remote_data import place
 from stage_trainer.data.samples import texts_of
 from stage_trainer.recipe import Recipe, Source, Stage
 
@@ -34,8 +36,11 @@ def _of_first(recipe: Recipe, sources: tuple[Source, ...], triplets: str) -> int
     if not sources:
         return 0
     path = sources[0].path
+    where = place(DataConfig.of(recipe), "train", path)
     try:
-        data = Dataset.open(Path(recipe.corpus) / "train" / path, check=False)
+        if not isinstance(where, Path):
+            raise ShardError(f"{where}: a plan reads no remote data")
+        data = Dataset.open(where, check=False)
         if data.kind != triplets:
             return 0
         members = data.read(0)

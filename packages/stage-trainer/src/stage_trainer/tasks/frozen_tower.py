@@ -122,7 +122,7 @@ def _views(
     data: Dataset, samples: range, batches: StageBatches, stage: Stage, resolution: int, unusable: dict[int, str]
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
     """(place in the shard, number of the view, pixels) of every fixed view; adds to `unusable`."""
-    decoded = SampleCache(0, batches.cache.max_pixels)  # keeps nothing
+    decoded = SampleCache(0, batches.cache.max_pixels, negatives=False)  # keeps nothing
     for place, index in enumerate(samples):
         try:
             image, _ = decoded.sample(data, index)
