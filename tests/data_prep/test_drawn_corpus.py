@@ -12,10 +12,11 @@ import sentencepiece
 from data_prep.corpus import Settings, build_corpus
 from data_prep.corpus.items import normalized
 from data_prep.errors import UserError
-from data_prep.shards import KINDS, Dataset
+from data_prep.shards import Dataset
 from PIL import Image
 
 SPLITS = ("train", "validation", "test")
+KINDS = ("text-pairs", "text-triplets", "image-short", "image-long")
 
 
 def files(root):
