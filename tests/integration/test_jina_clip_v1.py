@@ -55,9 +55,9 @@ def test_a_dry_run_counts_the_published_parameters():
 
 def test_it_starts_from_jina_embeddings_v2_and_a_tower_that_the_layout_can_hold(tmp_path):
     recipe = load(RECIPE).recipe
-    _, vision = tower_configs(recipe, 1)
+    text, vision = tower_configs(recipe, 1)
     assert (vision.reference_grid, vision.grid) == (None, (14, 14))
-    check_fits(vision)
+    check_fits(text, vision)
     shape = {"vocab_size": 48, "width": 24, "layers": 1, "heads": 6, "mlp_width": 16}
     kind = {"positions": "alibi", "mlp": "geglu", "token_types": 2, "pad_id": 0, "layer_norm_eps": 1e-12}
     there = TextTower(TextTowerConfig(**shape, **kind))

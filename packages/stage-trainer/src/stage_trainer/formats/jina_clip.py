@@ -82,7 +82,7 @@ def write(
             f"on; with --lora merged {adapters[0]} is added to the weights, and the others are left out"
         )
     check_rotary(model.text.config)
-    check_fits(model)
+    check_fits(model.text.config, model.vision.config)
     merge = lora == "merged" and bool(adapters)
     model.vision = model.vision.merged()  # the layout has no adapters of images
     text = model.text.merged() if merge else model.text
@@ -134,18 +134,17 @@ def misfits(config: VisionTowerConfig) -> dict[str, str]:
     return wrong
 
 
-def check_fits(model: DualEncoder, layout: str = "jina-clip-v2") -> None:
+def check_fits(text: TextTowerConfig, vision: VisionTowerConfig, layout: str = "jina-clip-v2") -> None:
     """UserError for an image tower or a projector that the published code cannot be."""
-    config = model.vision.config
-    for name, tower in (("image", config), ("text", model.text.config)):
-        if tower.projector:
+    for name, projector in (("image", vision.projector), ("text", text.projector)):
+        if projector:
             raise UserError(
                 f"the {name} tower has a projector, for which {layout}'s layout has no place; export it in another "
                 "format"
             )
-    for key, expected in misfits(config).items():
+    for key, expected in misfits(vision).items():
         raise UserError(
-            f"the vision tower has {key} {getattr(config, key)}, and {layout}'s layout knows {expected} only; "
+            f"the vision tower has {key} {getattr(vision, key)}, and {layout}'s layout knows {expected} only; "
             "export it in another format"
         )
 

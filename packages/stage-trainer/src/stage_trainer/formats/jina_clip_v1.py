@@ -55,7 +55,7 @@ def write(
         raise UserError(f"the text tower is a rotary XLM-RoBERTa, and {NAME}'s is JinaBERT; use --format jina-clip")
     if adapters and lora == "kept":
         raise UserError(f"{NAME}'s layout has no adapters; with --lora merged {adapters[0]} is added to the weights")
-    check_fits(model, NAME)
+    check_fits(model.text.config, model.vision.config, NAME)
     if model.vision.config.reference_grid is not None:
         raise UserError(
             f"the vision tower has reference_grid {model.vision.config.reference_grid}, and {NAME}'s rotary positions "
