@@ -185,7 +185,7 @@ def test_what_cannot_be_meant_is_one_line_before_anything_expensive(folder, monk
 def test_max_pixels_is_heeded(folder, monkeypatch, capsys, command):
     """The picture has 64."""
     monkeypatch.chdir(folder)
-    text = SimpleNamespace(config=SimpleNamespace(width=8))
+    text = SimpleNamespace(config=SimpleNamespace(output_width=8))
     model = SimpleNamespace(matryoshka_dims=None, text=text)
     monkeypatch.setattr(DualEncoder, "from_pretrained", lambda path: model)
     assert main([command, "model", "data", "--max-pixels=63"]) == 2
