@@ -1,4 +1,5 @@
-"""Gradient caching against one big batch, in float64 with plain torch. Under DeepSpeed: tests/integration."""
+"""A step's losses and gradients, also with gradient caching, in float64 against plain torch. Under DeepSpeed:
+tests/integration."""
 
 import contextlib
 import sys
@@ -8,7 +9,7 @@ import torch
 import torch.distributed as dist
 from contrastive_losses import matryoshka_info_nce
 from contrastive_losses.plain import plain_cosent
-from stage_trainer.batch import Batch, Part, image_chunks, packed_chunks, text_chunks
+from stage_trainer.batch import Batch, Part, image_chunks, text_chunks
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.engine.cast_once import cast_once
 from stage_trainer.recipe import GradientCache, LossConfig
@@ -348,46 +349,6 @@ def test_graded_pairs_are_ranked_at_the_temperature_of_the_text_loss(cache):
     assert gradients.keys() == engine.gradients().keys()
     for name, gradient in engine.gradients().items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-8, atol=1e-11, msg=name)
-
-
-def test_chunks_hold_every_sample_once_within_the_budget():
-    batch = make_batch()
-    assert torch.equal(torch.cat([p.images for p in image_chunks(batch, 3)]), batch.images)
-    assert [len(p.images) for p in image_chunks(batch, 3)] == [3, 3, 1]
-    parts = list(text_chunks(batch, 12))
-    assert torch.equal(torch.cat([p.texts.ids for p in parts]), batch.texts.ids)
-    assert torch.equal(torch.cat([p.text_seeds for p in parts]), batch.text_seeds)
-    assert sum((p.texts.lengths for p in parts), ()) == batch.texts.lengths
-    assert all(len(p.texts.ids) <= 12 for p in parts)
-    assert len(list(text_chunks(batch, 1))) == len(batch.texts)
-
-
-def test_a_part_holds_the_longest_run_of_texts_that_fits():
-    """Against a plain walk, where lengths meet the budget exactly and where they pass it, and for many texts."""
-    lengths = torch.randint(1, 9, (300,), generator=torch.Generator().manual_seed(0)).tolist()
-    texts = PackedTokens.from_lists([list(range(3, 3 + n)) for n in lengths])
-    for budget in (1, 7, 8, 16, 0):
-        parts = [p.lengths for _, _, p in packed_chunks(texts, budget)]
-        expected: list[tuple[int, ...]] = []
-        for n in lengths:
-            if expected and (not budget or sum(expected[-1]) + n <= budget):
-                expected[-1] += (n,)
-            else:
-                expected.append((n,))
-        assert parts == expected
-    whole = next(packed_chunks(texts, 0))
-    assert (whole[0], whole[1], whole[2].max_seqlen) == (slice(0, 300), slice(0, sum(lengths)), max(lengths))
-
-
-def test_chunks_of_one_kind_carry_nothing_of_the_other():
-    batch = make_batch()
-    for part in image_chunks(batch, 3):
-        assert (part.texts, len(part.text_seeds), len(part.image_seeds)) == (None, 0, len(part.images))
-    for part in text_chunks(batch, 12):
-        assert (part.images, len(part.image_seeds), len(part.text_seeds)) == (None, 0, len(part.texts))
-    assert next(image_chunks(make_batch(images=1), 0)).images.shape[0] == 1
-    assert list(image_chunks(Batch(**{**vars(batch), "images": None}), 2)) == []
-    assert list(text_chunks(Batch(**{**vars(batch), "texts": None}), 2)) == []
 
 
 @pytest.mark.parametrize("task", BOTH)

@@ -36,14 +36,12 @@ def _of_first(recipe: Recipe, sources: tuple[Source, ...], triplets: str) -> int
     if not sources:
         return 0
     path = sources[0].path
-    where = place(DataConfig.of(recipe), "train", path)
+    where, guess = place(DataConfig.of(recipe), "train", path), TRIPLETS if triplets in path.split("/") else 0
+    if not isinstance(where, Path):
+        return guess
     try:
-        if not isinstance(where, Path):
-            raise ShardError(f"{where}: a plan reads no remote data")
         data = Dataset.open(where, check=False)
-        if data.kind != triplets:
-            return 0
-        members = data.read(0)
-        return len(negative_images(data.kind, members) or texts_of(data, 0, members)["negatives"])
+        members = data.read(0) if data.kind == triplets else {}
+        return len(negative_images(data.kind, members) or texts_of(data, 0, members)["negatives"]) if members else 0
     except (ShardError, OSError, IndexError):
-        return TRIPLETS if triplets in path.split("/") else 0
+        return guess
