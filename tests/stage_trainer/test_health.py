@@ -1,7 +1,6 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
+from contrastive_losses import LossStats
 from stage_trainer.checkpoint.state import RunState
 from stage_trainer.errors import UserError
 from stage_trainer.run.health import WINDOW, Health
@@ -9,9 +8,7 @@ from stage_trainer.run.hooks import Step, Totals
 
 
 def loss(value, hardest=0.3, accuracy=0.5):
-    stats = SimpleNamespace(
-        hardest_negative_cosine=torch.tensor([hardest]), query_to_target_accuracy=torch.tensor([accuracy])
-    )
+    stats = LossStats((8,), *(torch.tensor([number]) for number in (accuracy, accuracy, 0.9, hardest)))
     return {"text": (torch.tensor(value), stats)}
 
 

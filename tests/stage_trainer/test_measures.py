@@ -9,7 +9,7 @@ from stage_trainer.evaluation.cross_modal import recall
 from stage_trainer.evaluation.measures import check_best, of_images, of_pairs, title_of_pairs
 from stage_trainer.evaluation.sets import XTD10
 from stage_trainer.metrics.measure import Measure
-from stage_trainer.recipe.rules import EMBEDDING_METRICS
+from stage_trainer.recipe.kinds import PAIRS
 from stage_trainer.run.evaluation import better
 from stage_trainer.tasks.pools import _recall
 
@@ -51,7 +51,7 @@ def test_what_is_measured_of_images_is_what_was_announced(texts, documents):
     announced = of_images("my/loss", texts, (8, 4), 8, documents=documents)
     assert set(_recall("my/loss", pool, embedded, (8, 4))) == set(announced)
     assert [m.higher_is_better for n, m in announced.items() if not n.startswith("modality_gap/")].count(False) == 0
-    assert all(name.startswith(EMBEDDING_METRICS) for name in announced)
+    assert all(name.startswith(PAIRS.metrics) for name in announced)
     heads = {name for name, measure in announced.items() if measure.headline}
     assert all(f"{head}/4 dims" in announced and head.startswith("validation_") for head in heads)
     assert len(heads) == 2 + documents + (len(texts) == 2)
@@ -89,7 +89,7 @@ def test_what_is_measured_of_pairs_is_what_was_announced(scored):
     lookup = text_retrieval.lookup(texts, np.random.default_rng(0).normal(size=(len(texts), 4)))
     announced = of_pairs("p", queries, scored=scored)
     assert {title_of_pairs("p", what) for what in text_retrieval.measure(pool, lookup)} == set(announced)
-    assert all(name.startswith(EMBEDDING_METRICS) for name in announced)
+    assert all(name.startswith(PAIRS.metrics) for name in announced)
     heads = {name for name, measure in announced.items() if measure.headline}
     assert heads == {"validation_ndcg_at_10_p/mean", *(["validation_spearman_p/all"] if scored else [])}
 

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, is_dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from text_tower import MaskedTokens, PackedTokens
 from text_tower.packed import to_device
 from torch import Tensor
+
+_Moved = TypeVar("_Moved", covariant=True)
+
+
+class Uploadable(Protocol[_Moved]):
+    """A part of a batch of any task: a dataclass of tensors, perhaps of others of tensors."""
+
+    def to(self, device: torch.device) -> _Moved:
+        """The same on a device."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from stage_trainer.batch import MaskedBatch, Part
+from stage_trainer.batch import Uploadable
 from stage_trainer.engine import deepspeed_private
 from stage_trainer.engine.cast_once import cast_once
 from stage_trainer.engine.float8 import in_float8
@@ -77,7 +77,7 @@ class Engine(ABC):
         """Switches between training and evaluation, as `nn.Module.train`."""
         self._engine.train(mode)
 
-    def forward(self, part: Part | MaskedBatch, **options: Any) -> Any:
+    def forward(self, part: Uploadable[object], **options: Any) -> Any:
         """Uploads a part of a batch and returns the objective's output for it, given `options`."""
         return self._engine(self.upload(part), **options)
 

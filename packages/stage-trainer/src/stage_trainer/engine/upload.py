@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import overload
+from typing import TypeVar
 
 import torch
 
-from stage_trainer.batch import MaskedBatch, Part, tensors_of
+from stage_trainer.batch import Uploadable, tensors_of
+
+Moved = TypeVar("Moved")
 
 
 class Uploader:
@@ -22,13 +24,7 @@ class Uploader:
         if device.type == "cuda":
             self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call, unused-ignore]
 
-    @overload
-    def __call__(self, part: Part) -> Part: ...
-
-    @overload
-    def __call__(self, part: MaskedBatch) -> MaskedBatch: ...
-
-    def __call__(self, part: Part | MaskedBatch) -> Part | MaskedBatch:
+    def __call__(self, part: Uploadable[Moved]) -> Moved:
         """The part on the device; what is computed from now on waits for it, the host does not."""
         if self._copies is None:
             return part.to(self.device)

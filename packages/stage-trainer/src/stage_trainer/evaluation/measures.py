@@ -134,15 +134,20 @@ def check_best_of(recipe: Recipe, numbers: Iterable[int]) -> None:
     check_best(recipe.checkpoint.best, found)
 
 
+_OF_OWN = {"masked_lm": of_masked_lm}
+"""What is measured of texts in these languages, by `Kind.held_out`."""
+
+
 def _possible(recipe: Recipe, number: int) -> dict[str, Measure] | None:
     """What a stage may measure; None if that is not known here."""
     stage, data = recipe.stage(number), DataConfig.of(recipe)
-    wanted = stage.data.masked_lm if stage.masked else recipe.evaluation.pools
+    own = stage.kind.held_out
+    wanted = recipe.evaluation.pools if own is None else getattr(stage.data, own)
     places = [(path, place(data, "validation", path)) for path in wanted]
     here = {path: Dataset.open(p) for path, p in places if isinstance(p, Path) and (p / MANIFEST).exists()}
-    if stage.masked:  # data sets may have no validation split
+    if own is not None:  # data sets may have no validation split
         languages = {language for opened in here.values() for language in _languages(opened)}
-        return of_masked_lm(languages) if here else ({} if Path(data.corpus).is_dir() else None)
+        return _OF_OWN[own](languages) if here else ({} if Path(data.corpus).is_dir() else None)
     if len(here) < len(places):
         return None
     names: dict[bool, set[str]] = {True: set(), False: set()}

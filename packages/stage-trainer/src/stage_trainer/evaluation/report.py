@@ -31,8 +31,8 @@ def write_report(recipe: Recipe, versions: dict[str, str]) -> tuple[Path, str]:
     numbers = sorted(int(p.name[5:]) for p in run.glob("stage*") if p.name[5:].isdigit())  # not what was moved aside
     for number in numbers:
         directory = run / f"stage{number}"
-        masked = number <= len(recipe.stages) and recipe.stage(number).masked
-        if masked or not (saved := all_saved(directory)):
+        encodes = number > len(recipe.stages) or recipe.stage(number).kind.has_encoder
+        if not encodes or not (saved := all_saved(directory)):
             continue
         again = shlex.join(["stage-trainer", "evaluate", str(directory), recipe.corpus])
         if not (path := directory / EVALUATION).exists():

@@ -18,6 +18,7 @@ from stage_trainer.errors import UserError
 from stage_trainer.evaluation.report import EVALUATION, read_figures
 from stage_trainer.evaluation.tables import Pools
 from stage_trainer.formats.history import TrainedStage
+from stage_trainer.recipe.kinds import kind_of
 
 _SHOWN = ("loss/", "temperature/", "bias/", "speed/", "validation_", "modality_gap/", "trouble/")
 """What of the scalars is read, by prefix."""
@@ -62,9 +63,9 @@ class StageFolder:
         return self.trained.name
 
     @property
-    def masked(self) -> bool:
-        """Whether it is masked-language-model training, whose model has no images to search."""
-        return bool(self.trained.setting("stage.batch.masked_lm"))
+    def has_encoder(self) -> bool:
+        """Whether its model has both towers, so that there are images to search."""
+        return kind_of(lambda name: self.trained.setting(f"stage.batch.{name}")).has_encoder
 
     @property
     def steps(self) -> int:
@@ -175,7 +176,7 @@ def _pools(directory: Path, lacks: list[str]) -> Pools:
 
 def _check_evaluation(stage: StageFolder, lacks: list[str]) -> None:
     """Names a stage that was not evaluated, or trained on after that."""
-    if stage.saved is None or stage.masked:
+    if stage.saved is None or not stage.has_encoder:
         return
     if not (stage.directory / EVALUATION).exists():
         command = shlex.join(["stage-trainer", "evaluate", str(stage.directory)])

@@ -16,16 +16,6 @@ from stage_trainer.recipe.schema import ModelConfig, Recipe, Stage
 from stage_trainer.recipe.stage_rules import check_stage
 from stage_trainer.recipe.tower_rules import check_towers
 
-EMBEDDING_METRICS = (
-    "validation_recall_at_5_",
-    "validation_ndcg_at_5_",
-    "validation_ndcg_at_10_",
-    "validation_spearman_",
-    "modality_gap/",
-)
-MASKED_LM_METRICS = ("validation_loss_masked_lm/",)
-"""How the names of all metrics begin that a stage of either kind measures; the rest of a name depends on the data."""
-
 
 def check(recipe: Recipe, where: str, *, stage: int | None = None, ranks: int = 1) -> None:
     """Checks every rule.
@@ -69,7 +59,7 @@ def _check_evaluation(recipe: Recipe, numbers: Sequence[int], where: str) -> Non
     every, pools, best = recipe.evaluation.every, recipe.evaluation.pools, recipe.checkpoint.best
     if twice := sorted({pool for pool in pools if pools.count(pool) > 1}):
         raise UserError(f"{where}: evaluation.pools names {twice[0]!r} more than once; leave one out")
-    if every and not pools and not any(stage.masked for stage in recipe.stages):
+    if every and not pools and not any(stage.kind.held_out for stage in recipe.stages):
         raise UserError(
             f"{where}: evaluation.every is {every}, but evaluation.pools names nothing to measure; add held-out data "
             "sets, such as [image-short/mine], or set evaluation.every to 0"
@@ -82,12 +72,12 @@ def _check_evaluation(recipe: Recipe, numbers: Sequence[int], where: str) -> Non
             "checkpoint would ever be the best; set evaluation.every, or leave checkpoint.best out"
         )
     for number in numbers:
-        if not pools and not recipe.stage(number).masked:
+        if not pools and not recipe.stage(number).kind.held_out:
             raise UserError(
                 f"{where}: checkpoint.best is {best!r}, but stage {number} measures nothing: evaluation.pools is "
                 "empty; name held-out data sets there, or leave checkpoint.best out"
             )
-    begins = {b for n in numbers for b in (MASKED_LM_METRICS if recipe.stage(n).masked else EMBEDDING_METRICS)}
+    begins = {name for number in numbers for name in recipe.stage(number).kind.metrics}
     if not best.startswith(tuple(begins)):
         raise UserError(
             f"{where}: checkpoint.best is {best!r}, which is not measured on held-out data; what is begins with "

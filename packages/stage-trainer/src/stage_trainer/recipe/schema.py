@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 from pydantic.dataclasses import dataclass
 
 from stage_trainer.errors import UserError
+from stage_trainer.recipe.kinds import Kind, kind_of
 from stage_trainer.recipe.limits import MAX_PIXELS, LimitsConfig
 from stage_trainer.recipe.loss import LossConfig
 from stage_trainer.recipe.remote import RemoteConfig
@@ -137,21 +138,19 @@ class Stage:
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def masked(self) -> bool:
-        """Whether this is a stage of masked-language-model training."""
-        return bool(self.batch.masked_lm)
+    def kind(self) -> Kind:
+        """What tells it from stages of other kinds, outside of its task."""
+        return kind_of(lambda name: getattr(self.batch, name))
 
     @property
     def task(self) -> str:
         """The name of what the stage does (`tasks.TASKS`)."""
-        return "masked_lm" if self.masked else self.teacher.task if self.teacher else "contrastive"
+        return self.teacher.task if self.teacher else self.kind.task
 
     @property
     def unplanned(self) -> str:
         """Why `stage-trainer plan` leaves the stage out; "" if it does not."""
-        return (
-            "masked-language-model training adds up chunks of any size (gradient_cache.tokens)" if self.masked else ""
-        )
+        return self.kind.unplanned
 
     def batch_at(self, step: int) -> dict[str, int]:
         """The global batch of a step: {kind: how many}, each kind from its `task_start` on."""

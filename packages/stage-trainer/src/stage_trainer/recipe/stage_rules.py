@@ -6,19 +6,19 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from stage_trainer.errors import UserError
-from stage_trainer.recipe.address import names_shards
-from stage_trainer.recipe.schema import NEW_TEMPERATURE, GradientCache, ModelConfig, Recipe, Stage
+from stage_trainer.recipe.masked_lm_rules import check_masked_lm
+from stage_trainer.recipe.schema import NEW_TEMPERATURE, GradientCache, Recipe, Stage
 from stage_trainer.recipe.sources import Source
 from stage_trainer.recipe.teacher_rules import check_teacher
+
+_OF_KIND = {"masked_lm": check_masked_lm}
+"""The rules of kinds other than pairs, by `Kind.task`."""
 
 
 def check_stage(recipe: Recipe, number: int, here: str) -> None:
     """UserError if the stage, whose numbers are in their ranges, violates a rule."""
     stage = recipe.stage(number)
-    if stage.masked:
-        _check_masked_lm(recipe, number, here)
-    else:
-        _check_pairs(recipe.model, stage, here)
+    _OF_KIND.get(stage.kind.task, _check_pairs)(recipe, number, here)
     for task, size in asdict(stage.batch).items():
         if size and not getattr(stage.data, task):
             raise UserError(f"{here}: batch.{task} is {size} but data.{task} names no data; add sources or set it to 0")
@@ -32,8 +32,9 @@ def check_stage(recipe: Recipe, number: int, here: str) -> None:
         )
 
 
-def _check_pairs(model: ModelConfig, stage: Stage, here: str) -> None:
+def _check_pairs(recipe: Recipe, number: int, here: str) -> None:
     """A stage that trains on pairs."""
+    model, stage = recipe.model, recipe.stage(number)
     if model.vision is None and not (model.weights or model.vision_weights):
         raise UserError(
             f"{here} trains both towers, and 'model.vision' is missing; add it, or weights that have it "
@@ -228,11 +229,6 @@ def _learning_scalars(stage: Stage) -> Iterator[tuple[str, str]]:
 
 def _check_gradient_cache(stage: Stage, here: str) -> None:
     cache = stage.gradient_cache
-    if cache == "auto" and stage.masked:
-        raise UserError(
-            f"{here}: 'gradient_cache: auto' is for stages of pairs; masked-language-model training needs the "
-            "tokens of one pass, such as {tokens: 16384}, or nothing"
-        )
     if isinstance(cache, GradientCache) and (cache.images < 0 or cache.tokens < 0 or not cache.images + cache.tokens):
         raise UserError(
             f"{here}: 'gradient_cache' should give the images and the tokens of one forward pass, such as "
@@ -250,37 +246,3 @@ def _check_fp8(precision: str, stage: Stage, here: str) -> None:
             f"{here}: 'fp8' casts weights once a step, and under deepspeed.zero_optimization.stage 3 they are not "
             "whole so long; set the stage to 2 or less, or leave 'fp8' out"
         )
-
-
-def _check_masked_lm(recipe: Recipe, number: int, here: str) -> None:
-    """A stage of masked-language-model training."""
-    stage = recipe.stage(number)
-    for task in ("image_text", "text"):
-        if getattr(stage.batch, task):
-            raise UserError(
-                f"{here}: batch.masked_lm and batch.{task} are both set; masked-language-model training is a stage of "
-                f"its own, so set batch.{task} to 0 or move one of them to another stage"
-            )
-    for key, set_ in (
-        ("embedding_cache", stage.embedding_cache), ("teacher", stage.teacher),
-        ("loss.exchange", stage.loss.exchange != "auto"),
-    ):  # fmt: skip
-        if set_:
-            raise UserError(
-                f"{here}: {key!r} is for stages of pairs, and batch.masked_lm makes this one of masked-language-model "
-                "training; leave it out"
-            )
-    if number > 1 and not recipe.stage(number - 1).masked:
-        raise UserError(
-            f"{here}: masked-language-model training follows a stage that trains embeddings, whose image tower and "
-            "adapters it would lose; put it first"
-        )
-    if stage.trainable.text != "all":
-        raise UserError(
-            f"{here}: trainable.text is {stage.trainable.text!r}; masked-language-model training is for all weights of "
-            "the text tower, so leave it out"
-        )
-    if twice := sorted({path for path in stage.data.masked_lm if stage.data.masked_lm.count(path) > 1}):
-        raise UserError(f"{here}: data.masked_lm names {twice[0]!r} more than once; leave one out")
-    if named := [path for path in stage.data.masked_lm if names_shards(path)]:
-        raise UserError(f"{here}: data.masked_lm has {named[0]!r}; shards without a manifest are for data.image_text")

@@ -18,7 +18,7 @@ from stage_trainer.recipe.schema import Recipe, Stage
 
 def check_towers(recipe: Recipe, where: str) -> None:
     """UserError if the recipe violates a rule for the towers."""
-    model, pairs = recipe.model, [stage for stage in recipe.stages if not stage.masked]
+    model, pairs = recipe.model, [stage for stage in recipe.stages if stage.kind.has_encoder]
     weights = model.text_weights or model.weights
     text = _Stated(TextTowerConfig, model.text | model.override.text, weights, f"{where}: model.text")
     vision, weights = None, model.vision_weights or model.weights
@@ -47,11 +47,9 @@ def _check_stage(stage: Stage, text: _Stated, vision: _Stated | None, width: int
             f"{here}: max_tokens is {stage.max_tokens}, more than the text tower takes (model.text.max_length "
             f"{longest}); lower the one or raise the other"
         )
-    if stage.masked:
-        if (found := text.value("positions")) not in (None, "rotary"):
-            raise UserError(
-                f"{here}: model.text.positions is {found!r}; masked-language-model training is for rotary towers"
-            )
+    if stage.kind.rotary and (found := text.value("positions")) not in (None, "rotary"):
+        raise UserError(f"{here}: model.text.positions is {found!r}; {stage.kind.title} is for rotary towers")
+    if not stage.kind.has_encoder:
         return
     if width is not None and max(stage.loss.dims) > width:
         raise UserError(f"{here}: loss.dims is {list(stage.loss.dims)}; expected prefixes of 1 to {width}")

@@ -7,6 +7,8 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from statistics import median
 
+from contrastive_losses import LossStats
+
 from stage_trainer.checkpoint.state import RunState
 from stage_trainer.errors import UserError
 from stage_trainer.run.hooks import Hook, Step
@@ -71,14 +73,13 @@ class Health(Hook):
                 )
             if math.isfinite(value):
                 former.append(value)
-            hardest = getattr(stats, "hardest_negative_cosine", None)
-            if hardest is not None:
-                told_apart = float(stats.query_to_target_accuracy[0])
-                alike = len(former) >= WINDOW // 2 and float(hardest[0]) > ALIKE and told_apart < 0.1
+            if isinstance(stats, LossStats):
+                told_apart, hardest = float(stats.query_to_target_accuracy[0]), float(stats.hardest_negative_cosine[0])
+                alike = len(former) >= WINDOW // 2 and hardest > ALIKE and told_apart < 0.1
                 if self._begins(f"{task} collapses", alike):
                     warnings.append(
                         f"the embeddings of {task} are nearly all alike: the hardest negatives' mean cosine is "
-                        f"{float(hardest[0]):.4f} and {told_apart:.1%} of the queries find their target; usually the "
+                        f"{hardest:.4f} and {told_apart:.1%} of the queries find their target; usually the "
                         "learning rate is too high"
                     )
         return warnings

@@ -6,11 +6,12 @@ import dataclasses
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from text_tower import Tokenizer
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from vision_tower import resample_optimizer_state
 
 from stage_trainer.batch import Batch
@@ -158,7 +159,7 @@ def forward_backward(
     *,
     pairs: tuple[str, ...],
     patch_dropout: float = 0.0,
-    group: Any = None,
+    group: ProcessGroup | None = None,
     cache: GradientCache | None = None,
 ) -> Losses:
     """Leaves the gradients of the sum of the losses on the parameters; returns the losses and their statistics.

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from contrastive_losses import matryoshka_cosent, matryoshka_info_nce, matryoshka_sigmoid, unified_info_nce
+from contrastive_losses import LossStats, matryoshka_cosent, matryoshka_info_nce, matryoshka_sigmoid, unified_info_nce
 from text_tower.packed import to_device
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from vision_tower import patch_keep_indices
 
 from stage_trainer.batch import Batch, Embedded, Part
@@ -96,7 +97,9 @@ class ContrastiveObjective(TrainedObjective):
                 texts = self.model.text(part.texts, sample_seeds=part.text_seeds)
         return Embedded(images, texts, scalars)
 
-    def losses(self, embedded: Embedded, batch: Batch, *, pairs: tuple[str, ...], group: Any = None) -> Losses:
+    def losses(
+        self, embedded: Embedded, batch: Batch, *, pairs: tuple[str, ...], group: ProcessGroup | None = None
+    ) -> Losses:
         """Each loss with its `LossStats`, over the global batch of all ranks; that of graded pairs, "graded", has none.
 
         Args:
@@ -152,7 +155,9 @@ class ContrastiveObjective(TrainedObjective):
         """The temperature, `[1]`, of a task's loss."""
         return torch.exp(-embedded.scalars["image_text" if self.loss.one_temperature else task])
 
-    def _graded_loss(self, queries: Tensor, targets: Tensor, scores: Tensor, temperature: Tensor, group: Any) -> Tensor:
+    def _graded_loss(
+        self, queries: Tensor, targets: Tensor, scores: Tensor, temperature: Tensor, group: ProcessGroup | None
+    ) -> Tensor:
         scores = to_device(scores, queries.device)
         dims, weights = self.loss.dims, self.loss.weights or None
         return matryoshka_cosent(
@@ -175,7 +180,7 @@ class ContrastiveObjective(TrainedObjective):
         accuracies = {
             f"train_accuracy_{name}/{dim}": (forth + back) / 2
             for name, (_, stats) in losses.items()
-            if stats is not None
+            if isinstance(stats, LossStats)
             for dim, (forth, back) in zip(
                 self.loss.dims,
                 torch.stack([stats.query_to_target_accuracy, stats.target_to_query_accuracy], dim=1).tolist(),

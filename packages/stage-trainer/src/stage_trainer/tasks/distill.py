@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from text_tower import Tokenizer
 from text_tower.packed import to_device
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from stage_trainer.batch import Batch, Embedded
 from stage_trainer.data.batches import StageBatches
@@ -92,7 +92,9 @@ class DistillObjective(ContrastiveObjective):
             if self.teacher.replaces(task) and (bias := self.biases.get(f"{task}_bias")) is not None:
                 bias.requires_grad_(False)
 
-    def losses(self, embedded: Embedded, batch: Batch, *, pairs: tuple[str, ...], group: Any = None) -> Losses:
+    def losses(
+        self, embedded: Embedded, batch: Batch, *, pairs: tuple[str, ...], group: ProcessGroup | None = None
+    ) -> Losses:
         """Those of `ContrastiveObjective`, of the tasks in which the teacher is not alone; "teacher" of text pairs, and
         "teacher_image_text" of images and captions."""
         contrasted = tuple(name for name in pairs if not self.teacher.replaces(name))
@@ -105,7 +107,7 @@ class DistillObjective(ContrastiveObjective):
                 found[name] = self.teacher.weight * loss(embedded, batch, group), None
         return found
 
-    def image_text_loss(self, embedded: Embedded, batch: Batch, group: Any) -> Tensor:
+    def image_text_loss(self, embedded: Embedded, batch: Batch, group: ProcessGroup | None) -> Tensor:
         """That of what the teacher says of the batch's images and captions, over all ranks."""
         images = embedded.images[: len(batch.image_ids)]  # views come later
         rows = {"images": images, "captions": embedded.texts[: batch.captions]}
@@ -113,14 +115,14 @@ class DistillObjective(ContrastiveObjective):
         wanted = torch.cat([to_device(batch.teacher[what], embedded.images.device) for what in taught])
         return teacher_loss(torch.cat([rows[what] for what in taught]), wanted, self.teacher.loss, group)
 
-    def text_loss(self, embedded: Embedded, batch: Batch, group: Any) -> Tensor:
+    def text_loss(self, embedded: Embedded, batch: Batch, group: ProcessGroup | None) -> Tensor:
         """That of what the teacher says of the batch's text pairs, over all ranks."""
         texts = embedded.texts[batch.captions :][: 2 * batch.pairs]
         wanted = to_device(batch.teacher["texts"], texts.device).repeat(2, 1)
         return teacher_loss(texts, wanted, self.teacher.loss, group)
 
 
-def teacher_loss(ours: Tensor, wanted: Tensor, kind: str, group: Any = None) -> Tensor:
+def teacher_loss(ours: Tensor, wanted: Tensor, kind: str, group: ProcessGroup | None = None) -> Tensor:
     """How far embeddings are from a teacher's, 0-d, float32 or as precise as ours, over those of all ranks.
 
     Gradients are W times those of this rank's rows, for W ranks, whose gradients are averaged.
@@ -146,7 +148,7 @@ def teacher_loss(ours: Tensor, wanted: Tensor, kind: str, group: Any = None) -> 
         return _mean_over_ranks(halves.sum(1) / others, group)
 
 
-def _mean_over_ranks(rows: Tensor, group: Any) -> Tensor:
+def _mean_over_ranks(rows: Tensor, group: ProcessGroup | None) -> Tensor:
     """The mean of all ranks' rows, whose gradient is W times that of this rank's."""
     sums = torch.stack([rows.detach().sum(), rows.new_tensor(float(len(rows)))])
     world = 1
@@ -157,7 +159,7 @@ def _mean_over_ranks(rows: Tensor, group: Any) -> Tensor:
     return own + (sums[0] / sums[1] - own).detach()
 
 
-def _gathered(rows: Tensor, group: Any) -> Tensor:
+def _gathered(rows: Tensor, group: ProcessGroup | None) -> Tensor:
     """The rows of all ranks, of which each may have another number, without their gradient."""
     rows = rows.detach()
     if group is None:

@@ -7,12 +7,12 @@ on the disk (`stage-trainer embed`) or in the data (margin-MSE; Hofstätter et a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from contrastive_losses import matryoshka_margin_mse
 from text_tower.packed import to_device
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from stage_trainer.batch import Batch, Embedded
 from stage_trainer.data.batches import StageBatches
@@ -39,7 +39,7 @@ class MarginsTask(DistillTask):
 class MarginsObjective(DistillObjective):
     """The contrastive losses, and that of the teacher's margins. Arguments as for `DistillObjective`."""
 
-    def text_loss(self, embedded: Embedded, batch: Batch, group: Any) -> Tensor:
+    def text_loss(self, embedded: Embedded, batch: Batch, group: ProcessGroup | None) -> Tensor:
         queries, targets, negatives = torch.split(
             embedded.texts[batch.captions :], [batch.pairs, batch.pairs, batch.pairs * batch.negatives]
         )

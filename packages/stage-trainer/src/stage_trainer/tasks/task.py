@@ -22,7 +22,7 @@ from stage_trainer.optim.groups import ParameterGroups
 from stage_trainer.plan.auto import Choice
 from stage_trainer.recipe import OptimizerConfig, Recipe, Stage
 
-Losses = dict[str, tuple[Tensor, Any]]
+Losses = dict[str, tuple[Tensor, object]]
 """{name: (loss over all ranks, 0-d; statistics of the task)}."""
 Charts = dict[str, dict[str, list[str]]]
 """TensorBoard's Custom Scalars page: sections, their charts, and the tags that each shows."""
