@@ -8,6 +8,7 @@ import pytest
 import torch
 from data_prep.shards import DatasetWriter
 from stage_trainer.cli import main
+from stage_trainer.data.config import DataConfig
 from stage_trainer.errors import UserError
 from stage_trainer.plan import auto
 from stage_trainer.plan.devices import DEVICES, GIB, Device, device, peak_flops, read_bytes
@@ -89,9 +90,9 @@ def test_hard_negatives_are_those_of_the_data_whatever_its_folder_is_called(draw
             sample = json.dumps({"query": text, "target": text, "negatives": [text] * found}).encode()
             writer.write("s0", {"json": sample}, languages=["en"], tokens=None)
         recipe = drawn(f"corpus={tmp_path}", f"data.text=[{{path: {folder}/made}}]")
-        assert hard_negatives(recipe, recipe.stage(1)) == (found, 0)
+        assert hard_negatives(DataConfig.of(recipe), recipe.stage(1)) == (found, 0)
     absent = drawn("data.text=[{path: text-triplets/absent}]")
-    assert hard_negatives(absent, absent.stage(1)) == (TRIPLETS, 0)
+    assert hard_negatives(DataConfig.of(absent), absent.stage(1)) == (TRIPLETS, 0)
 
 
 def test_hard_negative_images_are_computed_decoded_and_fetched(drawn, tmp_path, png):
@@ -107,7 +108,7 @@ def test_hard_negative_images_are_computed_decoded_and_fetched(drawn, tmp_path, 
         (TRIPLETS, ("data.image_text=[{path: image-triplets/absent}]",)),
     ):
         recipe = drawn(*settings, *more)
-        assert hard_negatives(recipe, recipe.stage(1)) == (0, negatives)
+        assert hard_negatives(DataConfig.of(recipe), recipe.stage(1)) == (0, negatives)
         plan = plan_stage(recipe, 1, cluster)
         (part,) = plan.segments
         assert part.sizes.images == 16 * (1 + negatives)

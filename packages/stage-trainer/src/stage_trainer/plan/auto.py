@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from stage_trainer.data.config import DataConfig
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.plan.devices import GIB, Device, alike, free_memory, present
 from stage_trainer.plan.hard_negatives import hard_negatives
@@ -27,7 +28,7 @@ from stage_trainer.plan.planner import (
 )
 from stage_trainer.plan.step import predict
 from stage_trainer.plan.table import describe
-from stage_trainer.recipe import GradientCache, Recipe, Stage
+from stage_trainer.recipe import GradientCache, ModelConfig, Recipe, Stage
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def decide(
     if stage.gradient_cache != "auto":
         line = f"gradient caching: {_words(written.cache)}, as the recipe says"
         return Choice(written, planned(written), line, seconds(written))
-    ways = [(way, planned(way), seconds(way)) for way in _ways(recipe, written, cases, here, budget, planned)]
+    ways = [(way, planned(way), seconds(way)) for way in _ways(recipe.model, written, cases, here, budget, planned)]
     fitting = sorted((way for way in ways if way[1] <= budget), key=lambda one: one[2] or 0.0)
     way, needed, time = fitting[0] if fitting else min(ways, key=lambda one: one[1])
     line = f"gradient caching: auto is {_words(way.cache)} here, {_checkpointing(way)}"
@@ -136,12 +137,17 @@ def planned_and_measured(planned: int, device: torch.device) -> str | None:
 
 
 def _ways(
-    recipe: Recipe, written: Setting, cases: list[Case], here: Device, budget: int, planned: Callable[[Setting], int]
+    model: ModelConfig,
+    written: Setting,
+    cases: list[Case],
+    here: Device,
+    budget: int,
+    planned: Callable[[Setting], int],
 ) -> Iterator[Setting]:
     """What is compared, at once first: none that repeats more than one that fits."""
     bases = [written]
     if here.timed:  # a tower of which the recipe says nothing may have it or not
-        said = ["checkpointing" in (of_tower or {}) for of_tower in (recipe.model.vision, recipe.model.text)]
+        said = ["checkpointing" in (of_tower or {}) for of_tower in (model.vision, model.text)]
         stated = written.checkpointing_image, written.checkpointing_text
         for default in (False, True):
             image, text = (value if given else default for value, given in zip(stated, said, strict=True))
@@ -165,7 +171,7 @@ def _cases(
     recipe: Recipe, number: int, steps: range, cluster: Cluster, lengths: tuple[Lengths, Lengths]
 ) -> Iterator[Case]:
     stage = recipe.stage(number)
-    negatives = hard_negatives(recipe, stage)
+    negatives = hard_negatives(DataConfig.of(recipe), stage)
     for segment in segments(stage):
         first, last = max(steps.start, segment.start), min(steps.stop, segment.stop)
         if first < last:

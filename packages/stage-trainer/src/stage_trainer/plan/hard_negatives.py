@@ -10,7 +10,7 @@ from data_prep.shards import IMAGE_TRIPLETS, Dataset, ShardError, negative_image
 from stage_trainer.data.config import DataConfig
 from stage_trainer.data.remote_data import place
 from stage_trainer.data.samples import texts_of
-from stage_trainer.recipe import Recipe, Source, Stage
+from stage_trainer.recipe import Source, Stage
 
 TRIPLETS = 7  # hard negatives of a triplet, where no data says otherwise (arXiv 2412.08802, section 3.4)
 
@@ -22,21 +22,21 @@ class Negatives(NamedTuple):
     images: int = 0
 
 
-def hard_negatives(recipe: Recipe, stage: Stage) -> Negatives:
+def hard_negatives(data: DataConfig, stage: Stage) -> Negatives:
     """Those of the stage's triplets, read from the first sample; guessed from the folder's name if the data is missing.
     0 if nothing reads them."""
     return Negatives(
-        0 if stage.only_embeds("text") else _of_first(recipe, stage.data.text, "text-triplets"),
-        0 if stage.only_embeds("image_text") else _of_first(recipe, stage.data.image_text, IMAGE_TRIPLETS),
+        0 if stage.only_embeds("text") else _of_first(data, stage.data.text, "text-triplets"),
+        0 if stage.only_embeds("image_text") else _of_first(data, stage.data.image_text, IMAGE_TRIPLETS),
     )
 
 
-def _of_first(recipe: Recipe, sources: tuple[Source, ...], triplets: str) -> int:
+def _of_first(config: DataConfig, sources: tuple[Source, ...], triplets: str) -> int:
     """Of the first sample of the first source, if it is of the kind `triplets`."""
     if not sources:
         return 0
     path = sources[0].path
-    where, guess = place(DataConfig.of(recipe), "train", path), TRIPLETS if triplets in path.split("/") else 0
+    where, guess = place(config, "train", path), TRIPLETS if triplets in path.split("/") else 0
     if not isinstance(where, Path):
         return guess
     try:

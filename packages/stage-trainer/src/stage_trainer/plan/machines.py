@@ -62,12 +62,12 @@ def load_of(recipe: Recipe, plan: StagePlan, part: SegmentPlan, cluster: Cluster
     seconds = part.seconds(option, cluster) if option else None
     if option is None or seconds is None:
         return None
-    stage, ranks = recipe.stage(plan.number), cluster.ranks
+    stage, ranks, data = recipe.stage(plan.number), cluster.ranks, DataConfig.of(recipe)
     machines, devices = -(-ranks // cluster.machine), min(ranks, cluster.machine)
     samples = {task: getattr(stage.batch, task) / machines for task in part.segment.tasks}
     shown = 1 + part.sizes.image_negatives
     assumed = {"image_text": shown * ASSUMED["image_text"], "text": ASSUMED["text"]}
-    sizes = {task: list(_sizes(recipe, getattr(stage.data, task), assumed[task])) for task in part.segment.tasks}
+    sizes = {task: list(_sizes(data, getattr(stage.data, task), assumed[task])) for task in part.segment.tasks}
     per_step = sum(count * _mean(sizes[task]) for task, count in samples.items())
     model = model_of(recipe, plan.number, part.segment, plan.precision)
     decoded = part.sizes.images and "image" not in model.stored
@@ -143,9 +143,9 @@ class _Size:
     whole: int | None
 
 
-def _sizes(recipe: Recipe, sources: tuple[Source, ...], assumed: int) -> Iterator[_Size]:
+def _sizes(config: DataConfig, sources: tuple[Source, ...], assumed: int) -> Iterator[_Size]:
     for source in sources:
-        where = place(DataConfig.of(recipe), "train", source.path)
+        where = place(config, "train", source.path)
         try:
             data = Dataset.open(where, check=False) if isinstance(where, Path) else None
         except (ShardError, OSError):  # a run says what is wrong with it

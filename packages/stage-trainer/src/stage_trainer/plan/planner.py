@@ -11,6 +11,7 @@ from torch import nn
 from vision_tower import VisionTowerConfig
 
 from stage_trainer.build import check_configs, empty_model, tower_configs
+from stage_trainer.data.config import DataConfig
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.errors import UserError
 from stage_trainer.optim.groups import is_muon_matrix
@@ -157,7 +158,7 @@ def plan_stage(
         here = f"stage {number}, steps {segment.start:,} to {segment.stop:,} ({turn} of {len(cut)})"
         say(f"{here}: walking through the towers, as the recipe has them …")
         model = model_of(recipe, number, segment, precision)
-        sizes = sizes_of(stage, segment, cluster.ranks, lengths, hard_negatives(recipe, stage))
+        sizes = sizes_of(stage, segment, cluster.ranks, lengths, hard_negatives(DataConfig.of(recipe), stage))
         shape = shape_of(stage, segment, sizes, model.vision)
         written = _option(model, shape, sizes, as_written(stage, model), cluster)
         tried: list[Option] = []
