@@ -10,9 +10,9 @@ selection=(-m "not full")
 if [ "${1:-}" = --full ]; then selection=(); shift; fi
 ruff check .
 ruff format --check .
-# Beside the tests: without its cache it takes more than a minute of one core. What it says comes after theirs.
+# Beside the tests: without mypy's cache it takes minutes of one core. What it says comes after theirs.
 said=$(mktemp)
-mypy >"$said" 2>&1 &
+bash tests/types.sh >"$said" 2>&1 &
 types=$!
 trap 'kill "$types" 2>/dev/null || true; rm -f "$said"' EXIT
 # Two cores or more: as many test processes, one thread each. Files stay whole, so their fixtures are made once, and come

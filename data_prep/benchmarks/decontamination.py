@@ -67,8 +67,8 @@ def alike(training: list[str], tests: list[str]) -> np.ndarray:
 def save(folder: Path, texts: list[str], language: str) -> Dataset:
     with DatasetWriter(folder, kind="text-pairs", source=folder.name) as writer:
         for number, text in enumerate(texts):
-            sides = ([Text(one, language, "body")] for one in (str(number), text))
-            content = texts_json(*sides, source=folder.name, item=str(number))
+            query, target = ([Text(one, language, "body")] for one in (str(number), text))
+            content = texts_json(query, target, source=folder.name, item=str(number))
             writer.write(f"{number:05d}", {"json": content}, languages=[language], tokens=None)
     return Dataset.open(folder)
 

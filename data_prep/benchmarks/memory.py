@@ -39,7 +39,7 @@ def main() -> None:
                         file.write(
                             json.dumps([f"question {number} of many", f"the answer to question {number} " * 5]) + "\n"
                         )
-                command = [sys.executable, "-c", PROGRAM, path, out]
+                command = [sys.executable, "-c", PROGRAM, str(path), str(out)]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 peak = int(done.stdout.split()[-1]) * 1024
                 results[f"{name}, {pairs}"] = {"peak_bytes": peak}

@@ -39,7 +39,8 @@ def texts(count: int) -> Iterator[tuple[list[str], list[int]]]:
     weights = 1 / np.arange(10, len(words) + 10)
     weights /= weights.sum()
     for start in range(0, count, _AT_A_TIME):
-        lines, origins = [], []
+        lines: list[list[str]] = []
+        origins: list[int] = []
         drawn = draw.choice(words, (min(_AT_A_TIME, count - start), 25), p=weights)
         for place, row in enumerate(drawn):
             origin = place
@@ -97,7 +98,8 @@ def peak_memory() -> int:
 def datasketch(count: int) -> dict[str, float]:
     from datasketch import MinHash, MinHashLSH
 
-    seconds, sketches, found = 0.0, [], []
+    seconds, found = 0.0, []
+    sketches: list[MinHash] = []
     index = MinHashLSH(threshold=SIMILARITY, num_perm=120, params=(20, 6))
     for number, (part, origins) in enumerate(texts(count)):
         start = time.process_time()

@@ -73,8 +73,8 @@ def main() -> None:
     about = machine("pillow")
     if options.img2dataset:
         asked = "from importlib.metadata import version as v; print(v('img2dataset'), v('opencv-python-headless'))"
-        found = subprocess.run([options.img2dataset, "-c", asked], capture_output=True, text=True, check=True).stdout
-        about["versions"] |= dict(zip(("img2dataset", "opencv"), found.split(), strict=True))
+        told = subprocess.run([options.img2dataset, "-c", asked], capture_output=True, text=True, check=True).stdout
+        about["versions"] |= dict(zip(("img2dataset", "opencv"), told.split(), strict=True))
     for name, found in results.items():
         rate = f"{found['seconds']:8.1f} s{found['images_per_second']:8.0f}/s"
         ratios = f"{found['ours_takes']:.2f} of it, {found['ours_takes_of_processor']:.2f} of its processor time"

@@ -72,8 +72,8 @@ def samples(size: int, count: int) -> list[tuple[str, dict[str, bytes]]]:
     return [(f"00000-{number:06d}", {"jpg": images[number % 50], "json": text}) for number in range(count)]
 
 
-def shard(folder: Path, found: list[tuple[str, dict[str, bytes]]], tar: type) -> None:
-    shard_writer.TarFile = tar
+def shard(folder: Path, found: list[tuple[str, dict[str, bytes]]], tar: type[TarFile | ByWebdataset]) -> None:
+    vars(shard_writer)["TarFile"] = tar
     for first in range(0, len(found), SHARD):
         one = ShardWriter(folder / f"{first}.tar", "image-short")
         for key, members in found[first : first + SHARD]:

@@ -17,6 +17,8 @@ MOST = 25
 def measure(report: Report) -> None:
     rank = Rank.start(report)
     part = rank.batch(1)
+    assert part.images is not None
+    assert part.texts is not None
     runs = {
         "image_tower": partial(images, rank, part.images.to(report.device), part.image_seeds.to(report.device)),
         "text_tower": partial(texts, rank, part.texts.to(report.device)),

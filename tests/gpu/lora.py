@@ -35,7 +35,7 @@ def measure(report: Report) -> None:
     found: dict[str, Any] = {}
     for name, adapter, formed in (("no adapter", "none", False), ("each token", "a", False), ("formed", "a", True)):
         with mock.patch.object(AdaptedLinear, "forms_sum", lambda *_, formed=formed: formed):
-            run = partial(backward, lambda adapter=adapter: tower(packed, adapter=adapter), tower.parameters, report)
+            run = partial(backward, partial(tower, packed, adapter=adapter), tower.parameters, report)
             found[name] = seconds_of(run, report.device, repeats)
     report.note("tower", found)
 

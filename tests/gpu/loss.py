@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from report import NEEDS_CUDA, Report, difference, peak_of, run_part, seconds_of
@@ -59,13 +59,16 @@ def measure(report: Report) -> None:
 def contenders() -> list[tuple[str, torch.dtype, Loss]]:
     found = [(name, torch.bfloat16, loss) for name, loss in LOSSES.items()]
     found.append(("contrastive_losses, float32", torch.float32, LOSSES["contrastive_losses"]))
-    for precision in ("bf16", "tf32"):
+    precisions: tuple[Literal["bf16", "tf32"], ...] = ("bf16", "tf32")
+    for precision in precisions:
         of_it: Any = partial(with_precision, precision)
         found.append((f"contrastive_losses, float32, precision {precision}", torch.float32, of_it))
     return [("plain PyTorch" if name == "careful loop" else name, dtype, loss) for name, dtype, loss in found]
 
 
-def with_precision(precision: str, queries: Tensor, targets: Tensor, temperature: Tensor, dims: Sequence[int]) -> Any:
+def with_precision(
+    precision: Literal["bf16", "tf32"], queries: Tensor, targets: Tensor, temperature: Tensor, dims: Sequence[int]
+) -> Any:
     return matryoshka_info_nce(queries, targets, temperature=temperature, dims=dims, precision=precision)
 
 
@@ -89,7 +92,7 @@ def one_step(loss: Loss, inputs: list[Tensor], dims: tuple[int, ...]) -> Callabl
         for tensor in inputs:
             tensor.grad = None
         with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=inputs[0].dtype == torch.bfloat16):
-            found = loss(*inputs, dims)
+            found = loss(inputs[0], inputs[1], inputs[2], dims)
         found.backward()
         return found.detach()
 
@@ -104,6 +107,8 @@ def errors_against_float64(rows: int, dims: tuple[int, ...], device: torch.devic
     expected.backward()
     errors = {"loss": difference(loss, expected)}
     for name, ours, theirs in zip(("queries", "targets", "temperature"), inputs, exact, strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
         errors[name] = difference(ours.grad, theirs.grad)
     return errors
 

@@ -69,7 +69,7 @@ def main() -> int:
 def run_part(name: str, limit: float, cpu: bool, scratch: Path) -> dict[str, Any]:
     """The part's JSON with its time and how it ended; of one that fails the end of what it printed, too."""
     part: dict[str, Any] = {"part": name, "device": "cpu" if cpu else "cuda", "limit_seconds": round(limit, 1)}
-    empty = {"problems": [], "results": {}}
+    empty: dict[str, Any] = {"problems": [], "results": {}}
     if limit < 1:
         return {**part, "status": "no time left", "seconds": 0.0, **empty}
     path, log = scratch / f"{name}.json", scratch / f"{name}.log"

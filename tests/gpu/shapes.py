@@ -54,7 +54,7 @@ def as_one_of_eight() -> None:
 
     os.environ |= {"RANK": "0", "WORLD_SIZE": str(RANKS), "LOCAL_RANK": "0"}
     quiet()
-    dist.reduce_scatter_tensor = own_part  # PyTorch 2.11's leaves the output as it was, whatever memory held before
+    dist.reduce_scatter_tensor = own_part  # type: ignore[assignment]  # PyTorch 2.11's leaves the output as it was, whatever memory held before
     dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
     initialize_distributed()
 
@@ -122,14 +122,15 @@ class Rank:
 
     def sizes(self, batch: Batch) -> Sizes:
         """For the planner."""
-        assert batch.texts is not None
+        assert isinstance(batch.texts, PackedTokens)
         texts = len(batch.texts.lengths)
         length = sum(batch.texts.lengths) // texts
         return Sizes(len(batch.image_ids), texts, length, batch.pairs, 0, RANKS)
 
     def flops(self, batch: Batch, cache: GradientCache | None, checkpointing: bool) -> Flops:
         """This rank's share of a step's operations."""
-        vision, text = (replace(t.config, checkpointing=checkpointing) for t in (self.model.vision, self.model.text))
+        vision = replace(self.model.vision.config, checkpointing=checkpointing)
+        text = replace(self.model.text.config, checkpointing=checkpointing)
         stage = self.recipe.stage(1)
         shape = StepShape.of(batch, vision, stage.patch_dropout_at(0))
         whole = sum([shape] * (RANKS - 1), start=shape)
@@ -144,6 +145,7 @@ def drawn_batch(images: int, pairs: int, length: int, recipe: Recipe) -> Batch:
     lengths = [max(2, length // 2 + n * length // max(1, texts - 1)) for n in range(texts)]
     size: Any = recipe.stage(1).resolution_at(0)
     vocabulary = recipe.model.text["vocab_size"]
+    assert isinstance(vocabulary, int)
     ids = [torch.randint(4, vocabulary, (n,), generator=generator).tolist() for n in lengths]
     return Batch(
         images=torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8, generator=generator),

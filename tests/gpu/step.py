@@ -23,6 +23,7 @@ from stage_trainer.plan.planner import model_of, segments
 from stage_trainer.plan.step import predict
 from stage_trainer.recipe import GradientCache
 from stage_trainer.run.device import check_fp8
+from text_tower import PackedTokens
 
 SAME_LOSS = 2e-3
 """Relative, of a compiled step and an eager one in bfloat16."""
@@ -120,7 +121,7 @@ class Way:
             unknown = f"no peak of {torch.cuda.get_device_name()} in plan/devices.py"
             shares = {"mfu": flops.model, "hardware_utilisation": flops.total}
             used = {name: work / times["seconds"] / peak if peak else unknown for name, work in shares.items()}
-        assert self.batch.texts is not None
+        assert isinstance(self.batch.texts, PackedTokens)
         return {
             "images": len(self.batch.image_ids),
             "tokens": len(self.batch.texts.ids),
@@ -136,8 +137,9 @@ class Way:
         """What `stage-trainer plan` says of it."""
         zero = self.rank.recipe.stage(1).deepspeed["zero_optimization"]["stage"]
         setting = Setting(self.cache, self.checkpointing, self.checkpointing, zero)
-        towers = (replace(tower, compile=self.compiled) for tower in (self.planned.text, self.planned.vision))
-        model = replace(self.planned, **dict(zip(("text", "vision"), towers, strict=True)), fp8=self.fp8)
+        text, vision = self.planned.text, self.planned.vision
+        text, vision = replace(text, compile=self.compiled), replace(vision, compile=self.compiled)
+        model = replace(self.planned, text=text, vision=vision, fp8=self.fp8)
         here, sizes = device_of(device), self.rank.sizes(self.batch)
         planned = estimate(model, sizes, setting, here).total
         return {"predicted_peak_bytes": planned, **predicted_time(model, sizes, setting, here)}

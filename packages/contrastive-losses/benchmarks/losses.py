@@ -2,6 +2,7 @@
 All are the same number: the sum of both directions and of the prefixes."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,9 @@ Loss = Callable[[Tensor, Tensor, Tensor, Sequence[int]], Tensor]
 
 
 def ours(queries: Tensor, targets: Tensor, temperature: Tensor, dims: Sequence[int]) -> Tensor:
-    return matryoshka_info_nce(queries, targets, temperature=temperature, dims=dims)
+    loss = matryoshka_info_nce(queries, targets, temperature=temperature, dims=dims)
+    assert isinstance(loss, Tensor)
+    return loss
 
 
 def ours_with_statistics(queries: Tensor, targets: Tensor, temperature: Tensor, dims: Sequence[int]) -> Tensor:
@@ -43,15 +46,16 @@ def sentence_transformers(queries: Tensor, targets: Tensor, temperature: Tensor,
     number: the temperature gets no gradient."""
     from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
 
-    model = _AlreadyEmbedded(queries.shape[1])
+    model: Any = _AlreadyEmbedded(queries.shape[1])
     symmetric = MultipleNegativesRankingLoss(
         model,
         scale=1 / temperature.item(),
         directions=("query_to_doc", "doc_to_query"),
         partition_mode="per_direction",
     )
-    loss = MatryoshkaLoss(model, symmetric, matryoshka_dims=list(dims))
-    return 2 * loss([{"sentence_embedding": queries}, {"sentence_embedding": targets}], None)
+    of_all_dims = MatryoshkaLoss(model, symmetric, matryoshka_dims=list(dims))
+    loss: Tensor = of_all_dims([{"sentence_embedding": queries}, {"sentence_embedding": targets}], None)
+    return 2 * loss
 
 
 class _AlreadyEmbedded(torch.nn.Module):

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,11 @@ def draw(rows: int, width: int, device: str, dtype: torch.dtype) -> list[torch.T
 
 def step(name: str, inputs: list[torch.Tensor], dims: tuple[int, ...]) -> torch.Tensor:
     """Forward and backward; returns the loss, which a GPU may still be computing."""
+    queries, targets, temperature = inputs
     for tensor in inputs:
         tensor.grad = None
     with torch.autocast(inputs[0].device.type, inputs[0].dtype, enabled=inputs[0].dtype != torch.float32):
-        loss = LOSSES[name](*inputs, dims)
+        loss = LOSSES[name](queries, targets, temperature, dims)
     loss.backward()
     return loss.detach()
 
@@ -58,7 +60,7 @@ def median_seconds(
     times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(repeats):
         for name in names:
-            times[name].append(seconds_of(lambda name=name: step(name, inputs, dims)))
+            times[name].append(seconds_of(partial(step, name, inputs, dims)))
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -112,10 +112,10 @@ def answer(found: Found, question: Question, tests: int) -> Answer | None:
     against = high < 0 and p * tests < 0.05 and bool((means < others).all())
     words = ("shows", "the opposite shows") if len(seeds) >= SEEDS else ("a tendency", "a tendency to the opposite")
     verdict = words[0] if sure else words[1] if against else NEITHER[len(seeds) >= SEEDS]
-    spread = [float(of.std(ddof=1)) if len(seeds) > 1 else float("nan") for of in (means, others)]
+    one, other = (float(of.std(ddof=1)) if len(seeds) > 1 else float("nan") for of in (means, others))
     return Answer(
         question.finding, question.metric, question.better, question.worse, len(seeds), len(differences),
-        float(means.mean()), float(others.mean()), *spread, float(differences.mean()), low, high, p, verdict,
+        float(means.mean()), float(others.mean()), one, other, float(differences.mean()), low, high, p, verdict,
     )  # fmt: skip
 
 
@@ -210,7 +210,7 @@ def chart(path: Path, label: str, lines: Mapping[str, list[tuple[str, list[float
 
     figure, axes = pyplot.subplots(figsize=(5, 3.2), layout="constrained")
     for metric, points in lines.items():
-        spread = [np.std(of, ddof=1) if len(of) > 1 else 0.0 for _, of in points]
+        spread = [float(np.std(of, ddof=1)) if len(of) > 1 else 0.0 for _, of in points]
         axes.errorbar([x for x, _ in points], [np.mean(of) for _, of in points], spread, marker="o", capsize=3,
                       label=metric)  # fmt: skip
     axes.set(xlabel=label, ylabel="percent", ylim=(0, None))

@@ -69,7 +69,9 @@ def start(*, group: bool = True) -> None:
 
 def data_of(recipe: Recipe) -> StageBatches:
     """The batches of stage 1."""
-    return make_task(recipe, 1).make_batches(load_tokenizer(recipe), 0, 1)
+    made = make_task(recipe, 1).make_batches(load_tokenizer(recipe), 0, 1)
+    assert isinstance(made, StageBatches)
+    return made
 
 
 def first_batches(recipe: Recipe, count: int) -> list[Batch]:
@@ -77,8 +79,8 @@ def first_batches(recipe: Recipe, count: int) -> list[Batch]:
     trainers know no items, and all shall compute the same loss."""
     found = []
     for batch, _ in map(data_of(recipe).__getitem__, range(count)):
-        own = {name: torch.arange(len(getattr(batch, name))) for name in ("image_ids", "text_ids")}
-        found.append(dataclasses.replace(batch, **own))
+        images, texts = torch.arange(len(batch.image_ids)), torch.arange(len(batch.text_ids))
+        found.append(dataclasses.replace(batch, image_ids=images, text_ids=texts))
     return found
 
 
@@ -125,7 +127,7 @@ class Ours:
 
 def cut(texts: PackedTokens, *sizes: int) -> list[list[torch.Tensor]]:
     """The ids of each text, in groups of so many texts."""
-    ids = iter(texts.ids.split(texts.lengths))
+    ids = iter(torch.split(texts.ids, list(texts.lengths)))
     return [[next(ids) for _ in range(size)] for size in sizes]
 
 
@@ -139,15 +141,16 @@ def of_one_length(batch: Batch, length: int, vocabulary: int) -> Batch:
 def with_padding(batch: Batch, *groups: int) -> Batch:
     """The batch with each text lengthened to the longest of its group, of so many texts each: what a trainer computes
     that pads."""
+    assert isinstance(batch.texts, PackedTokens)
     longer = []
-    for group in cut(batch.texts, *groups):  # type: ignore[arg-type]
+    for group in cut(batch.texts, *groups):
         longest = max(map(len, group))
         longer += [[*ids.tolist(), *[5] * (longest - len(ids))] for ids in group]
     return dataclasses.replace(batch, texts=PackedTokens.from_lists(longer))
 
 
 def tokens(batches: Iterable[Batch]) -> int:
-    return sum(len(batch.texts.ids) for batch in batches if batch.texts is not None)
+    return sum(len(batch.texts.ids) for batch in batches if isinstance(batch.texts, PackedTokens))
 
 
 def text_part(model: DualEncoder, batch: Batch) -> None:
@@ -204,10 +207,10 @@ def anatomy(steps: Mapping[str, Callable[[], Any]], seconds: Mapping[str, float]
                 kinds = found.setdefault(name, {})
                 kinds[kind] = min(kinds.get(kind, float("inf")), value)
     for name, kinds in found.items():
-        step, rest = seconds[name], seconds[name] - kinds["products"]
+        whole, rest = seconds[name], seconds[name] - kinds["products"]
         neither = rest - kinds["attention"]
-        kinds |= {"step": step, "no_products": rest, "no_products_share": rest / step}
-        kinds |= {"neither": neither, "neither_share": neither / step}
+        kinds |= {"step": whole, "no_products": rest, "no_products_share": rest / whole}
+        kinds |= {"neither": neither, "neither_share": neither / whole}
     return found
 
 

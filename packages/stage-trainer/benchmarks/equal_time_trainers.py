@@ -31,7 +31,7 @@ from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.optim.schedule import schedule, set_rates
 from stage_trainer.recipe import Recipe
 from stage_trainer.tasks import make_task
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
@@ -71,7 +71,9 @@ class Job:
         )
 
     def data(self, recipe: Recipe, stage: int = 1) -> StageBatches:
-        return make_task(recipe, stage).make_batches(load_tokenizer(recipe), 0, 1)
+        made = make_task(recipe, stage).make_batches(load_tokenizer(recipe), 0, 1)
+        assert isinstance(made, StageBatches)
+        return made
 
 
 class Clock:

@@ -60,7 +60,7 @@ def main() -> None:
 def _run(command: str, corpus: str, output: str, settings: tuple[str, ...], kept: str) -> None:
     program = Path(sys.executable).with_name("stage-trainer")
     here = [f"corpus={corpus}", f"model.tokenizer={corpus}/tokenizer.model", f"output={output}"]
-    words = [program, command, "--recipe", common.RECIPES / "drawn.yaml", "--stage", "1", *here]
+    words: list[str | Path] = [program, command, "--recipe", common.RECIPES / "drawn.yaml", "--stage", "1", *here]
     subprocess.run([*words, *(s.replace("KEPT", kept) for s in settings)], check=True)
 
 

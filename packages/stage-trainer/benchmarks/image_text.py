@@ -39,11 +39,14 @@ def main() -> None:
     batches = common.first_batches(recipe, options.batches)
     pairs = len(batches[0].image_ids)
     length = round(tokens(batches) / len(batches) / pairs)
-    level = [of_one_length(batch, length, recipe.model.text["vocab_size"]) for batch in batches]
+    vocabulary = recipe.model.text["vocab_size"]
+    assert isinstance(vocabulary, int)
+    level = [of_one_length(batch, length, vocabulary) for batch in batches]
     longest = [with_padding(batch, pairs) for batch in batches]
 
-    ours, o = Ours(recipe), recipe.optimizer
-    optimizer = adamw(recipe.stage(1).lr.image, o.weight_decay, o.betas, o.eps)
+    ours, o, rate = Ours(recipe), recipe.optimizer, recipe.stage(1).lr.image
+    assert rate is not None
+    optimizer = adamw(rate, o.weight_decay, o.betas, o.eps)
     peers = {"open_clip": OpenClip(ours.model, optimizer, clip=o.gradient_clipping)}
     if not options.small:
         peers["open_clip, compiled"] = OpenClip(ours.model, optimizer, clip=o.gradient_clipping, compiled=True)

@@ -17,7 +17,7 @@ import sys
 import time
 import tracemalloc
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +96,7 @@ def mosaics(shards: int, samples: int, algorithm: str) -> np.ndarray | None:
         package.__path__ = [str(folder)]
     get_shuffle = importlib.import_module("streaming.base.shuffle").get_shuffle
     block = max(4_000_000 // RANKS, 1 << 18)
-    ids = get_shuffle(algorithm, np.full(shards, samples), RANKS, 1, 0, block)
+    ids: np.ndarray = get_shuffle(algorithm, np.full(shards, samples), RANKS, 1, 0, block)
     return ids.reshape(RANKS, -1).T.reshape(-1).astype(np.int64)  # each node has its stretch
 
 
@@ -127,7 +127,7 @@ def main() -> None:
     options = parser.parse_args()
     shards, samples, batch = (64, 500, 1024) if options.small else (1280, 10_000, 16_384)
     results: dict[str, object] = {"cost": cost(shards if options.small else 40_000, samples, batch, 64)}
-    orders = {
+    orders: dict[str, Callable[[], np.ndarray | None]] = {
         "lanes: 64": lambda: ours(shards, samples, batch, 64),
         "lanes: 1 (four shards at a time, as before lanes)": lambda: ours(shards, samples, batch, 1),
         "lanes: 256": lambda: ours(shards, samples, batch, 256),

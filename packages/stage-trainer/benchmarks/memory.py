@@ -70,6 +70,8 @@ def measure(options: argparse.Namespace, pairs: int) -> dict[str, int]:
     common.start()
     recipe = recipe_of(options, pairs)
     stage, width, vocabulary = recipe.stage(1), recipe.model.text["width"], recipe.model.text["vocab_size"]
+    assert isinstance(width, int)
+    assert isinstance(vocabulary, int)
     ours = common.Ours(recipe, GradientCache(images=options.chunk, tokens=options.chunk * TOKENS))
 
     def step(batch: Batch) -> None:
@@ -83,7 +85,7 @@ def measure(options: argparse.Namespace, pairs: int) -> dict[str, int]:
     resident = peak_resident()
     allocated = peak_above(lambda: step(batch))
     assert batch.images is not None
-    assert batch.texts is not None
+    assert isinstance(batch.texts, PackedTokens)
     tensors = [batch.images, batch.texts.ids, batch.texts.cu_seqlens, batch.image_seeds, batch.text_seeds]
     return {
         "resident_bytes": resident,

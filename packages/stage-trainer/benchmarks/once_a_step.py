@@ -34,13 +34,14 @@ IMAGES, PAIRS, LENGTH, CHUNKS = 32, 32, 20, GradientCache(images=8, tokens=480)
 
 def engine_of(compiled: bool) -> Engine:
     torch.manual_seed(0)
-    text, vision = (dataclasses.replace(config, compile=compiled) for config in (TEXT, VISION))
+    text, vision = dataclasses.replace(TEXT, compile=compiled), dataclasses.replace(VISION, compile=compiled)
     return Engine(DualEncoder(TextTower(text), VisionTower(vision)), (384, 128), "bf16", torch.device("cpu"))
 
 
 def seconds(engine: Engine, once: bool) -> tuple[float, float]:
     """(of a step, the sum of its losses)."""
-    batch = a_batch(IMAGES, PAIRS, LENGTH, VISION.resolution)  # type: ignore[arg-type]
+    assert isinstance(VISION.resolution, int)
+    batch = a_batch(IMAGES, PAIRS, LENGTH, VISION.resolution)
     way = contextlib.nullcontext() if once else mock.patch.object(engine, "cast_once", contextlib.nullcontext)
     began = time.process_time()
     with way:

@@ -24,15 +24,15 @@ from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.modules import Pooling
 from stage_trainer.batch import Batch
 from stage_trainer.dual_encoder import DualEncoder
-from text_tower import TextTower
+from text_tower import PackedTokens, TextTower
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 from vision_tower import normalize
 
 PAD = 1
-logging.set_verbosity_error()
-logging.disable_progress_bar()
+logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 class OpenClip:
@@ -105,7 +105,7 @@ class _Loader:
 def for_open_clip(batch: Batch) -> tuple[Tensor, Tensor]:
     """(normalised images, ids padded to the longest of the batch; its own tokenizers pad to the context length)."""
     assert batch.images is not None
-    assert batch.texts is not None
+    assert isinstance(batch.texts, PackedTokens)
     (ids,) = cut(batch.texts, len(batch.images))
     return normalize(batch.images), pad_sequence(ids, batch_first=True, padding_value=PAD)
 
@@ -146,7 +146,12 @@ class SentenceTransformers:
         if cached is None:
             ranking: nn.Module = losses.MultipleNegativesRankingLoss(self.model, **both)
         else:
-            ranking = losses.CachedMultipleNegativesRankingLoss(self.model, **both, **cached)
+            ranking = losses.CachedMultipleNegativesRankingLoss(
+                self.model,
+                **both,
+                mini_batch_size=cached["mini_batch_size"],
+                mini_batch_num_tokens=cached.get("mini_batch_num_tokens"),
+            )
         self.loss, self.clip = losses.MatryoshkaLoss(self.model, ranking, dims), clip
         self.optimizer = optimizer(self.model)
         self.model.train()
@@ -159,7 +164,7 @@ class SentenceTransformers:
         nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.item()
+        return float(loss.item())
 
     def put_into(self, model: DualEncoder) -> None:
         """Gives ours the weights that were trained here."""
@@ -168,7 +173,7 @@ class SentenceTransformers:
 
 def for_sentence_transformers(batch: Batch) -> list[dict[str, Any]]:
     """Queries and targets as its collator gives them, each column padded to its own longest."""
-    assert batch.texts is not None
+    assert isinstance(batch.texts, PackedTokens)
     columns = []
     for texts in cut(batch.texts, batch.pairs, batch.pairs):
         ids = pad_sequence(texts, batch_first=True, padding_value=PAD)

@@ -83,7 +83,7 @@ class Engine:
 
     @contextlib.contextmanager
     def backwards(self) -> Iterator[Callable[[torch.Tensor, bool], None]]:
-        yield lambda loss, last: loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
+        yield lambda loss, last: loss.backward()
 
 
 def a_batch(images: int, pairs: int, length: int, resolution: int) -> Batch:
@@ -131,10 +131,12 @@ def step_of(
         weights=sum(numbers), learning=sum(numbers), largest=max(numbers), matrices=0,
     )  # fmt: skip
     optimizer = torch.optim.AdamW(engine.objective.parameters(), fused=fused)
-    batch = a_batch(images, pairs, length, vision.resolution)  # type: ignore[arg-type]
+    assert isinstance(vision.resolution, int)
+    batch = a_batch(images, pairs, length, vision.resolution)
 
     def run() -> None:
-        forward_backward(engine, batch, pairs=("image_text", "text"), patch_dropout=dropout, cache=cache)
+        tasks = ("image_text", "text")
+        forward_backward(engine, batch, pairs=tasks, patch_dropout=dropout, cache=cache)  # type: ignore[arg-type]
         optimizer.step()
         optimizer.zero_grad()
 
@@ -158,7 +160,9 @@ def compare(
         measured = torch.cuda.max_memory_allocated()
     else:
         batch = step.batch
-        resting = 12 * step.model.weights + batch.images.nbytes + batch.texts.ids.nbytes  # type: ignore[union-attr]
+        assert batch.images is not None
+        assert isinstance(batch.texts, PackedTokens)
+        resting = 12 * step.model.weights + batch.images.nbytes + batch.texts.ids.nbytes
         measured = resting + peak_above(step.run)
     result = {
         **step.about, "planned_bytes": planned.total,

@@ -23,6 +23,7 @@ from stage_trainer.plan import trace
 from stage_trainer.plan.auto import Choice, decide
 from stage_trainer.plan.devices import DEVICES
 from stage_trainer.plan.flops import Flops, step_flops
+from stage_trainer.plan.hard_negatives import Negatives
 from stage_trainer.plan.lengths import text_lengths
 from stage_trainer.plan.planner import RESERVE, Cluster, model_of, segments, shape_of, sizes_of
 from stage_trainer.plan.step import Prediction, predict
@@ -101,16 +102,11 @@ def column(name: str, given: Recipe) -> Column:
     memory = int(CLUSTER.device.memory - RESERVE)
     steps = range(segment.start, segment.stop)
     choice = decide(given, 1, steps, CLUSTER, memory, (lengths, lengths))
-    model, sizes = model_of(given, 1, segment, "bf16"), sizes_of(stage, segment, CLUSTER.ranks, lengths, 0)
+    model, sizes = model_of(given, 1, segment, "bf16"), sizes_of(stage, segment, CLUSTER.ranks, lengths, Negatives())
     time = predict(model, sizes, choice.setting, CLUSTER.device, CLUSTER.link)
     assert time is not None
-    text, vision = (
-        dataclasses.replace(of, checkpointing=checkpointing)
-        for of, checkpointing in (
-            (model.text, choice.setting.checkpointing_text),
-            (model.vision, choice.setting.checkpointing_image),
-        )
-    )
+    text = dataclasses.replace(model.text, checkpointing=choice.setting.checkpointing_text)
+    vision = dataclasses.replace(model.vision, checkpointing=choice.setting.checkpointing_image)
     shape = shape_of(stage, segment, sizes, vision)
     flops = step_flops(text, vision, shape, trainable=stage.trainable, dims=stage.loss.dims, cached=bool(choice.cache))
     return Column(name, choice, time, flops)

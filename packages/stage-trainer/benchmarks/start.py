@@ -101,7 +101,7 @@ def make(folder: Path, shards: int, samples: int, lines: bool) -> Path:
     (folder / "pattern.index.npy").unlink()
     (folder / "manifest.json").unlink()
     if lines:
-        document = {"schema": "trilith-shards/1", "kind": "image-short", "source": "sparse"}
+        document: dict[str, Any] = {"schema": "trilith-shards/1", "kind": "image-short", "source": "sparse"}
         document |= {"samples": shards * samples, "shards": entries, "tokenizer_sha256": None}
         (folder / "manifest.json").write_text(json.dumps(document, indent=1) + "\n")
     else:

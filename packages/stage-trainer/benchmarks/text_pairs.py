@@ -41,7 +41,9 @@ def main() -> None:
 
     batches = common.first_batches(recipe, options.batches)
     length = round(tokens(batches) / len(batches) / (2 * options.pairs))
-    level = [of_one_length(batch, length, recipe.model.text["vocab_size"]) for batch in batches[:3]]
+    vocabulary = recipe.model.text["vocab_size"]
+    assert isinstance(vocabulary, int)
+    level = [of_one_length(batch, length, vocabulary) for batch in batches[:3]]
     chunk = options.chunk * length
     results = {
         "plain": measured(recipe, batches, level, options.repeats, None, {"sentence-transformers": None}),
@@ -78,6 +80,7 @@ def measured(
     how: dict[str, dict[str, int] | None],
 ) -> dict[str, Any]:
     ours, o, stage = Ours(recipe, cache), recipe.optimizer, recipe.stage(1)
+    assert stage.lr.text is not None
     peers = {
         name: SentenceTransformers(
             ours.model,

@@ -7,9 +7,13 @@ import json
 import platform
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from text_tower import PackedTokens, TextTower, TextTowerConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 RESULTS = Path(__file__).with_name("results")
 SHAPES = {
@@ -18,7 +22,7 @@ SHAPES = {
 }
 
 
-def pair(config: TextTowerConfig):
+def pair(config: TextTowerConfig) -> tuple[TextTower, PreTrainedModel]:
     """A fresh tower and transformers' model with the same weights, both in training mode, both tables frozen.
 
     The tables' dense gradients cost the same in both and would hide the rest.
@@ -45,7 +49,9 @@ def log_normal_lengths(
     return drawn.clamp(3, longest).int().tolist()
 
 
-def batch(lengths: list[int], vocab_size: int, generator: torch.Generator, device: str = "cpu"):
+def batch(
+    lengths: list[int], vocab_size: int, generator: torch.Generator, device: str = "cpu"
+) -> tuple[PackedTokens, torch.Tensor, torch.Tensor]:
     """The same random texts for both: packed, and as padded ids with their mask."""
     texts = [torch.randint(4, vocab_size, (n,), generator=generator) for n in lengths]
     packed = PackedTokens.from_lists([text.tolist() for text in texts]).to(device)
@@ -54,15 +60,16 @@ def batch(lengths: list[int], vocab_size: int, generator: torch.Generator, devic
 
 
 def run_ours(tower: TextTower, packed: PackedTokens) -> torch.Tensor:
-    return tower(packed)
+    embeddings: torch.Tensor = tower(packed)
+    return embeddings
 
 
 def run_theirs(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+    hidden: torch.Tensor = model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
     return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
-def write(name: str, results: dict) -> None:
+def write(name: str, results: dict[str, Any]) -> None:
     """Prints the results and writes them, with the machine they were measured on, to results/NAME.json."""
     machine = {
         "cpu": _cpu(),

@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from common import SHAPES, batch, log_normal_lengths, pair, run_ours, run_theirs, write
@@ -33,9 +35,9 @@ def main() -> None:
     ]
     seconds = {"ours": 0.0, "transformers": 0.0}
     for packed, ids, mask in batches:
-        runs = {
-            "ours": lambda p=packed: run_ours(tower, p),
-            "transformers": lambda i=ids, m=mask: run_theirs(model, i, m),
+        runs: dict[str, Callable[[], torch.Tensor]] = {
+            "ours": partial(run_ours, tower, packed),
+            "transformers": partial(run_theirs, model, ids, mask),
         }
         torch.testing.assert_close(runs["ours"](), runs["transformers"](), rtol=1e-4, atol=1e-4)
         times: dict[str, list[float]] = {name: [] for name in runs}

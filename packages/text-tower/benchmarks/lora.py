@@ -25,8 +25,11 @@ LENGTH = 64
 
 
 def block_of(shape: TextTowerConfig, adapters: tuple[str, ...]) -> Block:
-    sizes = {"width": shape.width, "heads": shape.heads, "mlp_width": shape.mlp_width}
-    return Block(TextTowerConfig(**sizes, lora_rank=4 * len(adapters), adapters=adapters))
+    rank = 4 * len(adapters)
+    config = TextTowerConfig(
+        width=shape.width, heads=shape.heads, mlp_width=shape.mlp_width, lora_rank=rank, adapters=adapters
+    )
+    return Block(config)
 
 
 def seconds(

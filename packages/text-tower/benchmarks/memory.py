@@ -51,12 +51,12 @@ def main() -> None:
     if options.one:
         print(measure(int(options.one[0]), options.one[1] == "True", options.width, options.layers))
         return
-    results: dict[str, list] = {}
+    results: dict[str, list[dict[str, float]]] = {}
     for checkpointing in (True, False):
         rows = []
         for length in options.lengths:
-            shape = ["--width", str(options.width), "--layers", str(options.layers)]
-            command = [sys.executable, __file__, *shape, "--one", str(length), str(checkpointing)]
+            size = ["--width", str(options.width), "--layers", str(options.layers)]
+            command = [sys.executable, __file__, *size, "--one", str(length), str(checkpointing)]
             mib = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             rows.append(
                 {"length": length, "mib": round(mib, 1), "kib_per_token": round(mib * 1024 / length / TEXTS, 2)}

@@ -10,17 +10,18 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
+from timm.models.eva import Eva
 from vision_tower import VisionTower, VisionTowerConfig
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def pair(config: VisionTowerConfig, device: str = "cpu") -> tuple[VisionTower, nn.Module]:
+def pair(config: VisionTowerConfig, device: str = "cpu") -> tuple[VisionTower, Eva]:
     """Our tower and timm's model of the same shape, with the same random weights."""
     torch.manual_seed(0)
     tower = VisionTower(config)
     model = timm.create_model("eva02_large_patch14_clip_224", **config.timm_arguments())
+    assert isinstance(model, Eva)
     model.load_state_dict(tower.state_dict())
     return tower.to(device), model.to(device)
 

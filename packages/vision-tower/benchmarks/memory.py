@@ -11,7 +11,6 @@ import json
 import resource
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ def measure(contender: str, device: str, batch: int, layers: int, small: bool) -
     name, checkpointing = contender.split("/")
     config = VisionTowerConfig.eva02_large(512, layers=layers, checkpointing=checkpointing == "checkpointing")
     if small:
-        config = replace(config, layers=2, width=256, heads=4, mlp_width=None)
+        config = VisionTowerConfig.eva02_large(512, layers=2, width=256, heads=4, checkpointing=config.checkpointing)
     tower, model = common.pair(config, device)
     model.set_grad_checkpointing(config.checkpointing)
     network: Any = tower if name == "ours" else model

@@ -163,7 +163,7 @@ def to_device(tensor: Tensor, device: torch.device | str, non_blocking: bool = T
     all that it was given before, and the host with it (CUDA's "API synchronization behavior")."""
     to_gpu = non_blocking and torch.device(device).type == "cuda" and tensor.device.type == "cpu"
     # Not for a GPU that is planned for and is not here.
-    if to_gpu and torch.cuda.is_initialized():  # type: ignore[no-untyped-call, unused-ignore]
+    if to_gpu and torch.cuda.is_initialized():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=non_blocking)
 

@@ -121,7 +121,7 @@ class _Product(torch.autograd.Function):
 def _known_to_the_compiler() -> None:
     """Dynamo leaves what is in the function to AOTAutograd, which PyTorch 2.11's cannot look into. Not a decorator:
     that takes seconds to import."""
-    torch.compiler.allow_in_graph(_Product)  # type: ignore[no-untyped-call]
+    torch.compiler.allow_in_graph(_Product)
 
 
 def scaled(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ class Uploader:
         self.device = device
         self._copies: torch.cuda.Stream | None = None
         if device.type == "cuda":
-            self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call, unused-ignore]
+            self._copies = torch.cuda.Stream(device)
 
     def __call__(self, part: Uploadable[Moved]) -> Moved:
         """The part on the device; what is computed from now on waits for it, the host does not."""

@@ -132,7 +132,7 @@ def _driver() -> str | None:
 
 def _said_by_cuda() -> str:
     try:
-        torch.cuda.init()  # type: ignore[no-untyped-call]
+        torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
         return str(error).partition("\n")[0]
     return "no device"
