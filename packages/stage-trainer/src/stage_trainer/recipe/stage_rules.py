@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from stage_trainer.errors import UserError
 from stage_trainer.recipe.masked_lm_rules import check_masked_lm
-from stage_trainer.recipe.schema import NEW_TEMPERATURE, GradientCache, Recipe, Stage
+from stage_trainer.recipe.schema import NEW_TEMPERATURE, GradientCache, ModelConfig, Recipe, Stage
 from stage_trainer.recipe.sources import Source
 from stage_trainer.recipe.teacher_rules import check_teacher
 
@@ -63,6 +63,12 @@ def _check_pairs(recipe: Recipe, number: int, here: str) -> None:
     _check_shards(stage, here)
     _check_embedding_cache(stage, here)
     check_teacher(stage, here)
+    _check_loss(model, stage, here)
+    _check_tasks(stage, here)
+
+
+def _check_loss(model: ModelConfig, stage: Stage, here: str) -> None:
+    """The prefixes that it compares, and a temperature above its floor."""
     dims = stage.loss.dims
     if not dims or len(set(dims)) < len(dims):
         raise UserError(
@@ -82,7 +88,6 @@ def _check_pairs(recipe: Recipe, number: int, here: str) -> None:
             f"{here}: model.temperature is {temperature:g}, below loss.min_temperature, "
             f"{stage.loss.min_temperature:g}; raise the one or lower the other"
         )
-    _check_tasks(stage, here)
 
 
 def _check_shards(stage: Stage, here: str) -> None:
