@@ -65,6 +65,7 @@ ROOMS = {
                 "data/batches",
                 "data/samples",
                 "data/masked",
+                "data/texts",
                 "run/ledger",
                 "run/loader",
             )

@@ -9,7 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from stage_trainer.data.config import DataConfig
-from stage_trainer.data.masked import held_out
+from stage_trainer.data.masked import MaskedTexts
 from stage_trainer.recipe.read import load
 from text_tower import TextTower
 from transformers import AutoModelForMaskedLM
@@ -82,7 +82,9 @@ def test_what_was_learned_is_read_by_others_and_starts_the_next_stage(train, sca
     assert not tower.config.adapters
     assert tower.encode(["a red circle"]).shape == (1, 64)
     settings = load(recipe, [f"corpus={drawn_corpus}"]).recipe
-    masked = held_out(DataConfig.of(settings), settings.stage(1), tower.tokenizer)["ru"].masked
+    masked = (
+        MaskedTexts(DataConfig.of(settings), settings.stage(1), "validation", tower.tokenizer).held_out()["ru"].masked
+    )
     theirs = AutoModelForMaskedLM.from_pretrained(model).eval()
     with torch.no_grad():
         logits = torch.cat([theirs(ids[None]).logits[0] for ids in masked.packed.ids.split(masked.packed.lengths)])

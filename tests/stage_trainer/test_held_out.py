@@ -166,6 +166,8 @@ def test_a_best_by_a_language_without_hidden_words_is_refused(recipes, tmp_path,
 
     check("fr")  # the corpus is not here
     (tmp_path / "corpus").mkdir()
+    check("fr")  # the data set is not: the run says so
+    write("corpus/train/text-pairs/mine", "text-pairs")
     with pytest.raises(UserError, match="there are no held-out data for this stage"):
         check("en")
     write("corpus/validation/text-pairs/mine", "text-pairs")

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from data_prep.shards import Dataset, DatasetWriter
 from stage_trainer.batch import MaskedBatch
 from stage_trainer.data.config import DataConfig
-from stage_trainer.data.masked import HELD_OUT, held_out
+from stage_trainer.data.masked import MaskedTexts
+from stage_trainer.data.texts import HELD_OUT
 from stage_trainer.engine.cast_once import cast_once
 from stage_trainer.errors import UserError
 from stage_trainer.recipe.read import load
@@ -112,7 +113,7 @@ def test_a_url_gives_the_batches_and_the_held_out_texts_of_its_folder(corpus, wr
     for settings in ((f"corpus={tmp_path}",), elsewhere):
         settings = [*settings, "data={masked_lm: [text-pairs/a, text-pairs/b]}"]  # of b there is no validation split
         recipe = load(recipes / "masked-lm.yaml", settings, 1).recipe
-        found.append(held_out(DataConfig.of(recipe), recipe.stage(1), Letters()))
+        found.append(MaskedTexts(DataConfig.of(recipe), recipe.stage(1), "validation", Letters()).held_out())
     assert [list(batches) for batches in found] == [["de"], ["de"]]
     assert torch.equal(found[0]["de"].masked.packed.ids, found[1]["de"].masked.packed.ids)
 
@@ -210,7 +211,7 @@ def test_held_out_texts_are_those_of_the_validation_split_whatever_the_seed(writ
     for seed in (0, 1):
         here = [f"corpus={tmp_path}", "data={masked_lm: [text-pairs/a]}", f"seed={seed}"]
         recipe = load(recipes / "masked-lm.yaml", here, 1).recipe
-        found.append(held_out(DataConfig.of(recipe), recipe.stage(1), Letters()))
+        found.append(MaskedTexts(DataConfig.of(recipe), recipe.stage(1), "validation", Letters()).held_out())
     assert list(found[0]) == ["de", "en"]
     assert all(len(batch.seeds) == HELD_OUT == len(set(given(batch))) for batch in found[0].values())
     for language, batch in found[0].items():

@@ -14,6 +14,7 @@ from stage_trainer.plan.flops import (
     vision_flops,
 )
 from stage_trainer.recipe import Trainable
+from stage_trainer.tasks.distill import teacher_loss
 from text_tower import PackedTokens, TextTower, TextTowerConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -107,6 +108,16 @@ def test_one_product_serves_all_prefixes_of_the_loss():
     assert (ours.forward, ours.backward) == (forward, backward)
     assert ours.recomputed == ours.forward
     assert loss_flops(StepShape(images=6 * 4, image_negatives=3), 32) == ours
+
+
+def test_a_relational_loss_takes_the_place_of_a_contrastive_one_or_comes_beside_it():
+    ours, wanted = torch.randn(6, 32, requires_grad=True), torch.randn(6, 32)
+    forward, backward = counted(None, lambda: teacher_loss(ours, wanted, "relational"))
+    found = loss_flops(StepShape(pairs=3, replaced=("text",), related=(6,)), 32)
+    assert (found.forward, found.backward, found.recomputed) == (forward, backward, 0)
+    assert loss_flops(StepShape(images=4, pairs=3, related=(6,)), 32) == found + loss_flops(
+        StepShape(images=4, pairs=3), 32
+    )
 
 
 def test_a_step_is_both_towers_and_both_losses():

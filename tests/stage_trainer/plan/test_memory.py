@@ -13,6 +13,7 @@ from stage_trainer.plan.memory import Model, Setting, Sizes, estimate, loss_byte
 from stage_trainer.recipe import GradientCache, LossConfig, Trainable
 from stage_trainer.tasks.contrastive import forward_backward
 from stage_trainer.tasks.contrastive_objective import ContrastiveObjective
+from stage_trainer.tasks.distill import teacher_loss
 from text_tower import PackedTokens, TextTower, TextTowerConfig
 from vision_tower import VisionTower, VisionTowerConfig
 
@@ -181,6 +182,29 @@ def test_the_loss_takes_what_the_profiler_measures(profiled_peak, own, negatives
     model = replace(planned_model(engine, "fp32", 0.0), text=replace(TEXT, width=width), dims=dims)
     model = replace(model, exchange=exchange)
     sizes = Sizes(0, own * (2 + negatives), LENGTH, own, negatives, ranks)
+    assert sum(loss_bytes(model, sizes, CPU)) == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(("own", "ranks"), [(256, 1), (128, 8)])
+def test_a_relational_loss_takes_what_the_profiler_measures(profiled_peak, monkeypatch, own, ranks):
+    """Every other rank has as many rows."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    width = 64
+    ours, wanted = torch.randn(own, width, requires_grad=True), torch.randn(own, width)
+
+    def run():
+        teacher_loss(ours, wanted, "relational", torch.distributed.group.WORLD if ranks > 1 else None).backward()
+        ours.grad = None
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums, **_: sums.fill_(sums.max()))
+    try:
+        measured = profiled_peak(run)
+    finally:
+        torch.distributed.destroy_process_group()
+    model = planned_model(PlainEngine(TEXT, VISION, "fp32"), "fp32", 0.0)
+    sizes = Sizes(0, 2 * own, LENGTH, own, 0, ranks, replaced=("text",), related=(own,))
     assert sum(loss_bytes(model, sizes, CPU)) == pytest.approx(measured, rel=0.15)
 
 

@@ -125,6 +125,26 @@ def test_hard_negative_images_are_computed_decoded_and_fetched(drawn, tmp_path, 
     assert loads[2][1] == pytest.approx(8 * loads[0][1])
 
 
+def test_a_relational_teacher_is_counted_and_the_loss_that_it_replaces_is_not(drawn):
+    batch = "batch={image_text: 1024, text: 2048}"
+    teacher = "model: a, folder: b, loss: relational, language: en"
+    plans = [
+        plan_stage(drawn(batch, *more), 1, gpu(100, 2)).segments[0]
+        for more in (
+            (), (f"teacher={{{teacher}}}",), (f"teacher={{{teacher}, alone: true}}",),
+            (f"teacher={{{teacher}, of: [images, captions, texts], alone: true}}",),
+        )
+    ]  # fmt: skip
+    assert [part.sizes.related for part in plans] == [(), (2048,), (2048,), (1024, 2048)]
+    assert [part.sizes.replaced for part in plans] == [(), (), ("text",), ("image_text", "text")]
+    none, beside, alone, everything = (part.as_written for part in plans)
+    width = 64  # of the drawn towers
+    assert beside.flops.model - none.flops.model == 3 * 2 * 4096**2 * width
+    assert beside.flops.model - alone.flops.model == 3 * 2 * 2048**2 * max(drawn().stage(1).loss.dims)
+    assert everything.flops.forward > alone.flops.forward - none.flops.forward
+    assert beside.memory.total > none.memory.total + 4 * 2048 * 4096
+
+
 def test_masked_language_modelling_is_not_planned(recipes):
     recipe = load(recipes / "masked-lm.yaml").recipe
     with pytest.raises(UserError, match="masked-language-model"):

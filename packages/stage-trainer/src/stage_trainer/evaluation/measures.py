@@ -135,19 +135,21 @@ def check_best_of(recipe: Recipe, numbers: Iterable[int]) -> None:
 
 
 _OF_OWN = {"masked_lm": of_masked_lm}
-"""What is measured of texts in these languages, by `Kind.held_out`."""
+"""What kinds of stages measure of their own held-out texts in these languages, by `Kind.task`."""
 
 
 def _possible(recipe: Recipe, number: int) -> dict[str, Measure] | None:
     """What a stage may measure; None if that is not known here."""
     stage, data = recipe.stage(number), DataConfig.of(recipe)
-    own = stage.kind.held_out
+    own = stage.kind.task if stage.kind.own_held_out else None
     wanted = recipe.evaluation.pools if own is None else getattr(stage.data, own)
     places = [(path, place(data, "validation", path)) for path in wanted]
     here = {path: Dataset.open(p) for path, p in places if isinstance(p, Path) and (p / MANIFEST).exists()}
     if own is not None:  # data sets may have no validation split
         languages = {language for opened in here.values() for language in _languages(opened)}
-        return _OF_OWN[own](languages) if here else ({} if Path(data.corpus).is_dir() else None)
+        trained = [place(data, "train", path) for path in wanted]
+        known = here or all(isinstance(p, Path) and p.is_dir() for p in trained)
+        return (_OF_OWN[own](languages) if here else {}) if known else None
     if len(here) < len(places):
         return None
     names: dict[bool, set[str]] = {True: set(), False: set()}

@@ -45,8 +45,7 @@ class Flops:
 
 @dataclass(frozen=True)
 class StepShape:
-    """Sizes of a step's batch. All but `kept_patches`, `negatives`, `stored` and `image_negatives` add up over
-    ranks.
+    """Sizes of a step's batch. Up to `unified` all but `kept_patches` and `negatives` add up over ranks.
 
     Attributes:
         images: I, each with its caption, or views or hard negatives of these too.
@@ -58,6 +57,8 @@ class StepShape:
         stored: the towers ("image", "text") that do not run, since their embeddings come from the disk
             (`embedding_cache`).
         image_negatives: hard-negative images of each caption.
+        replaced: tasks ("image_text", "text") whose contrastive loss a teacher's replaces.
+        related: how many embeddings of the global batch each relational loss compares with one another.
     """
 
     images: int = 0
@@ -70,10 +71,12 @@ class StepShape:
     unified: int = 0
     stored: tuple[str, ...] = ()
     image_negatives: int = 0
+    replaced: tuple[str, ...] = ()
+    related: tuple[int, ...] = ()
 
     def __add__(self, other: StepShape) -> StepShape:
         """Of two ranks' parts the whole."""
-        alike = ("kept_patches", "negatives", "stored", "image_negatives")
+        alike = ("kept_patches", "negatives", "stored", "image_negatives", "replaced", "related")
         shared = {name: max(getattr(self, name), getattr(other, name)) for name in alike}
         sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name not in shared}
         return StepShape(**sums, **shared)
@@ -207,9 +210,12 @@ def projector_flops(config: TextTowerConfig | VisionTowerConfig, rows: int, trai
 
 
 def loss_flops(shape: StepShape, dim: int, learns: bool = True) -> Flops:
-    """The contrastive losses: each query of the global batch against each target and hard negative."""
+    """The contrastive losses: each query of the global batch against each target and hard negative. The relational
+    ones: our cosines and a teacher's, taken for as wide, and the gradient of ours."""
     captions = shape.images // (1 + shape.image_negatives)
-    of_images, of_pairs = captions * shape.images, shape.pairs**2 * (1 + shape.negatives)
-    logits = shape.unified**2 or of_images + of_pairs
-    forward = 2 * logits * dim
-    return Flops(forward, 2 * forward, forward) if learns else Flops(forward)
+    of_tasks = {"image_text": captions * shape.images, "text": shape.pairs**2 * (1 + shape.negatives)}
+    logits = shape.unified**2 or sum(count for task, count in of_tasks.items() if task not in shape.replaced)
+    forward, cosines = 2 * logits * dim, 2 * sum(count**2 for count in shape.related) * dim
+    if not learns:
+        return Flops(forward + 2 * cosines)
+    return Flops(forward + 2 * cosines, 2 * forward + cosines, forward)

@@ -42,7 +42,8 @@ class Sizes:
 
     `pairs` text pairs with `negatives` hard negatives each are among the texts; `unified` is what a unified loss has
     for pairs, 0 for a loss for each task. `squares` is the mean of the lengths' squares over the square of their mean.
-    Each caption has `image_negatives` hard-negative images, which are among the images.
+    Each caption has `image_negatives` hard-negative images, which are among the images. Tasks of which a teacher's loss
+    `replaced` the contrastive one have none; `related` are the embeddings of a rank that each relational loss compares.
     """
 
     images: int
@@ -54,6 +55,8 @@ class Sizes:
     unified: int = 0
     squares: float = 1.0
     image_negatives: int = 0
+    replaced: tuple[str, ...] = ()
+    related: tuple[int, ...] = ()
 
     @property
     def captions(self) -> int:
@@ -62,10 +65,14 @@ class Sizes:
 
     @property
     def of_losses(self) -> tuple[tuple[int, int], ...]:
-        """(pairs, hard negatives) of each loss."""
+        """(pairs, hard negatives) of each contrastive loss."""
         if self.unified:
             return ((self.unified, 0),)
-        return (self.captions, self.captions * self.image_negatives), (self.pairs, self.pairs * self.negatives)
+        of_tasks = {
+            "image_text": (self.captions, self.captions * self.image_negatives),
+            "text": (self.pairs, self.pairs * self.negatives),
+        }
+        return tuple(each for task, each in of_tasks.items() if task not in self.replaced)
 
     @property
     def tokens(self) -> int:
@@ -231,7 +238,8 @@ def passes(
 
 
 def loss_bytes(model: Model, sizes: Sizes, device: Device) -> tuple[int, int]:
-    """(kept from forward to backward, working space) of both losses; the logits are never there as a whole.
+    """(kept from forward to backward, working space) of the losses; the logits are never there as a whole, but the
+    cosines that a relational loss compares (`tasks.distill.teacher_loss`).
 
     Each rank has the queries of all ranks, gathered, and their gradient; in a ring (`contrastive_losses.ring`) three
     blocks of a rank's queries and four of their gradients. Vectors are float64, one number for each prefix and row.
@@ -256,6 +264,10 @@ def loss_bytes(model: Model, sizes: Sizes, device: Device) -> tuple[int, int]:
         gradients = FLOAT * width * (blocks[1] * everyone + own + negatives)
         kept += gathered + vectors
         most = max(most, gradients + tiles + 2 * vectors)
+    for own in sizes.related:
+        cosines, everyone = FLOAT * own * own * sizes.ranks, 2 * FLOAT * own * sizes.ranks * width
+        kept += cosines + everyone  # ours and the teacher's rows of all ranks
+        most = max(most, 3 * cosines)
     return kept, most
 
 

@@ -237,7 +237,7 @@ def sizes_of(stage: Stage, segment: Segment, ranks: int, lengths: Lengths, negat
     length, unified = max(1, round(tokens / max(1, texts))), stage.loss.unified_pairs(images, pairs)
     return Sizes(
         images * (1 + stage.loss.views + negatives.images), texts, length, pairs, negatives.texts, ranks, unified,
-        lengths.squares, negatives.images,
+        lengths.squares, negatives.images, stage.replaced, stage.related(images, captions, pairs),
     )  # fmt: skip
 
 
@@ -331,4 +331,6 @@ def shape_of(stage: Stage, segment: Segment, sizes: Sizes, vision: VisionTowerCo
         unified=stage.loss.unified_pairs(images, pairs),
         stored=stage.stored,
         image_negatives=sizes.image_negatives,
+        replaced=stage.replaced,
+        related=stage.related(images, captions, pairs),
     )

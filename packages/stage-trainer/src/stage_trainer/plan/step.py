@@ -20,6 +20,7 @@ LOSS, COMMUNICATION, OPTIMIZER, COPIES = "loss", "communication", "optimizer", "
 PARTS = (PRODUCTS, ATTENTION, MEMORY, LAUNCHES, LOSS, COMMUNICATION, OPTIMIZER, COPIES)
 
 HOST_LINK = 20e9  # bytes a second from the host's memory to a GPU: PCIe 4, 32 GB/s, less what it never reaches
+OF_COSINES = 10  # operations on each cosine of a relational loss, forward and backward, each a kernel
 MUON_STEPS = 5  # of Newton and Schulz's iteration (`optim.muon`)
 
 
@@ -87,7 +88,8 @@ def _towers(model: Model, sizes: Sizes, setting: Setting, device: Device) -> Ite
 
 
 def _loss(model: Model, sizes: Sizes) -> Work:
-    """The logits forward and again backward, then the gradients of both sides; logits stay on the chip."""
+    """The logits forward and again backward, then the gradients of both sides; logits stay on the chip, but not the
+    cosines that a relational loss compares."""
     work: Work = Counter()
     width = max(model.dims, default=model.text.output_width)
     for own, negatives in sizes.of_losses:
@@ -97,6 +99,12 @@ def _loss(model: Model, sizes: Sizes) -> Work:
             for shape in 2 * [(1, rows, columns, width)] + [(1, rows, width, columns), (1, columns, width, rows)]:
                 operations = 2 * rows * columns * width
                 work[Kernel("product", moved, 0 if shape[3] == width else out, operations, shape, model.precision)] += 1
+    for own in sizes.related:  # ours and the teacher's cosines, one gradient, and what is computed of each cosine
+        rows, width = own * sizes.ranks, model.text.output_width
+        read, cosines = FLOAT * (own + rows) * width, FLOAT * own * rows
+        for shape in ((1, own, rows, width), (1, own, rows, width), (1, own, width, rows)):
+            work[Kernel("product", read + cosines, cosines, 2 * own * rows * width, shape, "fp32")] += 1
+        work[Kernel("memory", 2 * cosines, cosines)] += OF_COSINES
     return work
 
 

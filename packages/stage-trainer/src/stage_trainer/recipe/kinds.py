@@ -11,11 +11,12 @@ class Kind:
     """What differs between the kinds outside of their tasks.
 
     Attributes:
-        task: the name of what a stage does without a teacher (`tasks.TASKS`).
+        task: the name of what a stage does without a teacher (`tasks.TASKS`); of a kind other than pairs also that of
+            its part of `batch` and of `data`.
         title: in messages.
         has_encoder: whether a stage leaves a model of both towers, which is evaluated, searched and exported.
         metrics: how the names of all that a stage may measure begin; the rest of a name depends on the data.
-        held_out: the part of `data` on whose validation split it is measured; None: on `evaluation.pools`.
+        own_held_out: whether it is measured on the validation split of what it trains on, not on `evaluation.pools`.
         rotary: whether it is for text towers with rotary positions alone.
         unplanned: why `stage-trainer plan` leaves a stage out; "" if it does not.
     """
@@ -24,7 +25,7 @@ class Kind:
     title: str
     has_encoder: bool
     metrics: tuple[str, ...]
-    held_out: str | None = None
+    own_held_out: bool = False
     rotary: bool = False
     unplanned: str = ""
 
@@ -41,20 +42,19 @@ PAIRS = Kind(
         "modality_gap/",
     ),
 )
-KINDS = {
-    "masked_lm": Kind(
-        task="masked_lm",
-        title="masked-language-model training",
-        has_encoder=False,
-        metrics=("validation_loss_masked_lm/",),
-        held_out="masked_lm",
-        rotary=True,
-        unplanned="masked-language-model training adds up chunks of any size (gradient_cache.tokens)",
-    )
-}
-"""By the batch size that makes a stage one of this kind (`BatchSizes`); all others train on pairs."""
+MASKED_LM = Kind(
+    task="masked_lm",
+    title="masked-language-model training",
+    has_encoder=False,
+    metrics=("validation_loss_masked_lm/",),
+    own_held_out=True,
+    rotary=True,
+    unplanned="masked-language-model training adds up chunks of any size (gradient_cache.tokens)",
+)
+OTHERS = (MASKED_LM,)
+"""A stage is of one of these if it has a batch size of that name, else it trains on pairs."""
 
 
 def kind_of(batch_size: Callable[[str], object]) -> Kind:
     """The kind of a stage with these batch sizes, by name."""
-    return next((kind for name, kind in KINDS.items() if batch_size(name)), PAIRS)
+    return next((kind for kind in OTHERS if batch_size(kind.task)), PAIRS)

@@ -59,7 +59,7 @@ def _check_evaluation(recipe: Recipe, numbers: Sequence[int], where: str) -> Non
     every, pools, best = recipe.evaluation.every, recipe.evaluation.pools, recipe.checkpoint.best
     if twice := sorted({pool for pool in pools if pools.count(pool) > 1}):
         raise UserError(f"{where}: evaluation.pools names {twice[0]!r} more than once; leave one out")
-    if every and not pools and not any(stage.kind.held_out for stage in recipe.stages):
+    if every and not pools and not any(stage.kind.own_held_out for stage in recipe.stages):
         raise UserError(
             f"{where}: evaluation.every is {every}, but evaluation.pools names nothing to measure; add held-out data "
             "sets, such as [image-short/mine], or set evaluation.every to 0"
@@ -72,7 +72,7 @@ def _check_evaluation(recipe: Recipe, numbers: Sequence[int], where: str) -> Non
             "checkpoint would ever be the best; set evaluation.every, or leave checkpoint.best out"
         )
     for number in numbers:
-        if not pools and not recipe.stage(number).kind.held_out:
+        if not pools and not recipe.stage(number).kind.own_held_out:
             raise UserError(
                 f"{where}: checkpoint.best is {best!r}, but stage {number} measures nothing: evaluation.pools is "
                 "empty; name held-out data sets there, or leave checkpoint.best out"

@@ -161,6 +161,20 @@ class Stage:
         return self.teacher is not None and self.teacher.only_embeds(task)
 
     @property
+    def replaced(self) -> tuple[str, ...]:
+        """The tasks whose contrastive loss a teacher's replaces."""
+        return tuple(task for task in ("image_text", "text") if self.teacher and self.teacher.replaces(task))
+
+    def related(self, images: int, captions: int, pairs: int) -> tuple[int, ...]:
+        """How many embeddings each relational loss compares with one another, of so many that a loss reads."""
+        if self.teacher is None or self.teacher.loss != "relational":
+            return ()
+        found = {"images": images, "captions": captions, "texts": 2 * pairs}
+        taught = {what: count for what, count in found.items() if what in self.teacher.of}
+        texts = taught.pop("texts", 0)
+        return tuple(count for count in (sum(taught.values()), texts) if count)
+
+    @property
     def unread(self) -> tuple[str, ...]:
         """What no loss reads of image-text pairs ("images", "captions")."""
         if self.teacher is None or not self.teacher.replaces("image_text"):

@@ -6,20 +6,24 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from stage_trainer.errors import UserError
-from stage_trainer.recipe.masked_lm_rules import check_masked_lm
+from stage_trainer.recipe.kinds import PAIRS
 from stage_trainer.recipe.schema import NEW_TEMPERATURE, GradientCache, ModelConfig, Recipe, Stage
 from stage_trainer.recipe.sources import Source
 from stage_trainer.recipe.teacher_rules import check_teacher
-
-_OF_KIND = {"masked_lm": check_masked_lm}
-"""The rules of kinds other than pairs, by `Kind.task`."""
+from stage_trainer.recipe.text_rules import check_text_stage
 
 
 def check_stage(recipe: Recipe, number: int, here: str) -> None:
     """UserError if the stage, whose numbers are in their ranges, violates a rule."""
     stage = recipe.stage(number)
-    _OF_KIND.get(stage.kind.task, _check_pairs)(recipe, number, here)
-    for task, size in asdict(stage.batch).items():
+    sizes = asdict(stage.batch)
+    if beside := [task for task, size in sizes.items() if size and stage.kind is not PAIRS and task != stage.kind.task]:
+        raise UserError(
+            f"{here}: batch.{stage.kind.task} and batch.{beside[0]} are both set; {stage.kind.title} is a stage of its "
+            f"own, so set batch.{beside[0]} to 0 or move one of them to another stage"
+        )
+    (_check_pairs if stage.kind.has_encoder else check_text_stage)(recipe, number, here)
+    for task, size in sizes.items():
         if size and not getattr(stage.data, task):
             raise UserError(f"{here}: batch.{task} is {size} but data.{task} names no data; add sources or set it to 0")
     _check_rates(stage, here)

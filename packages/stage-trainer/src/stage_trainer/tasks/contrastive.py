@@ -141,6 +141,8 @@ class ContrastiveTask(Task):
             unified=stage.loss.unified_pairs(images, pairs),
             stored=stage.stored,
             image_negatives=batch.image_negatives,
+            replaced=stage.replaced,
+            related=stage.related(images, captions, pairs),
         )
         text, vision = model.text.config, model.vision.config
         return step_flops(text, vision, shape, trainable=stage.trainable, dims=stage.loss.dims).model

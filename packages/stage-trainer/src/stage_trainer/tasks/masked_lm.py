@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from stage_trainer import weights
 from stage_trainer.batch import MaskedBatch
 from stage_trainer.build import check_settled, named_weights, tower_config, with_tokenizer
-from stage_trainer.data.masked import MaskedBatches, held_out
+from stage_trainer.data.masked import MaskedTexts
+from stage_trainer.data.texts import TextBatches
 from stage_trainer.engine import Engine
 from stage_trainer.evaluation.measures import MASKED_LM, of_masked_lm
 from stage_trainer.optim.groups import ParameterGroups
@@ -69,8 +70,9 @@ class MaskedLMTask(Task):
     def make_objective(self, model: MaskedLM) -> MaskedLMObjective:
         return MaskedLMObjective(model, self.recipe.precision)
 
-    def make_batches(self, tokenizer: Tokenizer, rank: int, world: int) -> MaskedBatches:
-        return MaskedBatches(self.data, self.stage, self.seed, tokenizer, rank, world)
+    def make_batches(self, tokenizer: Tokenizer, rank: int, world: int) -> TextBatches[MaskedBatch]:
+        texts = MaskedTexts(self.data, self.stage, "train", tokenizer)
+        return TextBatches(texts, self.stage, self.seed, rank, world)
 
     def forward_backward(self, engine: Engine, batch: MaskedBatch, step: int) -> Losses:
         return forward_backward(engine, batch, self.chunks.tokens if self.chunks else 0)
@@ -82,7 +84,7 @@ class MaskedLMTask(Task):
 
     def make_validation(self, engine: Engine, tokenizer: Tokenizer) -> Validation | None:
         """The loss on hidden words of the validation split, by language and over all; None if there is no such data."""
-        if not (batches := held_out(self.data, self.stage, tokenizer)):
+        if not (batches := MaskedTexts(self.data, self.stage, "validation", tokenizer).held_out()):
             return None
 
         def run(last: bool, before_batch: Callable[[], None]) -> Measured:
