@@ -159,14 +159,16 @@ def test_a_best_that_is_measured_or_may_be_is_not_refused(recipes, tmp_path, wri
 
 
 def test_a_best_by_a_language_without_hidden_words_is_refused(recipes, tmp_path, write):
-    def check(best):
+    def check(best, data="text-pairs/mine"):
         settings = [f"corpus={tmp_path / 'corpus'}", f"checkpoint.best=validation_loss_masked_lm/{best}"]
-        settings += ["data.masked_lm=[text-pairs/mine]", "evaluation.every=2"]
+        settings += [f"data.masked_lm=[{data}]", "evaluation.every=2"]
         check_best_of(load(recipes / "masked-lm.yaml", settings, 1).recipe, [1])
 
     check("fr")  # the corpus is not here
     (tmp_path / "corpus").mkdir()
     check("fr")  # the data set is not: the run says so
+    with pytest.raises(UserError, match="there are no held-out data for this stage"):
+        check("en", "'s3://bucket/mine'")  # without splits
     write("corpus/train/text-pairs/mine", "text-pairs")
     with pytest.raises(UserError, match="there are no held-out data for this stage"):
         check("en")

@@ -76,7 +76,7 @@ def test_a_projector_is_counted_and_alone_where_the_tower_is_stored(hidden, trai
     if trainable in ("projector", "none"):
         stored = replace(shape, texts=6, stored=("image", "text"))
         ours = step_flops(text.config, vision.config, stored, trainable=Trainable(image=trainable, text=trainable))
-        loss = loss_flops(stored, 24, trainable != "none")
+        loss = loss_flops(stored, 24, 24, trainable != "none")
         rows = torch.randn(6, 32), torch.randn(4, 32)
         found = [counted(t, lambda t=t, r=r: t.project(r)) for t, r in zip((text, vision), rows, strict=True)]
         sums = map(sum, zip(*found, strict=True))
@@ -104,27 +104,26 @@ def test_one_product_serves_all_prefixes_of_the_loss():
     forward, backward = counted(
         None, lambda: plain_info_nce(queries, targets, negatives=negatives, temperature=0.1, dims=(32,))
     )
-    ours = loss_flops(StepShape(pairs=6, negatives=3), 32)
+    ours = loss_flops(StepShape(pairs=6, negatives=3), 32, 40)
     assert (ours.forward, ours.backward) == (forward, backward)
     assert ours.recomputed == ours.forward
-    assert loss_flops(StepShape(images=6 * 4, image_negatives=3), 32) == ours
+    assert loss_flops(StepShape(images=6 * 4, image_negatives=3), 32, 40) == ours
 
 
 def test_a_relational_loss_takes_the_place_of_a_contrastive_one_or_comes_beside_it():
     ours, wanted = torch.randn(6, 32, requires_grad=True), torch.randn(6, 32)
     forward, backward = counted(None, lambda: teacher_loss(ours, wanted, "relational"))
-    found = loss_flops(StepShape(pairs=3, replaced=("text",), related=(6,)), 32)
+    found = loss_flops(StepShape(pairs=3, replaced=("text",), related=(6,)), 8, 32)
     assert (found.forward, found.backward, found.recomputed) == (forward, backward, 0)
-    assert loss_flops(StepShape(images=4, pairs=3, related=(6,)), 32) == found + loss_flops(
-        StepShape(images=4, pairs=3), 32
-    )
+    contrastive = loss_flops(StepShape(images=4, pairs=3), 8, 32)
+    assert loss_flops(StepShape(images=4, pairs=3, related=(6,)), 8, 32) == found + contrastive
 
 
 def test_a_step_is_both_towers_and_both_losses():
     text, vision = TextTowerConfig(**TEXT), VisionTowerConfig(**VISION)
     shape = StepShape(images=2, kept_patches=25, texts=6, tokens=87, squared_tokens=2269, pairs=1, negatives=2)
     step = step_flops(text, vision, shape, dims=(16, 8))
-    parts = text_flops(text, shape) + vision_flops(vision, shape) + loss_flops(shape, 16)
+    parts = text_flops(text, shape) + vision_flops(vision, shape) + loss_flops(shape, 16, text.output_width)
     assert step == parts
     cached = step_flops(text, vision, shape, dims=(16, 8), cached=True)
     towers = text_flops(text, shape) + vision_flops(vision, shape)

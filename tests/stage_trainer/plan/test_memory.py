@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from contrastive_losses import matryoshka_margin_mse
 from stage_trainer.batch import Batch
 from stage_trainer.dual_encoder import DualEncoder
 from stage_trainer.engine.cast_once import cast_once
@@ -185,8 +186,10 @@ def test_the_loss_takes_what_the_profiler_measures(profiled_peak, own, negatives
     assert sum(loss_bytes(model, sizes, CPU)) == pytest.approx(measured, rel=0.15)
 
 
-@pytest.mark.parametrize(("own", "ranks"), [(256, 1), (128, 8)])
-def test_a_relational_loss_takes_what_the_profiler_measures(profiled_peak, monkeypatch, own, ranks):
+@pytest.mark.parametrize(
+    ("kind", "own", "ranks"), [("relational", 256, 1), ("relational", 128, 8), ("cosine", 2048, 1), ("cosine", 512, 8)]
+)
+def test_a_teachers_loss_takes_what_the_profiler_measures(profiled_peak, monkeypatch, kind, own, ranks):
     """Every other rank has as many rows."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -194,7 +197,7 @@ def test_a_relational_loss_takes_what_the_profiler_measures(profiled_peak, monke
     ours, wanted = torch.randn(own, width, requires_grad=True), torch.randn(own, width)
 
     def run():
-        teacher_loss(ours, wanted, "relational", torch.distributed.group.WORLD if ranks > 1 else None).backward()
+        teacher_loss(ours, wanted, kind, torch.distributed.group.WORLD if ranks > 1 else None).backward()
         ours.grad = None
 
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
@@ -204,8 +207,22 @@ def test_a_relational_loss_takes_what_the_profiler_measures(profiled_peak, monke
     finally:
         torch.distributed.destroy_process_group()
     model = planned_model(PlainEngine(TEXT, VISION, "fp32"), "fp32", 0.0)
-    sizes = Sizes(0, 2 * own, LENGTH, own, 0, ranks, replaced=("text",), related=(own,))
+    sizes = Sizes(0, 2 * own, LENGTH, own, 0, ranks, replaced=("text",), taught=(own,), relational=kind == "relational")
     assert sum(loss_bytes(model, sizes, CPU)) == pytest.approx(measured, rel=0.15)
+
+
+def test_margins_take_what_the_profiler_measures(profiled_peak):
+    own, negatives, width = 512, 7, 64
+    queries, targets = (torch.randn(own, width, requires_grad=True) for _ in range(2))
+    hard, scores = torch.randn(own, negatives, width, requires_grad=True), torch.randn(own, 1 + negatives)
+
+    def run():
+        matryoshka_margin_mse(queries, targets, hard, scores, dims=(64, 32)).backward()
+        queries.grad = targets.grad = hard.grad = None
+
+    model, texts = planned_model(PlainEngine(TEXT, VISION, "fp32"), "fp32", 0.0), own * (2 + negatives)
+    sizes = Sizes(0, texts, LENGTH, own, negatives, 1, replaced=("text",), taught=(texts,))
+    assert sum(loss_bytes(model, sizes, CPU)) == pytest.approx(profiled_peak(run), rel=0.15)
 
 
 def test_zero_shares_out_the_state_but_not_the_gradients():

@@ -17,6 +17,7 @@ from stage_trainer.plan.hard_negatives import TRIPLETS, hard_negatives
 from stage_trainer.plan.machines import load_of
 from stage_trainer.plan.memory import Setting
 from stage_trainer.plan.planner import Cluster, model_of, plan_stage, segments
+from stage_trainer.plan.step import exchanged
 from stage_trainer.plan.table import WIDTH, describe, stage_table
 from stage_trainer.recipe import GradientCache
 from stage_trainer.recipe.read import load
@@ -126,22 +127,25 @@ def test_hard_negative_images_are_computed_decoded_and_fetched(drawn, tmp_path, 
 
 
 def test_a_relational_teacher_is_counted_and_the_loss_that_it_replaces_is_not(drawn):
-    batch = "batch={image_text: 1024, text: 2048}"
+    batch, narrow = "batch={image_text: 1024, text: 2048}", "loss.dims=[16]"
     teacher = "model: a, folder: b, loss: relational, language: en"
     plans = [
-        plan_stage(drawn(batch, *more), 1, gpu(100, 2)).segments[0]
+        plan_stage(drawn(batch, narrow, *more), 1, gpu(100, 2)).segments[0]
         for more in (
             (), (f"teacher={{{teacher}}}",), (f"teacher={{{teacher}, alone: true}}",),
             (f"teacher={{{teacher}, of: [images, captions, texts], alone: true}}",),
         )
     ]  # fmt: skip
-    assert [part.sizes.related for part in plans] == [(), (2048,), (2048,), (1024, 2048)]
+    assert [part.sizes.taught for part in plans] == [(), (2048,), (2048,), (1024, 2048)]
     assert [part.sizes.replaced for part in plans] == [(), (), ("text",), ("image_text", "text")]
-    none, beside, alone, everything = (part.as_written for part in plans)
+    none, beside, alone, _ = (part.as_written for part in plans)
     width = 64  # of the drawn towers
     assert beside.flops.model - none.flops.model == 3 * 2 * 4096**2 * width
-    assert beside.flops.model - alone.flops.model == 3 * 2 * 2048**2 * max(drawn().stage(1).loss.dims)
-    assert everything.flops.forward > alone.flops.forward - none.flops.forward
+    assert beside.flops.model - alone.flops.model == 3 * 2 * 2048**2 * 16
+    model = model_of(drawn(batch), 1, plans[0].segment, "bf16")
+    moved = [exchanged(model, part.sizes, part.as_written.setting) for part in plans]
+    rows = [each["embeddings and their gradients"] // (2 * 4 * 2 * width) for each in moved]
+    assert rows == [512 + 1024, 512 + 1024 + 2048, 512 + 2048, 1024 + 2048]
     assert beside.memory.total > none.memory.total + 4 * 2048 * 4096
 
 

@@ -18,6 +18,7 @@ from stage_trainer.errors import UserError
 from stage_trainer.evaluation.sets import captions_of
 from stage_trainer.metrics.measure import Measure
 from stage_trainer.recipe import Recipe
+from stage_trainer.recipe.address import is_remote
 
 MASKED_LM = "validation_loss_masked_lm"
 
@@ -147,7 +148,7 @@ def _possible(recipe: Recipe, number: int) -> dict[str, Measure] | None:
     here = {path: Dataset.open(p) for path, p in places if isinstance(p, Path) and (p / MANIFEST).exists()}
     if own is not None:  # data sets may have no validation split
         languages = {language for opened in here.values() for language in _languages(opened)}
-        trained = [place(data, "train", path) for path in wanted]
+        trained = [place(data, "train", path) for path in wanted if not is_remote(path)]  # a URL has no splits
         known = here or all(isinstance(p, Path) and p.is_dir() for p in trained)
         return (_OF_OWN[own](languages) if here else {}) if known else None
     if len(here) < len(places):

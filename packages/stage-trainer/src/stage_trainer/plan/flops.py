@@ -133,7 +133,7 @@ def step_flops(
     if cached:
         towers += Flops(recomputed=towers.forward)
     learns = (trainable.image, trainable.text) != ("none", "none")
-    return towers + loss_flops(shape, max(dims, default=text.output_width), learns)
+    return towers + loss_flops(shape, max(dims, default=text.output_width), text.output_width, learns)
 
 
 def masked_lm_flops(text: TextTowerConfig, shape: StepShape, hidden: int) -> Flops:
@@ -209,13 +209,13 @@ def projector_flops(config: TextTowerConfig | VisionTowerConfig, rows: int, trai
     return Flops(sum(products), backward.get(trainable, 2 * sum(products)))
 
 
-def loss_flops(shape: StepShape, dim: int, learns: bool = True) -> Flops:
-    """The contrastive losses: each query of the global batch against each target and hard negative. The relational
-    ones: our cosines and a teacher's, taken for as wide, and the gradient of ours."""
+def loss_flops(shape: StepShape, dim: int, width: int, learns: bool = True) -> Flops:
+    """The contrastive losses, of prefixes `dim`: each query of the global batch against each target and hard negative.
+    The relational ones: our cosines and a teacher's, taken to be as wide, `width`, and the gradient of ours."""
     captions = shape.images // (1 + shape.image_negatives)
     of_tasks = {"image_text": captions * shape.images, "text": shape.pairs**2 * (1 + shape.negatives)}
     logits = shape.unified**2 or sum(count for task, count in of_tasks.items() if task not in shape.replaced)
-    forward, cosines = 2 * logits * dim, 2 * sum(count**2 for count in shape.related) * dim
+    forward, cosines = 2 * logits * dim, 2 * sum(count**2 for count in shape.related) * width
     if not learns:
         return Flops(forward + 2 * cosines)
     return Flops(forward + 2 * cosines, 2 * forward + cosines, forward)

@@ -43,7 +43,8 @@ class Sizes:
     `pairs` text pairs with `negatives` hard negatives each are among the texts; `unified` is what a unified loss has
     for pairs, 0 for a loss for each task. `squares` is the mean of the lengths' squares over the square of their mean.
     Each caption has `image_negatives` hard-negative images, which are among the images. Tasks of which a teacher's loss
-    `replaced` the contrastive one have none; `related` are the embeddings of a rank that each relational loss compares.
+    `replaced` the contrastive one have none; `taught` are the embeddings of a rank that each loss of the teacher reads,
+    and, if it is `relational`, compares with those of all ranks.
     """
 
     images: int
@@ -56,7 +57,8 @@ class Sizes:
     squares: float = 1.0
     image_negatives: int = 0
     replaced: tuple[str, ...] = ()
-    related: tuple[int, ...] = ()
+    taught: tuple[int, ...] = ()
+    relational: bool = False
 
     @property
     def captions(self) -> int:
@@ -73,6 +75,11 @@ class Sizes:
             "text": (self.pairs, self.pairs * self.negatives),
         }
         return tuple(each for task, each in of_tasks.items() if task not in self.replaced)
+
+    @property
+    def related(self) -> tuple[int, ...]:
+        """`taught`, where each is compared with those of all ranks."""
+        return self.taught if self.relational else ()
 
     @property
     def tokens(self) -> int:
@@ -264,10 +271,11 @@ def loss_bytes(model: Model, sizes: Sizes, device: Device) -> tuple[int, int]:
         gradients = FLOAT * width * (blocks[1] * everyone + own + negatives)
         kept += gathered + vectors
         most = max(most, gradients + tiles + 2 * vectors)
-    for own in sizes.related:
-        cosines, everyone = FLOAT * own * own * sizes.ranks, 2 * FLOAT * own * sizes.ranks * width
-        kept += cosines + everyone  # ours and the teacher's rows of all ranks
-        most = max(most, 3 * cosines)
+    for own in sizes.taught:
+        read = FLOAT * own * width
+        cosines = FLOAT * own * own * sizes.ranks if sizes.relational else 0
+        kept += cosines + 2 * read * (sizes.ranks if sizes.relational else 1)  # relational: ours and its, of all ranks
+        most = max(most, 3 * (cosines or read))
     return kept, most
 
 

@@ -237,7 +237,8 @@ def sizes_of(stage: Stage, segment: Segment, ranks: int, lengths: Lengths, negat
     length, unified = max(1, round(tokens / max(1, texts))), stage.loss.unified_pairs(images, pairs)
     return Sizes(
         images * (1 + stage.loss.views + negatives.images), texts, length, pairs, negatives.texts, ranks, unified,
-        lengths.squares, negatives.images, stage.replaced, stage.related(images, captions, pairs),
+        lengths.squares, negatives.images, stage.replaced,
+        stage.taught(images, captions, pairs, negatives.texts), stage.relational,
     )  # fmt: skip
 
 
@@ -332,5 +333,5 @@ def shape_of(stage: Stage, segment: Segment, sizes: Sizes, vision: VisionTowerCo
         stored=stage.stored,
         image_negatives=sizes.image_negatives,
         replaced=stage.replaced,
-        related=stage.related(images, captions, pairs),
+        related=stage.taught(images, captions, pairs, sizes.negatives) if stage.relational else (),
     )

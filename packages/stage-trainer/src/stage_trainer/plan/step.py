@@ -99,7 +99,7 @@ def _loss(model: Model, sizes: Sizes) -> Work:
             for shape in 2 * [(1, rows, columns, width)] + [(1, rows, width, columns), (1, columns, width, rows)]:
                 operations = 2 * rows * columns * width
                 work[Kernel("product", moved, 0 if shape[3] == width else out, operations, shape, model.precision)] += 1
-    for own in sizes.related:  # ours and the teacher's cosines, one gradient, and what is computed of each cosine
+    for own in sizes.related:  # our cosines and the teacher's, one gradient, and what is computed of each cosine
         rows, width = own * sizes.ranks, model.text.output_width
         read, cosines = FLOAT * (own + rows) * width, FLOAT * own * rows
         for shape in ((1, own, rows, width), (1, own, rows, width), (1, own, width, rows)):
@@ -111,7 +111,7 @@ def _loss(model: Model, sizes: Sizes) -> Work:
 def exchanged(model: Model, sizes: Sizes, setting: Setting) -> dict[str, int]:
     """Bytes that a collective of each kind moves in a step, one that reduces to all as twice as many: a rank sends
     (ranks - 1) / ranks of them."""
-    own = sizes.unified or sizes.captions + sizes.pairs
+    own = sum(pairs for pairs, _ in sizes.of_losses) + sum(sizes.related)
     moved = {
         "embeddings and their gradients": 2 * FLOAT * own * sizes.ranks * model.text.output_width,
         # Reduced to all, or under ZeRO to the rank that updates them, which then sends the weights.

@@ -165,14 +165,19 @@ class Stage:
         """The tasks whose contrastive loss a teacher's replaces."""
         return tuple(task for task in ("image_text", "text") if self.teacher and self.teacher.replaces(task))
 
-    def related(self, images: int, captions: int, pairs: int) -> tuple[int, ...]:
-        """How many embeddings each relational loss compares with one another, of so many that a loss reads."""
-        if self.teacher is None or self.teacher.loss != "relational":
+    def taught(self, images: int, captions: int, pairs: int, negatives: int) -> tuple[int, ...]:
+        """How many embeddings each loss of the teacher reads, of so many that any loss reads."""
+        if self.teacher is None:
             return ()
-        found = {"images": images, "captions": captions, "texts": 2 * pairs}
-        taught = {what: count for what, count in found.items() if what in self.teacher.of}
-        texts = taught.pop("texts", 0)
-        return tuple(count for count in (sum(taught.values()), texts) if count)
+        texts = pairs * (2 + negatives * self.teacher.scores)
+        found = {"images": images, "captions": captions, "texts": texts}
+        of_images, of_captions, of_texts = (count if what in self.teacher.of else 0 for what, count in found.items())
+        return tuple(count for count in (of_images + of_captions, of_texts) if count)
+
+    @property
+    def relational(self) -> bool:
+        """Whether the teacher's losses compare each embedding with each."""
+        return self.teacher is not None and self.teacher.loss == "relational"
 
     @property
     def unread(self) -> tuple[str, ...]:

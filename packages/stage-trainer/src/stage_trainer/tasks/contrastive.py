@@ -142,7 +142,7 @@ class ContrastiveTask(Task):
             stored=stage.stored,
             image_negatives=batch.image_negatives,
             replaced=stage.replaced,
-            related=stage.related(images, captions, pairs),
+            related=stage.taught(images, captions, pairs, batch.negatives) if stage.relational else (),
         )
         text, vision = model.text.config, model.vision.config
         return step_flops(text, vision, shape, trainable=stage.trainable, dims=stage.loss.dims).model
