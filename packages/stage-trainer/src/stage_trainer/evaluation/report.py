@@ -31,7 +31,7 @@ def write_report(recipe: Recipe, versions: dict[str, str]) -> tuple[Path, str]:
     numbers = sorted(int(p.name[5:]) for p in run.glob("stage*") if p.name[5:].isdigit())  # not what was moved aside
     for number in numbers:
         directory = run / f"stage{number}"
-        encodes = number > len(recipe.stages) or recipe.stage(number).kind.has_encoder
+        encodes = number > len(recipe.stages) or recipe.stage(number).kind.both_towers
         if not encodes or not (saved := all_saved(directory)):
             continue
         again = shlex.join(["stage-trainer", "evaluate", str(directory), recipe.corpus])

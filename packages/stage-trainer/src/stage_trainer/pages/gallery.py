@@ -90,7 +90,7 @@ def gallery_of(
 def _searched(run: Run) -> StageFolder:
     """The last stage whose model has both towers."""
     for stage in reversed(run.stages):
-        if stage.saved is not None and stage.has_encoder:
+        if stage.saved is not None and stage.both_towers:
             return stage
     raise UserError("it has no checkpoint of two towers")
 

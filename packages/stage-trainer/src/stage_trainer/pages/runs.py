@@ -63,9 +63,9 @@ class StageFolder:
         return self.trained.name
 
     @property
-    def has_encoder(self) -> bool:
+    def both_towers(self) -> bool:
         """Whether its model has both towers, so that there are images to search."""
-        return kind_of(lambda name: self.trained.setting(f"stage.batch.{name}")).has_encoder
+        return kind_of(lambda name: self.trained.setting(f"stage.batch.{name}")).both_towers
 
     @property
     def steps(self) -> int:
@@ -176,7 +176,7 @@ def _pools(directory: Path, lacks: list[str]) -> Pools:
 
 def _check_evaluation(stage: StageFolder, lacks: list[str]) -> None:
     """Names a stage that was not evaluated, or trained on after that."""
-    if stage.saved is None or not stage.has_encoder:
+    if stage.saved is None or not stage.both_towers:
         return
     if not (stage.directory / EVALUATION).exists():
         command = shlex.join(["stage-trainer", "evaluate", str(stage.directory)])

@@ -212,7 +212,7 @@ def measures(pool: Figures) -> Iterator[tuple[str, Mapping[str, Mapping[str, flo
 def lacking(run: Run) -> list[str]:
     """What of a report's parts a run gives nothing for, beside what `Run.lacks` says."""
     found = []
-    searched = [stage for stage in run.stages if stage.has_encoder]
+    searched = [stage for stage in run.stages if stage.both_towers]
     tags = {tag for stage in run.stages for tag, curve in stage.curves.items() if len(curve.finite)}
     of_pairs = {tag for stage in searched for tag in stage.curves}
     if tags:

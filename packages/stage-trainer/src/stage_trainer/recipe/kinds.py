@@ -14,7 +14,7 @@ class Kind:
         task: the name of what a stage does without a teacher (`tasks.TASKS`); of a kind other than pairs also that of
             its part of `batch` and of `data`.
         title: in messages.
-        has_encoder: whether a stage leaves a model of both towers, which is evaluated, searched and exported.
+        both_towers: whether a stage leaves a model of both, which is evaluated, searched and exported.
         metrics: how the names of all that a stage may measure begin; the rest of a name depends on the data.
         own_held_out: whether it is measured on the validation split of what it trains on, not on `evaluation.pools`.
         rotary: whether it is for text towers with rotary positions alone.
@@ -23,7 +23,7 @@ class Kind:
 
     task: str
     title: str
-    has_encoder: bool
+    both_towers: bool
     metrics: tuple[str, ...]
     own_held_out: bool = False
     rotary: bool = False
@@ -33,7 +33,7 @@ class Kind:
 PAIRS = Kind(
     task="contrastive",
     title="training on pairs",
-    has_encoder=True,
+    both_towers=True,
     metrics=(
         "validation_recall_at_5_",
         "validation_ndcg_at_5_",
@@ -45,7 +45,7 @@ PAIRS = Kind(
 MASKED_LM = Kind(
     task="masked_lm",
     title="masked-language-model training",
-    has_encoder=False,
+    both_towers=False,
     metrics=("validation_loss_masked_lm/",),
     own_held_out=True,
     rotary=True,

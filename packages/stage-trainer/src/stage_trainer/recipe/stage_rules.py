@@ -22,7 +22,7 @@ def check_stage(recipe: Recipe, number: int, here: str) -> None:
             f"{here}: batch.{stage.kind.task} and batch.{beside[0]} are both set; {stage.kind.title} is a stage of its "
             f"own, so set batch.{beside[0]} to 0 or move one of them to another stage"
         )
-    (_check_pairs if stage.kind.has_encoder else check_text_stage)(recipe, number, here)
+    (_check_pairs if stage.kind.both_towers else check_text_stage)(recipe, number, here)
     for task, size in sizes.items():
         if size and not getattr(stage.data, task):
             raise UserError(f"{here}: batch.{task} is {size} but data.{task} names no data; add sources or set it to 0")

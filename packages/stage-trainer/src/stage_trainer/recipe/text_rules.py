@@ -20,7 +20,7 @@ def check_text_stage(recipe: Recipe, number: int, here: str) -> None:
                 f"{here}: {key!r} is for stages of pairs, and batch.{kind.task} makes this one of {kind.title}; leave "
                 "it out"
             )
-    if number > 1 and recipe.stage(number - 1).kind.has_encoder:
+    if number > 1 and recipe.stage(number - 1).kind.both_towers:
         raise UserError(
             f"{here}: {kind.title} follows a stage that trains embeddings, whose image tower and adapters it would "
             "lose; put it first"

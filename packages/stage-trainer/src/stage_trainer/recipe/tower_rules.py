@@ -18,7 +18,7 @@ from stage_trainer.recipe.schema import Recipe, Stage
 
 def check_towers(recipe: Recipe, where: str) -> None:
     """UserError if the recipe violates a rule for the towers."""
-    model, pairs = recipe.model, [stage for stage in recipe.stages if stage.kind.has_encoder]
+    model, pairs = recipe.model, [stage for stage in recipe.stages if stage.kind.both_towers]
     weights = model.text_weights or model.weights
     text = _Stated(TextTowerConfig, model.text | model.override.text, weights, f"{where}: model.text")
     vision, weights = None, model.vision_weights or model.weights
@@ -49,7 +49,7 @@ def _check_stage(stage: Stage, text: _Stated, vision: _Stated | None, width: int
         )
     if stage.kind.rotary and (found := text.value("positions")) not in (None, "rotary"):
         raise UserError(f"{here}: model.text.positions is {found!r}; {stage.kind.title} is for rotary towers")
-    if not stage.kind.has_encoder:
+    if not stage.kind.both_towers:
         return
     if width is not None and max(stage.loss.dims) > width:
         raise UserError(f"{here}: loss.dims is {list(stage.loss.dims)}; expected prefixes of 1 to {width}")

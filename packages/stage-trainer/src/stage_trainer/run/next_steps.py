@@ -18,7 +18,7 @@ def next_steps(recipe: Recipe, number: int) -> str:
         lines.append(
             f"  stage {following}:  launch/stage{following}.sh, or --stage {following}, in place of stage {number}"
         )
-    if not recipe.stage(number).kind.has_encoder:
+    if not recipe.stage(number).kind.both_towers:
         lines.append(f"  use it:   name {directory}/step-…/model as model.text_weights of a recipe")
     else:
         try:
