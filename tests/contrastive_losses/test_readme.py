@@ -27,7 +27,11 @@ def test_the_example_for_torchrun_runs_on_two_ranks(tmp_path):
     script.write_text(example)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = dict(os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
-    run = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
+    for _ in range(3):
+        run = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
+        # PyTorch's: a thread of gloo's that frees its last tensor while Python ends aborts, one time in twenty if busy.
+        if "terminate called without an active exception" not in run.stderr:
+            break
     assert run.returncode == 0, run.stderr
     losses = [float(loss) for loss in re.findall(r"loss (\S+) of 32 pairs", run.stdout)]
     assert len(losses) == 3
