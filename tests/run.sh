@@ -10,7 +10,7 @@ selection=(-m "not full")
 if [ "${1:-}" = --full ]; then selection=(); shift; fi
 ruff check .
 ruff format --check .
-# Beside the tests: without mypy's cache it takes minutes of one core. What it says comes after theirs.
+# Beside the tests: without mypy's cache it takes more than a minute of one core. What it says comes after theirs.
 said=$(mktemp)
 bash tests/types.sh >"$said" 2>&1 &
 types=$!

@@ -82,9 +82,8 @@ def test_what_was_learned_is_read_by_others_and_starts_the_next_stage(train, sca
     assert not tower.config.adapters
     assert tower.encode(["a red circle"]).shape == (1, 64)
     settings = load(recipe, [f"corpus={drawn_corpus}"]).recipe
-    masked = (
-        MaskedTexts(DataConfig.of(settings), settings.stage(1), "validation", tower.tokenizer).held_out()["ru"].masked
-    )
+    texts = MaskedTexts(DataConfig.of(settings), settings.stage(1), "validation", tower.tokenizer)
+    masked = texts.held_out()["ru"].masked
     theirs = AutoModelForMaskedLM.from_pretrained(model).eval()
     with torch.no_grad():
         logits = torch.cat([theirs(ids[None]).logits[0] for ids in masked.packed.ids.split(masked.packed.lengths)])

@@ -17,7 +17,7 @@ from stage_trainer.data.remote_data import place
 from stage_trainer.errors import UserError
 from stage_trainer.evaluation.sets import captions_of
 from stage_trainer.metrics.measure import Measure
-from stage_trainer.recipe import Recipe
+from stage_trainer.recipe import Recipe, Stage
 from stage_trainer.recipe.address import is_remote
 
 MASKED_LM = "validation_loss_masked_lm"
@@ -142,16 +142,10 @@ _OF_OWN = {"masked_lm": of_masked_lm}
 def _possible(recipe: Recipe, number: int) -> dict[str, Measure] | None:
     """What a stage may measure; None if that is not known here."""
     stage, data = recipe.stage(number), DataConfig.of(recipe)
-    own = stage.kind.task if stage.kind.own_held_out else None
-    wanted = recipe.evaluation.pools if own is None else getattr(stage.data, own)
-    places = [(path, place(data, "validation", path)) for path in wanted]
-    here = {path: Dataset.open(p) for path, p in places if isinstance(p, Path) and (p / MANIFEST).exists()}
-    if own is not None:  # data sets may have no validation split
-        languages = {language for opened in here.values() for language in _languages(opened)}
-        trained = [place(data, "train", path) for path in wanted if not is_remote(path)]  # a URL has no splits
-        known = here or all(isinstance(p, Path) and p.is_dir() for p in trained)
-        return (_OF_OWN[own](languages) if here else {}) if known else None
-    if len(here) < len(places):
+    if stage.kind.own_held_out:
+        return _possible_of_own(data, stage)
+    here = _held_out_here(data, recipe.evaluation.pools)
+    if len(here) < len(recipe.evaluation.pools):
         return None
     names: dict[bool, set[str]] = {True: set(), False: set()}
     found: dict[str, Measure] = {}
@@ -165,6 +159,21 @@ def _possible(recipe: Recipe, number: int) -> dict[str, Measure] | None:
         else:
             found |= of_pairs(name, languages, scored=True)
     return found
+
+
+def _possible_of_own(data: DataConfig, stage: Stage) -> dict[str, Measure] | None:
+    """`_possible` of the texts that the stage trains on, whose data sets may have no validation split."""
+    paths: Sequence[str] = getattr(stage.data, stage.kind.task)
+    if here := _held_out_here(data, paths):
+        return _OF_OWN[stage.kind.task]({language for opened in here.values() for language in _languages(opened)})
+    trained = [place(data, "train", path) for path in paths if not is_remote(path)]  # a URL has no splits
+    return {} if all(isinstance(p, Path) and p.is_dir() for p in trained) else None
+
+
+def _held_out_here(data: DataConfig, paths: Iterable[str]) -> dict[str, Dataset]:
+    """By path, what of the validation split is on this machine."""
+    places = [(path, place(data, "validation", path)) for path in paths]
+    return {path: Dataset.open(p) for path, p in places if isinstance(p, Path) and (p / MANIFEST).exists()}
 
 
 def _languages(data: Dataset) -> set[str]:

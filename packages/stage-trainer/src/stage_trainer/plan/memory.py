@@ -274,7 +274,7 @@ def loss_bytes(model: Model, sizes: Sizes, device: Device) -> tuple[int, int]:
     for own in sizes.taught:
         read = FLOAT * own * width
         cosines = FLOAT * own * own * sizes.ranks if sizes.relational else 0
-        kept += cosines + 2 * read * (sizes.ranks if sizes.relational else 1)  # relational: ours and its, of all ranks
+        kept += cosines + 2 * read * (sizes.ranks if sizes.relational else 1)  # ours and what they are compared with
         most = max(most, 3 * (cosines or read))
     return kept, most
 

@@ -167,12 +167,7 @@ class Stage:
 
     def taught(self, images: int, captions: int, pairs: int, negatives: int) -> tuple[int, ...]:
         """How many embeddings each loss of the teacher reads, of so many that any loss reads."""
-        if self.teacher is None:
-            return ()
-        texts = pairs * (2 + negatives * self.teacher.scores)
-        found = {"images": images, "captions": captions, "texts": texts}
-        of_images, of_captions, of_texts = (count if what in self.teacher.of else 0 for what, count in found.items())
-        return tuple(count for count in (of_images + of_captions, of_texts) if count)
+        return self.teacher.taught(images, captions, pairs, negatives) if self.teacher else ()
 
     @property
     def relational(self) -> bool:

@@ -50,6 +50,12 @@ class TeacherConfig:
         """Whether it says something of the pairs of a task ("image_text", "text")."""
         return any((what == "texts") == (task == "text") for what in self.of)
 
+    def taught(self, images: int, captions: int, pairs: int, negatives: int) -> tuple[int, ...]:
+        """How many embeddings each of its losses reads, of so many of the batch."""
+        shown = images * ("images" in self.of) + captions * ("captions" in self.of)
+        texts = pairs * (2 + negatives * self.scores) * ("texts" in self.of)
+        return tuple(count for count in (shown, texts) if count)
+
     def replaces(self, task: str) -> bool:
         """Whether there is no contrastive loss of the task."""
         return self.alone and self.teaches(task)
